@@ -1,0 +1,91 @@
+"""Faults on purpose, addressed by named point, step and rank. Inert unless armed.
+
+Tests and `outlast demo` use them to die at the worst moment: the process kills itself with a real SIGKILL at the named
+point, after leaving a record, so whoever asked for the fault can prove that it fired.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+
+
+class Point(Enum):
+    """Where a fault can strike, in the order in which a step passes them."""
+
+    STEP = "step"  #: after the gradients are in, before the weights change
+    BEFORE_SNAPSHOT = "before-snapshot"
+    WHILE_WRITING = "while-writing"
+    BEFORE_MANIFEST = "before-manifest"
+    AFTER_MANIFEST = "after-manifest"
+    AFTER_RETENTION = "after-retention"
+
+
+class Action(Enum):
+    """What happens."""
+
+    EXCEPTION = "exception"
+    SIGKILL = "sigkill"
+
+
+class InjectedFault(RuntimeError):
+    """Raised by `Action.EXCEPTION`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault, which fires once.
+
+    Attributes:
+        point: Where.
+        step: At which step: the one being computed, or the one being saved.
+        rank: On which rank.
+        action: What happens.
+        record: A file on this machine that must not exist yet; it is written when the fault fires.
+    """
+
+    point: Point
+    step: int
+    rank: int
+    action: Action
+    record: str
+
+
+_armed: list[Fault] = []
+
+
+def arm(faults: Sequence[Fault], rank: int) -> None:
+    """Arms this process with the faults meant for `rank`, in place of any it had."""
+    _armed[:] = [fault for fault in faults if fault.rank == rank]
+
+
+def reach(point: Point, step: int) -> None:
+    """Fires the fault that is armed for this place, if it has not fired before.
+
+    Raises:
+        InjectedFault: That is what the fault does.
+    """
+    for fault in _armed:
+        if (fault.point, fault.step) == (point, step) and _record(fault):
+            if fault.action is Action.SIGKILL:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise InjectedFault(f"injected at {point.value}, step {step}, rank {fault.rank}")
+
+
+def _record(fault: Fault) -> bool:
+    """Leaves the proof; False if it is there already, for then the fault has fired."""
+    body = {**asdict(fault), "point": fault.point.value, "action": fault.action.value}
+    try:
+        with Path(fault.record).open("x") as file:
+            json.dump({**body, "t": time.time(), "pid": os.getpid()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,95 @@
+"""The journal: what happened to a run, one JSON object a line.
+
+A writer owns numbered segments (`<stream>-<rank>-<n>.jsonl`) and puts the newest one again at each flush, because object
+stores cannot append. Two streams: `events` for everything, flushed every few seconds, and `commits` for commits and
+deletions, which are durable before the writer goes on; the second stays short, so a catalogue is cheap however many
+steps a run has. The journal tells the story; which checkpoints exist is decided by manifests alone.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from outlast.checkpointing.storage import Storage, read_bytes
+
+FLUSH_S = 5.0
+SEGMENT_BYTES = 256 * 1024
+
+EVENTS = "events"
+COMMITS = "commits"
+
+
+class Journal:
+    """Writes one stream of one rank. Safe to use from several threads.
+
+    Args:
+        storage: Where to write.
+        directory: Directory of the segments, which nobody else writes for this rank and stream.
+        rank: Rank of the writer, or 0 for a driver.
+        stream: `events` or `commits`.
+        flush_s: Longest time an event waits for its flush, given that more events come. Zero flushes each one.
+    """
+
+    def __init__(
+        self, storage: Storage, directory: str, rank: int, *, stream: str = EVENTS, flush_s: float = FLUSH_S
+    ) -> None:
+        self._storage = storage
+        self._prefix = f"{directory}/{stream}-{rank}"
+        self._flush_s = flush_s
+        self._segment = 0
+        self._lines: list[bytes] = []
+        self._num_bytes = 0
+        self._dirty = False
+        self._flushed_at = time.monotonic()
+        self._lock = threading.Lock()
+
+    def event(self, kind: str, /, **fields: Any) -> None:
+        """Adds an event. `fields` must be JSON; `t` (seconds since the epoch) is added.
+
+        Raises:
+            StorageError: A flush was due and failed.
+        """
+        line = json.dumps({"t": round(time.time(), 4), "event": kind, **fields}).encode() + b"\n"
+        with self._lock:
+            self._lines.append(line)
+            self._num_bytes += len(line)
+            self._dirty = True
+        if time.monotonic() - self._flushed_at >= self._flush_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes everything so far durable. Raises StorageError when that fails."""
+        with self._lock:
+            self._flushed_at = time.monotonic()
+            if not self._dirty:
+                return
+            self._storage.put(f"{self._prefix}-{self._segment:06d}.jsonl", self._lines)
+            self._dirty = False
+            if self._num_bytes >= SEGMENT_BYTES:
+                self._segment, self._lines, self._num_bytes = self._segment + 1, [], 0
+
+
+def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
+    """The events of a directory, each rank's in the order written. Lines that are not JSON objects are passed over.
+
+    Raises:
+        StorageError: A read failed.
+    """
+    for entry in storage.list(directory):
+        if not (entry.name.startswith(f"{stream}-") and entry.name.endswith(".jsonl")):
+            continue
+        try:
+            data = read_bytes(storage, f"{directory}/{entry.name}")
+        except FileNotFoundError:
+            continue
+        for line in data.splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                yield event

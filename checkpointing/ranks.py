@@ -1,0 +1,44 @@
+"""How the ranks of one attempt talk about checkpoints: small objects, by way of rank 0.
+
+The group is a gloo group of its own, so that talk about checkpoints never stands in the queue of the gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among the ranks of its attempt. Works without torch.distributed when there is one rank.
+
+    Attributes:
+        rank: 0 to `size` - 1.
+        size: World size.
+        group: The gloo group, or None for a single rank.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.group = 0, 1, None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self.group = dist.new_group(backend="gloo")
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's item in rank order, on every rank."""
+        if self.group is None:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    def broadcast(self, item: T | None) -> T:
+        """Rank 0's item, on every rank."""
+        box: list[Any] = [item]
+        if self.group is not None:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        result: T = box[0]
+        return result
