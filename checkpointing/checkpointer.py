@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
-
 from outlast.checkpointing import layout, lineage
 from outlast.checkpointing.errors import DamagedError, NoCheckpointError, OutlastError, StorageError
 from outlast.checkpointing.faults import Point, reach
@@ -36,6 +34,7 @@ from outlast.checkpointing.state import deal, load_optimizer, optimizer_tensors
 from outlast.checkpointing.storage import Storage, walk
 from outlast.checkpointing.weights import load_weights, named_weights
 from outlast.checkpointing.writer import write_file, write_tensors
+from torch import nn
 
 T = TypeVar("T")
 
@@ -53,10 +52,11 @@ class Checkpointer:
         launch: Which launch this attempt belongs to. Attempts of one launch follow each other; a later launch takes
             over from an earlier one, never the other way round.
         declaration: What the claim says besides: settings, fingerprints, versions. JSON.
-        files: Small files that belong into every checkpoint, such as `config.json` and the tokenizer, by name.
+        files: The attribute of that name, such as `config.json` and the tokenizer, by name.
         retention: What to keep.
 
     Attributes:
+        files: Small files that belong into every checkpoint; may be replaced until the first save.
         superseded: True when another launch has taken over.
         attempt: This attempt.
         catalogue: The checkpoints that counted when this attempt began.
@@ -81,7 +81,7 @@ class Checkpointer:
         self.run = layout.check_run_name(run)
         self.storage = storage
         self._launch = launch
-        self._files = dict(files or {})
+        self.files = dict(files or {})
         self._retention = retention or Retention()
         self._num_acknowledged = 0
         self.journal: Journal | None = None
@@ -184,8 +184,8 @@ class Checkpointer:
         lines = "\n".join(f"  {item.ref}: {'; '.join(item.reasons)}" for item in rejected)
         raise NoCheckpointError(
             f"run {self.run!r} has commits, but no checkpoint is whole; nothing was changed\n{lines}",
-            hint=f"`outlast checkpoints verify {self.storage.url}/{self.run}` reads every byte again; restore the files "
-            "from a copy, or start over under another name",
+            hint=f"`outlast checkpoints verify {self.storage.url}/{self.run}` reads every byte again; restore the "
+            "files from a copy, or start over under another name",
         )
 
     # -- saving --------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class Checkpointer:
         began = time.monotonic()
         reach(Point.BEFORE_SNAPSHOT, step)
         ref = CheckpointRef(step, self.attempt)
-        small = {**self._files, **(files or {}), layout.LOOP_STATE: _json(state)}
+        small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(state)}
         share = self._all_ranks(lambda: self._write_share(ref, model, optimizer, small))
         reach(Point.BEFORE_MANIFEST, step)
         entries = tuple(sorted((entry for entries in share for entry in entries), key=lambda entry: entry.path))
@@ -278,7 +278,7 @@ class Checkpointer:
     # -- keeping -------------------------------------------------------------------------------------------------------
 
     def _retain(self) -> list[Manifest]:
-        """Rank 0, after the second acknowledged commit: deletes what nothing keeps. Returns what is left of the lineage.
+        """Rank 0, after the second acknowledged commit: deletes what nothing keeps. Returns the rest of the lineage.
 
         Deletable are my own commits and my lineage as far as the policy lets them go, and in lower attempts whatever
         lies outside my lineage: torn, disowned or rejected. Never anything in a higher attempt.
@@ -379,9 +379,9 @@ class Checkpointer:
         except OutlastError as error:
             failure = error
         results = []
-        for rank, (item, error) in enumerate(self.ranks.gather((result, failure))):
-            if error is not None:
-                raise type(error)(f"rank {rank}: {error.message}", hint=error.hint) from failure
+        for rank, (item, other) in enumerate(self.ranks.gather((result, failure))):
+            if other is not None:
+                raise type(other)(f"rank {rank}: {other.message}", hint=other.hint) from failure
             results.append(item)
         return results  # type: ignore[return-value]
 

@@ -1,8 +1,8 @@
 """The journal: what happened to a run, one JSON object a line.
 
-A writer owns numbered segments (`<stream>-<rank>-<n>.jsonl`) and puts the newest one again at each flush, because object
-stores cannot append. Two streams: `events` for everything, flushed every few seconds, and `commits` for commits and
-deletions, which are durable before the writer goes on; the second stays short, so a catalogue is cheap however many
+A writer owns numbered segments (`<stream>-<rank>-<n>.jsonl`) and puts the newest one again at each flush, because
+object stores cannot append. Two streams: `events` for everything, flushed every few seconds, and `commits` for commits
+and deletions, which are durable before the writer goes on; the second stays short, so a catalogue is cheap however many
 steps a run has. The journal tells the story; which checkpoints exist is decided by manifests alone.
 """
 

@@ -7,8 +7,8 @@ by position alone:
 1. *Claim*: list `attempts/`, create `NNNN-nonce/claim.json` with the next number. Claims are totally ordered by
    (number, nonce), never reused, never deleted.
 2. *Look again*: a higher claim than mine means superseded.
-3. *Base*: only now read. The highest lower attempt with a valid manifest; candidates are its checkpoints and the lineage
-   that its newest manifest names. Reading before the claim loses commits that are acknowledged in between.
+3. *Base*: only now read. The highest lower attempt with a valid manifest; candidates are its checkpoints and the
+   lineage that its newest manifest names. Reading before the claim loses commits that are acknowledged in between.
 4. After each commit list claims once more, and acknowledge only if mine is still the highest.
 
 A zombie's commit is thus never acknowledged once its successor has claimed, and never accepted once the successor has
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,3 +215,10 @@ def _deleted(storage: Storage, run: str) -> set[CheckpointRef]:
             if event.get("event") == "delete" and target is not None:
                 gone.add(CheckpointRef(int(event["step"]), target))
     return gone
+
+
+def run_events(storage: Storage, run: str) -> Iterator[tuple[AttemptId, dict[str, Any]]]:
+    """Every attempt's events, lowest attempt first. A step that was done again appears once for each time."""
+    for attempt in list_attempts(storage, run):
+        for event in read_events(storage, attempt_dir(run, attempt)):
+            yield attempt, event

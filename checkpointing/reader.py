@@ -6,16 +6,16 @@ file. A read that fails proves nothing; it is tried again, and then it is a `Sto
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-
 from outlast.checkpointing.errors import DamagedError, StorageError, StorageRefused
 from outlast.checkpointing.layout import MANIFEST
 from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest
-from outlast.checkpointing.safetensors import SafetensorsError, decode
+from outlast.checkpointing.safetensors import SafetensorsError, bytes_view, decode, tensor_bytes
 from outlast.checkpointing.storage import Storage, walk
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.T
 
 def _read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy()) if entry.num_bytes else memoryview(bytearray())
+    view = bytes_view(buffer)
     digester, position = Digester(), 0
     try:
         with storage.open(f"{directory}/{entry.path}") as file:
@@ -124,3 +124,19 @@ def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
         except DamagedError as error:
             faults.append(error.message)
     return sorted(faults)
+
+
+def tensor_digests(storage: Storage, directory: str, manifest: Manifest) -> dict[str, str]:
+    """The SHA-256 of every tensor of a checkpoint (dtype, shape and bytes), by name; read and verified.
+
+    Raises:
+        DamagedError: The checkpoint is not whole.
+        StorageError: It could not be read.
+    """
+    digests = {}
+    for entry in manifest.files:
+        if entry.path.endswith(".safetensors"):
+            for name, tensor in read_tensors(storage, directory, entry).items():
+                head = f"{tensor.dtype}{list(tensor.shape)}".encode()
+                digests[name] = hashlib.sha256(head + tensor_bytes(tensor)).hexdigest()
+    return digests

@@ -1,8 +1,8 @@
 """The safetensors container, written and read as streams of buffers.
 
 Written here rather than by the library, because the library wants all bytes at once and digests nothing; the format is
-the library's (github.com/huggingface/safetensors): eight bytes of header length, a JSON header, then the tensors without
-holes. Everything a header claims is checked before it is believed.
+the library's (github.com/huggingface/safetensors): eight bytes of header length, a JSON header, then the tensors
+without holes. Everything a header claims is checked before it is believed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ class SafetensorsError(ValueError):
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's elements in row-major order; a view where the tensor is a contiguous one on the host."""
     host = tensor.detach().to("cpu").contiguous()
-    return memoryview(host.reshape(-1).view(torch.uint8).numpy()) if host.numel() else memoryview(b"")
+    return bytes_view(host.reshape(-1).view(torch.uint8))
+
+
+def bytes_view(buffer: torch.Tensor) -> memoryview:
+    """The memory of a contiguous uint8 tensor on the host."""
+    return memoryview(buffer.numpy().data) if buffer.numel() else memoryview(b"")
 
 
 def encode(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
@@ -75,7 +80,7 @@ def decode(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
     Raises:
         SafetensorsError: The header does not describe these bytes.
     """
-    data = memoryview(buffer.numpy())
+    data = bytes_view(buffer)
     try:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(bytes(data[8 : 8 + length]))

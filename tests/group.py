@@ -1,0 +1,142 @@
+"""A worker group without Ray: real processes, real gloo, a few tenths of a second to start.
+
+A fork server imports torch and transformers once; every rank is forked from it. `run_group` does what Ray Train does
+with a group: when one rank dies, the others go too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.faults import Action, Fault, Point
+from outlast.checkpointing.layout import CheckpointRef, checkpoint_dir
+from outlast.checkpointing.lineage import catalogue, run_events
+from outlast.checkpointing.manifest import Manifest
+from outlast.checkpointing.reader import tensor_digests
+from outlast.checkpointing.storage import LocalStorage
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.config import TrainingConfig
+from outlast.trainers.loop import Outcome
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.group_worker"])
+
+GRACE_S = 60.0
+
+
+class Quiet:
+    """A control that never stops and tells nobody."""
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def progress(self, event: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass
+class StopAt(Quiet):
+    """A control that asks for a stop once a step is done, on one rank only."""
+
+    step: int
+    seen: int = field(default=0)
+
+    def stop_requested(self) -> bool:
+        return self.seen >= self.step
+
+    def progress(self, event: dict[str, Any]) -> None:
+        self.seen = max(self.seen, event.get("step", 0))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended: an outcome, an error of ours, or another end (a signal, a traceback)."""
+
+    exit_code: int
+    outcome: Outcome | None = None
+    error: OutlastError | None = None
+
+
+def run_group(assignment: Assignment, storage: LocalStorage, size: int, control: Quiet | None = None) -> list[Ended]:
+    """Runs one attempt on `size` ranks and returns how each ended, in rank order."""
+    from tests.group_worker import work
+
+    rendezvous = Path(storage.url) / f".rendezvous-{os.getpid()}-{time.monotonic_ns()}"
+    pipes, processes = [], []
+    for rank in range(size):
+        mine, theirs = _context.Pipe(duplex=False)
+        arguments = (rank, size, str(rendezvous), assignment, storage.url, control or Quiet(), theirs)
+        processes.append(_context.Process(target=work, args=arguments, daemon=True))
+        pipes.append((mine, theirs))
+    for process in processes:
+        process.start()
+    for _, theirs in pipes:
+        theirs.close()  # so that a rank that dies is heard as the end of its pipe
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+    assert not hung, f"ranks {hung} of {size} did not end within {GRACE_S} s"
+    ended = []
+    for process, (pipe, _) in zip(processes, pipes, strict=True):
+        said = Ended(0)
+        with contextlib.suppress(EOFError):
+            said = pipe.recv() if pipe.poll() else said
+        ended.append(replace(said, exit_code=process.exitcode or 0))
+    return ended
+
+
+def fault(point: Point, step: int, rank: int, action: Action, folder: Path) -> Fault:
+    return Fault(point, step, rank, action, str(folder / f"fired-{point.value}-{step}-{rank}.json"))
+
+
+def newest(storage: LocalStorage, run: str) -> Manifest:
+    return catalogue(storage, run).accepted[0]
+
+
+def digests(storage: LocalStorage, run: str, ref: CheckpointRef | None = None) -> dict[str, str]:
+    """SHA-256 of every tensor of a checkpoint, the newest accepted one by default."""
+    manifest = next(item for item in catalogue(storage, run).accepted if ref in (None, item.ref))
+    return tensor_digests(storage, checkpoint_dir(run, manifest.ref), manifest)
+
+
+def losses(storage: LocalStorage, run: str) -> dict[int, float]:
+    """Every step's loss; a step that was done twice must have had the same loss both times."""
+    found: dict[int, float] = {}
+    for _, event in run_events(storage, run):
+        if event["event"] == "step":
+            assert found.setdefault(event["step"], event["loss"]) == event["loss"], f"step {event['step']} differs"
+    return found
+
+
+def tiny_config(name: str, storage: str, data: str, **train: Any) -> TrainingConfig:
+    """A GPT-2 of 30,000 weights with dropout on, 10 steps, a checkpoint every 3."""
+    body = {
+        "name": name,
+        "seed": 11,
+        "model": {
+            "config": {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32},
+            "tokenizer": {"train_bpe": 400},
+        },
+        "data": {"train": data, "eval": "5%", "max_length": 16},
+        "train": {"steps": 10, "batch": 8, "micro_batch": 1, "lr": 1e-3, "eval_every": 4, "warmup": 2, **train},
+        "checkpoint": {"storage": storage, "every": 3},
+    }
+    return TrainingConfig.model_validate(body)
+
+
+if __name__ == "__main__":
+    sys.exit("a helper of the tests")

@@ -1,0 +1,34 @@
+"""What a forked rank of `tests.group` runs. Imported once by the fork server, so that ranks start at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers  # noqa: F401
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.storage import open_storage
+from outlast.trainers import attempt  # noqa: F401
+from outlast.trainers.attempt import Assignment, run_attempt
+from outlast.trainers.world import World
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
+
+from tests.group import Ended
+
+
+def work(rank: int, size: int, rendezvous: str, assignment: Assignment, url: str, control: Any, pipe: Any) -> None:
+    log = os.open(f"{rendezvous}-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    try:
+        pipe.send(Ended(0, outcome=run_attempt(assignment, open_storage(url), World(), control)))
+    except OutlastError as error:
+        with contextlib.suppress(OSError):
+            pipe.send(Ended(0, error=error))
+    if size > 1:
+        dist.destroy_process_group()

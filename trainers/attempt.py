@@ -1,0 +1,164 @@
+"""One attempt, from claim to outcome: what every worker of a group runs, under Ray or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from outlast.checkpointing import faults
+from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.layout import checkpoint_dir
+from outlast.checkpointing.storage import Storage, read_bytes
+from outlast.trainers.config import TrainingConfig
+from outlast.trainers.data import Prepared
+from outlast.trainers.loop import Control, Loop, Outcome, make_plan
+from outlast.trainers.models import build_model
+from outlast.trainers.tasks import TASKS
+from outlast.trainers.world import World, make_deterministic
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a worker group is to do. Crosses process borders, so it holds plain values only.
+
+    Attributes:
+        config: The settings, `${env:…}` expanded.
+        declared: The settings as the user wrote them, which the claim keeps.
+        launch: The launch that this attempt belongs to.
+        prepared: The data.
+        num_threads: Intra-op threads of a worker, unless the run was started with another number.
+        faults: Faults to arm.
+    """
+
+    config: TrainingConfig
+    declared: Mapping[str, Any]
+    launch: str
+    prepared: Prepared
+    num_threads: int = 1
+    faults: Sequence[faults.Fault] = field(default_factory=tuple)
+
+
+def run_attempt(assignment: Assignment, storage: Storage, world: World, control: Control) -> Outcome:
+    """Claims the run, restores its resume point, trains. Every rank calls it.
+
+    Raises:
+        ConfigError: The settings differ from those that the run was started with.
+        NoCheckpointError: No checkpoint is whole.
+        StorageError: The storage failed.
+    """
+    config = assignment.config
+    faults.arm(assignment.faults, world.rank)
+    make_plan(config, assignment.prepared.num_samples, world.size)
+    checkpointer = Checkpointer(
+        storage,
+        config.name,
+        ranks=world,
+        launch=assignment.launch,
+        declaration=_declaration(assignment, world),
+        retention=config.checkpoint.retention,
+    )
+    if checkpointer.superseded:
+        return Outcome.SUPERSEDED
+    base = checkpointer.base_declaration
+    _check_unchanged(base, assignment)
+    make_deterministic(config.deterministic, int(base.get("num_threads", assignment.num_threads)))
+
+    task = TASKS[config.model.task]
+    tokenizer = assignment.prepared.tokenizer(storage)
+    fresh = checkpointer.catalogue.is_fresh
+    model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
+    _check_architecture(checkpointer)
+    _tell_changes(checkpointer, base, world)
+    has_eval = assignment.prepared.num_eval_samples > 0
+    loop = Loop(
+        config,
+        world,
+        checkpointer,
+        model.to(world.device),
+        task,
+        assignment.prepared.split(storage, "train"),
+        assignment.prepared.split(storage, "eval") if has_eval else None,
+        control,
+    )
+    try:
+        return loop.run()
+    finally:
+        checkpointer.flush()
+
+
+def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
+    return {
+        "settings": dict(assignment.declared),
+        "mathematics": assignment.config.mathematics(),
+        "data": assignment.prepared.fingerprint,
+        "num_threads": assignment.num_threads,
+        "versions": _versions(),
+        "workers": world.gather({"rank": world.rank, "host": socket.gethostname(), "pid": os.getpid()}),
+        "device": world.device.type,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _check_unchanged(base: Mapping[str, Any], assignment: Assignment) -> None:
+    if not base:
+        return
+    before, now = _flat(base["mathematics"]), _flat(assignment.config.mathematics())
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if base["data"] != assignment.prepared.fingerprint:
+        changed.append("the data is not the same (the files, or the settings under data: or model.tokenizer)")
+    if changed:
+        raise ConfigError(
+            f"run {assignment.config.name!r} was started with other settings, and going on with these would be another "
+            "run:\n" + "\n".join(f"  {line}" for line in changed),
+            hint="put them back, or start a new run with another `name:`",
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    inner = (_flat(item, f"{prefix}.{name}".strip(".")) for name, item in value.items())
+    return {key: item for part in inner for key, item in part.items()}
+
+
+def _check_architecture(checkpointer: Checkpointer) -> None:
+    """A pretrained directory that changed since the run began is found out before its settings are mixed in."""
+    for manifest in checkpointer.catalogue.accepted[:1]:
+        path = f"{checkpoint_dir(checkpointer.run, manifest.ref)}/config.json"
+        try:
+            before = json.loads(read_bytes(checkpointer.storage, path))
+        except (FileNotFoundError, ValueError):
+            return  # the resume point will be verified, byte for byte, when it is read
+        now = json.loads(checkpointer.files["config.json"])
+        changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+        if changed := changed - {"transformers_version"}:
+            raise ConfigError(
+                f"the model's configuration is not what run {checkpointer.run!r} was started with: "
+                f"{', '.join(sorted(changed))}",
+                hint="put the model directory back, or start a new run with another `name:`",
+            )
+
+
+def _tell_changes(checkpointer: Checkpointer, base: Mapping[str, Any], world: World) -> None:
+    """Puts into the journal what does not forbid going on, and yet can change the last bits."""
+    if not base or checkpointer.journal is None:
+        return
+    now = {"world_size": world.size, "versions": _versions(), "device": world.device.type}
+    for key, value in now.items():
+        if key in base and base[key] != value:
+            checkpointer.journal.event("changed", what=key, before=base[key], now=value)

@@ -1,0 +1,257 @@
+"""The settings of a training run, checked when they are built, before anything is held.
+
+Every model refuses keys that it does not know. The docstring under a field says what it means, in which unit, and why
+its default is what it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from enum import Enum
+from math import gcd
+from typing import Any, Literal, get_args
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.layout import check_run_name
+from outlast.checkpointing.retention import KEEP_LAST_MIN, Retention
+from outlast.checkpointing.schedule import Every
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class Exactness(Enum):
+    """What is promised about the order in which gradients are added."""
+
+    SAME_WORLD = "same-world"  #: the same bits at the same world size
+    ELASTIC = "elastic"  #: the same bits at any world size
+    FAST = "fast"  #: the library's own order; a resumed run may differ in the last bits
+
+
+class Settings(BaseModel):
+    """Base of every block of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TokenizerSettings(Settings):
+    """A tokenizer for a model that is built from scratch: give one of the two."""
+
+    train_bpe: int | None = Field(None, ge=257)
+    """Train a byte-level BPE tokenizer with this many entries on the training text."""
+    path: str | None = None
+    """Take the tokenizer of this local directory or hub id."""
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizerSettings:
+        if (self.train_bpe is None) == (self.path is None):
+            raise ValueError("give either train_bpe or path")
+        return self
+
+
+class ModelSettings(Settings):
+    """Which model: a pretrained one (`path`), or one from scratch (`config` and `tokenizer`)."""
+
+    path: str | None = None
+    """A local directory in the Hugging Face layout, or a hub id."""
+    config: dict[str, Any] | None = None
+    """Settings of a new model, `model_type` among them; vocabulary size and special tokens follow the tokenizer."""
+    tokenizer: TokenizerSettings | None = None
+    """Needed with `config`; with `path` the model's own tokenizer is taken."""
+    task: Literal["causal-lm"] = "causal-lm"
+    """What the model learns to do."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSettings:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either path (a pretrained model) or config (a new one)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs a model_type, such as gpt2 or llama")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("a new model needs a tokenizer, such as tokenizer: {train_bpe: 4096}")
+        return self
+
+
+class DataSettings(Settings):
+    """Where the text comes from and how it is cut."""
+
+    train: str
+    """A .txt (one document a line), .jsonl, .csv or .parquet file."""
+    eval: str | None = None
+    """Another such file, or a share of the training rows such as `2%`, chosen by a hash of (seed, row)."""
+    text: str = "text"
+    """The column that holds the text. A .txt file needs none."""
+    max_length: int = Field(512, ge=2)
+    """Tokens in a sample. Documents are joined with an end token and cut into pieces of this length; attention crosses
+    their borders, and the last piece is dropped when it is short."""
+
+    @property
+    def eval_share(self) -> float | None:
+        """The share of rows held out, 0 to 1, or None when `eval` is a file or not given."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", self.eval or "")
+        return float(match[1]) / 100 if match else None
+
+    @field_validator("eval")
+    @classmethod
+    def _share_is_sane(cls, value: str | None) -> str | None:
+        if value and value.strip().endswith("%"):
+            match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value.strip())
+            if not match or not 0 < float(match[1]) < 100:
+                raise ValueError(f"{value!r} is not a share: write 2%")
+        return value
+
+
+class TrainSettings(Settings):
+    """The optimization."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer updates in the run. Give steps or epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data in the run. Default 3 when steps is not given."""
+    batch: int = Field(8, ge=1)
+    """Samples in one step, over all workers and micro-batches. The world size never changes it."""
+    micro_batch: int = Field(0, ge=0)
+    """Samples in one forward and backward; divides batch. Default: the greatest common divisor of batch and 4."""
+    lr: float = Field(5e-5, ge=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to zero at the last step, or not."""
+    warmup: float = Field(0.0, ge=0)
+    """Steps of linear warm-up; below 1, a share of all steps."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay of AdamW; biases and norms are exempt."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging coefficients."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; 0 does not clip."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 by autocast. The weights are fp32 either way: what is saved is what is trained."""
+    eval_every: int | None = Field(None, ge=1)
+    """Evaluate every so many steps, and at the end. Default: only at the end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data = dict(data)
+            if data.get("steps") is None and data.get("epochs") is None:
+                data["epochs"] = 3
+            if not data.get("micro_batch") and isinstance(data.get("batch", 8), int):
+                data["micro_batch"] = gcd(data.get("batch", 8), 4)
+        return data
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSettings:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch ({self.micro_batch}) must divide batch ({self.batch})")
+        return self
+
+
+class CheckpointSettings(Settings):
+    """Where checkpoints go, when, and which stay."""
+
+    storage: str = "./runs"
+    """A directory that every machine of the run sees under this name."""
+    every: str | int = "10m"
+    """Interval: 200 (steps), 10m (or s, h), 1 epoch."""
+    keep_last: int = Field(3, ge=KEEP_LAST_MIN)
+    """The newest so many stay; two at least, because one may turn out damaged."""
+    keep_best: int = Field(0, ge=0)
+    """The best so many by `metric` stay; each evaluation then saves."""
+    metric: str = "eval_loss"
+    """What best means."""
+    metric_mode: Literal["min", "max"] = "min"
+    """Whether less or more is better."""
+    load_best: bool = False
+    """Publish the best checkpoint as the run's model, not the last."""
+
+    @field_validator("every")
+    @classmethod
+    def _is_interval(cls, value: str | int) -> str | int:
+        Every.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> CheckpointSettings:
+        if self.load_best and not self.keep_best:
+            raise ValueError("load_best needs keep_best: 1 or more")
+        return self
+
+    @property
+    def interval(self) -> Every:
+        return Every.parse(self.every)
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(self.keep_last, self.keep_best, self.metric, self.metric_mode)
+
+
+class TrainingConfig(Settings):
+    """Everything that the step loop needs to know."""
+
+    name: str
+    """Name of the run; one run, one directory."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Everything random follows from it."""
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
+    checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings.model_validate({}))
+    exactness: Literal["same-world", "elastic", "fast"] = "same-world"
+    """What is promised of a resumed run: the same bits at the same world size, or the library's own speed (fast)."""
+    deterministic: bool = True
+    """torch's deterministic algorithms. Some GPU kernels get slower; the promise of the same bits rests on it."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_usable(cls, value: str) -> str:
+        try:
+            return check_run_name(value)
+        except ConfigError as error:
+            raise ValueError(error.message) from error
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> TrainingConfig:
+        if self.exactness == Exactness.ELASTIC.value:
+            raise ValueError("exactness: elastic is not available yet; use same-world")
+        wants_eval = self.train.eval_every or self.checkpoint.keep_best
+        if wants_eval and not self.data.eval:
+            raise ValueError("evaluation needs data.eval: a file, or a share such as 2%")
+        return self
+
+    def mathematics(self) -> dict[str, Any]:
+        """The settings that decide which numbers come out, the data excepted (its fingerprint speaks for it).
+
+        Two runs that agree in these, in the data and in the world size, end with the same bits.
+        """
+        whole = self.model_dump(mode="json", include={"seed", "model", "train", "exactness", "deterministic"})
+        whole["train"].pop("eval_every")
+        return whole
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The findings of pydantic, one line each, with the nearest known key where a key is not known."""
+    lines = []
+    for found in error.errors():
+        where = ".".join(str(part) for part in found["loc"])
+        if found["type"] == "extra_forbidden":
+            known = _fields_at(model, found["loc"][:-1])
+            near = difflib.get_close_matches(str(found["loc"][-1]), known, n=1)
+            lines.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {known}"))
+        else:
+            lines.append(f"{where or 'the whole'}: {found['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if inner is None:
+            return []
+        model = inner
+    return sorted(model.model_fields)

@@ -1,0 +1,298 @@
+"""From raw text to packed Arrow files, once; and from an Arrow file to rows, memory-mapped.
+
+Prepared data lies under `<storage>/.data/<fingerprint>/`, its own manifest written last, so that a crash leaves nothing
+that counts and two preparers at once are harmless: both write the same bytes. The fingerprint covers the bytes of the
+sources and every setting that changes what comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset
+import xxhash
+from outlast.checkpointing.errors import ConfigError, DamagedError
+from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry
+from outlast.checkpointing.storage import LocalStorage, Storage, read_bytes
+from outlast.checkpointing.writer import write_file
+from outlast.trainers.config import TrainingConfig
+from outlast.trainers.models import Tokenizer, files_of, load_tokenizer, train_bpe
+from outlast.trainers.sampling import mix
+
+FORMAT = 1
+ROWS_PER_BATCH = 1024
+_FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_DATA_MANIFEST = "data.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What preparation made.
+
+    Attributes:
+        fingerprint: Names it.
+        directory: Where it lies, relative to the storage root.
+        num_samples: Training samples, each `max_length` tokens.
+        num_eval_samples: Evaluation samples.
+        num_rows: Rows read, by split.
+        num_tokens: Tokens made, end tokens included, by split.
+        num_dropped_tokens: Tokens in the last, short piece of each split.
+        files: Every file with its digests.
+    """
+
+    fingerprint: str
+    directory: str
+    num_samples: int
+    num_eval_samples: int
+    num_rows: Mapping[str, int]
+    num_tokens: Mapping[str, int]
+    num_dropped_tokens: Mapping[str, int]
+    files: tuple[FileEntry, ...]
+
+    def tokenizer(self, storage: Storage) -> Tokenizer:
+        """The run's tokenizer, as it was when the data was made."""
+        prefix = "tokenizer/"
+        names = [entry.path for entry in self.files if entry.path.startswith(prefix)]
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                (Path(folder) / name.removeprefix(prefix)).write_bytes(read_bytes(storage, f"{self.directory}/{name}"))
+            return load_tokenizer(folder)
+
+    def split(self, storage: Storage, name: str) -> PackedData:
+        """The samples of `train` or `eval`."""
+        assert isinstance(storage, LocalStorage)
+        return PackedData(storage.path(f"{self.directory}/{name}.arrow"))
+
+
+class PackedData:
+    """Samples of equal length in an Arrow file, memory-mapped: opening costs nothing, reading costs what is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        last = self._reader.num_record_batches - 1
+        self._length = 0 if last < 0 else last * ROWS_PER_BATCH + self._reader.get_batch(last).num_rows
+
+    def __len__(self) -> int:
+        return self._length
+
+    def rows(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """The samples with these numbers, shape [len(numbers), max_length]."""
+        return np.stack([self._row(int(number)) for number in numbers])
+
+    def _row(self, number: int) -> npt.NDArray[np.int32]:
+        column = self._reader.get_batch(number // ROWS_PER_BATCH).column(0)
+        row: npt.NDArray[np.int32] = column[number % ROWS_PER_BATCH].values.to_numpy()
+        return row
+
+
+def prepare(config: TrainingConfig, storage: Storage) -> Prepared:
+    """The prepared data of a run: found if it was made before, verified; made now if not.
+
+    Raises:
+        ConfigError: A file or column is missing, a row is not text, or there is less text than one sample.
+        StorageError: Reading or writing failed.
+    """
+    fingerprint = _fingerprint(config)
+    directory = f".data/{fingerprint}"
+    try:
+        known = json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}"))
+        prepared = _from_json(known)
+        _verify(storage, prepared)
+        return prepared
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return _make(config, storage, fingerprint, directory)
+    except DamagedError:
+        return _make(config, storage, fingerprint, directory)
+
+
+def _from_json(body: dict[str, Any]) -> Prepared:
+    files = tuple(FileEntry(**{**item, "blocks": tuple(item["blocks"])}) for item in body.pop("files"))
+    return Prepared(**body, files=files)
+
+
+def _verify(storage: Storage, prepared: Prepared) -> None:
+    for entry in prepared.files:
+        digester = Digester()
+        with storage.open(f"{prepared.directory}/{entry.path}") as file:
+            for chunk in iter(partial(file.read, BLOCK_BYTES), b""):
+                digester.update(chunk)
+        if digester.entry(entry.path) != entry:
+            raise DamagedError(f"{prepared.directory}/{entry.path}: bytes changed since the data was prepared")
+
+
+def _fingerprint(config: TrainingConfig) -> str:
+    digest = xxhash.xxh3_128()
+    for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
+        digest.update(_digest_file(_source(source)).encode())
+    tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
+    for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (Path(path) / name).is_file():
+                digest.update(_digest_file(Path(path) / name).encode())
+        tokenizer = {"files": "digested"}
+    settings = {
+        "format": FORMAT,
+        "tokenizer": tokenizer,
+        "text": config.data.text,
+        "max_length": config.data.max_length,
+        "eval": config.data.eval_share,
+        "seed": config.seed if config.data.eval_share else 0,
+    }
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return str(digest.hexdigest())
+
+
+def _digest_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        for chunk in iter(partial(file.read, BLOCK_BYTES), b""):
+            digest.update(chunk)
+    return str(digest.hexdigest())
+
+
+def _source(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"data file {name} is not there", hint="set data.train (and data.eval) to existing files")
+    if path.suffix not in (*_FORMATS, ".txt"):
+        raise ConfigError(f"data file {name}: outlast reads .txt, .jsonl, .csv and .parquet, not {path.suffix!r}")
+    return path
+
+
+def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory: str) -> Prepared:
+    settings, share = config.data, config.data.eval_share
+    tokenizer = _tokenizer(config)
+    splits: dict[str, Iterator[str]] = {"train": (text for _, text in _split(config, held_out=False))}
+    if share:
+        splits["eval"] = (text for _, text in _split(config, held_out=True))
+    elif settings.eval:
+        splits["eval"] = read_texts(settings.eval, settings.text)
+    files = [write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in files_of(tokenizer).items()]
+    packed = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, texts in splits.items():
+            path = Path(folder) / f"{name}.arrow"
+            packed[name] = _pack(texts, tokenizer, settings.max_length, path)
+            if not packed[name].num_samples:
+                raise ConfigError(
+                    f"{settings.train if name == 'train' else settings.eval}: the {name} split has "
+                    f"{packed[name].num_tokens:,} tokens, less than one sample (data.max_length {settings.max_length})",
+                    hint="give more text, or a smaller data.max_length",
+                )
+            with path.open("rb") as file:
+                chunks = iter(partial(file.read, BLOCK_BYTES), b"")
+                files.append(write_file(storage, directory, f"{name}.arrow", chunks))
+    prepared = Prepared(
+        fingerprint=fingerprint,
+        directory=directory,
+        num_samples=packed["train"].num_samples,
+        num_eval_samples=packed["eval"].num_samples if "eval" in packed else 0,
+        num_rows={name: item.num_rows for name, item in packed.items()},
+        num_tokens={name: item.num_tokens for name, item in packed.items()},
+        num_dropped_tokens={name: item.num_dropped_tokens for name, item in packed.items()},
+        files=tuple(files),
+    )
+    storage.put(f"{directory}/{_DATA_MANIFEST}", [json.dumps(asdict(prepared), indent=1).encode()])
+    return prepared
+
+
+def _tokenizer(config: TrainingConfig) -> Tokenizer:
+    wanted = config.model.tokenizer
+    if wanted is not None and wanted.train_bpe is not None:
+        return train_bpe((text for _, text in _split(config, held_out=False)), wanted.train_bpe)
+    return load_tokenizer(wanted.path if wanted and wanted.path else str(config.model.path))
+
+
+def _split(config: TrainingConfig, *, held_out: bool) -> Iterator[tuple[int, str]]:
+    """The training file's rows that are held out for evaluation, or those that are not."""
+    border = int((config.data.eval_share or 0.0) * 2**64)
+    for number, text in enumerate(read_texts(config.data.train, config.data.text)):
+        if (mix(config.seed, number) < border) is held_out:
+            yield number, text
+
+
+def read_texts(source: str, column: str) -> Iterator[str]:
+    """The documents of a file, in order, in constant memory.
+
+    Raises:
+        ConfigError: The file or the column is missing, or a row holds something that is not text.
+    """
+    path = _source(source)
+    if path.suffix == ".txt":
+        with path.open(encoding="utf-8") as file:
+            try:
+                yield from (line.rstrip("\n") for line in file if line.strip())
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{source} is not UTF-8 text: {error}") from error
+        return
+    try:
+        found = pyarrow.dataset.dataset(str(path), format=_FORMATS[path.suffix])
+        if column not in found.schema.names:
+            raise ConfigError(
+                f"{source} has no column {column!r}; it has {', '.join(found.schema.names)}",
+                hint=f"set data.text, for example -s data.text={found.schema.names[0]}",
+            )
+        number = 0
+        for batch in found.to_batches(columns=[column], use_threads=False):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                if not isinstance(value, str):
+                    raise ConfigError(f"{source}, row {number}: column {column!r} holds {value!r}, not text")
+                yield value
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{source} cannot be read as {path.suffix}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    num_rows: int
+    num_tokens: int
+    num_samples: int
+    num_dropped_tokens: int
+
+
+def _pack(texts: Iterator[str], tokenizer: Tokenizer, length: int, path: Path) -> _Packed:
+    """Tokenizes, joins with end tokens, cuts into samples of `length`, writes them to an Arrow file."""
+    kind = pa.list_(pa.int32(), length)
+    schema = pa.schema([("input_ids", kind)])
+    num_rows = num_tokens = num_samples = 0
+    rest = np.empty(0, dtype=np.int32)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+
+        def write(tokens: npt.NDArray[np.int32]) -> None:
+            column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), type=kind)
+            writer.write_batch(pa.record_batch([column], schema=schema))
+
+        full = ROWS_PER_BATCH * length
+        for rows in _batches(texts, 1000):
+            pieces = [np.asarray(ids, dtype=np.int32) for ids in tokenizer.encode(rows)]
+            num_rows += len(rows)
+            num_tokens += sum(piece.size for piece in pieces)
+            rest = np.concatenate([rest, *pieces])
+            while rest.size >= full:
+                write(rest[:full])
+                rest, num_samples = rest[full:], num_samples + ROWS_PER_BATCH
+        last = rest.size // length
+        if last:
+            write(rest[: last * length])
+    return _Packed(num_rows, num_tokens, num_samples + last, rest.size - last * length)
+
+
+def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,35 @@
+"""Evaluation: the loss over a held-out set, sharded over the ranks, the same number at any world size."""
+
+from __future__ import annotations
+
+import torch
+from outlast.checkpointing.weights import unwrap
+from outlast.trainers.data import PackedData
+from outlast.trainers.sampling import share
+from outlast.trainers.tasks import Task
+from outlast.trainers.world import World
+from torch import nn
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, data: PackedData, world: World, micro_batch: int, precision: str) -> float:
+    """The mean loss over all of `data`.
+
+    Each rank takes a contiguous share of the micro-batches; their sums are added in micro-batch order in float64, so
+    the result does not depend on who computed which. Runs on the unwrapped module, because DDP's forward is collective.
+    """
+    inner = unwrap(model)
+    was_training = inner.training
+    inner.eval()
+    num_micro = -(-len(data) // micro_batch)
+    table = torch.zeros(num_micro, 2, dtype=torch.float64)
+    for micro in share(num_micro, world.rank, world.size):
+        batch = task.collate(data.rows(range(micro * micro_batch, min((micro + 1) * micro_batch, len(data)))))
+        table[micro, 1] = task.count(batch)
+        with world.autocast(precision):
+            loss_sum = task.loss_sum(inner, {key: value.to(world.device) for key, value in batch.items()})
+        table[micro, 0] = loss_sum.double().cpu()
+    table = world.add(table)
+    inner.train(was_training)
+    loss: float = sum(table[:, 0].tolist()) / sum(table[:, 1].tolist())
+    return loss

@@ -1,0 +1,332 @@
+"""The step loop. A step is a pure function of (seed, step): nothing else decides what it computes.
+
+One step is one optimizer update over one global batch, cut into micro-batches that the ranks share out. Before each
+micro-batch every generator is seeded from (seed, step, micro-batch), so there is no generator state to save and no
+batch to skip: a run that resumes at step k computes what the uninterrupted run computed from step k on.
+
+The loop knows nothing of Ray. What it needs from outside is a `Control`: whether to stop, and whom to tell.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.faults import Point, reach
+from outlast.checkpointing.layout import CheckpointRef
+from outlast.checkpointing.retention import Kept
+from outlast.trainers.config import Exactness, TrainingConfig, TrainSettings
+from outlast.trainers.data import PackedData
+from outlast.trainers.evaluation import evaluate
+from outlast.trainers.sampling import Plan, share
+from outlast.trainers.tasks import Task
+from outlast.trainers.world import World, seed_everything
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Outcome(Enum):
+    """How an attempt ended that did not fail."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+    SUPERSEDED = "superseded"
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 75 interrupted and resumable."""
+        return 0 if self is Outcome.DONE else 75
+
+
+class Control(Protocol):
+    """The loop's line to the outside. Both methods must return at once."""
+
+    def stop_requested(self) -> bool:
+        """True once this rank was asked to end at the next step. Ranks need not agree: one is enough."""
+
+    def progress(self, event: dict[str, Any]) -> None:
+        """Takes note of an event (rank 0 only)."""
+
+
+def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan:
+    """The walk through the data.
+
+    Raises:
+        ConfigError: There are more ranks than micro-batches in a step.
+    """
+    train = config.train
+    if train.batch // train.micro_batch < world_size:
+        raise ConfigError(
+            f"{world_size} workers, but a batch of {train.batch} holds only {train.batch // train.micro_batch} "
+            f"micro-batches of {train.micro_batch}: some workers would have nothing to do",
+            hint="use fewer workers, a larger train.batch or a smaller train.micro_batch",
+        )
+    total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
+    return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
+
+
+def learning_rate(train: TrainSettings, step: int, num_steps: int) -> float:
+    """The learning rate of `step` (from 0). Linear warm-up to the peak, then as `schedule` says, zero after the end."""
+    warmup = math.ceil(train.warmup * num_steps) if train.warmup < 1 else int(train.warmup)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, num_steps - warmup)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.schedule]
+    return train.lr * factor
+
+
+def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW:
+    """AdamW; tensors of one dimension (biases, norms) do not decay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=train.lr, betas=train.betas, eps=train.eps, fused=True
+    )
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A step whose losses are computed but not yet added over the ranks."""
+
+    step: int
+    count: float
+    micro_losses: dict[int, torch.Tensor]
+    grad_norm: torch.Tensor | None
+    lr: float
+    began: float
+
+
+class Loop:
+    """Trains one attempt, from its resume point to the end, a stop, or being superseded.
+
+    Args:
+        config: The settings.
+        world: This rank.
+        checkpointer: Holds the claim.
+        model: The unwrapped model, on `world.device`.
+        task: What the model learns.
+        train_data: Training samples.
+        eval_data: Held-out samples, or None.
+        control: The line to the outside.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        world: World,
+        checkpointer: Checkpointer,
+        model: nn.Module,
+        task: Task,
+        train_data: PackedData,
+        eval_data: PackedData | None,
+        control: Control,
+    ) -> None:
+        self.config, self.world, self.checkpointer = config, world, checkpointer
+        self.task, self.train_data, self.eval_data, self.control = task, train_data, eval_data, control
+        self.plan = make_plan(config, len(train_data), world.size)
+        self.model = model
+        self.optimizer = make_optimizer(model, config.train)
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.log_history: list[dict[str, Any]] = []
+        self._pending: _Pending | None = None
+        self._saved_at = time.monotonic()
+        self._committed: int | None = None
+
+    def run(self) -> Outcome:
+        """Runs to one of the three ends. Raises what the checkpointer raises."""
+        fresh = self._resume()
+        if self.checkpointer.superseded:
+            return Outcome.SUPERSEDED
+        self.wrapped = self.world.parallelize(self.model, Exactness(self.config.exactness))
+        self.model.train()
+        if fresh and self.eval_data is not None:
+            self._evaluate()
+        while self.step < self.plan.num_steps:
+            stop, save = self._train_step()
+            self.step += 1
+            last = self.step == self.plan.num_steps
+            evaluated = self._evaluation_is_due(last) and self._evaluate()
+            interval = self.config.checkpoint.interval
+            due = interval.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
+            best = evaluated and self.config.checkpoint.keep_best > 0
+            if (save or due or best or stop or last) and not self._save():
+                return Outcome.SUPERSEDED
+            if stop and not last:
+                self._tell("stop", step=self.step)
+                self.checkpointer.flush()
+                return Outcome.STOPPED
+        return self._finish()
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _train_step(self) -> tuple[bool, bool]:
+        """One optimizer update. Returns whether to stop and whether to save after it, agreed by all ranks."""
+        plan, train, step = self.plan, self.config.train, self.step
+        began = time.monotonic()
+        num_micro = plan.num_micro_batches(step)
+        mine = share(num_micro, self.world.rank, self.world.size)
+        batches = {m: self.task.collate(self.train_data.rows(plan.samples(step, m))) for m in mine}
+        count, stop, save = self._agree(sum(self.task.count(batch) for batch in batches.values()))
+
+        losses: dict[int, torch.Tensor] = {}
+        for micro, batch in batches.items():
+            seed_everything(plan.seed, step, micro)
+            losses[micro] = self._forward_backward(batch, count, sync=micro == mine[-1])
+        if not batches:  # a short last step: the others wait for this rank's gradients, which are zero
+            batch = self.task.collate(self.train_data.rows(plan.samples(step, 0)))
+            self._forward_backward(batch, math.inf, sync=True)
+
+        reach(Point.STEP, step)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train.clip) if train.clip else None
+        lr = learning_rate(train, step, plan.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._pending = _Pending(step, count, losses, norm, lr, began)
+        return stop, save
+
+    def _forward_backward(self, batch: dict[str, torch.Tensor], count: float, *, sync: bool) -> torch.Tensor:
+        """Adds the gradient of `loss_sum / count`; the ranks add theirs up when `sync`. Returns the loss sum."""
+        if isinstance(self.wrapped, DistributedDataParallel):
+            self.wrapped.require_backward_grad_sync = sync
+        with self.world.autocast(self.config.train.precision):
+            on_device = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
+            loss_sum = self.task.loss_sum(self.wrapped, on_device)
+        (loss_sum / count).backward()  # type: ignore[no-untyped-call]
+        return loss_sum.detach()
+
+    def _agree(self, count: int) -> tuple[float, bool, bool]:
+        """The step's one small all-reduce: its count, the ranks' flags, and the losses of the step before.
+
+        Each micro-batch's loss has a place of its own, zero on every rank but one, so that adding over the ranks is
+        exact; they are then added up in micro-batch order.
+        """
+        places = self.plan.batch // self.plan.micro_batch
+        values = torch.zeros(3 + places, dtype=torch.float64)
+        values[0] = count
+        values[1] = float(self.control.stop_requested())
+        if self.world.rank == 0:
+            values[2] = float(self.config.checkpoint.interval.due_at_time(time.monotonic() - self._saved_at))
+        pending, self._pending = self._pending, None
+        for micro, loss_sum in (pending.micro_losses if pending else {}).items():
+            values[3 + micro] = loss_sum.double().cpu()
+        values = self.world.add(values)
+        if pending is not None:
+            self._log(pending, sum(values[3:].tolist()))
+        return values[0].item(), values[1].item() > 0, values[2].item() > 0
+
+    def _log(self, done: _Pending, loss_sum: float) -> None:
+        self.metrics["loss"] = loss_sum / done.count
+        if self.world.rank == 0:
+            event = {
+                "step": done.step + 1,
+                "loss": self.metrics["loss"],
+                "lr": done.lr,
+                "grad_norm": done.grad_norm.item() if done.grad_norm is not None else None,
+                "count": int(done.count),
+                "seconds": round(time.monotonic() - done.began, 4),
+            }
+            self._tell("step", **event)
+
+    # -- evaluating and saving -----------------------------------------------------------------------------------------
+
+    def _evaluation_is_due(self, last: bool) -> bool:
+        every = self.config.train.eval_every
+        return self.eval_data is not None and (last or (every is not None and self.step % every == 0))
+
+    def _evaluate(self) -> bool:
+        assert self.eval_data is not None
+        train = self.config.train
+        began = time.monotonic()
+        if self._pending is not None:
+            self._agree(0)
+        loss = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
+        self.metrics["eval_loss"] = loss
+        self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), "eval_loss": loss})
+        self._tell("eval", step=self.step, eval_loss=loss, seconds=round(time.monotonic() - began, 4))
+        self._evaluated = self.step
+        return True
+
+    def _save(self) -> bool:
+        """Commits the state after `self.step` steps. False when superseded."""
+        if self._pending is not None:
+            self._agree(0)
+        metrics = dict(self.metrics)
+        if not (self.log_history and self.log_history[-1]["step"] == self.step):
+            metrics.pop("eval_loss", None)
+        state = {
+            "step": self.step,
+            "epoch": self.plan.epoch(self.step),
+            "position": self.step * self.plan.batch % self.plan.num_samples,
+            "metrics": self.metrics,
+            "log_history": self.log_history,
+            "num_threads": torch.get_num_threads(),
+        }
+        files = {"trainer_state.json": self._trainer_state()}
+        acknowledged = self.checkpointer.save(
+            self.step, self.model, self.optimizer, state, metrics=metrics, files=files
+        )
+        self._saved_at = time.monotonic()
+        if acknowledged:
+            self._committed = self.step
+            self.control.progress({"event": "commit", "step": self.step})
+        return acknowledged
+
+    def _trainer_state(self) -> bytes:
+        """What the Hugging Face Trainer would leave here, for tools that read it."""
+        state = {
+            "global_step": self.step,
+            "epoch": self.plan.epoch(self.step),
+            "max_steps": self.plan.num_steps,
+            "num_train_epochs": math.ceil(self.plan.epoch(self.plan.num_steps)),
+            "train_batch_size": self.plan.micro_batch,
+            "log_history": self.log_history,
+            "is_world_process_zero": True,
+            "is_local_process_zero": True,
+        }
+        return json.dumps(state, indent=1).encode() + b"\n"
+
+    def _resume(self) -> bool:
+        """Restores the resume point, if there is one. Returns True on a fresh start."""
+        state = self.checkpointer.resume(self.model, self.optimizer)
+        if state is None:
+            return not self.checkpointer.superseded
+        self.step, self.metrics, self.log_history = state["step"], state["metrics"], state["log_history"]
+        return False
+
+    def _finish(self) -> Outcome:
+        """Publishes the model. An attempt that resumed at the very end commits that state once more, as its own."""
+        if self._committed != self.plan.num_steps and not self._save():
+            return Outcome.SUPERSEDED
+        source = self._chosen()
+        published = self.checkpointer.finish(source, self.plan.num_steps)
+        if published is None:
+            return Outcome.SUPERSEDED
+        self.control.progress({"event": "done", "step": self.step, "model": published})
+        return Outcome.DONE
+
+    def _chosen(self) -> CheckpointRef:
+        accepted = self.checkpointer.accepted
+        if self.config.checkpoint.load_best:
+            rated = [Kept(item.ref, item.metrics) for item in accepted]
+            if best := self.config.checkpoint.retention.best(rated):
+                return best[0].ref
+        return accepted[0].ref
+
+    def _tell(self, kind: str, /, **fields: Any) -> None:
+        if self.checkpointer.journal is not None:
+            self.checkpointer.journal.event(kind, **fields)
+            self.control.progress({"event": kind, **fields})

@@ -1,0 +1,144 @@
+"""Models and tokenizers: transformers does the work, outlast decides what is asked of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.weights import named_weights
+from outlast.trainers.config import ModelSettings
+from outlast.trainers.tasks import Task
+from outlast.trainers.world import seed_everything
+from torch import nn
+
+END_TOKEN = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A fast tokenizer of transformers, seen as what packing needs."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        if inner.eos_token_id is None:
+            raise ConfigError("the tokenizer has no end-of-text token, which packing needs between documents")
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token numbers of each text, its end token last."""
+        encoded = self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*ids, self.inner.eos_token_id] for ids in encoded]
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a directory or hub id.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        return Tokenizer(transformers.AutoTokenizer.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {_first_line(error)}") from error
+
+
+def train_bpe(texts: Iterator[str], num_entries: int) -> Tokenizer:
+    """A byte-level BPE tokenizer with `num_entries` entries, trained on the texts."""
+    import tokenizers
+    from tokenizers import decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+
+    tokenizer = tokenizers.Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_entries, special_tokens=[END_TOKEN], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokenizer(
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token=END_TOKEN, eos_token=END_TOKEN, pad_token=END_TOKEN
+        )
+    )
+
+
+def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer's files by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.inner.save_pretrained(folder)
+        return _read_all(folder)
+
+
+def build_model(
+    settings: ModelSettings, task: Task, tokenizer: Tokenizer, seed: int, *, fresh: bool
+) -> tuple[nn.Module, dict[str, bytes]]:
+    """The model, and the small files that make a checkpoint of it a Hugging Face directory.
+
+    Args:
+        settings: Which model.
+        task: Names the Auto class.
+        tokenizer: Gives a new model its vocabulary size and special tokens.
+        seed: New weights follow from it.
+        fresh: False when the weights are about to be replaced by a checkpoint's, so that pretrained ones are not read.
+
+    Raises:
+        ConfigError: transformers knows no such model, or it cannot be saved under the names it is loaded by.
+    """
+    auto = getattr(transformers, task.auto_class)
+    seed_everything(seed)
+    try:
+        if settings.path is not None and fresh:
+            model = auto.from_pretrained(settings.path, dtype=torch.float32)
+        else:
+            model = auto.from_config(_config(settings, tokenizer), dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the model cannot be built: {_first_line(error)}", hint="check `model:`") from error
+    _check_names(model)
+    model.config.architectures = [type(model).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        return model, {**_read_all(folder), **files_of(tokenizer)}
+
+
+def _config(settings: ModelSettings, tokenizer: Tokenizer) -> Any:
+    if settings.path is not None:
+        return transformers.AutoConfig.from_pretrained(settings.path)
+    inner = tokenizer.inner
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": inner.bos_token_id,
+        "eos_token_id": inner.eos_token_id,
+        "pad_token_id": inner.pad_token_id,
+    }
+    given = dict(settings.config or {})
+    return transformers.AutoConfig.for_model(given.pop("model_type"), **{**special, **given})
+
+
+def _check_names(model: Any) -> None:
+    """Some architectures hold their weights under other names than their files do; those cannot be saved yet."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = named_weights(model)
+    changed = revert_weight_conversion(model, dict(own)).keys() - own.keys()
+    if changed:
+        raise ConfigError(
+            f"{type(model).__name__} keeps weights under other names than its files do "
+            f"({sorted(changed)[0]}, …); outlast cannot write such checkpoints yet"
+        )
+
+
+def _read_all(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

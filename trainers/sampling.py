@@ -1,0 +1,117 @@
+"""From a position in the run to a sample, and to the seeds of its randomness: pure, O(1), no state to lose.
+
+Sample `i` of step `s` has the global position `g = s * batch + i`; its epoch is `g // N`, its place in it `p = g % N`,
+and the sample is a pseudo-random permutation of `[0, N)` at `p`, keyed by (seed, epoch). The permutation is a Feistel
+network over the next power of four, walked until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite
+domains", 2002). So step 10^9 costs what step 0 costs, and the world size never enters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+_ROUNDS = 6
+_MASK64 = (1 << 64) - 1
+U64 = npt.NDArray[np.uint64]
+
+
+def mix(*parts: int) -> int:
+    """64 well-mixed bits of the integers (SplitMix64, Steele et al. 2014, chained). The run's only source of seeds."""
+    state = 0x6F75746C61737400
+    for part in parts:
+        state = (state ^ (part & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK64
+        state ^= state >> 31
+    return state
+
+
+def permute(seed: int, epoch: int, positions: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:
+    """The samples at `positions` of an epoch.
+
+    Args:
+        seed: The run's seed.
+        epoch: Number of the epoch, from 0.
+        positions: Places in the epoch, each in [0, size). Any shape.
+        size: Number of samples, 1 to 2^62.
+
+    Returns:
+        Sample numbers in [0, size), of the shape of `positions`. Over all positions, each exactly once.
+    """
+    assert 1 <= size <= 1 << 62
+    values = np.array(positions, dtype=np.uint64, ndmin=1)
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    keys = [np.uint64(mix(seed, epoch, number)) for number in range(_ROUNDS)]
+    result = _feistel(values, keys, half)
+    while (outside := result >= np.uint64(size)).any():
+        result[outside] = _feistel(result[outside], keys, half)
+    return result.astype(np.int64).reshape(np.shape(positions))
+
+
+def _feistel(values: U64, keys: list[np.uint64], half: int) -> U64:
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (_scramble(right ^ key) & mask)
+    return left << shift | right
+
+
+def _scramble(x: U64) -> U64:
+    with np.errstate(over="ignore"):
+        x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a run walks through its samples.
+
+    Attributes:
+        seed: The run's seed.
+        num_samples: Samples in an epoch.
+        batch: Samples in a global batch.
+        micro_batch: Samples in a micro-batch; divides `batch`.
+        total_samples: Samples in the whole run, over all epochs; the last step may be short.
+    """
+
+    seed: int
+    num_samples: int
+    batch: int
+    micro_batch: int
+    total_samples: int
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.total_samples // self.batch)
+
+    def num_micro_batches(self, step: int) -> int:
+        """Micro-batches of a step; fewer in a short last step."""
+        return -(-self._num_in_step(step) // self.micro_batch)
+
+    def _num_in_step(self, step: int) -> int:
+        return min(self.batch, self.total_samples - step * self.batch)
+
+    def samples(self, step: int, micro: int) -> npt.NDArray[np.int64]:
+        """Sample numbers of micro-batch `micro` of `step` (both from 0), shape [at most micro_batch]."""
+        begin = step * self.batch + micro * self.micro_batch
+        end = min(begin + self.micro_batch, step * self.batch + self._num_in_step(step))
+        where = np.arange(begin, end, dtype=np.int64)
+        epochs = where // self.num_samples
+        chosen = np.empty_like(where)
+        for epoch in np.unique(epochs):
+            mine = epochs == epoch
+            chosen[mine] = permute(self.seed, int(epoch), where[mine] % self.num_samples, self.num_samples)
+        return chosen
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return min(step * self.batch, self.total_samples) / self.num_samples
+
+
+def share(count: int, rank: int, size: int) -> range:
+    """The contiguous part of `range(count)` that falls to `rank` of `size`; parts differ by one at most."""
+    return range(count * rank // size, count * (rank + 1) // size)

@@ -1,0 +1,108 @@
+"""The ranks of an attempt, their device, and how their gradients are added.
+
+Stock DDP adds in an order that depends on its buckets, and it rebuilds them after the first step: from three ranks on,
+a resumed run differs in the last bits from one that went through. The ordered reducer adds in rank order whatever the
+buckets: each rank owns one chunk, receives everyone's part of it (all-to-all), adds them in order, and hands the sum
+round (all-gather). That moves as many bytes as a ring.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from outlast.checkpointing.ranks import Ranks
+from outlast.trainers.config import Exactness
+from outlast.trainers.sampling import mix
+from torch import nn
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+
+class World(Ranks):
+    """This process among the workers.
+
+    Attributes:
+        device: Where this rank computes.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.device = device or torch.device("cpu")
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum over the ranks, of a float64 tensor on the host.
+
+        Exact for counts, and for values that are zero on all ranks but one: then the order does not matter.
+        """
+        assert values.dtype == torch.float64
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def autocast(self, precision: str) -> torch.autocast:
+        """The context of a forward pass: bf16 where an operation allows it, or nothing for fp32."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def parallelize(self, model: nn.Module, exactness: Exactness) -> nn.Module:
+        """The model under DDP with the reducer that `exactness` asks for; the model itself for a single rank."""
+        if self.size == 1:
+            return model
+        # Buffers that are saved must be rank 0's on every rank; most models have none that change.
+        has_state = any(True for _ in model.state_dict().keys() - dict(model.named_parameters()).keys())
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=has_state and any(True for _ in model.buffers()),
+        )
+        hook = _sum_in_rank_order if exactness is Exactness.SAME_WORLD else _sum_in_any_order
+        wrapped.register_comm_hook(None, lambda _, bucket: hook(bucket))  # DDP dislikes annotations as text
+        return wrapped
+
+
+def ordered_sum_(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Replaces a one-dimensional tensor, on every rank, by the sum over the ranks, added in rank order."""
+    size = dist.get_world_size(group)
+    chunk = -(-flat.numel() // size)
+    padded = torch.zeros(chunk * size, dtype=flat.dtype, device=flat.device)
+    padded[: flat.numel()] = flat
+    received = torch.empty_like(padded)
+    dist.all_to_all_single(received, padded, group=group)
+    parts = received.view(size, chunk)
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    dist.all_gather_into_tensor(padded, total, group=group)
+    return flat.copy_(padded[: flat.numel()])
+
+
+def _sum_in_rank_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(ordered_sum_(bucket.buffer()))
+    return done
+
+
+def _sum_in_any_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+    future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda result: result.value()[0])
+    return future
+
+
+def seed_everything(*parts: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators (all devices). The rank must not be among the integers."""
+    key = mix(*parts)
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    torch.manual_seed(key >> 1)
+
+
+def make_deterministic(enabled: bool, num_threads: int) -> None:
+    """Fixes what changes bits: the number of intra-op threads and, if enabled, the choice of kernels."""
+    torch.set_num_threads(num_threads)
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(enabled)
