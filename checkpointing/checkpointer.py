@@ -61,6 +61,7 @@ class Checkpointer:
         attempt: This attempt.
         catalogue: The checkpoints that counted when this attempt began.
         journal: The attempt's journal; None on ranks other than 0.
+        listener: Hears the events that the journal gets from here (rank 0 only).
 
     Raises:
         StorageError: The storage does not answer or refuses.
@@ -85,6 +86,7 @@ class Checkpointer:
         self._retention = retention or Retention()
         self._num_acknowledged = 0
         self.journal: Journal | None = None
+        self.listener: Callable[[dict[str, Any]], None] = lambda event: None
         claimed = self._from_rank_0(lambda: self._claim(declaration or {}))
         self.superseded = claimed is None
         if claimed is None:
@@ -369,6 +371,7 @@ class Checkpointer:
     def _tell(self, kind: str, /, **fields: Any) -> None:
         if self.journal is not None:
             self.journal.event(kind, **fields)
+            self.listener({"event": kind, **fields})
 
     def _all_ranks(self, work: Callable[[], T]) -> list[T]:
         """Everybody works, everybody learns every result; the first rank's error is raised by all."""

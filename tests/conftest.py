@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,8 +20,12 @@ from outlast.checkpointing.faults import Fault
 from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data import prepare
+from outlast.trainers.loop import Outcome
 
-from tests.group import tiny_config
+from tests.group import digests, losses, run_group, tiny_config
+
+settings.register_profile("fast", deadline=None, database=None, derandomize=True, max_examples=60)
+settings.load_profile("fast")
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +45,41 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> LocalStorage:
 
 @pytest.fixture(scope="session")
 def assign(storage: LocalStorage, text_file: str) -> Callable[..., Assignment]:
-    """Makes the assignment of a tiny run: `assign(name, faults=…, launch=…, **train settings)`."""
+    """Makes the assignment of a tiny run: `assign(name, faults=…, launch=…, sections=…, **train settings)`."""
 
-    def make(name: str, *, faults: tuple[Fault, ...] = (), launch: str = "first", **train: Any) -> Assignment:
-        config = tiny_config(name, storage.url, text_file, **train)
+    def make(
+        name: str,
+        *,
+        faults: tuple[Fault, ...] = (),
+        launch: str = "first",
+        sections: Mapping[str, Any] | None = None,
+        **train: Any,
+    ) -> Assignment:
+        config = tiny_config(name, storage.url, text_file, sections=sections, **train)
         declared = config.model_dump(mode="json", exclude_defaults=True)
         return Assignment(config, declared, launch, prepare(config, storage), faults=faults)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a run ended with that nothing ever happened to."""
+
+    run: str
+    digests: dict[str, str]
+    losses: dict[int, float]
+
+
+@pytest.fixture(scope="session")
+def reference(storage: LocalStorage, assign: Callable[..., Assignment]) -> Callable[[int], Reference]:
+    """`reference(size)`: the uninterrupted tiny run on that many ranks, made once."""
+
+    @cache
+    def make(size: int) -> Reference:
+        run = f"reference-{size}"
+        ended = run_group(assign(run), storage, size)
+        assert [item.outcome for item in ended] == [Outcome.DONE] * size
+        return Reference(run, digests(storage, run), losses(storage, run))
 
     return make

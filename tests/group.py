@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,11 @@ def digests(storage: LocalStorage, run: str, ref: CheckpointRef | None = None) -
     return tensor_digests(storage, checkpoint_dir(run, manifest.ref), manifest)
 
 
+def resumed(storage: LocalStorage, run: str) -> list[dict[str, Any]]:
+    """The `resume` events of a run, oldest first."""
+    return [event for _, event in run_events(storage, run) if event["event"] == "resume"]
+
+
 def losses(storage: LocalStorage, run: str) -> dict[int, float]:
     """Every step's loss; a step that was done twice must have had the same loss both times."""
     found: dict[int, float] = {}
@@ -122,9 +128,11 @@ def losses(storage: LocalStorage, run: str) -> dict[int, float]:
     return found
 
 
-def tiny_config(name: str, storage: str, data: str, **train: Any) -> TrainingConfig:
-    """A GPT-2 of 30,000 weights with dropout on, 10 steps, a checkpoint every 3."""
-    body = {
+def tiny_config(
+    name: str, storage: str, data: str, *, sections: Mapping[str, Any] | None = None, **train: Any
+) -> TrainingConfig:
+    """A GPT-2 of 30,000 weights with dropout on, 10 steps, a checkpoint every 3. `sections` changes other blocks."""
+    body: dict[str, Any] = {
         "name": name,
         "seed": 11,
         "model": {
@@ -135,6 +143,8 @@ def tiny_config(name: str, storage: str, data: str, **train: Any) -> TrainingCon
         "train": {"steps": 10, "batch": 8, "micro_batch": 1, "lr": 1e-3, "eval_every": 4, "warmup": 2, **train},
         "checkpoint": {"storage": storage, "every": 3},
     }
+    for key, value in (sections or {}).items():
+        body[key] = {**body[key], **value} if isinstance(value, Mapping) else value
     return TrainingConfig.model_validate(body)
 
 

@@ -10,6 +10,7 @@ import difflib
 import re
 from enum import Enum
 from math import gcd
+from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 from outlast.checkpointing.errors import ConfigError
@@ -229,6 +230,9 @@ class TrainingConfig(Settings):
         """
         whole = self.model_dump(mode="json", include={"seed", "model", "train", "exactness", "deterministic"})
         whole["train"].pop("eval_every")
+        whole["model"].pop("tokenizer")  # the data's fingerprint covers it
+        if self.model.path:
+            whole["model"]["path"] = PurePath(self.model.path).name  # a directory may move
         return whole
 
 

@@ -103,7 +103,8 @@ class _Pending:
     micro_losses: dict[int, torch.Tensor]
     grad_norm: torch.Tensor | None
     lr: float
-    began: float
+    seconds: float
+    ended_at: float
 
 
 class Loop:
@@ -140,6 +141,7 @@ class Loop:
         self.metrics: dict[str, float] = {}
         self.log_history: list[dict[str, Any]] = []
         self._pending: _Pending | None = None
+        checkpointer.listener = control.progress
         self._saved_at = time.monotonic()
         self._committed: int | None = None
 
@@ -195,7 +197,7 @@ class Loop:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._pending = _Pending(step, count, losses, norm, lr, began)
+        self._pending = _Pending(step, count, losses, norm, lr, time.monotonic() - began, time.time())
         return stop, save
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], count: float, *, sync: bool) -> torch.Tensor:
@@ -237,7 +239,8 @@ class Loop:
                 "lr": done.lr,
                 "grad_norm": done.grad_norm.item() if done.grad_norm is not None else None,
                 "count": int(done.count),
-                "seconds": round(time.monotonic() - done.began, 4),
+                "seconds": round(done.seconds, 4),
+                "ended_at": round(done.ended_at, 4),
             }
             self._tell("step", **event)
 
@@ -282,7 +285,6 @@ class Loop:
         self._saved_at = time.monotonic()
         if acknowledged:
             self._committed = self.step
-            self.control.progress({"event": "commit", "step": self.step})
         return acknowledged
 
     def _trainer_state(self) -> bytes:
@@ -313,10 +315,7 @@ class Loop:
             return Outcome.SUPERSEDED
         source = self._chosen()
         published = self.checkpointer.finish(source, self.plan.num_steps)
-        if published is None:
-            return Outcome.SUPERSEDED
-        self.control.progress({"event": "done", "step": self.step, "model": published})
-        return Outcome.DONE
+        return Outcome.SUPERSEDED if published is None else Outcome.DONE
 
     def _chosen(self) -> CheckpointRef:
         accepted = self.checkpointer.accepted

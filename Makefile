@@ -1,0 +1,35 @@
+# One command each, the same here and in CI.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check bench test-faults clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "outlast needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/outlast demo
+
+test: setup
+	$(BIN)/python -m pytest -m 'not faults' --durations=10
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .typing/outlast
+	$(BIN)/python -m pytest tests/test_layout.py
+
+test-faults: setup
+	$(BIN)/python -m pytest -m faults --durations=10
+
+bench: setup
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis outlast-demo

@@ -1,0 +1,166 @@
+"""What the `checkpoints` verbs do: read a run's storage and answer in plain values. Never writes.
+
+A run may go on, and delete checkpoints, while somebody looks. So a bad read is only called damage if the manifest is
+still there afterwards and the run's owner is unchanged; else the look starts over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from outlast.checkpointing.errors import NoCheckpointError, StorageError
+from outlast.checkpointing.layout import MANIFEST, AttemptId, checkpoint_dir, model_dir
+from outlast.checkpointing.lineage import Catalogue, catalogue, list_attempts, read_manifest
+from outlast.checkpointing.manifest import Manifest, ManifestError
+from outlast.checkpointing.reader import patiently, verify
+from outlast.checkpointing.retention import Kept, Retention
+from outlast.checkpointing.storage import Storage, read_bytes
+
+_LOOKS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What verification found of one checkpoint or of the finished model; no faults means whole."""
+
+    path: str
+    step: int
+    num_bytes: int
+    faults: tuple[str, ...]
+
+
+def look(storage: Storage, run: str) -> Catalogue:
+    """The run's catalogue.
+
+    Raises:
+        NoCheckpointError: There is no such run.
+        StorageError: The storage could not be read.
+    """
+    if not patiently(lambda: list_attempts(storage, run)):
+        raise NoCheckpointError(
+            f"there is no run {run!r} in {storage.url}",
+            hint="name a run's directory, its run file, or its name with --storage",
+        )
+    return patiently(lambda: catalogue(storage, run))
+
+
+def list_checkpoints(storage: Storage, run: str) -> list[dict[str, Any]]:
+    """The accepted checkpoints, newest first. Raises as `look`."""
+    return [_row(storage, run, manifest) for manifest in look(storage, run).accepted]
+
+
+def _row(storage: Storage, run: str, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "step": manifest.ref.step,
+        "path": f"{storage.url}/{checkpoint_dir(run, manifest.ref)}",
+        "attempt": str(manifest.ref.attempt),
+        "committed_at": manifest.committed_at,
+        "bytes": manifest.num_bytes,
+        "metrics": dict(manifest.metrics),
+    }
+
+
+def show_checkpoint(storage: Storage, run: str, step: int | None) -> dict[str, Any]:
+    """One checkpoint whole: its row, its files with digests, its lineage. The newest when `step` is None.
+
+    Raises:
+        NoCheckpointError: There is no such checkpoint.
+    """
+    manifest = _pick(storage, run, step)
+    return {
+        **_row(storage, run, manifest),
+        "world_size": manifest.world_size,
+        "launch": manifest.launch,
+        "lineage": [str(ref) for ref in manifest.lineage],
+        "files": [asdict(entry) for entry in manifest.files],
+    }
+
+
+def _pick(storage: Storage, run: str, step: int | None) -> Manifest:
+    accepted = look(storage, run).accepted
+    for manifest in accepted:
+        if step in (None, manifest.ref.step):
+            return manifest
+    steps = ", ".join(str(manifest.ref.step) for manifest in accepted) or "none"
+    wanted = "checkpoint" if step is None else f"checkpoint at step {step}"
+    raise NoCheckpointError(f"run {run!r} has no {wanted}; it has: {steps}")
+
+
+def path_of(storage: Storage, run: str, which: str, retention: Retention) -> str:
+    """Where a checkpoint lies: `newest`, `best`, `model` (the finished one), or a step.
+
+    Raises:
+        NoCheckpointError: There is no such thing.
+    """
+    if which == "model":
+        for attempt in reversed(list_attempts(storage, run)):
+            if any(entry.name == MANIFEST for entry in storage.list(model_dir(run, attempt))):
+                return f"{storage.url}/{model_dir(run, attempt)}"
+        raise NoCheckpointError(f"run {run!r} has no finished model yet", hint="run `outlast train` until it is done")
+    if which == "best":
+        rated = retention.best([Kept(item.ref, item.metrics) for item in look(storage, run).accepted])
+        if not rated:
+            raise NoCheckpointError(f"no checkpoint of run {run!r} carries {retention.metric!r}")
+        return f"{storage.url}/{checkpoint_dir(run, rated[0].ref)}"
+    if which != "newest" and not which.isdecimal():
+        raise NoCheckpointError(f"{which!r} names no checkpoint", hint="write newest, best, model or a step")
+    manifest = _pick(storage, run, None if which == "newest" else int(which))
+    return f"{storage.url}/{checkpoint_dir(run, manifest.ref)}"
+
+
+def verify_run(storage: Storage, run: str, step: int | None = None) -> list[Verdict]:
+    """Reads every byte of every checkpoint that counts (or of one) and of the finished model.
+
+    Raises:
+        NoCheckpointError: There is no such checkpoint.
+        StorageError: The storage could not be read, or the run changed each time.
+    """
+    for _ in range(_LOOKS):
+        seen = look(storage, run)
+        verdicts = [
+            Verdict(f"{storage.url}/{checkpoint_dir(run, item.ref)}", item.ref.step, 0, item.reasons)
+            for item in seen.rejected
+            if step in (None, item.ref.step)
+        ]
+        try:
+            for manifest in seen.accepted:
+                if step in (None, manifest.ref.step):
+                    verdicts.append(_verify(storage, run, manifest, seen.owner))
+        except _Moved:
+            continue
+        if step is None and seen.owner is not None:
+            verdicts += _verify_model(storage, run, seen.owner)
+        if step is not None and not verdicts:
+            _pick(storage, run, step)
+        return verdicts
+    raise StorageError(f"run {run!r} is busy: it changed {_LOOKS} times while it was read", hint="try again later")
+
+
+class _Moved(Exception):
+    """The run changed under the reader."""
+
+
+def _verify(storage: Storage, run: str, manifest: Manifest, owner: AttemptId | None) -> Verdict:
+    directory = checkpoint_dir(run, manifest.ref)
+    faults = verify(storage, directory, manifest)
+    if faults:
+        try:
+            read_manifest(storage, run, manifest.ref)
+        except (FileNotFoundError, ManifestError) as error:
+            raise _Moved from error
+        if catalogue(storage, run).owner != owner:
+            raise _Moved
+    return Verdict(f"{storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, tuple(faults))
+
+
+def _verify_model(storage: Storage, run: str, owner: AttemptId) -> list[Verdict]:
+    directory = model_dir(run, owner)
+    try:
+        manifest = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
+    except FileNotFoundError:
+        return []
+    except ManifestError as error:
+        return [Verdict(f"{storage.url}/{directory}", 0, 0, (f"{MANIFEST}: {error}",))]
+    faults = tuple(verify(storage, directory, manifest))
+    return [Verdict(f"{storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, faults)]

@@ -1,0 +1,103 @@
+"""Which launches are at work: each keeps a small file whose beat goes on.
+
+For courtesy alone, so that a second launch does not stop the first by accident; the claims are the safety.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.storage import Storage, read_bytes
+
+BEAT_S = 5.0
+COURTESY_S = 15.0
+
+
+def find_rival(storage: Storage, run: str) -> str | None:
+    """Another launch of the run that is still at work, or None. Takes up to 15 s when it cannot be told at once.
+
+    This is courtesy: two launches cannot harm the run, but the second would stop the first.
+    """
+    seen: dict[str, Any] = {}
+    deadline = time.monotonic() + COURTESY_S
+    while True:
+        open_launches = dict(_open_launches(storage, run))
+        for launch, beat in open_launches.items():
+            if seen.setdefault(launch, beat) != beat:
+                return launch
+        if not open_launches or time.monotonic() > deadline:
+            return None
+        time.sleep(0.5)
+
+
+def _open_launches(storage: Storage, run: str) -> Iterator[tuple[str, Any]]:
+    for entry in storage.list(f"{run}/launches"):
+        try:
+            body = json.loads(read_bytes(storage, f"{run}/launches/{entry.name}/alive.json"))
+        except (FileNotFoundError, ValueError):
+            continue
+        if not body["ended"] and not (body["host"] == _host() and not _is_process(body["pid"], body["started"])):
+            yield entry.name, body["beat"]
+
+
+def _host() -> str:
+    """This machine, and this start of it."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    return socket.gethostname()
+
+
+def _process_start(pid: int) -> str:
+    """The kernel's mark of when a process began, or nothing when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_process(pid: int, started: str) -> bool:
+    return bool(started) and _process_start(pid) == started
+
+
+class Alive:
+    """Shows that this launch is at work: a small file whose beat goes on."""
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        self._storage, self._path = storage, path
+        self._beat = 0
+        self._ending = threading.Event()
+        self._put(None)
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def _put(self, exit_code: int | None) -> None:
+        body = {
+            "beat": self._beat,
+            "host": _host(),
+            "pid": os.getpid(),
+            "started": _process_start(os.getpid()),
+            "ended": exit_code is not None,
+            "exit_code": exit_code,
+        }
+        self._storage.put(self._path, [json.dumps(body).encode()])
+
+    def _keep(self) -> None:
+        while not self._ending.wait(BEAT_S):
+            self._beat += 1
+            with contextlib.suppress(StorageError):  # a missed beat only makes a second launch less polite
+                self._put(None)
+
+    def end(self, exit_code: int | None) -> None:
+        self._ending.set()
+        self._thread.join()
+        with contextlib.suppress(StorageError):
+            self._put(1 if exit_code is None else exit_code)

@@ -1,0 +1,244 @@
+"""The command line. Thin: every verb finds its run, calls one function, prints what comes back.
+
+Data goes to stdout, progress and errors to stderr. `outlast --help` must import neither torch nor ray, so everything
+heavy is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from outlast.checkpointing.errors import OutlastError
+
+if TYPE_CHECKING:
+    from outlast.checkpointing.retention import Retention
+    from outlast.checkpointing.storage import Storage
+
+app = typer.Typer(
+    name="outlast",
+    help="Fine-tune Hugging Face models on Ray; outlast the machines the run is on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+checkpoints = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoints, name="checkpoints")
+
+RUN_FILES = (".yaml", ".yml", ".toml")
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, its run file, or its name.")]
+Root = Annotated[str, typer.Option("--storage", help="Where runs named by name lie.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Global options; `main` reads --debug itself."""
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: one of its own on this machine.")] = None,
+    take_over: Annotated[bool, typer.Option("--take-over", help="Take the run from another launch at once.")] = False,
+) -> None:
+    """Start the run, or resume it, or say that it is done."""
+    from outlast.cluster.config import load_run
+
+    config, declared = load_run(str(run_file), overrides or [])
+    from outlast.cluster.launch import Launch
+    from outlast.cluster.progress import Reporter
+
+    config = config.at_home()
+    with Reporter(config.name) as reporter:
+        finished = Launch(config, declared, take_over=take_over, tell=reporter).run(address)
+    again = f"outlast train {run_file}"
+    if finished.model is not None:
+        reporter.say("done")
+        print(f"{config.checkpoint.storage}/{finished.model}")
+    elif finished.outcome.value == "stopped":
+        reporter.say(f"stopped, with a committed checkpoint; go on with: {again}")
+    else:
+        reporter.say(f"another launch has this run; to take it over: {again} --take-over")
+    raise typer.Exit(finished.outcome.exit_code)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Where to put it.")] = Path("outlast-demo"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON.")
+    ] = None,
+) -> None:
+    """Real text, two workers, one killed: come back, and compare with an uninterrupted run."""
+    from outlast.cluster.demo import run_demo
+
+    findings = run_demo(folder)
+    if json_file is not None:
+        json_file.write_text(json.dumps(findings, indent=1) + "\n")
+    raise typer.Exit(0 if all(findings["equal"].values()) else 1)
+
+
+@app.command()
+def version(as_json: AsJson = False) -> None:
+    """Versions, for a bug report."""
+    import platform
+    from importlib.metadata import version as of
+
+    names = ["outlast", "ray", "torch", "transformers", "accelerate", "pyarrow"]
+    found = {"python": platform.python_version(), **{name: of(name) for name in names}}
+    print(json.dumps(found) if as_json else "\n".join(f"{name} {text}" for name, text in found.items()))
+
+
+@checkpoints.command("ls")
+def list_(run: Run, storage: Root = "./runs", as_json: AsJson = False) -> None:
+    """List the checkpoints that count, newest first."""
+    from outlast.checkpointing import commands
+
+    place, name, _ = find_run(run, storage)
+    rows = commands.list_checkpoints(place, name)
+    for item in commands.look(place, name).rejected:
+        print(f"damaged: {item.ref}: {'; '.join(item.reasons)}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'step':>8}  {'size':>9}  {'committed':19}  metrics")
+    for row in rows:
+        metrics = "  ".join(f"{key} {value:.4f}" for key, value in sorted(row["metrics"].items()))
+        print(f"{row['step']:>8}  {_size(row['bytes']):>9}  {_when(row['committed_at'])}  {metrics}")
+
+
+@checkpoints.command()
+def show(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="Which; default: the newest.")] = None,
+    storage: Root = "./runs",
+    as_json: AsJson = False,
+) -> None:
+    """Show one checkpoint: its files, digests, metrics, and what it stands on."""
+    from outlast.checkpointing import commands
+
+    place, name, _ = find_run(run, storage)
+    body = commands.show_checkpoint(place, name, step)
+    if as_json:
+        print(json.dumps(body, indent=1))
+        return
+    print(f"checkpoint-{body['step']} by attempt {body['attempt']}, committed {_when(body['committed_at'])}")
+    print(f"{body['path']}\n{_size(body['bytes'])} by {body['world_size']} ranks; metrics {body['metrics']}")
+    print(f"stands on: {', '.join(body['lineage']) or 'nothing'}")
+    for entry in body["files"]:
+        print(f"  {entry['xxh3_128']}  {_size(entry['num_bytes']):>9}  {entry['path']}")
+
+
+@checkpoints.command()
+def verify(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="Only this one.")] = None,
+    storage: Root = "./runs",
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte and compare with what was committed. Exit code 5 if anything is damaged."""
+    from dataclasses import asdict
+
+    from outlast.checkpointing import commands
+
+    place, name, _ = find_run(run, storage)
+    verdicts = commands.verify_run(place, name, step)
+    if as_json:
+        print(json.dumps([asdict(item) for item in verdicts], indent=1))
+    else:
+        for item in verdicts:
+            print(f"{'damaged' if item.faults else 'whole':8} {_size(item.num_bytes):>9}  {item.path}")
+            for fault in item.faults:
+                print(f"         {fault}")
+        if not verdicts:
+            print("no checkpoints yet")
+    raise typer.Exit(5 if any(item.faults for item in verdicts) else 0)
+
+
+@checkpoints.command()
+def path(
+    run: Run,
+    which: Annotated[str, typer.Argument(help="newest, best, model, or a step.")] = "newest",
+    storage: Root = "./runs",
+) -> None:
+    """Print where a checkpoint lies, for `from_pretrained`."""
+    from outlast.checkpointing import commands
+
+    place, name, retention = find_run(run, storage)
+    print(commands.path_of(place, name, which, retention))
+
+
+def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
+    """What RUN means: a run file, a run's directory or URI, or a name under `root`.
+
+    Returns:
+        The storage, the run's name, and what best means there.
+    """
+    from outlast.checkpointing.layout import check_run_name
+    from outlast.checkpointing.retention import Retention
+    from outlast.checkpointing.storage import open_storage
+
+    if text.endswith(RUN_FILES):
+        from outlast.cluster.config import load_run
+
+        config = load_run(text)[0].at_home()
+        return open_storage(config.checkpoint.storage), config.name, config.checkpoint.retention
+    text = text.rstrip("/")
+    if "/" in text or Path(text, "attempts").is_dir():
+        whole = text if "://" in text else str(Path(text).absolute())
+        root, _, text = whole.rpartition("/")
+    return open_storage(root), check_run_name(text), Retention()
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def _when(seconds: float) -> str:
+    import time
+
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def main() -> None:
+    """Entry point: runs a verb, and turns every error into one message and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except OutlastError as error:
+        _fail(error.message, error.hint, error.exit_code, debug)
+    except KeyboardInterrupt:
+        _fail(
+            "interrupted", "run the same command again to go on from the newest checkpoint, if there is one", 130, debug
+        )
+    except Exception as error:  # noqa: BLE001 - the last resort: say so, and how to see more
+        _fail(
+            f"unexpected {type(error).__name__}: {error}",
+            "run again as `outlast --debug …` for the traceback",
+            1,
+            debug,
+        )
+
+
+def _fail(message: str, hint: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"outlast: {message}", file=sys.stderr)
+    if hint:
+        print(f"  → {hint}", file=sys.stderr)
+    sys.exit(code)

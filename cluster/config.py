@@ -1,0 +1,132 @@
+"""The whole run: what trainers need, plus how many workers and what may fail. YAML or TOML in, checked settings out."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config import Settings, TrainingConfig, explain
+from pydantic import Field, ValidationError
+
+_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class ScaleSettings(Settings):
+    """How many workers, and what each holds."""
+
+    workers: int = Field(1, ge=1)
+    """Worker processes, one rank each."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of a worker; 0 trains on the CPU."""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """CPUs of a worker; fractions share one. Default: what fits this machine, or 1 on a cluster."""
+    parallel: Literal["ddp"] = "ddp"
+    """How the model is spread: every worker holds all of it."""
+
+
+class FailureSettings(Settings):
+    """How often a run may come back by itself."""
+
+    max_failures: int = Field(3, ge=-1)
+    """Restarts of the worker group in one launch; -1 for no limit."""
+    max_preemptions: int = Field(-1, ge=-1)
+    """Restarts after an announced loss of a node, counted apart; -1 for no limit."""
+
+
+class RunConfig(TrainingConfig):
+    """One run file."""
+
+    scale: ScaleSettings = Field(default_factory=lambda: ScaleSettings.model_validate({}))
+    failure: FailureSettings = Field(default_factory=lambda: FailureSettings.model_validate({}))
+
+    def at_home(self) -> RunConfig:
+        """The same with local paths made absolute, because workers have another working directory."""
+        model = self.model
+        if model.path and Path(model.path).expanduser().is_dir():
+            model = model.model_copy(update={"path": _absolute(model.path)})
+        if model.tokenizer and model.tokenizer.path and Path(model.tokenizer.path).expanduser().is_dir():
+            tokenizer = model.tokenizer.model_copy(update={"path": _absolute(model.tokenizer.path)})
+            model = model.model_copy(update={"tokenizer": tokenizer})
+        checkpoint = self.checkpoint
+        if "://" not in checkpoint.storage:
+            checkpoint = checkpoint.model_copy(update={"storage": _absolute(checkpoint.storage)})
+        return self.model_copy(update={"model": model, "checkpoint": checkpoint})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
+    """Reads a run file.
+
+    Args:
+        path: A .yaml, .yml or .toml file.
+        overrides: `key=value` with dots in the key; the value is YAML.
+
+    Returns:
+        The settings, and what the user wrote, `${env:…}` unexpanded, for the record.
+
+    Raises:
+        ConfigError: The file is missing or unreadable, or a setting is wrong; the message lists every finding.
+    """
+    declared = _read(path)
+    for override in overrides:
+        _override(declared, override)
+    try:
+        return RunConfig.model_validate(_expand(declared)), declared
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in explain(error, RunConfig).splitlines())
+        raise ConfigError(f"{path} has settings that cannot be used:\n{lines}", hint=f"edit {path}") from error
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"run file {path} cannot be read: {error}") from error
+    try:
+        body = tomllib.loads(text) if path.endswith(".toml") else yaml.safe_load(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"run file {path} is not valid: {error}", hint=f"edit {path}") from error
+    if not isinstance(body, dict):
+        raise ConfigError(f"run file {path} holds no settings", hint="begin with `name: my-run`")
+    return body
+
+
+def _override(body: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"-s {override}: write key=value, such as -s train.lr=1e-4")
+    *parents, last = key.strip().split(".")
+    place = body
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"-s {override}: {parent} holds a value, not a block")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-s {override}: the value is not valid YAML: {error}") from error
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item) for item in value]
+    if isinstance(value, str):
+        return _ENV.sub(_from_environment, value)
+    return value
+
+
+def _from_environment(match: re.Match[str]) -> str:
+    if match[1] not in os.environ:
+        raise ConfigError(f"the run file asks for ${{env:{match[1]}}}, and {match[1]} is not set")
+    return os.environ[match[1]]

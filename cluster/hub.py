@@ -1,0 +1,120 @@
+"""The hub: one small actor between the driver and rank 0. Stop requests go down, live events come up.
+
+Its loss is harmless. Nothing that decides what is trained or kept passes through it; without it a stop request waits
+for the next signal and the screen stays still.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import ray
+from outlast.checkpointing.errors import OutlastError
+from ray.exceptions import GetTimeoutError, RayError
+
+NAMESPACE = "outlast"
+_PERIOD_S = 0.5
+_PATIENCE_S = 10.0
+_AGREEMENT_S = 5.0
+
+
+class Hub:
+    """The actor's body."""
+
+    def __init__(self) -> None:
+        self._stop = False
+        self._events: deque[dict[str, Any]] = deque(maxlen=10_000)
+        self._failures: dict[int, OutlastError] = {}
+
+    def stop(self) -> None:
+        """Asks the workers to commit and end."""
+        self._stop = True
+
+    def exchange(self, events: list[dict[str, Any]]) -> bool:
+        """Takes rank 0's events; tells it whether to stop."""
+        self._events.extend(events)
+        return self._stop
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Gives the driver the events that it has not seen."""
+        events, self._events = list(self._events), deque(maxlen=10_000)
+        return events
+
+    def fail(self, rank: int, error: OutlastError) -> int:
+        """Takes note that a rank cannot go on, and that trying again would not help. Returns how many there are."""
+        self._failures[rank] = error
+        return len(self._failures)
+
+    def failure(self) -> OutlastError | None:
+        """The lowest rank's permanent error, if there is any."""
+        return self._failures[min(self._failures)] if self._failures else None
+
+
+def start_hub(launch: str) -> Any:
+    """Starts the hub of a launch; it goes with the driver."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(Hub)
+    return actor.options(name=f"hub-{launch}", namespace=NAMESPACE).remote()
+
+
+def ask(call: Any, otherwise: Any = None) -> Any:
+    """The answer to a call to the hub, or `otherwise` when the hub has gone."""
+    try:
+        return ray.get(call, timeout=_PATIENCE_S)
+    except (RayError, GetTimeoutError):
+        return otherwise
+
+
+class Line:
+    """A worker's line to the hub: the `Control` of its step loop. On rank 0 a thread keeps it alive."""
+
+    def __init__(self, launch: str, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self._stop = False
+        self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._talk, daemon=True)
+        self._hub: Any = None
+        with contextlib.suppress(ValueError, RayError):
+            self._hub = ray.get_actor(f"hub-{launch}", namespace=NAMESPACE)
+
+    def __enter__(self) -> Line:
+        if self._rank == 0 and self._hub is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        if self._thread.ident is not None:
+            self._thread.join(_PATIENCE_S)
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def progress(self, event: dict[str, Any]) -> None:
+        self._events.append({"t": time.time(), **event})
+
+    def earlier_failure(self) -> OutlastError | None:
+        """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
+        failure: OutlastError | None = ask(self._hub.failure.remote()) if self._hub is not None else None
+        return failure
+
+    def all_fail(self, error: OutlastError) -> bool:
+        """Reports a permanent error. True once every rank has one: then all may return, and nobody is waited for."""
+        deadline = time.monotonic() + _AGREEMENT_S
+        while self._hub is not None and time.monotonic() < deadline:
+            if ask(self._hub.fail.remote(self._rank, error), 0) == self._size:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _talk(self) -> None:
+        while True:
+            closing = self._closing.wait(_PERIOD_S)
+            events = [self._events.popleft() for _ in range(len(self._events))]
+            self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
+            if closing:
+                return

@@ -1,0 +1,312 @@
+"""The driver: from a run file to a finished run, or to one that can be resumed.
+
+A launch is one start of the driver. It looks at the storage first (is the run done? is another launch at work?), makes
+the data, starts Ray Train, and passes signals on. Ray's own checkpoint manager stays empty, and each launch has a Ray
+run name of its own: the run's store is the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import yaml
+from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
+from outlast.checkpointing.faults import Fault
+from outlast.checkpointing.layout import MANIFEST, launch_dir, model_dir
+from outlast.checkpointing.lineage import catalogue, launch_is_superseded
+from outlast.checkpointing.manifest import Manifest, ManifestError
+from outlast.checkpointing.reader import verify
+from outlast.checkpointing.storage import LocalStorage, Storage, open_storage, read_bytes
+from outlast.cluster.alive import Alive, find_rival
+from outlast.cluster.config import RunConfig
+from outlast.cluster.hub import ask, start_hub
+from outlast.cluster.worker import train_worker
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.data import prepare
+from outlast.trainers.loop import Outcome, make_plan
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+Listener = Callable[[dict[str, Any]], None]
+
+OBJECT_STORE_BYTES = 200 * 2**20
+
+
+class RunFailed(OutlastError):
+    """The workers failed more often than the run may, or in a way that a restart does not mend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a launch ended."""
+
+    outcome: Outcome
+    launch: str
+    model: str | None = None
+
+
+@dataclass(slots=True)
+class Launch:
+    """One launch of one run.
+
+    Attributes:
+        config: The settings, local paths absolute.
+        declared: The settings as written.
+        take_over: Do not wait to see whether another launch is at work.
+        faults: Faults to arm in the workers.
+        tell: Hears every event, in the driver's main thread.
+    """
+
+    config: RunConfig
+    declared: Mapping[str, Any]
+    take_over: bool = False
+    faults: Sequence[Fault] = ()
+    tell: Listener = lambda event: None
+    id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3))
+
+    @property
+    def storage(self) -> Storage:
+        return open_storage(self.config.checkpoint.storage)
+
+    def run(self, address: str | None = None) -> Finished:
+        """Starts or resumes the run, or finds it done.
+
+        Raises:
+            OutlastError: What went wrong; see `errors.py`.
+        """
+        storage, name = self.storage, self.config.name
+        with _preflight():
+            model = finished_model(storage, name)
+            if model is not None:
+                return Finished(Outcome.DONE, self.id, model)
+            rival = None if self.take_over else find_rival(storage, name)
+        if rival:
+            self.tell({"event": "rival", "launch": rival})
+            return Finished(Outcome.SUPERSEDED, self.id)
+        with _preflight():
+            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json")
+            storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
+        ended: int | None = None
+        try:
+            finished = self._train(storage, address)
+            ended = finished.outcome.exit_code
+            return finished
+        except OutlastError as error:
+            ended = error.exit_code
+            raise
+        finally:
+            alive.end(ended)
+
+    def _train(self, storage: Storage, address: str | None) -> Finished:
+        self.tell({"event": "phase", "name": "data"})
+        prepared = prepare(self.config, storage)
+        plan = make_plan(self.config, prepared.num_samples, self.config.scale.workers)
+        self.tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
+        with ray_session(address):
+            cpus = self._cpus_per_worker()
+            assignment = Assignment(
+                config=self.config,
+                declared=self.declared,
+                launch=self.id,
+                prepared=prepared,
+                num_threads=max(1, int(cpus)),
+                faults=tuple(self.faults),
+            )
+            answer = self._fit(assignment, cpus)
+        if isinstance(answer.get("error"), OutlastError):
+            raise answer["error"]
+        outcome = Outcome(answer["outcome"])
+        model = finished_model(storage, self.config.name) if outcome is Outcome.DONE else None
+        if outcome is Outcome.DONE and isinstance(storage, LocalStorage) and model is not None:
+            _link(storage, self.config.name, model)
+        if outcome is Outcome.STOPPED and launch_is_superseded(storage, self.config.name, self.id):
+            outcome = Outcome.SUPERSEDED
+        return Finished(outcome, self.id, model)
+
+    def _cpus_per_worker(self) -> float:
+        scale, there = self.config.scale, ray.cluster_resources()
+        cpus = scale.cpus_per_worker
+        if cpus is None:
+            fitting = there.get("CPU", 1.0) / scale.workers
+            cpus = min(fitting, 1.0) if fitting < 1 else float(int(fitting))
+        wanted = {"CPU": cpus * scale.workers, "GPU": scale.gpus_per_worker * scale.workers}
+        short = [
+            f"{key}: {need:g} wanted, {there.get(key, 0):g} there"
+            for key, need in wanted.items()
+            if need > there.get(key, 0) + 1e-6
+        ]
+        if short:
+            raise PreflightError(
+                f"{scale.workers} workers do not fit ({'; '.join(short)})",
+                hint="use fewer scale.workers, or smaller scale.cpus_per_worker or scale.gpus_per_worker",
+            )
+        return cpus
+
+    def _fit(self, assignment: Assignment, cpus: float) -> dict[str, Any]:
+        """Runs Ray Train in a side thread, because it takes SIGINT for itself in the main one."""
+        scale, failure = self.config.scale, self.config.failure
+        hub = start_hub(self.id)
+        resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
+        trainer = ray.train.torch.TorchTrainer(
+            train_worker,
+            train_loop_config={"assignment": assignment},
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=scale.workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=resources
+            ),
+            run_config=ray.train.RunConfig(
+                name=self.id,
+                storage_path=f"{self.storage.url}/{self.config.name}/launches",
+                failure_config=ray.train.FailureConfig(
+                    max_failures=failure.max_failures, max_preemption_failures=failure.max_preemptions
+                ),
+            ),
+        )
+        box: dict[str, Any] = {}
+
+        def fit() -> None:
+            try:
+                box["answer"] = trainer.fit().return_value
+            except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+                box["failure"] = error
+
+        thread = threading.Thread(target=fit, daemon=True)
+        with _signals() as stopping:
+            thread.start()
+            asked = False
+            while thread.is_alive():
+                thread.join(0.25)
+                if stopping.is_set() and not asked:
+                    asked = True
+                    hub.stop.remote()
+                    self.tell({"event": "stopping"})
+                for event in ask(hub.drain.remote(), []):
+                    self.tell(event)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(hub)
+        if "failure" in box:
+            raise _explained(box["failure"], self.config) from box["failure"]
+        answer: dict[str, Any] | None = box["answer"]
+        if answer is None:
+            raise RunFailed("the workers ended without an answer", hint="run the same command again")
+        return answer
+
+
+def finished_model(storage: Storage, run: str) -> str | None:
+    """The run's finished model, relative to the storage root, if it is there and whole; else None.
+
+    Raises:
+        StorageError: The storage could not be read.
+    """
+    owner = catalogue(storage, run).owner
+    if owner is None:
+        return None
+    directory = model_dir(run, owner)
+    try:
+        manifest = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
+    except (FileNotFoundError, ManifestError):
+        return None
+    return directory if not verify(storage, directory, manifest) else None
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None = None) -> Iterator[None]:
+    """Ray for the duration: the one that is running in this process, the one at `address`, or one of our own.
+
+    `RAY_ADDRESS` counts as `address`. Ours has a folder of its own, which goes with it unless something failed.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if address:
+        ray.init(address=address, **quiet)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    folder = tempfile.mkdtemp(prefix="outlast-ray-")
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # raylet prints obituaries there
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=folder,
+                **quiet,
+            )
+            yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _preflight() -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        raise PreflightError(error.message, hint=error.hint) from error
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; the second one interrupts at once."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def handle(signum: int, frame: object) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _link(storage: LocalStorage, run: str, model: str) -> None:
+    """`<run>/model` leads to the finished model. A convenience: nothing reads it."""
+    link = storage.path(f"{run}/model")
+    temporary = link.with_name(f".model.{secrets.token_hex(4)}.tmp")
+    with contextlib.suppress(OSError):
+        temporary.symlink_to(Path(model).relative_to(run))
+        temporary.replace(link)
+
+
+def _explained(error: BaseException, config: RunConfig) -> OutlastError:
+    """Ray's failure as one message: the first rank's cause, not a hundred tracebacks."""
+    if isinstance(error, OutlastError):
+        return error
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {}) or {}
+    if isinstance(error, TrainingFailedError) and failures:
+        rank = min(failures)
+        cause = getattr(failures[rank], "cause", None) or failures[rank]
+        lines = [line for line in str(cause).splitlines() if line.strip()]
+        said = lines[-1] if lines else repr(cause)
+        message = f"rank {rank} of {config.scale.workers} failed and the restarts are used up: {said}"
+    else:
+        said = next(iter(str(error).strip().splitlines()), "")
+        message = f"Ray Train failed: {type(error).__name__}: {said}"
+    return RunFailed(message, hint="run the same command again to go on from the newest whole checkpoint")

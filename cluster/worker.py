@@ -1,0 +1,33 @@
+"""What runs in each Ray worker: the line to the hub, the world, and one attempt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray.train
+import ray.train.torch
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.storage import open_storage
+from outlast.cluster.hub import Line
+from outlast.trainers.attempt import Assignment, run_attempt
+from outlast.trainers.world import World
+
+
+def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """Runs one attempt. Returns `{"outcome": …}`, or `{"error": …}` for an error that trying again cannot mend.
+
+    Ray restarts the group after every exception, so only what a restart may mend is raised.
+    """
+    assignment: Assignment = payload["assignment"]
+    context = ray.train.get_context()
+    with Line(assignment.launch, context.get_world_rank(), context.get_world_size()) as line:
+        if earlier := line.earlier_failure():
+            return {"error": earlier}
+        try:
+            storage = open_storage(assignment.config.checkpoint.storage)
+            world = World(ray.train.torch.get_device())
+            return {"outcome": run_attempt(assignment, storage, world, line).value}
+        except OutlastError as error:
+            if error.permanent and line.all_fail(error):
+                return {"error": error}
+            raise

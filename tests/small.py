@@ -1,0 +1,36 @@
+"""A model of a few weights with an optimizer, for tests of the checkpoint room that need no worker group."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from outlast.checkpointing.safetensors import tensor_bytes
+from outlast.checkpointing.state import optimizer_tensors
+from outlast.checkpointing.weights import named_weights
+from torch import nn
+
+
+def small_model(seed: int = 0, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Two layers and AdamW; equal seeds give equal weights."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """One update that follows from `step` alone."""
+    width = next(model.parameters()).shape[1]
+    inputs = torch.randn(8, width, generator=torch.Generator().manual_seed(step))
+    optimizer.zero_grad()
+    model(inputs).square().sum().backward()
+    optimizer.step()
+
+
+def digests_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """As `reader.tensor_digests`, of what is in memory."""
+    tensors = {**named_weights(model), **optimizer_tensors(model, optimizer)}
+    return {
+        name: hashlib.sha256(f"{item.dtype}{list(item.shape)}".encode() + tensor_bytes(item)).hexdigest()
+        for name, item in tensors.items()
+    }

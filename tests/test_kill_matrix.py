@@ -1,0 +1,295 @@
+"""Resume equals uninterrupted, bit for bit, wherever a rank dies.
+
+The reference is a run that nothing ever happened to, one for each world size. A case kills one rank at one named point,
+proves that the fault fired and that the group ended with it, runs the same run again, and compares the SHA-256 of every
+weight and optimizer tensor and the loss of every step.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.faults import Action, Point
+from outlast.checkpointing.layout import MANIFEST, checkpoint_dir
+from outlast.checkpointing.lineage import catalogue, list_attempts, run_events
+from outlast.checkpointing.manifest import Manifest
+from outlast.checkpointing.reader import verify
+from outlast.checkpointing.storage import LocalStorage, read_bytes
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.loop import Outcome
+
+from tests.conftest import Reference
+from tests.group import StopAt, digests, fault, losses, newest, resumed, run_group
+
+Assign = Callable[..., Assignment]
+MakeReference = Callable[[int], Reference]
+
+POINTS = [
+    Point.BEFORE_SNAPSHOT,
+    Point.WHILE_WRITING,
+    Point.BEFORE_MANIFEST,
+    Point.AFTER_MANIFEST,
+    Point.AFTER_RETENTION,
+]
+#: Two checkpoints stay, so that retention has deleted something by the third save, at step 9.
+KEEP_TWO = {"checkpoint": {"keep_last": 2}}
+LLAMA = {
+    "model": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "attention_dropout": 0.1,
+        }
+    }
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    size: int
+    point: Point
+    action: Action
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.size}-{self.point.value}-{self.action.value}-rank{self.rank}"
+
+    @property
+    def step(self) -> int:
+        return 9 if self.point is Point.AFTER_RETENTION else 6
+
+    @property
+    def resume_steps(self) -> set[int]:
+        """Where the next attempt may go on."""
+        if self.point in (Point.AFTER_MANIFEST, Point.AFTER_RETENTION):
+            return {self.step}
+        # Rank 0 may have all it needs for the commit before it hears that another rank is dead.
+        return {3, 6} if self.point is Point.BEFORE_MANIFEST and self.rank else {3}
+
+    @property
+    def is_fast(self) -> bool:
+        if self.size == 2:
+            return True
+        wanted = self.rank == 0 or self.point in (Point.WHILE_WRITING, Point.BEFORE_MANIFEST)
+        return wanted and self.action is Action.SIGKILL
+
+
+def all_cases() -> list[Any]:
+    cases = [
+        Case(size, point, action, rank)
+        for size in (1, 2, 3, 4)
+        for point in POINTS
+        for action in Action
+        for rank in sorted({0, size - 1})
+        if rank == 0 or point is not Point.AFTER_MANIFEST  # rank 0 alone writes the manifest
+    ]
+    return [pytest.param(item, id=str(item), marks=() if item.is_fast else pytest.mark.faults) for item in cases]
+
+
+def assert_finished_as(storage: LocalStorage, run: str, reference: Reference) -> None:
+    """The run's newest checkpoint, its losses and its published model are the reference's."""
+    assert digests(storage, run) == reference.digests
+    assert losses(storage, run) == reference.losses
+    directory = f"{run}/attempts/{list_attempts(storage, run)[-1]}/model"
+    published = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
+    assert published.extra == {"final_step": 10}
+    assert verify(storage, directory, published) == []
+
+
+@pytest.mark.parametrize("case", all_cases())
+def test_killed_and_resumed_equals_uninterrupted(
+    case: Case, assign: Assign, storage: LocalStorage, reference: MakeReference, tmp_path: Path
+) -> None:
+    run = f"kill-{case}"
+    strike = fault(case.point, case.step, case.rank, case.action, tmp_path)
+    ended = run_group(assign(run, faults=(strike,), sections=KEEP_TWO), storage, case.size)
+
+    assert Path(strike.record).exists(), "the fault did not fire"
+    assert ended[case.rank].exit_code == (-signal.SIGKILL if case.action is Action.SIGKILL else 1)
+    assert all(item.exit_code != 0 and item.outcome is None for item in ended)
+
+    ended = run_group(assign(run, launch="second", sections=KEEP_TWO), storage, case.size)
+    assert [item.outcome for item in ended] == [Outcome.DONE] * case.size
+    assert resumed(storage, run)[-1]["step"] in case.resume_steps
+    assert_finished_as(storage, run, reference(case.size))
+
+
+def test_killed_at_a_step_between_checkpoints(
+    assign: Assign, storage: LocalStorage, reference: MakeReference, tmp_path: Path
+) -> None:
+    strike = fault(Point.STEP, 7, 1, Action.SIGKILL, tmp_path)
+    ended = run_group(assign("kill-step", faults=(strike,)), storage, 2)
+    assert Path(strike.record).exists()
+    assert ended[1].exit_code == -signal.SIGKILL
+    assert ended[0].outcome is None
+
+    run_group(assign("kill-step", launch="second"), storage, 2)
+    assert [event["step"] for event in resumed(storage, "kill-step")] == [6]
+    assert_finished_as(storage, "kill-step", reference(2))
+
+
+def test_three_kills_in_one_launch(
+    assign: Assign, storage: LocalStorage, reference: MakeReference, tmp_path: Path
+) -> None:
+    """The first kill is before there is any commit, so the second attempt starts from the beginning."""
+    faults = (
+        fault(Point.WHILE_WRITING, 3, 1, Action.SIGKILL, tmp_path),
+        fault(Point.BEFORE_MANIFEST, 6, 0, Action.SIGKILL, tmp_path),
+        fault(Point.STEP, 8, 1, Action.SIGKILL, tmp_path),
+    )
+    assignment = assign("kill-three", faults=faults)
+    for strike in faults:
+        assert not Path(strike.record).exists()
+        ended = run_group(assignment, storage, 2)
+        assert Path(strike.record).exists()
+        assert ended[strike.rank].exit_code == -signal.SIGKILL
+
+    ended = run_group(assignment, storage, 2)
+    assert [item.outcome for item in ended] == [Outcome.DONE] * 2
+    assert len(list_attempts(storage, "kill-three")) == 4
+    assert [event["step"] for event in resumed(storage, "kill-three")] == [3, 6]
+    assert_finished_as(storage, "kill-three", reference(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "train"),
+    [("llama", LLAMA, {}), ("bf16", {}, {"precision": "bf16"})],
+    ids=["llama", "bf16"],
+)
+def test_other_models_and_precisions(
+    name: str, sections: dict[str, Any], train: dict[str, Any], assign: Assign, storage: LocalStorage, tmp_path: Path
+) -> None:
+    whole, cut = f"{name}-whole", f"{name}-cut"
+    assert run_group(assign(whole, sections=sections, **train), storage, 2)[0].outcome is Outcome.DONE
+    expected = Reference(whole, digests(storage, whole), losses(storage, whole))
+
+    strike = fault(Point.WHILE_WRITING, 6, 0, Action.SIGKILL, tmp_path)
+    ended = run_group(assign(cut, faults=(strike,), sections=sections, **train), storage, 2)
+    assert Path(strike.record).exists()
+    assert ended[0].exit_code == -signal.SIGKILL
+
+    run_group(assign(cut, launch="second", sections=sections, **train), storage, 2)
+    assert_finished_as(storage, cut, expected)
+
+
+def test_another_seed_ends_otherwise(
+    assign: Assign, storage: LocalStorage, reference: MakeReference
+) -> None:
+    """So that equality above means something: another seed gives other bits."""
+    run_group(assign("other-seed", sections={"seed": 12}), storage, 2)
+    others = digests(storage, "other-seed")
+    assert others.keys() == reference(2).digests.keys()
+    assert others != reference(2).digests
+
+
+@pytest.fixture(scope="module")
+def stopped(assign: Assign, storage: LocalStorage) -> Callable[[str], str]:
+    """`stopped(name)`: a new run on one rank that was stopped at step 5."""
+
+    def make(name: str) -> str:
+        ended = run_group(assign(name), storage, 1, StopAt(4))
+        assert [item.outcome for item in ended] == [Outcome.STOPPED]
+        return name
+
+    return make
+
+
+def test_a_stop_commits_where_it_stands(assign: Assign, storage: LocalStorage, reference: MakeReference) -> None:
+    """Only rank 0 hears of the steps, so only rank 0 asks for the stop; both ranks end."""
+    ended = run_group(assign("stop"), storage, 2, StopAt(4))
+    assert [(item.outcome, item.exit_code) for item in ended] == [(Outcome.STOPPED, 0)] * 2
+    stops = [event["step"] for _, event in run_events(storage, "stop") if event["event"] == "stop"]
+    assert stops == [5], "at the end of the step after the one that asked; steps 3 and 6 are the regular saves"
+    manifest = newest(storage, "stop")
+    assert manifest.ref.step == 5
+    assert verify(storage, checkpoint_dir("stop", manifest.ref), manifest) == []
+
+    ended = run_group(assign("stop", launch="second"), storage, 2)
+    assert [item.outcome for item in ended] == [Outcome.DONE] * 2
+    assert_finished_as(storage, "stop", reference(2))
+
+
+def test_a_finished_run_is_done_again_without_a_change(
+    assign: Assign, storage: LocalStorage, reference: MakeReference
+) -> None:
+    run_group(assign("again"), storage, 2)
+    for launch in ("second", "third"):
+        ended = run_group(assign("again", launch=launch), storage, 2)
+        assert [item.outcome for item in ended] == [Outcome.DONE] * 2
+        assert resumed(storage, "again")[-1]["step"] == 10
+        assert_finished_as(storage, "again", reference(2))
+
+
+def test_another_world_size_goes_on(assign: Assign, storage: LocalStorage, reference: MakeReference) -> None:
+    """Three ranks read what two wrote. The samples are the same ones, so the losses agree up to rounding."""
+    run_group(assign("resize"), storage, 2, StopAt(4))
+    ended = run_group(assign("resize", launch="second"), storage, 3)
+    assert [item.outcome for item in ended] == [Outcome.DONE] * 3
+    assert losses(storage, "resize") == pytest.approx(reference(2).losses, rel=1e-5)
+    changed = [event for _, event in run_events(storage, "resize") if event["event"] == "changed"]
+    assert [(event["what"], event["before"], event["now"]) for event in changed] == [("world_size", 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("key", "sections", "train"),
+    [
+        ("train.lr", {}, {"lr": 2e-3}),
+        ("train.batch", {}, {"batch": 16}),
+        ("train.micro_batch", {}, {"micro_batch": 2}),
+        ("train.steps", {}, {"steps": 20}),
+        ("train.precision", {}, {"precision": "bf16"}),
+        ("seed", {"seed": 12}, {}),
+        ("model.config.n_layer", {"model": {"config": {"model_type": "gpt2", "n_layer": 3}}}, {}),
+        ("exactness", {"exactness": "fast"}, {}),
+        ("the data", {"data": {"max_length": 32}}, {}),
+        ("the data", {"data": {"train": "OTHER"}}, {}),
+    ],
+    ids=["lr", "batch", "micro_batch", "steps", "precision", "seed", "model", "exactness", "max_length", "other-file"],
+)
+def test_changed_mathematics_are_refused(
+    key: str,
+    sections: dict[str, Any],
+    train: dict[str, Any],
+    assign: Assign,
+    storage: LocalStorage,
+    stopped: Callable[[str], str],
+    text_file: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    if sections.get("data", {}).get("train") == "OTHER":
+        other = tmp_path / "other.txt"
+        other.write_text(Path(text_file).read_text() + "\nOne line more.\n")
+        sections = {"data": {"train": str(other)}}
+    run = stopped(f"changed-{request.node.callspec.id}")
+    before = catalogue(storage, run)
+
+    error = run_group(assign(run, launch="second", sections=sections, **train), storage, 1)[0].error
+    assert isinstance(error, ConfigError)
+    assert key in error.message
+    assert error.exit_code == 2
+    assert catalogue(storage, run) == before, "a refused attempt leaves the checkpoints as they were"
+
+    ended = run_group(assign(run, launch="third"), storage, 1)
+    assert ended[0].outcome is Outcome.DONE, "with the settings put back the run goes on"
+
+
+def test_settings_that_change_no_number_may_change(
+    assign: Assign, storage: LocalStorage, stopped: Callable[[str], str], reference: MakeReference
+) -> None:
+    run = stopped("changed-keeping")
+    sections = {"checkpoint": {"keep_last": 2, "every": 2}}
+    ended = run_group(assign(run, launch="second", sections=sections, eval_every=3), storage, 1)
+    assert ended[0].outcome is Outcome.DONE
+    assert [item.ref.step for item in catalogue(storage, run).accepted] == [10, 8]
+    assert_finished_as(storage, run, reference(1))
