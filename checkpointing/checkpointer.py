@@ -27,11 +27,11 @@ from outlast.checkpointing.journal import COMMITS, Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.manifest import FileEntry, Manifest
 from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.reader import check_listing, patiently, read_tensors, read_verified
+from outlast.checkpointing.reader import check_listing, read_tensors, read_verified
 from outlast.checkpointing.retention import Kept, Retention
 from outlast.checkpointing.safetensors import tensor_bytes
 from outlast.checkpointing.state import deal, load_optimizer, optimizer_tensors
-from outlast.checkpointing.storage import Storage, walk
+from outlast.checkpointing.storage import Storage, patiently, walk
 from outlast.checkpointing.weights import load_weights, named_weights
 from outlast.checkpointing.writer import write_file, write_tensors
 from torch import nn

@@ -13,9 +13,8 @@ from outlast.checkpointing.errors import NoCheckpointError, StorageError
 from outlast.checkpointing.layout import MANIFEST, AttemptId, checkpoint_dir, model_dir
 from outlast.checkpointing.lineage import Catalogue, catalogue, list_attempts, read_manifest
 from outlast.checkpointing.manifest import Manifest, ManifestError
-from outlast.checkpointing.reader import patiently, verify
 from outlast.checkpointing.retention import Kept, Retention
-from outlast.checkpointing.storage import Storage, read_bytes
+from outlast.checkpointing.storage import Storage, patiently, read_bytes
 
 _LOOKS = 5
 
@@ -142,6 +141,8 @@ class _Moved(Exception):
 
 
 def _verify(storage: Storage, run: str, manifest: Manifest, owner: AttemptId | None) -> Verdict:
+    from outlast.checkpointing.reader import verify  # brings torch, which a listing does without
+
     directory = checkpoint_dir(run, manifest.ref)
     faults = verify(storage, directory, manifest)
     if faults:
@@ -155,6 +156,8 @@ def _verify(storage: Storage, run: str, manifest: Manifest, owner: AttemptId | N
 
 
 def _verify_model(storage: Storage, run: str, owner: AttemptId) -> list[Verdict]:
+    from outlast.checkpointing.reader import verify
+
     directory = model_dir(run, owner)
     try:
         manifest = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))

@@ -7,43 +7,13 @@ file. A read that fails proves nothing; it is tried again, and then it is a `Sto
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
-from outlast.checkpointing.errors import DamagedError, StorageError, StorageRefused
+from outlast.checkpointing.errors import DamagedError
 from outlast.checkpointing.layout import MANIFEST
 from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest
 from outlast.checkpointing.safetensors import SafetensorsError, bytes_view, decode, tensor_bytes
-from outlast.checkpointing.storage import Storage, walk
-
-T = TypeVar("T")
-_TRIES = 3
-_PAUSE_S = 0.5
-
-
-def patiently(read: Callable[[], T]) -> T:
-    """Tries a read again after a pause when the storage fails, and gives up after three tries.
-
-    Raises:
-        StorageError: All tries failed.
-        FileNotFoundError: What is to be read is not there.
-    """
-    for left in range(_TRIES - 1, -1, -1):
-        try:
-            return read()
-        except StorageRefused:
-            raise
-        except (StorageError, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            if not left:
-                if isinstance(error, StorageError):
-                    raise
-                raise StorageError(f"reading failed {_TRIES} times: {error}") from error
-        time.sleep(_PAUSE_S)
-    raise AssertionError("unreachable")
+from outlast.checkpointing.storage import Storage, patiently, walk
 
 
 def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:

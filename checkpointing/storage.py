@@ -15,15 +15,19 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
 
 Buffer = bytes | memoryview
+T = TypeVar("T")
+_TRIES = 3
+_PAUSE_S = 0.5
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
@@ -102,6 +106,29 @@ def walk(storage: Storage, path: str) -> Iterator[Entry]:
         else:
             for inner in walk(storage, f"{path}/{entry.name}"):
                 yield Entry(f"{entry.name}/{inner.name}", inner.num_bytes)
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Tries a read again after a pause when the storage fails, and gives up after three tries.
+
+    Raises:
+        StorageError: All tries failed.
+        FileNotFoundError: What is to be read is not there.
+    """
+    for left in range(_TRIES - 1, -1, -1):
+        try:
+            return read()
+        except StorageRefused:
+            raise
+        except (StorageError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            if not left:
+                if isinstance(error, StorageError):
+                    raise
+                raise StorageError(f"reading failed {_TRIES} times: {error}") from error
+        time.sleep(_PAUSE_S)
+    raise AssertionError("unreachable")
 
 
 class LocalStorage:

@@ -29,9 +29,9 @@ from outlast.trainers.world import World
 from rich.console import Console
 from rich.table import Table
 
-NUM_STEPS = 60
+NUM_STEPS = 100
 SAVE_EVERY = 10
-KILL_AT = 30
+KILL_AT = 50
 KILLED_RANK = 1
 
 
@@ -94,10 +94,10 @@ def _config(place: Path, name: str) -> RunConfig:
         "seed": 7,
         "model": {
             "config": {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128},
-            "tokenizer": {"train_bpe": 2048},
+            "tokenizer": {"train_bpe": 1024},
         },
         "data": {"train": str(place / "texts.jsonl"), "eval": "2%", "max_length": 128},
-        "train": {"steps": NUM_STEPS, "batch": 16, "micro_batch": 4, "lr": 3e-3, "warmup": 0.1, "eval_every": 30},
+        "train": {"steps": NUM_STEPS, "batch": 16, "micro_batch": 4, "lr": 2e-3, "warmup": 0.2, "eval_every": 50},
         "scale": {"workers": 2},
         "checkpoint": {"storage": str(place / "runs"), "every": SAVE_EVERY},
     }
@@ -139,7 +139,7 @@ def _compare(storage: LocalStorage, record: Path) -> dict[str, Any]:
         "eval_loss": {
             event["step"]: event["eval_loss"] for _, event in run_events(storage, "killed") if event["event"] == "eval"
         },
-        "loss": {step: losses[step] for step in (1, NUM_STEPS) if step in losses},
+        "loss": {step: min(losses[step]) for step in (1, NUM_STEPS) if step in losses},
     }
 
 
@@ -158,7 +158,9 @@ def _final_state(storage: LocalStorage, run: str) -> tuple[dict[str, str], dict[
 def _load_plainly(model_dir: Path, data: Any) -> dict[str, Any]:
     """Loads the model as anybody would, without outlast, and measures it again."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     loss = evaluate(model, TASKS["causal-lm"], data, World(), 4, "fp32")
@@ -172,7 +174,7 @@ def _summary(console: Console, found: dict[str, Any]) -> None:
     kill, evals = found["kill"], found["eval_loss"]
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("trained", f"{NUM_STEPS} steps, loss {found['loss'][1]:.3f} → {found['loss'][NUM_STEPS]:.3f}")
     if kill:
         what = f"rank {kill['rank']} (pid {kill['pid']}) by SIGKILL, while it wrote checkpoint-{kill['step']}"

@@ -101,9 +101,15 @@ class Launch:
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
         ended: int | None = None
         try:
-            finished = self._train(storage, address)
+            with _sigterm_interrupts():
+                finished = self._train(storage, address)
             ended = finished.outcome.exit_code
             return finished
+        except KeyboardInterrupt:
+            if not catalogue(storage, name).accepted:
+                raise
+            ended = Outcome.STOPPED.exit_code
+            return Finished(Outcome.STOPPED, self.id)
         except OutlastError as error:
             ended = error.exit_code
             raise
@@ -263,6 +269,19 @@ def _preflight() -> Iterator[None]:
         yield
     except StorageError as error:
         raise PreflightError(error.message, hint=error.hint) from error
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Outside the training itself there is nothing to commit: SIGTERM then ends the driver as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -137,7 +137,9 @@ def contents(storage: LocalStorage, run: str) -> dict[str, str]:
     }
 
 
-def resume_here(storage: LocalStorage, run: str, model: nn.Module, assignment: Assignment) -> tuple[int, dict[str, str]]:
+def resume_here(
+    storage: LocalStorage, run: str, model: nn.Module, assignment: Assignment
+) -> tuple[int, dict[str, str]]:
     """Resumes in this process. Returns the step and the digests of what is in the model and its optimizer now."""
     optimizer = make_optimizer(model, assignment.config.train)
     checkpointer = Checkpointer(storage, run, launch="here")

@@ -182,9 +182,7 @@ def test_other_models_and_precisions(
     assert_finished_as(storage, cut, expected)
 
 
-def test_another_seed_ends_otherwise(
-    assign: Assign, storage: LocalStorage, reference: MakeReference
-) -> None:
+def test_another_seed_ends_otherwise(assign: Assign, storage: LocalStorage, reference: MakeReference) -> None:
     """So that equality above means something: another seed gives other bits."""
     run_group(assign("other-seed", sections={"seed": 12}), storage, 2)
     others = digests(storage, "other-seed")

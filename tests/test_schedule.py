@@ -1,0 +1,93 @@
+"""When to save: tables, no clock."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from outlast.checkpointing.schedule import Every, Unit
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"),
+    [
+        (200, 200, Unit.STEPS),
+        ("200", 200, Unit.STEPS),
+        ("200 steps", 200, Unit.STEPS),
+        ("1 step", 1, Unit.STEPS),
+        (" 7 ", 7, Unit.STEPS),
+        ("90s", 90, Unit.SECONDS),
+        ("0.5s", 0.5, Unit.SECONDS),
+        ("10m", 600, Unit.SECONDS),
+        ("1.5 h", 5400, Unit.SECONDS),
+        ("1 epoch", 1, Unit.EPOCHS),
+        ("2 epochs", 2, Unit.EPOCHS),
+        ("2epochs", 2, Unit.EPOCHS),
+        ("3.0 steps", 3, Unit.STEPS),
+    ],
+)
+def test_intervals(text: str | int, amount: float, unit: Unit) -> None:
+    assert Every.parse(text) == Every(amount, unit)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "0",
+        0,
+        -3,
+        "-3",
+        "0m",
+        "0 epochs",
+        "1.5",
+        "1.5 steps",
+        "0.5 epoch",
+        "10 min",
+        "10 M",
+        "m",
+        "1e3",
+        "nan",
+        "inf",
+    ],
+)
+def test_what_is_no_interval(text: str | int) -> None:
+    with pytest.raises(ValueError, match="is not an interval: write 200"):
+        Every.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "num_samples", "due"),
+    [
+        (3, 8, 1000, [3, 6, 9, 12]),
+        (1, 8, 1000, list(range(1, 13))),
+        (20, 8, 1000, []),
+        ("1 epoch", 4, 12, [3, 6, 9, 12]),
+        ("2 epochs", 4, 12, [6, 12]),
+        ("1 epoch", 4, 10, [3, 5, 8, 10]),  # the step that crosses the border, or ends on it
+        ("1 epoch", 4, 3, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),  # more than an epoch a step
+        ("5m", 8, 10, []),
+    ],
+)
+def test_due_steps(text: str | int, batch: int, num_samples: int, due: list[int]) -> None:
+    every = Every.parse(text)
+    assert [step for step in range(1, 13) if every.due_at_step(step, batch, num_samples)] == due
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "due"),
+    [("10s", 9.9, False), ("10s", 10.0, True), ("10s", 1e9, True), ("1m", 59.0, False), (5, 1e9, False)],
+)
+def test_due_times(text: str | int, seconds: float, due: bool) -> None:
+    assert Every.parse(text).due_at_time(seconds) is due
+
+
+@given(
+    batch=st.integers(1, 50), num_samples=st.integers(1, 200), amount=st.integers(1, 3), num_steps=st.integers(1, 99)
+)
+def test_epochs_are_counted_once_each(batch: int, num_samples: int, amount: int, num_steps: int) -> None:
+    """As many saves as epochs were passed, unless several passed in one step."""
+    every = Every(amount, Unit.EPOCHS)
+    due = [step for step in range(1, num_steps + 1) if every.due_at_step(step, batch, num_samples)]
+    passed = num_steps * batch // (amount * num_samples)
+    assert len(due) == passed if batch <= amount * num_samples else len(due) == num_steps
