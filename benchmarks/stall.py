@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.state import optimizer_tensors
 from outlast.checkpointing.storage import LocalStorage
 from outlast.checkpointing.weights import named_weights
-from torch import nn
 
 
 def measure(*, quick: bool = False) -> dict[str, Any]:

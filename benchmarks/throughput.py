@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
 from outlast.checkpointing.lineage import run_events
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.demo import write_texts
@@ -28,7 +30,6 @@ from outlast.trainers.data import prepare
 from outlast.trainers.models import build_model
 from outlast.trainers.tasks import TASKS
 from outlast.trainers.world import World, make_deterministic
-from torch.nn.parallel import DistributedDataParallel
 
 RANKS = 2
 WARM_STEPS = 5

@@ -228,12 +228,12 @@ def _remove_litter(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(verb: str, target: Path) -> Iterator[None]:
-    """Turns an OSError into a StorageError that says what to do; lets absence through as it is."""
+    """Turns an OSError into a StorageError that says what to do; lets absence through as it is when reading."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and verb == "read":
+            raise
         reason = f"cannot {verb} {target}: {os.strerror(error.errno) if error.errno else error}"
         if error.errno not in _REFUSALS:
             raise StorageError(reason, hint="check the disk or the mount, then run the same command again") from error

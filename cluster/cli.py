@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from outlast.checkpointing.errors import OutlastError
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import Field, ValidationError
+
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config import Settings, TrainingConfig, explain
-from pydantic import Field, ValidationError
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 

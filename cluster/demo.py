@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
+from rich.table import Table
+
 from outlast.checkpointing.faults import Action, Fault, Point
 from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.lineage import catalogue, run_events
@@ -26,8 +29,6 @@ from outlast.trainers.data import prepare
 from outlast.trainers.evaluation import evaluate
 from outlast.trainers.tasks import TASKS
 from outlast.trainers.world import World
-from rich.console import Console
-from rich.table import Table
 
 NUM_STEPS = 100
 SAVE_EVERY = 10

@@ -13,8 +13,9 @@ from collections import deque
 from typing import Any
 
 import ray
-from outlast.checkpointing.errors import OutlastError
 from ray.exceptions import GetTimeoutError, RayError
+
+from outlast.checkpointing.errors import OutlastError
 
 NAMESPACE = "outlast"
 _PERIOD_S = 0.5

@@ -24,6 +24,8 @@ import ray
 import ray.train
 import ray.train.torch
 import yaml
+from ray.train.v2.api.exceptions import TrainingFailedError
+
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.faults import Fault
 from outlast.checkpointing.layout import MANIFEST, launch_dir, model_dir
@@ -38,7 +40,6 @@ from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data import prepare
 from outlast.trainers.loop import Outcome, make_plan
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 Listener = Callable[[dict[str, Any]], None]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.storage import open_storage
 from outlast.cluster.hub import Line

@@ -21,7 +21,6 @@ from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data import prepare
 from outlast.trainers.loop import Outcome
-
 from tests.group import digests, losses, run_group, tiny_config
 
 settings.register_profile("fast", deadline=None, database=None, derandomize=True, max_examples=60)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers  # noqa: F401
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
+
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.storage import open_storage
 from outlast.trainers import attempt  # noqa: F401
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.world import World
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
-
 from tests.group import Ended
 
 

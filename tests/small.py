@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import nn
+
 from outlast.checkpointing.safetensors import tensor_bytes
 from outlast.checkpointing.state import optimizer_tensors
 from outlast.checkpointing.weights import named_weights
-from torch import nn
 
 
 def small_model(seed: int = 0, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
-
 from tests.group import run_group, tiny_config
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))

@@ -11,11 +11,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
+from torch import nn
+
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.errors import ConfigError, NoCheckpointError
+from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.layout import CLAIM, MANIFEST, checkpoint_dir
 from outlast.checkpointing.lineage import catalogue, list_attempts
 from outlast.checkpointing.reader import tensor_digests, verify
@@ -25,8 +28,6 @@ from outlast.trainers.config import ModelSettings
 from outlast.trainers.loop import Outcome, make_optimizer
 from outlast.trainers.models import build_model
 from outlast.trainers.tasks import TASKS
-from torch import nn
-
 from tests.conftest import Reference
 from tests.group import StopAt, digests, losses, resumed, run_group
 from tests.small import digests_of
@@ -302,6 +303,39 @@ def test_two_damaged_checkpoints_leave_the_third(
     assert run_group(assign(copied, launch="second"), storage, 2)[0].outcome is Outcome.DONE
     assert resumed(storage, copied)[-1]["step"] == 3
     assert digests(storage, copied) == reference(2).digests
+
+
+# -- a storage that does not answer proves nothing --------------------------------------------------------------------
+
+
+class Flaky(LocalStorage):
+    """Fails to open weights so many times, as a network file system does for a moment."""
+
+    def __init__(self, root: Path, failures: int) -> None:
+        super().__init__(root)
+        self.failures = failures
+
+    def open(self, path: str) -> BinaryIO:
+        if path.endswith("model.safetensors") and self.failures:
+            self.failures -= 1
+            raise StorageError(f"cannot read {path}: Input/output error")
+        return super().open(path)
+
+
+@pytest.mark.parametrize("failures", [2, 99])
+def test_a_read_that_fails_is_tried_again_and_rejects_nothing(
+    failures: int, copied: str, storage: LocalStorage, model: nn.Module, assign: Callable[..., Assignment]
+) -> None:
+    """About a second: there are pauses between the tries."""
+    flaky = Flaky(Path(storage.url), failures)
+    if failures == 2:
+        assert resume_here(flaky, copied, model, assign(BASE))[0] == 7
+        assert resumed(storage, copied)[-1]["rejected"] == []
+        return
+    with pytest.raises(StorageError, match="Input/output error"):
+        resume_here(flaky, copied, model, assign(BASE))
+    assert flaky.failures == 99 - 3
+    assert resumed(storage, copied) == []
 
 
 # -- nothing whole -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ weight and optimizer tensor and the loss of every step.
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.faults import Action, Point
 from outlast.checkpointing.layout import MANIFEST, checkpoint_dir
@@ -23,7 +25,6 @@ from outlast.checkpointing.reader import verify
 from outlast.checkpointing.storage import LocalStorage, read_bytes
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
-
 from tests.conftest import Reference
 from tests.group import StopAt, digests, fault, losses, newest, resumed, run_group
 
@@ -96,9 +97,18 @@ def all_cases() -> list[Any]:
     return [pytest.param(item, id=str(item), marks=() if item.is_fast else pytest.mark.faults) for item in cases]
 
 
-def assert_finished_as(storage: LocalStorage, run: str, reference: Reference) -> None:
+def json_files(storage: LocalStorage, run: str) -> dict[str, Any]:
+    """What the newest checkpoint says in JSON: configuration, tokenizer, loop state, history of evaluations."""
+    manifest = newest(storage, run)
+    names = [entry.path for entry in manifest.files if entry.path.endswith(".json")]
+    return {name: json.loads(read_bytes(storage, f"{checkpoint_dir(run, manifest.ref)}/{name}")) for name in names}
+
+
+def assert_finished_as(storage: LocalStorage, run: str, reference: Reference, *, same_history: bool = True) -> None:
     """The run's newest checkpoint, its losses and its published model are the reference's."""
     assert digests(storage, run) == reference.digests
+    if same_history:
+        assert json_files(storage, run) == json_files(storage, reference.run)
     assert losses(storage, run) == reference.losses
     directory = f"{run}/attempts/{list_attempts(storage, run)[-1]}/model"
     published = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
@@ -290,4 +300,4 @@ def test_settings_that_change_no_number_may_change(
     ended = run_group(assign(run, launch="second", sections=sections, eval_every=3), storage, 1)
     assert ended[0].outcome is Outcome.DONE
     assert [item.ref.step for item in catalogue(storage, run).accepted] == [10, 8]
-    assert_finished_as(storage, run, reference(1))
+    assert_finished_as(storage, run, reference(1), same_history=False)

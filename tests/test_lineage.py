@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from outlast.checkpointing import faults
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.faults import Action, Fault, InjectedFault, Point
 from outlast.checkpointing.layout import (
     CLAIM,
@@ -34,12 +36,9 @@ from outlast.checkpointing.lineage import (
     read_claim,
     run_events,
 )
-from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
 from outlast.checkpointing.reader import verify
 from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import LocalStorage
-from torch import nn
-
+from outlast.checkpointing.storage import Buffer, LocalStorage
 from tests.small import digests_of, small_model, train_step
 
 
@@ -204,6 +203,84 @@ def test_a_commit_just_before_the_claim_is_found_though_the_loser_never_knew(sto
     assert start(storage, "new").step == 2
 
 
+class Interrupted(LocalStorage):
+    """Lets something else happen just before the file of a certain name is put, or before the n-th deletion."""
+
+    def __init__(
+        self, root: Path, happen: Callable[[], object], *, before_put: str = "", before_delete: int = -1
+    ) -> None:
+        super().__init__(root)
+        self.happen, self.before_put, self.before_delete = happen, before_put, before_delete
+
+    def put(self, path: str, chunks: Iterable[Buffer]) -> None:
+        if self.before_put and path.endswith(self.before_put):
+            self.before_put = ""
+            self.happen()
+        super().put(path, chunks)
+
+    def delete(self, path: str) -> None:
+        self.before_delete -= 1
+        if self.before_delete == -1:
+            self.happen()
+        super().delete(path)
+
+
+def test_what_was_acknowledged_while_another_claimed_is_found(storage: LocalStorage) -> None:
+    """The claim comes before the reading. In the other order the commit of step 2 would be lost."""
+    older = start(storage, "old")
+    assert older.save()
+    acknowledged = []
+    racing = Interrupted(Path(storage.url), lambda: acknowledged.append(older.save()), before_put=CLAIM)
+    assert start(racing, "new").step == 2
+    assert acknowledged == [True]
+
+
+def test_an_attempt_that_was_overtaken_while_it_claimed_gives_way(storage: LocalStorage) -> None:
+    """It looks again after its claim, and reads nothing when somebody is above it."""
+    racing = Interrupted(Path(storage.url), lambda: numbered(storage, "0001-ffffffff"), before_put=CLAIM)
+    late = Checkpointer(racing, "run", launch="late")
+    assert late.superseded
+    assert len(list_attempts(storage, "run")) == 2
+
+
+def test_a_claim_during_the_commit_takes_the_acknowledgement_away(storage: LocalStorage) -> None:
+    """The manifest was on its way when the claim came: durable, perhaps, and not acknowledged."""
+    racing = Interrupted(
+        Path(storage.url), lambda: claim(storage, "run", {"launch": "new"}), before_put="checkpoint-2/manifest.json"
+    )
+    worker = start(racing, "old")
+    assert worker.save()
+    assert not worker.save()
+    commits = [event["step"] for _, event in run_events(storage, "run") if event["event"] == "commit"]
+    assert commits == [1]
+
+
+@pytest.mark.parametrize("survived", range(4))
+def test_a_deletion_that_dies_half_way_leaves_no_damage(survived: int, storage: LocalStorage) -> None:
+    """The manifest goes first, so that what is left of a checkpoint is no checkpoint; the next attempt clears it up."""
+
+    def die() -> None:
+        raise StorageError("cannot delete: Input/output error")
+
+    worker = start(Interrupted(Path(storage.url), die, before_delete=survived), "a")
+    assert worker.save()
+    assert worker.save()
+    with pytest.raises(StorageError, match="cannot delete"):
+        worker.save()
+    found = catalogue(storage, "run")
+    assert not found.rejected
+    assert [item.ref.step for item in found.accepted] == ([3, 2, 1] if survived == 0 else [3, 2])
+    for manifest in found.accepted:
+        assert verify(storage, checkpoint_dir("run", manifest.ref), manifest) == []
+
+    heir = start(storage, "b")
+    assert heir.step == 3
+    assert heir.save()
+    assert heir.save()
+    assert [item.ref.step for item in catalogue(storage, "run").accepted] == [5, 4]
+    assert storage.list(checkpoint_dir("run", replace(worker.ref, step=1))) == []
+
+
 def test_a_zombie_deletes_nothing(storage: LocalStorage) -> None:
     zombie = start(storage, "old")
     assert zombie.save()
@@ -341,114 +418,6 @@ def test_an_acknowledged_commit_is_never_lost(actions: list[str | tuple[int, Poi
             history.check()
     finally:
         shutil.rmtree(folder)
-
-
-# -- manifests ---------------------------------------------------------------------------------------------------------
-
-
-def sample_manifest() -> Manifest:
-    lower, upper = AttemptId(1, "aaaa"), AttemptId(2, "bbbb")
-    return Manifest(
-        ref=CheckpointRef(20, upper),
-        lineage=(CheckpointRef(10, lower), CheckpointRef(5, lower)),
-        files=(FileEntry("a.json", 3, "0" * 32, ("1" * 16,)), FileEntry("é/empty", 0, "2" * 32, ())),
-        world_size=4,
-        metrics={"loss": 1.25, "eval_loss": 0.1 + 0.2},
-        committed_at=1_700_000_000.123,
-        launch="launch-é",
-        extra={"final_step": 20},
-    )
-
-
-def test_a_manifest_comes_back_as_it_was() -> None:
-    manifest = sample_manifest()
-    assert Manifest.parse(manifest.to_json()) == manifest
-    assert manifest.num_bytes == 3
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -0.0, 5e-324])
-def test_a_manifest_carries_any_metric(value: float) -> None:
-    manifest = replace(sample_manifest(), metrics={"loss": value})
-    back = Manifest.parse(manifest.to_json())
-    assert back.to_json() == manifest.to_json()
-    assert repr(back.metrics["loss"]) == repr(value)
-
-
-def test_a_manifest_tells_every_flipped_bit() -> None:
-    """Or else it still says the same: `\\u00e9` and `\\u00E9` are one letter."""
-    manifest = sample_manifest()
-    data = manifest.to_json()
-    num_told = 0
-    for position in range(len(data)):
-        for bit in range(8):
-            tampered = bytearray(data)
-            tampered[position] ^= 1 << bit
-            try:
-                assert Manifest.parse(bytes(tampered)) == manifest
-            except ManifestError:
-                num_told += 1
-    assert num_told > 0.99 * 8 * len(data)
-
-
-def test_a_manifest_tells_every_truncation() -> None:
-    data = sample_manifest().to_json()
-    for length in range(len(data) - 1):
-        with pytest.raises(ManifestError):
-            Manifest.parse(data[:length])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"step": 21},
-        {"attempt": "0003-cccc"},
-        {"lineage": []},
-        {"files": []},
-        {"world_size": 5},
-        {"metrics": {"loss": 1.0}},
-        {"more": 1},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_a_manifest_tells_a_changed_field(change: dict[str, object]) -> None:
-    body = json.loads(sample_manifest().to_json())
-    with pytest.raises(ManifestError, match="digest"):
-        Manifest.parse(json.dumps({**body, **change}).encode())
-
-
-@given(st.binary(max_size=200))
-def test_anything_else_is_not_a_manifest(data: bytes) -> None:
-    with pytest.raises(ManifestError):
-        Manifest.parse(data)
-
-
-@pytest.mark.parametrize("data", [b"null", b"[]", b"{}", b'"text"', b'{"digest": 1}', b'{"digest": 1, "format": 2}'])
-def test_other_json_is_not_a_manifest(data: bytes) -> None:
-    with pytest.raises(ManifestError):
-        Manifest.parse(data)
-
-
-@given(sizes=st.lists(st.integers(0, 3000), max_size=6))
-def test_digests_do_not_depend_on_how_the_bytes_come(sizes: list[int]) -> None:
-    data = bytes(index % 251 for index in range(sum(sizes)))
-    whole, parts = Digester(), Digester()
-    whole.update(data)
-    begin = 0
-    for size in sizes:
-        parts.update(data[begin : begin + size])
-        begin += size
-    assert parts.entry("a") == whole.entry("a")
-
-
-def test_blocks_end_where_they_should() -> None:
-    """A file of one block and a byte has two block digests, the second of that byte alone."""
-    data = bytes(BLOCK_BYTES) + b"x"
-    across, single, tail = Digester(), Digester(), Digester()
-    across.update(memoryview(data)[: BLOCK_BYTES - 5])
-    across.update(memoryview(data)[BLOCK_BYTES - 5 :])
-    single.update(data[:-1])
-    tail.update(b"x")
-    assert across.entry("a").blocks == single.entry("a").blocks + tail.entry("a").blocks
 
 
 # -- names -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.retention import Kept, Retention
 

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from outlast.checkpointing.safetensors import DTYPES, SafetensorsError, decode, encode, tensor_bytes
 
 
@@ -125,7 +126,7 @@ def test_tensors_are_aligned() -> None:
 
 
 def test_a_dtype_that_the_format_lacks_is_refused() -> None:
-    with pytest.raises(TypeError, match="cannot hold z: torch.complex64"):
+    with pytest.raises(TypeError, match=r"cannot hold z: torch\.complex64"):
         joined({"z": torch.zeros(1, dtype=torch.complex64)})
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlast.trainers.sampling import Plan, mix, permute, share
 
 SEEDS = st.integers(0, 2**63 - 1)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.safetensors import decode, encode
 from outlast.checkpointing.state import deal, load_optimizer, optimizer_tensors
 from outlast.checkpointing.weights import load_weights, named_weights
-from torch import nn
-
 from tests.small import digests_of, train_step
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -104,7 +104,7 @@ def test_state_that_no_file_can_hold_is_refused() -> None:
     model = net(0)
     optimizer = OPTIMIZERS["sgd"](list(model.parameters()))
     optimizer.state[model[0].weight]["history"] = ["text"]  # type: ignore[index]
-    with pytest.raises(TypeError, match="0.weight/history of type list"):
+    with pytest.raises(TypeError, match=r"0\.weight/history of type list"):
         optimizer_tensors(model, optimizer)
 
 

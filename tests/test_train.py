@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from outlast.checkpointing.lineage import catalogue, read_claim, run_events
 from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
-
 from tests.group import digests, losses, run_group, tiny_config
 
 pytestmark = pytest.mark.ray
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 NUM_STEPS = 400
+LONG = 1500  # so that a second driver has time to start while the first is at work
 
 
 @pytest.fixture(scope="module")
@@ -119,23 +120,26 @@ def test_a_killed_driver_is_followed_by_the_next(
 
 
 def test_two_drivers_one_goes_on(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, reference: dict[str, str]
+    start: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    assign: Callable[..., Assignment],
+    storage: LocalStorage,
 ) -> None:
     """The second leaves a run alone that is at work; told to take over, it does, and the first ends with 75."""
-    storage = LocalStorage(tmp_path)
-    first = start()
-    wait_for_commit(storage, 0, first)
-    code, _, err = ended(start())
+    assert run_group(assign("long", steps=LONG), storage, 2)[0].outcome is Outcome.DONE
+    place, longer = LocalStorage(tmp_path), ("-s", f"train.steps={LONG}")
+    first = start(*longer)
+    wait_for_commit(place, 0, first)
+    polite, second = start(*longer), start(*longer, "--take-over")
+    code, _, err = ended(polite)
     assert code == 75
     assert "is at work on this run" in err
     assert "--take-over" in err
-    assert first.poll() is None
-    second = start("--take-over")
     (code, _, err), (code_2, _, err_2) = ended(first), ended(second)
     assert (code, code_2) == (75, 0), (err, err_2)
-    assert digests(storage, "run") == reference
-    attempts = [attempt for attempt, event in run_events(storage, "run") if event["event"] in ("start", "resume")]
-    launches = [read_claim(storage, "run", attempt)["launch"] for attempt in attempts]
+    assert digests(place, "run") == digests(storage, "long")
+    attempts = [attempt for attempt, event in run_events(place, "run") if event["event"] in ("start", "resume")]
+    launches = [read_claim(place, "run", attempt)["launch"] for attempt in attempts]
     assert len(launches) == len(set(launches)) == 2, "the launches took over from each other in turn"
 
 

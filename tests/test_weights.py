@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.weights import load_weights, named_weights, unwrap
-from torch import nn
 
 
 class Net(nn.Module):

@@ -1,0 +1,210 @@
+"""The shape of the code: three flat rooms, imports in one direction, a public face that is frozen, no pickle."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import outlast.checkpointing
+import outlast.trainers
+from outlast.checkpointing.layout import checkpoint_dir
+from outlast.checkpointing.lineage import catalogue
+from outlast.checkpointing.safetensors import decode
+from outlast.checkpointing.storage import LocalStorage
+from tests.conftest import Reference
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ["checkpointing", "trainers", "cluster"]
+FORBIDDEN = {
+    "checkpointing": ["outlast.trainers", "outlast.cluster", "transformers", "accelerate", "ray", "tests"],
+    "trainers": ["outlast.cluster", "ray", "tests"],
+    "cluster": ["tests"],
+}
+MAX_LINES = 500
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).glob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever the statement stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_one_way(room: str) -> None:
+    assert sources(room)
+    wrong = [
+        f"{path.name} imports {name}"
+        for path in sources(room)
+        for name in imports(path)
+        for forbidden in FORBIDDEN[room]
+        if name == forbidden or name.startswith(f"{forbidden}.")
+    ]
+    assert wrong == []
+
+
+def test_the_scan_sees_an_import(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("def f():\n    import ray.train as t\n    from outlast import cluster\n")
+    assert set(imports(path)) >= {"ray.train", "outlast.cluster"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_are_flat(room: str) -> None:
+    """A sub-package imports when editable and is silently missing from the wheel."""
+    folders = [path for path in (ROOT / room).iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert folders == []
+    assert (ROOT / room / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "tests"])
+def test_no_file_holds_two_ideas(room: str) -> None:
+    long = {path.name: count for path in sources(room) if (count := len(path.read_text().splitlines())) > MAX_LINES}
+    assert long == {}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_module_says_what_it_is_for(room: str) -> None:
+    silent = [
+        path.name
+        for path in sources(room)
+        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert silent == []
+
+
+# -- the public face ---------------------------------------------------------------------------------------------------
+
+
+def test_the_face_of_checkpointing_is_frozen() -> None:
+    assert outlast.checkpointing.__all__ == [
+        "CheckpointRef",
+        "Checkpointer",
+        "ConfigError",
+        "DamagedError",
+        "Every",
+        "LocalStorage",
+        "Manifest",
+        "NoCheckpointError",
+        "OutlastError",
+        "PreflightError",
+        "Ranks",
+        "Retention",
+        "Storage",
+        "StorageError",
+        "StorageRefused",
+        "catalogue",
+        "open_storage",
+        "verify",
+    ]
+
+
+def test_the_face_of_trainers_is_frozen() -> None:
+    assert outlast.trainers.__all__ == [
+        "Assignment",
+        "Control",
+        "Loop",
+        "Outcome",
+        "Prepared",
+        "TrainingConfig",
+        "World",
+        "prepare",
+        "run_attempt",
+    ]
+
+
+@pytest.mark.parametrize("package", [outlast.checkpointing, outlast.trainers], ids=lambda package: package.__name__)
+def test_every_name_is_there(package: object) -> None:
+    for name in package.__all__:  # type: ignore[attr-defined]
+        assert getattr(package, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        package.Nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_package_costs_nothing_until_it_is_used() -> None:
+    code = (
+        "import sys, outlast.checkpointing, outlast.trainers, outlast.cluster;"
+        "print([name for name in ('torch', 'ray', 'transformers', 'pyarrow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- no pickle ---------------------------------------------------------------------------------------------------------
+
+PICKLES = ["pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.load", "torch.save", "torch.jit"]
+
+
+def dotted(node: ast.AST) -> str:
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def pickles(path: Path) -> list[str]:
+    used = {
+        dotted(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute | ast.Name)
+    }
+    return sorted(name for name in {*used, *imports(path)} if any(name in (p, f"from {p}") for p in PICKLES))
+
+
+def test_checkpointing_knows_no_pickle() -> None:
+    assert {path.name: found for path in sources("checkpointing") if (found := pickles(path))} == {}
+
+
+def test_the_scan_sees_a_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("import pickle\nimport torch\nfrom torch import save\ntorch.load('a')\n")
+    assert pickles(path) == ["pickle", "torch.load", "torch.save"]
+
+
+def test_a_checkpoint_holds_tensors_and_json_alone(
+    storage: LocalStorage, reference: Callable[[int], Reference]
+) -> None:
+    run = reference(2).run
+    files = [path for path in storage.path(run).rglob("*") if path.is_file()]
+    assert len(files) > 30
+    for path in files:
+        data = path.read_bytes()
+        if path.suffix == ".safetensors":
+            assert decode(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        else:
+            assert path.suffix in (".json", ".jsonl"), path
+            for text in data.splitlines() if path.suffix == ".jsonl" else [data]:
+                assert isinstance(json.loads(text), dict)
+
+
+def test_transformers_alone_opens_a_checkpoint(
+    storage: LocalStorage, reference: Callable[[int], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every committed checkpoint, and the model at the end, without a word from outlast."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = reference(2).run
+    accepted = catalogue(storage, run).accepted
+    folders = [storage.path(checkpoint_dir(run, item.ref)) for item in accepted]
+    assert len(folders) == 3
+    for folder in [*folders, folders[0].parent / "model"]:
+        model, said = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not said["missing_keys"]
+        assert not said["unexpected_keys"]
+        saved = decode(torch.frombuffer(bytearray((folder / "model.safetensors").read_bytes()), dtype=torch.uint8))
+        for name, tensor in saved.items():
+            assert torch.equal(model.state_dict()[name], tensor)
+        assert (
+            AutoTokenizer.from_pretrained(folder).decode(AutoTokenizer.from_pretrained(folder)("words")["input_ids"])
+            == "words"
+        )
