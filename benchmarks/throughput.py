@@ -39,6 +39,12 @@ class _Silent:
     def stop_requested(self) -> bool:
         return False
 
+    def save_requested(self) -> str | None:
+        return None
+
+    def claimed(self, attempt: str) -> None:
+        pass
+
     def progress(self, event: dict[str, Any]) -> None:
         pass
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+
 from outlast.checkpointing import layout, lineage
 from outlast.checkpointing.errors import DamagedError, NoCheckpointError, OutlastError, StorageError
 from outlast.checkpointing.faults import Point, reach
@@ -34,7 +36,6 @@ from outlast.checkpointing.state import deal, load_optimizer, optimizer_tensors
 from outlast.checkpointing.storage import Storage, patiently, walk
 from outlast.checkpointing.weights import load_weights, named_weights
 from outlast.checkpointing.writer import write_file, write_tensors
-from torch import nn
 
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import xxhash
+
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.storage import Buffer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+
 from outlast.checkpointing.errors import DamagedError
 from outlast.checkpointing.layout import MANIFEST
 from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest

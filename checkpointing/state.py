@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
+
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.weights import unwrap
-from torch import nn
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

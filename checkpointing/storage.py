@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
+from outlast.checkpointing.errors import StorageError, StorageRefused
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -78,18 +78,17 @@ class Storage(Protocol):
 
 
 def open_storage(url: str) -> Storage:
-    """The storage that `url` names: a local path or `file://…`.
+    """The storage that `url` names: a local path, `file://…`, or an object store such as `s3://bucket/prefix`.
 
     Raises:
-        ConfigError: The scheme is not known.
+        ConfigError: The scheme is not known, or the URL carries credentials.
     """
     parts = urlsplit(url)
     if parts.scheme in ("", "file"):
         return LocalStorage(Path(parts.path if parts.scheme else url))
-    raise ConfigError(
-        f"storage {url!r}: outlast has no backend for {parts.scheme}://",
-        hint="set checkpoint.storage to a directory (a shared one for several machines)",
-    )
+    from outlast.checkpointing.objects import ObjectStorage  # brings pyarrow, which a local run's listing does without
+
+    return ObjectStorage(url)
 
 
 def read_bytes(storage: Storage, path: str) -> bytes:

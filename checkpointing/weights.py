@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from outlast.checkpointing.errors import ConfigError
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from outlast.checkpointing.errors import ConfigError
 
 _WRAPPERS = (DataParallel, DistributedDataParallel)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+
 from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.manifest import Digester, FileEntry
 from outlast.checkpointing.safetensors import encode

@@ -82,6 +82,7 @@ class Alive:
     def _put(self, exit_code: int | None) -> None:
         body = {
             "beat": self._beat,
+            "t": time.time(),
             "host": _host(),
             "pid": os.getpid(),
             "started": _process_start(os.getpid()),

@@ -10,7 +10,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from outlast.checkpointing.errors import OutlastError
 if TYPE_CHECKING:
     from outlast.checkpointing.retention import Retention
     from outlast.checkpointing.storage import Storage
+    from outlast.cluster.config import RunConfig
 
 app = typer.Typer(
     name="outlast",
@@ -32,6 +33,11 @@ app.add_typer(checkpoints, name="checkpoints")
 
 RUN_FILES = (".yaml", ".yml", ".toml")
 
+Address = Annotated[
+    str | None, typer.Option(help="The cluster's job server, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
+]
+Code = Annotated[Path | None, typer.Option(help="A directory of your own Python files, importable on the workers.")]
+Ship = Annotated[bool, typer.Option(help="Send this outlast along, so that the cluster runs the same version.")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, its run file, or its name.")]
 Root = Annotated[str, typer.Option("--storage", help="Where runs named by name lie.")]
@@ -99,6 +105,145 @@ def version(as_json: AsJson = False) -> None:
     names = ["outlast", "ray", "torch", "transformers", "accelerate", "pyarrow"]
     found = {"python": platform.python_version(), **{name: of(name) for name in names}}
     print(json.dumps(found) if as_json else "\n".join(f"{name} {text}" for name, text in found.items()))
+
+
+@app.command()
+def submit(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
+    code: Code = None,
+    ship: Ship = True,
+) -> None:
+    """Submit the run to a Ray cluster; a run that is at work there already is attached to."""
+    from outlast.cluster.config import load_run
+
+    config, declared = load_run(str(run_file), overrides or [])
+    _submit(config, declared, address, follow, code, ship)
+
+
+@app.command()
+def resume(
+    run: Run,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
+    code: Code = None,
+    ship: Ship = True,
+    storage: Root = "./runs",
+) -> None:
+    """Submit a run again, with the settings that its storage remembers."""
+    from outlast.cluster.config import RunConfig, expand
+    from outlast.cluster.status import declared_settings
+
+    place, name, _ = find_run(run, storage)
+    declared = declared_settings(place, name)
+    _submit(RunConfig.model_validate(expand(declared)), declared, address, follow, code, ship)
+
+
+def _submit(
+    config: RunConfig, declared: dict[str, Any], address: str | None, follow: bool, code: Path | None, ship: bool
+) -> None:
+    from outlast.cluster import jobs
+
+    client = jobs.connect(address)
+    job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
+    print(f"{'submitted' if is_new else 'already at work; attached to'} {job.id}", file=sys.stderr)
+    print(job.id)
+    if follow:
+        ended = jobs.follow(client, job.id)
+        raise typer.Exit(ended.exit_code)
+
+
+@app.command("list")
+def list_runs(address: Address = None, storage: Root = "./runs", as_json: AsJson = False) -> None:
+    """List the runs under --storage, or with --address the submissions that a cluster remembers."""
+    rows: list[dict[str, Any]]
+    if address is not None:
+        from dataclasses import asdict
+
+        from outlast.cluster import jobs
+
+        rows = [asdict(job) for job in jobs.jobs_of(jobs.connect(address))]
+    else:
+        from outlast.checkpointing.storage import open_storage
+        from outlast.cluster.status import list_runs as runs_in
+
+        rows = runs_in(open_storage(storage))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
+        print(f"{row.get('id') or row['run']:32}  {state}")
+
+
+@app.command()
+def status(run: Run, address: Address = None, storage: Root = "./runs", as_json: AsJson = False) -> None:
+    """Tell how a run is doing, from its own storage; with --address, its jobs too."""
+    from dataclasses import asdict
+
+    from outlast.cluster.status import read_status
+
+    place, name, _ = find_run(run, storage)
+    body = read_status(place, name)
+    if address is not None:
+        from outlast.cluster import jobs
+
+        body["jobs"] = [asdict(job) for job in jobs.jobs_of(jobs.connect(address), name)]
+    if as_json:
+        print(json.dumps(body, indent=1))
+        return
+    loss = f", loss {body['loss']:.4f}" if body["loss"] is not None else ""
+    print(f"{name}: {body['state']}, step {body['step']} of {body['num_steps'] or '?'}{loss}")
+    if newest := body["newest_checkpoint"]:
+        print(f"newest checkpoint: step {newest['step']}, {_when(newest['committed_at'])}, {newest['path']}")
+    print(f"attempts: {body['attempts']}")
+    for failure in body["failures"]:
+        print(f"  {_when(failure['t'])}  {failure['cause']} (rank {failure['rank']}): {failure['message'][:160]}")
+    for job in body.get("jobs", []):
+        print(f"job {job['id']}: {job['status']}")
+    for damaged in body["damaged"]:
+        print(f"damaged: {damaged}; `outlast checkpoints verify {run}` says more")
+
+
+@app.command()
+def logs(
+    run: Run,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+) -> None:
+    """Print the log of a run's newest job."""
+    from outlast.cluster import jobs
+
+    client = jobs.connect(address)
+    job = jobs.newest(client, _run_name(run))
+    if follow:
+        raise typer.Exit(jobs.follow(client, job.id).exit_code)
+    print(client.get_job_logs(job.id), end="")
+
+
+@app.command()
+def stop(run: Run, address: Address = None) -> None:
+    """Ask a run's job to commit a checkpoint and end; wait until it has."""
+    from outlast.cluster import jobs
+
+    name = _run_name(run)
+    job = jobs.stop(jobs.connect(address), name)
+    if job is None:
+        print(f"run {name} has no live job", file=sys.stderr)
+        return
+    print(f"{job.id} has stopped; go on with: outlast resume {run}", file=sys.stderr)
+    raise typer.Exit(75)
+
+
+def _run_name(text: str) -> str:
+    """The run's name alone, whichever way RUN is written."""
+    if text.endswith(RUN_FILES):
+        from outlast.cluster.config import load_run
+
+        return load_run(text)[0].name
+    return text.rstrip("/").rpartition("/")[2]
 
 
 @checkpoints.command("ls")
@@ -243,3 +388,7 @@ def _fail(message: str, hint: str, code: int, debug: bool) -> None:
     if hint:
         print(f"  → {hint}", file=sys.stderr)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

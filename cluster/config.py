@@ -81,7 +81,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
     for override in overrides:
         _override(declared, override)
     try:
-        return RunConfig.model_validate(_expand(declared)), declared
+        return RunConfig.model_validate(expand(declared)), declared
     except ValidationError as error:
         lines = "\n".join(f"  {line}" for line in explain(error, RunConfig).splitlines())
         raise ConfigError(f"{path} has settings that cannot be used:\n{lines}", hint=f"edit {path}") from error
@@ -117,11 +117,12 @@ def _override(body: dict[str, Any], override: str) -> None:
         raise ConfigError(f"-s {override}: the value is not valid YAML: {error}") from error
 
 
-def _expand(value: Any) -> Any:
+def expand(value: Any) -> Any:
+    """`value` with every `${env:NAME}` in it replaced. Raises ConfigError for a name that is not set."""
     if isinstance(value, dict):
-        return {key: _expand(item) for key, item in value.items()}
+        return {key: expand(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item) for item in value]
+        return [expand(item) for item in value]
     if isinstance(value, str):
         return _ENV.sub(_from_environment, value)
     return value

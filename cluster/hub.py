@@ -6,16 +6,17 @@ for the next signal and the screen stays still.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from outlast.checkpointing.errors import OutlastError
+from outlast.cluster.preemption import Watch, draining_nodes
 
 NAMESPACE = "outlast"
 _PERIOD_S = 0.5
@@ -30,6 +31,7 @@ class Hub:
         self._stop = False
         self._events: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._failures: dict[int, OutlastError] = {}
+        self._drained: set[str] = set()
 
     def stop(self) -> None:
         """Asks the workers to commit and end."""
@@ -44,6 +46,14 @@ class Hub:
         """Gives the driver the events that it has not seen."""
         events, self._events = list(self._events), deque(maxlen=10_000)
         return events
+
+    def drain_noticed(self, attempt: str) -> None:
+        """Takes note that a node of this attempt was announced to go."""
+        self._drained.add(attempt)
+
+    def was_drained(self, attempt: str) -> bool:
+        """Whether a node of this attempt was announced to go."""
+        return attempt in self._drained
 
     def fail(self, rank: int, error: OutlastError) -> int:
         """Takes note that a rank cannot go on, and that trying again would not help. Returns how many there are."""
@@ -61,6 +71,14 @@ def start_hub(launch: str) -> Any:
     return actor.options(name=f"hub-{launch}", namespace=NAMESPACE).remote()
 
 
+def find_hub(launch: str) -> Any:
+    """The hub of a launch, or None when it has gone."""
+    try:
+        return ray.get_actor(f"hub-{launch}", namespace=NAMESPACE)
+    except (ValueError, RayError):
+        return None
+
+
 def ask(call: Any, otherwise: Any = None) -> Any:
     """The answer to a call to the hub, or `otherwise` when the hub has gone."""
     try:
@@ -75,12 +93,13 @@ class Line:
     def __init__(self, launch: str, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
         self._stop = False
+        self._save: str | None = None
+        self._watch: Watch | None = None
+        self._attempt = "none"
         self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._talk, daemon=True)
-        self._hub: Any = None
-        with contextlib.suppress(ValueError, RayError):
-            self._hub = ray.get_actor(f"hub-{launch}", namespace=NAMESPACE)
+        self._hub = find_hub(launch)
 
     def __enter__(self) -> Line:
         if self._rank == 0 and self._hub is not None:
@@ -94,6 +113,17 @@ class Line:
 
     def stop_requested(self) -> bool:
         return self._stop
+
+    def save_requested(self) -> str | None:
+        reason, self._save = self._save, None
+        return reason
+
+    def watch(self, nodes: Collection[str]) -> None:
+        """From now on asks for a save when one of these nodes is about to be lost (rank 0)."""
+        self._watch = Watch(nodes)
+
+    def claimed(self, attempt: str) -> None:
+        self._attempt = attempt
 
     def progress(self, event: dict[str, Any]) -> None:
         self._events.append({"t": time.time(), **event})
@@ -116,6 +146,15 @@ class Line:
         while True:
             closing = self._closing.wait(_PERIOD_S)
             events = [self._events.popleft() for _ in range(len(self._events))]
+            self._look_for_drains()
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
             if closing:
                 return
+
+    def _look_for_drains(self) -> None:
+        if self._watch is None:
+            return
+        reason = self._watch.look(draining_nodes())
+        if reason is not None:
+            self._save = reason
+            ask(self._hub.drain_noticed.remote(self._attempt))

@@ -35,6 +35,7 @@ from outlast.checkpointing.reader import verify
 from outlast.checkpointing.storage import LocalStorage, Storage, open_storage, read_bytes
 from outlast.cluster.alive import Alive, find_rival
 from outlast.cluster.config import RunConfig
+from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment
@@ -44,10 +45,6 @@ from outlast.trainers.loop import Outcome, make_plan
 Listener = Callable[[dict[str, Any]], None]
 
 OBJECT_STORE_BYTES = 200 * 2**20
-
-
-class RunFailed(OutlastError):
-    """The workers failed more often than the run may, or in a way that a restart does not mend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +164,7 @@ class Launch:
         scale, failure = self.config.scale, self.config.failure
         hub = start_hub(self.id)
         resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
+        recorder = Recorder(self.storage.url, self.config.name, self.id, failure.max_failures, failure.max_preemptions)
         trainer = ray.train.torch.TorchTrainer(
             train_worker,
             train_loop_config={"assignment": assignment},
@@ -177,9 +175,8 @@ class Launch:
             run_config=ray.train.RunConfig(
                 name=self.id,
                 storage_path=f"{self.storage.url}/{self.config.name}/launches",
-                failure_config=ray.train.FailureConfig(
-                    max_failures=failure.max_failures, max_preemption_failures=failure.max_preemptions
-                ),
+                failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failures.py
+                callbacks=[recorder],
             ),
         )
         box: dict[str, Any] = {}
@@ -322,10 +319,8 @@ def _explained(error: BaseException, config: RunConfig) -> OutlastError:
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {}) or {}
     if isinstance(error, TrainingFailedError) and failures:
         rank = min(failures)
-        cause = getattr(failures[rank], "cause", None) or failures[rank]
-        lines = [line for line in str(cause).splitlines() if line.strip()]
-        said = lines[-1] if lines else repr(cause)
-        message = f"rank {rank} of {config.scale.workers} failed and the restarts are used up: {said}"
+        said = (str(failures[rank]).strip().splitlines() or [repr(failures[rank])])[-1]
+        message = f"rank {rank} of {config.scale.workers} failed: {said}"
     else:
         said = next(iter(str(error).strip().splitlines()), "")
         message = f"Ray Train failed: {type(error).__name__}: {said}"

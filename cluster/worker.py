@@ -26,7 +26,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             return {"error": earlier}
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
-            world = World(ray.train.torch.get_device())
+            world = World(ray.train.torch.get_device(), ray.get_runtime_context().get_node_id())
+            line.watch(set(world.gather(world.node)))
             return {"outcome": run_attempt(assignment, storage, world, line).value}
         except OutlastError as error:
             if error.permanent and line.all_fail(error):

@@ -40,6 +40,12 @@ class Quiet:
     def stop_requested(self) -> bool:
         return False
 
+    def save_requested(self) -> str | None:
+        return None
+
+    def claimed(self, attempt: str) -> None:
+        pass
+
     def progress(self, event: dict[str, Any]) -> None:
         pass
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from outlast.checkpointing import faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
@@ -67,6 +68,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     )
     if checkpointer.superseded:
         return Outcome.SUPERSEDED
+    control.claimed(str(checkpointer.attempt))
     base = checkpointer.base_declaration
     _check_unchanged(base, assignment)
     make_deterministic(config.deterministic, int(base.get("num_threads", assignment.num_threads)))
@@ -101,7 +103,9 @@ def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
         "data": assignment.prepared.fingerprint,
         "num_threads": assignment.num_threads,
         "versions": _versions(),
-        "workers": world.gather({"rank": world.rank, "host": socket.gethostname(), "pid": os.getpid()}),
+        "workers": world.gather(
+            {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
+        ),
         "device": world.device.type,
     }
 

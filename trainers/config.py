@@ -13,11 +13,12 @@ from math import gcd
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import check_run_name
 from outlast.checkpointing.retention import KEEP_LAST_MIN, Retention
 from outlast.checkpointing.schedule import Every
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class Exactness(Enum):

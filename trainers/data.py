@@ -8,6 +8,7 @@ sources and every setting that changes what comes out.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset
 import xxhash
+
 from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry
 from outlast.checkpointing.storage import LocalStorage, Storage, read_bytes
@@ -68,9 +70,16 @@ class Prepared:
             return load_tokenizer(folder)
 
     def split(self, storage: Storage, name: str) -> PackedData:
-        """The samples of `train` or `eval`."""
-        assert isinstance(storage, LocalStorage)
-        return PackedData(storage.path(f"{self.directory}/{name}.arrow"))
+        """The samples of `train` or `eval`; from a copy on this machine when the storage is not a file system."""
+        file = f"{name}.arrow"
+        if isinstance(storage, LocalStorage):
+            return PackedData(storage.path(f"{self.directory}/{file}"))
+        entry = next(entry for entry in self.files if entry.path == file)
+        cached = LocalStorage(cache_dir())
+        path = f"{self.fingerprint}/{file}"
+        if not cached.path(path).is_file():
+            cached.put(path, _verified_chunks(storage, self.directory, entry))
+        return PackedData(cached.path(path))
 
 
 class PackedData:
@@ -119,14 +128,26 @@ def _from_json(body: dict[str, Any]) -> Prepared:
     return Prepared(**body, files=files)
 
 
+def cache_dir() -> Path:
+    """Where this machine keeps copies of prepared data: `$OUTLAST_CACHE`, or `~/.cache/outlast`."""
+    return Path(os.environ.get("OUTLAST_CACHE", "~/.cache/outlast")).expanduser() / "data"
+
+
+def _verified_chunks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[bytes]:
+    """The file's bytes. Raises DamagedError after the last of them if they are not what was written."""
+    digester = Digester()
+    with storage.open(f"{directory}/{entry.path}") as file:
+        for chunk in iter(partial(file.read, BLOCK_BYTES), b""):
+            digester.update(chunk)
+            yield chunk
+    if digester.entry(entry.path) != entry:
+        raise DamagedError(f"{directory}/{entry.path}: bytes changed since the data was prepared")
+
+
 def _verify(storage: Storage, prepared: Prepared) -> None:
     for entry in prepared.files:
-        digester = Digester()
-        with storage.open(f"{prepared.directory}/{entry.path}") as file:
-            for chunk in iter(partial(file.read, BLOCK_BYTES), b""):
-                digester.update(chunk)
-        if digester.entry(entry.path) != entry:
-            raise DamagedError(f"{prepared.directory}/{entry.path}: bytes changed since the data was prepared")
+        for _ in _verified_chunks(storage, prepared.directory, entry):
+            pass
 
 
 def _fingerprint(config: TrainingConfig) -> str:

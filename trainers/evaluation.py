@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from outlast.checkpointing.weights import unwrap
 from outlast.trainers.data import PackedData
 from outlast.trainers.sampling import share
 from outlast.trainers.tasks import Task
 from outlast.trainers.world import World
-from torch import nn
 
 
 @torch.no_grad()

@@ -17,6 +17,9 @@ from enum import Enum
 from typing import Any, Protocol
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.faults import Point, reach
@@ -28,8 +31,6 @@ from outlast.trainers.evaluation import evaluate
 from outlast.trainers.sampling import Plan, share
 from outlast.trainers.tasks import Task
 from outlast.trainers.world import World, seed_everything
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 
 class Outcome(Enum):
@@ -46,10 +47,16 @@ class Outcome(Enum):
 
 
 class Control(Protocol):
-    """The loop's line to the outside. Both methods must return at once."""
+    """The loop's line to the outside. Its methods must return at once."""
 
     def stop_requested(self) -> bool:
         """True once this rank was asked to end at the next step. Ranks need not agree: one is enough."""
+
+    def save_requested(self) -> str | None:
+        """Why to save after this step, asked once a step on rank 0; None for no reason."""
+
+    def claimed(self, attempt: str) -> None:
+        """Learns the attempt's name, once."""
 
     def progress(self, event: dict[str, Any]) -> None:
         """Takes note of an event (rank 0 only)."""
@@ -152,6 +159,7 @@ class Loop:
             return Outcome.SUPERSEDED
         self.wrapped = self.world.parallelize(self.model, Exactness(self.config.exactness))
         self.model.train()
+        self._tell("plan", num_steps=self.plan.num_steps, world_size=self.world.size, step=self.step)
         if fresh and self.eval_data is not None:
             self._evaluate()
         while self.step < self.plan.num_steps:
@@ -211,24 +219,38 @@ class Loop:
         return loss_sum.detach()
 
     def _agree(self, count: int) -> tuple[float, bool, bool]:
-        """The step's one small all-reduce: its count, the ranks' flags, and the losses of the step before.
+        """The step's one small all-reduce: its count, the ranks' flags, and the losses of the step before."""
+        save = self.world.rank == 0 and self._save_is_wanted()
+        count_sum, stop_sum, save_sum = self._add(count, float(self.control.stop_requested()), float(save))
+        return count_sum, stop_sum > 0, save_sum > 0
+
+    def _settle(self) -> None:
+        """Adds up the losses of the step before now, because somebody wants to know them."""
+        if self._pending is not None:
+            self._add(0, 0, 0)
+
+    def _add(self, *head: float) -> list[float]:
+        """Adds `head` over the ranks, and the losses of the step before, which go to the journal.
 
         Each micro-batch's loss has a place of its own, zero on every rank but one, so that adding over the ranks is
         exact; they are then added up in micro-batch order.
         """
-        places = self.plan.batch // self.plan.micro_batch
-        values = torch.zeros(3 + places, dtype=torch.float64)
-        values[0] = count
-        values[1] = float(self.control.stop_requested())
-        if self.world.rank == 0:
-            values[2] = float(self.config.checkpoint.interval.due_at_time(time.monotonic() - self._saved_at))
+        values = torch.zeros(len(head) + self.plan.batch // self.plan.micro_batch, dtype=torch.float64)
+        values[: len(head)] = torch.tensor(head, dtype=torch.float64)
         pending, self._pending = self._pending, None
         for micro, loss_sum in (pending.micro_losses if pending else {}).items():
-            values[3 + micro] = loss_sum.double().cpu()
-        values = self.world.add(values)
+            values[len(head) + micro] = loss_sum.double().cpu()
+        added: list[float] = self.world.add(values).tolist()
         if pending is not None:
-            self._log(pending, sum(values[3:].tolist()))
-        return values[0].item(), values[1].item() > 0, values[2].item() > 0
+            self._log(pending, sum(added[len(head) :]))
+        return added[: len(head)]
+
+    def _save_is_wanted(self) -> bool:
+        """Rank 0: whether time or somebody outside asks for a save."""
+        if reason := self.control.save_requested():
+            self._tell("save-requested", step=self.step + 1, reason=reason)
+            return True
+        return self.config.checkpoint.interval.due_at_time(time.monotonic() - self._saved_at)
 
     def _log(self, done: _Pending, loss_sum: float) -> None:
         self.metrics["loss"] = loss_sum / done.count
@@ -254,8 +276,7 @@ class Loop:
         assert self.eval_data is not None
         train = self.config.train
         began = time.monotonic()
-        if self._pending is not None:
-            self._agree(0)
+        self._settle()
         loss = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
         self.metrics["eval_loss"] = loss
         self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), "eval_loss": loss})
@@ -265,8 +286,7 @@ class Loop:
 
     def _save(self) -> bool:
         """Commits the state after `self.step` steps. False when superseded."""
-        if self._pending is not None:
-            self._agree(0)
+        self._settle()
         metrics = dict(self.metrics)
         if not (self.log_history and self.log_history[-1]["step"] == self.step):
             metrics.pop("eval_loss", None)

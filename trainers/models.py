@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
+
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.weights import named_weights
 from outlast.trainers.config import ModelSettings
 from outlast.trainers.tasks import Task
 from outlast.trainers.world import seed_everything
-from torch import nn
 
 END_TOKEN = "<|endoftext|>"
 

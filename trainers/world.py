@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from outlast.checkpointing.ranks import Ranks
-from outlast.trainers.config import Exactness
-from outlast.trainers.sampling import mix
 from torch import nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
+
+from outlast.checkpointing.ranks import Ranks
+from outlast.trainers.config import Exactness
+from outlast.trainers.sampling import mix
 
 
 class World(Ranks):
@@ -28,10 +29,12 @@ class World(Ranks):
 
     Attributes:
         device: Where this rank computes.
+        node: Name of the machine, as the cluster calls it.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, node: str = "") -> None:
         super().__init__()
+        self.node = node
         self.device = device or torch.device("cpu")
 
     def add(self, values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,223 @@
+"""Runs on somebody else's Ray cluster, through its job server: submit, list, logs, stop, and the state of a run.
+
+A submission carries the run file, the user's Python files and outlast itself, so that the cluster needs no more than
+Ray and the libraries. The n-th submission of a run is the job `<run>-<n>`; a run with a live job is attached to.
+Whether a run is done, and how far it is, is read from the run's own storage, which outlives the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from outlast.checkpointing.errors import PreflightError
+from outlast.cluster.config import RunConfig
+
+STOP_WAIT_S = 600
+_PERIOD_S = 0.5
+_PACKAGES = ("checkpointing", "trainers", "cluster")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One submission of a run.
+
+    Attributes:
+        id: `<run>-<n>`.
+        run: Name of the run.
+        number: The n.
+        status: As the job server says: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
+        message: What the job server says besides.
+        driver_exit_code: What the driver ended with, if it ended by itself.
+    """
+
+    id: str
+    run: str
+    number: int
+    status: str
+    message: str = ""
+    driver_exit_code: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What `outlast train` ended with there; 75 for a job that was stopped, 1 where nobody knows."""
+        if self.status == JobStatus.STOPPED.value:
+            return 75
+        return 0 if self.status == JobStatus.SUCCEEDED.value else self.driver_exit_code or 1
+
+    @property
+    def is_live(self) -> bool:
+        return not JobStatus(self.status).is_terminal()
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """The job server at `address` (`http://head:8265`), or at RAY_API_SERVER_ADDRESS.
+
+    Raises:
+        PreflightError: Nobody answers there, or it is not a job server, or it asks for a token.
+    """
+    place = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not place:
+        raise PreflightError(
+            "no Ray cluster was named", hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS"
+        )
+    try:
+        return JobSubmissionClient(place)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        hint = "check the address (the dashboard's, usually port 8265) and, if the cluster wants one, RAY_AUTH_TOKEN"
+        raise PreflightError(f"no job server answers at {place}: {said}", hint=hint) from error
+
+
+def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[Job]:
+    """Every submission of a run that the cluster remembers, or of every run; oldest first."""
+    found = [_job(details) for details in client.list_jobs()]
+    known = [job for job in found if job is not None and run in (None, job.run)]
+    return sorted(known, key=lambda job: (job.run, job.number))
+
+
+def _job(details: JobDetails) -> Job | None:
+    run, match = (details.metadata or {}).get("outlast_run"), re.fullmatch(r".+-(\d+)", details.submission_id or "")
+    if run is None or match is None:
+        return None
+    return Job(
+        details.submission_id, run, int(match[1]), details.status.value, details.message or "", details.driver_exit_code
+    )
+
+
+def submit(
+    client: JobSubmissionClient,
+    config: RunConfig,
+    declared: Mapping[str, Any],
+    *,
+    code: Path | None = None,
+    ship: bool = True,
+) -> tuple[Job, bool]:
+    """Submits a run, unless it has a live job already.
+
+    Args:
+        client: The job server.
+        config: The settings.
+        declared: The settings as written; this is what travels, `${env:…}` unexpanded.
+        code: A directory of the user's Python files, which become importable on every worker.
+        ship: Send this outlast along, so that the cluster runs the same version.
+
+    Returns:
+        The job, and whether it is new.
+
+    Raises:
+        PreflightError: The job server refused.
+    """
+    before = jobs_of(client, config.name)
+    for job in before:
+        if job.is_live:
+            return job, False
+    number = before[-1].number + 1 if before else 1
+    with _bundle(declared, code) as folder:
+        runtime_env: dict[str, Any] = {
+            "working_dir": str(folder / "work"),
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+        }
+        if ship:
+            runtime_env["py_modules"] = [str(_package(folder))]
+        try:
+            client.submit_job(
+                entrypoint="python -m outlast.cluster.cli train run.yaml --take-over",
+                submission_id=f"{config.name}-{number}",
+                metadata={"outlast_run": config.name},
+                runtime_env=runtime_env,
+            )
+        except RuntimeError as error:
+            raise PreflightError(f"the job server refused {config.name}-{number}: {error}") from error
+    return Job(f"{config.name}-{number}", config.name, number, JobStatus.PENDING.value), True
+
+
+@contextmanager
+def _bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
+    """A folder with what travels: the run file and the user's Python files."""
+    with tempfile.TemporaryDirectory(prefix="outlast-submit-") as name:
+        folder = Path(name)
+        work = folder / "work"
+        if code is not None:
+            ignore = shutil.ignore_patterns(".*", "__pycache__", "*.pyc")
+            shutil.copytree(code, work, ignore=lambda path, names: {*ignore(path, names), *_not_python(path, names)})
+        work.mkdir(exist_ok=True)
+        (work / "run.yaml").write_text(yaml.safe_dump(dict(declared), sort_keys=False))
+        yield folder
+
+
+def _not_python(folder: str, names: list[str]) -> set[str]:
+    """Data stays at home: of a user's folder only Python and its settings travel."""
+    kept = (".py", ".json", ".yaml", ".yml", ".toml", ".txt")
+    return {name for name in names if (Path(folder) / name).is_file() and not name.endswith(kept)}
+
+
+def _package(folder: Path) -> Path:
+    """outlast as a folder that can be imported, from wherever it is installed here."""
+    from importlib import import_module
+
+    package = folder / "outlast"
+    for name in _PACKAGES:
+        [source] = import_module(f"outlast.{name}").__path__
+        shutil.copytree(source, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return package
+
+
+def newest(client: JobSubmissionClient, run: str) -> Job:
+    """A run's newest job.
+
+    Raises:
+        PreflightError: The cluster remembers none.
+    """
+    if found := jobs_of(client, run):
+        return found[-1]
+    raise PreflightError(f"the cluster remembers no job of run {run!r}", hint="`outlast list --address …` shows all")
+
+
+def follow(client: JobSubmissionClient, job_id: str) -> Job:
+    """Prints the job's log to stderr as it grows, until the job ends.
+
+    Raises:
+        PreflightError: The job server has gone, and the job with it.
+    """
+    seen = 0
+    while True:
+        try:
+            details = client.get_job_info(job_id)
+            log = client.get_job_logs(job_id)
+        except (RuntimeError, ConnectionError) as error:
+            raise PreflightError(
+                f"the cluster has gone, or it has forgotten job {job_id}",
+                hint="the checkpoints are in the run's storage: submit the run again on any cluster to go on",
+            ) from error
+        sys.stderr.write(log[seen:])
+        sys.stderr.flush()
+        seen = len(log)
+        if details.status.is_terminal():
+            job = _job(details)
+            assert job is not None
+            return job
+        time.sleep(_PERIOD_S)
+
+
+def stop(client: JobSubmissionClient, run: str) -> Job | None:
+    """Asks a run's live job to commit and end, and waits until it has. None when it has no live job."""
+    for job in jobs_of(client, run):
+        if job.is_live:
+            client.stop_job(job.id)
+            while not client.get_job_status(job.id).is_terminal():
+                time.sleep(_PERIOD_S)
+            return job
+    return None
