@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing import layout, lineage
-from outlast.checkpointing.errors import DamagedError, NoCheckpointError, OutlastError, StorageError
+from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, OutlastError, StorageError
 from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.journal import COMMITS, Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
@@ -133,6 +133,11 @@ class Checkpointer:
                 rejected.append(lineage.Rejected(manifest.ref, tuple(faults)))
                 continue
             weights, moments, state = content
+            if optimizer is not None and not any(_is_optimizer_shard(entry) for entry in manifest.files):
+                raise ConfigError(
+                    f"{manifest.ref} was saved without an optimizer; going on with an empty one would be another run",
+                    hint="resume without an optimizer, or start a new run",
+                )
             load_weights(model, weights)
             if optimizer is not None:
                 load_optimizer(model, optimizer, moments)
@@ -158,7 +163,7 @@ class Checkpointer:
             if self.ranks.rank == 0:
                 faults += check_listing(self.storage, directory, manifest)
             for entry in manifest.files if not faults else ():
-                if entry.path.startswith(f"{layout.STATE_DIR}/optimizer-"):
+                if _is_optimizer_shard(entry):
                     moments.update(read_tensors(self.storage, directory, entry))
                 elif entry.path.endswith(".safetensors"):
                     weights.update(read_tensors(self.storage, directory, entry))
@@ -402,6 +407,10 @@ class Checkpointer:
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
+
+
+def _is_optimizer_shard(entry: FileEntry) -> bool:
+    return entry.path.startswith(f"{layout.STATE_DIR}/optimizer-")
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outlast.checkpointing.errors import NoCheckpointError, StorageError
+from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.layout import MANIFEST, AttemptId, checkpoint_dir, model_dir
 from outlast.checkpointing.lineage import Catalogue, catalogue, list_attempts, read_manifest
 from outlast.checkpointing.manifest import Manifest, ManifestError
@@ -33,11 +33,11 @@ def look(storage: Storage, run: str) -> Catalogue:
     """The run's catalogue.
 
     Raises:
-        NoCheckpointError: There is no such run.
+        ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
     if not patiently(lambda: list_attempts(storage, run)):
-        raise NoCheckpointError(
+        raise ConfigError(
             f"there is no run {run!r} in {storage.url}",
             hint="name a run's directory, its run file, or its name with --storage",
         )
@@ -103,7 +103,7 @@ def path_of(storage: Storage, run: str, which: str, retention: Retention) -> str
             raise NoCheckpointError(f"no checkpoint of run {run!r} carries {retention.metric!r}")
         return f"{storage.url}/{checkpoint_dir(run, rated[0].ref)}"
     if which != "newest" and not which.isdecimal():
-        raise NoCheckpointError(f"{which!r} names no checkpoint", hint="write newest, best, model or a step")
+        raise ConfigError(f"{which!r} names no checkpoint", hint="write newest, best, model or a step")
     manifest = _pick(storage, run, None if which == "newest" else int(which))
     return f"{storage.url}/{checkpoint_dir(run, manifest.ref)}"
 

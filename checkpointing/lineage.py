@@ -102,10 +102,10 @@ def launch_is_superseded(storage: Storage, run: str, launch: str) -> bool:
     A launch's first claim takes over from everyone; a later one (after a failure) only from itself. So the newest
     launch wins, and two launches never take over from each other in turn.
     """
-    attempts = list_attempts(storage, run)
-    if not attempts or read_claim(storage, run, attempts[-1]).get("launch") == launch:
-        return False
-    return any(read_claim(storage, run, attempt).get("launch") == launch for attempt in attempts)
+    # A claim that was never finished says nothing, and counts for nobody; newest first, so that one read is the rule.
+    launches = (read_claim(storage, run, attempt).get("launch") for attempt in reversed(list_attempts(storage, run)))
+    known = (name for name in launches if name is not None)
+    return next(known, launch) != launch and launch in known
 
 
 def read_manifest(storage: Storage, run: str, ref: CheckpointRef) -> Manifest:

@@ -171,9 +171,10 @@ class LocalStorage:
         with _explained("list", target):
             try:
                 with os.scandir(target) as found:
-                    return sorted(_entry(item) for item in found if not item.name.endswith(".tmp"))
+                    entries = [_entry(item) for item in found if not item.name.endswith(".tmp")]
             except FileNotFoundError:
                 return []
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
 
     def delete(self, path: str) -> None:
         target = self.path(path)
@@ -189,8 +190,12 @@ class LocalStorage:
                     break
 
 
-def _entry(item: os.DirEntry[str]) -> Entry:
-    return Entry(item.name, None if item.is_dir() else item.stat().st_size)
+def _entry(item: os.DirEntry[str]) -> Entry | None:
+    """The entry, or None for a file that was deleted since its name was read."""
+    try:
+        return Entry(item.name, None if item.is_dir() else item.stat().st_size)
+    except FileNotFoundError:
+        return None
 
 
 def _write_all(fd: int, view: memoryview) -> None:

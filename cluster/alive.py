@@ -45,7 +45,7 @@ def _open_launches(storage: Storage, run: str) -> Iterator[tuple[str, Any]]:
             body = json.loads(read_bytes(storage, f"{run}/launches/{entry.name}/alive.json"))
         except (FileNotFoundError, ValueError):
             continue
-        if not body["ended"] and not (body["host"] == _host() and not _is_process(body["pid"], body["started"])):
+        if not body["ended"] and not (body["host"] == _host() and not is_process(body["pid"], body["started"])):
             yield entry.name, body["beat"]
 
 
@@ -56,7 +56,7 @@ def _host() -> str:
     return socket.gethostname()
 
 
-def _process_start(pid: int) -> str:
+def process_start(pid: int) -> str:
     """The kernel's mark of when a process began, or nothing when there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
@@ -64,8 +64,8 @@ def _process_start(pid: int) -> str:
         return ""
 
 
-def _is_process(pid: int, started: str) -> bool:
-    return bool(started) and _process_start(pid) == started
+def is_process(pid: int, started: str) -> bool:
+    return bool(started) and process_start(pid) == started
 
 
 class Alive:
@@ -85,7 +85,7 @@ class Alive:
             "t": time.time(),
             "host": _host(),
             "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
+            "started": process_start(os.getpid()),
             "ended": exit_code is not None,
             "exit_code": exit_code,
         }

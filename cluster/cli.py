@@ -7,6 +7,8 @@ heavy is imported where it is used.
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -66,10 +68,11 @@ def train(
     from outlast.cluster.launch import Launch
     from outlast.cluster.progress import Reporter
 
-    config = config.at_home()
+    config = config.at_home(run_file.parent)
     with Reporter(config.name) as reporter:
         finished = Launch(config, declared, take_over=take_over, tell=reporter).run(address)
-    again = f"outlast train {run_file}"
+    options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])
+    again = shlex.join(["outlast", "train", str(run_file), *options])
     if finished.model is not None:
         reporter.say("done")
         print(f"{config.checkpoint.storage}/{finished.model}")
@@ -146,6 +149,7 @@ def _submit(
 ) -> None:
     from outlast.cluster import jobs
 
+    jobs.check_reachable(config)
     client = jobs.connect(address)
     job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
     print(f"{'submitted' if is_new else 'already at work; attached to'} {job.id}", file=sys.stderr)
@@ -308,7 +312,7 @@ def verify(
             for fault in item.faults:
                 print(f"         {fault}")
         if not verdicts:
-            print("no checkpoints yet")
+            print("no checkpoints yet", file=sys.stderr)
     raise typer.Exit(5 if any(item.faults for item in verdicts) else 0)
 
 
@@ -338,7 +342,7 @@ def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
     if text.endswith(RUN_FILES):
         from outlast.cluster.config import load_run
 
-        config = load_run(text)[0].at_home()
+        config = load_run(text)[0].at_home(Path(text).parent)
         return open_storage(config.checkpoint.storage), config.name, config.checkpoint.retention
     text = text.rstrip("/")
     if "/" in text or Path(text, "attempts").is_dir():
@@ -364,6 +368,7 @@ def _when(seconds: float) -> str:
 def main() -> None:
     """Entry point: runs a verb, and turns every error into one message and an exit code."""
     debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except OutlastError as error:

@@ -46,22 +46,28 @@ class RunConfig(TrainingConfig):
     scale: ScaleSettings = Field(default_factory=lambda: ScaleSettings.model_validate({}))
     failure: FailureSettings = Field(default_factory=lambda: FailureSettings.model_validate({}))
 
-    def at_home(self) -> RunConfig:
-        """The same with local paths made absolute, because workers have another working directory."""
-        model = self.model
-        if model.path and Path(model.path).expanduser().is_dir():
-            model = model.model_copy(update={"path": _absolute(model.path)})
-        if model.tokenizer and model.tokenizer.path and Path(model.tokenizer.path).expanduser().is_dir():
-            tokenizer = model.tokenizer.model_copy(update={"path": _absolute(model.tokenizer.path)})
+    def at_home(self, folder: Path) -> RunConfig:
+        """The same with local paths made absolute; relative ones begin at `folder`, where the run file lies.
+
+        So a run is the same run from whichever directory it is started.
+        """
+
+        def absolute(path: str) -> str:
+            return path if "://" in path else str(folder.absolute() / Path(path).expanduser())
+
+        def if_there(path: str | None) -> str | None:
+            """A directory, or else a hub id, which has no place."""
+            return absolute(path) if path and Path(absolute(path)).is_dir() else path
+
+        model = self.model.model_copy(update={"path": if_there(self.model.path)})
+        if model.tokenizer:
+            tokenizer = model.tokenizer.model_copy(update={"path": if_there(model.tokenizer.path)})
             model = model.model_copy(update={"tokenizer": tokenizer})
-        checkpoint = self.checkpoint
-        if "://" not in checkpoint.storage:
-            checkpoint = checkpoint.model_copy(update={"storage": _absolute(checkpoint.storage)})
-        return self.model_copy(update={"model": model, "checkpoint": checkpoint})
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+        data = self.data.model_copy(update={"train": absolute(self.data.train)})
+        if data.eval and not data.eval_share:
+            data = data.model_copy(update={"eval": absolute(data.eval)})
+        checkpoint = self.checkpoint.model_copy(update={"storage": absolute(self.checkpoint.storage)})
+        return self.model_copy(update={"model": model, "data": data, "checkpoint": checkpoint})
 
 
 def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
@@ -84,7 +90,21 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
         return RunConfig.model_validate(expand(declared)), declared
     except ValidationError as error:
         lines = "\n".join(f"  {line}" for line in explain(error, RunConfig).splitlines())
-        raise ConfigError(f"{path} has settings that cannot be used:\n{lines}", hint=f"edit {path}") from error
+        hint = f"edit {path}, or the -s options" if overrides else f"edit {path}"
+        raise ConfigError(f"{path} has settings that cannot be used:\n{lines}", hint=hint) from error
+
+
+class _Once(yaml.SafeLoader):
+    """YAML in which a key may stand once only; the library lets the last one win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} stands twice, again in line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -93,7 +113,7 @@ def _read(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"run file {path} cannot be read: {error}") from error
     try:
-        body = tomllib.loads(text) if path.endswith(".toml") else yaml.safe_load(text)
+        body = tomllib.loads(text) if path.endswith(".toml") else yaml.load(text, _Once)
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"run file {path} is not valid: {error}", hint=f"edit {path}") from error
     if not isinstance(body, dict):

@@ -166,6 +166,10 @@ class Recorder(ray.train.UserCallback):
         self._journal = self._journal or Journal(open_storage(url), launch_dir(run, launch), 0, flush_s=0)
         event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.message}
         self._journal.event("failure", attempt=attempt, **event)
+        if hub is not None:
+            counted = failure.cause.is_failure
+            numbers = {"number": self._counts[counted] + 1, "limit": self._limits[counted]}
+            ask(hub.exchange.remote([{"event": "failure", **event, **numbers}]))
         self._count(failure, hub)
 
     def _count(self, failure: Failure, hub: Any) -> None:

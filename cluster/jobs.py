@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from outlast.checkpointing.errors import PreflightError
+from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.config import RunConfig
 
 STOP_WAIT_S = 600
@@ -95,6 +95,21 @@ def _job(details: JobDetails) -> Job | None:
     return Job(
         details.submission_id, run, int(match[1]), details.status.value, details.message or "", details.driver_exit_code
     )
+
+
+def check_reachable(config: RunConfig) -> None:
+    """Refuses places that mean nothing on another machine.
+
+    Raises:
+        ConfigError: The storage or the data is named by a relative path.
+    """
+    places = {"checkpoint.storage": config.checkpoint.storage, "data.train": config.data.train}
+    for key, place in places.items():
+        if "://" not in place and not Path(place).is_absolute():
+            raise ConfigError(
+                f"{key} is {place!r}, which the cluster's machines would look for in their own working directory",
+                hint=f"set {key} to a place that all of them see: a shared file system's absolute path, or s3://…",
+            )
 
 
 def submit(

@@ -29,17 +29,17 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.faults import Fault
 from outlast.checkpointing.layout import MANIFEST, launch_dir, model_dir
-from outlast.checkpointing.lineage import catalogue, launch_is_superseded
+from outlast.checkpointing.lineage import catalogue, launch_is_superseded, list_attempts, read_claim
 from outlast.checkpointing.manifest import Manifest, ManifestError
 from outlast.checkpointing.reader import verify
 from outlast.checkpointing.storage import LocalStorage, Storage, open_storage, read_bytes
-from outlast.cluster.alive import Alive, find_rival
+from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.worker import train_worker
-from outlast.trainers.attempt import Assignment
-from outlast.trainers.data import prepare
+from outlast.trainers.attempt import Assignment, check_unchanged
+from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.loop import Outcome, make_plan
 
 Listener = Callable[[dict[str, Any]], None]
@@ -87,20 +87,25 @@ class Launch:
         """
         storage, name = self.storage, self.config.name
         with _preflight():
-            model = finished_model(storage, name)
-            if model is not None:
+            owner = catalogue(storage, name).owner
+            base = read_claim(storage, name, owner) if owner else {}
+            check_unchanged(base, self.config, None)
+            model, faults = find_model(storage, name)
+            if model is not None and not faults:
                 return Finished(Outcome.DONE, self.id, model)
+            self.tell({"event": "damaged-model", "model": model, "faults": faults})
             rival = None if self.take_over else find_rival(storage, name)
-        if rival:
-            self.tell({"event": "rival", "launch": rival})
-            return Finished(Outcome.SUPERSEDED, self.id)
-        with _preflight():
+            if rival:
+                self.tell({"event": "rival", "launch": rival})
+                return Finished(Outcome.SUPERSEDED, self.id)
+            self.tell({"event": "phase", "name": "data"})
+            prepared = prepare(self.config, storage)
+            check_unchanged(base, self.config, prepared.fingerprint)
             alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json")
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
         ended: int | None = None
         try:
-            with _sigterm_interrupts():
-                finished = self._train(storage, address)
+            finished = self._train(storage, prepared, address)
             ended = finished.outcome.exit_code
             return finished
         except KeyboardInterrupt:
@@ -114,9 +119,7 @@ class Launch:
         finally:
             alive.end(ended)
 
-    def _train(self, storage: Storage, address: str | None) -> Finished:
-        self.tell({"event": "phase", "name": "data"})
-        prepared = prepare(self.config, storage)
+    def _train(self, storage: Storage, prepared: Prepared, address: str | None) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.workers)
         self.tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
         with ray_session(address):
@@ -133,7 +136,7 @@ class Launch:
         if isinstance(answer.get("error"), OutlastError):
             raise answer["error"]
         outcome = Outcome(answer["outcome"])
-        model = finished_model(storage, self.config.name) if outcome is Outcome.DONE else None
+        model = find_model(storage, self.config.name)[0] if outcome is Outcome.DONE else None
         if outcome is Outcome.DONE and isinstance(storage, LocalStorage) and model is not None:
             _link(storage, self.config.name, model)
         if outcome is Outcome.STOPPED and launch_is_superseded(storage, self.config.name, self.id):
@@ -209,56 +212,69 @@ class Launch:
         return answer
 
 
-def finished_model(storage: Storage, run: str) -> str | None:
-    """The run's finished model, relative to the storage root, if it is there and whole; else None.
+def find_model(storage: Storage, run: str) -> tuple[str | None, list[str]]:
+    """The run's finished model, relative to the storage root, and what is wrong with it; None when there is none.
+
+    It is the newest one, published by the attempt that owns the run's checkpoints or by a later one that found the last
+    step already committed.
 
     Raises:
         StorageError: The storage could not be read.
     """
     owner = catalogue(storage, run).owner
-    if owner is None:
-        return None
-    directory = model_dir(run, owner)
-    try:
-        manifest = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
-    except (FileNotFoundError, ManifestError):
-        return None
-    return directory if not verify(storage, directory, manifest) else None
+    for attempt in reversed(list_attempts(storage, run)):
+        if owner is None or attempt < owner:
+            break
+        directory = model_dir(run, attempt)
+        try:
+            manifest = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
+        except FileNotFoundError:
+            continue
+        except ManifestError as error:
+            return directory, [f"{MANIFEST}: {error}"]
+        return directory, verify(storage, directory, manifest)
+    return None, []
 
 
 @contextlib.contextmanager
 def ray_session(address: str | None = None) -> Iterator[None]:
     """Ray for the duration: the one that is running in this process, the one at `address`, or one of our own.
 
-    `RAY_ADDRESS` counts as `address`. Ours has a folder of its own, which goes with it unless something failed.
+    `RAY_ADDRESS` counts as `address`. Ours has a folder of its own, which goes with it; folders of drivers that were
+    killed go with the next one.
     """
     if ray.is_initialized():
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if address:
-        ray.init(address=address, **quiet)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    folder = tempfile.mkdtemp(prefix="outlast-ray-")
+    folder = None
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        folder = _ray_folder()
+        quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": folder}
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # raylet prints obituaries there
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=folder,
-                **quiet,
-            )
+            ray.init(address=address or "local", **quiet)
+            interrupt_on_sigterm()
             yield
     finally:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ray_folder() -> str:
+    """A new folder for a Ray of our own; removes those whose driver is gone."""
+    prefix = "outlast-ray-"
+    for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError, ValueError):
+            pid, started = (other / "driver").read_text().split()
+            if not is_process(int(pid), started):
+                shutil.rmtree(other, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=prefix)
+    Path(folder, "driver").write_text(f"{os.getpid()} {process_start(os.getpid())}")
+    return folder
 
 
 @contextlib.contextmanager
@@ -269,17 +285,13 @@ def _preflight() -> Iterator[None]:
         raise PreflightError(error.message, hint=error.hint) from error
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Outside the training itself there is nothing to commit: SIGTERM then ends the driver as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def interrupt_on_sigterm() -> None:
+    """Outside the training itself there is nothing to commit: SIGTERM then ends the driver as Ctrl-C does.
+
+    To be said again after `ray.init`, which sets a handler of its own.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager

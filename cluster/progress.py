@@ -42,7 +42,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(f"{self._title}: {text}", markup=False)
+        self._console.print(f"{self._title}: {text}", markup=False, soft_wrap=True)
 
     def __call__(self, event: dict[str, Any]) -> None:
         match event["event"]:
@@ -51,6 +51,13 @@ class Reporter:
                 self._note({"data": "preparing data", "ray": "starting workers"}[event["name"]], always=True)
             case "rival":
                 self.say(f"launch {event['launch']} is at work on this run; leaving it alone")
+            case "damaged-model" if event["faults"]:
+                self.say(f"the finished model is damaged ({'; '.join(event['faults'])}); making it again")
+            case "failure":
+                left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"
+                self.say(f"{event['cause']}, rank {event['rank']}: {event['message']}; starting again ({left})")
+            case "done":
+                self.say(f"step {self._step}/{self._num_steps}{self._eval}")
             case "stopping":
                 self.say("asked to stop; committing a checkpoint first (ask again to leave at once)")
             case "start":

@@ -36,7 +36,7 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
     """One run at a glance, as plain values.
 
     Raises:
-        NoCheckpointError: There is no such run.
+        ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
     checkpoints = list_checkpoints(storage, run)

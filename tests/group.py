@@ -23,7 +23,7 @@ from outlast.checkpointing.layout import CheckpointRef, checkpoint_dir
 from outlast.checkpointing.lineage import catalogue, run_events
 from outlast.checkpointing.manifest import Manifest
 from outlast.checkpointing.reader import tensor_digests
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.storage import LocalStorage, Storage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.loop import Outcome
@@ -73,11 +73,13 @@ class Ended:
     error: OutlastError | None = None
 
 
-def run_group(assignment: Assignment, storage: LocalStorage, size: int, control: Quiet | None = None) -> list[Ended]:
+def run_group(
+    assignment: Assignment, storage: Storage, size: int, control: Quiet | None = None, folder: Path | None = None
+) -> list[Ended]:
     """Runs one attempt on `size` ranks and returns how each ended, in rank order."""
     from tests.group_worker import work
 
-    rendezvous = Path(storage.url) / f".rendezvous-{os.getpid()}-{time.monotonic_ns()}"
+    rendezvous = (folder or Path(storage.url)) / f".rendezvous-{os.getpid()}-{time.monotonic_ns()}"
     pipes, processes = [], []
     for rank in range(size):
         mine, theirs = _context.Pipe(duplex=False)

@@ -119,7 +119,7 @@ def test_ls_and_show_and_path(finished: Path) -> None:
 
 
 def test_no_such_run(tmp_path: Path) -> None:
-    assert "there is no run" in outlast("checkpoints", "ls", "nobody", "--storage", str(tmp_path), code=5).stderr
+    assert "there is no run" in outlast("checkpoints", "ls", "nobody", "--storage", str(tmp_path), code=2).stderr
 
 
 def test_verify_names_what_is_wrong(finished: Path, tmp_path: Path) -> None:

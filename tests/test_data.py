@@ -147,7 +147,7 @@ def test_a_parquet_row_without_text_is_named(tmp_path: Path) -> None:
     [
         ("train.txt", b"good\n\xff\xfe\n", "is not UTF-8 text"),
         ("train.jsonl", b"{", "cannot be read as .jsonl"),
-        ("train.csv", b"", "cannot be read as .csv"),
+        ("train.csv", b"", "is empty"),
         ("train.parquet", b"nothing", "cannot be read as .parquet"),
         ("train.doc", b"", "outlast reads .txt, .jsonl, .csv and .parquet, not '.doc'"),
     ],

@@ -255,6 +255,18 @@ def test_a_claim_during_the_commit_takes_the_acknowledgement_away(storage: Local
     assert commits == [1]
 
 
+def test_nothing_is_deleted_before_the_second_commit(storage: LocalStorage) -> None:
+    """One commit may turn out damaged, or disowned by a claim that a slow listing has not shown yet."""
+    first = start(storage, "a")
+    assert first.save()
+    assert first.save()
+    heir = start(storage, "b")
+    assert heir.save()
+    assert [ref.step for ref in accepted(storage)] == [3, 2, 1]
+    assert heir.save()
+    assert [ref.step for ref in accepted(storage)] == [4, 3]
+
+
 @pytest.mark.parametrize("survived", range(4))
 def test_a_deletion_that_dies_half_way_leaves_no_damage(survived: int, storage: LocalStorage) -> None:
     """The manifest goes first, so that what is left of a checkpoint is no checkpoint; the next attempt clears it up."""

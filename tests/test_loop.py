@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,6 +218,23 @@ def test_micro_batches_do_not_change_the_gradient(
         found.append(losses(storage, run))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0] != pytest.approx(reference(1).losses, rel=1e-5), "dropout was on in the reference"
+
+
+def test_randomness_differs_by_step_and_by_micro_batch(
+    assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+) -> None:
+    """One sample, a learning rate of zero: whatever differs between two losses is dropout."""
+    (tmp_path / "one.txt").write_text(" ".join(str(number) for number in range(14)))
+    sections = {"data": {"train": str(tmp_path / "one.txt"), "eval": None, "max_length": 12}}
+    found = {}
+    for batch in (1, 2):
+        run = f"one-sample-{batch}"
+        assignment = assign(run, steps=3, lr=0.0, batch=batch, eval_every=None, sections=sections)
+        assert assignment.prepared.num_samples == 1
+        run_group(assignment, storage, 1)
+        found[batch] = losses(storage, run)
+    assert len(set(found[1].values())) == 3, "each step has a mask of its own"
+    assert found[2][1] != found[1][1], "and so has the second micro-batch of a step"
 
 
 # -- when to save, what to publish, and whom to give way to ------------------------------------------------------------

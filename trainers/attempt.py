@@ -70,7 +70,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         return Outcome.SUPERSEDED
     control.claimed(str(checkpointer.attempt))
     base = checkpointer.base_declaration
-    _check_unchanged(base, assignment)
+    check_unchanged(base, config, assignment.prepared.fingerprint)
     make_deterministic(config.deterministic, int(base.get("num_threads", assignment.num_threads)))
 
     task = TASKS[config.model.task]
@@ -114,20 +114,30 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _check_unchanged(base: Mapping[str, Any], assignment: Assignment) -> None:
+def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint: str | None) -> None:
+    """Compares the settings with those that a run was started with.
+
+    Args:
+        base: The claim of the attempt that owns the run's checkpoints; empty on a fresh start.
+        config: The settings now.
+        fingerprint: The data's, or None when it is not to be compared.
+
+    Raises:
+        ConfigError: A setting that decides the run's numbers has changed.
+    """
     if not base:
         return
-    before, now = _flat(base["mathematics"]), _flat(assignment.config.mathematics())
+    before, now = _flat(base["mathematics"]), _flat(config.mathematics())
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-    if base["data"] != assignment.prepared.fingerprint:
+    if fingerprint is not None and base["data"] != fingerprint:
         changed.append("the data is not the same (the files, or the settings under data: or model.tokenizer)")
     if changed:
         raise ConfigError(
-            f"run {assignment.config.name!r} was started with other settings, and going on with these would be another "
+            f"run {config.name!r} was started with other settings, and going on with these would be another "
             "run:\n" + "\n".join(f"  {line}" for line in changed),
             hint="put them back, or start a new run with another `name:`",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from contextlib import suppress
 from enum import Enum
 from math import gcd
 from pathlib import PurePath
@@ -89,7 +90,7 @@ class DataSettings(Settings):
     @property
     def eval_share(self) -> float | None:
         """The share of rows held out, 0 to 1, or None when `eval` is a file or not given."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", self.eval or "")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", (self.eval or "").strip())
         return float(match[1]) / 100 if match else None
 
     @field_validator("eval")
@@ -139,8 +140,9 @@ class TrainSettings(Settings):
             data = dict(data)
             if data.get("steps") is None and data.get("epochs") is None:
                 data["epochs"] = 3
-            if not data.get("micro_batch") and isinstance(data.get("batch", 8), int):
-                data["micro_batch"] = gcd(data.get("batch", 8), 4)
+            if not data.get("micro_batch"):
+                with suppress(TypeError, ValueError):  # a batch that is no number is reported as such
+                    data["micro_batch"] = gcd(int(data.get("batch", 8)), 4) or 1
         return data
 
     @model_validator(mode="after")

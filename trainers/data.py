@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.dataset
 import xxhash
+from pyarrow import csv, parquet
 
 from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry
@@ -32,7 +32,8 @@ from outlast.trainers.sampling import mix
 
 FORMAT = 1
 ROWS_PER_BATCH = 1024
-_FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+_CSV_BLOCK_BYTES = 64 * 2**20  # the longest row that can be read
 _DATA_MANIFEST = "data.json"
 
 
@@ -113,17 +114,20 @@ def prepare(config: TrainingConfig, storage: Storage) -> Prepared:
     fingerprint = _fingerprint(config)
     directory = f".data/{fingerprint}"
     try:
-        known = json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}"))
-        prepared = _from_json(known)
+        prepared = _from_json(json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
         _verify(storage, prepared)
         return prepared
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, DamagedError, ValueError, KeyError, TypeError):
         return _make(config, storage, fingerprint, directory)
-    except DamagedError:
-        return _make(config, storage, fingerprint, directory)
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return str(xxhash.xxh3_128(json.dumps(body, sort_keys=True).encode()).hexdigest())
 
 
 def _from_json(body: dict[str, Any]) -> Prepared:
+    if body.pop("digest") != _digest(body):
+        raise DamagedError(f"{_DATA_MANIFEST}: its own digest does not match")
     files = tuple(FileEntry(**{**item, "blocks": tuple(item["blocks"])}) for item in body.pop("files"))
     return Prepared(**body, files=files)
 
@@ -184,8 +188,13 @@ def _source(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(f"data file {name} is not there", hint="set data.train (and data.eval) to existing files")
-    if path.suffix not in (*_FORMATS, ".txt"):
-        raise ConfigError(f"data file {name}: outlast reads .txt, .jsonl, .csv and .parquet, not {path.suffix!r}")
+    if path.suffix not in _SUFFIXES:
+        raise ConfigError(
+            f"data file {name}: outlast reads .txt, .jsonl, .csv and .parquet, not {path.suffix!r}",
+            hint="convert it, or rename it if it is one of these",
+        )
+    if not path.stat().st_size:
+        raise ConfigError(f"data file {name} is empty", hint="set data.train (and data.eval) to files with text")
     return path
 
 
@@ -222,7 +231,8 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
         num_dropped_tokens={name: item.num_dropped_tokens for name, item in packed.items()},
         files=tuple(files),
     )
-    storage.put(f"{directory}/{_DATA_MANIFEST}", [json.dumps(asdict(prepared), indent=1).encode()])
+    body = asdict(prepared)
+    storage.put(f"{directory}/{_DATA_MANIFEST}", [json.dumps({**body, "digest": _digest(body)}, indent=1).encode()])
     return prepared
 
 
@@ -248,29 +258,76 @@ def read_texts(source: str, column: str) -> Iterator[str]:
         ConfigError: The file or the column is missing, or a row holds something that is not text.
     """
     path = _source(source)
-    if path.suffix == ".txt":
-        with path.open(encoding="utf-8") as file:
-            try:
-                yield from (line.rstrip("\n") for line in file if line.strip())
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{source} is not UTF-8 text: {error}") from error
-        return
+    values = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
     try:
-        found = pyarrow.dataset.dataset(str(path), format=_FORMATS[path.suffix])
-        if column not in found.schema.names:
-            raise ConfigError(
-                f"{source} has no column {column!r}; it has {', '.join(found.schema.names)}",
-                hint=f"set data.text, for example -s data.text={found.schema.names[0]}",
-            )
-        number = 0
-        for batch in found.to_batches(columns=[column], use_threads=False):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                if not isinstance(value, str):
-                    raise ConfigError(f"{source}, row {number}: column {column!r} holds {value!r}, not text")
-                yield value
+        for number, value in enumerate(values(path, column), 1):
+            if not isinstance(value, str):
+                raise ConfigError(
+                    f"{source}, row {number}: column {column!r} holds {value!r}, not text",
+                    hint="mend that row, or name another column with data.text",
+                )
+            yield value
+    except UnicodeDecodeError as error:
+        hint = "convert it, for example with iconv -f LATIN1 -t UTF-8"
+        raise ConfigError(f"{source} is not UTF-8 text: {error}", hint=hint) from error
     except pa.ArrowInvalid as error:
-        raise ConfigError(f"{source} cannot be read as {path.suffix}: {error}") from error
+        said = str(error).splitlines()[0][:300]
+        raise ConfigError(f"{source} cannot be read as {path.suffix}: {said}", hint="check that file") from error
+
+
+def _read_lines(path: Path, _: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        yield from (line.rstrip("\n") for line in file if line.strip())
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[Any]:
+    """Line by line, because pyarrow guesses one type for a column and refuses rows of another."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                said = f"{path}, line {number} cannot be read as .jsonl: {error}"
+                raise ConfigError(said, hint="write one JSON object a line") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}, line {number} is not a JSON object", hint="write one JSON object a line")
+            if column not in row:
+                raise _no_column(f"{path}, line {number}", column, {name: isinstance(row[name], str) for name in row})
+            yield row[column]
+
+
+def _read_csv(path: Path, column: str) -> Iterator[Any]:
+    reading, parsing = csv.ReadOptions(block_size=_CSV_BLOCK_BYTES), csv.ParseOptions(newlines_in_values=True)
+    with csv.open_csv(path, reading, parsing) as head:
+        _check_column(path, column, head.schema)
+    converting = csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()})
+    with csv.open_csv(path, reading, parsing, converting) as rows:
+        for batch in rows:
+            yield from batch.column(0).to_pylist()
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[Any]:
+    file = parquet.ParquetFile(path)
+    _check_column(path, column, file.schema_arrow)
+    for batch in file.iter_batches(columns=[column]):
+        yield from batch.column(0).to_pylist()
+
+
+def _check_column(path: Path, column: str, schema: pa.Schema) -> None:
+    if column not in schema.names:
+        kinds = {field.name: pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in schema}
+        raise _no_column(str(path), column, kinds)
+
+
+def _no_column(where: str, column: str, there: Mapping[str, bool]) -> ConfigError:
+    """The error for a missing column. `there` says of each column that there is whether it holds text."""
+    likely = next((name for name, is_text in there.items() if is_text), next(iter(there), "NAME"))
+    return ConfigError(
+        f"{where} has no column {column!r}; it has {', '.join(there)}",
+        hint=f"set data.text, for example -s data.text={likely}",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,6 @@ class Loop:
         self._pending: _Pending | None = None
         checkpointer.listener = control.progress
         self._saved_at = time.monotonic()
-        self._committed: int | None = None
 
     def run(self) -> Outcome:
         """Runs to one of the three ends. Raises what the checkpointer raises."""
@@ -303,8 +302,6 @@ class Loop:
             self.step, self.model, self.optimizer, state, metrics=metrics, files=files
         )
         self._saved_at = time.monotonic()
-        if acknowledged:
-            self._committed = self.step
         return acknowledged
 
     def _trainer_state(self) -> bytes:
@@ -330,9 +327,7 @@ class Loop:
         return False
 
     def _finish(self) -> Outcome:
-        """Publishes the model. An attempt that resumed at the very end commits that state once more, as its own."""
-        if self._committed != self.plan.num_steps and not self._save():
-            return Outcome.SUPERSEDED
+        """Publishes the model."""
         source = self._chosen()
         published = self.checkpointer.finish(source, self.plan.num_steps)
         return Outcome.SUPERSEDED if published is None else Outcome.DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,10 +44,13 @@ def load_tokenizer(path: str) -> Tokenizer:
     Raises:
         ConfigError: There is none.
     """
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ConfigError(f"model directory {path} is not there", hint="set model.path to a directory or a hub id")
     try:
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(path))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {_first_line(error)}") from error
+        hint = "name a directory that holds tokenizer.json, or a hub id that can be reached"
+        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {_first_line(error)}", hint=hint) from error
 
 
 def train_bpe(texts: Iterator[str], num_entries: int) -> Tokenizer:
@@ -102,6 +106,7 @@ def build_model(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the model cannot be built: {_first_line(error)}", hint="check `model:`") from error
     _check_names(model)
+    _check_looks_back(model)
     model.config.architectures = [type(model).__name__]
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -121,7 +126,30 @@ def _config(settings: ModelSettings, tokenizer: Tokenizer) -> Any:
         "pad_token_id": inner.pad_token_id,
     }
     given = dict(settings.config or {})
-    return transformers.AutoConfig.for_model(given.pop("model_type"), **{**special, **given})
+    kind = given.pop("model_type")
+    kinds = list(transformers.CONFIG_MAPPING)
+    if kind not in kinds:
+        raise ConfigError(f"model.config.model_type {kind!r} is not known to transformers{_meant(kind, kinds)}")
+    default = transformers.AutoConfig.for_model(kind)
+    known = [*default.to_dict(), *default.attribute_map]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"model.config.{key}: a {kind} model has no such setting{_meant(key, known)}")
+    return transformers.AutoConfig.for_model(kind, **{**special, **given})
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _check_looks_back(model: Any) -> None:
+    """An encoder sees the token that it is to predict, and learns nothing."""
+    if getattr(model.config, "is_decoder", None) is False and not model.can_generate():
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder as configured: it sees the tokens it is to predict",
+            hint="set model.config.is_decoder: true, or take a decoder such as gpt2 or llama",
+        )
 
 
 def _check_names(model: Any) -> None:
@@ -142,4 +170,4 @@ def _read_all(folder: str) -> dict[str, bytes]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,214 @@
+"""Machines that vanish, one after the other, in a Ray cluster of several hosts. Each case about a minute.
+
+Every case ends with the digests of a run that nothing happened to, and the journal names the cause.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim, run_events
+from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster.failures import Cause
+from outlast.cluster.status import read_status
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.loop import Outcome
+from tests.group import digests, losses, run_group, tiny_config
+from tests.lab.hosts import HEAD, Lab, lab, why_not
+
+reason = why_not()
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.skipif(reason is not None, reason=f"the lab {reason}"),
+    pytest.mark.timeout(400),
+]
+OUTLAST = str(Path(sys.executable).with_name("outlast"))
+STEPS = 1000
+DRAIN_STEPS = 4000
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Lab]:
+    with lab(3) as made:
+        yield made
+
+
+class Run:
+    """One run of the lab, submitted as a user would submit it."""
+
+    def __init__(self, folder: Path, name: str, text_file: str, steps: int, workers: int) -> None:
+        self.storage, self.name = LocalStorage(folder / "runs"), name
+        body = tiny_config(name, self.storage.url, text_file, steps=steps).model_dump(
+            mode="json", exclude_defaults=True
+        )
+        body["scale"] = {"workers": workers, "cpus_per_worker": 1}
+        body["checkpoint"]["every"] = 100
+        body["failure"] = {"max_failures": 1, "max_preemptions": -1}
+        self.file = folder / f"{name}.yaml"
+        self.file.write_text(yaml.safe_dump(body))
+
+    def submit(self, lab: Lab) -> subprocess.Popen[str]:
+        """Submits, and follows in a process of its own."""
+        command = [OUTLAST, "submit", str(self.file), "--address", lab.address, "--follow"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_for_commit(self, follower: subprocess.Popen[str], after: int = 0) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert follower.poll() is None, follower.communicate()
+            accepted = catalogue(self.storage, self.name).accepted
+            if accepted and accepted[0].ref.step > after:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"no commit after step {after} within 120 s")
+
+    def workers(self) -> list[dict[str, Any]]:
+        """What the newest claim says of its workers: rank, host, node, pid."""
+        newest = list_attempts(self.storage, self.name)[-1]
+        return list(read_claim(self.storage, self.name, newest)["workers"])
+
+    def host_of(self, rank: int) -> int:
+        return int(self.workers()[rank]["host"].rsplit("-h", 1)[1])
+
+    def causes(self) -> list[str]:
+        return [failure["cause"] for failure in read_status(self.storage, self.name)["failures"]]
+
+
+@pytest.fixture
+def make(tmp_path: Path, text_file: str) -> Callable[..., Run]:
+    def make_run(name: str, steps: int = STEPS, workers: int = 2) -> Run:
+        return Run(tmp_path, name, text_file, steps, workers)
+
+    return make_run
+
+
+@pytest.fixture(scope="module")
+def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> Callable[..., tuple[Any, Any]]:
+    """Digests and losses of an undisturbed run on plain processes, by steps and ranks."""
+    known: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    def of(steps: int = STEPS, workers: int = 2) -> tuple[Any, Any]:
+        if (steps, workers) not in known:
+            name = f"lab-{steps}-{workers}"
+            assert run_group(assign(name, steps=steps), storage, workers)[0].outcome is Outcome.DONE
+            known[steps, workers] = digests(storage, name), losses(storage, name)
+        return known[steps, workers]
+
+    return of
+
+
+def finish(run: Run, follower: subprocess.Popen[str], expected: tuple[Any, Any], code: int = 0) -> str:
+    out, err = follower.communicate(timeout=300)
+    assert follower.returncode == code, out + err
+    if code == 0:
+        assert digests(run.storage, run.name) == expected[0]
+        assert losses(run.storage, run.name) == expected[1]
+    return err
+
+
+def test_a_worker_is_killed(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
+    run, expected = make("worker"), reference()
+    follower = run.submit(cluster)
+    run.wait_for_commit(follower)
+    cluster.signal_inside(run.host_of(1), run.workers()[1]["pid"], signal.SIGKILL)
+    finish(run, follower, expected)
+    assert run.causes() == [Cause.WORKER_DIED.value]
+
+
+def test_a_node_vanishes(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
+    run, expected = make("node"), reference()
+    follower = run.submit(cluster)
+    run.wait_for_commit(follower)
+    lost = run.host_of(1)
+    cluster.kill(lost)
+    finish(run, follower, expected)
+    assert run.causes() == [Cause.NODE_LOST.value]
+    assert lost not in {run.host_of(0), run.host_of(1)}
+    cluster.start(lost)
+    cluster.wait_for_nodes(4)
+
+
+def test_a_node_is_drained(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
+    """A save when the notice comes, another near the deadline, and no failure counted."""
+    run, expected = make("drain", DRAIN_STEPS), reference(DRAIN_STEPS)
+    follower = run.submit(cluster)
+    run.wait_for_commit(follower)
+    leaving = run.host_of(1)
+    cluster.evict(leaving)
+    finish(run, follower, expected)
+    cluster.wait_until_gone(leaving)
+    reasons = [event["reason"] for _, event in run_events(run.storage, run.name) if event["event"] == "save-requested"]
+    assert reasons == ["a node is about to be lost", "a node's last seconds"]
+    assert run.causes() == [Cause.PREEMPTED.value]
+    cluster.start(leaving)
+    cluster.wait_for_nodes(4)
+
+
+def test_a_zombie_comes_back(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
+    """A worker is cut off and goes on, alone. Its commits never count, and it ends by itself."""
+    run, expected = make("zombie", DRAIN_STEPS, workers=1), reference(DRAIN_STEPS, 1)
+    follower = run.submit(cluster)
+    run.wait_for_commit(follower)
+    first, cut_off = list_attempts(run.storage, run.name)[0], run.host_of(0)
+    cluster.link(cut_off, up=False)
+    deadline = time.monotonic() + 90
+    while len(list_attempts(run.storage, run.name)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ends = [event["event"] for attempt, event in run_events(run.storage, run.name) if attempt == first]
+    while "superseded" not in ends and time.monotonic() < deadline:
+        time.sleep(0.5)
+        ends = [event["event"] for attempt, event in run_events(run.storage, run.name) if attempt == first]
+    assert "superseded" in ends
+    cluster.link(cut_off, up=True)
+    finish(run, follower, expected)
+    resumed = next(e for a, e in run_events(run.storage, run.name) if e["event"] == "resume" and a != first)
+    accepted = catalogue(run.storage, run.name).accepted
+    assert all(item.ref.attempt != first or item.ref.step <= resumed["step"] for item in accepted)
+    assert run.causes() == [Cause.NODE_LOST.value]
+    cluster.wait_until_gone(cut_off)
+    cluster.start(cut_off)
+    cluster.wait_for_nodes(4)
+
+
+def test_the_driver_is_killed(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
+    run, expected = make("driver"), reference()
+    follower = run.submit(cluster)
+    run.wait_for_commit(follower)
+    for pid in cluster.processes(HEAD, "outlast.cluster.cli train"):
+        cluster.signal_inside(HEAD, pid, signal.SIGKILL)
+    finish(run, follower, expected, code=1)
+    again = run.submit(cluster)
+    assert "resumed from" in finish(run, again, expected)
+    assert json.loads(status(run))["state"] == "done"
+
+
+def test_the_head_vanishes(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
+    """Everything goes with the head; a new cluster at the same address carries on from storage."""
+    run, expected = make("head"), reference()
+    follower = run.submit(cluster)
+    run.wait_for_commit(follower)
+    cluster.kill(HEAD)
+    assert "submit the run again" in finish(run, follower, expected, code=3)
+    for host in (1, 2, 3):
+        cluster.wait_until_gone(host)
+    cluster.start(HEAD, cpus=0)
+    cluster.wait_for_nodes(1)
+    for host in (1, 2, 3):
+        cluster.start(host)
+    cluster.wait_for_nodes(4)
+    assert "resumed from" in finish(run, run.submit(cluster), expected)
+
+
+def status(run: Run) -> str:
+    command = [OUTLAST, "status", str(run.file), "--json"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

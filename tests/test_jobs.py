@@ -1,0 +1,161 @@
+"""submit, list, status, logs, stop and resume against a real Ray cluster's job server, storage on a real S3 server.
+
+About 90 s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from outlast.checkpointing.layout import checkpoint_dir
+from outlast.checkpointing.lineage import catalogue
+from outlast.checkpointing.reader import tensor_digests
+from outlast.checkpointing.storage import LocalStorage, open_storage
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.loop import Outcome
+from tests.group import digests, run_group, tiny_config
+from tests.s3 import s3_server
+
+pytestmark = pytest.mark.ray
+BIN = Path(sys.executable).parent
+NUM_STEPS = 600
+
+
+def outlast(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([str(BIN / "outlast"), *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+class Cluster:
+    """A head with two CPUs and a job server, started as an operator would."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="outlast-ray-")
+        port, dashboard, agent = free_ports(3)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        options = {
+            "port": port,
+            "dashboard-port": dashboard,
+            "dashboard-agent-listen-port": agent,
+            "num-cpus": 2,
+            "object-store-memory": 100 * 2**20,
+            "temp-dir": self.folder,
+        }
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        self.log = open(Path(self.folder) / "head.log", "w")  # noqa: SIM115 - lives as long as the cluster
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OUTLAST_CACHE": f"{self.folder}/cache"}
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, Path(self.folder, "head.log").read_text()
+            try:
+                urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError("the cluster did not come up")
+
+    def shut_down(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: str) -> Iterator[Cluster]:
+    made = Cluster()
+    yield made
+    made.shut_down()
+
+
+def test_submit_attach_stop_resume(
+    cluster: Cluster,
+    bucket: str,
+    assign: Callable[..., Assignment],
+    storage: LocalStorage,
+    text_file: str,
+    tmp_path: Path,
+) -> None:
+    assert run_group(assign("here", steps=NUM_STEPS), storage, 2)[0].outcome is Outcome.DONE
+    url = f"{bucket}/runs"
+    body = tiny_config("far", url, text_file, steps=NUM_STEPS).model_dump(mode="json", exclude_defaults=True)
+    body["scale"] = {"workers": 2}
+    body["checkpoint"]["every"] = 20
+    run_file = tmp_path / "far.yaml"
+    run_file.write_text(yaml.safe_dump(body))
+    at = ("--address", cluster.address)
+    remote = open_storage(url)
+
+    assert outlast("submit", str(run_file), *at).stdout.strip() == "far-1"
+    deadline = time.monotonic() + 120
+    while not catalogue(remote, "far").accepted and time.monotonic() < deadline:
+        time.sleep(0.1)
+    again = outlast("submit", str(run_file), *at)
+    assert again.stdout.strip() == "far-1"
+    assert "attached" in again.stderr
+
+    outlast("stop", "far", *at, code=75)
+    seen = json.loads(outlast("status", f"{url}/far", *at, "--json").stdout)
+    assert seen["state"] == "stopped"
+    assert [job["status"] for job in seen["jobs"]] == ["STOPPED"]
+    assert seen["newest_checkpoint"]["step"] == seen["step"] > 0
+    assert "asked to stop" in outlast("logs", "far", *at).stdout
+
+    resumed = outlast("resume", f"{url}/far", *at, "--follow")
+    assert resumed.stdout.strip() == "far-2"
+    assert "resumed from" in resumed.stderr
+    final = catalogue(remote, "far").accepted[0]
+    assert final.ref.step == NUM_STEPS
+    assert tensor_digests(remote, checkpoint_dir("far", final.ref), final) == digests(storage, "here")
+    rows = json.loads(outlast("list", *at, "--json").stdout)
+    assert [(row["id"], row["status"]) for row in rows] == [("far-1", "STOPPED"), ("far-2", "SUCCEEDED")]
+
+    cluster.shut_down()
+    assert json.loads(outlast("status", f"{url}/far", "--json").stdout)["state"] == "done"
+    assert "no job server answers" in outlast("logs", "far", *at, code=3).stderr
+
+
+def test_no_cluster_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert "give --address" in outlast("stop", "far", code=3).stderr

@@ -1,0 +1,75 @@
+"""A whole run on an object store: killed, damaged, resumed, equal bit for bit to one on a local disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from outlast.checkpointing.errors import ConfigError, StorageError
+from outlast.checkpointing.faults import Action, Point
+from outlast.checkpointing.layout import checkpoint_dir
+from outlast.checkpointing.lineage import catalogue
+from outlast.checkpointing.objects import ObjectStorage
+from outlast.checkpointing.reader import tensor_digests
+from outlast.checkpointing.storage import LocalStorage, open_storage, read_bytes
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.data import prepare
+from outlast.trainers.loop import Outcome
+from tests.group import digests, fault, run_group
+from tests.s3 import s3_server
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+def test_killed_damaged_and_resumed_on_s3(
+    bucket: str,
+    assign: Callable[..., Assignment],
+    storage: LocalStorage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OUTLAST_CACHE", str(tmp_path / "cache"))
+    assert run_group(assign("on-disk"), storage, 2)[0].outcome is Outcome.DONE
+    remote = open_storage(f"{bucket}/runs")
+    assert isinstance(remote, ObjectStorage)
+
+    def on_s3(*faults: object) -> Assignment:
+        here = assign("on-s3", faults=faults)
+        checkpoint = here.config.checkpoint.model_copy(update={"storage": remote.url})
+        config = here.config.model_copy(update={"checkpoint": checkpoint})
+        return replace(here, config=config, prepared=prepare(config, remote))
+
+    strike = fault(Point.WHILE_WRITING, 9, 1, Action.SIGKILL, tmp_path)
+    ended = run_group(on_s3(strike), remote, 2, folder=tmp_path)
+    assert Path(strike.record).exists()
+    assert [end.exit_code for end in ended][1] == -9
+    newest = catalogue(remote, "on-s3").accepted[0]
+    assert newest.ref.step == 6
+    weights = f"{checkpoint_dir('on-s3', newest.ref)}/model.safetensors"
+    remote.put(weights, [read_bytes(remote, weights)[:-1]])  # the kind of damage that object stores really see
+
+    assert run_group(on_s3(), remote, 2, folder=tmp_path)[0].outcome is Outcome.DONE
+    final = catalogue(remote, "on-s3").accepted[0]
+    assert final.ref.step == 10
+    assert tensor_digests(remote, checkpoint_dir("on-s3", final.ref), final) == digests(storage, "on-disk")
+    assert (tmp_path / "cache/data").is_dir()
+
+
+def test_credentials_in_the_url_are_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="must not carry credentials") as caught:
+        open_storage("s3://key:secret@bucket/runs")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_bucket_that_is_not_there(bucket: str) -> None:
+    with pytest.raises(StorageError, match="NO_SUCH_BUCKET") as caught:
+        open_storage("s3://no-such-bucket-here/runs").put("a", [b"1"])
+    assert caught.value.permanent
+    assert "bucket" in caught.value.hint
