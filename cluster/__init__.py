@@ -1,0 +1,23 @@
+"""outlast.cluster: runs on Ray, and comes back. The only room that imports ray.
+
+Names are imported when they are first used, so that a command line that needs none of them starts at once.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Finished": "launch",
+    "Launch": "launch",
+    "RunConfig": "config",
+    "RunFailed": "failures",
+    "load_run": "config",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -164,7 +164,7 @@ def _load_plainly(model_dir: Path, data: Any) -> dict[str, Any]:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    loss = evaluate(model, TASKS["causal-lm"], data, World(), 4, "fp32")
+    loss = evaluate(model, TASKS["causal-lm"], data, World(), 4, "fp32")["eval_loss"]
     prompt = tokenizer("The class of an object", return_tensors="pt")
     torch.manual_seed(0)
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)

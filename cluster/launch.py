@@ -12,13 +12,14 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 import ray.train
@@ -66,6 +67,8 @@ class Launch:
         take_over: Do not wait to see whether another launch is at work.
         faults: Faults to arm in the workers.
         tell: Hears every event, in the driver's main thread.
+        stdout: Where `tell` prints to.
+        id: Names the launch.
     """
 
     config: RunConfig
@@ -73,7 +76,12 @@ class Launch:
     take_over: bool = False
     faults: Sequence[Fault] = ()
     tell: Listener = lambda event: None
+    stdout: TextIO = field(default_factory=lambda: sys.stdout)
     id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3))
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        with contextlib.redirect_stdout(self.stdout):  # `ray_session` keeps it shut
+            self.tell(event)
 
     @property
     def storage(self) -> Storage:
@@ -93,12 +101,12 @@ class Launch:
             model, faults = find_model(storage, name)
             if model is not None and not faults:
                 return Finished(Outcome.DONE, self.id, model)
-            self.tell({"event": "damaged-model", "model": model, "faults": faults})
+            self._tell({"event": "damaged-model", "model": model, "faults": faults})
             rival = None if self.take_over else find_rival(storage, name)
             if rival:
-                self.tell({"event": "rival", "launch": rival})
+                self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
-            self.tell({"event": "phase", "name": "data"})
+            self._tell({"event": "phase", "name": "data"})
             prepared = prepare(self.config, storage)
             check_unchanged(base, self.config, prepared.fingerprint)
             alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json")
@@ -121,7 +129,7 @@ class Launch:
 
     def _train(self, storage: Storage, prepared: Prepared, address: str | None) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.workers)
-        self.tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
+        self._tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
         with ray_session(address):
             cpus = self._cpus_per_worker()
             assignment = Assignment(
@@ -199,9 +207,9 @@ class Launch:
                 if stopping.is_set() and not asked:
                     asked = True
                     hub.stop.remote()
-                    self.tell({"event": "stopping"})
+                    self._tell({"event": "stopping"})
                 for event in ask(hub.drain.remote(), []):
-                    self.tell(event)
+                    self._tell(event)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(hub)
         if "failure" in box:
@@ -334,6 +342,6 @@ def _explained(error: BaseException, config: RunConfig) -> OutlastError:
         said = (str(failures[rank]).strip().splitlines() or [repr(failures[rank])])[-1]
         message = f"rank {rank} of {config.scale.workers} failed: {said}"
     else:
-        said = next(iter(str(error).strip().splitlines()), "")
-        message = f"Ray Train failed: {type(error).__name__}: {said}"
+        lines = [line.strip() for line in str(getattr(error, "controller_failure", error)).splitlines() if line.strip()]
+        message = f"Ray Train failed: {type(error).__name__}: {(lines or [''])[-1]}"
     return RunFailed(message, hint="run the same command again to go on from the newest whole checkpoint")

@@ -139,7 +139,7 @@ def test_evaluation_is_the_mean_over_every_token(model: Any, assignment: Assignm
     with torch.no_grad():
         expected = model(input_ids=rows, labels=rows).loss.item()
     model.train()
-    found = [evaluate(model, task, data, World(), micro, "fp32") for micro in (1, 3, 64, 1000)]
+    found = [evaluate(model, task, data, World(), micro, "fp32")["eval_loss"] for micro in (1, 3, 64, 1000)]
     assert model.training
     model.eval()
     assert found == pytest.approx([expected] * 4, rel=1e-6)

@@ -76,7 +76,9 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     task = TASKS[config.model.task]
     tokenizer = assignment.prepared.tokenizer(storage)
     fresh = checkpointer.catalogue.is_fresh
-    model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
+    model, checkpointer.files = build_model(
+        config.model, task, tokenizer, config.seed, fresh=fresh, labels=assignment.prepared.labels
+    )
     _check_architecture(checkpointer)
     _tell_changes(checkpointer, base, world)
     has_eval = assignment.prepared.num_eval_samples > 0

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import check_run_name
 from outlast.checkpointing.retention import KEEP_LAST_MIN, Retention
-from outlast.checkpointing.schedule import Every
+from outlast.checkpointing.schedule import Every, Unit
 
 
 class Exactness(Enum):
@@ -60,7 +60,7 @@ class ModelSettings(Settings):
     """Settings of a new model, `model_type` among them; vocabulary size and special tokens follow the tokenizer."""
     tokenizer: TokenizerSettings | None = None
     """Needed with `config`; with `path` the model's own tokenizer is taken."""
-    task: Literal["causal-lm"] = "causal-lm"
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
     """What the model learns to do."""
 
     @model_validator(mode="after")
@@ -83,9 +83,12 @@ class DataSettings(Settings):
     """Another such file, or a share of the training rows such as `2%`, chosen by a hash of (seed, row)."""
     text: str = "text"
     """The column that holds the text. A .txt file needs none."""
+    label: str = "label"
+    """The column that holds the class, for tasks that have labels. Texts or numbers; every value is a class."""
     max_length: int = Field(512, ge=2)
-    """Tokens in a sample. Documents are joined with an end token and cut into pieces of this length; attention crosses
-    their borders, and the last piece is dropped when it is short."""
+    """Tokens in a sample. For causal-lm, documents are joined with an end token and cut into pieces of this length;
+    attention crosses their borders, and the last piece is dropped when it is short. For other tasks a text is a sample,
+    and what is longer is cut off."""
 
     @property
     def eval_share(self) -> float | None:
@@ -130,8 +133,19 @@ class TrainSettings(Settings):
     """Largest norm of the gradient; 0 does not clip."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 by autocast. The weights are fp32 either way: what is saved is what is trained."""
-    eval_every: int | None = Field(None, ge=1)
-    """Evaluate every so many steps, and at the end. Default: only at the end."""
+    eval_every: int | str | None = None
+    """Evaluate every so many steps (200) or epochs ("1 epoch"), and at the end. Default: only at the end."""
+
+    @property
+    def eval_interval(self) -> Every | None:
+        return None if self.eval_every is None else Every.parse(self.eval_every)
+
+    @field_validator("eval_every")
+    @classmethod
+    def _counts_steps(cls, value: int | str | None) -> int | str | None:
+        if value is not None and Every.parse(value).unit is Unit.SECONDS:
+            raise ValueError("evaluation goes by steps or epochs, because every worker must know when")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ from outlast.checkpointing.writer import write_file
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.models import Tokenizer, files_of, load_tokenizer, train_bpe
 from outlast.trainers.sampling import mix
+from outlast.trainers.tasks import TASKS
+
+T = TypeVar("T")
 
 FORMAT = 1
 ROWS_PER_BATCH = 1024
@@ -49,6 +52,7 @@ class Prepared:
         num_rows: Rows read, by split.
         num_tokens: Tokens made, end tokens included, by split.
         num_dropped_tokens: Tokens in the last, short piece of each split.
+        labels: Names of the classes, in the order of their numbers; empty for tasks without labels.
         files: Every file with its digests.
     """
 
@@ -59,6 +63,7 @@ class Prepared:
     num_rows: Mapping[str, int]
     num_tokens: Mapping[str, int]
     num_dropped_tokens: Mapping[str, int]
+    labels: tuple[str, ...]
     files: tuple[FileEntry, ...]
 
     def tokenizer(self, storage: Storage) -> Tokenizer:
@@ -129,7 +134,7 @@ def _from_json(body: dict[str, Any]) -> Prepared:
     if body.pop("digest") != _digest(body):
         raise DamagedError(f"{_DATA_MANIFEST}: its own digest does not match")
     files = tuple(FileEntry(**{**item, "blocks": tuple(item["blocks"])}) for item in body.pop("files"))
-    return Prepared(**body, files=files)
+    return Prepared(**{**body, "labels": tuple(body["labels"])}, files=files)
 
 
 def cache_dir() -> Path:
@@ -167,7 +172,9 @@ def _fingerprint(config: TrainingConfig) -> str:
     settings = {
         "format": FORMAT,
         "tokenizer": tokenizer,
+        "task": config.model.task,
         "text": config.data.text,
+        "label": config.data.label if TASKS[config.model.task].has_labels else None,
         "max_length": config.data.max_length,
         "eval": config.data.eval_share,
         "seed": config.seed if config.data.eval_share else 0,
@@ -199,23 +206,25 @@ def _source(name: str) -> Path:
 
 
 def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory: str) -> Prepared:
-    settings, share = config.data, config.data.eval_share
-    tokenizer = _tokenizer(config)
-    splits: dict[str, Iterator[str]] = {"train": (text for _, text in _split(config, held_out=False))}
-    if share:
-        splits["eval"] = (text for _, text in _split(config, held_out=True))
-    elif settings.eval:
-        splits["eval"] = read_texts(settings.eval, settings.text)
+    settings = config.data
+    tokenizer, labels = _tokenizer(config), _labels(config)
+    splits = {"train": _rows(config, held_out=False)}
+    if settings.eval:
+        splits["eval"] = _rows(config, held_out=True)
     files = [write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in files_of(tokenizer).items()]
     packed = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, texts in splits.items():
+        for name, rows in splits.items():
             path = Path(folder) / f"{name}.arrow"
-            packed[name] = _pack(texts, tokenizer, settings.max_length, path)
+            if labels:
+                packed[name] = _write_apart(rows, tokenizer, settings.max_length, labels, path)
+            else:
+                packed[name] = _pack((row[0] for row in rows), tokenizer, settings.max_length, path)
             if not packed[name].num_samples:
                 raise ConfigError(
-                    f"{settings.train if name == 'train' else settings.eval}: the {name} split has "
-                    f"{packed[name].num_tokens:,} tokens, less than one sample (data.max_length {settings.max_length})",
+                    f"{settings.eval if name == 'eval' and not settings.eval_share else settings.train}: the {name} "
+                    f"split has {packed[name].num_tokens:,} tokens, less than one sample (data.max_length "
+                    f"{settings.max_length})",
                     hint="give more text, or a smaller data.max_length",
                 )
             with path.open("rb") as file:
@@ -229,6 +238,7 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
         num_rows={name: item.num_rows for name, item in packed.items()},
         num_tokens={name: item.num_tokens for name, item in packed.items()},
         num_dropped_tokens={name: item.num_dropped_tokens for name, item in packed.items()},
+        labels=labels,
         files=tuple(files),
     )
     body = asdict(prepared)
@@ -239,34 +249,55 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
 def _tokenizer(config: TrainingConfig) -> Tokenizer:
     wanted = config.model.tokenizer
     if wanted is not None and wanted.train_bpe is not None:
-        return train_bpe((text for _, text in _split(config, held_out=False)), wanted.train_bpe)
+        return train_bpe((row[0] for row in _rows(config, held_out=False)), wanted.train_bpe)
     return load_tokenizer(wanted.path if wanted and wanted.path else str(config.model.path))
 
 
-def _split(config: TrainingConfig, *, held_out: bool) -> Iterator[tuple[int, str]]:
-    """The training file's rows that are held out for evaluation, or those that are not."""
-    border = int((config.data.eval_share or 0.0) * 2**64)
-    for number, text in enumerate(read_texts(config.data.train, config.data.text)):
+def _labels(config: TrainingConfig) -> tuple[str, ...]:
+    """The classes in the training rows, sorted; empty for a task without labels."""
+    if not TASKS[config.model.task].has_labels:
+        return ()
+    found = {row[1] for row in _rows(config, held_out=False)}
+    if len(found) < 2:
+        raise ConfigError(f"{config.data.train}: column {config.data.label!r} holds one class only: {sorted(found)}")
+    return tuple(sorted(found, key=lambda label: (int(label), "") if label.isdecimal() else (-1, label)))
+
+
+def _rows(config: TrainingConfig, *, held_out: bool) -> Iterator[tuple[str, ...]]:
+    """The rows of the training split, or those for evaluation: (text,) or (text, label)."""
+    data = config.data
+    columns = [data.text, data.label] if TASKS[config.model.task].has_labels else [data.text]
+    if held_out and data.eval_share is None:
+        yield from read_rows(str(data.eval), columns)
+        return
+    border = int((data.eval_share or 0.0) * 2**64)
+    for number, row in enumerate(read_rows(data.train, columns)):
         if (mix(config.seed, number) < border) is held_out:
-            yield number, text
+            yield row
 
 
 def read_texts(source: str, column: str) -> Iterator[str]:
-    """The documents of a file, in order, in constant memory.
+    """The documents of a file, in order. Raises as `read_rows`."""
+    return (row[0] for row in read_rows(source, [column]))
+
+
+def read_rows(source: str, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The rows of a file, in order, in constant memory: a text, and perhaps a label, a number or a text, as text.
 
     Raises:
-        ConfigError: The file or the column is missing, or a row holds something that is not text.
+        ConfigError: The file or a column is missing, or a row holds something that is not text.
     """
     path = _source(source)
     values = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
     try:
-        for number, value in enumerate(values(path, column), 1):
-            if not isinstance(value, str):
-                raise ConfigError(
-                    f"{source}, row {number}: column {column!r} holds {value!r}, not text",
-                    hint="mend that row, or name another column with data.text",
-                )
-            yield value
+        for number, row in enumerate(values(path, columns), 1):
+            for place, value in enumerate(row):
+                if not isinstance(value, str if place == 0 else (str, int)):
+                    raise ConfigError(
+                        f"{source}, row {number}: column {columns[place]!r} holds {value!r}, not text",
+                        hint="mend that row, or name another column with data.text (or data.label)",
+                    )
+            yield tuple(map(str, row))
     except UnicodeDecodeError as error:
         hint = "convert it, for example with iconv -f LATIN1 -t UTF-8"
         raise ConfigError(f"{source} is not UTF-8 text: {error}", hint=hint) from error
@@ -275,12 +306,14 @@ def read_texts(source: str, column: str) -> Iterator[str]:
         raise ConfigError(f"{source} cannot be read as {path.suffix}: {said}", hint="check that file") from error
 
 
-def _read_lines(path: Path, _: str) -> Iterator[str]:
+def _read_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    if len(columns) > 1:
+        raise ConfigError(f"{path}: a .txt file holds no column {columns[1]!r}", hint="give a .jsonl, .csv or .parquet")
     with path.open(encoding="utf-8") as file:
-        yield from (line.rstrip("\n") for line in file if line.strip())
+        yield from ((line.rstrip("\n"),) for line in file if line.strip())
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[Any]:
+def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Line by line, because pyarrow guesses one type for a column and refuses rows of another."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -293,32 +326,35 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Any]:
                 raise ConfigError(said, hint="write one JSON object a line") from error
             if not isinstance(row, dict):
                 raise ConfigError(f"{path}, line {number} is not a JSON object", hint="write one JSON object a line")
-            if column not in row:
-                raise _no_column(f"{path}, line {number}", column, {name: isinstance(row[name], str) for name in row})
-            yield row[column]
+            for column in columns:
+                if column not in row:
+                    there = {name: isinstance(row[name], str) for name in row}
+                    raise _no_column(f"{path}, line {number}", column, there)
+            yield tuple(row[column] for column in columns)
 
 
-def _read_csv(path: Path, column: str) -> Iterator[Any]:
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     reading, parsing = csv.ReadOptions(block_size=_CSV_BLOCK_BYTES), csv.ParseOptions(newlines_in_values=True)
     with csv.open_csv(path, reading, parsing) as head:
-        _check_column(path, column, head.schema)
-    converting = csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()})
+        _check_columns(path, columns, head.schema)
+    converting = csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()))
     with csv.open_csv(path, reading, parsing, converting) as rows:
         for batch in rows:
-            yield from batch.column(0).to_pylist()
+            yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[Any]:
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     file = parquet.ParquetFile(path)
-    _check_column(path, column, file.schema_arrow)
-    for batch in file.iter_batches(columns=[column]):
-        yield from batch.column(0).to_pylist()
+    _check_columns(path, columns, file.schema_arrow)
+    for batch in file.iter_batches(columns=list(columns)):
+        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
-def _check_column(path: Path, column: str, schema: pa.Schema) -> None:
-    if column not in schema.names:
-        kinds = {field.name: pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in schema}
-        raise _no_column(str(path), column, kinds)
+def _check_columns(path: Path, columns: Sequence[str], schema: pa.Schema) -> None:
+    kinds = {field.name: pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in schema}
+    for column in columns:
+        if column not in kinds:
+            raise _no_column(str(path), column, kinds)
 
 
 def _no_column(where: str, column: str, there: Mapping[str, bool]) -> ConfigError:
@@ -365,10 +401,34 @@ def _pack(texts: Iterator[str], tokenizer: Tokenizer, length: int, path: Path) -
     return _Packed(num_rows, num_tokens, num_samples + last, rest.size - last * length)
 
 
-def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
+def _write_apart(
+    rows: Iterator[tuple[str, ...]], tokenizer: Tokenizer, length: int, labels: Sequence[str], path: Path
+) -> _Packed:
+    """One sample a row: its tokens padded to `length`, their number, the number of its label."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    kind = pa.list_(pa.int32(), length + 2)
+    schema = pa.schema([("row", kind)])
+    num_rows = num_tokens = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for part in _batches(rows, ROWS_PER_BATCH):
+            table = np.full((len(part), length + 2), tokenizer.inner.pad_token_id, dtype=np.int32)
+            for place, ids in enumerate(tokenizer.encode_apart([row[0] for row in part], length)):
+                label = part[place][1]
+                if label not in numbers:
+                    raise ConfigError(f"label {label!r} is in the evaluation data, and not in the training data")
+                table[place, : len(ids)] = ids
+                table[place, length:] = len(ids), numbers[label]
+                num_tokens += len(ids)
+            column = pa.FixedSizeListArray.from_arrays(pa.array(table.reshape(-1)), type=kind)
+            writer.write_batch(pa.record_batch([column], schema=schema))
+            num_rows += len(part)
+    return _Packed(num_rows, num_tokens, num_rows, 0)
+
+
+def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
         if len(batch) == size:
             yield batch
             batch = []

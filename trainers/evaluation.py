@@ -1,4 +1,4 @@
-"""Evaluation: the loss over a held-out set, sharded over the ranks, the same number at any world size."""
+"""Evaluation: loss and scores over a held-out set, sharded over the ranks, the same number at any world size."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from outlast.trainers.world import World
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, data: PackedData, world: World, micro_batch: int, precision: str) -> float:
-    """The mean loss over all of `data`.
+def evaluate(
+    model: nn.Module, task: Task, data: PackedData, world: World, micro_batch: int, precision: str
+) -> dict[str, float]:
+    """The mean over all of `data` of the loss (`eval_loss`) and of the task's scores (such as `eval_accuracy`).
 
     Each rank takes a contiguous share of the micro-batches; their sums are added in micro-batch order in float64, so
     the result does not depend on who computed which. Runs on the unwrapped module, because DDP's forward is collective.
@@ -23,14 +25,13 @@ def evaluate(model: nn.Module, task: Task, data: PackedData, world: World, micro
     was_training = inner.training
     inner.eval()
     num_micro = -(-len(data) // micro_batch)
-    table = torch.zeros(num_micro, 2, dtype=torch.float64)
+    table = torch.zeros(num_micro, 2 + len(task.scores), dtype=torch.float64)
     for micro in share(num_micro, world.rank, world.size):
         batch = task.collate(data.rows(range(micro * micro_batch, min((micro + 1) * micro_batch, len(data)))))
-        table[micro, 1] = task.count(batch)
+        table[micro, 0] = task.count(batch)
         with world.autocast(precision):
-            loss_sum = task.loss_sum(inner, {key: value.to(world.device) for key, value in batch.items()})
-        table[micro, 0] = loss_sum.double().cpu()
-    table = world.add(table)
+            found = task.measure(inner, {key: value.to(world.device) for key, value in batch.items()})
+        table[micro, 1:] = found.double().cpu()
     inner.train(was_training)
-    loss: float = sum(table[:, 0].tolist()) / sum(table[:, 1].tolist())
-    return loss
+    count, *sums = (sum(column) for column in world.add(table).T.tolist())
+    return {f"eval_{name}": total / count for name, total in zip(("loss", *task.scores), sums, strict=True)}

@@ -268,18 +268,19 @@ class Loop:
     # -- evaluating and saving -----------------------------------------------------------------------------------------
 
     def _evaluation_is_due(self, last: bool) -> bool:
-        every = self.config.train.eval_every
-        return self.eval_data is not None and (last or (every is not None and self.step % every == 0))
+        every = self.config.train.eval_interval
+        due = every is not None and every.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
+        return self.eval_data is not None and (last or due)
 
     def _evaluate(self) -> bool:
         assert self.eval_data is not None
         train = self.config.train
         began = time.monotonic()
         self._settle()
-        loss = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
-        self.metrics["eval_loss"] = loss
-        self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), "eval_loss": loss})
-        self._tell("eval", step=self.step, eval_loss=loss, seconds=round(time.monotonic() - began, 4))
+        found = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
+        self.metrics |= found
+        self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **found})
+        self._tell("eval", step=self.step, **found, seconds=round(time.monotonic() - began, 4))
         self._evaluated = self.step
         return True
 
@@ -288,7 +289,7 @@ class Loop:
         self._settle()
         metrics = dict(self.metrics)
         if not (self.log_history and self.log_history[-1]["step"] == self.step):
-            metrics.pop("eval_loss", None)
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("eval_")}
         state = {
             "step": self.step,
             "epoch": self.plan.epoch(self.step),

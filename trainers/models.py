@@ -26,16 +26,27 @@ class Tokenizer:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        if inner.eos_token_id is None:
-            raise ConfigError("the tokenizer has no end-of-text token, which packing needs between documents")
+        if inner.pad_token is None:
+            inner.pad_token = inner.eos_token
 
     def __len__(self) -> int:
         return len(self.inner)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token numbers of each text, its end token last."""
+        """Token numbers of each text, its end token last, for packing.
+
+        Raises:
+            ConfigError: The tokenizer has no end-of-text token.
+        """
+        if self.inner.eos_token_id is None:
+            raise ConfigError("the tokenizer has no end-of-text token, which packing needs between documents")
         encoded = self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [[*ids, self.inner.eos_token_id] for ids in encoded]
+
+    def encode_apart(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Token numbers of each text by itself, with the model's own special tokens, cut off at `max_length`."""
+        encoded = self.inner(list(texts), truncation=True, max_length=max_length)["input_ids"]
+        return [list(ids) or [self.inner.pad_token_id] for ids in encoded]
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -82,7 +93,7 @@ def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def build_model(
-    settings: ModelSettings, task: Task, tokenizer: Tokenizer, seed: int, *, fresh: bool
+    settings: ModelSettings, task: Task, tokenizer: Tokenizer, seed: int, *, fresh: bool, labels: Sequence[str] = ()
 ) -> tuple[nn.Module, dict[str, bytes]]:
     """The model, and the small files that make a checkpoint of it a Hugging Face directory.
 
@@ -91,6 +102,7 @@ def build_model(
         task: Names the Auto class.
         tokenizer: Gives a new model its vocabulary size and special tokens.
         seed: New weights follow from it.
+        labels: Names of the classes, in the order of their numbers.
         fresh: False when the weights are about to be replaced by a checkpoint's, so that pretrained ones are not read.
 
     Raises:
@@ -100,13 +112,16 @@ def build_model(
     seed_everything(seed)
     try:
         if settings.path is not None and fresh:
-            model = auto.from_pretrained(settings.path, dtype=torch.float32)
+            model = auto.from_pretrained(
+                settings.path, config=_config(settings, tokenizer, labels), dtype=torch.float32
+            )
         else:
-            model = auto.from_config(_config(settings, tokenizer), dtype=torch.float32)
+            model = auto.from_config(_config(settings, tokenizer, labels), dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the model cannot be built: {_first_line(error)}", hint="check `model:`") from error
     _check_names(model)
-    _check_looks_back(model)
+    if task.auto_class == "AutoModelForCausalLM":
+        _check_looks_back(model)
     model.config.architectures = [type(model).__name__]
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -115,7 +130,17 @@ def build_model(
         return model, {**_read_all(folder), **files_of(tokenizer)}
 
 
-def _config(settings: ModelSettings, tokenizer: Tokenizer) -> Any:
+def _config(settings: ModelSettings, tokenizer: Tokenizer, labels: Sequence[str]) -> Any:
+    config = _given_config(settings, tokenizer)
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+        if config.pad_token_id is None:  # GPT-2 reads the last token that is no padding
+            config.pad_token_id = tokenizer.inner.pad_token_id
+    return config
+
+
+def _given_config(settings: ModelSettings, tokenizer: Tokenizer) -> Any:
     if settings.path is not None:
         return transformers.AutoConfig.from_pretrained(settings.path)
     inner = tokenizer.inner

@@ -68,6 +68,7 @@ class Lab:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "HOME": str(self._folder),
             "RAY_AUTH_MODE": "disabled",
+            "GLOO_SOCKET_IFNAME": "e0",  # these host names have no address to be found by
             **QUICK_HEALTH_CHECKS,
             **(environment or {}),
         }
