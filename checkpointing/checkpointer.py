@@ -52,7 +52,9 @@ class Checkpointer:
         ranks: The ranks of this attempt; found out by itself when None.
         launch: Which launch this attempt belongs to. Attempts of one launch follow each other; a later launch takes
             over from an earlier one, never the other way round.
-        declaration: What the claim says besides: settings, fingerprints, versions. JSON.
+        declaration: What decides the run's numbers: settings, fingerprints, versions. JSON. It stands in the claim and,
+            under the manifest's digest, in every checkpoint.
+        notes: What else the claim says, for people. JSON.
         files: The attribute of that name, such as `config.json` and the tokenizer, by name.
         retention: What to keep.
 
@@ -76,6 +78,7 @@ class Checkpointer:
         ranks: Ranks | None = None,
         launch: str = "",
         declaration: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
         retention: Retention | None = None,
     ) -> None:
@@ -88,11 +91,12 @@ class Checkpointer:
         self._num_acknowledged = 0
         self.journal: Journal | None = None
         self.listener: Callable[[dict[str, Any]], None] = lambda event: None
-        claimed = self._from_rank_0(lambda: self._claim(declaration or {}))
+        self._declaration = dict(declaration or {})
+        claimed = self._from_rank_0(lambda: self._claim({**self._declaration, **(notes or {})}))
         self.superseded = claimed is None
         if claimed is None:
             return
-        self.attempt, self.catalogue, self.base_declaration = claimed
+        self.attempt, self.catalogue = claimed
         self._directory = layout.attempt_dir(run, self.attempt)
         self._commits: list[Manifest] = []
         self._lineage: list[Manifest] = []
@@ -102,16 +106,14 @@ class Checkpointer:
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
-    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, lineage.Catalogue, dict[str, Any]] | None:
+    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, lineage.Catalogue] | None:
         if lineage.launch_is_superseded(self.storage, self.run, self._launch):
             return None
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
         mine = lineage.claim(self.storage, self.run, body)
         if lineage.higher_claim(self.storage, self.run, mine):
             return None
-        found = patiently(lambda: lineage.catalogue(self.storage, self.run, below=mine))
-        base = lineage.read_claim(self.storage, self.run, found.owner) if found.owner else {}
-        return mine, found, base
+        return mine, patiently(lambda: lineage.catalogue(self.storage, self.run, below=mine))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -240,8 +242,11 @@ class Checkpointer:
             metrics=dict(metrics or {}),
             committed_at=time.time(),
             launch=self._launch,
+            extra={"declaration": self._declaration},
         )
         acknowledged = self._from_rank_0(lambda: self._commit(manifest, began))
+        if self.ranks.rank:
+            reach(Point.AFTER_MANIFEST, step)
         if not acknowledged:
             self.superseded = True
             return False
@@ -270,6 +275,7 @@ class Checkpointer:
     def _commit(self, manifest: Manifest, began: float) -> bool:
         """Rank 0: the commit, then the acknowledgement. False when superseded; then nothing may be deleted."""
         ref, data = manifest.ref, manifest.to_json()
+        self.flush()  # what led to a commit is told before it
         self.storage.put(f"{layout.checkpoint_dir(self.run, ref)}/{layout.MANIFEST}", [data])
         reach(Point.AFTER_MANIFEST, ref.step)
         if higher := lineage.higher_claim(self.storage, self.run, self.attempt):

@@ -61,6 +61,12 @@ class Catalogue:
     rejected: tuple[Rejected, ...]
 
     @property
+    def declaration(self) -> Mapping[str, Any]:
+        """What the newest accepted checkpoint says of the settings it was made with; empty when there is none."""
+        declared: Mapping[str, Any] = self.accepted[0].extra.get("declaration", {}) if self.accepted else {}
+        return declared
+
+    @property
     def is_fresh(self) -> bool:
         """True if no commit was ever made."""
         return not self.accepted and not self.rejected
@@ -199,10 +205,13 @@ def _standing_commits(storage: Storage, directory: str) -> set[int]:
     """Steps that the attempt's own journal says are committed and that it has not deleted since."""
     standing: set[int] = set()
     for event in read_events(storage, directory, COMMITS):
+        step = event.get("step")
+        if not isinstance(step, int):
+            continue
         if event.get("event") == "commit":
-            standing.add(int(event["step"]))
+            standing.add(step)
         elif event.get("event") == "delete" and event.get("attempt") == directory.rsplit("/", 1)[-1]:
-            standing.discard(int(event["step"]))
+            standing.discard(step)
     return standing
 
 
@@ -212,8 +221,8 @@ def _deleted(storage: Storage, run: str) -> set[CheckpointRef]:
     for attempt in list_attempts(storage, run):
         for event in read_events(storage, attempt_dir(run, attempt), COMMITS):
             target = AttemptId.parse(str(event.get("attempt")))
-            if event.get("event") == "delete" and target is not None:
-                gone.add(CheckpointRef(int(event["step"]), target))
+            if event.get("event") == "delete" and target is not None and isinstance(event.get("step"), int):
+                gone.add(CheckpointRef(event["step"], target))
     return gone
 
 

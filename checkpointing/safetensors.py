@@ -89,6 +89,8 @@ def decode(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         entries = ((name, item) for name, item in header.items() if name != "__metadata__")
         for name, item in sorted(entries, key=lambda pair: pair[1]["data_offsets"]):
             dtype, shape, (start, end) = DTYPES[item["dtype"]], item["shape"], item["data_offsets"]
+            if not all(isinstance(length, int) and length >= 0 for length in shape):
+                raise SafetensorsError(f"tensor {name} has the shape {shape}")
             if start != expected or end - start != prod(shape) * dtype.itemsize or end > body.numel():
                 raise SafetensorsError(f"tensor {name} does not fit its place")
             tensors[name] = _view(body[start:end], dtype).reshape(shape)
@@ -103,5 +105,6 @@ def decode(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _view(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    aligned = part if part.data_ptr() % dtype.itemsize == 0 else part.clone()
+    crooked = part.storage_offset() % dtype.itemsize or part.data_ptr() % dtype.itemsize
+    aligned = part.clone() if crooked else part
     return aligned.view(dtype)

@@ -148,8 +148,8 @@ def submit(
         if ship:
             runtime_env["py_modules"] = [str(_package(folder))]
         try:
-            client.submit_job(
-                entrypoint="python -m outlast.cluster.cli train run.yaml --take-over",
+            client.submit_job(  # exec, because a stop waits until no process is left, and a shell leaves a zombie
+                entrypoint="exec python -m outlast.cluster.cli train run.yaml --take-over",
                 submission_id=f"{config.name}-{number}",
                 metadata={"outlast_run": config.name},
                 runtime_env=runtime_env,

@@ -30,7 +30,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.faults import Fault
 from outlast.checkpointing.layout import MANIFEST, launch_dir, model_dir
-from outlast.checkpointing.lineage import catalogue, launch_is_superseded, list_attempts, read_claim
+from outlast.checkpointing.lineage import catalogue, launch_is_superseded, list_attempts
 from outlast.checkpointing.manifest import Manifest, ManifestError
 from outlast.checkpointing.reader import verify
 from outlast.checkpointing.storage import LocalStorage, Storage, open_storage, read_bytes
@@ -46,6 +46,7 @@ from outlast.trainers.loop import Outcome, make_plan
 Listener = Callable[[dict[str, Any]], None]
 
 OBJECT_STORE_BYTES = 200 * 2**20
+NODES_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Launch:
         faults: Faults to arm in the workers.
         tell: Hears every event, in the driver's main thread.
         stdout: Where `tell` prints to.
+        joined: Whether the Ray is somebody else's.
         id: Names the launch.
     """
 
@@ -77,6 +79,7 @@ class Launch:
     faults: Sequence[Fault] = ()
     tell: Listener = lambda event: None
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
+    joined: bool = field(default=False, init=False)
     id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3))
 
     def _tell(self, event: dict[str, Any]) -> None:
@@ -95,8 +98,7 @@ class Launch:
         """
         storage, name = self.storage, self.config.name
         with _preflight():
-            owner = catalogue(storage, name).owner
-            base = read_claim(storage, name, owner) if owner else {}
+            base = catalogue(storage, name).declaration
             check_unchanged(base, self.config, None)
             model, faults = find_model(storage, name)
             if model is not None and not faults:
@@ -130,7 +132,7 @@ class Launch:
     def _train(self, storage: Storage, prepared: Prepared, address: str | None) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.workers)
         self._tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
-        with ray_session(address):
+        with ray_session(address) as self.joined:
             cpus = self._cpus_per_worker()
             assignment = Assignment(
                 config=self.config,
@@ -152,7 +154,18 @@ class Launch:
         return Finished(outcome, self.id, model)
 
     def _cpus_per_worker(self) -> float:
-        scale, there = self.config.scale, ray.cluster_resources()
+        """CPUs of a worker. Waits a while for nodes that are on their way, as after a restart of the whole cluster."""
+        deadline = time.monotonic() + (NODES_WAIT_S if self.joined else 0)
+        while True:
+            try:
+                return self._fit_in(ray.cluster_resources())
+            except PreflightError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(1)
+
+    def _fit_in(self, there: Mapping[str, float]) -> float:
+        scale = self.config.scale
         cpus = scale.cpus_per_worker
         if cpus is None:
             fitting = there.get("CPU", 1.0) / scale.workers
@@ -245,14 +258,16 @@ def find_model(storage: Storage, run: str) -> tuple[str | None, list[str]]:
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None = None) -> Iterator[None]:
+def ray_session(address: str | None = None) -> Iterator[bool]:
     """Ray for the duration: the one that is running in this process, the one at `address`, or one of our own.
+
+    Yields whether it is somebody else's.
 
     `RAY_ADDRESS` counts as `address`. Ours has a folder of its own, which goes with it; folders of drivers that were
     killed go with the next one.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -265,7 +280,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # raylet prints obituaries there
             ray.init(address=address or "local", **quiet)
             interrupt_on_sigterm()
-            yield
+            yield bool(address)
     finally:
         ray.shutdown()
         if folder:

@@ -26,7 +26,7 @@ from outlast.trainers.config import Settings, explain
 
 MAX_NAME = 47  # KubeRay makes longer names from it
 SUBMISSION_MODES = ("K8sJobMode", "SidecarMode", "HTTPMode", "InteractiveMode")
-DRAIN_BEYOND_GRACE_S = 5
+DRAIN_BEFORE_GRACE_S = 5  # Ray announces its own time-out as the end; a later one is never reached
 _STOP_BEFORE_GRACE_S = 20
 
 _LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
@@ -146,7 +146,7 @@ def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings
     if settings.service_account is None:
         objects.append(_template("serviceaccount"))
     if mount and settings.claim is None:
-        objects.append(_volume_claim(claim, settings))
+        objects.append(_volume_claim(settings))
     objects.append(_ray_job(config, settings, name, claim, mount))
     for item in objects:
         meta = item["metadata"]
@@ -235,9 +235,8 @@ def _config_map(declared: Mapping[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _volume_claim(name: str, settings: K8sSettings) -> dict[str, Any]:
+def _volume_claim(settings: K8sSettings) -> dict[str, Any]:
     body = _template("pvc")
-    body["metadata"]["name"] = name
     body["spec"]["resources"]["requests"]["storage"] = settings.claim_size
     if settings.storage_class:
         body["spec"]["storageClassName"] = settings.storage_class
@@ -292,7 +291,7 @@ def _ray_node(pod: dict[str, Any], settings: K8sSettings, claim: str, mount: str
     container = pod["containers"][0]
     pod["terminationGracePeriodSeconds"] = settings.grace_s
     timed = {
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": settings.grace_s + DRAIN_BEYOND_GRACE_S,
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": settings.grace_s - DRAIN_BEFORE_GRACE_S,
         "RAY_JOB_STOP_WAIT_TIME_S": settings.grace_s - _STOP_BEFORE_GRACE_S,
     }
     for variable in container["env"]:
@@ -311,10 +310,10 @@ def _mount(config: RunConfig, settings: K8sSettings) -> str | None:
     """Where the claim is mounted in head and workers; None without one."""
     storage = config.checkpoint.storage
     if _remote(storage):
-        if settings.claim and not settings.mount:
+        if (settings.claim is None) != (settings.mount is None):
             raise ConfigError(
-                f"claim {settings.claim} is not needed for storage {storage}",
-                hint="leave out --claim, or say where to mount it, for data: --mount PATH",
+                f"storage {storage} needs no claim; for data give both --claim and --mount",
+                hint="--claim NAME --mount PATH, or neither",
             )
         return settings.mount
     path = _checked_mount(urlsplit(storage).path if storage.startswith("file:") else storage, "checkpoint.storage")

@@ -83,7 +83,7 @@ def run_group(
     pipes, processes = [], []
     for rank in range(size):
         mine, theirs = _context.Pipe(duplex=False)
-        arguments = (rank, size, str(rendezvous), assignment, storage.url, control or Quiet(), theirs)
+        arguments = (rank, size, str(rendezvous), assignment, storage.url, control or Quiet(), theirs, dict(os.environ))
         processes.append(_context.Process(target=work, args=arguments, daemon=True))
         pipes.append((mine, theirs))
     for process in processes:

@@ -19,7 +19,17 @@ from outlast.trainers.world import World
 from tests.group import Ended
 
 
-def work(rank: int, size: int, rendezvous: str, assignment: Assignment, url: str, control: Any, pipe: Any) -> None:
+def work(
+    rank: int,
+    size: int,
+    rendezvous: str,
+    assignment: Assignment,
+    url: str,
+    control: Any,
+    pipe: Any,
+    environment: dict[str, str],
+) -> None:
+    os.environ.update(environment)  # the fork server's is as old as the server
     log = os.open(f"{rendezvous}-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 2)
     torch.set_num_threads(1)

@@ -224,7 +224,7 @@ def test_what_keeps_a_run_alive(run: tuple[RunConfig, dict[str, Any], K8sSetting
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["backoffLimit"] == settings.backoff_limit >= 10
-    assert spec["entrypoint"].endswith("train /etc/outlast/run.yaml --take-over")
+    assert spec["entrypoint"] == "exec python -m outlast.cluster.cli train /etc/outlast/run.yaml --take-over"
     assert "gcsFaultToleranceOptions" not in cluster
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -241,7 +241,7 @@ def test_what_keeps_a_run_alive(run: tuple[RunConfig, dict[str, Any], K8sSetting
     for role in ("head", "worker"):
         grace, drain = templates[role]["spec"]["terminationGracePeriodSeconds"], "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
         assert grace == settings.grace_s
-        assert float(variables(templates[role])[drain]) == grace + 5
+        assert float(variables(templates[role])[drain]) == grace - 5
         [shm] = [volume for volume in templates[role]["spec"]["volumes"] if volume["name"] == "shm"]
         assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": settings.shm}
     assert 0 < float(variables(templates["head"])["RAY_JOB_STOP_WAIT_TIME_S"]) < settings.grace_s
@@ -251,7 +251,7 @@ def test_what_keeps_a_run_alive(run: tuple[RunConfig, dict[str, Any], K8sSetting
 def test_defaults_of_grace_and_drain(read: Callable[..., Any]) -> None:
     head = pods(render(*read("/data/runs"), k8s_settings(**RELEASE))[-1])["head"]
     assert head["spec"]["terminationGracePeriodSeconds"] == 120
-    assert variables(head)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "125"
+    assert variables(head)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "115"
     assert variables(head)["RAY_JOB_STOP_WAIT_TIME_S"] == "100"
 
 
@@ -390,7 +390,8 @@ def test_names_that_cannot_be(run_name: str, said: str) -> None:
         ("/tmp/runs", {}, {}, "cannot be mounted"),
         ("/data/../etc/outlast", {}, {}, "cannot be mounted"),
         ("/data/runs", {}, {"claim": "team", "mount": "/dat"}, "is not under /dat"),
-        ("s3://bucket/runs", {}, {"claim": "team"}, "claim team is not needed"),
+        ("s3://bucket/runs", {}, {"claim": "team"}, "give both --claim and --mount"),
+        ("s3://bucket/runs", {}, {"mount": "/data"}, "give both --claim and --mount"),
         ("/data/runs", {"scale": {"gpus_per_worker": 0.5}}, {}, "scale.gpus_per_worker is 0.5"),
         ("/data/runs", {"scale": {"cpus_per_worker": 0.5}}, {}, "scale.cpus_per_worker is 0.5"),
     ],

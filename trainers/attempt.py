@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +16,10 @@ import transformers
 
 from outlast.checkpointing import faults
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
 from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.storage import Storage, read_bytes
+from outlast.checkpointing.reader import read_verified
+from outlast.checkpointing.storage import Storage
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import Prepared
 from outlast.trainers.loop import Control, Loop, Outcome, make_plan
@@ -58,18 +60,20 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     config = assignment.config
     faults.arm(assignment.faults, world.rank)
     make_plan(config, assignment.prepared.num_samples, world.size)
+    workers = world.gather({"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()})
     checkpointer = Checkpointer(
         storage,
         config.name,
         ranks=world,
         launch=assignment.launch,
         declaration=_declaration(assignment, world),
+        notes={"settings": dict(assignment.declared), "workers": workers},
         retention=config.checkpoint.retention,
     )
     if checkpointer.superseded:
         return Outcome.SUPERSEDED
     control.claimed(str(checkpointer.attempt))
-    base = checkpointer.base_declaration
+    base = checkpointer.catalogue.declaration
     check_unchanged(base, config, assignment.prepared.fingerprint)
     make_deterministic(config.deterministic, int(base.get("num_threads", assignment.num_threads)))
 
@@ -93,21 +97,22 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         control,
     )
     try:
-        return loop.run()
-    finally:
-        checkpointer.flush()
+        outcome = loop.run()
+    except BaseException:
+        with suppress(StorageError):  # the first error is the one to report
+            checkpointer.flush()
+        raise
+    checkpointer.flush()
+    return outcome
 
 
 def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
     return {
-        "settings": dict(assignment.declared),
         "mathematics": assignment.config.mathematics(),
         "data": assignment.prepared.fingerprint,
         "num_threads": assignment.num_threads,
         "versions": _versions(),
-        "workers": world.gather(
-            {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
-        ),
+        "world_size": world.size,
         "device": world.device.type,
     }
 
@@ -120,7 +125,7 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
     """Compares the settings with those that a run was started with.
 
     Args:
-        base: The claim of the attempt that owns the run's checkpoints; empty on a fresh start.
+        base: The declaration in the newest checkpoint; empty on a fresh start.
         config: The settings now.
         fingerprint: The data's, or None when it is not to be compared.
 
@@ -155,11 +160,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _check_architecture(checkpointer: Checkpointer) -> None:
     """A pretrained directory that changed since the run began is found out before its settings are mixed in."""
     for manifest in checkpointer.catalogue.accepted[:1]:
-        path = f"{checkpoint_dir(checkpointer.run, manifest.ref)}/config.json"
+        entry = next((entry for entry in manifest.files if entry.path == "config.json"), None)
+        if entry is None:
+            return
+        directory = checkpoint_dir(checkpointer.run, manifest.ref)
         try:
-            before = json.loads(read_bytes(checkpointer.storage, path))
-        except (FileNotFoundError, ValueError):
-            return  # the resume point will be verified, byte for byte, when it is read
+            before = json.loads(read_verified(checkpointer.storage, directory, entry).numpy().tobytes())
+        except DamagedError:
+            return  # the resume point is verified whole when it is read, and passed over
         now = json.loads(checkpointer.files["config.json"])
         changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
         if changed := changed - {"transformers_version"}:

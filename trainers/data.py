@@ -309,13 +309,13 @@ def read_rows(source: str, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
 def _read_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     if len(columns) > 1:
         raise ConfigError(f"{path}: a .txt file holds no column {columns[1]!r}", hint="give a .jsonl, .csv or .parquet")
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         yield from ((line.rstrip("\n"),) for line in file if line.strip())
 
 
 def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Line by line, because pyarrow guesses one type for a column and refuses rows of another."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -29,7 +29,7 @@ from outlast.trainers.config import Exactness, TrainingConfig, TrainSettings
 from outlast.trainers.data import PackedData
 from outlast.trainers.evaluation import evaluate
 from outlast.trainers.sampling import Plan, share
-from outlast.trainers.tasks import Task
+from outlast.trainers.tasks import TASKS, Task
 from outlast.trainers.world import World, seed_everything
 
 
@@ -66,9 +66,15 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
     """The walk through the data.
 
     Raises:
-        ConfigError: There are more ranks than micro-batches in a step.
+        ConfigError: There are more ranks than micro-batches in a step, or best is to be measured by what nobody measures.
     """
-    train = config.train
+    train, metric = config.train, config.checkpoint.metric
+    known = ["loss", "eval_loss", *(f"eval_{name}" for name in TASKS[config.model.task].scores)]
+    if config.checkpoint.keep_best and metric not in known:
+        raise ConfigError(
+            f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
+            hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
+        )
     if train.batch // train.micro_batch < world_size:
         raise ConfigError(
             f"{world_size} workers, but a batch of {train.batch} holds only {train.batch // train.micro_batch} "
@@ -317,7 +323,7 @@ class Loop:
             "is_world_process_zero": True,
             "is_local_process_zero": True,
         }
-        return json.dumps(state, indent=1).encode() + b"\n"
+        return json.dumps(state, indent=1, sort_keys=True).encode() + b"\n"
 
     def _resume(self) -> bool:
         """Restores the resume point, if there is one. Returns True on a fresh start."""
