@@ -74,9 +74,17 @@ class Ended:
 
 
 def run_group(
-    assignment: Assignment, storage: Storage, size: int, control: Quiet | None = None, folder: Path | None = None
+    assignment: Assignment,
+    storage: Storage,
+    size: int,
+    control: Quiet | None = None,
+    folder: Path | None = None,
+    limit_s: float = GRACE_S,
 ) -> list[Ended]:
-    """Runs one attempt on `size` ranks and returns how each ended, in rank order."""
+    """Runs one attempt on `size` ranks and returns how each ended, in rank order.
+
+    A rank that has not ended after `limit_s` hangs, and that is an error.
+    """
     from tests.group_worker import work
 
     rendezvous = (folder or Path(storage.url)) / f".rendezvous-{os.getpid()}-{time.monotonic_ns()}"
@@ -90,7 +98,7 @@ def run_group(
         process.start()
     for _, theirs in pipes:
         theirs.close()  # so that a rank that dies is heard as the end of its pipe
-    deadline = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + limit_s
     for process in processes:
         process.join(max(0.1, deadline - time.monotonic()))
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
@@ -98,7 +106,7 @@ def run_group(
         if process.is_alive():
             os.kill(process.pid or 0, signal.SIGKILL)
             process.join()
-    assert not hung, f"ranks {hung} of {size} did not end within {GRACE_S} s"
+    assert not hung, f"ranks {hung} of {size} did not end within {limit_s} s"
     ended = []
     for process, (pipe, _) in zip(processes, pipes, strict=True):
         said = Ended(0)

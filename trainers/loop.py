@@ -66,7 +66,7 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
     """The walk through the data.
 
     Raises:
-        ConfigError: There are more ranks than micro-batches in a step, or best is to be measured by what nobody measures.
+        ConfigError: More ranks than micro-batches in a step, or a metric that the task does not measure.
     """
     train, metric = config.train, config.checkpoint.metric
     known = ["loss", "eval_loss", *(f"eval_{name}" for name in TASKS[config.model.task].scores)]

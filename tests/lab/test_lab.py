@@ -34,7 +34,7 @@ pytestmark = [
 ]
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 STEPS = 1000
-DRAIN_STEPS = 4000
+DRAIN_STEPS = 2500
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> Calla
     def of(steps: int = STEPS, workers: int = 2) -> tuple[Any, Any]:
         if (steps, workers) not in known:
             name = f"lab-{steps}-{workers}"
-            assert run_group(assign(name, steps=steps), storage, workers)[0].outcome is Outcome.DONE
+            assert run_group(assign(name, steps=steps), storage, workers, limit_s=240)[0].outcome is Outcome.DONE
             known[steps, workers] = digests(storage, name), losses(storage, name)
         return known[steps, workers]
 
