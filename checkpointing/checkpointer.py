@@ -60,6 +60,7 @@ class Checkpointer:
 
     Attributes:
         files: Small files that belong into every checkpoint; may be replaced until the first save.
+        declaration: What every manifest says of the run; may be replaced until the first save.
         superseded: True when another launch has taken over.
         attempt: This attempt.
         catalogue: The checkpoints that counted when this attempt began.
@@ -91,8 +92,8 @@ class Checkpointer:
         self._num_acknowledged = 0
         self.journal: Journal | None = None
         self.listener: Callable[[dict[str, Any]], None] = lambda event: None
-        self._declaration = dict(declaration or {})
-        claimed = self._from_rank_0(lambda: self._claim({**self._declaration, **(notes or {})}))
+        self.declaration = dict(declaration or {})
+        claimed = self._from_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
         self.superseded = claimed is None
         if claimed is None:
             return
@@ -148,7 +149,8 @@ class Checkpointer:
             return state
         if rejected:
             self._refuse(rejected)
-        self._tell("start")
+        else:
+            self._tell("start")
         return None
 
     def _read(
@@ -242,7 +244,7 @@ class Checkpointer:
             metrics=dict(metrics or {}),
             committed_at=time.time(),
             launch=self._launch,
-            extra={"declaration": self._declaration},
+            extra={"declaration": self.declaration},
         )
         acknowledged = self._from_rank_0(lambda: self._commit(manifest, began))
         if self.ranks.rank:
@@ -253,7 +255,7 @@ class Checkpointer:
         self._commits.append(manifest)
         self._num_acknowledged += 1
         if self._num_acknowledged >= 2:
-            self._lineage = self._from_rank_0(self._retain)
+            self._commits, self._lineage = self._from_rank_0(self._retain)
         reach(Point.AFTER_RETENTION, step)
         return True
 
@@ -291,8 +293,8 @@ class Checkpointer:
 
     # -- keeping -------------------------------------------------------------------------------------------------------
 
-    def _retain(self) -> list[Manifest]:
-        """Rank 0, after the second acknowledged commit: deletes what nothing keeps. Returns the rest of the lineage.
+    def _retain(self) -> tuple[list[Manifest], list[Manifest]]:
+        """Rank 0, after the second acknowledged commit: deletes what nothing keeps. Returns what is left of both.
 
         Deletable are my own commits and my lineage as far as the policy lets them go, and in lower attempts whatever
         lies outside my lineage: torn, disowned or rejected. Never anything in a higher attempt.
@@ -301,12 +303,12 @@ class Checkpointer:
         keep = self._retention.keep([Kept(item.ref, item.metrics) for item in accepted])
         for manifest in [item for item in accepted if item.ref not in keep]:
             self._delete(manifest.ref)
-        self._commits = [item for item in self._commits if item.ref in keep]
+        mine = [item for item in self._commits if item.ref in keep]
         left = [item for item in self._lineage if item.ref in keep]
         if self._num_acknowledged == 2:
             for ref in self._strays({item.ref for item in left}):
                 self._delete(ref)
-        return left
+        return mine, left
 
     def _strays(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
         for attempt in lineage.list_attempts(self.storage, self.run):

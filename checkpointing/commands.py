@@ -6,7 +6,7 @@ still there afterwards and the run's owner is unchanged; else the look starts ov
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
@@ -21,7 +21,10 @@ _LOOKS = 5
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What verification found of one checkpoint or of the finished model; no faults means whole."""
+    """What verification found of one checkpoint or of the finished model; no faults means whole.
+
+    `path` begins with the storage's URL, or for `find_model` at the storage root.
+    """
 
     path: str
     step: int
@@ -128,8 +131,8 @@ def verify_run(storage: Storage, run: str, step: int | None = None) -> list[Verd
                     verdicts.append(_verify(storage, run, manifest, seen.owner))
         except _Moved:
             continue
-        if step is None and seen.owner is not None:
-            verdicts += _verify_model(storage, run, seen.owner)
+        if step is None and (model := find_model(storage, run)):
+            verdicts.append(replace(model, path=f"{storage.url}/{model.path}"))
         if step is not None and not verdicts:
             _pick(storage, run, step)
         return verdicts
@@ -155,15 +158,27 @@ def _verify(storage: Storage, run: str, manifest: Manifest, owner: AttemptId | N
     return Verdict(f"{storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, tuple(faults))
 
 
-def _verify_model(storage: Storage, run: str, owner: AttemptId) -> list[Verdict]:
+def find_model(storage: Storage, run: str) -> Verdict | None:
+    """The run's finished model, read whole, or None when there is none.
+
+    It is the newest one, published by the attempt that owns the run's checkpoints or by a later one that found the last
+    step already committed.
+
+    Raises:
+        StorageError: The storage could not be read.
+    """
     from outlast.checkpointing.reader import verify
 
-    directory = model_dir(run, owner)
-    try:
-        manifest = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
-    except FileNotFoundError:
-        return []
-    except ManifestError as error:
-        return [Verdict(f"{storage.url}/{directory}", 0, 0, (f"{MANIFEST}: {error}",))]
-    faults = tuple(verify(storage, directory, manifest))
-    return [Verdict(f"{storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, faults)]
+    owner = catalogue(storage, run).owner
+    for attempt in reversed(list_attempts(storage, run)):
+        if owner is None or attempt < owner:
+            break
+        directory = model_dir(run, attempt)
+        try:
+            manifest = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
+        except FileNotFoundError:
+            continue
+        except ManifestError as error:
+            return Verdict(directory, 0, 0, (f"{MANIFEST}: {error}",))
+        return Verdict(directory, manifest.ref.step, manifest.num_bytes, tuple(verify(storage, directory, manifest)))
+    return None

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.storage import Storage, read_bytes
 
 FLUSH_S = 5.0
@@ -51,7 +52,7 @@ class Journal:
         """Adds an event. `fields` must be JSON; `t` (seconds since the epoch) is added.
 
         Raises:
-            StorageError: A flush was due and failed.
+            StorageError: A flush was due and failed for good, or at all where each event is flushed.
         """
         line = json.dumps({"t": round(time.time(), 4), "event": kind, **fields}).encode() + b"\n"
         with self._lock:
@@ -59,7 +60,12 @@ class Journal:
             self._num_bytes += len(line)
             self._dirty = True
         if time.monotonic() - self._flushed_at >= self._flush_s:
-            self.flush()
+            try:
+                self.flush()
+            except StorageError as error:
+                if error.permanent or not self._flush_s:
+                    raise
+                # The lines are kept and put again with the next flush; a story told late is no reason to stop.
 
     def flush(self) -> None:
         """Makes everything so far durable. Raises StorageError when that fails."""

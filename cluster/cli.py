@@ -69,6 +69,7 @@ def train(
     config, declared = load_run(str(run_file), overrides or [])
     from outlast.cluster.launch import Launch
     from outlast.cluster.progress import Reporter
+    from outlast.trainers.loop import Outcome
 
     config = config.at_home(run_file.parent)
     with Reporter(config.name) as reporter:
@@ -78,7 +79,7 @@ def train(
     if finished.model is not None:
         reporter.say("done")
         print(f"{config.checkpoint.storage}/{finished.model}")
-    elif finished.outcome.value == "stopped":
+    elif finished.outcome is Outcome.STOPPED:
         reporter.say(f"stopped, with a committed checkpoint; go on with: {again}")
     else:
         reporter.say(f"another launch has this run; to take it over: {again} --take-over")
@@ -239,8 +240,8 @@ def stop(run: Run, address: Address = None) -> None:
     if job is None:
         print(f"run {name} has no live job", file=sys.stderr)
         return
-    print(f"{job.id} has stopped; go on with: outlast resume {run}", file=sys.stderr)
-    raise typer.Exit(75)
+    print(f"{job.id}: {job.status}; go on with: outlast resume {run}", file=sys.stderr)
+    raise typer.Exit(job.exit_code)
 
 
 def _run_name(text: str) -> str:
@@ -385,7 +386,6 @@ def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
         The storage, the run's name, and what best means there.
     """
     from outlast.checkpointing.layout import check_run_name
-    from outlast.checkpointing.retention import Retention
     from outlast.checkpointing.storage import open_storage
 
     if text.endswith(RUN_FILES):
@@ -397,7 +397,24 @@ def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
     if "/" in text or Path(text, "attempts").is_dir():
         whole = text if "://" in text else str(Path(text).absolute())
         root, _, text = whole.rpartition("/")
-    return open_storage(root), check_run_name(text), Retention()
+    place, name = open_storage(root), check_run_name(text)
+    return place, name, _retention_of(place, name)
+
+
+def _retention_of(storage: Storage, run: str) -> Retention:
+    """What best means to a run, by its newest claim; the default for a run that cannot say."""
+    from pydantic import ValidationError
+
+    from outlast.checkpointing.retention import Retention
+    from outlast.cluster.config import expand
+    from outlast.cluster.status import declared_settings
+    from outlast.trainers.config import CheckpointSettings
+
+    try:
+        declared = declared_settings(storage, run).get("checkpoint", {})
+        return CheckpointSettings.model_validate(expand(declared)).retention
+    except (OutlastError, ValidationError):
+        return Retention()
 
 
 def _size(num_bytes: float) -> str:

@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -19,7 +20,7 @@ import ray._private.state
 import ray.train
 from ray.exceptions import RayActorError
 
-from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
@@ -137,24 +138,32 @@ class Recorder(ray.train.UserCallback):
         self._counts = {True: 0, False: 0}
         self._journal: Journal | None = None
         self._last_attempt: AttemptId | None = None
+        self._last_said: frozenset[tuple[int, str]] = frozenset()
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """Called by Ray, perhaps several times for one end. Returns at once: no restart waits for its cause."""
-        url, run, _ = self._place
-        storage = open_storage(url)
-        attempts = list_attempts(storage, run)
-        attempt = attempts[-1] if attempts else None
-        if attempt == self._last_attempt:
-            return
-        self._last_attempt = attempt
-        workers = read_claim(storage, run, attempt).get("workers", []) if attempt else []
-        search = threading.Thread(target=self._find_cause, args=(dict(worker_exceptions), workers, str(attempt)))
-        search.start()
-
-    def _find_cause(self, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str) -> None:
         url, run, launch = self._place
-        hub = find_hub(launch)
-        deadline = time.monotonic() + SEARCH_S
+        storage = open_storage(url)
+        self._journal = self._journal or Journal(storage, launch_dir(run, launch), 0, flush_s=0)
+        attempt: AttemptId | None = None
+        workers: list[dict[str, Any]] = []
+        with suppress(StorageError):
+            for newest in list_attempts(storage, run)[-1:]:
+                claim = read_claim(storage, run, newest)
+                if claim.get("launch") == launch:
+                    attempt, workers = newest, claim.get("workers", [])
+        said = frozenset((rank, str(error)) for rank, error in worker_exceptions.items())
+        if attempt == self._last_attempt and said & self._last_said:
+            return  # the same end, told again; a group that fails before its claim has words of its own
+        self._last_attempt, self._last_said = attempt, said
+        arguments = (self._journal, dict(worker_exceptions), workers, str(attempt or "unclaimed"))
+        threading.Thread(target=self._find_cause, args=arguments).start()
+
+    def _find_cause(
+        self, journal: Journal, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str
+    ) -> None:
+        hub = find_hub(self._place[2])
+        deadline = time.monotonic() + (SEARCH_S if workers else 0)
         while True:
             drained = bool(hub is not None and ask(hub.was_drained.remote(attempt), False))
             failure = classify(errors, find_deaths(workers), drained=drained)
@@ -163,14 +172,14 @@ class Recorder(ray.train.UserCallback):
             time.sleep(0.2)
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
-        self._journal = self._journal or Journal(open_storage(url), launch_dir(run, launch), 0, flush_s=0)
+        self._count(failure, hub)
         event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.message}
-        self._journal.event("failure", attempt=attempt, **event)
         if hub is not None:
             counted = failure.cause.is_failure
-            numbers = {"number": self._counts[counted] + 1, "limit": self._limits[counted]}
+            numbers = {"number": self._counts[counted], "limit": self._limits[counted]}
             ask(hub.exchange.remote([{"event": "failure", **event, **numbers}]))
-        self._count(failure, hub)
+        with suppress(StorageError):  # the count stands; the story has a gap
+            journal.event("failure", attempt=attempt, **event)
 
     def _count(self, failure: Failure, hub: Any) -> None:
         counted = failure.cause.is_failure

@@ -6,6 +6,7 @@ for the next signal and the screen stays still.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -146,8 +147,9 @@ class Line:
         while True:
             closing = self._closing.wait(_PERIOD_S)
             events = [self._events.popleft() for _ in range(len(self._events))]
-            self._look_for_drains()
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
+            with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
+                self._look_for_drains()
             if closing:
                 return
 

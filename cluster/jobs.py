@@ -103,9 +103,16 @@ def check_reachable(config: RunConfig) -> None:
     Raises:
         ConfigError: The storage or the data is named by a relative path.
     """
-    places = {"checkpoint.storage": config.checkpoint.storage, "data.train": config.data.train}
+    tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
+    places = {
+        "checkpoint.storage": config.checkpoint.storage,
+        "data.train": config.data.train,
+        "data.eval": None if config.data.eval_share else config.data.eval,
+        "model.path": config.model.path if (config.model.path or "").startswith(".") else None,  # else a hub id
+        "model.tokenizer.path": tokenizer if (tokenizer or "").startswith(".") else None,
+    }
     for key, place in places.items():
-        if "://" not in place and not Path(place).is_absolute():
+        if place and "://" not in place and not Path(place).is_absolute():
             raise ConfigError(
                 f"{key} is {place!r}, which the cluster's machines would look for in their own working directory",
                 hint=f"set {key} to a place that all of them see: a shared file system's absolute path, or s3://…",
@@ -212,7 +219,7 @@ def follow(client: JobSubmissionClient, job_id: str) -> Job:
         try:
             details = client.get_job_info(job_id)
             log = client.get_job_logs(job_id)
-        except (RuntimeError, ConnectionError) as error:
+        except (RuntimeError, OSError) as error:
             raise PreflightError(
                 f"the cluster has gone, or it has forgotten job {job_id}",
                 hint="the checkpoints are in the run's storage: submit the run again on any cluster to go on",
@@ -234,5 +241,5 @@ def stop(client: JobSubmissionClient, run: str) -> Job | None:
             client.stop_job(job.id)
             while not client.get_job_status(job.id).is_terminal():
                 time.sleep(_PERIOD_S)
-            return job
+            return newest(client, run)
     return None

@@ -27,13 +27,12 @@ import ray.train.torch
 import yaml
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from outlast.checkpointing.commands import find_model
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.faults import Fault
-from outlast.checkpointing.layout import MANIFEST, launch_dir, model_dir
-from outlast.checkpointing.lineage import catalogue, launch_is_superseded, list_attempts
-from outlast.checkpointing.manifest import Manifest, ManifestError
-from outlast.checkpointing.reader import verify
-from outlast.checkpointing.storage import LocalStorage, Storage, open_storage, read_bytes
+from outlast.checkpointing.layout import launch_dir
+from outlast.checkpointing.lineage import catalogue, launch_is_superseded
+from outlast.checkpointing.storage import LocalStorage, Storage, open_storage
 from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import Recorder, RunFailed
@@ -80,7 +79,7 @@ class Launch:
     tell: Listener = lambda event: None
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     joined: bool = field(default=False, init=False)
-    id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3))
+    id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3))
 
     def _tell(self, event: dict[str, Any]) -> None:
         with contextlib.redirect_stdout(self.stdout):  # `ray_session` keeps it shut
@@ -100,10 +99,11 @@ class Launch:
         with _preflight():
             base = catalogue(storage, name).declaration
             check_unchanged(base, self.config, None)
-            model, faults = find_model(storage, name)
-            if model is not None and not faults:
-                return Finished(Outcome.DONE, self.id, model)
-            self._tell({"event": "damaged-model", "model": model, "faults": faults})
+            model = find_model(storage, name)
+            if model is not None and not model.faults:
+                return Finished(Outcome.DONE, self.id, model.path)
+            if model is not None:
+                self._tell({"event": "damaged-model", "model": model.path, "faults": model.faults})
             rival = None if self.take_over else find_rival(storage, name)
             if rival:
                 self._tell({"event": "rival", "launch": rival})
@@ -111,8 +111,8 @@ class Launch:
             self._tell({"event": "phase", "name": "data"})
             prepared = prepare(self.config, storage)
             check_unchanged(base, self.config, prepared.fingerprint)
-            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json")
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
+            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json")
         ended: int | None = None
         try:
             finished = self._train(storage, prepared, address)
@@ -120,6 +120,7 @@ class Launch:
             return finished
         except KeyboardInterrupt:
             if not catalogue(storage, name).accepted:
+                ended = 130
                 raise
             ended = Outcome.STOPPED.exit_code
             return Finished(Outcome.STOPPED, self.id)
@@ -146,8 +147,9 @@ class Launch:
         if isinstance(answer.get("error"), OutlastError):
             raise answer["error"]
         outcome = Outcome(answer["outcome"])
-        model = find_model(storage, self.config.name)[0] if outcome is Outcome.DONE else None
-        if outcome is Outcome.DONE and isinstance(storage, LocalStorage) and model is not None:
+        found = find_model(storage, self.config.name) if outcome is Outcome.DONE else None
+        model = found.path if found else None
+        if isinstance(storage, LocalStorage) and model is not None:
             _link(storage, self.config.name, model)
         if outcome is Outcome.STOPPED and launch_is_superseded(storage, self.config.name, self.id):
             outcome = Outcome.SUPERSEDED
@@ -167,7 +169,9 @@ class Launch:
     def _fit_in(self, there: Mapping[str, float]) -> float:
         scale = self.config.scale
         cpus = scale.cpus_per_worker
-        if cpus is None:
+        if cpus is None and self.joined:
+            cpus = 1.0
+        elif cpus is None:
             fitting = there.get("CPU", 1.0) / scale.workers
             cpus = min(fitting, 1.0) if fitting < 1 else float(int(fitting))
         wanted = {"CPU": cpus * scale.workers, "GPU": scale.gpus_per_worker * scale.workers}
@@ -217,10 +221,11 @@ class Launch:
             asked = False
             while thread.is_alive():
                 thread.join(0.25)
-                if stopping.is_set() and not asked:
-                    asked = True
-                    hub.stop.remote()
-                    self._tell({"event": "stopping"})
+                if stopping.is_set():
+                    hub.stop.remote()  # each time, because a hub that was restarted has forgotten it
+                    if not asked:
+                        asked = True
+                        self._tell({"event": "stopping"})
                 for event in ask(hub.drain.remote(), []):
                     self._tell(event)
         with contextlib.suppress(ray.exceptions.RayError):
@@ -231,30 +236,6 @@ class Launch:
         if answer is None:
             raise RunFailed("the workers ended without an answer", hint="run the same command again")
         return answer
-
-
-def find_model(storage: Storage, run: str) -> tuple[str | None, list[str]]:
-    """The run's finished model, relative to the storage root, and what is wrong with it; None when there is none.
-
-    It is the newest one, published by the attempt that owns the run's checkpoints or by a later one that found the last
-    step already committed.
-
-    Raises:
-        StorageError: The storage could not be read.
-    """
-    owner = catalogue(storage, run).owner
-    for attempt in reversed(list_attempts(storage, run)):
-        if owner is None or attempt < owner:
-            break
-        directory = model_dir(run, attempt)
-        try:
-            manifest = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
-        except FileNotFoundError:
-            continue
-        except ManifestError as error:
-            return directory, [f"{MANIFEST}: {error}"]
-        return directory, verify(storage, directory, manifest)
-    return None, []
 
 
 @contextlib.contextmanager

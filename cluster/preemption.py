@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import ray._private.state
 
-POLL_S = 1.0
 MARGIN_S = 3.0
 
 
@@ -54,8 +53,3 @@ class Watch:
             self._last_saves |= due
             return "a node's last seconds"
         return None
-
-    @property
-    def preempted(self) -> bool:
-        """True once any of the attempt's nodes was announced to go."""
-        return bool(self._noticed)

@@ -51,7 +51,7 @@ class Reporter:
                 self._note({"data": "preparing data", "ray": "starting workers"}[event["name"]], always=True)
             case "rival":
                 self.say(f"launch {event['launch']} is at work on this run; leaving it alone")
-            case "damaged-model" if event["faults"]:
+            case "damaged-model":
                 self.say(f"the finished model is damaged ({'; '.join(event['faults'])}); making it again")
             case "failure":
                 left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"

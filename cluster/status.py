@@ -26,11 +26,6 @@ class State(Enum):
     FAILED = "failed"
     LOST = "lost"  #: its driver fell silent without a word
 
-    @property
-    def needs_somebody(self) -> bool:
-        """True if nothing will happen until the run is started again."""
-        return self in (State.STOPPED, State.FAILED, State.LOST)
-
 
 def read_status(storage: Storage, run: str) -> dict[str, Any]:
     """One run at a glance, as plain values.

@@ -75,7 +75,9 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     control.claimed(str(checkpointer.attempt))
     base = checkpointer.catalogue.declaration
     check_unchanged(base, config, assignment.prepared.fingerprint)
-    make_deterministic(config.deterministic, int(base.get("num_threads", assignment.num_threads)))
+    num_threads = int(base.get("num_threads", assignment.num_threads))
+    checkpointer.declaration["num_threads"] = num_threads
+    make_deterministic(config.deterministic, num_threads)
 
     task = TASKS[config.model.task]
     tokenizer = assignment.prepared.tokenizer(storage)

@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 FORMAT = 1
 ROWS_PER_BATCH = 1024
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_TOKENIZER = ("config.json", "generation_config.json", "trainer_state.json", "manifest.json")
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 _CSV_BLOCK_BYTES = 64 * 2**20  # the longest row that can be read
 _DATA_MANIFEST = "data.json"
@@ -83,7 +85,10 @@ class Prepared:
         entry = next(entry for entry in self.files if entry.path == file)
         cached = LocalStorage(cache_dir())
         path = f"{self.fingerprint}/{file}"
-        if not cached.path(path).is_file():
+        try:
+            for _ in _verified_chunks(cached, self.fingerprint, entry):
+                pass
+        except (FileNotFoundError, DamagedError):
             cached.put(path, _verified_chunks(storage, self.directory, entry))
         return PackedData(cached.path(path))
 
@@ -165,9 +170,9 @@ def _fingerprint(config: TrainingConfig) -> str:
         digest.update(_digest_file(_source(source)).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (Path(path) / name).is_file():
-                digest.update(_digest_file(Path(path) / name).encode())
+        for file in sorted(Path(path).iterdir()):
+            if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
+                digest.update(f"{file.name}{_digest_file(file)}".encode())
         tokenizer = {"files": "digested"}
     settings = {
         "format": FORMAT,

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError
 from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.layout import CheckpointRef
 from outlast.checkpointing.retention import Kept
@@ -287,7 +287,6 @@ class Loop:
         self.metrics |= found
         self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **found})
         self._tell("eval", step=self.step, **found, seconds=round(time.monotonic() - began, 4))
-        self._evaluated = self.step
         return True
 
     def _save(self) -> bool:
@@ -335,17 +334,24 @@ class Loop:
 
     def _finish(self) -> Outcome:
         """Publishes the model."""
-        source = self._chosen()
-        published = self.checkpointer.finish(source, self.plan.num_steps)
-        return Outcome.SUPERSEDED if published is None else Outcome.DONE
+        for source in self._candidates():
+            try:
+                published = self.checkpointer.finish(source, self.plan.num_steps)
+            except DamagedError as error:
+                self._tell("rejected", checkpoint=str(source), reasons=[error.message])
+                continue
+            return Outcome.SUPERSEDED if published is None else Outcome.DONE
+        raise NoCheckpointError(
+            f"run {self.config.name!r} is trained, and no checkpoint is whole enough to publish",
+            hint="`outlast checkpoints verify` names what is damaged",
+        )
 
-    def _chosen(self) -> CheckpointRef:
+    def _candidates(self) -> list[CheckpointRef]:
+        """What may be published: the best first if the best is wanted, then the newest first."""
         accepted = self.checkpointer.accepted
-        if self.config.checkpoint.load_best:
-            rated = [Kept(item.ref, item.metrics) for item in accepted]
-            if best := self.config.checkpoint.retention.best(rated):
-                return best[0].ref
-        return accepted[0].ref
+        rated = [Kept(item.ref, item.metrics) for item in accepted]
+        best = self.config.checkpoint.retention.best(rated) if self.config.checkpoint.load_best else []
+        return list(dict.fromkeys([*(item.ref for item in best), *(item.ref for item in accepted)]))
 
     def _tell(self, kind: str, /, **fields: Any) -> None:
         if self.checkpointer.journal is not None:

@@ -1,0 +1,66 @@
+"""Finding the cause among what the ranks say, and deciding when to save before an announced loss: tables."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from outlast.cluster.failures import Cause, Death, Failure, classify
+from outlast.cluster.preemption import Watch
+
+RESET = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer. gloo")
+BUG = ValueError("the user's own\nlabels are wrong")
+DIED = Death(1, "The actor is dead because its worker process has died")
+NODE = Death(1, "The actor died because its node has died")
+
+
+@pytest.mark.parametrize(
+    ("errors", "deaths", "drained", "expected"),
+    [
+        ({0: RESET}, [], False, None),
+        ({0: RESET}, [DIED], False, (Cause.WORKER_DIED, 1)),
+        ({0: RESET}, [NODE], False, (Cause.NODE_LOST, 1)),
+        ({0: RESET}, [NODE], True, (Cause.PREEMPTED, 1)),
+        ({0: RESET}, [DIED], True, (Cause.PREEMPTED, 1)),
+        ({0: RESET, 2: BUG}, [], False, (Cause.ERROR, 2)),
+        ({0: BUG}, [], True, (Cause.ERROR, 0)),
+        ({0: BUG, 1: BUG}, [], False, (Cause.ERROR, 0)),
+        ({0: BUG}, [DIED], False, (Cause.WORKER_DIED, 1)),
+        ({3: RESET}, [DIED, NODE], False, (Cause.NODE_LOST, 1)),
+    ],
+)
+def test_the_cause_is_found_among_its_echoes(
+    errors: dict[int, BaseException], deaths: list[Death], drained: bool, expected: tuple[Cause, int] | None
+) -> None:
+    found = classify(errors, deaths, drained=drained)
+    assert (found and (found.cause, found.rank)) == expected
+
+
+def test_what_was_said_is_kept() -> None:
+    assert classify({2: BUG}, [], drained=False) == Failure(Cause.ERROR, 2, "labels are wrong")
+
+
+def test_rays_own_word_for_a_dead_actor() -> None:
+    found = classify({1: ActorDiedError()}, [], drained=False)
+    assert found is not None
+    assert found.cause is Cause.WORKER_DIED
+
+
+def test_preemptions_are_no_failures() -> None:
+    assert [cause for cause in Cause if not cause.is_failure] == [Cause.PREEMPTED]
+
+
+def test_a_save_at_the_notice_and_one_at_the_end() -> None:
+    watch = Watch({"ours"}, margin_s=3)
+    asked = [(now, watch.look({"ours": 130.0, "theirs": 101.0} if now >= 100 else {}, now)) for now in range(98, 132)]
+    reasons = {now: reason for now, reason in asked if reason}
+    assert reasons == {100: "a node is about to be lost", 127: "a node's last seconds"}
+
+
+def test_a_deadline_that_nobody_told_and_one_too_near_for_two_saves() -> None:
+    assert [Watch({"a"}).look({"a": 0.0}, now) for now in (1, 2)] == ["a node is about to be lost"] * 2
+    watch = Watch({"a", "b"}, margin_s=3)
+    assert watch.look({"a": 11.0}, 10) == "a node is about to be lost"
+    assert watch.look({"a": 11.0}, 10.5) == "a node's last seconds"
+    assert watch.look({"a": 11.0, "b": 99.0}, 10.6) == "a node is about to be lost"
+    assert watch.look({"a": 11.0, "b": 99.0}, 10.7) is None
