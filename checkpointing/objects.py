@@ -56,7 +56,7 @@ class ObjectStorage:
         return self._url
 
     def _path(self, path: str) -> str:
-        return f"{self._root}/{path}"
+        return f"{self._root}/{path}".rstrip("/")
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
         target = self._path(path)

@@ -103,7 +103,7 @@ def walk(storage: Storage, path: str) -> Iterator[Entry]:
         if entry.num_bytes is not None:
             yield entry
         else:
-            for inner in walk(storage, f"{path}/{entry.name}"):
+            for inner in walk(storage, f"{path}/{entry.name}".lstrip("/")):
                 yield Entry(f"{entry.name}/{inner.name}", inner.num_bytes)
 
 
