@@ -11,6 +11,7 @@ Needs root, iproute2 and util-linux.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -115,8 +116,24 @@ class Lab:
         run("ip", "-n", name, "route", "add", "default", "dev", "e0")
         self._known.add(host)
 
-    def start(self, host: int, *, cpus: float = 1) -> None:
-        """Starts Ray on a host; on one that was started before, anew."""
+    def start(
+        self,
+        host: int,
+        *,
+        cpus: float = 1,
+        parameters: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        mounts: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Starts Ray on a host; on one that was started before, anew.
+
+        Args:
+            host: Its number.
+            cpus: CPUs that it offers, unless `parameters` says so.
+            parameters: More options of `ray start`, as KubeRay's `rayStartParams` has them.
+            environment: More variables.
+            mounts: Directories of this machine that the host sees elsewhere, by the place where it sees them.
+        """
         assert host not in self._hosts
         if host not in self._known:
             self._plug_in(host)
@@ -124,35 +141,44 @@ class Lab:
             role = "--head --port=6379 --dashboard-host=0.0.0.0 --include-dashboard=true"
         else:
             role = f"--address={self.ip(HEAD)}:6379"
-        options = f"--node-ip-address={self.ip(host)} --num-cpus={cpus:g} --object-store-memory=80000000"
+        given = {"num-cpus": f"{cpus:g}", "object-store-memory": "80000000", **(parameters or {})}
+        options = " ".join(
+            [f"--node-ip-address={self.ip(host)}", *(f"--{key}={value}" for key, value in given.items())]
+        )
+        binds = "".join(f"mkdir -p {at} && mount --bind {what} {at} && " for at, what in (mounts or {}).items())
         private = self._folder / f"h{host}-{time.monotonic_ns()}"
         private.mkdir()
         script = (
-            f"mkdir -p /tmp/ray && mount --bind {private} /tmp/ray && hostname {self._name(host)} && cd / && "
+            f"mkdir -p /tmp/ray && mount --bind {private} /tmp/ray && hostname {self._name(host)} && {binds}cd / && "
             f"exec ray start {role} {options} --disable-usage-stats --block"
         )
         command = ["ip", "netns", "exec", self._name(host), "unshare", "--mount", "--uts", "--pid", "--fork"]
         command += ["--kill-child", "--mount-proc", "bash", "-c", script]
         with (self._folder / f"h{host}.log").open("ab") as log:
             self._hosts[host] = subprocess.Popen(
-                command, env=self._environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                env={**self._environment, **(environment or {})},
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
-    def wait_for_nodes(self, count: int) -> None:
+    def wait_for_nodes(self, count: int, token: str = "") -> None:
         """Waits until the head answers and knows `count` living nodes, itself among them."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError, KeyError):
-                if self._num_nodes() >= count:
+                if self._num_nodes(token) >= count:
                     return
             time.sleep(0.3)
         logs = "\n".join(path.read_text()[-2000:] for path in self._folder.glob("h*.log"))
         raise AssertionError(f"{count} nodes did not come up\n{logs}")
 
-    def _num_nodes(self) -> int:
-        import json
-
-        with urllib.request.urlopen(f"{self.address}/nodes?view=summary", timeout=5) as answer:
+    def _num_nodes(self, token: str) -> int:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        request = urllib.request.Request(f"{self.address}/nodes?view=summary", headers=headers)
+        with urllib.request.urlopen(request, timeout=5) as answer:
             rows = json.load(answer)["data"]["summary"]
         return sum(row["raylet"]["state"] == "ALIVE" for row in rows)
 
