@@ -55,7 +55,9 @@ class Job:
         """What `outlast train` ended with there; 75 for a job that was stopped, 1 where nobody knows."""
         if self.status == JobStatus.STOPPED.value:
             return 75
-        return 0 if self.status == JobStatus.SUCCEEDED.value else self.driver_exit_code or 1
+        if self.status == JobStatus.SUCCEEDED.value:
+            return 0
+        return max(1, self.driver_exit_code or 1)  # negative for a driver that was killed
 
     @property
     def is_live(self) -> bool:

@@ -64,6 +64,7 @@ class Lab:
         self._folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self._hosts: dict[int, subprocess.Popen[bytes]] = {}
         self._known: set[int] = set()
+        self._places: set[str] = set()
         self._environment = {
             **os.environ,
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -97,6 +98,9 @@ class Lab:
         subprocess.run(["ip", "link", "del", self._prefix], capture_output=True)
         subprocess.run(["ip", "netns", "del", self._switch], capture_output=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+        for place in self._places:  # what was mounted there went with the hosts
+            with contextlib.suppress(OSError):
+                Path(place).rmdir()
 
     def _name(self, host: int) -> str:
         return f"{self._prefix}-h{host}"
@@ -145,6 +149,7 @@ class Lab:
         options = " ".join(
             [f"--node-ip-address={self.ip(host)}", *(f"--{key}={value}" for key, value in given.items())]
         )
+        self._places |= set(mounts or {})
         binds = "".join(f"mkdir -p {at} && mount --bind {what} {at} && " for at, what in (mounts or {}).items())
         private = self._folder / f"h{host}-{time.monotonic_ns()}"
         private.mkdir()

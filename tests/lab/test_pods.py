@@ -28,6 +28,7 @@ from tests.lab.test_lab import Run, reason
 
 pytestmark = [
     pytest.mark.lab,
+    pytest.mark.faults,
     pytest.mark.skipif(reason is not None, reason=f"the lab {reason}"),
     pytest.mark.timeout(500),
 ]
