@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,16 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(*, quick: bool = False) -> None:
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    parts = ["# Results", f"Measured by `make bench` on: {cpu}, Python {platform.python_version()}."]
+    parts = [
+        "# Results",
+        f"Measured by `make bench` on: {cpu}, Python {platform.python_version()}"
+    how = ", with --quick (fewer rounds)" if quick else ""
+    parts = ["# Results", f"Measured by `make bench` on: {cpu}, Python {platform.python_version()}{how}."]
+    ]
     for module, purpose in PURPOSE.items():
-        result = module.measure()
+        result = module.measure(quick=quick)
         rows = result.pop("rows")
         parts += [f"## {purpose}", _table(rows), ", ".join(f"{key}: {value}" for key, value in result.items())]
     Path(__file__).with_name("RESULTS.md").write_text("\n\n".join(parts) + "\n")
@@ -39,4 +45,4 @@ def _cpuinfo() -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    main(quick="--quick" in sys.argv)
