@@ -26,12 +26,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def main(*, quick: bool = False) -> None:
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    parts = [
-        "# Results",
-        f"Measured by `make bench` on: {cpu}, Python {platform.python_version()}"
     how = ", with --quick (fewer rounds)" if quick else ""
     parts = ["# Results", f"Measured by `make bench` on: {cpu}, Python {platform.python_version()}{how}."]
-    ]
     for module, purpose in PURPOSE.items():
         result = module.measure(quick=quick)
         rows = result.pop("rows")
