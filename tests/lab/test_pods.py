@@ -7,10 +7,11 @@ file and the grace period are those of the manifests.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,23 @@ class Submitter:
         return subprocess.Popen(command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def test_a_worker_pod_is_evicted(
-    assign: Callable[..., Assignment], tmp_path: Path, text_file: str, storage: Any
-) -> None:
+@pytest.fixture
+def volume() -> Iterator[Path]:
+    """A directory at a place where a pod may have a volume."""
+    folder = Path(f"/outlast-lab-{os.getpid()}")
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_worker_pod_is_evicted(assign: Callable[..., Assignment], volume: Path, text_file: str, storage: Any) -> None:
     assert run_group(assign("pods", steps=STEPS), storage, 2, limit_s=240)[0].outcome is Outcome.DONE
-    run = Run(tmp_path, "evicted", text_file, STEPS, 2)
+    run = Run(volume, "evicted", text_file, STEPS, 2)
     config, declared = load_run(str(run.file))
-    objects = render(config, declared, k8s_settings(image="outlast:test", mount=str(tmp_path), grace_s=30))
+    objects = render(config, declared, k8s_settings(image="outlast:test", mount=str(volume), grace_s=30))
     job = next(item for item in objects if item["kind"] == "RayJob")
     files = next(item for item in objects if item["kind"] == "ConfigMap")["data"]
-    mounted = tmp_path / "config-map"
+    mounted = volume / "config-map"
     mounted.mkdir()
     for name, text in files.items():
         (mounted / name).write_text(text)
