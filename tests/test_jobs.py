@@ -109,6 +109,7 @@ def cluster(bucket: str) -> Iterator[Cluster]:
     made.shut_down()
 
 
+@pytest.mark.faults  # two minutes; `.ci/run` runs it
 def test_submit_attach_stop_resume(
     cluster: Cluster,
     bucket: str,

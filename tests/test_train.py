@@ -105,7 +105,7 @@ def test_signals_commit_first_and_the_same_command_goes_on(
     assert sorted(path for path in (tmp_path / "run/attempts").rglob("*")) == before
 
 
-@pytest.mark.faults  # `make test-lab` has a quicker sibling
+@pytest.mark.faults  # a minute; `.ci/run` runs it
 def test_a_killed_driver_is_followed_by_the_next(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, reference: dict[str, str]
 ) -> None:
@@ -120,6 +120,7 @@ def test_a_killed_driver_is_followed_by_the_next(
     assert digests(storage, "run") == reference
 
 
+@pytest.mark.faults  # two and a half minutes; `.ci/run` runs it
 def test_two_drivers_one_goes_on(
     start: Callable[..., subprocess.Popen[str]],
     tmp_path: Path,
