@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import ray
 import ray._private.state
 import ray.train
 from ray.exceptions import RayActorError
@@ -103,14 +104,20 @@ def _cause_of_death(message: str, drained: bool) -> Cause:
 
 
 def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
-    """Which of an attempt's workers died by themselves, by Ray's actor table.
+    """Which of an attempt's workers died by themselves, by Ray's node and actor tables.
+
+    The nodes come first: Ray Train often ends the workers of a lost node (`ray.kill`) before Ray knows that it is lost.
 
     Args:
         workers: What the attempt's claim says of its ranks: rank, node, pid.
     """
+    lost = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
     table = {(row["Address"]["NodeID"], row["Pid"]): row for row in ray._private.state.actors().values()}
     deaths = []
     for worker in workers:
+        if worker["node"] in lost:
+            deaths.append(Death(worker["rank"], f"its node has died ({worker.get('host', worker['node'])})"))
+            continue
         row = table.get((worker["node"], worker["pid"]), {})
         cause = str(row.get("DeathCause", ""))
         if row.get("State") == "DEAD" and not any(word in cause for word in _INTENDED):

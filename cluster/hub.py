@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.preemption import Watch, draining_nodes
@@ -67,8 +68,9 @@ class Hub:
 
 
 def start_hub(launch: str) -> Any:
-    """Starts the hub of a launch; it goes with the driver."""
-    actor = ray.remote(num_cpus=0, max_restarts=-1)(Hub)
+    """Starts the hub of a launch on the driver's node; it goes with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Hub)
     return actor.options(name=f"hub-{launch}", namespace=NAMESPACE).remote()
 
 

@@ -74,7 +74,7 @@ def volume() -> Iterator[Path]:
 
 
 def test_a_worker_pod_is_evicted(assign: Callable[..., Assignment], volume: Path, text_file: str, storage: Any) -> None:
-    assert run_group(assign("pods", steps=STEPS), storage, 2, limit_s=240)[0].outcome is Outcome.DONE
+    assert run_group(assign("pods", steps=STEPS, eval_every=200), storage, 2, limit_s=240)[0].outcome is Outcome.DONE
     run = Run(volume, "evicted", text_file, STEPS, 2)
     config, declared = load_run(str(run.file))
     objects = render(config, declared, k8s_settings(image="outlast:test", mount=str(volume), grace_s=30))
@@ -128,4 +128,4 @@ def test_a_worker_pod_is_evicted(assign: Callable[..., Assignment], volume: Path
         assert (again.returncode, submitter.num_submissions) == (0, 1)
 
     assert digests(run.storage, run.name) == digests(storage, "pods")
-    assert run.causes() == [Cause.PREEMPTED.value]
+    run.assert_cause(Cause.PREEMPTED)
