@@ -8,23 +8,21 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim, run_events
+from outlast.checkpointing.lineage import catalogue, list_attempts, run_events
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.failures import Cause
-from outlast.cluster.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
-from tests.group import digests, losses, run_group, tiny_config
+from tests.group import digests, losses, run_group
 from tests.lab.hosts import HEAD, Lab, lab, why_not
+from tests.lab.runs import OUTLAST, Run
 
 reason = why_not()
 pytestmark = [
@@ -32,7 +30,6 @@ pytestmark = [
     pytest.mark.skipif(reason is not None, reason=f"the lab {reason}"),
     pytest.mark.timeout(400),
 ]
-OUTLAST = str(Path(sys.executable).with_name("outlast"))
 STEPS = 1000
 DRAIN_STEPS = 3000  # longer than a drain of 30 s
 
@@ -41,49 +38,6 @@ DRAIN_STEPS = 3000  # longer than a drain of 30 s
 def cluster() -> Iterator[Lab]:
     with lab(3) as made:
         yield made
-
-
-class Run:
-    """One run of the lab, submitted as a user would submit it."""
-
-    def __init__(self, folder: Path, name: str, text_file: str, steps: int, workers: int) -> None:
-        self.storage, self.name = LocalStorage(folder / "runs"), name
-        body = tiny_config(name, self.storage.url, text_file, steps=steps, eval_every=200).model_dump(
-            mode="json", exclude_defaults=True
-        )
-        body["scale"] = {"workers": workers, "cpus_per_worker": 1}
-        body["checkpoint"]["every"] = 100
-        body["failure"] = {"max_failures": 1, "max_preemptions": -1}
-        self.file = folder / f"{name}.yaml"
-        self.file.write_text(yaml.safe_dump(body))
-
-    def submit(self, lab: Lab) -> subprocess.Popen[str]:
-        """Submits, and follows in a process of its own."""
-        command = [OUTLAST, "submit", str(self.file), "--address", lab.address, "--follow"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def wait_for_commit(self, follower: subprocess.Popen[str], after: int = 0) -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            assert follower.poll() is None, follower.communicate()
-            accepted = catalogue(self.storage, self.name).accepted
-            if accepted and accepted[0].ref.step > after:
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"no commit after step {after} within 120 s")
-
-    def workers(self) -> list[dict[str, Any]]:
-        """What the newest claim says of its workers: rank, host, node, pid."""
-        newest = list_attempts(self.storage, self.name)[-1]
-        return list(read_claim(self.storage, self.name, newest)["workers"])
-
-    def host_of(self, rank: int) -> int:
-        return int(self.workers()[rank]["host"].rsplit("-h", 1)[1])
-
-    def assert_cause(self, cause: Cause) -> None:
-        """One failure, and the journal names its cause."""
-        failures = read_status(self.storage, self.name)["failures"]
-        assert [failure["cause"] for failure in failures] == [cause.value], failures
 
 
 @pytest.fixture
@@ -102,7 +56,10 @@ def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> Calla
     def of(steps: int = STEPS, workers: int = 2) -> tuple[Any, Any]:
         if (steps, workers) not in known:
             name = f"lab-{steps}-{workers}"
-            assert run_group(assign(name, steps=steps, eval_every=200), storage, workers, limit_s=240)[0].outcome is Outcome.DONE
+            assert (
+                run_group(assign(name, steps=steps, eval_every=200), storage, workers, limit_s=240)[0].outcome
+                is Outcome.DONE
+            )
             known[steps, workers] = digests(storage, name), losses(storage, name)
         return known[steps, workers]
 

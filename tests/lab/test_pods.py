@@ -25,7 +25,8 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.group import digests, run_group
 from tests.lab.hosts import BIN, HEAD, Lab
-from tests.lab.test_lab import Run, reason
+from tests.lab.runs import Run
+from tests.lab.test_lab import reason
 
 pytestmark = [
     pytest.mark.lab,

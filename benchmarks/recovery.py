@@ -1,0 +1,199 @@
+"""Seconds from a fault to the next step, beside bare Ray Train under the same fault, in one Ray cluster of four hosts.
+
+    python -m benchmarks.recovery [--quick] [--json FILE]
+
+Needs root and iproute2 (see tests/lab). A 30,000-weight GPT-2 on two hosts with a third to spare, dead nodes noticed
+within about three seconds, a checkpoint every 100 steps. The two take turns under each fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from outlast.checkpointing.lineage import run_events
+from outlast.cluster.demo import write_texts
+from tests.lab.hosts import HEAD, Lab, lab, why_not
+from tests.lab.runs import Run
+
+STEPS, DRAIN_STEPS, EVERY = 700, 3000, 100
+LIMIT_S = 240.0
+Steps = list[tuple[float, int]]
+
+
+class Ours:
+    """A run of outlast's."""
+
+    name = "outlast"
+
+    def __init__(self, hosts: Lab, folder: Path, steps: int) -> None:
+        write_texts(folder / "texts.jsonl")
+        self._run = Run(folder, folder.name, str(folder / "texts.jsonl"), steps, 2)
+        self._hosts, self.host_of = hosts, self._run.host_of
+        self._follower = self._run.submit(hosts)
+
+    def steps(self) -> Steps:
+        """When each step ended, in the order of time; steps made twice stand twice."""
+        events = [event for _, event in run_events(self._run.storage, self._run.name) if event["event"] == "step"]
+        return sorted((event["ended_at"], event["step"]) for event in events)
+
+    def kill_worker(self) -> None:
+        self._hosts.signal_inside(self._run.host_of(1), self._run.workers()[1]["pid"], signal.SIGKILL)
+
+    def is_over(self) -> bool:
+        return self._follower.poll() is not None
+
+    def submit_again(self) -> None:
+        self._follower.communicate()
+        self._follower = self._run.submit(self._hosts)
+
+
+class Bare:
+    """A job of bare Ray Train's."""
+
+    name = "bare Ray Train"
+
+    def __init__(self, hosts: Lab, folder: Path, steps: int) -> None:
+        self._folder, self._hosts = folder, hosts
+        self._client = JobSubmissionClient(hosts.address)
+        script = Path(__file__).with_name("recovery_bare.py")
+        self._id = self._client.submit_job(entrypoint=f"exec {sys.executable} {script} {folder} {steps} {EVERY}")
+
+    def steps(self) -> Steps:
+        """As `Ours.steps`."""
+        path = self._folder / "steps.txt"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [(float(line.split()[0]), int(line.split()[1])) for line in lines if len(line.split()) == 2]
+
+    def host_of(self, rank: int) -> int:
+        """Any host with a worker that is not the one that writes the steps."""
+        return max(host for host in (1, 2, 3) if self._hosts.processes(host, "RayTrainWorker"))
+
+    def kill_worker(self) -> None:
+        host = self.host_of(1)
+        for pid in self._hosts.processes(host, "RayTrainWorker"):
+            self._hosts.signal_inside(host, pid, signal.SIGKILL)
+
+    def is_over(self) -> bool:
+        return JobStatus(self._client.get_job_status(self._id)).is_terminal()
+
+
+def worker_killed(hosts: Lab, run: Any) -> int | None:
+    run.kill_worker()
+    return None
+
+
+def node_lost(hosts: Lab, run: Any) -> int | None:
+    lost: int = run.host_of(1)
+    hosts.kill(lost)
+    return lost
+
+
+def node_drained(hosts: Lab, run: Any) -> int | None:
+    leaving: int = run.host_of(1)
+    hosts.evict(leaving)
+    return leaving
+
+
+def driver_killed(hosts: Lab, run: Any) -> int | None:
+    for pid in hosts.processes(HEAD, "outlast.cluster.cli train"):
+        hosts.signal_inside(HEAD, pid, signal.SIGKILL)
+    wait(run.is_over)
+    run.submit_again()
+    return None
+
+
+FAULTS: dict[str, tuple[Callable[[Lab, Any], int | None], int, tuple[type, ...]]] = {
+    "worker SIGKILL": (worker_killed, STEPS, (Ours, Bare)),
+    "node SIGKILL, one to spare": (node_lost, STEPS, (Ours, Bare)),
+    "node SIGTERM, drain of 30 s": (node_drained, DRAIN_STEPS, (Ours, Bare)),
+    "driver SIGKILL, submitted again at once": (driver_killed, STEPS, (Ours,)),  # ends bare Ray Train
+}
+
+
+def wait(condition: Callable[[], Any]) -> None:
+    """Waits until `condition()` is true."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{condition} not within {LIMIT_S:g} s")
+        time.sleep(0.1)
+
+
+def one(hosts: Lab, folder: Path, name: str, kind: type) -> dict[str, float]:
+    """One job under one fault."""
+    fault, steps, _ = FAULTS[name]
+    run = kind(hosts, folder, steps)
+    wait(lambda: any(step >= EVERY + 20 for _, step in run.steps()))
+    struck = time.time()
+    gone = fault(hosts, run)
+    wait(run.is_over)
+    made = run.steps()
+    if gone is not None:
+        if name.startswith("node SIGTERM"):
+            hosts.wait_until_gone(gone)
+        hosts.start(gone)
+        hosts.wait_for_nodes(4)
+    gap, at = max((after[0] - before[0], index) for index, (before, after) in enumerate(pairwise(made), start=1))
+    reached = max(step for _, step in made[:at])
+    first_new = next(moment for moment, step in made[at:] if step > reached)
+    assert max(step for _, step in made) == steps, f"{kind.name} ended at {max(step for _, step in made)}"
+    return {"stood_s": gap, "redone": reached - made[at][1] + 1, "to_new_s": first_new - max(struck, made[at - 1][0])}
+
+
+@contextmanager
+def folder_for_all() -> Iterator[Path]:
+    """A folder that every host sees."""
+    with tempfile.TemporaryDirectory(prefix="outlast-recovery-", dir=os.environ.get("TMPDIR", "/var/tmp")) as place:
+        yield Path(place)
+
+
+def measure(*, quick: bool = False) -> dict[str, Any]:
+    """Runs the benchmark; medians over the rounds."""
+    if reason := why_not():
+        return {"rows": [{"fault": f"not measured: this machine {reason}"}]}
+    rounds, rows = 1 if quick else 3, []
+    with lab(3) as hosts, folder_for_all() as folder:
+        for name, (_, _, kinds) in FAULTS.items():
+            found: dict[type, list[dict[str, float]]] = {kind: [] for kind in kinds}
+            for number in range(rounds):
+                for kind in kinds:
+                    place = folder / f"{kind.__name__.lower()}-{len(rows)}-{number}"
+                    place.mkdir()
+                    found[kind].append(one(hosts, place, name, kind))
+            for kind, results in found.items():
+                medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
+                rows.append({"fault": name, "name": kind.name, **medians})  # type: ignore[attr-defined]
+            print(*rows[-len(kinds) :], sep="\n", file=sys.stderr)
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "rounds": rounds,
+        "stood_s": "seconds without a step",
+        "redone": "steps made again",
+        "to_new_s": "seconds from the fault (or the last step after its announcement) to the first new step",
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result = measure(quick=options.quick)
+    text = json.dumps(result, indent=1)
+    options.json.write_text(text) if options.json else print(text)
