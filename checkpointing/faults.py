@@ -21,6 +21,7 @@ class Point(Enum):
 
     STEP = "step"  #: after the gradients are in, before the weights change
     BEFORE_SNAPSHOT = "before-snapshot"
+    AFTER_SNAPSHOT = "after-snapshot"  #: of a save in the background
     WHILE_WRITING = "while-writing"
     BEFORE_MANIFEST = "before-manifest"
     AFTER_MANIFEST = "after-manifest"

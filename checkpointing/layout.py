@@ -94,5 +94,10 @@ def model_dir(run: str, attempt: AttemptId) -> str:
     return f"{attempt_dir(run, attempt)}/model"
 
 
+def weights_shard(number: int, count: int) -> str:
+    """As transformers names the files of split weights; `number` counts from 0."""
+    return f"{WEIGHTS.removesuffix('.safetensors')}-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
 def optimizer_shard(rank: int, world_size: int) -> str:
     return f"{STATE_DIR}/optimizer-{rank:05d}-of-{world_size:05d}.safetensors"

@@ -157,7 +157,7 @@ def tiny_config(
         },
         "data": {"train": data, "eval": "5%", "max_length": 16},
         "train": {"steps": 10, "batch": 8, "micro_batch": 1, "lr": 1e-3, "eval_every": 4, "warmup": 2, **train},
-        "checkpoint": {"storage": storage, "every": 3},
+        "checkpoint": {"storage": storage, "every": 3, "overlap": False},
     }
     for key, value in (sections or {}).items():
         body[key] = {**body[key], **value} if isinstance(value, Mapping) else value
