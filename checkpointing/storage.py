@@ -153,6 +153,7 @@ class LocalStorage:
                 with open(temporary, "xb", buffering=0) as file:
                     for chunk in chunks:
                         _write_all(file.fileno(), memoryview(chunk))
+                        del chunk  # the next one may need its memory
                     os.fsync(file.fileno())
                 os.replace(temporary, target)
             except BaseException:

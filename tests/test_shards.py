@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from outlast.checkpointing import writer
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.lineage import catalogue
@@ -44,16 +46,16 @@ class Net(nn.Module):
         self.inner = nn.Sequential(nn.Linear(5, 11), nn.Tanh(), nn.Linear(11, 5))
         self.one = nn.Linear(5, 1)
         self.frozen = nn.Linear(5, 5).requires_grad_(False)
-        self.half = nn.Linear(5, 3).to(torch.bfloat16)
+        self.brief = nn.Linear(5, 3).to(torch.bfloat16)
         self.head = nn.Linear(5, 7, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("nothing", torch.empty(0, 3))
         self.register_buffer("scale", torch.tensor(0.1, dtype=torch.float64))
-        self.register_buffer("numbers", torch.arange(3, dtype=torch.int16))
+        self.register_buffer("numbers", torch.arange(3, dtype=torch.int32))
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         hidden = self.frozen(self.inner(self.norm(self.embed(numbers))))
-        half = self.half(hidden.to(torch.bfloat16)).float()
+        half = self.brief(hidden.to(torch.bfloat16)).float()
         result: torch.Tensor = self.head(hidden).sum() * self.scale.float() + half.sum() + self.one(hidden).square().sum()
         return result
 
@@ -66,6 +68,7 @@ def parallel(model: nn.Module, kind: str) -> nn.Module:
     assert isinstance(model, Net)
     if kind == "fsdp-nested":
         fully_shard(model.inner)
+    fully_shard(model.brief)  # one dtype a group
     fully_shard(model)
     if kind == "fsdp-compiled":
         return torch.compile(model, backend="eager")  # type: ignore[return-value]
@@ -184,37 +187,30 @@ class Wide(nn.Module):
 
 
 def save_wide(folder: str) -> int:
-    """The most bytes that rank 0's gathering held at a time, beside its share."""
-    from outlast.checkpointing import writer
-
+    """The most bytes that writing held at a time in tensors of its own making, on this rank."""
     model = Wide()
     fully_shard(model)
-    alive = peak = 0
-    make_empty = torch.empty
+    counted = _CountingTorch()
+    writer.torch = counted  # type: ignore[assignment]
+    assert Checkpointer(LocalStorage(Path(folder)), "wide").save(1, model, None, {})
+    return counted.peak
 
-    def counting(*shape: Any, **options: Any) -> torch.Tensor:
-        nonlocal alive, peak
-        tensor = make_empty(*shape, **options)
-        alive += tensor.nbytes
-        peak = max(peak, alive)
 
-        def gone(num_bytes: int = tensor.nbytes) -> None:
-            nonlocal alive
-            alive -= num_bytes
+class _CountingTorch:
+    """torch, with an eye on what `torch.empty` makes."""
 
-        import weakref
+    def __init__(self) -> None:
+        self.alive = self.peak = 0
 
-        weakref.finalize(tensor.untyped_storage(), gone)
+    def empty(self, *shape: Any, **options: Any) -> torch.Tensor:
+        tensor = torch.empty(*shape, **options)
+        self.alive += tensor.nbytes
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(tensor.untyped_storage(), self._gone, tensor.nbytes)
         return tensor
 
-    writer.torch = _Counting(counting)  # type: ignore[attr-defined]
-    assert Checkpointer(LocalStorage(Path(folder)), "wide").save(1, model, None, {})
-    return peak
-
-
-class _Counting:
-    def __init__(self, empty: Any) -> None:
-        self.empty = empty
+    def _gone(self, num_bytes: int) -> None:
+        self.alive -= num_bytes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -223,9 +219,6 @@ class _Counting:
 def test_no_more_than_two_weights_are_gathered_at_a_time(tmp_path: Path) -> None:
     peak, *_ = on_ranks(3, save_wide, str(tmp_path))
     assert 0 < peak <= 2 * 4 * 2**20 + 4096
-
-
-shapes = st.lists(st.integers(0, 6), min_size=0, max_size=3).map(tuple)
 
 
 @given(st.data())
