@@ -56,7 +56,9 @@ class Net(nn.Module):
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         hidden = self.frozen(self.inner(self.norm(self.embed(numbers))))
         half = self.brief(hidden.to(torch.bfloat16)).float()
-        result: torch.Tensor = self.head(hidden).sum() * self.scale.float() + half.sum() + self.one(hidden).square().sum()
+        result: torch.Tensor = (
+            self.head(hidden).sum() * self.scale.float() + half.sum() + self.one(hidden).square().sum()
+        )
         return result
 
 
@@ -227,7 +229,9 @@ def test_boxes_intersect_as_sets_do(data: st.DataObject) -> None:
     boxes = []
     for _ in range(2):
         begin = [data.draw(st.integers(0, n - 1)) for n in shape]
-        boxes.append(Box(tuple(begin), tuple(data.draw(st.integers(0, n - b)) for n, b in zip(shape, begin, strict=True))))
+        boxes.append(
+            Box(tuple(begin), tuple(data.draw(st.integers(0, n - b)) for n, b in zip(shape, begin, strict=True)))
+        )
     marks = [torch.zeros(shape, dtype=torch.bool) for _ in boxes]
     for box, mark in zip(boxes, marks, strict=True):
         box.of(mark, Box.whole(tuple(shape))).fill_(True)
