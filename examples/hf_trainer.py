@@ -21,7 +21,8 @@ LENGTH = 64
 
 def make_trainer(output_dir: str, steps: int) -> Trainer:
     set_seed(7)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4))
+    size = {"vocab_size": 256, "n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
     text = "\n".join(map(str, pydoc_data.topics.topics.values())).encode()
     windows = [list(text[start : start + LENGTH]) for start in range(0, len(text) - LENGTH, LENGTH)]
     args = TrainingArguments(
@@ -46,8 +47,11 @@ def main() -> None:
     parser.add_argument("--dir", default="hf-trainer")
     options = parser.parse_args()
     trainer = make_trainer(options.dir, options.steps)
-    trainer.train(resume_from_checkpoint=newest_sealed(trainer.args.output_dir))
-    print(f"done at step {trainer.state.global_step}; the checkpoints lie in {options.dir}")
+    newest = newest_sealed(options.dir)
+    done = newest is not None and newest.endswith(f"checkpoint-{options.steps}")
+    if not done:  # from its last step Trainer would do one step more
+        trainer.train(resume_from_checkpoint=newest)
+    print(f"done at step {options.steps}; the checkpoints lie in {options.dir}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_classify(tmp_path: Path) -> None:
 
 def after_first_commit(folder: Path, everyone: list[BaseProcess], number: signal.Signals) -> None:
     """Sends a signal to every rank as soon as the storage holds a commit."""
-    storage, deadline = LocalStorage(folder), time.monotonic() + 60
+    storage, deadline = LocalStorage(folder), time.monotonic() + 120
     while not catalogue(storage, "own-loop").accepted:
         assert all(process.is_alive() for process in everyone), "it ended before it saved"
         assert time.monotonic() < deadline
@@ -70,7 +70,7 @@ def after_first_commit(folder: Path, everyone: list[BaseProcess], number: signal
 
 def endings(everyone: list[BaseProcess]) -> list[int | None]:
     for process in everyone:
-        process.join(60)
+        process.join(120)
     return [process.exitcode for process in everyone]
 
 
@@ -82,7 +82,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dic
         folder = tmp_path_factory.mktemp(f"undisturbed-{size}")
         if size == 1:
             done = subprocess.run(
-                [sys.executable, OWN_LOOP, *options(folder)], capture_output=True, text=True, timeout=60
+                [sys.executable, OWN_LOOP, *options(folder)], capture_output=True, text=True, timeout=120
             )
             assert done.returncode == 0, done.stderr
             assert f"done at step 60; the weights lie in {folder}/own-loop/attempts/" in done.stdout
@@ -128,19 +128,13 @@ def test_own_loop_superseded_ends_with_75(tmp_path: Path, undisturbed: Callable[
 # -- the README's Python -----------------------------------------------------------------------------------------------
 
 
-def readme_block(heading: str) -> str:
-    """The first Python block below a heading of the README."""
-    text = (EXAMPLES.parent / "README.md").read_text()
-    found = re.search(rf"^## {heading}\n.*?^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert found, f"the README has no Python below {heading!r}"
-    return found[1]
-
-
 class Cut(BaseException):
     """The end of a script in the middle of a step."""
 
 
-def test_ten_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_lines_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readme_block: Callable[[str], str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     block = readme_block("Your own loop")
     assert len([line for line in block.splitlines() if line]) <= 10
