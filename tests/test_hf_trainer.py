@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,15 @@ def test_a_limit_of_one_is_refused(tmp_path: Path) -> None:
         SealCheckpoints().on_train_begin(args, TrainerState(), TrainerControl())
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("default")
 def test_the_lines_of_the_readme(tmp_path: Path, readme_block: Callable[[str], str]) -> None:
     block = readme_block("Your own `transformers.Trainer`")
