@@ -6,7 +6,7 @@ still there afterwards and the run's owner is unchanged; else the look starts ov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -45,6 +45,24 @@ class Found:
     @property
     def url(self) -> str:
         return f"{self.storage.url}/{self.directory}"
+
+    @property
+    def run(self) -> str:
+        return self.directory.partition("/")[0]
+
+    @property
+    def declaration(self) -> Mapping[str, Any] | None:
+        """The settings that it was made with; the finished model's are those of the checkpoint that it was made from.
+        None when nothing tells.
+        """
+        manifest = self.manifest
+        if "declaration" not in manifest.extra:
+            try:
+                manifest = read_manifest(self.storage, self.run, manifest.ref)
+            except (FileNotFoundError, ManifestError):
+                return None
+        declared: Mapping[str, Any] | None = manifest.extra.get("declaration")
+        return declared
 
 
 def look(storage: Storage, run: str) -> Catalogue:
@@ -172,8 +190,8 @@ def reading(found: Found) -> Iterator[None]:
             raise NoCheckpointError(
                 f"{found.url} was deleted while it was read", hint="choose a newer one, or pin it first"
             ) from error
-        run = found.url.partition("/attempts/")[0]
-        raise DamagedError(f"{found.url}: {error.message}", hint=f"outlast checkpoints verify {run}") from error
+        hint = f"outlast checkpoints verify {found.storage.url}/{found.run}"
+        raise DamagedError(f"{found.url}: {error.message}", hint=hint) from error
 
 
 def verify_run(storage: Storage, run: str, step: int | None = None) -> list[Verdict]:

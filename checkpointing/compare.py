@@ -67,10 +67,12 @@ def _number(value: float | None) -> float | str | None:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All tensors by name, and the settings that differ: dotted name to (first, second)."""
+    """All tensors by name, and the settings that differ: dotted name to (first, second), None where one has no such
+    setting. `settings` as a whole is None when one of the two does not tell its own.
+    """
 
     tensors: tuple[TensorChange, ...]
-    settings: Mapping[str, tuple[Any, Any]]
+    settings: Mapping[str, tuple[Any, Any]] | None
 
     def count(self, change: Change) -> int:
         return sum(item.change is change for item in self.tensors)
@@ -90,7 +92,7 @@ def compare(first: Found, second: Found, *, optimizer: bool = False) -> Comparis
     names = sorted(ours.keys() | theirs.keys())
     return Comparison(
         tuple(compare_tensors(name, ours.get(name), theirs.get(name)) for name in names),
-        dict(_settings(first, second)),
+        _settings(first, second),
     )
 
 
@@ -154,12 +156,12 @@ def _dtype(tensor: torch.Tensor | None) -> str | None:
     return None if tensor is None else str(tensor.dtype).removeprefix("torch.")
 
 
-def _settings(first: Found, second: Found) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    ours = dict(_flat(first.manifest.extra.get("declaration", {})))
-    theirs = dict(_flat(second.manifest.extra.get("declaration", {})))
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            yield key, (ours.get(key), theirs.get(key))
+def _settings(first: Found, second: Found) -> dict[str, tuple[Any, Any]] | None:
+    if first.declaration is None or second.declaration is None:
+        return None
+    ours, theirs = dict(_flat(first.declaration)), dict(_flat(second.declaration))
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -127,7 +127,7 @@ def diff(
         body = {
             "a": ours.url,
             "b": theirs.url,
-            "settings": {key: list(pair) for key, pair in found.settings.items()},
+            "settings": found.settings,
             "tensors": [item.as_json() for item in found.tensors],
         }
         print(json.dumps(body, indent=1))
@@ -139,10 +139,10 @@ def diff(
 def _print_comparison(found: Comparison) -> None:
     from outlast.checkpointing.compare import Change
 
-    for key, pair in found.settings.items():
+    for key, pair in (found.settings or {}).items():
         print(f"{key}: {pair[0]!r} → {pair[1]!r}")
     if not found.settings:
-        print("the settings are the same")
+        print("the settings cannot be told" if found.settings is None else "the settings are the same")
     print("tensors: " + ", ".join(f"{found.count(change)} {change.value}" for change in Change))
     different = [item for item in found.tensors if item.change is not Change.EQUAL]
     if different:
