@@ -22,13 +22,16 @@ import transformers
 from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.commands import find
 from outlast.checkpointing.compare import Change, compare_tensors
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.export import Content, Dtype, export_directory, read_content
 from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.safetensors import decode
 from outlast.checkpointing.storage import LocalStorage
 from outlast.checkpointing.vocabulary import old_vocabulary
 from outlast.cluster.cli import main
+from outlast.trainers.legacy import write_state_dict
 from outlast.trainers.models import Tokenizer, files_of, train_bpe
 
 README = Path(__file__).parent.parent / "README.md"
@@ -343,6 +346,39 @@ def test_export_as_older_guides_describe(here: Path, outlast: Outlast) -> None:
     assert ids[0] == ids[1]
     outlast("checkpoints", "export", "my-run", "--weights", "w.safetensors")
     assert "transformer.wte.weight" in weights_in(Path("w.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architectures": ["Mine"], "model_type": "gpt2"}, "no model class 'Mine'"),
+        ({"model_type": "gpt2"}, "no model class None"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 1}, "holds no transformer.wte.weight"),
+    ],
+)
+def test_a_state_dict_that_cannot_be_whole_is_not_written(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    content = Content({}, {"config.json": json.dumps(config).encode()})
+    with pytest.raises(ConfigError, match=said):
+        export_directory(content, tmp_path / "out", weights_name="weights.bin", write_weights=write_state_dict)
+    assert list(tmp_path.iterdir()) == [], "not even in part"
+
+
+def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
+    """And for bf16 they are not; infinite ones and whole numbers stay what they are."""
+    storage = LocalStorage(tmp_path)
+    model = nn.Linear(1, 3, bias=False)
+    model.register_buffer("count", torch.tensor(70_000))
+    model.weight.data = torch.tensor([[1e5], [math.inf], [1.0]])
+    checkpointer = Checkpointer(storage, "run", files={"config.json": b"{}"})
+    checkpointer.resume(model)
+    checkpointer.save(1, model, None, {})
+    found = find(storage, "run", "newest", Retention())
+    with pytest.raises(ConfigError, match="weight holds values too large for fp16"):
+        read_content(found, Dtype.FP16)
+    content = read_content(found, Dtype.BF16)
+    assert content.weights["weight"].tolist() == [[99840.0], [math.inf], [1.0]]
+    assert content.weights["count"].item() == 70_000
+    assert json.loads(content.files["config.json"]) == {"dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,16 @@ def test_a_checkpoint_that_was_spared_can_be_pinned_again(tmp_path: Path) -> Non
     assert steps(storage) == [5, 4, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("200@0001-9f2c", 200), ("0@0001-9f2c", 0), ("007@0001-9f2c", None), ("200@1", None), ("200", None)],
+)
+def test_names_of_checkpoints_among_attempts(name: str, step: int | None) -> None:
+    ref = CheckpointRef.parse(name)
+    assert (ref and ref.step) == step
+    assert ref is None or ref.name == name
+
+
 # -- prune -------------------------------------------------------------------------------------------------------------
 
 
