@@ -125,7 +125,8 @@ def _remains(storage: Storage, run: str, accepted: set[CheckpointRef]) -> tuple[
         for entry in storage.list(attempt_dir(run, attempt))
         if entry.num_bytes is None and (step := parse_checkpoint(entry.name)) is not None
     }
-    return tuple(sorted(found & gone))
+    # Object stores may go on listing a directory that holds no file any more.
+    return tuple(sorted(ref for ref in found & gone if any(walk(storage, checkpoint_dir(run, ref)))))
 
 
 def prune(storage: Storage, run: str, plan: Prune) -> Prune:
