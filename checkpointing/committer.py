@@ -126,16 +126,20 @@ class Committer:
         """Rank 0, after the second acknowledged commit: deletes what nothing keeps. Returns what is left of both.
 
         Deletable are my own commits and my lineage as far as the policy lets them go, and in lower attempts whatever
-        lies outside my lineage: torn, disowned or rejected. Never anything in a higher attempt.
+        lies outside my lineage: torn, disowned or rejected. Never anything in a higher attempt, or pinned.
         """
         accepted = [*self.commits, *self.lineage]
-        keep = self._retention.keep([Kept(item.ref, item.metrics) for item in accepted])
-        for manifest in [item for item in accepted if item.ref not in keep]:
-            self._delete(manifest.ref)
+        pinned = lineage.list_pins(self._storage, self._run)
+        keep = self._retention.keep([Kept(item.ref, item.metrics) for item in accepted], pinned)
+        doomed = [item.ref for item in accepted if item.ref not in keep]
+        doomed, spared = lineage.spare_pinned(self._storage, self._run, self._journal, doomed)
+        keep |= spared
+        for ref in doomed:
+            self._delete(ref)
         mine = [item for item in self.commits if item.ref in keep]
         left = [item for item in self.lineage if item.ref in keep]
         if self._num_acknowledged == 2:
-            for ref in self._strays({item.ref for item in left}):
+            for ref in self._strays({item.ref for item in left} | pinned):
                 self._delete(ref)
         return mine, left
 

@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from outlast.checkpointing.errors import DamagedError
-from outlast.checkpointing.layout import MANIFEST
+from outlast.checkpointing.layout import MANIFEST, STATE_DIR
 from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest
 from outlast.checkpointing.safetensors import (
     SafetensorsError,
@@ -305,14 +305,18 @@ def _read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.
     return buffer
 
 
-def read_tensors(storage: Storage, directory: str, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, verified.
+def read_tensors(
+    storage: Storage, directory: str, manifest: Manifest, *, weights_only: bool = False
+) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, verified; or only those of the model.
 
     Raises:
         DamagedError: A file that holds tensors is not whole.
         StorageError: It could not be read.
     """
     entries = [entry for entry in manifest.files if entry.path.endswith(".safetensors")]
+    if weights_only:
+        entries = [entry for entry in entries if not entry.path.startswith(STATE_DIR)]
     index = merge(read_index(storage, directory, entry) for entry in entries)
     boxes = {name: Box.whole(parts[0].shape) for name, parts in index.items()}
     tensors: dict[str, torch.Tensor] = {}

@@ -177,9 +177,9 @@ def test_a_failure_in_the_background_is_raised_and_told(held: Held) -> None:
     assert held.arrived.wait(30)
     assert not saver.is_troubled
     held.go.set()
+    while not saver.is_troubled:
+        train_step(model, optimizer, 2)
     with pytest.raises(StorageError, match="the disk is gone") as caught:
-        while not saver.is_troubled:
-            train_step(model, optimizer, 2)
         saver.async_save(2, model, optimizer, {})
     assert caught.value.hint == "look for it"
     held.failure = None

@@ -191,6 +191,8 @@ class CheckpointSettings(Settings):
     """The newest so many stay; two at least, because one may turn out damaged."""
     keep_best: int = Field(0, ge=0)
     """The best so many by `metric` stay; each evaluation then saves."""
+    keep_every: int = Field(0, ge=0)
+    """Of every so many steps the last checkpoint stays, for good; 0 keeps none but by the other rules."""
     metric: str = "eval_loss"
     """What best means."""
     metric_mode: Literal["min", "max"] = "min"
@@ -226,7 +228,7 @@ class CheckpointSettings(Settings):
 
     @property
     def retention(self) -> Retention:
-        return Retention(self.keep_last, self.keep_best, self.metric, self.metric_mode)
+        return Retention(self.keep_last, self.keep_best, self.metric, self.metric_mode, self.keep_every)
 
 
 class TrainingConfig(Settings):
