@@ -41,7 +41,7 @@ from outlast.checkpointing.shards import Part, part_of
 from outlast.checkpointing.snapshot import Copy, Snapshot
 from outlast.checkpointing.state import boxes_of_state, deal, load_optimizer, optimizer_tensors
 from outlast.checkpointing.storage import Storage, patiently
-from outlast.checkpointing.weights import check_weights, load_weights, named_weights, parameter_names
+from outlast.checkpointing.weights import check_weights, named_weights, parameter_names
 from outlast.checkpointing.writer import Share, write_file
 
 
@@ -110,7 +110,9 @@ class Checkpointer:
         self._snapshot = Snapshot()
         if self.ranks.rank == 0:
             self.journal = Journal(storage, layout.attempt_dir(run, self.attempt), 0)
-        background = Ranks()  # a group of its own, so that commits in flight and the step loop never wait in one queue
+        background = (
+            self.ranks.another()
+        )  # a group of its own, so that commits in flight and the step loop never wait in one queue
         self._committer = Committer(
             storage, run, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
         )
@@ -135,7 +137,8 @@ class Checkpointer:
             The loop state that was saved with it, or None when the run has no commit yet and starts from its beginning.
 
         Raises:
-            NoCheckpointError: There are commits, and none is whole. Nothing was changed.
+            NoCheckpointError: There are commits, and none is whole. Nothing in the storage was changed; the model's
+                weights may be a mixture, and are not to be used.
             ConfigError: The checkpoint is another model's.
             StorageError: The storage could not be read.
         """
@@ -148,7 +151,9 @@ class Checkpointer:
             self._committer.lineage = list(self.catalogue.accepted[index:])
             self._tell("resume", step=manifest.ref.step, source=str(manifest.ref), rejected=_as_json(rejected))
             return state
-        if rejected:
+        if self.ranks.from_rank_0(lambda: lineage.higher_claim(self.storage, self.run, self.attempt)):
+            self.superseded = True  # somebody newer may have cleared away what was here
+        elif rejected:
             self._refuse(rejected)
         else:
             self._tell("start")
@@ -174,17 +179,17 @@ class Checkpointer:
                 f"{manifest.ref} was saved without an optimizer; going on with an empty one would be another run",
                 hint="resume without an optimizer, or start a new run",
             )
-        boxes = {name: part_of(tensor).box for name, tensor in named_weights(model).items()}
-        boxes |= boxes_of_state(model, {name: parts[0].shape for name, parts in moments.items()})
-        tensors: dict[str, torch.Tensor] = {}
+        parts = {name: part_of(tensor) for name, tensor in named_weights(model).items()}
+        targets = {name: (part.box, part.tensor) for name, part in parts.items()}
+        state_boxes = boxes_of_state(model, {name: stored[0].shape for name, stored in moments.items()})
+        for name, box in state_boxes.items():
+            targets[name] = (box, torch.empty(box.shape, dtype=moments[name][0].spec.dtype))
         index = {**weights, **moments}
-        if faults := _merged(
-            self.ranks.everybody(lambda: read_boxes(self.storage, directory, manifest, index, boxes, tensors))
-        ):
+        read = self.ranks.everybody(lambda: read_boxes(self.storage, directory, manifest, index, targets))
+        if faults := _merged(read):
             return None, faults
-        load_weights(model, {name: tensors[name] for name in weights})
         if optimizer is not None:
-            load_optimizer(model, optimizer, {name: tensors[name] for name in moments})
+            load_optimizer(model, optimizer, {name: targets[name][1] for name in state_boxes})
         entry = next(entry for entry in manifest.files if entry.path == layout.LOOP_STATE)
         state: dict[str, Any] = json.loads(read_verified(self.storage, directory, entry).numpy().tobytes())
         return state, []
@@ -206,10 +211,7 @@ class Checkpointer:
         return indexes, faults
 
     def _refuse(self, rejected: list[lineage.Rejected]) -> None:
-        """Says that nothing whole is left, unless somebody newer has taken over meanwhile."""
-        if self.ranks.from_rank_0(lambda: lineage.higher_claim(self.storage, self.run, self.attempt)):
-            self.superseded = True
-            return
+        """Says that nothing whole is left."""
         self._tell("no-checkpoint", rejected=_as_json(rejected))
         self.flush()
         lines = "\n".join(f"  {item.ref}: {'; '.join(item.reasons)}" for item in rejected)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from outlast.checkpointing import layout, lineage
+from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.journal import COMMITS, Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
@@ -60,6 +61,8 @@ class Committer:
         self.commits: list[Manifest] = []
         self.lineage: list[Manifest] = []
         self._num_acknowledged = 0
+        self._doomed: list[CheckpointRef] = []
+        self._swept = False
         if ranks.rank == 0:
             self._journal = Journal(storage, layout.attempt_dir(run, attempt), 0, stream=COMMITS, flush_s=0)
 
@@ -101,7 +104,7 @@ class Committer:
         self.commits.append(manifest)
         self._num_acknowledged += 1
         if self._num_acknowledged >= 2:
-            self.commits, self.lineage = self._ranks.from_rank_0(self._retain)
+            self.commits, self.lineage = self._ranks.from_rank_0(self._let_go)
         reach(Point.AFTER_RETENTION, share.step)
         return True
 
@@ -122,8 +125,23 @@ class Committer:
         self._flush()
         return True
 
-    def _retain(self) -> tuple[list[Manifest], list[Manifest]]:
+    def _let_go(self) -> tuple[list[Manifest], list[Manifest]]:
         """Rank 0, after the second acknowledged commit: deletes what nothing keeps. Returns what is left of both.
+
+        The commit stands, and a deletion that failed is no reason to end: it is tried again after the next one.
+        """
+        kept = self.commits, self.lineage
+        try:
+            kept = self._retain()
+            while self._doomed:
+                self._delete(self._doomed[0])
+                del self._doomed[0]
+        except StorageError as error:
+            self._tell("delete-failed", doomed=[str(ref) for ref in self._doomed], error=error.message)
+        return kept
+
+    def _retain(self) -> tuple[list[Manifest], list[Manifest]]:
+        """Dooms what nothing keeps; returns what is left of both.
 
         Deletable are my own commits and my lineage as far as the policy lets them go, and in lower attempts whatever
         lies outside my lineage: torn, disowned or rejected. Never anything in a higher attempt, or pinned.
@@ -134,13 +152,11 @@ class Committer:
         doomed = [item.ref for item in accepted if item.ref not in keep]
         doomed, spared = lineage.spare_pinned(self._storage, self._run, self._journal, doomed)
         keep |= spared
-        for ref in doomed:
-            self._delete(ref)
         mine = [item for item in self.commits if item.ref in keep]
         left = [item for item in self.lineage if item.ref in keep]
-        if self._num_acknowledged == 2:
-            for ref in self._strays({item.ref for item in left} | pinned):
-                self._delete(ref)
+        strays = [] if self._swept else list(self._strays({item.ref for item in left} | pinned))
+        self._swept = True
+        self._doomed += [*doomed, *strays]
         return mine, left
 
     def _strays(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:

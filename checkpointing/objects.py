@@ -12,10 +12,12 @@ never from a run file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import BinaryIO, cast
-from urllib.parse import urlsplit
+from typing import BinaryIO, TypeVar, cast
+from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -23,7 +25,12 @@ from pyarrow import fs
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
 from outlast.checkpointing.storage import Buffer, Entry
 
+T = TypeVar("T")
 _HEAD_BYTES = 8 * 2**20
+#: Parts of a large object go up several at a time; after so many bytes the writer waits for them.
+_WINDOW_BYTES = 64 * 2**20
+_SDK_TRIES = 5
+_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 _REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN")
 
 
@@ -45,7 +52,7 @@ class ObjectStorage:
             )
         self._url = url.rstrip("/")
         try:
-            self._fs, self._root = fs.FileSystem.from_uri(self._url)
+            self._fs, self._root = _connect(self._url)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
             raise ConfigError(
                 f"storage {url!r}: {error}", hint="set checkpoint.storage to a directory or to s3://bucket/prefix"
@@ -59,34 +66,94 @@ class ObjectStorage:
         return f"{self._root}/{path}".rstrip("/")
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
-        target = self._path(path)
         rest = iter(chunks)
         head = list(_up_to(_HEAD_BYTES, rest))  # so that a small file whose chunks fail never touches the store
+        more = next(rest, None)
         with _explained("write", self._url, path):
-            stream = self._fs.open_output_stream(target)
-            try:
-                for chunk in chain(head, rest):
-                    stream.write(chunk)
-            except BaseException:
-                with contextlib.suppress(OSError):  # the first failure is the one to report
-                    stream.close()
-                    self._fs.delete_file(target)
-                raise
+            if more is None:
+                data = b"".join(head)
+                self._patiently(lambda: self._put_once(path, [data]), lambda: self._holds(path, data))
+            else:
+                self._put_once(path, chain(head, [more], rest))
+
+    def _put_once(self, path: str, chunks: Iterable[Buffer]) -> None:
+        target = self._path(path)
+        stream = self._fs.open_output_stream(target)
+        num_bytes = waited_at = 0
+        try:
+            for chunk in chunks:
+                stream.write(chunk)
+                num_bytes += memoryview(chunk).nbytes
+                del chunk  # the next one may need its memory
+                if num_bytes - waited_at >= _WINDOW_BYTES:
+                    stream.flush()
+                    waited_at = num_bytes
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first failure is the one to report
+                stream.close()
+                self._fs.delete_file(target)
+            raise
+        try:
             stream.close()
+        except OSError:
+            # The answer was lost, perhaps after the store had done it. An object appears whole, under a name that
+            # nobody else writes: so if there are so many bytes, they are these.
+            if self._fs.get_file_info(target).size != num_bytes:
+                raise
+
+    def _holds(self, path: str, data: bytes) -> bool:
+        with self._fs.open_input_file(self._path(path)) as file:
+            return bool(file.read() == data)
+
+    @staticmethod
+    def _patiently(work: Callable[[], T], is_done: Callable[[], bool] = lambda: False) -> T | None:
+        """Tries again, with longer and longer pauses, what may be done twice. The last error is raised."""
+        for pause_s in (*_PAUSES_S, None):
+            try:
+                return work()
+            except OSError as error:
+                if pause_s is None or isinstance(error, FileNotFoundError) or _is_refusal(error):
+                    raise
+            time.sleep(pause_s)
+            with contextlib.suppress(OSError):
+                if is_done():
+                    return None
+        raise AssertionError("unreachable")
 
     def open(self, path: str) -> BinaryIO:
         with _explained("read", self._url, path):
-            return cast(BinaryIO, self._fs.open_input_file(self._path(path)))
+            return cast(BinaryIO, self._patiently(lambda: self._fs.open_input_file(self._path(path))))
 
     def list(self, path: str) -> list[Entry]:
+        selector = fs.FileSelector(self._path(path), allow_not_found=True)
         with _explained("list", self._url, path):
-            found = self._fs.get_file_info(fs.FileSelector(self._path(path), allow_not_found=True))
+            found = self._patiently(lambda: self._fs.get_file_info(selector)) or []
         files = (Entry(item.base_name, item.size if item.type == fs.FileType.File else None) for item in found)
         return sorted(files, key=lambda entry: entry.name)
 
     def delete(self, path: str) -> None:
         with _explained("delete", self._url, path), contextlib.suppress(FileNotFoundError):
-            self._fs.delete_file(self._path(path))
+            self._patiently(lambda: self._fs.delete_file(self._path(path)))
+
+
+def _connect(url: str) -> tuple[fs.FileSystem, str]:
+    """The file system and the path in it. For S3 with the SDK's own retries, which a plain URL does not turn on."""
+    parts = urlsplit(url)
+    if parts.scheme != "s3":
+        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(url)
+        return found
+    options = dict(parse_qsl(parts.query))
+    if strange := options.keys() - {"region", "scheme", "endpoint_override"}:
+        raise ValueError(f"unknown option {min(strange)!r}; known: endpoint_override, region, scheme")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "endpoint_override" not in options:
+        options |= {"endpoint_override": urlsplit(endpoint).netloc, "scheme": urlsplit(endpoint).scheme}
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_SDK_TRIES)
+    return fs.S3FileSystem(retry_strategy=retries, **options), f"{parts.netloc}{parts.path}".rstrip("/")
+
+
+def _is_refusal(error: OSError) -> bool:
+    return any(word in str(error) for word in _REFUSALS)
 
 
 def _up_to(num_bytes: int, chunks: Iterator[Buffer]) -> Iterator[Buffer]:
@@ -107,7 +174,7 @@ def _explained(verb: str, url: str, path: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and verb == "read":
             raise
         reason = f"cannot {verb} {url}/{path}: {error}"
-        if any(word in str(error) for word in _REFUSALS):
+        if _is_refusal(error):
             hint = "check the bucket's name and the credentials in the environment, then run the same command again"
             raise StorageRefused(reason, hint=hint) from error
         raise StorageError(

@@ -30,6 +30,10 @@ class Ranks:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self.group = dist.new_group(backend="gloo")
 
+    def another(self) -> Ranks:
+        """The same ranks with a group of their own, for another thread. Every rank calls it."""
+        return Ranks()
+
     def gather(self, item: T) -> list[T]:
         """Every rank's item in rank order, on every rank."""
         if self.group is None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from queue import SimpleQueue
 
 import torch
 import xxhash
@@ -25,7 +26,6 @@ from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry, Man
 from outlast.checkpointing.safetensors import (
     SafetensorsError,
     Spec,
-    as_tensor,
     bytes_view,
     header_bytes,
     parse_header,
@@ -35,7 +35,6 @@ from outlast.checkpointing.shards import Box
 from outlast.checkpointing.storage import Storage, patiently, walk
 
 _NUM_READERS = 4
-_BLOCKS_A_READ = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,75 +59,6 @@ class Stored:
 Index = dict[str, list[Stored]]
 
 
-class Bytes:
-    """The verified bytes of one file, as far as they were asked for.
-
-    Args:
-        entry: The file.
-        wanted: Ranges of bytes, as (begin, end).
-    """
-
-    def __init__(self, entry: FileEntry, wanted: Iterable[tuple[int, int]]) -> None:
-        self.entry = entry
-        numbers = {number for begin, end in wanted for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES))}
-        self._runs: list[tuple[int, torch.Tensor]] = []
-        for first, count in _runs(sorted(numbers)):
-            end = min((first + count) * BLOCK_BYTES, entry.num_bytes)
-            self._runs.append((first * BLOCK_BYTES, torch.empty(end - first * BLOCK_BYTES, dtype=torch.uint8)))
-
-    def __getitem__(self, place: slice) -> torch.Tensor:
-        """A view of the bytes from `place.start` to `place.stop`, which must have been asked for."""
-        for begin, buffer in self._runs:
-            if begin <= place.start and place.stop <= begin + buffer.numel():
-                return buffer[place.start - begin : place.stop - begin]
-        assert place.start == place.stop
-        return torch.empty(0, dtype=torch.uint8)
-
-    def reads(self, storage: Storage, directory: str) -> Iterator[Callable[[], None]]:
-        """The reads that fill it, which may run at the same time."""
-        step = BLOCK_BYTES * _BLOCKS_A_READ
-        for begin, buffer in self._runs:
-            for start in range(0, buffer.numel(), step):
-                part = buffer[start : start + step]
-                yield lambda at=begin + start, part=part: patiently(  # type: ignore[misc]
-                    lambda: self._read(storage, directory, at, part)
-                )
-
-    def _read(self, storage: Storage, directory: str, begin: int, part: torch.Tensor) -> None:
-        view, position, entry = bytes_view(part), 0, self.entry
-        try:
-            with storage.open(f"{directory}/{entry.path}") as file:
-                file.seek(begin)
-                while position < view.nbytes:
-                    count = file.readinto(view[position : position + BLOCK_BYTES])  # type: ignore[attr-defined]
-                    if not count:
-                        raise _truncated(entry, begin + position)
-                    position += count
-                longer = begin + position == entry.num_bytes and bool(file.read(1))
-        except FileNotFoundError:
-            raise DamagedError(f"{entry.path}: missing") from None
-        if longer:
-            raise _longer(entry)
-        for start in range(0, view.nbytes, BLOCK_BYTES):
-            number = (begin + start) // BLOCK_BYTES
-            if xxhash.xxh3_64(view[start : start + BLOCK_BYTES]).hexdigest() != entry.blocks[number]:
-                raise _changed(entry, number)
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Consecutive numbers as (first, count)."""
-    first, count = -1, 0
-    for number in numbers:
-        if number == first + count:
-            count += 1
-        else:
-            if count:
-                yield first, count
-            first, count = number, 1
-    if count:
-        yield first, count
-
-
 def _truncated(entry: FileEntry, num_bytes: int) -> DamagedError:
     return DamagedError(f"{entry.path}: truncated to {num_bytes:,} of {entry.num_bytes:,} bytes")
 
@@ -142,26 +72,6 @@ def _changed(entry: FileEntry, block: int | None) -> DamagedError:
     return DamagedError(f"{entry.path}: bytes changed, {place}")
 
 
-def read_all(storage: Storage, directory: str, files: Sequence[Bytes]) -> list[str]:
-    """Fills all of them, several reads at a time. Returns the faults, one line a damaged file.
-
-    Raises:
-        StorageError: A read failed for good.
-    """
-    faults: dict[str, str] = {}
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        pending = [(file, pool.submit(read)) for file in files for read in file.reads(storage, directory)]
-        for file, future in pending:
-            try:
-                future.result()
-            except DamagedError as error:
-                faults.setdefault(file.entry.path, error.message)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return sorted(faults.values())
-
-
 def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
     """What a safetensors file holds, from its verified header.
 
@@ -169,10 +79,15 @@ def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
         DamagedError: The file is missing or differs; the message says how.
         StorageError: It could not be read.
     """
-    head = _verified(storage, directory, entry, min(8, entry.num_bytes))
+    head = b""
     try:
-        head = _verified(storage, directory, entry, min(header_bytes(bytes_view(head)), entry.num_bytes))
-        places, metadata = parse_header(bytes_view(head), entry.num_bytes)
+        for number in range(len(entry.blocks)):
+            block = torch.empty(_block_bytes(entry, number), dtype=torch.uint8)
+            _read_block(storage, directory, entry, number, bytes_view(block))
+            head += bytes_view(block)
+            if len(head) >= header_bytes(head):
+                break
+        places, metadata = parse_header(head, entry.num_bytes)
         shards = json.loads(metadata.get("shards", "{}"))
     except (SafetensorsError, ValueError) as error:
         raise DamagedError(f"{entry.path}: {error}") from error
@@ -183,11 +98,32 @@ def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
     return index
 
 
-def _verified(storage: Storage, directory: str, entry: FileEntry, num_bytes: int) -> torch.Tensor:
-    file = Bytes(entry, [(0, num_bytes)])
-    for read in file.reads(storage, directory):
-        read()
-    return file[0:num_bytes]
+def _block_bytes(entry: FileEntry, number: int) -> int:
+    return min(BLOCK_BYTES, entry.num_bytes - number * BLOCK_BYTES)
+
+
+def _read_block(storage: Storage, directory: str, entry: FileEntry, number: int, into: memoryview) -> None:
+    """Reads and verifies one block. Raises DamagedError, or StorageError after some tries."""
+    patiently(lambda: _read_block_once(storage, directory, entry, number, into))
+
+
+def _read_block_once(storage: Storage, directory: str, entry: FileEntry, number: int, into: memoryview) -> None:
+    begin, position = number * BLOCK_BYTES, 0
+    try:
+        with storage.open(f"{directory}/{entry.path}") as file:
+            file.seek(begin)
+            while position < into.nbytes:
+                count = file.readinto(into[position:])  # type: ignore[attr-defined]
+                if not count:
+                    raise _truncated(entry, begin + position)
+                position += count
+            longer = begin + position == entry.num_bytes and bool(file.read(1))
+    except FileNotFoundError:
+        raise DamagedError(f"{entry.path}: missing") from None
+    if longer:
+        raise _longer(entry)
+    if xxhash.xxh3_64(into).hexdigest() != entry.blocks[number]:
+        raise _changed(entry, number)
 
 
 def merge(indexes: Iterable[Index]) -> Index:
@@ -204,68 +140,102 @@ def read_boxes(
     directory: str,
     manifest: Manifest,
     index: Index,
-    boxes: Mapping[str, Box],
-    into: dict[str, torch.Tensor],
+    targets: Mapping[str, tuple[Box, torch.Tensor]],
 ) -> list[str]:
-    """Reads the boxes of the named tensors. Returns the faults, one line a damaged file.
+    """Reads boxes of the named tensors into tensors that are there already. Returns the faults, one line a file.
+
+    Blocks go through a small buffer that stays, several at a time: fresh memory costs more than reading. With faults,
+    the targets hold a mixture and are not to be used.
 
     Args:
         storage: The storage root.
         directory: The checkpoint's.
         manifest: Its manifest.
         index: What its files hold.
-        boxes: What to read, by name.
-        into: Takes the tensors, if nothing is damaged.
+        targets: By name, what to read and where to put it; of the tensor's type and the box's shape, on any device.
 
     Raises:
         StorageError: A read failed for good.
     """
-    plan = {name: [(part, _rows(part, box)) for part in index[name]] for name, box in boxes.items()}
-    wanted: dict[str, list[tuple[int, int]]] = {}
-    for parts in plan.values():
-        for part, place in parts:
-            if place is not None:
-                wanted.setdefault(part.path, []).append(place[:2])
     entries = {entry.path: entry for entry in manifest.files}
-    files = {path: Bytes(entries[path], ranges) for path, ranges in wanted.items()}
-    faults = read_all(storage, directory, list(files.values()))
+    moves: dict[tuple[str, int], list[_Move]] = {}
+    afterwards: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, (box, target) in targets.items():
+        missing = prod(box.shape)
+        for part in index[name]:
+            shared = box.intersection(part.box) if box.shape else part.box
+            if shared is None:
+                continue
+            missing -= prod(shared.shape)
+            begin, end, held = _rows(part, shared)
+            place = shared.of(target, box)
+            if held != shared or not place.is_contiguous() or place.device.type != "cpu":
+                whole = torch.empty(held.shape, dtype=target.dtype)
+                afterwards.append((place, shared.of(whole, held)))
+                place = whole
+            _plan(moves, part.path, begin, end, place.reshape(-1).view(torch.uint8))
+        assert not missing, f"{missing} elements of {name} are in no file"
+    faults = _carry_out(storage, directory, entries, moves)
     if not faults:
-        into.update({name: _assemble(plan[name], box, files) for name, box in boxes.items()})
+        for place, source in afterwards:
+            place.copy_(source)
     return faults
 
 
-Place = tuple[int, int, Box]
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """Bytes from `begin` in a block go to `target`."""
+
+    begin: int
+    target: torch.Tensor
 
 
-def _rows(part: Stored, box: Box) -> Place | None:
-    """Which bytes of a file cover what a box shares with the part that lies there: (begin, end, the box they hold)."""
-    if not box.shape:
-        return part.begin, part.begin + part.spec.num_bytes, part.box
-    shared = box.intersection(part.box)
-    if shared is None:
-        return None
+def _rows(part: Stored, shared: Box) -> tuple[int, int, Box]:
+    """The fewest whole rows of a stored part that cover `shared`: (first byte, end, the box that they hold)."""
+    if not shared.shape:
+        return part.begin, part.begin + part.spec.num_bytes, shared
     row_bytes = part.spec.num_bytes // part.spec.shape[0]
     first = shared.offset[0] - part.box.offset[0]
     held = Box((shared.offset[0], *part.box.offset[1:]), (shared.shape[0], *part.box.shape[1:]))
     return part.begin + first * row_bytes, part.begin + (first + shared.shape[0]) * row_bytes, held
 
 
-def _assemble(parts: Sequence[tuple[Stored, Place | None]], box: Box, files: Mapping[str, Bytes]) -> torch.Tensor:
-    dtype = parts[0][0].spec.dtype
-    found = [(part, *place) for part, place in parts if place is not None]
-    views = [
-        (held, as_tensor(files[part.path][begin:end], Spec(dtype, held.shape))) for part, begin, end, held in found
-    ]
-    if len(views) == 1 and views[0][0] == box:
-        return views[0][1]
-    whole, missing = torch.empty(box.shape, dtype=dtype), prod(box.shape)
-    for held, view in views:
-        shared = box.intersection(held)
-        assert shared is not None
-        shared.of(whole, box).copy_(shared.of(view, held))
-        missing -= prod(shared.shape)
-    assert not missing, f"{missing} elements of {box} are in no file"
-    return whole
+def _plan(moves: dict[tuple[str, int], list[_Move]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
+    """Cuts one range of bytes by the blocks that it lies in."""
+    for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
+        first, last = max(begin, number * BLOCK_BYTES), min(end, (number + 1) * BLOCK_BYTES)
+        move = _Move(first - number * BLOCK_BYTES, target[first - begin : last - begin])
+        moves.setdefault((path, number), []).append(move)
+
+
+def _carry_out(
+    storage: Storage, directory: str, entries: Mapping[str, FileEntry], moves: Mapping[tuple[str, int], list[_Move]]
+) -> list[str]:
+    buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for _ in range(_NUM_READERS):
+        buffers.put(torch.empty(BLOCK_BYTES if moves else 0, dtype=torch.uint8))
+
+    def fetch(path: str, number: int) -> None:
+        buffer = buffers.get()
+        try:
+            block = buffer[: _block_bytes(entries[path], number)]
+            _read_block(storage, directory, entries[path], number, bytes_view(block))
+            for move in moves[path, number]:
+                move.target.copy_(block[move.begin : move.begin + move.target.numel()])
+        finally:
+            buffers.put(buffer)
+
+    faults: dict[str, str] = {}
+    with ThreadPoolExecutor(_NUM_READERS) as pool, torch.no_grad():
+        for (path, _), future in [(place, pool.submit(fetch, *place)) for place in sorted(moves)]:
+            try:
+                future.result()
+            except DamagedError as error:
+                faults.setdefault(path, error.message)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return sorted(faults.values())
 
 
 def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
@@ -318,9 +288,9 @@ def read_tensors(
     if weights_only:
         entries = [entry for entry in entries if not entry.path.startswith(STATE_DIR)]
     index = merge(read_index(storage, directory, entry) for entry in entries)
-    boxes = {name: Box.whole(parts[0].shape) for name, parts in index.items()}
-    tensors: dict[str, torch.Tensor] = {}
-    if faults := read_boxes(storage, directory, manifest, index, boxes, tensors):
+    tensors = {name: torch.empty(parts[0].shape, dtype=parts[0].spec.dtype) for name, parts in index.items()}
+    targets = {name: (Box.whole(tuple(tensor.shape)), tensor) for name, tensor in tensors.items()}
+    if faults := read_boxes(storage, directory, manifest, index, targets):
         raise DamagedError("; ".join(faults))
     return tensors
 

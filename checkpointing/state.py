@@ -39,7 +39,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
 
     Args:
         model: The model, wrapped or not.
-        optimizer: Its optimizer, which may keep the tensors.
+        optimizer: Its optimizer, which keeps the tensors as they are.
         tensors: State by name; of a sharded parameter's, this rank's part.
 
     Raises:
@@ -54,7 +54,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
             raise ConfigError(f"the checkpoint holds optimizer state for {name}, which the model does not have")
         parameter = parameters[name]
         on_host = key == "step" and id(parameter) not in fused
-        placed = tensor.detach().clone().to("cpu" if on_host else parameter.device)
+        placed = tensor.detach().to("cpu" if on_host else parameter.device)
         is_part = isinstance(parameter, DTensor) and tensor.shape == parameter.to_local().shape and tensor.ndim > 0
         optimizer.state[parameter][key] = like(parameter, placed) if is_part else placed
 

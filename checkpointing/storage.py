@@ -195,6 +195,8 @@ class LocalStorage:
         target = self.path(path)
         with _explained("delete", target):
             target.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                _sync(target.parent)  # so that deletions become durable in their order
             for parent in target.parents:
                 if parent == self._root or not parent.is_relative_to(self._root):
                     break

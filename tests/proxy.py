@@ -1,0 +1,115 @@
+"""A proxy on loopback that misbehaves on purpose, between an S3 client and a real S3 server."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+
+class Mischief(Enum):
+    """What happens to a request."""
+
+    THROTTLE = "503 SlowDown, and the store never hears of it"
+    LOSE_ANSWER = "the store does it, and the connection breaks before the answer"
+    BREAK = "the connection breaks, and the store never hears of it"
+
+
+@dataclass
+class Proxy:
+    """Rules: the next `count` requests of a method whose path contains `word` meet with `mischief`."""
+
+    rules: list[tuple[str, str, Mischief]] = field(default_factory=list)
+    met: list[tuple[str, str]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, method: str, word: str, mischief: Mischief, count: int = 1) -> None:
+        self.rules += [(method, word, mischief)] * count
+
+    def judge(self, method: str, path: str) -> Mischief | None:
+        with self.lock:
+            for number, (wanted, word, mischief) in enumerate(self.rules):
+                if method == wanted and word in path:
+                    del self.rules[number]
+                    self.met.append((method, path))
+                    return mischief
+        return None
+
+
+@contextmanager
+def proxy_to(endpoint: str) -> Iterator[tuple[Proxy, str]]:
+    """A proxy to `endpoint`, and its own URL."""
+    proxy, place = Proxy(), urlsplit(endpoint)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _pass_on(self) -> None:
+            body = self._body()
+            mischief = proxy.judge(self.command, self.path)
+            if mischief is Mischief.THROTTLE:
+                self._answer(503, b"<Error><Code>SlowDown</Code><Message>slower, please</Message></Error>", {})
+                return
+            if mischief is Mischief.BREAK:
+                self._hang_up()
+                return
+            onward = http.client.HTTPConnection(place.hostname or "", place.port or 80, timeout=30)
+            headers = {key: value for key, value in self.headers.items() if key.lower() != "transfer-encoding"}
+            headers["Content-Length"] = str(len(body))
+            onward.request(self.command, self.path, body, headers)
+            answer = onward.getresponse()
+            data = answer.read()
+            onward.close()
+            if mischief is Mischief.LOSE_ANSWER:
+                self._hang_up()
+                return
+            self._answer(answer.status, data, dict(answer.getheaders()))
+
+        def _body(self) -> bytes:
+            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass
+            return b"".join(parts)
+
+        def _answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+            self.send_response_only(status)
+            length = headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data))
+            skipped = ("content-length", "transfer-encoding", "connection")
+            for key, value in headers.items():
+                if key.lower() not in skipped:
+                    self.send_header(key, value)
+            self.send_header("Content-Length", length)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def _hang_up(self) -> None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield proxy, f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
