@@ -16,6 +16,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 Key = int  #: an attempt's place in the total order of claims: _NUMBER times its number, plus its nonce
@@ -369,7 +370,7 @@ def _new_keys(world: World) -> list[Key]:
     number = (world.claims[-1] if world.claims else 0) // _NUMBER + 1
     racing = [me.key for me in world.attempts if me.key // _NUMBER == number]
     edges = [number * _NUMBER, *racing, (number + 1) * _NUMBER]
-    return [(low + high) // 2 for low, high in zip(edges, edges[1:], strict=False)]
+    return [(low + high) // 2 for low, high in pairwise(edges)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The protocol holds in every order of its operations, each of its rules is needed, and the product follows the model."""
+"""The protocol holds in every order of its operations, needs each of its rules, and is what the product does."""
 
 from __future__ import annotations
 
