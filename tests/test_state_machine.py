@@ -228,6 +228,7 @@ class Attempts(RuleBasedStateMachine):
             assert record.exists()
             if point is Point.AFTER_RETENTION:
                 self._acknowledged(worker)
+        faults.arm([], 0)
         self.workers.remove(worker)
 
     @precondition(lambda self: self.workers and self.workers[-1].num_acknowledged)

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pytest
 
@@ -24,9 +24,10 @@ import outlast.checkpointing.storage as storage_module
 from outlast.checkpointing import objects
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.layout import CheckpointRef, attempt_dir, parse_checkpoint
+from outlast.checkpointing.layout import CheckpointRef, attempt_dir, checkpoint_dir, parse_checkpoint
 from outlast.checkpointing.lineage import catalogue, list_attempts
 from outlast.checkpointing.objects import ObjectStorage
+from outlast.checkpointing.reader import verify
 from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import Buffer, Entry, LocalStorage, Storage, read_bytes, walk
 from tests.s3 import s3_server
@@ -146,6 +147,8 @@ def go_through(storage: Storage, written: Written, plan: Plan) -> Attempt:
     if plan.lasting and plan.verb in ("write", "list"):
         assert struck.error is not None, "it went on without its storage"
 
+    for item in catalogue(storage, "run").accepted[:2]:
+        assert verify(storage, checkpoint_dir("run", item.ref), item) == []
     heir = Attempt(struck.written).run(storage, "heir", saves=2)
     assert heir.error is None
     assert heir.began >= max(struck.acknowledged, 2), "an acknowledged commit is lost"
@@ -187,14 +190,18 @@ def number_of_operations(healthy: tuple[Path, Written], folder: Path) -> Counter
 # -- a local disk ------------------------------------------------------------------------------------------------------
 
 VERBS = ("write", "read", "list", "delete")
-CASES = [
-    *((verb, trouble, False) for verb in VERBS for trouble in Trouble),
-    *((verb, trouble, True) for verb in VERBS for trouble in (Trouble.FULL, Trouble.IO_ERROR)),
-]
+FAST = [(verb, trouble, False) for verb in VERBS for trouble in (Trouble.IO_ERROR, Trouble.TIMED_OUT)]
+FAST.append(("write", Trouble.FULL, True))
+ALL = [(verb, trouble, lasting) for verb in VERBS for trouble in Trouble for lasting in (False, True)]
 
 
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["some", "all"])
-@pytest.mark.parametrize(("verb", "trouble", "lasting"), CASES, ids=str)
+def named(cases: list[tuple[str, Trouble, bool]], full: bool) -> list[Any]:
+    words = {case: f"{case[0]}-{case[1].name}{'-for-good' if case[2] else ''}" for case in cases}
+    marks = [pytest.mark.faults] if full else []
+    return [pytest.param(*case, full, id=word + ("-all" if full else ""), marks=marks) for case, word in words.items()]
+
+
+@pytest.mark.parametrize(("verb", "trouble", "lasting", "full"), [*named(FAST, False), *named(ALL, True)])
 def test_trouble_at_any_operation_costs_nothing_acknowledged(
     verb: str,
     trouble: Trouble,
@@ -206,7 +213,8 @@ def test_trouble_at_any_operation_costs_nothing_acknowledged(
     count = number_of_operations(healthy, tmp_path / "counted")[verb]
     assert count > 5
     ended = Counter[str]()
-    for ordinal in range(0, count, 1 if full else count // 3):
+    few = {*range(0, count, count // 3), *range(count - 6, count)}  # here and there, and through the last save
+    for ordinal in range(count) if full else sorted(few):
         folder = tmp_path / str(ordinal)
         shutil.copytree(healthy[0], folder)
         plan = Plan(verb, ordinal, trouble, lasting)
