@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import time
 from pathlib import Path
 
-import psutil
 import torch
 import xxhash
 from torch import nn
@@ -23,7 +23,7 @@ class Training:
     """A stack of square linear layers under AdamW: 12 bytes of state a parameter, `LAYERS * width**2` of them.
 
     Attributes:
-        state: Weights and moments by name; the model's and the optimizer's own tensors, not copies.
+        state: Weights and moments, sorted by name; the model's and the optimizer's own tensors, not copies.
     """
 
     def __init__(self, width: int, *, batch: int = 64) -> None:
@@ -35,7 +35,7 @@ class Training:
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
-        return {**named_weights(self.model), **optimizer_tensors(self.model, self.optimizer)}
+        return dict(sorted({**named_weights(self.model), **optimizer_tensors(self.model, self.optimizer)}.items()))
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +58,7 @@ class Training:
     def digest(self) -> str:
         """Of every tensor's name, dtype, shape and bytes."""
         whole = xxhash.xxh3_128()
-        for name, tensor in sorted(self.state.items()):
+        for name, tensor in self.state.items():
             whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             whole.update(tensor_bytes(tensor))
         return whole.hexdigest()
@@ -126,10 +126,10 @@ class Memory:
         return own[field] + sum(child[field] - child["RssShmem"] for child in children)
 
 
-def _status(pid: int) -> dict[str, int]:
+def _status(pid: int | None) -> dict[str, int]:
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[-1] == "kB"}
 
 
-def _family() -> list[int]:
-    return [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+def _family() -> list[int | None]:
+    return [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
