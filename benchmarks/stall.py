@@ -12,8 +12,9 @@ own, with memcpy and the raw disk measured again in there. What the columns say:
                        waited in its pre-hooks; over the median copy of the same bytes into kept buffers. Saves never
                        overlap, so nobody waits for the one before
 `main_cpu_over_memcpy` CPU seconds of the main thread in those two
-`slowdown_s`           how much longer than the plain step before it the step after the save took, the wait excluded:
-                       what the work in the background takes from training
+`step_s`               the plain step
+`slowdown_s`           how much longer than that the step after the save took, the wait excluded: what the work in the
+                       background takes from training
 `commit_s`             from the call until the checkpoint is durable: fsync of every file and directory it wrote, by us
                        where the competitor calls none; that one step is in it for those that write in the background
 `load_s`               into model and optimizer, the library's own way. Outlast's load verifies every byte, no other
@@ -71,6 +72,7 @@ def once(peer: Peer, step: int, training: Training, twin: Training) -> Sample:
     return {
         "blocked_s": returned - began + fence_s,
         "main_cpu_s": cpu_returned - cpu_began + fence_cpu_s,
+        "step_s": plain_s,
         "slowdown_s": step_s - fence_s - plain_s,
         "commit_s": committed - began,
         "load_s": loaded - loading,
@@ -110,12 +112,11 @@ def compete(peers: Sequence[Peer], rounds: int, width: int, folder: Path) -> lis
 def row(name: str, samples: Sequence[Sample], memcpy_s: float, raw: Sample) -> dict[str, Any]:
     """One competitor's medians, each with its quartiles."""
     first, *later = samples
+    keys = ("step_s", "slowdown_s", "commit_s", "load_s")
     values = {
         "blocked_over_memcpy": [sample["blocked_s"] / memcpy_s for sample in later],
         "main_cpu_over_memcpy": [sample["main_cpu_s"] / memcpy_s for sample in later],
-        "slowdown_s": [sample["slowdown_s"] for sample in later],
-        "commit_s": [sample["commit_s"] for sample in later],
-        "load_s": [sample["load_s"] for sample in later],
+        **{key: [sample[key] for sample in later] for key in keys},
     }
     result: dict[str, Any] = {"name": name}
     for key, found in values.items():
