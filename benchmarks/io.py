@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import boto3
 import torch
 from torch import nn
 
 from benchmarks.training import drop_cache, sync
-from outlast.checkpointing import layout, lineage
+from outlast.checkpointing import checkpointer, layout, lineage
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.journal import COMMITS, Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
@@ -90,13 +91,13 @@ def local(folder: Path, num_mib: int, rounds: int) -> list[dict[str, Any]]:
     def once(run: str) -> dict[str, float]:
         seconds: dict[str, float] = {}
         entries: list[FileEntry] = []
-        checkpointer = Checkpointer(storage, run)
-        checkpointer.resume(model)
+        saver = Checkpointer(storage, run)
+        saver.resume(model)
         made.mkdir()
         works: dict[str, Work] = {
             "raw write": lambda: raw_write(made / "raw", bytes_view(data)),
             "write": lambda: entries.append(write_file(storage, "files", "ours", [bytes_view(data)])),
-            "commit": lambda: checkpointer.save(1, model, None, {}),
+            "commit": lambda: saver.save(1, model, None, {}),
             "raw read": lambda: raw_read(made / "raw", into),
             "read": lambda: read_verified(storage, "files", entries[0]),
             "load": lambda: Checkpointer(storage, run).resume(model),
@@ -157,11 +158,13 @@ class ManyRanks(Ranks):
 def growth_by_ranks(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """A commit by rank 0 whose manifest names the files of 1,024 ranks."""
     storage, model = LocalStorage(folder), nn.Linear(8, 8)
-    alone, many = Checkpointer(storage, "alone"), Checkpointer(storage, "many", ranks=ManyRanks())
+    alone = Checkpointer(storage, "alone")
+    with patch.object(checkpointer, "Ranks", ManyRanks):
+        many = Checkpointer(storage, "many")
     commits: dict[str, list[float]] = {"one rank": [], "1,024 ranks × 8 files": []}
     for step in range(rounds + 1):
-        for checkpointer, found in zip((alone, many), commits.values(), strict=True):
-            found.append(timed(partial(checkpointer.save, step, model, None, {})))
+        for saver, found in zip((alone, many), commits.values(), strict=True):
+            found.append(timed(partial(saver.save, step, model, None, {})))
     path = folder / layout.checkpoint_dir("many", CheckpointRef(rounds, many.attempt)) / layout.MANIFEST
     data = path.read_bytes()
     assert len(Manifest.parse(data).files) > NUM_RANKS * (FILES_PER_RANK - 1)
