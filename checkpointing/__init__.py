@@ -23,7 +23,9 @@ _HOME = {
     "StorageError": "errors",
     "StorageRefused": "errors",
     "catalogue": "lineage",
+    "newest_sealed": "seal",
     "open_storage": "storage",
+    "seal": "seal",
     "verify": "reader",
 }
 

@@ -4,40 +4,45 @@
     state = checkpointer.resume(model, optimizer)            # None on a fresh start
     for step in range(state["step"] if state else 0, 1000):
         ...
-        if not checkpointer.save(step + 1, model, optimizer, {"step": step + 1}):
+        if not checkpointer.async_save(step + 1, model, optimizer, {"step": step + 1}):
             break                                            # superseded: somebody newer carries on
+    checkpointer.wait()                                      # for the commit in flight
 
 Every rank calls every method, in the same order. A checkpoint is a directory of the attempt that wrote it; the manifest
-is written last, by rank 0, after every rank's files are durable. A save returns True only when the commit is
-acknowledged: durable, and mine still the highest claim. Nothing may be deleted by an attempt that is not sure of that.
+is written last, by rank 0, after every rank's files are durable. `save` returns True only when the commit is
+acknowledged: durable, and mine still the highest claim. `async_save` returns at once: the state is copied to the host
+while the next step computes its gradients, and written in the background, one save at a time.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
 
 from outlast.checkpointing import layout, lineage
-from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, OutlastError, StorageError
+from outlast.checkpointing.committer import Committer
+from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
 from outlast.checkpointing.faults import Point, reach
-from outlast.checkpointing.journal import COMMITS, Journal
+from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.manifest import FileEntry, Manifest
+from outlast.checkpointing.manifest import Manifest
 from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.reader import check_listing, read_tensors, read_verified
-from outlast.checkpointing.retention import Kept, Retention
-from outlast.checkpointing.safetensors import tensor_bytes
-from outlast.checkpointing.state import deal, load_optimizer, optimizer_tensors
-from outlast.checkpointing.storage import Storage, patiently, walk
-from outlast.checkpointing.weights import load_weights, named_weights
-from outlast.checkpointing.writer import write_file, write_tensors
-
-T = TypeVar("T")
+from outlast.checkpointing.reader import Index, check_listing, merge, read_boxes, read_index, read_verified
+from outlast.checkpointing.retention import Retention
+from outlast.checkpointing.safetensors import Spec, tensor_bytes
+from outlast.checkpointing.shards import Part, part_of
+from outlast.checkpointing.snapshot import Copy, Snapshot
+from outlast.checkpointing.state import boxes_of_state, deal, load_optimizer, optimizer_tensors
+from outlast.checkpointing.storage import Storage, patiently
+from outlast.checkpointing.weights import check_weights, load_weights, named_weights, parameter_names
+from outlast.checkpointing.writer import Share, write_file
 
 
 class Checkpointer:
@@ -57,8 +62,10 @@ class Checkpointer:
         notes: What else the claim says, for people. JSON.
         files: The attribute of that name, such as `config.json` and the tokenizer, by name.
         retention: What to keep.
+        max_shard_bytes: Weights beyond so many bytes go on in another file, with an index, as transformers reads them.
 
     Attributes:
+        last_save: Of the last save that ended: seconds that training waited for it, and seconds until its commit.
         files: Small files that belong into every checkpoint; may be replaced until the first save.
         declaration: What every manifest says of the run; may be replaced until the first save.
         superseded: True when another launch has taken over.
@@ -82,28 +89,31 @@ class Checkpointer:
         notes: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
         retention: Retention | None = None,
+        max_shard_bytes: int = 50 * 10**9,
     ) -> None:
         self.ranks = ranks or Ranks()
         self.run = layout.check_run_name(run)
         self.storage = storage
         self._launch = launch
         self.files = dict(files or {})
-        self._retention = retention or Retention()
-        self._num_acknowledged = 0
+        self._max_shard_bytes = max_shard_bytes
         self.journal: Journal | None = None
         self.listener: Callable[[dict[str, Any]], None] = lambda event: None
         self.declaration = dict(declaration or {})
-        claimed = self._from_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
+        claimed = self.ranks.from_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
         self.superseded = claimed is None
         if claimed is None:
             return
         self.attempt, self.catalogue = claimed
-        self._directory = layout.attempt_dir(run, self.attempt)
-        self._commits: list[Manifest] = []
-        self._lineage: list[Manifest] = []
+        self._flight: _Flight | None = None
+        self.last_save: tuple[float, float] | None = None
+        self._snapshot = Snapshot()
         if self.ranks.rank == 0:
-            self.journal = Journal(storage, self._directory, 0)
-            self._commit_journal = Journal(storage, self._directory, 0, stream=COMMITS, flush_s=0)
+            self.journal = Journal(storage, layout.attempt_dir(run, self.attempt), 0)
+        background = Ranks()  # a group of its own, so that commits in flight and the step loop never wait in one queue
+        self._committer = Committer(
+            storage, run, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
+        )
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
@@ -131,20 +141,11 @@ class Checkpointer:
         """
         rejected = list(self.catalogue.rejected)
         for index, manifest in enumerate(self.catalogue.accepted):
-            content, faults = self._read(manifest)
-            if content is None:
+            state, faults = self._load(manifest, model, optimizer)
+            if state is None:
                 rejected.append(lineage.Rejected(manifest.ref, tuple(faults)))
                 continue
-            weights, moments, state = content
-            if optimizer is not None and not any(_is_optimizer_shard(entry) for entry in manifest.files):
-                raise ConfigError(
-                    f"{manifest.ref} was saved without an optimizer; going on with an empty one would be another run",
-                    hint="resume without an optimizer, or start a new run",
-                )
-            load_weights(model, weights)
-            if optimizer is not None:
-                load_optimizer(model, optimizer, moments)
-            self._lineage = list(self.catalogue.accepted[index:])
+            self._committer.lineage = list(self.catalogue.accepted[index:])
             self._tell("resume", step=manifest.ref.step, source=str(manifest.ref), rejected=_as_json(rejected))
             return state
         if rejected:
@@ -153,42 +154,60 @@ class Checkpointer:
             self._tell("start")
         return None
 
-    def _read(
-        self, manifest: Manifest
-    ) -> tuple[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]] | None, list[str]]:
-        """The checkpoint's content if every rank found it whole, else None and what was wrong, by rank."""
+    def _load(
+        self, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Loads the checkpoint if every rank finds it whole, and returns its loop state; else None and what was wrong.
+
+        Each rank reads what it needs, and together they read every byte.
+        """
         directory = layout.checkpoint_dir(self.run, manifest.ref)
-        weights: dict[str, torch.Tensor] = {}
-        moments: dict[str, torch.Tensor] = {}
-        state: dict[str, Any] = {}
-        faults: list[str] = []
-        failure: StorageError | None = None
+        seen = self.ranks.everybody(lambda: self._read_headers(directory, manifest))
+        if faults := _merged(lines for _, lines in seen):
+            return None, faults
+        indexes = [mine for mine, _ in seen]
+        weights = merge(index for mine in indexes for path, index in mine.items() if not _is_state(path))
+        moments = merge(index for mine in indexes for path, index in mine.items() if _is_state(path))
+        check_weights(model, {name: Spec(parts[0].spec.dtype, parts[0].shape) for name, parts in weights.items()})
+        if optimizer is not None and not any(_is_state(entry.path) for entry in manifest.files):
+            raise ConfigError(
+                f"{manifest.ref} was saved without an optimizer; going on with an empty one would be another run",
+                hint="resume without an optimizer, or start a new run",
+            )
+        boxes = {name: part_of(tensor).box for name, tensor in named_weights(model).items()}
+        boxes |= boxes_of_state(model, {name: parts[0].shape for name, parts in moments.items()})
+        tensors: dict[str, torch.Tensor] = {}
+        index = {**weights, **moments}
+        if faults := _merged(
+            self.ranks.everybody(lambda: read_boxes(self.storage, directory, manifest, index, boxes, tensors))
+        ):
+            return None, faults
+        load_weights(model, {name: tensors[name] for name in weights})
+        if optimizer is not None:
+            load_optimizer(model, optimizer, {name: tensors[name] for name in moments})
+        entry = next(entry for entry in manifest.files if entry.path == layout.LOOP_STATE)
+        state: dict[str, Any] = json.loads(read_verified(self.storage, directory, entry).numpy().tobytes())
+        return state, []
+
+    def _read_headers(self, directory: str, manifest: Manifest) -> tuple[dict[str, Index], list[str]]:
+        """This rank's share of the files' headers, by path. Rank 0 also looks at everything that holds no tensors."""
+        rank, size = self.ranks.rank, self.ranks.size
+        faults = check_listing(self.storage, directory, manifest) if rank == 0 else []
+        indexes: dict[str, Index] = {}
         try:
-            if self.ranks.rank == 0:
-                faults += check_listing(self.storage, directory, manifest)
-            for entry in manifest.files if not faults else ():
-                if _is_optimizer_shard(entry):
-                    moments.update(read_tensors(self.storage, directory, entry))
-                elif entry.path.endswith(".safetensors"):
-                    weights.update(read_tensors(self.storage, directory, entry))
-                elif entry.path == layout.LOOP_STATE:
-                    state = json.loads(read_verified(self.storage, directory, entry).numpy().tobytes())
-                elif self.ranks.rank == 0:
+            for number, entry in enumerate(manifest.files if not faults else ()):
+                if entry.path.endswith(".safetensors"):
+                    if number % size == rank:
+                        indexes[entry.path] = read_index(self.storage, directory, entry)
+                elif rank == 0:
                     read_verified(self.storage, directory, entry)
         except DamagedError as error:
             faults.append(error.message)
-        except StorageError as error:
-            failure = error
-        seen = self.ranks.gather((faults, failure))
-        for _, other in seen:
-            if other is not None:
-                raise other
-        merged = sorted({line for lines, _ in seen for line in lines})
-        return ((weights, moments, state) if not merged else None), merged
+        return indexes, faults
 
     def _refuse(self, rejected: list[lineage.Rejected]) -> None:
         """Says that nothing whole is left, unless somebody newer has taken over meanwhile."""
-        if self._from_rank_0(lambda: lineage.higher_claim(self.storage, self.run, self.attempt)):
+        if self.ranks.from_rank_0(lambda: lineage.higher_claim(self.storage, self.run, self.attempt)):
             self.superseded = True
             return
         self._tell("no-checkpoint", rejected=_as_json(rejected))
@@ -212,7 +231,7 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> bool:
-        """Commits the state after `step` steps.
+        """Commits the state after `step` steps, and waits for it. A save in flight is waited for first.
 
         Args:
             step: Steps done; each step is saved once in an attempt.
@@ -228,111 +247,135 @@ class Checkpointer:
         Raises:
             StorageError: A rank could not write. Earlier checkpoints are untouched.
         """
-        assert not any(item.ref.step == step for item in self._commits), f"step {step} is committed already"
+        if not self.wait():
+            return False
         began = time.monotonic()
         reach(Point.BEFORE_SNAPSHOT, step)
-        ref = CheckpointRef(step, self.attempt)
-        small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(state)}
-        share = self._all_ranks(lambda: self._write_share(ref, model, optimizer, small))
-        reach(Point.BEFORE_MANIFEST, step)
-        entries = tuple(sorted((entry for entries in share for entry in entries), key=lambda entry: entry.path))
-        manifest = Manifest(
-            ref=ref,
-            lineage=tuple(item.ref for item in self._lineage),
-            files=entries,
-            world_size=self.ranks.size,
-            metrics=dict(metrics or {}),
-            committed_at=time.time(),
-            launch=self._launch,
-            extra={"declaration": self.declaration},
-        )
-        acknowledged = self._from_rank_0(lambda: self._commit(manifest, began))
-        if self.ranks.rank:
-            reach(Point.AFTER_MANIFEST, step)
-        if not acknowledged:
-            self.superseded = True
-            return False
-        self._commits.append(manifest)
-        self._num_acknowledged += 1
-        if self._num_acknowledged >= 2:
-            self._commits, self._lineage = self._from_rank_0(self._retain)
-        reach(Point.AFTER_RETENTION, step)
-        return True
+        share, _ = self._share(step, model, optimizer, state, files)
+        self.superseded = not self._committer.commit(share, metrics or {}, self.declaration, began)
+        seconds = time.monotonic() - began
+        self._note_costs(step, seconds, seconds)
+        return not self.superseded
 
-    def _write_share(
-        self, ref: CheckpointRef, model: nn.Module, optimizer: torch.optim.Optimizer | None, small: Mapping[str, bytes]
-    ) -> list[FileEntry]:
-        directory, rank, size = layout.checkpoint_dir(self.run, ref), self.ranks.rank, self.ranks.size
-        entries: list[FileEntry] = []
-        if rank == 0:
-            entries.append(write_tensors(self.storage, directory, layout.WEIGHTS, named_weights(model), ref.step))
-            entries += [write_file(self.storage, directory, name, [data]) for name, data in small.items()]
-        if optimizer is not None:
-            moments = optimizer_tensors(model, optimizer)
-            mine = {name: moments[name] for name in deal(moments, size)[rank]}
-            name = layout.optimizer_shard(rank, size)
-            entries.append(write_tensors(self.storage, directory, name, mine, ref.step))
-        return entries
+    def async_save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        lazy: bool = True,
+    ) -> bool:
+        """Begins to save the state after `step` steps, and returns. Skipped, with an event, while another is in flight.
 
-    def _commit(self, manifest: Manifest, began: float) -> bool:
-        """Rank 0: the commit, then the acknowledgement. False when superseded; then nothing may be deleted."""
-        ref, data = manifest.ref, manifest.to_json()
-        self.flush()  # what led to a commit is told before it
-        self.storage.put(f"{layout.checkpoint_dir(self.run, ref)}/{layout.MANIFEST}", [data])
-        reach(Point.AFTER_MANIFEST, ref.step)
-        if higher := lineage.higher_claim(self.storage, self.run, self.attempt):
-            self._tell("superseded", step=ref.step, by=str(higher))
-            self.flush()
-            return False
-        digest = json.loads(data)["digest"]
-        self._commit_journal.event("commit", step=ref.step, digest=digest, num_bytes=manifest.num_bytes)
-        seconds = round(time.monotonic() - began, 4)
-        self._tell("commit", step=ref.step, digest=digest, num_bytes=manifest.num_bytes, seconds=seconds)
-        self.flush()
-        return True
+        Args:
+            step: As in `save`, as are the others.
+            model: The model, wrapped or not.
+            optimizer: Its optimizer, or None.
+            state: The loop state.
+            metrics: What is known of the model at this step.
+            files: Small files for this checkpoint alone.
+            lazy: Copy the state while the next forward and backward pass run; the next optimizer step, of whatever
+                optimizer, waits until the copy is done. For loops that change weights in another way between steps,
+                False copies before this returns.
 
-    # -- keeping -------------------------------------------------------------------------------------------------------
+        Returns:
+            True to go on, False when the save before this one found that the attempt is superseded.
 
-    def _retain(self) -> tuple[list[Manifest], list[Manifest]]:
-        """Rank 0, after the second acknowledged commit: deletes what nothing keeps. Returns what is left of both.
-
-        Deletable are my own commits and my lineage as far as the policy lets them go, and in lower attempts whatever
-        lies outside my lineage: torn, disowned or rejected. Never anything in a higher attempt.
+        Raises:
+            StorageError: The save before this one failed.
+            ConfigError: The host has no room for the copy.
         """
-        accepted = [*self._commits, *self._lineage]
-        keep = self._retention.keep([Kept(item.ref, item.metrics) for item in accepted])
-        for manifest in [item for item in accepted if item.ref not in keep]:
-            self._delete(manifest.ref)
-        mine = [item for item in self._commits if item.ref in keep]
-        left = [item for item in self._lineage if item.ref in keep]
-        if self._num_acknowledged == 2:
-            for ref in self._strays({item.ref for item in left}):
-                self._delete(ref)
-        return mine, left
+        flights = self.ranks.gather(self._flight.state if self._flight else _FlightState.ACKNOWLEDGED)
+        if self._flight and _FlightState.IN_FLIGHT in flights and _FlightState.TROUBLED not in flights:
+            self._tell("save-skipped", step=step, in_flight=self._flight.step)
+            return True
+        if not self.wait():
+            return False
+        began = time.monotonic()
+        reach(Point.BEFORE_SNAPSHOT, step)
+        share, changing = self._share(step, model, optimizer, state, files)
+        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts))
+        copy = self._snapshot.take(share.parts, now=changing if lazy and optimizer is not None else share.parts)
+        self._flight = _Flight(step, copy, began, lambda: self._write(share, copy, metrics or {}, began))
+        self._flight.blocked_s = time.monotonic() - began
+        return True
 
-    def _strays(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
-        for attempt in lineage.list_attempts(self.storage, self.run):
-            if attempt >= self.attempt:
-                return
-            for entry in self.storage.list(layout.attempt_dir(self.run, attempt)):
-                step = layout.parse_checkpoint(entry.name) if entry.num_bytes is None else None
-                if step is not None and CheckpointRef(step, attempt) not in kept:
-                    yield CheckpointRef(step, attempt)
+    def _write(self, share: Share, copy: Copy, metrics: Mapping[str, float], began: float) -> bool:
+        """In the background: the rest of the copy, and the commit."""
+        copy.run()
+        reach(Point.AFTER_SNAPSHOT, share.step)
+        return self._committer.commit(share.on_host(copy.parts), metrics, self.declaration, began)
 
-    def _delete(self, ref: CheckpointRef) -> None:
-        directory = layout.checkpoint_dir(self.run, ref)
-        self._commit_journal.event("delete", step=ref.step, attempt=str(ref.attempt))
-        self._tell("delete", step=ref.step, attempt=str(ref.attempt))
-        self.storage.delete(f"{directory}/{layout.MANIFEST}")
-        for entry in list(walk(self.storage, directory)):
-            self.storage.delete(f"{directory}/{entry.name}")
+    @property
+    def is_busy(self) -> bool:
+        """True while this rank has a save in flight."""
+        return self._flight is not None and self._flight.state is _FlightState.IN_FLIGHT
+
+    @property
+    def is_troubled(self) -> bool:
+        """True when the save in flight has failed or found itself superseded on this rank: time to `wait`."""
+        return self._flight is not None and self._flight.state is _FlightState.TROUBLED
+
+    def wait(self) -> bool:
+        """Waits for the save in flight, if there is one. Raises its error; False when it was superseded."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return not self.superseded
+        try:
+            self.superseded = not flight.join()
+        except StorageError as error:
+            self._tell("save-failed", step=flight.step, error=error.message)
+            raise
+        self._note_costs(flight.step, flight.blocked_s + flight.copy.fenced_s, flight.seconds)
+        return not self.superseded
+
+    def _note_costs(self, step: int, blocked_s: float, commit_s: float) -> None:
+        self.last_save = (blocked_s, commit_s)
+        self._tell("save", step=step, blocked_s=round(blocked_s, 4), commit_s=round(commit_s, 4))
+
+    def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        """Allocates the host buffers of `async_save` ahead of the first one, best after the first optimizer step.
+
+        Raises:
+            ConfigError: They do not fit into a rank's memory.
+        """
+        share, _ = self._share(0, model, optimizer, {}, None)
+        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts))
+
+    def _share(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: Mapping[str, Any],
+        files: Mapping[str, bytes] | None,
+    ) -> tuple[Share, set[str]]:
+        """What this rank writes, made of the model's own tensors; and the names of what a forward pass changes."""
+        rank, size = self.ranks.rank, self.ranks.size
+        all_weights = named_weights(model)
+        weights = {name: part_of(tensor) for name, tensor in all_weights.items()}
+        weights = {name: part for name, part in weights.items() if rank == 0 or part.is_sharded}
+        moments: dict[str, Part] | None = None
+        if optimizer is not None:
+            found = {name: part_of(tensor) for name, tensor in optimizer_tensors(model, optimizer).items()}
+            whole = {name: part.tensor for name, part in found.items() if not part.is_sharded}
+            laden = sum(tensor.nbytes for tensor in all_weights.values() if not part_of(tensor).is_sharded)
+            mine = set(deal(whole, size, laden)[rank])
+            moments = {n: part for n, part in found.items() if n in mine or (part.is_sharded and not part.is_copy)}
+        small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(state)} if rank == 0 else {}
+        specs = {name: Spec.of(tensor) for name, tensor in all_weights.items()}
+        share = Share(step, specs, weights, moments, small, self._max_shard_bytes)
+        return share, weights.keys() - parameter_names(model)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
     @property
     def accepted(self) -> list[Manifest]:
         """This attempt's commits and its lineage, newest first."""
-        return sorted([*self._commits, *self._lineage], key=lambda item: item.ref, reverse=True)
+        return sorted([*self._committer.commits, *self._committer.lineage], key=lambda item: item.ref, reverse=True)
 
     def finish(self, source: CheckpointRef, final_step: int) -> str | None:
         """Copies the Hugging Face part of a committed checkpoint to `model/`, verified on the way, manifest last.
@@ -348,7 +391,9 @@ class Checkpointer:
             DamagedError: The source is no longer whole.
             StorageError: Reading or writing failed.
         """
-        return self._from_rank_0(lambda: self._publish(source, final_step))
+        if not self.wait():
+            return None
+        return self.ranks.from_rank_0(lambda: self._publish(source, final_step))
 
     def _publish(self, source: CheckpointRef, final_step: int) -> str | None:
         manifest = next(item for item in self.accepted if item.ref == source)
@@ -387,38 +432,55 @@ class Checkpointer:
             self.journal.event(kind, **fields)
             self.listener({"event": kind, **fields})
 
-    def _all_ranks(self, work: Callable[[], T]) -> list[T]:
-        """Everybody works, everybody learns every result; the first rank's error is raised by all."""
-        result: T | None = None
-        failure: OutlastError | None = None
+
+class _FlightState(Enum):
+    ACKNOWLEDGED = "acknowledged"
+    IN_FLIGHT = "in flight"
+    TROUBLED = "failed or superseded"
+
+
+class _Flight:
+    """One save in the background."""
+
+    def __init__(self, step: int, copy: Copy, began: float, work: Callable[[], bool]) -> None:
+        self.step, self.copy = step, copy
+        self.blocked_s = self.seconds = 0.0
+        self._began, self._work = began, work
+        self._acknowledged: bool | None = None
+        self._failure: BaseException | None = None
+        # A daemon, because a process whose peers are gone must be able to end.
+        self._thread = threading.Thread(target=self._run, name=f"save-{step}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
         try:
-            result = work()
-        except OutlastError as error:
-            failure = error
-        results = []
-        for rank, (item, other) in enumerate(self.ranks.gather((result, failure))):
-            if other is not None:
-                raise type(other)(f"rank {rank}: {other.message}", hint=other.hint) from failure
-            results.append(item)
-        return results  # type: ignore[return-value]
+            self._acknowledged = self._work()
+            self.seconds = time.monotonic() - self._began
+        except BaseException as error:  # noqa: BLE001 - raised again by `join`
+            self._failure = error
 
-    def _from_rank_0(self, work: Callable[[], T]) -> T:
-        """Rank 0 works, everybody gets its result, or raises its error."""
-        result: T | None = None
-        failure: OutlastError | None = None
-        if self.ranks.rank == 0:
-            try:
-                result = work()
-            except OutlastError as error:
-                failure = error
-        result, failure = self.ranks.broadcast((result, failure))
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[return-value]
+    @property
+    def state(self) -> _FlightState:
+        if self._thread.is_alive():
+            return _FlightState.IN_FLIGHT
+        return _FlightState.ACKNOWLEDGED if self._acknowledged else _FlightState.TROUBLED
+
+    def join(self) -> bool:
+        """Waits. True when acknowledged; raises what the thread raised."""
+        self._thread.join()
+        self.copy.close()
+        if self._failure is not None:
+            raise self._failure
+        return bool(self._acknowledged)
 
 
-def _is_optimizer_shard(entry: FileEntry) -> bool:
-    return entry.path.startswith(f"{layout.STATE_DIR}/optimizer-")
+def _merged(faults: Iterable[list[str]]) -> list[str]:
+    """Every rank's faults, each once."""
+    return sorted({line for lines in faults for line in lines})
+
+
+def _is_state(path: str) -> bool:
+    return path.startswith(f"{layout.STATE_DIR}/optimizer-")
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

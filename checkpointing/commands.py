@@ -6,12 +6,14 @@ still there afterwards and the run's owner is unchanged; else the look starts ov
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.layout import MANIFEST, AttemptId, checkpoint_dir, model_dir
-from outlast.checkpointing.lineage import Catalogue, catalogue, list_attempts, read_manifest
+from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
+from outlast.checkpointing.layout import MANIFEST, AttemptId, CheckpointRef, checkpoint_dir, model_dir
+from outlast.checkpointing.lineage import Catalogue, catalogue, list_attempts, list_pins, read_manifest
 from outlast.checkpointing.manifest import Manifest, ManifestError
 from outlast.checkpointing.retention import Kept, Retention
 from outlast.checkpointing.storage import Storage, patiently, read_bytes
@@ -32,6 +34,37 @@ class Verdict:
     faults: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint, or the finished model, that a user named: where it lies and what was committed there."""
+
+    storage: Storage
+    directory: str
+    manifest: Manifest
+
+    @property
+    def url(self) -> str:
+        return f"{self.storage.url}/{self.directory}"
+
+    @property
+    def run(self) -> str:
+        return self.directory.partition("/")[0]
+
+    @property
+    def declaration(self) -> Mapping[str, Any] | None:
+        """The settings that it was made with; the finished model's are those of the checkpoint that it was made from.
+        None when nothing tells.
+        """
+        manifest = self.manifest
+        if "declaration" not in manifest.extra:
+            try:
+                manifest = read_manifest(self.storage, self.run, manifest.ref)
+            except (FileNotFoundError, ManifestError):
+                return None
+        declared: Mapping[str, Any] | None = manifest.extra.get("declaration")
+        return declared
+
+
 def look(storage: Storage, run: str) -> Catalogue:
     """The run's catalogue.
 
@@ -49,10 +82,11 @@ def look(storage: Storage, run: str) -> Catalogue:
 
 def list_checkpoints(storage: Storage, run: str) -> list[dict[str, Any]]:
     """The accepted checkpoints, newest first. Raises as `look`."""
-    return [_row(storage, run, manifest) for manifest in look(storage, run).accepted]
+    accepted, pins = look(storage, run).accepted, list_pins(storage, run)
+    return [_row(storage, run, manifest, manifest.ref in pins) for manifest in accepted]
 
 
-def _row(storage: Storage, run: str, manifest: Manifest) -> dict[str, Any]:
+def _row(storage: Storage, run: str, manifest: Manifest, pinned: bool) -> dict[str, Any]:
     return {
         "step": manifest.ref.step,
         "path": f"{storage.url}/{checkpoint_dir(run, manifest.ref)}",
@@ -60,6 +94,7 @@ def _row(storage: Storage, run: str, manifest: Manifest) -> dict[str, Any]:
         "committed_at": manifest.committed_at,
         "bytes": manifest.num_bytes,
         "metrics": dict(manifest.metrics),
+        "pinned": pinned,
     }
 
 
@@ -69,9 +104,9 @@ def show_checkpoint(storage: Storage, run: str, step: int | None) -> dict[str, A
     Raises:
         NoCheckpointError: There is no such checkpoint.
     """
-    manifest = _pick(storage, run, step)
+    manifest = pick(storage, run, _which(step))
     return {
-        **_row(storage, run, manifest),
+        **_row(storage, run, manifest, manifest.ref in list_pins(storage, run)),
         "world_size": manifest.world_size,
         "launch": manifest.launch,
         "lineage": [str(ref) for ref in manifest.lineage],
@@ -79,36 +114,84 @@ def show_checkpoint(storage: Storage, run: str, step: int | None) -> dict[str, A
     }
 
 
-def _pick(storage: Storage, run: str, step: int | None) -> Manifest:
+def _which(step: int | None) -> str:
+    return "newest" if step is None else str(step)
+
+
+def pick(storage: Storage, run: str, which: str, retention: Retention | None = None) -> Manifest:
+    """The accepted checkpoint that `which` names: `newest`, `best`, a step, or step@attempt.
+
+    Raises:
+        ConfigError: `which` can name no checkpoint, or there is no such run.
+        NoCheckpointError: There is no such checkpoint.
+    """
+    retention = retention or Retention()
+    if which not in ("newest", "best") and not which.isdecimal() and CheckpointRef.parse(which) is None:
+        raise ConfigError(f"{which!r} names no checkpoint", hint="write newest, best, a step, or step@attempt")
     accepted = look(storage, run).accepted
+    if which == "best":
+        rated = retention.best([Kept(item.ref, item.metrics) for item in accepted])
+        if not rated:
+            raise NoCheckpointError(f"no checkpoint of run {run!r} carries {retention.metric!r}")
+        which = rated[0].ref.name
     for manifest in accepted:
-        if step in (None, manifest.ref.step):
+        if which in ("newest", str(manifest.ref.step), manifest.ref.name):
             return manifest
     steps = ", ".join(str(manifest.ref.step) for manifest in accepted) or "none"
-    wanted = "checkpoint" if step is None else f"checkpoint at step {step}"
+    wanted = "checkpoint" if which == "newest" else f"checkpoint {which}"
     raise NoCheckpointError(f"run {run!r} has no {wanted}; it has: {steps}")
 
 
+def find(storage: Storage, run: str, which: str, retention: Retention) -> Found:
+    """As `pick`, and `model` names the finished model.
+
+    Raises:
+        ConfigError: `which` can name nothing, or there is no such run.
+        NoCheckpointError: There is no such thing.
+    """
+    if which != "model":
+        manifest = pick(storage, run, which, retention)
+        return Found(storage, checkpoint_dir(run, manifest.ref), manifest)
+    look(storage, run)
+    for attempt in reversed(list_attempts(storage, run)):
+        directory = model_dir(run, attempt)
+        try:
+            return Found(storage, directory, Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}")))
+        except FileNotFoundError:
+            continue
+        except ManifestError as error:
+            raise DamagedError(f"{storage.url}/{directory}/{MANIFEST}: {error}") from error
+    raise NoCheckpointError(f"run {run!r} has no finished model yet", hint="run `outlast train` until it is done")
+
+
 def path_of(storage: Storage, run: str, which: str, retention: Retention) -> str:
-    """Where a checkpoint lies: `newest`, `best`, `model` (the finished one), or a step.
+    """Where a checkpoint lies: `newest`, `best`, `model` (the finished one), a step, or step@attempt.
 
     Raises:
         NoCheckpointError: There is no such thing.
     """
-    if which == "model":
-        for attempt in reversed(list_attempts(storage, run)):
-            if any(entry.name == MANIFEST for entry in storage.list(model_dir(run, attempt))):
-                return f"{storage.url}/{model_dir(run, attempt)}"
-        raise NoCheckpointError(f"run {run!r} has no finished model yet", hint="run `outlast train` until it is done")
-    if which == "best":
-        rated = retention.best([Kept(item.ref, item.metrics) for item in look(storage, run).accepted])
-        if not rated:
-            raise NoCheckpointError(f"no checkpoint of run {run!r} carries {retention.metric!r}")
-        return f"{storage.url}/{checkpoint_dir(run, rated[0].ref)}"
-    if which != "newest" and not which.isdecimal():
-        raise ConfigError(f"{which!r} names no checkpoint", hint="write newest, best, model or a step")
-    manifest = _pick(storage, run, None if which == "newest" else int(which))
-    return f"{storage.url}/{checkpoint_dir(run, manifest.ref)}"
+    return find(storage, run, which, retention).url
+
+
+@contextmanager
+def reading(found: Found) -> Iterator[None]:
+    """Around reads of a checkpoint's files: says where damage was found, or that the run deleted it meanwhile.
+
+    Raises:
+        DamagedError: As the reads raise it, with the checkpoint's place.
+        NoCheckpointError: The checkpoint has gone while it was read.
+    """
+    try:
+        yield
+    except DamagedError as error:
+        try:
+            read_bytes(found.storage, f"{found.directory}/{MANIFEST}")
+        except FileNotFoundError:
+            raise NoCheckpointError(
+                f"{found.url} was deleted while it was read", hint="choose a newer one, or pin it first"
+            ) from error
+        hint = f"outlast checkpoints verify {found.storage.url}/{found.run}"
+        raise DamagedError(f"{found.url}: {error.message}", hint=hint) from error
 
 
 def verify_run(storage: Storage, run: str, step: int | None = None) -> list[Verdict]:
@@ -134,7 +217,7 @@ def verify_run(storage: Storage, run: str, step: int | None = None) -> list[Verd
         if step is None and (model := find_model(storage, run)):
             verdicts.append(replace(model, path=f"{storage.url}/{model.path}"))
         if step is not None and not verdicts:
-            _pick(storage, run, step)
+            pick(storage, run, _which(step))
         return verdicts
     raise StorageError(f"run {run!r} is busy: it changed {_LOOKS} times while it was read", hint="try again later")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ class Point(Enum):
 
     STEP = "step"  #: after the gradients are in, before the weights change
     BEFORE_SNAPSHOT = "before-snapshot"
+    AFTER_SNAPSHOT = "after-snapshot"  #: of a save in the background
     WHILE_WRITING = "while-writing"
     BEFORE_MANIFEST = "before-manifest"
     AFTER_MANIFEST = "after-manifest"
@@ -32,6 +34,8 @@ class Action(Enum):
 
     EXCEPTION = "exception"
     SIGKILL = "sigkill"
+    HANG = "hang"  #: the thread never goes on
+    STOP = "stop"  #: SIGSTOP to the process; somebody else may send SIGCONT
 
 
 class InjectedFault(RuntimeError):
@@ -75,6 +79,11 @@ def reach(point: Point, step: int) -> None:
         if (fault.point, fault.step) == (point, step) and _record(fault):
             if fault.action is Action.SIGKILL:
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif fault.action is Action.HANG:
+                threading.Event().wait()
+            elif fault.action is Action.STOP:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                return
             raise InjectedFault(f"injected at {point.value}, step {step}, rank {fault.rank}")
 
 

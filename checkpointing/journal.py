@@ -79,6 +79,15 @@ class Journal:
                 self._segment, self._lines, self._num_bytes = self._segment + 1, [], 0
 
 
+def last_event_at(storage: Storage, directory: str) -> float | None:
+    """When the newest event of a directory happened, in seconds since the epoch; None if there is none.
+
+    Raises:
+        StorageError: A read failed.
+    """
+    return max((float(event["t"]) for event in read_events(storage, directory) if "t" in event), default=None)
+
+
 def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
     """The events of a directory, each rank's in the order written. Lines that are not JSON objects are passed over.
 

@@ -19,6 +19,7 @@ WEIGHTS = "model.safetensors"
 _RUN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _ATTEMPT = re.compile(r"(\d{4,})-([0-9a-f]{4,})")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
+_REF = re.compile(r"(0|[1-9]\d*)@(.+)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -48,6 +49,18 @@ class CheckpointRef:
     def __str__(self) -> str:
         return f"{self.attempt}/{checkpoint_name(self.step)}"
 
+    @property
+    def name(self) -> str:
+        """How a user names this checkpoint where the step alone could mean several: `200@0001-9f2c`."""
+        return f"{self.step}@{self.attempt}"
+
+    @classmethod
+    def parse(cls, name: str) -> CheckpointRef | None:
+        """The checkpoint that a `name` stands for, or None for any other text."""
+        match = _REF.fullmatch(name)
+        attempt = AttemptId.parse(match[2]) if match else None
+        return cls(int(match[1]), attempt) if match and attempt else None
+
 
 def check_run_name(name: str) -> str:
     """`name` itself if it can name a run.
@@ -72,6 +85,23 @@ def attempt_dir(run: str, attempt: AttemptId) -> str:
     return f"{run}/attempts/{attempt}"
 
 
+def pins_dir(run: str) -> str:
+    return f"{run}/pins"
+
+
+def pin_path(run: str, ref: CheckpointRef) -> str:
+    return f"{pins_dir(run)}/{ref.name}"
+
+
+def prunes_dir(run: str) -> str:
+    return f"{run}/prunes"
+
+
+def prune_dir(run: str, prune: str) -> str:
+    """The journal of one deletion from outside; nobody else writes there."""
+    return f"{prunes_dir(run)}/{prune}"
+
+
 def launch_dir(run: str, launch: str) -> str:
     return f"{run}/launches/{launch}"
 
@@ -92,6 +122,11 @@ def checkpoint_dir(run: str, ref: CheckpointRef) -> str:
 
 def model_dir(run: str, attempt: AttemptId) -> str:
     return f"{attempt_dir(run, attempt)}/model"
+
+
+def weights_shard(number: int, count: int) -> str:
+    """As transformers names the files of split weights; `number` counts from 0."""
+    return f"{WEIGHTS.removesuffix('.safetensors')}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def optimizer_shard(rank: int, world_size: int) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from outlast.checkpointing.journal import COMMITS, read_events
+from outlast.checkpointing.journal import COMMITS, Journal, read_events
 from outlast.checkpointing.layout import (
     CLAIM,
     MANIFEST,
@@ -33,6 +33,9 @@ from outlast.checkpointing.layout import (
     attempts_dir,
     checkpoint_dir,
     parse_checkpoint,
+    pins_dir,
+    prune_dir,
+    prunes_dir,
 )
 from outlast.checkpointing.manifest import Manifest, ManifestError
 from outlast.checkpointing.storage import Storage, read_bytes
@@ -194,7 +197,7 @@ def _read_manifests(
 
 def _lost(storage: Storage, run: str, missing: Sequence[CheckpointRef]) -> list[Rejected]:
     """Of the commits whose manifest is not there, those that nobody deleted."""
-    deleted = _deleted(storage, run) if missing else set()
+    deleted = deletions(storage, run) if missing else set()
     return [Rejected(ref, (_MISSING_MANIFEST,)) for ref in missing if ref not in deleted]
 
 
@@ -215,15 +218,67 @@ def _standing_commits(storage: Storage, directory: str) -> set[int]:
     return standing
 
 
-def _deleted(storage: Storage, run: str) -> set[CheckpointRef]:
-    """Every checkpoint that some attempt's journal says it deleted."""
-    gone: set[CheckpointRef] = set()
-    for attempt in list_attempts(storage, run):
-        for event in read_events(storage, attempt_dir(run, attempt), COMMITS):
-            target = AttemptId.parse(str(event.get("attempt")))
-            if event.get("event") == "delete" and target is not None and isinstance(event.get("step"), int):
-                gone.add(CheckpointRef(event["step"], target))
-    return gone
+def deletions(storage: Storage, run: str) -> set[CheckpointRef]:
+    """Every checkpoint that some attempt, or a prune from outside, says it deleted."""
+    return {
+        CheckpointRef(event["step"], target)
+        for directory in _journals(storage, run)
+        for event in read_events(storage, directory, COMMITS)
+        if event.get("event") == "delete" and isinstance(event.get("step"), int)
+        if (target := AttemptId.parse(str(event.get("attempt")))) is not None
+    }
+
+
+def _journals(storage: Storage, run: str) -> list[str]:
+    """The directories of all who may commit or delete: the attempts, and prunes from outside."""
+    prunes = [entry.name for entry in storage.list(prunes_dir(run)) if entry.num_bytes is None]
+    return [
+        *(attempt_dir(run, attempt) for attempt in list_attempts(storage, run)),
+        *(prune_dir(run, name) for name in prunes),
+    ]
+
+
+# -- pins --------------------------------------------------------------------------------------------------------------
+#
+# A pin is made by somebody who does not know what the run's attempts are doing at that moment. Whoever deletes says so
+# first and looks for pins then; whoever pins writes the pin first and looks for such words then. So one of the two
+# sees the other, and a pin that was granted holds.
+
+
+def list_pins(storage: Storage, run: str) -> set[CheckpointRef]:
+    """The checkpoints that are exempt from retention."""
+    names = (CheckpointRef.parse(entry.name) for entry in storage.list(pins_dir(run)) if entry.num_bytes is not None)
+    return {ref for ref in names if ref is not None}
+
+
+def spare_pinned(
+    storage: Storage, run: str, journal: Journal, doomed: Sequence[CheckpointRef]
+) -> tuple[list[CheckpointRef], set[CheckpointRef]]:
+    """Of the checkpoints that are about to be deleted, those that may be, and those whose pin was seen just now.
+
+    Args:
+        storage: Where the run lies.
+        run: Name of the run.
+        journal: Whoever deletes writes the deletions here; each event must be durable at once.
+        doomed: What the policy lets go.
+    """
+    if not doomed:
+        return [], set()
+    journal.event("deleting", checkpoints=[ref.name for ref in doomed])
+    spared = list_pins(storage, run) & set(doomed)
+    if spared:
+        journal.event("spared", checkpoints=[ref.name for ref in sorted(spared)])
+    return [ref for ref in doomed if ref not in spared], spared
+
+
+def is_being_deleted(storage: Storage, run: str, ref: CheckpointRef) -> bool:
+    """True if somebody said that this checkpoint is about to go, and has not spared it since."""
+    doomed: dict[str, bool] = {}
+    for directory in _journals(storage, run):
+        for event in read_events(storage, directory, COMMITS):
+            if event.get("event") in ("deleting", "spared") and ref.name in event.get("checkpoints", ()):
+                doomed[directory] = event["event"] == "deleting"
+    return any(doomed.values())
 
 
 def run_events(storage: Storage, run: str) -> Iterator[tuple[AttemptId, dict[str, Any]]]:

@@ -154,6 +154,7 @@ class Digester:
         for chunk in chunks:
             self.update(chunk)
             yield chunk
+            del chunk  # the next one may need its memory
 
     def _close_block(self) -> None:
         self._blocks.append(self._block.hexdigest())

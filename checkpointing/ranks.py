@@ -5,9 +5,12 @@ The group is a gloo group of its own, so that talk about checkpoints never stand
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from outlast.checkpointing.errors import OutlastError
 
 T = TypeVar("T")
 
@@ -42,3 +45,32 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, group=self.group)
         result: T = box[0]
         return result
+
+    def everybody(self, work: Callable[[], T]) -> list[T]:
+        """Everybody works, everybody learns every result; the first rank's error is raised by all."""
+        result: T | None = None
+        failure: OutlastError | None = None
+        try:
+            result = work()
+        except OutlastError as error:
+            failure = error
+        results = []
+        for rank, (item, other) in enumerate(self.gather((result, failure))):
+            if other is not None:
+                raise type(other)(f"rank {rank}: {other.message}", hint=other.hint) from failure
+            results.append(item)
+        return results  # type: ignore[return-value]
+
+    def from_rank_0(self, work: Callable[[], T]) -> T:
+        """Rank 0 works, everybody gets its result, or raises its error."""
+        result: T | None = None
+        failure: OutlastError | None = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except OutlastError as error:
+                failure = error
+        result, failure = self.broadcast((result, failure))
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from outlast.checkpointing.layout import CheckpointRef
@@ -28,21 +28,31 @@ class Retention:
         keep_best: The best N by `metric` stay.
         metric: Name in the manifest's metrics; checkpoints without it are never best.
         metric_mode: `min` or `max`.
+        keep_every: Of every K steps (0, K], (K, 2K], … the last checkpoint stays, which is the one at a multiple of K
+            where there is one. Zero keeps none.
     """
 
     keep_last: int = 3
     keep_best: int = 0
     metric: str = "eval_loss"
     metric_mode: str = "min"
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         assert self.keep_last >= KEEP_LAST_MIN
         assert self.metric_mode in ("min", "max")
+        assert self.keep_every >= 0
 
-    def keep(self, checkpoints: Sequence[Kept]) -> set[CheckpointRef]:
+    def keep(self, checkpoints: Sequence[Kept], pinned: Set[CheckpointRef] = frozenset()) -> set[CheckpointRef]:
         """The checkpoints that stay, out of one run's accepted ones in any order."""
         newest = sorted((item.ref for item in checkpoints), reverse=True)
-        return set(newest[: self.keep_last]) | {item.ref for item in self.best(checkpoints)[: self.keep_best]}
+        best = {item.ref for item in self.best(checkpoints)[: self.keep_best]}
+        return {*newest[: self.keep_last], *best, *self._spaced(newest), *(pinned & set(newest))}
+
+    def _spaced(self, newest_first: Sequence[CheckpointRef]) -> set[CheckpointRef]:
+        if not self.keep_every:
+            return set()
+        return set({-(-ref.step // self.keep_every): ref for ref in reversed(newest_first)}.values())
 
     def best(self, checkpoints: Sequence[Kept]) -> list[Kept]:
         """Those that carry the metric, best first; of equals the older. A NaN is never best."""

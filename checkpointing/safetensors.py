@@ -8,10 +8,13 @@ without holes. Everything a header claims is checked before it is believed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
+
+Buffer = bytes | memoryview
 
 DTYPES = {
     "F64": torch.float64,
@@ -45,30 +48,59 @@ def bytes_view(buffer: torch.Tensor) -> memoryview:
     return memoryview(buffer.numpy().data) if buffer.numel() else memoryview(b"")
 
 
-def encode(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
-    """The file as buffers: the header, then each tensor, widest elements first so that all are aligned.
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Type and shape of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Spec:
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def order(specs: Mapping[str, Spec]) -> list[str]:
+    """The names in the order in which `encode` writes them: widest elements first, so that all are aligned."""
+    return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+
+
+def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[memoryview]:
+    """The file as buffers: the header, then each tensor.
 
     Args:
         tensors: Name to tensor, of any shape (0-dim and empty too) and any dtype in `DTYPES`.
+        metadata: What else the header says.
 
     Raises:
         TypeError: A dtype that the format does not know.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    return stream({name: Spec.of(tensor) for name, tensor in tensors.items()}, tensors.__getitem__, metadata)
+
+
+def stream(
+    specs: Mapping[str, Spec], fetch: Callable[[str], torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[memoryview]:
+    """As `encode`, for tensors that are fetched one by one, in the order of `order`."""
+    names = order(specs)
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _NAMES:
-            raise TypeError(f"safetensors cannot hold {name}: {tensor.dtype}")
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        spec = specs[name]
+        if spec.dtype not in _NAMES:
+            raise TypeError(f"safetensors cannot hold {name}: {spec.dtype}")
+        end = offset + spec.num_bytes
+        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in names:
-        yield tensor_bytes(tensors[name])
+        yield tensor_bytes(fetch(name))
 
 
 def decode(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -80,31 +112,53 @@ def decode(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
     Raises:
         SafetensorsError: The header does not describe these bytes.
     """
-    data = bytes_view(buffer)
+    places, _ = parse_header(bytes_view(buffer), buffer.numel())
+    return {name: as_tensor(buffer[begin : begin + spec.num_bytes], spec) for name, (spec, begin) in places.items()}
+
+
+def header_bytes(data: Buffer) -> int:
+    """How many of a file's first bytes `parse_header` needs, from its first eight."""
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[Spec, int]], dict[str, str]]:
+    """Where each tensor lies, as (spec, first byte in the file), and the metadata.
+
+    Args:
+        data: The file's beginning, `header_bytes` at least.
+        num_bytes: Size of the whole file.
+
+    Raises:
+        SafetensorsError: The header does not describe so many bytes.
+    """
     try:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(bytes(data[8 : 8 + length]))
-        body = buffer[8 + length :]
-        tensors, expected = {}, 0
-        entries = ((name, item) for name, item in header.items() if name != "__metadata__")
+        begin = 8 + length
+        places, expected = {}, 0
+        metadata = header.pop("__metadata__", {})
+        entries = header.items()
         for name, item in sorted(entries, key=lambda pair: pair[1]["data_offsets"]):
             dtype, shape, (start, end) = DTYPES[item["dtype"]], item["shape"], item["data_offsets"]
-            if not all(isinstance(length, int) and length >= 0 for length in shape):
+            plausible = all(isinstance(length, int) and length >= 0 for length in shape)
+            if not plausible or prod(max(1, length) for length in shape) >= 2**63:
                 raise SafetensorsError(f"tensor {name} has the shape {shape}")
-            if start != expected or end - start != prod(shape) * dtype.itemsize or end > body.numel():
+            spec = Spec(dtype, tuple(shape))
+            if start != expected or end - start != spec.num_bytes or begin + end > num_bytes:
                 raise SafetensorsError(f"tensor {name} does not fit its place")
-            tensors[name] = _view(body[start:end], dtype).reshape(shape)
+            places[name] = (spec, begin + start)
             expected = end
     except SafetensorsError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SafetensorsError(f"the header is not readable ({type(error).__name__}: {error})") from error
-    if expected != body.numel():
-        raise SafetensorsError(f"{body.numel() - expected} bytes belong to no tensor")
-    return tensors
+    if begin + expected != num_bytes:
+        raise SafetensorsError(f"{num_bytes - begin - expected} bytes belong to no tensor")
+    return places, metadata
 
 
-def _view(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    crooked = part.storage_offset() % dtype.itemsize or part.data_ptr() % dtype.itemsize
-    aligned = part.clone() if crooked else part
-    return aligned.view(dtype)
+def as_tensor(data: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """The bytes of a one-dimensional uint8 tensor as `spec`; a view, unless they lie crookedly."""
+    crooked = data.storage_offset() % spec.dtype.itemsize or data.data_ptr() % spec.dtype.itemsize
+    aligned = data.clone() if crooked else data
+    return aligned.view(spec.dtype).reshape(spec.shape)

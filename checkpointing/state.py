@@ -1,7 +1,7 @@
 """Optimizer state as named tensors, dealt out over the ranks.
 
-Under DDP every rank holds the same optimizer state, so each writes a share of it. Names are `<parameter>/<key>`, such
-as `transformer.wte.weight/exp_avg`; they mean the same at any world size.
+Under DDP every rank holds the same optimizer state, so each writes a share of it; under FSDP each writes what it holds.
+Names are `<parameter>/<key>`, such as `transformer.wte.weight/exp_avg`; they mean the same at any world size.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.weights import unwrap
+from outlast.checkpointing.shards import Box, like, part_of
+from outlast.checkpointing.weights import plain_name, unwrap
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -22,7 +24,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         TypeError: State that is neither a tensor nor a number.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in unwrap(model).named_parameters():
+    for name, parameter in _named_parameters(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, int | float):
                 value = torch.tensor(value, dtype=torch.float64)
@@ -35,10 +37,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Puts saved state back. Moments go to their parameter's device, step counters stay where the optimizer wants them.
 
+    Args:
+        model: The model, wrapped or not.
+        optimizer: Its optimizer, which may keep the tensors.
+        tensors: State by name; of a sharded parameter's, this rank's part.
+
     Raises:
         ConfigError: State of parameters that the model does not have.
     """
-    parameters = dict(unwrap(model).named_parameters())
+    parameters = _named_parameters(model)
     optimizer.state.clear()
     fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for full_name, tensor in tensors.items():
@@ -47,13 +54,41 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
             raise ConfigError(f"the checkpoint holds optimizer state for {name}, which the model does not have")
         parameter = parameters[name]
         on_host = key == "step" and id(parameter) not in fused
-        optimizer.state[parameter][key] = tensor.detach().clone().to("cpu" if on_host else parameter.device)
+        placed = tensor.detach().clone().to("cpu" if on_host else parameter.device)
+        is_part = isinstance(parameter, DTensor) and tensor.shape == parameter.to_local().shape and tensor.ndim > 0
+        optimizer.state[parameter][key] = like(parameter, placed) if is_part else placed
 
 
-def deal(tensors: Mapping[str, torch.Tensor], size: int) -> list[list[str]]:
-    """Names of the tensors that each of `size` ranks writes: the largest first, each to the least laden rank."""
+def boxes_of_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Box]:
+    """Which part of each state tensor this rank needs: its sharded parameter's, or all of it.
+
+    Args:
+        model: The model, wrapped or not.
+        shapes: Whole shape of each tensor, by name.
+    """
+    parameters = _named_parameters(model)
+    boxes = {}
+    for name, shape in shapes.items():
+        parameter = parameters.get(name.rsplit("/", 1)[0])
+        is_part = isinstance(parameter, DTensor) and tuple(parameter.shape) == shape
+        boxes[name] = part_of(parameter).box if is_part and parameter is not None else Box.whole(shape)
+    return boxes
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {plain_name(name): parameter for name, parameter in unwrap(model).named_parameters()}
+
+
+def deal(tensors: Mapping[str, torch.Tensor], size: int, laden_bytes: int = 0) -> list[list[str]]:
+    """Names of the tensors that each of `size` ranks writes: the largest first, each to the least laden rank.
+
+    Args:
+        tensors: What is to be written.
+        size: Number of ranks.
+        laden_bytes: What rank 0 writes besides.
+    """
     shares: list[list[str]] = [[] for _ in range(size)]
-    load = [0] * size
+    load = [laden_bytes] + [0] * (size - 1)
     for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
         rank = load.index(min(load))
         shares[rank].append(name)

@@ -153,13 +153,28 @@ class LocalStorage:
                 with open(temporary, "xb", buffering=0) as file:
                     for chunk in chunks:
                         _write_all(file.fileno(), memoryview(chunk))
+                        del chunk  # the next one may need its memory
                     os.fsync(file.fileno())
                 os.replace(temporary, target)
             except BaseException:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
                 raise
-            _sync_dir(target.parent)
+            _sync(target.parent)
+
+    def sync(self, path: str) -> None:
+        """Makes what others wrote below the directory `path` durable: each file, then its directory, from below.
+
+        Raises:
+            StorageError: The disk failed.
+        """
+        target = self.path(path)
+        with _explained("sync", target):
+            for folder, _, names in os.walk(target, topdown=False, onerror=_raise):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _sync(target.parent)
 
     def open(self, path: str) -> BinaryIO:
         target = self.path(path)
@@ -211,15 +226,19 @@ def _make_dirs(path: Path) -> None:
     _make_dirs(path.parent)
     with contextlib.suppress(FileExistsError):
         path.mkdir()
-    _sync_dir(path.parent)
+    _sync(path.parent)
 
 
-def _sync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _remove_litter(directory: Path) -> None:

@@ -6,15 +6,21 @@ raising, and leave the weights random. So wrappers are taken off the module, not
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.safetensors import Spec
+from outlast.checkpointing.shards import part_of
 
 _WRAPPERS = (DataParallel, DistributedDataParallel)
+#: What wrappers of inner modules (`torch.compile`, activation checkpoints) put into names.
+_INNER = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -31,7 +37,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, in the order of `state_dict`; tied ones once, under the first name.
 
-    The tensors are the model's own, not copies.
+    The tensors are the model's own, not copies; DTensors where the model is sharded.
     """
     inner = unwrap(model)
     seen: set[tuple[object, ...]] = set()
@@ -39,14 +45,24 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, tensor in inner.state_dict(keep_vars=True).items():
         key = _identity(tensor)
         if key not in seen:
-            weights[name] = tensor.detach()
+            weights[plain_name(name)] = tensor.detach()
             seen.add(key)
     return weights
 
 
+def parameter_names(model: nn.Module) -> set[str]:
+    """Names of what only an optimizer changes; the rest of `named_weights` may change in a forward pass."""
+    return {plain_name(name) for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
+
+
+def plain_name(name: str) -> str:
+    """The name without what wrappers of inner modules add."""
+    return _INNER.sub("", name)
+
+
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    if tensor.numel() == 0:
-        return ("empty", id(tensor))
+    if tensor.numel() == 0 or isinstance(tensor, DTensor):
+        return ("itself", id(tensor))  # sharding keeps tied parameters the same object
     place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
     return (*place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
@@ -54,15 +70,42 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copies the weights into the model, strictly: the same names, shapes and dtypes, nothing missing or left over.
 
+    Args:
+        model: The model, wrapped or not.
+        weights: Tensors by name; of a sharded one, this rank's part.
+
     Raises:
         ConfigError: They are another model's weights.
     """
-    own = named_weights(model)
-    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    problems += [f"{name} is not in the model" for name in weights.keys() - own.keys()]
-    for name in own.keys() & weights.keys():
-        mine, theirs = own[name], weights[name]
-        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+    own = {name: part_of(tensor).tensor for name, tensor in named_weights(model).items()}
+    _compare(
+        {name: Spec.of(tensor) for name, tensor in own.items()},
+        {name: Spec.of(tensor) for name, tensor in weights.items()},
+    )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def check_weights(model: nn.Module, found: Mapping[str, Spec]) -> None:
+    """Refuses weights that are another model's, before they are read.
+
+    Args:
+        model: The model, wrapped or not.
+        found: Type and whole shape of each weight, by name.
+
+    Raises:
+        ConfigError: They do not fit.
+    """
+    _compare({name: Spec.of(tensor) for name, tensor in named_weights(model).items()}, found)
+
+
+def _compare(own: Mapping[str, Spec], found: Mapping[str, Spec]) -> None:
+    problems = [f"{name} is missing" for name in own.keys() - found.keys()]
+    problems += [f"{name} is not in the model" for name in found.keys() - own.keys()]
+    for name in own.keys() & found.keys():
+        mine, theirs = own[name], found[name]
+        if mine != theirs:
             problems.append(f"{name}: {list(theirs.shape)} {theirs.dtype}, wanted {list(mine.shape)} {mine.dtype}")
     if problems:
         shown = "; ".join(sorted(problems)[:5]) + ("; …" if len(problems) > 5 else "")
@@ -70,6 +113,3 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
             f"the checkpoint holds the weights of another model ({len(problems)} differences: {shown})",
             hint="put `model:` back to what the run was started with, or start a new run under another name",
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])

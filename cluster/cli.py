@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import OutlastError
+from outlast.cluster.cli_checkpoints import checkpoints
+from outlast.cluster.cli_shared import RUN_FILES, AsJson, Root, Run, find_run, when
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.retention import Retention
-    from outlast.checkpointing.storage import Storage
     from outlast.cluster.config import RunConfig
 
 app = typer.Typer(
@@ -30,12 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-checkpoints = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoints, name="checkpoints")
 k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
 app.add_typer(k8s, name="k8s")
-
-RUN_FILES = (".yaml", ".yml", ".toml")
 
 Address = Annotated[
     str | None, typer.Option(help="The cluster's job server, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
@@ -43,9 +40,6 @@ Address = Annotated[
 Code = Annotated[Path | None, typer.Option(help="A directory of your own Python files, importable on the workers.")]
 Ship = Annotated[bool, typer.Option(help="Send this outlast along, so that the cluster runs the same version.")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, its run file, or its name.")]
-Root = Annotated[str, typer.Option("--storage", help="Where runs named by name lie.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
 
 
@@ -204,10 +198,10 @@ def status(run: Run, address: Address = None, storage: Root = "./runs", as_json:
     loss = f", loss {body['loss']:.4f}" if body["loss"] is not None else ""
     print(f"{name}: {body['state']}, step {body['step']} of {body['num_steps'] or '?'}{loss}")
     if newest := body["newest_checkpoint"]:
-        print(f"newest checkpoint: step {newest['step']}, {_when(newest['committed_at'])}, {newest['path']}")
+        print(f"newest checkpoint: step {newest['step']}, {when(newest['committed_at'])}, {newest['path']}")
     print(f"attempts: {body['attempts']}")
     for failure in body["failures"]:
-        print(f"  {_when(failure['t'])}  {failure['cause']} (rank {failure['rank']}): {failure['message'][:160]}")
+        print(f"  {when(failure['t'])}  {failure['cause']} (rank {failure['rank']}): {failure['message'][:160]}")
     for job in body.get("jobs", []):
         print(f"job {job['id']}: {job['status']}")
     for damaged in body["damaged"]:
@@ -298,137 +292,6 @@ def k8s_render(
         print(text, end="")
     else:
         output.write_text(text)
-
-
-@checkpoints.command("ls")
-def list_(run: Run, storage: Root = "./runs", as_json: AsJson = False) -> None:
-    """List the checkpoints that count, newest first."""
-    from outlast.checkpointing import commands
-
-    place, name, _ = find_run(run, storage)
-    rows = commands.list_checkpoints(place, name)
-    for item in commands.look(place, name).rejected:
-        print(f"damaged: {item.ref}: {'; '.join(item.reasons)}", file=sys.stderr)
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    print(f"{'step':>8}  {'size':>9}  {'committed':19}  metrics")
-    for row in rows:
-        metrics = "  ".join(f"{key} {value:.4f}" for key, value in sorted(row["metrics"].items()))
-        print(f"{row['step']:>8}  {_size(row['bytes']):>9}  {_when(row['committed_at'])}  {metrics}")
-
-
-@checkpoints.command()
-def show(
-    run: Run,
-    step: Annotated[int | None, typer.Option(help="Which; default: the newest.")] = None,
-    storage: Root = "./runs",
-    as_json: AsJson = False,
-) -> None:
-    """Show one checkpoint: its files, digests, metrics, and what it stands on."""
-    from outlast.checkpointing import commands
-
-    place, name, _ = find_run(run, storage)
-    body = commands.show_checkpoint(place, name, step)
-    if as_json:
-        print(json.dumps(body, indent=1))
-        return
-    print(f"checkpoint-{body['step']} by attempt {body['attempt']}, committed {_when(body['committed_at'])}")
-    print(f"{body['path']}\n{_size(body['bytes'])} by {body['world_size']} ranks; metrics {body['metrics']}")
-    print(f"stands on: {', '.join(body['lineage']) or 'nothing'}")
-    for entry in body["files"]:
-        print(f"  {entry['xxh3_128']}  {_size(entry['num_bytes']):>9}  {entry['path']}")
-
-
-@checkpoints.command()
-def verify(
-    run: Run,
-    step: Annotated[int | None, typer.Option(help="Only this one.")] = None,
-    storage: Root = "./runs",
-    as_json: AsJson = False,
-) -> None:
-    """Read every byte and compare with what was committed. Exit code 5 if anything is damaged."""
-    from dataclasses import asdict
-
-    from outlast.checkpointing import commands
-
-    place, name, _ = find_run(run, storage)
-    verdicts = commands.verify_run(place, name, step)
-    if as_json:
-        print(json.dumps([asdict(item) for item in verdicts], indent=1))
-    else:
-        for item in verdicts:
-            print(f"{'damaged' if item.faults else 'whole':8} {_size(item.num_bytes):>9}  {item.path}")
-            for fault in item.faults:
-                print(f"         {fault}")
-        if not verdicts:
-            print("no checkpoints yet", file=sys.stderr)
-    raise typer.Exit(5 if any(item.faults for item in verdicts) else 0)
-
-
-@checkpoints.command()
-def path(
-    run: Run,
-    which: Annotated[str, typer.Argument(help="newest, best, model, or a step.")] = "newest",
-    storage: Root = "./runs",
-) -> None:
-    """Print where a checkpoint lies, for `from_pretrained`."""
-    from outlast.checkpointing import commands
-
-    place, name, retention = find_run(run, storage)
-    print(commands.path_of(place, name, which, retention))
-
-
-def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
-    """What RUN means: a run file, a run's directory or URI, or a name under `root`.
-
-    Returns:
-        The storage, the run's name, and what best means there.
-    """
-    from outlast.checkpointing.layout import check_run_name
-    from outlast.checkpointing.storage import open_storage
-
-    if text.endswith(RUN_FILES):
-        from outlast.cluster.config import load_run
-
-        config = load_run(text)[0].at_home(Path(text).parent)
-        return open_storage(config.checkpoint.storage), config.name, config.checkpoint.retention
-    text = text.rstrip("/")
-    if "/" in text or Path(text, "attempts").is_dir():
-        whole = text if "://" in text else str(Path(text).absolute())
-        root, _, text = whole.rpartition("/")
-    place, name = open_storage(root), check_run_name(text)
-    return place, name, _retention_of(place, name)
-
-
-def _retention_of(storage: Storage, run: str) -> Retention:
-    """What best means to a run, by its newest claim; the default for a run that cannot say."""
-    from pydantic import ValidationError
-
-    from outlast.checkpointing.retention import Retention
-    from outlast.cluster.config import expand
-    from outlast.cluster.status import declared_settings
-    from outlast.trainers.config import CheckpointSettings
-
-    try:
-        declared = declared_settings(storage, run).get("checkpoint", {})
-        return CheckpointSettings.model_validate(expand(declared)).retention
-    except (OutlastError, ValidationError):
-        return Retention()
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
-
-
-def _when(seconds: float) -> str:
-    import time
-
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def main() -> None:

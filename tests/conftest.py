@@ -7,6 +7,7 @@ import pydoc_data.topics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,18 @@ def assign(storage: LocalStorage, text_file: str) -> Callable[..., Assignment]:
         return Assignment(config, declared, launch, prepare(config, storage), faults=faults)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def readme_block() -> Callable[[str], str]:
+    """`readme_block(heading)`: the first Python block below a heading of the README."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+
+    def block(heading: str) -> str:
+        section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        return section.split("```python\n")[1].split("```")[0]
+
+    return block
 
 
 @dataclass(frozen=True)

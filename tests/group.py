@@ -10,10 +10,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,22 @@ def run_group(
     return ended
 
 
+def start_script(path: Path, arguments: list[str], size: int) -> list[BaseProcess]:
+    """Starts a script on `size` ranks, with the environment that torchrun would give them."""
+    from tests.group_worker import run_script
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    processes: list[BaseProcess] = []
+    for rank in range(size):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**place, **address} if size > 1 else {}
+        processes.append(_context.Process(target=run_script, args=(str(path), arguments, environment), daemon=True))
+        processes[-1].start()
+    return processes
+
+
 def fault(point: Point, step: int, rank: int, action: Action, folder: Path) -> Fault:
     return Fault(point, step, rank, action, str(folder / f"fired-{point.value}-{step}-{rank}.json"))
 
@@ -157,7 +175,7 @@ def tiny_config(
         },
         "data": {"train": data, "eval": "5%", "max_length": 16},
         "train": {"steps": 10, "batch": 8, "micro_batch": 1, "lr": 1e-3, "eval_every": 4, "warmup": 2, **train},
-        "checkpoint": {"storage": storage, "every": 3},
+        "checkpoint": {"storage": storage, "every": 3, "overlap": False},
     }
     for key, value in (sections or {}).items():
         body[key] = {**body[key], **value} if isinstance(value, Mapping) else value

@@ -128,6 +128,7 @@ def test_micro_batch_has_a_default(train: dict[str, Any], micro_batch: int) -> N
         ({"exactness": "elastic"}, "exactness: elastic is not available yet; use same-world"),
         ({"checkpoint": {"load_best": True}}, "checkpoint: load_best needs keep_best: 1 or more"),
         ({"checkpoint": {"keep_last": 1}}, "checkpoint.keep_last: Input should be greater than or equal to 2"),
+        ({"checkpoint": {"keep_every": -1}}, "checkpoint.keep_every: Input should be greater than or equal to 0"),
         ({"checkpoint": {"metric_mode": "most"}}, "checkpoint.metric_mode: Input should be 'min' or 'max'"),
         ({"data": {"eval": None}}, "evaluation needs data.eval: a file, or a share such as 2%"),
         ({"data": {"eval": "0%"}}, "data.eval: '0%' is not a share: write 2%"),
@@ -156,6 +157,12 @@ def test_what_cannot_be_is_refused_in_words(sections: dict[str, Any], said: str)
 def test_a_share_of_the_rows(text: str | None, share: float | None) -> None:
     config = TrainingConfig.model_validate(body(data={"eval": text}, train={"eval_every": None}))
     assert config.data.eval_share == share
+
+
+def test_what_stays_is_what_was_set() -> None:
+    given = {"keep_last": 4, "keep_best": 2, "keep_every": 500, "metric": "eval_accuracy", "metric_mode": "max"}
+    retention = TrainingConfig.model_validate(body(checkpoint=given)).checkpoint.retention
+    assert {key: getattr(retention, key) for key in given} == given
 
 
 def test_keeping_the_best_needs_evaluation() -> None:

@@ -1,18 +1,34 @@
-"""Each example runs as a user would run it. About 40 s."""
+"""Each example runs as a user would run it, and so do the README's ten lines. About 40 s, and 25 s without Ray."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.storage import LocalStorage
+from tests.group import digests, newest, resumed, start_script
+from tests.small import digests_of, small_model, train_step
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+OWN_LOOP = EXAMPLES / "own_loop.py"
+
+
+def options(folder: Path) -> list[str]:
+    return ["--steps", "60", "--save-every", "5", "--storage", str(folder)]
 
 
 @pytest.mark.ray
@@ -36,3 +52,106 @@ def test_classify(tmp_path: Path) -> None:
     assert again.returncode == 0
     assert "accuracy" not in again.stdout
     assert again.stdout.splitlines()[-5:] == done.stdout.splitlines()[-5:]
+
+
+# -- a loop of one's own -----------------------------------------------------------------------------------------------
+
+
+def after_first_commit(folder: Path, everyone: list[BaseProcess], number: signal.Signals) -> None:
+    """Sends a signal to every rank as soon as the storage holds a commit."""
+    storage, deadline = LocalStorage(folder), time.monotonic() + 120
+    while not catalogue(storage, "own-loop").accepted:
+        assert all(process.is_alive() for process in everyone), "it ended before it saved"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for process in everyone:
+        os.kill(process.pid or 0, number)
+
+
+def endings(everyone: list[BaseProcess]) -> list[int | None]:
+    for process in everyone:
+        process.join(120)
+    return [process.exitcode for process in everyone]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, str]]:
+    """`undisturbed(size)`: the digests that the example ends with on so many ranks; on one, as a user would run it."""
+
+    def run(size: int) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp(f"undisturbed-{size}")
+        if size == 1:
+            done = subprocess.run(
+                [sys.executable, OWN_LOOP, *options(folder)], capture_output=True, text=True, timeout=120
+            )
+            assert done.returncode == 0, done.stderr
+            assert f"done at step 60; the weights lie in {folder}/own-loop/attempts/" in done.stdout
+        else:
+            assert endings(start_script(OWN_LOOP, options(folder), size)) == [0] * size
+        return digests(LocalStorage(folder), "own-loop")
+
+    return cache(run)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_own_loop_killed_ends_with_the_same_bits(
+    size: int, tmp_path: Path, undisturbed: Callable[[int], dict[str, str]]
+) -> None:
+    storage = LocalStorage(tmp_path)
+    everyone = start_script(OWN_LOOP, options(tmp_path), size)
+    after_first_commit(tmp_path, everyone, signal.SIGKILL)
+    assert endings(everyone) == [-signal.SIGKILL] * size
+    killed_at = newest(storage, "own-loop").ref.step
+    assert killed_at < 60
+
+    assert endings(start_script(OWN_LOOP, options(tmp_path), size)) == [0] * size
+    assert [event["step"] for event in resumed(storage, "own-loop")] == [killed_at]
+    assert newest(storage, "own-loop").ref.step == 60
+    assert newest(storage, "own-loop").world_size == size
+    assert digests(storage, "own-loop") == undisturbed(size)
+    assert len(undisturbed(size)) == 16 * 4, "each parameter, its two moments and its step"
+
+
+def test_own_loop_superseded_ends_with_75(tmp_path: Path, undisturbed: Callable[[int], dict[str, str]]) -> None:
+    """The older one is stopped, not killed: it wakes up when the newer one is done, and takes nothing from it."""
+    storage = LocalStorage(tmp_path)
+    older = start_script(OWN_LOOP, options(tmp_path), 1)
+    after_first_commit(tmp_path, older, signal.SIGSTOP)
+    try:
+        assert endings(start_script(OWN_LOOP, options(tmp_path), 1)) == [0]
+    finally:
+        os.kill(older[0].pid or 0, signal.SIGCONT)
+    assert endings(older) == [75]
+    assert digests(storage, "own-loop") == undisturbed(1)
+
+
+# -- the README's Python -----------------------------------------------------------------------------------------------
+
+
+class Cut(BaseException):
+    """The end of a script in the middle of a step."""
+
+
+def test_ten_lines_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readme_block: Callable[[str], str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = readme_block("Your own loop")
+    assert len([line for line in block.splitlines() if line]) <= 10
+    cuts = {333, 777}
+
+    def step_of_mine(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        train_step(model, optimizer, step)
+        if step in cuts:
+            cuts.remove(step)
+            raise Cut
+
+    for name, cut in [("cut", True), ("cut", True), ("cut", False), ("whole", False)]:
+        model, optimizer = small_model()
+        scope = {"torch": torch, "model": model, "optimizer": optimizer, "train_step": step_of_mine}
+        with pytest.raises(Cut) if cut else nullcontext():
+            exec(block.replace("my-loop", name), scope)
+    assert cuts == set()
+    storage = LocalStorage(tmp_path / "runs")
+    assert [event["step"] for event in resumed(storage, "cut")] == [300, 700]
+    assert digests(storage, "cut") == digests(storage, "whole") == digests_of(model, optimizer)

@@ -109,7 +109,9 @@ def test_the_face_of_checkpointing_is_frozen() -> None:
         "StorageError",
         "StorageRefused",
         "catalogue",
+        "newest_sealed",
         "open_storage",
+        "seal",
         "verify",
     ]
 
@@ -121,6 +123,7 @@ def test_the_face_of_trainers_is_frozen() -> None:
         "Loop",
         "Outcome",
         "Prepared",
+        "SealCheckpoints",
         "TrainingConfig",
         "World",
         "prepare",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -70,6 +71,45 @@ def test_only_the_named_metric_counts() -> None:
     assert [item.ref.step for item in policy.best(given_checkpoints)] == [3]
 
 
+@pytest.mark.parametrize(
+    ("keep_every", "given_steps", "stay"),
+    [
+        (0, range(1, 9), [7, 8]),
+        (3, range(1, 9), [3, 6, 7, 8]),
+        (1, range(1, 9), list(range(1, 9))),
+        (100, range(1, 9), [7, 8]),
+        (500, range(200, 1800, 200), [400, 1000, 1400, 1600]),  # where no save is at a multiple, the last before it
+        (1000, [130, 970, 1010, 1990, 2040, 5000, 5001], [970, 1990, 2040, 5000, 5001]),  # saves by the clock
+        (4, [0, 4, 8, 12, 16], [0, 4, 8, 12, 16]),
+        (4, [], []),
+    ],
+)
+def test_one_of_every_so_many_steps_stays(keep_every: int, given_steps: Sequence[int], stay: list[int]) -> None:
+    assert steps(Retention(2, keep_every=keep_every).keep([kept(step) for step in given_steps])) == stay
+
+
+@pytest.mark.parametrize("keep_every", [3, 7, 10])
+def test_what_every_so_many_steps_keeps_is_the_same_whenever_one_asks(keep_every: int) -> None:
+    """Asked after each save, as a run does, or once at the end."""
+    policy = Retention(2, keep_every=keep_every)
+    there: list[Kept] = []
+    for step in range(2, 60, 2):
+        there.append(kept(step))
+        stay = policy.keep(there)
+        there = [item for item in there if item.ref in stay]
+    assert {item.ref for item in there} == policy.keep([kept(step) for step in range(2, 60, 2)])
+
+
+@pytest.mark.parametrize(
+    ("pinned", "stay"),
+    [([], [12, 15]), ([3], [3, 12, 15]), ([3, 9], [3, 9, 12, 15]), ([15], [12, 15]), ([99], [12, 15])],
+)
+def test_the_pinned_stay_as_well(pinned: list[int], stay: list[int]) -> None:
+    there = [kept(step) for step in LOSSES]
+    assert steps(Retention(2).keep(there, {kept(step).ref for step in pinned})) == stay
+    assert steps(Retention(2).keep(there, {kept(step, attempt=2).ref for step in pinned})) == [12, 15], "another's pin"
+
+
 def test_of_one_step_the_later_attempt_is_newer() -> None:
     """A run that resumes at its very end commits that step once more."""
     stay = Retention(2).keep([kept(10, attempt=1), kept(10, attempt=2), kept(9, attempt=1)])
@@ -87,13 +127,21 @@ def test_fewer_than_two_is_refused(keep_last: int) -> None:
     keep_last=st.integers(2, 5),
     keep_best=st.integers(0, 4),
     mode=st.sampled_from(["min", "max"]),
+    keep_every=st.integers(0, 20),
+    pinned=st.sets(st.integers(0, 50), max_size=3),
 )
-def test_what_always_holds(found: dict[int, float], keep_last: int, keep_best: int, mode: str) -> None:
-    policy = Retention(keep_last, keep_best, metric_mode=mode)
+def test_what_always_holds(
+    found: dict[int, float], keep_last: int, keep_best: int, mode: str, keep_every: int, pinned: set[int]
+) -> None:
+    policy = Retention(keep_last, keep_best, metric_mode=mode, keep_every=keep_every)
     checkpoints = [kept(step, eval_loss=loss) for step, loss in found.items()]
-    stay = policy.keep(checkpoints)
+    pins = {kept(step).ref for step in pinned}
+    stay = policy.keep(checkpoints, pins)
     assert stay <= {item.ref for item in checkpoints}
     assert set(sorted((item.ref for item in checkpoints), reverse=True)[:2]) <= stay, "the newest two always stay"
-    assert len(stay) <= keep_last + keep_best
-    assert stay == policy.keep(checkpoints[::-1]), "the order in which they come says nothing"
-    assert policy.keep([item for item in checkpoints if item.ref in stay]) == stay, "asking again deletes no more"
+    if not keep_every:
+        assert len(stay) <= keep_last + keep_best + len(pins)
+    else:
+        assert {step for step in found if step % keep_every == 0} <= {ref.step for ref in stay}
+    assert stay == policy.keep(checkpoints[::-1], pins), "the order in which they come says nothing"
+    assert policy.keep([item for item in checkpoints if item.ref in stay], pins) == stay, "asking again deletes no more"

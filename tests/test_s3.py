@@ -8,18 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.commands import find, verify_run
 from outlast.checkpointing.errors import ConfigError, StorageError
+from outlast.checkpointing.export import export_directory, read_content
 from outlast.checkpointing.faults import Action, Point
+from outlast.checkpointing.keeping import pin, plan_prune, prune, unpin
 from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.lineage import catalogue
+from outlast.checkpointing.lineage import catalogue, list_pins
 from outlast.checkpointing.objects import ObjectStorage
 from outlast.checkpointing.reader import tensor_digests
-from outlast.checkpointing.storage import LocalStorage, open_storage, read_bytes
+from outlast.checkpointing.retention import Retention
+from outlast.checkpointing.storage import LocalStorage, open_storage, read_bytes, walk
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data import prepare
 from outlast.trainers.loop import Outcome
 from tests.group import digests, fault, run_group
 from tests.s3 import s3_server
+from tests.small import small_model, train_step
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,28 @@ def test_killed_damaged_and_resumed_on_s3(
     assert final.ref.step == 10
     assert tensor_digests(remote, checkpoint_dir("on-s3", final.ref), final) == digests(storage, "on-disk")
     assert (tmp_path / "cache/data").is_dir()
+
+
+def test_pins_prunes_and_exports_on_s3(bucket: str, tmp_path: Path) -> None:
+    storage = open_storage(f"{bucket}/kept")
+    model, optimizer = small_model()
+    checkpointer = Checkpointer(storage, "run", files={"config.json": b"{}"}, retention=Retention(9))
+    checkpointer.resume(model, optimizer)
+    for step in range(1, 6):
+        train_step(model, optimizer, step)
+        assert checkpointer.save(step, model, optimizer, {})
+    ref = pin(storage, "run", "2", Retention())
+    assert list_pins(storage, "run") == {ref}
+    export_directory(read_content(find(storage, "run", "2", Retention())), tmp_path / "out")
+    prune(storage, "run", plan_prune(storage, "run", Retention(2)))
+    assert [item.ref.step for item in catalogue(storage, "run").accepted] == [5, 4, 2]
+    assert [verdict.faults for verdict in verify_run(storage, "run")] == [()] * 3
+    assert not list(walk(storage, checkpoint_dir("run", replace(ref, step=3))))
+    assert plan_prune(storage, "run", Retention(2)).remains == ()
+    weights = f"{checkpoint_dir('run', ref)}/model.safetensors"
+    assert (tmp_path / "out/model.safetensors").read_bytes() == read_bytes(storage, weights)
+    unpin(storage, "run", "2")
+    assert list_pins(storage, "run") == set()
 
 
 def test_credentials_in_the_url_are_refused_and_not_repeated() -> None:

@@ -12,6 +12,7 @@ _HOME = {
     "Loop": "loop",
     "Outcome": "loop",
     "Prepared": "data",
+    "SealCheckpoints": "hf_trainer",
     "TrainingConfig": "config",
     "World": "world",
     "prepare": "data",

@@ -69,6 +69,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         declaration=_declaration(assignment, world),
         notes={"settings": dict(assignment.declared), "workers": workers},
         retention=config.checkpoint.retention,
+        max_shard_bytes=config.checkpoint.max_shard_bytes,
     )
     if checkpointer.superseded:
         return Outcome.SUPERSEDED

@@ -168,17 +168,31 @@ class TrainSettings(Settings):
         return self
 
 
+def _num_bytes(text: str | int) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?B)?", str(text).strip(), re.IGNORECASE)
+    if not match or not int(match[1]):
+        raise ValueError(f"{text!r} is not a size: write 5GB, 200MB, or a number of bytes")
+    return int(match[1]) * {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[(match[2] or "").upper()]
+
+
 class CheckpointSettings(Settings):
     """Where checkpoints go, when, and which stay."""
 
     storage: str = "./runs"
     """A directory that every machine of the run sees under this name."""
     every: str | int = "10m"
-    """Interval: 200 (steps), 10m (or s, h), 1 epoch."""
+    """Interval: 200 (steps), 10m (or s, h), 1 epoch; or auto, from the cost of a save and the failures so far."""
+    overlap: bool = True
+    """Copy the state while the next step computes, and write it in the background. It takes memory for one copy of each
+    worker's share; without it training waits for every commit."""
+    max_shard_size: str | int = "50GB"
+    """Weights beyond so much go on in another file: bytes, or a number with KB, MB or GB, as transformers has it."""
     keep_last: int = Field(3, ge=KEEP_LAST_MIN)
     """The newest so many stay; two at least, because one may turn out damaged."""
     keep_best: int = Field(0, ge=0)
     """The best so many by `metric` stay; each evaluation then saves."""
+    keep_every: int = Field(0, ge=0)
+    """Of every so many steps the last checkpoint stays, for good; 0 keeps none but by the other rules."""
     metric: str = "eval_loss"
     """What best means."""
     metric_mode: Literal["min", "max"] = "min"
@@ -192,6 +206,12 @@ class CheckpointSettings(Settings):
         Every.parse(value)
         return value
 
+    @field_validator("max_shard_size")
+    @classmethod
+    def _is_size(cls, value: str | int) -> str | int:
+        _num_bytes(value)
+        return value
+
     @model_validator(mode="after")
     def _best_is_kept(self) -> CheckpointSettings:
         if self.load_best and not self.keep_best:
@@ -199,12 +219,16 @@ class CheckpointSettings(Settings):
         return self
 
     @property
+    def max_shard_bytes(self) -> int:
+        return _num_bytes(self.max_shard_size)
+
+    @property
     def interval(self) -> Every:
         return Every.parse(self.every)
 
     @property
     def retention(self) -> Retention:
-        return Retention(self.keep_last, self.keep_best, self.metric, self.metric_mode)
+        return Retention(self.keep_last, self.keep_best, self.metric, self.metric_mode, self.keep_every)
 
 
 class TrainingConfig(Settings):

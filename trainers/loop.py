@@ -28,6 +28,7 @@ from outlast.checkpointing.retention import Kept
 from outlast.trainers.config import Exactness, TrainingConfig, TrainSettings
 from outlast.trainers.data import PackedData
 from outlast.trainers.evaluation import evaluate
+from outlast.trainers.pace import Pace
 from outlast.trainers.sampling import Plan, share
 from outlast.trainers.tasks import TASKS, Task
 from outlast.trainers.world import World, seed_everything
@@ -107,6 +108,31 @@ def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW:
     )
 
 
+class _Save(Enum):
+    """What rank 0 says of a save after this step, as it rides in the all-reduce."""
+
+    NO = 0
+    DUE = 1
+    URGENT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Agreed:
+    """What the ranks agreed on at the beginning of a step.
+
+    Attributes:
+        count: The step's global count.
+        stop: Some rank was asked to end.
+        save: What rank 0 says.
+        trouble: On some rank the save in flight failed, or found the attempt superseded.
+    """
+
+    count: float
+    stop: bool
+    save: _Save
+    trouble: bool
+
+
 @dataclass(slots=True)
 class _Pending:
     """A step whose losses are computed but not yet added over the ranks."""
@@ -155,7 +181,7 @@ class Loop:
         self.log_history: list[dict[str, Any]] = []
         self._pending: _Pending | None = None
         checkpointer.listener = control.progress
-        self._saved_at = time.monotonic()
+        self._pace = Pace(config.checkpoint.interval, checkpointer)
 
     def run(self) -> Outcome:
         """Runs to one of the three ends. Raises what the checkpointer raises."""
@@ -167,15 +193,22 @@ class Loop:
         self._tell("plan", num_steps=self.plan.num_steps, world_size=self.world.size, step=self.step)
         if fresh and self.eval_data is not None:
             self._evaluate()
+        first = True
         while self.step < self.plan.num_steps:
-            stop, save = self._train_step()
+            agreed = self._train_step()
             self.step += 1
-            last = self.step == self.plan.num_steps
+            if first:
+                self._get_ready_to_save()
+                first = False
+            if agreed.trouble and not self.checkpointer.wait():
+                return Outcome.SUPERSEDED
+            stop, last = agreed.stop, self.step == self.plan.num_steps
             evaluated = self._evaluation_is_due(last) and self._evaluate()
             interval = self.config.checkpoint.interval
-            due = interval.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
+            due = interval.due_at_step(self.step, self.plan.batch, self.plan.num_samples) or agreed.save is _Save.DUE
             best = evaluated and self.config.checkpoint.keep_best > 0
-            if (save or due or best or stop or last) and not self._save():
+            urgent = stop or last or agreed.save is _Save.URGENT
+            if (urgent or best or due) and not self._save(urgent=urgent, skippable=not best):
                 return Outcome.SUPERSEDED
             if stop and not last:
                 self._tell("stop", step=self.step)
@@ -185,19 +218,19 @@ class Loop:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _train_step(self) -> tuple[bool, bool]:
-        """One optimizer update. Returns whether to stop and whether to save after it, agreed by all ranks."""
+    def _train_step(self) -> _Agreed:
+        """One optimizer update. Returns what all ranks agree to do after it."""
         plan, train, step = self.plan, self.config.train, self.step
         began = time.monotonic()
         num_micro = plan.num_micro_batches(step)
         mine = share(num_micro, self.world.rank, self.world.size)
         batches = {m: self.task.collate(self.train_data.rows(plan.samples(step, m))) for m in mine}
-        count, stop, save = self._agree(sum(self.task.count(batch) for batch in batches.values()))
+        agreed = self._agree(sum(self.task.count(batch) for batch in batches.values()))
 
         losses: dict[int, torch.Tensor] = {}
         for micro, batch in batches.items():
             seed_everything(plan.seed, step, micro)
-            losses[micro] = self._forward_backward(batch, count, sync=micro == mine[-1])
+            losses[micro] = self._forward_backward(batch, agreed.count, sync=micro == mine[-1])
         if not batches:  # a short last step: the others wait for this rank's gradients, which are zero
             batch = self.task.collate(self.train_data.rows(plan.samples(step, 0)))
             self._forward_backward(batch, math.inf, sync=True)
@@ -210,8 +243,8 @@ class Loop:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._pending = _Pending(step, count, losses, norm, lr, time.monotonic() - began, time.time())
-        return stop, save
+        self._pending = _Pending(step, agreed.count, losses, norm, lr, time.monotonic() - began, time.time())
+        return agreed
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], count: float, *, sync: bool) -> torch.Tensor:
         """Adds the gradient of `loss_sum / count`; the ranks add theirs up when `sync`. Returns the loss sum."""
@@ -223,16 +256,17 @@ class Loop:
         (loss_sum / count).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
-    def _agree(self, count: int) -> tuple[float, bool, bool]:
+    def _agree(self, count: int) -> _Agreed:
         """The step's one small all-reduce: its count, the ranks' flags, and the losses of the step before."""
-        save = self.world.rank == 0 and self._save_is_wanted()
-        count_sum, stop_sum, save_sum = self._add(count, float(self.control.stop_requested()), float(save))
-        return count_sum, stop_sum > 0, save_sum > 0
+        save = self._save_is_wanted() if self.world.rank == 0 else _Save.NO
+        stop, trouble = self.control.stop_requested(), self.checkpointer.is_troubled
+        count_sum, stop_sum, save_sum, trouble_sum = self._add(count, float(stop), float(save.value), float(trouble))
+        return _Agreed(count_sum, stop_sum > 0, _Save(int(save_sum)), trouble_sum > 0)
 
     def _settle(self) -> None:
         """Adds up the losses of the step before now, because somebody wants to know them."""
         if self._pending is not None:
-            self._add(0, 0, 0)
+            self._add(0)
 
     def _add(self, *head: float) -> list[float]:
         """Adds `head` over the ranks, and the losses of the step before, which go to the journal.
@@ -250,12 +284,12 @@ class Loop:
             self._log(pending, sum(added[len(head) :]))
         return added[: len(head)]
 
-    def _save_is_wanted(self) -> bool:
-        """Rank 0: whether time or somebody outside asks for a save."""
+    def _save_is_wanted(self) -> _Save:
+        """Rank 0: whether somebody outside or time asks for a save."""
         if reason := self.control.save_requested():
             self._tell("save-requested", step=self.step + 1, reason=reason)
-            return True
-        return self.config.checkpoint.interval.due_at_time(time.monotonic() - self._saved_at)
+            return _Save.URGENT
+        return _Save.DUE if self._pace.is_due() else _Save.NO
 
     def _log(self, done: _Pending, loss_sum: float) -> None:
         self.metrics["loss"] = loss_sum / done.count
@@ -289,8 +323,20 @@ class Loop:
         self._tell("eval", step=self.step, **found, seconds=round(time.monotonic() - began, 4))
         return True
 
-    def _save(self) -> bool:
-        """Commits the state after `self.step` steps. False when superseded."""
+    def _get_ready_to_save(self) -> None:
+        """After the first step, when the optimizer has its state: takes the memory that saves will need."""
+        if self.config.checkpoint.overlap:
+            self.checkpointer.reserve(self.model, self.optimizer)
+        if self.world.rank == 0:
+            self._pace.first_step_is_done()
+
+    def _save(self, *, urgent: bool, skippable: bool) -> bool:
+        """Saves the state after `self.step` steps. False when superseded.
+
+        Args:
+            urgent: Go on only when it is committed.
+            skippable: It may be left out while another save is in flight.
+        """
         self._settle()
         metrics = dict(self.metrics)
         if not (self.log_history and self.log_history[-1]["step"] == self.step):
@@ -304,11 +350,12 @@ class Loop:
             "num_threads": torch.get_num_threads(),
         }
         files = {"trainer_state.json": self._trainer_state()}
-        acknowledged = self.checkpointer.save(
-            self.step, self.model, self.optimizer, state, metrics=metrics, files=files
-        )
-        self._saved_at = time.monotonic()
-        return acknowledged
+        saver = self.checkpointer
+        if not skippable and not saver.wait():
+            return False
+        save = saver.save if urgent or not self.config.checkpoint.overlap else saver.async_save
+        self._pace.saved()
+        return save(self.step, self.model, self.optimizer, state, metrics=metrics, files=files)
 
     def _trainer_state(self) -> bytes:
         """What the Hugging Face Trainer would leave here, for tools that read it."""

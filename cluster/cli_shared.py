@@ -1,0 +1,72 @@
+"""What the verbs share: how a run is named on the command line, and how sizes and times are shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from outlast.checkpointing.errors import OutlastError
+
+if TYPE_CHECKING:
+    from outlast.checkpointing.retention import Retention
+    from outlast.checkpointing.storage import Storage
+
+RUN_FILES = (".yaml", ".yml", ".toml")
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, its run file, or its name.")]
+Root = Annotated[str, typer.Option("--storage", help="Where runs named by name lie.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
+    """What RUN means: a run file, a run's directory or URI, or a name under `root`.
+
+    Returns:
+        The storage, the run's name, and what best means there.
+    """
+    from outlast.checkpointing.layout import check_run_name
+    from outlast.checkpointing.storage import open_storage
+
+    if text.endswith(RUN_FILES):
+        from outlast.cluster.config import load_run
+
+        config = load_run(text)[0].at_home(Path(text).parent)
+        return open_storage(config.checkpoint.storage), config.name, config.checkpoint.retention
+    text = text.rstrip("/")
+    if "/" in text or Path(text, "attempts").is_dir():
+        whole = text if "://" in text else str(Path(text).absolute())
+        root, _, text = whole.rpartition("/")
+    place, name = open_storage(root), check_run_name(text)
+    return place, name, _retention_of(place, name)
+
+
+def _retention_of(storage: Storage, run: str) -> Retention:
+    """What best means to a run, by its newest claim; the default for a run that cannot say."""
+    from pydantic import ValidationError
+
+    from outlast.checkpointing.retention import Retention
+    from outlast.cluster.config import expand
+    from outlast.cluster.status import declared_settings
+    from outlast.trainers.config import CheckpointSettings
+
+    try:
+        declared = declared_settings(storage, run).get("checkpoint", {})
+        return CheckpointSettings.model_validate(expand(declared)).retention
+    except (OutlastError, ValidationError):
+        return Retention()
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def when(seconds: float) -> str:
+    import time
+
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
