@@ -121,9 +121,7 @@ class Outlast(_Base):
 
     def __init__(self, how: str) -> None:
         self.name, self._how = f"outlast {how}", how
-        # Until `async_save` is there, a plain `save` stands in for it.
-        self._is_async = how != "committed" and hasattr(Checkpointer, "async_save")
-        self.overlaps = how == "overlapped" and self._is_async
+        self._is_async, self.overlaps = how != "committed", how == "overlapped"
 
     def prepare(self, training: Training, folder: Path) -> None:
         super().prepare(training, folder)
