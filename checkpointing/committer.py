@@ -20,7 +20,7 @@ from outlast.checkpointing.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.manifest import Manifest
 from outlast.checkpointing.ranks import Ranks
 from outlast.checkpointing.retention import Kept, Retention
-from outlast.checkpointing.storage import Storage, walk
+from outlast.checkpointing.storage import Storage, patiently, walk
 from outlast.checkpointing.writer import Share, write_share
 
 T = TypeVar("T")
@@ -112,7 +112,8 @@ class Committer:
         """Rank 0: the commit, then the acknowledgement. False when superseded; then nothing may be deleted."""
         ref, data = manifest.ref, manifest.to_json()
         self._flush()  # what led to a commit is told before it
-        self._storage.put(f"{layout.checkpoint_dir(self._run, ref)}/{layout.MANIFEST}", [data])
+        # Once more with the same bytes is harmless, also when the first time was a success that nobody heard of.
+        patiently(lambda: self._storage.put(f"{layout.checkpoint_dir(self._run, ref)}/{layout.MANIFEST}", [data]))
         reach(Point.AFTER_MANIFEST, ref.step)
         if higher := lineage.higher_claim(self._storage, self._run, self._attempt):
             self._tell("superseded", step=ref.step, by=str(higher))
@@ -132,31 +133,36 @@ class Committer:
         """
         kept = self.commits, self.lineage
         try:
-            kept = self._retain()
-            while self._doomed:
-                self._delete(self._doomed[0])
-                del self._doomed[0]
+            pinned = lineage.list_pins(self._storage, self._run)
+            kept = self._retain(pinned)
+            self._delete_doomed()
+            if not self._swept:
+                self._doomed += self._strays({item.ref for item in kept[1]} | pinned)
+                self._swept = True
+                self._delete_doomed()
         except StorageError as error:
             self._tell("delete-failed", doomed=[str(ref) for ref in self._doomed], error=error.message)
         return kept
 
-    def _retain(self) -> tuple[list[Manifest], list[Manifest]]:
+    def _delete_doomed(self) -> None:
+        while self._doomed:
+            self._delete(self._doomed[0])
+            del self._doomed[0]
+
+    def _retain(self, pinned: set[CheckpointRef]) -> tuple[list[Manifest], list[Manifest]]:
         """Dooms what nothing keeps; returns what is left of both.
 
         Deletable are my own commits and my lineage as far as the policy lets them go, and in lower attempts whatever
         lies outside my lineage: torn, disowned or rejected. Never anything in a higher attempt, or pinned.
         """
         accepted = [*self.commits, *self.lineage]
-        pinned = lineage.list_pins(self._storage, self._run)
         keep = self._retention.keep([Kept(item.ref, item.metrics) for item in accepted], pinned)
         doomed = [item.ref for item in accepted if item.ref not in keep]
         doomed, spared = lineage.spare_pinned(self._storage, self._run, self._journal, doomed)
         keep |= spared
         mine = [item for item in self.commits if item.ref in keep]
         left = [item for item in self.lineage if item.ref in keep]
-        strays = [] if self._swept else list(self._strays({item.ref for item in left} | pinned))
-        self._swept = True
-        self._doomed += [*doomed, *strays]
+        self._doomed += doomed
         return mine, left
 
     def _strays(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:

@@ -38,7 +38,7 @@ from outlast.checkpointing.layout import (
     prunes_dir,
 )
 from outlast.checkpointing.manifest import Manifest, ManifestError
-from outlast.checkpointing.storage import Storage, read_bytes
+from outlast.checkpointing.storage import Storage, patiently, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,8 @@ class Catalogue:
 
 def list_attempts(storage: Storage, run: str) -> list[AttemptId]:
     """Every claim of the run, lowest first."""
-    names = (AttemptId.parse(entry.name) for entry in storage.list(attempts_dir(run)) if entry.num_bytes is None)
+    found = patiently(lambda: storage.list(attempts_dir(run)))
+    names = (AttemptId.parse(entry.name) for entry in found if entry.num_bytes is None)
     return sorted(attempt for attempt in names if attempt is not None)
 
 

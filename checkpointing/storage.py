@@ -108,7 +108,7 @@ def walk(storage: Storage, path: str) -> Iterator[Entry]:
 
 
 def patiently(read: Callable[[], T]) -> T:
-    """Tries a read again after a pause when the storage fails, and gives up after three tries.
+    """Tries again, after a pause, what may be done twice and failed; gives up after three tries.
 
     Raises:
         StorageError: All tries failed.

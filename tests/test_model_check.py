@@ -106,8 +106,10 @@ class Recorded(LocalStorage):
 
 
 def in_words(verb: str, path: str) -> str:
-    """Empty for what the model leaves out: journals, who made a claim, and the names inside a checkpoint."""
+    """Empty for what the model leaves out: journals, pins, who made a claim, and the names inside a checkpoint."""
     _, attempts, *rest = path.split("/", 4)
+    if attempts == "pins":
+        return ""
     assert attempts == "attempts"
     if not rest:
         return f"{verb} claims"
