@@ -30,8 +30,8 @@ from outlast.cluster.demo import write_texts
 from tests.lab.hosts import HEAD, Lab, lab, why_not
 from tests.lab.runs import Run
 
-STEPS, DRAIN_STEPS, EVERY = 700, 3000, 100
-LIMIT_S = 240.0
+STEPS, DRAIN_STEPS, EVERY = 700, 2500, 100
+LIMIT_S = 400.0
 Steps = list[tuple[float, int]]
 
 
