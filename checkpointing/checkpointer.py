@@ -455,6 +455,7 @@ class _Flight:
         self._thread.start()
 
     def _run(self) -> None:
+        time.sleep(0)  # the training thread, which has the next step to do, goes first
         try:
             self._acknowledged = self._work()
             self.seconds = time.monotonic() - self._began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -72,6 +73,32 @@ def readme_block() -> Callable[[str], str]:
         return section.split("```python\n")[1].split("```")[0]
 
     return block
+
+
+_covered: dict[str, Counter[tuple[str, str]]] = {}
+
+
+@pytest.fixture
+def cover() -> Callable[..., None]:
+    """`cover(what, kind, place)`: one case of a fault matrix has passed; the table is printed at the end."""
+
+    def note(what: str, kind: str, place: str, count: int = 1) -> None:
+        _covered.setdefault(what, Counter())[kind, place] += count
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints kinds × places of the fault matrices that ran, with counts."""
+    for what, counts in sorted(_covered.items()):
+        kinds = list(dict.fromkeys(kind for kind, _ in sorted(counts)))
+        places = list(dict.fromkeys(place for _, place in sorted(counts)))
+        terminalreporter.section(f"{what}: {counts.total():,} cases")
+        terminalreporter.write_line("| | " + " | ".join(kinds) + " |")
+        terminalreporter.write_line("|---" * (len(kinds) + 1) + "|")
+        for place in places:
+            cells = " | ".join(str(counts[kind, place] or "") for kind in kinds)
+            terminalreporter.write_line(f"| {place} | {cells} |")
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,34 @@ def test_an_undamaged_copy_resumes_from_its_newest(
     assert resumed(storage, copied)[-1]["rejected"] == []
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(("which", "expected"), [("previous", 0), ("both", 2)])
+def test_damage_in_the_one_before_or_in_both(
+    which: str,
+    expected: int,
+    file: str,
+    damage: Damage,
+    copied: str,
+    storage: LocalStorage,
+    model: nn.Module,
+    assign: Callable[..., Assignment],
+    cover: Callable[..., None],
+) -> None:
+    for place in [folder(storage, copied, index) for index in ((1,) if which == "previous" else (0, 1))]:
+        damage(place / file)
+    whole = catalogue(storage, BASE).accepted[expected]
+    step, loaded = resume_here(storage, copied, model, assign(BASE))
+    assert step == whole.ref.step
+    assert loaded == tensor_digests(storage, checkpoint_dir(BASE, whole.ref), whole)
+    cover(
+        f"Damaged files, in {'the previous one' if which == 'previous' else 'both'}",
+        damage.__name__.replace("_", " "),
+        file,
+    )
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("file", FILES)
 def test_damage_is_found_named_and_passed_by(
@@ -171,6 +199,7 @@ def test_damage_is_found_named_and_passed_by(
     storage: LocalStorage,
     model: nn.Module,
     assign: Callable[..., Assignment],
+    cover: Callable[..., None],
 ) -> None:
     damage(folder(storage, copied) / file)
     found = catalogue(storage, copied)
@@ -190,6 +219,7 @@ def test_damage_is_found_named_and_passed_by(
     rejected = resumed(storage, copied)[-1]["rejected"]
     assert [item["checkpoint"].rsplit("/", 1)[-1] for item in rejected] == ["checkpoint-7"]
     assert all(reason.startswith(f"{file}: ") for reason in rejected[0]["reasons"])
+    cover("Damaged files, in the newest", damage.__name__.replace("_", " "), file)
 
 
 def test_a_stale_extra_file_is_found(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
@@ -204,20 +204,22 @@ FULL = [pytest.param(False, id="some"), pytest.param(True, id="all", marks=pytes
 
 
 @pytest.mark.parametrize("full", FULL)
-def test_every_crash_on_a_disk_leaves_what_was_acknowledged(full: bool) -> None:
+def test_every_crash_on_a_disk_leaves_what_was_acknowledged(full: bool, cover: Callable[..., None]) -> None:
     run = recorded()
     states = list(on_a_disk(effects_of(run.operations)))
     tried = states if full else states[:: len(states) // NUM_FAST]
     print(f"{len(states):,} states, {len(tried):,} tried")
+    cover("Power cuts, every legal state of the storage", "states", "local disk", len(tried))
     assert len(tried) >= NUM_FAST
     assert {acknowledged for acknowledged, _ in tried} == set(range(7))
     assert list(problems(tried, run.written)) == []
 
 
-def test_every_crash_on_an_object_store_leaves_what_was_acknowledged() -> None:
+def test_every_crash_on_an_object_store_leaves_what_was_acknowledged(cover: Callable[..., None]) -> None:
     run = recorded()
     states = list(on_an_object_store(run.operations))
     print(f"{len(states):,} states")
+    cover("Power cuts, every legal state of the storage", "states", "object store", len(states))
     assert list(problems(states, run.written)) == []
 
 

@@ -118,7 +118,12 @@ def assert_finished_as(storage: LocalStorage, run: str, reference: Reference, *,
 
 @pytest.mark.parametrize("case", all_cases())
 def test_killed_and_resumed_equals_uninterrupted(
-    case: Case, assign: Assign, storage: LocalStorage, reference: MakeReference, tmp_path: Path
+    case: Case,
+    assign: Assign,
+    storage: LocalStorage,
+    reference: MakeReference,
+    tmp_path: Path,
+    cover: Callable[..., None],
 ) -> None:
     run = f"kill-{case}"
     strike = fault(case.point, case.step, case.rank, case.action, tmp_path)
@@ -132,6 +137,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert [item.outcome for item in ended] == [Outcome.DONE] * case.size
     assert resumed(storage, run)[-1]["step"] in case.resume_steps
     assert_finished_as(storage, run, reference(case.size))
+    cover("Processes that die in a save", case.action.value, case.point.value)
 
 
 def test_killed_at_a_step_between_checkpoints(

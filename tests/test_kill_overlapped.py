@@ -76,7 +76,12 @@ def test_overlapping_changes_no_bit(reference: Reference, assign: Callable[..., 
 
 @pytest.mark.parametrize("case", all_cases())
 def test_struck_in_the_background_equals_undisturbed(
-    case: Case, assign: Callable[..., Assignment], storage: LocalStorage, reference: Reference, tmp_path: Path
+    case: Case,
+    assign: Callable[..., Assignment],
+    storage: LocalStorage,
+    reference: Reference,
+    tmp_path: Path,
+    cover: Callable[..., None],
 ) -> None:
     run = f"overlapped-{case}"
     strike = fault(case.point, case.step, case.rank, case.action, tmp_path)
@@ -97,6 +102,7 @@ def test_struck_in_the_background_equals_undisturbed(
         assert resumed(storage, run)[-1]["step"] >= acknowledged >= 3
     assert digests(storage, run) == reference.digests
     assert losses(storage, run) == reference.losses
+    cover("Processes that die, hang or stop in a save in the background", case.action.value, case.point.value)
 
 
 def wake_or_end(record: Path, action: Action) -> None:

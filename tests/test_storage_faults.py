@@ -207,6 +207,7 @@ def test_trouble_at_any_operation_costs_nothing_acknowledged(
     full: bool,
     healthy: tuple[Path, Written],
     tmp_path: Path,
+    cover: Callable[..., None],
 ) -> None:
     count = number_of_operations(healthy, tmp_path / "counted")[verb]
     assert count > 5
@@ -220,13 +221,16 @@ def test_trouble_at_any_operation_costs_nothing_acknowledged(
         ended["error" if struck.error else "went on"] += 1
         assert not list(folder.rglob("*.tmp"))
     print(f"{verb} {trouble.name}{' for good' if lasting else ''}: {dict(ended)}")
+    cover(
+        "Storage that fails", trouble.name.lower() + (", for good" if lasting else ""), f"{verb}, local", ended.total()
+    )
 
 
 # -- an object store ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.faults
-def test_trouble_on_s3(healthy: tuple[Path, Written], tmp_path: Path) -> None:
+def test_trouble_on_s3(healthy: tuple[Path, Written], tmp_path: Path, cover: Callable[..., None]) -> None:
     """A slice: every fifth operation of each kind, with each trouble in turn."""
     counts = number_of_operations(healthy, tmp_path / "counted")
     local = LocalStorage(healthy[0])
@@ -238,6 +242,8 @@ def test_trouble_on_s3(healthy: tuple[Path, Written], tmp_path: Path) -> None:
                 remote = ObjectStorage(f"{bucket}/case-{number}")
                 for entry in walk(local, ""):
                     remote.put(entry.name, [read_bytes(local, entry.name)])
-                go_through(remote, healthy[1], Plan(verb, ordinal, list(Trouble)[number % len(Trouble)]))
+                trouble = list(Trouble)[number % len(Trouble)]
+                go_through(remote, healthy[1], Plan(verb, ordinal, trouble))
+                cover("Storage that fails", trouble.name.lower().replace("_", " "), f"{verb}, S3")
         print(f"{number} cases")
         assert number > 15
