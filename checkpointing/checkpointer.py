@@ -6,7 +6,7 @@
         ...
         if not checkpointer.async_save(step + 1, model, optimizer, {"step": step + 1}):
             break                                            # superseded: somebody newer carries on
-    checkpointer.wait()                                      # for the commit in flight
+    checkpointer.save(1000, model, optimizer, {"step": 1000})    # waits, also for the one in flight
 
 Every rank calls every method, in the same order. A checkpoint is a directory of the attempt that wrote it; the manifest
 is written last, by rank 0, after every rank's files are durable. `save` returns True only when the commit is
@@ -235,8 +235,10 @@ class Checkpointer:
     ) -> bool:
         """Commits the state after `step` steps, and waits for it. A save in flight is waited for first.
 
+        There is nothing to do when the newest checkpoint is that step's: a state follows from its step.
+
         Args:
-            step: Steps done; each step is saved once in an attempt.
+            step: Steps done.
             model: The model, wrapped or not.
             optimizer: Its optimizer, or None.
             state: The loop state, JSON; `resume` returns it.
@@ -251,6 +253,8 @@ class Checkpointer:
         """
         if not self.wait():
             return False
+        if self._is_saved(step):
+            return True
         began = time.monotonic()
         reach(Point.BEFORE_SNAPSHOT, step)
         share, _ = self._share(step, model, optimizer, state, files)
@@ -296,6 +300,8 @@ class Checkpointer:
             return True
         if not self.wait():
             return False
+        if self._is_saved(step):
+            return True
         began = time.monotonic()
         reach(Point.BEFORE_SNAPSHOT, step)
         share, changing = self._share(step, model, optimizer, state, files)
@@ -304,6 +310,9 @@ class Checkpointer:
         self._flight = _Flight(step, copy, began, lambda: self._write(share, copy, metrics or {}, began))
         self._flight.blocked_s = time.monotonic() - began
         return True
+
+    def _is_saved(self, step: int) -> bool:
+        return bool(self.accepted) and self.accepted[0].ref.step == step
 
     def _write(self, share: Share, copy: Copy, metrics: Mapping[str, float], began: float) -> bool:
         """In the background: the rest of the copy, and the commit."""

@@ -92,7 +92,9 @@ def main() -> None:
         loss = train_step(model, optimizer, text, lr=3e-3 * (1 - step / options.steps))
         done = step + 1
         if done % options.save_every == 0 or done == options.steps:
-            if not checkpointer.save(done, model, optimizer, {"step": done}, metrics={"loss": loss}):
+            # In the background, but for the last one, which is waited for.
+            save = checkpointer.save if done == options.steps else checkpointer.async_save
+            if not save(done, model, optimizer, {"step": done}, metrics={"loss": loss}):
                 raise SystemExit(SUPERSEDED)
             say(f"step {done:4}  loss {loss:.3f}")
     model_dir = checkpointer.finish(checkpointer.accepted[0].ref, options.steps)
