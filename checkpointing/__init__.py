@@ -14,6 +14,7 @@ _HOME = {
     "Every": "schedule",
     "LocalStorage": "storage",
     "Manifest": "manifest",
+    "Naming": "weights",
     "NoCheckpointError": "errors",
     "OutlastError": "errors",
     "PreflightError": "errors",

@@ -17,10 +17,8 @@ while the next step computes its gradients, and written in the background, one s
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from outlast.checkpointing import layout, lineage
 from outlast.checkpointing.committer import Committer
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
 from outlast.checkpointing.faults import Point, reach
+from outlast.checkpointing.flight import Flight, FlightState
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.manifest import Manifest
@@ -41,7 +40,7 @@ from outlast.checkpointing.shards import Part, part_of
 from outlast.checkpointing.snapshot import Copy, Snapshot
 from outlast.checkpointing.state import boxes_of_state, deal, load_optimizer, optimizer_tensors
 from outlast.checkpointing.storage import Storage, patiently
-from outlast.checkpointing.weights import check_weights, named_weights, parameter_names
+from outlast.checkpointing.weights import ALL, Naming, check_weights, named_weights, parameter_names
 from outlast.checkpointing.writer import Share, write_file
 
 
@@ -63,8 +62,10 @@ class Checkpointer:
         files: The attribute of that name, such as `config.json` and the tokenizer, by name.
         retention: What to keep.
         max_shard_bytes: Weights beyond so many bytes go on in another file, with an index, as transformers reads them.
+        naming: Which weights are saved, and under which names; all under their own by default.
 
     Attributes:
+        naming: The argument; may be replaced until the first `resume` or `save`.
         last_save: Of the last save that ended: seconds that training waited for it, and seconds until its commit.
         files: Small files that belong into every checkpoint; may be replaced until the first save.
         declaration: What every manifest says of the run; may be replaced until the first save.
@@ -90,13 +91,14 @@ class Checkpointer:
         files: Mapping[str, bytes] | None = None,
         retention: Retention | None = None,
         max_shard_bytes: int = 50 * 10**9,
+        naming: Naming = ALL,
     ) -> None:
         self.ranks = ranks or Ranks()
         self.run = layout.check_run_name(run)
         self.storage = storage
         self._launch = launch
         self.files = dict(files or {})
-        self._max_shard_bytes = max_shard_bytes
+        self._max_shard_bytes, self.naming = max_shard_bytes, naming
         self.journal: Journal | None = None
         self.listener: Callable[[dict[str, Any]], None] = lambda event: None
         self.declaration = dict(declaration or {})
@@ -105,7 +107,7 @@ class Checkpointer:
         if claimed is None:
             return
         self.attempt, self.catalogue = claimed
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self.last_save: tuple[float, float] | None = None
         self._snapshot = Snapshot()
         if self.ranks.rank == 0:
@@ -173,13 +175,14 @@ class Checkpointer:
         indexes = [mine for mine, _ in seen]
         weights = merge(index for mine in indexes for path, index in mine.items() if not _is_state(path))
         moments = merge(index for mine in indexes for path, index in mine.items() if _is_state(path))
-        check_weights(model, {name: Spec(parts[0].spec.dtype, parts[0].shape) for name, parts in weights.items()})
+        found = {name: Spec(parts[0].spec.dtype, parts[0].shape) for name, parts in weights.items()}
+        check_weights(model, found, self.naming)
         if optimizer is not None and not any(_is_state(entry.path) for entry in manifest.files):
             raise ConfigError(
                 f"{manifest.ref} was saved without an optimizer; going on with an empty one would be another run",
                 hint="resume without an optimizer, or start a new run",
             )
-        parts = {name: part_of(tensor) for name, tensor in named_weights(model).items()}
+        parts = {name: part_of(tensor) for name, tensor in named_weights(model, self.naming).items()}
         targets = {name: (part.box, part.tensor) for name, part in parts.items()}
         state_boxes = boxes_of_state(model, {name: stored[0].shape for name, stored in moments.items()})
         for name, box in state_boxes.items():
@@ -294,8 +297,8 @@ class Checkpointer:
             StorageError: The save before this one failed.
             ConfigError: The host has no room for the copy.
         """
-        flights = self.ranks.gather(self._flight.state if self._flight else _FlightState.ACKNOWLEDGED)
-        if self._flight and _FlightState.IN_FLIGHT in flights and _FlightState.TROUBLED not in flights:
+        flights = self.ranks.gather(self._flight.state if self._flight else FlightState.ACKNOWLEDGED)
+        if self._flight and FlightState.IN_FLIGHT in flights and FlightState.TROUBLED not in flights:
             self._tell("save-skipped", step=step, in_flight=self._flight.step)
             return True
         if not self.wait():
@@ -307,7 +310,7 @@ class Checkpointer:
         share, changing = self._share(step, model, optimizer, state, files)
         self.ranks.everybody(lambda: self._snapshot.reserve(share.parts))
         copy = self._snapshot.take(share.parts, now=changing if lazy and optimizer is not None else share.parts)
-        self._flight = _Flight(step, copy, began, lambda: self._write(share, copy, metrics or {}, began))
+        self._flight = Flight(step, copy, began, lambda: self._write(share, copy, metrics or {}, began))
         self._flight.blocked_s = time.monotonic() - began
         return True
 
@@ -323,12 +326,12 @@ class Checkpointer:
     @property
     def is_busy(self) -> bool:
         """True while this rank has a save in flight."""
-        return self._flight is not None and self._flight.state is _FlightState.IN_FLIGHT
+        return self._flight is not None and self._flight.state is FlightState.IN_FLIGHT
 
     @property
     def is_troubled(self) -> bool:
         """True when the save in flight has failed or found itself superseded on this rank: time to `wait`."""
-        return self._flight is not None and self._flight.state is _FlightState.TROUBLED
+        return self._flight is not None and self._flight.state is FlightState.TROUBLED
 
     def wait(self) -> bool:
         """Waits for the save in flight, if there is one. Raises its error; False when it was superseded."""
@@ -366,7 +369,7 @@ class Checkpointer:
     ) -> tuple[Share, set[str]]:
         """What this rank writes, made of the model's own tensors; and the names of what a forward pass changes."""
         rank, size = self.ranks.rank, self.ranks.size
-        all_weights = named_weights(model)
+        all_weights = named_weights(model, self.naming)
         weights = {name: part_of(tensor) for name, tensor in all_weights.items()}
         weights = {name: part for name, part in weights.items() if rank == 0 or part.is_sharded}
         moments: dict[str, Part] | None = None
@@ -378,8 +381,8 @@ class Checkpointer:
             moments = {n: part for n, part in found.items() if n in mine or (part.is_sharded and not part.is_copy)}
         small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(state)} if rank == 0 else {}
         specs = {name: Spec.of(tensor) for name, tensor in all_weights.items()}
-        share = Share(step, specs, weights, moments, small, self._max_shard_bytes)
-        return share, weights.keys() - parameter_names(model)
+        share = Share(step, specs, weights, moments, small, self.naming.file, self._max_shard_bytes)
+        return share, weights.keys() - parameter_names(model, self.naming)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -442,48 +445,6 @@ class Checkpointer:
         if self.journal is not None:
             self.journal.event(kind, **fields)
             self.listener({"event": kind, **fields})
-
-
-class _FlightState(Enum):
-    ACKNOWLEDGED = "acknowledged"
-    IN_FLIGHT = "in flight"
-    TROUBLED = "failed or superseded"
-
-
-class _Flight:
-    """One save in the background."""
-
-    def __init__(self, step: int, copy: Copy, began: float, work: Callable[[], bool]) -> None:
-        self.step, self.copy = step, copy
-        self.blocked_s = self.seconds = 0.0
-        self._began, self._work = began, work
-        self._acknowledged: bool | None = None
-        self._failure: BaseException | None = None
-        # A daemon, because a process whose peers are gone must be able to end.
-        self._thread = threading.Thread(target=self._run, name=f"save-{step}", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        time.sleep(0)  # the training thread, which has the next step to do, goes first
-        try:
-            self._acknowledged = self._work()
-            self.seconds = time.monotonic() - self._began
-        except BaseException as error:  # noqa: BLE001 - raised again by `join`
-            self._failure = error
-
-    @property
-    def state(self) -> _FlightState:
-        if self._thread.is_alive():
-            return _FlightState.IN_FLIGHT
-        return _FlightState.ACKNOWLEDGED if self._acknowledged else _FlightState.TROUBLED
-
-    def join(self) -> bool:
-        """Waits. True when acknowledged; raises what the thread raised."""
-        self._thread.join()
-        self.copy.close()
-        if self._failure is not None:
-            raise self._failure
-        return bool(self._acknowledged)
 
 
 def _merged(faults: Iterable[list[str]]) -> list[str]:

@@ -124,9 +124,9 @@ def model_dir(run: str, attempt: AttemptId) -> str:
     return f"{attempt_dir(run, attempt)}/model"
 
 
-def weights_shard(number: int, count: int) -> str:
-    """As transformers names the files of split weights; `number` counts from 0."""
-    return f"{WEIGHTS.removesuffix('.safetensors')}-{number + 1:05d}-of-{count:05d}.safetensors"
+def weights_shard(file: str, number: int, count: int) -> str:
+    """As transformers names the parts of a `file` of weights; `number` counts from 0."""
+    return f"{file.removesuffix('.safetensors')}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def optimizer_shard(rank: int, world_size: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.layout import WEIGHTS
 from outlast.checkpointing.safetensors import Spec
 from outlast.checkpointing.shards import part_of
 
@@ -34,7 +36,27 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """Which weights make the Hugging Face part of a checkpoint, and what they are called there.
+
+    Attributes:
+        file: The file's name, when it is one.
+        names: The model's own name to the file's, of those that are saved; None for all, as they are called.
+    """
+
+    file: str = WEIGHTS
+    names: Mapping[str, str] | None = None
+
+    def of(self, name: str) -> str | None:
+        """The file's name for a weight; None if it is not saved."""
+        return name if self.names is None else self.names.get(name)
+
+
+ALL = Naming()
+
+
+def named_weights(model: nn.Module, naming: Naming = ALL) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, in the order of `state_dict`; tied ones once, under the first name.
 
     The tensors are the model's own, not copies; DTensors where the model is sharded.
@@ -43,16 +65,17 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     seen: set[tuple[object, ...]] = set()
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in inner.state_dict(keep_vars=True).items():
-        key = _identity(tensor)
-        if key not in seen:
-            weights[plain_name(name)] = tensor.detach()
+        key, called = _identity(tensor), naming.of(plain_name(name))
+        if called is not None and key not in seen:
+            weights[called] = tensor.detach()
             seen.add(key)
     return weights
 
 
-def parameter_names(model: nn.Module) -> set[str]:
+def parameter_names(model: nn.Module, naming: Naming = ALL) -> set[str]:
     """Names of what only an optimizer changes; the rest of `named_weights` may change in a forward pass."""
-    return {plain_name(name) for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
+    own = (plain_name(name) for name, _ in unwrap(model).named_parameters(remove_duplicate=False))
+    return {called for name in own if (called := naming.of(name)) is not None}
 
 
 def plain_name(name: str) -> str:
@@ -87,17 +110,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
             tensor.copy_(weights[name])
 
 
-def check_weights(model: nn.Module, found: Mapping[str, Spec]) -> None:
+def check_weights(model: nn.Module, found: Mapping[str, Spec], naming: Naming = ALL) -> None:
     """Refuses weights that are another model's, before they are read.
 
     Args:
         model: The model, wrapped or not.
         found: Type and whole shape of each weight, by name.
+        naming: What they are called.
 
     Raises:
         ConfigError: They do not fit.
     """
-    _compare({name: Spec.of(tensor) for name, tensor in named_weights(model).items()}, found)
+    _compare({name: Spec.of(tensor) for name, tensor in named_weights(model, naming).items()}, found)
 
 
 def _compare(own: Mapping[str, Spec], found: Mapping[str, Spec]) -> None:

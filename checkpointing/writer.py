@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ class Share:
         weights: This rank's parts of the weights: of sharded ones its own, of the others all on rank 0, none elsewhere.
         moments: Optimizer state that this rank writes; None without an optimizer.
         small: Small files by name (rank 0).
+        file: Name of the file of the weights.
         max_shard_bytes: Weights beyond so many bytes go on in another file.
     """
 
@@ -50,6 +51,7 @@ class Share:
     weights: Mapping[str, Part]
     moments: Mapping[str, Part] | None
     small: Mapping[str, bytes] = field(default_factory=dict)
+    file: str = layout.WEIGHTS
     max_shard_bytes: int = 2**63
 
     @property
@@ -61,7 +63,7 @@ class Share:
         """The same share, made of the snapshot's copies."""
         moments = None if self.moments is None else {name: parts[name] for name in self.moments}
         weights = {name: parts[name] for name in self.weights}
-        return Share(self.step, self.specs, weights, moments, self.small, self.max_shard_bytes)
+        return replace(self, weights=weights, moments=moments)
 
 
 def write_share(storage: Storage, directory: str, ranks: Ranks, share: Share) -> list[FileEntry]:
@@ -89,7 +91,7 @@ def _write_state(storage: Storage, directory: str, ranks: Ranks, share: Share) -
 
 def _write_weights(storage: Storage, directory: str, ranks: Ranks, share: Share) -> list[FileEntry]:
     """Rank 0 writes the weights; the others send theirs, in the order in which it asks."""
-    files = weight_files(share.specs, share.max_shard_bytes)
+    files = weight_files(share.specs, share.max_shard_bytes, share.file)
     gather = Gather(
         ranks, share.weights, [name for names in files.values() for name in order(_pick(share.specs, names))]
     )
@@ -106,7 +108,7 @@ def _write_weights(storage: Storage, directory: str, ranks: Ranks, share: Share)
         total = sum(spec.num_bytes for spec in share.specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
-        entries.append(write_file(storage, directory, f"{layout.WEIGHTS}.index.json", [text]))
+        entries.append(write_file(storage, directory, f"{share.file}.index.json", [text]))
     return entries
 
 
@@ -114,12 +116,13 @@ def _pick(specs: Mapping[str, Spec], names: Sequence[str]) -> dict[str, Spec]:
     return {name: specs[name] for name in names}
 
 
-def weight_files(specs: Mapping[str, Spec], max_bytes: int) -> dict[str, list[str]]:
+def weight_files(specs: Mapping[str, Spec], max_bytes: int, file: str = layout.WEIGHTS) -> dict[str, list[str]]:
     """Which weights go into which file, as transformers names them: one file, or `model-00001-of-00003.safetensors`.
 
     Args:
         specs: The weights in the model's order.
         max_bytes: Tensor bytes of a file; a tensor that is larger has a file of its own.
+        file: Name of the one file.
     """
     groups: list[list[str]] = [[]]
     num_bytes = 0
@@ -130,8 +133,8 @@ def weight_files(specs: Mapping[str, Spec], max_bytes: int) -> dict[str, list[st
         groups[-1].append(name)
         num_bytes += spec.num_bytes
     if len(groups) == 1:
-        return {layout.WEIGHTS: groups[0]}
-    return {layout.weights_shard(number, len(groups)): names for number, names in enumerate(groups)}
+        return {file: groups[0]}
+    return {layout.weights_shard(file, number, len(groups)): names for number, names in enumerate(groups)}
 
 
 class Gather:

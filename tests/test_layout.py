@@ -100,6 +100,7 @@ def test_the_face_of_checkpointing_is_frozen() -> None:
         "Every",
         "LocalStorage",
         "Manifest",
+        "Naming",
         "NoCheckpointError",
         "OutlastError",
         "PreflightError",

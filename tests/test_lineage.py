@@ -16,7 +16,7 @@ from torch import nn
 
 from outlast.checkpointing import faults
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.errors import ConfigError, StorageError
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.faults import Action, Fault, InjectedFault, Point
 from outlast.checkpointing.layout import (
     CLAIM,
@@ -291,24 +291,6 @@ def test_a_deletion_that_dies_half_way_leaves_no_damage(survived: int, storage: 
     assert heir.save()
     assert [item.ref.step for item in catalogue(storage, "run").accepted] == [5, 4]
     assert storage.list(checkpoint_dir("run", replace(worker.ref, step=1))) == []
-
-
-@pytest.mark.parametrize("survived", range(4))
-def test_a_deletion_that_fails_is_no_end_and_is_tried_again(survived: int, storage: LocalStorage) -> None:
-    failures = [StorageError("cannot delete: Input/output error")]
-
-    def fail() -> None:
-        if failures:
-            raise failures.pop()
-
-    worker = start(Interrupted(Path(storage.url), fail, before_delete=survived), "a")
-    assert [worker.save() for _ in range(3)] == [True] * 3
-    assert not failures
-    lying = {entry.name for entry in storage.list(attempt_dir("run", worker.ref.attempt)) if entry.num_bytes is None}
-    assert lying == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
-    assert worker.save()
-    lying = {entry.name for entry in storage.list(attempt_dir("run", worker.ref.attempt)) if entry.num_bytes is None}
-    assert lying == {"checkpoint-3", "checkpoint-4"}
 
 
 def test_a_zombie_deletes_nothing(storage: LocalStorage) -> None:
