@@ -17,6 +17,7 @@ while the next step computes its gradients, and written in the background, one s
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -33,10 +34,10 @@ from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.manifest import Manifest
 from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.reader import Index, check_listing, merge, read_boxes, read_index, read_verified
+from outlast.checkpointing.reader import Index, check_listing, merge, read_blocks, read_boxes, read_index, read_verified
 from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.safetensors import Spec, tensor_bytes
-from outlast.checkpointing.shards import Part, part_of
+from outlast.checkpointing.safetensors import Spec
+from outlast.checkpointing.shards import Box, Part, part_of
 from outlast.checkpointing.snapshot import Copy, Snapshot
 from outlast.checkpointing.state import boxes_of_state, deal, load_optimizer, optimizer_tensors
 from outlast.checkpointing.storage import Storage, patiently
@@ -47,8 +48,8 @@ from outlast.checkpointing.writer import Share, write_file
 class Checkpointer:
     """Checkpoints of one attempt of one run.
 
-    Building it claims the run. If a launch that came later holds it already, `superseded` is True and nothing else may
-    be called.
+    Building it claims the run. If a launch that came later holds it already, `superseded` is True; then `resume`
+    returns None, and nothing is saved.
 
     Args:
         storage: The storage root.
@@ -104,12 +105,15 @@ class Checkpointer:
         self.declaration = dict(declaration or {})
         claimed = self.ranks.from_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
         self.superseded = claimed is None
+        self.catalogue = lineage.Catalogue(None, (), ())
+        self._flight: Flight | None = None
+        self.last_save: tuple[float, float] | None = None
         if claimed is None:
             return
         self.attempt, self.catalogue = claimed
-        self._flight: Flight | None = None
-        self.last_save: tuple[float, float] | None = None
         self._snapshot = Snapshot()
+        hosts = self.ranks.gather(socket.gethostname())
+        self._num_sharing = hosts.count(hosts[self.ranks.rank])
         if self.ranks.rank == 0:
             self.journal = Journal(storage, layout.attempt_dir(run, self.attempt), 0)
         background = (
@@ -144,6 +148,8 @@ class Checkpointer:
             ConfigError: The checkpoint is another model's.
             StorageError: The storage could not be read.
         """
+        if self.superseded:
+            return None
         rejected = list(self.catalogue.rejected)
         for index, manifest in enumerate(self.catalogue.accepted):
             state, faults = self._load(manifest, model, optimizer)
@@ -153,7 +159,7 @@ class Checkpointer:
             self._committer.lineage = list(self.catalogue.accepted[index:])
             self._tell("resume", step=manifest.ref.step, source=str(manifest.ref), rejected=_as_json(rejected))
             return state
-        if self.ranks.from_rank_0(lambda: lineage.higher_claim(self.storage, self.run, self.attempt)):
+        if self.ranks.from_rank_0(self._is_overtaken):
             self.superseded = True  # somebody newer may have cleared away what was here
         elif rejected:
             self._refuse(rejected)
@@ -184,18 +190,30 @@ class Checkpointer:
             )
         parts = {name: part_of(tensor) for name, tensor in named_weights(model, self.naming).items()}
         targets = {name: (part.box, part.tensor) for name, part in parts.items()}
-        state_boxes = boxes_of_state(model, {name: stored[0].shape for name, stored in moments.items()})
-        for name, box in state_boxes.items():
-            targets[name] = (box, torch.empty(box.shape, dtype=moments[name][0].spec.dtype))
+        boxes = boxes_of_state(model, {name: stored[0].shape for name, stored in moments.items()})
+        for name, stored in moments.items():
+            box = boxes.get(name, Box.whole(stored[0].shape))
+            targets[name] = (box, torch.empty(box.shape, dtype=stored[0].spec.dtype))
         index = {**weights, **moments}
-        read = self.ranks.everybody(lambda: read_boxes(self.storage, directory, manifest, index, targets))
-        if faults := _merged(read):
+        read = self.ranks.everybody(lambda: self._read_state(directory, manifest, index, targets))
+        if faults := _merged(lines for _, lines in read):
             return None, faults
         if optimizer is not None:
-            load_optimizer(model, optimizer, {name: targets[name][1] for name in state_boxes})
+            load_optimizer(model, optimizer, {name: targets[name][1] for name in moments}, sharded=boxes.keys())
+        return read[0][0], []
+
+    def _read_state(
+        self, directory: str, manifest: Manifest, index: Index, targets: Mapping[str, tuple[Box, torch.Tensor]]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Fills the targets; on rank 0 also reads the loop state. Returns that, and the faults."""
+        faults = read_boxes(self.storage, directory, manifest, index, targets)
+        if self.ranks.rank or faults:
+            return {}, faults
         entry = next(entry for entry in manifest.files if entry.path == layout.LOOP_STATE)
-        state: dict[str, Any] = json.loads(read_verified(self.storage, directory, entry).numpy().tobytes())
-        return state, []
+        try:
+            return json.loads(read_verified(self.storage, directory, entry).numpy().tobytes()), []
+        except DamagedError as error:
+            return {}, [error.message]
 
     def _read_headers(self, directory: str, manifest: Manifest) -> tuple[dict[str, Index], list[str]]:
         """This rank's share of the files' headers, by path. Rank 0 also looks at everything that holds no tensors."""
@@ -212,6 +230,9 @@ class Checkpointer:
         except DamagedError as error:
             faults.append(error.message)
         return indexes, faults
+
+    def _is_overtaken(self) -> bool:
+        return lineage.higher_claim(self.storage, self.run, self.attempt) is not None
 
     def _refuse(self, rejected: list[lineage.Rejected]) -> None:
         """Says that nothing whole is left."""
@@ -238,7 +259,7 @@ class Checkpointer:
     ) -> bool:
         """Commits the state after `step` steps, and waits for it. A save in flight is waited for first.
 
-        There is nothing to do when the newest checkpoint is that step's: a state follows from its step.
+        When the newest checkpoint is that step's there is nothing to write: a state follows from its step.
 
         Args:
             step: Steps done.
@@ -257,7 +278,8 @@ class Checkpointer:
         if not self.wait():
             return False
         if self._is_saved(step):
-            return True
+            self.superseded = self.ranks.from_rank_0(self._is_overtaken)
+            return not self.superseded
         began = time.monotonic()
         reach(Point.BEFORE_SNAPSHOT, step)
         share, _ = self._share(step, model, optimizer, state, files)
@@ -297,6 +319,8 @@ class Checkpointer:
             StorageError: The save before this one failed.
             ConfigError: The host has no room for the copy.
         """
+        if self.superseded:
+            return False
         flights = self.ranks.gather(self._flight.state if self._flight else FlightState.ACKNOWLEDGED)
         if self._flight and FlightState.IN_FLIGHT in flights and FlightState.TROUBLED not in flights:
             self._tell("save-skipped", step=step, in_flight=self._flight.step)
@@ -304,11 +328,12 @@ class Checkpointer:
         if not self.wait():
             return False
         if self._is_saved(step):
-            return True
+            self.superseded = self.ranks.from_rank_0(self._is_overtaken)
+            return not self.superseded
         began = time.monotonic()
         reach(Point.BEFORE_SNAPSHOT, step)
         share, changing = self._share(step, model, optimizer, state, files)
-        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts))
+        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts, self._num_sharing))
         copy = self._snapshot.take(share.parts, now=changing if lazy and optimizer is not None else share.parts)
         self._flight = Flight(step, copy, began, lambda: self._write(share, copy, metrics or {}, began))
         self._flight.blocked_s = time.monotonic() - began
@@ -357,7 +382,7 @@ class Checkpointer:
             ConfigError: They do not fit into a rank's memory.
         """
         share, _ = self._share(0, model, optimizer, {}, None)
-        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts))
+        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts, self._num_sharing))
 
     def _share(
         self,
@@ -415,9 +440,9 @@ class Checkpointer:
         files = []
         for entry in manifest.files:
             if not entry.path.startswith(layout.STATE_DIR):
-                data = read_verified(self.storage, directory, entry)
-                files.append(write_file(self.storage, target, entry.path, [tensor_bytes(data)]))
-        if lineage.higher_claim(self.storage, self.run, self.attempt):
+                blocks = read_blocks(self.storage, directory, entry)
+                files.append(write_file(self.storage, target, entry.path, blocks))
+        if self._is_overtaken():
             return None
         published = Manifest(
             ref=source,

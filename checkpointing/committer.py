@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from outlast.checkpointing import layout, lineage
-from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.journal import COMMITS, Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
@@ -63,6 +64,7 @@ class Committer:
         self._num_acknowledged = 0
         self._doomed: list[CheckpointRef] = []
         self._swept = False
+        self._begun: set[int] = set()
         if ranks.rank == 0:
             self._journal = Journal(storage, layout.attempt_dir(run, attempt), 0, stream=COMMITS, flush_s=0)
 
@@ -81,7 +83,12 @@ class Committer:
         Raises:
             StorageError: A rank could not write. Earlier checkpoints are untouched.
         """
-        assert not any(item.ref.step == share.step for item in self.commits), f"step {share.step} is committed already"
+        if share.step in self._begun:  # what lies there may be a commit of which only the answer was lost
+            raise ConfigError(
+                f"step {share.step} was saved before by attempt {self._attempt}, and is not written twice",
+                hint="go on to the next step and save that",
+            )
+        self._begun.add(share.step)
         ref = CheckpointRef(share.step, self._attempt)
         directory = layout.checkpoint_dir(self._run, ref)
         written = self._ranks.everybody(lambda: write_share(self._storage, directory, self._ranks, share))
@@ -135,9 +142,13 @@ class Committer:
         try:
             pinned = lineage.list_pins(self._storage, self._run)
             kept = self._retain(pinned)
-            self._delete_doomed()
-            if not self._swept:
-                self._doomed += self._strays({item.ref for item in kept[1]} | pinned)
+            if self._swept:
+                self._delete_doomed()
+            else:
+                with suppress(StorageError):  # tried again below
+                    self._delete_doomed()
+                strays = list(self._strays({item.ref for item in kept[1]} | pinned))
+                self._doomed = list(dict.fromkeys([*self._doomed, *strays]))
                 self._swept = True
                 self._delete_doomed()
         except StorageError as error:
@@ -145,9 +156,16 @@ class Committer:
         return kept
 
     def _delete_doomed(self) -> None:
-        while self._doomed:
-            self._delete(self._doomed[0])
-            del self._doomed[0]
+        """Deletes what it can; the rest stays doomed. Raises the last failure."""
+        doomed, self._doomed, failure = self._doomed, [], None
+        for ref in doomed:
+            try:
+                self._delete(ref)
+            except StorageError as error:
+                self._doomed.append(ref)
+                failure = error
+        if failure is not None:
+            raise failure
 
     def _retain(self, pinned: set[CheckpointRef]) -> tuple[list[Manifest], list[Manifest]]:
         """Dooms what nothing keeps; returns what is left of both.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from outlast.checkpointing.errors import StorageError
@@ -47,6 +47,7 @@ class Journal:
         self._dirty = False
         self._flushed_at = time.monotonic()
         self._lock = threading.Lock()
+        self._putting = threading.Lock()
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Adds an event. `fields` must be JSON; `t` (seconds since the epoch) is added.
@@ -59,6 +60,8 @@ class Journal:
             self._lines.append(line)
             self._num_bytes += len(line)
             self._dirty = True
+        if self._flush_s and self._putting.locked():
+            return  # somebody else is at it, and nobody waits for a story
         if time.monotonic() - self._flushed_at >= self._flush_s:
             try:
                 self.flush()
@@ -69,23 +72,32 @@ class Journal:
 
     def flush(self) -> None:
         """Makes everything so far durable. Raises StorageError when that fails."""
-        with self._lock:
-            self._flushed_at = time.monotonic()
-            if not self._dirty:
-                return
-            self._storage.put(f"{self._prefix}-{self._segment:06d}.jsonl", self._lines)
-            self._dirty = False
-            if self._num_bytes >= SEGMENT_BYTES:
-                self._segment, self._lines, self._num_bytes = self._segment + 1, [], 0
+        with self._putting:  # one put at a time; meanwhile others may add events
+            with self._lock:
+                self._flushed_at = time.monotonic()
+                if not self._dirty:
+                    return
+                lines, self._dirty = list(self._lines), False
+            try:
+                self._storage.put(f"{self._prefix}-{self._segment:06d}.jsonl", lines)
+            except BaseException:
+                self._dirty = True
+                raise
+            with self._lock:
+                if self._num_bytes >= SEGMENT_BYTES:
+                    rest = self._lines[len(lines) :]
+                    self._segment, self._lines = self._segment + 1, rest
+                    self._num_bytes, self._dirty = sum(map(len, rest)), bool(rest)
 
 
 def last_event_at(storage: Storage, directory: str) -> float | None:
-    """When the newest event of a directory happened, in seconds since the epoch; None if there is none.
+    """When rank 0's newest event in a directory happened, in seconds since the epoch; None if there is none.
 
     Raises:
         StorageError: A read failed.
     """
-    return max((float(event["t"]) for event in read_events(storage, directory) if "t" in event), default=None)
+    newest = _segments(storage, directory, EVENTS)[-1:]
+    return max((float(event["t"]) for event in _read(storage, directory, newest) if "t" in event), default=None)
 
 
 def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
@@ -94,11 +106,18 @@ def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Itera
     Raises:
         StorageError: A read failed.
     """
-    for entry in storage.list(directory):
-        if not (entry.name.startswith(f"{stream}-") and entry.name.endswith(".jsonl")):
-            continue
+    return _read(storage, directory, _segments(storage, directory, stream))
+
+
+def _segments(storage: Storage, directory: str, stream: str) -> list[str]:
+    names = (entry.name for entry in storage.list(directory))
+    return [name for name in names if name.startswith(f"{stream}-") and name.endswith(".jsonl")]
+
+
+def _read(storage: Storage, directory: str, segments: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for name in segments:
         try:
-            data = read_bytes(storage, f"{directory}/{entry.name}")
+            data = read_bytes(storage, f"{directory}/{name}")
         except FileNotFoundError:
             continue
         for line in data.splitlines():

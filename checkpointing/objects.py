@@ -15,7 +15,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import BinaryIO, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
 
@@ -74,7 +73,10 @@ class ObjectStorage:
                 data = b"".join(head)
                 self._patiently(lambda: self._put_once(path, [data]), lambda: self._holds(path, data))
             else:
-                self._put_once(path, chain(head, [more], rest))
+                chunks = _handed_over([*head, more], rest)
+                del head, more
+                self._fs_delete(path)  # so that what is there afterwards is this
+                self._put_once(path, chunks)
 
     def _put_once(self, path: str, chunks: Iterable[Buffer]) -> None:
         target = self._path(path)
@@ -82,23 +84,25 @@ class ObjectStorage:
         num_bytes = waited_at = 0
         try:
             for chunk in chunks:
-                stream.write(chunk)
-                num_bytes += memoryview(chunk).nbytes
-                del chunk  # the next one may need its memory
-                if num_bytes - waited_at >= _WINDOW_BYTES:
-                    stream.flush()
-                    waited_at = num_bytes
+                view = memoryview(chunk)
+                for begin in range(0, view.nbytes, _HEAD_BYTES):
+                    num_bytes += stream.write(view[begin : begin + _HEAD_BYTES])
+                    if num_bytes - waited_at >= _WINDOW_BYTES:
+                        stream.flush()
+                        waited_at = num_bytes
+                del chunk, view  # the next one may need its memory
         except BaseException:
             with contextlib.suppress(OSError):  # the first failure is the one to report
                 stream.close()
+            with contextlib.suppress(OSError):
                 self._fs.delete_file(target)
             raise
         try:
             stream.close()
         except OSError:
-            # The answer was lost, perhaps after the store had done it. An object appears whole, under a name that
-            # nobody else writes: so if there are so many bytes, they are these.
-            if self._fs.get_file_info(target).size != num_bytes:
+            # The answer was lost, perhaps after the store had done it. An object appears whole, and nothing was there
+            # before: so if there are so many bytes, they are these. A small one is compared.
+            if num_bytes <= _HEAD_BYTES or self._fs.get_file_info(target).size != num_bytes:
                 raise
 
     def _holds(self, path: str, data: bytes) -> bool:
@@ -132,7 +136,11 @@ class ObjectStorage:
         return sorted(files, key=lambda entry: entry.name)
 
     def delete(self, path: str) -> None:
-        with _explained("delete", self._url, path), contextlib.suppress(FileNotFoundError):
+        with _explained("delete", self._url, path):
+            self._fs_delete(path)
+
+    def _fs_delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
             self._patiently(lambda: self._fs.delete_file(self._path(path)))
 
 
@@ -154,6 +162,13 @@ def _connect(url: str) -> tuple[fs.FileSystem, str]:
 
 def _is_refusal(error: OSError) -> bool:
     return any(word in str(error) for word in _REFUSALS)
+
+
+def _handed_over(held: list[Buffer], rest: Iterator[Buffer]) -> Iterator[Buffer]:
+    """The chunks that are held, then the rest; each is let go as it is taken."""
+    while held:
+        yield held.pop(0)
+    yield from rest
 
 
 def _up_to(num_bytes: int, chunks: Iterator[Buffer]) -> Iterator[Buffer]:

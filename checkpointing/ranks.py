@@ -6,6 +6,7 @@ The group is a gloo group of its own, so that talk about checkpoints never stand
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -24,15 +25,18 @@ class Ranks:
         group: The gloo group, or None for a single rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta | None = None) -> None:
         self.rank, self.size, self.group = 0, 1, None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     def another(self) -> Ranks:
-        """The same ranks with a group of their own, for another thread. Every rank calls it."""
-        return Ranks()
+        """The same ranks with a group of their own, for another thread. Every rank calls it.
+
+        There a rank may wait for another's writing; one that is gone is noticed by its connection.
+        """
+        return Ranks(timedelta(hours=12))
 
     def gather(self, item: T) -> list[T]:
         """Every rank's item in rank order, on every rank."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -236,6 +236,14 @@ def _carry_out(
                 pool.shutdown(cancel_futures=True)
                 raise
     return sorted(faults.values())
+
+
+def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[memoryview]:
+    """The file, block by block, each verified and in memory of its own. Raises as `read_verified`."""
+    for number in range(len(entry.blocks)):
+        block = torch.empty(_block_bytes(entry, number), dtype=torch.uint8)
+        _read_block(storage, directory, entry, number, bytes_view(block))
+        yield bytes_view(block)
 
 
 def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:

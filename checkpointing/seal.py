@@ -86,9 +86,9 @@ def newest_sealed(output_dir: str | os.PathLike[str]) -> str | None:
         StorageError: The disk failed, which proves nothing about what is on it.
     """
     storage, ranks = LocalStorage(Path(output_dir)), Ranks()
-    found = patiently(lambda: [parse_checkpoint(entry.name) for entry in storage.list("") if entry.num_bytes is None])
     damaged = []
-    for step in sorted({step for steps in ranks.gather(found) for step in steps if step is not None}, reverse=True):
+    seen = ranks.everybody(lambda: _steps(storage))
+    for step in sorted({step for steps in seen for step in steps if step is not None}, reverse=True):
         directory = checkpoint_name(step)
         sealed, faults = _agreed(ranks, storage, directory)
         if not faults:
@@ -101,6 +101,10 @@ def newest_sealed(output_dir: str | os.PathLike[str]) -> str | None:
             hint="restore the files from a copy, or move the directory away to start from the beginning",
         )
     return None
+
+
+def _steps(storage: LocalStorage) -> list[int | None]:
+    return patiently(lambda: [parse_checkpoint(entry.name) for entry in storage.list("") if entry.num_bytes is None])
 
 
 def _agreed(ranks: Ranks, storage: LocalStorage, directory: str) -> tuple[bool, list[str]]:

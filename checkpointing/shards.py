@@ -81,8 +81,10 @@ def part_of(tensor: torch.Tensor) -> Part:
     if strange:
         raise TypeError(f"cannot save a DTensor placed as {strange[0]}: only Shard and Replicate are known")
     extent, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    coordinate = mesh.get_coordinate() or [0] * mesh.ndim
-    is_copy = any(item.is_replicate() and at for item, at in zip(placements, coordinate, strict=True))
+    coordinate = mesh.get_coordinate()
+    is_copy = coordinate is None or any(
+        item.is_replicate() and at for item, at in zip(placements, coordinate, strict=True)
+    )
     if not all(extent):  # torch gives an empty part any offset
         offset = (0,) * len(shape)
     return Part(tensor.to_local(), Box(tuple(offset), tuple(extent)), shape, is_sharded=True, is_copy=is_copy)

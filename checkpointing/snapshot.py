@@ -30,8 +30,12 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def reserve(self, parts: Mapping[str, Part]) -> None:
+    def reserve(self, parts: Mapping[str, Part], num_sharing: int = 1) -> None:
         """Allocates the buffers, if they are not large enough yet.
+
+        Args:
+            parts: What will be copied.
+            num_sharing: How many ranks do so on this machine at the same time.
 
         Raises:
             ConfigError: They do not fit into this machine's memory.
@@ -41,9 +45,10 @@ class Snapshot:
             return
         self._buffer = torch.empty(0, dtype=torch.uint8)
         free = free_bytes()
-        if free is not None and num_bytes + _SPARE_BYTES > free:
+        if free is not None and num_sharing * num_bytes + _SPARE_BYTES > free:
             raise ConfigError(
-                f"a snapshot of this rank's share needs {num_bytes:,} bytes of host memory, and {free:,} are free",
+                f"a snapshot of a rank's share needs {num_bytes:,} bytes of host memory; {num_sharing} ranks are on this "
+                f"machine, and {free:,} bytes are free",
                 hint="set checkpoint.overlap: false, which writes from the weights themselves while training waits; "
                 "or use more workers, each of which then holds a smaller share",
             )
@@ -65,7 +70,11 @@ class Snapshot:
             target[name] = part.with_tensor(flat.view(part.tensor.dtype).view(part.tensor.shape))
             position += _padded(part)
         copy = Copy({name: (part.tensor, target[name].tensor) for name, part in parts.items()}, target)
-        copy.begin(now)
+        try:
+            copy.begin(now)
+        except BaseException:
+            copy.close()
+            raise
         return copy
 
 
@@ -89,10 +98,14 @@ class Copy:
     @torch.no_grad()
     def begin(self, now: Collection[str]) -> None:
         """Copies what cannot wait; on a device, hands the rest to a side stream."""
+        is_on_device = any(source.is_cuda for source, _ in self._pairs.values())
         for name in now:
             source, target = self._pairs.pop(name)
             target.copy_(source, non_blocking=True)
-        if not any(source.is_cuda for source, _ in self._pairs.values()):
+        if not is_on_device:
+            return
+        self._on_device = torch.cuda.current_stream().record_event()
+        if not self._pairs:
             return
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -6,7 +6,7 @@ Names are `<parameter>/<key>`, such as `transformer.wte.weight/exp_avg`; they me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -34,13 +34,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_optimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    sharded: Collection[str] = (),
+) -> None:
     """Puts saved state back. Moments go to their parameter's device, step counters stay where the optimizer wants them.
 
     Args:
         model: The model, wrapped or not.
         optimizer: Its optimizer, which keeps the tensors as they are.
-        tensors: State by name; of a sharded parameter's, this rank's part.
+        tensors: State by name.
+        sharded: Names of those of which this is only the rank's part, placed as its parameter.
 
     Raises:
         ConfigError: State of parameters that the model does not have.
@@ -55,23 +62,22 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         parameter = parameters[name]
         on_host = key == "step" and id(parameter) not in fused
         placed = tensor.detach().to("cpu" if on_host else parameter.device)
-        is_part = isinstance(parameter, DTensor) and tensor.shape == parameter.to_local().shape and tensor.ndim > 0
-        optimizer.state[parameter][key] = like(parameter, placed) if is_part else placed
+        optimizer.state[parameter][key] = like(parameter, placed) if full_name in sharded else placed
 
 
 def boxes_of_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Box]:
-    """Which part of each state tensor this rank needs: its sharded parameter's, or all of it.
+    """Which part of a state tensor this rank needs, of those that are sharded as their parameters are.
 
     Args:
         model: The model, wrapped or not.
         shapes: Whole shape of each tensor, by name.
     """
     parameters = _named_parameters(model)
-    boxes = {}
+    boxes: dict[str, Box] = {}
     for name, shape in shapes.items():
         parameter = parameters.get(name.rsplit("/", 1)[0])
-        is_part = isinstance(parameter, DTensor) and tuple(parameter.shape) == shape
-        boxes[name] = part_of(parameter).box if is_part and parameter is not None else Box.whole(shape)
+        if isinstance(parameter, DTensor) and tuple(parameter.shape) == shape:
+            boxes[name] = part_of(parameter).box
     return boxes
 
 

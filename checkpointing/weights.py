@@ -18,7 +18,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import WEIGHTS
 from outlast.checkpointing.safetensors import Spec
-from outlast.checkpointing.shards import part_of
 
 _WRAPPERS = (DataParallel, DistributedDataParallel)
 #: What wrappers of inner modules (`torch.compile`, activation checkpoints) put into names.
@@ -88,26 +87,6 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
         return ("itself", id(tensor))  # sharding keeps tied parameters the same object
     place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
     return (*place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copies the weights into the model, strictly: the same names, shapes and dtypes, nothing missing or left over.
-
-    Args:
-        model: The model, wrapped or not.
-        weights: Tensors by name; of a sharded one, this rank's part.
-
-    Raises:
-        ConfigError: They are another model's weights.
-    """
-    own = {name: part_of(tensor).tensor for name, tensor in named_weights(model).items()}
-    _compare(
-        {name: Spec.of(tensor) for name, tensor in own.items()},
-        {name: Spec.of(tensor) for name, tensor in weights.items()},
-    )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
 
 
 def check_weights(model: nn.Module, found: Mapping[str, Spec], naming: Naming = ALL) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -165,7 +166,7 @@ class Gather:
         if not part.is_sharded:
             return part.tensor
         assert self._sharded.pop(0) == name, "out of order"
-        whole = torch.empty(part.shape, dtype=part.tensor.dtype)
+        whole, missing = torch.empty(part.shape, dtype=part.tensor.dtype), prod(part.shape)
         for rank, boxes in enumerate(self._boxes):
             box = boxes.get(name)
             if box is None or not all(box.shape):
@@ -174,6 +175,8 @@ class Gather:
             if rank:
                 dist.recv(_as_bytes(piece), group=self._ranks.group, group_src=rank)
             box.of(whole, Box.whole(part.shape)).copy_(piece)
+            missing -= prod(box.shape)
+        assert not missing, f"no rank holds {missing} elements of {name}"
         return whole
 
     def __enter__(self) -> Gather:

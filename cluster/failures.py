@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import ray._private.state
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.journal import Journal
@@ -173,7 +173,10 @@ class Recorder(ray.train.UserCallback):
         deadline = time.monotonic() + (SEARCH_S if workers else 0)
         while True:
             drained = bool(hub is not None and ask(hub.was_drained.remote(attempt), False))
-            failure = classify(errors, find_deaths(workers), drained=drained)
+            deaths: list[Death] = []
+            with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: what the ranks said must do
+                deaths = find_deaths(workers)
+            failure = classify(errors, deaths, drained=drained)
             if failure is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from outlast.checkpointing.safetensors import tensor_bytes
+from outlast.checkpointing.safetensors import Spec, tensor_bytes
 from outlast.checkpointing.state import optimizer_tensors
-from outlast.checkpointing.weights import named_weights
+from outlast.checkpointing.weights import check_weights, named_weights
 
 
 def small_model(seed: int = 0, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -35,3 +36,11 @@ def digests_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         name: hashlib.sha256(f"{item.dtype}{list(item.shape)}".encode() + tensor_bytes(item)).hexdigest()
         for name, item in tensors.items()
     }
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Strictly, as a resume does it."""
+    check_weights(model, {name: Spec.of(tensor) for name, tensor in weights.items()})
+    with torch.no_grad():
+        for name, tensor in named_weights(model).items():
+            tensor.copy_(weights[name])

@@ -230,7 +230,7 @@ def test_a_copy_that_does_not_fit_is_refused_before_anything_is_saved(
     train_step(model, optimizer, 1)
     saver = Checkpointer(LocalStorage(tmp_path), "run")
     monkeypatch.setattr(snapshot, "free_bytes", lambda: 1000)
-    with pytest.raises(ConfigError, match="and 1,000 are free") as caught:
+    with pytest.raises(ConfigError, match="and 1,000 bytes are free") as caught:
         saver.reserve(model, optimizer)
     assert "checkpoint.overlap: false" in caught.value.hint
     with pytest.raises(ConfigError):

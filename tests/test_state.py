@@ -14,8 +14,8 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.safetensors import decode, encode
 from outlast.checkpointing.state import deal, load_optimizer, optimizer_tensors
-from outlast.checkpointing.weights import load_weights, named_weights
-from tests.small import digests_of, train_step
+from outlast.checkpointing.weights import named_weights
+from tests.small import digests_of, load_weights, train_step
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {

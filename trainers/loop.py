@@ -354,7 +354,7 @@ class Loop:
         if not skippable and not saver.wait():
             return False
         save = saver.save if urgent or not self.config.checkpoint.overlap else saver.async_save
-        self._pace.saved()
+        self._pace.saved(urgent=urgent)
         return save(self.step, self.model, self.optimizer, state, metrics=metrics, files=files)
 
     def _trainer_state(self) -> bytes:

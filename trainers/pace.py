@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.journal import last_event_at
 from outlast.checkpointing.layout import attempt_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.schedule import Costs, Every, Unit
-from outlast.checkpointing.storage import patiently
 
 #: What is assumed of machines of which nothing is known: one failure in four hours. It counts as one observation.
 ASSUMED_BETWEEN_FAILURES_S = 4 * 3600.0
@@ -30,22 +31,28 @@ class Pace:
         self._saved_at = self._began_at = time.monotonic()
         self._restart_s: float | None = None
         self._costs: Costs | None = None
+        self._ignores_next = False
         self._known: tuple[float, float] | None = None
+        self._history: tuple[float, int] | None = None
 
-    def saved(self) -> None:
-        """Takes note that a save has begun."""
+    def saved(self, *, urgent: bool) -> None:
+        """Takes note that a save has begun; an urgent one, which training waits for, says nothing of the others."""
         self._saved_at = time.monotonic()
+        self._ignores_next = urgent
 
     def first_step_is_done(self) -> None:
         """Takes note of how long it took to get going."""
         if self._every.unit is Unit.AUTO:
-            self._restart_s = patiently(self._measure_restart)
+            with suppress(StorageError):  # an estimate is no reason to end
+                self._restart_s = self._measure_restart()
 
     def is_due(self) -> bool:
         """Whether the interval has passed. Never while a save is in flight: it would be skipped."""
         if self._every.unit is Unit.AUTO and self._checkpointer.last_save != self._known:
             self._known = self._checkpointer.last_save
-            self._reckon()
+            if not self._ignores_next:
+                with suppress(StorageError):
+                    self._reckon()
         waited_s = time.monotonic() - self._saved_at
         return self._every.due_at_time(waited_s, self._costs) and not self._checkpointer.is_busy
 
@@ -53,7 +60,7 @@ class Pace:
         """New costs give a new interval, which is told with its inputs when it moved by a tenth."""
         assert self._known is not None
         blocked_s, commit_s = self._known
-        costs = Costs(blocked_s, commit_s, self._restart_s or 0.0, patiently(self._between_failures))
+        costs = Costs(blocked_s, commit_s, self._restart_s or 0.0, self._between_failures())
         before = self._costs.interval_s if self._costs else 0.0
         self._costs = costs
         if abs(costs.interval_s - before) > 0.1 * before and self._checkpointer.journal is not None:
@@ -67,11 +74,17 @@ class Pace:
             )
 
     def _between_failures(self) -> float:
-        """Seconds that the run has lasted, by how often it was interrupted; the assumption counts as one more."""
-        saver = self._checkpointer
-        attempts = [item for item in list_attempts(saver.storage, saver.run) if item <= saver.attempt]
-        since = float(read_claim(saver.storage, saver.run, attempts[0]).get("claimed_at", time.time()))
-        return (max(0.0, time.time() - since) + ASSUMED_BETWEEN_FAILURES_S) / len(attempts)
+        """Seconds since the run began, by how often it was interrupted; the assumption counts as one more.
+
+        Pauses count as time, and stops as interruptions: nobody knows better.
+        """
+        if self._history is None:  # it does not change while this attempt lasts
+            saver = self._checkpointer
+            attempts = [item for item in list_attempts(saver.storage, saver.run) if item <= saver.attempt]
+            claim = read_claim(saver.storage, saver.run, attempts[0])
+            self._history = float(claim.get("claimed_at", time.time())), len(attempts)
+        since, num_attempts = self._history
+        return (max(0.0, time.time() - since) + ASSUMED_BETWEEN_FAILURES_S) / num_attempts
 
     def _measure_restart(self) -> float:
         """Seconds from the last sign of the attempt before to this one's first step; from the claim if it is the first.
