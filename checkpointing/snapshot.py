@@ -47,8 +47,8 @@ class Snapshot:
         free = free_bytes()
         if free is not None and num_sharing * num_bytes + _SPARE_BYTES > free:
             raise ConfigError(
-                f"a snapshot of a rank's share needs {num_bytes:,} bytes of host memory; {num_sharing} ranks are on this "
-                f"machine, and {free:,} bytes are free",
+                f"a snapshot of a rank's share needs {num_bytes:,} bytes of host memory; this machine has "
+                f"{num_sharing} of the ranks, and {free:,} bytes are free",
                 hint="set checkpoint.overlap: false, which writes from the weights themselves while training waits; "
                 "or use more workers, each of which then holds a smaller share",
             )
