@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.checkpointing.schedule import Every, Unit
+from outlast.checkpointing.schedule import FIRST_AUTO_S, Costs, Every, Unit
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,38 @@ def test_epochs_are_counted_once_each(batch: int, num_samples: int, amount: int,
     due = [step for step in range(1, num_steps + 1) if every.due_at_step(step, batch, num_samples)]
     passed = num_steps * batch // (amount * num_samples)
     assert len(due) == passed if batch <= amount * num_samples else len(due) == num_steps
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        (Costs(2.0, 2.0, 0.0, 10_000.0), 200.0),
+        (Costs(2.0, 2.0, 10_000.0, 10_000.0), math.sqrt(2 * 2.0 * 20_000.0)),
+        (Costs(0.001, 30.0, 0.0, 10_000.0), 300.0),  # a tenth of the time, for storage's sake
+        (Costs(0.0, 0.0, 0.0, 10_000.0), 1.0),
+    ],
+)
+def test_the_interval_that_loses_least(costs: Costs, expected: float) -> None:
+    assert costs.interval_s == pytest.approx(expected)
+
+
+def test_young_and_daly_are_right_about_what_is_lost() -> None:
+    """Lost time per second: the saves, and half an interval and a restart for each failure."""
+    costs = Costs(5.0, 0.1, 60.0, 3600.0)
+
+    def lost(interval_s: float) -> float:
+        return costs.blocked_s / interval_s + (interval_s / 2 + costs.restart_s) / costs.between_failures_s
+
+    best = costs.interval_s
+    assert lost(best) < lost(best / 2)
+    assert lost(best) < lost(best * 2)
+
+
+def test_auto_waits_for_the_first_costs() -> None:
+    every = Every.parse("auto")
+    assert not every.due_at_step(10, 1, 10)
+    assert not every.due_at_time(FIRST_AUTO_S - 1)
+    assert every.due_at_time(FIRST_AUTO_S)
+    costs = Costs(2.0, 2.0, 0.0, 10_000.0)
+    assert not every.due_at_time(199.0, costs)
+    assert every.due_at_time(200.0, costs)
