@@ -12,7 +12,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.commands import find, verify_run
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.export import export_directory, read_content
-from outlast.checkpointing.faults import Action, Point
+from outlast.checkpointing.faults import Action, Fault, Point
 from outlast.checkpointing.keeping import pin, plan_prune, prune, unpin
 from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.lineage import catalogue, list_pins
@@ -20,10 +20,12 @@ from outlast.checkpointing.objects import ObjectStorage
 from outlast.checkpointing.reader import tensor_digests
 from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import LocalStorage, open_storage, read_bytes, walk
+from outlast.cluster import demo
+from outlast.cluster.launch import Launch, ray_session
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data import prepare
 from outlast.trainers.loop import Outcome
-from tests.group import digests, fault, run_group
+from tests.group import digests, fault, resumed, run_group
 from tests.s3 import s3_server
 from tests.small import small_model, train_step
 
@@ -101,3 +103,25 @@ def test_a_bucket_that_is_not_there(bucket: str) -> None:
         open_storage("s3://no-such-bucket-here/runs").put("a", [b"1"])
     assert caught.value.permanent
     assert "bucket" in caught.value.hint
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_the_demo_on_an_object_store(bucket: str, tmp_path: Path) -> None:
+    """A run of the demo's size on two Ray workers: one killed in a save to S3; equal to one on a disk. Two minutes."""
+    demo.write_texts(tmp_path / "texts.jsonl")
+    record = tmp_path / "kill.json"
+    strike = Fault(Point.WHILE_WRITING, demo.KILL_AT, demo.KILLED_RANK, Action.SIGKILL, str(record))
+    found = []
+    with ray_session():
+        for name, url, faults in (("killed", f"{bucket}/demo", [strike]), ("undisturbed", str(tmp_path / "runs"), [])):
+            config = demo._config(tmp_path, name)
+            config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"storage": url})})
+            assert Launch(config, demo._declared(config), faults=faults).run().outcome is Outcome.DONE
+            storage = open_storage(url)
+            final = catalogue(storage, name).accepted[0]
+            assert final.ref.step == demo.NUM_STEPS
+            found.append(tensor_digests(storage, checkpoint_dir(name, final.ref), final))
+    assert record.exists(), "the fault did not fire"
+    assert found[0] == found[1]
+    assert len(resumed(open_storage(f"{bucket}/demo"), "killed")) == 1  # type: ignore[arg-type]
