@@ -259,7 +259,10 @@ def ray_session(address: str | None = None) -> Iterator[bool]:
         quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": folder}
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # raylet prints obituaries there
-            ray.init(address=address or "local", **quiet)
+            with contextlib.chdir(
+                folder or "."
+            ):  # workers import first from here: a folder `outlast` must not be found
+                ray.init(address=address or "local", **quiet)
             interrupt_on_sigterm()
             yield bool(address)
     finally:
