@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import ray._private.state
 import ray.train
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.journal import Journal
@@ -86,15 +86,25 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
     """
     found = [Failure(_cause_of_death(death.message, drained), death.rank, death.message) for death in deaths]
     for rank, error in errors.items():
-        inner = getattr(error, "cause", None)
-        error = inner if isinstance(inner, BaseException) else error
+        error = _unwrapped(error)
         said = str(error).strip() or type(error).__name__
+        if isinstance(error, ActorUnavailableError):
+            continue  # it cannot be reached just now: Ray's tables will say whether it or its node is gone
         if isinstance(error, RayActorError):
             drained = drained or bool(getattr(error, "preempted", False))
             found.append(Failure(_cause_of_death(said, drained), rank, said.splitlines()[0]))
         elif not any(word in said for word in _ECHOES):
             found.append(Failure(Cause.ERROR, rank, said.splitlines()[-1]))
     return max(found, key=lambda failure: (failure.cause.weight, -failure.rank), default=None)
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What Ray Train wrapped, in an error of a task or of a health check."""
+    for name in ("cause", "health_check_failure"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return _unwrapped(inner)
+    return error
 
 
 def _cause_of_death(message: str, drained: bool) -> Cause:

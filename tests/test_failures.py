@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from outlast.cluster.failures import Cause, Death, Failure, classify
 from outlast.cluster.preemption import Watch
@@ -42,6 +43,19 @@ def test_what_was_said_is_kept() -> None:
 
 def test_rays_own_word_for_a_dead_actor() -> None:
     found = classify({1: ActorDiedError()}, [], drained=False)
+    assert found is not None
+    assert found.cause is Cause.WORKER_DIED
+
+
+def test_a_worker_that_cannot_be_reached_just_now_is_no_cause_yet() -> None:
+    unreachable = ActorUnavailableError("The actor is temporarily unavailable", None)
+    for error in (unreachable, WorkerHealthCheckFailedError("failed its health check", failure=unreachable)):
+        assert classify({0: RESET, 1: error}, [], drained=False) is None
+        found = classify({0: RESET, 1: error}, [NODE], drained=False)
+        assert found is not None
+        assert found.cause is Cause.NODE_LOST
+    died = WorkerHealthCheckFailedError("failed its health check", failure=ActorDiedError())
+    found = classify({1: died}, [], drained=False)
     assert found is not None
     assert found.cause is Cause.WORKER_DIED
 
