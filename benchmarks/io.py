@@ -11,7 +11,6 @@ manifests and journals, though no tensors.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -23,14 +22,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import boto3
 import torch
 from torch import nn
 
+from benchmarks.command import command
 from benchmarks.training import drop_cache, sync
-from outlast.checkpointing import checkpointer, layout, lineage
+from outlast.checkpointing import layout, lineage
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.journal import COMMITS, Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
@@ -145,6 +144,9 @@ class ManyRanks(Ranks):
         super().__init__()
         self.size = NUM_RANKS
 
+    def another(self) -> Ranks:
+        return ManyRanks()
+
     def gather(self, item: Any) -> list[Any]:
         if not (isinstance(item, tuple) and isinstance(item[0], list) and isinstance(item[0][0], FileEntry)):
             return [item] * self.size
@@ -159,8 +161,7 @@ def growth_by_ranks(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """A commit by rank 0 whose manifest names the files of 1,024 ranks."""
     storage, model = LocalStorage(folder), nn.Linear(8, 8)
     alone = Checkpointer(storage, "alone")
-    with patch.object(checkpointer, "Ranks", ManyRanks):
-        many = Checkpointer(storage, "many")
+    many = Checkpointer(storage, "many", ranks=ManyRanks())
     commits: dict[str, list[float]] = {"one rank": [], "1,024 ranks × 8 files": []}
     for step in range(rounds + 1):
         for saver, found in zip((alone, many), commits.values(), strict=True):
@@ -241,10 +242,4 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    result = measure(quick=options.quick)
-    text = json.dumps(result, indent=1)
-    options.json.write_text(text) if options.json else print(text)
+    command(measure)

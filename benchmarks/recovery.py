@@ -8,8 +8,6 @@ within about three seconds, a checkpoint every 100 steps. The two take turns und
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import signal
@@ -25,6 +23,7 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from benchmarks.command import command
 from outlast.checkpointing.lineage import run_events
 from outlast.cluster.demo import write_texts
 from tests.lab.hosts import HEAD, Lab, lab, why_not
@@ -190,10 +189,4 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    result = measure(quick=options.quick)
-    text = json.dumps(result, indent=1)
-    options.json.write_text(text) if options.json else print(text)
+    command(measure)

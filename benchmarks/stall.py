@@ -25,7 +25,6 @@ own, with memcpy and the raw disk measured again in there. What the columns say:
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -43,6 +42,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import command
 from benchmarks.peers import Memcpy, Peer, RawWrite, all_peers, dcp_group
 from benchmarks.training import Memory, Training, drop_cache
 
@@ -164,10 +164,4 @@ def _with_ray(rounds: int, width: int, folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    result = measure(quick=options.quick)
-    text = json.dumps(result, indent=1)
-    options.json.write_text(text) if options.json else print(text)
+    command(measure)

@@ -7,8 +7,6 @@ Both run in the same two gloo processes, in turns, so that a machine that speeds
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import tempfile
@@ -21,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.command import command
 from outlast.checkpointing.lineage import run_events
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.demo import write_texts
@@ -148,10 +147,4 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    result = measure(quick=options.quick)
-    text = json.dumps(result, indent=1)
-    options.json.write_text(text) if options.json else print(text)
+    command(measure)

@@ -275,10 +275,7 @@ class Checkpointer:
         Raises:
             StorageError: A rank could not write. Earlier checkpoints are untouched.
         """
-        if not self.wait():
-            return False
-        if self._is_saved(step):
-            self.superseded = self.ranks.from_rank_0(self._is_overtaken)
+        if not self._is_to_write(step):
             return not self.superseded
         began = time.monotonic()
         reach(Point.BEFORE_SNAPSHOT, step)
@@ -325,10 +322,7 @@ class Checkpointer:
         if self._flight and FlightState.IN_FLIGHT in flights and FlightState.TROUBLED not in flights:
             self._tell("save-skipped", step=step, in_flight=self._flight.step)
             return True
-        if not self.wait():
-            return False
-        if self._is_saved(step):
-            self.superseded = self.ranks.from_rank_0(self._is_overtaken)
+        if not self._is_to_write(step):
             return not self.superseded
         began = time.monotonic()
         reach(Point.BEFORE_SNAPSHOT, step)
@@ -339,8 +333,14 @@ class Checkpointer:
         self._flight.blocked_s = time.monotonic() - began
         return True
 
-    def _is_saved(self, step: int) -> bool:
-        return bool(self.accepted) and self.accepted[0].ref.step == step
+    def _is_to_write(self, step: int) -> bool:
+        """Waits for the save in flight. False when there is nothing to write: superseded, or saved already."""
+        if not self.wait():
+            return False
+        if not self.accepted or self.accepted[0].ref.step != step:
+            return True
+        self.superseded = self.ranks.from_rank_0(self._is_overtaken)
+        return False
 
     def _write(self, share: Share, copy: Copy, metrics: Mapping[str, float], began: float) -> bool:
         """In the background: the rest of the copy, and the commit."""

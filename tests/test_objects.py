@@ -86,6 +86,7 @@ def test_what_never_gets_better_is_an_error(rough: tuple[Proxy, ObjectStorage]) 
     assert not caught.value.permanent
 
 
+@pytest.mark.faults  # twenty seconds; `.ci/run` runs it
 def test_a_run_goes_on_through_all_of_it(rough: tuple[Proxy, ObjectStorage]) -> None:
     proxy, storage = rough
     model, optimizer = small_model()

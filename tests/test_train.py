@@ -145,6 +145,7 @@ def test_two_drivers_one_goes_on(
     assert len(launches) == len(set(launches)) == 2, "the launches took over from each other in turn"
 
 
+@pytest.mark.faults  # forty seconds; `.ci/run` runs it
 def test_a_setting_that_changes_the_mathematics_is_refused_at_once(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
