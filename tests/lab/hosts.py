@@ -1,7 +1,8 @@
 """A Ray cluster of several hosts on one machine: each in a network, mount, PID and UTS namespace of its own.
 
-Host 0 is the head, 10.99.0.10; the others are workers. A switch (a bridge in a namespace of its own) joins them and
-this machine, 10.99.0.1. Every host has its own /tmp/ray, sees the file system of this machine (the shared storage), and
+Host 0 is the head, 10.99.N.10; the others are workers. A switch (a bridge in a namespace of its own) joins them and
+this machine, 10.99.N.1, where N is the first network that no other lab uses; what a lab that was killed left there is
+removed first. Every host has its own /tmp/ray, sees the file system of this machine (the shared storage), and
 runs `ray start --block` as its first process, as a container does: SIGKILL to that one is a machine that vanishes,
 SIGTERM is an eviction, and a link that goes down is a network that swallows packets.
 
@@ -11,6 +12,7 @@ Needs root, iproute2 and util-linux.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -22,6 +24,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 BIN = Path(sys.executable).parent
 HEAD = 0
@@ -45,6 +48,19 @@ def why_not() -> str | None:
     return None if made.returncode == 0 else f"namespaces are not allowed here: {made.stderr.decode().strip()}"
 
 
+def _free_network() -> tuple[int, IO[str]]:
+    """The number of a network that no living lab has, and the file whose lock says so until it is closed."""
+    for number in range(256):
+        lock = (Path(tempfile.gettempdir()) / f"outlast-lab-{number}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+        else:
+            return number, lock
+    raise AssertionError("all 256 networks for labs are in use")
+
+
 def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
@@ -59,7 +75,8 @@ class Lab:
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        self._prefix = f"lab{os.getpid()}"
+        self._network, self._lock = _free_network()
+        self._prefix = f"lab{self._network}"
         self._switch = f"{self._prefix}-sw"
         self._folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self._hosts: dict[int, subprocess.Popen[bytes]] = {}
@@ -78,36 +95,45 @@ class Lab:
     @property
     def address(self) -> str:
         """The head's job server."""
-        return "http://10.99.0.10:8265"
+        return f"http://{self.ip(HEAD)}:8265"
 
     def __enter__(self) -> Lab:
+        self._clear()
         run("ip", "netns", "add", self._switch)
         run("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
         run("ip", "-n", self._switch, "link", "set", "br0", "up")
         run("ip", "link", "add", f"{self._prefix}", "type", "veth", "peer", "name", "us", "netns", self._switch)
         run("ip", "-n", self._switch, "link", "set", "us", "master", "br0", "up")
-        run("ip", "addr", "add", "10.99.0.1/24", "dev", self._prefix)
+        run("ip", "addr", "add", f"10.99.{self._network}.1/24", "dev", self._prefix)
         run("ip", "link", "set", self._prefix, "up")
         return self
 
     def __exit__(self, *_: object) -> None:
         for host in list(self._hosts):
             self.kill(host)
-        for host in self._known:
-            subprocess.run(["ip", "netns", "del", self._name(host)], capture_output=True)
-        subprocess.run(["ip", "link", "del", self._prefix], capture_output=True)
-        subprocess.run(["ip", "netns", "del", self._switch], capture_output=True)
+        self._clear()
         shutil.rmtree(self._folder, ignore_errors=True)
         for place in self._places:  # what was mounted there went with the hosts
             with contextlib.suppress(OSError):
                 Path(place).rmdir()
+        self._lock.close()
+
+    def _clear(self) -> None:
+        """Ends and removes all that has this lab's name, whoever made it."""
+        for line in run("ip", "netns").splitlines():
+            name = line.split()[0]
+            if name.startswith(f"{self._prefix}-"):
+                for pid in run("ip", "netns", "pids", name).split():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+                run("ip", "netns", "del", name)
+        subprocess.run(["ip", "link", "del", self._prefix], capture_output=True)
 
     def _name(self, host: int) -> str:
         return f"{self._prefix}-h{host}"
 
-    @staticmethod
-    def ip(host: int) -> str:
-        return f"10.99.0.{10 + host}"
+    def ip(self, host: int) -> str:
+        return f"10.99.{self._network}.{10 + host}"
 
     def _plug_in(self, host: int) -> None:
         name = self._name(host)
