@@ -64,6 +64,9 @@ class Checkpointer:
         retention: What to keep.
         max_shard_bytes: Weights beyond so many bytes go on in another file, with an index, as transformers reads them.
         naming: Which weights are saved, and under which names; all under their own by default.
+        settle_s: Seconds by which a listing of this storage may lag behind, as on NFS with its attribute cache. After
+            the claim the attempt waits twice as long before it looks: by then everyone sees its claim, and it sees
+            whatever was acknowledged by somebody who did not.
 
     Attributes:
         naming: The argument; may be replaced until the first `resume` or `save`.
@@ -93,11 +96,12 @@ class Checkpointer:
         retention: Retention | None = None,
         max_shard_bytes: int = 50 * 10**9,
         naming: Naming = ALL,
+        settle_s: float = 0.0,
     ) -> None:
         self.ranks = ranks or Ranks()
         self.run = layout.check_run_name(run)
         self.storage = storage
-        self._launch = launch
+        self._launch, self._settle_s = launch, settle_s
         self.files = dict(files or {})
         self._max_shard_bytes, self.naming = max_shard_bytes, naming
         self.journal: Journal | None = None
@@ -116,9 +120,8 @@ class Checkpointer:
         self._num_sharing = hosts.count(hosts[self.ranks.rank])
         if self.ranks.rank == 0:
             self.journal = Journal(storage, layout.attempt_dir(run, self.attempt), 0)
-        background = (
-            self.ranks.another()
-        )  # a group of its own, so that commits in flight and the step loop never wait in one queue
+        # A group of its own, so that commits in flight and the step loop never wait in one queue.
+        background = self.ranks.another()
         self._committer = Committer(
             storage, run, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
         )
@@ -130,6 +133,7 @@ class Checkpointer:
             return None
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
         mine = lineage.claim(self.storage, self.run, body)
+        time.sleep(2 * self._settle_s)
         if lineage.higher_claim(self.storage, self.run, mine):
             return None
         return mine, patiently(lambda: lineage.catalogue(self.storage, self.run, below=mine))

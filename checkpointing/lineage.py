@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,10 +113,16 @@ def launch_is_superseded(storage: Storage, run: str, launch: str) -> bool:
     A launch's first claim takes over from everyone; a later one (after a failure) only from itself. So the newest
     launch wins, and two launches never take over from each other in turn.
     """
+
+    def launch_of(attempt: AttemptId) -> str | None:
+        return read_claim(storage, run, attempt).get("launch")
+
     # A claim that was never finished says nothing, and counts for nobody; newest first, so that one read is the rule.
-    launches = (read_claim(storage, run, attempt).get("launch") for attempt in reversed(list_attempts(storage, run)))
-    known = (name for name in launches if name is not None)
-    return next(known, launch) != launch and launch in known
+    claims = reversed(list_attempts(storage, run))
+    if next((name for name in map(launch_of, claims) if name is not None), launch) == launch:
+        return False
+    with ThreadPoolExecutor(16) as pool:
+        return launch in pool.map(launch_of, claims)
 
 
 def read_manifest(storage: Storage, run: str, ref: CheckpointRef) -> Manifest:

@@ -15,6 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from outlast.checkpointing.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -72,14 +74,21 @@ class Part:
 
 
 def part_of(tensor: torch.Tensor) -> Part:
-    """This rank's part of a tensor; shares its memory."""
+    """This rank's part of a tensor; shares its memory.
+
+    Raises:
+        ConfigError: It is placed in a way that has no boxes.
+    """
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return Part(tensor, Box.whole(shape), shape)
     mesh, placements = tensor.device_mesh, tensor.placements
     strange = [item for item in placements if not (item.is_replicate() or type(item) is Shard)]
     if strange:
-        raise TypeError(f"cannot save a DTensor placed as {strange[0]}: only Shard and Replicate are known")
+        raise ConfigError(
+            f"cannot save a DTensor placed as {strange[0]}: only Shard and Replicate are known",
+            hint="redistribute it to Shard or Replicate placements before saving",
+        )
     extent, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     coordinate = mesh.get_coordinate()
     is_copy = coordinate is None or any(

@@ -1,7 +1,8 @@
 """Optimizer state as named tensors, dealt out over the ranks.
 
 Under DDP every rank holds the same optimizer state, so each writes a share of it; under FSDP each writes what it holds.
-Names are `<parameter>/<key>`, such as `transformer.wte.weight/exp_avg`; they mean the same at any world size.
+Names are `<parameter>/<key>`, such as `transformer.wte.weight/exp_avg`; they mean the same at any world size. What is a
+plain number to the optimizer says so (`weight/step:int`), since a tensor in its place would round otherwise.
 """
 
 from __future__ import annotations
@@ -16,21 +17,30 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.shards import Box, like, part_of
 from outlast.checkpointing.weights import plain_name, unwrap
 
+_NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
+_NUMBER_NAMES = {kind.__name__: kind for kind in _NUMBERS}
+
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's per-parameter state, tensors by name; the optimizer's own, not copies.
 
     Raises:
-        TypeError: State that is neither a tensor nor a number.
+        ConfigError: State that is neither a tensor nor a number.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in _named_parameters(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, int | float):
-                value = torch.tensor(value, dtype=torch.float64)
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"cannot save optimizer state {name}/{key} of type {type(value).__name__}")
-            tensors[f"{name}/{key}"] = value.detach()
+            kind = type(value)
+            if kind in _NUMBERS:
+                tensors[f"{name}/{key}:{kind.__name__}"] = torch.tensor(value, dtype=_NUMBERS[kind])
+            elif isinstance(value, torch.Tensor):
+                tensors[f"{name}/{key}"] = value.detach()
+            else:
+                raise ConfigError(
+                    f"{type(optimizer).__name__} keeps a {kind.__name__} as the state {key!r} of {name}; only tensors "
+                    "and numbers can be saved",
+                    hint="use an optimizer that keeps its state in tensors",
+                )
     return tensors
 
 
@@ -58,8 +68,15 @@ def load_optimizer(
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
         if name not in parameters:
-            raise ConfigError(f"the checkpoint holds optimizer state for {name}, which the model does not have")
+            raise ConfigError(
+                f"the checkpoint holds optimizer state for {name}, which the model does not have",
+                hint="build the model as it was when the checkpoint was saved, or resume without an optimizer",
+            )
         parameter = parameters[name]
+        key, _, number = key.partition(":")
+        if number in _NUMBER_NAMES:
+            optimizer.state[parameter][key] = _NUMBER_NAMES[number](tensor.item())
+            continue
         on_host = key == "step" and id(parameter) not in fused
         placed = tensor.detach().to("cpu" if on_host else parameter.device)
         optimizer.state[parameter][key] = like(parameter, placed) if full_name in sharded else placed

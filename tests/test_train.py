@@ -79,6 +79,7 @@ def wait_for_commit(storage: LocalStorage, after: int, process: subprocess.Popen
     raise AssertionError("no commit within 90 s")
 
 
+@pytest.mark.faults  # two minutes; `.ci/run` runs it
 def test_signals_commit_first_and_the_same_command_goes_on(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, reference: dict[str, str]
 ) -> None:

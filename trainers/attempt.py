@@ -70,6 +70,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         notes={"settings": dict(assignment.declared), "workers": workers},
         retention=config.checkpoint.retention,
         max_shard_bytes=config.checkpoint.max_shard_bytes,
+        settle_s=config.checkpoint.settle_s,
     )
     if checkpointer.superseded:
         return Outcome.SUPERSEDED

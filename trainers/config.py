@@ -185,6 +185,9 @@ class CheckpointSettings(Settings):
     overlap: bool = True
     """Copy the state while the next step computes, and write it in the background. It takes memory for one copy of each
     worker's share; without it training waits for every commit."""
+    settle_s: float = Field(0.0, ge=0.0, le=600.0)
+    """Seconds by which a listing of the storage may lag behind, as on NFS with its attribute cache. Each start waits
+    twice as long."""
     max_shard_size: str | int = "50GB"
     """Weights beyond so much go on in another file: bytes, or a number with KB, MB or GB, as transformers has it."""
     keep_last: int = Field(3, ge=KEEP_LAST_MIN)
