@@ -66,7 +66,10 @@ def unpin(storage: Storage, run: str, which: str) -> CheckpointRef:
             storage.delete(pin_path(run, ref))
             return ref
     known = ", ".join(ref.name for ref in pins) or "none"
-    raise ConfigError(f"{which!r} is not a pinned checkpoint of run {run!r}; pinned: {known}")
+    raise ConfigError(
+        f"{which!r} is not a pinned checkpoint of run {run!r}; pinned: {known}",
+        hint="`outlast checkpoints ls RUN` marks those that are pinned",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class Every:
         else:
             parsed = cls(amount, Unit.EPOCHS if word.startswith("epoch") else Unit.STEPS)
         if amount <= 0 or (parsed.unit is not Unit.SECONDS and amount != int(amount)):
-            raise ValueError(f"{text!r} is not an interval: write 200 (steps), 10m (or s, h), 1 epoch, or auto")
+            raise ValueError(f"{str(text)!r} is not an interval: write 200 (steps), 10m (or s, h), 1 epoch, or auto")
         return parsed
 
     def due_at_step(self, step: int, batch: int, num_samples: int) -> bool:

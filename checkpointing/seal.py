@@ -46,7 +46,10 @@ def seal(directory: str | os.PathLike[str], *, world_size: int = 1) -> Manifest:
     storage = LocalStorage(path.parent)
     names = [entry.name for entry in walk(storage, path.name) if entry.name != MANIFEST]
     if step is None or not names:
-        raise ConfigError(f"cannot seal {path}: it is no checkpoint-N directory with files in it")
+        raise ConfigError(
+            f"cannot seal {path}: it is no checkpoint-N directory with files in it",
+            hint="give the directory that transformers.Trainer wrote, such as out/checkpoint-500",
+        )
     storage.sync(path.name)
     manifest = Manifest(
         ref=CheckpointRef(step, _NO_ATTEMPT),

@@ -69,4 +69,4 @@ def size(num_bytes: float) -> str:
 def when(seconds: float) -> str:
     import time
 
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))

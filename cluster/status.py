@@ -21,10 +21,12 @@ class State(Enum):
     """What a run is doing, as far as its storage tells."""
 
     DONE = "done"
+    STARTING = "starting"  #: its driver is alive; no worker has claimed the run yet
     RUNNING = "running"
     STOPPED = "stopped"  #: it was interrupted, and can be resumed
     FAILED = "failed"
     LOST = "lost"  #: its driver fell silent without a word
+    UNATTENDED = "unattended"  #: checkpoints of a loop of one's own, which has no driver to tell
 
 
 def read_status(storage: Storage, run: str) -> dict[str, Any]:
@@ -34,16 +36,17 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    checkpoints = list_checkpoints(storage, run)
     attempts = list_attempts(storage, run)
     launch = _newest_launch(storage, run)
+    is_new = not attempts and launch is not None
+    checkpoints = [] if is_new else list_checkpoints(storage, run)
     events = _newest_events(storage, run, attempts)
     steps = [event for event in events if event["event"] == "step"]
     plan: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "plan"), {})
     done = any(event["event"] == "done" for event in events)
     return {
         "run": run,
-        "state": (State.DONE if done else _state(launch)).value,
+        "state": (State.DONE if done else _state(launch, is_new)).value,
         "step": steps[-1]["step"] if steps else (checkpoints[0]["step"] if checkpoints else 0),
         "num_steps": plan.get("num_steps"),
         "loss": steps[-1]["loss"] if steps else None,
@@ -52,7 +55,7 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
         "failures": [event for name in _launches(storage, run) for event in _failures(storage, run, name)],
         "launch": launch,
         "newest_checkpoint": checkpoints[0] if checkpoints else None,
-        "damaged": [str(item.ref) for item in look(storage, run).rejected],
+        "damaged": [] if is_new else [str(item.ref) for item in look(storage, run).rejected],
         "storage": storage.url,
     }
 
@@ -60,7 +63,7 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
 def list_runs(storage: Storage) -> list[dict[str, Any]]:
     """The state of every run in a storage, by name."""
     names = [entry.name for entry in storage.list("") if entry.num_bytes is None and not entry.name.startswith(".")]
-    return [read_status(storage, name) for name in names if list_attempts(storage, name)]
+    return [read_status(storage, name) for name in names if list_attempts(storage, name) or _launches(storage, name)]
 
 
 def _launches(storage: Storage, run: str) -> list[str]:
@@ -90,12 +93,14 @@ def _failures(storage: Storage, run: str, launch: str) -> list[dict[str, Any]]:
     return [{"launch": launch, **event} for event in events if event["event"] == "failure"]
 
 
-def _state(launch: dict[str, Any] | None) -> State:
+def _state(launch: dict[str, Any] | None, is_new: bool) -> State:
     if launch is None:
-        return State.LOST
+        return State.UNATTENDED
     if launch["ended"]:
         return {0: State.DONE, 75: State.STOPPED, 130: State.STOPPED}.get(launch["exit_code"], State.FAILED)
-    return State.RUNNING if time.time() - launch["t"] < SILENCE_S else State.LOST
+    if time.time() - launch["t"] >= SILENCE_S:
+        return State.LOST
+    return State.STARTING if is_new else State.RUNNING
 
 
 def declared_settings(storage: Storage, run: str) -> dict[str, Any]:

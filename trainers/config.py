@@ -140,9 +140,11 @@ class TrainSettings(Settings):
     def eval_interval(self) -> Every | None:
         return None if self.eval_every is None else Every.parse(self.eval_every)
 
-    @field_validator("eval_every")
+    @field_validator("eval_every", mode="before")
     @classmethod
     def _counts_steps(cls, value: int | str | None) -> int | str | None:
+        if value == 0:
+            raise ValueError("'0' is not an interval; leave it out to evaluate only at the end")
         if value is not None and Every.parse(value).unit is Unit.SECONDS:
             raise ValueError("evaluation goes by steps or epochs, because every worker must know when")
         return value
@@ -203,13 +205,17 @@ class CheckpointSettings(Settings):
     load_best: bool = False
     """Publish the best checkpoint as the run's model, not the last."""
 
-    @field_validator("every")
+    @field_validator("every", mode="before")
     @classmethod
     def _is_interval(cls, value: str | int) -> str | int:
+        if value == 0:
+            raise ValueError(
+                "'0' is not an interval: write 200 (steps) or 10m; to save only at the end, more steps than it has"
+            )
         Every.parse(value)
         return value
 
-    @field_validator("max_shard_size")
+    @field_validator("max_shard_size", mode="before")
     @classmethod
     def _is_size(cls, value: str | int) -> str | int:
         _num_bytes(value)
