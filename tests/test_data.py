@@ -19,7 +19,8 @@ import pytest
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.config import TrainingConfig
-from outlast.trainers.data import ROWS_PER_BATCH, PackedData, Prepared, prepare, read_texts
+from outlast.trainers.data import ROWS_PER_BATCH, PackedData, Prepared, prepare
+from outlast.trainers.rows import read_texts
 from tests.group import tiny_config
 
 Write = Callable[[Path, Sequence[Any]], None]
