@@ -62,13 +62,14 @@ def prepare_module(model: nn.Module, train: TrainSettings, ranks: Ranks, device:
         PreflightError: Nothing can be compiled on some rank's machine.
     """
     if train.gradient_checkpointing:
-        inner: Any = model
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ConfigError(
                 f"{type(model).__name__} cannot recompute its activations",
                 hint="set train.gradient_checkpointing: false",
             )
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner: Any = model
+        enable = getattr(inner, "activation_checkpointing_enable", None)  # its name in newer transformers
+        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
     if train.compile:
         _settle_compiler()
         ranks.everybody(lambda: _check_compiler(device))
