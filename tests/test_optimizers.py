@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.faults import Action, Point
 from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster.config import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import TrainSettings
 from outlast.trainers.loop import Outcome
@@ -105,6 +107,7 @@ def test_rates_are_those_of_transformers(
         ({"optimizer_options": {"lr": 1}}, "set train.lr instead"),
         ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "train.betas: SGD has no such option"),
         ({"eps": 1e-6, "optimizer_options": {"eps": 1e-6}}, "eps is given twice"),
+        ({"optimizer": "sgd", "optimizer_options": {"momentum": -1}}, "refuses its options .*Invalid momentum"),
     ],
     ids=str,
 )
@@ -126,6 +129,15 @@ def test_what_cannot_be_is_refused_when_settings_are_built(train: dict[str, Any]
 def test_an_optimizer_of_ones_own_is_looked_at_where_the_run_starts(path: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve(settings(optimizer=path))
+
+
+def test_the_readmes_settings_are_settings(tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (tmp_path / "run.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
+    commands = readme.split("### How it trains\n")[1].split("```\n")[1].splitlines()
+    found = [load_run(str(tmp_path / "run.yaml"), shlex.split(line)[4::2])[0].train for line in commands]
+    assert [item.precision for item in found] == ["bf16", "bf16", "fp16", "bf16", "bf16"]
+    assert [item.early_stopping is not None for item in found] == [False] * 4 + [True]
 
 
 # -- the optimizer -----------------------------------------------------------------------------------------------------
@@ -162,7 +174,7 @@ def test_what_does_not_decay() -> None:
 
 def test_options_reach_the_constructor() -> None:
     net = nn.Linear(2, 2)
-    options = {"beta2_decay": -0.7, "eps": [None, 1e-4]}
+    options = {"beta2_decay": -0.7, "eps": [None, "1e-4"]}  # as YAML reads it
     adafactor = make_optimizer(net, settings(optimizer="adafactor", optimizer_options=options)).defaults
     assert (adafactor["beta2_decay"], adafactor["eps"], adafactor["lr"]) == (-0.7, (None, 1e-4), 0.1)
     adamw = make_optimizer(net, settings(betas=[0.8, 0.9], eps=1e-6)).param_groups[0]

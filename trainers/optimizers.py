@@ -11,6 +11,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +91,10 @@ def resolve(train: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str
     its_own = not options.keys() & {"fused", "foreach", "capturable", "differentiable"}
     if its_own and "fused" in taken and kind.__module__.startswith("torch.optim"):
         options["fused"] = True
+    try:
+        kind([nn.Parameter(torch.zeros(2, 2))], **{"lr": train.lr, **options})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer {train.optimizer} refuses its options {options}: {error}") from error
     return kind, options
 
 
@@ -115,7 +120,13 @@ def _imported(path: str) -> type[torch.optim.Optimizer]:
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+    """Lists as tuples, and what YAML takes for text although it is a number (`1e-6`) as a number."""
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _meant(word: str, known: Sequence[str]) -> str:
@@ -141,8 +152,7 @@ def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimi
     groups: list[dict[str, Any]] = [{"params": decaying}, {"params": exempt}]
     if "weight_decay" in takes or train.weight_decay:
         groups[0]["weight_decay"], groups[1]["weight_decay"] = train.weight_decay, 0.0
-    arguments: dict[str, Any] = {"lr": train.lr, **options}
-    return kind([group for group in groups if group["params"]], **arguments)
+    return kind([group for group in groups if group["params"]], **{"lr": train.lr, **options})
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
