@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from outlast.checkpointing.errors import ConfigError
 
@@ -30,6 +31,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "adafactor": torch.optim.Adafactor,
 }
+#: Those whose fused kernels also take sharded parameters.
+_FUSED = (torch.optim.AdamW, torch.optim.Adam)
 #: What has a setting of its own under `train`, and must not stand among the options.
 _NAMED = ("lr", "weight_decay")
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -88,8 +91,7 @@ def resolve(train: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str
             raise ConfigError(f"train.{name}: {kind.__name__} has no such option{_meant(name, known)}")
         if value is not None and name != "weight_decay":
             options[name] = value
-    its_own = not options.keys() & {"fused", "foreach", "capturable", "differentiable"}
-    if its_own and "fused" in taken and kind.__module__.startswith("torch.optim"):
+    if kind in _FUSED and not options.keys() & {"fused", "foreach", "capturable", "differentiable"}:
         options["fused"] = True
     try:
         kind([nn.Parameter(torch.zeros(2, 2))], **{"lr": train.lr, **options})
@@ -141,13 +143,15 @@ def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimi
     as `LlamaRMSNorm`), and what is called a bias.
 
     Raises:
-        ConfigError: As `resolve`.
+        ConfigError: As `resolve`, or the optimizer cannot work on sharded parameters.
     """
     kind, options = resolve(train)
     decaying: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for parameter, decays in _parameters(model):
         (decaying if decays else exempt).append(parameter)
+        if kind is torch.optim.Adafactor and isinstance(parameter, DTensor):
+            raise ConfigError("torch's Adafactor cannot factor sharded parameters", hint="use train.optimizer: adamw")
     takes = inspect.signature(kind).parameters
     groups: list[dict[str, Any]] = [{"params": decaying}, {"params": exempt}]
     if "weight_decay" in takes or train.weight_decay:
