@@ -64,7 +64,8 @@ def load_optimizer(
     """
     parameters = _named_parameters(model)
     optimizer.state.clear()
-    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    on_device = [group for group in optimizer.param_groups if group.get("fused") or group.get("capturable")]
+    counted_there = {id(parameter) for group in on_device for parameter in group["params"]}
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
         if name not in parameters:
@@ -77,7 +78,7 @@ def load_optimizer(
         if number in _NUMBER_NAMES:
             optimizer.state[parameter][key] = _NUMBER_NAMES[number](tensor.item())
             continue
-        on_host = key == "step" and id(parameter) not in fused
+        on_host = key == "step" and id(parameter) not in counted_there
         placed = tensor.detach().to("cpu" if on_host else parameter.device)
         optimizer.state[parameter][key] = like(parameter, placed) if full_name in sharded else placed
 

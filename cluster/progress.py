@@ -56,6 +56,8 @@ class Reporter:
             case "failure":
                 left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"
                 self.say(f"{event['cause']}, rank {event['rank']}: {event['message']}; starting again ({left})")
+            case "early-stop":
+                self.say(f"stopping early at step {event['step']}: {event['reason']}")
             case "done":
                 self.say(f"step {self._step}/{self._num_steps}{self._eval}")
             case "stopping":

@@ -124,7 +124,7 @@ def test_micro_batch_has_a_default(train: dict[str, Any], micro_batch: int) -> N
         ({"train": {"steps": 10, "epochs": 1}}, "train: give steps or epochs, not both"),
         ({"train": {"steps": 0}}, "train.steps: Input should be greater than or equal to 1"),
         ({"train": {"lr": float("nan")}}, "train.lr: "),
-        ({"train": {"precision": "fp8"}}, "train.precision: Input should be 'fp32' or 'bf16'"),
+        ({"train": {"precision": "fp8"}}, "train.precision: Input should be 'fp32', 'bf16' or 'fp16'"),
         ({"exactness": "elastic"}, "exactness: elastic is not available yet; use same-world"),
         ({"checkpoint": {"load_best": True}}, "checkpoint: load_best needs keep_best: 1 or more"),
         ({"checkpoint": {"keep_last": 1}}, "checkpoint.keep_last: Input should be greater than or equal to 2"),

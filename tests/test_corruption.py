@@ -25,8 +25,9 @@ from outlast.checkpointing.reader import tensor_digests, verify
 from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import ModelSettings
-from outlast.trainers.loop import Outcome, make_optimizer
+from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model
+from outlast.trainers.optimizers import make_optimizer
 from outlast.trainers.tasks import TASKS
 from tests.conftest import Reference
 from tests.group import StopAt, digests, losses, resumed, run_group

@@ -21,8 +21,9 @@ from outlast.checkpointing.storage import LocalStorage, open_storage, read_bytes
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import TrainSettings
 from outlast.trainers.evaluation import evaluate
-from outlast.trainers.loop import Outcome, learning_rate, make_optimizer, make_plan
+from outlast.trainers.loop import Outcome, make_plan
 from outlast.trainers.models import build_model
+from outlast.trainers.optimizers import learning_rate, make_optimizer
 from outlast.trainers.tasks import TASKS
 from outlast.trainers.world import World
 from tests.conftest import Reference

@@ -106,6 +106,19 @@ class DataSettings(Settings):
         return value
 
 
+class EarlyStoppingSettings(Settings):
+    """When to end before the last step: after `patience` evaluations without a better `metric`."""
+
+    metric: str = "eval_loss"
+    """What is watched, one of those that an evaluation measures."""
+    patience: int = Field(3, ge=1)
+    """Evaluations in a row that may bring nothing better; after so many the run ends."""
+    min_delta: float = Field(0.0, ge=0)
+    """Better means better by more than this."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more is better."""
+
+
 class TrainSettings(Settings):
     """The optimization."""
 
@@ -119,20 +132,43 @@ class TrainSettings(Settings):
     """Samples in one forward and backward; divides batch. Default: the greatest common divisor of batch and 4."""
     lr: float = Field(5e-5, ge=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: down to zero at the last step, or not."""
+    min_lr: float = Field(0.0, ge=0)
+    """Where the schedule ends; of constant and inverse_sqrt, which have no end, 0."""
+    schedule: Literal["cosine", "linear", "constant", "cosine_with_min", "polynomial", "inverse_sqrt", "wsd"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to min_lr at the last step, or not. cosine_with_min is
+    cosine that insists on a min_lr; wsd (warm-up, stable, decay) stays at the peak until the last `decay` steps."""
     warmup: float = Field(0.0, ge=0)
     """Steps of linear warm-up; below 1, a share of all steps."""
+    decay: float = Field(0.1, gt=0)
+    """For wsd: steps of the decay, along a cosine, at the end; below 1, a share of all steps."""
+    power: float = Field(1.0, gt=0)
+    """For polynomial: its power."""
+    optimizer: str = "adamw"
+    """adamw, adam, nadam, sgd, rmsprop, adafactor (torch's), or a class of your own as package.module:Class."""
+    optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """What else the optimizer's constructor takes, such as momentum: 0.9."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay of AdamW; biases and norms are exempt."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging coefficients."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
+    """Weight decay as the optimizer understands it (AdamW decouples it); biases and norms are exempt. Default 0.01 for
+    adamw, 0 for others."""
+    betas: tuple[float, float] | None = None
+    """Averaging coefficients of optimizers that have them; None for the optimizer's own."""
+    eps: float | None = Field(None, gt=0)
+    """The optimizer's epsilon; None for its own."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 by autocast. The weights are fp32 either way: what is saved is what is trained."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, or bf16 or fp16 by autocast. The weights are fp32 either way: what is saved is what is trained."""
+    loss_scale: float = Field(65536.0, gt=0)
+    """For fp16: what the loss is multiplied by at first, so that small gradients do not vanish. A step whose gradients
+    overflow changes nothing but the scale, which halves."""
+    loss_scale_window: int = Field(2000, ge=1)
+    """For fp16: after so many steps without overflow the scale doubles."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile, one kernel set for each shape of batch. The first steps take long; it needs a compiler."""
+    early_stopping: EarlyStoppingSettings | None = None
+    """End before the last step when evaluations bring nothing better. Needs eval_every."""
     eval_every: int | str | None = None
     """Evaluate every so many steps (200) or epochs ("1 epoch"), and at the end. Default: only at the end."""
 
@@ -159,6 +195,8 @@ class TrainSettings(Settings):
             if not data.get("micro_batch"):
                 with suppress(TypeError, ValueError):  # a batch that is no number is reported as such
                     data["micro_batch"] = gcd(int(data.get("batch", 8)), 4) or 1
+            if data.get("weight_decay") is None:
+                data["weight_decay"] = 0.01 if data.get("optimizer", "adamw") == "adamw" else 0.0
         return data
 
     @model_validator(mode="after")
@@ -167,6 +205,22 @@ class TrainSettings(Settings):
             raise ValueError("give steps or epochs, not both")
         if self.batch % self.micro_batch:
             raise ValueError(f"micro_batch ({self.micro_batch}) must divide batch ({self.batch})")
+        if self.early_stopping is not None and self.eval_every is None:
+            raise ValueError("early_stopping needs eval_every")
+        return self
+
+    @model_validator(mode="after")
+    def _is_known(self) -> TrainSettings:
+        if self.min_lr and self.schedule in ("constant", "inverse_sqrt"):
+            raise ValueError(f"min_lr: schedule {self.schedule} does not end anywhere")
+        if self.schedule == "cosine_with_min" and not self.min_lr:
+            raise ValueError("schedule cosine_with_min needs a min_lr")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr:g}) is more than lr ({self.lr:g})")
+        if self.model_fields_set & {"optimizer", "optimizer_options", "betas", "eps"} and ":" not in self.optimizer:
+            from outlast.trainers.optimizers import resolve  # brings torch, which most settings do without
+
+            resolve(self)  # a class of the user's own is looked at where the run starts
         return self
 
 
@@ -279,7 +333,8 @@ class TrainingConfig(Settings):
         Two runs that agree in these, in the data and in the world size, end with the same bits.
         """
         whole = self.model_dump(mode="json", include={"seed", "model", "train", "exactness", "deterministic"})
-        whole["train"].pop("eval_every")
+        if self.train.early_stopping is None:
+            whole["train"].pop("eval_every")
         whole["model"].pop("tokenizer")  # the data's fingerprint covers it
         if self.model.path:
             whole["model"]["path"] = PurePath(self.model.path).name  # a directory may move

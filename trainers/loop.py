@@ -25,11 +25,14 @@ from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpoint
 from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.layout import CheckpointRef
 from outlast.checkpointing.retention import Kept
-from outlast.trainers.config import Exactness, TrainingConfig, TrainSettings
+from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
+from outlast.trainers.config import Exactness, TrainingConfig
 from outlast.trainers.data import PackedData
 from outlast.trainers.evaluation import evaluate
+from outlast.trainers.optimizers import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.pace import Pace
 from outlast.trainers.sampling import Plan, share
+from outlast.trainers.stopping import patience
 from outlast.trainers.tasks import TASKS, Task
 from outlast.trainers.world import World, seed_everything
 
@@ -67,7 +70,8 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
     """The walk through the data.
 
     Raises:
-        ConfigError: More ranks than micro-batches in a step, or a metric that the task does not measure.
+        ConfigError: More ranks than micro-batches in a step, a metric that the task does not measure, or an optimizer
+            that is not there.
     """
     train, metric = config.train, config.checkpoint.metric
     known = ["loss", "eval_loss", *(f"eval_{name}" for name in TASKS[config.model.task].scores)]
@@ -76,6 +80,13 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
             f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
             hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
         )
+    if train.early_stopping is not None and train.early_stopping.metric not in known[1:]:
+        raise ConfigError(
+            f"train.early_stopping.metric {train.early_stopping.metric!r} is not what an evaluation of task "
+            f"{config.model.task} measures: {', '.join(known[1:])}",
+            hint=f"set it, for example -s train.early_stopping.metric={known[-1]}",
+        )
+    resolve(train)
     if train.batch // train.micro_batch < world_size:
         raise ConfigError(
             f"{world_size} workers, but a batch of {train.batch} holds only {train.batch // train.micro_batch} "
@@ -84,28 +95,6 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
         )
     total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
     return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
-
-
-def learning_rate(train: TrainSettings, step: int, num_steps: int) -> float:
-    """The learning rate of `step` (from 0). Linear warm-up to the peak, then as `schedule` says, zero after the end."""
-    warmup = math.ceil(train.warmup * num_steps) if train.warmup < 1 else int(train.warmup)
-    if step < warmup:
-        return train.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, num_steps - warmup)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.schedule]
-    return train.lr * factor
-
-
-def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW:
-    """AdamW; tensors of one dimension (biases, norms) do not decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=train.lr, betas=train.betas, eps=train.eps, fused=True
-    )
 
 
 class _Save(Enum):
@@ -176,6 +165,7 @@ class Loop:
         self.plan = make_plan(config, len(train_data), world.size)
         self.model = model
         self.optimizer = make_optimizer(model, config.train)
+        self.scaler = make_scaler(config.train, world.device)
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.log_history: list[dict[str, Any]] = []
@@ -188,13 +178,14 @@ class Loop:
         fresh = self._resume()
         if self.checkpointer.superseded:
             return Outcome.SUPERSEDED
+        prepare_module(self.model, self.config.train, self.world, self.world.device)
         self.wrapped = self.world.parallelize(self.model, Exactness(self.config.exactness))
         self.model.train()
         self._tell("plan", num_steps=self.plan.num_steps, world_size=self.world.size, step=self.step)
         if fresh and self.eval_data is not None:
             self._evaluate()
         first = True
-        while self.step < self.plan.num_steps:
+        while not self._is_over():
             agreed = self._train_step()
             self.step += 1
             if first:
@@ -202,8 +193,10 @@ class Loop:
                 first = False
             if agreed.trouble and not self.checkpointer.wait():
                 return Outcome.SUPERSEDED
-            stop, last = agreed.stop, self.step == self.plan.num_steps
-            evaluated = self._evaluation_is_due(last) and self._evaluate()
+            evaluated = self._evaluation_is_due(self.step == self.plan.num_steps) and self._evaluate()
+            stop, last = agreed.stop, self._is_over()
+            if last and self.step < self.plan.num_steps:
+                self._tell_early_stop()
             interval = self.config.checkpoint.interval
             due = interval.due_at_step(self.step, self.plan.batch, self.plan.num_samples) or agreed.save is _Save.DUE
             best = evaluated and self.config.checkpoint.keep_best > 0
@@ -237,11 +230,14 @@ class Loop:
 
         reach(Point.STEP, step)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, train.clip) if train.clip else None
         lr = learning_rate(train, step, plan.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if not apply_gradients(self.optimizer, self.scaler):  # the data moves on all the same
+            norm = None
+            self._tell("step-skipped", step=step + 1, reason="overflow", scale=self.scaler.get_scale())
         self.optimizer.zero_grad(set_to_none=True)
         self._pending = _Pending(step, agreed.count, losses, norm, lr, time.monotonic() - began, time.time())
         return agreed
@@ -253,7 +249,7 @@ class Loop:
         with self.world.autocast(self.config.train.precision):
             on_device = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
             loss_sum = self.task.loss_sum(self.wrapped, on_device)
-        (loss_sum / count).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss_sum / count).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
     def _agree(self, count: int) -> _Agreed:
@@ -323,6 +319,19 @@ class Loop:
         self._tell("eval", step=self.step, **found, seconds=round(time.monotonic() - began, 4))
         return True
 
+    def _is_over(self) -> bool:
+        """Whether no step is left to do; the same on all ranks and after a resume."""
+        stopping = self.config.train.early_stopping
+        too_long = stopping is not None and patience(stopping, self.log_history).num_waited >= stopping.patience
+        return too_long or self.step == self.plan.num_steps
+
+    def _tell_early_stop(self) -> None:
+        stopping = self.config.train.early_stopping
+        assert stopping is not None
+        best = patience(stopping, self.log_history)
+        reason = f"{best.num_waited} evaluations without a better {stopping.metric}"
+        self._tell("early-stop", step=self.step, reason=reason, best=best.best, best_step=best.best_step)
+
     def _get_ready_to_save(self) -> None:
         """After the first step, when the optimizer has its state: takes the memory that saves will need."""
         if self.config.checkpoint.overlap:
@@ -348,6 +357,8 @@ class Loop:
             "metrics": self.metrics,
             "log_history": self.log_history,
             "num_threads": torch.get_num_threads(),
+            "scaler": scaler_state(self.scaler),
+            "groups": group_numbers(self.optimizer),
         }
         files = {"trainer_state.json": self._trainer_state()}
         saver = self.checkpointer
@@ -377,13 +388,15 @@ class Loop:
         if state is None:
             return not self.checkpointer.superseded
         self.step, self.metrics, self.log_history = state["step"], state["metrics"], state["log_history"]
+        load_scaler(self.scaler, state["scaler"])
+        load_group_numbers(self.optimizer, state["groups"])
         return False
 
     def _finish(self) -> Outcome:
         """Publishes the model."""
         for source in self._candidates():
             try:
-                published = self.checkpointer.finish(source, self.plan.num_steps)
+                published = self.checkpointer.finish(source, self.step)
             except DamagedError as error:
                 self._tell("rejected", checkpoint=str(source), reasons=[error.message])
                 continue

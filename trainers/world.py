@@ -48,8 +48,9 @@ class World(Ranks):
         return values
 
     def autocast(self, precision: str) -> torch.autocast:
-        """The context of a forward pass: bf16 where an operation allows it, or nothing for fp32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+        """The context of a forward pass: bf16 or fp16 where an operation allows it, or nothing for fp32."""
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=precision != "fp32")
 
     def parallelize(self, model: nn.Module, exactness: Exactness) -> nn.Module:
         """The model under DDP with the reducer that `exactness` asks for; the model itself for a single rank."""
