@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.config import Settings, TrainingConfig, explain
+from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel, explain
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -27,8 +27,9 @@ class ScaleSettings(Settings):
     """GPUs of a worker; 0 trains on the CPU."""
     cpus_per_worker: float | None = Field(None, gt=0)
     """CPUs of a worker; fractions share one. Default: what fits this machine, or 1 on a cluster."""
-    parallel: Literal["ddp"] = "ddp"
-    """How the model is spread: every worker holds all of it."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How the model is spread: every worker holds all of it (ddp), or a share, and gathers the rest block by block
+    while it computes (fsdp): less memory, more traffic."""
 
 
 class FailureSettings(Settings):
@@ -45,6 +46,11 @@ class RunConfig(TrainingConfig):
 
     scale: ScaleSettings = Field(default_factory=lambda: ScaleSettings.model_validate({}))
     failure: FailureSettings = Field(default_factory=lambda: FailureSettings.model_validate({}))
+
+    @model_validator(mode="after")
+    def _is_exact(self) -> RunConfig:
+        check_parallel(Parallel(self.scale.parallel), Exactness(self.exactness))
+        return self
 
     def at_home(self, folder: Path) -> RunConfig:
         """The same with local paths made absolute; relative ones begin at `folder`, where the run file lies.

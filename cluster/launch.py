@@ -39,6 +39,7 @@ from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
+from outlast.trainers.config import Parallel
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.loop import Outcome, make_plan
 
@@ -141,6 +142,7 @@ class Launch:
                 launch=self.id,
                 prepared=prepared,
                 num_threads=max(1, int(cpus)),
+                parallel=Parallel(self.config.scale.parallel),
                 faults=tuple(self.faults),
             )
             answer = self._fit(assignment, cpus)

@@ -125,7 +125,6 @@ def test_micro_batch_has_a_default(train: dict[str, Any], micro_batch: int) -> N
         ({"train": {"steps": 0}}, "train.steps: Input should be greater than or equal to 1"),
         ({"train": {"lr": float("nan")}}, "train.lr: "),
         ({"train": {"precision": "fp8"}}, "train.precision: Input should be 'fp32', 'bf16' or 'fp16'"),
-        ({"exactness": "elastic"}, "exactness: elastic is not available yet; use same-world"),
         ({"checkpoint": {"load_best": True}}, "checkpoint: load_best needs keep_best: 1 or more"),
         ({"checkpoint": {"keep_last": 1}}, "checkpoint.keep_last: Input should be greater than or equal to 2"),
         ({"checkpoint": {"keep_every": -1}}, "checkpoint.keep_every: Input should be greater than or equal to 0"),

@@ -20,10 +20,11 @@ from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
 from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage
-from outlast.trainers.config import TrainingConfig
+from outlast.trainers.config import Exactness, Parallel, TrainingConfig, check_parallel
 from outlast.trainers.data import Prepared
 from outlast.trainers.loop import Control, Loop, Outcome, make_plan
 from outlast.trainers.models import build_model
+from outlast.trainers.sharded import shard
 from outlast.trainers.tasks import TASKS
 from outlast.trainers.world import World, make_deterministic
 
@@ -38,6 +39,7 @@ class Assignment:
         launch: The launch that this attempt belongs to.
         prepared: The data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
+        parallel: How the model is spread.
         faults: Faults to arm.
     """
 
@@ -46,6 +48,7 @@ class Assignment:
     launch: str
     prepared: Prepared
     num_threads: int = 1
+    parallel: Parallel = Parallel.DDP
     faults: Sequence[faults.Fault] = field(default_factory=tuple)
 
 
@@ -59,6 +62,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     """
     config = assignment.config
     faults.arm(assignment.faults, world.rank)
+    exactness = Exactness(config.exactness)
+    check_parallel(assignment.parallel, exactness)
     make_plan(config, assignment.prepared.num_samples, world.size)
     workers = world.gather({"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()})
     checkpointer = Checkpointer(
@@ -88,13 +93,15 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         config.model, task, tokenizer, config.seed, fresh=fresh, labels=assignment.prepared.labels
     )
     _check_architecture(checkpointer)
-    _tell_changes(checkpointer, base, world)
+    _tell_changes(checkpointer, base, exactness)
+    is_spread = assignment.parallel is Parallel.FSDP and world.size > 1
+    model = shard(model, world, exactness) if is_spread else model.to(world.device)
     has_eval = assignment.prepared.num_eval_samples > 0
     loop = Loop(
         config,
         world,
         checkpointer,
-        model.to(world.device),
+        model,
         task,
         assignment.prepared.split(storage, "train"),
         assignment.prepared.split(storage, "eval") if has_eval else None,
@@ -118,6 +125,7 @@ def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
         "versions": _versions(),
         "world_size": world.size,
         "device": world.device.type,
+        "parallel": assignment.parallel.value,
     }
 
 
@@ -182,11 +190,12 @@ def _check_architecture(checkpointer: Checkpointer) -> None:
             )
 
 
-def _tell_changes(checkpointer: Checkpointer, base: Mapping[str, Any], world: World) -> None:
-    """Puts into the journal what does not forbid going on, and yet can change the last bits."""
-    if not base or checkpointer.journal is None:
+def _tell_changes(checkpointer: Checkpointer, base: Mapping[str, Any], exactness: Exactness) -> None:
+    """Puts into the journal what does not forbid going on, and whether the numbers stay the same to the last bit."""
+    if checkpointer.journal is None:
         return
-    now = {"world_size": world.size, "versions": _versions(), "device": world.device.type}
-    for key, value in now.items():
-        if key in base and base[key] != value:
-            checkpointer.journal.event("changed", what=key, before=base[key], now=value)
+    for key in ("world_size", "parallel", "versions", "device"):
+        before, now = base.get(key), checkpointer.declaration[key]
+        if before not in (None, now):
+            same_bits = key == "world_size" and exactness is Exactness.ELASTIC
+            checkpointer.journal.event("changed", what=key, before=before, now=now, same_bits=same_bits)

@@ -30,6 +30,27 @@ class Exactness(Enum):
     FAST = "fast"  #: the library's own order; a resumed run may differ in the last bits
 
 
+class Parallel(Enum):
+    """How the model is spread over the workers."""
+
+    DDP = "ddp"  #: every worker holds all of it
+    FSDP = "fsdp"  #: every worker holds a share, and gathers the rest block by block while it computes
+
+
+def check_parallel(parallel: Parallel, exactness: Exactness) -> None:
+    """Refuses what does not go together.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if parallel is Parallel.FSDP and exactness is Exactness.ELASTIC:
+        raise ConfigError(
+            "exactness: elastic needs scale.parallel: ddp; with fsdp, gradients are added rank by rank, so the order "
+            "follows the number of workers",
+            hint="use exactness: same-world with fsdp, or scale.parallel: ddp",
+        )
+
+
 class Settings(BaseModel):
     """Base of every block of settings."""
 
@@ -306,7 +327,8 @@ class TrainingConfig(Settings):
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings.model_validate({}))
     exactness: Literal["same-world", "elastic", "fast"] = "same-world"
-    """What is promised of a resumed run: the same bits at the same world size, or the library's own speed (fast)."""
+    """What is promised of a resumed run: the same bits at the same world size (same-world) or at any (elastic), or the
+    library's own speed (fast)."""
     deterministic: bool = True
     """torch's deterministic algorithms. Some GPU kernels get slower; the promise of the same bits rests on it."""
 
@@ -320,8 +342,6 @@ class TrainingConfig(Settings):
 
     @model_validator(mode="after")
     def _can_be_done(self) -> TrainingConfig:
-        if self.exactness == Exactness.ELASTIC.value:
-            raise ValueError("exactness: elastic is not available yet; use same-world")
         wants_eval = self.train.eval_every or self.checkpoint.keep_best
         if wants_eval and not self.data.eval:
             raise ValueError("evaluation needs data.eval: a file, or a share such as 2%")

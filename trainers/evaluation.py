@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from outlast.checkpointing.weights import unwrap
 from outlast.trainers.data import PackedData
@@ -19,7 +20,8 @@ def evaluate(
     """The mean over all of `data` of the loss (`eval_loss`) and of the task's scores (such as `eval_accuracy`).
 
     Each rank takes a contiguous share of the micro-batches; their sums are added in micro-batch order in float64, so
-    the result does not depend on who computed which. Runs on the unwrapped module, because DDP's forward is collective.
+    the result does not depend on who computed which. Runs on the unwrapped module, because DDP's forward is collective;
+    a sharded one's is too, so ranks with less to do run idle passes.
     """
     inner = unwrap(model)
     was_training = inner.training
@@ -32,6 +34,11 @@ def evaluate(
         with world.autocast(precision):
             found = task.measure(inner, {key: value.to(world.device) for key, value in batch.items()})
         table[micro, 1:] = found.double().cpu()
+    for _ in range(world.num_idle(num_micro, inner)):
+        batch = task.collate(data.rows(range(min(micro_batch, len(data)))))
+        task.measure(inner, {key: value.to(world.device) for key, value in batch.items()})
+    if isinstance(inner, FSDPModule):
+        inner.reshard()  # the outermost stays gathered after a forward pass; what is saved are the shards
     inner.train(was_training)
     count, *sums = (sum(column) for column in world.add(table).T.tolist())
     return {f"eval_{name}": total / count for name, total in zip(("loss", *task.scores), sums, strict=True)}

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -28,13 +29,15 @@ from outlast.checkpointing.retention import Kept
 from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
 from outlast.trainers.config import Exactness, TrainingConfig
 from outlast.trainers.data import PackedData
+from outlast.trainers.elastic import TreeReducer
 from outlast.trainers.evaluation import evaluate
 from outlast.trainers.optimizers import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.pace import Pace
 from outlast.trainers.sampling import Plan, share
+from outlast.trainers.sharded import whole
 from outlast.trainers.stopping import patience
 from outlast.trainers.tasks import TASKS, Task
-from outlast.trainers.world import World, seed_everything
+from outlast.trainers.world import Still, World, seed_everything
 
 
 class Outcome(Enum):
@@ -164,6 +167,11 @@ class Loop:
         self.task, self.train_data, self.eval_data, self.control = task, train_data, eval_data, control
         self.plan = make_plan(config, len(train_data), world.size)
         self.model = model
+        self.exactness = Exactness(config.exactness)
+        is_elastic = self.exactness is Exactness.ELASTIC
+        self._tree = TreeReducer(model.parameters(), world.rank, world.size) if is_elastic else None
+        why = "exactness: elastic" if is_elastic else "scale.parallel: fsdp"
+        self._still = Still(model, why) if is_elastic or isinstance(model, FSDPModule) else None
         self.optimizer = make_optimizer(model, config.train)
         self.scaler = make_scaler(config.train, world.device)
         self.step = 0
@@ -179,7 +187,7 @@ class Loop:
         if self.checkpointer.superseded:
             return Outcome.SUPERSEDED
         prepare_module(self.model, self.config.train, self.world, self.world.device)
-        self.wrapped = self.world.parallelize(self.model, Exactness(self.config.exactness))
+        self.wrapped = self.world.parallelize(self.model, self.exactness)
         self.model.train()
         self._tell("plan", num_steps=self.plan.num_steps, world_size=self.world.size, step=self.step)
         if fresh and self.eval_data is not None:
@@ -224,14 +232,20 @@ class Loop:
         for micro, batch in batches.items():
             seed_everything(plan.seed, step, micro)
             losses[micro] = self._forward_backward(batch, agreed.count, sync=micro == mine[-1])
-        if not batches:  # a short last step: the others wait for this rank's gradients, which are zero
+            if self._tree is not None:
+                self._tree.take(micro, num_micro)
+        for _ in range(self.world.num_idle(num_micro, self.wrapped)):  # the others wait for gradients, which are zero
             batch = self.task.collate(self.train_data.rows(plan.samples(step, 0)))
             self._forward_backward(batch, math.inf, sync=True)
+        if self._tree is not None:
+            self._tree.finish(num_micro)
+        if self._still is not None:
+            self._still.check()
 
         reach(Point.STEP, step)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train.clip) if train.clip else None
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, train.clip)) if train.clip else None
         lr = learning_rate(train, step, plan.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import GradBucket
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.ranks import Ranks
 from outlast.trainers.config import Exactness
-from outlast.trainers.sampling import mix
+from outlast.trainers.sampling import mix, share
 
 
 class World(Ranks):
@@ -52,9 +54,23 @@ class World(Ranks):
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=precision != "fp32")
 
+    def num_idle(self, num_micro: int, model: nn.Module) -> int:
+        """How often this rank must run `model` besides its share of `num_micro`, lest the others wait for it for ever.
+
+        Every pass through a sharded model is collective, and every step through DDP. What an idle pass computes must
+        not count.
+        """
+        mine = len(share(num_micro, self.rank, self.size))
+        if isinstance(model, FSDPModule):
+            return -(-num_micro // self.size) - mine
+        return int(isinstance(model, DistributedDataParallel) and not mine)
+
     def parallelize(self, model: nn.Module, exactness: Exactness) -> nn.Module:
-        """The model under DDP with the reducer that `exactness` asks for; the model itself for a single rank."""
-        if self.size == 1:
+        """The model under DDP with the reducer that `exactness` asks for.
+
+        The model itself for a single rank, when it is sharded, and for `elastic`, whose reducer needs no wrapper.
+        """
+        if self.size == 1 or isinstance(model, FSDPModule) or exactness is Exactness.ELASTIC:
             return model
         # Buffers that are saved must be rank 0's on every rank; most models have none that change.
         has_state = any(True for _ in model.state_dict().keys() - dict(model.named_parameters()).keys())
@@ -74,14 +90,19 @@ def ordered_sum_(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
     chunk = -(-flat.numel() // size)
     padded = torch.zeros(chunk * size, dtype=flat.dtype, device=flat.device)
     padded[: flat.numel()] = flat
-    received = torch.empty_like(padded)
-    dist.all_to_all_single(received, padded, group=group)
-    parts = received.view(size, chunk)
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    dist.all_gather_into_tensor(padded, total, group=group)
+    dist.all_gather_into_tensor(padded, sum_of_parts(padded, group), group=group)
     return flat.copy_(padded[: flat.numel()])
+
+
+def sum_of_parts(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum over the ranks, added in rank order, of this rank's chunk; `flat` has one of equal size for each."""
+    received = torch.empty_like(flat)
+    dist.all_to_all_single(received, flat, group=group)
+    first, *others = received.chunk(dist.get_world_size(group))
+    total = first.clone()
+    for part in others:
+        total += part
+    return total
 
 
 def _sum_in_rank_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -94,6 +115,31 @@ def _sum_in_any_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda result: result.value()[0])
     return future
+
+
+class Still:
+    """Watches the buffers of a model in which no forward pass may change any.
+
+    Where ranks keep no common buffers, a running mean would depend on which rank saw what, and on nothing that is
+    saved.
+    """
+
+    def __init__(self, model: nn.Module, why: str) -> None:
+        self._model, self._why = model, why
+        self._before = self._look()
+
+    def check(self) -> None:
+        """Raises ConfigError when a buffer was written to."""
+        for name, (buffer, version) in self._look().items():
+            before, version_before = self._before.get(name, (None, 0))
+            if buffer is not before or version != version_before:
+                raise ConfigError(
+                    f"buffer {name} changes in the forward pass; {self._why} holds for models without such state only",
+                    hint="use exactness: same-world and scale.parallel: ddp, which keep rank 0's buffers",
+                )
+
+    def _look(self) -> dict[str, tuple[torch.Tensor, int]]:
+        return {name: (buffer, buffer._version) for name, buffer in self._model.named_buffers()}
 
 
 def seed_everything(*parts: int) -> None:
