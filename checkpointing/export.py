@@ -26,6 +26,8 @@ from outlast.checkpointing.safetensors import encode, tensor_bytes
 from outlast.checkpointing.vocabulary import TOKENIZER, old_vocabulary
 
 CONFIG = "config.json"
+ADAPTER = "adapter_model"
+ADAPTER_WEIGHTS = f"{ADAPTER}.safetensors"
 _OF_THE_RUN = ("trainer_state.json",)  # what tells of the training rather than of the model
 
 
@@ -43,10 +45,17 @@ class Dtype(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What an export is made from: the weights by name, tied ones once, and the small files by name."""
+    """What an export is made from.
+
+    Attributes:
+        weights: The weights by name, tied ones once.
+        files: The small files by name.
+        weights_name: The file of the weights, when it is one: the model's, or an adapter's.
+    """
 
     weights: Mapping[str, torch.Tensor]
     files: Mapping[str, bytes]
+    weights_name: str = WEIGHTS
 
     def file(self, name: str) -> bytes:
         """One of the small files.
@@ -63,29 +72,31 @@ class Content:
 WriteWeights = Callable[[Content, Path], None]
 
 
-def read_content(found: Found, dtype: Dtype | None = None) -> Content:
-    """Reads a checkpoint's Hugging Face part, verified; with `dtype` its floating-point weights become that.
+def read_content(found: Found) -> Content:
+    """Reads a checkpoint's Hugging Face part, verified.
 
     Raises:
-        ConfigError: A weight is too large for `dtype`.
         DamagedError: The checkpoint is not whole.
         NoCheckpointError: It was deleted meanwhile.
         StorageError: The storage failed.
     """
     files: dict[str, bytes] = {}
+    weights_name = WEIGHTS
     with reading(found):
         weights = read_tensors(found.storage, found.directory, found.manifest, weights_only=True)
         for entry in found.manifest.files:
             if entry.path.startswith(STATE_DIR) or entry.path in _OF_THE_RUN:
                 continue
             # The weights go into one file.
+            if entry.path.startswith(ADAPTER):
+                weights_name = ADAPTER_WEIGHTS
             if not entry.path.endswith((".safetensors", ".safetensors.index.json")):
                 files[entry.path] = bytes(tensor_bytes(read_verified(found.storage, found.directory, entry)))
-    content = Content(weights, files)
-    return content if dtype is None else _converted(content, dtype)
+    return Content(weights, files, weights_name)
 
 
-def _converted(content: Content, dtype: Dtype) -> Content:
+def converted(content: Content, dtype: Dtype) -> Content:
+    """The same with floating-point weights of another type. Raises ConfigError where one is too large for it."""
     weights = {}
     for name, tensor in content.weights.items():
         weights[name] = tensor.to(dtype.torch) if tensor.is_floating_point() else tensor
@@ -121,7 +132,7 @@ def export_directory(
     content: Content,
     out: Path,
     *,
-    weights_name: str = WEIGHTS,
+    weights_name: str | None = None,
     write_weights: WriteWeights = write_safetensors,
     old_vocab: bool = False,
 ) -> None:
@@ -135,7 +146,7 @@ def export_directory(
     files = {**content.files, **(old_vocabulary(content.file(TOKENIZER)) if old_vocab else {})}
     with _arriving(out) as staged:
         staged.mkdir()
-        write_weights(content, staged / weights_name)
+        write_weights(content, staged / (weights_name or content.weights_name))
         for name, data in files.items():
             target = staged / name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -35,6 +35,10 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+#: Indices and ranges, one a dimension; an index takes the dimension away. None at all: the whole.
+Cut = tuple[int | slice, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Naming:
     """Which weights make the Hugging Face part of a checkpoint, and what they are called there.
@@ -42,14 +46,20 @@ class Naming:
     Attributes:
         file: The file's name, when it is one.
         names: The model's own name to the file's, of those that are saved; None for all, as they are called.
+        cuts: For a weight of the model that is several in a file, such as stacked experts: the file's names, and which
+            part of the weight each of them is. Before `names`.
     """
 
     file: str = WEIGHTS
     names: Mapping[str, str] | None = None
+    cuts: Mapping[str, Mapping[str, Cut]] = field(default_factory=dict)
 
-    def of(self, name: str) -> str | None:
-        """The file's name for a weight; None if it is not saved."""
-        return name if self.names is None else self.names.get(name)
+    def of(self, name: str) -> Mapping[str, Cut]:
+        """The file's names for a weight, each with its part of the weight; none if it is not saved."""
+        if name in self.cuts:
+            return self.cuts[name]
+        called = name if self.names is None else self.names.get(name)
+        return {} if called is None else {called: ()}
 
 
 ALL = Naming()
@@ -64,17 +74,24 @@ def named_weights(model: nn.Module, naming: Naming = ALL) -> dict[str, torch.Ten
     seen: set[tuple[object, ...]] = set()
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in inner.state_dict(keep_vars=True).items():
-        key, called = _identity(tensor), naming.of(plain_name(name))
-        if called is not None and key not in seen:
-            weights[called] = tensor.detach()
-            seen.add(key)
+        key, parts = _identity(tensor), naming.of(plain_name(name))
+        if not parts or key in seen:
+            continue
+        seen.add(key)
+        for called, cut in parts.items():
+            if cut and isinstance(tensor, DTensor):
+                raise ConfigError(
+                    f"{name} is several weights in a file, and it is sharded; outlast cannot cut it then",
+                    hint="train this architecture without sharding (DDP)",
+                )
+            weights[called] = tensor.detach()[cut] if cut else tensor.detach()
     return weights
 
 
 def parameter_names(model: nn.Module, naming: Naming = ALL) -> set[str]:
     """Names of what only an optimizer changes; the rest of `named_weights` may change in a forward pass."""
     own = (plain_name(name) for name, _ in unwrap(model).named_parameters(remove_duplicate=False))
-    return {called for name in own if (called := naming.of(name)) is not None}
+    return {called for name in own for called in naming.of(name)}
 
 
 def plain_name(name: str) -> str:

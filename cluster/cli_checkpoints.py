@@ -255,22 +255,34 @@ def export(
     vocab: Annotated[
         Path | None, typer.Option(help="Write old-style vocabulary to this directory; or file, where it is one.")
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of an adapter: add it to the model beneath, and write the whole.")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="Where that model lies now; default: where it lay.")] = None,
     storage: Root = "./runs",
     as_json: AsJson = False,
 ) -> None:
     """Copy a checkpoint, verified, as a plain Hugging Face directory, or its parts to paths of your choice."""
     from outlast.checkpointing import commands
-    from outlast.checkpointing.export import check_free, export_directory, export_parts, read_content
+    from outlast.checkpointing.export import check_free, converted, export_directory, export_parts, read_content
 
     parts = {"weights": weights, "config": config, "vocab": vocab}
     which, out = _which_and_out(places or [], any(parts.values()))
+    if base and not merge:
+        raise ConfigError("--base goes with --merge")
     if old_vocab and out is None:
         raise ConfigError("--old-vocab goes with OUT; --vocab PATH writes such files to a path of your choice")
     write, weights_name, caveat = _weights_format(format_, weights)
     check_free([out] if out is not None else [path for path in (weights, config) if path is not None])
     place, name, retention = find_run(run, storage)
     found = commands.find(place, name, which, retention)
-    content = read_content(found, _dtype(dtype))
+    content, kind = read_content(found), _dtype(dtype)
+    if merge:
+        from outlast.trainers.merging import merge as merged
+
+        content = merged(content, found.declaration, base)
+    if kind is not None:
+        content = converted(content, kind)
     if out is not None:
         export_directory(content, out, weights_name=weights_name, write_weights=write, old_vocab=old_vocab)
         written = [out]
@@ -294,8 +306,8 @@ def _which_and_out(places: list[str], parts: bool) -> tuple[str, Path | None]:
     return (places[0] if len(places) == 2 else "newest"), Path(places[-1])
 
 
-def _weights_format(name: str | None, weights: Path | None) -> tuple[WriteWeights, str, str]:
-    """Who writes the weights, their file's name in a directory, and what is to be said about them."""
+def _weights_format(name: str | None, weights: Path | None) -> tuple[WriteWeights, str | None, str]:
+    """Who writes the weights, their file's name in a directory (None: as it is), and what is to be said about them."""
     if name not in (None, "safetensors", "pytorch"):
         raise ConfigError(f"--format {name} is not known: write safetensors or pytorch")
     if name == "pytorch" or (name is None and weights is not None and weights.suffix != ".safetensors"):
@@ -303,9 +315,8 @@ def _weights_format(name: str | None, weights: Path | None) -> tuple[WriteWeight
 
         return write_state_dict, WEIGHTS_PYTORCH, CAVEAT
     from outlast.checkpointing.export import write_safetensors
-    from outlast.checkpointing.layout import WEIGHTS
 
-    return write_safetensors, WEIGHTS, ""
+    return write_safetensors, None, ""
 
 
 def _dtype(name: str | None) -> Any:

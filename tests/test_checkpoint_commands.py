@@ -25,7 +25,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.commands import find
 from outlast.checkpointing.compare import Change, compare_tensors
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.export import Content, Dtype, export_directory, read_content
+from outlast.checkpointing.export import Content, Dtype, converted, export_directory, read_content
 from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.safetensors import decode
 from outlast.checkpointing.storage import LocalStorage
@@ -374,8 +374,8 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
     checkpointer.save(1, model, None, {})
     found = find(storage, "run", "newest", Retention())
     with pytest.raises(ConfigError, match="weight holds values too large for fp16"):
-        read_content(found, Dtype.FP16)
-    content = read_content(found, Dtype.BF16)
+        converted(read_content(found), Dtype.FP16)
+    content = converted(read_content(found), Dtype.BF16)
     assert content.weights["weight"].tolist() == [[99840.0], [math.inf], [1.0]]
     assert content.weights["count"].item() == 70_000
     assert json.loads(content.files["config.json"]) == {"dtype": "bfloat16"}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from outlast.checkpointing import faults
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -20,10 +21,12 @@ from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
 from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage
+from outlast.trainers.adapters import base_digest, is_adapted
 from outlast.trainers.config import Exactness, Parallel, TrainingConfig, check_parallel
+from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
 from outlast.trainers.loop import Control, Loop, Outcome, make_plan
-from outlast.trainers.models import build_model
+from outlast.trainers.models import build_model, naming_of
 from outlast.trainers.sharded import shard
 from outlast.trainers.tasks import TASKS
 from outlast.trainers.world import World, make_deterministic
@@ -40,6 +43,7 @@ class Assignment:
         prepared: The data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
         parallel: How the model is spread.
+        code: Directory of the user's Python files, importable where it is there.
         faults: Faults to arm.
     """
 
@@ -49,6 +53,7 @@ class Assignment:
     prepared: Prepared
     num_threads: int = 1
     parallel: Parallel = Parallel.DDP
+    code: str = ""
     faults: Sequence[faults.Fault] = field(default_factory=tuple)
 
 
@@ -62,6 +67,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     """
     config = assignment.config
     faults.arm(assignment.faults, world.rank)
+    make_importable(assignment.code)
     exactness = Exactness(config.exactness)
     check_parallel(assignment.parallel, exactness)
     make_plan(config, assignment.prepared.num_samples, world.size)
@@ -92,7 +98,10 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     model, checkpointer.files = build_model(
         config.model, task, tokenizer, config.seed, fresh=fresh, labels=assignment.prepared.labels
     )
+    checkpointer.naming = naming_of(model)
     _check_architecture(checkpointer)
+    if is_adapted(model):
+        _check_base(checkpointer, base, model)
     _tell_changes(checkpointer, base, exactness)
     is_spread = assignment.parallel is Parallel.FSDP and world.size > 1
     model = shard(model, world, exactness) if is_spread else model.to(world.device)
@@ -188,6 +197,16 @@ def _check_architecture(checkpointer: Checkpointer) -> None:
                 f"{', '.join(sorted(changed))}",
                 hint="put the model directory back, or start a new run with another `name:`",
             )
+
+
+def _check_base(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.Module) -> None:
+    """An adapter's checkpoint does not hold the model beneath, so another one under the same name is found out here."""
+    checkpointer.declaration["base"] = base_digest(model)
+    if base.get("base", checkpointer.declaration["base"]) != checkpointer.declaration["base"]:
+        raise ConfigError(
+            f"the model beneath the adapter has not the weights that run {checkpointer.run!r} was started with",
+            hint="put the model directory back, or start a new run with another `name:`",
+        )
 
 
 def _tell_changes(checkpointer: Checkpointer, base: Mapping[str, Any], exactness: Exactness) -> None:

@@ -72,13 +72,35 @@ class TokenizerSettings(Settings):
         return self
 
 
+class LoraSettings(Settings):
+    """An adapter of peft: small matrices beside the frozen weights are trained and saved, nothing else."""
+
+    r: int = Field(8, ge=1)
+    """Rank of the matrices."""
+    alpha: float = Field(16, gt=0)
+    """What they add is scaled by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of their input that is dropped in training."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] | None = None
+    """Names of the modules that get one, or all-linear; default: what peft takes for this architecture."""
+
+
 class ModelSettings(Settings):
     """Which model: a pretrained one (`path`), or one from scratch (`config` and `tokenizer`)."""
+
+    model_config = ConfigDict(populate_by_name=True)
 
     path: str | None = None
     """A local directory in the Hugging Face layout, or a hub id."""
     config: dict[str, Any] | None = None
     """Settings of a new model, `model_type` among them; vocabulary size and special tokens follow the tokenizer."""
+    class_: str | None = Field(None, alias="class", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """`package.module:Class`, a model class of your own; Python must find it, also on the workers. Default: what
+    transformers has for the task."""
+    trust_remote_code: bool = False
+    """Whether code that lies beside the weights in `path` may run. It does what it likes, so not by default."""
+    lora: LoraSettings | None = None
+    """Train an adapter instead of the model. Needs peft, and `path`: what is saved is the adapter alone."""
     tokenizer: TokenizerSettings | None = None
     """Needed with `config`; with `path` the model's own tokenizer is taken."""
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
@@ -88,7 +110,9 @@ class ModelSettings(Settings):
     def _one_source(self) -> ModelSettings:
         if (self.path is None) == (self.config is None):
             raise ValueError("give either path (a pretrained model) or config (a new one)")
-        if self.config is not None and "model_type" not in self.config:
+        if self.lora is not None and self.path is None:
+            raise ValueError("lora needs path: an adapter is of no use without the model that it was trained on")
+        if self.config is not None and "model_type" not in self.config and self.class_ is None:
             raise ValueError("config needs a model_type, such as gpt2 or llama")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a new model needs a tokenizer, such as tokenizer: {train_bpe: 4096}")
@@ -356,6 +380,7 @@ class TrainingConfig(Settings):
         if self.train.early_stopping is None:
             whole["train"].pop("eval_every")
         whole["model"].pop("tokenizer")  # the data's fingerprint covers it
+        whole["model"].pop("trust_remote_code")
         if self.model.path:
             whole["model"]["path"] = PurePath(self.model.path).name  # a directory may move
         return whole
@@ -383,4 +408,4 @@ def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]
         if inner is None:
             return []
         model = inner
-    return sorted(model.model_fields)
+    return sorted(field.alias or name for name, field in model.model_fields.items())

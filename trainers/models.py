@@ -13,8 +13,11 @@ import transformers
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.weights import named_weights
+from outlast.checkpointing.weights import Naming
+from outlast.trainers.adapters import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.config import ModelSettings
+from outlast.trainers.custom import build_plain, is_like_transformers, load_class
+from outlast.trainers.naming import file_naming
 from outlast.trainers.tasks import Task
 from outlast.trainers.world import seed_everything
 
@@ -106,32 +109,67 @@ def build_model(
         fresh: False when the weights are about to be replaced by a checkpoint's, so that pretrained ones are not read.
 
     Raises:
-        ConfigError: transformers knows no such model, or it cannot be saved under the names it is loaded by.
+        ConfigError: There is no such model, or it cannot be saved under the names it is loaded by.
     """
-    auto = getattr(transformers, task.auto_class)
+    own = load_class(settings.class_) if settings.class_ else None
     seed_everything(seed)
+    if own is not None and not is_like_transformers(own):
+        if settings.path is not None:
+            raise ConfigError(f"{settings.class_} has no from_pretrained; give model.config instead of model.path")
+        plain, files = build_plain(own, settings.config or {}, _special(tokenizer))
+        return plain, {**files, **files_of(tokenizer)}
     try:
-        if settings.path is not None and fresh:
-            model = auto.from_pretrained(
-                settings.path, config=_config(settings, tokenizer, labels), dtype=torch.float32
-            )
-        else:
-            model = auto.from_config(_config(settings, tokenizer, labels), dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        config = _config(settings, own, tokenizer, labels)
+        model, new = _build(settings, own or getattr(transformers, task.auto_class), config, fresh)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(f"the model cannot be built: {_first_line(error)}", hint="check `model:`") from error
-    _check_names(model)
-    if task.auto_class == "AutoModelForCausalLM":
+    if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_looks_back(model)
+    files = {**_config_files(model), **files_of(tokenizer)}
+    if settings.lora is not None:
+        model = attach_lora(model, settings.lora, task.auto_class, new)
+        files |= adapter_files(model)
+    return model, files
+
+
+def naming_of(model: nn.Module) -> Naming:
+    """Which of the model's weights a checkpoint holds, and under which names. To be asked before it is sharded.
+
+    Raises:
+        ConfigError: Its files hold them in a form that outlast cannot write.
+    """
+    return adapter_naming(model) if is_adapted(model) else file_naming(model)
+
+
+def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> tuple[Any, list[str]]:
+    """The model, and the names of weights that its pretrained files do not hold."""
+    trusted = {"trust_remote_code": True} if settings.trust_remote_code else {}
+    if settings.path is not None and (fresh or settings.lora):  # an adapter's checkpoint does not hold the rest
+        model, found = builder.from_pretrained(
+            settings.path, config=config, dtype=torch.float32, output_loading_info=True, **trusted
+        )
+        return model, sorted(found["missing_keys"])
+    if hasattr(builder, "from_config"):
+        return builder.from_config(config, dtype=torch.float32, **trusted), []
+    return builder(config).float(), []
+
+
+def _config_files(model: Any) -> dict[str, bytes]:
     model.config.architectures = [type(model).__name__]
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
-        if model.can_generate():
+        if getattr(model, "_auto_class", None) is not None:  # its code came with it, and goes with it
+            from transformers.dynamic_module_utils import custom_object_save
+
+            custom_object_save(model, folder, config=model.config)
+            model.config.save_pretrained(folder)
+        if hasattr(model, "can_generate") and model.can_generate():
             model.generation_config.save_pretrained(folder)
-        return model, {**_read_all(folder), **files_of(tokenizer)}
+        return _read_all(folder)
 
 
-def _config(settings: ModelSettings, tokenizer: Tokenizer, labels: Sequence[str]) -> Any:
-    config = _given_config(settings, tokenizer)
+def _config(settings: ModelSettings, own: Any, tokenizer: Tokenizer, labels: Sequence[str]) -> Any:
+    config = _given_config(settings, own, tokenizer)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
@@ -140,17 +178,23 @@ def _config(settings: ModelSettings, tokenizer: Tokenizer, labels: Sequence[str]
     return config
 
 
-def _given_config(settings: ModelSettings, tokenizer: Tokenizer) -> Any:
-    if settings.path is not None:
-        return transformers.AutoConfig.from_pretrained(settings.path)
+def _special(tokenizer: Tokenizer) -> dict[str, Any]:
     inner = tokenizer.inner
-    special = {
+    return {
         "vocab_size": len(tokenizer),
         "bos_token_id": inner.bos_token_id,
         "eos_token_id": inner.eos_token_id,
         "pad_token_id": inner.pad_token_id,
     }
-    given = dict(settings.config or {})
+
+
+def _given_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> Any:
+    if settings.path is not None:
+        trusted = {"trust_remote_code": True} if settings.trust_remote_code else {}
+        return (own.config_class if own else transformers.AutoConfig).from_pretrained(settings.path, **trusted)
+    special, given = _special(tokenizer), dict(settings.config or {})
+    if own is not None:
+        return own.config_class(**{**special, **given})
     kind = given.pop("model_type")
     kinds = list(transformers.CONFIG_MAPPING)
     if kind not in kinds:
@@ -174,19 +218,6 @@ def _check_looks_back(model: Any) -> None:
         raise ConfigError(
             f"{type(model).__name__} is an encoder as configured: it sees the tokens it is to predict",
             hint="set model.config.is_decoder: true, or take a decoder such as gpt2 or llama",
-        )
-
-
-def _check_names(model: Any) -> None:
-    """Some architectures hold their weights under other names than their files do; those cannot be saved yet."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    own = named_weights(model)
-    changed = revert_weight_conversion(model, dict(own)).keys() - own.keys()
-    if changed:
-        raise ConfigError(
-            f"{type(model).__name__} keeps weights under other names than its files do "
-            f"({sorted(changed)[0]}, …); outlast cannot write such checkpoints yet"
         )
 
 
