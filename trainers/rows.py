@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +36,33 @@ def find_source(name: str) -> Path:
     return path
 
 
-def read_texts(source: str, column: str) -> Iterator[str]:
-    """The documents of a file, in order. Raises as `read_rows`."""
-    return (row[0] for row in read_rows(source, [column]))
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it lies in its file.
+
+    Attributes:
+        values: What the columns hold: text, numbers, lists, dicts or None. Empty when the row cannot be read.
+        where: File and row, such as `train.jsonl, row 3`.
+        fault: Why the row cannot be read.
+    """
+
+    values: tuple[Any, ...]
+    where: str
+    fault: str | None = None
 
 
-def read_rows(source: str, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The rows of a file, in order, in constant memory: a text, and perhaps a label, a number or a text, as text.
+def read_rows(source: str, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of a file, in order, in constant memory. A row that cannot be read is a fault, and the rest is read.
 
     Raises:
-        ConfigError: The file or a column is missing, or a row holds something that is not text.
+        ConfigError: The file is missing, is not what its name says, or a column is in none of its rows.
     """
     path = find_source(source)
-    values = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
+    rows = {".txt": _read_lines, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
     try:
-        for number, row in enumerate(values(path, columns), 1):
-            for place, value in enumerate(row):
-                if not isinstance(value, str if place == 0 else (str, int)):
-                    raise ConfigError(
-                        f"{source}, row {number}: column {columns[place]!r} holds {value!r}, not text",
-                        hint="mend that row, or name another column with data.text (or data.label)",
-                    )
-            yield tuple(map(str, row))
+        for number, values in enumerate(rows(path, columns), 1):
+            where = f"{source}, row {number}"
+            yield Row((), where, values) if isinstance(values, str) else Row(values, where)
     except UnicodeDecodeError as error:
         hint = "convert it, for example with iconv -f LATIN1 -t UTF-8"
         raise ConfigError(f"{source} is not UTF-8 text: {error}", hint=hint) from error
@@ -72,24 +78,43 @@ def _read_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]
         yield from ((line.rstrip("\n"),) for line in file if line.strip())
 
 
-def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | str]:
     """Line by line, because pyarrow guesses one type for a column and refuses rows of another."""
+    _check_jsonl_columns(path, columns)
+    for item in _json_lines(path):
+        if isinstance(item, str):
+            yield item
+        elif missing := [name for name in columns if name not in item]:
+            yield f"has no column {missing[0]!r}"
+        else:
+            yield tuple(item[name] for name in columns)
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any] | str]:
+    """The object of each line that is not empty, or what is wrong with the line."""
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+        for line in file:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                item = json.loads(line)
             except ValueError as error:
-                said = f"{path}, line {number} cannot be read as .jsonl: {error}"
-                raise ConfigError(said, hint="write one JSON object a line") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path}, line {number} is not a JSON object", hint="write one JSON object a line")
-            for column in columns:
-                if column not in row:
-                    there = {name: isinstance(row[name], str) for name in row}
-                    raise _no_column(f"{path}, line {number}", column, there)
-            yield tuple(row[column] for column in columns)
+                yield f"cannot be read as .jsonl: {error}"
+            else:
+                yield item if isinstance(item, dict) else "cannot be read as .jsonl: not a JSON object"
+
+
+def _check_jsonl_columns(path: Path, columns: Sequence[str]) -> None:
+    """Reads until each column was seen once, which is one line of a good file."""
+    missing, there = set(columns), dict[str, bool]()
+    for item in _json_lines(path):
+        if isinstance(item, dict):
+            missing -= item.keys()
+            there |= {name: isinstance(value, str) for name, value in item.items() if name not in there}
+        if not missing:
+            return
+    if there:
+        raise _no_column(str(path), next(name for name in columns if name in missing), there)
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
