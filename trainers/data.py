@@ -27,8 +27,9 @@ from outlast.checkpointing.storage import LocalStorage, Storage, read_bytes
 from outlast.checkpointing.writer import write_file
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.models import Tokenizer, files_of, load_tokenizer, train_bpe
-from outlast.trainers.rows import Row, find_source, read_rows
+from outlast.trainers.rows import Row, read_rows
 from outlast.trainers.sampling import mix
+from outlast.trainers.sources import digest_sources
 from outlast.trainers.tasks import TASKS
 
 T = TypeVar("T")
@@ -165,7 +166,7 @@ def _verify(storage: Storage, prepared: Prepared) -> None:
 def _fingerprint(config: TrainingConfig) -> str:
     digest = xxhash.xxh3_128()
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
-        digest.update(_digest_file(find_source(source)).encode())
+        digest.update(digest_sources(source).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
         for file in sorted(Path(path).iterdir()):
@@ -257,7 +258,7 @@ def _rows(config: TrainingConfig, *, held_out: bool) -> Iterator[tuple[str, ...]
     data = config.data
     columns = [data.text, data.label] if TASKS[config.model.task].has_labels else [data.text]
     if held_out and data.eval_share is None:
-        yield from (_checked(row, columns) for row in read_rows(str(data.eval), columns))
+        yield from (_checked(row, columns) for row in read_rows(data.eval or [], columns))
         return
     border = int((data.eval_share or 0.0) * 2**64)
     for number, row in enumerate(read_rows(data.train, columns)):
