@@ -27,8 +27,9 @@ from outlast.checkpointing.storage import LocalStorage, Storage, read_bytes
 from outlast.checkpointing.writer import write_file
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.models import Tokenizer, files_of, load_tokenizer, train_bpe
-from outlast.trainers.rows import find_source, read_rows
+from outlast.trainers.rows import Row, read_rows
 from outlast.trainers.sampling import mix
+from outlast.trainers.sources import digest_sources
 from outlast.trainers.tasks import TASKS
 
 T = TypeVar("T")
@@ -165,7 +166,7 @@ def _verify(storage: Storage, prepared: Prepared) -> None:
 def _fingerprint(config: TrainingConfig) -> str:
     digest = xxhash.xxh3_128()
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
-        digest.update(_digest_file(find_source(source)).encode())
+        digest.update(digest_sources(source).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
         for file in sorted(Path(path).iterdir()):
@@ -257,12 +258,25 @@ def _rows(config: TrainingConfig, *, held_out: bool) -> Iterator[tuple[str, ...]
     data = config.data
     columns = [data.text, data.label] if TASKS[config.model.task].has_labels else [data.text]
     if held_out and data.eval_share is None:
-        yield from read_rows(str(data.eval), columns)
+        yield from (_checked(row, columns) for row in read_rows(data.eval or [], columns))
         return
     border = int((data.eval_share or 0.0) * 2**64)
     for number, row in enumerate(read_rows(data.train, columns)):
         if (mix(config.seed, number) < border) is held_out:
-            yield row
+            yield _checked(row, columns)
+
+
+def _checked(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
+    """The values as text. Raises ConfigError when the row cannot be read, or the first is not text."""
+    if row.fault:
+        raise ConfigError(f"{row.where}: {row.fault}", hint="mend that row")
+    for place, value in enumerate(row.values):
+        if not isinstance(value, str if place == 0 else (str, int)):
+            raise ConfigError(
+                f"{row.where}: column {columns[place]!r} holds {value!r}, not text",
+                hint="mend that row, or name another column with data.text (or data.label)",
+            )
+    return tuple(map(str, row.values))
 
 
 @dataclass(frozen=True, slots=True)
