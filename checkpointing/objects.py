@@ -80,7 +80,7 @@ class ObjectStorage:
 
     def _put_once(self, path: str, chunks: Iterable[Buffer]) -> None:
         target = self._path(path)
-        stream = self._fs.open_output_stream(target)
+        stream = self._fs.open_output_stream(target, compression=None)  # by default by its name
         num_bytes = waited_at = 0
         try:
             for chunk in chunks:

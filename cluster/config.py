@@ -63,9 +63,13 @@ class RunConfig(TrainingConfig):
         if model.tokenizer:
             tokenizer = model.tokenizer.model_copy(update={"path": if_there(model.tokenizer.path)})
             model = model.model_copy(update={"tokenizer": tokenizer})
-        data = self.data.model_copy(update={"train": absolute(self.data.train)})
+
+        def all_absolute(source: str | list[str]) -> str | list[str]:
+            return absolute(source) if isinstance(source, str) else [absolute(place) for place in source]
+
+        data = self.data.model_copy(update={"train": all_absolute(self.data.train)})
         if data.eval and not data.eval_share:
-            data = data.model_copy(update={"eval": absolute(data.eval)})
+            data = data.model_copy(update={"eval": all_absolute(data.eval)})
         checkpoint = self.checkpoint.model_copy(update={"storage": absolute(self.checkpoint.storage)})
         return self.model_copy(update={"model": model, "data": data, "checkpoint": checkpoint})
 

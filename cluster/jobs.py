@@ -108,8 +108,7 @@ def check_reachable(config: RunConfig) -> None:
     tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
     places = {
         "checkpoint.storage": config.checkpoint.storage,
-        "data.train": config.data.train,
-        "data.eval": None if config.data.eval_share else config.data.eval,
+        **config.data.places,
         "model.path": config.model.path if (config.model.path or "").startswith(".") else None,  # else a hub id
         "model.tokenizer.path": tokenizer if (tokenizer or "").startswith(".") else None,
     }

@@ -353,11 +353,9 @@ def _whole(key: str, value: float) -> int:
 def _sources(config: RunConfig) -> dict[str, str]:
     """Every setting that may name a place, by key."""
     tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
-    share = config.data.eval_share is not None
     places = {
         "checkpoint.storage": config.checkpoint.storage,
-        "data.train": config.data.train,
-        "data.eval": None if share else config.data.eval,
+        **config.data.places,
         "model.path": _unless_hub_id(config.model.path),
         "model.tokenizer.path": _unless_hub_id(tokenizer),
     }

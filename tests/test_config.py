@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from outlast.checkpointing.schedule import Every
+from outlast.cluster.config import RunConfig
 from outlast.trainers.config import Settings, TrainingConfig, explain
 from tests.group import tiny_config
 
@@ -157,6 +159,16 @@ def test_what_cannot_be_is_refused_in_words(sections: dict[str, Any], said: str)
 def test_a_share_of_the_rows(text: str | None, share: float | None) -> None:
     config = TrainingConfig.model_validate(body(data={"eval": text}, train={"eval_every": None}))
     assert config.data.eval_share == share
+
+
+def test_relative_sources_begin_at_the_run_file() -> None:
+    sources = ["part-*.jsonl", "/shared/more", "s3://bucket/a.csv"]
+    whole = {**body(data={"train": sources, "eval": "held/out"}), "scale": {"workers": 1}}
+    data = RunConfig.model_validate(whole).at_home(Path("/home/runs")).data
+    assert data.train == ["/home/runs/part-*.jsonl", "/shared/more", "s3://bucket/a.csv"]
+    assert data.eval == "/home/runs/held/out"
+    assert list(data.places) == ["data.train[0]", "data.train[1]", "data.train[2]", "data.eval"]
+    assert list(TrainingConfig.model_validate(body(data={"eval": "2%"})).data.places) == ["data.train"]
 
 
 def test_what_stays_is_what_was_set() -> None:

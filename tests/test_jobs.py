@@ -21,10 +21,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.reader import tensor_digests
 from outlast.checkpointing.storage import LocalStorage, open_storage
+from outlast.cluster.config import RunConfig
+from outlast.cluster.jobs import check_reachable
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.group import digests, run_group, tiny_config
@@ -160,3 +163,13 @@ def test_submit_attach_stop_resume(
 def test_no_cluster_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     assert "give --address" in outlast("stop", "far", code=3).stderr
+
+
+@pytest.mark.parametrize(
+    ("train", "key"), [(["/shared/*.jsonl", "here.csv"], r"data\.train\[1\]"), ("parts/*.jsonl", r"data\.train")]
+)
+def test_sources_that_another_machine_cannot_find(train: str | list[str], key: str) -> None:
+    body = tiny_config("far", "/shared/runs", "/shared/*.jsonl").model_dump(mode="json", exclude_defaults=True)
+    check_reachable(RunConfig.model_validate(body))
+    with pytest.raises(ConfigError, match=f"{key} is '.*', which the cluster's machines would look for"):
+        check_reachable(RunConfig.model_validate({**body, "data": {**body["data"], "train": train}}))

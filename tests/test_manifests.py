@@ -437,6 +437,9 @@ def test_cautions(read: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
     assert "kubectl delete -f" in found[4]
     good = {"data": {"train": "/data/train.jsonl", "eval": "2%"}}
     assert cautions(*read("/data/runs", **good), k8s_settings(**RELEASE, claim="team", mount="/data")) == []
+    several = {"data": {"train": ["s3://b/*.jsonl", "/data/part-*.csv", "/elsewhere/a.csv"]}}
+    [left] = cautions(*read("/data/runs", **several), k8s_settings(**RELEASE, claim="team", mount="/data"))
+    assert left.startswith("data.train[2]: no volume brings /elsewhere/a.csv")
     assert cautions(*read("s3://b/runs"), k8s_settings(**RELEASE, secret="store")) == []
     [access] = cautions(*read("s3://b/runs"), k8s_settings(**RELEASE))
     assert "--service-account" in access

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-from pyarrow import csv, parquet
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config import DataSettings
-from outlast.trainers.rows import find_source, read_rows
+from outlast.trainers.rows import first_row
+from outlast.trainers.sources import find_sources
 
 
 class Kind(Enum):
@@ -108,7 +105,8 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> Chosen:
     """
     there = first_row(settings.train)
     needed = tuple(column for column in columns if not column.is_optional)
-    if not there or (Path(settings.train).suffix == ".txt" and len(needed) == 1):
+    only_lines = len(needed) == 1 and {item.kind for item in find_sources(settings.train)} == {".txt"}
+    if only_lines or not there:  # where nothing is there, reading tells what is wrong
         return Chosen(needed, tuple(name_of(settings, column.role) for column in needed), ())
     found = {column: name for column in columns if (name := name_of(settings, column.role)) in there}
     notes = []
@@ -131,39 +129,6 @@ def _no_column(settings: DataSettings, column: Column, there: Sequence[str], fre
         f"{settings.train} has no column {name_of(settings, column.role)!r}; it has {', '.join(there)}",
         hint=f"set data.{column.role}, for example -s data.{column.role}={likely}",
     )
-
-
-def first_row(source: str) -> Mapping[str, Any]:
-    """Every column of a data file with one of its values. Empty where reading the rows will tell what is wrong."""
-    path = find_source(source)
-    names: list[str] = ["text"]
-    try:
-        if path.suffix == ".jsonl":
-            return _first_object(path)
-        if path.suffix == ".csv":
-            with csv.open_csv(path) as head:
-                names = head.schema.names
-        elif path.suffix == ".parquet":
-            names = parquet.read_schema(path).names
-    except (pa.ArrowInvalid, UnicodeDecodeError):
-        return {}
-    row = next((row for row in read_rows(source, names) if not row.fault), None)
-    return dict.fromkeys(names) if row is None else dict(zip(names, row.values, strict=True))
-
-
-def _first_object(path: Path) -> Mapping[str, Any]:
-    """The first line's columns, and those that only later lines have."""
-    import json
-
-    found: dict[str, Any] = {}
-    with path.open(encoding="utf-8-sig") as file:
-        for _, line in zip(range(100), filter(str.strip, file), strict=False):
-            try:
-                item = json.loads(line)
-            except ValueError:
-                continue
-            found = {**item, **found} if isinstance(item, dict) else found
-    return found
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -83,10 +83,12 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Where the text comes from and how it is cut."""
 
-    train: str
-    """A .txt (one document a line), .jsonl, .csv or .parquet file."""
-    eval: str | None = None
-    """Another such file, or a share of the training rows such as `2%`, chosen by a hash of (seed, row)."""
+    train: str | list[str] = Field(min_length=1)
+    """A .txt (one document a line), .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a directory of one kind of
+    them, a pattern such as `s3://bucket/part-*.jsonl`, or a list of these. Rows count in this order, sorted by name
+    within a directory or pattern."""
+    eval: str | list[str] | None = None
+    """Another such source, or a share of the training rows such as `2%`, chosen by a hash of (seed, row)."""
     text: str = "text"
     """The column that holds the text. A .txt file needs none."""
     label: str = "label"
@@ -132,13 +134,25 @@ class DataSettings(Settings):
     @property
     def eval_share(self) -> float | None:
         """The share of rows held out, 0 to 1, or None when `eval` is a file or not given."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", (self.eval or "").strip())
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", self.eval.strip() if isinstance(self.eval, str) else "")
         return float(match[1]) / 100 if match else None
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Every place that rows come from, by the key that names it."""
+        sources = {"data.train": self.train, "data.eval": None if self.eval_share else self.eval}
+        found = dict[str, str]()
+        for key, source in sources.items():
+            if isinstance(source, list):
+                found |= {f"{key}[{number}]": place for number, place in enumerate(source)}
+            elif source:
+                found[key] = source
+        return found
 
     @field_validator("eval")
     @classmethod
-    def _share_is_sane(cls, value: str | None) -> str | None:
-        if value and value.strip().endswith("%"):
+    def _share_is_sane(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, str) and value.strip().endswith("%"):
             match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value.strip())
             if not match or not 0 < float(match[1]) < 100:
                 raise ValueError(f"{value!r} is not a share: write 2%")

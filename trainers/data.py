@@ -26,13 +26,13 @@ from outlast.trainers.columns import Chosen, choose_columns, name_of, texts_in
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.models import Tokenizer, files_of, load_tokenizer, train_bpe
 from outlast.trainers.registry import find_task
-from outlast.trainers.rows import Row, find_source, read_rows
+from outlast.trainers.rows import BadRows, Row, read_rows, usable
 from outlast.trainers.samples import ROWS_PER_BATCH, Samples, Written, in_batches, write_packed, write_samples
 from outlast.trainers.sampling import mix
+from outlast.trainers.sources import digest_sources
 from outlast.trainers.tasks import Record, Task
 
 FORMAT = 2
-NAMED_BAD_ROWS = 5
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_TOKENIZER = ("config.json", "generation_config.json", "trainer_state.json", "manifest.json")
 _DATA_MANIFEST = "data.json"
@@ -146,7 +146,7 @@ def _verify(storage: Storage, prepared: Prepared) -> None:
 def _fingerprint(config: TrainingConfig) -> str:
     digest = xxhash.xxh3_128()
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
-        digest.update(_digest_file(find_source(source)).encode())
+        digest.update(digest_sources(source).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
         for file in sorted(Path(path).iterdir()):
@@ -180,6 +180,7 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
     kind = find_task(config.model.task)
     reading = _Reading(config, choose_columns(kind.columns, config.data))
     facts = kind.survey(config.data, reading.records("train"))
+    reading.begin(lambda record: None)
     tokenizer = _tokenizer(config, kind, reading)
     task = kind(config.data, tokenizer, facts)
     reading.begin(task.fault)
@@ -198,7 +199,7 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
         num_samples=written["train"].num_samples,
         num_eval_samples=written["eval"].num_samples if "eval" in written else 0,
         num_rows={name: reading.num_rows[name] for name in written},
-        num_bad_rows=reading.num_bad,
+        num_bad_rows=reading.bad.count,
         num_tokens={name: item.num_tokens for name, item in written.items()},
         num_dropped_tokens={name: item.num_dropped_tokens for name, item in written.items()},
         facts=facts,
@@ -238,7 +239,7 @@ class _Reading:
     Attributes:
         chosen: What is read.
         num_rows: Rows used, by split, in the pass at hand.
-        num_bad: Rows that could not be used, in the pass at hand.
+        bad: Rows that could not be used, in the pass at hand.
     """
 
     def __init__(self, config: TrainingConfig, chosen: Chosen) -> None:
@@ -248,47 +249,28 @@ class _Reading:
     def begin(self, fault: Callable[[Record], str | None]) -> None:
         """Begins a pass in which `fault` finds rows that cannot be used, besides what their columns tell."""
         self._fault = fault
-        self.num_rows, self.num_bad, self._named = {"train": 0, "eval": 0}, 0, list[str]()
+        self.num_rows, self.bad = {"train": 0, "eval": 0}, BadRows(self.config.data.max_bad_rows)
 
     def records(self, split: str) -> Iterator[Record]:
-        """The usable rows of `train` or `eval`.
+        """The usable rows of `train` or `eval`. Raises ConfigError when there are too many others."""
+        for row in usable(_rows(self.config, self.chosen.names, split), self.bad, self._judge):
+            self.num_rows[split] += 1
+            yield self.chosen.record(row.values)
 
-        Raises:
-            ConfigError: More rows than `data.max_bad_rows` cannot be used.
-        """
-        for row in _rows(self.config, self.chosen.names, split):
-            fault = row.fault or self.chosen.fault(row.values)
-            record = {} if fault else self.chosen.record(row.values)
-            fault = fault or self._fault(record)
-            if fault:
-                self._note(f"{row.where}: {fault}")
-            else:
-                self.num_rows[split] += 1
-                yield record
-
-    def _note(self, fault: str) -> None:
-        self.num_bad += 1
-        if len(self._named) < NAMED_BAD_ROWS:
-            self._named.append(fault)
-        limit = self.config.data.max_bad_rows
-        if self.num_bad > limit:
-            more = f"\n{self.num_bad} rows cannot be used, more than data.max_bad_rows ({limit})" if limit else ""
-            raise ConfigError(
-                "\n".join(self._named) + more,
-                hint="mend the row, name another column, or leave such rows out with data.max_bad_rows",
-            )
+    def _judge(self, values: Sequence[Any]) -> str | None:
+        return self.chosen.fault(values) or self._fault(self.chosen.record(values))
 
     def notes(self) -> tuple[str, ...]:
         """What is to be told of the rows left out."""
-        if not self.num_bad:
+        if not self.bad.count:
             return ()
-        return (f"{self.num_bad} rows cannot be used and are left out, the first: {'; '.join(self._named)}",)
+        return (f"{self.bad.count} rows cannot be used and are left out, the first: {'; '.join(self.bad.first)}",)
 
 
 def _rows(config: TrainingConfig, names: Sequence[str], split: str) -> Iterator[Row]:
     data = config.data
     if split == "eval" and data.eval_share is None:
-        yield from read_rows(str(data.eval), names)
+        yield from read_rows(data.eval or [], names)
         return
     border = int((data.eval_share or 0.0) * 2**64)
     for number, row in enumerate(read_rows(data.train, names)):
