@@ -159,13 +159,14 @@ def test_without_peft_it_says_how_to_get_it(
     adapt: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from outlast.trainers.models import build_model
-    from outlast.trainers.tasks import TASKS
+    from outlast.trainers.tasks import CausalLM
 
     assignment = adapt("adapter-without")
     monkeypatch.setitem(sys.modules, "peft", None)
     tokenizer = assignment.prepared.tokenizer(storage)
+    task = CausalLM(assignment.config.data, tokenizer, assignment.prepared.facts)
     with pytest.raises(ConfigError, match="peft, which is not installed") as caught:
-        build_model(assignment.config.model, TASKS["causal-lm"], tokenizer, 1, fresh=True)
+        build_model(assignment.config.model, task, tokenizer, 1, fresh=True)
     assert caught.value.hint == "pip install 'outlast[lora]'"
 
 

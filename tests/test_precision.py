@@ -22,7 +22,7 @@ from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, 
 from outlast.trainers.config import TrainSettings
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model
-from outlast.trainers.tasks import TASKS
+from outlast.trainers.tasks import CausalLM
 from tests.conftest import Reference
 from tests.group import digests, fault, losses, newest, run_group
 
@@ -154,8 +154,10 @@ def test_less_is_kept_when_activations_are_recomputed(assign: Callable[..., Assi
 
 def num_kept(run: str, recompute: bool, assign: Callable[..., Assignment], storage: LocalStorage) -> int:
     """How many tensors a forward pass keeps for its backward pass."""
-    assignment, task = assign(run, gradient_checkpointing=recompute), TASKS["causal-lm"]
-    model, _ = build_model(assignment.config.model, task, assignment.prepared.tokenizer(storage), 0, fresh=True)
+    assignment = assign(run, gradient_checkpointing=recompute)
+    tokenizer = assignment.prepared.tokenizer(storage)
+    task = CausalLM(assignment.config.data, tokenizer, assignment.prepared.facts)
+    model, _ = build_model(assignment.config.model, task, tokenizer, 0, fresh=True)
     prepare_module(model, assignment.config.train, Ranks(), CPU)
     kept: set[int] = set()
 
@@ -164,7 +166,7 @@ def num_kept(run: str, recompute: bool, assign: Callable[..., Assignment], stora
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        task.loss_sum(model.train(), task.collate(assignment.prepared.split(storage, "train").rows(range(4))))
+        task.loss_sum(model.train(), task.collate(assignment.prepared.split(storage, "train").take(range(4)), range(4)))
     return len(kept)
 
 

@@ -25,10 +25,10 @@ from outlast.trainers.adapters import base_digest, is_adapted
 from outlast.trainers.config import Exactness, Parallel, TrainingConfig, check_parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
-from outlast.trainers.loop import Control, Loop, Outcome, make_plan
+from outlast.trainers.loop import Control, Loop, Outcome, check_metric, make_plan
 from outlast.trainers.models import build_model, naming_of
+from outlast.trainers.registry import find_task
 from outlast.trainers.sharded import shard
-from outlast.trainers.tasks import TASKS
 from outlast.trainers.world import World, make_deterministic
 
 
@@ -71,6 +71,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     exactness = Exactness(config.exactness)
     check_parallel(assignment.parallel, exactness)
     make_plan(config, assignment.prepared.num_samples, world.size)
+    check_metric(config, assignment.prepared.facts)
     workers = world.gather({"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()})
     checkpointer = Checkpointer(
         storage,
@@ -92,12 +93,10 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     checkpointer.declaration["num_threads"] = num_threads
     make_deterministic(config.deterministic, num_threads)
 
-    task = TASKS[config.model.task]
     tokenizer = assignment.prepared.tokenizer(storage)
+    task = find_task(config.model.task)(config.data, tokenizer, assignment.prepared.facts)
     fresh = checkpointer.catalogue.is_fresh
-    model, checkpointer.files = build_model(
-        config.model, task, tokenizer, config.seed, fresh=fresh, labels=assignment.prepared.labels
-    )
+    model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
     checkpointer.naming = naming_of(model)
     _check_architecture(checkpointer)
     if is_adapted(model):
@@ -130,6 +129,7 @@ def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
     return {
         "mathematics": assignment.config.mathematics(),
         "data": assignment.prepared.fingerprint,
+        "facts": assignment.prepared.facts,
         "num_threads": assignment.num_threads,
         "versions": _versions(),
         "world_size": world.size,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -28,15 +29,16 @@ from outlast.checkpointing.layout import CheckpointRef
 from outlast.checkpointing.retention import Kept
 from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
 from outlast.trainers.config import Exactness, TrainingConfig
-from outlast.trainers.data import PackedData
 from outlast.trainers.elastic import TreeReducer
 from outlast.trainers.evaluation import evaluate
 from outlast.trainers.optimizers import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.pace import Pace
+from outlast.trainers.registry import find_task
+from outlast.trainers.samples import Samples
 from outlast.trainers.sampling import Plan, share
 from outlast.trainers.sharded import whole
 from outlast.trainers.stopping import patience
-from outlast.trainers.tasks import TASKS, Task
+from outlast.trainers.tasks import Batch, Task
 from outlast.trainers.world import Still, World, seed_everything
 
 
@@ -73,22 +75,9 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
     """The walk through the data.
 
     Raises:
-        ConfigError: More ranks than micro-batches in a step, a metric that the task does not measure, or an optimizer
-            that is not there.
+        ConfigError: More ranks than micro-batches in a step, or an optimizer that is not there.
     """
-    train, metric = config.train, config.checkpoint.metric
-    known = ["loss", "eval_loss", *(f"eval_{name}" for name in TASKS[config.model.task].scores)]
-    if config.checkpoint.keep_best and metric not in known:
-        raise ConfigError(
-            f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
-            hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
-        )
-    if train.early_stopping is not None and train.early_stopping.metric not in known[1:]:
-        raise ConfigError(
-            f"train.early_stopping.metric {train.early_stopping.metric!r} is not what an evaluation of task "
-            f"{config.model.task} measures: {', '.join(known[1:])}",
-            hint=f"set it, for example -s train.early_stopping.metric={known[-1]}",
-        )
+    train = config.train
     resolve(train)
     if train.batch // train.micro_batch < world_size:
         raise ConfigError(
@@ -98,6 +87,24 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
         )
     total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
     return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
+
+
+def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
+    """Raises ConfigError if checkpoints or early stopping go by a metric that the task does not measure."""
+    metric, scores = config.checkpoint.metric, find_task(config.model.task).score_names(facts)
+    known = ["loss", "eval_loss", *(f"eval_{name}" for name in scores)]
+    if config.checkpoint.keep_best and metric not in known:
+        raise ConfigError(
+            f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
+            hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
+        )
+    stopping = config.train.early_stopping
+    if stopping is not None and stopping.metric not in known[1:]:
+        raise ConfigError(
+            f"train.early_stopping.metric {stopping.metric!r} is not what an evaluation of task "
+            f"{config.model.task} measures: {', '.join(known[1:])}",
+            hint=f"set it, for example -s train.early_stopping.metric={known[-1]}",
+        )
 
 
 class _Save(Enum):
@@ -159,8 +166,8 @@ class Loop:
         checkpointer: Checkpointer,
         model: nn.Module,
         task: Task,
-        train_data: PackedData,
-        eval_data: PackedData | None,
+        train_data: Samples,
+        eval_data: Samples | None,
         control: Control,
     ) -> None:
         self.config, self.world, self.checkpointer = config, world, checkpointer
@@ -225,7 +232,7 @@ class Loop:
         began = time.monotonic()
         num_micro = plan.num_micro_batches(step)
         mine = share(num_micro, self.world.rank, self.world.size)
-        batches = {m: self.task.collate(self.train_data.rows(plan.samples(step, m))) for m in mine}
+        batches = {m: self._batch(step, m) for m in mine}
         agreed = self._agree(sum(self.task.count(batch) for batch in batches.values()))
 
         losses: dict[int, torch.Tensor] = {}
@@ -235,8 +242,7 @@ class Loop:
             if self._tree is not None:
                 self._tree.take(micro, num_micro)
         for _ in range(self.world.num_idle(num_micro, self.wrapped)):  # the others wait for gradients, which are zero
-            batch = self.task.collate(self.train_data.rows(plan.samples(step, 0)))
-            self._forward_backward(batch, math.inf, sync=True)
+            self._forward_backward(self._batch(step, 0), math.inf, sync=True)
         if self._tree is not None:
             self._tree.finish(num_micro)
         if self._still is not None:
@@ -255,6 +261,11 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self._pending = _Pending(step, agreed.count, losses, norm, lr, time.monotonic() - began, time.time())
         return agreed
+
+    def _batch(self, step: int, micro: int) -> Batch:
+        """A micro-batch on the host."""
+        samples = self.train_data.take(self.plan.samples(step, micro))
+        return self.task.collate(samples, self.plan.keys(step, micro))
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], count: float, *, sync: bool) -> torch.Tensor:
         """Adds the gradient of `loss_sum / count`; the ranks add theirs up when `sync`. Returns the loss sum."""

@@ -18,8 +18,9 @@ from outlast.checkpointing.layout import WEIGHTS
 from outlast.checkpointing.weights import named_weights
 from outlast.trainers.adapters import CONFIG, base_digest, need_peft
 from outlast.trainers.custom import load_class
+from outlast.trainers.models import model_class
 from outlast.trainers.naming import file_naming
-from outlast.trainers.tasks import TASKS
+from outlast.trainers.registry import find_task
 
 
 def merge(content: Content, declaration: Mapping[str, Any] | None, base: str | None = None) -> Content:
@@ -58,7 +59,7 @@ def _load_base(settings: Mapping[str, Any], place: str, folder: str) -> Any:
     own = load_class(settings["class_"]) if settings.get("class_") else None
     try:
         config = (own.config_class if own else transformers.AutoConfig).from_pretrained(folder)
-        builder = own or getattr(transformers, TASKS[settings["task"]].auto_class)
+        builder = own or model_class(find_task(settings["task"]), config)
         return builder.from_pretrained(place, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0][:300]
