@@ -113,6 +113,7 @@ def _rank(rank: int, folder: str, rounds: int, num_steps: int, answer: Any) -> N
             ("bare PyTorch DDP", "fast", 0),
             ("outlast same-world", "same-world", 10**6),
             ("outlast same-world, a save every 20 steps", "same-world", 20),
+            ("outlast elastic", "elastic", 10**6),
             ("outlast fast", "fast", 10**6),
         ):
             config = _config(storage, f"{exactness}-{every}-{number}", num_steps, exactness, every or 10**6)

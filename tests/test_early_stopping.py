@@ -18,7 +18,7 @@ from outlast.checkpointing.manifest import Manifest
 from outlast.checkpointing.storage import LocalStorage, read_bytes
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import EarlyStoppingSettings
-from outlast.trainers.loop import Outcome, make_plan
+from outlast.trainers.loop import Outcome, check_metric
 from outlast.trainers.stopping import Patience, patience
 from tests.group import digests, fault, losses, run_group, tiny_config
 
@@ -52,7 +52,7 @@ def test_what_cannot_be_is_refused() -> None:
         tiny_config("run", "/runs", "/data.txt", eval_every=None, early_stopping={})
     config = tiny_config("run", "/runs", "/data.txt", early_stopping={"metric": "eval_accuracy"})
     with pytest.raises(ConfigError, match="'eval_accuracy' is not what an evaluation of task causal-lm measures"):
-        make_plan(config, 100, 1)
+        check_metric(config, {})
 
 
 def test_how_often_to_evaluate_decides_numbers_then() -> None:

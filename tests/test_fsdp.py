@@ -20,6 +20,7 @@ from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.lineage import run_events
 from outlast.checkpointing.reader import read_tensors
 from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster.config import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import Exactness, Parallel
 from outlast.trainers.loop import Outcome
@@ -132,6 +133,14 @@ def test_elastic_is_refused(spread: Assign, storage: LocalStorage) -> None:
         assert isinstance(item.error, ConfigError)
         assert "exactness: elastic needs scale.parallel: ddp" in item.error.message
     assert storage.list("fsdp-elastic") == []
+
+
+def test_a_run_file_is_refused_before_anything_is_held(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("name: a\nmodel: {path: gpt2}\ndata: {train: a.txt}\nscale: {parallel: fsdp}\n")
+    config, _ = load_run(str(tmp_path / "run.yaml"))
+    assert Parallel(config.scale.parallel) is Parallel.FSDP
+    with pytest.raises(ConfigError, match=r"exactness: elastic needs scale\.parallel: ddp"):
+        load_run(str(tmp_path / "run.yaml"), ["exactness=elastic"])
 
 
 # -- what is spread, and how it is added -------------------------------------------------------------------------------
