@@ -64,7 +64,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["name=../elsewhere"], "'..'"),
         (["checkpoint.every=soon"], "not an interval"),
         (["checkpoint.every=1.5"], "'1.5' is not an interval: write 200"),
-        (["checkpoint.every=0"], "more steps than the run has"),
+        (["checkpoint.every=0"], "more steps than it has"),
         (["train.eval_every=0"], "leave it out"),
         (["checkpoint.keep_last=1"], "checkpoint.keep_last"),
         (["model.task=juggling"], "model.task"),
