@@ -39,6 +39,7 @@ from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
+from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.loop import Outcome, make_plan
 
@@ -65,6 +66,7 @@ class Launch:
         config: The settings, local paths absolute.
         declared: The settings as written.
         take_over: Do not wait to see whether another launch is at work.
+        code: Directory of the user's Python files, where the run file lies.
         faults: Faults to arm in the workers.
         tell: Hears every event, in the driver's main thread.
         stdout: Where `tell` prints to.
@@ -75,6 +77,7 @@ class Launch:
     config: RunConfig
     declared: Mapping[str, Any]
     take_over: bool = False
+    code: str = ""
     faults: Sequence[Fault] = ()
     tell: Listener = lambda event: None
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
@@ -96,6 +99,7 @@ class Launch:
             OutlastError: What went wrong; see `errors.py`.
         """
         storage, name = self.storage, self.config.name
+        make_importable(self.code)
         with _preflight():
             base = catalogue(storage, name).declaration
             check_unchanged(base, self.config, None)
@@ -141,6 +145,7 @@ class Launch:
                 launch=self.id,
                 prepared=prepared,
                 num_threads=max(1, int(cpus)),
+                code=self.code,
                 faults=tuple(self.faults),
             )
             answer = self._fit(assignment, cpus)

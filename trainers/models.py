@@ -201,6 +201,10 @@ def _given_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> An
         raise ConfigError(f"model.config.model_type {kind!r} is not known to transformers{_meant(kind, kinds)}")
     default = transformers.AutoConfig.for_model(kind)
     known = [*default.to_dict(), *default.attribute_map]
+    if getattr(default, "is_encoder_decoder", False):
+        known.append("decoder_start_token_id")
+        starts = [special["bos_token_id"], special["pad_token_id"]]
+        special["decoder_start_token_id"] = next((number for number in starts if number is not None), None)
     for key in given:
         if key not in known:
             raise ConfigError(f"model.config.{key}: a {kind} model has no such setting{_meant(key, known)}")
