@@ -5,7 +5,8 @@
 The run file names it as `class: recurrent:RecurrentLM`; Python finds it because it lies beside the run file. Each layer
 attends to its segment and to what it held of the segment before; no gradient goes there.
 
-With `carry: false` the memory begins empty in each call, and a sample of `max_length` tokens is read in segments: what a call computes follows from its sample alone. With `carry: true` the last memory stays in a buffer, and the next
+With `carry: false` the memory begins empty in each call, and a sample of `max_length` tokens is read in segments: what
+a call computes follows from its sample alone. With `carry: true` the last memory stays in a buffer, and the next
 micro-batch of the same rank begins with it. Buffers are part of the model's state: they are in every checkpoint, so a
 killed run goes on with the memory that it had. README, "A model class of your own", says what that means for other
 numbers of workers.

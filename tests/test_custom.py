@@ -70,7 +70,8 @@ def test_a_memory_is_part_of_what_comes_back(
     assert losses(storage, f"{run}-killed") == losses(storage, run)
 
     before, after = (load_file(checkpoints(storage, run, step) / "model.safetensors") for step in (6, 10))
-    assert before["memory"].any() and not torch.equal(before["memory"], after["memory"]), "it carries something"
+    assert before["memory"].any()
+    assert not torch.equal(before["memory"], after["memory"]), "it carries something"
     forgetful = bring(f"{run}-forgot", carry=False)
     assert run_group(forgetful, storage, size)[0].outcome is Outcome.DONE
     assert losses(storage, f"{run}-forgot") != losses(storage, run), "and that counts"
@@ -149,8 +150,9 @@ def test_code_beside_the_weights_runs_only_when_it_is_trusted(tmp_path: Path) ->
     body = json.loads((tmp_path / "config.json").read_text())
     where = {"AutoConfig": "recurrent_code.RecurrentConfig", "AutoModelForCausalLM": "recurrent_code.RecurrentLM"}
     (tmp_path / "config.json").write_text(json.dumps({**body, "auto_map": where}))
-    with pytest.raises(ConfigError, match="trust_remote_code"):
+    with pytest.raises(ConfigError, match="custom code") as caught:
         build_model(ModelSettings(path=str(tmp_path)), TASKS["causal-lm"], tokenizer, 1, fresh=True)
+    assert "model.trust_remote_code: true" in caught.value.hint
     trusting = ModelSettings(path=str(tmp_path), trust_remote_code=True)
     model, files = build_model(trusting, TASKS["causal-lm"], tokenizer, 1, fresh=True)
     assert type(model).__name__ == "RecurrentLM"
