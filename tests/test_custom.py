@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from safetensors.torch import load_file
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.faults import Action, Point
 from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster.config import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import ModelSettings
-from outlast.trainers.custom import load_class, make_importable
+from outlast.trainers.custom import check_elastic, load_class, make_importable
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model, train_bpe
 from outlast.trainers.tasks import TASKS
@@ -75,6 +78,15 @@ def test_a_memory_is_part_of_what_comes_back(
     forgetful = bring(f"{run}-forgot", carry=False)
     assert run_group(forgetful, storage, size)[0].outcome is Outcome.DONE
     assert losses(storage, f"{run}-forgot") != losses(storage, run), "and that counts"
+
+
+def test_elastic_is_not_promised_of_carried_state() -> None:
+    """What a rank computes then hangs on the micro-batches that it had before."""
+    make_importable(str(EXAMPLES))
+    source = load_class("recurrent:RecurrentLM")
+    check_elastic(source(source.config_class(carry=False)))
+    with pytest.raises(ConfigError, match=r"RecurrentLM carries state .*memory"):
+        check_elastic(source(source.config_class(carry=True)))
 
 
 def test_without_carried_state_the_number_of_workers_only_changes_the_order_of_summation(
@@ -158,3 +170,33 @@ def test_code_beside_the_weights_runs_only_when_it_is_trusted(tmp_path: Path) ->
     assert type(model).__name__ == "RecurrentLM"
     assert files["recurrent_code.py"] == (EXAMPLES / "recurrent.py").read_bytes()
     assert json.loads(files["config.json"])["auto_map"] == where
+
+
+def test_checkpoints_need_no_transformers(tmp_path: Path) -> None:
+    """So that a script may use whichever release its model needs, or none."""
+    script = tmp_path / "own.py"
+    script.write_text(
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('transformers', 'tokenizers', 'accelerate', 'ray', 'pydantic')))\n"
+        "import torch\n"
+        "from outlast.checkpointing import Checkpointer, open_storage\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "optimizer = torch.optim.AdamW(model.parameters())\n"
+        "saver = Checkpointer(open_storage(sys.argv[1]), 'run')\n"
+        "state = saver.resume(model, optimizer)\n"
+        "model(torch.ones(2)).sum().backward()\n"
+        "optimizer.step()\n"
+        "step = state['step'] + 1 if state else 1\n"
+        "assert saver.save(step, model, optimizer, {'step': step})\n"
+        "print(step)\n"
+    )
+    said = [
+        subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert said == ["1\n", "2\n"]
+
+
+def test_the_run_file_of_the_example() -> None:
+    config, _ = load_run(str(EXAMPLES / "recurrent.yaml"))
+    assert config.model.class_ == "recurrent:RecurrentLM"

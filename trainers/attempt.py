@@ -22,8 +22,8 @@ from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.adapters import base_digest, is_adapted
-from outlast.trainers.config import TrainingConfig
-from outlast.trainers.custom import make_importable
+from outlast.trainers.config import Exactness, TrainingConfig
+from outlast.trainers.custom import check_elastic, make_importable
 from outlast.trainers.data import Prepared
 from outlast.trainers.loop import Control, Loop, Outcome, make_plan
 from outlast.trainers.models import build_model, naming_of
@@ -94,6 +94,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         config.model, task, tokenizer, config.seed, fresh=fresh, labels=assignment.prepared.labels
     )
     checkpointer.naming = naming_of(model)
+    if Exactness(config.exactness) is Exactness.ELASTIC:
+        check_elastic(model)
     _check_architecture(checkpointer)
     if is_adapted(model):
         _check_base(checkpointer, base, model)

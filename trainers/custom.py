@@ -77,3 +77,17 @@ def carried_state(model: nn.Module) -> list[str]:
     a rank computes depends on the micro-batches that it had before.
     """
     return sorted(named_weights(model).keys() - parameter_names(model))
+
+
+def check_elastic(model: nn.Module) -> None:
+    """Refuses a model whose numbers hang on who computes which micro-batch: they are not the same at any world size.
+
+    Raises:
+        ConfigError: It carries state.
+    """
+    if carried := carried_state(model):
+        raise ConfigError(
+            f"{type(model).__name__} carries state from one micro-batch to the next ({carried[0]}), so another number "
+            "of workers computes other numbers",
+            hint="set exactness: same-world, which holds at the same number of workers",
+        )
