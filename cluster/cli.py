@@ -67,7 +67,8 @@ def train(
 
     config = config.at_home(run_file.parent)
     with Reporter(config.name) as reporter:
-        finished = Launch(config, declared, take_over=take_over, tell=reporter).run(address)
+        code = str(run_file.parent.absolute())
+        finished = Launch(config, declared, take_over=take_over, code=code, tell=reporter).run(address)
     options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])
     again = shlex.join(["outlast", "train", str(run_file), *options])
     if finished.model is not None:

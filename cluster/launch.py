@@ -40,6 +40,7 @@ from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
 from outlast.trainers.config import Parallel
+from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.loop import Outcome, check_metric, make_plan
 
@@ -66,6 +67,7 @@ class Launch:
         config: The settings, local paths absolute.
         declared: The settings as written.
         take_over: Do not wait to see whether another launch is at work.
+        code: Directory of the user's Python files, where the run file lies.
         faults: Faults to arm in the workers.
         tell: Hears every event, in the driver's main thread.
         stdout: Where `tell` prints to.
@@ -76,6 +78,7 @@ class Launch:
     config: RunConfig
     declared: Mapping[str, Any]
     take_over: bool = False
+    code: str = ""
     faults: Sequence[Fault] = ()
     tell: Listener = lambda event: None
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
@@ -97,6 +100,7 @@ class Launch:
             OutlastError: What went wrong; see `errors.py`.
         """
         storage, name = self.storage, self.config.name
+        make_importable(self.code)
         with _preflight():
             base = catalogue(storage, name).declaration
             check_unchanged(base, self.config, None)
@@ -146,6 +150,7 @@ class Launch:
                 prepared=prepared,
                 num_threads=max(1, int(cpus)),
                 parallel=Parallel(self.config.scale.parallel),
+                code=self.code,
                 faults=tuple(self.faults),
             )
             answer = self._fit(assignment, cpus)

@@ -21,6 +21,7 @@ from outlast.checkpointing.export import ADAPTER_WEIGHTS
 from outlast.checkpointing.safetensors import tensor_bytes
 from outlast.checkpointing.weights import Naming, plain_name, unwrap
 from outlast.trainers.config import LoraSettings
+from outlast.trainers.custom import carried_state
 
 CONFIG = "adapter_config.json"
 
@@ -56,7 +57,7 @@ def attach_lora(model: Any, settings: LoraSettings, auto_class: str, new: Collec
     Raises:
         ConfigError: peft is missing, or it finds no such modules.
     """
-    peft = need_peft()
+    peft, carried = need_peft(), carried_state(model)
     modules = sorted({name.rpartition(".")[0] for name in new})
     targets = settings.target_modules
     try:
@@ -75,10 +76,9 @@ def attach_lora(model: Any, settings: LoraSettings, auto_class: str, new: Collec
             f"peft cannot adapt {type(model).__name__}: {str(error).splitlines()[0][:300]}",
             hint=f"set model.lora.target_modules; this model has: {', '.join(names)}",
         ) from error
-    beneath = dict(model.named_buffers()).keys() & model.state_dict().keys()
-    if beneath:
+    if carried:
         raise ConfigError(
-            f"{type(model).__name__} has state besides its weights ({min(beneath)}), which an adapter's checkpoints "
+            f"{type(model).__name__} has state besides its weights ({carried[0]}), which an adapter's checkpoints "
             "would not hold",
             hint="train the whole model: leave model.lora out",
         )
@@ -131,5 +131,5 @@ def adapter_files(model: Any) -> dict[str, bytes]:
         body = json.loads((Path(folder) / CONFIG).read_bytes())
     for key in ("target_modules", "modules_to_save"):
         if isinstance(body.get(key), list):
-            body[key].sort()
+            body[key] = sorted(set(body[key]))
     return {CONFIG: json.dumps({**body, "inference_mode": True}, indent=2, sort_keys=True).encode()}

@@ -57,7 +57,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ConfigError(f"model directory {path} is not there", hint="set model.path to a directory or a hub id")
     try:
-        return Tokenizer(transformers.AutoTokenizer.from_pretrained(path))
+        return Tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError) as error:
         hint = "name a directory that holds tokenizer.json, or a hub id that can be reached"
         raise ConfigError(f"no tokenizer can be loaded from {path!r}: {_first_line(error)}", hint=hint) from error
@@ -133,7 +133,10 @@ def build_model(
         task.configure(config)
         model, new = _build(settings, own or model_class(task, config), config, fresh)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(f"the model cannot be built: {_first_line(error)}", hint="check `model:`") from error
+        hint = "check `model:`"
+        if "trust_remote_code" in str(error):
+            hint = "read that code; if you trust it, set model.trust_remote_code: true"
+        raise ConfigError(f"the model cannot be built: {_first_line(error)}", hint=hint) from error
     if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_looks_back(model)
     files = {**_config_files(model), **files_of(tokenizer)}
@@ -154,7 +157,7 @@ def naming_of(model: nn.Module) -> Naming:
 
 def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> tuple[Any, list[str]]:
     """The model, and the names of weights that its pretrained files do not hold."""
-    trusted = {"trust_remote_code": True} if settings.trust_remote_code else {}
+    trusted = _trusted(settings)
     if settings.path is not None and (fresh or settings.lora):  # an adapter's checkpoint does not hold the rest
         model, found = builder.from_pretrained(
             settings.path, config=config, dtype=torch.float32, output_loading_info=True, **trusted
@@ -163,6 +166,11 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
     if hasattr(builder, "from_config"):
         return builder.from_config(config, dtype=torch.float32, **trusted), []
     return builder(config).float(), []
+
+
+def _trusted(settings: ModelSettings) -> dict[str, Any]:
+    """Said outright: transformers would ask at the terminal. A class that is imported runs anyhow."""
+    return {} if settings.class_ else {"trust_remote_code": settings.trust_remote_code}
 
 
 def _config_files(model: Any) -> dict[str, bytes]:
@@ -204,8 +212,8 @@ def _special(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _given_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> Any:
     if settings.path is not None:
-        trusted = {"trust_remote_code": True} if settings.trust_remote_code else {}
-        return (own.config_class if own else transformers.AutoConfig).from_pretrained(settings.path, **trusted)
+        known = own.config_class if own else transformers.AutoConfig
+        return known.from_pretrained(settings.path, **_trusted(settings))
     special, given = _special(tokenizer), dict(settings.config or {})
     if own is not None:
         return own.config_class(**{**special, **given})
@@ -215,6 +223,10 @@ def _given_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> An
         raise ConfigError(f"model.config.model_type {kind!r} is not known to transformers{_meant(kind, kinds)}")
     default = transformers.AutoConfig.for_model(kind)
     known = [*default.to_dict(), *default.attribute_map]
+    if getattr(default, "is_encoder_decoder", False):
+        known.append("decoder_start_token_id")
+        starts = [special["bos_token_id"], special["pad_token_id"]]
+        special["decoder_start_token_id"] = next((number for number in starts if number is not None), None)
     for key in given:
         if key not in known:
             raise ConfigError(f"model.config.{key}: a {kind} model has no such setting{_meant(key, known)}")
