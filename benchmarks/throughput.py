@@ -27,7 +27,7 @@ from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import prepare
 from outlast.trainers.models import build_model
-from outlast.trainers.tasks import TASKS
+from outlast.trainers.tasks import CausalLM
 from outlast.trainers.world import World, make_deterministic
 
 RANKS = 2
@@ -80,7 +80,9 @@ def _bare(assignment: Assignment, storage: LocalStorage, world: World) -> float:
     """The loop that one would write by hand: DDP, accumulation under no_sync, fused AdamW, clipping."""
     config, prepared = assignment.config, assignment.prepared
     make_deterministic(False, 1)
-    model, _ = build_model(config.model, TASKS["causal-lm"], prepared.tokenizer(storage), 0, fresh=True)
+    tokenizer = prepared.tokenizer(storage)
+    task = CausalLM(config.data, tokenizer, {})
+    model, _ = build_model(config.model, task, tokenizer, 0, fresh=True)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     data = prepared.split(storage, "train")
@@ -90,8 +92,7 @@ def _bare(assignment: Assignment, storage: LocalStorage, world: World) -> float:
     for step in range(config.train.steps or 0):
         for micro in range(num_micro):
             begin = ((step * num_micro + micro) * world.size + world.rank) * config.train.micro_batch
-            rows = data.rows(range(begin, begin + config.train.micro_batch))
-            ids = torch.from_numpy(rows).long()
+            ids = task.collate(data.take(range(begin, begin + config.train.micro_batch)), [])["input_ids"]
             wrapped.require_backward_grad_sync = micro == num_micro - 1
             (wrapped(input_ids=ids, labels=ids, use_cache=False).loss / num_micro).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -25,9 +25,9 @@ from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.config import RunConfig
 from outlast.cluster.launch import Launch, ray_session
 from outlast.cluster.progress import Reporter
-from outlast.trainers.data import prepare
+from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.evaluation import evaluate
-from outlast.trainers.tasks import TASKS
+from outlast.trainers.tasks import CausalLM
 from outlast.trainers.world import World
 
 NUM_STEPS = 100
@@ -69,7 +69,7 @@ def run_demo(folder: Path) -> dict[str, Any]:
     assert first.model is not None
     model = place / "runs" / first.model
     with _timed(parts, "plain transformers"):
-        findings |= _load_plainly(model, prepared.split(LocalStorage(place / "runs"), "eval"))
+        findings |= _load_plainly(model, killed, prepared)
     findings |= {"parts_s": {name: round(s, 2) for name, s in parts.items()}, "run": str(place / "runs/killed")}
     findings["model"] = str(model)
     _summary(console, findings)
@@ -156,7 +156,7 @@ def _final_state(storage: LocalStorage, run: str) -> tuple[dict[str, str], dict[
     return weights, {name: digest for name, digest in digests.items() if "/" in name}, losses
 
 
-def _load_plainly(model_dir: Path, data: Any) -> dict[str, Any]:
+def _load_plainly(model_dir: Path, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     """Loads the model as anybody would, without outlast, and measures it again."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -164,7 +164,9 @@ def _load_plainly(model_dir: Path, data: Any) -> dict[str, Any]:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    loss = evaluate(model, TASKS["causal-lm"], data, World(), 4, "fp32")["eval_loss"]
+    storage = LocalStorage(Path(config.checkpoint.storage))
+    task = CausalLM(config.data, prepared.tokenizer(storage), prepared.facts)
+    loss = evaluate(model, task, prepared.split(storage, "eval"), World(), 4, "fp32")["eval_loss"]
     prompt = tokenizer("The class of an object", return_tensors="pt")
     torch.manual_seed(0)
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)

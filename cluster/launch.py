@@ -40,7 +40,7 @@ from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
 from outlast.trainers.data import Prepared, prepare
-from outlast.trainers.loop import Outcome, make_plan
+from outlast.trainers.loop import Outcome, check_metric, make_plan
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -111,6 +111,9 @@ class Launch:
             self._tell({"event": "phase", "name": "data"})
             prepared = prepare(self.config, storage)
             check_unchanged(base, self.config, prepared.fingerprint)
+            check_metric(self.config, prepared.facts)
+            for note in prepared.notes:
+                self._tell({"event": "note", "text": note})
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
             alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json")
         ended: int | None = None

@@ -49,6 +49,8 @@ class Reporter:
             case "phase":
                 self._num_steps = event.get("num_steps", self._num_steps)
                 self._note({"data": "preparing data", "ray": "starting workers"}[event["name"]], always=True)
+            case "note":
+                self.say(event["text"])
             case "rival":
                 self.say(f"launch {event['launch']} is at work on this run; leaving it alone")
             case "damaged-model":

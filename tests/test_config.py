@@ -143,7 +143,7 @@ def test_micro_batch_has_a_default(train: dict[str, Any], micro_batch: int) -> N
         ({"model": {"tokenizer": {}}}, "model.tokenizer: give either train_bpe or path"),
         ({"model": {"tokenizer": {"train_bpe": 300, "path": "gpt2"}}}, "model.tokenizer: give either"),
         ({"model": {"tokenizer": {"train_bpe": 256}}}, "model.tokenizer.train_bpe: Input should be greater than or"),
-        ({"model": {"task": "cooking"}}, "model.task: Input should be"),
+        ({"model": {"task": "masked-ml"}}, "model.task: no task is called 'masked-ml'; did you mean 'masked-lm'"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"seed": 2**63}, "seed: Input should be less than"),
         ({"name": None}, "name: Input should be a valid string"),

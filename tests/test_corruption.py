@@ -27,7 +27,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import ModelSettings
 from outlast.trainers.loop import Outcome, make_optimizer
 from outlast.trainers.models import build_model
-from outlast.trainers.tasks import TASKS
+from outlast.trainers.tasks import CausalLM
 from tests.conftest import Reference
 from tests.group import StopAt, digests, losses, resumed, run_group
 from tests.small import digests_of
@@ -120,7 +120,8 @@ def model(base: str, storage: LocalStorage, assign: Callable[..., Assignment]) -
     assignment = assign(base)
     settings: ModelSettings = assignment.config.model
     tokenizer = assignment.prepared.tokenizer(storage)
-    return build_model(settings, TASKS["causal-lm"], tokenizer, assignment.config.seed, fresh=True)[0]
+    task = CausalLM(assignment.config.data, tokenizer, {})
+    return build_model(settings, task, tokenizer, assignment.config.seed, fresh=True)[0]
 
 
 def folder(storage: LocalStorage, run: str, index: int = 0) -> Path:

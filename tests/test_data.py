@@ -19,8 +19,9 @@ import pytest
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.config import TrainingConfig
-from outlast.trainers.data import ROWS_PER_BATCH, PackedData, Prepared, prepare
+from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.rows import read_rows
+from outlast.trainers.samples import ROWS_PER_BATCH, Samples
 from tests.group import tiny_config
 
 Write = Callable[[Path, Sequence[Any]], None]
@@ -59,7 +60,11 @@ def config_of(place: LocalStorage, train: Path, *, seed: int = 11, **data: Any) 
 
 def samples(prepared: Prepared, place: LocalStorage, split: str = "train") -> npt.NDArray[np.int32]:
     data = prepared.split(place, split)
-    return data.rows(range(len(data)))
+    return ids(data, range(len(data)))
+
+
+def ids(data: Samples, numbers: Sequence[int]) -> npt.NDArray[np.int32]:
+    return np.stack([sample["input_ids"] for sample in data.take(numbers)])
 
 
 def contents(prepared: Prepared, place: LocalStorage) -> dict[str, bytes]:
@@ -207,10 +212,10 @@ def test_rows_of_any_number_over_several_batches(tmp_path: Path, place: LocalSto
     prepared = prepare(config_of(place, tmp_path / "train.txt", max_length=4), place)
     data = prepared.split(place, "train")
     assert len(data) == prepared.num_samples > 2 * ROWS_PER_BATCH
-    whole = data.rows(range(len(data)))
+    whole = ids(data, range(len(data)))
     wanted = [len(data) - 1, 0, ROWS_PER_BATCH, ROWS_PER_BATCH - 1, 5, 5]
-    assert np.array_equal(data.rows(wanted), whole[wanted])
-    assert data.rows(np.array([3])).dtype == np.int32
+    assert np.array_equal(ids(data, wanted), whole[wanted])
+    assert ids(data, [3]).dtype == np.int32
 
 
 def held_out(prepared: Prepared, place: LocalStorage) -> tuple[set[int], set[int]]:
@@ -317,7 +322,7 @@ def test_two_preparers_at_once_are_harmless(tmp_path: Path, place: LocalStorage)
     with ThreadPoolExecutor(3) as pool:
         made = list(pool.map(lambda _: prepare(config, place), range(3)))
     assert made[0] == made[1] == made[2]
-    assert len(PackedData(place.path(f"{made[0].directory}/train.arrow"))) == made[0].num_samples
+    assert len(Samples(place.path(f"{made[0].directory}/train.arrow"))) == made[0].num_samples
     files = contents(made[0], place)
     assert prepare(config, place) == made[0]
     assert contents(made[0], place) == files

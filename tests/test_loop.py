@@ -23,7 +23,7 @@ from outlast.trainers.config import TrainSettings
 from outlast.trainers.evaluation import evaluate
 from outlast.trainers.loop import Outcome, learning_rate, make_optimizer, make_plan
 from outlast.trainers.models import build_model
-from outlast.trainers.tasks import TASKS
+from outlast.trainers.tasks import CausalLM, Task
 from outlast.trainers.world import World
 from tests.conftest import Reference
 from tests.group import Quiet, digests, losses, newest, resumed, run_group, tiny_config
@@ -109,33 +109,40 @@ def assignment(assign: Callable[..., Assignment]) -> Assignment:
 
 
 @pytest.fixture(scope="module")
-def model(assignment: Assignment, storage: LocalStorage) -> Any:
-    task, tokenizer = TASKS["causal-lm"], assignment.prepared.tokenizer(storage)
-    return build_model(assignment.config.model, task, tokenizer, 0, fresh=True)[0].eval()
+def task(assignment: Assignment, storage: LocalStorage) -> Task:
+    return CausalLM(assignment.config.data, assignment.prepared.tokenizer(storage), {})
 
 
-def test_the_loss_is_the_models_own(model: Any, assignment: Assignment, storage: LocalStorage) -> None:
-    task = TASKS["causal-lm"]
-    batch = task.collate(assignment.prepared.split(storage, "train").rows(range(5)))
+@pytest.fixture(scope="module")
+def model(assignment: Assignment, task: Task) -> Any:
+    return build_model(assignment.config.model, task, task.tokenizer, 0, fresh=True)[0].eval()
+
+
+def test_the_loss_is_the_models_own(model: Any, task: Task, assignment: Assignment, storage: LocalStorage) -> None:
+    batch = task.collate(assignment.prepared.split(storage, "train").take(range(5)), [])
     mine = task.loss_sum(model, batch) / task.count(batch)
     own = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
     assert mine.dtype == torch.float32
     torch.testing.assert_close(mine, own)
 
 
-def test_loss_sums_add_up_over_micro_batches(model: Any, assignment: Assignment, storage: LocalStorage) -> None:
-    task, data = TASKS["causal-lm"], assignment.prepared.split(storage, "train")
-    whole = task.collate(data.rows(range(7)))
-    parts = [task.collate(data.rows(part)) for part in (range(3), range(3, 4), range(4, 7))]
+def test_loss_sums_add_up_over_micro_batches(
+    model: Any, task: Task, assignment: Assignment, storage: LocalStorage
+) -> None:
+    data = assignment.prepared.split(storage, "train")
+    whole = task.collate(data.take(range(7)), [])
+    parts = [task.collate(data.take(part), []) for part in (range(3), range(3, 4), range(4, 7))]
     assert sum(task.count(part) for part in parts) == task.count(whole) == 7 * 15
     total = sum(task.loss_sum(model, part) for part in parts)
     torch.testing.assert_close(total, task.loss_sum(model, whole))
 
 
-def test_evaluation_is_the_mean_over_every_token(model: Any, assignment: Assignment, storage: LocalStorage) -> None:
+def test_evaluation_is_the_mean_over_every_token(
+    model: Any, task: Task, assignment: Assignment, storage: LocalStorage
+) -> None:
     """Also when the last micro-batch is short, and it leaves the model in the mode it was in."""
-    task, data = TASKS["causal-lm"], assignment.prepared.split(storage, "eval")
-    rows = torch.from_numpy(data.rows(range(len(data))).astype("int64"))
+    data = assignment.prepared.split(storage, "eval")
+    rows = task.collate(data.take(range(len(data))), [])["input_ids"]
     with torch.no_grad():
         expected = model(input_ids=rows, labels=rows).loss.item()
     model.train()

@@ -13,6 +13,7 @@ _HOME = {
     "Outcome": "loop",
     "Prepared": "data",
     "SealCheckpoints": "hf_trainer",
+    "Task": "tasks",
     "TrainingConfig": "config",
     "World": "world",
     "prepare": "data",

@@ -22,9 +22,9 @@ from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import Prepared
-from outlast.trainers.loop import Control, Loop, Outcome, make_plan
+from outlast.trainers.loop import Control, Loop, Outcome, check_metric, make_plan
 from outlast.trainers.models import build_model
-from outlast.trainers.tasks import TASKS
+from outlast.trainers.registry import find_task
 from outlast.trainers.world import World, make_deterministic
 
 
@@ -60,6 +60,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     config = assignment.config
     faults.arm(assignment.faults, world.rank)
     make_plan(config, assignment.prepared.num_samples, world.size)
+    check_metric(config, assignment.prepared.facts)
     workers = world.gather({"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()})
     checkpointer = Checkpointer(
         storage,
@@ -81,12 +82,10 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     checkpointer.declaration["num_threads"] = num_threads
     make_deterministic(config.deterministic, num_threads)
 
-    task = TASKS[config.model.task]
     tokenizer = assignment.prepared.tokenizer(storage)
+    task = find_task(config.model.task)(config.data, tokenizer, assignment.prepared.facts)
     fresh = checkpointer.catalogue.is_fresh
-    model, checkpointer.files = build_model(
-        config.model, task, tokenizer, config.seed, fresh=fresh, labels=assignment.prepared.labels
-    )
+    model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
     _check_architecture(checkpointer)
     _tell_changes(checkpointer, base, world)
     has_eval = assignment.prepared.num_eval_samples > 0
@@ -114,6 +113,7 @@ def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
     return {
         "mathematics": assignment.config.mathematics(),
         "data": assignment.prepared.fingerprint,
+        "facts": assignment.prepared.facts,
         "num_threads": assignment.num_threads,
         "versions": _versions(),
         "world_size": world.size,

@@ -20,6 +20,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import check_run_name
 from outlast.checkpointing.retention import KEEP_LAST_MIN, Retention
 from outlast.checkpointing.schedule import Every, Unit
+from outlast.trainers.registry import check_task_name
 
 
 class Exactness(Enum):
@@ -60,8 +61,13 @@ class ModelSettings(Settings):
     """Settings of a new model, `model_type` among them; vocabulary size and special tokens follow the tokenizer."""
     tokenizer: TokenizerSettings | None = None
     """Needed with `config`; with `path` the model's own tokenizer is taken."""
-    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
-    """What the model learns to do."""
+    task: str = "causal-lm"
+    """What the model learns to do: a name of `trainers/registry.py`, or a class of your own, package.module:Class."""
+
+    @field_validator("task")
+    @classmethod
+    def _is_a_task(cls, value: str) -> str:
+        return check_task_name(value)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:
@@ -86,7 +92,40 @@ class DataSettings(Settings):
     text: str = "text"
     """The column that holds the text. A .txt file needs none."""
     label: str = "label"
-    """The column that holds the class, for tasks that have labels. Texts or numbers; every value is a class."""
+    """The column that holds the class, the list of classes or the number to be predicted; for multiple choice, the
+    number of the right one (from 0) or its text."""
+    problem: Literal["single-label", "multi-label", "regression"] | None = None
+    """What sequence-classification predicts. Default: lists are multi-label, fractions are regression."""
+    text_pair: str = "text_pair"
+    """The column with the second of two texts to be classified together; there need be none."""
+    tokens: str = "tokens"
+    """The column with the words of a text, a list, for token-classification."""
+    tags: str = "tags"
+    """The column with the words' tags, a list of the same length."""
+    question: str = "question"
+    """The column with the question, for question-answering."""
+    context: str = "context"
+    """The column with the text that answers it."""
+    answers: str = "answers"
+    """The column with the answer: a text, a list of texts, or SQuAD's {text: […], answer_start: […]}."""
+    stride: int = Field(64, ge=0)
+    """Tokens that two windows of a long context share, for question-answering."""
+    source: str = "source"
+    """The column with the text that is read, for seq2seq-lm."""
+    target: str = "target"
+    """The column with the text that is to be written."""
+    max_target_length: int = Field(128, ge=2)
+    """Tokens of a target; what is longer is cut off."""
+    choices: str = "choices"
+    """The column with the texts to choose from, a list, for multiple-choice and double-heads."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """The share of tokens that masked-lm predicts."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of columns by role, for tasks of your own."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Whatever a task of your own needs to know."""
+    max_bad_rows: int = Field(0, ge=0)
+    """Rows that cannot be used are left out, up to so many; more are refused."""
     max_length: int = Field(512, ge=2)
     """Tokens in a sample. For causal-lm, documents are joined with an end token and cut into pieces of this length;
     attention crosses their borders, and the last piece is dropped when it is short. For other tasks a text is a sample,

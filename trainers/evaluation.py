@@ -6,32 +6,61 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.weights import unwrap
-from outlast.trainers.data import PackedData
-from outlast.trainers.sampling import share
-from outlast.trainers.tasks import Task
+from outlast.trainers.samples import Samples
+from outlast.trainers.sampling import mix, share
+from outlast.trainers.tasks import Sums, Task
 from outlast.trainers.world import World
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: Task, data: PackedData, world: World, micro_batch: int, precision: str
+    model: nn.Module, task: Task, data: Samples, world: World, micro_batch: int, precision: str
 ) -> dict[str, float]:
-    """The mean over all of `data` of the loss (`eval_loss`) and of the task's scores (such as `eval_accuracy`).
+    """The mean over all of `data` of the loss (`eval_loss`), and the task's scores (such as `eval_accuracy`).
 
-    Each rank takes a contiguous share of the micro-batches; their sums are added in micro-batch order in float64, so
-    the result does not depend on who computed which. Runs on the unwrapped module, because DDP's forward is collective.
+    Each rank takes a contiguous share of the micro-batches, and the result does not depend on who computed which.
+    Runs on the unwrapped module, because DDP's forward is collective.
     """
     inner = unwrap(model)
     was_training = inner.training
     inner.eval()
     num_micro = -(-len(data) // micro_batch)
-    table = torch.zeros(num_micro, 2 + len(task.scores), dtype=torch.float64)
-    for micro in share(num_micro, world.rank, world.size):
-        batch = task.collate(data.rows(range(micro * micro_batch, min((micro + 1) * micro_batch, len(data)))))
-        table[micro, 0] = task.count(batch)
+
+    def measure(micro: int) -> Sums:
+        numbers = range(micro * micro_batch, min((micro + 1) * micro_batch, len(data)))
+        batch = task.collate(data.take(numbers), [mix(number) for number in numbers])
         with world.autocast(precision):
-            found = task.measure(inner, {key: value.to(world.device) for key, value in batch.items()})
-        table[micro, 1:] = found.double().cpu()
+            return task.measure(inner, {key: value.to(world.device) for key, value in batch.items()})
+
+    mine = share(num_micro, world.rank, world.size)
+    first = measure(mine[0] if mine else 0)
+    totals = {name: _Total(like, num_micro) for name, like in sorted(first.items())}
+    for micro in mine:
+        for name, value in (first if micro == mine[0] else measure(micro)).items():
+            totals[name].put(micro, value)
     inner.train(was_training)
-    count, *sums = (sum(column) for column in world.add(table).T.tolist())
-    return {f"eval_{name}": total / count for name, total in zip(("loss", *task.scores), sums, strict=True)}
+    sums = {name: total.over(world) for name, total in totals.items()}
+    scores = {"loss": sums["loss"].item() / sums["count"].item(), **task.scores(sums)}
+    return {f"eval_{name}": value for name, value in scores.items()}
+
+
+class _Total:
+    """A sum over all micro-batches of all ranks, in float64.
+
+    Whole numbers are exact in any order. Others get a place for each micro-batch, zero on every rank but one, and are
+    then added in micro-batch order.
+    """
+
+    def __init__(self, like: torch.Tensor, num_micro: int) -> None:
+        self._is_ordered = like.is_floating_point()
+        self._table = torch.zeros(num_micro if self._is_ordered else 1, *like.shape, dtype=torch.float64)
+
+    def put(self, micro: int, value: torch.Tensor) -> None:
+        self._table[micro if self._is_ordered else 0] += value.double().cpu()
+
+    def over(self, world: World) -> torch.Tensor:
+        rows = world.add(self._table)
+        total = rows[0].clone()
+        for row in rows[1:]:
+            total += row
+        return total

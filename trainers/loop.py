@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -26,11 +27,12 @@ from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.layout import CheckpointRef
 from outlast.checkpointing.retention import Kept
 from outlast.trainers.config import Exactness, TrainingConfig, TrainSettings
-from outlast.trainers.data import PackedData
 from outlast.trainers.evaluation import evaluate
 from outlast.trainers.pace import Pace
+from outlast.trainers.registry import find_task
+from outlast.trainers.samples import Samples
 from outlast.trainers.sampling import Plan, share
-from outlast.trainers.tasks import TASKS, Task
+from outlast.trainers.tasks import Batch, Task
 from outlast.trainers.world import World, seed_everything
 
 
@@ -67,15 +69,9 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
     """The walk through the data.
 
     Raises:
-        ConfigError: More ranks than micro-batches in a step, or a metric that the task does not measure.
+        ConfigError: More ranks than micro-batches in a step.
     """
-    train, metric = config.train, config.checkpoint.metric
-    known = ["loss", "eval_loss", *(f"eval_{name}" for name in TASKS[config.model.task].scores)]
-    if config.checkpoint.keep_best and metric not in known:
-        raise ConfigError(
-            f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
-            hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
-        )
+    train = config.train
     if train.batch // train.micro_batch < world_size:
         raise ConfigError(
             f"{world_size} workers, but a batch of {train.batch} holds only {train.batch // train.micro_batch} "
@@ -84,6 +80,17 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
         )
     total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
     return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
+
+
+def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
+    """Raises ConfigError if checkpoints go by a metric that the task does not measure."""
+    metric, scores = config.checkpoint.metric, find_task(config.model.task).score_names(facts)
+    known = ["loss", "eval_loss", *(f"eval_{name}" for name in scores)]
+    if config.checkpoint.keep_best and metric not in known:
+        raise ConfigError(
+            f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
+            hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
+        )
 
 
 def learning_rate(train: TrainSettings, step: int, num_steps: int) -> float:
@@ -167,8 +174,8 @@ class Loop:
         checkpointer: Checkpointer,
         model: nn.Module,
         task: Task,
-        train_data: PackedData,
-        eval_data: PackedData | None,
+        train_data: Samples,
+        eval_data: Samples | None,
         control: Control,
     ) -> None:
         self.config, self.world, self.checkpointer = config, world, checkpointer
@@ -224,7 +231,7 @@ class Loop:
         began = time.monotonic()
         num_micro = plan.num_micro_batches(step)
         mine = share(num_micro, self.world.rank, self.world.size)
-        batches = {m: self.task.collate(self.train_data.rows(plan.samples(step, m))) for m in mine}
+        batches = {m: self._batch(step, m) for m in mine}
         agreed = self._agree(sum(self.task.count(batch) for batch in batches.values()))
 
         losses: dict[int, torch.Tensor] = {}
@@ -232,8 +239,7 @@ class Loop:
             seed_everything(plan.seed, step, micro)
             losses[micro] = self._forward_backward(batch, agreed.count, sync=micro == mine[-1])
         if not batches:  # a short last step: the others wait for this rank's gradients, which are zero
-            batch = self.task.collate(self.train_data.rows(plan.samples(step, 0)))
-            self._forward_backward(batch, math.inf, sync=True)
+            self._forward_backward(self._batch(step, 0), math.inf, sync=True)
 
         reach(Point.STEP, step)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -245,6 +251,11 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self._pending = _Pending(step, agreed.count, losses, norm, lr, time.monotonic() - began, time.time())
         return agreed
+
+    def _batch(self, step: int, micro: int) -> Batch:
+        """A micro-batch on the host."""
+        samples = self.train_data.take(self.plan.samples(step, micro))
+        return self.task.collate(samples, self.plan.keys(step, micro))
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], count: float, *, sync: bool) -> torch.Tensor:
         """Adds the gradient of `loss_sum / count`; the ranks add theirs up when `sync`. Returns the loss sum."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,11 +44,6 @@ class Tokenizer:
         encoded = self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [[*ids, self.inner.eos_token_id] for ids in encoded]
 
-    def encode_apart(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token numbers of each text by itself, with the model's own special tokens, cut off at `max_length`."""
-        encoded = self.inner(list(texts), truncation=True, max_length=max_length)["input_ids"]
-        return [list(ids) or [self.inner.pad_token_id] for ids in encoded]
-
 
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a directory or hub id.
@@ -64,10 +60,22 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise ConfigError(f"no tokenizer can be loaded from {path!r}: {_first_line(error)}", hint=hint) from error
 
 
-def train_bpe(texts: Iterator[str], num_entries: int) -> Tokenizer:
-    """A byte-level BPE tokenizer with `num_entries` entries, trained on the texts."""
+def train_bpe(
+    texts: Iterator[str],
+    num_entries: int,
+    special_tokens: Mapping[str, str] = MappingProxyType({}),
+    template: tuple[str, str] | None = None,
+) -> Tokenizer:
+    """A byte-level BPE tokenizer with `num_entries` entries, trained on the texts.
+
+    Args:
+        texts: What it is trained on.
+        num_entries: Size of the vocabulary, special tokens included.
+        special_tokens: Special tokens besides that of the end of a text, by their names in transformers.
+        template: How one text and two are framed with special tokens.
+    """
     import tokenizers
-    from tokenizers import decoders, pre_tokenizers, trainers
+    from tokenizers import decoders, pre_tokenizers, processors, trainers
     from tokenizers.models import BPE
 
     tokenizer = tokenizers.Tokenizer(BPE())
@@ -75,14 +83,17 @@ def train_bpe(texts: Iterator[str], num_entries: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=num_entries, special_tokens=[END_TOKEN], initial_alphabet=alphabet, show_progress=False
+        vocab_size=num_entries,
+        special_tokens=[END_TOKEN, *special_tokens.values()],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return Tokenizer(
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token=END_TOKEN, eos_token=END_TOKEN, pad_token=END_TOKEN
-        )
-    )
+    names = {"bos_token": END_TOKEN, "eos_token": END_TOKEN, "pad_token": END_TOKEN, **special_tokens}
+    if template is not None:
+        numbers = [(token, tokenizer.token_to_id(token)) for token in sorted(set(names.values()))]
+        tokenizer.post_processor = processors.TemplateProcessing(*template, special_tokens=numbers)
+    return Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names))
 
 
 def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -93,30 +104,31 @@ def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def build_model(
-    settings: ModelSettings, task: Task, tokenizer: Tokenizer, seed: int, *, fresh: bool, labels: Sequence[str] = ()
+    settings: ModelSettings, task: Task, tokenizer: Tokenizer, seed: int, *, fresh: bool
 ) -> tuple[nn.Module, dict[str, bytes]]:
     """The model, and the small files that make a checkpoint of it a Hugging Face directory.
 
     Args:
         settings: Which model.
-        task: Names the Auto class.
+        task: Names the class, and says what of the configuration its head follows from.
         tokenizer: Gives a new model its vocabulary size and special tokens.
         seed: New weights follow from it.
-        labels: Names of the classes, in the order of their numbers.
         fresh: False when the weights are about to be replaced by a checkpoint's, so that pretrained ones are not read.
 
     Raises:
         ConfigError: transformers knows no such model, or it cannot be saved under the names it is loaded by.
     """
-    auto = getattr(transformers, task.auto_class)
     seed_everything(seed)
     try:
+        config = _given_config(settings, tokenizer)
+        task.configure(config)
+        head = model_class(task, config)
         if settings.path is not None and fresh:
-            model = auto.from_pretrained(
-                settings.path, config=_config(settings, tokenizer, labels), dtype=torch.float32
-            )
+            model = head.from_pretrained(settings.path, config=config, dtype=torch.float32)
+        elif hasattr(head, "from_config"):
+            model = head.from_config(config, dtype=torch.float32)
         else:
-            model = auto.from_config(_config(settings, tokenizer, labels), dtype=torch.float32)
+            model = head._from_config(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the model cannot be built: {_first_line(error)}", hint="check `model:`") from error
     _check_names(model)
@@ -130,14 +142,17 @@ def build_model(
         return model, {**_read_all(folder), **files_of(tokenizer)}
 
 
-def _config(settings: ModelSettings, tokenizer: Tokenizer, labels: Sequence[str]) -> Any:
-    config = _given_config(settings, tokenizer)
-    if labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
-        if config.pad_token_id is None:  # GPT-2 reads the last token that is no padding
-            config.pad_token_id = tokenizer.inner.pad_token_id
-    return config
+def model_class(task: Task, config: Any) -> Any:
+    """The class of transformers that carries the task's head: an Auto class, or a model's own.
+
+    Raises:
+        ConfigError: No class of this model type does the task.
+    """
+    name = task.exact_classes.get(config.model_type, task.auto_class)
+    if not name:
+        known = ", ".join(task.exact_classes)
+        raise ConfigError(f"no {config.model_type} model does this task; those that do: {known}", hint="check `model:`")
+    return getattr(transformers, name)
 
 
 def _given_config(settings: ModelSettings, tokenizer: Tokenizer) -> Any:

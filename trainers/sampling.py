@@ -97,15 +97,25 @@ class Plan:
 
     def samples(self, step: int, micro: int) -> npt.NDArray[np.int64]:
         """Sample numbers of micro-batch `micro` of `step` (both from 0), shape [at most micro_batch]."""
-        begin = step * self.batch + micro * self.micro_batch
-        end = min(begin + self.micro_batch, step * self.batch + self._num_in_step(step))
-        where = np.arange(begin, end, dtype=np.int64)
+        where = self._positions(step, micro)
         epochs = where // self.num_samples
         chosen = np.empty_like(where)
         for epoch in np.unique(epochs):
             mine = epochs == epoch
             chosen[mine] = permute(self.seed, int(epoch), where[mine] % self.num_samples, self.num_samples)
         return chosen
+
+    def keys(self, step: int, micro: int) -> list[int]:
+        """For each sample of a micro-batch 64 bits that follow from (seed, epoch, sample), for masks and the like."""
+        epochs = self._positions(step, micro) // self.num_samples
+        numbers = self.samples(step, micro)
+        return [mix(self.seed, epoch, number) for epoch, number in zip(epochs.tolist(), numbers.tolist(), strict=True)]
+
+    def _positions(self, step: int, micro: int) -> npt.NDArray[np.int64]:
+        """Global positions of the samples of a micro-batch."""
+        begin = step * self.batch + micro * self.micro_batch
+        end = min(begin + self.micro_batch, step * self.batch + self._num_in_step(step))
+        return np.arange(begin, end, dtype=np.int64)
 
     def epoch(self, step: int) -> float:
         """Epochs done after `step` steps."""

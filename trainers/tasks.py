@@ -1,4 +1,4 @@
-"""Tasks: from rows to a batch, and from a batch to `(loss_sum, count)`.
+"""Tasks: from a row to samples, from samples to a batch, and from logits to `(loss_sum, count)` and scores.
 
 The model's own `outputs.loss` is not used: most heads average over the micro-batch, and an average of averages is not
 the average over the global batch when counts differ.
@@ -6,7 +6,8 @@ the average over the global batch when counts differ.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,88 +15,214 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from outlast.checkpointing.weights import unwrap
+from outlast.trainers.columns import Column, Kind
+from outlast.trainers.samples import Sample, in_batches
+
+if TYPE_CHECKING:
+    from outlast.trainers.config import DataSettings
+    from outlast.trainers.models import Tokenizer
+
+#: A row of the data by role, such as {"text": "…", "label": 3}.
+Record = Mapping[str, Any]
+#: Tensors on the host, the first dimension counting samples.
 Batch = dict[str, torch.Tensor]
-Rows = npt.NDArray[np.int32]
+#: Sums over samples. Those of whole numbers are exact in any order; floating-point ones are added in a fixed order.
+Sums = dict[str, torch.Tensor]
+
+IGNORED = -100
+PREDICT_BATCH = 16
 
 
-class Task(Protocol):
-    """What the data room and the step loop ask of a task. A row is a vector of int32 that only the task understands."""
+class Task:
+    """What the model learns to do. Derive from it for a task of your own, and name that as `package.module:Class`.
 
-    #: Name of the Auto class in transformers that carries the task's head.
-    auto_class: str
-    #: Whether rows carry labels, from the column `data.label`.
-    has_labels: bool
-    #: Names of what `measure` finds besides the loss.
-    scores: tuple[str, ...]
+    The least that a task says: `auto_class`, `columns`, `encode`, `count`, `loss`, and `decode` for `outlast try`.
 
-    def collate(self, rows: Rows) -> Batch:
-        """Rows of a data set, shape [samples, width], as tensors on the host."""
+    Args:
+        settings: The run's settings under `data:`.
+        tokenizer: The run's tokenizer.
+        facts: What `survey` found in the training data.
+    """
+
+    #: Name of the class in transformers that carries the head: an Auto class, or that of a model.
+    auto_class: ClassVar[str]
+    #: Classes for model types that no Auto class maps, by `model_type`.
+    exact_classes: ClassVar[Mapping[str, str]] = {}
+    #: What is read of a row.
+    columns: ClassVar[tuple[Column, ...]]
+    #: Settings under `data:`, besides columns and `max_length`, that decide samples or batches.
+    options: ClassVar[tuple[str, ...]] = ()
+    #: What of a batch the model is not given.
+    targets: ClassVar[tuple[str, ...]] = ("labels",)
+    #: Whether the samples of all rows are joined and cut into pieces of `max_length`. They hold `input_ids` only.
+    packs: ClassVar[bool] = False
+    #: Special tokens of a tokenizer that is trained on the data, by their names in transformers.
+    special_tokens: ClassVar[Mapping[str, str]] = {}
+    #: How such a tokenizer frames one text and two, as `tokenizers` writes templates; none for bare text.
+    template: ClassVar[tuple[str, str] | None] = None
+    #: Raise it when `encode` changes: prepared data of another version is not taken.
+    version: ClassVar[int] = 1
+
+    def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
+        self.settings, self.tokenizer, self.facts = settings, tokenizer, facts
+
+    # -- rows and samples ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
+        """What must be known of all training rows before the first is encoded, such as the classes. Plain JSON."""
+        return {}
+
+    def fault(self, record: Record) -> str | None:
+        """Why a row cannot be used though each of its columns holds what it should."""
+        return None
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
+        """The samples of some rows, in order. Rows that are to be predicted lack their targets."""
+        raise NotImplementedError
+
+    def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
+        """Samples as one batch, padded to the longest.
+
+        Args:
+            samples: As `encode` made them.
+            keys: For each sample 64 bits that follow from (seed, epoch, sample), and from nothing else.
+        """
+        batch = {name: pad([sample[name] for sample in samples], self.padding(name)) for name in samples[0]}
+        batch["attention_mask"] = mask([len(sample["input_ids"]) for sample in samples])
+        return batch
+
+    def padding(self, name: str) -> int:
+        """What the vectors of this name are padded with."""
+        if name == "input_ids":
+            return int(self.tokenizer.inner.pad_token_id)
+        return IGNORED if name == "labels" else 0
+
+    # -- the head ------------------------------------------------------------------------------------------------------
+
+    def configure(self, config: Any) -> None:
+        """Puts into the model's configuration what its head follows from, such as the number of classes."""
+        if config.pad_token_id is None:  # GPT-2 reads the last token that is no padding
+            config.pad_token_id = self.tokenizer.inner.pad_token_id
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """The model's outputs; it is given everything but the targets."""
+        return model(**{name: value for name, value in batch.items() if name not in self.targets})
 
     def count(self, batch: Batch) -> int:
         """How many terms the loss of this batch sums over."""
+        return len(batch["labels"])
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """The sum (not the mean) of the loss over the batch, a float32 scalar."""
+        raise NotImplementedError
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The sum (not the mean) of the loss over the batch, a float32 scalar."""
+        """The loss of a forward pass."""
+        return self.loss(self.forward(model, batch), batch)
 
-    def measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The loss sum and then the sum of each of `scores`, shape [1 + len(scores)]."""
+    # -- scores --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        """What `scores` finds besides the loss."""
+        return ()
+
+    def tally(self, outputs: Any, batch: Batch) -> Sums:
+        """Sums that the scores follow from. Of the same names and shapes for every batch."""
+        return {}
+
+    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """The scores of a whole data set, from the sums over it."""
+        return {}
+
+    def measure(self, model: nn.Module, batch: Batch) -> Sums:
+        """The sums of a batch: `loss`, `count` and the tally."""
+        outputs = self.forward(model, batch)
+        return {
+            "loss": self.loss(outputs, batch).double(),
+            "count": torch.tensor(self.count(batch)),
+            **self.tally(outputs, batch),
+        }
+
+    # -- prediction ----------------------------------------------------------------------------------------------------
+
+    def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+        """What the model makes of rows without targets, one answer each, as plain JSON."""
+        for part in in_batches(records, PREDICT_BATCH):
+            batch = self.collate(list(self.encode(part)), [0] * len(part))
+            device = next(model.parameters()).device
+            outputs = self.forward(model, {name: value.to(device) for name, value in batch.items()})
+            yield from self.decode(outputs, batch, part)
+
+    def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+        """The answers to a batch, one for each row."""
+        raise NotImplementedError
 
 
-class CausalLM:
-    """Predict the next token, in every place but the last. A row is `max_length` tokens."""
+def pad(vectors: Sequence[npt.NDArray[Any]], value: float) -> torch.Tensor:
+    """The vectors as rows of a matrix, of int64 or float32, shape [vectors, longest]."""
+    longest = max(map(len, vectors))
+    whole = np.issubdtype(vectors[0].dtype, np.integer)
+    matrix = np.full((len(vectors), longest), value, dtype=np.int64 if whole else np.float32)
+    for row, vector in zip(matrix, vectors, strict=True):
+        row[: len(vector)] = vector
+    return torch.from_numpy(matrix)
+
+
+def mask(lengths: Sequence[int]) -> torch.Tensor:
+    """1 for the first so many of each row, then 0; int64, shape [lengths, longest]."""
+    return torch.from_numpy((np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64))
+
+
+def ints(values: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """The numbers as a column of a sample."""
+    return np.asarray(values, dtype=np.int32)
+
+
+def generate(
+    task: Task, model: Any, records: Iterable[Record], role: str, limit: int
+) -> Iterator[tuple[str, Any, Any]]:
+    """For each row its text, its tokens and what the model makes of them: greedily, at most `limit` tokens more."""
+    for record in records:
+        encoded = task.tokenizer.inner(
+            record[role], truncation=True, max_length=task.settings.max_length, return_tensors="pt"
+        ).to(model.device)
+        padding = task.tokenizer.inner.pad_token_id
+        tokens = model.generate(**encoded, max_new_tokens=limit, do_sample=False, pad_token_id=padding)
+        yield record[role], encoded["input_ids"][0], tokens[0]
+
+
+class CausalLM(Task):
+    """Predict the next token, in every place but the last. Documents are packed into samples of `max_length` tokens."""
 
     auto_class = "AutoModelForCausalLM"
-    has_labels = False
-    scores: tuple[str, ...] = ()
+    columns = (Column("text", Kind.TEXT),)
+    packs = True
 
-    def collate(self, rows: Rows) -> Batch:
-        return {"input_ids": torch.from_numpy(rows.astype(np.int64))}
+    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
+        for ids in self.tokenizer.encode([record["text"] for record in records]):
+            yield {"input_ids": ints(ids)}
+
+    def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
+        return {"input_ids": torch.from_numpy(np.stack([sample["input_ids"] for sample in samples]).astype(np.int64))}
+
+    def configure(self, config: Any) -> None:
+        """A language model needs no padding."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        return model(input_ids=batch["input_ids"], use_cache=False)
 
     def count(self, batch: Batch) -> int:
         samples, length = batch["input_ids"].shape
         return int(samples * (length - 1))
 
-    def loss_sum(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        outputs: Any = model(input_ids=batch["input_ids"], use_cache=False)
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         logits = outputs.logits[:, :-1].float()
-        targets = batch["input_ids"][:, 1:]
-        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum")
 
-    def measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return self.loss_sum(model, batch).reshape(1)
-
-
-class SequenceClassification:
-    """Name the class of a text. A row is `max_length` tokens, padded, then their true number, then the label."""
-
-    auto_class = "AutoModelForSequenceClassification"
-    has_labels = True
-    scores: tuple[str, ...] = ("accuracy",)
-
-    def collate(self, rows: Rows) -> Batch:
-        lengths, whole = rows[:, -2], rows.astype(np.int64)
-        longest = int(lengths.max())
-        return {
-            "input_ids": torch.from_numpy(np.ascontiguousarray(whole[:, :longest])),
-            "attention_mask": torch.from_numpy((np.arange(longest) < lengths[:, None]).astype(np.int64)),
-            "labels": torch.from_numpy(np.ascontiguousarray(whole[:, -1])),
-        }
-
-    def count(self, batch: Batch) -> int:
-        return len(batch["labels"])
-
-    def loss_sum(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return functional.cross_entropy(self._logits(model, batch), batch["labels"], reduction="sum")
-
-    def measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = self._logits(model, batch), batch["labels"]
-        right = (logits.argmax(-1) == labels).sum()
-        return torch.stack([functional.cross_entropy(logits, labels, reduction="sum"), right.float()])
-
-    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        outputs: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        logits: torch.Tensor = outputs.logits.float()
-        return logits
-
-
-TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "sequence-classification": SequenceClassification()}
+    def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+        for text, given, tokens in generate(self, unwrap(model), records, "text", 64):
+            said = self.tokenizer.inner.decode(tokens[len(given) :], skip_special_tokens=True)
+            yield {"text": text, "continuation": said}

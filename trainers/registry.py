@@ -1,0 +1,55 @@
+"""The tasks by name, and tasks of a user's own by dotted path. Imports nothing heavy: a run file is checked with it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from outlast.checkpointing.errors import ConfigError
+
+if TYPE_CHECKING:
+    from outlast.trainers.tasks import Task
+
+TASKS = {
+    "causal-lm": "outlast.trainers.tasks:CausalLM",
+    "masked-lm": "outlast.trainers.tasks_masked:MaskedLM",
+    "sequence-classification": "outlast.trainers.tasks_classify:SequenceClassification",
+    "token-classification": "outlast.trainers.tasks_classify:TokenClassification",
+    "question-answering": "outlast.trainers.tasks_answer:QuestionAnswering",
+    "seq2seq-lm": "outlast.trainers.tasks_seq2seq:Seq2SeqLM",
+    "multiple-choice": "outlast.trainers.tasks_choose:MultipleChoice",
+    "double-heads": "outlast.trainers.tasks_choose:DoubleHeads",
+}
+_DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def check_task_name(name: str) -> str:
+    """The name, if it is in the table or a dotted path. Raises ValueError with the nearest one."""
+    if name in TASKS or _DOTTED.fullmatch(name):
+        return name
+    near = difflib.get_close_matches(name, TASKS, n=1)
+    known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
+    raise ValueError(f"no task is called {name!r}; {known} (a task of your own is package.module:Class)")
+
+
+def find_task(name: str) -> type[Task]:
+    """The class of a task.
+
+    Raises:
+        ConfigError: There is no such module or class, or it is no task.
+    """
+    from outlast.trainers.tasks import Task
+
+    module, _, attribute = TASKS.get(name, name).partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"model.task {name}: {error}",
+            hint="put the module where Python finds it, or send its directory along with --code",
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"model.task {name} is no task", hint="derive the class from outlast.trainers.Task")
+    return found

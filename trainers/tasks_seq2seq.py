@@ -1,0 +1,75 @@
+"""Sequence to sequence: read one text, write another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from outlast.checkpointing.weights import unwrap
+from outlast.trainers.columns import Column, Kind
+from outlast.trainers.samples import Sample
+from outlast.trainers.tasks import IGNORED, Batch, Record, Sums, Task, generate, ints
+
+
+class Seq2SeqLM(Task):
+    """Write the target of a source. The decoder is given the target, shifted by one."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    columns = (Column("source", Kind.TEXT), Column("target", Kind.TEXT, is_target=True))
+    options = ("max_target_length",)
+    special_tokens: ClassVar = {"pad_token": "<|pad|>"}  # the decoder begins with it, and must learn to end
+    template = ("$A <|endoftext|>", "$A <|endoftext|> $B <|endoftext|>")
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
+        inner, settings = self.tokenizer.inner, self.settings
+        sources = inner([record["source"] for record in records], truncation=True, max_length=settings.max_length)
+        targets = inner(
+            text_target=[record["target"] for record in records], truncation=True, max_length=settings.max_target_length
+        )
+        for source, target in zip(sources["input_ids"], targets["input_ids"], strict=True):
+            yield {"input_ids": ints(source), "labels": ints(target)}
+
+    def fault(self, record: Record) -> str | None:
+        return None if record["source"] and record["target"] else "its source or target is empty"
+
+    def configure(self, config: Any) -> None:
+        super().configure(config)
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = config.pad_token_id
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        inner: Any = unwrap(model)
+        shifted = inner.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=shifted,
+            use_cache=False,
+        )
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        logits = outputs.logits.float().flatten(0, 1)
+        return functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum", ignore_index=IGNORED)
+
+    @classmethod
+    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("accuracy",)
+
+    def tally(self, outputs: Any, batch: Batch) -> Sums:
+        return {"right": (outputs.logits.argmax(-1) == batch["labels"]).sum()}
+
+    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """The share of target tokens that are right, each given the right ones before it."""
+        return {"accuracy": (sums["right"] / sums["count"]).item()}
+
+    def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+        limit = self.settings.max_target_length
+        for text, _, tokens in generate(self, unwrap(model), records, "source", limit):
+            yield {"source": text, "target": self.tokenizer.inner.decode(tokens, skip_special_tokens=True)}
