@@ -6,6 +6,7 @@ the average over the global batch when counts differ.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -185,12 +186,13 @@ def generate(
     task: Task, model: Any, records: Iterable[Record], role: str, limit: int
 ) -> Iterator[tuple[str, Any, Any]]:
     """For each row its text, its tokens and what the model makes of them: greedily, at most `limit` tokens more."""
+    inner, config = task.tokenizer.inner, model.config
+    places = None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
+    longest = min(task.settings.max_length, (places or sys.maxsize) - 1)
     for record in records:
-        encoded = task.tokenizer.inner(
-            record[role], truncation=True, max_length=task.settings.max_length, return_tensors="pt"
-        ).to(model.device)
-        padding = task.tokenizer.inner.pad_token_id
-        tokens = model.generate(**encoded, max_new_tokens=limit, do_sample=False, pad_token_id=padding)
+        encoded = inner(record[role], truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+        room = limit if places is None else min(limit, places - encoded["input_ids"].shape[1])
+        tokens = model.generate(**encoded, max_new_tokens=room, do_sample=False, pad_token_id=inner.pad_token_id)
         yield record[role], encoded["input_ids"][0], tokens[0]
 
 
