@@ -60,7 +60,7 @@ def await_that(happened: Callable[[], bool]) -> None:
 
 def contents(storage: Path, prepared: Prepared) -> dict[str, bytes]:
     root = storage / prepared.directory
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.suffix != ".tmp"}
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 @pytest.mark.faults
@@ -103,9 +103,9 @@ def test_files_that_change_while_they_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    """Eight times the rows, 18 MB, take less than 12 MB more."""
+    """Eight times the rows, 72 MB, take less than 40 MB more: two blocks of 16 MiB are held while a file is stored."""
     peaks = []
-    for num_rows in (2_000, 16_000):
+    for num_rows in (8_000, 64_000):
         source = write_shards(tmp_path / f"shards-{num_rows}", num_rows)
         process = start(config_of(tmp_path / f"runs-{num_rows}", source))
         output, _ = process.communicate()
@@ -113,4 +113,4 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
         num_tokens, peak = map(int, output.split())
         assert num_tokens > num_rows * 100
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 12 * 2**20
+    assert peaks[1] - peaks[0] < 40 * 2**20
