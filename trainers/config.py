@@ -94,6 +94,8 @@ class DataSettings(Settings):
     label: str = "label"
     """The column that holds the class, the list of classes or the number to be predicted; for multiple choice, the
     number of the right one (from 0) or its text."""
+    messages: str = "messages"
+    """The column with the conversation, a list of {role, content}, for chat."""
     problem: Literal["single-label", "multi-label", "regression"] | None = None
     """What sequence-classification predicts. Default: lists are multi-label, fractions are regression."""
     text_pair: str = "text_pair"
