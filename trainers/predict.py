@@ -79,8 +79,9 @@ def record_of(task: Task, given: Any) -> Record:
     record = {column.role: given[column.role] for column in columns if column.role in given}
     for column in columns:
         value = record.get(column.role)
-        words = column.role == "tokens" and isinstance(value, str)  # a text is cut into words
-        if column.role in record and not words and not column.kind.fits(value):
+        # A text is cut into words, or is the first message.
+        text = column.role in ("tokens", "messages") and isinstance(value, str)
+        if column.role in record and not text and not column.kind.fits(value):
             raise ConfigError(f"{column.role} is {value!r}, not {column.kind.value}")
     return record
 

@@ -1,4 +1,4 @@
-"""Conversations: the model learns to say what the assistant says, and nothing else of them."""
+"""Chat: learn to give the answers of a conversation, as the tokenizer's chat template writes it."""
 
 from __future__ import annotations
 
@@ -12,42 +12,45 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.weights import unwrap
-from outlast.trainers.chat import ASSISTANT, chat_template, encode_chat
+from outlast.trainers.chat import chat_template, encode_chat
 from outlast.trainers.columns import Column, Kind
 from outlast.trainers.config import DataSettings
 from outlast.trainers.models import Tokenizer
 from outlast.trainers.samples import Sample
-from outlast.trainers.tasks import IGNORED, Batch, Record, Task, ints
-
-_NUM_NEW_TOKENS = 64
+from outlast.trainers.tasks import IGNORED, NUM_NEW_TOKENS, Batch, Record, Task, ints, write_on
 
 
 class Chat(Task):
-    """Predict the tokens of the answers. A conversation is a sample; what is longer than `max_length` is cut off."""
+    """Predict the tokens of the assistant's answers. A conversation is one sample, cut off at `max_length`."""
 
     auto_class = "AutoModelForCausalLM"
-    columns = (Column("messages", Kind.ANY),)
+    columns = (Column("messages", Kind.MESSAGES),)
     options = ("chat_template",)
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
         super().__init__(settings, tokenizer, facts)
         if settings.chat_template is not None:
             tokenizer.inner.chat_template = settings.chat_template
-        chat_template(tokenizer.inner)
+        chat_template(tokenizer.inner)  # a run without one ends here, not at its first row
 
     def fault(self, record: Record) -> str | None:
         try:
             _, is_answer = encode_chat(self.tokenizer.inner, record["messages"])
         except ConfigError as error:
             return error.message
-        length = self.settings.max_length
-        return None if any(is_answer[1:length]) else f"no answer begins within data.max_length ({length} tokens)"
+        return None if any(is_answer[1 : self.settings.max_length]) else "its answers begin after data.max_length"
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         for record in records:
             tokens, is_answer = encode_chat(self.tokenizer.inner, record["messages"])
-            ids = ints(tokens[: self.settings.max_length])
-            yield {"input_ids": ids, "labels": np.where(is_answer[: len(ids)], ids, ints([IGNORED]))}
+            kept = slice(self.settings.max_length)
+            yield {
+                "input_ids": ints(tokens[kept]),
+                "labels": ints(np.where(is_answer[kept], tokens[kept], IGNORED)),
+            }
+
+    def configure(self, config: Any) -> None:
+        """The mask tells what is padding."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -56,27 +59,18 @@ class Chat(Task):
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        logits, labels = outputs.logits[:, :-1].float(), batch["labels"][:, 1:]
-        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED)
+        logits = outputs.logits[:, :-1].float().flatten(0, 1)
+        targets = batch["labels"][:, 1:].flatten()
+        return functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        """The answer to the last message that is none; the oldest tokens go when the conversation is too long."""
-        inner, writer = self.tokenizer.inner, unwrap(model)  # type: Any, Any
-        limit = getattr(writer.config, "max_position_embeddings", None) or self.settings.max_length + _NUM_NEW_TOKENS
+        """The answer to a conversation, or to a single question given as a text."""
+        inner = self.tokenizer.inner
         for record in records:
-            turns = list(record["messages"])
-            while turns and turns[-1]["role"] == ASSISTANT:
-                turns.pop()
-            made = inner.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-            given = made["input_ids"][:, -min(self.settings.max_length, limit - 1) :].to(
-                next(model.parameters()).device
+            given = record["messages"]
+            messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+            prompt = inner.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
-            said = writer.generate(
-                input_ids=given,
-                attention_mask=torch.ones_like(given),
-                max_new_tokens=min(_NUM_NEW_TOKENS, limit - given.shape[1]),
-                do_sample=False,
-                pad_token_id=inner.pad_token_id,
-            )
-            answer = inner.decode(said[0][given.shape[1] :], skip_special_tokens=True)
-            yield {"messages": turns, "answer": answer}
+            tokens = write_on(self, unwrap(model), prompt, NUM_NEW_TOKENS)
+            yield {"messages": messages, "answer": inner.decode(tokens, skip_special_tokens=True)}
