@@ -19,6 +19,7 @@ import typer
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.cli_checkpoints import checkpoints
 from outlast.cluster.cli_shared import RUN_FILES, AsJson, Root, Run, find_run, when
+from outlast.cluster.cli_try import try_
 
 if TYPE_CHECKING:
     from outlast.cluster.config import RunConfig
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(checkpoints, name="checkpoints")
+app.command("try")(try_)
 k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
 app.add_typer(k8s, name="k8s")
 

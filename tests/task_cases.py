@@ -58,6 +58,16 @@ def with_answer(text: str) -> Row:
     return {"question": "Which word is long?", "context": text, "answers": given}
 
 
+def with_turns(text: str) -> Row:
+    """Two questions with an answer each."""
+    turns = [("user", text[:12]), ("assistant", text[12:24]), ("user", "on?"), ("assistant", text[24:40])]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+TURNS = """{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"""
+
+
 def with_choices(text: str) -> Row:
     """The text goes on as it began, or shouts."""
     first, second = text[:20], text[20:]
@@ -76,6 +86,7 @@ class Case:
         own: The model's own loss of a batch.
         data: More settings of the data.
         own_batch: Samples in a batch that the model averages over as the task does.
+        lr: The learning rate at which a few steps show.
     """
 
     task: str
@@ -84,6 +95,7 @@ class Case:
     own: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] = lambda model, batch: model(**batch).loss
     data: dict[str, Any] = field(default_factory=dict)
     own_batch: int = 7
+    lr: float = 3e-3
 
     def sections(self, folder: Path) -> dict[str, Any]:
         """The blocks of a run file, its rows written to `folder`."""
@@ -91,7 +103,11 @@ class Case:
         if not path.exists():
             path.write_text("".join(json.dumps(self.row(text)) + "\n" for text in paragraphs()))
         data = {"train": str(path), "eval": "10%", "max_length": 40, **self.data}
-        return {"model": {"config": self.config, "task": self.task}, "data": data, "train": {"lr": 3e-3, "steps": 12}}
+        return {
+            "model": {"config": self.config, "task": self.task},
+            "data": data,
+            "train": {"lr": self.lr, "steps": 12},
+        }
 
 
 def text_only(text: str) -> Row:
@@ -133,11 +149,12 @@ CASES = {
     "pairs": Case("sequence-classification", BERT, with_pair),
     "multi-label": Case("sequence-classification", BERT, with_topics),
     "regression": Case("sequence-classification", DISTILBERT, with_number),
+    "chat": Case("chat", GPT2, with_turns, data={"chat_template": TURNS, "max_length": 48}),
     "masked-lm": Case("masked-lm", BERT, text_only),
     "tags": Case("token-classification", DISTILBERT, with_tags),
     "seq2seq-lm": Case("seq2seq-lm", T5, with_first_words),
     "answers": Case("question-answering", BERT, with_answer, own=_answer_loss, data={"stride": 8}, own_batch=1),
-    "choices": Case("multiple-choice", BERT, with_choices),
+    "choices": Case("multiple-choice", BERT, with_choices, lr=2e-2),
     "double-heads gpt2": Case("double-heads", GPT2, with_choices, own=_both_losses, own_batch=1),
     "double-heads gpt": Case("double-heads", GPT, with_choices, own=_both_losses, own_batch=1),
 }

@@ -21,7 +21,7 @@ from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.rows import read_rows
-from outlast.trainers.samples import ROWS_PER_BATCH, Samples
+from outlast.trainers.samples import ROWS_PER_BATCH, Samples, write_samples
 from tests.group import tiny_config
 
 Write = Callable[[Path, Sequence[Any]], None]
@@ -225,6 +225,65 @@ def held_out(prepared: Prepared, place: LocalStorage) -> tuple[set[int], set[int
         text = tokenizer.inner.decode(samples(prepared, place, split).ravel().tolist())
         found.append({int(number) for number in re.findall(r"number (\d+),", text)})
     return found[0], found[1]
+
+
+def test_samples_of_any_length_and_name(tmp_path: Path) -> None:
+    """Read by number, from any batch, each as it was written; also an empty one."""
+    random = np.random.default_rng(3)
+    lengths = [0, 1, *random.integers(0, 40, 2 * ROWS_PER_BATCH + 5).tolist()]
+    wanted = [
+        {"input_ids": np.arange(length, dtype=np.int32), "scores": random.random(length // 2).astype(np.float32)}
+        for length in lengths
+    ]
+    assert write_samples(iter(wanted), tmp_path / "some.arrow").num_tokens == sum(lengths)
+    data = Samples(tmp_path / "some.arrow")
+    assert len(data) == len(wanted)
+    numbers = [len(data) - 1, 0, 1, ROWS_PER_BATCH, ROWS_PER_BATCH - 1, 7, 7]
+    for number, sample in zip(numbers, data.take(numbers), strict=True):
+        assert sample.keys() == wanted[number].keys()
+        for name, values in sample.items():
+            assert values.dtype == wanted[number][name].dtype
+            assert np.array_equal(values, wanted[number][name])
+
+
+# -- which columns -----------------------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_single_column_that_fits_is_taken_and_told(tmp_path: Path, place: LocalStorage) -> None:
+    rows = [{"id": number, "body": document} for number, document in enumerate(DOCUMENTS)]
+    prepared = prepare(config_of(place, write_rows(tmp_path / "train.jsonl", rows)), place)
+    assert prepared.notes == ("no column 'text'; taking 'body' as data.text",)
+    write_jsonl(tmp_path / "plain.jsonl", DOCUMENTS)
+    assert np.array_equal(
+        samples(prepared, place), samples(prepare(config_of(place, tmp_path / "plain.jsonl"), place), place)
+    )
+
+
+def test_two_that_fit_are_not_guessed_between(tmp_path: Path, place: LocalStorage) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [{"body": document, "title": "t"} for document in DOCUMENTS])
+    with pytest.raises(ConfigError, match="has no column 'text'; it has body, title") as caught:
+        prepare(config_of(place, path), place)
+    assert "-s data.text=body" in caught.value.hint
+    assert prepare(config_of(place, path, text="body"), place).notes == ()
+
+
+def test_bad_rows_are_left_out_counted_and_named(tmp_path: Path, place: LocalStorage) -> None:
+    rows = [{"text": document} for document in DOCUMENTS]
+    path = write_rows(tmp_path / "train.jsonl", [*rows[:50], {"text": 5}, {"text": None}, *rows[50:]])
+    with pytest.raises(ConfigError, match="row 51: column 'text' holds 5"):
+        prepare(config_of(place, path), place)
+    prepared = prepare(config_of(place, path, eval=str(path), max_bad_rows=4), place)
+    assert prepared.num_bad_rows == 4, "two in each split"
+    assert prepared.num_rows == {"train": len(DOCUMENTS), "eval": len(DOCUMENTS)}
+    assert "row 51: column 'text' holds 5" in prepared.notes[0]
+    write_rows(tmp_path / "good.jsonl", rows)
+    good = prepare(config_of(place, tmp_path / "good.jsonl", eval=str(tmp_path / "good.jsonl")), place)
+    assert np.array_equal(samples(prepared, place), samples(good, place))
 
 
 def test_no_row_is_in_both_splits(tmp_path: Path, place: LocalStorage) -> None:

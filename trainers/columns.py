@@ -21,6 +21,7 @@ class Kind(Enum):
     LABEL = "a text or a whole number"
     VALUE = "a class, a list of classes or a number"
     LABELS = "a list of texts or whole numbers"
+    MESSAGES = "a list of {role, content}"
     ANSWERS = "an answer, a list of answers, or {text: […], answer_start: […]}"
     ANY = "anything"
 
@@ -37,6 +38,8 @@ class Kind(Enum):
                 return isinstance(value, (str, int, float)) or _is_list_of(value, (str, int))
             case Kind.LABELS:
                 return _is_list_of(value, (str, int))
+            case Kind.MESSAGES:
+                return _is_list_of(value, (dict,)) and bool(value)
             case Kind.ANSWERS:
                 texts = value.get("text") if isinstance(value, dict) else value
                 return isinstance(texts, str) or _is_list_of(texts, (str,))

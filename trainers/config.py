@@ -139,6 +139,8 @@ class DataSettings(Settings):
     label: str = "label"
     """The column that holds the class, the list of classes or the number to be predicted; for multiple choice, the
     number of the right one (from 0) or its text."""
+    messages: str = "messages"
+    """The column with the conversation, a list of {role, content}, for chat."""
     problem: Literal["single-label", "multi-label", "regression"] | None = None
     """What sequence-classification predicts. Default: lists are multi-label, fractions are regression."""
     text_pair: str = "text_pair"
@@ -163,6 +165,8 @@ class DataSettings(Settings):
     """Tokens of a target; what is longer is cut off."""
     choices: str = "choices"
     """The column with the texts to choose from, a list, for multiple-choice and double-heads."""
+    chat_template: str | None = None
+    """A Jinja template for conversations, instead of the tokenizer's own (base models have none); saved with it."""
     mask_share: float = Field(0.15, gt=0, lt=1)
     """The share of tokens that masked-lm predicts."""
     columns: dict[str, str] = Field(default_factory=dict)

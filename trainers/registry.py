@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "causal-lm": "outlast.trainers.tasks:CausalLM",
+    "chat": "outlast.trainers.tasks_chat:Chat",
     "masked-lm": "outlast.trainers.tasks_masked:MaskedLM",
     "sequence-classification": "outlast.trainers.tasks_classify:SequenceClassification",
     "token-classification": "outlast.trainers.tasks_classify:TokenClassification",

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.weights import unwrap
 from outlast.trainers.columns import Column, Kind
 from outlast.trainers.samples import Sample, in_batches
@@ -32,6 +33,7 @@ Sums = dict[str, torch.Tensor]
 
 IGNORED = -100
 PREDICT_BATCH = 16
+NUM_NEW_TOKENS = 64
 
 
 class Task:
@@ -181,17 +183,19 @@ def ints(values: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     return np.asarray(values, dtype=np.int32)
 
 
-def generate(
-    task: Task, model: Any, records: Iterable[Record], role: str, limit: int
-) -> Iterator[tuple[str, Any, Any]]:
-    """For each row its text, its tokens and what the model makes of them: greedily, at most `limit` tokens more."""
-    for record in records:
-        encoded = task.tokenizer.inner(
-            record[role], truncation=True, max_length=task.settings.max_length, return_tensors="pt"
-        ).to(model.device)
-        padding = task.tokenizer.inner.pad_token_id
-        tokens = model.generate(**encoded, max_new_tokens=limit, do_sample=False, pad_token_id=padding)
-        yield record[role], encoded["input_ids"][0], tokens[0]
+def write_on(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
+    """What the model writes, greedily, after the tokens given, or for them; at most `limit` tokens, as far as it has
+    places.
+    """
+    given, config = encoded["input_ids"].shape[1], model.config
+    places = None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
+    room = limit if places is None else min(limit, places - given)
+    if room < 1:
+        raise ConfigError(f"{given} tokens leave no room: the model has {places} places", hint="write a shorter text")
+    padding = task.tokenizer.inner.pad_token_id
+    tokens = model.generate(**encoded.to(model.device), max_new_tokens=room, do_sample=False, pad_token_id=padding)[0]
+    written: torch.Tensor = tokens if config.is_encoder_decoder else tokens[given:]
+    return written
 
 
 class CausalLM(Task):
@@ -223,6 +227,7 @@ class CausalLM(Task):
         return functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum")
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        for text, given, tokens in generate(self, unwrap(model), records, "text", 64):
-            said = self.tokenizer.inner.decode(tokens[len(given) :], skip_special_tokens=True)
-            yield {"text": text, "continuation": said}
+        inner = self.tokenizer.inner
+        for record in records:
+            tokens = write_on(self, unwrap(model), inner(record["text"], return_tensors="pt"), NUM_NEW_TOKENS)
+            yield {"text": record["text"], "continuation": inner.decode(tokens, skip_special_tokens=True)}

@@ -12,7 +12,7 @@ from torch.nn import functional
 from outlast.checkpointing.weights import unwrap
 from outlast.trainers.columns import Column, Kind
 from outlast.trainers.samples import Sample
-from outlast.trainers.tasks import IGNORED, Batch, Record, Sums, Task, generate, ints
+from outlast.trainers.tasks import IGNORED, Batch, Record, Sums, Task, ints, write_on
 
 
 class Seq2SeqLM(Task):
@@ -70,6 +70,8 @@ class Seq2SeqLM(Task):
         return {"accuracy": (sums["right"] / sums["count"]).item()}
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        limit = self.settings.max_target_length
-        for text, _, tokens in generate(self, unwrap(model), records, "source", limit):
-            yield {"source": text, "target": self.tokenizer.inner.decode(tokens, skip_special_tokens=True)}
+        inner, settings = self.tokenizer.inner, self.settings
+        for record in records:
+            given = inner(record["source"], truncation=True, max_length=settings.max_length, return_tensors="pt")
+            tokens = write_on(self, unwrap(model), given, settings.max_target_length)
+            yield {"source": record["source"], "target": inner.decode(tokens, skip_special_tokens=True)}
