@@ -93,7 +93,11 @@ class Case:
         if not path.exists():
             path.write_text("".join(json.dumps(self.row(text)) + "\n" for text in paragraphs()))
         data = {"train": str(path), "eval": "10%", "max_length": 40, **self.data}
-        return {"model": {"config": self.config, "task": self.task}, "data": data, "train": {"lr": self.lr, "steps": 12}}
+        return {
+            "model": {"config": self.config, "task": self.task},
+            "data": data,
+            "train": {"lr": self.lr, "steps": 12},
+        }
 
 
 def text_only(text: str) -> Row:

@@ -125,6 +125,7 @@ def test_the_face_of_trainers_is_frozen() -> None:
         "Outcome",
         "Prepared",
         "SealCheckpoints",
+        "Task",
         "TrainingConfig",
         "World",
         "prepare",
