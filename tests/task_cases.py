@@ -58,6 +58,16 @@ def with_answer(text: str) -> Row:
     return {"question": "Which word is long?", "context": text, "answers": given}
 
 
+def with_turns(text: str) -> Row:
+    """Two questions with an answer each."""
+    turns = [("user", text[:12]), ("assistant", text[12:24]), ("user", "on?"), ("assistant", text[24:40])]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+TURNS = """{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"""
+
+
 def with_choices(text: str) -> Row:
     """The text goes on as it began, or shouts."""
     first, second = text[:20], text[20:]
@@ -139,6 +149,7 @@ CASES = {
     "pairs": Case("sequence-classification", BERT, with_pair),
     "multi-label": Case("sequence-classification", BERT, with_topics),
     "regression": Case("sequence-classification", DISTILBERT, with_number),
+    "chat": Case("chat", GPT2, with_turns, data={"chat_template": TURNS, "max_length": 48}),
     "masked-lm": Case("masked-lm", BERT, text_only),
     "tags": Case("token-classification", DISTILBERT, with_tags),
     "seq2seq-lm": Case("seq2seq-lm", T5, with_first_words),

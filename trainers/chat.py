@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from outlast.checkpointing.errors import ConfigError
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ANSWERS = "assistant"
+ASSISTANT = "assistant"
 
 
 def encode_chat(tokenizer: Any, messages: Any) -> tuple[list[int], list[bool]]:
@@ -69,19 +69,19 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn.get("role"), str) or not ("content" in turn or "tool_calls" in turn):
             raise ConfigError(f"message {number} has no role or no content", hint="mend that row")
-    if not any(turn["role"] == _ANSWERS for turn in turns):
-        raise ConfigError(f"no message has the role {_ANSWERS!r}, so there is nothing to learn", hint="mend that row")
+    if not any(turn["role"] == ASSISTANT for turn in turns):
+        raise ConfigError(f"no message has the role {ASSISTANT!r}, so there is nothing to learn", hint="mend that row")
     return turns
 
 
 def _by_prefixes(tokenizer: Any, turns: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
     """A token is part of an answer when it holds a character of it."""
-    if turns[0]["role"] == _ANSWERS:
+    if turns[0]["role"] == ASSISTANT:
         raise ConfigError("the conversation begins with an answer, and nothing that it answers", hint="mend that row")
     whole = _rendered(tokenizer, turns)
     answers = []
     for number, turn in enumerate(turns):
-        if turn["role"] == _ANSWERS:
+        if turn["role"] == ASSISTANT:
             begin = _rendered(tokenizer, turns[:number], add_generation_prompt=True)
             end = _rendered(tokenizer, turns[: number + 1])
             if not (end.startswith(begin) and whole.startswith(end)):

@@ -120,6 +120,8 @@ class DataSettings(Settings):
     """Tokens of a target; what is longer is cut off."""
     choices: str = "choices"
     """The column with the texts to choose from, a list, for multiple-choice and double-heads."""
+    chat_template: str | None = None
+    """A Jinja template for conversations, instead of the tokenizer's own (base models have none); saved with it."""
     mask_share: float = Field(0.15, gt=0, lt=1)
     """The share of tokens that masked-lm predicts."""
     columns: dict[str, str] = Field(default_factory=dict)

@@ -206,6 +206,9 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
         notes=(*reading.chosen.notes, *facts.get("notes", ()), *reading.notes()),
         files=tuple(files),
     )
+    if _fingerprint(config) != fingerprint:
+        hint = "run the same command again when nothing writes to them"
+        raise ConfigError("the data files changed while they were read", hint=hint)
     body = asdict(prepared)
     storage.put(f"{directory}/{_DATA_MANIFEST}", [json.dumps({**body, "digest": _digest(body)}, indent=1).encode()])
     return prepared

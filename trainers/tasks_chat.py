@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.weights import unwrap
-from outlast.trainers.chat import encode_chat
+from outlast.trainers.chat import chat_template, encode_chat
 from outlast.trainers.columns import Column, Kind
+from outlast.trainers.config import DataSettings
+from outlast.trainers.models import Tokenizer
 from outlast.trainers.samples import Sample
 from outlast.trainers.tasks import IGNORED, NUM_NEW_TOKENS, Batch, Record, Task, ints, write_on
 
@@ -23,6 +25,13 @@ class Chat(Task):
 
     auto_class = "AutoModelForCausalLM"
     columns = (Column("messages", Kind.MESSAGES),)
+    options = ("chat_template",)
+
+    def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
+        super().__init__(settings, tokenizer, facts)
+        if settings.chat_template is not None:
+            tokenizer.inner.chat_template = settings.chat_template
+        chat_template(tokenizer.inner)  # a run without one ends here, not at its first row
 
     def fault(self, record: Record) -> str | None:
         try:
