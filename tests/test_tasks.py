@@ -260,9 +260,12 @@ def test_keys_change_with_the_epoch_and_with_nothing_else() -> None:
 
 def test_tags_lie_on_the_first_token_of_each_word(tried: Callable[[str], Tried]) -> None:
     it = tried("tags")
-    [sample] = it.task.encode([{"tokens": ["Internationalization", "is", "Long"], "tags": ["name", "word", "name"]}])
+    words = ["Internationalization", "is", "Long"]
+    [sample] = it.task.encode([{"tokens": words, "tags": ["name", "word", "name"]}])
     labels = [number for number in sample["labels"].tolist() if number != -100]
     assert [it.prepared.facts["classes"][number] for number in labels] == ["name", "word", "name"]
+    begins = [it.task.tokenizer.inner.decode([token]) for token in sample["input_ids"][sample["labels"] != -100]]
+    assert all(word.startswith(begin.strip()) for word, begin in zip(words, begins, strict=True)), begins
     assert len(sample["labels"]) == len(sample["input_ids"]) > 5
 
 
