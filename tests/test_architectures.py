@@ -23,7 +23,7 @@ from outlast.checkpointing.faults import Action, Point
 from outlast.checkpointing.storage import LocalStorage
 from outlast.checkpointing.weights import named_weights
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import Exactness, ModelSettings
+from outlast.trainers.config import DataSettings, Exactness, ModelSettings
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model, naming_of, train_bpe
 from outlast.trainers.naming import file_naming
@@ -82,8 +82,9 @@ def settings(kind: str, config: Mapping[str, Any]) -> ModelSettings:
 
 def new_model(kind: str) -> tuple[nn.Module, dict[str, bytes]]:
     head, config = ARCHITECTURES[kind]
-    task: Any = type("Head", (CausalLM,), {"auto_class": f"AutoModelFor{head}"})()
-    return build_model(settings(kind, config), task, train_bpe(iter(["the same text"]), 300), 7, fresh=True)
+    tokenizer = train_bpe(iter(["the same text"]), 300)
+    task: Any = type("Head", (CausalLM,), {"auto_class": f"AutoModelFor{head}"})
+    return build_model(settings(kind, config), task(DataSettings(train="-"), tokenizer, {}), tokenizer, 7, fresh=True)
 
 
 def logits(model: Any, kind: str) -> torch.Tensor:
