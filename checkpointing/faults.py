@@ -20,7 +20,9 @@ from pathlib import Path
 class Point(Enum):
     """Where a fault can strike, in the order in which a step passes them."""
 
+    ACCUMULATING = "accumulating"  #: after the first micro-batch of several
     STEP = "step"  #: after the gradients are in, before the weights change
+    EVALUATING = "evaluating"
     BEFORE_SNAPSHOT = "before-snapshot"
     AFTER_SNAPSHOT = "after-snapshot"  #: of a save in the background
     WHILE_WRITING = "while-writing"

@@ -6,6 +6,7 @@ import json
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,12 @@ class Case:
     own_batch: int = 7
     lr: float = 3e-3
 
-    def sections(self, folder: Path) -> dict[str, Any]:
-        """The blocks of a run file, its rows written to `folder`."""
-        path = folder / f"{self.task}-{self.row.__name__}.jsonl"
+    def sections(self, folder: Path, num_rows: int | None = None) -> dict[str, Any]:
+        """The blocks of a run file, its rows (or the first so many) written to `folder`."""
+        path = folder / f"{self.task}-{self.row.__name__}-{num_rows}.jsonl"
         if not path.exists():
-            path.write_text("".join(json.dumps(self.row(text)) + "\n" for text in paragraphs()))
+            texts = islice(paragraphs(), num_rows)
+            path.write_text("".join(json.dumps(self.row(text)) + "\n" for text in texts))
         data = {"train": str(path), "eval": "10%", "max_length": 40, **self.data}
         return {
             "model": {"config": self.config, "task": self.task},

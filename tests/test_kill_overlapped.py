@@ -51,7 +51,7 @@ class Case:
 
 
 def all_cases() -> list[Any]:
-    points = [point for point in Point if point is not Point.STEP]
+    points = [point for point in Point if point not in (Point.ACCUMULATING, Point.STEP, Point.EVALUATING)]
     cases = [Case(point, action, rank) for point in points for action in Action for rank in (0, 1)]
     return [pytest.param(item, id=str(item), marks=() if item.is_fast else pytest.mark.faults) for item in cases]
 

@@ -241,6 +241,7 @@ class Loop:
             losses[micro] = self._forward_backward(batch, agreed.count, sync=micro == mine[-1])
             if self._tree is not None:
                 self._tree.take(micro, num_micro)
+            reach(Point.ACCUMULATING, step)
         for _ in range(self.world.num_idle(num_micro, self.wrapped)):  # the others wait for gradients, which are zero
             self._forward_backward(self._batch(step, 0), math.inf, sync=True)
         if self._tree is not None:
@@ -338,6 +339,7 @@ class Loop:
         train = self.config.train
         began = time.monotonic()
         self._settle()
+        reach(Point.EVALUATING, self.step)
         found = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
         self.metrics |= found
         self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **found})
