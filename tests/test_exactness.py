@@ -146,7 +146,7 @@ def test_every_sample_of_an_epoch_is_consumed_once(
     plan = make_plan(assignment.config, assignment.prepared.num_samples, size)
 
     def keys_of(steps: range) -> Counter[int]:
-        return Counter(key for step in steps for micro in range(8) for key in plan.keys(step, micro))
+        return Counter(key for step in steps for key in plan.keys(plan.positions(step)))
 
     trained = keys_of(range(plan.num_steps))
     whole = consumed(assignment)

@@ -105,10 +105,10 @@ def consumed(plan: Plan, size: int) -> list[int]:
     """What all ranks together take, in the order of the run."""
     taken: list[int] = []
     for step in range(plan.num_steps):
-        num_micro = plan.num_micro_batches(step)
+        cut = plan.cut(plan.positions(step))
         for rank in range(size):
-            for micro in share(num_micro, rank, size):
-                taken += plan.samples(step, micro).tolist()
+            for micro in share(plan.num_micro_batches(step), rank, size):
+                taken += plan.samples(cut[micro]).tolist()
     return taken
 
 
@@ -125,7 +125,8 @@ def test_every_sample_exactly_once_an_epoch_at_any_world_size(plan: Plan, size: 
 def test_batches_are_full_but_for_the_last(plan: Plan) -> None:
     assert plan.num_steps == ceil(plan.total_samples / plan.batch)
     for step in range(plan.num_steps):
-        sizes = [plan.samples(step, micro).size for micro in range(plan.num_micro_batches(step))]
+        sizes = [part.size for part in plan.cut(plan.positions(step))]
+        assert len(sizes) == plan.num_micro_batches(step)
         whole = step < plan.num_steps - 1 or plan.total_samples % plan.batch == 0
         assert sum(sizes) == (plan.batch if whole else plan.total_samples % plan.batch)
         assert all(item == plan.micro_batch for item in sizes[:-1])
@@ -135,7 +136,7 @@ def test_batches_are_full_but_for_the_last(plan: Plan) -> None:
 def test_a_batch_crosses_the_border_of_an_epoch() -> None:
     plan = Plan(seed=5, num_samples=10, batch=4, micro_batch=4, total_samples=20)
     first, second = (permute(5, epoch, np.arange(10), 10).tolist() for epoch in (0, 1))
-    assert plan.samples(2, 0).tolist() == first[8:] + second[:2]
+    assert plan.samples(plan.positions(2)).tolist() == first[8:] + second[:2]
     assert plan.epoch(2) == 0.8
     assert plan.epoch(5) == 2.0
 
@@ -144,14 +145,34 @@ def test_a_fraction_of_an_epoch_ends_in_a_short_step() -> None:
     plan = Plan(seed=5, num_samples=10, batch=4, micro_batch=2, total_samples=15)
     assert plan.num_steps == 4
     assert [plan.num_micro_batches(step) for step in range(4)] == [2, 2, 2, 2]
-    assert [plan.samples(3, micro).size for micro in range(2)] == [2, 1]
+    assert [part.size for part in plan.cut(plan.positions(3))] == [2, 1]
     assert plan.epoch(4) == 1.5
 
 
 def test_a_far_position_is_as_near_as_the_first() -> None:
     plan = Plan(seed=5, num_samples=10**12, batch=4, micro_batch=4, total_samples=3 * 10**12)
-    assert plan.samples(10**11, 0).size == 4
+    assert plan.samples(plan.positions(10**11)).size == 4
     assert plan.num_steps == 75 * 10**10
+
+
+@given(plan=plans(), data=st.data())
+def test_samples_of_about_one_length_are_together(plan: Plan, data: st.DataObject) -> None:
+    positions = plan.positions(0)
+    lengths = data.draw(st.lists(st.integers(1, 99), min_size=positions.size, max_size=positions.size))
+    cut = plan.cut(positions, lengths)
+    assert sorted(np.concatenate(cut).tolist()) == positions.tolist()
+    found = sorted([lengths[place] for place in part.tolist()] for part in cut)
+    assert [item for part in found for item in part] == sorted(lengths)
+    padded = sum(len(part) * max(part) for part in found)
+    assert padded <= sum(part.size * max(lengths[place] for place in part.tolist()) for part in plan.cut(positions))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_rank_gets_long_ones_and_short_ones(size: int) -> None:
+    plan = Plan(seed=5, num_samples=64, batch=64, micro_batch=2, total_samples=64)
+    cut = plan.cut(plan.positions(0), list(range(64)))
+    sums = [sum(int(cut[micro].sum()) for micro in share(32, rank, size)) for rank in range(size)]
+    assert max(sums) < 1.3 * min(sums), "in the order of their lengths it would be several times as much"
 
 
 @given(count=st.integers(0, 200), size=st.integers(1, 16))

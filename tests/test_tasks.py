@@ -248,9 +248,9 @@ def test_about_a_seventh_is_masked_and_never_a_special_token(tried: Callable[[st
 def test_keys_change_with_the_epoch_and_with_nothing_else() -> None:
     plan = Plan(seed=5, num_samples=6, batch=4, micro_batch=2, total_samples=12)
     finer = Plan(seed=5, num_samples=6, batch=4, micro_batch=1, total_samples=12)
-    keys = [key for step in range(3) for micro in range(2) for key in plan.keys(step, micro)]
-    assert keys == [key for step in range(3) for micro in range(4) for key in finer.keys(step, micro)]
-    numbers = [int(number) for step in range(3) for micro in range(2) for number in plan.samples(step, micro)]
+    keys = [key for step in range(3) for key in plan.keys(plan.positions(step))]
+    assert keys == [key for step in range(3) for part in finer.cut(finer.positions(step)) for key in finer.keys(part)]
+    numbers = [int(number) for step in range(3) for number in plan.samples(plan.positions(step))]
     assert keys == [mix(5, place // 6, number) for place, number in enumerate(numbers)]
     assert len(set(keys)) == 12
 

@@ -232,6 +232,9 @@ class TrainSettings(Settings):
     """Samples in one step, over all workers and micro-batches. The world size never changes it."""
     micro_batch: int = Field(0, ge=0)
     """Samples in one forward and backward; divides batch. Default: the greatest common divisor of batch and 4."""
+    group_by_length: bool = True
+    """Put samples of about one length of a step into one micro-batch, so that less is padding. Which samples a step has
+    does not change."""
     lr: float = Field(5e-5, ge=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)

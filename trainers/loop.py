@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -232,7 +234,8 @@ class Loop:
         began = time.monotonic()
         num_micro = plan.num_micro_batches(step)
         mine = share(num_micro, self.world.rank, self.world.size)
-        batches = {m: self._batch(step, m) for m in mine}
+        cut = self._cut(step)
+        batches = {m: self._batch(cut[m]) for m in mine}
         agreed = self._agree(sum(self.task.count(batch) for batch in batches.values()))
 
         losses: dict[int, torch.Tensor] = {}
@@ -243,7 +246,7 @@ class Loop:
                 self._tree.take(micro, num_micro)
             reach(Point.ACCUMULATING, step)
         for _ in range(self.world.num_idle(num_micro, self.wrapped)):  # the others wait for gradients, which are zero
-            self._forward_backward(self._batch(step, 0), math.inf, sync=True)
+            self._forward_backward(self._batch(cut[0]), math.inf, sync=True)
         if self._tree is not None:
             self._tree.finish(num_micro)
         if self._still is not None:
@@ -263,10 +266,15 @@ class Loop:
         self._pending = _Pending(step, agreed.count, losses, norm, lr, time.monotonic() - began, time.time())
         return agreed
 
-    def _batch(self, step: int, micro: int) -> Batch:
+    def _cut(self, step: int) -> list[npt.NDArray[np.int64]]:
+        """Which positions each micro-batch of a step holds, the same on every rank."""
+        positions = self.plan.positions(step)
+        by_length = self.config.train.group_by_length
+        return self.plan.cut(positions, self.train_data.lengths(self.plan.samples(positions)) if by_length else None)
+
+    def _batch(self, positions: npt.NDArray[np.int64]) -> Batch:
         """A micro-batch on the host."""
-        samples = self.train_data.take(self.plan.samples(step, micro))
-        return self.task.collate(samples, self.plan.keys(step, micro))
+        return self.task.collate(self.train_data.take(self.plan.samples(positions)), self.plan.keys(positions))
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], count: float, *, sync: bool) -> torch.Tensor:
         """Adds the gradient of `loss_sum / count`; the ranks add theirs up when `sync`. Returns the loss sum."""

@@ -35,6 +35,15 @@ class Samples:
         """The samples with these numbers."""
         return [self._sample(int(number)) for number in numbers]
 
+    def lengths(self, numbers: Iterable[int] | npt.NDArray[np.int64]) -> list[int] | None:
+        """How many `input_ids` these samples have; None when all samples have equally many."""
+        at = self._names.index("input_ids")
+        if pa.types.is_fixed_size_list(self._reader.schema.field(at).type):
+            return None
+        return [
+            len(self._reader.get_batch(int(n) // ROWS_PER_BATCH).column(at)[int(n) % ROWS_PER_BATCH]) for n in numbers
+        ]
+
     def _sample(self, number: int) -> Sample:
         batch, place = self._reader.get_batch(number // ROWS_PER_BATCH), number % ROWS_PER_BATCH
         return {name: batch.column(at)[place].values.to_numpy() for at, name in enumerate(self._names)}

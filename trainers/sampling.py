@@ -95,9 +95,26 @@ class Plan:
     def _num_in_step(self, step: int) -> int:
         return min(self.batch, self.total_samples - step * self.batch)
 
-    def samples(self, step: int, micro: int) -> npt.NDArray[np.int64]:
-        """Sample numbers of micro-batch `micro` of `step` (both from 0), shape [at most micro_batch]."""
-        where = self._positions(step, micro)
+    def positions(self, step: int) -> npt.NDArray[np.int64]:
+        """Global positions of the samples of `step` (from 0), shape [at most batch]."""
+        begin = step * self.batch
+        return np.arange(begin, begin + self._num_in_step(step), dtype=np.int64)
+
+    def cut(
+        self, positions: npt.NDArray[np.int64], lengths: npt.ArrayLike | None = None
+    ) -> list[npt.NDArray[np.int64]]:
+        """The positions of a step in micro-batches; with `lengths`, samples of about one length together.
+
+        Which samples are in a step does not change. The micro-batches are not in the order of their lengths but spread,
+        so that every rank's contiguous share holds long ones and short ones, however many ranks there are.
+        """
+        if lengths is None:
+            return [positions[at : at + self.micro_batch] for at in range(0, len(positions), self.micro_batch)]
+        by_length = self.cut(positions[np.argsort(lengths, kind="stable")])
+        return [by_length[number] for number in spread(len(by_length))]
+
+    def samples(self, where: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sample numbers at global positions."""
         epochs = where // self.num_samples
         chosen = np.empty_like(where)
         for epoch in np.unique(epochs):
@@ -105,21 +122,20 @@ class Plan:
             chosen[mine] = permute(self.seed, int(epoch), where[mine] % self.num_samples, self.num_samples)
         return chosen
 
-    def keys(self, step: int, micro: int) -> list[int]:
-        """For each sample of a micro-batch 64 bits that follow from (seed, epoch, sample), for masks and the like."""
-        epochs = self._positions(step, micro) // self.num_samples
-        numbers = self.samples(step, micro)
+    def keys(self, where: npt.NDArray[np.int64]) -> list[int]:
+        """For each position 64 bits that follow from (seed, epoch, sample), for masks and the like."""
+        epochs, numbers = where // self.num_samples, self.samples(where)
         return [mix(self.seed, epoch, number) for epoch, number in zip(epochs.tolist(), numbers.tolist(), strict=True)]
-
-    def _positions(self, step: int, micro: int) -> npt.NDArray[np.int64]:
-        """Global positions of the samples of a micro-batch."""
-        begin = step * self.batch + micro * self.micro_batch
-        end = min(begin + self.micro_batch, step * self.batch + self._num_in_step(step))
-        return np.arange(begin, end, dtype=np.int64)
 
     def epoch(self, step: int) -> float:
         """Epochs done after `step` steps."""
         return min(step * self.batch, self.total_samples) / self.num_samples
+
+
+def spread(count: int) -> list[int]:
+    """`range(count)` in the order of the reversed bits: neighbours go far apart, and every stretch is a fair sample."""
+    num_bits = max(1, (count - 1).bit_length())
+    return sorted(range(count), key=lambda number: int(f"{number:0{num_bits}b}"[::-1], 2))
 
 
 def share(count: int, rank: int, size: int) -> range:
