@@ -40,9 +40,8 @@ class Samples:
         at = self._names.index("input_ids")
         if pa.types.is_fixed_size_list(self._reader.schema.field(at).type):
             return None
-        return [
-            len(self._reader.get_batch(int(n) // ROWS_PER_BATCH).column(at)[int(n) % ROWS_PER_BATCH]) for n in numbers
-        ]
+        where = (divmod(int(number), ROWS_PER_BATCH) for number in numbers)
+        return [len(self._reader.get_batch(batch).column(at)[place]) for batch, place in where]
 
     def _sample(self, number: int) -> Sample:
         batch, place = self._reader.get_batch(number // ROWS_PER_BATCH), number % ROWS_PER_BATCH
