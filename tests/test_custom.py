@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.faults import Action, Point
+from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.config import load_run
 from outlast.trainers.attempt import Assignment
@@ -23,6 +24,7 @@ from outlast.trainers.config import DataSettings, ModelSettings, Parallel
 from outlast.trainers.custom import load_class, make_importable
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model, train_bpe
+from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.tasks import CausalLM
 from tests.group import StopAt, digests, fault, losses, newest, resumed, run_group
 
@@ -148,6 +150,8 @@ def test_loaded_by_its_own_class(bring: Callable[..., Assignment], storage: Loca
     assert (
         newest(storage, "own-class").extra["declaration"]["mathematics"]["model"]["class_"] == "recurrent:RecurrentLM"
     )
+    _, tried = load(bring("own-class").config, choose_checkpoint(storage, "own-class", None, Retention()))
+    assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in weights.items())
 
 
 def test_a_module_that_knows_nothing_of_transformers(
@@ -170,6 +174,9 @@ def test_a_module_that_knows_nothing_of_transformers(
     make_importable(str(tmp_path))
     model = load_class("bigrams:Bigrams")(**json.loads((folder / "config.json").read_text()))
     model.load_state_dict(load_file(folder / "model.safetensors"))
+    task, tried = load(brought("bigrams").config, choose_checkpoint(storage, "bigrams", None, Retention()))
+    assert isinstance(task, CausalLM)
+    assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
