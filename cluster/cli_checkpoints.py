@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli_shared import AsJson, Root, Run, find_run, size, when
+from outlast.cluster.cli_shared import AsJson, Code, Root, Run, find_code, find_run, size, when
 
 if TYPE_CHECKING:
     from outlast.checkpointing.compare import Comparison
@@ -259,6 +259,7 @@ def export(
         bool, typer.Option("--merge", help="Of an adapter: add it to the model beneath, and write the whole.")
     ] = False,
     base: Annotated[str | None, typer.Option(help="Where that model lies now; default: where it lay.")] = None,
+    code: Code = None,
     storage: Root = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -280,6 +281,7 @@ def export(
     if merge:
         from outlast.trainers.merging import merge as merged
 
+        find_code(run, code)
         content = merged(content, found.declaration, base)
     if kind is not None:
         content = converted(content, kind)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli_shared import AsJson, Root, Run, find_run
+from outlast.cluster.cli_shared import AsJson, Code, Root, Run, find_code, find_run
 
 
 def try_(
@@ -23,6 +23,7 @@ def try_(
     checkpoint: Annotated[
         str | None, typer.Option(help="newest, best, a step, step@attempt; default: the finished model, else newest.")
     ] = None,
+    code: Code = None,
     storage: Root = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -32,6 +33,7 @@ def try_(
     from outlast.trainers import predict
 
     place, name, retention = find_run(run, storage)
+    find_code(run, code)
     found = predict.choose_checkpoint(place, name, checkpoint, retention)
     config = RunConfig.model_validate(expand(declared_settings(place, name)))
     task, model = predict.load(config, found)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from safetensors.torch import load_file
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.faults import Action, Point
+from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.config import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import DataSettings, ModelSettings
+from outlast.trainers.config import DataSettings, ModelSettings, Parallel
 from outlast.trainers.custom import load_class, make_importable
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model, train_bpe
+from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.tasks import CausalLM
 from tests.group import StopAt, digests, fault, losses, newest, resumed, run_group
 
@@ -88,6 +91,47 @@ def test_elastic_is_not_promised_of_carried_state(bring: Callable[..., Assignmen
     assert run_group(bring("empty-elastic", carry=False, exactness="elastic"), storage, 1)[0].outcome is Outcome.DONE
 
 
+@pytest.mark.parametrize("mode", ["elastic", "fsdp"])
+def test_a_buffer_that_stays_as_it_is_may_be_saved(
+    mode: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+) -> None:
+    """Restoring a checkpoint writes to it, which is no forward pass."""
+    line = "        self.register_buffer('scale', torch.ones(width))\n"
+    (tmp_path / f"scaled_{mode}.py").write_text(
+        "import torch\n" + PLAIN.replace("\n    def forward", f"{line}\n    def forward")
+    )
+    model = {"class": f"scaled_{mode}:Bigrams", "config": {"width": 16}}
+    sections = {"model": model, "exactness": "elastic" if mode == "elastic" else "same-world"}
+    parallel = Parallel.FSDP if mode == "fsdp" else Parallel.DDP
+
+    def scaled(launch: str) -> Assignment:
+        given = assign(f"scaled-{mode}", sections=sections, launch=launch)
+        return replace(given, code=str(tmp_path), parallel=parallel)
+
+    assert run_group(scaled("first"), storage, 2, StopAt(3))[0].outcome is Outcome.STOPPED
+    assert "scale" in load_file(checkpoints(storage, f"scaled-{mode}", 4) / "model.safetensors")
+    assert run_group(scaled("second"), storage, 2)[0].outcome is Outcome.DONE
+
+
+def test_a_rank_without_work_leaves_the_same_memory_after_a_resume(
+    bring: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    """The last step has one micro-batch, which is rank 1's: what is saved is rank 0's memory, of an idle pass."""
+    short = {"batch": 8, "micro_batch": 4, "steps": None, "eval_every": None}
+
+    def brought(run: str, **options: Any) -> Assignment:
+        epochs = 33.0 / bring(run).prepared.num_samples
+        return bring(run, epochs=epochs, **{**short, **options})
+
+    assert run_group(brought("idle"), storage, 2)[0].outcome is Outcome.DONE
+    assert newest(storage, "idle").ref.step == 5
+    run_group(brought("idle-stopped"), storage, 2, StopAt(3))
+    assert [event["step"] for event in resumed(storage, "idle-stopped")] == []
+    assert run_group(brought("idle-stopped", launch="second"), storage, 2)[0].outcome is Outcome.DONE
+    assert [event["step"] for event in resumed(storage, "idle-stopped")] == [4]
+    assert digests(storage, "idle-stopped") == digests(storage, "idle")
+
+
 def test_without_carried_state_the_number_of_workers_only_changes_the_order_of_summation(
     bring: Callable[..., Assignment], storage: LocalStorage
 ) -> None:
@@ -106,6 +150,8 @@ def test_loaded_by_its_own_class(bring: Callable[..., Assignment], storage: Loca
     assert (
         newest(storage, "own-class").extra["declaration"]["mathematics"]["model"]["class_"] == "recurrent:RecurrentLM"
     )
+    _, tried = load(bring("own-class").config, choose_checkpoint(storage, "own-class", None, Retention()))
+    assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in weights.items())
 
 
 def test_a_module_that_knows_nothing_of_transformers(
@@ -128,6 +174,9 @@ def test_a_module_that_knows_nothing_of_transformers(
     make_importable(str(tmp_path))
     model = load_class("bigrams:Bigrams")(**json.loads((folder / "config.json").read_text()))
     model.load_state_dict(load_file(folder / "model.safetensors"))
+    task, tried = load(brought("bigrams").config, choose_checkpoint(storage, "bigrams", None, Retention()))
+    assert isinstance(task, CausalLM)
+    assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

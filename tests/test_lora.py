@@ -18,11 +18,13 @@ from typer.testing import CliRunner
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.faults import Action, Point
 from outlast.checkpointing.lineage import catalogue
+from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.cli import app
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import files_of, train_bpe
+from outlast.trainers.predict import choose_checkpoint, load
 from tests.group import digests, fault, losses, newest, run_group
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
@@ -153,6 +155,8 @@ def test_a_new_head_is_trained_and_saved(
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(adapted))
     assert torch.equal(logits(merged), logits(adapted.merge_and_unload()))
+    _, tried = load(assignment.config, choose_checkpoint(storage, "adapter-head", None, Retention()))
+    assert torch.equal(logits(tried), logits(merged)), "`outlast try` answers with the adapter and the trained head"
 
 
 def test_without_peft_it_says_how_to_get_it(

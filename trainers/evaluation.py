@@ -10,7 +10,7 @@ from outlast.checkpointing.weights import unwrap
 from outlast.trainers.samples import Samples
 from outlast.trainers.sampling import mix, share
 from outlast.trainers.tasks import Sums, Task
-from outlast.trainers.world import World
+from outlast.trainers.world import World, seed_everything
 
 
 @torch.no_grad()
@@ -31,6 +31,7 @@ def evaluate(
     def measure(micro: int) -> Sums:
         numbers = range(micro * micro_batch, min((micro + 1) * micro_batch, len(data)))
         batch = task.collate(data.take(numbers), [mix(number) for number in numbers])
+        seed_everything(micro)  # for models that draw numbers here too
         with world.autocast(precision):
             return task.measure(inner, {key: value.to(world.device) for key, value in batch.items()})
 

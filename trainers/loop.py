@@ -179,8 +179,6 @@ class Loop:
         self.exactness = Exactness(config.exactness)
         is_elastic = self.exactness is Exactness.ELASTIC
         self._tree = TreeReducer(model.parameters(), world.rank, world.size) if is_elastic else None
-        why = "exactness: elastic" if is_elastic else "scale.parallel: fsdp"
-        self._still = Still(model, why) if is_elastic or isinstance(model, FSDPModule) else None
         self.optimizer = make_optimizer(model, config.train)
         self.scaler = make_scaler(config.train, world.device)
         self.step = 0
@@ -197,6 +195,7 @@ class Loop:
             return Outcome.SUPERSEDED
         prepare_module(self.model, self.config.train, self.world, self.world.device)
         self.wrapped = self.world.parallelize(self.model, self.exactness)
+        self._still = self._watch_buffers()
         self.model.train()
         self._tell("plan", num_steps=self.plan.num_steps, world_size=self.world.size, step=self.step)
         if fresh and self.eval_data is not None:
@@ -226,6 +225,12 @@ class Loop:
                 return Outcome.STOPPED
         return self._finish()
 
+    def _watch_buffers(self) -> Still | None:
+        """For modes in which ranks keep no common buffers. To be asked after resuming, which writes them."""
+        if self.exactness is Exactness.ELASTIC:
+            return Still(self.model, "exactness: elastic")
+        return Still(self.model, "scale.parallel: fsdp") if isinstance(self.model, FSDPModule) else None
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _train_step(self) -> _Agreed:
@@ -246,6 +251,7 @@ class Loop:
                 self._tree.take(micro, num_micro)
             reach(Point.ACCUMULATING, step)
         for _ in range(self.world.num_idle(num_micro, self.wrapped)):  # the others wait for gradients, which are zero
+            seed_everything(plan.seed, step, 0)  # what it leaves in buffers may be what is saved
             self._forward_backward(self._batch(cut[0]), math.inf, sync=True)
         if self._tree is not None:
             self._tree.finish(num_micro)

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.ranks import Ranks
 from outlast.trainers.config import Exactness
+from outlast.trainers.custom import carried_state
 from outlast.trainers.sampling import mix, share
 
 
@@ -72,12 +73,10 @@ class World(Ranks):
         """
         if self.size == 1 or isinstance(model, FSDPModule) or exactness is Exactness.ELASTIC:
             return model
-        # Buffers that are saved must be rank 0's on every rank; most models have none that change.
-        has_state = any(True for _ in model.state_dict().keys() - dict(model.named_parameters()).keys())
         wrapped = DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=has_state and any(True for _ in model.buffers()),
+            broadcast_buffers=bool(carried_state(model)),  # what is saved must be rank 0's on every rank
         )
         hook = _sum_in_rank_order if exactness is Exactness.SAME_WORLD else _sum_in_any_order
         wrapped.register_comm_hook(None, lambda _, bucket: hook(bucket))  # DDP dislikes annotations as text
