@@ -17,7 +17,22 @@ RUN_FILES = (".yaml", ".yml", ".toml")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, its run file, or its name.")]
 Root = Annotated[str, typer.Option("--storage", help="Where runs named by name lie.")]
+Code = Annotated[
+    Path | None,
+    typer.Option(help="A directory with Python files of the run's; default: where the run file lies, if RUN is one."),
+]
+Base = Annotated[str | None, typer.Option(help="Of an adapter: where the model beneath lies; default: where it lay.")]
+Trusted = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that lies in the checkpoint run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def bring_code(run: str, code: Path | None) -> None:
+    """Makes the user's own modules importable: those in `code`, and those beside RUN where it is a run file."""
+    from outlast.trainers.custom import make_importable
+
+    for folder in (code, Path(run).parent if run.endswith(RUN_FILES) else None):
+        if folder is not None:
+            make_importable(str(folder.absolute()))
 
 
 def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:

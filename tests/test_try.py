@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError, DamagedError
@@ -18,6 +21,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.group import run_group
 from tests.task_cases import CASES
+from tests.test_custom import PLAIN
 
 
 @pytest.fixture
@@ -80,3 +84,38 @@ def test_a_language_model_goes_on(assign: Callable[..., Assignment], storage: Lo
     [answer] = ask(str(storage.path("try-words")), "--prompt", "The")
     assert answer["text"] == "The"
     assert answer["continuation"]
+
+
+def outlast(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which has imported nothing of the user's yet."""
+    program = "from outlast.cluster.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+
+
+def train(assignment: Assignment, storage: LocalStorage, code: Path) -> str:
+    """The directory of the run."""
+    object.__setattr__(assignment, "code", str(code))
+    assert run_group(assignment, storage, 1)[0].outcome is Outcome.DONE
+    return str(storage.path(assignment.config.name))
+
+
+def test_a_class_beside_the_run_file(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path) -> None:
+    """It knows nothing of transformers, and cannot write by itself."""
+    (tmp_path / "bigrams.py").write_text(PLAIN)
+    (tmp_path / "mine.py").write_text("from outlast.trainers.tasks import CausalLM\nclass Words(CausalLM): pass\n")
+    sections = {"model": {"class": "bigrams:Bigrams", "config": {"width": 16}, "task": "mine:Words"}}
+    sys.path.append(str(tmp_path))
+    try:
+        assignment = assign("try-plain", sections=sections, steps=4, eval_every=None)
+    finally:
+        sys.path.remove(str(tmp_path))
+        del sys.modules["mine"]
+    run = train(assignment, storage, tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(assignment.config.model_dump(mode="json", by_alias=True)))
+    beside = outlast("try", str(tmp_path / "run.yaml"), "--prompt", "The", "--json")
+    assert beside.returncode == 0, beside.stderr
+    assert json.loads(beside.stdout)["continuation"]
+    assert outlast("try", run, "--prompt", "The", "--code", str(tmp_path), "--json").stdout == beside.stdout
+    alone = outlast("try", run, "--prompt", "The")
+    assert alone.returncode == 2
+    assert "No module named 'mine'" in alone.stderr

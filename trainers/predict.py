@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from outlast.checkpointing.commands import Found, find
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError
-from outlast.checkpointing.export import export_directory, read_content
+from outlast.checkpointing.export import ADAPTER_WEIGHTS, export_directory, read_content
 from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.columns import Column, choose_columns
 from outlast.trainers.config import TrainingConfig
-from outlast.trainers.models import load_tokenizer, model_class
+from outlast.trainers.merging import load_adapted
+from outlast.trainers.models import load_saved, load_tokenizer
 from outlast.trainers.registry import find_task
 from outlast.trainers.rows import BadRows, read_rows, usable
 from outlast.trainers.tasks import Record, Task
@@ -40,20 +40,35 @@ def choose_checkpoint(storage: Storage, run: str, which: str | None, retention: 
         return find(storage, run, "newest", retention)
 
 
-def load(config: TrainingConfig, found: Found) -> tuple[Task, nn.Module]:
+def load(
+    config: TrainingConfig, found: Found, base: str | None = None, *, trusted: bool = False
+) -> tuple[Task, nn.Module]:
     """The run's task and a model of it, ready to predict on the CPU.
 
+    Args:
+        config: The run's settings.
+        found: The checkpoint.
+        base: Of an adapter: where the model beneath lies; by default where it lay in training.
+        trusted: Whether code that lies in the checkpoint may run.
+
     Raises:
+        ConfigError: The model cannot be loaded.
         DamagedError: The checkpoint is not whole.
         StorageError: Reading failed.
     """
-    facts = catalogue(found.storage, config.name).declaration.get("facts", {})
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "model"
-        export_directory(read_content(found), directory)
-        task = find_task(config.model.task)(config.data, load_tokenizer(str(directory)), facts)
-        head = model_class(task, transformers.AutoConfig.from_pretrained(directory))
-        model: nn.Module = head.from_pretrained(directory, dtype=torch.float32)
+    declaration, kind = catalogue(found.storage, config.name).declaration, find_task(config.model.task)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, content = Path(scratch) / "model", read_content(found)
+        is_adapter = content.weights_name == ADAPTER_WEIGHTS
+        if base is not None and not is_adapter:
+            raise ConfigError("--base is for adapters, and this model stands alone", hint="leave --base out")
+        export_directory(content, folder)
+        task = kind(config.data, load_tokenizer(str(folder)), declaration.get("facts", {}))
+        model: nn.Module = (
+            load_adapted(folder, declaration, base, trusted=trusted)
+            if is_adapter
+            else load_saved(folder, kind, config.model.class_, trusted=trusted)
+        )
     return task, model.eval()
 
 
