@@ -37,6 +37,7 @@ def load_adapted(
     place = base or json.loads((folder / CONFIG).read_bytes())["base_model_name_or_path"]
     model = load_saved(folder, find_task(settings["task"]), settings.get("class_"), base=place, trusted=trusted)
     adapted = peft.PeftModel.from_pretrained(model, folder)
+    adapted.peft_config["default"].base_model_name_or_path = str(place)  # peft looks there again
     if base_digest(adapted) != declaration["base"]:
         raise ConfigError(
             f"{place} does not hold the weights that the adapter was trained on", hint="name the right one with --base"
