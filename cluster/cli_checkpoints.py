@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli_shared import AsJson, Code, Root, Run, find_code, find_run, size, when
+from outlast.cluster.cli_shared import AsJson, Base, Code, Root, Run, Trusted, bring_code, find_run, size, when
 
 if TYPE_CHECKING:
     from outlast.checkpointing.compare import Comparison
@@ -258,8 +258,9 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Of an adapter: add it to the model beneath, and write the whole.")
     ] = False,
-    base: Annotated[str | None, typer.Option(help="Where that model lies now; default: where it lay.")] = None,
+    base: Base = None,
     code: Code = None,
+    trusted: Trusted = False,
     storage: Root = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -281,8 +282,8 @@ def export(
     if merge:
         from outlast.trainers.merging import merge as merged
 
-        find_code(run, code)
-        content = merged(content, found.declaration, base)
+        bring_code(run, code)
+        content = merged(content, found.declaration, base, trusted=trusted)
     if kind is not None:
         content = converted(content, kind)
     if out is not None:

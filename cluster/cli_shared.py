@@ -18,9 +18,21 @@ RUN_FILES = (".yaml", ".yml", ".toml")
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, its run file, or its name.")]
 Root = Annotated[str, typer.Option("--storage", help="Where runs named by name lie.")]
 Code = Annotated[
-    Path | None, typer.Option(help="Where your own Python files lie; default: beside the run file, or here.")
+    Path | None,
+    typer.Option(help="Where your own Python files lie; default: beside the run file, or here."),
 ]
+Base = Annotated[str | None, typer.Option(help="Of an adapter: where the model beneath lies; default: where it lay.")]
+Trusted = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that lies in the checkpoint run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def bring_code(run: str, code: Path | None) -> None:
+    """Makes the user's own modules importable: those in `code`, and those beside the run file, or here."""
+    from outlast.trainers.custom import make_importable
+
+    for folder in (code, Path(run).parent if run.endswith(RUN_FILES) else Path()):
+        if folder is not None:
+            make_importable(str(folder.absolute()))
 
 
 def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
@@ -43,14 +55,6 @@ def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
         root, _, text = whole.rpartition("/")
     place, name = open_storage(root), check_run_name(text)
     return place, name, _retention_of(place, name)
-
-
-def find_code(text: str, code: Path | None) -> None:
-    """Lets Python find the user's own model classes and tasks: in `code`, beside the run file, or here."""
-    from outlast.trainers.custom import make_importable
-
-    home = Path(text).parent if text.endswith(RUN_FILES) else Path()
-    make_importable(str((code or home).absolute()))
 
 
 def _retention_of(storage: Storage, run: str) -> Retention:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli_shared import AsJson, Code, Root, Run, find_code, find_run
+from outlast.cluster.cli_shared import AsJson, Base, Code, Root, Run, Trusted, bring_code, find_run
 
 
 def try_(
@@ -23,7 +23,9 @@ def try_(
     checkpoint: Annotated[
         str | None, typer.Option(help="newest, best, a step, step@attempt; default: the finished model, else newest.")
     ] = None,
+    base: Base = None,
     code: Code = None,
+    trusted: Trusted = False,
     storage: Root = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -32,11 +34,11 @@ def try_(
     from outlast.cluster.status import declared_settings
     from outlast.trainers import predict
 
+    bring_code(run, code)
     place, name, retention = find_run(run, storage)
-    find_code(run, code)
     found = predict.choose_checkpoint(place, name, checkpoint, retention)
     config = RunConfig.model_validate(expand(declared_settings(place, name)))
-    task, model = predict.load(config, found)
+    task, model = predict.load(config, found, base, trusted=trusted)
     given = [predict.record_of(task, _parsed(text)) for text in [*(texts or []), *(prompts or [])]]
     rows = chain(given, *(predict.records_in(task, config, file) for file in files or []))
     if not given and not files:

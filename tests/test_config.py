@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.schedule import Every
 from outlast.cluster.config import RunConfig
+from outlast.trainers.attempt import check_unchanged
 from outlast.trainers.config import Settings, TrainingConfig, explain
 from tests.group import tiny_config
 
@@ -209,3 +211,43 @@ def test_what_decides_the_numbers() -> None:
         assert TrainingConfig.model_validate(body(**sections)).mathematics() == config.mathematics()
     for sections in other:
         assert TrainingConfig.model_validate(body(**sections)).mathematics() != config.mathematics()
+
+
+def test_a_run_of_an_older_release_goes_on() -> None:
+    """Settings that it did not know count as what they are by default."""
+    lora = {"config": None, "tokenizer": None, "path": "/model", "lora": {"r": 4}}
+    for sections, unknown in (
+        ({}, [("deterministic",), ("train", "precision"), ("train", "betas"), ("train", "optimizer_options")]),
+        ({}, [("model", "task"), ("model", "lora"), ("exactness",)]),
+        ({"model": lora}, [("model", "lora", "dropout"), ("model", "lora", "target_modules")]),
+    ):
+        config = TrainingConfig.model_validate(body(**sections))
+        base = {"mathematics": config.mathematics(), "data": "same"}
+        for *blocks, key in unknown:
+            block = base["mathematics"]
+            for name in blocks:
+                block = block[name]
+            del block[key]
+        check_unchanged(base, config, "same")
+
+
+@pytest.mark.parametrize(
+    ("key", "unknown", "sections"),
+    [
+        ("train.precision was 'fp32', is 'bf16'", ("train", "precision"), {"train": {"precision": "bf16"}}),
+        ("exactness was 'same-world', is 'fast'", ("exactness",), {"exactness": "fast"}),
+        ("train.early_stopping.patience", ("train", "early_stopping"), {"train": {"early_stopping": {}}}),
+        ("train.lr was 5e-05", ("train", "lr"), {"train": {"lr": 1e-2}}),
+    ],
+)
+def test_what_an_older_release_did_not_know_may_not_be_set(
+    key: str, unknown: tuple[str, ...], sections: dict[str, Any]
+) -> None:
+    mathematics = TrainingConfig.model_validate(body()).mathematics()
+    block = mathematics if len(unknown) == 1 else mathematics[unknown[0]]
+    del block[unknown[-1]]
+    with pytest.raises(ConfigError, match="was started with other settings") as caught:
+        check_unchanged(
+            {"mathematics": mathematics, "data": "same"}, TrainingConfig.model_validate(body(**sections)), None
+        )
+    assert key in caught.value.message

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic_core import to_jsonable_python
 from torch import nn
 
 from outlast.checkpointing import faults
@@ -22,7 +23,7 @@ from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.adapters import base_digest, is_adapted
-from outlast.trainers.config import Exactness, Parallel, TrainingConfig, check_parallel
+from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
 from outlast.trainers.loop import Control, Loop, Outcome, check_metric, make_plan
@@ -143,7 +144,8 @@ def _versions() -> dict[str, str]:
 
 
 def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint: str | None) -> None:
-    """Compares the settings with those that a run was started with.
+    """Compares the settings with those that a run was started with. One that an older release did not know was at its
+    default: a new setting's default is what was done before there was the setting.
 
     Args:
         base: The declaration in the newest checkpoint; empty on a fresh start.
@@ -155,7 +157,8 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
     """
     if not base:
         return
-    before, now = _flat(base["mathematics"]), _flat(config.mathematics())
+    mathematics = config.mathematics()
+    before, now = _flat(_completed(base["mathematics"], mathematics, config)), _flat(mathematics)
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -169,6 +172,18 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
             "run:\n" + "\n".join(f"  {line}" for line in changed),
             hint="put them back, or start a new run with another `name:`",
         )
+
+
+def _completed(before: Mapping[str, Any], now: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """What was declared, with the defaults of settings that are declared only now."""
+    whole = dict(before)
+    for name, setting in type(settings).model_fields.items():
+        inner = getattr(settings, name)
+        if isinstance(inner, Settings) and isinstance(before.get(name), Mapping):
+            whole[name] = _completed(before[name], now[name], inner)
+        elif name in now and name not in before and not setting.is_required():
+            whole[name] = to_jsonable_python(setting.get_default(call_default_factory=True))
+    return whole
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

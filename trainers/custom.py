@@ -16,10 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.weights import named_weights, parameter_names
+from outlast.checkpointing.export import CONFIG
+from outlast.checkpointing.layout import WEIGHTS
+from outlast.checkpointing.safetensors import Spec
+from outlast.checkpointing.weights import check_weights, named_weights, parameter_names
 
 
 def make_importable(folder: str) -> None:
@@ -70,6 +75,21 @@ def build_plain(
     except TypeError as error:
         raise ConfigError(f"{model_class.__name__} cannot be built: {error}", hint="check model.config") from error
     return model, {"config.json": json.dumps(arguments, indent=2, sort_keys=True).encode() + b"\n"}
+
+
+def load_plain(model_class: Any, folder: Path) -> nn.Module:
+    """The module that a directory holds, built again as its `config.json` says.
+
+    Raises:
+        ConfigError: The class wants other arguments, or has other weights than it had.
+    """
+    model, _ = build_plain(model_class, json.loads((folder / CONFIG).read_bytes()), {})
+    found = load_file(folder / WEIGHTS)
+    check_weights(model, {name: Spec.of(tensor) for name, tensor in found.items()})
+    with torch.no_grad():
+        for name, tensor in named_weights(model).items():
+            tensor.copy_(found[name])
+    return model
 
 
 def carried_state(model: nn.Module) -> list[str]:

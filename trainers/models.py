@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.weights import Naming
 from outlast.trainers.adapters import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.config import ModelSettings
-from outlast.trainers.custom import build_plain, is_like_transformers, load_class
+from outlast.trainers.custom import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.naming import file_naming
 from outlast.trainers.tasks import Task
 from outlast.trainers.world import seed_everything
@@ -128,15 +129,10 @@ def build_model(
             raise ConfigError(f"{settings.class_} has no from_pretrained; give model.config instead of model.path")
         plain, files = build_plain(own, settings.config or {}, _special(tokenizer))
         return plain, {**files, **files_of(tokenizer)}
-    try:
+    with _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"):
         config = _given_config(settings, own, tokenizer)
         task.configure(config)
         model, new = _build(settings, own or model_class(task, config), config, fresh)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        hint = "check `model:`"
-        if "trust_remote_code" in str(error):
-            hint = "read that code; if you trust it, set model.trust_remote_code: true"
-        raise ConfigError(f"the model cannot be built: {_first_line(error)}", hint=hint) from error
     if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_looks_back(model)
     files = {**_config_files(model), **files_of(tokenizer)}
@@ -144,6 +140,45 @@ def build_model(
         model = attach_lora(model, settings.lora, task.auto_class, new)
         files |= adapter_files(model)
     return model, files
+
+
+def load_saved(
+    folder: Path, task: type[Task], class_: str | None, *, base: str | None = None, trusted: bool = False
+) -> Any:
+    """The model that a checkpoint's files hold, in float32.
+
+    Args:
+        folder: Where they lie.
+        task: Names the class, unless `class_` does.
+        class_: The user's own, `package.module:Class`.
+        base: Where the weights lie instead, such as those beneath an adapter.
+        trusted: Whether code that lies among the files may run.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    own = load_class(class_) if class_ else None
+    if own is not None and not is_like_transformers(own):
+        return load_plain(own, folder)
+    what, hint = "the model cannot be loaded", "check that model.class is the class that was trained"
+    if base is not None:
+        what, hint = f"the model beneath the adapter cannot be loaded from {base!r}", "name its place with --base"
+    trust = {} if own else {"trust_remote_code": trusted}
+    with _explained(what, hint, "give --trust-remote-code"):
+        config = (own.config_class if own else transformers.AutoConfig).from_pretrained(folder, **trust)
+        builder = own or model_class(task, config)
+        return builder.from_pretrained(base or folder, config=config, dtype=torch.float32, **trust)
+
+
+@contextmanager
+def _explained(what: str, hint: str, trusting: str) -> Iterator[None]:
+    """Makes one message of whatever transformers says of a model that cannot be had."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            hint = f"read that code; if you trust it, {trusting}"
+        raise ConfigError(f"{what}: {_first_line(error)}", hint=hint) from error
 
 
 def naming_of(model: nn.Module) -> Naming:

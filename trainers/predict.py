@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from outlast.checkpointing.commands import Found, find
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError
-from outlast.checkpointing.export import ADAPTER_WEIGHTS, CONFIG, Content, export_directory, read_content
+from outlast.checkpointing.export import ADAPTER_WEIGHTS, export_directory, read_content
 from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.safetensors import Spec
 from outlast.checkpointing.storage import Storage
-from outlast.checkpointing.weights import check_weights, named_weights
 from outlast.trainers.columns import Column, choose_columns
-from outlast.trainers.config import ModelSettings, TrainingConfig
-from outlast.trainers.custom import is_like_transformers, load_class
-from outlast.trainers.merging import merge
-from outlast.trainers.models import load_tokenizer, model_class
+from outlast.trainers.config import TrainingConfig
+from outlast.trainers.merging import load_adapted
+from outlast.trainers.models import load_saved, load_tokenizer
 from outlast.trainers.registry import find_task
 from outlast.trainers.rows import BadRows, read_rows, usable
 from outlast.trainers.tasks import Record, Task
@@ -44,39 +39,36 @@ def choose_checkpoint(storage: Storage, run: str, which: str | None, retention: 
         return find(storage, run, "newest", retention)
 
 
-def load(config: TrainingConfig, found: Found) -> tuple[Task, nn.Module]:
-    """The run's task and a model of it, ready to predict on the CPU. An adapter is merged with the model beneath.
+def load(
+    config: TrainingConfig, found: Found, base: str | None = None, *, trusted: bool = False
+) -> tuple[Task, nn.Module]:
+    """The run's task and a model of it, ready to predict on the CPU.
+
+    Args:
+        config: The run's settings.
+        found: The checkpoint.
+        base: Of an adapter: where the model beneath lies; by default where it lay in training.
+        trusted: Whether code that lies in the checkpoint may run.
 
     Raises:
-        ConfigError: The run's own code, or the model beneath an adapter, is not there.
+        ConfigError: The model cannot be loaded.
         DamagedError: The checkpoint is not whole.
         StorageError: Reading failed.
     """
-    declaration, content = found.declaration, read_content(found)
-    if content.weights_name == ADAPTER_WEIGHTS:
-        content = merge(content, declaration)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "model"
-        export_directory(content, directory)
-        facts = (declaration or {}).get("facts", {})
-        task = find_task(config.model.task)(config.data, load_tokenizer(str(directory)), facts)
-        model = _load_model(config.model, task, content, str(directory))
+    declaration, kind = found.declaration or {}, find_task(config.model.task)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, content = Path(scratch) / "model", read_content(found)
+        is_adapter = content.weights_name == ADAPTER_WEIGHTS
+        if base is not None and not is_adapter:
+            raise ConfigError("--base is for adapters, and this model stands alone", hint="leave --base out")
+        export_directory(content, folder)
+        task = kind(config.data, load_tokenizer(str(folder)), declaration.get("facts", {}))
+        model: nn.Module = (
+            load_adapted(folder, declaration, base, trusted=trusted)
+            if is_adapter
+            else load_saved(folder, kind, config.model.class_, trusted=trusted)
+        )
     return task, model.eval()
-
-
-def _load_model(settings: ModelSettings, task: Task, content: Content, directory: str) -> nn.Module:
-    own = load_class(settings.class_) if settings.class_ else None
-    if own is not None and not is_like_transformers(own):
-        plain: nn.Module = own(**json.loads(content.file(CONFIG)))
-        weights = named_weights(plain)  # tied ones once, as in the file
-        check_weights(plain, {name: Spec.of(tensor) for name, tensor in content.weights.items()})
-        for name, tensor in content.weights.items():
-            weights[name].copy_(tensor)
-        return plain
-    trusted = {} if own else {"trust_remote_code": settings.trust_remote_code}
-    head = own or model_class(task, transformers.AutoConfig.from_pretrained(directory, **trusted))
-    model: nn.Module = head.from_pretrained(directory, dtype=torch.float32, **trusted)
-    return model
 
 
 def inputs_of(task: Task) -> list[Column]:
