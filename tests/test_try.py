@@ -15,7 +15,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError, DamagedError
@@ -189,3 +189,16 @@ def test_an_adapter_answers_upon_its_base(
     other.save_pretrained(moved)
     with pytest.raises(ConfigError, match="not hold the weights"):
         ask(run, "--prompt", "The", "--base", str(moved))
+
+
+def test_an_adapter_upon_trusted_code(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path) -> None:
+    brought = make_trusting(tmp_path / "source")
+    lora = {"r": 2, "target_modules": ["head"]}
+    model = {"path": str(brought), "trust_remote_code": True, "config": None, "tokenizer": None, "lora": lora}
+    run = train(assign("try-both", sections={"model": model}, steps=2, eval_every=None), storage, tmp_path)
+    [answer] = ask(run, "--prompt", "The", "--trust-remote-code")
+    assert answer["continuation"]
+    merged = ["checkpoints", "export", run, str(tmp_path / "merged"), "--merge", "--trust-remote-code"]
+    assert CliRunner().invoke(app, merged, catch_exceptions=False).exit_code == 0
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    assert set(load_file(tmp_path / "merged/model.safetensors")) == set(whole.state_dict())

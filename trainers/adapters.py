@@ -34,6 +34,7 @@ _TASKS = {
     "AutoModelForTokenClassification": "TOKEN_CLS",
     "AutoModelForQuestionAnswering": "QUESTION_ANS",
 }
+_WRITING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def need_peft() -> Any:
@@ -59,10 +60,12 @@ def attach_lora(model: Any, settings: LoraSettings, auto_class: str, new: Collec
     """
     peft, carried = need_peft(), carried_state(model)
     modules = sorted({name.rpartition(".")[0] for name in new})
-    targets = settings.target_modules
+    targets, wrapper = settings.target_modules, _TASKS.get(auto_class)
+    if wrapper in _WRITING and not hasattr(model, "prepare_inputs_for_generation"):
+        wrapper = None  # peft's own would ask the model to write
     try:
         config = peft.LoraConfig(
-            task_type=_TASKS.get(auto_class),
+            task_type=wrapper,
             r=settings.r,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
