@@ -156,7 +156,7 @@ def test_a_new_head_is_trained_and_saved(
     torch.testing.assert_close(logits(merged), logits(adapted))
     assert torch.equal(logits(merged), logits(adapted.merge_and_unload()))
     _, tried = load(assignment.config, choose_checkpoint(storage, "adapter-head", None, Retention()))
-    assert torch.equal(logits(tried), logits(merged)), "`outlast try` answers with the adapter and the trained head"
+    torch.testing.assert_close(logits(tried), logits(merged))  # `outlast try` takes adapter and head, not merged
 
 
 def test_without_peft_it_says_how_to_get_it(

@@ -307,7 +307,7 @@ def test_bad_rows_are_counted_and_left_out() -> None:
     found = list(usable(rows_with({3: "torn"}), bad, lambda values: "is nine" if values[0] == 9 else None))
     assert [row.values[0] for row in found] == [1, 2, 4, 5, 6, 7, 8, 10]
     assert (bad.count, bad.first) == (2, ["a.jsonl, row 3: torn", "a.jsonl, row 9: is nine"])
-    with pytest.raises(ConfigError, match=r"3 rows or more cannot be used, and data\.max_bad_rows is 2"):
+    with pytest.raises(ConfigError, match=r"more rows cannot be used than the 2 that may be left out"):
         list(usable(rows_with({1: "torn"}), bad))
 
 
@@ -364,3 +364,9 @@ def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
     num_bytes, grown = map(int, ended.stdout.split())
     assert num_bytes >= num_rows * len(text) - num_rows
     assert grown < 48 * 2**20
+
+
+def test_a_line_that_is_a_text_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n"abc"\n""\n3\n')
+    faults = [row.fault for row in read_rows(str(tmp_path / "rows.jsonl"), ["text"])]
+    assert faults == [None, *["is not a JSON object"] * 3]

@@ -411,3 +411,22 @@ def test_threads_are_those_that_the_run_began_with(assign: Callable[..., Assignm
         assignment = replace(assign("threads", launch=launch), num_threads=threads)
         run_group(assignment, storage, 1, StopAt(stop))
         assert catalogue(storage, "threads").declaration["num_threads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tests.recording:Recoding", "has no task 'Recoding'; did you mean 'Recording'"),
+        ("tests.recording:FOLDER", "has no task 'FOLDER'"),
+        ("tests.recorder:Recording", "No module named 'tests.recorder'"),
+        ("tests.test_tasks:Unfinished", "does not say its auto_class, columns, count, loss"),
+    ],
+)
+def test_a_task_that_will_not_do(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        find_task(name)
+
+
+class Unfinished(Task):
+    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
+        yield from ()

@@ -243,6 +243,11 @@ class Loop:
         batches = {m: self._batch(cut[m]) for m in mine}
         agreed = self._agree(sum(self.task.count(batch) for batch in batches.values()))
 
+        if not agreed.count:
+            raise ConfigError(
+                f"step {step + 1} has nothing to learn from: none of its samples has a target",
+                hint="take such rows out of the data, or set a larger train.batch",
+            )
         losses: dict[int, torch.Tensor] = {}
         for micro, batch in batches.items():
             seed_everything(plan.seed, step, micro)

@@ -104,7 +104,7 @@ def records_in(task: Task, config: TrainingConfig, source: str) -> Iterator[Reco
     """The rows of a file, its columns named as the run's are. Raises as reading the run's data does."""
     settings = config.data.model_copy(update={"train": source})
     chosen = choose_columns(inputs_of(task), settings)
-    for row in usable(read_rows(source, chosen.names), BadRows(settings.max_bad_rows), chosen.fault):
+    for row in usable(read_rows(source, chosen.names), BadRows(0, hint=f"mend {source}"), chosen.fault):
         yield chosen.record(row.values)
 
 

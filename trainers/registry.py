@@ -45,12 +45,23 @@ def find_task(name: str) -> type[Task]:
 
     module, _, attribute = TASKS.get(name, name).partition(":")
     try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        imported = import_module(module)
+    except (ImportError, SyntaxError) as error:
         raise ConfigError(
             f"model.task {name}: {error}",
-            hint="put the module where Python finds it, or send its directory along with --code",
+            hint="put the module beside the run file, or name its directory with `outlast submit --code`",
         ) from error
+    found = getattr(imported, attribute, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ConfigError(f"model.task {name} is no task", hint="derive the class from outlast.trainers.Task")
+        own = [key for key, item in vars(imported).items() if isinstance(item, type) and issubclass(item, Task)]
+        near = difflib.get_close_matches(attribute, own, n=1)
+        raise ConfigError(
+            f"model.task {name}: {imported.__file__} has no task {attribute!r}"
+            + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint="derive the class from outlast.trainers.Task",
+        )
+    needed = {attribute: hasattr(found, attribute) for attribute in ("auto_class", "columns")}
+    needed |= {method: getattr(found, method) is not getattr(Task, method) for method in ("encode", "count", "loss")}
+    if missing := [part for part, is_there in needed.items() if not is_there]:
+        raise ConfigError(f"model.task {name} does not say its {', '.join(missing)}", hint="see outlast.trainers.Task")
     return found

@@ -56,11 +56,13 @@ class BadRows:
         limit: How many may be left out: `data.max_bad_rows`.
         count: How many were.
         first: The first of them, in words.
+        hint: What to do about too many.
     """
 
     limit: int
     count: int = 0
     first: list[str] = field(default_factory=list)
+    hint: str = "mend them, or have such rows left out: -s data.max_bad_rows=…"
 
     def add(self, row: Row, fault: str) -> None:
         """Leaves a row out."""
@@ -97,11 +99,8 @@ def usable(
             break
         if fault := row.fault or judge(row.values):
             bad.add(row, fault)
-    said = f"{bad.limit + 1:,} rows or more cannot be used, and data.max_bad_rows is {bad.limit:,}; the first ones:"
-    raise ConfigError(
-        bad.first[0] if bad.count == 1 else "\n  ".join([said, *bad.first]),
-        hint="mend them, or have such rows left out: -s data.max_bad_rows=…",
-    )
+    said = f"more rows cannot be used than the {bad.limit:,} that may be left out; the first ones:"
+    raise ConfigError(bad.first[0] if bad.count == 1 else "\n  ".join([said, *bad.first]), hint=bad.hint)
 
 
 def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
@@ -167,19 +166,23 @@ def _read_jsonl(source: Source, columns: Sequence[str]) -> Iterator[_Found]:
     return _chosen(source, columns, lambda: ((_parsed(line), number) for number, line in _lines(source)))
 
 
+class _Fault(str):
+    """What is wrong with a line; any other text is a value."""
+
+
 def _parsed(line: bytes) -> Any:
-    """What the line holds, or what is wrong with it, as a text."""
+    """What the line holds, or what is wrong with it."""
     text, fault = _decoded(line)
     if fault:
-        return fault
+        return _Fault(fault)
     try:
         item = json.loads(text)
         if "\\ud" in text.lower():
             json.dumps(item, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return "holds half a character (one of a surrogate pair)"
+        return _Fault("holds half a character (one of a surrogate pair)")
     except (ValueError, RecursionError) as error:
-        return f"cannot be read as .jsonl: {error}"
+        return _Fault(f"cannot be read as .jsonl: {error}")
     return item
 
 
@@ -239,7 +242,7 @@ def _chosen(
         raise _no_column(source.name, next(name for name in columns if name in missing), there)
     for item, line in items():
         if not isinstance(item, dict):
-            yield item if isinstance(item, str) else "is not a JSON object", line
+            yield item if isinstance(item, _Fault) else "is not a JSON object", line
         elif lacking := [name for name in columns if name not in item]:
             yield f"has no column {lacking[0]!r}", line
         else:
