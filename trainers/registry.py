@@ -61,7 +61,7 @@ def find_task(name: str) -> type[Task]:
             hint="derive the class from outlast.trainers.Task",
         )
     needed = {attribute: hasattr(found, attribute) for attribute in ("auto_class", "columns")}
-    needed |= {method: getattr(found, method) is not getattr(Task, method) for method in ("encode", "count", "loss")}
+    needed |= {method: getattr(found, method) is not getattr(Task, method) for method in ("encode", "loss")}
     if missing := [part for part, is_there in needed.items() if not is_there]:
         raise ConfigError(f"model.task {name} does not say its {', '.join(missing)}", hint="see outlast.trainers.Task")
     return found
