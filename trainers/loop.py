@@ -180,6 +180,7 @@ class Loop:
         why = "exactness: elastic" if is_elastic else "scale.parallel: fsdp"
         self._still = Still(model, why) if is_elastic or isinstance(model, FSDPModule) else None
         self.optimizer = make_optimizer(model, config.train)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.scaler = make_scaler(config.train, world.device)
         self.step = 0
         self.metrics: dict[str, float] = {}
@@ -249,9 +250,8 @@ class Loop:
             self._still.check()
 
         reach(Point.STEP, step)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.scaler.unscale_(self.optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, train.clip)) if train.clip else None
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._trained, train.clip)) if train.clip else None
         lr = learning_rate(train, step, plan.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
