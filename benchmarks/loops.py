@@ -181,7 +181,7 @@ def trainer(every: int) -> Loop:
                 save_strategy="steps" if every else "no",
                 save_steps=every or NEVER,
                 save_total_limit=2,
-                ddp_backend="gloo",
+                ddp_backend="gloo" if case.world.size > 1 else None,
                 report_to=[],
                 disable_tqdm=True,
             )
