@@ -17,7 +17,7 @@ from typing import Any
 PURPOSE = {
     "stall": "What one save costs training, in units of one memory copy of the state and of the raw disk",
     "io": "What outlast's bytes cost beside the bare disk or store, and how costs grow",
-    "throughput": "Tokens per second, two gloo ranks, side by side in one run",
+    "throughput": "Tokens per second, data preparation and resuming, side by side in one run",
     "recovery": "From a fault to the next step, two workers on four hosts, beside bare Ray Train",
 }
 HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ def write_results() -> None:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """A median that has quartiles beside it is shown with them."""
-    keys = [key for key in rows[0] if not key.endswith(QUARTILES)]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.endswith(QUARTILES)]
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     for row in rows:
         lines.append("| " + " | ".join(_cell(row.get(key), row.get(key + QUARTILES)) for key in keys) + " |")

@@ -1,151 +1,193 @@
-"""Tokens per second of outlast's step loop, beside a bare PyTorch DDP loop: same model, batch and data, one run.
+"""Tokens per second of outlast's step loop beside others': same model, batch and data, in one run, taking turns.
 
     python -m benchmarks.throughput [--quick] [--json FILE]
 
-Both run in the same two gloo processes, in turns, so that a machine that speeds up or slows down does so for both.
+A GPT-2 of 4.2 million parameters, a global batch of 16 × 128 tokens in micro-batches of 4, on one worker and on two
+(gloo processes of one thread). In each round every loop trains, in random order; all ratios are to the bare loop of the
+same round. With --quick the model is a fifth of that and the batch half, so whatever a step costs besides arithmetic
+weighs more. What the columns say:
+
+`over_bare`      by the clock: the bare loop's seconds per step over this loop's
+`cpu_over_bare`  the same in CPU seconds of a rank, threads included. It is what to look at on a machine with others on
+                 it, and does not see waiting
+`rows_per_s`     preparing data: reading, tokenizing and writing the rows of a file, our digests and fsync included,
+                 beside the tokenizer alone on the same rows at one go. `datasets.map` is not measured: the library is
+                 no dependency of ours
+`seconds`        to have the first batch at a position of the run, in the middle of an epoch: ours, and skipping as
+                 Trainer and accelerate do. At 10^9 there is only ours: the other would draw 2 × 10^9 numbers first
 """
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from benchmarks.command import command
-from outlast.checkpointing.lineage import run_events
+from benchmarks.loops import LOOPS, WARM_STEPS, Case, InMemory, timed
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.demo import write_texts
-from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import prepare
-from outlast.trainers.models import build_model
+from outlast.trainers.sampling import Plan
 from outlast.trainers.tasks import CausalLM
-from outlast.trainers.world import World, make_deterministic
+from outlast.trainers.world import World
 
-RANKS = 2
-WARM_STEPS = 5
-
-
-class _Silent:
-    def stop_requested(self) -> bool:
-        return False
-
-    def save_requested(self) -> str | None:
-        return None
-
-    def claimed(self, attempt: str) -> None:
-        pass
-
-    def progress(self, event: dict[str, Any]) -> None:
-        pass
+MICRO_BATCH, LENGTH = 4, 128
+#: Steps between two saves, so that the clock sees as many saves as it should.
+PERIOD = 20
+WORKERS = (1, 2)
 
 
-def _config(storage: LocalStorage, name: str, num_steps: int, exactness: str, every: int) -> TrainingConfig:
+def _config(folder: Path, num_steps: int, *, quick: bool) -> TrainingConfig:
+    size = {"n_layer": 2, "n_embd": 128} if quick else {"n_layer": 4, "n_embd": 256}
     return TrainingConfig.model_validate(
         {
-            "name": name,
+            "name": "data",
             "model": {
-                "config": {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 128},
-                "tokenizer": {"train_bpe": 4096},
+                "config": {"model_type": "gpt2", "n_head": 4, "n_positions": LENGTH, **size},
+                "tokenizer": {"train_bpe": 2048 if quick else 4096},
             },
-            "data": {"train": f"{storage.url}/texts.jsonl", "max_length": 128},
-            "train": {"steps": num_steps, "batch": 16, "micro_batch": 4, "lr": 1e-3},
-            "checkpoint": {"storage": storage.url, "every": every},
-            "exactness": exactness,
+            "data": {"train": str(folder / "texts.jsonl"), "max_length": LENGTH},
+            "train": {"steps": num_steps, "batch": 8 if quick else 16, "micro_batch": MICRO_BATCH, "lr": 1e-3},
+            "checkpoint": {"storage": str(folder)},
         }
     )
 
 
-def _ours(assignment: Assignment, storage: LocalStorage, world: World) -> float:
-    """Seconds per step, from the end of the warm-up to the last step."""
-    run_attempt(assignment, storage, world, _Silent())
-    found: dict[int, float] = {}
-    if world.rank == 0:
-        events = [event for _, event in run_events(storage, assignment.config.name) if event["event"] == "step"]
-        found = {event["step"]: event["ended_at"] for event in events}
-    found = world.broadcast(found)
-    last = max(found)
-    return (found[last] - found[WARM_STEPS]) / (last - WARM_STEPS)
-
-
-def _bare(assignment: Assignment, storage: LocalStorage, world: World) -> float:
-    """The loop that one would write by hand: DDP, accumulation under no_sync, fused AdamW, clipping."""
-    config, prepared = assignment.config, assignment.prepared
-    make_deterministic(False, 1)
-    tokenizer = prepared.tokenizer(storage)
-    task = CausalLM(config.data, tokenizer, {})
-    model, _ = build_model(config.model, task, tokenizer, 0, fresh=True)
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    data = prepared.split(storage, "train")
-    num_micro = config.train.batch // config.train.micro_batch // world.size
-    wrapped.train()
-    ended = []
-    for step in range(config.train.steps or 0):
-        for micro in range(num_micro):
-            begin = ((step * num_micro + micro) * world.size + world.rank) * config.train.micro_batch
-            ids = task.collate(data.take(range(begin, begin + config.train.micro_batch)), [])["input_ids"]
-            wrapped.require_backward_grad_sync = micro == num_micro - 1
-            (wrapped(input_ids=ids, labels=ids, use_cache=False).loss / num_micro).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ended.append(time.time())
-    return (ended[-1] - ended[WARM_STEPS - 1]) / (len(ended) - WARM_STEPS)
-
-
-def _rank(rank: int, folder: str, rounds: int, num_steps: int, answer: Any) -> None:
+def _rank(rank: int, size: int, folder: str, rounds: int, config: TrainingConfig, answer: Any) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
-    world, storage = World(), LocalStorage(Path(folder))
-    seconds: dict[str, list[float]] = {}
-    for number in range(rounds):
-        for name, exactness, every in (
-            ("bare PyTorch DDP", "fast", 0),
-            ("outlast same-world", "same-world", 10**6),
-            ("outlast same-world, a save every 20 steps", "same-world", 20),
-            ("outlast elastic", "elastic", 10**6),
-            ("outlast fast", "fast", 10**6),
-        ):
-            config = _config(storage, f"{exactness}-{every}-{number}", num_steps, exactness, every or 10**6)
-            assignment = Assignment(config, {}, "bench", prepare(config, storage))
-            run = _ours if every else _bare
-            seconds.setdefault(name, []).append(run(assignment, storage, world))
+    if size > 1:  # what torchrun says, which Trainer and accelerate ask for
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+        }
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group-{size}", rank=rank, world_size=size)
+    storage = LocalStorage(Path(folder))
+    case = Case(config, prepare(config, storage), storage, World())
+    order = random.Random(0)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in LOOPS}
+    for _ in range(rounds):
+        for name in order.sample(list(LOOPS), len(LOOPS)):
+            found[name].append(timed(LOOPS[name], case))
     if rank == 0:
-        answer.put(seconds)
-    dist.destroy_process_group()
+        answer.put(found)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def _compete(size: int, folder: Path, rounds: int, config: TrainingConfig) -> list[dict[str, Any]]:
+    """The rows of a number of workers."""
+    answer = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_rank, (size, str(folder), rounds, config, answer), nprocs=size)  # type: ignore[no-untyped-call]
+    found = answer.get()
+    rows = []
+    for name, samples in found.items():
+        pairs = list(zip(found["bare PyTorch DDP"], samples, strict=True))
+        rows.append(
+            {
+                "name": name,
+                "workers": size,
+                "tokens_per_s": config.train.batch * LENGTH / statistics.median(wall for wall, _ in samples),
+                **_spread("over_bare", [bare / ours for (bare, _), (ours, _) in pairs]),
+                **_spread("cpu_over_bare", [bare / ours for (_, bare), (_, ours) in pairs]),
+            }
+        )
+    return rows
+
+
+def _preparation(folder: Path, rounds: int, config: TrainingConfig) -> list[dict[str, Any]]:
+    """The rows of preparing data, with a tokenizer that is there already."""
+    tokenizer = prepare(config, LocalStorage(folder)).tokenizer(LocalStorage(folder))
+    tokenizer.inner.save_pretrained(folder / "tokenizer")
+    texts = [json.loads(line)["text"] for line in (folder / "texts.jsonl").read_text().splitlines()] * 4
+    (folder / "many.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    body = config.model_dump(mode="json")
+    body["model"]["tokenizer"] = {"path": str(folder / "tokenizer")}
+    body["data"]["train"] = str(folder / "many.jsonl")
+    settings = TrainingConfig.model_validate(body)
+    ours, alone = [], []
+    for number in range(rounds):
+        place = LocalStorage(folder / f"prepared-{number}")
+        ours.append(len(texts) / _seconds(lambda place=place: prepare(settings, place)))  # type: ignore[misc]
+        alone.append(len(texts) / _seconds(lambda: tokenizer.inner(texts)))
+    return [
+        {"name": "data preparation: outlast", **_spread("rows_per_s", ours)},
+        {"name": "data preparation: the tokenizer alone", **_spread("rows_per_s", alone)},
+    ]
+
+
+def _resume(folder: Path, rounds: int, config: TrainingConfig) -> list[dict[str, Any]]:
+    """The rows of getting to a position, in the middle of an epoch."""
+    from accelerate import skip_first_batches
+
+    storage, batch = LocalStorage(folder), config.train.batch
+    prepared = prepare(config, storage)
+    samples = prepared.split(storage, "train")
+    task = CausalLM(config.data, prepared.tokenizer(storage), {})
+
+    def ours(position: int) -> None:
+        plan = Plan(0, 2 * position, batch, batch, 2 * position)
+        task.collate(samples.take(plan.samples(position // batch, 0) % len(samples)), [])
+
+    def skipping(position: int) -> None:
+        rows = torch.zeros(1, LENGTH, dtype=torch.int64).expand(2 * position, LENGTH)
+        loader = DataLoader(InMemory(rows), batch, shuffle=True)
+        next(iter(skip_first_batches(loader, position // batch)))
+
+    ways: list[tuple[str, Callable[[int], None], Sequence[int]]] = [
+        ("outlast", ours, (3, 6, 9)),
+        ("accelerate's skip_first_batches, as HF Trainer", skipping, (3, 6)),
+    ]
+    return [
+        {
+            "name": f"first batch at sample 10^{power}: {name}",
+            **_spread("seconds", [_seconds(lambda: way(10**power)) for _ in range(rounds)]),  # noqa: B023
+        }
+        for name, way, powers in ways
+        for power in powers
+    ]
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _spread(key: str, values: Sequence[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {key: middle, f"{key}_quartiles": [low, high]}
 
 
 def measure(*, quick: bool = False) -> dict[str, Any]:
-    """Runs the benchmark. Rows: tokens/s, and the ratio to the bare loop, medians over the rounds."""
-    rounds, num_steps = (2, 25) if quick else (5, 45)
-    context = mp.get_context("spawn")
-    answer = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        write_texts(Path(folder) / "texts.jsonl")
-        prepare(_config(LocalStorage(Path(folder)), "data", 1, "fast", 1), LocalStorage(Path(folder)))
-        mp.spawn(_rank, (folder, rounds, num_steps, answer), nprocs=RANKS)  # type: ignore[no-untyped-call]
-        seconds = answer.get()
-    bare = seconds["bare PyTorch DDP"]
-    tokens = 16 * 128
-    rows = [
-        {
-            "name": name,
-            "tokens_per_s": tokens / statistics.median(values),
-            "over_bare": statistics.median(b / v for b, v in zip(bare, values, strict=True)),
-        }
-        for name, values in seconds.items()
-    ]
-    return {"machine": f"{platform.machine()}, {mp.cpu_count()} cores", "ranks": RANKS, "rounds": rounds, "rows": rows}
+    """Runs the benchmark: medians and quartiles over the rounds."""
+    rounds = 2 if quick else 7
+    # The clock runs until the last step begins.
+    num_steps = WARM_STEPS + (PERIOD if quick else 2 * PERIOD) + 1
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_texts(folder / "texts.jsonl")
+        config = _config(folder, num_steps, quick=quick)
+        prepare(config, LocalStorage(folder))
+        rows = [row for size in WORKERS for row in _compete(size, folder, rounds, config)]
+        rows += _preparation(folder, rounds, config) + _resume(folder, rounds, config)
+    return {"machine": f"{platform.machine()}, {mp.cpu_count()} cores", "rounds": rounds, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -180,6 +180,7 @@ class Loop:
         is_elastic = self.exactness is Exactness.ELASTIC
         self._tree = TreeReducer(model.parameters(), world.rank, world.size) if is_elastic else None
         self.optimizer = make_optimizer(model, config.train)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.scaler = make_scaler(config.train, world.device)
         self.step = 0
         self.metrics: dict[str, float] = {}
@@ -264,9 +265,8 @@ class Loop:
             self._still.check()
 
         reach(Point.STEP, step)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.scaler.unscale_(self.optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, train.clip)) if train.clip else None
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._trained, train.clip)) if train.clip else None
         lr = learning_rate(train, step, plan.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -178,6 +178,20 @@ def mask(lengths: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy((np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64))
 
 
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum of the loss of each place's logits for the label in the next place.
+
+    Args:
+        logits: Shape [samples, length, vocabulary].
+        labels: Shape [samples, length]; the first place is nobody's next, and IGNORED ones do not count.
+    """
+    # The labels move, not the logits: cutting off the last place would copy what is often the step's largest tensor.
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED
+    )
+
+
 def ints(values: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     """The numbers as a column of a sample."""
     return np.asarray(values, dtype=np.int32)
@@ -235,8 +249,7 @@ class CausalLM(Task):
         return int(samples * (length - 1))
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        logits = outputs.logits[:, :-1].float()
-        return functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum")
+        return next_token_loss(outputs.logits, batch["input_ids"])
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         inner = self.tokenizer.inner

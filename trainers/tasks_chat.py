@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.weights import unwrap
@@ -17,7 +16,7 @@ from outlast.trainers.columns import Column, Kind
 from outlast.trainers.config import DataSettings
 from outlast.trainers.models import Tokenizer
 from outlast.trainers.samples import Sample
-from outlast.trainers.tasks import IGNORED, NUM_NEW_TOKENS, Batch, Record, Task, ints, write_on
+from outlast.trainers.tasks import IGNORED, NUM_NEW_TOKENS, Batch, Record, Task, ints, next_token_loss, write_on
 
 
 class Chat(Task):
@@ -59,9 +58,7 @@ class Chat(Task):
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        logits = outputs.logits[:, :-1].float().flatten(0, 1)
-        targets = batch["labels"][:, 1:].flatten()
-        return functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+        return next_token_loss(outputs.logits, batch["labels"])
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         """The answer to a conversation, or to a single question given as a text."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.errors import ConfigError
@@ -85,20 +86,17 @@ class World(Ranks):
 
 def ordered_sum_(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Replaces a one-dimensional tensor, on every rank, by the sum over the ranks, added in rank order."""
-    size = dist.get_world_size(group)
-    chunk = -(-flat.numel() // size)
-    padded = torch.zeros(chunk * size, dtype=flat.dtype, device=flat.device)
-    padded[: flat.numel()] = flat
+    missing = -flat.numel() % dist.get_world_size(group)
+    padded = functional.pad(flat, (0, missing)) if missing else flat
     dist.all_gather_into_tensor(padded, sum_of_parts(padded, group), group=group)
-    return flat.copy_(padded[: flat.numel()])
+    return flat.copy_(padded[: flat.numel()]) if missing else flat
 
 
 def sum_of_parts(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The sum over the ranks, added in rank order, of this rank's chunk; `flat` has one of equal size for each."""
     received = torch.empty_like(flat)
     dist.all_to_all_single(received, flat, group=group)
-    first, *others = received.chunk(dist.get_world_size(group))
-    total = first.clone()
+    total, *others = received.chunk(dist.get_world_size(group))
     for part in others:
         total += part
     return total
@@ -146,7 +144,10 @@ def seed_everything(*parts: int) -> None:
     key = mix(*parts)
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
-    torch.manual_seed(key >> 1)
+    if torch.accelerator.is_available():
+        torch.manual_seed(key >> 1)
+    else:
+        torch.default_generator.manual_seed(key >> 1)  # the same, without a stack trace for a device that may come
 
 
 def make_deterministic(enabled: bool, num_threads: int) -> None:
@@ -155,3 +156,5 @@ def make_deterministic(enabled: bool, num_threads: int) -> None:
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
+    # Else torch writes NaN into every tensor before its first use, which only shows who reads what nobody wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
