@@ -71,15 +71,15 @@ def classify(assign: Callable[..., Assignment], labelled: Path) -> Callable[...,
 def test_killed_and_resumed_equals_uninterrupted(
     classify: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
-    assert run_group(classify("classes"), storage, 2)[0].outcome is Outcome.DONE
+    assert run_group(classify("kinds"), storage, 2)[0].outcome is Outcome.DONE
     strike = fault(Point.WHILE_WRITING, 6, 1, Action.SIGKILL, tmp_path)
-    assert run_group(classify("classes-killed", faults=(strike,)), storage, 2)[1].exit_code == -9
+    assert run_group(classify("kinds-killed", faults=(strike,)), storage, 2)[1].exit_code == -9
     assert Path(strike.record).exists()
-    assert run_group(classify("classes-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
-    assert digests(storage, "classes-killed") == digests(storage, "classes")
-    assert losses(storage, "classes-killed") == losses(storage, "classes")
+    assert run_group(classify("kinds-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
+    assert digests(storage, "kinds-killed") == digests(storage, "kinds")
+    assert losses(storage, "kinds-killed") == losses(storage, "kinds")
     model = AutoModelForSequenceClassification.from_pretrained(
-        storage.path("classes-killed/attempts").glob("*/model").__next__()
+        storage.path("kinds-killed/attempts").glob("*/model").__next__()
     )
     assert model.config.id2label == {0: "long", 1: "short"}
 

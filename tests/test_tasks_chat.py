@@ -73,9 +73,9 @@ def test_a_conversation_without_an_answer_is_named(
 def test_killed_and_resumed_equals_uninterrupted(
     sections: dict[str, Any], assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
-    assert run_group(assign("chat", sections=sections), storage, 2)[0].outcome is Outcome.DONE
+    assert run_group(assign("talk", sections=sections), storage, 2)[0].outcome is Outcome.DONE
     strike = fault(Point.WHILE_WRITING, 6, 1, Action.SIGKILL, tmp_path)
-    run_group(assign("chat-killed", sections=sections, faults=(strike,)), storage, 2)
+    run_group(assign("talk-killed", sections=sections, faults=(strike,)), storage, 2)
     assert Path(strike.record).exists()
-    assert run_group(assign("chat-killed", sections=sections, launch="b"), storage, 2)[0].outcome is Outcome.DONE
-    assert digests(storage, "chat-killed") == digests(storage, "chat")
+    assert run_group(assign("talk-killed", sections=sections, launch="b"), storage, 2)[0].outcome is Outcome.DONE
+    assert digests(storage, "talk-killed") == digests(storage, "talk")
