@@ -163,8 +163,9 @@ def test_samples_of_about_one_length_are_together(plan: Plan, data: st.DataObjec
     assert sorted(np.concatenate(cut).tolist()) == positions.tolist()
     found = sorted([lengths[place] for place in part.tolist()] for part in cut)
     assert [item for part in found for item in part] == sorted(lengths)
-    padded = sum(len(part) * max(part) for part in found)
-    assert padded <= sum(part.size * max(lengths[place] for place in part.tolist()) for part in plan.cut(positions))
+    if positions.size % plan.micro_batch == 0:  # a short one can be worse off
+        in_order = sum(part.size * max(lengths[place] for place in part.tolist()) for part in plan.cut(positions))
+        assert sum(len(part) * max(part) for part in found) <= in_order
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
