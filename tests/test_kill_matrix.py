@@ -81,7 +81,8 @@ class Case:
     def is_fast(self) -> bool:
         if self.size == 2:
             return self.action is Action.SIGKILL or self.rank == 0
-        return self.rank == self.size - 1 and self.point in (Point.WHILE_WRITING, Point.BEFORE_MANIFEST)
+        is_last = self.rank == self.size - 1
+        return is_last and self.action is Action.SIGKILL and self.point in (Point.WHILE_WRITING, Point.BEFORE_MANIFEST)
 
 
 def all_cases() -> list[Any]:

@@ -78,6 +78,7 @@ def test_reading_listing_and_deleting_survive(
     assert proxy.met
 
 
+@pytest.mark.faults  # ten seconds; `.ci/run` runs it
 def test_what_never_gets_better_is_an_error(rough: tuple[Proxy, ObjectStorage]) -> None:
     proxy, storage = rough
     proxy.add("PUT", "never", Mischief.THROTTLE, 1000)
