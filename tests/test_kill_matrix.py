@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,21 @@ def test_changed_mathematics_are_refused(
 
     ended = run_group(assign(run, launch="third"), storage, 1)
     assert ended[0].outcome is Outcome.DONE, "with the settings put back the run goes on"
+
+
+def test_data_that_comes_out_otherwise_is_refused(
+    assign: Assign, storage: LocalStorage, stopped: Callable[[str], str]
+) -> None:
+    """Under the same fingerprint: another release of a tokenizer is enough."""
+    again = assign(stopped("made-again"), launch="second")
+    files = [
+        replace(entry, xxh3_128="0" * 32) if entry.path == "train.arrow" else entry for entry in again.prepared.files
+    ]
+    other = replace(again, prepared=replace(again.prepared, files=tuple(files)))
+    error = run_group(other, storage, 1)[0].error
+    assert isinstance(error, ConfigError)
+    assert "its samples are not those" in error.message
+    assert run_group(replace(again, launch="third"), storage, 1)[0].outcome is Outcome.DONE
 
 
 def test_settings_that_change_no_number_may_change(

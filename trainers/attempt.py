@@ -90,6 +90,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     control.claimed(str(checkpointer.attempt))
     base = checkpointer.catalogue.declaration
     check_unchanged(base, config, assignment.prepared.fingerprint)
+    _check_samples(base, checkpointer.declaration)
     num_threads = int(base.get("num_threads", assignment.num_threads))
     checkpointer.declaration["num_threads"] = num_threads
     make_deterministic(config.deterministic, num_threads)
@@ -130,6 +131,7 @@ def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
     return {
         "mathematics": assignment.config.mathematics(),
         "data": assignment.prepared.fingerprint,
+        "samples": {entry.path: entry.xxh3_128 for entry in assignment.prepared.files if entry.path.endswith(".arrow")},
         "facts": assignment.prepared.facts,
         "num_threads": assignment.num_threads,
         "versions": _versions(),
@@ -171,6 +173,16 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
             f"run {config.name!r} was started with other settings, and going on with these would be another "
             "run:\n" + "\n".join(f"  {line}" for line in changed),
             hint="put them back, or start a new run with another `name:`",
+        )
+
+
+def _check_samples(base: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """The same sources and settings can come out otherwise: with another release of a library, or a template that
+    writes the date."""
+    if base.get("samples", now["samples"]) != now["samples"]:
+        raise ConfigError(
+            "the data was prepared again, and its samples are not those that the run was started with",
+            hint="put the directory .data in the storage back, or start a new run with another `name:`",
         )
 
 
