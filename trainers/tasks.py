@@ -224,6 +224,27 @@ def _write_plainly(task: Task, model: nn.Module, tokens: torch.Tensor, limit: in
     return tokens[0, given:]
 
 
+class TokenTask(Task):
+    """A task with a label for each token, `IGNORED` where there is none, scored by the share of labels that are met."""
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        logits = outputs.logits.float().flatten(0, 1)
+        return functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum", ignore_index=IGNORED)
+
+    @classmethod
+    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("accuracy",)
+
+    def tally(self, outputs: Any, batch: Batch) -> Sums:
+        return {"right": (outputs.logits.argmax(-1) == batch["labels"]).sum()}
+
+    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return {"accuracy": (sums["right"] / sums["count"]).item()}
+
+
 class CausalLM(Task):
     """Predict the next token, in every place but the last. Documents are packed into samples of `max_length` tokens."""
 

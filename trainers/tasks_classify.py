@@ -12,7 +12,7 @@ from torch.nn import functional
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.columns import Column, Kind, name_of
 from outlast.trainers.samples import Sample
-from outlast.trainers.tasks import IGNORED, Batch, Record, Sums, Task, ints
+from outlast.trainers.tasks import IGNORED, Batch, Record, Sums, Task, TokenTask, ints
 
 if TYPE_CHECKING:
     from outlast.trainers.config import DataSettings
@@ -190,7 +190,7 @@ class SequenceClassification(Task):
             yield {**record, "label": max(rated, key=rated.__getitem__) if best is None else best, "scores": rated}
 
 
-class TokenClassification(Task):
+class TokenClassification(TokenTask):
     """Name the tag of every word. The first token of a word carries its tag; the others have none."""
 
     auto_class = "AutoModelForTokenClassification"
@@ -234,13 +234,6 @@ class TokenClassification(Task):
     def configure(self, config: Any) -> None:
         super().configure(config)
         name_classes(config, self.classes)
-
-    def count(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
-
-    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        logits = outputs.logits.float().flatten(0, 1)
-        return functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum", ignore_index=IGNORED)
 
     @classmethod
     def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:

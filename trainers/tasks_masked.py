@@ -7,23 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
-from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.columns import Column, Kind
 from outlast.trainers.samples import Sample
-from outlast.trainers.tasks import IGNORED, Batch, Record, Sums, Task, ints
+from outlast.trainers.tasks import IGNORED, Batch, Record, TokenTask, ints
 from outlast.trainers.tasks_classify import BERT_TEMPLATE, BERT_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    pass
 
 NUM_GUESSES = 5
 
 
-class MaskedLM(Task):
+class MaskedLM(TokenTask):
     """Guess hidden tokens from both sides. A long text is several samples of `max_length` tokens.
 
     Of the `data.mask_share` chosen tokens, at least one in a sample, 80 % are replaced by the mask token, 10 % by any
@@ -66,23 +64,6 @@ class MaskedLM(Task):
         seen = np.where(chosen & (tenths < 8), inner.mask_token_id, ids)
         seen = np.where(chosen & (tenths == 8), other % np.uint64(len(inner)), seen)
         return ints(seen), ints(np.where(chosen, ids, IGNORED))
-
-    def count(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
-
-    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        logits = outputs.logits.float().flatten(0, 1)
-        return functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum", ignore_index=IGNORED)
-
-    @classmethod
-    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("accuracy",)
-
-    def tally(self, outputs: Any, batch: Batch) -> Sums:
-        return {"right": (outputs.logits.argmax(-1) == batch["labels"]).sum()}
-
-    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        return {"accuracy": (sums["right"] / sums["count"]).item()}
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         """The likeliest tokens for each mask token in a text."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
-from torch.nn import functional
 
 from outlast.checkpointing.weights import unwrap
 from outlast.trainers.columns import Column, Kind
 from outlast.trainers.samples import Sample
-from outlast.trainers.tasks import IGNORED, Batch, Record, Sums, Task, ints, write_on
+from outlast.trainers.tasks import Batch, Record, TokenTask, ints, write_on
 
 
-class Seq2SeqLM(Task):
+class Seq2SeqLM(TokenTask):
     """Write the target of a source. The decoder is given the target, shifted by one."""
 
     auto_class = "AutoModelForSeq2SeqLM"
@@ -50,24 +48,6 @@ class Seq2SeqLM(Task):
             decoder_input_ids=shifted,
             use_cache=False,
         )
-
-    def count(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
-
-    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        logits = outputs.logits.float().flatten(0, 1)
-        return functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum", ignore_index=IGNORED)
-
-    @classmethod
-    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("accuracy",)
-
-    def tally(self, outputs: Any, batch: Batch) -> Sums:
-        return {"right": (outputs.logits.argmax(-1) == batch["labels"]).sum()}
-
-    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """The share of target tokens that are right, each given the right ones before it."""
-        return {"accuracy": (sums["right"] / sums["count"]).item()}
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         inner, settings = self.tokenizer.inner, self.settings
