@@ -159,8 +159,10 @@ class Task:
             yield from self.decode(outputs, batch, part)
 
     def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
-        """The answers to a batch, one for each row."""
-        raise NotImplementedError
+        """The answers to a batch, one for each row. Raises ConfigError in a task that does not define it."""
+        raise ConfigError(
+            f"{type(self).__name__} cannot answer: it has no decode", hint="define `decode`; see outlast.trainers.Task"
+        )
 
 
 def pad(vectors: Sequence[npt.NDArray[Any]], value: float) -> torch.Tensor:
