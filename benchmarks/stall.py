@@ -19,8 +19,8 @@ own, with memcpy and the raw disk measured again in there. What the columns say:
                        where the competitor calls none; that one step is in it for those that write in the background
 `load_s`               into model and optimizer, the library's own way. Outlast's load verifies every byte, no other
                        does; whether what was loaded has the digest of what was saved is checked outside the clock
-`extra_bytes`          what stays resident after the first save, and the peak above it in later ones less what a plain
-                       step takes, children included
+`extra_bytes`          what stays resident after the first save, and the peak above it in later ones, both less what a
+                       plain step leaves and takes; children included
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def once(peer: Peer, step: int, training: Training, twin: Training) -> Sample:
     memory.reset()
     before = memory.now()
     plain_s = training.step()[0]
-    step_bytes = memory.peak() - before
+    step_peak, step_kept = memory.peak() - before, memory.now() - before
     saved = training.digest()
     gc.collect()
     memory.reset()
@@ -81,8 +81,8 @@ def once(peer: Peer, step: int, training: Training, twin: Training) -> Sample:
         "slowdown_s": step_s - fence_s - plain_s,
         "commit_s": committed - began,
         "load_s": loaded - loading,
-        "kept_bytes": after - before,
-        "peak_bytes": peak - before - (step_bytes if peer.overlaps else 0),
+        "kept_bytes": after - before - (step_kept if peer.overlaps else 0),
+        "peak_bytes": peak - before - (step_peak if peer.overlaps else 0),
     }
 
 

@@ -111,10 +111,11 @@ class Memory:
     """
 
     def now(self) -> int:
+        ctypes.CDLL(None).malloc_trim(0)  # freed heap is nobody's, and a place to hide in
         return self._sum("VmRSS")
 
     def reset(self) -> None:
-        ctypes.CDLL(None).malloc_trim(0)  # else freed heap is there to hide in
+        self.now()
         for pid in _family():
             Path(f"/proc/{pid}/clear_refs").write_text("5")
 

@@ -22,6 +22,7 @@ from outlast.checkpointing.manifest import Manifest
 from outlast.checkpointing.ranks import Ranks
 from outlast.checkpointing.retention import Kept, Retention
 from outlast.checkpointing.storage import Storage, patiently, walk
+from outlast.checkpointing.uploads import abort_orphans
 from outlast.checkpointing.writer import Share, write_share
 
 T = TypeVar("T")
@@ -147,6 +148,7 @@ class Committer:
             else:
                 with suppress(StorageError):  # tried again below
                     self._delete_doomed()
+                self._abort_uploads()
                 strays = list(self._strays({item.ref for item in kept[1]} | pinned))
                 self._doomed = list(dict.fromkeys([*self._doomed, *strays]))
                 self._swept = True
@@ -182,6 +184,15 @@ class Committer:
         left = [item for item in self.lineage if item.ref in keep]
         self._doomed += doomed
         return mine, left
+
+    def _abort_uploads(self) -> None:
+        try:
+            count = abort_orphans(self._storage, self._run, self._attempt)
+        except StorageError as error:  # they count for nothing and only cost money: not worth another try
+            self._tell("uploads-not-aborted", error=error.message)
+        else:
+            if count:
+                self._tell("uploads-aborted", count=count)
 
     def _strays(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
         for attempt in lineage.list_attempts(self._storage, self._run):

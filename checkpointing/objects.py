@@ -15,6 +15,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import BinaryIO, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
 
@@ -25,6 +26,18 @@ from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefus
 from outlast.checkpointing.storage import Buffer, Entry
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class S3Place:
+    """Where in S3 a storage lies. `endpoint` is None for Amazon's own; `prefix` is empty or ends with a slash."""
+
+    bucket: str
+    prefix: str
+    region: str
+    endpoint: str | None
+
+
 _HEAD_BYTES = 8 * 2**20
 #: Parts of a large object go up several at a time; after so many bytes the writer waits for them.
 _WINDOW_BYTES = 64 * 2**20
@@ -39,6 +52,9 @@ class ObjectStorage:
     Args:
         url: Such as `s3://bucket/runs`.
 
+    Attributes:
+        s3: Where that is for other clients of S3; None for any other kind of store.
+
     Raises:
         ConfigError: pyarrow does not know the scheme, or the URL carries credentials.
     """
@@ -51,7 +67,7 @@ class ObjectStorage:
             )
         self._url = url.rstrip("/")
         try:
-            self._fs, self._root = _connect(self._url)
+            self._fs, self._root, self.s3 = _connect(self._url)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
             raise ConfigError(
                 f"storage {url!r}: {error}", hint="set checkpoint.storage to a directory or to s3://bucket/prefix"
@@ -144,12 +160,11 @@ class ObjectStorage:
             self._patiently(lambda: self._fs.delete_file(self._path(path)))
 
 
-def _connect(url: str) -> tuple[fs.FileSystem, str]:
-    """The file system and the path in it. For S3 with the SDK's own retries, which a plain URL does not turn on."""
+def _connect(url: str) -> tuple[fs.FileSystem, str, S3Place | None]:
+    """The file system, the path in it, its place in S3 (with the SDK's own retries, which no URL turns on)."""
     parts = urlsplit(url)
     if parts.scheme != "s3":
-        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(url)
-        return found
+        return *fs.FileSystem.from_uri(url), None
     options = dict(parse_qsl(parts.query))
     if strange := options.keys() - {"region", "scheme", "endpoint_override"}:
         raise ValueError(f"unknown option {min(strange)!r}; known: endpoint_override, region, scheme")
@@ -157,7 +172,12 @@ def _connect(url: str) -> tuple[fs.FileSystem, str]:
     if endpoint and "endpoint_override" not in options:
         options |= {"endpoint_override": urlsplit(endpoint).netloc, "scheme": urlsplit(endpoint).scheme}
     retries = fs.AwsStandardS3RetryStrategy(max_attempts=_SDK_TRIES)
-    return fs.S3FileSystem(retry_strategy=retries, **options), f"{parts.netloc}{parts.path}".rstrip("/")
+    filesystem = fs.S3FileSystem(retry_strategy=retries, **options)
+    if override := options.get("endpoint_override"):
+        endpoint = f"{options.get('scheme', 'https')}://{override}"
+    prefix = parts.path.strip("/")
+    place = S3Place(parts.netloc, f"{prefix}/" if prefix else "", filesystem.region, endpoint)
+    return filesystem, f"{parts.netloc}/{prefix}".rstrip("/"), place
 
 
 def _is_refusal(error: OSError) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import boto3
 import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -14,12 +18,13 @@ from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.export import export_directory, read_content
 from outlast.checkpointing.faults import Action, Fault, Point
 from outlast.checkpointing.keeping import pin, plan_prune, prune, unpin
-from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.lineage import catalogue, list_pins
+from outlast.checkpointing.layout import AttemptId, attempt_dir, checkpoint_dir
+from outlast.checkpointing.lineage import catalogue, list_pins, run_events
 from outlast.checkpointing.objects import ObjectStorage
 from outlast.checkpointing.reader import tensor_digests
 from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import LocalStorage, open_storage, read_bytes, walk
+from outlast.checkpointing.uploads import abort_orphans
 from outlast.cluster import demo
 from outlast.cluster.launch import Launch, ray_session
 from outlast.trainers.attempt import Assignment
@@ -90,6 +95,54 @@ def test_pins_prunes_and_exports_on_s3(bucket: str, tmp_path: Path) -> None:
     assert (tmp_path / "out/model.safetensors").read_bytes() == read_bytes(storage, weights)
     unpin(storage, "run", "2")
     assert list_pins(storage, "run") == set()
+
+
+_WRITER = """
+import sys
+from outlast.checkpointing.storage import open_storage
+
+def chunks():
+    while True:
+        yield bytes(2**20)
+
+open_storage(sys.argv[1]).put(sys.argv[2], chunks())
+"""
+
+
+def test_what_killed_writers_began_to_upload_is_aborted(bucket: str) -> None:
+    """By the next attempt of the run, once two commits of its own stand; that of a higher attempt is left alone."""
+    client = boto3.client("s3", region_name="us-east-1")
+
+    def uploads() -> set[str]:
+        found = client.list_multipart_uploads(Bucket=bucket.removeprefix("s3://")).get("Uploads", [])
+        return {item["Key"] for item in found}
+
+    storage = open_storage(f"{bucket}/deep/runs")
+    model, optimizer = small_model()
+    killed = Checkpointer(storage, "killed", launch="first")
+    killed.resume(model, optimizer)
+    directory = attempt_dir("killed", killed.attempt)
+    higher = attempt_dir("killed", AttemptId(9, "0" * 8))
+    began = {f"{directory}/checkpoint-1/a.bin", f"{higher}/checkpoint-1/a.bin", "killed/elsewhere.bin"}
+    for path in began:
+        writer = subprocess.Popen([sys.executable, "-c", _WRITER, storage.url, path])
+        while f"deep/runs/{path}" not in uploads():
+            assert writer.poll() is None
+            time.sleep(0.05)
+        writer.kill()
+        writer.wait()
+    assert uploads() == {f"deep/runs/{path}" for path in began}
+
+    heir = Checkpointer(storage, "killed", launch="second")
+    heir.resume(model, optimizer)
+    for step in (1, 2):
+        assert uploads() == {f"deep/runs/{path}" for path in began}
+        train_step(model, optimizer, step)
+        assert heir.save(step, model, optimizer, {})
+    assert uploads() == {f"deep/runs/{path}" for path in began if not path.startswith(directory)}
+    heir.flush()
+    assert abort_orphans(storage, "killed", AttemptId(10, "0" * 8)) == 1
+    assert [event["count"] for _, event in run_events(storage, "killed") if event["event"] == "uploads-aborted"] == [1]
 
 
 def test_credentials_in_the_url_are_refused_and_not_repeated() -> None:

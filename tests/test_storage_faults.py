@@ -43,6 +43,7 @@ class Trouble(Enum):
     FULL = (errno.ENOSPC, "NO_SUCH_BUCKET")  # for a store: the other kind of refusal, somebody must act
     IO_ERROR = (errno.EIO, "INTERNAL_FAILURE")
     THROTTLED = (errno.EAGAIN, "SLOW_DOWN: please reduce your request rate (503)")
+    STALE = (0, "")  # no error: a listing without what this attempt has put since it began
     TIMED_OUT = (errno.ETIMEDOUT, "the request was sent, and the answer did not come")
 
     @property
@@ -72,6 +73,7 @@ class Faulty:
 
     def __init__(self, inner: Storage, plan: Plan | None = None) -> None:
         self.inner, self.plan, self.done = inner, plan, Counter[str]()
+        self._put: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -79,13 +81,20 @@ class Faulty:
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
         body = list(chunks)
+        # Of directories only those of this attempt are new.
+        self._put |= {place for place in (path, *map(str, Path(path).parents)) if place.count("/") >= 2}
         self._act("write", path, lambda: self.inner.put(path, body))
 
     def open(self, path: str) -> BinaryIO:
         return self._act("read", path, lambda: self.inner.open(path))
 
     def list(self, path: str) -> list[Entry]:
-        return self._act("list", path, lambda: self.inner.list(path))
+        plan, ordinal = self.plan, self.done["list"]
+        if plan is None or plan.trouble is not Trouble.STALE or not plan.strikes("list", ordinal):
+            return self._act("list", path, lambda: self.inner.list(path))
+        self.done["list"] += 1
+        plan.fired += 1
+        return [entry for entry in self.inner.list(path) if f"{path}/{entry.name}" not in self._put]
 
     def delete(self, path: str) -> None:
         self._act("delete", path, lambda: self.inner.delete(path))
@@ -190,7 +199,14 @@ def number_of_operations(healthy: tuple[Path, Written], folder: Path) -> Counter
 VERBS = ("write", "read", "list", "delete")
 FAST = [(verb, trouble, False) for verb in VERBS for trouble in (Trouble.IO_ERROR, Trouble.TIMED_OUT)]
 FAST.append(("write", Trouble.FULL, True))
-ALL = [(verb, trouble, lasting) for verb in VERBS for trouble in Trouble for lasting in (False, True)]
+FAST.append(("list", Trouble.STALE, True))
+ALL = [
+    (verb, trouble, lasting)
+    for verb in VERBS
+    for trouble in Trouble
+    for lasting in (False, True)
+    if trouble is not Trouble.STALE or verb == "list"
+]
 
 
 def named(cases: list[tuple[str, Trouble, bool]], full: bool) -> list[Any]:
@@ -242,7 +258,8 @@ def test_trouble_on_s3(healthy: tuple[Path, Written], tmp_path: Path, cover: Cal
                 remote = ObjectStorage(f"{bucket}/case-{number}")
                 for entry in walk(local, ""):
                     remote.put(entry.name, [read_bytes(local, entry.name)])
-                trouble = list(Trouble)[number % len(Trouble)]
+                kinds = [trouble for trouble in Trouble if trouble is not Trouble.STALE or verb == "list"]
+                trouble = kinds[number % len(kinds)]
                 go_through(remote, healthy[1], Plan(verb, ordinal, trouble))
                 cover("Storage that fails", trouble.name.lower().replace("_", " "), f"{verb}, S3")
         print(f"{number} cases")

@@ -1,0 +1,55 @@
+"""Multi-part uploads that a killed writer began and nobody will end. No listing shows them, and the store bills them.
+
+pyarrow cannot see them, so this takes boto3 (the extra `s3`). Without it, and on stores that are not S3, nothing is
+done here; a lifecycle rule of the bucket that aborts incomplete uploads does the same, only later.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.layout import AttemptId, attempts_dir
+from outlast.checkpointing.storage import LocalStorage, Storage
+
+
+def abort_orphans(storage: Storage, run: str, below: AttemptId) -> int:
+    """Aborts what attempts lower than `below` left unfinished, and returns how many uploads that were.
+
+    A superseded attempt that is still at work loses its save by it, which could not have been acknowledged.
+
+    Raises:
+        StorageError: The store refused or did not answer.
+    """
+    if isinstance(storage, LocalStorage):
+        return 0
+    from outlast.checkpointing.objects import ObjectStorage  # brings pyarrow, which a local run does without
+
+    place = storage.s3 if isinstance(storage, ObjectStorage) else None
+    if place is None:
+        return 0
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return 0
+    prefix = f"{place.prefix}{attempts_dir(run)}/"
+    addressing = "path" if place.endpoint else "auto"  # as pyarrow does with an endpoint of one's own
+    config = Config(s3={"addressing_style": addressing}, retries={"mode": "standard"})
+    count = 0
+    try:
+        client = boto3.client("s3", region_name=place.region, endpoint_url=place.endpoint, config=config)
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=prefix)
+        for upload in (upload for page in pages for upload in page.get("Uploads", ())):
+            attempt = AttemptId.parse(upload["Key"].removeprefix(prefix).split("/")[0])
+            if attempt is not None and attempt < below:
+                with suppress(client.exceptions.NoSuchUpload):  # its writer was faster
+                    client.abort_multipart_upload(Bucket=place.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                count += 1
+    except (BotoCoreError, ClientError) as error:
+        raise StorageError(
+            f"cannot abort unfinished uploads below {storage.url}/{attempts_dir(run)}: {error}",
+            hint="let the credentials list and abort multi-part uploads, or give the bucket a lifecycle rule that does",
+        ) from error
+    return count
