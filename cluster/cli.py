@@ -100,6 +100,32 @@ def demo(
 
 
 @app.command()
+def drill(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    faults: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fault", metavar="FAULT", help="kill, kill-in-save, error, stop, damage or driver; again for more. All."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each copy.")] = 12,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: one of its own on this machine.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the copies in the storage.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Injure short copies of your own run on purpose; see whether each comes back with the same bits, and how soon."""
+    from dataclasses import asdict
+
+    from outlast.cluster.drill import kinds_of, run_drill
+
+    found = run_drill(run_file, overrides or [], kinds=kinds_of(faults), num_steps=steps, address=address, keep=keep)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    raise typer.Exit(0 if all(finding.is_good for finding in found) else 1)
+
+
+@app.command()
 def version(as_json: AsJson = False) -> None:
     """Versions, for a bug report."""
     import platform
