@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -242,23 +243,18 @@ class Loop:
         mine = share(num_micro, self.world.rank, self.world.size)
         cut = self._cut(step)
         batches = {m: self._batch(cut[m]) for m in mine}
-        agreed = self._agree(sum(self.task.count(batch) for batch in batches.values()))
-
-        if not agreed.count:
-            raise ConfigError(
-                f"step {step + 1} has nothing to learn from: none of its samples has a target",
-                hint="take such rows out of the data, or set a larger train.batch",
-            )
+        agree = self._agree(sum(self.task.count(batch) for batch in batches.values()))
         losses: dict[int, torch.Tensor] = {}
         for micro, batch in batches.items():
             seed_everything(plan.seed, step, micro)
-            losses[micro] = self._forward_backward(batch, agreed.count, sync=micro == mine[-1])
+            losses[micro] = self._forward_backward(batch, lambda: agree().count, sync=micro == mine[-1])
             if self._tree is not None:
                 self._tree.take(micro, num_micro)
             reach(Point.ACCUMULATING, step)
         for _ in range(self.world.num_idle(num_micro, self.wrapped)):  # the others wait for gradients, which are zero
             seed_everything(plan.seed, step, 0)  # what it leaves in buffers may be what is saved
-            self._forward_backward(self._batch(cut[0]), math.inf, sync=True)
+            self._forward_backward(self._batch(cut[0]), lambda: math.inf, sync=True)
+        agreed = agree()
         if self._tree is not None:
             self._tree.finish(num_micro)
         if self._still is not None:
@@ -287,30 +283,49 @@ class Loop:
         """A micro-batch on the host."""
         return self.task.collate(self.train_data.take(self.plan.samples(positions)), self.plan.keys(positions))
 
-    def _forward_backward(self, batch: dict[str, torch.Tensor], count: float, *, sync: bool) -> torch.Tensor:
-        """Adds the gradient of `loss_sum / count`; the ranks add theirs up when `sync`. Returns the loss sum."""
+    def _forward_backward(
+        self, batch: dict[str, torch.Tensor], count: Callable[[], float], *, sync: bool
+    ) -> torch.Tensor:
+        """Adds the gradient of `loss_sum / count`; the ranks add theirs up when `sync`. Returns the loss sum.
+
+        The count is asked for once the loss is there.
+        """
         if isinstance(self.wrapped, DistributedDataParallel):
             self.wrapped.require_backward_grad_sync = sync
         with self.world.autocast(self.config.train.precision):
             on_device = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
             loss_sum = self.task.loss_sum(self.wrapped, on_device)
-        self.scaler.scale(loss_sum / count).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss_sum / count()).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
-    def _agree(self, count: int) -> _Agreed:
-        """The step's one small all-reduce: its count, the ranks' flags, and the losses of the step before."""
+    def _agree(self, count: int) -> Callable[[], _Agreed]:
+        """Begins the step's one small all-reduce: its count, the ranks' flags, and the losses of the step before.
+
+        What is returned waits for it when first called, raising ConfigError if the step has nothing to learn from.
+        """
         save = self._save_is_wanted() if self.world.rank == 0 else _Save.NO
         stop, trouble = self.control.stop_requested(), self.checkpointer.is_troubled
-        count_sum, stop_sum, save_sum, trouble_sum = self._add(count, float(stop), float(save.value), float(trouble))
-        return _Agreed(count_sum, stop_sum > 0, _Save(int(save_sum)), trouble_sum > 0)
+        wait = self._add(count, float(stop), float(save.value), float(trouble))
+
+        @cache
+        def agreed() -> _Agreed:
+            count_sum, stop_sum, save_sum, trouble_sum = wait()
+            if not count_sum:
+                raise ConfigError(
+                    f"step {self.step + 1} has nothing to learn from: none of its samples has a target",
+                    hint="take such rows out of the data, or set a larger train.batch",
+                )
+            return _Agreed(count_sum, stop_sum > 0, _Save(int(save_sum)), trouble_sum > 0)
+
+        return agreed
 
     def _settle(self) -> None:
         """Adds up the losses of the step before now, because somebody wants to know them."""
         if self._pending is not None:
-            self._add(0)
+            self._add(0)()
 
-    def _add(self, *head: float) -> list[float]:
-        """Adds `head` over the ranks, and the losses of the step before, which go to the journal.
+    def _add(self, *head: float) -> Callable[[], list[float]]:
+        """Begins to add `head` over the ranks, and the losses of the step before, which go to the journal.
 
         Each micro-batch's loss has a place of its own, zero on every rank but one, so that adding over the ranks is
         exact; they are then added up in micro-batch order.
@@ -320,10 +335,15 @@ class Loop:
         pending, self._pending = self._pending, None
         for micro, loss_sum in (pending.micro_losses if pending else {}).items():
             values[len(head) + micro] = loss_sum.double().cpu()
-        added: list[float] = self.world.add(values).tolist()
-        if pending is not None:
-            self._log(pending, sum(added[len(head) :]))
-        return added[: len(head)]
+        wait = self.world.add_meanwhile(values)
+
+        def added() -> list[float]:
+            sums: list[float] = wait().tolist()
+            if pending is not None:
+                self._log(pending, sum(sums[len(head) :]))
+            return sums[: len(head)]
+
+        return added
 
     def _save_is_wanted(self) -> _Save:
         """Rank 0: whether somebody outside or time asks for a save."""
