@@ -43,6 +43,7 @@ from outlast.trainers.config import Parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.loop import Outcome, check_metric, make_plan
+from outlast.trainers.preflight import check_code, check_model
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -113,10 +114,12 @@ class Launch:
             if rival:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
+            check_code(self.config)
             self._tell({"event": "phase", "name": "data"})
             prepared = prepare(self.config, storage)
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
+            check_model(self.config, prepared, storage)
             for note in prepared.notes:
                 self._tell({"event": "note", "text": note})
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
