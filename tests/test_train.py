@@ -164,6 +164,28 @@ def test_a_setting_that_changes_the_mathematics_is_refused_at_once(
     assert len(list((tmp_path / "run/attempts").iterdir())) == 1
 
 
+@pytest.mark.faults  # forty seconds; `.ci/run` runs it
+def test_a_bug_in_the_users_code_is_shown_once_and_tried_twice(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "late.py").write_text(
+        "from outlast.trainers.tasks import CausalLM\n\n\nclass Late(CausalLM):\n    calls = 0\n\n"
+        "    def loss(self, *given):\n        Late.calls += 1\n        if Late.calls > 20:\n"
+        '            raise KeyError("labels")\n        return super().loss(*given)\n'
+    )
+    code, _, err = ended(start("-s", "model.task=late:Late", "-s", "train.eval_every=null"))
+    assert code == 1, err
+    assert err.count('raise KeyError("labels")') == 1
+    assert err.count("starting again") == 1
+    assert "the same failure twice, and no step in between" in err
+    assert err.count("late.py, line 10") == 3
+    assert "Traceback" not in err
+    logs = sorted((tmp_path / "run/launches").glob("*/failure-*.log"))
+    assert len(logs) == len(list((tmp_path / "run/attempts").iterdir())) == 2
+    assert str(logs[0]) in err
+    assert "Traceback" in logs[0].read_text()
+
+
 def test_demo(tmp_path: Path) -> None:
     """The README's first command: one worker killed for real in the middle of a save, and the same bits in the end."""
     findings_file = tmp_path / "findings.json"
