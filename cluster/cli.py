@@ -231,6 +231,8 @@ def status(run: Run, address: Address = None, storage: Root = "./runs", as_json:
     print(f"attempts: {body['attempts']}")
     for failure in body["failures"]:
         print(f"  {when(failure['t'])}  {failure['cause']} (rank {failure['rank']}): {failure['message'][:160]}")
+        if log := failure.get("log"):
+            print(f"    traceback: {log}")
     for job in body.get("jobs", []):
         print(f"job {job['id']}: {job['status']}")
     for damaged in body["damaged"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,12 +28,38 @@ from outlast.checkpointing.layout import AttemptId, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import open_storage
 from outlast.cluster.hub import ask, find_hub
+from outlast.trainers.blame import own_frames, told
 
 
 class RunFailed(OutlastError):
     """The workers failed more often than the run may, or in a way that a restart does not mend."""
 
 
+class RankError(Exception):
+    """What a rank ended with that outlast did not raise: plain text, so that the user's classes need not travel.
+
+    Args:
+        said: The error in one line, and after which step.
+        excerpt: The last lines of its traceback that are the user's code.
+        whole: The whole traceback.
+    """
+
+    def __init__(self, said: str, excerpt: str, whole: str) -> None:
+        super().__init__(said, excerpt, whole)
+        self.said, self.excerpt, self.whole = said, excerpt, whole
+
+    def __str__(self) -> str:
+        return self.said
+
+    @classmethod
+    def of(cls, error: BaseException) -> RankError:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+        frames = traceback.format_list(own_frames(error)[-_NUM_FRAMES:])
+        return cls(told(error) + notes, "".join(frames).rstrip(), "".join(traceback.format_exception(error)))
+
+
+#: How many frames of the user's code are shown.
+_NUM_FRAMES = 3
 #: What a rank says when another one has gone.
 _ECHOES = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout")
 #: How Ray says that it ended an actor itself.
@@ -66,6 +93,11 @@ class Failure:
     cause: Cause
     rank: int
     message: str
+    excerpt: str = ""
+
+    def repeats(self, before: Failure | None) -> bool:
+        """Whether code raised the same after the same step as the time before: then it will again."""
+        return self.cause is Cause.ERROR and before == self and "after step" in self.message
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +126,14 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
             drained = drained or bool(getattr(error, "preempted", False))
             found.append(Failure(_cause_of_death(said, drained), rank, said.splitlines()[0]))
         elif not any(word in said for word in _ECHOES):
-            found.append(Failure(Cause.ERROR, rank, said.splitlines()[-1]))
+            excerpt = error.excerpt if isinstance(error, RankError) else ""
+            found.append(Failure(Cause.ERROR, rank, said.splitlines()[-1], excerpt))
     return max(found, key=lambda failure: (failure.cause.weight, -failure.rank), default=None)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """What Ray Train wrapped, in an error of a task or of a health check."""
-    for name in ("cause", "health_check_failure"):
+    """What Ray Train wrapped, in an error of a task, of a health check or of the training function."""
+    for name in ("cause", "health_check_failure", "_base_exc"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
             return _unwrapped(inner)
@@ -153,6 +186,7 @@ class Recorder(ray.train.UserCallback):
         self._place = (storage_url, run, launch)
         self._limits = {True: max_failures, False: max_preemptions}
         self._counts = {True: 0, False: 0}
+        self._last: Failure | None = None
         self._journal: Journal | None = None
         self._last_attempt: AttemptId | None = None
         self._last_said: frozenset[tuple[int, str]] = frozenset()
@@ -192,24 +226,47 @@ class Recorder(ray.train.UserCallback):
             time.sleep(0.2)
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
-        self._count(failure, hub)
         event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.message}
+        log = self._write_log(attempt, errors)
+        event |= {"log": log} if log else {}
+        counted = failure.cause.is_failure
+        self._counts[counted] += 1
+        ending = self._ending(failure, log)
+        self._last = failure
         if hub is not None:
-            counted = failure.cause.is_failure
-            numbers = {"number": self._counts[counted], "limit": self._limits[counted]}
-            ask(hub.exchange.remote([{"event": "failure", **event, **numbers}]))
+            numbers = {"number": self._counts[counted], "limit": self._limits[counted], "ends": ending is not None}
+            ask(hub.exchange.remote([{"event": "failure", **event, **numbers, "excerpt": failure.excerpt}]))
+            if ending is not None:
+                ask(hub.fail.remote(failure.rank, ending))
         with suppress(StorageError):  # the count stands; the story has a gap
             journal.event("failure", attempt=attempt, **event)
 
-    def _count(self, failure: Failure, hub: Any) -> None:
+    def _write_log(self, attempt: str, errors: Mapping[int, BaseException]) -> str:
+        """Writes the ranks' tracebacks into the launch's directory. Returns where; nothing where there are none."""
+        url, run, launch = self._place
+        found = {rank: _unwrapped(error) for rank, error in sorted(errors.items())}
+        parts = [f"rank {rank}\n{error.whole}\n" for rank, error in found.items() if isinstance(error, RankError)]
+        path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
+        with suppress(StorageError):
+            if parts:
+                open_storage(url).put(path, ["\n".join(parts).encode()])
+                return f"{url}/{path}"
+        return ""
+
+    def _ending(self, failure: Failure, log: str) -> RunFailed | None:
+        """Why the run must not try again, or None if it may."""
         counted = failure.cause.is_failure
-        self._counts[counted] += 1
-        limit = self._limits[counted]
-        if self._counts[counted] > limit >= 0 and hub is not None:
-            what = "failures" if counted else "preemptions"
-            last = f"{failure.cause.value}, rank {failure.rank}: {failure.message}"
-            error = RunFailed(
-                f"more than {limit} {what}; the last one: {last}",
-                hint=f"mend the cause, or raise failure.max_{what}; the same command then goes on where it was",
+        limit, what = self._limits[counted], "failures" if counted else "preemptions"
+        last = f"{failure.cause.value}, rank {failure.rank}: {failure.message}"
+        see = f" ({log} holds the whole traceback)" if log else ""
+        if failure.repeats(self._last):
+            return RunFailed(
+                f"the same failure twice, and no step in between; {last}",
+                hint=f"mend the cause{see}; the same command then goes on where it was",
             )
-            ask(hub.fail.remote(failure.rank, error))
+        if self._counts[counted] <= limit or limit < 0:
+            return None
+        return RunFailed(
+            f"more than {limit} {what}; the last one: {last}",
+            hint=f"mend the cause{see}, or raise failure.max_{what}; the same command then goes on where it was",
+        )

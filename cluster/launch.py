@@ -43,11 +43,22 @@ from outlast.trainers.config import Parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.loop import Outcome, check_metric, make_plan
+from outlast.trainers.preflight import check_code, check_model
 
 Listener = Callable[[dict[str, Any]], None]
 
 OBJECT_STORE_BYTES = 200 * 2**20
 NODES_WAIT_S = 60.0
+
+
+#: What SIGINT and SIGTERM raise in the main thread; Ray's own handler, set while it starts, raises the second.
+_INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
+
+
+class Interrupted(OutlastError):
+    """Somebody ended the launch before anything was saved."""
+
+    exit_code = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,12 @@ class Launch:
         Raises:
             OutlastError: What went wrong; see `errors.py`.
         """
+        try:
+            return self._run(address)
+        except _INTERRUPTIONS:
+            raise Interrupted("interrupted; nothing is saved", hint="run the same command again") from None
+
+    def _run(self, address: str | None) -> Finished:
         storage, name = self.storage, self.config.name
         make_importable(self.code)
         with _preflight():
@@ -113,10 +130,12 @@ class Launch:
             if rival:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
+            check_code(self.config)
             self._tell({"event": "phase", "name": "data"})
             prepared = prepare(self.config, storage)
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
+            check_model(self.config, prepared, storage)
             for note in prepared.notes:
                 self._tell({"event": "note", "text": note})
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
@@ -126,9 +145,9 @@ class Launch:
             finished = self._train(storage, prepared, address)
             ended = finished.outcome.exit_code
             return finished
-        except KeyboardInterrupt:
+        except _INTERRUPTIONS:
             if not catalogue(storage, name).accepted:
-                ended = 130
+                ended = Interrupted.exit_code
                 raise
             ended = Outcome.STOPPED.exit_code
             return Finished(Outcome.STOPPED, self.id)
@@ -136,7 +155,8 @@ class Launch:
             ended = error.exit_code
             raise
         finally:
-            alive.end(ended)
+            with _handling(signal.SIG_IGN):  # lest it stays unsaid how this ended
+                alive.end(ended)
 
     def _train(self, storage: Storage, prepared: Prepared, address: str | None) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.workers)
@@ -228,16 +248,19 @@ class Launch:
         thread = threading.Thread(target=fit, daemon=True)
         with _signals() as stopping:
             thread.start()
-            asked = False
+            asked = begun = False
             while thread.is_alive():
                 thread.join(0.25)
+                for event in ask(hub.drain.remote(), []):
+                    begun |= event["event"] == "plan"
+                    self._tell(event)
                 if stopping.is_set():
+                    if not begun:  # there is nothing to commit, and nobody yet to do it
+                        raise KeyboardInterrupt
                     hub.stop.remote()  # each time, because a hub that was restarted has forgotten it
                     if not asked:
                         asked = True
                         self._tell({"event": "stopping"})
-                for event in ask(hub.drain.remote(), []):
-                    self._tell(event)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(hub)
         if "failure" in box:
@@ -315,18 +338,25 @@ def interrupt_on_sigterm() -> None:
 def _signals() -> Iterator[threading.Event]:
     """An event that the first SIGTERM or SIGINT sets; the second one interrupts at once."""
     stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
 
     def handle(signum: int, frame: object) -> None:
         if stopping.is_set():
             raise KeyboardInterrupt
         stopping.set()
 
+    with _handling(handle):
+        yield stopping
+
+
+@contextlib.contextmanager
+def _handling(handle: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[None]:
+    """SIGTERM and SIGINT are handled so meanwhile. Python allows it in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stopping
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,6 +9,7 @@ import ray.train.torch
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.storage import open_storage
+from outlast.cluster.failures import RankError
 from outlast.cluster.hub import Line
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.world import World
@@ -33,3 +34,5 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             if error.permanent and line.all_fail(error):
                 return {"error": error}
             raise
+        except Exception as error:  # noqa: BLE001 - raised again as what survives the way to the driver
+            raise RankError.of(error) from None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
+
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
-from outlast.cluster.failures import Cause, Death, Failure, classify
+from outlast.cluster.failures import Cause, Death, Failure, RankError, classify
 from outlast.cluster.preemption import Watch
 
 RESET = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer. gloo")
@@ -39,6 +43,46 @@ def test_the_cause_is_found_among_its_echoes(
 
 def test_what_was_said_is_kept() -> None:
     assert classify({2: BUG}, [], drained=False) == Failure(Cause.ERROR, 2, "labels are wrong")
+
+
+def raised(text: str, step: int) -> RankError:
+    """What a worker tells of an error that this file raised, out of a library, after so many steps."""
+    try:
+        json.loads(text)
+    except ValueError as error:
+        error.add_note(f"after step {step}")
+        return RankError.of(error)
+    raise AssertionError("it is no JSON")
+
+
+def test_an_error_of_the_users_code_is_told_by_their_lines() -> None:
+    error = UserExceptionWithTraceback(raised("{", 7), traceback_str="Ray's own\nwords")
+    found = classify({0: RESET, 1: pickle.loads(pickle.dumps(error))}, [], drained=False)
+    assert found is not None
+    assert (found.cause, found.rank) == (Cause.ERROR, 1)
+    assert re.fullmatch(rf"JSONDecodeError: Expecting .* \({__file__}, line \d+\) \(after step 7\)", found.message)
+    assert found.excerpt.splitlines()[-1].strip() == "json.loads(text)"
+    assert "json/decoder.py" not in found.excerpt
+    assert "json/decoder.py" in raised("{", 7).whole
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "repeats"),
+    [
+        (raised("{", 7), raised("{", 7), True),
+        (raised("{", 6), raised("{", 7), False),
+        (raised("[", 7), raised("{", 7), False),
+        (None, raised("{", 7), False),
+        (BUG, BUG, False),
+    ],
+)
+def test_the_same_error_after_the_same_step_would_come_again(
+    before: BaseException | None, now: BaseException, repeats: bool
+) -> None:
+    earlier = classify({0: before}, [], drained=False) if before else None
+    found = classify({0: now}, [], drained=False)
+    assert found is not None
+    assert found.repeats(earlier) is repeats
 
 
 def test_rays_own_word_for_a_dead_actor() -> None:

@@ -119,7 +119,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     )
     try:
         outcome = loop.run()
-    except BaseException:
+    except BaseException as error:
+        error.add_note(f"after step {loop.step}")
         with suppress(StorageError):  # the first error is the one to report
             checkpointer.flush()
         raise

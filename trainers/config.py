@@ -20,7 +20,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import check_run_name
 from outlast.checkpointing.retention import KEEP_LAST_MIN, Retention
 from outlast.checkpointing.schedule import Every, Unit
-from outlast.trainers.registry import check_task_name
+from outlast.trainers.registry import check_task_name, is_dotted
 
 
 class Exactness(Enum):
@@ -95,7 +95,7 @@ class ModelSettings(Settings):
     """A local directory in the Hugging Face layout, or a hub id."""
     config: dict[str, Any] | None = None
     """Settings of a new model, `model_type` among them; vocabulary size and special tokens follow the tokenizer."""
-    class_: str | None = Field(None, alias="class", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    class_: str | None = Field(None, alias="class")
     """`package.module:Class`, a model class of your own; Python must find it, also on the workers. Default: what
     transformers has for the task."""
     trust_remote_code: bool = False
@@ -106,6 +106,13 @@ class ModelSettings(Settings):
     """Needed with `config`; with `path` the model's own tokenizer is taken."""
     task: str = "causal-lm"
     """What the model learns to do: a name of `trainers/registry.py`, or a class of your own, package.module:Class."""
+
+    @field_validator("class_")
+    @classmethod
+    def _is_dotted(cls, value: str | None) -> str | None:
+        if value is not None and not is_dotted(value):
+            raise ValueError(f"{value!r} is no class: write package.module:Class, such as my_models:MyModel")
+        return value
 
     @field_validator("task")
     @classmethod
@@ -239,9 +246,9 @@ class TrainSettings(Settings):
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Where the schedule ends; of constant and inverse_sqrt, which have no end, 0."""
-    schedule: Literal["cosine", "linear", "constant", "cosine_with_min", "polynomial", "inverse_sqrt", "wsd"] = "cosine"
-    """How the learning rate goes on after the warm-up: down to min_lr at the last step, or not. cosine_with_min is
-    cosine that insists on a min_lr; wsd (warm-up, stable, decay) stays at the peak until the last `decay` steps."""
+    schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt", "wsd"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to min_lr at the last step, or not. wsd
+    (warm-up, stable, decay) stays at the peak until the last `decay` steps."""
     warmup: float = Field(0.0, ge=0)
     """Steps of linear warm-up; below 1, a share of all steps."""
     decay: float = Field(0.1, gt=0)
@@ -318,8 +325,6 @@ class TrainSettings(Settings):
     def _is_known(self) -> TrainSettings:
         if self.min_lr and self.schedule in ("constant", "inverse_sqrt"):
             raise ValueError(f"min_lr: schedule {self.schedule} does not end anywhere")
-        if self.schedule == "cosine_with_min" and not self.min_lr:
-            raise ValueError("schedule cosine_with_min needs a min_lr")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) is more than lr ({self.lr:g})")
         if self.model_fields_set & {"optimizer", "optimizer_options", "betas", "eps"} and ":" not in self.optimizer:

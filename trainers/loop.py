@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -40,9 +39,10 @@ from outlast.trainers.registry import find_task
 from outlast.trainers.samples import Samples
 from outlast.trainers.sampling import Plan, share
 from outlast.trainers.sharded import whole
+from outlast.trainers.still import watch_buffers
 from outlast.trainers.stopping import patience
 from outlast.trainers.tasks import Batch, Task
-from outlast.trainers.world import Still, World, seed_everything
+from outlast.trainers.world import World, seed_everything
 
 
 class Outcome(Enum):
@@ -197,7 +197,8 @@ class Loop:
             return Outcome.SUPERSEDED
         prepare_module(self.model, self.config.train, self.world, self.world.device)
         self.wrapped = self.world.parallelize(self.model, self.exactness)
-        self._still = self._watch_buffers()
+        recomputes = self.config.train.gradient_checkpointing
+        self._still = watch_buffers(self.model, self.exactness, recomputes=recomputes)
         self.model.train()
         self._tell("plan", num_steps=self.plan.num_steps, world_size=self.world.size, step=self.step)
         if fresh and self.eval_data is not None:
@@ -227,12 +228,6 @@ class Loop:
                 return Outcome.STOPPED
         return self._finish()
 
-    def _watch_buffers(self) -> Still | None:
-        """For modes in which ranks keep no common buffers. To be asked after resuming, which writes them."""
-        if self.exactness is Exactness.ELASTIC:
-            return Still(self.model, "exactness: elastic")
-        return Still(self.model, "scale.parallel: fsdp") if isinstance(self.model, FSDPModule) else None
-
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _train_step(self) -> _Agreed:
@@ -257,8 +252,8 @@ class Loop:
         agreed = agree()
         if self._tree is not None:
             self._tree.finish(num_micro)
-        if self._still is not None:
-            self._still.check()
+        for still in self._still:
+            still.check()
 
         reach(Point.STEP, step)
         self.scaler.unscale_(self.optimizer)
@@ -295,6 +290,9 @@ class Loop:
         with self.world.autocast(self.config.train.precision):
             on_device = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
             loss_sum = self.task.loss_sum(self.wrapped, on_device)
+        if self.config.train.gradient_checkpointing:
+            for still in self._still:  # before the backward pass stumbles over it
+                still.check()
         self.scaler.scale(loss_sum / count()).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 

@@ -22,7 +22,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.ranks import Ranks
 from outlast.trainers.config import Exactness
 from outlast.trainers.custom import carried_state
@@ -124,31 +123,6 @@ def _sum_in_any_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda result: result.value()[0])
     return future
-
-
-class Still:
-    """Watches the buffers of a model in which no forward pass may change any.
-
-    Where ranks keep no common buffers, a running mean would depend on which rank saw what, and on nothing that is
-    saved.
-    """
-
-    def __init__(self, model: nn.Module, why: str) -> None:
-        self._model, self._why = model, why
-        self._before = self._look()
-
-    def check(self) -> None:
-        """Raises ConfigError when a buffer was written to."""
-        for name, (buffer, version) in self._look().items():
-            before, version_before = self._before.get(name, (None, 0))
-            if buffer is not before or version != version_before:
-                raise ConfigError(
-                    f"buffer {name} changes in the forward pass; {self._why} holds for models without such state only",
-                    hint="use exactness: same-world and scale.parallel: ddp, which keep rank 0's buffers",
-                )
-
-    def _look(self) -> dict[str, tuple[torch.Tensor, int]]:
-        return {name: (buffer, buffer._version) for name, buffer in self._model.named_buffers()}
 
 
 def seed_everything(*parts: int) -> None:
