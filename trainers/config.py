@@ -175,6 +175,9 @@ class DataSettings(Settings):
     """Whatever a task of your own needs to know."""
     max_bad_rows: int = Field(0, ge=0)
     """Rows that cannot be used are left out, up to so many; more are refused."""
+    prepare: Literal["auto", "here", "cluster"] = "auto"
+    """Where rows become samples: in the process that starts the run (here), or on Ray Data over the cluster. The bytes
+    are the same. auto takes the cluster from 256 MiB of files on, as they lie there."""
     max_length: int = Field(512, ge=2)
     """Tokens in a sample. For causal-lm, documents are joined with an end token and cut into pieces of this length;
     attention crosses their borders, and the last piece is dropped when it is short. For other tasks a text is a sample,
