@@ -459,7 +459,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             near = difflib.get_close_matches(str(found["loc"][-1]), known, n=1)
             lines.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {known}"))
         else:
-            lines.append(f"{where or 'the whole'}: {found['msg'].removeprefix('Value error, ')}")
+            cause = found.get("ctx", {}).get("error")
+            hint = f"; {cause.hint}" if isinstance(cause, ConfigError) and cause.hint else ""
+            lines.append(f"{where}: ".removeprefix(": ") + found["msg"].removeprefix("Value error, ") + hint)
     return "\n".join(lines)
 
 
