@@ -64,6 +64,8 @@ def _shown(answer: dict[str, Any]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
+    if isinstance(value, dict) and value.keys() == {"token", "score"}:
+        return f"{value['token']!r} {_value(value['score'])}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
     if isinstance(value, list):

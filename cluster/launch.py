@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,11 +38,13 @@ from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
+from outlast.cluster.preparation import encode_on_ray
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
 from outlast.trainers.config import Parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared, prepare
+from outlast.trainers.encoding import Encoder
 from outlast.trainers.loop import Outcome, check_metric, make_plan
 from outlast.trainers.preflight import check_code, check_model
 
@@ -132,7 +135,7 @@ class Launch:
                 return Finished(Outcome.SUPERSEDED, self.id)
             check_code(self.config)
             self._tell({"event": "phase", "name": "data"})
-            prepared = prepare(self.config, storage)
+            prepared = prepare(self.config, storage, partial(self._encoders, address))
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
             check_model(self.config, prepared, storage)
@@ -157,6 +160,11 @@ class Launch:
         finally:
             with _handling(signal.SIG_IGN):  # lest it stays unsaid how this ended
                 alive.end(ended)
+
+    @contextlib.contextmanager
+    def _encoders(self, address: str | None) -> Iterator[Encoder]:
+        with ray_session(address):
+            yield partial(encode_on_ray, code=self.code)
 
     def _train(self, storage: Storage, prepared: Prepared, address: str | None) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.workers)

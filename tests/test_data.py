@@ -286,6 +286,16 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path: Path, place: LocalSto
     assert np.array_equal(samples(prepared, place), samples(good, place))
 
 
+def test_the_limit_of_bad_rows_is_no_part_of_what_comes_out(tmp_path: Path, place: LocalStorage) -> None:
+    """So it may be raised while a run goes on; data with more of them than may be is refused as if it were new."""
+    path = write_rows(tmp_path / "train.jsonl", [*({"text": document} for document in DOCUMENTS), {"text": 5}])
+    first = prepare(config_of(place, path, max_bad_rows=1), place)
+    assert prepare(config_of(place, path, max_bad_rows=7, prepare="cluster"), place) == first
+    with pytest.raises(ConfigError, match="row 121: column 'text' holds 5"):
+        prepare(config_of(place, path), place)
+    assert prepare(config_of(place, path, max_bad_rows=1), place) == first
+
+
 def test_no_row_is_in_both_splits(tmp_path: Path, place: LocalStorage) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS)
     train, evaluation = held_out(prepare(config_of(place, tmp_path / "train.txt", eval="20%"), place), place)

@@ -182,6 +182,9 @@ class DataSettings(Settings):
     """Whatever a task of your own needs to know."""
     max_bad_rows: int = Field(0, ge=0)
     """Rows that cannot be used are left out, up to so many; more are refused."""
+    prepare: Literal["auto", "here", "cluster"] = "auto"
+    """Where rows become samples: in the process that starts the run (here), or on Ray Data over the cluster. The bytes
+    are the same. auto takes the cluster from 256 MiB of files on, as they lie there."""
     max_length: int = Field(512, ge=2)
     """Tokens in a sample. For causal-lm, documents are joined with an end token and cut into pieces of this length;
     attention crosses their borders, and the last piece is dropped when it is short. For other tasks a text is a sample,
@@ -461,7 +464,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             near = difflib.get_close_matches(str(found["loc"][-1]), known, n=1)
             lines.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {known}"))
         else:
-            lines.append(f"{where or 'the whole'}: {found['msg'].removeprefix('Value error, ')}")
+            cause = found.get("ctx", {}).get("error")
+            hint = f"; {cause.hint}" if isinstance(cause, ConfigError) and cause.hint else ""
+            lines.append(f"{where}: ".removeprefix(": ") + found["msg"].removeprefix("Value error, ") + hint)
     return "\n".join(lines)
 
 

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -63,12 +62,37 @@ class BadRows:
     count: int = 0
     first: list[str] = field(default_factory=list)
     hint: str = "mend them, or have such rows left out: -s data.max_bad_rows=…"
+    _num_seen: int = 0
+    _over_at: int | None = None
 
-    def add(self, row: Row, fault: str) -> None:
-        """Leaves a row out."""
-        self.count += 1
-        if len(self.first) < _NUM_NAMED:
-            self.first.append(f"{row.where}: {fault}")
+    @property
+    def are_too_many(self) -> bool:
+        """There are more than may be left out; what is seen from now on serves to name the first three."""
+        return self._over_at is not None
+
+    def see(self, num_rows: int, faults: Mapping[int, str]) -> None:
+        """Some rows, and what is wrong with those at these places.
+
+        Raises:
+            ConfigError: More than `limit` rows cannot be used, and the first three are named or far apart.
+        """
+        for place, fault in sorted(faults.items()):
+            at = self._num_seen + place
+            if self._over_at is None or (at - self._over_at <= _LOOK_ON_ROWS and len(self.first) < _NUM_NAMED):
+                self.count += 1
+                self.first += [fault] if len(self.first) < _NUM_NAMED else []
+                if self.count > self.limit and self._over_at is None:
+                    self._over_at = at
+        self._num_seen += num_rows
+        are_enough = len(self.first) == _NUM_NAMED
+        if self._over_at is not None and (are_enough or self._num_seen - self._over_at > _LOOK_ON_ROWS):
+            self.end()
+
+    def end(self) -> None:
+        """There are no more rows. Raises as `see`."""
+        if self.are_too_many:
+            said = f"more rows cannot be used than the {self.limit:,} that may be left out; the first ones:"
+            raise ConfigError(self.first[0] if self.count == 1 else "\n  ".join([said, *self.first]), hint=self.hint)
 
 
 def usable(
@@ -84,23 +108,12 @@ def usable(
     Raises:
         ConfigError: More than `bad.limit` rows cannot be used. Reads on a little, to name the first three.
     """
-    rest = iter(rows)
-    for row in rest:
-        if fault := row.fault or judge(row.values):
-            bad.add(row, fault)
-            if bad.count > bad.limit:
-                break
-        else:
+    for row in rows:
+        fault = row.fault or judge(row.values)
+        bad.see(1, {0: f"{row.where}: {fault}"} if fault else {})
+        if not fault and not bad.are_too_many:
             yield row
-    else:
-        return
-    for row in islice(rest, _LOOK_ON_ROWS):
-        if len(bad.first) == _NUM_NAMED:
-            break
-        if fault := row.fault or judge(row.values):
-            bad.add(row, fault)
-    said = f"more rows cannot be used than the {bad.limit:,} that may be left out; the first ones:"
-    raise ConfigError(bad.first[0] if bad.count == 1 else "\n  ".join([said, *bad.first]), hint=bad.hint)
+    bad.end()
 
 
 def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
@@ -114,7 +127,12 @@ def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[R
         ConfigError: A file is missing, is not what its name says, or a column is in none of its rows.
         StorageError: Reading failed.
     """
-    for item in find_sources(source):
+    yield from read_files(find_sources(source), columns)
+
+
+def read_files(sources: Iterable[Source], columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of some files, as `read_rows`."""
+    for item in sources:
         with item.reading():
             for number, (values, line) in enumerate(_READERS[item.kind](item, columns), 1):
                 where = f"{item.name}, row {number}" + (f" (line {line})" if line not in (None, number) else "")
