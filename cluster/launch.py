@@ -25,6 +25,7 @@ import ray
 import ray.train
 import ray.train.torch
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.commands import find_model
@@ -35,6 +36,7 @@ from outlast.checkpointing.lineage import catalogue, launch_is_superseded
 from outlast.checkpointing.storage import LocalStorage, Storage, open_storage
 from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
+from outlast.cluster.doctor import preflight
 from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.worker import train_worker
@@ -143,6 +145,7 @@ class Launch:
         self._tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
         with ray_session(address) as self.joined:
             cpus = self._cpus_per_worker()
+            preflight(self.config, self._tell)
             assignment = Assignment(
                 config=self.config,
                 declared=self.declared,
@@ -272,13 +275,32 @@ def ray_session(address: str | None = None) -> Iterator[bool]:
             with contextlib.chdir(
                 folder or "."
             ):  # workers import first from here: a folder `outlast` must not be found
-                ray.init(address=address or "local", **quiet)
+                _init(address=address or "local", **quiet)
             interrupt_on_sigterm()
             yield bool(address)
     finally:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init(address: str, **options: Any) -> None:
+    """Starts or joins Ray.
+
+    Raises:
+        PreflightError: There is no such cluster, it has another Ray or Python, or it wants a token.
+    """
+    try:
+        ray.init(address=address, **options)
+    except AuthenticationError as error:
+        hint = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
+        raise PreflightError(f"the Ray cluster at {address} wants a token: {error.message}", hint=hint) from error
+    except (ConnectionError, RuntimeError) as error:
+        if address == "local":
+            raise
+        said = " ".join(str(error).split())
+        hint = "check the address (of the head, usually port 6379), and that Ray and Python are the same there"
+        raise PreflightError(f"the Ray cluster at {address} cannot be joined: {said}", hint=hint) from error
 
 
 def _ray_folder() -> str:
