@@ -135,6 +135,7 @@ class _Nodes:
         alive = [node for node in ray.nodes() if node["Alive"]]
         rows = [node for node in alive if node["NodeID"] == here or _could_hold(node["Resources"], wanted)]
         names = _names(rows)
+        rows.sort(key=lambda row: names[row["NodeID"]])
         self.ids = {names[row["NodeID"]]: row["NodeID"] for row in rows}
         self.resources: dict[str, Mapping[str, float]] = {names[row["NodeID"]]: row["Resources"] for row in rows}
         self.here = names[here]

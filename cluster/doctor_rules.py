@@ -306,10 +306,11 @@ def judge_ports(facts: Facts, faults: Mapping[str, Mapping[str, str]]) -> list[F
             "let the cluster's nodes talk to each other on all ports: firewall, security group, network policy",
         )
     for node, fact in facts.items():
-        if len(facts) > 1 and fact["gloo_address"].startswith("127."):
+        elsewhere = any(other["address"] != fact["address"] for other in facts.values())
+        if elsewhere and (not fact["gloo_address"] or fact["gloo_address"].startswith("127.")):
             report.fail(
-                f"{node}: gloo would offer the others {fact['gloo_address']}, because its host name "
-                f"({fact['host']}) means that or nothing",
+                f"{node}: gloo would offer the others {fact['gloo_address'] or 'no address'}, going by "
+                f"{fact['gloo_interface'] or 'the host name ' + fact['host']}",
                 f"set GLOO_SOCKET_IFNAME={fact['interface'] or 'its interface'} where Ray starts on {node}, or let the "
                 f"name mean {fact['address']} (/etc/hosts)",
             )

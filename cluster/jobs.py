@@ -100,7 +100,7 @@ def judge_server(place: str) -> list[Finding]:
     host = urlsplit(place).hostname or ""
     try:
         is_near = all(ip_address(item[4][0]).is_loopback for item in socket.getaddrinfo(host, None))
-        requests.get(f"{place.rstrip('/')}/api/jobs/", timeout=10).raise_for_status()
+        requests.get(f"{place.rstrip('/')}/api/version", timeout=10).raise_for_status()
     except (OSError, ValueError):  # it asks for a token, or it cannot be asked
         return [Finding(Level.OK, "job server", f"{place} does not answer strangers")]
     if is_near:
