@@ -10,6 +10,7 @@ from typing import Any
 
 from outlast.cluster.cli_shared import size
 
+TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 GIB = 2**30
 #: Ray puts nothing more on a disk that is fuller than this.
 FULL_SHARE = 0.95

@@ -30,10 +30,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.config import RunConfig
-from outlast.cluster.doctor_rules import Finding, Level
+from outlast.cluster.doctor_rules import TOKEN_HINT, Finding, Level
 
 STOP_WAIT_S = 600
-TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 _PERIOD_S = 0.5
 _PACKAGES = ("checkpointing", "trainers", "cluster")
 

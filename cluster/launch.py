@@ -37,6 +37,7 @@ from outlast.checkpointing.storage import LocalStorage, Storage, open_storage
 from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
 from outlast.cluster.doctor import preflight
+from outlast.cluster.doctor_rules import TOKEN_HINT
 from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.worker import train_worker
@@ -292,14 +293,16 @@ def _init(address: str, **options: Any) -> None:
     """
     try:
         ray.init(address=address, **options)
-    except AuthenticationError as error:
-        hint = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
-        raise PreflightError(f"the Ray cluster at {address} wants a token: {error.message}", hint=hint) from error
-    except (ConnectionError, RuntimeError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError) as error:
         if address == "local":
             raise
-        said = " ".join(str(error).split())
-        hint = "check the address (of the head, usually port 6379), and that Ray and Python are the same there"
+        said, hint = (
+            str(error).strip(),
+            "check the address (of the head, usually port 6379), and that Ray and Python are the same there",
+        )
+        said = said.splitlines()[-1] if "Traceback" in said else " ".join(said.split())
+        if "AuthenticationError" in said or isinstance(error, AuthenticationError):
+            said, hint = "it wants a token, and got none or another", TOKEN_HINT
         raise PreflightError(f"the Ray cluster at {address} cannot be joined: {said}", hint=hint) from error
 
 
