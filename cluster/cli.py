@@ -18,6 +18,7 @@ import typer
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.cli_checkpoints import checkpoints
+from outlast.cluster.cli_doctor import doctor
 from outlast.cluster.cli_shared import RUN_FILES, AsJson, Root, Run, find_run, when
 from outlast.cluster.cli_try import try_
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoints, name="checkpoints")
 app.command("try")(try_)
+app.command()(doctor)
 k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
 app.add_typer(k8s, name="k8s")
 
@@ -177,6 +179,9 @@ def _submit(
 
     jobs.check_reachable(config)
     client = jobs.connect(address)
+    for warning in jobs.judge_server(client.get_address()):
+        if warning.hint:
+            print(f"outlast: {warning.text}; {warning.hint}", file=sys.stderr)
     job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
     print(f"{'submitted' if is_new else 'already at work; attached to'} {job.id}", file=sys.stderr)
     print(job.id)

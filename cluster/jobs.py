@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import requests
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.config import RunConfig
+from outlast.cluster.doctor_rules import TOKEN_HINT, Finding, Level
 
 STOP_WAIT_S = 600
 _PERIOD_S = 0.5
@@ -68,7 +75,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     """The job server at `address` (`http://head:8265`), or at RAY_API_SERVER_ADDRESS.
 
     Raises:
-        PreflightError: Nobody answers there, or it is not a job server, or it asks for a token.
+        PreflightError: Nobody answers there, or it is not a job server, or it asks for another token.
     """
     place = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not place:
@@ -77,10 +84,30 @@ def connect(address: str | None) -> JobSubmissionClient:
         )
     try:
         return JobSubmissionClient(place)
+    except AuthenticationError as error:
+        raise PreflightError(
+            f"the job server at {place} wants a token: {error.message.splitlines()[0]}", hint=TOKEN_HINT
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        hint = "check the address (the dashboard's, usually port 8265) and, if the cluster wants one, RAY_AUTH_TOKEN"
+        hint = "check the address (the dashboard's, usually port 8265)"
         raise PreflightError(f"no job server answers at {place}: {said}", hint=hint) from error
+
+
+def judge_server(place: str) -> list[Finding]:
+    """Whether strangers may run code on the cluster: its job server takes requests without a token from elsewhere."""
+    host = urlsplit(place).hostname or ""
+    try:
+        is_near = all(ip_address(item[4][0]).is_loopback for item in socket.getaddrinfo(host, None))
+        requests.get(f"{place.rstrip('/')}/api/version", timeout=10).raise_for_status()
+    except (OSError, ValueError):  # it asks for a token, or it cannot be asked
+        return [Finding(Level.OK, "job server", f"{place} does not answer strangers")]
+    if is_near:
+        return [Finding(Level.OK, "job server", f"{place} is open, to this machine only")]
+    text = f"{place} is open: whoever reaches it may run anything on the cluster"
+    return [
+        Finding(Level.WARNING, "job server", text, "start every node with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN")
+    ]
 
 
 def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[Job]:
@@ -165,6 +192,29 @@ def submit(
         except RuntimeError as error:
             raise PreflightError(f"the job server refused {config.name}-{number}: {error}") from error
     return Job(f"{config.name}-{number}", config.name, number, JobStatus.PENDING.value), True
+
+
+def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
+    """Runs a verb of the command line on the cluster, as a job of no run, with this outlast. Waits for it.
+
+    Args:
+        client: The job server.
+        arguments: The verb and its arguments.
+        declared: A run's settings as written, which the verb finds in `run.yaml`.
+
+    Returns:
+        Its log.
+    """
+    with _bundle(declared or {}, None) as folder:
+        job = client.submit_job(
+            entrypoint=shlex.join(["exec", "python", "-m", "outlast.cluster.cli", *arguments]),
+            runtime_env={"working_dir": str(folder / "work"), "py_modules": [str(_package(folder))]},
+        )
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(_PERIOD_S)
+    log: str = client.get_job_logs(job)
+    client.delete_job(job)
+    return log
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import ray
 import ray.train
 import ray.train.torch
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.commands import find_model
@@ -36,6 +37,8 @@ from outlast.checkpointing.lineage import catalogue, launch_is_superseded
 from outlast.checkpointing.storage import LocalStorage, Storage, open_storage
 from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
+from outlast.cluster.doctor import preflight
+from outlast.cluster.doctor_rules import TOKEN_HINT
 from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.preparation import encode_on_ray
@@ -171,6 +174,7 @@ class Launch:
         self._tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
         with ray_session(address) as self.joined:
             cpus = self._cpus_per_worker()
+            preflight(self.config, self._tell)
             assignment = Assignment(
                 config=self.config,
                 declared=self.declared,
@@ -303,13 +307,34 @@ def ray_session(address: str | None = None) -> Iterator[bool]:
             with contextlib.chdir(
                 folder or "."
             ):  # workers import first from here: a folder `outlast` must not be found
-                ray.init(address=address or "local", **quiet)
+                _init(address=address or "local", **quiet)
             interrupt_on_sigterm()
             yield bool(address)
     finally:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init(address: str, **options: Any) -> None:
+    """Starts or joins Ray.
+
+    Raises:
+        PreflightError: There is no such cluster, it has another Ray or Python, or it wants a token.
+    """
+    try:
+        ray.init(address=address, **options)
+    except (AuthenticationError, ConnectionError, RuntimeError) as error:
+        if address == "local":
+            raise
+        said, hint = (
+            str(error).strip(),
+            "check the address (of the head, usually port 6379), and that Ray and Python are the same there",
+        )
+        said = said.splitlines()[-1] if "Traceback" in said else " ".join(said.split())
+        if "AuthenticationError" in said or isinstance(error, AuthenticationError):
+            said, hint = "it wants a token, and got none or another", TOKEN_HINT
+        raise PreflightError(f"the Ray cluster at {address} cannot be joined: {said}", hint=hint) from error
 
 
 def _ray_folder() -> str:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -61,16 +61,23 @@ def bucket() -> Iterator[str]:
 
 
 class Cluster:
-    """A head with two CPUs and a job server, started as an operator would."""
+    """A head with two CPUs and a job server, started as an operator would.
 
-    def __init__(self) -> None:
+    Args:
+        environment: More variables for it.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self.folder = tempfile.mkdtemp(prefix="outlast-ray-")
         port, dashboard, agent = free_ports(3)
         self.address = f"http://127.0.0.1:{dashboard}"
+        self.ray_address = f"127.0.0.1:{port}"
+        self.token = (environment or {}).get("RAY_AUTH_TOKEN", "")
         options = {
             "port": port,
             "dashboard-port": dashboard,
             "dashboard-agent-listen-port": agent,
+            "node-name": "head",
             "num-cpus": 2,
             "object-store-memory": 100 * 2**20,
             "temp-dir": self.folder,
@@ -78,8 +85,9 @@ class Cluster:
         command = [str(BIN / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
         command += [f"--{name}={value}" for name, value in options.items()]
         self.log = open(Path(self.folder) / "head.log", "w")  # noqa: SIM115 - lives as long as the cluster
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OUTLAST_CACHE": f"{self.folder}/cache"}
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
+        self.environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(environment or {})}
+        self.environment["OUTLAST_CACHE"] = f"{self.folder}/cache"
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=self.environment)
         self._wait()
 
     def _wait(self) -> None:
@@ -87,7 +95,9 @@ class Cluster:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, Path(self.folder, "head.log").read_text()
             try:
-                urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=5).close()
+                headers = {"Authorization": f"Bearer {self.token}"}
+                request = urllib.request.Request(f"{self.address}/api/jobs/", headers=headers)
+                urllib.request.urlopen(request, timeout=5).close()
                 return
             except OSError:
                 time.sleep(0.2)
