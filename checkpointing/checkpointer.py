@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from outlast.checkpointing import layout, lineage
+from outlast.checkpointing import history, layout, lineage
 from outlast.checkpointing.committer import Committer
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
 from outlast.checkpointing.faults import Point, reach
@@ -114,7 +114,7 @@ class Checkpointer:
         self.last_save: tuple[float, float] | None = None
         if claimed is None:
             return
-        self.attempt, self.catalogue = claimed
+        self.attempt, self.catalogue, self._doubtful = claimed
         self._snapshot = Snapshot()
         hosts = self.ranks.gather(socket.gethostname())
         self._num_sharing = hosts.count(hosts[self.ranks.rank])
@@ -128,7 +128,7 @@ class Checkpointer:
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
-    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, lineage.Catalogue] | None:
+    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, lineage.Catalogue, set[CheckpointRef]] | None:
         if lineage.launch_is_superseded(self.storage, self.run, self._launch):
             return None
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
@@ -136,12 +136,16 @@ class Checkpointer:
         time.sleep(2 * self._settle_s)
         if lineage.higher_claim(self.storage, self.run, mine):
             return None
-        return mine, patiently(lambda: lineage.catalogue(self.storage, self.run, below=mine))
+        tries = patiently(lambda: history.read_tries(self.storage, self.run, live=self._launch, below=mine))
+        base = patiently(lambda: lineage.catalogue(self.storage, self.run, below=mine))
+        return mine, base, history.to_pass_over(tries)
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any] | None:
         """Loads the newest checkpoint that is whole on every rank into `model` and `optimizer`.
+
+        One from which the run failed to start twice is passed over once, if there is another (see `history.py`).
 
         Returns:
             The loop state that was saved with it, or None when the run has no commit yet and starts from its beginning.
@@ -155,13 +159,21 @@ class Checkpointer:
         if self.superseded:
             return None
         rejected = list(self.catalogue.rejected)
-        for index, manifest in enumerate(self.catalogue.accepted):
+        candidates = list(enumerate(self.catalogue.accepted))
+        for index, manifest in sorted(candidates, key=lambda item: item[1].ref in self._doubtful):
             state, faults = self._load(manifest, model, optimizer)
             if state is None:
                 rejected.append(lineage.Rejected(manifest.ref, tuple(faults)))
                 continue
             self._committer.lineage = list(self.catalogue.accepted[index:])
-            self._tell("resume", step=manifest.ref.step, source=str(manifest.ref), rejected=_as_json(rejected))
+            passed = sorted(str(ref) for ref in self._doubtful if ref > manifest.ref)
+            self._tell(
+                "resume",
+                step=manifest.ref.step,
+                source=str(manifest.ref),
+                rejected=_as_json(rejected),
+                **({"passed_over": passed} if passed else {}),
+            )
             return state
         if self.ranks.from_rank_0(self._is_overtaken):
             self.superseded = True  # somebody newer may have cleared away what was here
@@ -469,6 +481,10 @@ class Checkpointer:
         """Makes the journal durable."""
         if self.journal is not None:
             self.journal.flush()
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Tells the journal something that later attempts must know; durable on every rank's return. All call it."""
+        self.ranks.from_rank_0(lambda: self._committer.note(kind, **fields))
 
     def _tell(self, kind: str, /, **fields: Any) -> None:
         if self.journal is not None:

@@ -58,6 +58,8 @@ class Reporter:
             case "failure":
                 left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"
                 self.say(f"{event['cause']}, rank {event['rank']}: {event['message']}; starting again ({left})")
+            case "non-finite":
+                self.say(f"{event['message']} ({event['action']})")
             case "early-stop":
                 self.say(f"stopping early at step {event['step']}: {event['reason']}")
             case "done":
@@ -73,7 +75,8 @@ class Reporter:
             case "step":
                 back = event["step"] <= self._step
                 self._step = event["step"]
-                self._note(f"step {self._step}/{self._num_steps}  loss {event['loss']:.3f}{self._eval}", always=back)
+                loss = "not finite" if event["loss"] is None else f"{event['loss']:.3f}"
+                self._note(f"step {self._step}/{self._num_steps}  loss {loss}{self._eval}", always=back)
 
     def _resumed(self, event: dict[str, Any]) -> None:
         for item in event["rejected"]:

@@ -23,9 +23,10 @@ from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.adapters import base_digest, is_adapted
-from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel
+from outlast.trainers.config import Exactness, NonFinite, Parallel, Settings, TrainingConfig, check_parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
+from outlast.trainers.finite import NonFiniteError
 from outlast.trainers.loop import Control, Loop, Outcome, check_metric, make_plan
 from outlast.trainers.models import build_model, naming_of
 from outlast.trainers.registry import find_task
@@ -44,6 +45,7 @@ class Assignment:
         prepared: The data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
         parallel: How the model is spread.
+        non_finite: What becomes of a step whose loss or gradient is not finite.
         code: Directory of the user's Python files, importable where it is there.
         faults: Faults to arm.
     """
@@ -54,6 +56,7 @@ class Assignment:
     prepared: Prepared
     num_threads: int = 1
     parallel: Parallel = Parallel.DDP
+    non_finite: NonFinite = NonFinite.STOP
     code: str = ""
     faults: Sequence[faults.Fault] = field(default_factory=tuple)
 
@@ -116,11 +119,16 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         assignment.prepared.split(storage, "train"),
         assignment.prepared.split(storage, "eval") if has_eval else None,
         control,
+        non_finite=assignment.non_finite,
     )
     try:
         outcome = loop.run()
-    except BaseException:
+    except BaseException as error:
         with suppress(StorageError):  # the first error is the one to report
+            if checkpointer.journal is not None:
+                said = f"{type(error).__name__}: {error}"[:500]
+                final = isinstance(error, NonFiniteError)
+                checkpointer.journal.event("failed", step=loop.step + 1, error=said, final=final)
             checkpointer.flush()
         raise
     checkpointer.flush()
