@@ -200,8 +200,10 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
         if max(steps, default=-1) > newest_step:
             first, newest_step = number, max(steps)
     claims = {item: read_claim(storage, run, item) for item in attempts[first:]}
-    since = min((claim["launch"] for claim in claims.values() if claim.get("launch")), default="")
-    began_at = min((claim.get("claimed_at", 0.0) for claim in claims.values()), default=0.0)
+    since, began_at = "", 0.0
+    if newest_step >= 0:  # what was before the progress need not be read
+        since = claims[attempts[first]].get("launch", "")
+        began_at = claims[attempts[first]].get("claimed_at", 0.0)
     found: list[Try] = []
     for launch in sorted(entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None):
         if launch < since:

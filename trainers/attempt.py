@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +78,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     check_parallel(assignment.parallel, exactness)
     make_plan(config, assignment.prepared.num_samples, world.size)
     check_metric(config, assignment.prepared.facts)
-    workers = world.gather({"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()})
+    place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
+    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills()})
     checkpointer = Checkpointer(
         storage,
         config.name,
@@ -133,6 +136,16 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         raise
     checkpointer.flush()
     return outcome
+
+
+def num_oom_kills() -> int | None:
+    """How many processes the kernel has killed so far for want of memory, in this container or on this machine."""
+    for place in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
+        with suppress(OSError):
+            found = re.search(r"^oom_kill (\d+)$", place.read_text(), re.MULTILINE)
+            if found:
+                return int(found[1])
+    return None
 
 
 def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
