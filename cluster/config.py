@@ -113,8 +113,8 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
         ConfigError: The file is missing or unreadable, or a setting is wrong; the message lists every finding.
     """
     declared = _read(path)
-    for override in overrides:
-        _override(declared, override)
+    for item in overrides:
+        override(declared, item)
     try:
         return RunConfig.model_validate(expand(declared)), declared
     except ValidationError as error:
@@ -150,20 +150,25 @@ def _read(path: str) -> dict[str, Any]:
     return body
 
 
-def _override(body: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(body: dict[str, Any], given: str) -> None:
+    """Sets what `given` says, as `key=value` with dots in the key.
+
+    Raises:
+        ConfigError: It says nothing that can be set.
+    """
+    key, equals, text = given.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"-s {override}: write key=value, such as -s train.lr=1e-4")
+        raise ConfigError(f"-s {given}: write key=value, such as -s train.lr=1e-4")
     *parents, last = key.strip().split(".")
     place = body
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"-s {override}: {parent} holds a value, not a block")
+            raise ConfigError(f"-s {given}: {parent} holds a value, not a block")
     try:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"-s {override}: the value is not valid YAML: {error}") from error
+        raise ConfigError(f"-s {given}: the value is not valid YAML: {error}") from error
 
 
 def expand(value: Any) -> Any:

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from outlast.trainers.attempt import num_oom_kills
 
 DEVICE_ADVICE = (
-    "halve train.micro_batch (the result stays nearly the same), set train.gradient_checkpointing: true or "
-    "train.precision: bf16, or spread the model over the workers with scale.parallel: fsdp"
+    "spread the model over the workers with scale.parallel: fsdp, or, in a run that has no checkpoint yet, halve "
+    "train.micro_batch, set train.gradient_checkpointing: true or train.precision: bf16"
 )
 HOST_ADVICE = (
     "run fewer workers on a node (a larger scale.cpus_per_worker), set checkpoint.overlap: false, or take nodes with "
@@ -48,12 +48,12 @@ def was_killed_by_kernel(worker: Mapping[str, Any]) -> bool:
     if before is None:
         return False
     if worker["node"] == ray.get_runtime_context().get_node_id():
-        return (num_oom_kills() or 0) > before
+        return (num_oom_kills() or 0) > int(before)
     there = NodeAffinitySchedulingStrategy(worker["node"], soft=False)
     look = ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(num_oom_kills)
     with suppress(RayError, GetTimeoutError, ValueError):  # the node does not answer: then nobody knows
         now: int | None = ray.get(look.remote(), timeout=_PATIENCE_S)
-        return now is not None and now > before
+        return now is not None and now > int(before)
     return False
 
 

@@ -5,6 +5,7 @@ About 90 s.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -60,13 +61,24 @@ def bucket() -> Iterator[str]:
         yield url
 
 
+def _parent(process: Path) -> int:
+    with contextlib.suppress(OSError):
+        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
+
+
 class Cluster:
     """A head with two CPUs and a job server, started as an operator would."""
 
     def __init__(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="outlast-ray-")
-        port, dashboard, agent = free_ports(3)
-        self.address = f"http://127.0.0.1:{dashboard}"
+        self.ports = free_ports(3)
+        self.address = f"http://127.0.0.1:{self.ports[1]}"
+        self.start()
+
+    def start(self) -> None:
+        """Also after `kill`: a new head at the same address, which remembers nothing."""
+        port, dashboard, agent = self.ports
         options = {
             "port": port,
             "dashboard-port": dashboard,
@@ -92,6 +104,18 @@ class Cluster:
             except OSError:
                 time.sleep(0.2)
         raise AssertionError("the cluster did not come up")
+
+    def kill(self) -> None:
+        """SIGKILL to the head and to everything that it has started."""
+        parents = {int(path.name): _parent(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
+        doomed = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+            doomed |= more
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
 
     def shut_down(self) -> None:
         if self.process.poll() is None:
