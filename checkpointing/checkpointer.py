@@ -114,7 +114,7 @@ class Checkpointer:
         self.last_save: tuple[float, float] | None = None
         if claimed is None:
             return
-        self.attempt, self.catalogue, self._doubtful = claimed
+        self.attempt, self.catalogue = claimed
         self._snapshot = Snapshot()
         hosts = self.ranks.gather(socket.gethostname())
         self._num_sharing = hosts.count(hosts[self.ranks.rank])
@@ -128,7 +128,7 @@ class Checkpointer:
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
-    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, lineage.Catalogue, set[CheckpointRef]] | None:
+    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, lineage.Catalogue] | None:
         if lineage.launch_is_superseded(self.storage, self.run, self._launch):
             return None
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
@@ -137,15 +137,12 @@ class Checkpointer:
         if lineage.higher_claim(self.storage, self.run, mine):
             return None
         tries = patiently(lambda: history.read_tries(self.storage, self.run, live=self._launch, below=mine))
-        base = patiently(lambda: lineage.catalogue(self.storage, self.run, below=mine))
-        return mine, base, history.to_pass_over(tries)
+        return mine, patiently(lambda: lineage.catalogue(self.storage, self.run, mine, history.to_pass_over(tries)))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any] | None:
-        """Loads the newest checkpoint that is whole on every rank into `model` and `optimizer`.
-
-        One from which the run failed to start twice is passed over once, if there is another (see `history.py`).
+        """Loads the newest checkpoint that is whole on every rank, and not passed over, into `model` and `optimizer`.
 
         Returns:
             The loop state that was saved with it, or None when the run has no commit yet and starts from its beginning.
@@ -159,21 +156,15 @@ class Checkpointer:
         if self.superseded:
             return None
         rejected = list(self.catalogue.rejected)
-        candidates = list(enumerate(self.catalogue.accepted))
-        for index, manifest in sorted(candidates, key=lambda item: item[1].ref in self._doubtful):
+        for index, manifest in self.catalogue.candidates:
             state, faults = self._load(manifest, model, optimizer)
             if state is None:
                 rejected.append(lineage.Rejected(manifest.ref, tuple(faults)))
                 continue
             self._committer.lineage = list(self.catalogue.accepted[index:])
-            passed = sorted(str(ref) for ref in self._doubtful if ref > manifest.ref)
-            self._tell(
-                "resume",
-                step=manifest.ref.step,
-                source=str(manifest.ref),
-                rejected=_as_json(rejected),
-                **({"passed_over": passed} if passed else {}),
-            )
+            passed = [str(ref) for ref in self.catalogue.doubtful if ref > manifest.ref]
+            told = {"rejected": _as_json(rejected), "passed_over": passed}
+            self._tell("resume", step=manifest.ref.step, source=str(manifest.ref), **told)
             return state
         if self.ranks.from_rank_0(self._is_overtaken):
             self.superseded = True  # somebody newer may have cleared away what was here
@@ -483,7 +474,7 @@ class Checkpointer:
             self.journal.flush()
 
     def note(self, kind: str, **fields: Any) -> None:
-        """Tells the journal something that later attempts must know; durable on every rank's return. All call it."""
+        """Tells something that later attempts must know: durable when it returns. Every rank calls it."""
         self.ranks.from_rank_0(lambda: self._committer.note(kind, **fields))
 
     def _tell(self, kind: str, /, **fields: Any) -> None:

@@ -81,6 +81,8 @@ class Reporter:
     def _resumed(self, event: dict[str, Any]) -> None:
         for item in event["rejected"]:
             self.say(f"passed over {item['checkpoint']}: {'; '.join(item['reasons'])}")
+        for item in event.get("passed_over", ()):
+            self.say(f"passed over {item}: the run failed to start from it twice")
         self.say(f"resumed from {event['source']}")
         self._step = event["step"]
 

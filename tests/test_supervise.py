@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,24 @@ from tests.group import digests, run_group, tiny_config
 from tests.test_jobs import BIN, Cluster
 
 GIVEN_UP = GivenUp("enough", ())
-NUM_STEPS = 1500
+NUM_STEPS = 500
+#: Takes its time where the environment says so, so that there is time to kill something, on a busy machine too.
+SLOW = """
+import os, time
+from types import SimpleNamespace
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self, vocab_size, width=8):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size)
+
+    def forward(self, input_ids, **_):
+        time.sleep(float(os.environ.get("SLOW_S", "0")))
+        return SimpleNamespace(logits=self.head(self.embed(input_ids)))
+"""
+TRAIN: dict[str, Any] = {"steps": NUM_STEPS, "batch": 4, "micro_batch": 4, "eval_every": 1000}
+MODEL = {"class": "slow:Slow", "config": {"width": 8}}
 
 
 def ended(status: str, code: int | None = None) -> Job:
@@ -94,7 +112,10 @@ def test_a_job_that_is_silent_altogether_is_found_earlier() -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    with monkeypatch.context() as patch:
+        patch.setenv("SLOW_S", "0.1")
+        made = Cluster()
     made = Cluster()
     yield made
     made.shut_down()
@@ -102,9 +123,11 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def run_file(tmp_path: Path, text_file: str) -> Path:
-    body = tiny_config("far", str(tmp_path), text_file, steps=NUM_STEPS).model_dump(mode="json", exclude_defaults=True)
-    body["checkpoint"]["every"] = 20
-    path = tmp_path / "far.yaml"
+    sections = {"model": MODEL, "checkpoint": {"every": 20}}
+    config = tiny_config("far", str(tmp_path), text_file, sections=sections, **TRAIN)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "slow.py").write_text(SLOW)
+    path, body = tmp_path / "far.yaml", config.model_dump(mode="json", exclude_defaults=True)
     path.write_text(yaml.safe_dump(body))
     return path
 
@@ -147,8 +170,10 @@ def wait_for_commit(storage: LocalStorage, after: int) -> int:
 def test_a_run_outlives_its_driver_its_supervisor_and_its_cluster(
     cluster: Cluster, run_file: Path, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
-    assert run_group(assign("supervised", steps=NUM_STEPS), storage, 1)[0].outcome is Outcome.DONE
-    place, at = LocalStorage(tmp_path), ("--address", cluster.address)
+    code = str(tmp_path / "code")
+    undisturbed = replace(assign("supervised", sections={"model": MODEL}, **TRAIN), code=code)
+    assert run_group(undisturbed, storage, 1, limit_s=200)[0].outcome is Outcome.DONE
+    place, at = LocalStorage(tmp_path), ("--address", cluster.address, "--code", code)
     watched = Watched("submit", str(run_file), *at, "--supervise")
     try:
         assert watched.wait_for("submitted (far-.*)") == "far-1"
@@ -168,7 +193,7 @@ def test_a_run_outlives_its_driver_its_supervisor_and_its_cluster(
         assert watched.wait_for("(.*); trying again in")
         cluster.start()
         assert watched.wait_for("submitted (far-.*)") == "far-1"
-        assert watched.process.wait(240) == 0, watched.process.stderr and watched.process.stderr.read()
+        assert watched.process.wait(200) == 0, watched.process.stderr and watched.process.stderr.read()
     finally:
         watched.kill()
     final = catalogue(place, "far").accepted[0]
