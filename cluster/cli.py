@@ -144,19 +144,67 @@ def submit(
     overrides: Overrides = None,
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
+    supervise: Annotated[bool, typer.Option("--supervise", help="Stay, and submit again when it dies.")] = False,
     code: Code = None,
     ship: Ship = True,
 ) -> None:
     """Submit the run to a Ray cluster; a run that is at work there already is attached to."""
     from outlast.cluster.config import load_run
 
+    if follow and supervise:
+        raise typer.BadParameter("--follow shows one job, --supervise stays with all of them; give one of the two")
     config, declared = load_run(str(run_file), overrides or [])
+    if supervise:
+        _supervise([(config, declared)], address, code, ship)
     _submit(config, declared, address, follow, code, ship)
+
+
+@app.command("supervise")
+def supervise_runs(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Run files, or runs that have begun.")],
+    overrides: Overrides = None,
+    address: Address = None,
+    code: Code = None,
+    ship: Ship = True,
+    storage: Root = "./runs",
+) -> None:
+    """Keep runs going on a Ray cluster: submit again when a job or the whole cluster has died."""
+    from outlast.cluster.config import load_run
+
+    found = [
+        load_run(run, overrides or []) if run.endswith(RUN_FILES) else _remembered(run, storage, overrides or [])
+        for run in runs
+    ]
+    _supervise(found, address, code, ship)
+
+
+def _supervise(
+    found: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
+) -> None:
+    from outlast.cluster.jobs import check_reachable
+    from outlast.cluster.supervise import Supervisor, supervise
+
+    for config, _ in found:
+        check_reachable(config)
+    raise typer.Exit(supervise([Supervisor(config, declared, address, code, ship) for config, declared in found]))
+
+
+def _remembered(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
+    """A run's settings as its storage remembers them."""
+    from outlast.cluster.config import RunConfig, expand, override
+    from outlast.cluster.status import declared_settings
+
+    place, name, _ = find_run(run, root)
+    declared = declared_settings(place, name)
+    for item in overrides:
+        override(declared, item)
+    return RunConfig.model_validate(expand(declared)), declared
 
 
 @app.command()
 def resume(
     run: Run,
+    overrides: Overrides = None,
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
     code: Code = None,
@@ -164,12 +212,8 @@ def resume(
     storage: Root = "./runs",
 ) -> None:
     """Submit a run again, with the settings that its storage remembers."""
-    from outlast.cluster.config import RunConfig, expand
-    from outlast.cluster.status import declared_settings
-
-    place, name, _ = find_run(run, storage)
-    declared = declared_settings(place, name)
-    _submit(RunConfig.model_validate(expand(declared)), declared, address, follow, code, ship)
+    config, declared = _remembered(run, storage, overrides or [])
+    _submit(config, declared, address, follow, code, ship)
 
 
 def _submit(

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -154,6 +154,7 @@ def submit(
     *,
     code: Path | None = None,
     ship: bool = True,
+    ignoring: Collection[str] = (),
 ) -> tuple[Job, bool]:
     """Submits a run, unless it has a live job already.
 
@@ -163,6 +164,7 @@ def submit(
         declared: The settings as written; this is what travels, `${env:…}` unexpanded.
         code: A directory of the user's Python files, which become importable on every worker.
         ship: Send this outlast along, so that the cluster runs the same version.
+        ignoring: Ids of jobs that are called live and are not.
 
     Returns:
         The job, and whether it is new.
@@ -172,13 +174,13 @@ def submit(
     """
     before = jobs_of(client, config.name)
     for job in before:
-        if job.is_live:
+        if job.is_live and job.id not in ignoring:
             return job, False
     number = before[-1].number + 1 if before else 1
     with _bundle(declared, code) as folder:
         runtime_env: dict[str, Any] = {
             "working_dir": str(folder / "work"),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{stop_wait_s(config):g}"},
         }
         if ship:
             runtime_env["py_modules"] = [str(_package(folder))]
@@ -246,6 +248,18 @@ def _package(folder: Path) -> Path:
         [source] = import_module(f"outlast.{name}").__path__
         shutil.copytree(source, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     return package
+
+
+def stop_wait_s(config: RunConfig) -> float:
+    """How long a driver that was asked to stop may take: for a step and a commit, so no longer than a stall."""
+    return min(STOP_WAIT_S, config.failure.stall_s)
+
+
+def find(client: JobSubmissionClient, job_id: str) -> Job:
+    """One job. Raises RuntimeError or OSError when the cluster has forgotten it or does not answer."""
+    job = _job(client.get_job_info(job_id))
+    assert job is not None
+    return job
 
 
 def newest(client: JobSubmissionClient, run: str) -> Job:

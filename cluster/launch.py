@@ -32,6 +32,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from outlast.checkpointing.commands import find_model
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.faults import Fault
+from outlast.checkpointing.history import judge, read_tries, settings_mark
 from outlast.checkpointing.layout import launch_dir
 from outlast.checkpointing.lineage import catalogue, launch_is_superseded
 from outlast.checkpointing.storage import LocalStorage, Storage, open_storage
@@ -39,12 +40,12 @@ from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
 from outlast.cluster.doctor import preflight
 from outlast.cluster.doctor_rules import TOKEN_HINT
-from outlast.cluster.failures import Recorder, RunFailed
+from outlast.cluster.failures import Recorder, RunFailed, gave_up
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.preparation import encode_on_ray
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
-from outlast.trainers.config import Parallel
+from outlast.trainers.config import NonFinite, Parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.encoding import Encoder
@@ -137,6 +138,10 @@ class Launch:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
             check_code(self.config)
+            mark = settings_mark(self.declared)
+            given_up = judge(read_tries(storage, name), self.config.failure.limits, mark)
+            if given_up is not None:
+                raise gave_up(name, given_up)
             self._tell({"event": "phase", "name": "data"})
             prepared = prepare(self.config, storage, partial(self._encoders, address))
             check_unchanged(base, self.config, prepared.fingerprint)
@@ -145,8 +150,9 @@ class Launch:
             for note in prepared.notes:
                 self._tell({"event": "note", "text": note})
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
-            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json")
+            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json", mark)
         ended: int | None = None
+        said = ""
         try:
             finished = self._train(storage, prepared, address)
             ended = finished.outcome.exit_code
@@ -158,11 +164,11 @@ class Launch:
             ended = Outcome.STOPPED.exit_code
             return Finished(Outcome.STOPPED, self.id)
         except OutlastError as error:
-            ended = error.exit_code
+            ended, said = error.exit_code, error.message
             raise
         finally:
             with _handling(signal.SIG_IGN):  # lest it stays unsaid how this ended
-                alive.end(ended)
+                alive.end(ended, said)
 
     @contextlib.contextmanager
     def _encoders(self, address: str | None) -> Iterator[Encoder]:
@@ -182,6 +188,7 @@ class Launch:
                 prepared=prepared,
                 num_threads=max(1, int(cpus)),
                 parallel=Parallel(self.config.scale.parallel),
+                non_finite=NonFinite(self.config.failure.non_finite),
                 code=self.code,
                 faults=tuple(self.faults),
             )
@@ -231,10 +238,11 @@ class Launch:
 
     def _fit(self, assignment: Assignment, cpus: float) -> dict[str, Any]:
         """Runs Ray Train in a side thread, because it takes SIGINT for itself in the main one."""
-        scale, failure = self.config.scale, self.config.failure
+        scale = self.config.scale
         hub = start_hub(self.id)
         resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-        recorder = Recorder(self.storage.url, self.config.name, self.id, failure.max_failures, failure.max_preemptions)
+        mark = settings_mark(self.declared)
+        recorder = Recorder(self.storage.url, self.config.name, self.id, self.config.failure.limits, mark)
         trainer = ray.train.torch.TorchTrainer(
             train_worker,
             train_loop_config={"assignment": assignment},

@@ -11,6 +11,7 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.storage import open_storage
 from outlast.cluster.failures import RankError
 from outlast.cluster.hub import Line
+from outlast.cluster.memory import log_of_this_process
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.world import World
 
@@ -27,7 +28,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             return {"error": earlier}
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
-            world = World(ray.train.torch.get_device(), ray.get_runtime_context().get_node_id())
+            node = ray.get_runtime_context().get_node_id()
+            world = World(ray.train.torch.get_device(), node, log_of_this_process())
             line.watch(set(world.gather(world.node)))
             return {"outcome": run_attempt(assignment, storage, world, line).value}
         except OutlastError as error:

@@ -11,12 +11,17 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
 from outlast.cluster.failures import Cause, Death, Failure, RankError, classify
+from outlast.cluster.memory import was_killed_by_kernel
 from outlast.cluster.preemption import Watch
+from outlast.trainers.attempt import num_oom_kills
 
 RESET = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer. gloo")
 BUG = ValueError("the user's own\nlabels are wrong")
 DIED = Death(1, "The actor is dead because its worker process has died")
 NODE = Death(1, "The actor died because its node has died")
+CUDA = RuntimeError("Traceback …\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …")
+HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to …")
+ENDED = Death(1, "Memory on the node (IP: 10.0.0.4, ID: 7f) was 15.21GB used / 16.00GB limit (0.950625)")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,11 @@ NODE = Death(1, "The actor died because its node has died")
         ({0: BUG, 1: BUG}, [], False, (Cause.ERROR, 0)),
         ({0: BUG}, [DIED], False, (Cause.WORKER_DIED, 1)),
         ({3: RESET}, [DIED, NODE], False, (Cause.NODE_LOST, 1)),
+        ({0: RESET, 3: CUDA, 5: CUDA}, [DIED], False, (Cause.OUT_OF_DEVICE_MEMORY, 3)),
+        ({0: RESET, 2: HOST}, [DIED], False, (Cause.OUT_OF_HOST_MEMORY, 2)),
+        ({0: RESET}, [ENDED], False, (Cause.OUT_OF_HOST_MEMORY, 1)),
+        ({0: CUDA}, [NODE], False, (Cause.NODE_LOST, 1)),
+        ({0: CUDA}, [], True, (Cause.OUT_OF_DEVICE_MEMORY, 0)),
     ],
 )
 def test_the_cause_is_found_among_its_echoes(
@@ -66,23 +76,22 @@ def test_an_error_of_the_users_code_is_told_by_their_lines() -> None:
     assert "json/decoder.py" in raised("{", 7).whole
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "repeats"),
-    [
-        (raised("{", 7), raised("{", 7), True),
-        (raised("{", 6), raised("{", 7), False),
-        (raised("[", 7), raised("{", 7), False),
-        (None, raised("{", 7), False),
-        (BUG, BUG, False),
-    ],
-)
-def test_the_same_error_after_the_same_step_would_come_again(
-    before: BaseException | None, now: BaseException, repeats: bool
-) -> None:
-    earlier = classify({0: before}, [], drained=False) if before else None
-    found = classify({0: now}, [], drained=False)
+def test_a_hundred_tracebacks_are_one_message() -> None:
+    found = classify({rank: RESET if rank < 3 else CUDA for rank in range(100)}, [], drained=False)
     assert found is not None
-    assert found.repeats(earlier) is repeats
+    workers = [{"rank": rank, "host": f"gpu-{rank}", "log": f"/logs/worker-{rank}.err"} for rank in range(100)]
+    told = found.told(workers)
+    assert told.startswith("torch.OutOfMemoryError: CUDA out of memory.")
+    assert "and 96 more ranks alike; to mend it, spread the model" in told
+    assert "halve train.micro_batch" in told
+    assert told.endswith("log: gpu-3:/logs/worker-3.err")
+    assert "\n" not in told
+
+
+def test_the_kernels_count_of_processes_killed_for_memory() -> None:
+    count = num_oom_kills()
+    assert count is None or count >= 0
+    assert not was_killed_by_kernel({"node": "here", "oom_kills": None})
 
 
 def test_rays_own_word_for_a_dead_actor() -> None:

@@ -5,6 +5,7 @@ About 90 s.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -60,6 +61,12 @@ def bucket() -> Iterator[str]:
         yield url
 
 
+def _parent(process: Path) -> int:
+    with contextlib.suppress(OSError):
+        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
+
+
 class Cluster:
     """A head with two CPUs and a job server, started as an operator would.
 
@@ -69,10 +76,16 @@ class Cluster:
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self.folder = tempfile.mkdtemp(prefix="outlast-ray-")
-        port, dashboard, agent = free_ports(3)
-        self.address = f"http://127.0.0.1:{dashboard}"
-        self.ray_address = f"127.0.0.1:{port}"
-        self.token = (environment or {}).get("RAY_AUTH_TOKEN", "")
+        self.ports = free_ports(3)
+        self.address = f"http://127.0.0.1:{self.ports[1]}"
+        self.ray_address = f"127.0.0.1:{self.ports[0]}"
+        self._more = environment or {}
+        self.token = self._more.get("RAY_AUTH_TOKEN", "")
+        self.start()
+
+    def start(self) -> None:
+        """Also after `kill`: a new head at the same address, which remembers nothing."""
+        port, dashboard, agent = self.ports
         options = {
             "port": port,
             "dashboard-port": dashboard,
@@ -85,7 +98,7 @@ class Cluster:
         command = [str(BIN / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
         command += [f"--{name}={value}" for name, value in options.items()]
         self.log = open(Path(self.folder) / "head.log", "w")  # noqa: SIM115 - lives as long as the cluster
-        self.environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(environment or {})}
+        self.environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **self._more}
         self.environment["OUTLAST_CACHE"] = f"{self.folder}/cache"
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=self.environment)
         self._wait()
@@ -102,6 +115,18 @@ class Cluster:
             except OSError:
                 time.sleep(0.2)
         raise AssertionError("the cluster did not come up")
+
+    def kill(self) -> None:
+        """SIGKILL to the head and to everything that it has started."""
+        parents = {int(path.name): _parent(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
+        doomed = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+            doomed |= more
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
 
     def shut_down(self) -> None:
         if self.process.poll() is None:

@@ -38,6 +38,14 @@ class Parallel(Enum):
     FSDP = "fsdp"  #: every worker holds a share, and gathers the rest block by block while it computes
 
 
+class NonFinite(Enum):
+    """What becomes of a step whose loss or gradient is not finite."""
+
+    STOP = "stop"  #: the run ends there, with a checkpoint of the step before
+    SKIP = "skip"  #: the step changes nothing, and the data moves on
+    ROLL_BACK = "roll-back"  #: everything is read again from the newest checkpoint, and then the step is left out
+
+
 def check_parallel(parallel: Parallel, exactness: Exactness) -> None:
     """Refuses what does not go together.
 

@@ -30,9 +30,10 @@ from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.layout import CheckpointRef
 from outlast.checkpointing.retention import Kept
 from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
-from outlast.trainers.config import Exactness, TrainingConfig
+from outlast.trainers.config import Exactness, NonFinite, TrainingConfig
 from outlast.trainers.elastic import TreeReducer
 from outlast.trainers.evaluation import evaluate
+from outlast.trainers.finite import Finite, NonFiniteError, RolledBack
 from outlast.trainers.optimizers import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.pace import Pace
 from outlast.trainers.registry import find_task
@@ -160,6 +161,7 @@ class Loop:
         train_data: Training samples.
         eval_data: Held-out samples, or None.
         control: The line to the outside.
+        non_finite: What becomes of a step whose loss or gradient is not finite.
     """
 
     def __init__(
@@ -172,6 +174,8 @@ class Loop:
         train_data: Samples,
         eval_data: Samples | None,
         control: Control,
+        *,
+        non_finite: NonFinite = NonFinite.STOP,
     ) -> None:
         self.config, self.world, self.checkpointer = config, world, checkpointer
         self.task, self.train_data, self.eval_data, self.control = task, train_data, eval_data, control
@@ -187,6 +191,7 @@ class Loop:
         self.metrics: dict[str, float] = {}
         self.log_history: list[dict[str, Any]] = []
         self._pending: _Pending | None = None
+        self._finite = Finite(non_finite, world, model)
         checkpointer.listener = control.progress
         self._pace = Pace(config.checkpoint.interval, checkpointer)
 
@@ -240,6 +245,7 @@ class Loop:
         batches = {m: self._batch(cut[m]) for m in mine}
         agree = self._agree(sum(self.task.count(batch) for batch in batches.values()))
         losses: dict[int, torch.Tensor] = {}
+        self._finite.begin()
         for micro, batch in batches.items():
             seed_everything(plan.seed, step, micro)
             losses[micro] = self._forward_backward(batch, lambda: agree().count, sync=micro == mine[-1])
@@ -257,16 +263,37 @@ class Loop:
 
         reach(Point.STEP, step)
         self.scaler.unscale_(self.optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self._trained, train.clip)) if train.clip else None
+        norm: torch.Tensor | None = whole(torch.nn.utils.clip_grad_norm_(self._trained, train.clip or math.inf))
+        is_left_out = self._finite.is_to_leave_out(step + 1, losses, None if self.scaler.is_enabled() else norm)
+        if is_left_out:
+            self._leave_out(losses, cut)
+            norm = None
         lr = learning_rate(train, step, plan.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if not apply_gradients(self.optimizer, self.scaler):  # the data moves on all the same
+        if not is_left_out and not apply_gradients(self.optimizer, self.scaler):  # the data moves on all the same
             norm = None
             self._tell("step-skipped", step=step + 1, reason="overflow", scale=self.scaler.get_scale())
         self.optimizer.zero_grad(set_to_none=True)
         self._pending = _Pending(step, agreed.count, losses, norm, lr, time.monotonic() - began, time.time())
         return agreed
+
+    def _leave_out(self, losses: dict[int, torch.Tensor], cut: list[npt.NDArray[np.int64]]) -> None:
+        """Deals with a step that is not to change the weights. Returns when training goes on without it."""
+        step, action = self.step + 1, self._finite.action(self.step + 1)
+        self._finite.undo()
+        said = self._finite.explain(step, losses, {m: self.plan.samples(cut[m]).tolist() for m in losses})
+        self._tell("non-finite", step=step, action=action.value, message=said)
+        if action is NonFinite.STOP:
+            if self.step:
+                self._save(urgent=True, skippable=False)
+            raise NonFiniteError.of(said)
+        if step not in self._finite.left_out:
+            self.checkpointer.note("left-out", step=step, message=said)
+        if action is NonFinite.ROLL_BACK:
+            raise RolledBack(f"{said}; going back to the newest checkpoint, to go on without this step")
+        self._finite.left_out.append(step)
+        self.scaler.update(self.scaler.get_scale())  # forgets this step's gradients, and keeps the scale
 
     def _cut(self, step: int) -> list[npt.NDArray[np.int64]]:
         """Which positions each micro-batch of a step holds, the same on every rank."""
@@ -351,11 +378,13 @@ class Loop:
         return _Save.DUE if self._pace.is_due() else _Save.NO
 
     def _log(self, done: _Pending, loss_sum: float) -> None:
-        self.metrics["loss"] = loss_sum / done.count
+        loss = loss_sum / done.count
+        if math.isfinite(loss):
+            self.metrics["loss"] = loss
         if self.world.rank == 0:
             event = {
                 "step": done.step + 1,
-                "loss": self.metrics["loss"],
+                "loss": loss if math.isfinite(loss) else None,
                 "lr": done.lr,
                 "grad_norm": done.grad_norm.item() if done.grad_norm is not None else None,
                 "count": int(done.count),
@@ -423,6 +452,7 @@ class Loop:
             "num_threads": torch.get_num_threads(),
             "scaler": scaler_state(self.scaler),
             "groups": group_numbers(self.optimizer),
+            "left_out": self._finite.left_out,
         }
         files = {"trainer_state.json": self._trainer_state()}
         saver = self.checkpointer
@@ -450,10 +480,13 @@ class Loop:
         """Restores the resume point, if there is one. Returns True on a fresh start."""
         state = self.checkpointer.resume(self.model, self.optimizer)
         if state is None:
+            if not self.checkpointer.superseded:
+                self._finite.restore(self.checkpointer, [])
             return not self.checkpointer.superseded
         self.step, self.metrics, self.log_history = state["step"], state["metrics"], state["log_history"]
         load_scaler(self.scaler, state["scaler"])
         load_group_numbers(self.optimizer, state["groups"])
+        self._finite.restore(self.checkpointer, state.get("left_out", []))
         return False
 
     def _finish(self) -> Outcome:

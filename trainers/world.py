@@ -34,11 +34,12 @@ class World(Ranks):
     Attributes:
         device: Where this rank computes.
         node: Name of the machine, as the cluster calls it.
+        log: Where this rank's stderr goes, if anybody keeps it.
     """
 
-    def __init__(self, device: torch.device | None = None, node: str = "") -> None:
+    def __init__(self, device: torch.device | None = None, node: str = "", log: str = "") -> None:
         super().__init__()
-        self.node = node
+        self.node, self.log = node, log
         self.device = device or torch.device("cpu")
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
