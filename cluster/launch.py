@@ -49,8 +49,8 @@ from outlast.trainers.config import NonFinite, Parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.encoding import Encoder
-from outlast.trainers.loop import Outcome, check_metric, make_plan
-from outlast.trainers.preflight import check_code, check_model
+from outlast.trainers.loop import Outcome, make_plan
+from outlast.trainers.preflight import check_code, check_metric, check_model
 
 Listener = Callable[[dict[str, Any]], None]
 

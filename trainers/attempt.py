@@ -29,8 +29,9 @@ from outlast.trainers.config import Exactness, NonFinite, Parallel, Settings, Tr
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
 from outlast.trainers.finite import NonFiniteError
-from outlast.trainers.loop import Control, Loop, Outcome, check_metric, make_plan
+from outlast.trainers.loop import Control, Loop, Outcome, make_plan
 from outlast.trainers.models import build_model, naming_of
+from outlast.trainers.preflight import check_metric
 from outlast.trainers.registry import find_task
 from outlast.trainers.sharded import shard
 from outlast.trainers.world import World, make_deterministic

@@ -8,7 +8,8 @@ something else: the loss scale's own affair.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -42,6 +43,21 @@ class NonFiniteError(OutlastError):
 
 class RolledBack(OutlastError):
     """The attempt ends so that the next one goes back to the newest checkpoint and leaves a step out."""
+
+
+def or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """`loss`; if it is not finite, one whose every gradient is NaN, so that all ranks see it in the gradient's norm.
+
+    A loss may be infinite and its gradient not: such as the cross-entropy of a label whose logit is minus infinity.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], clip: float | None) -> torch.Tensor:
+    """The norm of the whole gradient, which is then clipped to `clip` if that is given."""
+    if clip:
+        return torch.nn.utils.clip_grad_norm_(parameters, clip)
+    return torch.nn.utils.get_total_norm([item.grad for item in parameters if item.grad is not None])
 
 
 class Finite:
@@ -81,17 +97,18 @@ class Finite:
             for name, before in self._kept.items():
                 buffers[name].copy_(before)
 
-    def is_to_leave_out(self, step: int, losses: Mapping[int, torch.Tensor], norm: torch.Tensor | None) -> bool:
+    def is_to_leave_out(self, step: int, norm: torch.Tensor | None, losses: Mapping[int, torch.Tensor]) -> bool:
         """Whether this step, counted from 1, must not change the weights; the same on all ranks. Every rank calls it.
 
         Args:
             step: The step.
-            losses: The sums of this rank's micro-batches.
-            norm: The norm of the gradient over all ranks; None where the gradient is not to be judged.
+            norm: The norm of the gradient over all ranks, of losses that went through `or_nan`; None where the gradient
+                is not to be judged, as under a loss scale.
+            losses: The sums of this rank's micro-batches, which are judged then.
         """
-        is_finite = bool(torch.stack(list(losses.values())).isfinite().all()) if losses else True
         if norm is not None:
-            is_finite = is_finite and bool(norm.isfinite())
+            return not bool(norm.isfinite()) or step in self._told
+        is_finite = bool(torch.stack(list(losses.values())).isfinite().all()) if losses else True
         bad = self._world.add(torch.tensor([float(not is_finite)], dtype=torch.float64)).item() > 0
         return bad or step in self._told
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -33,10 +33,9 @@ from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, 
 from outlast.trainers.config import Exactness, NonFinite, TrainingConfig
 from outlast.trainers.elastic import TreeReducer
 from outlast.trainers.evaluation import evaluate
-from outlast.trainers.finite import Finite, NonFiniteError, RolledBack
+from outlast.trainers.finite import Finite, NonFiniteError, RolledBack, gradient_norm, or_nan
 from outlast.trainers.optimizers import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.pace import Pace
-from outlast.trainers.registry import find_task
 from outlast.trainers.samples import Samples
 from outlast.trainers.sampling import Plan, share
 from outlast.trainers.sharded import whole
@@ -91,24 +90,6 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
         )
     total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
     return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
-
-
-def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
-    """Raises ConfigError if checkpoints or early stopping go by a metric that the task does not measure."""
-    metric, scores = config.checkpoint.metric, find_task(config.model.task).score_names(facts)
-    known = ["loss", "eval_loss", *(f"eval_{name}" for name in scores)]
-    if config.checkpoint.keep_best and metric not in known:
-        raise ConfigError(
-            f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
-            hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
-        )
-    stopping = config.train.early_stopping
-    if stopping is not None and stopping.metric not in known[1:]:
-        raise ConfigError(
-            f"train.early_stopping.metric {stopping.metric!r} is not what an evaluation of task "
-            f"{config.model.task} measures: {', '.join(known[1:])}",
-            hint=f"set it, for example -s train.early_stopping.metric={known[-1]}",
-        )
 
 
 class _Save(Enum):
@@ -263,8 +244,8 @@ class Loop:
 
         reach(Point.STEP, step)
         self.scaler.unscale_(self.optimizer)
-        norm: torch.Tensor | None = whole(torch.nn.utils.clip_grad_norm_(self._trained, train.clip or math.inf))
-        is_left_out = self._finite.is_to_leave_out(step + 1, losses, None if self.scaler.is_enabled() else norm)
+        norm: torch.Tensor | None = whole(gradient_norm(self._trained, train.clip))
+        is_left_out = self._finite.is_to_leave_out(step + 1, None if self.scaler.is_enabled() else norm, losses)
         if is_left_out:
             self._leave_out(losses, cut)
             norm = None
@@ -320,7 +301,8 @@ class Loop:
         if self.config.train.gradient_checkpointing:
             for still in self._still:  # before the backward pass stumbles over it
                 still.check()
-        self.scaler.scale(loss_sum / count()).backward()  # type: ignore[no-untyped-call]
+        loss = loss_sum / count()
+        self.scaler.scale(loss if self.scaler.is_enabled() else or_nan(loss)).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
     def _agree(self, count: int) -> Callable[[], _Agreed]:

@@ -5,9 +5,13 @@ So a wrong name, a setting that does not fit or an adapter that finds nothing to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import transformers
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.adapters import attach_lora
 from outlast.trainers.compute import check_recomputes
@@ -52,3 +56,21 @@ def _build(config: TrainingConfig, task: Task, tokenizer: Tokenizer) -> None:
     if config.model.lora is not None:
         attach_lora(model, config.model.lora, task.auto_class)
     check_recomputes(model, config.train)
+
+
+def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
+    """Raises ConfigError if checkpoints or early stopping go by a metric that the task does not measure."""
+    metric, scores = config.checkpoint.metric, find_task(config.model.task).score_names(facts)
+    known = ["loss", "eval_loss", *(f"eval_{name}" for name in scores)]
+    if config.checkpoint.keep_best and metric not in known:
+        raise ConfigError(
+            f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
+            hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
+        )
+    stopping = config.train.early_stopping
+    if stopping is not None and stopping.metric not in known[1:]:
+        raise ConfigError(
+            f"train.early_stopping.metric {stopping.metric!r} is not what an evaluation of task "
+            f"{config.model.task} measures: {', '.join(known[1:])}",
+            hint=f"set it, for example -s train.early_stopping.metric={known[-1]}",
+        )
