@@ -139,9 +139,7 @@ def test_a_run_file_is_refused_before_anything_is_held(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: a\nmodel: {path: gpt2}\ndata: {train: a.txt}\nscale: {parallel: fsdp}\n")
     config, _ = load_run(str(tmp_path / "run.yaml"))
     assert Parallel(config.scale.parallel) is Parallel.FSDP
-    with pytest.raises(
-        ConfigError, match=r"exactness: elastic needs scale\.parallel: ddp.*; use exactness"
-    ):
+    with pytest.raises(ConfigError, match=r"exactness: elastic needs scale\.parallel: ddp.*; use exactness"):
         load_run(str(tmp_path / "run.yaml"), ["exactness=elastic"])
 
 
