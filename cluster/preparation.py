@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.storage import LocalStorage
@@ -92,7 +93,7 @@ def encode_on_ray(task: Task, split: Split, *, code: str = "") -> Generator[Piec
     """
     job = Job(split, json.dumps(task.facts), tuple(files_of(task.tokenizer).items()), code)
     parts = _parts(split.sources())
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         if split.is_share:  # the number of a row decides which split it is in
             counts = [row["count"] for row in _dataset(parts).map_batches(_count, **_reading(parts, job)).iter_rows()]
@@ -103,8 +104,9 @@ def encode_on_ray(task: Task, split: Split, *, code: str = "") -> Generator[Piec
         encoded = rows.map_batches(_encode, batch_format="pyarrow", fn_args=[job], num_cpus=1)
         for row in encoded.iter_rows():
             yield from pickle.loads(row["pieces"])
-    except ray.exceptions.RayError as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
+        cause, *_ = str(error).split("\n\nThe above exception")  # the user's own, under Ray's
+        said = (cause.strip().splitlines() or [type(error).__name__])[-1]
         hint = "run the same command again, or prepare in one process: -s data.prepare=here"
         raise RunFailed(f"preparing the data on Ray failed: {said}", hint=hint) from error
 

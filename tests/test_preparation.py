@@ -20,6 +20,7 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster import preparation
 from outlast.cluster.config import RunConfig
+from outlast.cluster.failures import RunFailed
 from outlast.cluster.launch import ray_session
 from outlast.cluster.preparation import encode_on_ray
 from outlast.trainers.custom import make_importable
@@ -131,16 +132,27 @@ def spoil(source: Path, *numbers: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def write_task(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "eventful.py").write_text(textwrap.dedent(TASK))
+    make_importable(str(folder))
+    return str(folder)
+
+
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.parametrize("is_share", [True, False], ids=["a share", "a file of its own"])
-def test_the_same_bytes_as_in_one_process(
+@pytest.mark.parametrize("is_share", [True, pytest.param(False, marks=pytest.mark.faults)], ids=["share", "file"])
+def test_the_bytes_of_one_process_though_a_worker_is_killed(
     is_share: bool, config_of: Callable[..., RunConfig], source: Path, tmp_path: Path
 ) -> None:
+    """Ray does its task again; the task's code comes from a directory of the user's."""
     spoil(source, 7, 1500)
-    data = {"eval": "5%" if is_share else str(source / "part-1.jsonl"), "max_bad_rows": 4}
+    code, options = write_task(tmp_path / "code"), {"reached": str(tmp_path / "reached")}
+    data = {"eval": "5%" if is_share else str(source / "part-1.jsonl"), "max_bad_rows": 4, "options": options}
     made = {}
-    for name, cluster in {"ray": on_ray, "here": None}.items():
-        made[name] = prepare(config_of(tmp_path / name, **data), LocalStorage(tmp_path / name), cluster)
+    for name, cluster in {"ray": partial(on_ray, code), "here": None}.items():
+        config = config_of(tmp_path / name, "eventful:Eventful", **data)
+        made[name] = prepare(config, LocalStorage(tmp_path / name), cluster)
+        assert Path(options["reached"]).exists(), "nobody was killed"
     assert made["ray"] == made["here"]
     assert made["ray"].num_bad_rows == 2
     assert sum(made["ray"].num_rows.values()) == NUM_ROWS - 2 + (0 if is_share else PER_FILE)
@@ -151,9 +163,9 @@ def test_the_same_bytes_as_in_one_process(
 @pytest.mark.parametrize(
     ("spoilt", "limit", "expected"),
     [
-        ([5], 0, "part-2.jsonl, row 5: cannot be read"),
+        pytest.param([5], 0, "part-2.jsonl, row 5: cannot be read", marks=pytest.mark.faults),
         ([5, 1900, 1990, 1991], 1, "than the 1 that may be left out"),
-        ([1995], 9, "part-3.jsonl.gz cannot be read as .jsonl"),
+        pytest.param([1995], 9, "part-3.jsonl.gz cannot be read as .jsonl", marks=pytest.mark.faults),
     ],
     ids=["a row", "too many rows", "a file"],
 )
@@ -170,24 +182,15 @@ def test_the_same_errors_as_in_one_process(
     assert not list((tmp_path / "runs").rglob("data.json"))
 
 
-def write_task(folder: Path) -> str:
-    folder.mkdir()
-    (folder / "eventful.py").write_text(textwrap.dedent(TASK))
-    make_importable(str(folder))
-    return str(folder)
-
-
+@pytest.mark.faults
 @pytest.mark.usefixtures("_ray")
-def test_a_worker_killed_in_the_middle(config_of: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Ray does its task again; the code comes from a directory of the user's."""
-    code, options = write_task(tmp_path / "code"), {"reached": str(tmp_path / "reached")}
-    made = {}
-    for name, cluster in {"ray": partial(on_ray, code), "here": None}.items():
-        config = config_of(tmp_path / name, "eventful:Eventful", options=options)
-        made[name] = prepare(config, LocalStorage(tmp_path / name), cluster)
-        assert Path(options["reached"]).exists(), "nobody was killed"
-    assert made["ray"] == made["here"]
-    assert contents(tmp_path / "ray", made["ray"]) == contents(tmp_path / "here", made["here"])
+def test_an_error_of_the_users_code_is_told(config_of: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = config_of(tmp_path / "runs", "eventful:Eventful", options={"reached": 5})
+    code = write_task(tmp_path / "code")
+    kind, message, hint = said(config, partial(on_ray, code))
+    assert kind is RunFailed
+    assert message.startswith("preparing the data on Ray failed: TypeError: ")
+    assert "data.prepare=here" in hint
 
 
 @pytest.mark.faults

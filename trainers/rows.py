@@ -27,6 +27,7 @@ _FIELD_BYTES = 64 * 2**20  # the longest field of a .csv that is one, and not a 
 _NUM_NAMED = 3
 _MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 with it
 _LOOK_ON_ROWS = 10_000
+_IN_EVERY_FILE = "every file needs it: rename the column that is meant, or leave this file out"
 
 #: The values of a row, or what is wrong with it; and the line on which it ends, where the file has lines.
 _Found = tuple[tuple[Any, ...] | str, int | None]
@@ -249,15 +250,15 @@ def _chosen(
     source: Source, columns: Sequence[str], items: Callable[[], Iterator[tuple[Any, int | None]]]
 ) -> Iterator[_Found]:
     """The columns of objects. First reads until each column was seen once, which is one object of a good file."""
-    missing, there = set(columns), dict[str, bool]()
+    missing, there = set(columns), dict[str, None]()
     for item, _ in items():
         if isinstance(item, dict):
             missing -= item.keys()
-            there |= {name: isinstance(value, str) for name, value in item.items() if name not in there}
+            there |= dict.fromkeys(item)
         if not missing:
             break
     if missing and there:
-        raise _no_column(source.name, next(name for name in columns if name in missing), there)
+        raise no_column(source.name, next(name for name in columns if name in missing), there, _IN_EVERY_FILE)
     for item, line in items():
         if not isinstance(item, dict):
             yield item if isinstance(item, _Fault) else "is not a JSON object", line
@@ -287,7 +288,7 @@ def _read_csv(source: Source, columns: Sequence[str]) -> Iterator[_Found]:
     header: list[str] = next((row for row in rows if row), [])
     for column in columns:
         if column not in header:
-            raise _no_column(source.name, column, dict.fromkeys(header, True))
+            raise no_column(source.name, column, header, _IN_EVERY_FILE)
     places = [header.index(column) for column in columns]
     while True:
         try:
@@ -339,19 +340,14 @@ def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_Found]:
 
 
 def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None:
-    kinds = {item.name: pa.types.is_string(item.type) or pa.types.is_large_string(item.type) for item in schema}
     for column in columns:
-        if column not in kinds:
-            raise _no_column(name, column, kinds)
+        if column not in schema.names:
+            raise no_column(name, column, schema.names, _IN_EVERY_FILE)
 
 
-def _no_column(where: str, column: str, there: Mapping[str, bool]) -> ConfigError:
-    """The error for a missing column. `there` says of each column that there is whether it holds text."""
-    likely = next((name for name, is_text in there.items() if is_text), next(iter(there), "NAME"))
-    return ConfigError(
-        f"{where} has no column {column!r}; it has {', '.join(there)}",
-        hint=f"set data.text, for example -s data.text={likely}",
-    )
+def no_column(where: str, column: str, there: Iterable[str], hint: str) -> ConfigError:
+    """The error for a missing column, with those that are there."""
+    return ConfigError(f"{where} has no column {column!r}; it has {', '.join(there)}", hint=hint)
 
 
 def _object_names(items: Iterable[Any]) -> list[str]:
