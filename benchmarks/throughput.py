@@ -2,10 +2,10 @@
 
     python -m benchmarks.throughput [--quick] [--json FILE]
 
-A GPT-2 of 4.2 million parameters, a global batch of 16 × 128 tokens in micro-batches of 4, on one worker and on two
+A GPT-2 of 2.1 million parameters, a global batch of 8 × 128 tokens in micro-batches of 2, on one worker and on two
 (gloo processes of one thread). In each round every loop trains, in random order; all ratios are to the bare loop of the
-same round. With --quick the model is a fifth of that and the batch half, so whatever a step costs besides arithmetic
-weighs more. What the columns say:
+same round. With --quick the model is a sixth of that, so whatever a step costs besides arithmetic weighs more. What the
+columns say:
 
 `over_bare`      by the clock: the bare loop's seconds per step over this loop's
 `cpu_over_bare`  the same in CPU seconds of a rank, threads included. It is what to look at on a machine with others on
@@ -51,23 +51,23 @@ from outlast.trainers.sampling import Plan
 from outlast.trainers.tasks import CausalLM
 from outlast.trainers.world import World
 
-MICRO_BATCH, LENGTH = 4, 128
+BATCH, MICRO_BATCH, LENGTH = 8, 2, 128
 #: Steps between two saves, so that the clock sees as many saves as it should.
 PERIOD = 20
 WORKERS = (1, 2)
 
 
 def _config(folder: Path, num_steps: int, *, quick: bool) -> TrainingConfig:
-    size = {"n_layer": 2, "n_embd": 128} if quick else {"n_layer": 4, "n_embd": 256}
+    size = {"n_layer": 2, "n_embd": 96} if quick else {"n_layer": 3, "n_embd": 192}
     return TrainingConfig.model_validate(
         {
             "name": "data",
             "model": {
                 "config": {"model_type": "gpt2", "n_head": 4, "n_positions": LENGTH, **size},
-                "tokenizer": {"train_bpe": 2048 if quick else 4096},
+                "tokenizer": {"train_bpe": 1024 if quick else 4096},
             },
             "data": {"train": str(folder / "texts.jsonl"), "max_length": LENGTH},
-            "train": {"steps": num_steps, "batch": 8 if quick else 16, "micro_batch": MICRO_BATCH, "lr": 1e-3},
+            "train": {"steps": num_steps, "batch": BATCH, "micro_batch": MICRO_BATCH, "lr": 1e-3},
             "checkpoint": {"storage": str(folder)},
         }
     )
@@ -222,9 +222,8 @@ def _spread(key: str, values: Sequence[float]) -> dict[str, Any]:
 
 def measure(*, quick: bool = False) -> dict[str, Any]:
     """Runs the benchmark: medians and quartiles over the rounds."""
-    rounds = 2 if quick else 7
-    # The clock runs until the last step begins.
-    num_steps = WARM_STEPS + (PERIOD if quick else 2 * PERIOD) + 1
+    rounds = 2 if quick else 3
+    num_steps = WARM_STEPS + PERIOD + 1  # the clock runs until the last step begins
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_texts(folder / "texts.jsonl")
