@@ -18,7 +18,7 @@ import typer
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.cli_checkpoints import checkpoints
-from outlast.cluster.cli_shared import RUN_FILES, AsJson, Root, Run, find_run, when
+from outlast.cluster.cli_shared import RUN_FILES, AsJson, Overrides, Root, Run, find_run, when
 from outlast.cluster.cli_try import try_
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ Address = Annotated[
 Code = Annotated[Path | None, typer.Option(help="A directory of your own Python files, importable on the workers.")]
 Ship = Annotated[bool, typer.Option(help="Send this outlast along, so that the cluster runs the same version.")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
 
 
 @app.callback()
@@ -136,12 +135,11 @@ def resume(
     storage: Root = "./runs",
 ) -> None:
     """Submit a run again, with the settings that its storage remembers."""
-    from outlast.cluster.config import RunConfig, expand
+    from outlast.cluster.config import settings_of
     from outlast.cluster.status import declared_settings
 
     place, name, _ = find_run(run, storage)
-    declared = declared_settings(place, name)
-    _submit(RunConfig.model_validate(expand(declared)), declared, address, follow, code, ship)
+    _submit(*settings_of(declared_settings(place, name), run), address, follow, code, ship)
 
 
 def _submit(
@@ -150,6 +148,7 @@ def _submit(
     from outlast.cluster import jobs
 
     jobs.check_reachable(config)
+    jobs.check_code(config, code)
     client = jobs.connect(address)
     job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
     print(f"{'submitted' if is_new else 'already at work; attached to'} {job.id}", file=sys.stderr)
