@@ -19,7 +19,7 @@ import typer
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.cli_checkpoints import checkpoints
 from outlast.cluster.cli_doctor import doctor
-from outlast.cluster.cli_shared import RUN_FILES, AsJson, Root, Run, find_run, when
+from outlast.cluster.cli_shared import RUN_FILES, AsJson, Overrides, Root, Run, find_run, when
 from outlast.cluster.cli_try import try_
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ Address = Annotated[
 Code = Annotated[Path | None, typer.Option(help="A directory of your own Python files, importable on the workers.")]
 Ship = Annotated[bool, typer.Option(help="Send this outlast along, so that the cluster runs the same version.")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
 
 
 @app.callback()
@@ -191,14 +190,11 @@ def _supervise(
 
 def _remembered(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
     """A run's settings as its storage remembers them."""
-    from outlast.cluster.config import RunConfig, expand, override
+    from outlast.cluster.config import settings_of
     from outlast.cluster.status import declared_settings
 
     place, name, _ = find_run(run, root)
-    declared = declared_settings(place, name)
-    for item in overrides:
-        override(declared, item)
-    return RunConfig.model_validate(expand(declared)), declared
+    return settings_of(declared_settings(place, name), run, overrides)
 
 
 @app.command()
@@ -222,6 +218,7 @@ def _submit(
     from outlast.cluster import jobs
 
     jobs.check_reachable(config)
+    jobs.check_code(config, code)
     client = jobs.connect(address)
     for warning in jobs.judge_server(client.get_address()):
         if warning.hint:

@@ -112,15 +112,21 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
     Raises:
         ConfigError: The file is missing or unreadable, or a setting is wrong; the message lists every finding.
     """
-    declared = _read(path)
+    return settings_of(_read(path), path, overrides)
+
+
+def settings_of(
+    declared: dict[str, Any], place: str, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The settings that were declared at `place`, a file or a run; the rest is as in `load_run`."""
     for item in overrides:
         override(declared, item)
     try:
         return RunConfig.model_validate(expand(declared)), declared
     except ValidationError as error:
         lines = "\n".join(f"  {line}" for line in explain(error, RunConfig).splitlines())
-        hint = f"edit {path}, or the -s options" if overrides else f"edit {path}"
-        raise ConfigError(f"{path} has settings that cannot be used:\n{lines}", hint=hint) from error
+        hint = f"edit {place}, or the -s options" if overrides else f"edit {place}"
+        raise ConfigError(f"{place} has settings that cannot be used:\n{lines}", hint=hint) from error
 
 
 class _Once(yaml.SafeLoader):
@@ -140,7 +146,8 @@ def _read(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run file {path} cannot be read: {error}") from error
+        hint = 'name a .yaml or .toml file; README, "Your own run", shows one to begin with'
+        raise ConfigError(f"run file {path} cannot be read: {error}", hint=hint) from error
     try:
         body = tomllib.loads(text) if path.endswith(".toml") else yaml.load(text, _Once)
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.config import RunConfig
 from outlast.cluster.doctor_rules import TOKEN_HINT, Finding, Level
+from outlast.trainers import preflight
+from outlast.trainers.custom import make_importable
+from outlast.trainers.registry import is_dotted
 
 STOP_WAIT_S = 600
 _PERIOD_S = 0.5
@@ -145,6 +149,19 @@ def check_reachable(config: RunConfig) -> None:
                 f"{key} is {place!r}, which the cluster's machines would look for in their own working directory",
                 hint=f"set {key} to a place that all of them see: a shared file system's absolute path, or s3://…",
             )
+
+
+def check_code(config: RunConfig, code: Path | None) -> None:
+    """Refuses names that mean nothing: of architectures, of their settings, of classes in `code`.
+
+    Raises:
+        ConfigError: There is no such thing.
+    """
+    if code is not None:
+        make_importable(str(code.absolute()))
+    own = [place for place in (config.model.class_, config.model.task) if place and is_dotted(place)]
+    if code is not None or all(find_spec(place.partition(".")[0].partition(":")[0]) for place in own):
+        preflight.check_code(config)  # else the cluster has it installed, or says that it has not
 
 
 def submit(

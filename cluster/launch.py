@@ -130,7 +130,7 @@ class Launch:
             check_unchanged(base, self.config, None)
             model = find_model(storage, name)
             if model is not None and not model.faults:
-                return Finished(Outcome.DONE, self.id, model.path)
+                return Finished(Outcome.DONE, self.id, _published(storage, name, model.path))
             if model is not None:
                 self._tell({"event": "damaged-model", "model": model.path, "faults": model.faults})
             rival = None if self.take_over else find_rival(storage, name)
@@ -197,9 +197,7 @@ class Launch:
             raise answer["error"]
         outcome = Outcome(answer["outcome"])
         found = find_model(storage, self.config.name) if outcome is Outcome.DONE else None
-        model = found.path if found else None
-        if isinstance(storage, LocalStorage) and model is not None:
-            _link(storage, self.config.name, model)
+        model = _published(storage, self.config.name, found.path) if found else None
         if outcome is Outcome.STOPPED and launch_is_superseded(storage, self.config.name, self.id):
             outcome = Outcome.SUPERSEDED
         return Finished(outcome, self.id, model)
@@ -403,13 +401,17 @@ def _handling(handle: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[N
             signal.signal(number, handler)
 
 
-def _link(storage: LocalStorage, run: str, model: str) -> None:
-    """`<run>/model` leads to the finished model. A convenience: nothing reads it."""
+def _published(storage: Storage, run: str, model: str) -> str:
+    """Where the user finds the model: at `<run>/model`, a link to the attempt's, where the storage has links."""
+    if not isinstance(storage, LocalStorage):
+        return model
     link = storage.path(f"{run}/model")
     temporary = link.with_name(f".model.{secrets.token_hex(4)}.tmp")
     with contextlib.suppress(OSError):
         temporary.symlink_to(Path(model).relative_to(run))
         temporary.replace(link)
+        return f"{run}/model"
+    return model
 
 
 def _explained(error: BaseException, config: RunConfig) -> OutlastError:

@@ -14,6 +14,8 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster.config import RunConfig
+from outlast.cluster.jobs import check_code as check_submission
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.custom import make_importable
 from outlast.trainers.preflight import check_code, check_model
@@ -110,11 +112,26 @@ def test_what_can_be_trained_is_let_through(
     assert "q_proj" in caught.value.hint
 
 
+def test_a_submission_is_looked_at_where_its_code_is_known(own_code: str) -> None:
+    """A class that is nowhere here may be installed on the cluster."""
+    for model in (own(8, "Rizing"), gpt2(n_layers=2)):
+        with pytest.raises(ConfigError, match=r"Rizing|n_layers"):
+            check_submission(RunConfig.model_validate(body_of(model)), Path(own_code))
+    elsewhere = RunConfig.model_validate(body_of({"class": "installed_there:Model", "config": {}}))
+    check_submission(elsewhere, None)
+    with pytest.raises(ConfigError, match="installed_there"):
+        check_submission(elsewhere, Path(own_code))
+
+
+def body_of(model: dict[str, Any]) -> dict[str, Any]:
+    config = tiny_config("run", "none", "none", sections={"model": model})
+    return config.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+
+
 def test_the_command_says_so_at_once(own_code: str, tmp_path: Path, text_file: str) -> None:
     """With one error and exit code 2; no Ray is started, and nothing but the data is left behind."""
-    body = tiny_config("run", str(tmp_path / "runs"), text_file, sections={"model": own(7)})
-    run_file = tmp_path / "run.yaml"
-    run_file.write_text(yaml.safe_dump(body.model_dump(mode="json", exclude_defaults=True, by_alias=True)))
+    run_file, place = tmp_path / "run.yaml", {"checkpoint": {"storage": str(tmp_path / "runs")}}
+    run_file.write_text(yaml.safe_dump({**body_of(own(7)), **place, "data": {"train": text_file, "eval": "5%"}}))
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}  # where nobody is, so that starting it would fail
     command = [OUTLAST, "train", str(run_file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

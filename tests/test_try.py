@@ -105,6 +105,8 @@ def test_a_language_model_goes_on(assign: Callable[..., Assignment], storage: Lo
     [answer] = ask(str(storage.path("try-words")), "--prompt", "The")
     assert answer["text"] == "The"
     assert answer["continuation"]
+    with pytest.raises(ConfigError, match=r"data\.max_length"):
+        ask(str(storage.path("try-words")), "--prompt", "The", "-s", "data.max_length=short")
 
 
 def outlast(*arguments: str) -> subprocess.CompletedProcess[str]:

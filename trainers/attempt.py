@@ -184,18 +184,19 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
         return
     mathematics = config.mathematics()
     before, now = _flat(_completed(base["mathematics"], mathematics, config)), _flat(mathematics)
-    changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [f"{key.rstrip('_')} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
     if fingerprint is not None and base["data"] != fingerprint:
         changed.append("the data is not the same (the files, or the settings under data: or model.tokenizer)")
     if changed:
+        hint = "put them back, or start a new run with another `name:`"
+        if {line.split()[0] for line in changed} <= {"train.steps", "train.epochs"}:
+            model = f"{config.checkpoint.storage}/{config.name}/model"
+            hint = f"to train its model further, start a run with another `name:` and `model: {{path: {model}}}`"
         raise ConfigError(
             f"run {config.name!r} was started with other settings, and going on with these would be another "
             "run:\n" + "\n".join(f"  {line}" for line in changed),
-            hint="put them back, or start a new run with another `name:`",
+            hint=hint,
         )
 
 
@@ -210,7 +211,9 @@ def _check_samples(base: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _completed(before: Mapping[str, Any], now: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """What was declared, with the defaults of settings that are declared only now."""
+    """What was declared, with the defaults of settings that are declared only now, and without those that say nothing
+    now: what silences them is declared itself.
+    """
     whole = dict(before)
     for name, setting in type(settings).model_fields.items():
         inner = getattr(settings, name)
@@ -218,6 +221,8 @@ def _completed(before: Mapping[str, Any], now: Mapping[str, Any], settings: Sett
             whole[name] = _completed(before[name], now[name], inner)
         elif name in now and name not in before and not setting.is_required():
             whole[name] = to_jsonable_python(setting.get_default(call_default_factory=True))
+        elif name not in now:
+            whole.pop(name, None)
     return whole
 
 

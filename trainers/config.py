@@ -453,8 +453,17 @@ class TrainingConfig(Settings):
         Two runs that agree in these, in the data and in the world size, end with the same bits.
         """
         whole = self.model_dump(mode="json", include={"seed", "model", "train", "exactness", "deterministic"})
-        if self.train.early_stopping is None:
-            whole["train"].pop("eval_every")
+        silent = {
+            "eval_every": self.train.early_stopping is None,
+            "gradient_checkpointing": True,  # computes the same bits twice
+            "loss_scale": self.train.precision != "fp16",
+            "loss_scale_window": self.train.precision != "fp16",
+            "power": self.train.schedule != "polynomial",
+            "decay": self.train.schedule != "wsd",
+        }
+        for name in silent:
+            if silent[name]:
+                whole["train"].pop(name)
         whole["model"].pop("tokenizer")  # the data's fingerprint covers it
         whole["model"].pop("trust_remote_code")
         if self.model.path:

@@ -128,7 +128,7 @@ def build_model(
     if own is not None and not is_like_transformers(own):
         plain, files = build_plain(own, settings.config or {}, _special(tokenizer))
         return plain, {**files, **files_of(tokenizer)}
-    with _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"):
+    with _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"), _no_bars():
         config = _given_config(settings, own, tokenizer)
         task.configure(config)
         model, new = _build(settings, own or model_class(task, config), config, fresh)
@@ -177,7 +177,7 @@ def load_saved(
     if base is not None:
         what, hint = f"the model beneath the adapter cannot be loaded from {base!r}", "name its place with --base"
     trust = {} if own else {"trust_remote_code": trusted}
-    with _explained(what, hint, "give --trust-remote-code"):
+    with _explained(what, hint, "give --trust-remote-code"), _no_bars():
         config = (own.config_class if own else transformers.AutoConfig).from_pretrained(folder, **trust)
         builder = own or model_class(task, config)
         return builder.from_pretrained(base or folder, config=config, dtype=torch.float32, **trust)
@@ -194,6 +194,19 @@ def _explained(what: str, hint: str, trusting: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             hint = f"read that code; if you trust it, {trusting}"
         raise ConfigError(f"{what}: {told(error)}", hint=hint) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a bar on stderr while it loads, across the lines that are there."""
+    if not transformers.logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.enable_progress_bar()
 
 
 def naming_of(model: nn.Module) -> Naming:
