@@ -28,6 +28,7 @@ from outlast.cluster import doctor_probe, doctor_rules
 from outlast.cluster.config import RunConfig
 from outlast.cluster.doctor_probe import Probe
 from outlast.cluster.doctor_rules import Facts, Finding, Level, Wanted
+from outlast.cluster.preemption import draining_nodes
 
 ANSWER_S = 60.0
 STORAGE_S = 300.0
@@ -107,6 +108,8 @@ def examine(wanted: Wanted, *, quick: bool) -> list[Finding]:
         facts = nodes.ask("facts", gpus=wanted.gpus > 0)
         nodes.forget(facts)
         facts = {node: fact for node, fact in facts.items() if "fault" not in fact}
+        if not facts:
+            return nodes.silent or [Finding(Level.WARNING, "nodes", "no node stays", "`ray status`; start some")]
         found = [
             *doctor_rules.judge_versions(facts),
             *doctor_rules.judge_devices(facts, nodes.resources, wanted),
@@ -132,13 +135,11 @@ class _Nodes:
 
     def __init__(self, wanted: Wanted, folder: str, *, in_process: bool) -> None:
         here = ray.get_runtime_context().get_node_id()
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        rows = [node for node in alive if node["NodeID"] == here or _could_hold(node["Resources"], wanted)]
+        rows = [node for node in _staying() if node["NodeID"] == here or _could_hold(node["Resources"], wanted)]
         names = _names(rows)
         rows.sort(key=lambda row: names[row["NodeID"]])
         self.ids = {names[row["NodeID"]]: row["NodeID"] for row in rows}
         self.resources: dict[str, Mapping[str, float]] = {names[row["NodeID"]]: row["Resources"] for row in rows}
-        self.here = names[here]
         self.silent: list[Finding] = []
         self.files = {node: str(number) for number, node in enumerate(self.ids)}
         self._arguments = (wanted.storage, folder)
@@ -200,7 +201,7 @@ class _Nodes:
 
     def _drop(self, node: str, why: str) -> None:
         del self._probes[node]
-        gone = all(row["NodeID"] != self.ids[node] or not row["Alive"] for row in ray.nodes())
+        gone = all(row["NodeID"] != self.ids[node] for row in _staying())
         level = Level.WARNING if gone else Level.FAILED  # a node may go at any time; Ray notices
         hint = f"`ray status`, and Ray's logs on {node} (/tmp/ray/session_latest/logs)"
         self.silent.append(Finding(level, "nodes", f"{node} does not answer: {why}", hint))
@@ -218,6 +219,12 @@ class _Nodes:
                 measured = (answer - (began + ended) / 2, (ended - began) / 2)
                 best[node] = min(best.get(node, measured), measured, key=lambda item: item[1])
         return best
+
+
+def _staying() -> list[dict[str, Any]]:
+    """Nodes that are alive and not about to go: on those nothing may be started."""
+    leaving = draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
 def _could_hold(resources: Mapping[str, float], wanted: Wanted) -> bool:

@@ -333,12 +333,8 @@ def _init(address: str, **options: Any) -> None:
     except (AuthenticationError, ConnectionError, RuntimeError) as error:
         if address == "local":
             raise
-        said, hint = (
-            str(error).strip(),
-            "check the address (of the head, usually port 6379), and that Ray and Python are the same there",
-        )
-        said = said.splitlines()[-1] if "Traceback" in said else " ".join(said.split())
-        if "AuthenticationError" in said or isinstance(error, AuthenticationError):
+        said, hint = " ".join(str(error).split()), "check the address, and that Ray and Python are the same there"
+        if "AuthenticationError" in f"{error!r} {error.__cause__} {error.__context__}":  # Ray wraps it as text
             said, hint = "it wants a token, and got none or another", TOKEN_HINT
         raise PreflightError(f"the Ray cluster at {address} cannot be joined: {said}", hint=hint) from error
 
