@@ -30,7 +30,7 @@ from tests.test_jobs import BIN, Cluster
 GIVEN_UP = GivenUp("enough", ())
 NUM_STEPS = 500
 STALL_S = 30
-#: Takes its time, and hangs once, where the environment says so, so that there is time to kill something, on a busy machine too.
+#: Takes its time, and hangs once, where the environment says so: time to kill something, on a busy machine too.
 SLOW = """
 import os, time
 from types import SimpleNamespace
