@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -21,7 +20,7 @@ from outlast.checkpointing.history import GivenUp
 from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.jobs import Job
-from outlast.cluster.status import newest_launch
+from outlast.cluster.status import newest_launch, read_status
 from outlast.cluster.supervise import LONGEST_PAUSE_S, SILENCE_S, Next, Pulse, decide, pause_s
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
@@ -30,7 +29,8 @@ from tests.test_jobs import BIN, Cluster
 
 GIVEN_UP = GivenUp("enough", ())
 NUM_STEPS = 500
-#: Takes its time where the environment says so, so that there is time to kill something, on a busy machine too.
+STALL_S = 30
+#: Takes its time, and hangs once, where the environment says so: time to kill something, on a busy machine too.
 SLOW = """
 import os, time
 from types import SimpleNamespace
@@ -43,6 +43,9 @@ class Slow(nn.Module):
 
     def forward(self, input_ids, **_):
         time.sleep(float(os.environ.get("SLOW_S", "0")))
+        if self.training and os.environ.get("HANG_ONCE") and not os.path.exists(os.environ["HANG_ONCE"]):
+            open(os.environ["HANG_ONCE"], "w").close()
+            time.sleep(10_000)
         return SimpleNamespace(logits=self.head(self.embed(input_ids)))
 """
 TRAIN: dict[str, Any] = {"steps": NUM_STEPS, "batch": 4, "micro_batch": 4, "eval_every": 1000}
@@ -112,11 +115,11 @@ def test_a_job_that_is_silent_altogether_is_found_earlier() -> None:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cluster]:
     with monkeypatch.context() as patch:
         patch.setenv("SLOW_S", "0.1")
+        patch.setenv("HANG_ONCE", str(tmp_path / "hung"))
         made = Cluster()
-    made = Cluster()
     yield made
     made.shut_down()
 
@@ -128,7 +131,7 @@ def run_file(tmp_path: Path, text_file: str) -> Path:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "slow.py").write_text(SLOW)
     path, body = tmp_path / "far.yaml", config.model_dump(mode="json", exclude_defaults=True)
-    path.write_text(yaml.safe_dump(body))
+    path.write_text(yaml.safe_dump({**body, "failure": {"stall_s": STALL_S}}))
     return path
 
 
@@ -166,8 +169,8 @@ def wait_for_commit(storage: LocalStorage, after: int) -> int:
 
 
 @pytest.mark.ray
-@pytest.mark.faults  # three minutes; `.ci/run` runs it
-def test_a_run_outlives_its_driver_its_supervisor_and_its_cluster(
+@pytest.mark.faults  # four minutes; `.ci/run` runs it
+def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
     cluster: Cluster, run_file: Path, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     code = str(tmp_path / "code")
@@ -177,17 +180,19 @@ def test_a_run_outlives_its_driver_its_supervisor_and_its_cluster(
     watched = Watched("submit", str(run_file), *at, "--supervise")
     try:
         assert watched.wait_for("submitted (far-.*)") == "far-1"
+        assert float(watched.wait_for(r"far-1 is called running, but no step for (\d+) s")) >= STALL_S
+        assert watched.wait_for("submitted (far-.*)") == "far-2"
         step = wait_for_commit(place, 0)
         launch = newest_launch(place, "far")
         assert launch
         os.kill(launch["pid"], signal.SIGKILL)
-        assert watched.wait_for("(far-1) ended: failed")
-        assert watched.wait_for("submitted (far-.*)") == "far-2"
+        assert watched.wait_for("(far-2) ended: failed")
+        assert watched.wait_for("submitted (far-.*)") == "far-3"
         step = wait_for_commit(place, step)
 
         watched.kill()
         watched = Watched("supervise", str(tmp_path / "far"), *at)
-        assert watched.wait_for("attached to (far-.*)") == "far-2"
+        assert watched.wait_for("attached to (far-.*)") == "far-3"
 
         cluster.kill()
         assert watched.wait_for("(.*); trying again in")
@@ -201,6 +206,4 @@ def test_a_run_outlives_its_driver_its_supervisor_and_its_cluster(
     assert digests(place, "far") == digests(storage, "supervised")
     done = subprocess.run([str(BIN / "outlast"), "supervise", str(run_file), *at], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not json.loads(
-        subprocess.check_output([str(BIN / "outlast"), "status", str(tmp_path / "far"), "--json"], text=True)
-    )["failures"]
+    assert [failure["cause"] for failure in read_status(place, "far")["failures"]] == ["stalled"]
