@@ -92,21 +92,20 @@ class Failure:
     message: str
     num_ranks: int = 1
 
-    def told(self, workers: Sequence[Mapping[str, Any]]) -> str:
-        """The whole in one line: what was said and by whom, what to change, and where that rank's log lies.
-
-        Args:
-            workers: What the attempt's claim says of its ranks.
-        """
+    @property
+    def told(self) -> str:
+        """In one line: what was said and by how many, and what to change."""
         parts = [self.message]
         if self.num_ranks > 1:
             parts.append(f"and {self.num_ranks - 1} more ranks alike")
         if self.cause.advice:
             parts.append(f"to mend it, {self.cause.advice}")
-        mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})
-        if mine.get("log"):
-            parts.append(f"log: {mine['host']}:{mine['log']}")
         return "; ".join(parts)
+
+    def log(self, workers: Sequence[Mapping[str, Any]]) -> str:
+        """Where that rank's log lies, as far as the attempt's claim says so of its ranks."""
+        mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})
+        return f"{mine['host']}:{mine['log']}" if mine.get("log") else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +248,8 @@ class Recorder(ray.train.UserCallback):
             time.sleep(0.2)
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
-        event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told(workers)}
+        event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told}
+        event["log"] = failure.log(workers)
         number = limit = -1
         with suppress(StorageError):  # the story has a gap, and the next failure is judged again
             journal.event("failure", attempt=attempt, **event)
