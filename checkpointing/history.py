@@ -289,8 +289,7 @@ def _launch_alone(alive: Mapping[str, Any]) -> Iterator[Try]:
 def _told(failure: Mapping[str, Any]) -> Try:
     """What a launch's journal says of the end of an attempt."""
     ending = Ending.PREEMPTED if failure["cause"] == "preempted" else Ending.FAILED
-    where = f"rank {failure['rank']}" + (f", log {failure['log']}" if failure.get("log") else "")
-    return Try(ending, what=failure["cause"], message=failure["message"], where=where)
+    return Try(ending, what=failure["cause"], message=failure["message"], where=failure.get("where", ""))
 
 
 def _ref(text: str | None) -> CheckpointRef | None:

@@ -94,18 +94,14 @@ class Failure:
 
     @property
     def told(self) -> str:
-        """In one line: what was said and by how many, and what to change."""
-        parts = [self.message]
-        if self.num_ranks > 1:
-            parts.append(f"and {self.num_ranks - 1} more ranks alike")
-        if self.cause.advice:
-            parts.append(f"to mend it, {self.cause.advice}")
-        return "; ".join(parts)
+        """In one line: what was said, and what to change."""
+        return f"{self.message}; to mend it, {self.cause.advice}" if self.cause.advice else self.message
 
-    def log(self, workers: Sequence[Mapping[str, Any]]) -> str:
-        """Where that rank's log lies, as far as the attempt's claim says so of its ranks."""
+    def where(self, workers: Sequence[Mapping[str, Any]]) -> str:
+        """Which ranks said so, and where the first one's log lies, as far as the attempt's claim tells."""
+        ranks = f"rank {self.rank}" + (f" and {self.num_ranks - 1} more alike" if self.num_ranks > 1 else "")
         mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})
-        return f"{mine['host']}:{mine['log']}" if mine.get("log") else ""
+        return f"{ranks}, log {mine['host']}:{mine['log']}" if mine.get("log") else ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +245,7 @@ class Recorder(ray.train.UserCallback):
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
         event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told}
-        event["log"] = failure.log(workers)
+        event["where"] = failure.where(workers)
         number = limit = -1
         with suppress(StorageError):  # the story has a gap, and the next failure is judged again
             journal.event("failure", attempt=attempt, **event)

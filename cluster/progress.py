@@ -57,8 +57,7 @@ class Reporter:
                 self.say(f"the finished model is damaged ({'; '.join(event['faults'])}); making it again")
             case "failure":
                 left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"
-                log = f"; log: {event['log']}" if event.get("log") else ""
-                self.say(f"{event['cause']}, rank {event['rank']}: {event['message']}{log}; starting again ({left})")
+                self.say(f"{event['cause']}, {event['where']}: {event['message']}; starting again ({left})")
             case "non-finite":
                 self.say(f"{event['message']} ({event['action']})")
             case "early-stop":
