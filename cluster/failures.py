@@ -122,22 +122,22 @@ class Failure:
     num_ranks: int = 1
     excerpt: str = ""
 
-    def told(self, workers: Sequence[Mapping[str, Any]], log: str = "") -> str:
-        """The whole in one line: what was said and by whom, what to change, and where more is said.
+    @property
+    def told(self) -> str:
+        """In one line: what was said, and what to change."""
+        return f"{self.message}; to mend it, {self.cause.advice}" if self.cause.advice else self.message
+
+    def where(self, workers: Sequence[Mapping[str, Any]], log: str = "") -> str:
+        """Which ranks said so, and where more is said.
 
         Args:
             workers: What the attempt's claim says of its ranks.
-            log: Where the whole traceback lies; else the rank's own log is named.
+            log: Where the whole traceback lies; else the first rank's own log is named.
         """
-        parts = [self.message]
-        if self.num_ranks > 1:
-            parts.append(f"and {self.num_ranks - 1} more ranks alike")
-        if self.cause.advice:
-            parts.append(f"to mend it, {self.cause.advice}")
+        ranks = f"rank {self.rank}" + (f" and {self.num_ranks - 1} more alike" if self.num_ranks > 1 else "")
         mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})
-        if log or mine.get("log"):
-            parts.append(f"log: {log or mine['host'] + ':' + mine['log']}")
-        return "; ".join(parts)
+        own = f"{mine['host']}:{mine['log']}" if mine.get("log") else ""
+        return f"{ranks}, log {log or own}" if log or own else ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +282,8 @@ class Recorder(ray.train.UserCallback):
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
         log = self._write_log(attempt, errors)
-        event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told(workers, log)}
+        event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told}
+        event["where"] = failure.where(workers, log)
         if failure.cause is Cause.ERROR and "after step" in failure.message:
             event["raised"] = failure.message
         number, limit, ends = -1, -1, False
