@@ -245,6 +245,7 @@ class Recorder(ray.train.UserCallback):
         self._journal: Journal | None = None
         self._last_attempt: AttemptId | None = None
         self._last_said: frozenset[tuple[int, str]] = frozenset()
+        self._errors: dict[int, BaseException] = {}
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """Called by Ray, perhaps several times for one end. Returns at once: no restart waits for its cause."""
@@ -260,9 +261,12 @@ class Recorder(ray.train.UserCallback):
                     attempt, workers = newest, claim.get("workers", [])
         said = frozenset((rank, str(error)) for rank, error in worker_exceptions.items())
         if attempt == self._last_attempt and said & self._last_said:
-            return  # the same end, told again; a group that fails before its claim has words of its own
-        self._last_attempt, self._last_said = attempt, said
-        arguments = (self._journal, dict(worker_exceptions), workers, str(attempt or "unclaimed"))
+            # The same end, told again, perhaps with the cause that the search still waits for. A group that fails
+            # before its claim has words of its own.
+            self._errors.update(worker_exceptions)
+            return
+        self._last_attempt, self._last_said, self._errors = attempt, said, dict(worker_exceptions)
+        arguments = (self._journal, self._errors, workers, str(attempt or "unclaimed"))
         threading.Thread(target=self._find_cause, args=arguments).start()
 
     def _find_cause(
@@ -275,7 +279,7 @@ class Recorder(ray.train.UserCallback):
             deaths: list[Death] = []
             with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: what the ranks said must do
                 deaths = find_deaths(workers)
-            failure = classify(errors, deaths, drained=drained)
+            failure = classify(errors.copy(), deaths, drained=drained)
             if failure is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
