@@ -21,6 +21,7 @@ from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import Prepared
 from outlast.trainers.models import build_model
+from outlast.trainers.pulse import Phase
 from outlast.trainers.tasks import CausalLM
 from outlast.trainers.world import World, make_deterministic
 
@@ -218,6 +219,12 @@ class _Tells:
         return None
 
     def claimed(self, attempt: str) -> None:
+        pass
+
+    def at(self, phase: Phase, step: int) -> None:
+        pass
+
+    def worked(self, seconds: float) -> None:
         pass
 
     def progress(self, event: dict[str, Any]) -> None:

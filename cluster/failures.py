@@ -27,6 +27,7 @@ from outlast.checkpointing.layout import AttemptId, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import open_storage
 from outlast.cluster.hub import ask, find_hub
+from outlast.cluster.whereabouts import Hang
 
 
 class RunFailed(OutlastError):
@@ -45,6 +46,7 @@ class Cause(Enum):
 
     PREEMPTED = "preempted"
     NODE_LOST = "node lost"
+    HANG = "hang"
     WORKER_DIED = "worker died"
     ERROR = "error"
 
@@ -96,6 +98,10 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
         elif not any(word in said for word in _ECHOES):
             found.append(Failure(Cause.ERROR, rank, said.splitlines()[-1]))
     return max(found, key=lambda failure: (failure.cause.weight, -failure.rank), default=None)
+
+
+def _heavier(one: Failure | None, other: Failure | None) -> Failure | None:
+    return max((failure for failure in (one, other) if failure), key=lambda found: found.cause.weight, default=None)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -180,13 +186,15 @@ class Recorder(ray.train.UserCallback):
         self, journal: Journal, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str
     ) -> None:
         hub = find_hub(self._place[2])
+        hung: Hang | None = None if hub is None else ask(hub.take_hang.remote())
+        hang = Failure(Cause.HANG, hung.ranks[0], hung.message) if hung else None
         deadline = time.monotonic() + (SEARCH_S if workers else 0)
         while True:
             drained = bool(hub is not None and ask(hub.was_drained.remote(attempt), False))
             deaths: list[Death] = []
             with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: what the ranks said must do
                 deaths = find_deaths(workers)
-            failure = classify(errors, deaths, drained=drained)
+            failure = _heavier(classify(errors, deaths, drained=drained), hang)
             if failure is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.2)

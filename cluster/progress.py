@@ -58,6 +58,11 @@ class Reporter:
             case "failure":
                 left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"
                 self.say(f"{event['cause']}, rank {event['rank']}: {event['message']}; starting again ({left})")
+            case "resize":
+                self.say(f"going on with {event['now']} workers instead of {event['before']}")
+            case "slow":
+                slow = [f"rank {at['rank']} ({at['host']}) is {at['times']} times as slow" for at in event["ranks"]]
+                self.say("; ".join(slow) or "no rank is slow any more")
             case "early-stop":
                 self.say(f"stopping early at step {event['step']}: {event['reason']}")
             case "done":

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 import ray.train
 import ray.train.torch
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.storage import open_storage
+from outlast.checkpointing.layout import AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.storage import Storage, open_storage
 from outlast.cluster.hub import Line
+from outlast.cluster.watchdog import Watchdog
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.world import World
+
+#: A step that compiles kernels for a new shape may take so many times as long.
+COMPILING = 10
+
+
+def _watchdog(
+    line: Line, world: World, storage: Storage, assignment: Assignment, hang_after_s: float | None
+) -> Watchdog:
+    def directory() -> str:
+        """The attempt's journal or, before the claim, the launch's."""
+        run = assignment.config.name
+        claimed = AttemptId.parse(line.attempt) if line.attempt else None
+        return attempt_dir(run, claimed) if claimed else launch_dir(run, assignment.launch)
+
+    patience = COMPILING if assignment.config.train.compile else 1
+    limit_s = None if hang_after_s is None else hang_after_s * patience
+    group = world.broadcast(secrets.token_hex(8) if world.rank == 0 else None)
+    return Watchdog(line, group, world.rank, world.size, line.pulse, limit_s, storage, directory, line.progress)
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +49,13 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             storage = open_storage(assignment.config.checkpoint.storage)
             world = World(ray.train.torch.get_device(), ray.get_runtime_context().get_node_id())
             line.watch(set(world.gather(world.node)))
-            return {"outcome": run_attempt(assignment, storage, world, line).value}
+            with _watchdog(line, world, storage, assignment, payload["hang_after_s"]) as dog:
+                try:
+                    return {"outcome": run_attempt(assignment, storage, world, line).value}
+                except RuntimeError as error:
+                    if explained := dog.explain(error):
+                        raise explained from error
+                    raise
         except OutlastError as error:
             if error.permanent and line.all_fail(error):
                 return {"error": error}

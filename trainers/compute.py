@@ -7,7 +7,8 @@ are compiled for one shape each: a kernel for any shape would depend on which sh
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,3 +99,39 @@ def _check_compiler(device: torch.device) -> None:
             f"torch.compile does not work on this machine: {said}",
             hint=f"it needs {needs} on every worker; or set train.compile: false",
         ) from error
+
+
+class Stopwatch:
+    """Adds up the seconds of spans of work, on the device's own clock where it has one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self._is_cuda:
+            span = (self._mark(), self._mark())
+            span[0].record()
+            yield
+            span[1].record()
+            self._spans.append(span)
+            return
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+    @staticmethod
+    def _mark() -> torch.cuda.Event:
+        mark: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        return mark
+
+    def read(self) -> float:
+        """Seconds since it was last read. To be read when the device has caught up; else it waits for that."""
+        seconds, self._seconds = self._seconds, 0.0
+        for begin, end in self._spans:
+            end.synchronize()
+            seconds += begin.elapsed_time(end) / 1000
+        self._spans.clear()
+        return seconds

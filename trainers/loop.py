@@ -29,12 +29,13 @@ from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpoint
 from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.layout import CheckpointRef
 from outlast.checkpointing.retention import Kept
-from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
+from outlast.trainers.compute import Stopwatch, apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
 from outlast.trainers.config import Exactness, TrainingConfig
 from outlast.trainers.elastic import TreeReducer
 from outlast.trainers.evaluation import evaluate
 from outlast.trainers.optimizers import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.pace import Pace
+from outlast.trainers.pulse import Phase
 from outlast.trainers.registry import find_task
 from outlast.trainers.samples import Samples
 from outlast.trainers.sampling import Plan, share
@@ -68,6 +69,12 @@ class Control(Protocol):
 
     def claimed(self, attempt: str) -> None:
         """Learns the attempt's name, once."""
+
+    def at(self, phase: Phase, step: int) -> None:
+        """Learns, on every rank, what it is at; `step` steps are done."""
+
+    def worked(self, seconds: float) -> None:
+        """Learns, on every rank, what a micro-batch took it without waiting for others: its data and forward pass."""
 
     def progress(self, event: dict[str, Any]) -> None:
         """Takes note of an event (rank 0 only)."""
@@ -188,6 +195,7 @@ class Loop:
         self._pending: _Pending | None = None
         checkpointer.listener = control.progress
         self._pace = Pace(config.checkpoint.interval, checkpointer)
+        self._forward = Stopwatch(world.device)
 
     def run(self) -> Outcome:
         """Runs to one of the three ends. Raises what the checkpointer raises."""
@@ -238,10 +246,13 @@ class Loop:
         """One optimizer update. Returns what all ranks agree to do after it."""
         plan, train, step = self.plan, self.config.train, self.step
         began = time.monotonic()
+        self.control.at(Phase.DATA, step)
         num_micro = plan.num_micro_batches(step)
         mine = share(num_micro, self.world.rank, self.world.size)
         cut = self._cut(step)
         batches = {m: self._batch(cut[m]) for m in mine}
+        data_s = time.monotonic() - began
+        self.control.at(Phase.AGREE, step)
         agreed = self._agree(sum(self.task.count(batch) for batch in batches.values()))
 
         if not agreed.count:
@@ -250,6 +261,8 @@ class Loop:
                 hint="take such rows out of the data, or set a larger train.batch",
             )
         losses: dict[int, torch.Tensor] = {}
+        self._tell_work(data_s, len(mine))
+        self.control.at(Phase.COMPUTE, step)
         for micro, batch in batches.items():
             seed_everything(plan.seed, step, micro)
             losses[micro] = self._forward_backward(batch, agreed.count, sync=micro == mine[-1])
@@ -259,8 +272,10 @@ class Loop:
         for _ in range(self.world.num_idle(num_micro, self.wrapped)):  # the others wait for gradients, which are zero
             seed_everything(plan.seed, step, 0)  # what it leaves in buffers may be what is saved
             self._forward_backward(self._batch(cut[0]), math.inf, sync=True)
+        self.control.at(Phase.EXCHANGE, step)
         if self._tree is not None:
             self._tree.finish(num_micro)
+        self.control.at(Phase.UPDATE, step)
         if self._still is not None:
             self._still.check()
 
@@ -276,6 +291,13 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self._pending = _Pending(step, agreed.count, losses, norm, lr, time.monotonic() - began, time.time())
         return agreed
+
+    def _tell_work(self, data_s: float, num_micro: int) -> None:
+        """Of the step before, because only now the device has caught up. Sharded, a forward pass waits for the others,
+        and tells nothing of this rank."""
+        forward_s = self._forward.read()
+        if num_micro and forward_s and not isinstance(self.wrapped, FSDPModule):
+            self.control.worked((data_s + forward_s) / num_micro)
 
     def _cut(self, step: int) -> list[npt.NDArray[np.int64]]:
         """Which positions each micro-batch of a step holds, the same on every rank."""
@@ -293,7 +315,10 @@ class Loop:
             self.wrapped.require_backward_grad_sync = sync
         with self.world.autocast(self.config.train.precision):
             on_device = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
-            loss_sum = self.task.loss_sum(self.wrapped, on_device)
+            with self._forward.running():
+                loss_sum = self.task.loss_sum(self.wrapped, on_device)
+        if sync and self._tree is None:
+            self.control.at(Phase.EXCHANGE, self.step)
         self.scaler.scale(loss_sum / count).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
@@ -357,6 +382,7 @@ class Loop:
         assert self.eval_data is not None
         train = self.config.train
         began = time.monotonic()
+        self.control.at(Phase.EVALUATE, self.step)
         self._settle()
         reach(Point.EVALUATING, self.step)
         found = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
@@ -392,6 +418,7 @@ class Loop:
             urgent: Go on only when it is committed.
             skippable: It may be left out while another save is in flight.
         """
+        self.control.at(Phase.SAVE, self.step)
         self._settle()
         metrics = dict(self.metrics)
         if not (self.log_history and self.log_history[-1]["step"] == self.step):
@@ -440,6 +467,7 @@ class Loop:
 
     def _finish(self) -> Outcome:
         """Publishes the model."""
+        self.control.at(Phase.FINISH, self.step)
         for source in self._candidates():
             try:
                 published = self.checkpointer.finish(source, self.step)

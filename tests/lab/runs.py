@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,17 @@ OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
 
 class Run:
-    """A tiny run with a checkpoint every 100 steps."""
+    """A tiny run with a checkpoint every 100 steps. `sections` changes blocks of its file."""
 
-    def __init__(self, folder: Path, name: str, text_file: str, steps: int, workers: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        text_file: str,
+        steps: int,
+        workers: int,
+        sections: Mapping[str, Any] | None = None,
+    ) -> None:
         self.storage, self.name = LocalStorage(folder / "runs"), name
         body = tiny_config(name, self.storage.url, text_file, steps=steps, eval_every=200).model_dump(
             mode="json", exclude_defaults=True
@@ -31,6 +40,8 @@ class Run:
         body["scale"] = {"workers": workers, "cpus_per_worker": 1}
         body["checkpoint"]["every"] = 100
         body["failure"] = {"max_failures": 1, "max_preemptions": -1}
+        for key, value in (sections or {}).items():
+            body[key] = {**body[key], **value} if isinstance(value, Mapping) else value
         self.file = folder / f"{name}.yaml"
         self.file.write_text(yaml.safe_dump(body))
 
