@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim
+from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim, run_events
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.failures import Cause
 from outlast.cluster.status import read_status
@@ -68,7 +68,26 @@ class Run:
     def host_of(self, rank: int) -> int:
         return int(self.workers()[rank]["host"].rsplit("-h", 1)[1])
 
-    def assert_cause(self, cause: Cause) -> None:
-        """One failure, and the journal names its cause."""
+    def wait_for_steps(self, follower: subprocess.Popen[str], attempts: int, workers: int) -> None:
+        """Waits until an attempt after so many others makes steps on so many workers."""
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            assert follower.poll() is None, follower.communicate()
+            if len(list_attempts(self.storage, self.name)) > attempts:
+                found = read_status(self.storage, self.name)
+                if found["world_size"] == workers == len(self.workers()) and found["loss"] is not None:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"no steps on {workers} workers within 200 s")
+
+    def recovery_s(self, since: float, attempts: int) -> float:
+        """Seconds from a time (since the epoch) to the first step of an attempt after so many others."""
+        later = {str(attempt) for attempt in list_attempts(self.storage, self.name)[attempts:]}
+        told = ((str(attempt), event) for attempt, event in run_events(self.storage, self.name))
+        ends = [event["ended_at"] for attempt, event in told if attempt in later and event["event"] == "step"]
+        return float(min(ends)) - since
+
+    def assert_cause(self, *causes: Cause) -> None:
+        """So many failures, and the journal names their causes."""
         failures = read_status(self.storage, self.name)["failures"]
-        assert [failure["cause"] for failure in failures] == [cause.value], failures
+        assert [failure["cause"] for failure in failures] == [cause.value for cause in causes], failures
