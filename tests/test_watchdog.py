@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import pytest
 
 from outlast.checkpointing.faults import Action, Point
 from outlast.checkpointing.lineage import run_events
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.ranks import Ranks
+from outlast.checkpointing.storage import LocalStorage, open_storage
 from outlast.cluster.watchdog import EXIT_CODE, Watchdog
 from outlast.cluster.whereabouts import Beat, Group, find_hang, find_slow
 from outlast.trainers.attempt import Assignment
@@ -23,8 +26,9 @@ from outlast.trainers.loop import Outcome
 from outlast.trainers.pulse import Phase, Pulse
 from tests.conftest import Reference
 from tests.group import digests, fault, losses, run_group
+from tests.ranks import on_ranks
 from tests.troubled import FOLDER, TROUBLE
-from tests.watched import Watched, serve
+from tests.watched import Post, Watched, serve
 
 LIMIT_S = 60.0
 
@@ -83,6 +87,36 @@ def test_each_phase_has_its_time(tmp_path: Path) -> None:
     assert [dog.limit_s(phase) for phase in (Phase.START, Phase.COMPUTE)] == [900, 900]  # steps are not known yet
     pulse._steps.extend([10.0, 10.0, 500.0])
     assert [dog.limit_s(phase) for phase in (Phase.START, Phase.EVALUATE, Phase.COMPUTE)] == [900, 900, 200]
+
+
+def wait_in_vain(address: str, storage: str) -> str:
+    """Rank 1 does not come; what rank 0's time-out becomes."""
+    ranks = Ranks(timedelta(seconds=2))
+    pulse = Pulse()
+    dog = Watchdog(Post(address), "group", ranks.rank, 2, pulse, 60, open_storage(storage), str, print, period_s=0.1)
+    with dog:
+        pulse.at(Phase.DATA if ranks.rank else Phase.AGREE, 40)
+        if ranks.rank:
+            time.sleep(4)  # a rank that is late, by more than the time-out
+            return ""
+        try:
+            ranks.gather("here")
+        except RuntimeError as error:
+            return dog.explain(error).message
+    return "rank 1 came"
+
+
+def test_a_collective_that_times_out_names_who_did_not_come(tmp_path: Path, storage: LocalStorage) -> None:
+    with serve(tmp_path / "hub"):
+        said, _ = on_ranks(2, wait_in_vain, str(tmp_path / "hub"), storage.url)
+    host = socket.gethostname()
+    assert f"in step 41, agreement, and rank 1 did not come: rank 1 on {host} is in step 41, data" in said
+
+
+def test_other_errors_stay_as_they_are(tmp_path: Path, storage: LocalStorage) -> None:
+    with serve(tmp_path / "hub"):
+        dog = Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, Pulse(), None, storage, str, print)
+        assert dog.explain(RuntimeError("Connection reset by peer")) is None
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 STEPS = 1000
-ELASTIC = {"exactness": "elastic", "failure": {"max_failures": 3, "hang_after": "5s"}, "train": {"micro_batch": 2}}
+ELASTIC = {"exactness": "elastic", "train": {"micro_batch": 2}}
 Recovered = Callable[[str, str, float], None]
 
 
@@ -54,9 +54,10 @@ def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> tuple
 
 @pytest.fixture
 def make(tmp_path: Path, text_file: str) -> Callable[..., Run]:
-    def make_run(name: str, workers: Any = 2) -> Run:
+    def make_run(name: str, workers: Any = 2, hang_after: str = "2m") -> Run:
+        failure = {"max_failures": 3, "hang_after": hang_after}
         scale = {"workers": workers, "cpus_per_worker": 1, "resize_every": "5s"}
-        return Run(tmp_path, name, text_file, STEPS, 2, {**ELASTIC, "scale": scale})
+        return Run(tmp_path, name, text_file, STEPS, 2, {**ELASTIC, "scale": scale, "failure": failure})
 
     return make_run
 
@@ -137,7 +138,7 @@ def test_a_worker_is_stopped_for_longer_than_it_takes_to_notice(
     cluster: Lab, make: Callable[..., Run], reference: tuple[Any, Any], recovered: Recovered
 ) -> None:
     """Ray calls the job RUNNING, and no step is made: the other rank's watchdog finds out."""
-    run = make("stopped")
+    run = make("stopped", hang_after="5s")
     follower = run.submit(cluster)
     run.wait_for_commit(follower)
     host, pid, began = run.host_of(1), run.workers()[1]["pid"], time.time()
