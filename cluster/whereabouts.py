@@ -133,7 +133,7 @@ def find_slow(work: Mapping[int, float]) -> dict[int, float]:
     """The ranks that are slower than the others, with how many times.
 
     Each rank is held against the others alone, by median and median absolute deviation, so that it does not spoil what
-    it is measured by; 6 % of the median count as noise in any case, and five times that much is slow.
+    it is measured by; 10 % of the median count as noise in any case, and five times that much is slow.
 
     Args:
         work: Rank to what a micro-batch takes it, in seconds.
@@ -145,6 +145,6 @@ def find_slow(work: Mapping[int, float]) -> dict[int, float]:
             continue
         usual = median(others)
         spread = 1.4826 * median(abs(other - usual) for other in others)
-        if seconds - usual > 5 * max(spread, 0.06 * usual):
+        if seconds - usual > 5 * max(spread, 0.1 * usual):
             slow[rank] = round(seconds / usual, 2)
     return slow
