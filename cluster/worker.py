@@ -11,9 +11,12 @@ import ray.train.torch
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.layout import AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.storage import Storage, open_storage
+from outlast.cluster.failures import RankError
 from outlast.cluster.hub import Line
+from outlast.cluster.memory import log_of_this_process
 from outlast.cluster.watchdog import Watchdog
 from outlast.trainers.attempt import Assignment, run_attempt
+from outlast.trainers.config import Parallel
 from outlast.trainers.world import World
 
 #: A step that compiles kernels for a new shape may take so many times as long.
@@ -29,6 +32,8 @@ def _watchdog(
         claimed = AttemptId.parse(line.attempt) if line.attempt else None
         return attempt_dir(run, claimed) if claimed else launch_dir(run, assignment.launch)
 
+    if assignment.parallel is Parallel.FSDP:  # a forward pass waits for the others, and tells nothing of this rank
+        line.pulse.tells_work = False
     patience = COMPILING if assignment.config.train.compile else 1
     limit_s = None if hang_after_s is None else hang_after_s * patience
     group = world.broadcast(secrets.token_hex(8) if world.rank == 0 else None)
@@ -47,7 +52,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             return {"error": earlier}
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
-            world = World(ray.train.torch.get_device(), ray.get_runtime_context().get_node_id())
+            node = ray.get_runtime_context().get_node_id()
+            world = World(ray.train.torch.get_device(), node, log_of_this_process())
             line.watch(set(world.gather(world.node)))
             with _watchdog(line, world, storage, assignment, payload["hang_after_s"]) as dog:
                 try:
@@ -60,3 +66,5 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             if error.permanent and line.all_fail(error):
                 return {"error": error}
             raise
+        except Exception as error:  # noqa: BLE001 - raised again as what survives the way to the driver
+            raise RankError.of(error) from None

@@ -7,7 +7,7 @@ are compiled for one shape each: a kernel for any shape would depend on which sh
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,12 +62,8 @@ def prepare_module(model: nn.Module, train: TrainSettings, ranks: Ranks, device:
         ConfigError: The model cannot recompute its activations.
         PreflightError: Nothing can be compiled on some rank's machine.
     """
+    check_recomputes(model, train)
     if train.gradient_checkpointing:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ConfigError(
-                f"{type(model).__name__} cannot recompute its activations",
-                hint="set train.gradient_checkpointing: false",
-            )
         inner: Any = model
         enable = getattr(inner, "activation_checkpointing_enable", None)  # its name in newer transformers
         (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -75,6 +71,14 @@ def prepare_module(model: nn.Module, train: TrainSettings, ranks: Ranks, device:
         _settle_compiler()
         ranks.everybody(lambda: _check_compiler(device))
         model.compile(dynamic=False)
+
+
+def check_recomputes(model: nn.Module, train: TrainSettings) -> None:
+    """Raises ConfigError if the model is to recompute its activations and cannot."""
+    if train.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{type(model).__name__} cannot recompute its activations", hint="set train.gradient_checkpointing: false"
+        )
 
 
 def _settle_compiler() -> None:
@@ -102,9 +106,15 @@ def _check_compiler(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Adds up the seconds of spans of work, on the device's own clock where it has one."""
+    """Adds up the seconds of a rank's forward passes, on the device's own clock where it has one.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where they run.
+        listener: Hears what a micro-batch took.
+    """
+
+    def __init__(self, device: torch.device, listener: Callable[[float], None]) -> None:
+        self._listener = listener
         self._is_cuda = device.type == "cuda"
         self._seconds = 0.0
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -127,11 +137,17 @@ class Stopwatch:
         mark: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         return mark
 
-    def read(self) -> float:
-        """Seconds since it was last read. To be read when the device has caught up; else it waits for that."""
+    def tell(self, data_s: float, num_micro: int) -> None:
+        """Tells of the step before. To be called when the device has caught up with it; else it waits for that.
+
+        Args:
+            data_s: What reading a step's data took.
+            num_micro: The micro-batches that this rank does in a step.
+        """
         seconds, self._seconds = self._seconds, 0.0
         for begin, end in self._spans:
             end.synchronize()
             seconds += begin.elapsed_time(end) / 1000
         self._spans.clear()
-        return seconds
+        if num_micro and seconds:
+            self._listener((data_s + seconds) / num_micro)

@@ -38,9 +38,14 @@ class Phase(Enum):
 
 
 class Pulse:
-    """One rank's. `at` and `worked` belong to the loop's thread; the rest may be asked from another."""
+    """One rank's. `at` and `worked` belong to the loop's thread; the rest may be asked from another.
+
+    Attributes:
+        tells_work: False where what is `worked` says nothing of this rank alone.
+    """
 
     def __init__(self) -> None:
+        self.tells_work = True
         self._now = (Phase.START, 0, time.monotonic())
         self._began: float | None = None
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
@@ -75,4 +80,4 @@ class Pulse:
     def work_s(self) -> float | None:
         """The median of what was `worked` lately; None until there is enough of it."""
         work = list(self._work)
-        return median(work) if len(work) == _NUM_WORK else None
+        return median(work) if self.tells_work and len(work) == _NUM_WORK else None
