@@ -1,4 +1,5 @@
-"""The hub: one small actor between the driver and rank 0. Stop requests go down, live events come up.
+"""The hub: one small actor between the driver and the ranks. Stop requests go down, live events come up, and the ranks'
+watchdogs meet there.
 
 Its loss is harmless. Nothing that decides what is trained or kept passes through it; without it a stop request waits
 for the next signal and the screen stays still.

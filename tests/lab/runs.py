@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
-from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim, run_events
+from outlast.checkpointing.journal import read_events
+from outlast.checkpointing.layout import attempt_dir
+from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.failures import Cause
 from outlast.cluster.status import read_status
@@ -68,24 +70,21 @@ class Run:
     def host_of(self, rank: int) -> int:
         return int(self.workers()[rank]["host"].rsplit("-h", 1)[1])
 
-    def wait_for_steps(self, follower: subprocess.Popen[str], attempts: int, workers: int) -> None:
-        """Waits until an attempt after so many others makes steps on so many workers."""
+    def wait_for_steps(self, follower: subprocess.Popen[str], attempts: int, workers: int, since: float) -> float:
+        """Waits until an attempt after so many others makes steps on so many workers.
+
+        Returns the seconds from `since` (seconds since the epoch) to the first step of any of them.
+        """
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
             assert follower.poll() is None, follower.communicate()
-            if len(list_attempts(self.storage, self.name)) > attempts:
-                found = read_status(self.storage, self.name)
-                if found["world_size"] == workers == len(self.workers()) and found["loss"] is not None:
-                    return
+            later = list_attempts(self.storage, self.name)[attempts:]
+            told = [event for attempt in later for event in read_events(self.storage, attempt_dir(self.name, attempt))]
+            steps = [event["ended_at"] for event in told if event["event"] == "step"]
+            if steps and [event["world_size"] for event in told if event["event"] == "plan"][-1:] == [workers]:
+                return float(min(steps)) - since
             time.sleep(0.1)
         raise AssertionError(f"no steps on {workers} workers within 200 s")
-
-    def recovery_s(self, since: float, attempts: int) -> float:
-        """Seconds from a time (since the epoch) to the first step of an attempt after so many others."""
-        later = {str(attempt) for attempt in list_attempts(self.storage, self.name)[attempts:]}
-        told = ((str(attempt), event) for attempt, event in run_events(self.storage, self.name))
-        ends = [event["ended_at"] for attempt, event in told if attempt in later and event["event"] == "step"]
-        return float(min(ends)) - since
 
     def assert_cause(self, *causes: Cause) -> None:
         """So many failures, and the journal names their causes."""
