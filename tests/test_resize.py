@@ -100,5 +100,6 @@ def test_status_tells_why_the_number_of_workers_changed(tmp_path: Path) -> None:
     resizes.event("resize", attempt="0001-aaaa", before=3, now=2, planned=False)
     failures.event("failure", attempt="0001-aaaa", cause="node lost", rank=2, message="its node has died")
     resizes.event("resize", attempt="0002-bbbb", before=2, now=3, planned=True)
+    failures.event("failure", attempt="0003-cccc", cause="hang", rank=0, message="and goes on with as many")
     found = [(item["before"], item["now"], item["cause"]) for item in read_status(storage, "run")["sizes"]]
     assert found == [(3, 2, "node lost"), (2, 3, "resized")]
