@@ -17,6 +17,8 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from math import inf
 from typing import Any, Protocol
 
 from outlast.checkpointing.errors import OutlastError, StorageError
@@ -100,6 +102,7 @@ class Watchdog:
         self._closing.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        self._post.beat(self._group, replace(self._beat(), limit_s=inf))  # nobody waits for a rank that has ended
 
     def explain(self, error: BaseException) -> StepTimedOut | None:
         """For a collective that timed out: the same with the ranks that did not come. None for other errors."""
@@ -143,7 +146,7 @@ class Watchdog:
     def limit_s(self, phase: Phase) -> float:
         """How long this rank may be at something."""
         if self._hang_after_s is None:
-            return float("inf")
+            return inf
         usual = self._pulse.step_s
         if usual is None or not phase.is_quick:
             return max(self._hang_after_s * PATIENCE, STEPS * (usual or 0.0))

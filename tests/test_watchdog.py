@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def beat(rank: int, phase: Phase, step: int, seconds: float, limit_s: float = LI
         pytest.param((Phase.AGREE, 7, 61), (Phase.DATA, 7, 1, 900), 61, (1,), id="stopped-while-it-read"),
         pytest.param((Phase.DATA, 7, 901, 900), (Phase.DATA, 7, 901, 900), 0, (0, 1), id="no-data-at-all"),
         pytest.param((Phase.DATA, 8, 901, 900), (Phase.SAVE, 8, 100, 900), 0, None, id="the-other-saves"),
+        pytest.param((Phase.FINISH, 8, 300, 900), (Phase.UPDATE, 7, 0, inf), 300, None, id="the-other-has-ended"),
         pytest.param((Phase.AGREE, 7, 70), (Phase.AGREE, 7, 1), 0, None, id="the-other-has-just-come"),
     ],
 )
@@ -117,6 +119,13 @@ def test_other_errors_stay_as_they_are(tmp_path: Path, storage: LocalStorage) ->
     with serve(tmp_path / "hub"):
         dog = Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, Pulse(), None, storage, str, print)
         assert dog.explain(RuntimeError("Connection reset by peer")) is None
+
+
+def test_a_rank_that_has_ended_is_never_late(tmp_path: Path, storage: LocalStorage) -> None:
+    with serve(tmp_path / "hub") as hub:
+        with Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, Pulse(), 60, storage, str, print):
+            pass
+        assert hub.beats("group")[0][0].limit_s == inf
 
 
 @pytest.fixture
