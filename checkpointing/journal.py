@@ -96,7 +96,7 @@ def last_event_at(storage: Storage, directory: str) -> float | None:
     Raises:
         StorageError: A read failed.
     """
-    newest = _segments(storage, directory, EVENTS)[-1:]
+    newest = _segments(storage, directory, f"{EVENTS}-0")[-1:]
     return max((float(event["t"]) for event in _read(storage, directory, newest) if "t" in event), default=None)
 
 

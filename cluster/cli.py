@@ -279,6 +279,10 @@ def status(run: Run, address: Address = None, storage: Root = "./runs", as_json:
         print(f"  {when(failure['t'])}  {failure['cause']} (rank {failure['rank']}): {failure['message'][:160]}")
         if log := failure.get("log"):
             print(f"    traceback: {log}")
+    for slow in body["slow"]:
+        print(f"  slow: rank {slow['rank']} on {slow['host']}, {slow['times']} times as slow as the others")
+    for change in body["sizes"]:
+        print(f"  {when(change['t'])}  {change['before']} workers → {change['now']}: {change['cause']}")
     for job in body.get("jobs", []):
         print(f"job {job['id']}: {job['status']}")
     for damaged in body["damaged"]:

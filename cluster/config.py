@@ -10,20 +10,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.history import Limits
+from outlast.checkpointing.schedule import Every, Unit
 from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel, explain
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
+def seconds_only(value: str | int) -> str | int:
+    """Checks an interval that must be one of time."""
+    if Every.parse(value).unit is not Unit.SECONDS:
+        raise ValueError(f"{value!r} is no time: write 90s, 2m or 1h")
+    return value
+
+
 class ScaleSettings(Settings):
     """How many workers, and what each holds."""
 
-    workers: int = Field(1, ge=1)
-    """Worker processes, one rank each."""
+    workers: int | tuple[int, int] = 1
+    """Worker processes, one rank each. [2, 8] takes as many as the cluster has room for: a lost node makes the group
+    smaller, a new one makes it larger."""
+    resize_every: str | int = "1m"
+    """How often to look whether there is room for more workers. Each change of their number is a checkpoint and a
+    restart of the group, so that nodes that come one after the other are better taken in together."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a worker; 0 trains on the CPU."""
     cpus_per_worker: float | None = Field(None, gt=0)
@@ -31,6 +43,38 @@ class ScaleSettings(Settings):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How the model is spread: every worker holds all of it (ddp), or a share, and gathers the rest block by block
     while it computes (fsdp): less memory, more traffic."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _is_a_number_or_two(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(type(number) is int and number >= 1 for number in numbers) or len(numbers) > 2:
+            raise ValueError("write a number of workers, such as 4, or the fewest and the most, such as [2, 8]")
+        if list(numbers) != sorted(numbers):
+            raise ValueError(f"[{numbers[0]}, {numbers[1]}] has the fewest after the most")
+        return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)
+
+    @field_validator("resize_every")
+    @classmethod
+    def _is_time(cls, value: str | int) -> str | int:
+        return seconds_only(value)
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """True where the number of workers may change while the run goes on."""
+        return not isinstance(self.workers, int)
+
+    @property
+    def resize_every_s(self) -> float:
+        return Every.parse(self.resize_every).amount
 
 
 class FailureSettings(Settings):
@@ -54,6 +98,19 @@ class FailureSettings(Settings):
     stall_s: float = Field(1800.0, ge=1.0)
     """Seconds without any event of the workers after which a supervisor stops the job and submits it again. Longer than
     the longest step, evaluation or start."""
+    hang_after: str | int | None = "2m"
+    """A group that makes no progress for so long, and for 20 times the median step, is ended and started again. What
+    does not take equally long each time (start, first steps, reading data, evaluation, saves) may take 15 times as
+    long. null never ends a group."""
+
+    @field_validator("hang_after")
+    @classmethod
+    def _is_time(cls, value: str | int | None) -> str | int | None:
+        return None if value is None else seconds_only(value)
+
+    @property
+    def hang_after_s(self) -> float | None:
+        return None if self.hang_after is None else Every.parse(self.hang_after).amount
 
     @property
     def limits(self) -> Limits:

@@ -45,7 +45,7 @@ def wanted_by(config: RunConfig) -> Wanted:
     scale = config.scale
     return Wanted(
         storage=config.checkpoint.storage,
-        workers=scale.workers,
+        workers=scale.min_workers,
         cpus=scale.cpus_per_worker,
         gpus=scale.gpus_per_worker,
         settle_s=config.checkpoint.settle_s,

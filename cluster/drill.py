@@ -309,7 +309,7 @@ def _scaled_down(
 
 
 def _last_rank(copy: Copy) -> int:
-    return copy.config.scale.workers - 1
+    return copy.config.scale.min_workers - 1
 
 
 def _seconds_per_step(copy: Copy) -> float:

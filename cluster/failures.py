@@ -36,6 +36,7 @@ from outlast.cluster.memory import (
     is_host_shortage,
     was_killed_by_kernel,
 )
+from outlast.cluster.whereabouts import Hang
 from outlast.trainers.blame import own_frames, told
 
 
@@ -93,6 +94,7 @@ class Cause(Enum):
     NODE_LOST = "node lost"
     OUT_OF_DEVICE_MEMORY = "out of device memory"
     OUT_OF_HOST_MEMORY = "out of host memory"
+    HANG = "hang"
     WORKER_DIED = "worker died"
     ERROR = "error"
 
@@ -179,6 +181,10 @@ def _cause_of_error(said: str) -> Cause:
     if is_device_shortage(said):
         return Cause.OUT_OF_DEVICE_MEMORY
     return Cause.OUT_OF_HOST_MEMORY if is_host_shortage(said) else Cause.ERROR
+
+
+def _heavier(one: Failure | None, other: Failure | None) -> Failure | None:
+    return max((failure for failure in (one, other) if failure), key=lambda found: found.cause.weight, default=None)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -273,13 +279,15 @@ class Recorder(ray.train.UserCallback):
         self, journal: Journal, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str
     ) -> None:
         hub = find_hub(self._place[2])
+        hung: Hang | None = None if hub is None else ask(hub.take_hang.remote())
+        hang = Failure(Cause.HANG, hung.ranks[0], hung.message) if hung else None
         deadline = time.monotonic() + (SEARCH_S if workers else 0)
         while True:
             drained = bool(hub is not None and ask(hub.was_drained.remote(attempt), False))
             deaths: list[Death] = []
             with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: what the ranks said must do
                 deaths = find_deaths(workers)
-            failure = classify(errors.copy(), deaths, drained=drained)
+            failure = _heavier(classify(errors.copy(), deaths, drained=drained), hang)
             if failure is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.2)

@@ -1,4 +1,5 @@
-"""The hub: one small actor between the driver and rank 0. Stop requests go down, live events come up.
+"""The hub: one small actor between the driver and the ranks. Stop requests go down, live events come up, and the ranks'
+watchdogs meet there.
 
 Its loss is harmless. Nothing that decides what is trained or kept passes through it; without it a stop request waits
 for the next signal and the screen stays still.
@@ -19,11 +20,44 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.preemption import Watch, draining_nodes
+from outlast.cluster.whereabouts import Beat, Group, Hang
+from outlast.trainers.pulse import Phase, Pulse
 
 NAMESPACE = "outlast"
 _PERIOD_S = 0.5
 _PATIENCE_S = 10.0
 _AGREEMENT_S = 5.0
+
+
+class Wish:
+    """A commit that somebody outside asks rank 0 for, and how far it is. Pure.
+
+    Args:
+        reason: Why; empty for no wish.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        self._reason = reason
+        self._is_taken = False
+        self._step: int | None = None
+        self.is_fulfilled = not reason
+
+    def take(self, *, is_training: bool) -> str | None:
+        """The reason, once."""
+        if self._is_taken or self.is_fulfilled:
+            return None
+        self._is_taken, self.is_fulfilled = True, not is_training
+        return self._reason if is_training else None
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """Learns from an event of rank 0."""
+        match event["event"]:
+            case "save-requested" if event["reason"] == self._reason:
+                self._step = event["step"]
+            case "commit" if self._step is not None and event["step"] >= self._step:
+                self.is_fulfilled = True
+            case "done" | "stop" | "superseded":
+                self.is_fulfilled = True  # no more steps will come
 
 
 class Hub:
@@ -34,6 +68,9 @@ class Hub:
         self._events: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._failures: dict[int, OutlastError] = {}
         self._drained: set[str] = set()
+        self._groups: dict[str, Group] = {}
+        self._wish = Wish()
+        self._heard_at = time.monotonic()
 
     def stop(self) -> None:
         """Asks the workers to commit and end."""
@@ -42,7 +79,24 @@ class Hub:
     def exchange(self, events: list[dict[str, Any]]) -> bool:
         """Takes rank 0's events; tells it whether to stop."""
         self._events.extend(events)
+        for event in events:
+            self._wish.hear(event)
         return self._stop
+
+    def want_save(self, reason: str) -> None:
+        """Asks rank 0 for a commit, because the group is about to be ended on purpose."""
+        self._wish = Wish(reason)
+        self._heard_at = time.monotonic()
+
+    def wanted(self, *, is_training: bool) -> str | None:
+        """Tells rank 0, once, why to save. Before the first step there is nothing to save."""
+        self._heard_at = time.monotonic()
+        return self._wish.take(is_training=is_training)
+
+    def is_saved(self, silence_s: float) -> bool:
+        """Whether nobody needs to wait any longer for the commit that was asked for: it is made, or rank 0 has been
+        silent for so long."""
+        return self._wish.is_fulfilled or time.monotonic() - self._heard_at > silence_s
 
     def drain(self) -> list[dict[str, Any]]:
         """Gives the driver the events that it has not seen."""
@@ -56,6 +110,26 @@ class Hub:
     def was_drained(self, attempt: str) -> bool:
         """Whether a node of this attempt was announced to go."""
         return attempt in self._drained
+
+    def beat(self, group: str, beat: Beat) -> tuple[Hang | None, list[dict[str, Any]]]:
+        """Takes note of where a rank is. Tells it whether its group hangs, and which ranks are slow."""
+        known = self._groups.setdefault(group, Group())
+        return known.hear(beat, time.monotonic()), known.slow()
+
+    def last_words(self, group: str, rank: int) -> bool:
+        """Takes note that a rank of a group that hangs has written its stacks. True once all have."""
+        return self._groups.setdefault(group, Group()).write(rank, time.monotonic())
+
+    def beats(self, group: str) -> dict[int, tuple[Beat, float]]:
+        """Where the ranks of a group were, and how many seconds ago."""
+        return self._groups.setdefault(group, Group()).ages(time.monotonic())
+
+    def take_hang(self) -> Hang | None:
+        """How the newest group hung, if it did; once."""
+        for group in list(self._groups.values())[-1:]:
+            hang, group.reported = (None if group.reported else group.look(time.monotonic())), True
+            return hang
+        return None
 
     def fail(self, rank: int, error: OutlastError) -> int:
         """Takes note that a rank cannot go on, and that trying again would not help. Returns how many there are."""
@@ -95,10 +169,12 @@ class Line:
 
     def __init__(self, launch: str, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
+        self.pulse = Pulse()
         self._stop = False
         self._save: str | None = None
         self._watch: Watch | None = None
-        self._attempt = "none"
+        self.attempt: str | None = None
+        self._is_training = False
         self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._talk, daemon=True)
@@ -126,10 +202,33 @@ class Line:
         self._watch = Watch(nodes)
 
     def claimed(self, attempt: str) -> None:
-        self._attempt = attempt
+        self.attempt = attempt
+
+    def at(self, phase: Phase, step: int) -> None:
+        self.pulse.at(phase, step)
+
+    def worked(self, seconds: float) -> None:
+        self.pulse.worked(seconds)
+
+    def beat(self, group: str, beat: Beat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
+        """As of `watchdog.Post`; so are the next two."""
+        answer: tuple[Hang | None, list[dict[str, Any]]] | None = self._ask("beat", group, beat)
+        return answer
+
+    def last_words(self, group: str, rank: int) -> bool | None:
+        answer: bool | None = self._ask("last_words", group, rank)
+        return answer
+
+    def beats(self, group: str) -> dict[int, tuple[Beat, float]] | None:
+        answer: dict[int, tuple[Beat, float]] | None = self._ask("beats", group)
+        return answer
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return None if self._hub is None else ask(getattr(self._hub, method).remote(*arguments))
 
     def progress(self, event: dict[str, Any]) -> None:
         self._events.append({"t": time.time(), **event})
+        self._is_training = self._is_training or event["event"] == "step"
 
     def earlier_failure(self) -> OutlastError | None:
         """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
@@ -152,6 +251,7 @@ class Line:
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()
+            self._save = ask(self._hub.wanted.remote(is_training=self._is_training)) or self._save
             if closing:
                 return
 
@@ -161,4 +261,4 @@ class Line:
         reason = self._watch.look(draining_nodes())
         if reason is not None:
             self._save = reason
-            ask(self._hub.drain_noticed.remote(self._attempt))
+            ask(self._hub.drain_noticed.remote(self.attempt or "none"))

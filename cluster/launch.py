@@ -43,6 +43,7 @@ from outlast.cluster.doctor_rules import TOKEN_HINT
 from outlast.cluster.failures import Recorder, RunFailed, gave_up
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.preparation import encode_on_ray
+from outlast.cluster.resize import resizers, scaling
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
 from outlast.trainers.config import NonFinite, Parallel
@@ -176,7 +177,7 @@ class Launch:
             yield partial(encode_on_ray, code=self.code)
 
     def _train(self, storage: Storage, prepared: Prepared, address: str | None) -> Finished:
-        plan = make_plan(self.config, prepared.num_samples, self.config.scale.workers)
+        plan = make_plan(self.config, prepared.num_samples, self.config.scale.max_workers)
         self._tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
         with ray_session(address) as self.joined:
             cpus = self._cpus_per_worker()
@@ -219,9 +220,10 @@ class Launch:
         if cpus is None and self.joined:
             cpus = 1.0
         elif cpus is None:
-            fitting = there.get("CPU", 1.0) / scale.workers
+            fitting = there.get("CPU", 1.0) / scale.max_workers
             cpus = min(fitting, 1.0) if fitting < 1 else float(int(fitting))
-        wanted = {"CPU": cpus * scale.workers, "GPU": scale.gpus_per_worker * scale.workers}
+        least = scale.min_workers
+        wanted = {"CPU": cpus * least, "GPU": scale.gpus_per_worker * least}
         short = [
             f"{key}: {need:g} wanted, {there.get(key, 0):g} there"
             for key, need in wanted.items()
@@ -229,7 +231,7 @@ class Launch:
         ]
         if short:
             raise PreflightError(
-                f"{scale.workers} workers do not fit ({'; '.join(short)})",
+                f"{least} workers do not fit ({'; '.join(short)})",
                 hint="use fewer scale.workers, or smaller scale.cpus_per_worker or scale.gpus_per_worker",
             )
         return cpus
@@ -243,16 +245,14 @@ class Launch:
         recorder = Recorder(self.storage.url, self.config.name, self.id, self.config.failure.limits, mark)
         trainer = ray.train.torch.TorchTrainer(
             train_worker,
-            train_loop_config={"assignment": assignment},
+            train_loop_config={"assignment": assignment, "hang_after_s": self.config.failure.hang_after_s},
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=scale.workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=resources
-            ),
+            scaling_config=scaling(scale, resources),
             run_config=ray.train.RunConfig(
                 name=self.id,
                 storage_path=f"{self.storage.url}/{self.config.name}/launches",
                 failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failures.py
-                callbacks=[recorder],
+                callbacks=[recorder, *resizers(self.config, self.id)],
             ),
         )
         box: dict[str, Any] = {}
@@ -418,7 +418,7 @@ def _explained(error: BaseException, config: RunConfig) -> OutlastError:
     if isinstance(error, TrainingFailedError) and failures:
         rank = min(failures)
         said = (str(failures[rank]).strip().splitlines() or [repr(failures[rank])])[-1]
-        message = f"rank {rank} of {config.scale.workers} failed: {said}"
+        message = f"rank {rank} of {config.scale.max_workers} failed: {said}"
     else:
         lines = [line.strip() for line in str(getattr(error, "controller_failure", error)).splitlines() if line.strip()]
         message = f"Ray Train failed: {type(error).__name__}: {(lines or [''])[-1]}"

@@ -249,7 +249,8 @@ def _ray_job(config: RunConfig, settings: K8sSettings, name: str, claim: str, mo
     spec["backoffLimit"], spec["ttlSecondsAfterFinished"] = settings.backoff_limit, settings.ttl_s
     cluster["rayVersion"] = settings.ray_version
     [group] = cluster["workerGroupSpecs"]
-    group.update(dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), config.scale.workers))
+    scale = config.scale
+    group.update(replicas=scale.max_workers, minReplicas=scale.min_workers, maxReplicas=scale.max_workers)
     submitter, head, worker = spec["submitterPodTemplate"], cluster["headGroupSpec"]["template"], group["template"]
     for pod in (submitter, head, worker):
         pod["metadata"]["labels"]["outlast/run"] = config.name

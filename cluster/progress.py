@@ -58,6 +58,11 @@ class Reporter:
                 self.say(f"the finished model is damaged ({'; '.join(event['faults'])}); making it again")
             case "failure":
                 self._failed(event)
+            case "resize":
+                self.say(f"going on with {event['now']} workers instead of {event['before']}")
+            case "slow":
+                slow = [f"rank {at['rank']} ({at['host']}) is {at['times']} times as slow" for at in event["ranks"]]
+                self.say("; ".join(slow) or "no rank is slow any more")
             case "non-finite":
                 self.say(f"{event['message']} ({event['action']})")
             case "early-stop":

@@ -44,6 +44,7 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
     steps = [event for event in events if event["event"] == "step"]
     plan: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "plan"), {})
     done = any(event["event"] == "done" for event in events)
+    told = [event for name in _launches(storage, run) for event in _told(storage, run, name)]
     return {
         "run": run,
         "state": (State.DONE if done else _state(launch, is_new)).value,
@@ -52,7 +53,9 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
         "loss": steps[-1]["loss"] if steps else None,
         "world_size": plan.get("world_size"),
         "attempts": len(attempts),
-        "failures": [event for name in _launches(storage, run) for event in _failures(storage, run, name)],
+        "failures": [event for event in told if event["event"] == "failure"],
+        "slow": next((event["ranks"] for event in reversed(events) if event["event"] == "slow"), []),
+        "sizes": [_size_change(event, told) for event in told if event["event"] == "resize"],
         "launch": launch,
         "newest_checkpoint": checkpoints[0] if checkpoints else None,
         "damaged": [] if is_new else [str(item.ref) for item in look(storage, run).rejected],
@@ -89,9 +92,17 @@ def _newest_events(storage: Storage, run: str, attempts: list[AttemptId]) -> lis
     return []
 
 
-def _failures(storage: Storage, run: str, launch: str) -> list[dict[str, Any]]:
+def _told(storage: Storage, run: str, launch: str) -> list[dict[str, Any]]:
+    """A launch's events, oldest first."""
     events = read_events(storage, launch_dir(run, launch))
-    return [{"launch": launch, **event} for event in events if event["event"] == "failure"]
+    return sorted(({"launch": launch, **event} for event in events), key=lambda event: float(event["t"]))
+
+
+def _size_change(resize: dict[str, Any], told: list[dict[str, Any]]) -> dict[str, Any]:
+    """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
+    causes = [event["cause"] for event in told if event["event"] == "failure" and event["attempt"] == resize["attempt"]]
+    cause = "resized" if resize["planned"] else next(reversed(causes), "unknown")
+    return {key: resize[key] for key in ("t", "attempt", "before", "now")} | {"cause": cause}
 
 
 def _state(launch: dict[str, Any] | None, is_new: bool) -> State:

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 import ray.train
 import ray.train.torch
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.storage import open_storage
+from outlast.checkpointing.layout import AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.storage import Storage, open_storage
 from outlast.cluster.failures import RankError
 from outlast.cluster.hub import Line
 from outlast.cluster.memory import log_of_this_process
+from outlast.cluster.watchdog import Watchdog
 from outlast.trainers.attempt import Assignment, run_attempt
+from outlast.trainers.config import Parallel
 from outlast.trainers.world import World
+
+#: A step that compiles kernels for a new shape may take so many times as long.
+COMPILING = 10
+
+
+def _watchdog(
+    line: Line, world: World, storage: Storage, assignment: Assignment, hang_after_s: float | None
+) -> Watchdog:
+    def directory() -> str:
+        """The attempt's journal or, before the claim, the launch's."""
+        run = assignment.config.name
+        claimed = AttemptId.parse(line.attempt) if line.attempt else None
+        return attempt_dir(run, claimed) if claimed else launch_dir(run, assignment.launch)
+
+    if assignment.parallel is Parallel.FSDP:  # a forward pass waits for the others, and tells nothing of this rank
+        line.pulse.tells_work = False
+    patience = COMPILING if assignment.config.train.compile else 1
+    limit_s = None if hang_after_s is None else hang_after_s * patience
+    group = world.broadcast(secrets.token_hex(8) if world.rank == 0 else None)
+    return Watchdog(line, group, world.rank, world.size, line.pulse, limit_s, storage, directory, line.progress)
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -31,7 +55,13 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             node = ray.get_runtime_context().get_node_id()
             world = World(ray.train.torch.get_device(), node, log_of_this_process())
             line.watch(set(world.gather(world.node)))
-            return {"outcome": run_attempt(assignment, storage, world, line).value}
+            with _watchdog(line, world, storage, assignment, payload["hang_after_s"]) as dog:
+                try:
+                    return {"outcome": run_attempt(assignment, storage, world, line).value}
+                except RuntimeError as error:
+                    if explained := dog.explain(error):
+                        raise explained from error
+                    raise
         except OutlastError as error:
             if error.permanent and line.all_fail(error):
                 return {"error": error}

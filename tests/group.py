@@ -29,6 +29,7 @@ from outlast.checkpointing.storage import LocalStorage, Storage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.loop import Outcome
+from outlast.trainers.pulse import Phase
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.group_worker"])
@@ -46,6 +47,12 @@ class Quiet:
         return None
 
     def claimed(self, attempt: str) -> None:
+        pass
+
+    def at(self, phase: Phase, step: int) -> None:
+        pass
+
+    def worked(self, seconds: float) -> None:
         pass
 
     def progress(self, event: dict[str, Any]) -> None:

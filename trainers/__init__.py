@@ -8,7 +8,7 @@ from typing import Any
 
 _HOME = {
     "Assignment": "attempt",
-    "Control": "loop",
+    "Control": "control",
     "Loop": "loop",
     "Outcome": "loop",
     "Prepared": "data",

@@ -26,10 +26,11 @@ from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.adapters import base_digest, is_adapted
 from outlast.trainers.config import Exactness, NonFinite, Parallel, Settings, TrainingConfig, check_parallel
+from outlast.trainers.control import Control
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
 from outlast.trainers.finite import NonFiniteError
-from outlast.trainers.loop import Control, Loop, Outcome, make_plan
+from outlast.trainers.loop import Loop, Outcome, make_plan
 from outlast.trainers.models import build_model, naming_of
 from outlast.trainers.preflight import check_metric
 from outlast.trainers.registry import find_task

@@ -7,7 +7,8 @@ are compiled for one shape each: a kernel for any shape would depend on which sh
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,3 +103,51 @@ def _check_compiler(device: torch.device) -> None:
             f"torch.compile does not work on this machine: {said}",
             hint=f"it needs {needs} on every worker; or set train.compile: false",
         ) from error
+
+
+class Stopwatch:
+    """Adds up the seconds of a rank's forward passes, on the device's own clock where it has one.
+
+    Args:
+        device: Where they run.
+        listener: Hears what a micro-batch took.
+    """
+
+    def __init__(self, device: torch.device, listener: Callable[[float], None]) -> None:
+        self._listener = listener
+        self._is_cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self._is_cuda:
+            span = (self._mark(), self._mark())
+            span[0].record()
+            yield
+            span[1].record()
+            self._spans.append(span)
+            return
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+    @staticmethod
+    def _mark() -> torch.cuda.Event:
+        mark: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        return mark
+
+    def tell(self, data_s: float, num_micro: int) -> None:
+        """Tells of the step before. To be called when the device has caught up with it; else it waits for that.
+
+        Args:
+            data_s: What reading a step's data took.
+            num_micro: The micro-batches that this rank does in a step.
+        """
+        seconds, self._seconds = self._seconds, 0.0
+        for begin, end in self._spans:
+            end.synchronize()
+            seconds += begin.elapsed_time(end) / 1000
+        self._spans.clear()
+        if num_micro and seconds:
+            self._listener((data_s + seconds) / num_micro)

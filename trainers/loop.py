@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +29,15 @@ from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpoint
 from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.layout import CheckpointRef
 from outlast.checkpointing.retention import Kept
-from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
+from outlast.trainers.compute import Stopwatch, apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
 from outlast.trainers.config import Exactness, NonFinite, TrainingConfig
+from outlast.trainers.control import Control
 from outlast.trainers.elastic import TreeReducer
 from outlast.trainers.evaluation import evaluate
 from outlast.trainers.finite import Finite, NonFiniteError, RolledBack, gradient_norm, or_nan
 from outlast.trainers.optimizers import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.pace import Pace
+from outlast.trainers.pulse import Phase
 from outlast.trainers.samples import Samples
 from outlast.trainers.sampling import Plan, share
 from outlast.trainers.sharded import whole
@@ -56,22 +58,6 @@ class Outcome(Enum):
     def exit_code(self) -> int:
         """0 done, 75 interrupted and resumable."""
         return 0 if self is Outcome.DONE else 75
-
-
-class Control(Protocol):
-    """The loop's line to the outside. Its methods must return at once."""
-
-    def stop_requested(self) -> bool:
-        """True once this rank was asked to end at the next step. Ranks need not agree: one is enough."""
-
-    def save_requested(self) -> str | None:
-        """Why to save after this step, asked once a step on rank 0; None for no reason."""
-
-    def claimed(self, attempt: str) -> None:
-        """Learns the attempt's name, once."""
-
-    def progress(self, event: dict[str, Any]) -> None:
-        """Takes note of an event (rank 0 only)."""
 
 
 def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan:
@@ -175,6 +161,7 @@ class Loop:
         self._finite = Finite(non_finite, world, model)
         checkpointer.listener = control.progress
         self._pace = Pace(config.checkpoint.interval, checkpointer)
+        self._work = Stopwatch(world.device, control.worked)
 
     def run(self) -> Outcome:
         """Runs to one of the three ends. Raises what the checkpointer raises."""
@@ -220,11 +207,15 @@ class Loop:
         """One optimizer update. Returns what all ranks agree to do after it."""
         plan, train, step = self.plan, self.config.train, self.step
         began = time.monotonic()
+        self.control.at(Phase.DATA, step)
         num_micro = plan.num_micro_batches(step)
         mine = share(num_micro, self.world.rank, self.world.size)
         cut = self._cut(step)
         batches = {m: self._batch(cut[m]) for m in mine}
+        data_s = time.monotonic() - began
         agree = self._agree(sum(self.task.count(batch) for batch in batches.values()))
+        self._work.tell(data_s, len(mine))
+        self.control.at(Phase.COMPUTE, step)
         losses: dict[int, torch.Tensor] = {}
         self._finite.begin()
         for micro, batch in batches.items():
@@ -237,8 +228,10 @@ class Loop:
             seed_everything(plan.seed, step, 0)  # what it leaves in buffers may be what is saved
             self._forward_backward(self._batch(cut[0]), lambda: math.inf, sync=True)
         agreed = agree()
+        self.control.at(Phase.EXCHANGE, step)
         if self._tree is not None:
             self._tree.finish(num_micro)
+        self.control.at(Phase.UPDATE, step)
         for still in self._still:
             still.check()
 
@@ -297,11 +290,14 @@ class Loop:
             self.wrapped.require_backward_grad_sync = sync
         with self.world.autocast(self.config.train.precision):
             on_device = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
-            loss_sum = self.task.loss_sum(self.wrapped, on_device)
+            with self._work.running():
+                loss_sum = self.task.loss_sum(self.wrapped, on_device)
         if self.config.train.gradient_checkpointing:
             for still in self._still:  # before the backward pass stumbles over it
                 still.check()
         loss = loss_sum / count()
+        if sync and self._tree is None:
+            self.control.at(Phase.EXCHANGE, self.step)
         self.scaler.scale(loss if self.scaler.is_enabled() else or_nan(loss)).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
@@ -316,7 +312,9 @@ class Loop:
 
         @cache
         def agreed() -> _Agreed:
+            self.control.at(Phase.AGREE, self.step)
             count_sum, stop_sum, save_sum, trouble_sum = wait()
+            self.control.at(Phase.COMPUTE, self.step)
             if not count_sum:
                 raise ConfigError(
                     f"step {self.step + 1} has nothing to learn from: none of its samples has a target",
@@ -387,6 +385,7 @@ class Loop:
         train = self.config.train
         began = time.monotonic()
         self._settle()
+        self.control.at(Phase.EVALUATE, self.step)
         reach(Point.EVALUATING, self.step)
         found = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
         self.metrics |= found
@@ -421,6 +420,7 @@ class Loop:
             urgent: Go on only when it is committed.
             skippable: It may be left out while another save is in flight.
         """
+        self.control.at(Phase.SAVE, self.step)
         self._settle()
         metrics = dict(self.metrics)
         if not (self.log_history and self.log_history[-1]["step"] == self.step):
@@ -473,6 +473,7 @@ class Loop:
 
     def _finish(self) -> Outcome:
         """Publishes the model."""
+        self.control.at(Phase.FINISH, self.step)
         for source in self._candidates():
             try:
                 published = self.checkpointer.finish(source, self.step)

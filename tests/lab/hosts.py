@@ -251,6 +251,12 @@ class Lab:
         """Sends a signal to a process by the pid that it has on its host."""
         run("nsenter", "-t", str(self.first_process(host)), "-p", "-m", "--", "kill", f"-{number.value}", str(pid))
 
+    def pause(self, host: int, *, on: bool) -> None:
+        """Stops every process of a host, or lets them all go on: a machine that hangs for a while."""
+        for pid in run("ip", "netns", "pids", self._name(host)).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGSTOP if on else signal.SIGCONT)
+
     def processes(self, host: int, pattern: str) -> list[int]:
         """Pids, as on the host, of the processes whose command line contains `pattern`."""
         command = ["nsenter", "-t", str(self.first_process(host)), "-p", "-m", "--", "pgrep", "-f", pattern]

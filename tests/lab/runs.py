@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from outlast.checkpointing.journal import read_events
+from outlast.checkpointing.layout import attempt_dir
 from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.failures import Cause
@@ -21,9 +24,17 @@ OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
 
 class Run:
-    """A tiny run with a checkpoint every 100 steps."""
+    """A tiny run with a checkpoint every 100 steps. `sections` changes blocks of its file."""
 
-    def __init__(self, folder: Path, name: str, text_file: str, steps: int, workers: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        text_file: str,
+        steps: int,
+        workers: int,
+        sections: Mapping[str, Any] | None = None,
+    ) -> None:
         self.storage, self.name = LocalStorage(folder / "runs"), name
         body = tiny_config(name, self.storage.url, text_file, steps=steps, eval_every=200).model_dump(
             mode="json", exclude_defaults=True
@@ -31,6 +42,8 @@ class Run:
         body["scale"] = {"workers": workers, "cpus_per_worker": 1}
         body["checkpoint"]["every"] = 100
         body["failure"] = {"max_failures": 1, "max_preemptions": -1}
+        for key, value in (sections or {}).items():
+            body[key] = {**body[key], **value} if isinstance(value, Mapping) else value
         self.file = folder / f"{name}.yaml"
         self.file.write_text(yaml.safe_dump(body))
 
@@ -57,7 +70,23 @@ class Run:
     def host_of(self, rank: int) -> int:
         return int(self.workers()[rank]["host"].rsplit("-h", 1)[1])
 
-    def assert_cause(self, cause: Cause) -> None:
-        """One failure, and the journal names its cause."""
+    def wait_for_steps(self, follower: subprocess.Popen[str], attempts: int, workers: int, since: float) -> float:
+        """Waits until an attempt after so many others makes steps on so many workers.
+
+        Returns the seconds from `since` (seconds since the epoch) to the first step of any of them.
+        """
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            assert follower.poll() is None, follower.communicate()
+            later = list_attempts(self.storage, self.name)[attempts:]
+            told = [event for attempt in later for event in read_events(self.storage, attempt_dir(self.name, attempt))]
+            steps = [event["ended_at"] for event in told if event["event"] == "step"]
+            if steps and [event["world_size"] for event in told if event["event"] == "plan"][-1:] == [workers]:
+                return float(min(steps)) - since
+            time.sleep(0.1)
+        raise AssertionError(f"no steps on {workers} workers within 200 s")
+
+    def assert_cause(self, *causes: Cause) -> None:
+        """So many failures, and the journal names their causes."""
         failures = read_status(self.storage, self.name)["failures"]
-        assert [failure["cause"] for failure in failures] == [cause.value], failures
+        assert [failure["cause"] for failure in failures] == [cause.value for cause in causes], failures
