@@ -173,11 +173,16 @@ class Recorder(ray.train.UserCallback):
         if attempt == self._last_attempt and said & self._last_said:
             return  # the same end, told again; a group that fails before its claim has words of its own
         self._last_attempt, self._last_said = attempt, said
-        arguments = (self._journal, dict(worker_exceptions), workers, str(attempt or "unclaimed"))
+        arguments = (self._journal, dict(worker_exceptions), workers, str(attempt or "unclaimed"), time.time())
         threading.Thread(target=self._find_cause, args=arguments).start()
 
     def _find_cause(
-        self, journal: Journal, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str
+        self,
+        journal: Journal,
+        errors: dict[int, BaseException],
+        workers: list[dict[str, Any]],
+        attempt: str,
+        noticed_at: float,
     ) -> None:
         hub = find_hub(self._place[2])
         deadline = time.monotonic() + (SEARCH_S if workers else 0)
@@ -199,7 +204,7 @@ class Recorder(ray.train.UserCallback):
             numbers = {"number": self._counts[counted], "limit": self._limits[counted]}
             ask(hub.exchange.remote([{"event": "failure", **event, **numbers}]))
         with suppress(StorageError):  # the count stands; the story has a gap
-            journal.event("failure", attempt=attempt, **event)
+            journal.event("failure", attempt=attempt, noticed_at=round(noticed_at, 3), **event)
 
     def _count(self, failure: Failure, hub: Any) -> None:
         counted = failure.cause.is_failure

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.preemption import Watch, draining_nodes
+from outlast.cluster.standby import keep_standbys
 
 NAMESPACE = "outlast"
 _PERIOD_S = 0.5
@@ -99,6 +100,8 @@ class Line:
         self._save: str | None = None
         self._watch: Watch | None = None
         self._attempt = "none"
+        self._nodes: Sequence[str] = ()
+        self._under_way = False  # not before the first step, which would wait for their imports
         self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._talk, daemon=True)
@@ -121,15 +124,21 @@ class Line:
         reason, self._save = self._save, None
         return reason
 
-    def watch(self, nodes: Collection[str]) -> None:
-        """From now on asks for a save when one of these nodes is about to be lost (rank 0)."""
-        self._watch = Watch(nodes)
+    def watch(self, nodes: Sequence[str]) -> None:
+        """From now on asks for a save when one of these nodes is about to be lost, and keeps standbys there (rank 0).
+
+        Args:
+            nodes: The node of each rank.
+        """
+        self._nodes = nodes
+        self._watch = Watch(set(nodes))
 
     def claimed(self, attempt: str) -> None:
         self._attempt = attempt
 
     def progress(self, event: dict[str, Any]) -> None:
         self._events.append({"t": time.time(), **event})
+        self._under_way = self._under_way or event["event"] == "under-way"
 
     def earlier_failure(self) -> OutlastError | None:
         """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
@@ -152,6 +161,9 @@ class Line:
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()
+                if self._under_way and self._nodes:
+                    keep_standbys(self._nodes)
+                    self._nodes = ()
             if closing:
                 return
 

@@ -37,6 +37,7 @@ from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
+from outlast.cluster.standby import ENVIRONMENT
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
 from outlast.trainers.config import Parallel
@@ -215,6 +216,7 @@ class Launch:
                 storage_path=f"{self.storage.url}/{self.config.name}/launches",
                 failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failures.py
                 callbacks=[recorder],
+                worker_runtime_env={"env_vars": dict(ENVIRONMENT)},
             ),
         )
         box: dict[str, Any] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import ray.train
@@ -9,9 +11,12 @@ import ray.train.torch
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.storage import open_storage
+from outlast.cluster.alive import process_start
 from outlast.cluster.hub import Line
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.world import World
+
+_IMPORTED_AT = time.time()
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -19,6 +24,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     Ray restarts the group after every exception, so only what a restart may mend is raised.
     """
+    entered_at = time.time()
     assignment: Assignment = payload["assignment"]
     context = ray.train.get_context()
     with Line(assignment.launch, context.get_world_rank(), context.get_world_size()) as line:
@@ -26,10 +32,18 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             return {"error": earlier}
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
-            world = World(ray.train.torch.get_device(), ray.get_runtime_context().get_node_id())
-            line.watch(set(world.gather(world.node)))
+            marks = {"process": _started_at(), "imports": _IMPORTED_AT, "group": entered_at}
+            world = World(ray.train.torch.get_device(), ray.get_runtime_context().get_node_id(), marks)
+            nodes = world.gather(world.node)
+            line.watch(nodes)
             return {"outcome": run_attempt(assignment, storage, world, line).value}
         except OutlastError as error:
             if error.permanent and line.all_fail(error):
                 return {"error": error}
             raise
+
+
+def _started_at() -> float:
+    """When this process began, in seconds since the epoch."""
+    ticks = int(process_start(os.getpid()) or 0)
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")

@@ -88,6 +88,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     if checkpointer.superseded:
         return Outcome.SUPERSEDED
     control.claimed(str(checkpointer.attempt))
+    world.mark("claim")
     base = checkpointer.catalogue.declaration
     check_unchanged(base, config, assignment.prepared.fingerprint)
     _check_samples(base, checkpointer.declaration)
@@ -106,6 +107,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     _tell_changes(checkpointer, base, exactness)
     is_spread = assignment.parallel is Parallel.FSDP and world.size > 1
     model = shard(model, world, exactness) if is_spread else model.to(world.device)
+    world.mark("model")
     has_eval = assignment.prepared.num_eval_samples > 0
     loop = Loop(
         config,
@@ -117,6 +119,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         assignment.prepared.split(storage, "eval") if has_eval else None,
         control,
     )
+    world.mark("data")
     try:
         outcome = loop.run()
     except BaseException:

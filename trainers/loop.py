@@ -192,6 +192,7 @@ class Loop:
     def run(self) -> Outcome:
         """Runs to one of the three ends. Raises what the checkpointer raises."""
         fresh = self._resume()
+        self.world.mark("restore")
         if self.checkpointer.superseded:
             return Outcome.SUPERSEDED
         prepare_module(self.model, self.config.train, self.world, self.world.device)
@@ -208,6 +209,8 @@ class Loop:
             if first:
                 self._get_ready_to_save()
                 first = False
+                self.world.mark("first_step")
+                self._tell("under-way", step=self.step, marks=self.world.marks)
             if agreed.trouble and not self.checkpointer.wait():
                 return Outcome.SUPERSEDED
             evaluated = self._evaluation_is_due(self.step == self.plan.num_steps) and self._evaluate()

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import os
 import random
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,12 +37,20 @@ class World(Ranks):
     Attributes:
         device: Where this rank computes.
         node: Name of the machine, as the cluster calls it.
+        marks: When this process reached what on its way to the first step, in seconds since the epoch.
     """
 
-    def __init__(self, device: torch.device | None = None, node: str = "") -> None:
+    def __init__(
+        self, device: torch.device | None = None, node: str = "", marks: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
         super().__init__()
         self.node = node
         self.device = device or torch.device("cpu")
+        self.marks = dict(marks)
+
+    def mark(self, name: str) -> None:
+        """Notes that this process has reached `name`. Read by people alone: nothing may depend on it."""
+        self.marks[name] = round(time.time(), 3)
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum over the ranks, of a float64 tensor on the host.
