@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.preemption import Watch, draining_nodes
-from outlast.cluster.standby import keep_standbys
+from outlast.cluster.standby import Standbys
 
 NAMESPACE = "outlast"
 _PERIOD_S = 0.5
@@ -100,8 +100,8 @@ class Line:
         self._save: str | None = None
         self._watch: Watch | None = None
         self._attempt = "none"
-        self._nodes: Sequence[str] = ()
-        self._under_way = False  # not before the first step, which would wait for their imports
+        self._standbys: Standbys | None = None
+        self._is_under_way = False
         self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._talk, daemon=True)
@@ -130,15 +130,15 @@ class Line:
         Args:
             nodes: The node of each rank.
         """
-        self._nodes = nodes
         self._watch = Watch(set(nodes))
+        self._standbys = Standbys(nodes)
 
     def claimed(self, attempt: str) -> None:
         self._attempt = attempt
 
     def progress(self, event: dict[str, Any]) -> None:
         self._events.append({"t": time.time(), **event})
-        self._under_way = self._under_way or event["event"] == "under-way"
+        self._is_under_way = self._is_under_way or event["event"] == "under-way"
 
     def earlier_failure(self) -> OutlastError | None:
         """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
@@ -161,9 +161,8 @@ class Line:
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()
-                if self._under_way and self._nodes:
-                    keep_standbys(self._nodes)
-                    self._nodes = ()
+                if self._is_under_way and self._standbys is not None:  # earlier, the first step would wait for them
+                    self._standbys.look()
             if closing:
                 return
 

@@ -25,6 +25,7 @@ import ray
 import ray.train
 import ray.train.torch
 import yaml
+from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.commands import find_model
@@ -37,7 +38,7 @@ from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import Recorder, RunFailed
 from outlast.cluster.hub import ask, start_hub
-from outlast.cluster.standby import ENVIRONMENT
+from outlast.cluster.standby import environment
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
 from outlast.trainers.config import Parallel
@@ -49,6 +50,7 @@ Listener = Callable[[dict[str, Any]], None]
 
 OBJECT_STORE_BYTES = 200 * 2**20
 NODES_WAIT_S = 60.0
+POLL_S = 0.5  # Ray Train looks after its workers every 2 s by default; with more than 64 of them, less often
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,7 @@ class Launch:
     def _fit(self, assignment: Assignment, cpus: float) -> dict[str, Any]:
         """Runs Ray Train in a side thread, because it takes SIGINT for itself in the main one."""
         scale, failure = self.config.scale, self.config.failure
+        os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, f"{max(POLL_S, scale.workers * POLL_S / 64):g}")
         hub = start_hub(self.id)
         resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
         recorder = Recorder(self.storage.url, self.config.name, self.id, failure.max_failures, failure.max_preemptions)
@@ -216,7 +219,7 @@ class Launch:
                 storage_path=f"{self.storage.url}/{self.config.name}/launches",
                 failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failures.py
                 callbacks=[recorder],
-                worker_runtime_env={"env_vars": dict(ENVIRONMENT)},
+                worker_runtime_env={"env_vars": environment(self.config) if failure.standby else {}},
             ),
         )
         box: dict[str, Any] = {}
