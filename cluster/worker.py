@@ -6,6 +6,7 @@ import os
 import time
 from typing import Any
 
+import ray._private.state
 import ray.train
 import ray.train.torch
 
@@ -32,7 +33,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             return {"error": earlier}
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
-            marks = {"process": _started_at(), "imports": _IMPORTED_AT, "group": entered_at}
+            marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             world = World(ray.train.torch.get_device(), ray.get_runtime_context().get_node_id(), marks)
             nodes = world.gather(world.node)
             line.watch(nodes)
@@ -41,6 +42,12 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             if error.permanent and line.all_fail(error):
                 return {"error": error}
             raise
+
+
+def _actor_at() -> float:
+    """When this process became this worker: it may have waited for that."""
+    row = ray._private.state.actors(ray.get_runtime_context().get_actor_id())
+    return float(row.get("StartTime", 0)) / 1000
 
 
 def _started_at() -> float:
