@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 WORKER = "RECOVERY_TRAINER_WORKER"
+PLACE = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]  # a free port
 
 
 def train(folder: Path, steps: int, every: int) -> None:
@@ -63,7 +64,7 @@ def main() -> None:
     if WORKER in os.environ:
         train(folder, steps, every)
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", *sys.argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *PLACE, *sys.argv]
     while subprocess.run(command, env={**os.environ, WORKER: "1", "OMP_NUM_THREADS": "1"}).returncode:
         pass
 
