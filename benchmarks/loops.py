@@ -23,9 +23,10 @@ from outlast.trainers.data import Prepared
 from outlast.trainers.models import build_model
 from outlast.trainers.tasks import CausalLM
 from outlast.trainers.world import World, make_deterministic
+from tests.group import Quiet
 
-#: Steps before the clock starts.
-WARM_STEPS = 5
+#: Steps before the clock starts; as many go by after a save until it stops, so that it sees the whole of a save.
+WARM_STEPS = 10
 NEVER = 10**6
 
 
@@ -204,7 +205,7 @@ def outlast(exactness: str, every: int = NEVER) -> Loop:
     return run
 
 
-class _Tells:
+class _Tells(Quiet):
     """A `Control` that is asked once a step, on every rank."""
 
     def __init__(self, laps: Laps) -> None:
@@ -213,15 +214,6 @@ class _Tells:
     def stop_requested(self) -> bool:
         self._laps.begin()
         return False
-
-    def save_requested(self) -> str | None:
-        return None
-
-    def claimed(self, attempt: str) -> None:
-        pass
-
-    def progress(self, event: dict[str, Any]) -> None:
-        pass
 
 
 LOOPS: dict[str, Loop] = {

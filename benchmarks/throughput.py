@@ -2,17 +2,18 @@
 
     python -m benchmarks.throughput [--quick] [--json FILE]
 
-A GPT-2 of 4.2 million parameters, a global batch of 16 × 128 tokens in micro-batches of 4, on one worker and on two
+A GPT-2 of 2.1 million parameters, a global batch of 8 × 128 tokens in micro-batches of 2, on one worker and on two
 (gloo processes of one thread). In each round every loop trains, in random order; all ratios are to the bare loop of the
-same round. With --quick the model is a fifth of that and the batch half, so whatever a step costs besides arithmetic
-weighs more. What the columns say:
+same round. With --quick the model is a sixth of that, so whatever a step costs besides arithmetic weighs more. What the
+columns say:
 
 `over_bare`      by the clock: the bare loop's seconds per step over this loop's
 `cpu_over_bare`  the same in CPU seconds of a rank, threads included. It is what to look at on a machine with others on
                  it, and does not see waiting
-`rows_per_s`     preparing data: reading, tokenizing and writing the rows of a file, our digests and fsync included,
-                 beside the tokenizer alone on the same rows at one go. `datasets.map` is not measured: the library is
-                 no dependency of ours
+`rows_per_s`     preparing data: reading, tokenizing, packing and writing the rows of a file, our digests and fsync
+                 included, in one process and on Ray Data (a Ray that is running; two cores show its cost, not what it
+                 is for), beside `datasets.map`, and the tokenizer alone on the same rows at one go.
+                 `over_datasets` is the ratio to `datasets.map` in the same round, `cpu_over_datasets` in CPU seconds
 `seconds`        to have the first batch at a position of the run, in the middle of an epoch: ours, and skipping as
                  Trainer and accelerate do. At 10^9 there is only ours: the other would draw 2 × 10^9 numbers first
 """
@@ -26,7 +27,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +41,33 @@ from benchmarks.command import command
 from benchmarks.loops import LOOPS, WARM_STEPS, Case, InMemory, timed
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.demo import write_texts
+from outlast.cluster.launch import ray_session
+from outlast.cluster.preparation import encode_on_ray
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import prepare
+from outlast.trainers.encoding import Encoder
+from outlast.trainers.models import Tokenizer
 from outlast.trainers.sampling import Plan
 from outlast.trainers.tasks import CausalLM
 from outlast.trainers.world import World
 
-MICRO_BATCH, LENGTH = 4, 128
+BATCH, MICRO_BATCH, LENGTH = 8, 2, 128
 #: Steps between two saves, so that the clock sees as many saves as it should.
 PERIOD = 20
 WORKERS = (1, 2)
 
 
 def _config(folder: Path, num_steps: int, *, quick: bool) -> TrainingConfig:
-    size = {"n_layer": 2, "n_embd": 128} if quick else {"n_layer": 4, "n_embd": 256}
+    size = {"n_layer": 2, "n_embd": 96} if quick else {"n_layer": 3, "n_embd": 192}
     return TrainingConfig.model_validate(
         {
             "name": "data",
             "model": {
                 "config": {"model_type": "gpt2", "n_head": 4, "n_positions": LENGTH, **size},
-                "tokenizer": {"train_bpe": 2048 if quick else 4096},
+                "tokenizer": {"train_bpe": 1024 if quick else 4096},
             },
             "data": {"train": str(folder / "texts.jsonl"), "max_length": LENGTH},
-            "train": {"steps": num_steps, "batch": 8 if quick else 16, "micro_batch": MICRO_BATCH, "lr": 1e-3},
+            "train": {"steps": num_steps, "batch": BATCH, "micro_batch": MICRO_BATCH, "lr": 1e-3},
             "checkpoint": {"storage": str(folder)},
         }
     )
@@ -121,15 +127,54 @@ def _preparation(folder: Path, rounds: int, config: TrainingConfig) -> list[dict
     body["model"]["tokenizer"] = {"path": str(folder / "tokenizer")}
     body["data"]["train"] = str(folder / "many.jsonl")
     settings = TrainingConfig.model_validate(body)
-    ours, alone = [], []
-    for number in range(rounds):
-        place = LocalStorage(folder / f"prepared-{number}")
-        ours.append(len(texts) / _seconds(lambda place=place: prepare(settings, place)))  # type: ignore[misc]
-        alone.append(len(texts) / _seconds(lambda: tokenizer.inner(texts)))
-    return [
-        {"name": "data preparation: outlast", **_spread("rows_per_s", ours)},
-        {"name": "data preparation: the tokenizer alone", **_spread("rows_per_s", alone)},
-    ]
+    on_ray = settings.model_copy(update={"data": settings.data.model_copy(update={"prepare": "cluster"})})
+    ways: dict[str, Callable[[Path], Any]] = {
+        "outlast": lambda place: prepare(settings, LocalStorage(place)),
+        "outlast on Ray Data": lambda place: prepare(on_ray, LocalStorage(place), _running_ray),
+        "datasets.map": lambda place: _mapped(folder / "many.jsonl", place, tokenizer),
+        "the tokenizer alone": lambda place: tokenizer.inner(texts),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    with ray_session():
+        ways["outlast on Ray Data"](folder / "first")  # starts Ray's workers
+        for number in range(rounds):
+            for name in random.Random(number).sample(list(ways), len(ways)):
+                place = folder / f"prepared-{number}-{name}"
+                cpu = time.process_time()
+                wall = _seconds(lambda: ways[name](place))  # noqa: B023
+                found[name].append((wall, time.process_time() - cpu))
+    rows = []
+    for name, samples in found.items():
+        by_datasets = list(zip(found["datasets.map"], samples, strict=True))
+        rows.append(
+            {
+                "name": f"data preparation: {name}",
+                **_spread("rows_per_s", [len(texts) / wall for wall, _ in samples]),
+                **_spread("over_datasets", [theirs / ours for (theirs, _), (ours, _) in by_datasets]),
+                **_spread("cpu_over_datasets", [theirs / ours for (_, theirs), (_, ours) in by_datasets]),
+            }
+        )
+        if "Ray" in name:  # its CPU seconds are other processes'
+            del rows[-1]["cpu_over_datasets"], rows[-1]["cpu_over_datasets_quartiles"]
+    return rows
+
+
+@contextmanager
+def _running_ray() -> Iterator[Encoder]:
+    yield encode_on_ray
+
+
+def _mapped(path: Path, cache: Path, tokenizer: Tokenizer) -> None:
+    """As transformers' own examples do it: tokens, then pieces of one length, by the batch."""
+    from datasets import load_dataset
+
+    def packed(part: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        joined = [token for tokens in part["input_ids"] for token in tokens]
+        return {"input_ids": [joined[at : at + LENGTH] for at in range(0, len(joined) - LENGTH + 1, LENGTH)]}
+
+    rows = load_dataset("json", data_files=str(path), cache_dir=str(cache), split="train")
+    rows = rows.map(lambda part: {"input_ids": tokenizer.encode(part["text"])}, batched=True, remove_columns=["text"])
+    rows.map(packed, batched=True)
 
 
 def _resume(folder: Path, rounds: int, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -177,9 +222,8 @@ def _spread(key: str, values: Sequence[float]) -> dict[str, Any]:
 
 def measure(*, quick: bool = False) -> dict[str, Any]:
     """Runs the benchmark: medians and quartiles over the rounds."""
-    rounds = 2 if quick else 7
-    # The clock runs until the last step begins.
-    num_steps = WARM_STEPS + (PERIOD if quick else 2 * PERIOD) + 1
+    rounds = 2 if quick else 3
+    num_steps = WARM_STEPS + PERIOD + 1  # the clock runs until the last step begins
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_texts(folder / "texts.jsonl")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from outlast.checkpointing import layout, lineage
+from outlast.checkpointing import history, layout, lineage
 from outlast.checkpointing.committer import Committer
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
 from outlast.checkpointing.faults import Point, reach
@@ -136,12 +136,13 @@ class Checkpointer:
         time.sleep(2 * self._settle_s)
         if lineage.higher_claim(self.storage, self.run, mine):
             return None
-        return mine, patiently(lambda: lineage.catalogue(self.storage, self.run, below=mine))
+        tries = patiently(lambda: history.read_tries(self.storage, self.run, live=self._launch, below=mine))
+        return mine, patiently(lambda: lineage.catalogue(self.storage, self.run, mine, history.to_pass_over(tries)))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any] | None:
-        """Loads the newest checkpoint that is whole on every rank into `model` and `optimizer`.
+        """Loads the newest checkpoint that is whole on every rank, and not passed over, into `model` and `optimizer`.
 
         Returns:
             The loop state that was saved with it, or None when the run has no commit yet and starts from its beginning.
@@ -155,13 +156,15 @@ class Checkpointer:
         if self.superseded:
             return None
         rejected = list(self.catalogue.rejected)
-        for index, manifest in enumerate(self.catalogue.accepted):
+        for index, manifest in self.catalogue.candidates:
             state, faults = self._load(manifest, model, optimizer)
             if state is None:
                 rejected.append(lineage.Rejected(manifest.ref, tuple(faults)))
                 continue
             self._committer.lineage = list(self.catalogue.accepted[index:])
-            self._tell("resume", step=manifest.ref.step, source=str(manifest.ref), rejected=_as_json(rejected))
+            passed = [str(ref) for ref in self.catalogue.doubtful if ref > manifest.ref]
+            told = {"rejected": _as_json(rejected), "passed_over": passed}
+            self._tell("resume", step=manifest.ref.step, source=str(manifest.ref), **told)
             return state
         if self.ranks.from_rank_0(self._is_overtaken):
             self.superseded = True  # somebody newer may have cleared away what was here
@@ -469,6 +472,10 @@ class Checkpointer:
         """Makes the journal durable."""
         if self.journal is not None:
             self.journal.flush()
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Tells something that later attempts must know: durable when it returns. Every rank calls it."""
+        self.ranks.from_rank_0(lambda: self._committer.note(kind, **fields))
 
     def _tell(self, kind: str, /, **fields: Any) -> None:
         if self.journal is not None:

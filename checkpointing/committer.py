@@ -69,6 +69,11 @@ class Committer:
         if ranks.rank == 0:
             self._journal = Journal(storage, layout.attempt_dir(run, attempt), 0, stream=COMMITS, flush_s=0)
 
+    def note(self, kind: str, **fields: Any) -> None:
+        """Writes an event that must be known whatever happens next; durable when this returns (rank 0 only)."""
+        if self._ranks.rank == 0:
+            self._journal.event(kind, **fields)
+
     def commit(self, share: Share, metrics: Mapping[str, float], declaration: Mapping[str, Any], began: float) -> bool:
         """Writes, commits, acknowledges and lets go. Every rank calls it.
 

@@ -11,10 +11,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
+
+from outlast.checkpointing.storage import Storage, open_storage, read_bytes
+
+_PAUSE_S = 5.0
 
 
 class Point(Enum):
@@ -37,6 +43,7 @@ class Action(Enum):
     EXCEPTION = "exception"
     SIGKILL = "sigkill"
     HANG = "hang"  #: the thread never goes on
+    PAUSE = "pause"  #: the thread goes on after five seconds
     STOP = "stop"  #: SIGSTOP to the process; somebody else may send SIGCONT
 
 
@@ -53,7 +60,8 @@ class Fault:
         step: At which step: the one being computed, or the one being saved.
         rank: On which rank.
         action: What happens.
-        record: A file on this machine that must not exist yet; it is written when the fault fires.
+        record: A file that must not exist yet, on this machine or, as a URL, in an object store; it is written when
+            the fault fires.
     """
 
     point: Point
@@ -83,6 +91,9 @@ def reach(point: Point, step: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif fault.action is Action.HANG:
                 threading.Event().wait()
+            elif fault.action is Action.PAUSE:
+                time.sleep(_PAUSE_S)
+                return
             elif fault.action is Action.STOP:
                 os.kill(os.getpid(), signal.SIGSTOP)
                 return
@@ -91,12 +102,36 @@ def reach(point: Point, step: int) -> None:
 
 def _record(fault: Fault) -> bool:
     """Leaves the proof; False if it is there already, for then the fault has fired."""
-    body = {**asdict(fault), "point": fault.point.value, "action": fault.action.value}
+    return write_record(fault.record, {**asdict(fault), "point": fault.point.value, "action": fault.action.value})
+
+
+def write_record(record: str, body: Mapping[str, Any]) -> bool:
+    """Says that a fault strikes now, and what it is; False if one has struck before."""
+    text = json.dumps({**body, "t": time.time(), "pid": os.getpid()})
+    if "://" in record:
+        if read_record(record) is not None:
+            return False
+        storage, name = _place(record)
+        storage.put(name, [text.encode()])
+        return True
     try:
-        with Path(fault.record).open("x") as file:
-            json.dump({**body, "t": time.time(), "pid": os.getpid()}, file)
+        with Path(record).open("x") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError:
         return False
     return True
+
+
+def read_record(record: str) -> dict[str, Any] | None:
+    """What the fault left when it struck; None if it has not."""
+    storage, name = _place(record)
+    with suppress(FileNotFoundError):
+        return dict(json.loads(read_bytes(storage, name)))
+    return None
+
+
+def _place(record: str) -> tuple[Storage, str]:
+    folder, _, name = record.rpartition("/")
+    return open_storage(folder or "/"), name

@@ -109,6 +109,16 @@ def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Itera
     return _read(storage, directory, _segments(storage, directory, stream))
 
 
+def read_ends(storage: Storage, directory: str) -> Iterator[dict[str, Any]]:
+    """Rank 0's events in the first and in the last segment of a directory: how it began, and how it ended.
+
+    Raises:
+        StorageError: A read failed.
+    """
+    mine = [name for name in _segments(storage, directory, EVENTS) if name.startswith(f"{EVENTS}-0-")]
+    return _read(storage, directory, dict.fromkeys([*mine[:1], *mine[-1:]]))
+
+
 def _segments(storage: Storage, directory: str, stream: str) -> list[str]:
     names = (entry.name for entry in storage.list(directory))
     return [name for name in names if name.startswith(f"{stream}-") and name.endswith(".jsonl")]

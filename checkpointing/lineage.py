@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,11 +58,18 @@ class Catalogue:
         owner: The attempt whose commits decide, or None when nothing was ever committed.
         accepted: Manifests of the owner and of its lineage, newest first.
         rejected: Commits whose manifest is damaged, or has gone although nobody deleted it; newest first.
+        doubtful: Those that are to be resumed from only if no other one is whole.
     """
 
     owner: AttemptId | None
     accepted: tuple[Manifest, ...]
     rejected: tuple[Rejected, ...]
+    doubtful: frozenset[CheckpointRef] = frozenset()
+
+    @property
+    def candidates(self) -> list[tuple[int, Manifest]]:
+        """The accepted ones, each with its place among them, in the order in which to resume from them."""
+        return sorted(enumerate(self.accepted), key=lambda item: item[1].ref in self.doubtful)
 
     @property
     def declaration(self) -> Mapping[str, Any]:
@@ -147,13 +154,16 @@ class _Attempt:
     rejected: list[Rejected] = field(default_factory=list)
 
 
-def catalogue(storage: Storage, run: str, below: AttemptId | None = None) -> Catalogue:
+def catalogue(
+    storage: Storage, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
+) -> Catalogue:
     """What counts as the run's checkpoints.
 
     Args:
         storage: Where the run lies.
         run: Name of the run.
         below: Only look at lower attempts, as an attempt does that chooses its own resume point.
+        doubtful: The attribute of that name.
 
     Raises:
         StorageError: A listing or a read failed, which proves nothing.
@@ -167,7 +177,8 @@ def catalogue(storage: Storage, run: str, below: AttemptId | None = None) -> Cat
         if found.valid:
             older, damaged, missing = _read_manifests(storage, run, found.valid[0].lineage)
             rejected += damaged + _lost(storage, run, missing)
-            return Catalogue(attempt, (*found.valid, *older), tuple(sorted(rejected, key=_newest_first)))
+            refused = tuple(sorted(rejected, key=_newest_first))
+            return Catalogue(attempt, (*found.valid, *older), refused, frozenset(doubtful))
     return Catalogue(None, (), tuple(sorted(rejected, key=_newest_first)))
 
 

@@ -69,17 +69,23 @@ def is_process(pid: int, started: str) -> bool:
 
 
 class Alive:
-    """Shows that this launch is at work: a small file whose beat goes on."""
+    """Shows that this launch is at work: a small file whose beat goes on.
 
-    def __init__(self, storage: Storage, path: str) -> None:
-        self._storage, self._path = storage, path
+    Args:
+        storage: The storage root.
+        path: The file.
+        settings: Which settings the launch has, see `history.settings_mark`.
+    """
+
+    def __init__(self, storage: Storage, path: str, settings: str = "") -> None:
+        self._storage, self._path, self._settings = storage, path, settings
         self._beat = 0
         self._ending = threading.Event()
         self._put(None)
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
 
-    def _put(self, exit_code: int | None) -> None:
+    def _put(self, exit_code: int | None, error: str = "") -> None:
         body = {
             "beat": self._beat,
             "t": time.time(),
@@ -88,6 +94,8 @@ class Alive:
             "started": process_start(os.getpid()),
             "ended": exit_code is not None,
             "exit_code": exit_code,
+            "settings": self._settings,
+            "error": error,
         }
         self._storage.put(self._path, [json.dumps(body).encode()])
 
@@ -97,8 +105,8 @@ class Alive:
             with contextlib.suppress(StorageError):  # a missed beat only makes a second launch less polite
                 self._put(None)
 
-    def end(self, exit_code: int | None) -> None:
+    def end(self, exit_code: int | None, error: str = "") -> None:
         self._ending.set()
         self._thread.join()
         with contextlib.suppress(StorageError):
-            self._put(1 if exit_code is None else exit_code)
+            self._put(1 if exit_code is None else exit_code, error)

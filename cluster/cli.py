@@ -18,7 +18,8 @@ import typer
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.cli_checkpoints import checkpoints
-from outlast.cluster.cli_shared import RUN_FILES, AsJson, Root, Run, find_run, when
+from outlast.cluster.cli_doctor import doctor
+from outlast.cluster.cli_shared import RUN_FILES, AsJson, Overrides, Root, Run, find_run, when
 from outlast.cluster.cli_try import try_
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoints, name="checkpoints")
 app.command("try")(try_)
+app.command()(doctor)
 k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
 app.add_typer(k8s, name="k8s")
 
@@ -42,7 +44,6 @@ Address = Annotated[
 Code = Annotated[Path | None, typer.Option(help="A directory of your own Python files, importable on the workers.")]
 Ship = Annotated[bool, typer.Option(help="Send this outlast along, so that the cluster runs the same version.")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
 
 
 @app.callback()
@@ -100,6 +101,32 @@ def demo(
 
 
 @app.command()
+def drill(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    faults: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fault", metavar="FAULT", help="kill, kill-in-save, error, stop, damage or driver; again for more. All."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each copy.")] = 12,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: one of its own on this machine.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the copies in the storage.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Injure short copies of your own run on purpose; see whether each comes back with the same bits, and how soon."""
+    from dataclasses import asdict
+
+    from outlast.cluster.drill import kinds_of, run_drill
+
+    found = run_drill(run_file, overrides or [], kinds=kinds_of(faults), num_steps=steps, address=address, keep=keep)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    raise typer.Exit(0 if all(finding.is_good for finding in found) else 1)
+
+
+@app.command()
 def version(as_json: AsJson = False) -> None:
     """Versions, for a bug report."""
     import platform
@@ -116,19 +143,64 @@ def submit(
     overrides: Overrides = None,
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
+    supervise: Annotated[bool, typer.Option("--supervise", help="Stay, and submit again when it dies.")] = False,
     code: Code = None,
     ship: Ship = True,
 ) -> None:
     """Submit the run to a Ray cluster; a run that is at work there already is attached to."""
     from outlast.cluster.config import load_run
 
+    if follow and supervise:
+        raise typer.BadParameter("--follow shows one job, --supervise stays with all of them; give one of the two")
     config, declared = load_run(str(run_file), overrides or [])
+    if supervise:
+        _supervise([(config, declared)], address, code, ship)
     _submit(config, declared, address, follow, code, ship)
+
+
+@app.command("supervise")
+def supervise_runs(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Run files, or runs that have begun.")],
+    overrides: Overrides = None,
+    address: Address = None,
+    code: Code = None,
+    ship: Ship = True,
+    storage: Root = "./runs",
+) -> None:
+    """Keep runs going on a Ray cluster: submit again when a job or the whole cluster has died."""
+    from outlast.cluster.config import load_run
+
+    found = [
+        load_run(run, overrides or []) if run.endswith(RUN_FILES) else _remembered(run, storage, overrides or [])
+        for run in runs
+    ]
+    _supervise(found, address, code, ship)
+
+
+def _supervise(
+    found: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
+) -> None:
+    from outlast.cluster.jobs import check_reachable
+    from outlast.cluster.supervise import Supervisor, supervise
+
+    for config, _ in found:
+        check_reachable(config)
+    raise typer.Exit(supervise([Supervisor(config, declared, address, code, ship) for config, declared in found]))
+
+
+def _remembered(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
+    """A run's settings as its storage remembers them."""
+    from outlast.cluster.config import settings_of
+    from outlast.cluster.status import declared_settings
+
+    place, name, _ = find_run(run, root)
+    return settings_of(declared_settings(place, name), run, overrides)
 
 
 @app.command()
 def resume(
     run: Run,
+    overrides: Overrides = None,
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
     code: Code = None,
@@ -136,12 +208,8 @@ def resume(
     storage: Root = "./runs",
 ) -> None:
     """Submit a run again, with the settings that its storage remembers."""
-    from outlast.cluster.config import RunConfig, expand
-    from outlast.cluster.status import declared_settings
-
-    place, name, _ = find_run(run, storage)
-    declared = declared_settings(place, name)
-    _submit(RunConfig.model_validate(expand(declared)), declared, address, follow, code, ship)
+    config, declared = _remembered(run, storage, overrides or [])
+    _submit(config, declared, address, follow, code, ship)
 
 
 def _submit(
@@ -150,7 +218,11 @@ def _submit(
     from outlast.cluster import jobs
 
     jobs.check_reachable(config)
+    jobs.check_code(config, code)
     client = jobs.connect(address)
+    for warning in jobs.judge_server(client.get_address()):
+        if warning.hint:
+            print(f"outlast: {warning.text}; {warning.hint}", file=sys.stderr)
     job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
     print(f"{'submitted' if is_new else 'already at work; attached to'} {job.id}", file=sys.stderr)
     print(job.id)
@@ -205,6 +277,8 @@ def status(run: Run, address: Address = None, storage: Root = "./runs", as_json:
     print(f"attempts: {body['attempts']}")
     for failure in body["failures"]:
         print(f"  {when(failure['t'])}  {failure['cause']} (rank {failure['rank']}): {failure['message'][:160]}")
+        if log := failure.get("log"):
+            print(f"    traceback: {log}")
     for job in body.get("jobs", []):
         print(f"job {job['id']}: {job['status']}")
     for damaged in body["damaged"]:

@@ -14,8 +14,10 @@ from outlast.cluster.cli_shared import AsJson, Base, Code, Root, Run, Trusted, b
 
 if TYPE_CHECKING:
     from outlast.checkpointing.compare import Comparison
-    from outlast.checkpointing.export import WriteWeights
+    from outlast.checkpointing.export import Dtype, WriteWeights
     from outlast.checkpointing.keeping import Prune
+    from outlast.checkpointing.retention import Retention
+    from outlast.checkpointing.storage import Storage
 
 checkpoints = typer.Typer(help="Look at a run's checkpoints, keep them, take them elsewhere.", no_args_is_help=True)
 
@@ -265,36 +267,55 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Copy a checkpoint, verified, as a plain Hugging Face directory, or its parts to paths of your choice."""
-    from outlast.checkpointing import commands
-    from outlast.checkpointing.export import check_free, converted, export_directory, export_parts, read_content
-
     parts = {"weights": weights, "config": config, "vocab": vocab}
     which, out = _which_and_out(places or [], any(parts.values()))
     if base and not merge:
         raise ConfigError("--base goes with --merge")
     if old_vocab and out is None:
         raise ConfigError("--old-vocab goes with OUT; --vocab PATH writes such files to a path of your choice")
-    write, weights_name, caveat = _weights_format(format_, weights)
-    check_free([out] if out is not None else [path for path in (weights, config) if path is not None])
-    place, name, retention = find_run(run, storage)
-    found = commands.find(place, name, which, retention)
-    content, kind = read_content(found), _dtype(dtype)
     if merge:
+        bring_code(run, code)
+    merging = {"base": base, "trusted": trusted} if merge else None
+    source, written = _export(
+        find_run(run, storage), which, out, parts, _weights_format(format_, weights), _dtype(dtype), old_vocab, merging
+    )
+    paths = [str(path) for path in written]
+    print(json.dumps({"source": source, "written": paths}, indent=1) if as_json else "\n".join(paths))
+
+
+def _export(
+    found_run: tuple[Storage, str, Retention],
+    which: str,
+    out: Path | None,
+    parts: dict[str, Path | None],
+    form: tuple[WriteWeights, str | None, str],
+    dtype: Dtype | None,
+    old_vocab: bool,
+    merging: dict[str, Any] | None,
+) -> tuple[str, list[Path]]:
+    """Writes what `export` was asked for. Returns what it was made of, and what was written."""
+    from outlast.checkpointing import commands
+    from outlast.checkpointing.export import check_free, converted, export_directory, export_parts, read_content
+
+    write, weights_name, caveat = form
+    check_free([out] if out is not None else [path for path in (parts["weights"], parts["config"]) if path is not None])
+    place, name, retention = found_run
+    found = commands.find(place, name, which, retention)
+    content = read_content(found)
+    if merging is not None:
         from outlast.trainers.merging import merge as merged
 
-        bring_code(run, code)
-        content = merged(content, found.declaration, base, trusted=trusted)
-    if kind is not None:
-        content = converted(content, kind)
+        content = merged(content, found.declaration, **merging)
+    if dtype is not None:
+        content = converted(content, dtype)
     if out is not None:
         export_directory(content, out, weights_name=weights_name, write_weights=write, old_vocab=old_vocab)
         written = [out]
     else:
         written = export_parts(content, **parts, write_weights=write)
-    if caveat and (out is not None or weights is not None):
+    if caveat and (out is not None or parts["weights"] is not None):
         print(f"outlast: {caveat}", file=sys.stderr)
-    paths = [str(path) for path in written]
-    print(json.dumps({"source": found.url, "written": paths}, indent=1) if as_json else "\n".join(paths))
+    return found.url, written
 
 
 def _which_and_out(places: list[str], parts: bool) -> tuple[str, Path | None]:

@@ -23,6 +23,7 @@ Code = Annotated[
 ]
 Base = Annotated[str | None, typer.Option(help="Of an adapter: where the model beneath lies; default: where it lay.")]
 Trusted = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that lies in the checkpoint run.")]
+Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli_shared import AsJson, Base, Code, Root, Run, Trusted, bring_code, find_run
+from outlast.cluster.cli_shared import AsJson, Base, Code, Overrides, Root, Run, Trusted, bring_code, find_run
 
 
 def try_(
@@ -19,6 +19,7 @@ def try_(
         typer.Option("--text", help="What to predict for; JSON that names the inputs, for tasks with several."),
     ] = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="The same, for models that write.")] = None,
+    overrides: Overrides = None,
     files: Annotated[list[str] | None, typer.Option("--file", help="Rows to predict for, as in data.train.")] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="newest, best, a step, step@attempt; default: the finished model, else newest.")
@@ -30,14 +31,14 @@ def try_(
     as_json: AsJson = False,
 ) -> None:
     """Predict with a run's model: classes, tags, answers, or a text that goes on."""
-    from outlast.cluster.config import RunConfig, expand
+    from outlast.cluster.config import settings_of
     from outlast.cluster.status import declared_settings
     from outlast.trainers import predict
 
     bring_code(run, code)
     place, name, retention = find_run(run, storage)
     found = predict.choose_checkpoint(place, name, checkpoint, retention)
-    config = RunConfig.model_validate(expand(declared_settings(place, name)))
+    config, _ = settings_of(declared_settings(place, name), run, overrides or ())
     task, model = predict.load(config, found, base, trusted=trusted)
     given = [predict.record_of(task, _parsed(text)) for text in [*(texts or []), *(prompts or [])]]
     rows = chain(given, *(predict.records_in(task, config, file) for file in files or []))
@@ -64,6 +65,8 @@ def _shown(answer: dict[str, Any]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
+    if isinstance(value, dict) and value.keys() == {"token", "score"}:
+        return f"{value['token']!r} {_value(value['score'])}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
     if isinstance(value, list):

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.history import Limits
 from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel, explain
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -33,15 +34,33 @@ class ScaleSettings(Settings):
 
 
 class FailureSettings(Settings):
-    """How often a run may come back by itself."""
+    """When a run comes back by itself, and when it is given up.
+
+    The counts are the run's, over all its launches, and stand in its storage. A new checkpoint sets them back, and so
+    does any change to the settings.
+    """
 
     max_failures: int = Field(3, ge=-1)
-    """Restarts of the worker group in one launch; -1 for no limit."""
+    """Failures since the newest checkpoint that the run survives; one more, and it is given up. -1 for no limit."""
+    max_same_step: int = Field(3, ge=-1)
+    """So many failures of one and the same step since the newest checkpoint end the run; -1 for no limit."""
     max_preemptions: int = Field(-1, ge=-1)
-    """Restarts after an announced loss of a node, counted apart; -1 for no limit."""
+    """Announced losses of a node since the newest checkpoint that the run survives, counted apart; -1 for no limit."""
+    note: str = ""
+    """Say here what you mended when nothing else in the settings has changed: it sets the counts back."""
+    non_finite: Literal["stop", "skip", "roll-back"] = "stop"
+    """What becomes of a step whose loss or gradient is not finite: the run ends there, with a checkpoint (stop); it is
+    left out (skip); or all is read again from the newest checkpoint, and then it is left out (roll-back)."""
+    stall_s: float = Field(1800.0, ge=1.0)
+    """Seconds without any event of the workers after which a supervisor stops the job and submits it again. Longer than
+    the longest step, evaluation or start."""
     standby: bool = True
     """Keep a process with all imports done for each worker, and one on each of two spare nodes: a restart is quicker by
     the imports. Each takes some 300 MB of host memory, and no GPU."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_failures, self.max_preemptions, self.max_same_step)
 
 
 class RunConfig(TrainingConfig):
@@ -96,15 +115,21 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
     Raises:
         ConfigError: The file is missing or unreadable, or a setting is wrong; the message lists every finding.
     """
-    declared = _read(path)
-    for override in overrides:
-        _override(declared, override)
+    return settings_of(_read(path), path, overrides)
+
+
+def settings_of(
+    declared: dict[str, Any], place: str, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The settings that were declared at `place`, a file or a run; the rest is as in `load_run`."""
+    for item in overrides:
+        override(declared, item)
     try:
         return RunConfig.model_validate(expand(declared)), declared
     except ValidationError as error:
         lines = "\n".join(f"  {line}" for line in explain(error, RunConfig).splitlines())
-        hint = f"edit {path}, or the -s options" if overrides else f"edit {path}"
-        raise ConfigError(f"{path} has settings that cannot be used:\n{lines}", hint=hint) from error
+        hint = f"edit {place}, or the -s options" if overrides else f"edit {place}"
+        raise ConfigError(f"{place} has settings that cannot be used:\n{lines}", hint=hint) from error
 
 
 class _Once(yaml.SafeLoader):
@@ -124,7 +149,8 @@ def _read(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run file {path} cannot be read: {error}") from error
+        hint = 'name a .yaml or .toml file; README, "Your own run", shows one to begin with'
+        raise ConfigError(f"run file {path} cannot be read: {error}", hint=hint) from error
     try:
         body = tomllib.loads(text) if path.endswith(".toml") else yaml.load(text, _Once)
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
@@ -134,20 +160,25 @@ def _read(path: str) -> dict[str, Any]:
     return body
 
 
-def _override(body: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(body: dict[str, Any], given: str) -> None:
+    """Sets what `given` says, as `key=value` with dots in the key.
+
+    Raises:
+        ConfigError: It says nothing that can be set.
+    """
+    key, equals, text = given.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"-s {override}: write key=value, such as -s train.lr=1e-4")
+        raise ConfigError(f"-s {given}: write key=value, such as -s train.lr=1e-4")
     *parents, last = key.strip().split(".")
     place = body
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"-s {override}: {parent} holds a value, not a block")
+            raise ConfigError(f"-s {given}: {parent} holds a value, not a block")
     try:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"-s {override}: the value is not valid YAML: {error}") from error
+        raise ConfigError(f"-s {given}: the value is not valid YAML: {error}") from error
 
 
 def expand(value: Any) -> Any:

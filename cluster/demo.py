@@ -17,13 +17,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from outlast.checkpointing.faults import Action, Fault, Point
-from outlast.checkpointing.layout import checkpoint_dir
+from outlast.checkpointing.commands import find_model
 from outlast.checkpointing.lineage import catalogue, run_events
-from outlast.checkpointing.reader import tensor_digests
 from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster import drill
 from outlast.cluster.config import RunConfig
-from outlast.cluster.launch import Launch, ray_session
+from outlast.cluster.launch import ray_session
 from outlast.cluster.progress import Reporter
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.evaluation import evaluate
@@ -48,7 +47,6 @@ def run_demo(folder: Path) -> dict[str, Any]:
     )
     with _timed(parts, "text"):
         num_texts = write_texts(place / "texts.jsonl")
-    record = place / "kill.json"
     killed, peaceful = _config(place, "killed"), _config(place, "undisturbed")
     with _timed(parts, "data"):
         prepared = prepare(killed, LocalStorage(place / "runs"))
@@ -58,16 +56,17 @@ def run_demo(folder: Path) -> dict[str, Any]:
         session.__enter__()
     try:
         with _timed(parts, "killed run"), Reporter("killed run") as reporter:
-            fault = Fault(Point.WHILE_WRITING, KILL_AT, KILLED_RANK, Action.SIGKILL, str(record))
-            first = Launch(killed, _declared(killed), faults=[fault], tell=reporter).run()
+            copy = drill.Copy(killed, _declared(killed), KILL_AT)
+            drill.strike(copy, drill.Kind.KILL_IN_SAVE, reporter, KILLED_RANK)
         with _timed(parts, "undisturbed run"), Reporter("undisturbed run") as reporter:
-            Launch(peaceful, _declared(peaceful), tell=reporter).run()
+            drill.Copy(peaceful, _declared(peaceful), 0).launch(tell=reporter)
     finally:
         session.__exit__(None, None, None)
     with _timed(parts, "comparison"):
-        findings = _compare(LocalStorage(place / "runs"), record)
-    assert first.model is not None
-    model = place / "runs" / first.model
+        findings = _compare(copy)
+    found = find_model(copy.storage, "killed")
+    assert found is not None
+    model = place / "runs" / found.path
     with _timed(parts, "plain transformers"):
         findings |= _load_plainly(model, killed, prepared)
     findings |= {"parts_s": {name: round(s, 2) for name, s in parts.items()}, "run": str(place / "runs/killed")}
@@ -117,43 +116,29 @@ def _timed(parts: dict[str, float], name: str) -> Iterator[None]:
     parts[name] = time.monotonic() - began
 
 
-def _compare(storage: LocalStorage, record: Path) -> dict[str, Any]:
-    runs = {name: _final_state(storage, name) for name in ("killed", "undisturbed")}
-    (weights, optimizer, losses), (weights_2, optimizer_2, losses_2) = runs.values()
-    kill = json.loads(record.read_text()) if record.exists() else None
-    resumed = [event for _, event in run_events(storage, "killed") if event["event"] == "resume"]
-    steps = [event for _, event in run_events(storage, "killed") if event["event"] == "step"]
-    after = [event["ended_at"] for event in steps if kill and event["ended_at"] > kill["t"]]
+def _compare(copy: drill.Copy) -> dict[str, Any]:
+    storage = copy.storage
+    killed, undisturbed = drill.final_state(storage, "killed"), drill.final_state(storage, "undisturbed")
+    found = drill.find(copy, drill.Kind.KILL_IN_SAVE, undisturbed)
+    losses, num_resumed = killed.losses, sum(event["event"] == "resume" for _, event in run_events(storage, "killed"))
     return {
         "equal": {
-            "weights": bool(weights) and weights == weights_2,
-            "optimizer": bool(optimizer) and optimizer == optimizer_2,
-            "losses": len(losses) == NUM_STEPS and losses == losses_2,
+            "weights": bool(killed.weights) and killed.weights == undisturbed.weights,
+            "optimizer": bool(killed.optimizer) and killed.optimizer == undisturbed.optimizer,
+            "losses": len(losses) == NUM_STEPS and losses == undisturbed.losses,
         },
-        "kills": len(resumed) if kill else 0,
-        "recovery_s": round(min(after) - kill["t"], 2) if kill and after else None,
-        "lost_steps": kill["step"] - resumed[0]["step"] if kill and resumed else 0,
-        "kill": kill,
-        "resumed_from": resumed[0]["step"] if resumed else None,
-        "num_tensors": len(weights) + len(optimizer),
+        "kills": num_resumed if found.fault else 0,
+        "recovery_s": found.seconds,
+        "lost_steps": found.redone,
+        "kill": found.fault,
+        "resumed_from": found.resumed_from,
+        "num_tensors": len(killed.weights) + len(killed.optimizer),
         "checkpoints": [item.ref.step for item in catalogue(storage, "killed").accepted],
         "eval_loss": {
             event["step"]: event["eval_loss"] for _, event in run_events(storage, "killed") if event["event"] == "eval"
         },
         "loss": {step: min(losses[step]) for step in (1, NUM_STEPS) if step in losses},
     }
-
-
-def _final_state(storage: LocalStorage, run: str) -> tuple[dict[str, str], dict[str, str], dict[int, set[float]]]:
-    """SHA-256 of every weight and of every optimizer tensor, and every loss that each step ever had."""
-    newest = catalogue(storage, run).accepted[0]
-    digests = tensor_digests(storage, checkpoint_dir(run, newest.ref), newest)
-    losses: dict[int, set[float]] = {}
-    for _, event in run_events(storage, run):
-        if event["event"] == "step":
-            losses.setdefault(event["step"], set()).add(event["loss"])
-    weights = {name: digest for name, digest in digests.items() if "/" not in name}
-    return weights, {name: digest for name, digest in digests.items() if "/" in name}, losses
 
 
 def _load_plainly(model_dir: Path, config: RunConfig, prepared: Prepared) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -22,15 +23,60 @@ import ray.train
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from outlast.checkpointing.errors import OutlastError, StorageError
+from outlast.checkpointing.history import GivenUp, Limits, counted, judge, read_tries
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import open_storage
 from outlast.cluster.hub import ask, find_hub
+from outlast.cluster.memory import (
+    DEVICE_ADVICE,
+    HOST_ADVICE,
+    is_device_shortage,
+    is_host_shortage,
+    was_killed_by_kernel,
+)
+from outlast.trainers.blame import own_frames, told
 
 
 class RunFailed(OutlastError):
     """The workers failed more often than the run may, or in a way that a restart does not mend."""
+
+
+class RankError(Exception):
+    """What a rank ended with that outlast did not raise: plain text, so that the user's classes need not travel.
+
+    Args:
+        said: The error in one line, and after which step.
+        excerpt: The last lines of its traceback that are the user's code.
+        whole: The whole traceback.
+    """
+
+    def __init__(self, said: str, excerpt: str, whole: str) -> None:
+        super().__init__(said, excerpt, whole)
+        self.said, self.excerpt, self.whole = said, excerpt, whole
+
+    def __str__(self) -> str:
+        return self.said
+
+    @classmethod
+    def of(cls, error: BaseException) -> RankError:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+        frames = traceback.format_list(own_frames(error)[-_NUM_FRAMES:])
+        return cls(told(error) + notes, "".join(frames).rstrip(), "".join(traceback.format_exception(error)))
+
+
+#: How many frames of the user's code are shown.
+_NUM_FRAMES = 3
+
+
+def gave_up(run: str, given_up: GivenUp) -> RunFailed:
+    """The one message at the end of a run that the rule ends, whoever applies it (see `history.py`)."""
+    return RunFailed(
+        f"run {run} is given up: {given_up.diagnosis}",
+        hint="mend the cause and run the same command again; if the settings have not changed by that, say so, which "
+        "lets it go on: -s failure.note='what was mended'",
+    )
 
 
 #: What a rank says when another one has gone.
@@ -45,6 +91,8 @@ class Cause(Enum):
 
     PREEMPTED = "preempted"
     NODE_LOST = "node lost"
+    OUT_OF_DEVICE_MEMORY = "out of device memory"
+    OUT_OF_HOST_MEMORY = "out of host memory"
     WORKER_DIED = "worker died"
     ERROR = "error"
 
@@ -54,6 +102,11 @@ class Cause(Enum):
         return self is not Cause.PREEMPTED
 
     @property
+    def advice(self) -> str:
+        """What to change, where the cause itself says so."""
+        return {Cause.OUT_OF_DEVICE_MEMORY: DEVICE_ADVICE, Cause.OUT_OF_HOST_MEMORY: HOST_ADVICE}.get(self, "")
+
+    @property
     def weight(self) -> int:
         """Of two causes at once, the heavier one is the cause of the other."""
         return -list(Cause).index(self)
@@ -61,11 +114,30 @@ class Cause(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One end of a worker group: the cause, the first rank that shows it, and what was said of it."""
+    """One end of a worker group: the cause, the first rank that shows it, what was said of it, and by how many."""
 
     cause: Cause
     rank: int
     message: str
+    num_ranks: int = 1
+    excerpt: str = ""
+
+    def told(self, workers: Sequence[Mapping[str, Any]], log: str = "") -> str:
+        """The whole in one line: what was said and by whom, what to change, and where more is said.
+
+        Args:
+            workers: What the attempt's claim says of its ranks.
+            log: Where the whole traceback lies; else the rank's own log is named.
+        """
+        parts = [self.message]
+        if self.num_ranks > 1:
+            parts.append(f"and {self.num_ranks - 1} more ranks alike")
+        if self.cause.advice:
+            parts.append(f"to mend it, {self.cause.advice}")
+        mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})
+        if log or mine.get("log"):
+            parts.append(f"log: {log or mine['host'] + ':' + mine['log']}")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +166,24 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
             drained = drained or bool(getattr(error, "preempted", False))
             found.append(Failure(_cause_of_death(said, drained), rank, said.splitlines()[0]))
         elif not any(word in said for word in _ECHOES):
-            found.append(Failure(Cause.ERROR, rank, said.splitlines()[-1]))
-    return max(found, key=lambda failure: (failure.cause.weight, -failure.rank), default=None)
+            excerpt = error.excerpt if isinstance(error, RankError) else ""
+            found.append(Failure(_cause_of_error(said), rank, said.splitlines()[-1], excerpt=excerpt))
+    first = max(found, key=lambda failure: (failure.cause.weight, -failure.rank), default=None)
+    if first is None:
+        return None
+    alike = {failure.rank for failure in found if failure.cause is first.cause}
+    return replace(first, num_ranks=len(alike))
+
+
+def _cause_of_error(said: str) -> Cause:
+    if is_device_shortage(said):
+        return Cause.OUT_OF_DEVICE_MEMORY
+    return Cause.OUT_OF_HOST_MEMORY if is_host_shortage(said) else Cause.ERROR
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """What Ray Train wrapped, in an error of a task or of a health check."""
-    for name in ("cause", "health_check_failure"):
+    """What Ray Train wrapped, in an error of a task, of a health check or of the training function."""
+    for name in ("cause", "health_check_failure", "_base_exc"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
             return _unwrapped(inner)
@@ -110,7 +193,9 @@ def _unwrapped(error: BaseException) -> BaseException:
 def _cause_of_death(message: str, drained: bool) -> Cause:
     if drained:
         return Cause.PREEMPTED
-    return Cause.NODE_LOST if "node has died" in message or "node died" in message else Cause.WORKER_DIED
+    if "node has died" in message or "node died" in message:
+        return Cause.NODE_LOST
+    return Cause.OUT_OF_HOST_MEMORY if is_host_shortage(message) else Cause.WORKER_DIED
 
 
 def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
@@ -132,7 +217,12 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
         cause = str(row.get("DeathCause", ""))
         if row.get("State") == "DEAD" and not any(word in cause for word in _INTENDED):
             said = re.search(r'error_message: "(.*?)(?:\.|\\n|")', cause)
-            deaths.append(Death(worker["rank"], said[1] if said else "the worker died"))
+            message = said[1] if said else "the worker died"
+            if is_host_shortage(cause):
+                message = "Ray ended the worker because the node was running low on memory"
+            elif was_killed_by_kernel(worker):
+                message = "the kernel killed the worker because the node was running low on memory"
+            deaths.append(Death(worker["rank"], message))
     return deaths
 
 
@@ -145,14 +235,13 @@ class Recorder(ray.train.UserCallback):
         storage_url: Where the run lies.
         run: Name of the run.
         launch: The launch.
-        max_failures: Failures that the run survives; -1 for any number.
-        max_preemptions: The same for preemptions.
+        limits: How much the run survives.
+        settings: Which settings it has, see `history.settings_mark`.
     """
 
-    def __init__(self, storage_url: str, run: str, launch: str, max_failures: int, max_preemptions: int) -> None:
+    def __init__(self, storage_url: str, run: str, launch: str, limits: Limits, settings: str) -> None:
         self._place = (storage_url, run, launch)
-        self._limits = {True: max_failures, False: max_preemptions}
-        self._counts = {True: 0, False: 0}
+        self._limits, self._settings = limits, settings
         self._journal: Journal | None = None
         self._last_attempt: AttemptId | None = None
         self._last_said: frozenset[tuple[int, str]] = frozenset()
@@ -197,24 +286,38 @@ class Recorder(ray.train.UserCallback):
             time.sleep(0.2)
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
-        self._count(failure, hub)
-        event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.message}
-        if hub is not None:
-            counted = failure.cause.is_failure
-            numbers = {"number": self._counts[counted], "limit": self._limits[counted]}
-            ask(hub.exchange.remote([{"event": "failure", **event, **numbers}]))
-        with suppress(StorageError):  # the count stands; the story has a gap
+        log = self._write_log(attempt, errors)
+        event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told(workers, log)}
+        if failure.cause is Cause.ERROR and "after step" in failure.message:
+            event["raised"] = failure.message
+        number, limit, ends = -1, -1, False
+        with suppress(StorageError):  # the story has a gap, and the next failure is judged again
             journal.event("failure", attempt=attempt, noticed_at=round(noticed_at, 3), **event)
+            number, limit, ends = self._judge(failure, hub)
+        if hub is not None:
+            numbers = {"number": number, "limit": limit, "ends": ends}
+            ask(hub.exchange.remote([{"event": "failure", **event, **numbers, "excerpt": failure.excerpt}]))
 
-    def _count(self, failure: Failure, hub: Any) -> None:
-        counted = failure.cause.is_failure
-        self._counts[counted] += 1
-        limit = self._limits[counted]
-        if self._counts[counted] > limit >= 0 and hub is not None:
-            what = "failures" if counted else "preemptions"
-            last = f"{failure.cause.value}, rank {failure.rank}: {failure.message}"
-            error = RunFailed(
-                f"more than {limit} {what}; the last one: {last}",
-                hint=f"mend the cause, or raise failure.max_{what}; the same command then goes on where it was",
-            )
-            ask(hub.fail.remote(failure.rank, error))
+    def _write_log(self, attempt: str, errors: Mapping[int, BaseException]) -> str:
+        """Writes the ranks' tracebacks into the launch's directory. Returns where; nothing where there are none."""
+        url, run, launch = self._place
+        found = {rank: _unwrapped(error) for rank, error in sorted(errors.items())}
+        parts = [f"rank {rank}\n{error.whole}\n" for rank, error in found.items() if isinstance(error, RankError)]
+        path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
+        with suppress(StorageError):
+            if parts:
+                open_storage(url).put(path, ["\n".join(parts).encode()])
+                return f"{url}/{path}"
+        return ""
+
+    def _judge(self, failure: Failure, hub: Any) -> tuple[int, int, bool]:
+        """Ends the run if it has had enough. Returns how many failures of this kind count, how many may, and that."""
+        url, run, launch = self._place
+        tries = read_tries(open_storage(url), run, live=launch)
+        given_up = judge(tries, self._limits, self._settings)
+        if given_up is not None and hub is not None:
+            ask(hub.fail.remote(failure.rank, gave_up(run, given_up)))
+        is_failure = failure.cause.is_failure
+        alike = [item for item in counted(tries, self._settings) if item.ending.is_failure == is_failure]
+        limit = self._limits.max_failures if is_failure else self._limits.max_preemptions
+        return len(alike), limit, given_up is not None

@@ -9,21 +9,32 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import requests
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.config import RunConfig
+from outlast.cluster.doctor_rules import TOKEN_HINT, Finding, Level
+from outlast.trainers import preflight
+from outlast.trainers.custom import make_importable
+from outlast.trainers.registry import is_dotted
 
 STOP_WAIT_S = 600
 _PERIOD_S = 0.5
@@ -68,7 +79,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     """The job server at `address` (`http://head:8265`), or at RAY_API_SERVER_ADDRESS.
 
     Raises:
-        PreflightError: Nobody answers there, or it is not a job server, or it asks for a token.
+        PreflightError: Nobody answers there, or it is not a job server, or it asks for another token.
     """
     place = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not place:
@@ -77,10 +88,30 @@ def connect(address: str | None) -> JobSubmissionClient:
         )
     try:
         return JobSubmissionClient(place)
+    except AuthenticationError as error:
+        raise PreflightError(
+            f"the job server at {place} wants a token: {error.message.splitlines()[0]}", hint=TOKEN_HINT
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        hint = "check the address (the dashboard's, usually port 8265) and, if the cluster wants one, RAY_AUTH_TOKEN"
+        hint = "check the address (the dashboard's, usually port 8265)"
         raise PreflightError(f"no job server answers at {place}: {said}", hint=hint) from error
+
+
+def judge_server(place: str) -> list[Finding]:
+    """Whether strangers may run code on the cluster: its job server takes requests without a token from elsewhere."""
+    host = urlsplit(place).hostname or ""
+    try:
+        is_near = all(ip_address(item[4][0]).is_loopback for item in socket.getaddrinfo(host, None))
+        requests.get(f"{place.rstrip('/')}/api/version", timeout=10).raise_for_status()
+    except (OSError, ValueError):  # it asks for a token, or it cannot be asked
+        return [Finding(Level.OK, "job server", f"{place} does not answer strangers")]
+    if is_near:
+        return [Finding(Level.OK, "job server", f"{place} is open, to this machine only")]
+    text = f"{place} is open: whoever reaches it may run anything on the cluster"
+    return [
+        Finding(Level.WARNING, "job server", text, "start every node with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN")
+    ]
 
 
 def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[Job]:
@@ -120,6 +151,19 @@ def check_reachable(config: RunConfig) -> None:
             )
 
 
+def check_code(config: RunConfig, code: Path | None) -> None:
+    """Refuses names that mean nothing: of architectures, of their settings, of classes in `code`.
+
+    Raises:
+        ConfigError: There is no such thing.
+    """
+    if code is not None:
+        make_importable(str(code.absolute()))
+    own = [place for place in (config.model.class_, config.model.task) if place and is_dotted(place)]
+    if code is not None or all(find_spec(place.partition(".")[0].partition(":")[0]) for place in own):
+        preflight.check_code(config)  # else the cluster has it installed, or says that it has not
+
+
 def submit(
     client: JobSubmissionClient,
     config: RunConfig,
@@ -127,6 +171,7 @@ def submit(
     *,
     code: Path | None = None,
     ship: bool = True,
+    ignoring: Collection[str] = (),
 ) -> tuple[Job, bool]:
     """Submits a run, unless it has a live job already.
 
@@ -136,6 +181,7 @@ def submit(
         declared: The settings as written; this is what travels, `${env:…}` unexpanded.
         code: A directory of the user's Python files, which become importable on every worker.
         ship: Send this outlast along, so that the cluster runs the same version.
+        ignoring: Ids of jobs that are called live and are not.
 
     Returns:
         The job, and whether it is new.
@@ -145,13 +191,13 @@ def submit(
     """
     before = jobs_of(client, config.name)
     for job in before:
-        if job.is_live:
+        if job.is_live and job.id not in ignoring:
             return job, False
     number = before[-1].number + 1 if before else 1
     with _bundle(declared, code) as folder:
         runtime_env: dict[str, Any] = {
             "working_dir": str(folder / "work"),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{stop_wait_s(config):g}"},
         }
         if ship:
             runtime_env["py_modules"] = [str(_package(folder))]
@@ -165,6 +211,29 @@ def submit(
         except RuntimeError as error:
             raise PreflightError(f"the job server refused {config.name}-{number}: {error}") from error
     return Job(f"{config.name}-{number}", config.name, number, JobStatus.PENDING.value), True
+
+
+def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
+    """Runs a verb of the command line on the cluster, as a job of no run, with this outlast. Waits for it.
+
+    Args:
+        client: The job server.
+        arguments: The verb and its arguments.
+        declared: A run's settings as written, which the verb finds in `run.yaml`.
+
+    Returns:
+        Its log.
+    """
+    with _bundle(declared or {}, None) as folder:
+        job = client.submit_job(
+            entrypoint=shlex.join(["exec", "python", "-m", "outlast.cluster.cli", *arguments]),
+            runtime_env={"working_dir": str(folder / "work"), "py_modules": [str(_package(folder))]},
+        )
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(_PERIOD_S)
+    log: str = client.get_job_logs(job)
+    client.delete_job(job)
+    return log
 
 
 @contextmanager
@@ -196,6 +265,18 @@ def _package(folder: Path) -> Path:
         [source] = import_module(f"outlast.{name}").__path__
         shutil.copytree(source, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     return package
+
+
+def stop_wait_s(config: RunConfig) -> float:
+    """How long a driver that was asked to stop may take: for a step and a commit, so no longer than a stall."""
+    return min(STOP_WAIT_S, config.failure.stall_s)
+
+
+def find(client: JobSubmissionClient, job_id: str) -> Job:
+    """One job. Raises RuntimeError or OSError when the cluster has forgotten it or does not answer."""
+    job = _job(client.get_job_info(job_id))
+    assert job is not None
+    return job
 
 
 def newest(client: JobSubmissionClient, run: str) -> Job:

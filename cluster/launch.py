@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,32 +26,49 @@ import ray
 import ray.train
 import ray.train.torch
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.commands import find_model
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.faults import Fault
+from outlast.checkpointing.history import judge, read_tries, settings_mark
 from outlast.checkpointing.layout import launch_dir
 from outlast.checkpointing.lineage import catalogue, launch_is_superseded
 from outlast.checkpointing.storage import LocalStorage, Storage, open_storage
 from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
-from outlast.cluster.failures import Recorder, RunFailed
+from outlast.cluster.doctor import preflight
+from outlast.cluster.doctor_rules import TOKEN_HINT
+from outlast.cluster.failures import Recorder, RunFailed, gave_up
 from outlast.cluster.hub import ask, start_hub
+from outlast.cluster.preparation import encode_on_ray
 from outlast.cluster.standby import environment
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
-from outlast.trainers.config import Parallel
+from outlast.trainers.config import NonFinite, Parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared, prepare
-from outlast.trainers.loop import Outcome, check_metric, make_plan
+from outlast.trainers.encoding import Encoder
+from outlast.trainers.loop import Outcome, make_plan
+from outlast.trainers.preflight import check_code, check_metric, check_model
 
 Listener = Callable[[dict[str, Any]], None]
 
 OBJECT_STORE_BYTES = 200 * 2**20
 NODES_WAIT_S = 60.0
 POLL_S = 0.5  # Ray Train looks after its workers every 2 s by default; with more than 64 of them, less often
+
+
+#: What SIGINT and SIGTERM raise in the main thread; Ray's own handler, set while it starts, raises the second.
+_INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
+
+
+class Interrupted(OutlastError):
+    """Somebody ended the launch before anything was saved."""
+
+    exit_code = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +120,12 @@ class Launch:
         Raises:
             OutlastError: What went wrong; see `errors.py`.
         """
+        try:
+            return self._run(address)
+        except _INTERRUPTIONS:
+            raise Interrupted("interrupted; nothing is saved", hint="run the same command again") from None
+
+    def _run(self, address: str | None) -> Finished:
         storage, name = self.storage, self.config.name
         make_importable(self.code)
         with _preflight():
@@ -109,43 +133,57 @@ class Launch:
             check_unchanged(base, self.config, None)
             model = find_model(storage, name)
             if model is not None and not model.faults:
-                return Finished(Outcome.DONE, self.id, model.path)
+                return Finished(Outcome.DONE, self.id, _published(storage, name, model.path))
             if model is not None:
                 self._tell({"event": "damaged-model", "model": model.path, "faults": model.faults})
             rival = None if self.take_over else find_rival(storage, name)
             if rival:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
+            check_code(self.config)
+            mark = settings_mark(self.declared)
+            given_up = judge(read_tries(storage, name), self.config.failure.limits, mark)
+            if given_up is not None:
+                raise gave_up(name, given_up)
             self._tell({"event": "phase", "name": "data"})
-            prepared = prepare(self.config, storage)
+            prepared = prepare(self.config, storage, partial(self._encoders, address))
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
+            check_model(self.config, prepared, storage)
             for note in prepared.notes:
                 self._tell({"event": "note", "text": note})
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
-            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json")
+            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json", mark)
         ended: int | None = None
+        said = ""
         try:
             finished = self._train(storage, prepared, address)
             ended = finished.outcome.exit_code
             return finished
-        except KeyboardInterrupt:
+        except _INTERRUPTIONS:
             if not catalogue(storage, name).accepted:
-                ended = 130
+                ended = Interrupted.exit_code
                 raise
             ended = Outcome.STOPPED.exit_code
             return Finished(Outcome.STOPPED, self.id)
         except OutlastError as error:
-            ended = error.exit_code
+            ended, said = error.exit_code, error.message
             raise
         finally:
-            alive.end(ended)
+            with _handling(signal.SIG_IGN):  # lest it stays unsaid how this ended
+                alive.end(ended, said)
+
+    @contextlib.contextmanager
+    def _encoders(self, address: str | None) -> Iterator[Encoder]:
+        with ray_session(address):
+            yield partial(encode_on_ray, code=self.code)
 
     def _train(self, storage: Storage, prepared: Prepared, address: str | None) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.workers)
         self._tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
         with ray_session(address) as self.joined:
             cpus = self._cpus_per_worker()
+            preflight(self.config, self._tell)
             assignment = Assignment(
                 config=self.config,
                 declared=self.declared,
@@ -153,6 +191,7 @@ class Launch:
                 prepared=prepared,
                 num_threads=max(1, int(cpus)),
                 parallel=Parallel(self.config.scale.parallel),
+                non_finite=NonFinite(self.config.failure.non_finite),
                 code=self.code,
                 faults=tuple(self.faults),
             )
@@ -161,9 +200,7 @@ class Launch:
             raise answer["error"]
         outcome = Outcome(answer["outcome"])
         found = find_model(storage, self.config.name) if outcome is Outcome.DONE else None
-        model = found.path if found else None
-        if isinstance(storage, LocalStorage) and model is not None:
-            _link(storage, self.config.name, model)
+        model = _published(storage, self.config.name, found.path) if found else None
         if outcome is Outcome.STOPPED and launch_is_superseded(storage, self.config.name, self.id):
             outcome = Outcome.SUPERSEDED
         return Finished(outcome, self.id, model)
@@ -202,11 +239,12 @@ class Launch:
 
     def _fit(self, assignment: Assignment, cpus: float) -> dict[str, Any]:
         """Runs Ray Train in a side thread, because it takes SIGINT for itself in the main one."""
-        scale, failure = self.config.scale, self.config.failure
+        scale = self.config.scale
         os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, f"{max(POLL_S, scale.workers * POLL_S / 64):g}")
         hub = start_hub(self.id)
         resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-        recorder = Recorder(self.storage.url, self.config.name, self.id, failure.max_failures, failure.max_preemptions)
+        mark = settings_mark(self.declared)
+        recorder = Recorder(self.storage.url, self.config.name, self.id, self.config.failure.limits, mark)
         trainer = ray.train.torch.TorchTrainer(
             train_worker,
             train_loop_config={"assignment": assignment},
@@ -219,7 +257,7 @@ class Launch:
                 storage_path=f"{self.storage.url}/{self.config.name}/launches",
                 failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failures.py
                 callbacks=[recorder],
-                worker_runtime_env={"env_vars": environment(self.config) if failure.standby else {}},
+                worker_runtime_env={"env_vars": environment(self.config) if self.config.failure.standby else {}},
             ),
         )
         box: dict[str, Any] = {}
@@ -233,16 +271,19 @@ class Launch:
         thread = threading.Thread(target=fit, daemon=True)
         with _signals() as stopping:
             thread.start()
-            asked = False
+            asked = begun = False
             while thread.is_alive():
                 thread.join(0.25)
+                for event in ask(hub.drain.remote(), []):
+                    begun |= event["event"] == "plan"
+                    self._tell(event)
                 if stopping.is_set():
+                    if not begun:  # there is nothing to commit, and nobody yet to do it
+                        raise KeyboardInterrupt
                     hub.stop.remote()  # each time, because a hub that was restarted has forgotten it
                     if not asked:
                         asked = True
                         self._tell({"event": "stopping"})
-                for event in ask(hub.drain.remote(), []):
-                    self._tell(event)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(hub)
         if "failure" in box:
@@ -277,13 +318,30 @@ def ray_session(address: str | None = None) -> Iterator[bool]:
             with contextlib.chdir(
                 folder or "."
             ):  # workers import first from here: a folder `outlast` must not be found
-                ray.init(address=address or "local", **quiet)
+                _init(address=address or "local", **quiet)
             interrupt_on_sigterm()
             yield bool(address)
     finally:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init(address: str, **options: Any) -> None:
+    """Starts or joins Ray.
+
+    Raises:
+        PreflightError: There is no such cluster, it has another Ray or Python, or it wants a token.
+    """
+    try:
+        ray.init(address=address, **options)
+    except (AuthenticationError, ConnectionError, RuntimeError) as error:
+        if address == "local":
+            raise
+        said, hint = " ".join(str(error).split()), "check the address, and that Ray and Python are the same there"
+        if "AuthenticationError" in f"{error!r} {error.__cause__} {error.__context__}":  # Ray wraps it as text
+            said, hint = "it wants a token, and got none or another", TOKEN_HINT
+        raise PreflightError(f"the Ray cluster at {address} cannot be joined: {said}", hint=hint) from error
 
 
 def _ray_folder() -> str:
@@ -320,30 +378,41 @@ def interrupt_on_sigterm() -> None:
 def _signals() -> Iterator[threading.Event]:
     """An event that the first SIGTERM or SIGINT sets; the second one interrupts at once."""
     stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
 
     def handle(signum: int, frame: object) -> None:
         if stopping.is_set():
             raise KeyboardInterrupt
         stopping.set()
 
+    with _handling(handle):
+        yield stopping
+
+
+@contextlib.contextmanager
+def _handling(handle: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[None]:
+    """SIGTERM and SIGINT are handled so meanwhile. Python allows it in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stopping
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _link(storage: LocalStorage, run: str, model: str) -> None:
-    """`<run>/model` leads to the finished model. A convenience: nothing reads it."""
+def _published(storage: Storage, run: str, model: str) -> str:
+    """Where the user finds the model: at `<run>/model`, a link to the attempt's, where the storage has links."""
+    if not isinstance(storage, LocalStorage):
+        return model
     link = storage.path(f"{run}/model")
     temporary = link.with_name(f".model.{secrets.token_hex(4)}.tmp")
     with contextlib.suppress(OSError):
         temporary.symlink_to(Path(model).relative_to(run))
         temporary.replace(link)
+        return f"{run}/model"
+    return model
 
 
 def _explained(error: BaseException, config: RunConfig) -> OutlastError:

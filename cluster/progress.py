@@ -27,6 +27,7 @@ class Reporter:
         self._step = 0
         self._eval = ""
         self._said_at = 0.0
+        self._explained: set[str] = set()
 
     def __enter__(self) -> Reporter:
         if self._console.is_terminal:
@@ -56,8 +57,9 @@ class Reporter:
             case "damaged-model":
                 self.say(f"the finished model is damaged ({'; '.join(event['faults'])}); making it again")
             case "failure":
-                left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"
-                self.say(f"{event['cause']}, rank {event['rank']}: {event['message']}; starting again ({left})")
+                self._failed(event)
+            case "non-finite":
+                self.say(f"{event['message']} ({event['action']})")
             case "early-stop":
                 self.say(f"stopping early at step {event['step']}: {event['reason']}")
             case "done":
@@ -73,11 +75,22 @@ class Reporter:
             case "step":
                 back = event["step"] <= self._step
                 self._step = event["step"]
-                self._note(f"step {self._step}/{self._num_steps}  loss {event['loss']:.3f}{self._eval}", always=back)
+                loss = "not finite" if event["loss"] is None else f"{event['loss']:.3f}"
+                self._note(f"step {self._step}/{self._num_steps}  loss {loss}{self._eval}", always=back)
+
+    def _failed(self, event: dict[str, Any]) -> None:
+        left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"
+        then = "" if event["ends"] else f"; starting again ({left})"
+        self.say(f"{event['cause']}, rank {event['rank']}: {event['message']}{then}")
+        if event["excerpt"] and event["message"] not in self._explained:
+            self._explained.add(event["message"])
+            self._console.print(event["excerpt"], markup=False, soft_wrap=True)
 
     def _resumed(self, event: dict[str, Any]) -> None:
         for item in event["rejected"]:
             self.say(f"passed over {item['checkpoint']}: {'; '.join(item['reasons'])}")
+        for item in event.get("passed_over", ()):
+            self.say(f"passed over {item}: the run failed to start from it twice")
         self.say(f"resumed from {event['source']}")
         self._step = event["step"]
 

@@ -114,9 +114,7 @@ def _environment_info(text: str) -> Any:
 
 
 def _num_waiting(raylet: Any, job: bytes) -> int:
-    """How many processes of this job have run nothing yet. The job runs no tasks, only actors."""
+    """How many processes of this job have run nothing yet."""
     stats = raylet.GetNodeStats(node_manager_pb2.GetNodeStatsRequest(), timeout=_PATIENCE_S).core_workers_stats
-    return sum(
-        worker.worker_type == WorkerType.WORKER and worker.job_id == job and not worker.actor_id.strip(b"\xff")
-        for worker in stats
-    )
+    ours = (worker for worker in stats if worker.worker_type == WorkerType.WORKER and worker.job_id == job)
+    return sum(not worker.actor_id.strip(b"\xff") and not worker.num_executed_tasks for worker in ours)

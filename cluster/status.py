@@ -37,7 +37,7 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
         StorageError: The storage could not be read.
     """
     attempts = list_attempts(storage, run)
-    launch = _newest_launch(storage, run)
+    launch = newest_launch(storage, run)
     is_new = not attempts and launch is not None
     checkpoints = [] if is_new else list_checkpoints(storage, run)
     events = _newest_events(storage, run, attempts)
@@ -70,7 +70,8 @@ def _launches(storage: Storage, run: str) -> list[str]:
     return [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]
 
 
-def _newest_launch(storage: Storage, run: str) -> dict[str, Any] | None:
+def newest_launch(storage: Storage, run: str) -> dict[str, Any] | None:
+    """The newest launch's id, and its last sign of life."""
     for name in reversed(_launches(storage, run)):
         try:
             body = json.loads(read_bytes(storage, f"{launch_dir(run, name)}/alive.json"))

@@ -13,7 +13,9 @@ import ray.train.torch
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.storage import open_storage
 from outlast.cluster.alive import process_start
+from outlast.cluster.failures import RankError
 from outlast.cluster.hub import Line
+from outlast.cluster.memory import log_of_this_process
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.world import World
 
@@ -34,14 +36,16 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
             marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
-            world = World(ray.train.torch.get_device(), ray.get_runtime_context().get_node_id(), marks)
-            nodes = world.gather(world.node)
-            line.watch(nodes)
+            node = ray.get_runtime_context().get_node_id()
+            world = World(ray.train.torch.get_device(), node, log_of_this_process(), marks)
+            line.watch(world.gather(world.node))
             return {"outcome": run_attempt(assignment, storage, world, line).value}
         except OutlastError as error:
             if error.permanent and line.all_fail(error):
                 return {"error": error}
             raise
+        except Exception as error:  # noqa: BLE001 - raised again as what survives the way to the driver
+            raise RankError.of(error) from None
 
 
 def _actor_at() -> float:

@@ -103,5 +103,6 @@ def test_what_is_no_conversation(messages: Any, said: str, tokenizer: Any) -> No
 
 def test_a_tokenizer_without_a_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template"):
+    with pytest.raises(ConfigError, match="no chat template") as caught:
         encode_chat(tokenizer, TWO)
+    assert "data.chat_template" in caught.value.hint

@@ -78,7 +78,9 @@ def test_wrong_settings(run_file: Path, edit: list[str], said: str) -> None:
 
 
 def test_run_file_missing_or_not_yaml(tmp_path: Path) -> None:
-    assert "cannot be read" in outlast("train", str(tmp_path / "none.yaml"), code=2).stderr
+    missing = outlast("train", str(tmp_path / "none.yaml"), code=2).stderr
+    assert "cannot be read" in missing
+    assert "→" in missing
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: [")
     assert "line" in outlast("train", str(broken), code=2).stderr

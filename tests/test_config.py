@@ -144,6 +144,7 @@ def test_micro_batch_has_a_default(train: dict[str, Any], micro_batch: int) -> N
         ({"model": {"tokenizer": {}}}, "model.tokenizer: give either train_bpe or path"),
         ({"model": {"tokenizer": {"train_bpe": 300, "path": "gpt2"}}}, "model.tokenizer: give either"),
         ({"model": {"tokenizer": {"train_bpe": 256}}}, "model.tokenizer.train_bpe: Input should be greater than or"),
+        ({"model": {"class": "mine.Model"}}, "model.class: 'mine.Model' is no class: write package.module:Class"),
         ({"model": {"task": "masked-ml"}}, "model.task: no task is called 'masked-ml'; did you mean 'masked-lm'"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"seed": 2**63}, "seed: Input should be less than"),
@@ -200,6 +201,7 @@ def test_what_decides_the_numbers() -> None:
     """Settings that change no number are left out of what must stay the same, and no others."""
     config = TrainingConfig.model_validate(body())
     same = [{"name": "other"}, {"checkpoint": {"keep_last": 5, "every": 1}}, {"train": {"eval_every": 1}}]
+    same += [{"train": {"gradient_checkpointing": True}}, {"train": {"loss_scale": 2.0, "power": 3, "decay": 5}}]
     other = [
         {"seed": 1},
         {"train": {"lr": 1}},
@@ -211,6 +213,40 @@ def test_what_decides_the_numbers() -> None:
         assert TrainingConfig.model_validate(body(**sections)).mathematics() == config.mathematics()
     for sections in other:
         assert TrainingConfig.model_validate(body(**sections)).mathematics() != config.mathematics()
+
+
+def test_settings_count_where_they_decide() -> None:
+    for train, key in (
+        ({"precision": "fp16"}, "loss_scale"),
+        ({"precision": "fp16"}, "loss_scale_window"),
+        ({"schedule": "polynomial"}, "power"),
+        ({"schedule": "wsd"}, "decay"),
+    ):
+        config, other = (
+            TrainingConfig.model_validate(body(train={**train, **more})).mathematics() for more in ({}, {key: 7})
+        )
+        assert config != other
+
+
+def test_settings_that_an_older_release_declared_and_that_say_nothing_do_not_hold_a_run_up() -> None:
+    config = TrainingConfig.model_validate(body())
+    older = config.mathematics()
+    older["train"] |= {"gradient_checkpointing": True, "loss_scale": 2.0, "power": 3.0, "decay": 0.5}
+    check_unchanged({"mathematics": older, "data": "same"}, config, "same")
+
+
+def test_more_epochs_are_another_run_and_the_message_says_how() -> None:
+    base = {"mathematics": TrainingConfig.model_validate(body()).mathematics(), "data": "same"}
+    longer = TrainingConfig.model_validate(body(train={"steps": 99}, checkpoint={"storage": "/runs"}))
+    with pytest.raises(ConfigError, match=r"train\.steps was 10, is 99") as caught:
+        check_unchanged(base, longer, "same")
+    assert f"model: {{path: /runs/{longer.name}/model}}" in caught.value.hint
+
+
+def test_a_class_is_called_as_the_user_calls_it() -> None:
+    base = {"mathematics": TrainingConfig.model_validate(body(model={"class": "a:B"})).mathematics(), "data": "same"}
+    with pytest.raises(ConfigError, match=r"model\.class was 'a:B', is 'a:C'"):
+        check_unchanged(base, TrainingConfig.model_validate(body(model={"class": "a:C"})), "same")
 
 
 def test_a_run_of_an_older_release_goes_on() -> None:

@@ -183,14 +183,14 @@ def test_a_module_that_knows_nothing_of_transformers(
     ("place", "said"),
     [
         ("nowhere.at_all:Model", "No module named 'nowhere'"),
-        ("outlast.trainers.custom:Model", "has no attribute 'Model'"),
+        ("outlast.trainers.custom:Model", "has no 'Model'"),
         ("outlast.trainers.config:ModelSettings", "is not a torch.nn.Module"),
     ],
 )
 def test_classes_that_cannot_be_had(place: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         load_class(place)
-    assert "--code" in caught.value.hint
+    assert caught.value.hint
 
 
 def test_what_is_installed_comes_first(tmp_path: Path) -> None:

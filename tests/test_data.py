@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage import LocalStorage
+from outlast.trainers import data
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import Prepared, prepare
+from outlast.trainers.encoding import Encoder, encode_here
 from outlast.trainers.rows import read_rows
 from outlast.trainers.samples import ROWS_PER_BATCH, Samples, write_samples
 from tests.group import tiny_config
@@ -286,6 +289,16 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path: Path, place: LocalSto
     assert np.array_equal(samples(prepared, place), samples(good, place))
 
 
+def test_the_limit_of_bad_rows_is_no_part_of_what_comes_out(tmp_path: Path, place: LocalStorage) -> None:
+    """So it may be raised while a run goes on; data with more of them than may be is refused as if it were new."""
+    path = write_rows(tmp_path / "train.jsonl", [*({"text": document} for document in DOCUMENTS), {"text": 5}])
+    first = prepare(config_of(place, path, max_bad_rows=1), place)
+    assert prepare(config_of(place, path, max_bad_rows=7, prepare="cluster"), place) == first
+    with pytest.raises(ConfigError, match="row 121: column 'text' holds 5"):
+        prepare(config_of(place, path), place)
+    assert prepare(config_of(place, path, max_bad_rows=1), place) == first
+
+
 def test_no_row_is_in_both_splits(tmp_path: Path, place: LocalStorage) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS)
     train, evaluation = held_out(prepare(config_of(place, tmp_path / "train.txt", eval="20%"), place), place)
@@ -315,6 +328,37 @@ def test_the_second_time_it_is_found(tmp_path: Path, place: LocalStorage) -> Non
     files = {path: path.stat().st_ino for path in place.path(first.directory).rglob("*") if path.is_file()}
     assert prepare(config, place) == first
     assert {path: path.stat().st_ino for path in files} == files, "nothing was written again"
+
+
+@pytest.mark.parametrize(
+    ("where", "num_bytes", "is_elsewhere"),
+    [("auto", 10_000, True), ("auto", 1_000_000, False), ("here", 0, False), ("cluster", 1_000_000, True)],
+)
+def test_large_data_is_encoded_on_the_cluster(
+    where: str,
+    num_bytes: int,
+    is_elsewhere: bool,
+    tmp_path: Path,
+    place: LocalStorage,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the bytes of all files, the evaluation's too. Where it is done is no part of what comes out."""
+    for name in ("train", "eval"):
+        write_txt(tmp_path / f"{name}.txt", DOCUMENTS)  # 8 kB
+    monkeypatch.setattr(data, "LARGE_BYTES", num_bytes)
+    asked = []
+
+    @contextmanager
+    def elsewhere() -> Iterator[Encoder]:
+        asked.append(True)
+        yield encode_here
+
+    config = config_of(place, tmp_path / "train.txt", eval=str(tmp_path / "eval.txt"), prepare=where)
+    made = prepare(config, place, elsewhere)
+    assert asked == [True] * is_elsewhere
+    other = config_of(place, tmp_path / "train.txt", eval=str(tmp_path / "eval.txt"))
+    assert prepare(other, place, elsewhere) == made
+    assert asked == [True] * is_elsewhere, "it is found, and nobody is asked"
 
 
 def test_the_files_place_and_date_do_not_matter(tmp_path: Path, place: LocalStorage) -> None:

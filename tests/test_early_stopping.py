@@ -18,7 +18,8 @@ from outlast.checkpointing.manifest import Manifest
 from outlast.checkpointing.storage import LocalStorage, read_bytes
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config import EarlyStoppingSettings
-from outlast.trainers.loop import Outcome, check_metric
+from outlast.trainers.loop import Outcome
+from outlast.trainers.preflight import check_metric
 from outlast.trainers.stopping import Patience, patience
 from tests.group import digests, fault, losses, run_group, tiny_config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -20,7 +21,14 @@ from torch import nn
 
 from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.storage import LocalStorage
-from tests.group import digests, newest, resumed, start_script
+from outlast.cluster.config import load_run
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.custom import make_importable
+from outlast.trainers.data import prepare
+from outlast.trainers.loop import Outcome
+from outlast.trainers.predict import choose_checkpoint, load
+from outlast.trainers.preflight import check_model
+from tests.group import digests, newest, resumed, run_group, start_script
 from tests.small import digests_of, small_model, train_step
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -53,6 +61,27 @@ def test_classify(tmp_path: Path) -> None:
     assert again.returncode == 0
     assert "accuracy" not in again.stdout
     assert again.stdout.splitlines()[-5:] == done.stdout.splitlines()[-5:]
+
+
+def test_own_task(tmp_path: Path) -> None:
+    """Learns what the heavy rows say, not what the light ones say; answers, and its run file is the README's."""
+    words = [("good", 1), ("bad", 0)]
+    rows = [
+        {"text": f"a {word} one, {i}", "label": label, "importance": 1.0} for i in range(60) for word, label in words
+    ]
+    rows += [{**row, "label": 1 - row["label"], "importance": 0.01} for row in rows]
+    (tmp_path / "own_task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = [f"data.train={tmp_path / 'own_task.jsonl'}", f"checkpoint.storage={tmp_path / 'runs'}"]
+    config, declared = load_run(str(EXAMPLES / "own_task.yaml"), places)
+    storage = LocalStorage(tmp_path / "runs")
+    make_importable(str(EXAMPLES))
+    check_model(config, prepared := prepare(config, storage), storage)
+    assignment = Assignment(config, declared, "first", prepared, code=str(EXAMPLES))
+    assert [item.outcome for item in run_group(assignment, storage, 2)] == [Outcome.DONE] * 2
+    assert 0.4 < newest(storage, "own-task").metrics["eval_accuracy"] < 0.6, "every text has both labels"
+    task, model = load(config, choose_checkpoint(storage, "own-task", None, config.checkpoint.retention))
+    answers = list(task.predict(model, [{"text": "a good one, 3"}, {"text": "a bad one, 7"}]))
+    assert [answer["label"] for answer in answers] == [1, 0]
 
 
 # -- a loop of one's own -----------------------------------------------------------------------------------------------

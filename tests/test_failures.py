@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
+
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
-from outlast.cluster.failures import Cause, Death, Failure, classify
+from outlast.cluster.failures import Cause, Death, Failure, RankError, classify
+from outlast.cluster.memory import was_killed_by_kernel
 from outlast.cluster.preemption import Watch
+from outlast.trainers.attempt import num_oom_kills
 
 RESET = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer. gloo")
 BUG = ValueError("the user's own\nlabels are wrong")
 DIED = Death(1, "The actor is dead because its worker process has died")
 NODE = Death(1, "The actor died because its node has died")
+CUDA = RuntimeError("Traceback …\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …")
+HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to …")
+ENDED = Death(1, "Memory on the node (IP: 10.0.0.4, ID: 7f) was 15.21GB used / 16.00GB limit (0.950625)")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +37,11 @@ NODE = Death(1, "The actor died because its node has died")
         ({0: BUG, 1: BUG}, [], False, (Cause.ERROR, 0)),
         ({0: BUG}, [DIED], False, (Cause.WORKER_DIED, 1)),
         ({3: RESET}, [DIED, NODE], False, (Cause.NODE_LOST, 1)),
+        ({0: RESET, 3: CUDA, 5: CUDA}, [DIED], False, (Cause.OUT_OF_DEVICE_MEMORY, 3)),
+        ({0: RESET, 2: HOST}, [DIED], False, (Cause.OUT_OF_HOST_MEMORY, 2)),
+        ({0: RESET}, [ENDED], False, (Cause.OUT_OF_HOST_MEMORY, 1)),
+        ({0: CUDA}, [NODE], False, (Cause.NODE_LOST, 1)),
+        ({0: CUDA}, [], True, (Cause.OUT_OF_DEVICE_MEMORY, 0)),
     ],
 )
 def test_the_cause_is_found_among_its_echoes(
@@ -39,6 +53,45 @@ def test_the_cause_is_found_among_its_echoes(
 
 def test_what_was_said_is_kept() -> None:
     assert classify({2: BUG}, [], drained=False) == Failure(Cause.ERROR, 2, "labels are wrong")
+
+
+def raised(text: str, step: int) -> RankError:
+    """What a worker tells of an error that this file raised, out of a library, after so many steps."""
+    try:
+        json.loads(text)
+    except ValueError as error:
+        error.add_note(f"after step {step}")
+        return RankError.of(error)
+    raise AssertionError("it is no JSON")
+
+
+def test_an_error_of_the_users_code_is_told_by_their_lines() -> None:
+    error = UserExceptionWithTraceback(raised("{", 7), traceback_str="Ray's own\nwords")
+    found = classify({0: RESET, 1: pickle.loads(pickle.dumps(error))}, [], drained=False)
+    assert found is not None
+    assert (found.cause, found.rank) == (Cause.ERROR, 1)
+    assert re.fullmatch(rf"JSONDecodeError: Expecting .* \({__file__}, line \d+\) \(after step 7\)", found.message)
+    assert found.excerpt.splitlines()[-1].strip() == "json.loads(text)"
+    assert "json/decoder.py" not in found.excerpt
+    assert "json/decoder.py" in raised("{", 7).whole
+
+
+def test_a_hundred_tracebacks_are_one_message() -> None:
+    found = classify({rank: RESET if rank < 3 else CUDA for rank in range(100)}, [], drained=False)
+    assert found is not None
+    workers = [{"rank": rank, "host": f"gpu-{rank}", "log": f"/logs/worker-{rank}.err"} for rank in range(100)]
+    told = found.told(workers)
+    assert told.startswith("torch.OutOfMemoryError: CUDA out of memory.")
+    assert "and 96 more ranks alike; to mend it, spread the model" in told
+    assert "halve train.micro_batch" in told
+    assert told.endswith("log: gpu-3:/logs/worker-3.err")
+    assert "\n" not in told
+
+
+def test_the_kernels_count_of_processes_killed_for_memory() -> None:
+    count = num_oom_kills()
+    assert count is None or count >= 0
+    assert not was_killed_by_kernel({"node": "here", "oom_kills": None})
 
 
 def test_rays_own_word_for_a_dead_actor() -> None:

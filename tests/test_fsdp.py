@@ -81,6 +81,36 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert evaluations(storage, run) == evaluations(storage, calm)
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.faults)])
+def test_fp16_and_clipping_are_those_of_ddp_and_come_back(
+    size: int, spread: Assign, assign: Assign, storage: LocalStorage, tmp_path: Path
+) -> None:
+    """Each rank sees the gradients of its share alone, yet all must find the same overflows and the same norm."""
+    train = {"precision": "fp16", "loss_scale": 2.0**24, "loss_scale_window": 2, "clip": 0.1}
+    calm, run = f"fsdp-fp16-{size}", f"fsdp-fp16-{size}-killed"
+    run_to_the_end(spread(calm, **train), storage, size)
+    run_to_the_end(assign(f"ddp-fp16-{size}", **train), storage, size)
+    assert skipped(storage, calm) == skipped(storage, f"ddp-fp16-{size}") != []
+    assert norms(storage, calm) == pytest.approx(norms(storage, f"ddp-fp16-{size}"), rel=1e-2)
+    assert losses(storage, calm) == pytest.approx(losses(storage, f"ddp-fp16-{size}"), rel=1e-3)
+    strike = fault(Point.STEP, 7, size - 1, Action.SIGKILL, tmp_path)
+    run_group(spread(run, faults=(strike,), **train), storage, size)
+    assert Path(strike.record).exists(), "the fault did not fire"
+    run_to_the_end(spread(run, launch="last", **train), storage, size)
+    assert digests(storage, run) == digests(storage, calm)
+    assert losses(storage, run) == losses(storage, calm)
+
+
+def skipped(storage: LocalStorage, run: str) -> list[tuple[int, float]]:
+    return [(item["step"], item["scale"]) for _, item in run_events(storage, run) if item["event"] == "step-skipped"]
+
+
+def norms(storage: LocalStorage, run: str) -> dict[int, float]:
+    """The gradient's norm before clipping, of the steps that were not left out."""
+    steps = [event for _, event in run_events(storage, run) if event["event"] == "step"]
+    return {event["step"]: event["grad_norm"] for event in steps if event["grad_norm"] is not None}
+
+
 def test_the_numbers_are_those_of_ddp(
     spread: Assign, storage: LocalStorage, reference: Callable[[int], Reference]
 ) -> None:
@@ -139,7 +169,7 @@ def test_a_run_file_is_refused_before_anything_is_held(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: a\nmodel: {path: gpt2}\ndata: {train: a.txt}\nscale: {parallel: fsdp}\n")
     config, _ = load_run(str(tmp_path / "run.yaml"))
     assert Parallel(config.scale.parallel) is Parallel.FSDP
-    with pytest.raises(ConfigError, match=r"exactness: elastic needs scale\.parallel: ddp"):
+    with pytest.raises(ConfigError, match=r"exactness: elastic needs scale\.parallel: ddp.*; use exactness"):
         load_run(str(tmp_path / "run.yaml"), ["exactness=elastic"])
 
 

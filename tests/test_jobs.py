@@ -5,6 +5,7 @@ About 90 s.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -60,17 +61,36 @@ def bucket() -> Iterator[str]:
         yield url
 
 
-class Cluster:
-    """A head with two CPUs and a job server, started as an operator would."""
+def _parent(process: Path) -> int:
+    with contextlib.suppress(OSError):
+        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
 
-    def __init__(self) -> None:
+
+class Cluster:
+    """A head with two CPUs and a job server, started as an operator would.
+
+    Args:
+        environment: More variables for it.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self.folder = tempfile.mkdtemp(prefix="outlast-ray-")
-        port, dashboard, agent = free_ports(3)
-        self.address = f"http://127.0.0.1:{dashboard}"
+        self.ports = free_ports(3)
+        self.address = f"http://127.0.0.1:{self.ports[1]}"
+        self.ray_address = f"127.0.0.1:{self.ports[0]}"
+        self._more = environment or {}
+        self.token = self._more.get("RAY_AUTH_TOKEN", "")
+        self.start()
+
+    def start(self) -> None:
+        """Also after `kill`: a new head at the same address, which remembers nothing."""
+        port, dashboard, agent = self.ports
         options = {
             "port": port,
             "dashboard-port": dashboard,
             "dashboard-agent-listen-port": agent,
+            "node-name": "head",
             "num-cpus": 2,
             "object-store-memory": 100 * 2**20,
             "temp-dir": self.folder,
@@ -78,8 +98,9 @@ class Cluster:
         command = [str(BIN / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
         command += [f"--{name}={value}" for name, value in options.items()]
         self.log = open(Path(self.folder) / "head.log", "w")  # noqa: SIM115 - lives as long as the cluster
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OUTLAST_CACHE": f"{self.folder}/cache"}
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
+        self.environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **self._more}
+        self.environment["OUTLAST_CACHE"] = f"{self.folder}/cache"
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=self.environment)
         self._wait()
 
     def _wait(self) -> None:
@@ -87,11 +108,25 @@ class Cluster:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, Path(self.folder, "head.log").read_text()
             try:
-                urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=5).close()
+                headers = {"Authorization": f"Bearer {self.token}"}
+                request = urllib.request.Request(f"{self.address}/api/jobs/", headers=headers)
+                urllib.request.urlopen(request, timeout=5).close()
                 return
             except OSError:
                 time.sleep(0.2)
         raise AssertionError("the cluster did not come up")
+
+    def kill(self) -> None:
+        """SIGKILL to the head and to everything that it has started."""
+        parents = {int(path.name): _parent(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
+        doomed = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+            doomed |= more
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
 
     def shut_down(self) -> None:
         if self.process.poll() is None:

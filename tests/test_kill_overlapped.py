@@ -28,6 +28,7 @@ from tests.conftest import Reference
 from tests.group import digests, fault, losses, resumed, run_group
 
 SECTIONS = {"checkpoint": {"overlap": True, "keep_last": 2, "keep_best": 1}}
+ACTIONS = [action for action in Action if action is not Action.PAUSE]  # that one is for drills
 TRAIN = {"eval_every": 3}
 STOPPED_S = 1.0
 
@@ -53,7 +54,7 @@ class Case:
 
 def all_cases() -> list[Any]:
     points = [point for point in Point if point not in (Point.ACCUMULATING, Point.STEP, Point.EVALUATING)]
-    cases = [Case(point, action, rank) for point in points for action in Action for rank in (0, 1)]
+    cases = [Case(point, action, rank) for point in points for action in ACTIONS for rank in (0, 1)]
     return [pytest.param(item, id=str(item), marks=() if item.is_fast else pytest.mark.faults) for item in cases]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.cli import app
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.config import Parallel
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import files_of, train_bpe
 from outlast.trainers.predict import choose_checkpoint, load
@@ -86,6 +88,27 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert (trained / "adapter_config.json").read_bytes() == (
         directory(storage, "adapter-killed") / "adapter_config.json"
     ).read_bytes()
+
+
+def test_spread_over_ranks_it_comes_back_too(
+    adapt: Callable[..., Assignment], storage: LocalStorage, trained: Path, tmp_path: Path
+) -> None:
+    """Under FSDP2, where each rank holds a share of the frozen weights and of the adapter."""
+
+    def spread(name: str, **options: Any) -> Assignment:
+        return replace(adapt(name, **options), parallel=Parallel.FSDP)
+
+    run, strike = "adapter-spread", fault(Point.WHILE_WRITING, 6, 1, Action.SIGKILL, tmp_path)
+    assert run_group(spread(run), storage, 2)[0].outcome is Outcome.DONE
+    run_group(spread(f"{run}-killed", faults=(strike,)), storage, 2)
+    assert Path(strike.record).exists()
+    assert run_group(spread(f"{run}-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
+    assert digests(storage, f"{run}-killed") == digests(storage, run)
+    assert losses(storage, f"{run}-killed") == losses(storage, run)
+    assert losses(storage, run) == pytest.approx(losses(storage, "adapter"), rel=1e-4)
+    assert load_file(directory(storage, run) / "adapter_model.safetensors").keys() == (
+        load_file(trained / "adapter_model.safetensors").keys()
+    )
 
 
 def test_the_layout_is_that_of_peft(trained: Path, base: Path) -> None:

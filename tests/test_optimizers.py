@@ -67,7 +67,6 @@ def settings(**train: Any) -> TrainSettings:
         ({"schedule": "linear"}, "linear", {}),
         ({"schedule": "cosine"}, "cosine", {}),
         ({"schedule": "cosine", "min_lr": 0.02}, "cosine_with_min_lr", {"min_lr": 0.02}),
-        ({"schedule": "cosine_with_min", "min_lr": 0.01}, "cosine_with_min_lr", {"min_lr": 0.01}),
         ({"schedule": "polynomial", "power": 2.0, "min_lr": 0.03}, "polynomial", {"power": 2.0, "lr_end": 0.03}),
         ({"schedule": "inverse_sqrt"}, "inverse_sqrt", {}),
         ({"schedule": "wsd", "decay": 6}, "warmup_stable_decay", {"num_decay_steps": 6}),
@@ -99,7 +98,6 @@ def test_rates_are_those_of_transformers(
     ("train", "said"),
     [
         ({"schedule": "constant", "min_lr": 0.01}, "schedule constant does not end anywhere"),
-        ({"schedule": "cosine_with_min"}, "needs a min_lr"),
         ({"min_lr": 0.2}, "min_lr .0.2. is more than lr .0.1."),
         ({"schedule": "cosinus"}, "Input should be 'cosine'"),
         ({"optimizer": "adam_w"}, "'adam_w' is not known; did you mean 'adamw'"),

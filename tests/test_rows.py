@@ -166,7 +166,7 @@ def test_a_name_that_is_there_is_no_pattern(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ("z*.jsonl", r"z\*\.jsonl is not there"),
+        ("z*.jsonl", r"no data file fits the pattern .*z\*\.jsonl"),
         ("gone/a.jsonl", "is not there"),
         ("README.md", "not '.md'"),
         ("R*", "not '.md'"),
@@ -183,6 +183,16 @@ def test_places_that_will_not_do(place: str, said: str, shards: Path) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         find_sources(f"{shards}/{place}")
     assert caught.value.hint
+
+
+def test_of_several_kinds_one_is_proposed_compressed_or_not(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}'))
+    (tmp_path / "notes.txt").write_text("c")
+    with pytest.raises(ConfigError, match=r"several kinds: \.jsonl, \.txt") as caught:
+        find_sources(str(tmp_path))
+    proposed = caught.value.hint.split("[")[1].rstrip("]").split(", ")
+    assert [row.values[0] for row in read_rows(proposed, ["text"])] == ["a", "b"]
 
 
 def test_a_data_set_that_was_saved_by_the_datasets_library(tmp_path: Path) -> None:

@@ -182,3 +182,12 @@ def test_shares_are_contiguous_and_even(count: int, size: int) -> None:
     assert [item for part in shares for item in part] == list(range(count))
     lengths = [len(part) for part in shares]
     assert max(lengths) - min(lengths) <= 1
+
+
+@given(plan=plans(), begin=st.integers(0, 3000), count=st.integers(1, 40))
+def test_samples_are_the_permutation_of_each_epoch(plan: Plan, begin: int, count: int) -> None:
+    where = np.arange(begin, begin + count, dtype=np.int64)
+    epochs, places = np.divmod(where, plan.num_samples)
+    pairs = zip(epochs.tolist(), places.tolist(), strict=True)
+    expected = [int(permute(plan.seed, epoch, place, plan.num_samples)) for epoch, place in pairs]
+    assert plan.samples(where).tolist() == expected

@@ -238,7 +238,10 @@ def test_trouble_at_any_operation_costs_nothing_acknowledged(
         assert not list(folder.rglob("*.tmp"))
     print(f"{verb} {trouble.name}{' for good' if lasting else ''}: {dict(ended)}")
     cover(
-        "Storage that fails", trouble.name.lower() + (", for good" if lasting else ""), f"{verb}, local", ended.total()
+        "Storage that fails",
+        trouble.name.lower().replace("_", " ") + (", for good" if lasting else ""),
+        f"{verb}, local",
+        ended.total(),
     )
 
 

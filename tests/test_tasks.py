@@ -32,7 +32,7 @@ from outlast.trainers.config import DataSettings
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.evaluation import evaluate
 from outlast.trainers.loop import Outcome
-from outlast.trainers.models import build_model
+from outlast.trainers.models import build_model, train_bpe
 from outlast.trainers.registry import find_task
 from outlast.trainers.samples import Sample, Samples
 from outlast.trainers.sampling import Plan, mix
@@ -318,6 +318,35 @@ def test_rows_that_will_not_do_are_named(
     assert re.search(said, note)
 
 
+@pytest.mark.parametrize(
+    ("name", "problem", "right"),
+    [
+        ("classes", "regression", "single-label"),
+        ("classes", "multi-label", "single-label"),
+        ("multi-label", "single-label", "multi-label"),
+        ("multi-label", "regression", "multi-label"),
+        ("regression", "single-label", "regression"),
+        ("regression", "multi-label", "regression"),
+    ],
+)
+def test_a_problem_that_no_row_has_is_the_settings_fault(
+    name: str, problem: str, right: str, assign: Callable[..., Assignment], tmp_path: Path
+) -> None:
+    sections = CASES[name].sections(tmp_path)
+    sections["data"] |= {"problem": problem}
+    with pytest.raises(ConfigError, match=f"data.problem is {problem}, and column 'label'") as caught:
+        assign("bad", sections=sections)
+    assert caught.value.hint.startswith(f"set data.problem: {right}")
+
+
+def test_padding_without_a_token_for_it() -> None:
+    bare = train_bpe(iter(["some text"]), 300)
+    bare.inner.pad_token = bare.inner.eos_token = None
+    task = SequenceClassification(DataSettings(train="-"), bare, {"problem": "regression", "classes": []})
+    with pytest.raises(ConfigError, match="neither a padding token nor an end token"):
+        task.collate(list(task.encode([{"text": "some"}, {"text": "some text"}])), [0, 0])
+
+
 # -- a task of one's own -----------------------------------------------------------------------------------------------
 
 
@@ -366,8 +395,8 @@ def test_a_task_of_ones_own_is_trained_killed_and_resumed(
     ("task", "said"),
     [
         ("nowhere.at_all:Task", "No module named 'nowhere'"),
-        ("tests.test_tasks:Shooting", "has no task 'Shooting'; did you mean 'Shouting'"),
-        ("json:JSONDecoder", "has no task 'JSONDecoder'"),
+        ("tests.test_tasks:Shooting", "has no 'Shooting'; did you mean 'Shouting'"),
+        ("json:JSONDecoder", "is no task"),
         ("tests.test_tasks:Unfinished", "does not say its auto_class, columns, loss"),
     ],
 )

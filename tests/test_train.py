@@ -16,6 +16,7 @@ import yaml
 
 from outlast.checkpointing.lineage import catalogue, read_claim, run_events
 from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.group import digests, losses, run_group, tiny_config
@@ -63,7 +64,7 @@ def start(run_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 
@@ -162,6 +163,45 @@ def test_a_setting_that_changes_the_mathematics_is_refused_at_once(
     assert "name:" in err
     assert catalogue(storage, "run").accepted[0].ref.step >= step
     assert len(list((tmp_path / "run/attempts").iterdir())) == 1
+
+
+@pytest.mark.faults  # half a minute; `.ci/run` runs it
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ray_starts_ends_it_at_once(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, signum: signal.Signals
+) -> None:
+    process = start()
+    assert process.stderr is not None
+    while "starting workers" not in (line := process.stderr.readline()):
+        assert line, process.communicate()
+    process.send_signal(signum)
+    code, out, err = ended(process)
+    assert (code, out) == (130, ""), err
+    assert "interrupted; nothing is saved" in err
+    assert "commit" not in err
+    assert read_status(LocalStorage(tmp_path), "run")["state"] == "stopped"
+
+
+@pytest.mark.faults  # forty seconds; `.ci/run` runs it
+def test_a_bug_in_the_users_code_is_shown_once_and_tried_twice(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "late.py").write_text(
+        "from outlast.trainers.tasks import CausalLM\n\n\nclass Late(CausalLM):\n    calls = 0\n\n"
+        "    def loss(self, *given):\n        Late.calls += 1\n        if Late.calls > 20:\n"
+        '            raise KeyError("labels")\n        return super().loss(*given)\n'
+    )
+    code, _, err = ended(start("-s", "model.task=late:Late", "-s", "train.eval_every=null"))
+    assert code == 1, err
+    assert err.count('raise KeyError("labels")') == 1
+    assert err.count("starting again") == 1
+    assert "the same failure twice, and no step in between" in err
+    assert err.count("late.py, line 10") == 3
+    assert "Traceback" not in err
+    logs = sorted((tmp_path / "run/launches").glob("*/failure-*.log"))
+    assert len(logs) == len(list((tmp_path / "run/attempts").iterdir())) == 2
+    assert str(logs[0]) in err
+    assert "Traceback" in logs[0].read_text()
 
 
 def test_demo(tmp_path: Path) -> None:

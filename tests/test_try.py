@@ -65,6 +65,19 @@ def test_classes_of_texts_and_of_a_file(finished: Callable[[str], str], tmp_path
     assert plain.startswith("text: a  label: ")
 
 
+def test_hidden_words_are_guessed(finished: Callable[[str], str], tmp_path: Path) -> None:
+    """With the mask token of a tokenizer that was trained here, as the README has it."""
+    run, text = finished("masked-lm"), "The <|mask|> is here."
+    [answer] = ask(run, "--text", text)
+    [guesses] = answer["guesses"]
+    plain = CliRunner().invoke(app, ["try", run, "--text", text], catch_exceptions=False).stdout
+    best = f"{guesses[0]['token']!r} {guesses[0]['score']:.3f}"
+    assert plain.startswith(f"text: {text}  guesses: [[{best}, ")
+    with pytest.raises(ConfigError, match=r"gone\.jsonl is not there") as caught:
+        ask(run, "--file", str(tmp_path / "gone.jsonl"))
+    assert caught.value.hint == "give --file rows with text"
+
+
 def test_an_answer_is_a_piece_of_the_context(finished: Callable[[str], str]) -> None:
     run, context = finished("answers"), "The treasure lies below the old oak."
     [answer] = ask(run, "--text", json.dumps({"question": "Where?", "context": context}))
@@ -92,6 +105,8 @@ def test_a_language_model_goes_on(assign: Callable[..., Assignment], storage: Lo
     [answer] = ask(str(storage.path("try-words")), "--prompt", "The")
     assert answer["text"] == "The"
     assert answer["continuation"]
+    with pytest.raises(ConfigError, match=r"data\.max_length"):
+        ask(str(storage.path("try-words")), "--prompt", "The", "-s", "data.max_length=short")
 
 
 def outlast(*arguments: str) -> subprocess.CompletedProcess[str]:

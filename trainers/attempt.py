@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +25,13 @@ from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.adapters import base_digest, is_adapted
-from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel
+from outlast.trainers.config import Exactness, NonFinite, Parallel, Settings, TrainingConfig, check_parallel
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
-from outlast.trainers.loop import Control, Loop, Outcome, check_metric, make_plan
+from outlast.trainers.finite import NonFiniteError
+from outlast.trainers.loop import Control, Loop, Outcome, make_plan
 from outlast.trainers.models import build_model, naming_of
+from outlast.trainers.preflight import check_metric
 from outlast.trainers.registry import find_task
 from outlast.trainers.sharded import shard
 from outlast.trainers.world import World, make_deterministic
@@ -44,6 +48,7 @@ class Assignment:
         prepared: The data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
         parallel: How the model is spread.
+        non_finite: What becomes of a step whose loss or gradient is not finite.
         code: Directory of the user's Python files, importable where it is there.
         faults: Faults to arm.
     """
@@ -54,6 +59,7 @@ class Assignment:
     prepared: Prepared
     num_threads: int = 1
     parallel: Parallel = Parallel.DDP
+    non_finite: NonFinite = NonFinite.STOP
     code: str = ""
     faults: Sequence[faults.Fault] = field(default_factory=tuple)
 
@@ -73,7 +79,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     check_parallel(assignment.parallel, exactness)
     make_plan(config, assignment.prepared.num_samples, world.size)
     check_metric(config, assignment.prepared.facts)
-    workers = world.gather({"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()})
+    place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
+    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills()})
     checkpointer = Checkpointer(
         storage,
         config.name,
@@ -118,16 +125,32 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         assignment.prepared.split(storage, "train"),
         assignment.prepared.split(storage, "eval") if has_eval else None,
         control,
+        non_finite=assignment.non_finite,
     )
     world.mark("data")
     try:
         outcome = loop.run()
-    except BaseException:
+    except BaseException as error:
+        error.add_note(f"after step {loop.step}")
         with suppress(StorageError):  # the first error is the one to report
+            if checkpointer.journal is not None:
+                said = f"{type(error).__name__}: {error}"[:500]
+                final = isinstance(error, NonFiniteError)
+                checkpointer.journal.event("failed", step=loop.step + 1, error=said, final=final)
             checkpointer.flush()
         raise
     checkpointer.flush()
     return outcome
+
+
+def num_oom_kills() -> int | None:
+    """How many processes the kernel has killed so far for want of memory, in this container or on this machine."""
+    for place in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
+        with suppress(OSError):
+            found = re.search(r"^oom_kill (\d+)$", place.read_text(), re.MULTILINE)
+            if found:
+                return int(found[1])
+    return None
 
 
 def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
@@ -164,18 +187,19 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
         return
     mathematics = config.mathematics()
     before, now = _flat(_completed(base["mathematics"], mathematics, config)), _flat(mathematics)
-    changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [f"{key.rstrip('_')} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
     if fingerprint is not None and base["data"] != fingerprint:
         changed.append("the data is not the same (the files, or the settings under data: or model.tokenizer)")
     if changed:
+        hint = "put them back, or start a new run with another `name:`"
+        if {line.split()[0] for line in changed} <= {"train.steps", "train.epochs"}:
+            model = f"{config.checkpoint.storage}/{config.name}/model"
+            hint = f"to train its model further, start a run with another `name:` and `model: {{path: {model}}}`"
         raise ConfigError(
             f"run {config.name!r} was started with other settings, and going on with these would be another "
             "run:\n" + "\n".join(f"  {line}" for line in changed),
-            hint="put them back, or start a new run with another `name:`",
+            hint=hint,
         )
 
 
@@ -190,7 +214,9 @@ def _check_samples(base: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _completed(before: Mapping[str, Any], now: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """What was declared, with the defaults of settings that are declared only now."""
+    """What was declared, with the defaults of settings that are declared only now, and without those that say nothing
+    now: what silences them is declared itself.
+    """
     whole = dict(before)
     for name, setting in type(settings).model_fields.items():
         inner = getattr(settings, name)
@@ -198,6 +224,8 @@ def _completed(before: Mapping[str, Any], now: Mapping[str, Any], settings: Sett
             whole[name] = _completed(before[name], now[name], inner)
         elif name in now and name not in before and not setting.is_required():
             whole[name] = to_jsonable_python(setting.get_default(call_default_factory=True))
+        elif name not in now:
+            whole.pop(name, None)
     return whole
 
 

@@ -58,7 +58,7 @@ def chat_template(tokenizer: Any) -> str:
     except ValueError as error:
         raise ConfigError(
             "the tokenizer has no chat template, which conversations need",
-            hint="take a chat model's tokenizer, or put a chat_template.jinja next to tokenizer.json",
+            hint="set data.chat_template, or take a chat model's tokenizer",
         ) from error
 
 

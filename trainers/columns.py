@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config import DataSettings
-from outlast.trainers.rows import first_row
+from outlast.trainers.rows import first_row, no_column
 from outlast.trainers.sources import find_sources
 
 
@@ -119,19 +118,13 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> Chosen:
             continue
         free = [name for name, value in there.items() if name not in found.values() and column.kind.fits(value)]
         if is_named or len(free) != 1:
-            raise _no_column(settings, column, list(there), free)
+            likely = next(iter([*free, *there]), "NAME")
+            hint = f"set data.{column.role}, for example -s data.{column.role}={likely}"
+            raise no_column(str(settings.train), name_of(settings, column.role), there, hint)
         found[column] = free[0]
         notes.append(f"no column {name_of(settings, column.role)!r}; taking {free[0]!r} as data.{column.role}")
     mine = tuple(column for column in columns if column in found)
     return Chosen(mine, tuple(found[column] for column in mine), tuple(notes))
-
-
-def _no_column(settings: DataSettings, column: Column, there: Sequence[str], free: Sequence[str]) -> ConfigError:
-    likely = next(iter([*free, *there]), "NAME")
-    return ConfigError(
-        f"{settings.train} has no column {name_of(settings, column.role)!r}; it has {', '.join(there)}",
-        hint=f"set data.{column.role}, for example -s data.{column.role}={likely}",
-    )
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -61,12 +61,8 @@ def prepare_module(model: nn.Module, train: TrainSettings, ranks: Ranks, device:
         ConfigError: The model cannot recompute its activations.
         PreflightError: Nothing can be compiled on some rank's machine.
     """
+    check_recomputes(model, train)
     if train.gradient_checkpointing:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ConfigError(
-                f"{type(model).__name__} cannot recompute its activations",
-                hint="set train.gradient_checkpointing: false",
-            )
         inner: Any = model
         enable = getattr(inner, "activation_checkpointing_enable", None)  # its name in newer transformers
         (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -74,6 +70,14 @@ def prepare_module(model: nn.Module, train: TrainSettings, ranks: Ranks, device:
         _settle_compiler()
         ranks.everybody(lambda: _check_compiler(device))
         model.compile(dynamic=False)
+
+
+def check_recomputes(model: nn.Module, train: TrainSettings) -> None:
+    """Raises ConfigError if the model is to recompute its activations and cannot."""
+    if train.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{type(model).__name__} cannot recompute its activations", hint="set train.gradient_checkpointing: false"
+        )
 
 
 def _settle_compiler() -> None:

@@ -20,7 +20,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import check_run_name
 from outlast.checkpointing.retention import KEEP_LAST_MIN, Retention
 from outlast.checkpointing.schedule import Every, Unit
-from outlast.trainers.registry import check_task_name
+from outlast.trainers.registry import check_task_name, is_dotted
 
 
 class Exactness(Enum):
@@ -36,6 +36,14 @@ class Parallel(Enum):
 
     DDP = "ddp"  #: every worker holds all of it
     FSDP = "fsdp"  #: every worker holds a share, and gathers the rest block by block while it computes
+
+
+class NonFinite(Enum):
+    """What becomes of a step whose loss or gradient is not finite."""
+
+    STOP = "stop"  #: the run ends there, with a checkpoint of the step before
+    SKIP = "skip"  #: the step changes nothing, and the data moves on
+    ROLL_BACK = "roll-back"  #: everything is read again from the newest checkpoint, and then the step is left out
 
 
 def check_parallel(parallel: Parallel, exactness: Exactness) -> None:
@@ -95,7 +103,7 @@ class ModelSettings(Settings):
     """A local directory in the Hugging Face layout, or a hub id."""
     config: dict[str, Any] | None = None
     """Settings of a new model, `model_type` among them; vocabulary size and special tokens follow the tokenizer."""
-    class_: str | None = Field(None, alias="class", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    class_: str | None = Field(None, alias="class")
     """`package.module:Class`, a model class of your own; Python must find it, also on the workers. Default: what
     transformers has for the task."""
     trust_remote_code: bool = False
@@ -106,6 +114,13 @@ class ModelSettings(Settings):
     """Needed with `config`; with `path` the model's own tokenizer is taken."""
     task: str = "causal-lm"
     """What the model learns to do: a name of `trainers/registry.py`, or a class of your own, package.module:Class."""
+
+    @field_validator("class_")
+    @classmethod
+    def _is_dotted(cls, value: str | None) -> str | None:
+        if value is not None and not is_dotted(value):
+            raise ValueError(f"{value!r} is no class: write package.module:Class, such as my_models:MyModel")
+        return value
 
     @field_validator("task")
     @classmethod
@@ -175,6 +190,9 @@ class DataSettings(Settings):
     """Whatever a task of your own needs to know."""
     max_bad_rows: int = Field(0, ge=0)
     """Rows that cannot be used are left out, up to so many; more are refused."""
+    prepare: Literal["auto", "here", "cluster"] = "auto"
+    """Where rows become samples: in the process that starts the run (here), or on Ray Data over the cluster. The bytes
+    are the same. auto takes the cluster from 256 MiB of files on, as they lie there."""
     max_length: int = Field(512, ge=2)
     """Tokens in a sample. For causal-lm, documents are joined with an end token and cut into pieces of this length;
     attention crosses their borders, and the last piece is dropped when it is short. For other tasks a text is a sample,
@@ -239,9 +257,9 @@ class TrainSettings(Settings):
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Where the schedule ends; of constant and inverse_sqrt, which have no end, 0."""
-    schedule: Literal["cosine", "linear", "constant", "cosine_with_min", "polynomial", "inverse_sqrt", "wsd"] = "cosine"
-    """How the learning rate goes on after the warm-up: down to min_lr at the last step, or not. cosine_with_min is
-    cosine that insists on a min_lr; wsd (warm-up, stable, decay) stays at the peak until the last `decay` steps."""
+    schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt", "wsd"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to min_lr at the last step, or not. wsd
+    (warm-up, stable, decay) stays at the peak until the last `decay` steps."""
     warmup: float = Field(0.0, ge=0)
     """Steps of linear warm-up; below 1, a share of all steps."""
     decay: float = Field(0.1, gt=0)
@@ -318,8 +336,6 @@ class TrainSettings(Settings):
     def _is_known(self) -> TrainSettings:
         if self.min_lr and self.schedule in ("constant", "inverse_sqrt"):
             raise ValueError(f"min_lr: schedule {self.schedule} does not end anywhere")
-        if self.schedule == "cosine_with_min" and not self.min_lr:
-            raise ValueError("schedule cosine_with_min needs a min_lr")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) is more than lr ({self.lr:g})")
         if self.model_fields_set & {"optimizer", "optimizer_options", "betas", "eps"} and ":" not in self.optimizer:
@@ -437,8 +453,17 @@ class TrainingConfig(Settings):
         Two runs that agree in these, in the data and in the world size, end with the same bits.
         """
         whole = self.model_dump(mode="json", include={"seed", "model", "train", "exactness", "deterministic"})
-        if self.train.early_stopping is None:
-            whole["train"].pop("eval_every")
+        silent = {
+            "eval_every": self.train.early_stopping is None,
+            "gradient_checkpointing": True,  # computes the same bits twice
+            "loss_scale": self.train.precision != "fp16",
+            "loss_scale_window": self.train.precision != "fp16",
+            "power": self.train.schedule != "polynomial",
+            "decay": self.train.schedule != "wsd",
+        }
+        for name in silent:
+            if silent[name]:
+                whole["train"].pop(name)
         whole["model"].pop("tokenizer")  # the data's fingerprint covers it
         whole["model"].pop("trust_remote_code")
         if self.model.path:
@@ -456,7 +481,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             near = difflib.get_close_matches(str(found["loc"][-1]), known, n=1)
             lines.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {known}"))
         else:
-            lines.append(f"{where or 'the whole'}: {found['msg'].removeprefix('Value error, ')}")
+            cause = found.get("ctx", {}).get("error")
+            hint = f"; {cause.hint}" if isinstance(cause, ConfigError) and cause.hint else ""
+            lines.append(f"{where}: ".removeprefix(": ") + found["msg"].removeprefix("Value error, ") + hint)
     return "\n".join(lines)
 
 

@@ -8,7 +8,6 @@ calls a model of transformers, and answers with something that has `.logits`.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import sys
@@ -25,6 +24,8 @@ from outlast.checkpointing.export import CONFIG
 from outlast.checkpointing.layout import WEIGHTS
 from outlast.checkpointing.safetensors import Spec
 from outlast.checkpointing.weights import check_weights, named_weights, parameter_names
+from outlast.trainers.blame import told
+from outlast.trainers.registry import imported
 
 
 def make_importable(folder: str) -> None:
@@ -39,14 +40,9 @@ def load_class(place: str) -> Any:
     Raises:
         ConfigError: It cannot be found, or it is no model.
     """
-    module, _, name = place.partition(":")
-    hint = "put it beside the run file, or install it on every worker; `outlast submit --code DIR` takes it along"
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ConfigError(f"model.class {place!r} cannot be imported: {error}", hint=hint) from error
+    found = imported(place, "model.class")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"model.class {place!r} is not a torch.nn.Module", hint=hint)
+        raise ConfigError(f"model.class {place!r} is not a torch.nn.Module", hint="derive the class from it")
     return found
 
 
@@ -72,8 +68,10 @@ def build_plain(
     arguments = {**{key: value for key, value in special.items() if key in wanted}, **given}
     try:
         model = model_class(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"{model_class.__name__} cannot be built: {error}", hint="check model.config") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{model_class.__name__} cannot be built: {told(error)}", hint="check model.config"
+        ) from error
     return model, {"config.json": json.dumps(arguments, indent=2, sort_keys=True).encode() + b"\n"}
 
 

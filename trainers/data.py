@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,16 +24,17 @@ from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry
 from outlast.checkpointing.storage import LocalStorage, Storage, read_bytes
 from outlast.checkpointing.writer import write_file
 from outlast.trainers.columns import Chosen, choose_columns, name_of, texts_in
-from outlast.trainers.config import TrainingConfig
+from outlast.trainers.config import DataSettings, TrainingConfig
+from outlast.trainers.encoding import Piece, Place, Split, here, usable_pieces
 from outlast.trainers.models import Tokenizer, files_of, load_tokenizer, train_bpe
 from outlast.trainers.registry import find_task
-from outlast.trainers.rows import BadRows, Row, read_rows, usable
-from outlast.trainers.samples import ROWS_PER_BATCH, Samples, Written, in_batches, write_packed, write_samples
-from outlast.trainers.sampling import mix
-from outlast.trainers.sources import digest_sources
+from outlast.trainers.rows import BadRows, usable
+from outlast.trainers.samples import Sample, Samples, Written, write_packed, write_samples
+from outlast.trainers.sources import digest_sources, find_sources
 from outlast.trainers.tasks import Record, Task
 
 FORMAT = 2
+LARGE_BYTES = 256 * 2**20
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_TOKENIZER = ("config.json", "generation_config.json", "trainer_state.json", "manifest.json")
 _DATA_MANIFEST = "data.json"
@@ -93,8 +95,13 @@ class Prepared:
         return Samples(cached.path(path))
 
 
-def prepare(config: TrainingConfig, storage: Storage) -> Prepared:
+def prepare(config: TrainingConfig, storage: Storage, cluster: Place | None = None) -> Prepared:
     """The prepared data of a run: found if it was made before, verified; made now if not.
+
+    Args:
+        config: The run's settings.
+        storage: Where it lies.
+        cluster: Where rows are encoded when `data.prepare` says so; without it, here.
 
     Raises:
         ConfigError: A file or column is missing, a row is not text, or there is less text than one sample.
@@ -105,9 +112,19 @@ def prepare(config: TrainingConfig, storage: Storage) -> Prepared:
     try:
         prepared = _from_json(json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
         _verify(storage, prepared)
-        return prepared
+        if prepared.num_bad_rows <= config.data.max_bad_rows:
+            return prepared
     except (FileNotFoundError, DamagedError, ValueError, KeyError, TypeError):
-        return _make(config, storage, fingerprint, directory)
+        pass
+    is_large = cluster is not None and _is_large(config.data)
+    return _make(config, storage, fingerprint, directory, cluster if cluster and is_large else here)
+
+
+def _is_large(settings: DataSettings) -> bool:
+    """Whether the cluster is to encode the rows."""
+    if settings.prepare != "auto":
+        return settings.prepare == "cluster"
+    return sum(source.num_bytes for source in find_sources(list(settings.places.values()))) >= LARGE_BYTES
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -159,7 +176,8 @@ def _fingerprint(config: TrainingConfig) -> str:
         "tokenizer": tokenizer,
         "task": [config.model.task, kind.version],
         "columns": {column.role: name_of(config.data, column.role) for column in kind.columns},
-        "options": {name: getattr(config.data, name) for name in ("max_bad_rows", "options", *kind.options)},
+        # 0: earlier releases had the limit here, though it does not change what comes out
+        "options": {"max_bad_rows": 0, **{name: getattr(config.data, name) for name in ("options", *kind.options)}},
         "max_length": config.data.max_length,
         "eval": config.data.eval_share,
         "seed": config.seed if config.data.eval_share else 0,
@@ -176,34 +194,35 @@ def _digest_file(path: Path) -> str:
     return str(digest.hexdigest())
 
 
-def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory: str) -> Prepared:
-    kind = find_task(config.model.task)
-    reading = _Reading(config, choose_columns(kind.columns, config.data))
-    facts = kind.survey(config.data, reading.records("train"))
-    reading.begin(lambda record: None)
-    tokenizer = _tokenizer(config, kind, reading)
-    task = kind(config.data, tokenizer, facts)
-    reading.begin(task.fault)
+def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, place: Place) -> Prepared:
+    kind, settings = find_task(config.model.task), config.data
+    chosen = choose_columns(kind.columns, settings)
+    facts = kind.survey(settings, _records(config, chosen))
+    tokenizer = _tokenizer(config, kind, chosen)
+    task = kind(settings, tokenizer, facts)
     files = [write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in files_of(tokenizer).items()]
-    written = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ["train", "eval"] if config.data.eval else ["train"]:
+    bad, num_rows, written = BadRows(settings.max_bad_rows), dict[str, int](), {}
+    with tempfile.TemporaryDirectory() as folder, place() as encode:
+        for name in ["train", "eval"] if settings.eval else ["train"]:
             path = Path(folder) / f"{name}.arrow"
-            written[name] = _write(task, reading.records(name), config, name, path)
+            split = Split(config, name, chosen)
+            with closing(encode(task, split)) as pieces:
+                written[name] = _write(task, _samples(pieces, bad, name, num_rows), split, path)
             with path.open("rb") as file:
                 chunks = iter(partial(file.read, BLOCK_BYTES), b"")
                 files.append(write_file(storage, directory, f"{name}.arrow", chunks))
+    notes = [f"{bad.count} rows cannot be used and are left out, the first: {'; '.join(bad.first)}"]
     prepared = Prepared(
         fingerprint=fingerprint,
         directory=directory,
         num_samples=written["train"].num_samples,
         num_eval_samples=written["eval"].num_samples if "eval" in written else 0,
-        num_rows={name: reading.num_rows[name] for name in written},
-        num_bad_rows=reading.bad.count,
+        num_rows=num_rows,
+        num_bad_rows=bad.count,
         num_tokens={name: item.num_tokens for name, item in written.items()},
         num_dropped_tokens={name: item.num_dropped_tokens for name, item in written.items()},
         facts=facts,
-        notes=(*reading.chosen.notes, *facts.get("notes", ()), *reading.notes()),
+        notes=(*chosen.notes, *facts.get("notes", ()), *(notes if bad.count else ())),
         files=tuple(files),
     )
     if _fingerprint(config) != fingerprint:
@@ -214,68 +233,36 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
     return prepared
 
 
-def _write(task: Task, records: Iterator[Record], config: TrainingConfig, split: str, path: Path) -> Written:
-    settings = config.data
-    samples = (sample for part in in_batches(records, ROWS_PER_BATCH) for sample in task.encode(part))
+def _records(config: TrainingConfig, chosen: Chosen) -> Iterator[Record]:
+    """The training rows whose columns hold what they should. Raises ConfigError when there are too many others."""
+    split = Split(config, "train", chosen)
+    for row in usable(split.rows(split.sources()), BadRows(config.data.max_bad_rows), chosen.fault):
+        yield chosen.record(row.values)
+
+
+def _samples(pieces: Iterator[Piece], bad: BadRows, name: str, num_rows: dict[str, int]) -> Iterator[Sample]:
+    num_rows[name] = 0
+    for piece in usable_pieces(pieces, bad):
+        num_rows[name] += piece.num_rows - len(piece.faults)
+        yield from piece.samples
+
+
+def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> Written:
+    settings = split.config.data
     written = write_packed(samples, settings.max_length, path) if task.packs else write_samples(samples, path)
     if not written.num_samples:
-        source = settings.eval if split == "eval" and not settings.eval_share else settings.train
+        source = settings.eval if split.name == "eval" and not split.is_share else settings.train
         raise ConfigError(
-            f"{source}: the {split} split has {written.num_tokens:,} tokens, less than one sample "
+            f"{source}: the {split.name} split has {written.num_tokens:,} tokens, less than one sample "
             f"(data.max_length {settings.max_length})",
             hint="give more text, or a smaller data.max_length",
         )
     return written
 
 
-def _tokenizer(config: TrainingConfig, kind: type[Task], reading: _Reading) -> Tokenizer:
+def _tokenizer(config: TrainingConfig, kind: type[Task], chosen: Chosen) -> Tokenizer:
     wanted = config.model.tokenizer
     if wanted is not None and wanted.train_bpe is not None:
-        texts = (text for record in reading.records("train") for text in texts_in(list(record.values())))
+        texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))
         return train_bpe(texts, wanted.train_bpe, kind.special_tokens, kind.template)
     return load_tokenizer(wanted.path if wanted and wanted.path else str(config.model.path))
-
-
-class _Reading:
-    """Reads the rows of a run, as often as asked, and keeps account of those that cannot be used.
-
-    Attributes:
-        chosen: What is read.
-        num_rows: Rows used, by split, in the pass at hand.
-        bad: Rows that could not be used, in the pass at hand.
-    """
-
-    def __init__(self, config: TrainingConfig, chosen: Chosen) -> None:
-        self.config, self.chosen = config, chosen
-        self.begin(lambda record: None)
-
-    def begin(self, fault: Callable[[Record], str | None]) -> None:
-        """Begins a pass in which `fault` finds rows that cannot be used, besides what their columns tell."""
-        self._fault = fault
-        self.num_rows, self.bad = {"train": 0, "eval": 0}, BadRows(self.config.data.max_bad_rows)
-
-    def records(self, split: str) -> Iterator[Record]:
-        """The usable rows of `train` or `eval`. Raises ConfigError when there are too many others."""
-        for row in usable(_rows(self.config, self.chosen.names, split), self.bad, self._judge):
-            self.num_rows[split] += 1
-            yield self.chosen.record(row.values)
-
-    def _judge(self, values: Sequence[Any]) -> str | None:
-        return self.chosen.fault(values) or self._fault(self.chosen.record(values))
-
-    def notes(self) -> tuple[str, ...]:
-        """What is to be told of the rows left out."""
-        if not self.bad.count:
-            return ()
-        return (f"{self.bad.count} rows cannot be used and are left out, the first: {'; '.join(self.bad.first)}",)
-
-
-def _rows(config: TrainingConfig, names: Sequence[str], split: str) -> Iterator[Row]:
-    data = config.data
-    if split == "eval" and data.eval_share is None:
-        yield from read_rows(data.eval or [], names)
-        return
-    border = int((data.eval_share or 0.0) * 2**64)
-    for number, row in enumerate(read_rows(data.train, names)):
-        if (mix(config.seed, number) < border) is (split == "eval"):
-            yield row

@@ -12,16 +12,16 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -30,18 +30,19 @@ from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.layout import CheckpointRef
 from outlast.checkpointing.retention import Kept
 from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
-from outlast.trainers.config import Exactness, TrainingConfig
+from outlast.trainers.config import Exactness, NonFinite, TrainingConfig
 from outlast.trainers.elastic import TreeReducer
 from outlast.trainers.evaluation import evaluate
+from outlast.trainers.finite import Finite, NonFiniteError, RolledBack, gradient_norm, or_nan
 from outlast.trainers.optimizers import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.pace import Pace
-from outlast.trainers.registry import find_task
 from outlast.trainers.samples import Samples
 from outlast.trainers.sampling import Plan, share
 from outlast.trainers.sharded import whole
+from outlast.trainers.still import watch_buffers
 from outlast.trainers.stopping import patience
 from outlast.trainers.tasks import Batch, Task
-from outlast.trainers.world import Still, World, seed_everything
+from outlast.trainers.world import World, seed_everything
 
 
 class Outcome(Enum):
@@ -89,24 +90,6 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
         )
     total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
     return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
-
-
-def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
-    """Raises ConfigError if checkpoints or early stopping go by a metric that the task does not measure."""
-    metric, scores = config.checkpoint.metric, find_task(config.model.task).score_names(facts)
-    known = ["loss", "eval_loss", *(f"eval_{name}" for name in scores)]
-    if config.checkpoint.keep_best and metric not in known:
-        raise ConfigError(
-            f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
-            hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
-        )
-    stopping = config.train.early_stopping
-    if stopping is not None and stopping.metric not in known[1:]:
-        raise ConfigError(
-            f"train.early_stopping.metric {stopping.metric!r} is not what an evaluation of task "
-            f"{config.model.task} measures: {', '.join(known[1:])}",
-            hint=f"set it, for example -s train.early_stopping.metric={known[-1]}",
-        )
 
 
 class _Save(Enum):
@@ -159,6 +142,7 @@ class Loop:
         train_data: Training samples.
         eval_data: Held-out samples, or None.
         control: The line to the outside.
+        non_finite: What becomes of a step whose loss or gradient is not finite.
     """
 
     def __init__(
@@ -171,6 +155,8 @@ class Loop:
         train_data: Samples,
         eval_data: Samples | None,
         control: Control,
+        *,
+        non_finite: NonFinite = NonFinite.STOP,
     ) -> None:
         self.config, self.world, self.checkpointer = config, world, checkpointer
         self.task, self.train_data, self.eval_data, self.control = task, train_data, eval_data, control
@@ -186,6 +172,7 @@ class Loop:
         self.metrics: dict[str, float] = {}
         self.log_history: list[dict[str, Any]] = []
         self._pending: _Pending | None = None
+        self._finite = Finite(non_finite, world, model)
         checkpointer.listener = control.progress
         self._pace = Pace(config.checkpoint.interval, checkpointer)
 
@@ -197,7 +184,8 @@ class Loop:
             return Outcome.SUPERSEDED
         prepare_module(self.model, self.config.train, self.world, self.world.device)
         self.wrapped = self.world.parallelize(self.model, self.exactness)
-        self._still = self._watch_buffers()
+        recomputes = self.config.train.gradient_checkpointing
+        self._still = watch_buffers(self.model, self.exactness, recomputes=recomputes)
         self.model.train()
         self._tell("plan", num_steps=self.plan.num_steps, world_size=self.world.size, step=self.step)
         if fresh and self.eval_data is not None:
@@ -229,12 +217,6 @@ class Loop:
                 return Outcome.STOPPED
         return self._finish()
 
-    def _watch_buffers(self) -> Still | None:
-        """For modes in which ranks keep no common buffers. To be asked after resuming, which writes them."""
-        if self.exactness is Exactness.ELASTIC:
-            return Still(self.model, "exactness: elastic")
-        return Still(self.model, "scale.parallel: fsdp") if isinstance(self.model, FSDPModule) else None
-
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _train_step(self) -> _Agreed:
@@ -245,40 +227,57 @@ class Loop:
         mine = share(num_micro, self.world.rank, self.world.size)
         cut = self._cut(step)
         batches = {m: self._batch(cut[m]) for m in mine}
-        agreed = self._agree(sum(self.task.count(batch) for batch in batches.values()))
-
-        if not agreed.count:
-            raise ConfigError(
-                f"step {step + 1} has nothing to learn from: none of its samples has a target",
-                hint="take such rows out of the data, or set a larger train.batch",
-            )
+        agree = self._agree(sum(self.task.count(batch) for batch in batches.values()))
         losses: dict[int, torch.Tensor] = {}
+        self._finite.begin()
         for micro, batch in batches.items():
             seed_everything(plan.seed, step, micro)
-            losses[micro] = self._forward_backward(batch, agreed.count, sync=micro == mine[-1])
+            losses[micro] = self._forward_backward(batch, lambda: agree().count, sync=micro == mine[-1])
             if self._tree is not None:
                 self._tree.take(micro, num_micro)
             reach(Point.ACCUMULATING, step)
         for _ in range(self.world.num_idle(num_micro, self.wrapped)):  # the others wait for gradients, which are zero
             seed_everything(plan.seed, step, 0)  # what it leaves in buffers may be what is saved
-            self._forward_backward(self._batch(cut[0]), math.inf, sync=True)
+            self._forward_backward(self._batch(cut[0]), lambda: math.inf, sync=True)
+        agreed = agree()
         if self._tree is not None:
             self._tree.finish(num_micro)
-        if self._still is not None:
-            self._still.check()
+        for still in self._still:
+            still.check()
 
         reach(Point.STEP, step)
         self.scaler.unscale_(self.optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self._trained, train.clip)) if train.clip else None
+        norm: torch.Tensor | None = whole(gradient_norm(self._trained, train.clip))
+        is_left_out = self._finite.is_to_leave_out(step + 1, None if self.scaler.is_enabled() else norm, losses)
+        if is_left_out:
+            self._leave_out(losses, cut)
+            norm = None
         lr = learning_rate(train, step, plan.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if not apply_gradients(self.optimizer, self.scaler):  # the data moves on all the same
+        if not is_left_out and not apply_gradients(self.optimizer, self.scaler):  # the data moves on all the same
             norm = None
             self._tell("step-skipped", step=step + 1, reason="overflow", scale=self.scaler.get_scale())
         self.optimizer.zero_grad(set_to_none=True)
         self._pending = _Pending(step, agreed.count, losses, norm, lr, time.monotonic() - began, time.time())
         return agreed
+
+    def _leave_out(self, losses: dict[int, torch.Tensor], cut: list[npt.NDArray[np.int64]]) -> None:
+        """Deals with a step that is not to change the weights. Returns when training goes on without it."""
+        step, action = self.step + 1, self._finite.action(self.step + 1)
+        self._finite.undo()
+        said = self._finite.explain(step, losses, {m: self.plan.samples(cut[m]).tolist() for m in losses})
+        self._tell("non-finite", step=step, action=action.value, message=said)
+        if action is NonFinite.STOP:
+            if self.step:
+                self._save(urgent=True, skippable=False)
+            raise NonFiniteError.of(said)
+        if step not in self._finite.left_out:
+            self.checkpointer.note("left-out", step=step, message=said)
+        if action is NonFinite.ROLL_BACK:
+            raise RolledBack(f"{said}; going back to the newest checkpoint, to go on without this step")
+        self._finite.left_out.append(step)
+        self.scaler.update(self.scaler.get_scale())  # forgets this step's gradients, and keeps the scale
 
     def _cut(self, step: int) -> list[npt.NDArray[np.int64]]:
         """Which positions each micro-batch of a step holds, the same on every rank."""
@@ -290,30 +289,53 @@ class Loop:
         """A micro-batch on the host."""
         return self.task.collate(self.train_data.take(self.plan.samples(positions)), self.plan.keys(positions))
 
-    def _forward_backward(self, batch: dict[str, torch.Tensor], count: float, *, sync: bool) -> torch.Tensor:
-        """Adds the gradient of `loss_sum / count`; the ranks add theirs up when `sync`. Returns the loss sum."""
+    def _forward_backward(
+        self, batch: dict[str, torch.Tensor], count: Callable[[], float], *, sync: bool
+    ) -> torch.Tensor:
+        """Adds the gradient of `loss_sum / count`; the ranks add theirs up when `sync`. Returns the loss sum.
+
+        The count is asked for once the loss is there.
+        """
         if isinstance(self.wrapped, DistributedDataParallel):
             self.wrapped.require_backward_grad_sync = sync
         with self.world.autocast(self.config.train.precision):
             on_device = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
             loss_sum = self.task.loss_sum(self.wrapped, on_device)
-        self.scaler.scale(loss_sum / count).backward()  # type: ignore[no-untyped-call]
+        if self.config.train.gradient_checkpointing:
+            for still in self._still:  # before the backward pass stumbles over it
+                still.check()
+        loss = loss_sum / count()
+        self.scaler.scale(loss if self.scaler.is_enabled() else or_nan(loss)).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
-    def _agree(self, count: int) -> _Agreed:
-        """The step's one small all-reduce: its count, the ranks' flags, and the losses of the step before."""
+    def _agree(self, count: int) -> Callable[[], _Agreed]:
+        """Begins the step's one small all-reduce: its count, the ranks' flags, and the losses of the step before.
+
+        What is returned waits for it when first called, raising ConfigError if the step has nothing to learn from.
+        """
         save = self._save_is_wanted() if self.world.rank == 0 else _Save.NO
         stop, trouble = self.control.stop_requested(), self.checkpointer.is_troubled
-        count_sum, stop_sum, save_sum, trouble_sum = self._add(count, float(stop), float(save.value), float(trouble))
-        return _Agreed(count_sum, stop_sum > 0, _Save(int(save_sum)), trouble_sum > 0)
+        wait = self._add(count, float(stop), float(save.value), float(trouble))
+
+        @cache
+        def agreed() -> _Agreed:
+            count_sum, stop_sum, save_sum, trouble_sum = wait()
+            if not count_sum:
+                raise ConfigError(
+                    f"step {self.step + 1} has nothing to learn from: none of its samples has a target",
+                    hint="take such rows out of the data, or set a larger train.batch",
+                )
+            return _Agreed(count_sum, stop_sum > 0, _Save(int(save_sum)), trouble_sum > 0)
+
+        return agreed
 
     def _settle(self) -> None:
         """Adds up the losses of the step before now, because somebody wants to know them."""
         if self._pending is not None:
-            self._add(0)
+            self._add(0)()
 
-    def _add(self, *head: float) -> list[float]:
-        """Adds `head` over the ranks, and the losses of the step before, which go to the journal.
+    def _add(self, *head: float) -> Callable[[], list[float]]:
+        """Begins to add `head` over the ranks, and the losses of the step before, which go to the journal.
 
         Each micro-batch's loss has a place of its own, zero on every rank but one, so that adding over the ranks is
         exact; they are then added up in micro-batch order.
@@ -323,10 +345,15 @@ class Loop:
         pending, self._pending = self._pending, None
         for micro, loss_sum in (pending.micro_losses if pending else {}).items():
             values[len(head) + micro] = loss_sum.double().cpu()
-        added: list[float] = self.world.add(values).tolist()
-        if pending is not None:
-            self._log(pending, sum(added[len(head) :]))
-        return added[: len(head)]
+        wait = self.world.add_meanwhile(values)
+
+        def added() -> list[float]:
+            sums: list[float] = wait().tolist()
+            if pending is not None:
+                self._log(pending, sum(sums[len(head) :]))
+            return sums[: len(head)]
+
+        return added
 
     def _save_is_wanted(self) -> _Save:
         """Rank 0: whether somebody outside or time asks for a save."""
@@ -336,11 +363,13 @@ class Loop:
         return _Save.DUE if self._pace.is_due() else _Save.NO
 
     def _log(self, done: _Pending, loss_sum: float) -> None:
-        self.metrics["loss"] = loss_sum / done.count
+        loss = loss_sum / done.count
+        if math.isfinite(loss):
+            self.metrics["loss"] = loss
         if self.world.rank == 0:
             event = {
                 "step": done.step + 1,
-                "loss": self.metrics["loss"],
+                "loss": loss if math.isfinite(loss) else None,
                 "lr": done.lr,
                 "grad_norm": done.grad_norm.item() if done.grad_norm is not None else None,
                 "count": int(done.count),
@@ -408,6 +437,7 @@ class Loop:
             "num_threads": torch.get_num_threads(),
             "scaler": scaler_state(self.scaler),
             "groups": group_numbers(self.optimizer),
+            "left_out": self._finite.left_out,
         }
         files = {"trainer_state.json": self._trainer_state()}
         saver = self.checkpointer
@@ -435,10 +465,13 @@ class Loop:
         """Restores the resume point, if there is one. Returns True on a fresh start."""
         state = self.checkpointer.resume(self.model, self.optimizer)
         if state is None:
+            if not self.checkpointer.superseded:
+                self._finite.restore(self.checkpointer, [])
             return not self.checkpointer.superseded
         self.step, self.metrics, self.log_history = state["step"], state["metrics"], state["log_history"]
         load_scaler(self.scaler, state["scaler"])
         load_group_numbers(self.optimizer, state["groups"])
+        self._finite.restore(self.checkpointer, state.get("left_out", []))
         return False
 
     def _finish(self) -> Outcome:

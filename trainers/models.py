@@ -14,9 +14,10 @@ import torch
 import transformers
 from torch import nn
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.weights import Naming
 from outlast.trainers.adapters import adapter_files, adapter_naming, attach_lora, is_adapted
+from outlast.trainers.blame import told
 from outlast.trainers.config import ModelSettings
 from outlast.trainers.custom import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.naming import file_naming
@@ -122,14 +123,12 @@ def build_model(
     Raises:
         ConfigError: There is no such model, or it cannot be saved under the names it is loaded by.
     """
-    own = load_class(settings.class_) if settings.class_ else None
+    own = check_names(settings)
     seed_everything(seed)
     if own is not None and not is_like_transformers(own):
-        if settings.path is not None:
-            raise ConfigError(f"{settings.class_} has no from_pretrained; give model.config instead of model.path")
         plain, files = build_plain(own, settings.config or {}, _special(tokenizer))
         return plain, {**files, **files_of(tokenizer)}
-    with _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"):
+    with _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"), _no_bars():
         config = _given_config(settings, own, tokenizer)
         task.configure(config)
         model, new = _build(settings, own or model_class(task, config), config, fresh)
@@ -140,6 +139,20 @@ def build_model(
         model = attach_lora(model, settings.lora, task.auto_class, new)
         files |= adapter_files(model)
     return model, files
+
+
+def check_names(settings: ModelSettings) -> Any:
+    """Looks for mistakes that show before there is a tokenizer. Returns the user's own class, if one is named.
+
+    Raises:
+        ConfigError: There is no such class or architecture, or it has no such setting.
+    """
+    own = load_class(settings.class_) if settings.class_ else None
+    if own is not None and not is_like_transformers(own) and settings.path is not None:
+        raise ConfigError(f"{settings.class_} has no from_pretrained", hint="give model.config instead of model.path")
+    if own is None and settings.config is not None:
+        _default_config(settings.config)
+    return own
 
 
 def load_saved(
@@ -164,7 +177,7 @@ def load_saved(
     if base is not None:
         what, hint = f"the model beneath the adapter cannot be loaded from {base!r}", "name its place with --base"
     trust = {} if own else {"trust_remote_code": trusted}
-    with _explained(what, hint, "give --trust-remote-code"):
+    with _explained(what, hint, "give --trust-remote-code"), _no_bars():
         config = (own.config_class if own else transformers.AutoConfig).from_pretrained(folder, **trust)
         builder = own or model_class(task, config)
         return builder.from_pretrained(base or folder, config=config, dtype=torch.float32, **trust)
@@ -175,10 +188,25 @@ def _explained(what: str, hint: str, trusting: str) -> Iterator[None]:
     """Makes one message of whatever transformers says of a model that cannot be had."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except OutlastError:
+        raise
+    except Exception as error:
         if "trust_remote_code" in str(error):
             hint = f"read that code; if you trust it, {trusting}"
-        raise ConfigError(f"{what}: {_first_line(error)}", hint=hint) from error
+        raise ConfigError(f"{what}: {told(error)}", hint=hint) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a bar on stderr while it loads, across the lines that are there."""
+    if not transformers.logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.enable_progress_bar()
 
 
 def naming_of(model: nn.Module) -> Naming:
@@ -270,20 +298,32 @@ def _given_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> An
     special, given = _special(tokenizer), dict(settings.config or {})
     if own is not None:
         return own.config_class(**{**special, **given})
-    kind = given.pop("model_type")
-    kinds = list(transformers.CONFIG_MAPPING)
-    if kind not in kinds:
-        raise ConfigError(f"model.config.model_type {kind!r} is not known to transformers{_meant(kind, kinds)}")
-    default = transformers.AutoConfig.for_model(kind)
-    known = [*default.to_dict(), *default.attribute_map]
+    default = _default_config(given)
     if getattr(default, "is_encoder_decoder", False):
-        known.append("decoder_start_token_id")
         starts = [special["bos_token_id"], special["pad_token_id"]]
         special["decoder_start_token_id"] = next((number for number in starts if number is not None), None)
+    return transformers.AutoConfig.for_model(given.pop("model_type"), **{**special, **given})
+
+
+def _default_config(given: Mapping[str, Any]) -> Any:
+    """What an architecture is by default. Raises ConfigError if it is not known, or has not all of these settings."""
+    kind, kinds = given["model_type"], list(transformers.CONFIG_MAPPING)
+    if kind not in kinds:
+        raise ConfigError(
+            f"model.config.model_type {kind!r} is not known to transformers {transformers.__version__}"
+            f"{_meant(kind, kinds)}",
+            hint="name one that it knows, or bring a class of your own: model.class",
+        )
+    default = transformers.AutoConfig.for_model(kind)
+    known = ["model_type", *default.to_dict(), *default.attribute_map]
+    if getattr(default, "is_encoder_decoder", False):
+        known.append("decoder_start_token_id")
     for key in given:
         if key not in known:
-            raise ConfigError(f"model.config.{key}: a {kind} model has no such setting{_meant(key, known)}")
-    return transformers.AutoConfig.for_model(kind, **{**special, **given})
+            raise ConfigError(
+                f"model.config.{key}: a {kind} model has no such setting{_meant(key, known)}", hint="check model.config"
+            )
+    return default
 
 
 def _meant(word: str, known: Sequence[str]) -> str:

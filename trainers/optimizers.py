@@ -7,7 +7,6 @@ with the checkpoint, tensors by parameter and numbers of its parameter groups in
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.registry import imported
 
 if TYPE_CHECKING:
     from outlast.trainers.config import TrainSettings
@@ -73,7 +73,7 @@ def resolve(train: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str
     Raises:
         ConfigError: It cannot be imported, is no optimizer, or does not take what is given.
     """
-    kind = OPTIMIZERS.get(train.optimizer) or _imported(train.optimizer)
+    kind = OPTIMIZERS.get(train.optimizer) or _own_class(train.optimizer)
     taken = inspect.signature(kind).parameters
     takes_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in taken.values())
     known = [name for name in list(taken)[1:] if name not in _NAMED]
@@ -100,25 +100,21 @@ def resolve(train: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str
     return kind, options
 
 
-def _imported(path: str) -> type[torch.optim.Optimizer]:
-    module, _, name = path.partition(":")
-    if not name:
+def _own_class(path: str) -> type[torch.optim.Optimizer]:
+    if ":" not in path:
         known = ", ".join(OPTIMIZERS)
         raise ConfigError(
             f"optimizer {path!r} is not known{_meant(path, list(OPTIMIZERS))}",
             hint=f"one of {known}, or a class of your own as package.module:Class",
         )
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        hint = "the module must be importable where the command runs and in every worker"
-        raise ConfigError(f"optimizer {path!r} cannot be imported: {error}", hint=hint) from error
+    kind = imported(path, "train.optimizer")
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ConfigError(f"optimizer {path!r} is no torch.optim.Optimizer")
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(f"optimizer {path!r} wants to compute the loss several times in a step, and a step is one")
-    return kind
+    own: type[torch.optim.Optimizer] = kind
+    return own
 
 
 def _frozen(value: Any) -> Any:

@@ -15,7 +15,7 @@ from outlast.checkpointing.errors import ConfigError, NoCheckpointError
 from outlast.checkpointing.export import ADAPTER_WEIGHTS, export_directory, read_content
 from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import Storage
-from outlast.trainers.columns import Column, choose_columns
+from outlast.trainers.columns import Column, choose_columns, name_of
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.merging import load_adapted
 from outlast.trainers.models import load_saved, load_tokenizer
@@ -103,7 +103,11 @@ def record_of(task: Task, given: Any) -> Record:
 def records_in(task: Task, config: TrainingConfig, source: str) -> Iterator[Record]:
     """The rows of a file, its columns named as the run's are. Raises as reading the run's data does."""
     settings = config.data.model_copy(update={"train": source})
-    chosen = choose_columns(inputs_of(task), settings)
+    try:
+        chosen = choose_columns(inputs_of(task), settings)
+    except ConfigError as error:
+        names = " and ".join(name_of(config.data, column.role) for column in inputs_of(task) if not column.is_optional)
+        raise ConfigError(error.message, hint=f"give --file rows with {names}") from error
     for row in usable(read_rows(source, chosen.names), BadRows(0, hint=f"mend {source}"), chosen.fault):
         yield chosen.record(row.values)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.blame import told
 
 if TYPE_CHECKING:
     from outlast.trainers.tasks import Task
@@ -24,11 +25,38 @@ TASKS = {
     "double-heads": "outlast.trainers.tasks_choose:DoubleHeads",
 }
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_HINT = "put it beside the run file, or install it on every worker; `outlast submit --code DIR` takes it along"
+
+
+def is_dotted(place: str) -> bool:
+    """Whether this is written as `package.module:Name`."""
+    return _DOTTED.fullmatch(place) is not None
+
+
+def imported(place: str, setting: str) -> Any:
+    """What `package.module:Name` names; `setting` is where the user wrote it.
+
+    Raises:
+        ConfigError: The module cannot be imported, or has no such name.
+    """
+    module, _, name = place.partition(":")
+    try:
+        whole = import_module(module)
+    except Exception as error:
+        raise ConfigError(f"{setting} {place!r} cannot be imported: {told(error)}", hint=_HINT) from error
+    if not hasattr(whole, name):
+        near = difflib.get_close_matches(name, [key for key, item in vars(whole).items() if isinstance(item, type)], 1)
+        raise ConfigError(
+            f"{setting} {place!r} cannot be imported: {module} has no {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint=_HINT,
+        )
+    return getattr(whole, name)
 
 
 def check_task_name(name: str) -> str:
     """The name, if it is in the table or a dotted path. Raises ValueError with the nearest one."""
-    if name in TASKS or _DOTTED.fullmatch(name):
+    if name in TASKS or is_dotted(name):
         return name
     near = difflib.get_close_matches(name, TASKS, n=1)
     known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
@@ -43,23 +71,9 @@ def find_task(name: str) -> type[Task]:
     """
     from outlast.trainers.tasks import Task
 
-    module, _, attribute = TASKS.get(name, name).partition(":")
-    try:
-        imported = import_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise ConfigError(
-            f"model.task {name}: {error}",
-            hint="put the module beside the run file, or name its directory with `outlast submit --code`",
-        ) from error
-    found = getattr(imported, attribute, None)
+    found = imported(TASKS.get(name, name), "model.task")
     if not (isinstance(found, type) and issubclass(found, Task)):
-        own = [key for key, item in vars(imported).items() if isinstance(item, type) and issubclass(item, Task)]
-        near = difflib.get_close_matches(attribute, own, n=1)
-        raise ConfigError(
-            f"model.task {name}: {imported.__file__} has no task {attribute!r}"
-            + (f"; did you mean {near[0]!r}?" if near else ""),
-            hint="derive the class from outlast.trainers.Task",
-        )
+        raise ConfigError(f"model.task {name!r} is no task", hint="derive the class from outlast.trainers.Task")
     needed = {attribute: hasattr(found, attribute) for attribute in ("auto_class", "columns")}
     needed |= {method: getattr(found, method) is not getattr(Task, method) for method in ("encode", "loss")}
     if missing := [part for part, is_there in needed.items() if not is_there]:

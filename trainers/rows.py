@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +27,7 @@ _FIELD_BYTES = 64 * 2**20  # the longest field of a .csv that is one, and not a 
 _NUM_NAMED = 3
 _MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 with it
 _LOOK_ON_ROWS = 10_000
+_IN_EVERY_FILE = "every file needs it: rename the column that is meant, or leave this file out"
 
 #: The values of a row, or what is wrong with it; and the line on which it ends, where the file has lines.
 _Found = tuple[tuple[Any, ...] | str, int | None]
@@ -63,12 +63,37 @@ class BadRows:
     count: int = 0
     first: list[str] = field(default_factory=list)
     hint: str = "mend them, or have such rows left out: -s data.max_bad_rows=…"
+    _num_seen: int = 0
+    _over_at: int | None = None
 
-    def add(self, row: Row, fault: str) -> None:
-        """Leaves a row out."""
-        self.count += 1
-        if len(self.first) < _NUM_NAMED:
-            self.first.append(f"{row.where}: {fault}")
+    @property
+    def are_too_many(self) -> bool:
+        """There are more than may be left out; what is seen from now on serves to name the first three."""
+        return self._over_at is not None
+
+    def see(self, num_rows: int, faults: Mapping[int, str]) -> None:
+        """Some rows, and what is wrong with those at these places.
+
+        Raises:
+            ConfigError: More than `limit` rows cannot be used, and the first three are named or far apart.
+        """
+        for place, fault in sorted(faults.items()):
+            at = self._num_seen + place
+            if self._over_at is None or (at - self._over_at <= _LOOK_ON_ROWS and len(self.first) < _NUM_NAMED):
+                self.count += 1
+                self.first += [fault] if len(self.first) < _NUM_NAMED else []
+                if self.count > self.limit and self._over_at is None:
+                    self._over_at = at
+        self._num_seen += num_rows
+        are_enough = len(self.first) == _NUM_NAMED
+        if self._over_at is not None and (are_enough or self._num_seen - self._over_at > _LOOK_ON_ROWS):
+            self.end()
+
+    def end(self) -> None:
+        """There are no more rows. Raises as `see`."""
+        if self.are_too_many:
+            said = f"more rows cannot be used than the {self.limit:,} that may be left out; the first ones:"
+            raise ConfigError(self.first[0] if self.count == 1 else "\n  ".join([said, *self.first]), hint=self.hint)
 
 
 def usable(
@@ -84,23 +109,12 @@ def usable(
     Raises:
         ConfigError: More than `bad.limit` rows cannot be used. Reads on a little, to name the first three.
     """
-    rest = iter(rows)
-    for row in rest:
-        if fault := row.fault or judge(row.values):
-            bad.add(row, fault)
-            if bad.count > bad.limit:
-                break
-        else:
+    for row in rows:
+        fault = row.fault or judge(row.values)
+        bad.see(1, {0: f"{row.where}: {fault}"} if fault else {})
+        if not fault and not bad.are_too_many:
             yield row
-    else:
-        return
-    for row in islice(rest, _LOOK_ON_ROWS):
-        if len(bad.first) == _NUM_NAMED:
-            break
-        if fault := row.fault or judge(row.values):
-            bad.add(row, fault)
-    said = f"more rows cannot be used than the {bad.limit:,} that may be left out; the first ones:"
-    raise ConfigError(bad.first[0] if bad.count == 1 else "\n  ".join([said, *bad.first]), hint=bad.hint)
+    bad.end()
 
 
 def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
@@ -114,7 +128,12 @@ def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[R
         ConfigError: A file is missing, is not what its name says, or a column is in none of its rows.
         StorageError: Reading failed.
     """
-    for item in find_sources(source):
+    yield from read_files(find_sources(source), columns)
+
+
+def read_files(sources: Iterable[Source], columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of some files, as `read_rows`."""
+    for item in sources:
         with item.reading():
             for number, (values, line) in enumerate(_READERS[item.kind](item, columns), 1):
                 where = f"{item.name}, row {number}" + (f" (line {line})" if line not in (None, number) else "")
@@ -231,15 +250,15 @@ def _chosen(
     source: Source, columns: Sequence[str], items: Callable[[], Iterator[tuple[Any, int | None]]]
 ) -> Iterator[_Found]:
     """The columns of objects. First reads until each column was seen once, which is one object of a good file."""
-    missing, there = set(columns), dict[str, bool]()
+    missing, there = set(columns), dict[str, None]()
     for item, _ in items():
         if isinstance(item, dict):
             missing -= item.keys()
-            there |= {name: isinstance(value, str) for name, value in item.items() if name not in there}
+            there |= dict.fromkeys(item)
         if not missing:
             break
     if missing and there:
-        raise _no_column(source.name, next(name for name in columns if name in missing), there)
+        raise no_column(source.name, next(name for name in columns if name in missing), there, _IN_EVERY_FILE)
     for item, line in items():
         if not isinstance(item, dict):
             yield item if isinstance(item, _Fault) else "is not a JSON object", line
@@ -269,7 +288,7 @@ def _read_csv(source: Source, columns: Sequence[str]) -> Iterator[_Found]:
     header: list[str] = next((row for row in rows if row), [])
     for column in columns:
         if column not in header:
-            raise _no_column(source.name, column, dict.fromkeys(header, True))
+            raise no_column(source.name, column, header, _IN_EVERY_FILE)
     places = [header.index(column) for column in columns]
     while True:
         try:
@@ -321,19 +340,14 @@ def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_Found]:
 
 
 def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None:
-    kinds = {item.name: pa.types.is_string(item.type) or pa.types.is_large_string(item.type) for item in schema}
     for column in columns:
-        if column not in kinds:
-            raise _no_column(name, column, kinds)
+        if column not in schema.names:
+            raise no_column(name, column, schema.names, _IN_EVERY_FILE)
 
 
-def _no_column(where: str, column: str, there: Mapping[str, bool]) -> ConfigError:
-    """The error for a missing column. `there` says of each column that there is whether it holds text."""
-    likely = next((name for name, is_text in there.items() if is_text), next(iter(there), "NAME"))
-    return ConfigError(
-        f"{where} has no column {column!r}; it has {', '.join(there)}",
-        hint=f"set data.text, for example -s data.text={likely}",
-    )
+def no_column(where: str, column: str, there: Iterable[str], hint: str) -> ConfigError:
+    """The error for a missing column, with those that are there."""
+    return ConfigError(f"{where} has no column {column!r}; it has {', '.join(there)}", hint=hint)
 
 
 def _object_names(items: Iterable[Any]) -> list[str]:

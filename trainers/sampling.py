@@ -9,11 +9,13 @@ domains", 2002). So step 10^9 costs what step 0 costs, and the world size never 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 _ROUNDS = 6
+_BLOCK = 1024
 _MASK64 = (1 << 64) - 1
 U64 = npt.NDArray[np.uint64]
 
@@ -66,6 +68,18 @@ def _scramble(x: U64) -> U64:
     return x ^ x >> np.uint64(31)
 
 
+@lru_cache(maxsize=4)
+def _samples_of_block(seed: int, num_samples: int, block: int) -> npt.NDArray[np.int64]:
+    """Sample numbers at `_BLOCK` global positions: a walk goes forward, and one sample costs as much as they all."""
+    where = np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.int64)
+    epochs = where // num_samples
+    chosen = np.empty_like(where)
+    for epoch in np.unique(epochs):
+        mine = epochs == epoch
+        chosen[mine] = permute(seed, int(epoch), where[mine] % num_samples, num_samples)
+    return chosen
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a run walks through its samples.
@@ -115,11 +129,11 @@ class Plan:
 
     def samples(self, where: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Sample numbers at global positions."""
-        epochs = where // self.num_samples
+        blocks = where // _BLOCK
         chosen = np.empty_like(where)
-        for epoch in np.unique(epochs):
-            mine = epochs == epoch
-            chosen[mine] = permute(self.seed, int(epoch), where[mine] % self.num_samples, self.num_samples)
+        for block in set(blocks.tolist()):
+            mine = blocks == block
+            chosen[mine] = _samples_of_block(self.seed, self.num_samples, block)[where[mine] % _BLOCK]
         return chosen
 
     def keys(self, where: npt.NDArray[np.int64]) -> list[int]:

@@ -131,6 +131,9 @@ def _split(place: str) -> tuple[str, str]:
 
 def _expand(place: str, storage: Storage, names: List, path: str) -> list[Source]:
     hits = dict(_matches("", path.split("/"), names))
+    if not hits and _is_pattern(path):
+        hint = "check the directories and the end of the name; `**` stands for directories within directories"
+        raise ConfigError(f"no data file fits the pattern {place}", hint=hint)
     if not hits:
         raise ConfigError(f"data file {place} is not there", hint="set data.train (and data.eval) to what is there")
     found: list[Source] = []
@@ -201,9 +204,15 @@ def _directory(storage: Storage, path: str, names: List) -> list[Source]:
     found = [item for item in found if item.kind in KINDS]
     kinds = sorted({item.kind for item in found})
     if len(kinds) > 1:
-        hint = f"name those that you mean, for example {shown}/*{kinds[0]}"
+        ends = sorted({item.kind + _suffix(item.codec) for item in found if item.kind == kinds[0]})
+        patterns = ", ".join(f"{shown}/*{end}" for end in ends)
+        hint = f"name those that you mean, for example {patterns if len(ends) == 1 else f'[{patterns}]'}"
         raise ConfigError(f"data directory {shown} holds files of several kinds: {', '.join(kinds)}", hint=hint)
     return found
+
+
+def _suffix(codec: str | None) -> str:
+    return next((suffix for suffix, name in _CODECS.items() if name == codec), "")
 
 
 def _source(storage: Storage, path: str, num_bytes: int) -> Source:

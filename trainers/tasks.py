@@ -81,7 +81,9 @@ class Task:
         return None
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
-        """The samples of some rows, in order. Rows that are to be predicted lack their targets."""
+        """The samples of some rows, in order; those of a row follow from that row alone. Rows that are to be predicted
+        lack their targets.
+        """
         raise NotImplementedError
 
     def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
@@ -98,7 +100,11 @@ class Task:
     def padding(self, name: str) -> int:
         """What the vectors of this name are padded with."""
         if name == "input_ids":
-            return int(self.tokenizer.inner.pad_token_id)
+            number = self.tokenizer.inner.pad_token_id
+            if number is None:
+                hint = "give it one: tokenizer.pad_token = …, then save_pretrained into model.path (or tokenizer.path)"
+                raise ConfigError("the tokenizer has neither a padding token nor an end token", hint=hint)
+            return int(number)
         return IGNORED if name == "labels" else 0
 
     # -- the head ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from outlast.trainers.models import Tokenizer
 from outlast.trainers.samples import Sample
 from outlast.trainers.tasks import IGNORED, NUM_NEW_TOKENS, Batch, Record, Task, ints, next_token_loss, write_on
 
+_Tokens = tuple[list[int], list[bool]]
+
 
 class Chat(Task):
     """Predict the tokens of the assistant's answers. A conversation is one sample, cut off at `max_length`."""
@@ -30,18 +32,23 @@ class Chat(Task):
         super().__init__(settings, tokenizer, facts)
         if settings.chat_template is not None:
             tokenizer.inner.chat_template = settings.chat_template
+        self._judged: dict[int, tuple[Record, _Tokens]] = {}
         chat_template(tokenizer.inner)  # a run without one ends here, not at its first row
 
     def fault(self, record: Record) -> str | None:
         try:
-            _, is_answer = encode_chat(self.tokenizer.inner, record["messages"])
+            found = encode_chat(self.tokenizer.inner, record["messages"])
         except ConfigError as error:
             return error.message
-        return None if any(is_answer[1 : self.settings.max_length]) else "its answers begin after data.max_length"
+        if not any(found[1][1 : self.settings.max_length]):
+            return "its answers begin after data.max_length"
+        self._judged[id(record)] = record, found  # the record too, so that no other has its id
+        return None
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         for record in records:
-            tokens, is_answer = encode_chat(self.tokenizer.inner, record["messages"])
+            _, found = self._judged.pop(id(record), (record, None))
+            tokens, is_answer = found or encode_chat(self.tokenizer.inner, record["messages"])
             kept = slice(self.settings.max_length)
             yield {
                 "input_ids": ints(tokens[kept]),

@@ -86,6 +86,12 @@ class SequenceClassification(Task):
         if guess is SINGLE and kinds == {str} and any("." in item for item in found) and all(map(_is_number, found)):
             guess = REGRESSION  # a .csv file has only texts
         problem = settings.problem or guess
+        numbers = kinds & {int, float, bool} or (str in kinds and any(map(_is_number, found)))
+        if kinds and not {SINGLE: kinds & {str, int, bool}, MULTI: kinds & {list}, REGRESSION: numbers}[problem]:
+            raise ConfigError(
+                f"data.problem is {problem}, and column {name_of(settings, 'label')!r} holds nothing of that kind",
+                hint=f"set data.problem: {guess}, or name another column as data.label",
+            )
         facts: dict[str, Any] = {"problem": problem, "classes": []}
         if problem != REGRESSION:
             facts["classes"] = sort_classes(settings, "label", found)
@@ -111,7 +117,7 @@ class SequenceClassification(Task):
             texts.append([record["text_pair"] for record in records])
         encoded = self.tokenizer.inner(*texts, truncation=True, max_length=self.settings.max_length)
         for place, record in enumerate(records):
-            sample = {"input_ids": ints(encoded["input_ids"][place] or [self.tokenizer.inner.pad_token_id])}
+            sample = {"input_ids": ints(encoded["input_ids"][place] or [self.padding("input_ids")])}
             if len(texts) > 1 and "token_type_ids" in encoded:
                 sample["token_type_ids"] = ints(encoded["token_type_ids"][place])
             if "label" in record:
@@ -164,9 +170,8 @@ class SequenceClassification(Task):
         from torchmetrics.functional.classification import multilabel_stat_scores
 
         if self.problem == MULTI:
-            said = (
-                logits > 0
-            ).long()  # given logits, torchmetrics takes them for probabilities where all are in [0, 1]
+            # Given logits, torchmetrics takes them for probabilities where all are in [0, 1].
+            said = (logits > 0).long()
             return {"hits": _hits(multilabel_stat_scores(said, labels.long(), len(self.classes), average=None))}
         return {"hits": count_hits(logits, labels)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,6 @@ from outlast.trainers.columns import Column, Kind
 from outlast.trainers.samples import Sample
 from outlast.trainers.tasks import IGNORED, Batch, Record, TokenTask, ints
 from outlast.trainers.tasks_classify import BERT_TEMPLATE, BERT_TOKENS
-
-if TYPE_CHECKING:
-    pass
 
 NUM_GUESSES = 5
 

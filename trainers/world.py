@@ -3,7 +3,7 @@
 Stock DDP adds in an order that depends on its buckets, and it rebuilds them after the first step: from three ranks on,
 a resumed run differs in the last bits from one that went through. The ordered reducer adds in rank order whatever the
 buckets: each rank owns one chunk, receives everyone's part of it (all-to-all), adds them in order, and hands the sum
-round (all-gather). That moves as many bytes as a ring.
+round (all-gather). That moves as many bytes as a ring. Two terms have one sum, so two ranks need none of it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from types import Callable, MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.ranks import Ranks
 from outlast.trainers.config import Exactness
 from outlast.trainers.custom import carried_state
@@ -37,14 +36,19 @@ class World(Ranks):
     Attributes:
         device: Where this rank computes.
         node: Name of the machine, as the cluster calls it.
+        log: Where this rank's stderr goes, if anybody keeps it.
         marks: When this process reached what on its way to the first step, in seconds since the epoch.
     """
 
     def __init__(
-        self, device: torch.device | None = None, node: str = "", marks: Mapping[str, float] = MappingProxyType({})
+        self,
+        device: torch.device | None = None,
+        node: str = "",
+        log: str = "",
+        marks: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.node = node
+        self.node, self.log = node, log
         self.device = device or torch.device("cpu")
         self.marks = dict(marks)
 
@@ -57,10 +61,19 @@ class World(Ranks):
 
         Exact for counts, and for values that are zero on all ranks but one: then the order does not matter.
         """
+        return self.add_meanwhile(values)()
+
+    def add_meanwhile(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As `add`, but begins only. What it returns waits for the sum; it is to be called before the next `add`."""
         assert values.dtype == torch.float64
-        if self.group is not None:
-            dist.all_reduce(values, group=self.group)
-        return values
+        work: Any = None if self.group is None else dist.all_reduce(values, group=self.group, async_op=True)
+
+        def wait() -> torch.Tensor:
+            if work is not None:
+                work.wait()
+            return values
+
+        return wait
 
     def autocast(self, precision: str) -> torch.autocast:
         """The context of a forward pass: bf16 or fp16 where an operation allows it, or nothing for fp32."""
@@ -89,8 +102,10 @@ class World(Ranks):
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             broadcast_buffers=bool(carried_state(model)),  # what is saved must be rank 0's on every rank
+            gradient_as_bucket_view=True,  # the sum need not be copied back
         )
-        hook = _sum_in_rank_order if exactness is Exactness.SAME_WORLD else _sum_in_any_order
+        is_ordered = exactness is Exactness.SAME_WORLD and self.size > 2
+        hook = _sum_in_rank_order if is_ordered else _sum_in_any_order
         wrapped.register_comm_hook(None, lambda _, bucket: hook(bucket))  # DDP dislikes annotations as text
         return wrapped
 
@@ -123,31 +138,6 @@ def _sum_in_any_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda result: result.value()[0])
     return future
-
-
-class Still:
-    """Watches the buffers of a model in which no forward pass may change any.
-
-    Where ranks keep no common buffers, a running mean would depend on which rank saw what, and on nothing that is
-    saved.
-    """
-
-    def __init__(self, model: nn.Module, why: str) -> None:
-        self._model, self._why = model, why
-        self._before = self._look()
-
-    def check(self) -> None:
-        """Raises ConfigError when a buffer was written to."""
-        for name, (buffer, version) in self._look().items():
-            before, version_before = self._before.get(name, (None, 0))
-            if buffer is not before or version != version_before:
-                raise ConfigError(
-                    f"buffer {name} changes in the forward pass; {self._why} holds for models without such state only",
-                    hint="use exactness: same-world and scale.parallel: ddp, which keep rank 0's buffers",
-                )
-
-    def _look(self) -> dict[str, tuple[torch.Tensor, int]]:
-        return {name: (buffer, buffer._version) for name, buffer in self._model.named_buffers()}
 
 
 def seed_everything(*parts: int) -> None:

@@ -41,7 +41,7 @@ def why_not() -> str | None:
     """Why this machine cannot have a lab, or None."""
     if os.geteuid() != 0:
         return "needs root"
-    missing = [name for name in ("ip", "unshare", "nsenter", "mount") if shutil.which(name) is None]
+    missing = [name for name in ("ip", "bridge", "unshare", "nsenter", "mount") if shutil.which(name) is None]
     if missing:
         return f"needs {', '.join(missing)} (packages iproute2 and util-linux)"
     made = subprocess.run(["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "true"], capture_output=True)
@@ -129,14 +129,14 @@ class Lab:
                 run("ip", "netns", "del", name)
         subprocess.run(["ip", "link", "del", self._prefix], capture_output=True)
 
-    def _name(self, host: int) -> str:
+    def name(self, host: int) -> str:
         return f"{self._prefix}-h{host}"
 
     def ip(self, host: int) -> str:
         return f"10.99.{self._network}.{10 + host}"
 
     def _plug_in(self, host: int) -> None:
-        name = self._name(host)
+        name = self.name(host)
         run("ip", "netns", "add", name)
         run("ip", "link", "add", "name", "e0", "netns", name, "type", "veth", "peer", f"p{host}", "netns", self._switch)
         run("ip", "-n", self._switch, "link", "set", f"p{host}", "master", "br0", "up")
@@ -180,10 +180,10 @@ class Lab:
         private = self._folder / f"h{host}-{time.monotonic_ns()}"
         private.mkdir()
         script = (
-            f"mkdir -p /tmp/ray && mount --bind {private} /tmp/ray && hostname {self._name(host)} && {binds}cd / && "
+            f"mkdir -p /tmp/ray && mount --bind {private} /tmp/ray && hostname {self.name(host)} && {binds}cd / && "
             f"exec ray start {role} {options} --disable-usage-stats --block"
         )
-        command = ["ip", "netns", "exec", self._name(host), "unshare", "--mount", "--uts", "--pid", "--fork"]
+        command = ["ip", "netns", "exec", self.name(host), "unshare", "--mount", "--uts", "--pid", "--fork"]
         command += ["--kill-child", "--mount-proc", "bash", "-c", script]
         with (self._folder / f"h{host}.log").open("ab") as log:
             self._hosts[host] = subprocess.Popen(
@@ -240,6 +240,12 @@ class Lab:
     def link(self, host: int, *, up: bool) -> None:
         """Cuts a host's link, or mends it. Nobody is told."""
         run("ip", "-n", self._switch, "link", "set", f"p{host}", "up" if up else "down")
+
+    def between(self, one: int, other: int, *, up: bool) -> None:
+        """Cuts two hosts off from each other, or mends it; the rest of the network reaches both. Only one pair at a
+        time."""
+        for host in (one, other):
+            run("bridge", "-n", self._switch, "link", "set", "dev", f"p{host}", "isolated", "off" if up else "on")
 
     def signal_inside(self, host: int, pid: int, number: signal.Signals) -> None:
         """Sends a signal to a process by the pid that it has on its host."""

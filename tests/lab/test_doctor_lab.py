@@ -1,0 +1,87 @@
+"""`outlast doctor` through a job server, on three hosts: one does not share a storage, two cannot reach each other.
+
+About two minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.hosts import HEAD, Lab
+from tests.lab.runs import Run
+from tests.lab.test_lab import reason
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.skipif(reason is not None, reason=f"the lab {reason}"),
+    pytest.mark.timeout(400),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`shared/runs` is one directory; at `apart/runs` host 2 has another one."""
+    made = tmp_path_factory.mktemp("doctor")
+    for name in ("shared", "apart/runs", "hidden"):
+        (made / name).mkdir(parents=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> Iterator[Lab]:
+    with Lab() as made:
+        made.start(HEAD, cpus=0)
+        made.wait_for_nodes(1)
+        made.start(1)
+        made.start(2, mounts={str(folder / "apart/runs"): folder / "hidden"})
+        made.wait_for_nodes(3)
+        yield made
+
+
+def doctor(lab: Lab, run: Run, *options: str, code: int) -> dict[str, list[tuple[str, str]]]:
+    """Level and text of each finding, by what was examined."""
+    command = [sys.executable, "-m", "outlast.cluster.cli", "doctor", str(run.file), "--address", lab.address, "--json"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stdout + done.stderr
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in json.loads(done.stdout)["checks"]:
+        found.setdefault(row["check"], []).append((row["level"], row["text"]))
+    return found
+
+
+def test_a_host_that_does_not_share_the_storage(cluster: Lab, folder: Path, text_file: str) -> None:
+    run = Run(folder / "apart", "run", text_file, 10, 2)
+    found = doctor(cluster, run, "--quick", code=3)
+    [(level, text)] = found["storage"]
+    assert level == "failed"
+    here, one, two = (cluster.name(host) for host in range(3))
+    assert f"is not shared: {two} does not see what {here} and {one} wrote" in text
+    assert found["versions"][0][0] == "ok"
+    [(level, text)] = found["job server"]
+    assert level == "warning"
+    assert "is open: whoever reaches it may run anything" in text
+
+
+def test_two_hosts_that_cannot_reach_each_other(cluster: Lab, folder: Path, text_file: str) -> None:
+    """Ray is content with that, as both reach the head. Once mended, the all-reduce crosses the network."""
+    run = Run(folder / "shared", "run", text_file, 10, 2)
+    one, two = cluster.name(1), cluster.name(2)
+    cluster.between(1, 2, up=False)
+    found = doctor(cluster, run, code=3)
+    [(level, text)] = found["ports"]
+    assert level == "failed"
+    assert f"{one} and {two} cannot reach each other: {cluster.ip(2)}:" in text
+    assert found["storage"][0][0] == "ok"
+    cluster.between(1, 2, up=True)
+    found = doctor(cluster, run, code=0)
+    assert found["ports"] == [("ok", "2 nodes reach each other")]
+    [(level, text)] = found["all-reduce"]
+    assert level != "failed"
+    assert "gloo" in text
+    assert list((folder / "shared/runs").iterdir()) == []
