@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping
-from types import Callable, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
