@@ -27,7 +27,7 @@ from outlast.checkpointing.history import GivenUp, Limits, counted, judge, read_
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
-from outlast.checkpointing.storage import open_storage
+from outlast.checkpointing.storage import open_storage, wait_for
 from outlast.cluster.hub import ask, find_hub
 from outlast.cluster.memory import (
     DEVICE_ADVICE,
@@ -292,6 +292,7 @@ class Recorder(ray.train.UserCallback):
             event["raised"] = failure.message
         number, limit, ends = -1, -1, False
         with suppress(StorageError):  # the story has a gap, and the next failure is judged again
+            wait_for(open_storage(self._place[0]), self._place[1])
             journal.event("failure", attempt=attempt, noticed_at=round(noticed_at, 3), **event)
             number, limit, ends = self._judge(failure, hub)
         if hub is not None:

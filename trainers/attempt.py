@@ -21,9 +21,9 @@ from torch import nn
 from outlast.checkpointing import faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
-from outlast.checkpointing.layout import checkpoint_dir
+from outlast.checkpointing.layout import attempts_dir, checkpoint_dir
 from outlast.checkpointing.reader import read_verified
-from outlast.checkpointing.storage import Storage
+from outlast.checkpointing.storage import Storage, wait_for
 from outlast.trainers.adapters import base_digest, is_adapted
 from outlast.trainers.config import Exactness, NonFinite, Parallel, Settings, TrainingConfig, check_parallel
 from outlast.trainers.custom import make_importable
@@ -81,6 +81,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     check_metric(config, assignment.prepared.facts)
     place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills()})
+    world.from_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
     checkpointer = Checkpointer(
         storage,
         config.name,

@@ -197,8 +197,7 @@ class Loop:
             if first:
                 self._get_ready_to_save()
                 first = False
-                self.world.mark("first_step")
-                self._tell("under-way", step=self.step, marks=self.world.marks)
+                self._tell("under-way", step=self.step, marks=self.world.mark("first_step"))
             if agreed.trouble and not self.checkpointer.wait():
                 return Outcome.SUPERSEDED
             evaluated = self._evaluation_is_due(self.step == self.plan.num_steps) and self._evaluate()

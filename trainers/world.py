@@ -52,9 +52,10 @@ class World(Ranks):
         self.device = device or torch.device("cpu")
         self.marks = dict(marks)
 
-    def mark(self, name: str) -> None:
-        """Notes that this process has reached `name`. Read by people alone: nothing may depend on it."""
+    def mark(self, name: str) -> dict[str, float]:
+        """Notes that this process has reached `name`, and returns all marks. For people: nothing may depend on them."""
         self.marks[name] = round(time.time(), 3)
+        return dict(self.marks)
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum over the ranks, of a float64 tensor on the host.

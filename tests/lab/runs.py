@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.storage import LocalStorage, Storage
 from outlast.cluster.failures import Cause
 from outlast.cluster.status import read_status
 from tests.group import tiny_config
@@ -23,8 +23,10 @@ OUTLAST = str(Path(sys.executable).with_name("outlast"))
 class Run:
     """A tiny run with a checkpoint every 100 steps."""
 
-    def __init__(self, folder: Path, name: str, text_file: str, steps: int, workers: int) -> None:
-        self.storage, self.name = LocalStorage(folder / "runs"), name
+    def __init__(
+        self, folder: Path, name: str, text_file: str, steps: int, workers: int, storage: Storage | None = None
+    ) -> None:
+        self.storage, self.name = storage or LocalStorage(folder / "runs"), name
         body = tiny_config(name, self.storage.url, text_file, steps=steps, eval_every=200).model_dump(
             mode="json", exclude_defaults=True
         )
