@@ -47,7 +47,7 @@ class Ours:
 
     def __init__(self, hosts: Lab, folder: Path, steps: int) -> None:
         write_texts(folder / "texts.jsonl")
-        self._run = Run(folder, folder.name, str(folder / "texts.jsonl"), steps, 2)
+        self._run = Run(folder, folder.name, str(folder / "texts.jsonl"), steps, 2, standby_after_s=0)
         self._hosts, self.host_of = hosts, self._run.host_of
         self._follower = self._run.submit(hosts)
 

@@ -54,9 +54,9 @@ class FailureSettings(Settings):
     stall_s: float = Field(1800.0, ge=1.0)
     """Seconds without any event of the workers after which a supervisor stops the job and submits it again. Longer than
     the longest step, evaluation or start."""
-    standby: bool = True
-    """Keep a process with all imports done for each worker, and one on each of two spare nodes: a restart is quicker by
-    the imports. Each takes some 300 MB of host memory, and no GPU."""
+    standby_after_s: float | None = Field(30.0, ge=0.0)
+    """Once training has gone on for so long, a process with all its imports done waits for each worker, and one on each
+    of two spare nodes, and a restart takes these. Each takes some 400 MB of host memory, and no GPU; null: none."""
 
     @property
     def limits(self) -> Limits:

@@ -257,7 +257,7 @@ class Launch:
                 storage_path=f"{self.storage.url}/{self.config.name}/launches",
                 failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failures.py
                 callbacks=[recorder],
-                worker_runtime_env={"env_vars": environment(self.config) if self.config.failure.standby else {}},
+                worker_runtime_env={"env_vars": environment(self.config)},
             ),
         )
         box: dict[str, Any] = {}

@@ -26,25 +26,28 @@ from ray.core.generated.common_pb2 import Language, WorkerType
 from ray.runtime_env import RuntimeEnv
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.trainers.config import TrainingConfig
+from outlast.cluster.config import RunConfig
 from outlast.trainers.registry import TASKS
 
 NUM_SPARE_NODES = 2
-_REHEARSED = "OUTLAST_REHEARSED"
+_REHEARSED, _AFTER_S = "OUTLAST_REHEARSED", "OUTLAST_STANDBY_AFTER_S"
 _LOOK_S = 30.0
 _PATIENCE_S = 5.0
 _KEPT_S = 365 * 86400  # until the job ends
 
 
-def environment(config: TrainingConfig) -> dict[str, str]:
+def environment(config: RunConfig) -> dict[str, str]:
     """The variables of a worker of this run, and so of those that wait: what to do first, and for what model."""
+    if config.failure.standby_after_s is None:
+        return {}
     task = config.model.task if config.model.task in TASKS else ""  # a user's own may not be importable yet
     known: Mapping[str, Any] = config.model.config or {}
     if config.model.path is not None:
         with suppress(OSError, ValueError):
             known = json.loads(Path(config.model.path, "config.json").read_text())
     hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.standby.warm"}
-    return {**hook, _REHEARSED: json.dumps([task, known.get("model_type")])}
+    first = json.dumps([task, known.get("model_type")])
+    return {**hook, _REHEARSED: first, _AFTER_S: str(config.failure.standby_after_s)}
 
 
 def warm() -> None:
@@ -70,14 +73,17 @@ class Standbys:
     def __init__(self, nodes: Sequence[str]) -> None:
         self._wanted = Counter(nodes) if _REHEARSED in os.environ else Counter()
         self._served: set[str] = set()
-        self._looked_at = -_LOOK_S
+        self._next_look: float | None = None
 
     def look(self) -> None:
-        """Asks the raylets of nodes that are new for what is missing there. Now and then; else returns at once."""
+        """Asks the raylets of nodes that are new for what is missing there, some time after the first call and then
+        now and again; else returns at once."""
         now = time.monotonic()
-        if not self._wanted or now < self._looked_at + _LOOK_S:
+        if self._next_look is None:
+            self._next_look = now + float(os.environ.get(_AFTER_S, 0))
+        if not self._wanted or now < self._next_look:
             return
-        self._looked_at = now
+        self._next_look = now + _LOOK_S
         context = ray.get_runtime_context()
         request = node_manager_pb2.PrestartWorkersRequest(
             language=Language.PYTHON,

@@ -59,7 +59,7 @@ def test_what_cannot_be_rehearsed_is_left_to_the_attempt(
 @pytest.mark.faults  # a minute
 def test_a_restart_takes_the_workers_that_wait(tmp_path: Path, text_file: str) -> None:
     body = tiny_config("run", str(tmp_path), text_file, steps=10_000).model_dump(mode="json", exclude_defaults=True)
-    body["scale"] = {"workers": 2}
+    body |= {"scale": {"workers": 2}, "failure": {"standby_after_s": 0}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(body))
     driver = subprocess.Popen([OUTLAST, "train", str(tmp_path / "run.yaml")], stderr=subprocess.PIPE, text=True)
     try:

@@ -24,7 +24,14 @@ class Run:
     """A tiny run with a checkpoint every 100 steps."""
 
     def __init__(
-        self, folder: Path, name: str, text_file: str, steps: int, workers: int, storage: Storage | None = None
+        self,
+        folder: Path,
+        name: str,
+        text_file: str,
+        steps: int,
+        workers: int,
+        storage: Storage | None = None,
+        **failure: Any,
     ) -> None:
         self.storage, self.name = storage or LocalStorage(folder / "runs"), name
         body = tiny_config(name, self.storage.url, text_file, steps=steps, eval_every=200).model_dump(
@@ -32,7 +39,7 @@ class Run:
         )
         body["scale"] = {"workers": workers, "cpus_per_worker": 1}
         body["checkpoint"]["every"] = 100
-        body["failure"] = {"max_failures": 1, "max_preemptions": -1}
+        body["failure"] = {"max_failures": 1, "max_preemptions": -1, **failure}
         self.file = folder / f"{name}.yaml"
         self.file.write_text(yaml.safe_dump(body))
 
