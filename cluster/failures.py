@@ -27,7 +27,7 @@ from outlast.checkpointing.history import GivenUp, Limits, counted, judge, read_
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
-from outlast.checkpointing.storage import open_storage
+from outlast.checkpointing.storage import open_storage, wait_for
 from outlast.cluster.hub import ask, find_hub
 from outlast.cluster.memory import (
     DEVICE_ADVICE,
@@ -272,11 +272,16 @@ class Recorder(ray.train.UserCallback):
             self._errors.update(worker_exceptions)
             return
         self._last_attempt, self._last_said, self._errors = attempt, said, dict(worker_exceptions)
-        arguments = (self._journal, self._errors, workers, str(attempt or "unclaimed"))
+        arguments = (self._journal, self._errors, workers, str(attempt or "unclaimed"), time.time())
         threading.Thread(target=self._find_cause, args=arguments).start()
 
     def _find_cause(
-        self, journal: Journal, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str
+        self,
+        journal: Journal,
+        errors: dict[int, BaseException],
+        workers: list[dict[str, Any]],
+        attempt: str,
+        noticed_at: float,
     ) -> None:
         hub = find_hub(self._place[2])
         hung: Hang | None = None if hub is None else ask(hub.take_hang.remote())
@@ -300,7 +305,8 @@ class Recorder(ray.train.UserCallback):
             event["raised"] = failure.message
         number, limit, ends = -1, -1, False
         with suppress(StorageError):  # the story has a gap, and the next failure is judged again
-            journal.event("failure", attempt=attempt, **event)
+            wait_for(open_storage(self._place[0]), self._place[1])
+            journal.event("failure", attempt=attempt, noticed_at=round(noticed_at, 3), **event)
             number, limit, ends = self._judge(failure, hub)
         if hub is not None:
             numbers = {"number": number, "limit": limit, "ends": ends}
