@@ -34,7 +34,7 @@ from outlast.cluster.jobs import Job
 from outlast.cluster.status import newest_launch
 
 POLL_S = 2.0
-SILENCE_S = 120.0
+SILENCE_S = 180.0
 PAUSE_S = 2.0
 LONGEST_PAUSE_S = 300.0
 _STALLED = "stalled"
@@ -98,7 +98,7 @@ class Pulse:
                 data is prepared.
         """
         silent_s, still_s = self._since("beat", (beat, event)), self._since("event", event)
-        if silent_s >= min(SILENCE_S, self.stall_s):
+        if silent_s >= SILENCE_S:
             return f"neither its driver nor its workers have shown a sign of life for {silent_s:.0f} s"
         if event is not None and still_s >= self.stall_s:
             return f"no step for {still_s:.0f} s (failure.stall_s: {self.stall_s:g})"
@@ -228,8 +228,8 @@ class Supervisor:
         """
         storage, run = self.storage, self.config.name
         launch, attempts = newest_launch(storage, run), list_attempts(storage, run)
-        if launch is None:
-            return
+        if launch is None or launch["ended"]:
+            return  # the job has not come so far as to begin a launch of its own
         mine = [item for item in attempts[-1:] if read_claim(storage, run, item).get("launch") == launch["id"]]
         attempt = str(mine[0]) if mine else "unclaimed"
         journal = Journal(storage, launch_dir(run, launch["id"]), 1, flush_s=0)

@@ -19,8 +19,7 @@ from outlast.cluster.status import read_status
 from tests.group import tiny_config
 from tests.test_jobs import BIN
 
-NUM_FAILURES = 3
-#: Fails at its third step, when asked to.
+#: Fails at its third pass.
 BUGGY = """
 import torch
 from types import SimpleNamespace
@@ -59,12 +58,12 @@ def test_a_launch_obeys_what_others_have_left(tmp_path: Path, text_file: str) ->
 
 @pytest.mark.ray
 @pytest.mark.faults  # a minute; `.ci/run` runs it
-def test_a_step_that_fails_each_time_ends_the_run_with_one_message(tmp_path: Path, text_file: str) -> None:
+def test_a_bug_ends_the_run_with_one_message_and_every_later_launch_at_once(tmp_path: Path, text_file: str) -> None:
     (tmp_path / "buggy.py").write_text(BUGGY)
-    sections = {"model": {"class": "buggy:Buggy", "config": {}}, "checkpoint": {"every": 1}}
+    sections = {"model": {"class": "buggy:Buggy", "config": {}}, "checkpoint": {"every": 100}}
     config = tiny_config("run", str(tmp_path), text_file, sections=sections, batch=4, micro_batch=2, eval_every=100)
     body = config.model_dump(mode="json", exclude_defaults=True)
-    body["scale"] = {"workers": 2}
+    body |= {"scale": {"workers": 2}, "failure": {"max_failures": 1}}
     body["data"].pop("eval")
     body["train"].pop("eval_every")
     run_file = tmp_path / "run.yaml"
@@ -73,11 +72,14 @@ def test_a_step_that_fails_each_time_ends_the_run_with_one_message(tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 1, done.stderr
     failures = read_status(LocalStorage(tmp_path), "run")["failures"]
-    assert {failure["cause"] for failure in failures} == {"error"}
+    assert [failure["cause"] for failure in failures] == ["error"] * 2
     assert "labels are out of range" in failures[0]["message"]
-    assert "/worker-" in failures[0]["message"].rpartition("log: ")[2]
-    assert "is given up" in done.stderr
+    assert "/worker-" in failures[0]["where"]
+    given_up = "run run is given up: 2 failures without a new checkpoint (failure.max_failures: 1)"
+    assert given_up in done.stderr
+    assert done.stderr.count("labels are out of range") <= 4, "one message, not one for each rank and layer"
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert again.returncode == 1
-    assert f"{len(failures)} failures without a new checkpoint" in again.stderr or "times (failure.max" in again.stderr
+    assert given_up in again.stderr
+    assert "2 × error at step 3: ValueError: labels are out of range" in again.stderr
     assert "starting workers" not in again.stderr
