@@ -1,9 +1,12 @@
 """Seconds from a fault to the next step, beside bare Ray Train under the same fault, in one Ray cluster of four hosts.
 
+Where a worker is killed, also beside `transformers.Trainer` under a loop that starts it again, on one host without Ray.
+outlast's seconds are split by what it notes in its journal.
+
     python -m benchmarks.recovery [--quick] [--json FILE]
 
 Needs root and iproute2 (see tests/lab). A 30,000-weight GPT-2 on two hosts with a third to spare, dead nodes noticed
-within about three seconds, a checkpoint every 100 steps. The two take turns under each fault.
+within about three seconds, a checkpoint every 100 steps. They take turns under each fault.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import platform
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +28,8 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from benchmarks.command import command
+from outlast.checkpointing.journal import read_events
+from outlast.checkpointing.layout import launch_dir
 from outlast.checkpointing.lineage import run_events
 from outlast.cluster.demo import write_texts
 from tests.lab.hosts import HEAD, Lab, lab, why_not
@@ -41,7 +47,7 @@ class Ours:
 
     def __init__(self, hosts: Lab, folder: Path, steps: int) -> None:
         write_texts(folder / "texts.jsonl")
-        self._run = Run(folder, folder.name, str(folder / "texts.jsonl"), steps, 2)
+        self._run = Run(folder, folder.name, str(folder / "texts.jsonl"), steps, 2, {"failure": {"standby_after_s": 0}})
         self._hosts, self.host_of = hosts, self._run.host_of
         self._follower = self._run.submit(hosts)
 
@@ -55,6 +61,20 @@ class Ours:
 
     def is_over(self) -> bool:
         return self._follower.poll() is not None
+
+    def split(self, struck: float) -> dict[str, float]:
+        """What the seconds from the fault to the first step went to, part by part in the order of time."""
+        storage, run = self._run.storage, self._run.name
+        launches = [entry.name for entry in storage.list(f"{run}/launches")]
+        told = [event for name in launches for event in read_events(storage, launch_dir(run, name))]
+        noticed = min((event["noticed_at"] for event in told if event.get("noticed_at", 0) > struck), default=struck)
+        ways = [event["marks"] for _, event in run_events(storage, run) if event["event"] == "under-way"]
+        way = min((marks for marks in ways if marks["first_step"] > struck), key=lambda marks: marks["first_step"])
+        parts, reached = {}, struck
+        for name, at in {"detection": noticed, **way}.items():
+            parts[f"{name}_s"] = max(0.0, at - reached)
+            reached = max(reached, at)
+        return parts
 
     def submit_again(self) -> None:
         self._follower.communicate()
@@ -74,9 +94,7 @@ class Bare:
 
     def steps(self) -> Steps:
         """As `Ours.steps`."""
-        path = self._folder / "steps.txt"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [(float(line.split()[0]), int(line.split()[1])) for line in lines if len(line.split()) == 2]
+        return read_steps(self._folder)
 
     def host_of(self, rank: int) -> int:
         """Any host with a worker that is not the one that writes the steps."""
@@ -89,6 +107,35 @@ class Bare:
 
     def is_over(self) -> bool:
         return JobStatus(self._client.get_job_status(self._id)).is_terminal()
+
+
+class Relaunched:
+    """A script with `transformers.Trainer`, under a loop."""
+
+    name = "Trainer, relaunched"
+
+    def __init__(self, hosts: Lab, folder: Path, steps: int) -> None:
+        self._folder = folder
+        script = Path(__file__).with_name("recovery_trainer.py")
+        command = [sys.executable, str(script), str(folder), str(steps), str(EVERY)]
+        self._loop = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def steps(self) -> Steps:
+        """As `Ours.steps`."""
+        return read_steps(self._folder)
+
+    def kill_worker(self) -> None:
+        os.kill(int((self._folder / "rank-1.pid").read_text()), signal.SIGKILL)
+
+    def is_over(self) -> bool:
+        return self._loop.poll() is not None
+
+
+def read_steps(folder: Path) -> Steps:
+    """What a peer wrote of its steps."""
+    path = folder / "steps.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(float(line.split()[0]), int(line.split()[1])) for line in lines if len(line.split()) == 2]
 
 
 def worker_killed(hosts: Lab, run: Any) -> int | None:
@@ -117,7 +164,7 @@ def driver_killed(hosts: Lab, run: Any) -> int | None:
 
 
 FAULTS: dict[str, tuple[Callable[[Lab, Any], int | None], int, tuple[type, ...]]] = {
-    "worker SIGKILL": (worker_killed, STEPS, (Ours, Bare)),
+    "worker SIGKILL": (worker_killed, STEPS, (Ours, Bare, Relaunched)),
     "node SIGKILL, one to spare": (node_lost, STEPS, (Ours, Bare)),
     "node SIGTERM, drain of 30 s": (node_drained, DRAIN_STEPS, (Ours, Bare)),
     "driver SIGKILL, submitted again at once": (driver_killed, STEPS, (Ours,)),  # ends bare Ray Train
@@ -151,7 +198,8 @@ def one(hosts: Lab, folder: Path, name: str, kind: type) -> dict[str, float]:
     reached = max(step for _, step in made[:at])
     first_new = next(moment for moment, step in made[at:] if step > reached)
     assert max(step for _, step in made) == steps, f"{kind.name} ended at {max(step for _, step in made)}"
-    return {"stood_s": gap, "redone": reached - made[at][1] + 1, "to_new_s": first_new - max(struck, made[at - 1][0])}
+    found = {"stood_s": gap, "redone": reached - made[at][1] + 1, "to_new_s": first_new - max(struck, made[at - 1][0])}
+    return found | (run.split(struck) if isinstance(run, Ours) and not name.startswith("node SIGTERM") else {})
 
 
 @contextmanager
@@ -184,6 +232,8 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
         "stood_s": "seconds without a step",
         "redone": "steps made again",
         "to_new_s": "seconds from the fault (or the last step after its announcement) to the first new step",
+        "…_s": "outlast's seconds from the fault; process: teardown and new process, or for one that waited both under "
+        "actor; group: process group",
         "rows": rows,
     }
 

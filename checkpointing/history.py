@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -62,6 +62,7 @@ class Try:
         raised: What code raised, where, and after which step.
         what: What happened, in a few words.
         message: What was said of it.
+        where: Which rank it was, and its log, where that is known.
     """
 
     ending: Ending
@@ -76,6 +77,7 @@ class Try:
     raised: str = ""
     what: str = ""
     message: str = ""
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +110,16 @@ class GivenUp:
     @property
     def diagnosis(self) -> str:
         """The reason, and what happened how often."""
-        told = Counter((_where(item), item.message.strip()) for item in self.tries)
-        lines = (f"\n  {count} × {where}: {message}" for (where, message), count in told.items())
+        told = Counter((_what(item), item.message.strip()) for item in self.tries)
+        last = {(_what(item), item.message.strip()): item.where for item in self.tries}
+        lines = (
+            f"\n  {count} × {what}: {message}" + (f" (last: {last[what, message]})" if last[what, message] else "")
+            for (what, message), count in told.items()
+        )
         return self.reason + "".join(lines)
 
 
-def _where(item: Try) -> str:
+def _what(item: Try) -> str:
     return item.what + (f" at step {item.failed_step}" if item.failed_step is not None else "")
 
 
@@ -144,7 +150,7 @@ def judge(tries: Iterable[Try], limits: Limits, settings: str) -> GivenUp | None
     preempted = [item for item in found if not item.ending.is_failure]
     for item in failures[-1:]:
         if item.is_final:
-            return GivenUp(f"{_where(item)}, and the same settings would lead there again", (item,))
+            return GivenUp(f"{_what(item)}, and the same settings would lead there again", (item,))
     if len(failures) > 1 and failures[-1].raised and failures[-1].raised == failures[-2].raised:
         return GivenUp("the same error twice, and no step in between", (failures[-1],))
     steps = Counter(item.failed_step for item in failures if item.failed_step is not None)
@@ -216,7 +222,7 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
         failures = [e for e in read_events(storage, launch_dir(run, launch)) if e["event"] == "failure"]
         told = {str(event.get("attempt")): event for event in failures}
         dated: list[tuple[float, Try]] = [
-            (event["t"], Try(_ending(event), alive.get("settings", ""), what=_what(event), message=event["message"]))
+            (event["t"], replace(_told(event), settings=alive.get("settings", "")))
             for event in failures
             if event.get("attempt") == "unclaimed" and event["t"] >= began_at
         ]
@@ -251,30 +257,28 @@ def _read_try(
     kinds = {event["event"] for event in events}
     resume = next((event for event in events if event["event"] == "resume"), {})
     failed: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "failed"), {})
-    ending, what, message = Ending.SILENT, "driver lost", "it ended without a word"
+    ended = Try(Ending.SILENT, what="driver lost", message="it ended without a word")
     if failure is not None:
-        ending, what, message = _ending(failure), _what(failure), failure["message"]
+        ended = _told(failure)
     elif kinds & {"done", "stop", "superseded"}:
-        ending = Ending.SETTLED
+        ended = Try(Ending.SETTLED)
     elif is_live:
-        ending = Ending.OPEN
+        ended = Try(Ending.OPEN)
     elif alive.get("ended") and alive.get("exit_code") in _SETTLED:
-        ending = Ending.SETTLED
+        ended = Try(Ending.SETTLED)
     elif failed:
-        ending, what, message = Ending.FAILED, "error", str(failed["error"])
-    return Try(
-        ending,
-        settings_mark(claim.get("settings", {})),
-        commits,
-        attempt,
-        _ref(resume.get("source")),
-        tuple(ref for ref in map(_ref, resume.get("passed_over", ())) if ref is not None),
+        ended = Try(Ending.FAILED, what="error", message=str(failed["error"]))
+    return replace(
+        ended,
+        settings=settings_mark(claim.get("settings", {})),
+        commits=commits,
+        attempt=attempt,
+        base=_ref(resume.get("source")),
+        passed_over=tuple(ref for ref in map(_ref, resume.get("passed_over", ())) if ref is not None),
         has_begun=bool(kinds & {"step", "non-finite"}) or bool(commits),
         failed_step=failed.get("step"),
         is_final=bool(failed.get("final")),
         raised=(failure or {}).get("raised", ""),
-        what=what,
-        message=message,
     )
 
 
@@ -287,12 +291,10 @@ def _launch_alone(alive: Mapping[str, Any]) -> Iterator[Try]:
         yield Try(Ending.FAILED, mark, what="launch failed", message=alive.get("error") or "no word")
 
 
-def _ending(failure: Mapping[str, Any]) -> Ending:
-    return Ending.PREEMPTED if failure.get("cause") == "preempted" else Ending.FAILED
-
-
-def _what(failure: Mapping[str, Any]) -> str:
-    return f"{failure['cause']} (rank {failure['rank']})"
+def _told(failure: Mapping[str, Any]) -> Try:
+    """What a launch's journal says of the end of an attempt."""
+    ending = Ending.PREEMPTED if failure["cause"] == "preempted" else Ending.FAILED
+    return Try(ending, what=failure["cause"], message=failure["message"], where=failure.get("where", ""))
 
 
 def _ref(text: str | None) -> CheckpointRef | None:

@@ -28,6 +28,7 @@ Buffer = bytes | memoryview
 T = TypeVar("T")
 _TRIES = 3
 _PAUSE_S = 0.5
+_OUTAGE_S = 120.0
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
@@ -128,6 +129,25 @@ def patiently(read: Callable[[], T]) -> T:
                 raise StorageError(f"reading failed {_TRIES} times: {error}") from error
         time.sleep(_PAUSE_S)
     raise AssertionError("unreachable")
+
+
+def wait_for(storage: Storage, path: str) -> None:
+    """Waits until the storage answers, for two minutes at most: a server that starts anew is no reason to fail.
+
+    Raises:
+        StorageError: It does not answer, or refuses.
+    """
+    deadline = time.monotonic() + _OUTAGE_S
+    while True:
+        try:
+            storage.list(path)
+            return
+        except StorageRefused:
+            raise
+        except StorageError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 class LocalStorage:

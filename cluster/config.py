@@ -103,6 +103,10 @@ class FailureSettings(Settings):
     does not take equally long each time (start, first steps, reading data, evaluation, saves) may take 15 times as
     long. null never ends a group."""
 
+    standby_after_s: float | None = Field(30.0, ge=0.0)
+    """Once training has gone on for so long, a process with all its imports done waits for each worker, and one on each
+    of two spare nodes, and a restart takes these. Each takes some 400 MB of host memory, and no GPU; null: none."""
+
     @field_validator("hang_after")
     @classmethod
     def _is_time(cls, value: str | int | None) -> str | int | None:

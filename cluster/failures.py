@@ -27,7 +27,7 @@ from outlast.checkpointing.history import GivenUp, Limits, counted, judge, read_
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
-from outlast.checkpointing.storage import open_storage
+from outlast.checkpointing.storage import open_storage, wait_for
 from outlast.cluster.hub import ask, find_hub
 from outlast.cluster.memory import (
     DEVICE_ADVICE,
@@ -124,22 +124,22 @@ class Failure:
     num_ranks: int = 1
     excerpt: str = ""
 
-    def told(self, workers: Sequence[Mapping[str, Any]], log: str = "") -> str:
-        """The whole in one line: what was said and by whom, what to change, and where more is said.
+    @property
+    def told(self) -> str:
+        """In one line: what was said, and what to change."""
+        return f"{self.message}; to mend it, {self.cause.advice}" if self.cause.advice else self.message
+
+    def where(self, workers: Sequence[Mapping[str, Any]], log: str = "") -> str:
+        """Which ranks said so, and where more is said.
 
         Args:
             workers: What the attempt's claim says of its ranks.
-            log: Where the whole traceback lies; else the rank's own log is named.
+            log: Where the whole traceback lies; else the first rank's own log is named.
         """
-        parts = [self.message]
-        if self.num_ranks > 1:
-            parts.append(f"and {self.num_ranks - 1} more ranks alike")
-        if self.cause.advice:
-            parts.append(f"to mend it, {self.cause.advice}")
+        ranks = f"rank {self.rank}" + (f" and {self.num_ranks - 1} more alike" if self.num_ranks > 1 else "")
         mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})
-        if log or mine.get("log"):
-            parts.append(f"log: {log or mine['host'] + ':' + mine['log']}")
-        return "; ".join(parts)
+        own = f"{mine['host']}:{mine['log']}" if mine.get("log") else ""
+        return f"{ranks}, log {log or own}" if log or own else ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +251,7 @@ class Recorder(ray.train.UserCallback):
         self._journal: Journal | None = None
         self._last_attempt: AttemptId | None = None
         self._last_said: frozenset[tuple[int, str]] = frozenset()
+        self._errors: dict[int, BaseException] = {}
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """Called by Ray, perhaps several times for one end. Returns at once: no restart waits for its cause."""
@@ -266,13 +267,21 @@ class Recorder(ray.train.UserCallback):
                     attempt, workers = newest, claim.get("workers", [])
         said = frozenset((rank, str(error)) for rank, error in worker_exceptions.items())
         if attempt == self._last_attempt and said & self._last_said:
-            return  # the same end, told again; a group that fails before its claim has words of its own
-        self._last_attempt, self._last_said = attempt, said
-        arguments = (self._journal, dict(worker_exceptions), workers, str(attempt or "unclaimed"))
+            # The same end, told again, perhaps with the cause that the search still waits for. A group that fails
+            # before its claim has words of its own.
+            self._errors.update(worker_exceptions)
+            return
+        self._last_attempt, self._last_said, self._errors = attempt, said, dict(worker_exceptions)
+        arguments = (self._journal, self._errors, workers, str(attempt or "unclaimed"), time.time())
         threading.Thread(target=self._find_cause, args=arguments).start()
 
     def _find_cause(
-        self, journal: Journal, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str
+        self,
+        journal: Journal,
+        errors: dict[int, BaseException],
+        workers: list[dict[str, Any]],
+        attempt: str,
+        noticed_at: float,
     ) -> None:
         hub = find_hub(self._place[2])
         hung: Hang | None = None if hub is None else ask(hub.take_hang.remote())
@@ -283,19 +292,21 @@ class Recorder(ray.train.UserCallback):
             deaths: list[Death] = []
             with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: what the ranks said must do
                 deaths = find_deaths(workers)
-            failure = _heavier(classify(errors, deaths, drained=drained), hang)
+            failure = _heavier(classify(errors.copy(), deaths, drained=drained), hang)
             if failure is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
         log = self._write_log(attempt, errors)
-        event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told(workers, log)}
+        event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told}
+        event["where"] = failure.where(workers, log)
         if failure.cause is Cause.ERROR and "after step" in failure.message:
             event["raised"] = failure.message
         number, limit, ends = -1, -1, False
         with suppress(StorageError):  # the story has a gap, and the next failure is judged again
-            journal.event("failure", attempt=attempt, **event)
+            wait_for(open_storage(self._place[0]), self._place[1])
+            journal.event("failure", attempt=attempt, noticed_at=round(noticed_at, 3), **event)
             number, limit, ends = self._judge(failure, hub)
         if hub is not None:
             numbers = {"number": number, "limit": limit, "ends": ends}

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.preemption import Watch, draining_nodes
+from outlast.cluster.standby import Standbys
 from outlast.cluster.whereabouts import Beat, Group, Hang
 from outlast.trainers.pulse import Phase, Pulse
 
@@ -175,6 +176,8 @@ class Line:
         self._watch: Watch | None = None
         self.attempt: str | None = None
         self._is_training = False
+        self._standbys: Standbys | None = None
+        self._is_under_way = False
         self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._talk, daemon=True)
@@ -197,9 +200,14 @@ class Line:
         reason, self._save = self._save, None
         return reason
 
-    def watch(self, nodes: Collection[str]) -> None:
-        """From now on asks for a save when one of these nodes is about to be lost (rank 0)."""
-        self._watch = Watch(nodes)
+    def watch(self, nodes: Sequence[str]) -> None:
+        """From now on asks for a save when one of these nodes is about to be lost, and keeps standbys there (rank 0).
+
+        Args:
+            nodes: The node of each rank.
+        """
+        self._watch = Watch(set(nodes))
+        self._standbys = Standbys(nodes)
 
     def claimed(self, attempt: str) -> None:
         self.attempt = attempt
@@ -229,6 +237,7 @@ class Line:
     def progress(self, event: dict[str, Any]) -> None:
         self._events.append({"t": time.time(), **event})
         self._is_training = self._is_training or event["event"] == "step"
+        self._is_under_way = self._is_under_way or event["event"] == "under-way"
 
     def earlier_failure(self) -> OutlastError | None:
         """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
@@ -251,6 +260,8 @@ class Line:
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()
+                if self._is_under_way and self._standbys is not None:  # earlier, the first step would wait for them
+                    self._standbys.look()
             self._save = ask(self._hub.wanted.remote(is_training=self._is_training)) or self._save
             if closing:
                 return

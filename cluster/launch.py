@@ -27,6 +27,7 @@ import ray.train
 import ray.train.torch
 import yaml
 from ray.exceptions import AuthenticationError
+from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.commands import find_model
@@ -44,6 +45,7 @@ from outlast.cluster.failures import Recorder, RunFailed, gave_up
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.preparation import encode_on_ray
 from outlast.cluster.resize import resizers, scaling
+from outlast.cluster.standby import environment
 from outlast.cluster.worker import train_worker
 from outlast.trainers.attempt import Assignment, check_unchanged
 from outlast.trainers.config import NonFinite, Parallel
@@ -57,6 +59,7 @@ Listener = Callable[[dict[str, Any]], None]
 
 OBJECT_STORE_BYTES = 200 * 2**20
 NODES_WAIT_S = 60.0
+POLL_S = 0.5  # Ray Train looks after its workers every 2 s by default; with more than 64 of them, less often
 
 
 #: What SIGINT and SIGTERM raise in the main thread; Ray's own handler, set while it starts, raises the second.
@@ -239,6 +242,7 @@ class Launch:
     def _fit(self, assignment: Assignment, cpus: float) -> dict[str, Any]:
         """Runs Ray Train in a side thread, because it takes SIGINT for itself in the main one."""
         scale = self.config.scale
+        os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, f"{max(POLL_S, scale.max_workers * POLL_S / 64):g}")
         hub = start_hub(self.id)
         resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
         mark = settings_mark(self.declared)
@@ -253,6 +257,7 @@ class Launch:
                 storage_path=f"{self.storage.url}/{self.config.name}/launches",
                 failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failures.py
                 callbacks=[recorder, *resizers(self.config, self.id)],
+                worker_runtime_env={"env_vars": environment(self.config)},
             ),
         )
         box: dict[str, Any] = {}

@@ -86,7 +86,7 @@ class Reporter:
     def _failed(self, event: dict[str, Any]) -> None:
         left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"
         then = "" if event["ends"] else f"; starting again ({left})"
-        self.say(f"{event['cause']}, rank {event['rank']}: {event['message']}{then}")
+        self.say(f"{event['cause']}, {event['where']}: {event['message']}{then}")
         if event["excerpt"] and event["message"] not in self._explained:
             self._explained.add(event["message"])
             self._console.print(event["excerpt"], markup=False, soft_wrap=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import time
 from typing import Any
 
+import ray._private.state
 import ray.train
 import ray.train.torch
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.layout import AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.storage import Storage, open_storage
+from outlast.cluster.alive import process_start
 from outlast.cluster.failures import RankError
 from outlast.cluster.hub import Line
 from outlast.cluster.memory import log_of_this_process
@@ -19,6 +23,7 @@ from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.config import Parallel
 from outlast.trainers.world import World
 
+_IMPORTED_AT = time.time()
 #: A step that compiles kernels for a new shape may take so many times as long.
 COMPILING = 10
 
@@ -45,6 +50,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     Ray restarts the group after every exception, so only what a restart may mend is raised.
     """
+    entered_at = time.time()
     assignment: Assignment = payload["assignment"]
     context = ray.train.get_context()
     with Line(assignment.launch, context.get_world_rank(), context.get_world_size()) as line:
@@ -52,9 +58,10 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             return {"error": earlier}
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
+            marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             node = ray.get_runtime_context().get_node_id()
-            world = World(ray.train.torch.get_device(), node, log_of_this_process())
-            line.watch(set(world.gather(world.node)))
+            world = World(ray.train.torch.get_device(), node, log_of_this_process(), marks)
+            line.watch(world.gather(world.node))
             with _watchdog(line, world, storage, assignment, payload["hang_after_s"]) as dog:
                 try:
                     return {"outcome": run_attempt(assignment, storage, world, line).value}
@@ -68,3 +75,15 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             raise
         except Exception as error:  # noqa: BLE001 - raised again as what survives the way to the driver
             raise RankError.of(error) from None
+
+
+def _actor_at() -> float:
+    """When this process became this worker: it may have waited for that."""
+    row = ray._private.state.actors(ray.get_runtime_context().get_actor_id())
+    return float(row.get("StartTime", 0)) / 1000
+
+
+def _started_at() -> float:
+    """When this process began, in seconds since the epoch."""
+    ticks = int(process_start(os.getpid()) or 0)
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")

@@ -44,8 +44,8 @@ class Proxy:
 
 
 @contextmanager
-def proxy_to(endpoint: str) -> Iterator[tuple[Proxy, str]]:
-    """A proxy to `endpoint`, and its own URL."""
+def proxy_to(endpoint: str, at: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[tuple[Proxy, str]]:
+    """A proxy to `endpoint`, and its own URL. It answers at `at`, a host and a port, and nobody does when it ends."""
     proxy, place = Proxy(), urlsplit(endpoint)
 
     class Handler(BaseHTTPRequestHandler):
@@ -104,12 +104,12 @@ def proxy_to(endpoint: str) -> Iterator[tuple[Proxy, str]]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(at, Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield proxy, f"http://127.0.0.1:{server.server_address[1]}"
+        yield proxy, f"http://{at[0]}:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()

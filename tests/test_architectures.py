@@ -80,11 +80,11 @@ def settings(kind: str, config: Mapping[str, Any]) -> ModelSettings:
     return ModelSettings.model_validate({"config": {"model_type": kind, **config}, "tokenizer": {"train_bpe": 300}})
 
 
-def new_model(kind: str) -> tuple[nn.Module, dict[str, bytes]]:
+def new_model(kind: str, *, fresh: bool = True) -> tuple[nn.Module, dict[str, bytes]]:
     head, config = ARCHITECTURES[kind]
     tokenizer = train_bpe(iter(["the same text"]), 300)
     task: Any = type("Head", (CausalLM,), {"auto_class": f"AutoModelFor{head}"})
-    return build_model(settings(kind, config), task(DataSettings(train="-"), tokenizer, {}), tokenizer, 7, fresh=True)
+    return build_model(settings(kind, config), task(DataSettings(train="-"), tokenizer, {}), tokenizer, 7, fresh=fresh)
 
 
 def logits(model: Any, kind: str) -> torch.Tensor:
@@ -101,7 +101,7 @@ def train(folder: str, run: str, num_steps: int) -> dict[str, dict[str, str]]:
     """Trains every architecture to `num_steps`, from where its last checkpoint is. Returns digests of the states."""
     found = {}
     for kind in ARCHITECTURES:
-        model, files = new_model(kind)
+        model, files = new_model(kind, fresh=not (Path(folder) / f"{run}-{kind}").exists())
         naming, world = naming_of(model), World()
         saver = Checkpointer(LocalStorage(Path(folder)), f"{run}-{kind}", ranks=world, naming=naming, files=files)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

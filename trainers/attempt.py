@@ -21,9 +21,9 @@ from torch import nn
 from outlast.checkpointing import faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
-from outlast.checkpointing.layout import checkpoint_dir
+from outlast.checkpointing.layout import attempts_dir, checkpoint_dir
 from outlast.checkpointing.reader import read_verified
-from outlast.checkpointing.storage import Storage
+from outlast.checkpointing.storage import Storage, wait_for
 from outlast.trainers.adapters import base_digest, is_adapted
 from outlast.trainers.config import Exactness, NonFinite, Parallel, Settings, TrainingConfig, check_parallel
 from outlast.trainers.control import Control
@@ -82,6 +82,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     check_metric(config, assignment.prepared.facts)
     place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills()})
+    world.from_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
     checkpointer = Checkpointer(
         storage,
         config.name,
@@ -96,6 +97,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     if checkpointer.superseded:
         return Outcome.SUPERSEDED
     control.claimed(str(checkpointer.attempt))
+    world.mark("claim")
     base = checkpointer.catalogue.declaration
     check_unchanged(base, config, assignment.prepared.fingerprint)
     _check_samples(base, checkpointer.declaration)
@@ -114,6 +116,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     _tell_changes(checkpointer, base, exactness)
     is_spread = assignment.parallel is Parallel.FSDP and world.size > 1
     model = shard(model, world, exactness) if is_spread else model.to(world.device)
+    world.mark("model")
     has_eval = assignment.prepared.num_eval_samples > 0
     loop = Loop(
         config,
@@ -126,6 +129,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         control,
         non_finite=assignment.non_finite,
     )
+    world.mark("data")
     try:
         outcome = loop.run()
     except BaseException as error:

@@ -166,12 +166,12 @@ class Loop:
     def run(self) -> Outcome:
         """Runs to one of the three ends. Raises what the checkpointer raises."""
         fresh = self._resume()
+        self.world.mark("restore")
         if self.checkpointer.superseded:
             return Outcome.SUPERSEDED
         prepare_module(self.model, self.config.train, self.world, self.world.device)
         self.wrapped = self.world.parallelize(self.model, self.exactness)
-        recomputes = self.config.train.gradient_checkpointing
-        self._still = watch_buffers(self.model, self.exactness, recomputes=recomputes)
+        self._still = watch_buffers(self.model, self.exactness, recomputes=self.config.train.gradient_checkpointing)
         self.model.train()
         self._tell("plan", num_steps=self.plan.num_steps, world_size=self.world.size, step=self.step)
         if fresh and self.eval_data is not None:
@@ -183,6 +183,7 @@ class Loop:
             if first:
                 self._get_ready_to_save()
                 first = False
+                self._tell("under-way", step=self.step, marks=self.world.mark("first_step"))
             if agreed.trouble and not self.checkpointer.wait():
                 return Outcome.SUPERSEDED
             evaluated = self._evaluation_is_due(self.step == self.plan.num_steps) and self._evaluate()

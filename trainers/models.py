@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -226,9 +226,27 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
             settings.path, config=config, dtype=torch.float32, output_loading_info=True, **trusted
         )
         return model, sorted(found["missing_keys"])
-    if hasattr(builder, "from_config"):
-        return builder.from_config(config, dtype=torch.float32, **trusted), []
-    return builder(config).float(), []
+    its_own = not settings.class_ and not settings.trust_remote_code
+    with _no_init() if its_own and not fresh else nullcontext():
+        if hasattr(builder, "from_config"):
+            model = builder.from_config(config, dtype=torch.float32, **trusted)
+        else:
+            model = builder(config).float()
+    if its_own and not fresh:
+        model.tie_weights()
+    return model, []
+
+
+def _no_init() -> Any:
+    """No new weights where a checkpoint's are about to replace every one of them; a user's own class might make more.
+
+    Buffers that are in no file are made by the constructors of transformers' models, as ever.
+    """
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # earlier releases: weights are made once more
+        return nullcontext()
+    return no_init_weights()
 
 
 def _trusted(settings: ModelSettings) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,12 +37,25 @@ class World(Ranks):
         device: Where this rank computes.
         node: Name of the machine, as the cluster calls it.
         log: Where this rank's stderr goes, if anybody keeps it.
+        marks: When this process reached what on its way to the first step, in seconds since the epoch.
     """
 
-    def __init__(self, device: torch.device | None = None, node: str = "", log: str = "") -> None:
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        node: str = "",
+        log: str = "",
+        marks: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.node, self.log = node, log
         self.device = device or torch.device("cpu")
+        self.marks = dict(marks)
+
+    def mark(self, name: str) -> dict[str, float]:
+        """Notes that this process has reached `name`, and returns all marks. For people: nothing may depend on them."""
+        self.marks[name] = round(time.time(), 3)
+        return dict(self.marks)
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum over the ranks, of a float64 tensor on the host.

@@ -132,6 +132,11 @@ class Lab:
     def name(self, host: int) -> str:
         return f"{self._prefix}-h{host}"
 
+    @property
+    def here(self) -> str:
+        """This machine's address, as the hosts see it."""
+        return f"10.99.{self._network}.1"
+
     def ip(self, host: int) -> str:
         return f"10.99.{self._network}.{10 + host}"
 

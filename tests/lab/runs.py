@@ -14,7 +14,7 @@ import yaml
 from outlast.checkpointing.journal import read_events
 from outlast.checkpointing.layout import attempt_dir
 from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.storage import LocalStorage, Storage
 from outlast.cluster.failures import Cause
 from outlast.cluster.status import read_status
 from tests.group import tiny_config
@@ -34,8 +34,9 @@ class Run:
         steps: int,
         workers: int,
         sections: Mapping[str, Any] | None = None,
+        storage: Storage | None = None,
     ) -> None:
-        self.storage, self.name = LocalStorage(folder / "runs"), name
+        self.storage, self.name = storage or LocalStorage(folder / "runs"), name
         body = tiny_config(name, self.storage.url, text_file, steps=steps, eval_every=200).model_dump(
             mode="json", exclude_defaults=True
         )
