@@ -35,7 +35,7 @@ PERIOD_S = 1.0
 #: How long the ranks of a group that hangs may take to write their stacks.
 LAST_WORDS_S = 15.0
 EXIT_CODE = 70
-_CONFIRM = 5
+_CONFIRM = 10
 
 
 class StepTimedOut(OutlastError):

@@ -199,7 +199,7 @@ def test_a_rank_dawdles(
 ) -> None:
     monkeypatch.setenv(TROUBLE, "slow:1")
     _, control = watch("dawdles", 60.0)
-    assignment = assign("dawdles", sections={"model": {"task": "tests.troubled:Troubled"}}, steps=60)
+    assignment = assign("dawdles", sections={"model": {"task": "tests.troubled:Troubled"}}, steps=100)
     assert run_group(assignment, storage, 2, control)[0].outcome is Outcome.DONE
     [slow] = told(storage, "dawdles", "slow")
     assert [item["rank"] for item in slow["ranks"]] == [1]

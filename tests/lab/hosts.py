@@ -258,7 +258,7 @@ class Lab:
 
     def pause(self, host: int, *, on: bool) -> None:
         """Stops every process of a host, or lets them all go on: a machine that hangs for a while."""
-        for pid in run("ip", "netns", "pids", self._name(host)).split():
+        for pid in run("ip", "netns", "pids", self.name(host)).split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGSTOP if on else signal.SIGCONT)
 
