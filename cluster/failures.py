@@ -330,7 +330,7 @@ class Recorder(ray.train.UserCallback):
         tries = read_tries(open_storage(url), run, live=launch)
         given_up = judge(tries, self._limits, self._settings)
         if given_up is not None and hub is not None:
-            ask(hub.fail.remote(failure.rank, gave_up(run, given_up)))
+            ask(hub.give_up.remote(gave_up(run, given_up)))
         is_failure = failure.cause.is_failure
         alike = [item for item in counted(tries, self._settings) if item.ending.is_failure == is_failure]
         limit = self._limits.max_failures if is_failure else self._limits.max_preemptions
