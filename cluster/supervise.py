@@ -149,7 +149,8 @@ class Supervisor:
                 num_silent = 0
             except (PreflightError, StorageError, RuntimeError, OSError) as error:
                 num_silent += 1
-                said = error.message if isinstance(error, OutlastError) else str(error).splitlines()[0][:200]
+                first = next(iter(str(error).splitlines()), "") or type(error).__name__
+                said = error.message if isinstance(error, OutlastError) else first[:200]
                 self._wait(pause_s(num_silent, random.random()), said)
                 continue
             if ended is not None:
