@@ -78,3 +78,8 @@ class NoCheckpointError(OutlastError):
 
     exit_code = 5
     permanent = True
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says in its first line, as part of a message; the name of one that says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

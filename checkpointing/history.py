@@ -226,11 +226,14 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
             for event in failures
             if event.get("attempt") == "unclaimed" and event["t"] >= began_at
         ]
-        for attempt, claim in claims.items():
-            if claim.get("launch") == launch:
-                steps, event = commits[attempts.index(attempt)], told.get(str(attempt))
-                item = _read_try(storage, run, attempt, claim, steps, event, alive, is_live=launch == live)
-                dated.append((claim.get("claimed_at", 0.0), item))
+        mine = [attempt for attempt, claim in claims.items() if claim.get("launch") == launch]
+        for attempt in mine:
+            claim, event = claims[attempt], told.get(str(attempt))
+            steps = commits[attempts.index(attempt)]
+            item = _read_try(storage, run, attempt, claim, steps, event, alive, is_live=launch == live)
+            if item.ending is Ending.SILENT and attempt != mine[-1]:  # its driver went on: resized, or drained
+                item = replace(item, ending=Ending.SETTLED)
+            dated.append((claim.get("claimed_at", 0.0), item))
         if not dated and not failures and launch != live:
             found += _launch_alone(alive)
         found += [item for _, item in sorted(dated, key=lambda pair: pair[0])]

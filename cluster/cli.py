@@ -277,8 +277,8 @@ def status(run: Run, address: Address = None, storage: Root = "./runs", as_json:
     print(f"attempts: {body['attempts']}")
     for failure in body["failures"]:
         print(f"  {when(failure['t'])}  {failure['cause']} (rank {failure['rank']}): {failure['message'][:160]}")
-        if log := failure.get("log"):
-            print(f"    traceback: {log}")
+        if where := failure.get("where"):
+            print(f"    {where}")
     for slow in body["slow"]:
         print(f"  slow: rank {slow['rank']} on {slow['host']}, {slow['times']} times as slow as the others")
     for change in body["sizes"]:

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from outlast.checkpointing.errors import OutlastError, PreflightError
+from outlast.checkpointing.errors import OutlastError, PreflightError, first_line
 from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.storage import open_storage
 from outlast.cluster import doctor_probe, doctor_rules
@@ -189,7 +189,7 @@ class _Nodes:
             except RayTaskError as error:
                 answers[node] = _fault(error.cause)
             except (RayError, GetTimeoutError) as error:
-                what = f"not within {patience_s:.0f} s" if isinstance(error, GetTimeoutError) else _first_line(error)
+                what = f"not within {patience_s:.0f} s" if isinstance(error, GetTimeoutError) else first_line(error)
                 self._drop(node, what)
         return answers
 
@@ -253,11 +253,7 @@ def _tried(probe: Probe, method: str, given: tuple[Any, ...], same: Mapping[str,
 def _fault(error: BaseException) -> dict[str, str]:
     if isinstance(error, OutlastError):
         return {"fault": error.message, "hint": error.hint}
-    return {"fault": f"{type(error).__name__}: {_first_line(error)}", "hint": "`outlast --debug` shows more"}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return {"fault": f"{type(error).__name__}: {first_line(error)}", "hint": "`outlast --debug` shows more"}
 
 
 def _storage(nodes: _Nodes, facts: Facts, wanted: Wanted, *, quick: bool) -> list[Finding]:
@@ -321,7 +317,9 @@ def _renamed(answer: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]
 def _network(nodes: _Nodes, facts: Facts, wanted: Wanted) -> list[Finding]:
     """Doors between all nodes that may hold workers; and if those are open, a sum."""
     working = [node for node in facts if nodes.resources[node].get("CPU", 0) or nodes.resources[node].get("GPU", 0)]
-    doors = {node: tuple(door) for node, door in nodes.ask("listen", each=dict.fromkeys(working, ())).items()}
+    answers = nodes.ask("listen", each=dict.fromkeys(working, ()))
+    nodes.forget(answers)
+    doors = {node: tuple(door) for node, door in answers.items() if "fault" not in door}
     others = {here: ({there: door for there, door in doors.items() if there != here},) for here in doors}
     faults = nodes.ask("knock", each=others)
     found = doctor_rules.judge_ports({node: facts[node] for node in doors}, faults)
@@ -348,7 +346,7 @@ def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], wanted: Wanted)
         answers = dict(zip(_ranks(ranks), ray.get(calls, timeout=ANSWER_S + 2 * REDUCE_S), strict=True))
     except (RayError, GetTimeoutError) as error:
         busy = "the GPUs may be in use: run it while no run is at work" if wanted.gpus else "`ray status` says more"
-        text = f"{backend} was not tried: {_first_line(error)}"
+        text = f"{backend} was not tried: {first_line(error)}"
         return [Finding(Level.WARNING, "all-reduce", text, busy)]
     finally:
         for probe in probes:

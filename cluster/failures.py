@@ -19,8 +19,8 @@ from typing import Any
 
 import ray
 import ray._private.state
-import ray.train
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.history import GivenUp, Limits, counted, judge, read_tries
@@ -232,7 +232,7 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
     return deaths
 
 
-class Recorder(ray.train.UserCallback):
+class Recorder(WorkerGroupCallback):
     """Writes every end of a worker group into the launch's journal, and ends the run when there were too many.
 
     Lives in Ray Train's controller.
@@ -250,11 +250,19 @@ class Recorder(ray.train.UserCallback):
         self._limits, self._settings = limits, settings
         self._journal: Journal | None = None
         self._last_attempt: AttemptId | None = None
+        self._past: AttemptId | None = None
         self._last_said: frozenset[tuple[int, str]] = frozenset()
         self._errors: dict[int, BaseException] = {}
 
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """What is told from now on is another end, even in the same words, and no longer that of an earlier attempt."""
+        self._past, self._last_said = self._last_attempt, frozenset()
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Called by Ray, perhaps several times for one end. Returns at once: no restart waits for its cause."""
+        worker_exceptions: Mapping[int, BaseException] = worker_group_status.errors
+        if not worker_exceptions:
+            return
         url, run, launch = self._place
         storage = open_storage(url)
         self._journal = self._journal or Journal(storage, launch_dir(run, launch), 0, flush_s=0)
@@ -263,15 +271,14 @@ class Recorder(ray.train.UserCallback):
         with suppress(StorageError):
             for newest in list_attempts(storage, run)[-1:]:
                 claim = read_claim(storage, run, newest)
-                if claim.get("launch") == launch:
+                if claim.get("launch") == launch and newest != self._past:
                     attempt, workers = newest, claim.get("workers", [])
         said = frozenset((rank, str(error)) for rank, error in worker_exceptions.items())
-        if attempt == self._last_attempt and said & self._last_said:
-            # The same end, told again, perhaps with the cause that the search still waits for. A group that fails
-            # before its claim has words of its own.
+        if said & self._last_said:  # the same end, told again, perhaps with the cause that the search still waits for
             self._errors.update(worker_exceptions)
             return
-        self._last_attempt, self._last_said, self._errors = attempt, said, dict(worker_exceptions)
+        self._last_attempt = attempt or self._last_attempt
+        self._last_said, self._errors = said, dict(worker_exceptions)
         arguments = (self._journal, self._errors, workers, str(attempt or "unclaimed"), time.time())
         threading.Thread(target=self._find_cause, args=arguments).start()
 
@@ -330,7 +337,7 @@ class Recorder(ray.train.UserCallback):
         tries = read_tries(open_storage(url), run, live=launch)
         given_up = judge(tries, self._limits, self._settings)
         if given_up is not None and hub is not None:
-            ask(hub.fail.remote(failure.rank, gave_up(run, given_up)))
+            ask(hub.give_up.remote(gave_up(run, given_up)))
         is_failure = failure.cause.is_failure
         alike = [item for item in counted(tries, self._settings) if item.ending.is_failure == is_failure]
         limit = self._limits.max_failures if is_failure else self._limits.max_preemptions

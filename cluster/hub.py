@@ -68,6 +68,7 @@ class Hub:
         self._stop = False
         self._events: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._failures: dict[int, OutlastError] = {}
+        self._verdict: OutlastError | None = None
         self._drained: set[str] = set()
         self._groups: dict[str, Group] = {}
         self._wish = Wish()
@@ -113,9 +114,9 @@ class Hub:
         return attempt in self._drained
 
     def beat(self, group: str, beat: Beat) -> tuple[Hang | None, list[dict[str, Any]]]:
-        """Takes note of where a rank is. Tells it whether its group hangs, and which ranks are slow."""
+        """Takes note of where a rank is. Tells it whether its group hangs, and rank 0 which ranks are slow."""
         known = self._groups.setdefault(group, Group())
-        return known.hear(beat, time.monotonic()), known.slow()
+        return known.hear(beat, time.monotonic()), known.slow() if beat.rank == 0 else []
 
     def last_words(self, group: str, rank: int) -> bool:
         """Takes note that a rank of a group that hangs has written its stacks. True once all have."""
@@ -137,9 +138,13 @@ class Hub:
         self._failures[rank] = error
         return len(self._failures)
 
+    def give_up(self, error: OutlastError) -> None:
+        """Takes note that the run is given up; no rank has failed by that, so `fail` does not count it."""
+        self._verdict = error
+
     def failure(self) -> OutlastError | None:
-        """The lowest rank's permanent error, if there is any."""
-        return self._failures[min(self._failures)] if self._failures else None
+        """The lowest rank's permanent error, or why the run is given up, if there is either."""
+        return self._failures[min(self._failures)] if self._failures else self._verdict
 
 
 def start_hub(launch: str) -> Any:
@@ -172,7 +177,7 @@ class Line:
         self._rank, self._size = rank, size
         self.pulse = Pulse()
         self._stop = False
-        self._save: str | None = None
+        self._saves: deque[str] = deque()
         self._watch: Watch | None = None
         self.attempt: str | None = None
         self._is_training = False
@@ -197,8 +202,7 @@ class Line:
         return self._stop
 
     def save_requested(self) -> str | None:
-        reason, self._save = self._save, None
-        return reason
+        return self._saves.popleft() if self._saves else None
 
     def watch(self, nodes: Sequence[str]) -> None:
         """From now on asks for a save when one of these nodes is about to be lost, and keeps standbys there (rank 0).
@@ -262,7 +266,8 @@ class Line:
                 self._look_for_drains()
                 if self._is_under_way and self._standbys is not None:  # earlier, the first step would wait for them
                     self._standbys.look()
-            self._save = ask(self._hub.wanted.remote(is_training=self._is_training)) or self._save
+            if reason := ask(self._hub.wanted.remote(is_training=self._is_training)):
+                self._saves.append(reason)  # in a queue, because whoever wishes waits for the save of that name
             if closing:
                 return
 
@@ -271,5 +276,5 @@ class Line:
             return
         reason = self._watch.look(draining_nodes())
         if reason is not None:
-            self._save = reason
+            self._saves.append(reason)
             ask(self._hub.drain_noticed.remote(self.attempt or "none"))

@@ -29,7 +29,7 @@ import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from outlast.checkpointing.errors import ConfigError, PreflightError
+from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
 from outlast.cluster.config import RunConfig
 from outlast.cluster.doctor_rules import TOKEN_HINT, Finding, Level
 from outlast.trainers import preflight
@@ -93,9 +93,8 @@ def connect(address: str | None) -> JobSubmissionClient:
             f"the job server at {place} wants a token: {error.message.splitlines()[0]}", hint=TOKEN_HINT
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         hint = "check the address (the dashboard's, usually port 8265)"
-        raise PreflightError(f"no job server answers at {place}: {said}", hint=hint) from error
+        raise PreflightError(f"no job server answers at {place}: {first_line(error)}", hint=hint) from error
 
 
 def judge_server(place: str) -> list[Finding]:

@@ -25,7 +25,6 @@ from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 from ray.core.generated.common_pb2 import Language, WorkerType
 from ray.runtime_env import RuntimeEnv
 
-from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.config import RunConfig
 from outlast.trainers.registry import TASKS
 
@@ -57,7 +56,7 @@ def warm() -> None:
 
     task, model_type = json.loads(os.environ[_REHEARSED])
     if task:
-        with suppress(OutlastError):  # the attempt itself will say so
+        with suppress(Exception):  # the attempt itself will say so; what is raised here lets no worker start at all
             rehearse(task, model_type)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.commands import find_model
-from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
+from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError, first_line
 from outlast.checkpointing.history import GivenUp, counted, judge, read_tries, settings_mark
 from outlast.checkpointing.journal import Journal, last_event_at
 from outlast.checkpointing.layout import attempt_dir, launch_dir
@@ -149,7 +149,7 @@ class Supervisor:
                 num_silent = 0
             except (PreflightError, StorageError, RuntimeError, OSError) as error:
                 num_silent += 1
-                said = error.message if isinstance(error, OutlastError) else str(error).splitlines()[0][:200]
+                said = error.message if isinstance(error, OutlastError) else first_line(error)
                 self._wait(pause_s(num_silent, random.random()), said)
                 continue
             if ended is not None:

@@ -54,13 +54,14 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     assignment: Assignment = payload["assignment"]
     context = ray.train.get_context()
     with Line(assignment.launch, context.get_world_rank(), context.get_world_size()) as line:
-        if earlier := line.earlier_failure():
-            return {"error": earlier}
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
             marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             node = ray.get_runtime_context().get_node_id()
             world = World(ray.train.torch.get_device(), node, log_of_this_process(), marks)
+            # One rank asks for all: a verdict that comes just now would be heard by some, and the others wait for them.
+            if earlier := world.from_rank_0(line.earlier_failure):
+                return {"error": earlier}
             line.watch(world.gather(world.node))
             with _watchdog(line, world, storage, assignment, payload["hang_after_s"]) as dog:
                 try:

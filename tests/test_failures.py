@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
-from outlast.cluster.failures import Cause, Death, Failure, RankError, classify
+from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.history import Ending, Limits, read_tries
+from outlast.checkpointing.layout import launch_dir
+from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster import failures
+from outlast.cluster.failures import Cause, Death, Failure, RankError, Recorder, classify
 from outlast.cluster.memory import was_killed_by_kernel
 from outlast.cluster.preemption import Watch
 from outlast.trainers.attempt import num_oom_kills
@@ -131,3 +139,25 @@ def test_a_deadline_that_nobody_told_and_one_too_near_for_two_saves() -> None:
     assert watch.look({"a": 11.0}, 10.5) == "a node's last seconds"
     assert watch.look({"a": 11.0, "b": 99.0}, 10.6) == "a node is about to be lost"
     assert watch.look({"a": 11.0, "b": 99.0}, 10.7) is None
+
+
+def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "find_hub", lambda launch: None)
+    monkeypatch.setattr(failures, "find_deaths", lambda workers: [])
+    storage, launch = LocalStorage(tmp_path), "20260101-000000-a"
+    storage.put(f"{launch_dir('run', launch)}/alive.json", [b'{"settings": "now"}'])
+    recorder = Recorder(storage.url, "run", launch, Limits(), "now")
+    for number in range(3):
+        recorder.after_worker_group_start(None)
+        if number == 0:
+            Checkpointer(storage, "run", launch=launch)
+        for _ in range(2):
+            recorder.after_worker_group_poll_status(SimpleNamespace(errors={0: RuntimeError("no such device")}))
+    for thread in threading.enumerate():
+        if thread.name.startswith("Thread-") and "_find_cause" in thread.name:
+            thread.join()
+    tries = read_tries(storage, "run", live=launch)
+    assert [item.ending for item in tries] == [Ending.FAILED] * 3
+    assert [item.attempt is not None for item in tries] == [True, False, False]

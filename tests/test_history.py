@@ -218,6 +218,15 @@ def test_how_tries_ended(storage: LocalStorage) -> None:
     assert read_tries(storage, "run")[3].failed_step == 3
 
 
+def test_an_attempt_that_its_launch_ended_on_purpose_is_no_failure(storage: LocalStorage) -> None:
+    """A planned resize ends the workers without a word; then the driver is killed."""
+    life = Life(storage, "20260101-000000-a")
+    life.attempt(1)
+    life.attempt()
+    assert endings(storage) == [SETTLED, SILENT]
+    assert endings(storage, live=life.launch) == [OPEN, OPEN]
+
+
 def test_they_are_read_from_the_last_progress_on(storage: LocalStorage) -> None:
     life = Life(storage, "20260101-000000-a")
     life.failure(None)

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import launch_dir
 from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster import hub as hub_module
 from outlast.cluster.config import load_run
-from outlast.cluster.hub import Hub, Wish
+from outlast.cluster.hub import Hub, Line, Wish
 from outlast.cluster.status import read_status
 from outlast.trainers.loop import make_plan
 from tests.group import tiny_config
@@ -90,6 +91,21 @@ def test_nobody_waits_for_a_rank_0_that_is_gone() -> None:
     hub.want_save(REASON)
     assert not hub.is_saved(60)
     assert hub.is_saved(-1)
+
+
+def test_a_wish_and_an_announced_loss_at_once_are_both_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "find_hub", lambda launch: None)
+    line = Line("no-launch", 0, 1)
+    line._saves.extend([REASON, "a node is about to be lost"])
+    assert [line.save_requested() for _ in range(3)] == [REASON, "a node is about to be lost", None]
+
+
+def test_a_run_that_is_given_up_is_no_ranks_failure() -> None:
+    hub = Hub()
+    hub.give_up(OutlastError("given up"))
+    assert str(hub.failure()) == "given up"
+    assert hub.fail(1, ConfigError("a wrong setting")) == 1
+    assert str(hub.failure()) == "a wrong setting"
 
 
 def test_status_tells_why_the_number_of_workers_changed(tmp_path: Path) -> None:

@@ -55,6 +55,18 @@ def test_what_cannot_be_rehearsed_is_left_to_the_attempt(
     warm()
 
 
+def test_a_rehearsal_that_fails_keeps_no_worker_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from outlast.cluster import standby
+    from outlast.trainers import rehearsal
+
+    def fail(task: str, model_type: str | None) -> None:
+        raise KeyError(model_type)
+
+    monkeypatch.setattr(rehearsal, "rehearse", fail)
+    monkeypatch.setenv(standby._REHEARSED, '["causal-lm", "gpt2"]')
+    standby.warm()
+
+
 @pytest.mark.ray
 @pytest.mark.faults  # a minute
 def test_a_restart_takes_the_workers_that_wait(tmp_path: Path, text_file: str) -> None:

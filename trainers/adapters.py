@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, first_line
 from outlast.checkpointing.export import ADAPTER_WEIGHTS
 from outlast.checkpointing.safetensors import tensor_bytes
 from outlast.checkpointing.weights import Naming, plain_name, unwrap
@@ -76,7 +76,7 @@ def attach_lora(model: Any, settings: LoraSettings, auto_class: str, new: Collec
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")})
         raise ConfigError(
-            f"peft cannot adapt {type(model).__name__}: {str(error).splitlines()[0][:300]}",
+            f"peft cannot adapt {type(model).__name__}: {first_line(error)}",
             hint=f"set model.lora.target_modules; this model has: {', '.join(names)}",
         ) from error
     if carried:

@@ -80,20 +80,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     check_parallel(assignment.parallel, exactness)
     make_plan(config, assignment.prepared.num_samples, world.size)
     check_metric(config, assignment.prepared.facts)
-    place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
-    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills()})
-    world.from_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
-    checkpointer = Checkpointer(
-        storage,
-        config.name,
-        ranks=world,
-        launch=assignment.launch,
-        declaration=_declaration(assignment, world),
-        notes={"settings": dict(assignment.declared), "workers": workers},
-        retention=config.checkpoint.retention,
-        max_shard_bytes=config.checkpoint.max_shard_bytes,
-        settle_s=config.checkpoint.settle_s,
-    )
+    checkpointer = _claim(assignment, storage, world)
     if checkpointer.superseded:
         return Outcome.SUPERSEDED
     control.claimed(str(checkpointer.attempt))
@@ -130,6 +117,30 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         non_finite=assignment.non_finite,
     )
     world.mark("data")
+    return _run(loop, checkpointer)
+
+
+def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpointer:
+    """Claims the run, once its storage answers, and says in the claim who the ranks are."""
+    config = assignment.config
+    place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
+    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills()})
+    world.from_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
+    return Checkpointer(
+        storage,
+        config.name,
+        ranks=world,
+        launch=assignment.launch,
+        declaration=_declaration(assignment, world),
+        notes={"settings": dict(assignment.declared), "workers": workers},
+        retention=config.checkpoint.retention,
+        max_shard_bytes=config.checkpoint.max_shard_bytes,
+        settle_s=config.checkpoint.settle_s,
+    )
+
+
+def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
+    """Trains; an error stands in the journal before it is raised."""
     try:
         outcome = loop.run()
     except BaseException as error:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from outlast.checkpointing.errors import ConfigError, PreflightError
+from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
 from outlast.checkpointing.ranks import Ranks
 from outlast.trainers.config import TrainSettings
 
@@ -97,10 +97,9 @@ def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda values: values * salt, dynamic=False)(torch.ones(8, device=device))
     except (RuntimeError, OSError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         needs = "a C++ compiler (g++, or CXX)" if device.type == "cpu" else "triton and a C compiler (gcc, or CC)"
         raise PreflightError(
-            f"torch.compile does not work on this machine: {said}",
+            f"torch.compile does not work on this machine: {first_line(error)}",
             hint=f"it needs {needs} on every worker; or set train.compile: false",
         ) from error
 

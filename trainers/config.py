@@ -455,7 +455,7 @@ class TrainingConfig(Settings):
         whole = self.model_dump(mode="json", include={"seed", "model", "train", "exactness", "deterministic"})
         silent = {
             "eval_every": self.train.early_stopping is None,
-            "gradient_checkpointing": True,  # computes the same bits twice
+            "gradient_checkpointing": not self.train.compile,  # computes the same bits twice, with the same kernels
             "loss_scale": self.train.precision != "fp16",
             "loss_scale_window": self.train.precision != "fp16",
             "power": self.train.schedule != "polynomial",

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from outlast.checkpointing.errors import ConfigError, OutlastError
+from outlast.checkpointing.errors import ConfigError, OutlastError, first_line
 from outlast.checkpointing.weights import Naming
 from outlast.trainers.adapters import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.blame import told
@@ -62,7 +62,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError) as error:
         hint = "name a directory that holds tokenizer.json, or a hub id that can be reached"
-        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {_first_line(error)}", hint=hint) from error
+        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {first_line(error)}", hint=hint) from error
 
 
 def train_bpe(
@@ -342,7 +342,3 @@ def _check_looks_back(model: Any) -> None:
 
 def _read_all(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

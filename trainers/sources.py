@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import xxhash
 
-from outlast.checkpointing.errors import ConfigError, StorageError
+from outlast.checkpointing.errors import ConfigError, StorageError, first_line
 from outlast.checkpointing.manifest import BLOCK_BYTES
 from outlast.checkpointing.storage import Entry, LocalStorage, Storage, open_storage, read_bytes
 
@@ -74,7 +74,7 @@ class Source:
         except ConfigError:
             raise
         except (OSError, ValueError, pa.ArrowException) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            said = first_line(error)
             is_place = isinstance(error, OSError) and (error.errno or not isinstance(self.storage, LocalStorage))
             if is_place and not isinstance(error, FileNotFoundError):
                 hint = "check that it can be reached, then run the same command again"
