@@ -128,7 +128,9 @@ def judge_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], wa
             )
     for node, fact in facts.items():
         offered, found = resources.get(node, {}).get("GPU", 0), fact["gpus"]
-        if wanted.gpus and offered > len(found):
+        if wanted.gpus and offered and not found:
+            report.warn(f"{node} offers {offered:g} GPUs, and nvidia-smi finds none", "fine for GPUs of another maker")
+        elif wanted.gpus and offered > len(found):
             report.fail(
                 f"{node} offers {offered:g} GPUs, and nvidia-smi finds {len(found)}",
                 f"run nvidia-smi on {node}; start Ray there with --num-gpus={len(found)}",

@@ -264,10 +264,11 @@ class Line:
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()
-                if self._is_under_way and self._standbys is not None:  # earlier, the first step would wait for them
-                    self._standbys.look()
             if reason := ask(self._hub.wanted.remote(is_training=self._is_training)):
                 self._saves.append(reason)  # in a queue, because whoever wishes waits for the save of that name
+            if self._is_under_way and self._standbys is not None:  # earlier, the first step would wait for them
+                with contextlib.suppress(RayError, RuntimeError, OSError):  # asked last: dead nodes answer late
+                    self._standbys.look()
             if closing:
                 return
 
@@ -277,4 +278,4 @@ class Line:
         reason = self._watch.look(draining_nodes())
         if reason is not None:
             self._saves.append(reason)
-            ask(self._hub.drain_noticed.remote(self.attempt or "none"))
+            ask(self._hub.drain_noticed.remote(self.attempt or "unclaimed"))

@@ -108,7 +108,7 @@ class Recorded(LocalStorage):
 def in_words(verb: str, path: str) -> str:
     """Empty for what the model leaves out: journals, pins, who made a claim, and the names inside a checkpoint."""
     _, attempts, *rest = path.split("/", 4)
-    if attempts == "pins":
+    if attempts in ("pins", "launches"):
         return ""
     assert attempts == "attempts"
     if not rest:
