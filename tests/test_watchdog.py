@@ -157,8 +157,9 @@ def test_a_rank_spins(
     monkeypatch.setenv(FOLDER, str(tmp_path))
     hub, control = watch("spins", 2.0)
     assignment = assign("spins", sections={"model": {"task": "tests.troubled:Troubled"}})
-    ended = run_group(assignment, storage, 2, control)
-    assert [item.exit_code for item in ended] == [EXIT_CODE] * 2
+    first, second = run_group(assignment, storage, 2, control)
+    assert second.exit_code == EXIT_CODE
+    assert first.exit_code in (EXIT_CODE, 1), "it may hear first that the other has gone"
     hangs = {event["rank"]: event for event in told(storage, "spins", "hang")}
     assert hangs.keys() == {0, 1}
     assert all(event["missing"] == [1] for event in hangs.values())
