@@ -152,7 +152,7 @@ def judge(tries: Iterable[Try], limits: Limits, settings: str) -> GivenUp | None
         if item.is_final:
             return GivenUp(f"{_what(item)}, and the same settings would lead there again", (item,))
     if len(failures) > 1 and failures[-1].raised and failures[-1].raised == failures[-2].raised:
-        return GivenUp("the same error twice, and no step in between", (failures[-1],))
+        return GivenUp("the same error twice, and no step in between", tuple(failures[-2:]))
     steps = Counter(item.failed_step for item in failures if item.failed_step is not None)
     for step, number in steps.most_common(1):
         if number >= limits.max_same_step >= 0:

@@ -74,8 +74,8 @@ def test_a_bug_ends_the_run_with_one_message_and_every_later_launch_at_once(tmp_
     failures = read_status(LocalStorage(tmp_path), "run")["failures"]
     assert [failure["cause"] for failure in failures] == ["error"] * 2
     assert "labels are out of range" in failures[0]["message"]
-    assert "/worker-" in failures[0]["where"]
-    given_up = "run run is given up: 2 failures without a new checkpoint (failure.max_failures: 1)"
+    assert "/failure-" in failures[0]["where"]
+    given_up = "run run is given up: the same error twice, and no step in between"
     assert given_up in done.stderr
     assert done.stderr.count("labels are out of range") <= 4, "one message, not one for each rank and layer"
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
