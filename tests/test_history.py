@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,15 @@ def one(ending: Ending, *commits: int, step: int | None = None, settings: str = 
 def test_when_enough_is_enough(tries: list[Try], limits: Limits, reason: str | None) -> None:
     found = judge(tries, limits, NOW)
     assert (found.reason[: len(reason)] if found and reason else found) == reason
+
+
+def test_the_same_error_after_the_same_step_ends_it_at_once() -> None:
+    bug, other = (replace(one(Ending.FAILED), raised=f"KeyError (after step {step})") for step in (7, 8))
+    found = judge([bug, bug], Limits(), NOW)
+    assert found is not None
+    assert found.reason == "the same error twice, and no step in between"
+    for tries in ([bug], [bug, other], [bug, one(Ending.FAILED), bug], [bug, one(Ending.FAILED, 9), bug]):
+        assert judge(tries, Limits(), NOW) is None
 
 
 def test_the_diagnosis_tells_what_happened_how_often() -> None:
