@@ -319,6 +319,7 @@ def _seconds_per_step(copy: Copy) -> float:
 
 
 def _remove(copy: Copy) -> None:
+    copy.storage.delete(f"{copy.config.name}/model")  # the link, before what it leads to
     for entry in list(walk(copy.storage, copy.config.name)):
         copy.storage.delete(f"{copy.config.name}/{entry.name}")
 
