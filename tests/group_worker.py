@@ -37,6 +37,7 @@ def work(
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+        dist.barrier()  # else a rank that is refused at once may be gone before the others are connected with it
     try:
         pipe.send(Ended(0, outcome=run_attempt(assignment, open_storage(url), World(), control)))
     except OutlastError as error:
