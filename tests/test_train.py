@@ -64,7 +64,7 @@ def start(run_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
