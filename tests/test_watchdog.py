@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.lineage import run_events
+from outlast.checkpointing.lineage import list_attempts, read_claim, run_events
 from outlast.checkpointing.ranks import Ranks
 from outlast.checkpointing.storage import LocalStorage, open_storage
 from outlast.cluster.watchdog import EXIT_CODE, Watchdog
@@ -184,11 +183,15 @@ def test_a_rank_is_stopped_and_comes_back(
     group = threading.Thread(target=lambda: ended.extend(run_group(assignment, storage, 2, control)))
     group.start()
     deadline = time.monotonic() + 40
-    while not (hangs := told(storage, "stopped", "hang")) and time.monotonic() < deadline:
+    while not told(storage, "stopped", "hang") and time.monotonic() < deadline:
         time.sleep(0.1)
-    [record] = Path(stop.record).parent.glob("fired-*")
-    os.kill(json.loads(record.read_text())["pid"], signal.SIGCONT)
+    [first, second] = read_claim(storage, "stopped", list_attempts(storage, "stopped")[0])["workers"]
+    while Path(f"/proc/{first['pid']}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    hangs = told(storage, "stopped", "hang")
+    os.kill(second["pid"], signal.SIGCONT)
     group.join()
+    assert Path(stop.record).exists()
     assert [(event["rank"], event["missing"]) for event in hangs] == [(0, [1])]
     assert ended[0].exit_code == EXIT_CODE
     assert ended[1].outcome is None
