@@ -51,6 +51,10 @@ class Case:
         return self.config.train.steps or 0
 
     @property
+    def is_on_cpu(self) -> bool:
+        return self.world.device.type == "cpu"
+
+    @property
     def num_micro(self) -> int:
         """Micro-batches of a step on one rank."""
         return self.config.train.batch // self.config.train.micro_batch // self.world.size
@@ -58,7 +62,7 @@ class Case:
     def model(self) -> Any:
         tokenizer = self.prepared.tokenizer(self.storage)
         task = CausalLM(self.config.data, tokenizer, {})
-        return build_model(self.config.model, task, tokenizer, 0, fresh=True)[0].train()
+        return build_model(self.config.model, task, tokenizer, 0, fresh=True)[0].train().to(self.world.device)
 
     def data(self) -> InMemory:
         samples = self.prepared.split(self.storage, "train")
@@ -83,18 +87,27 @@ class InMemory(Dataset[dict[str, torch.Tensor]]):
 
 
 class Laps:
-    """Notes when steps begin, by the clock and in CPU time of this process."""
+    """Notes when steps begin, by the clock and in CPU time of this process.
 
-    def __init__(self) -> None:
+    Args:
+        num_steps: All steps.
+        num_warm: Steps before the clock starts.
+        settle: Waits for the device, where the clock starts and before the last step, where it stops.
+    """
+
+    def __init__(self, num_steps: int, num_warm: int = WARM_STEPS, settle: Callable[[], None] = lambda: None) -> None:
         self._at: list[tuple[float, float]] = []
+        self._num_steps, self._num_warm, self._settle = num_steps, num_warm, settle
 
     def begin(self) -> None:
+        if len(self._at) in (self._num_warm, self._num_steps - 1):
+            self._settle()
         self._at.append((time.perf_counter(), time.process_time()))
 
     def per_step(self) -> tuple[float, float]:
         """Seconds and CPU seconds of a step, from the first after the warm-up to the beginning of the last."""
-        (first, first_cpu), (last, last_cpu) = self._at[WARM_STEPS], self._at[-1]
-        count = len(self._at) - 1 - WARM_STEPS
+        (first, first_cpu), (last, last_cpu) = self._at[self._num_warm], self._at[-1]
+        count = len(self._at) - 1 - self._num_warm
         return (last - first) / count, (last_cpu - first_cpu) / count
 
 
@@ -112,7 +125,10 @@ def bare(case: Case, laps: Laps) -> None:
         for micro in range(case.num_micro):
             batch = next(batches)
             wrapped.require_backward_grad_sync = micro == case.num_micro - 1
-            (wrapped(**batch, use_cache=False).loss / case.num_micro).backward()
+            with world.autocast(case.config.train.precision):
+                on_device = {name: value.to(world.device, non_blocking=True) for name, value in batch.items()}
+                loss = wrapped(**on_device, use_cache=False).loss / case.num_micro
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -133,7 +149,11 @@ def accelerate(case: Case, laps: Laps) -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=case.num_micro)
+    accelerator = Accelerator(
+        cpu=case.is_on_cpu,
+        gradient_accumulation_steps=case.num_micro,
+        mixed_precision="bf16" if case.config.train.precision == "bf16" else "no",
+    )
     model, data = case.model(), case.data()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     loader = DataLoader(data, case.config.train.micro_batch, shuffle=True, drop_last=True)
@@ -172,7 +192,8 @@ def trainer(every: int) -> Loop:
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=case.world.broadcast(folder),
-                use_cpu=True,
+                use_cpu=case.is_on_cpu,
+                bf16=case.config.train.precision == "bf16",
                 max_steps=case.num_steps,
                 per_device_train_batch_size=case.config.train.micro_batch,
                 gradient_accumulation_steps=case.num_micro,
@@ -192,12 +213,13 @@ def trainer(every: int) -> Loop:
     return run
 
 
-def outlast(exactness: str, every: int = NEVER) -> Loop:
+def outlast(exactness: str, every: int = NEVER, *, deterministic: bool = True) -> Loop:
     """Our own."""
 
     def run(case: Case, laps: Laps) -> None:
         body = case.config.model_dump(mode="json")
-        body |= {"name": f"{exactness}-{every}-{time.time_ns()}", "exactness": exactness}
+        name = f"{exactness}-{every}-{time.time_ns()}"
+        body |= {"name": name, "exactness": exactness, "deterministic": deterministic}
         body["checkpoint"]["every"] = every
         config = TrainingConfig.model_validate(case.world.broadcast(body))
         run_attempt(Assignment(config, {}, "bench", case.prepared), case.storage, case.world, _Tells(laps))
@@ -231,7 +253,7 @@ LOOPS: dict[str, Loop] = {
 def timed(loop: Loop, case: Case) -> tuple[float, float]:
     """Seconds of a step, the slowest rank's, and CPU seconds, the ranks' mean."""
     make_deterministic(False, 1)
-    laps = Laps()
+    laps = Laps(case.num_steps)
     loop(case, laps)
     found = case.world.gather(laps.per_step())
     return max(wall for wall, _ in found), sum(cpu for _, cpu in found) / len(found)

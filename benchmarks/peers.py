@@ -77,9 +77,11 @@ class Memcpy(_Base):
 
     def save(self, step: int) -> None:
         if not hasattr(self, "_pairs"):
-            self._pairs = [(torch.empty_like(tensor), tensor) for tensor in self.training.state.values()]
+            self._pairs = [(_on_host(tensor), tensor) for tensor in self.training.state.values()]
         for kept, tensor in self._pairs:
-            kept.copy_(tensor)
+            kept.copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def finish(self) -> Path:
         return self.begin(0)
@@ -111,9 +113,16 @@ class RawWrite(_Base):
     def load(self, twin: Training) -> None:
         with open(self.path / "bytes", "rb", buffering=0) as file:
             for tensor in twin.state.values():
-                view = bytes_view(tensor.reshape(-1).view(torch.uint8))
+                host = tensor if tensor.device.type == "cpu" else _on_host(tensor)
+                view = bytes_view(host.reshape(-1).view(torch.uint8))
                 while view:
                     view = view[file.readinto(view) :]
+                tensor.copy_(host)
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Host memory for a tensor; a device copies into it by itself."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 class Outlast(_Base):
@@ -213,10 +222,10 @@ class DcpAsync(Dcp):
         super().prepare(training, folder)
         if self._kept:
             options = StagingOptions(
-                use_pinned_memory=False,
+                use_pinned_memory=torch.cuda.is_available(),
                 use_shared_memory=True,
                 use_async_staging=self._aside,
-                use_non_blocking_copy=False,
+                use_non_blocking_copy=torch.cuda.is_available(),
             )
             self._stager = DefaultStager(options)
         self._staged: Any = None

@@ -44,7 +44,7 @@ import torch
 
 from benchmarks.command import command
 from benchmarks.peers import Memcpy, Peer, RawWrite, all_peers, dcp_group
-from benchmarks.training import Memory, Training, drop_cache
+from benchmarks.training import Memory, Training, drop_cache, stacked
 
 Sample = dict[str, float]
 
@@ -95,7 +95,7 @@ def compete(peers: Sequence[Peer], rounds: int, width: int, folder: Path) -> lis
         width: Of the model's layers.
         folder: Where checkpoints lie, on the disk to measure.
     """
-    training, twin = Training(width), Training(width)
+    training, twin = stacked(width), stacked(width)
     samples: dict[str, list[Sample]] = {peer.name: [] for peer in peers}
     for peer in peers:
         place = folder / str(len(list(folder.iterdir())))
@@ -148,7 +148,7 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
         shutil.rmtree(folder)
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "state_bytes": Training(width).num_bytes,
+        "state_bytes": stacked(width).num_bytes,
         "rounds": rounds,
         "rows": rows,
     }

@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,17 +21,19 @@ LAYERS = 10
 
 
 class Training:
-    """A stack of square linear layers under AdamW: 12 bytes of state a parameter, `LAYERS * width**2` of them.
+    """A model under AdamW: 12 bytes of state a parameter. One step is made at once, so that the state is there.
+
+    Args:
+        model: The model, on its device.
+        loss: Makes the loss of a step, from it.
 
     Attributes:
         state: Weights and moments, sorted by name; the model's and the optimizer's own tensors, not copies.
     """
 
-    def __init__(self, width: int, *, batch: int = 64) -> None:
-        torch.manual_seed(7)
-        self.model = nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
+    def __init__(self, model: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
+        self.model, self._loss = model, loss
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self._batch = torch.randn(batch, width)
         self.step()
 
     @property
@@ -45,7 +48,7 @@ class Training:
         """One step. Returns its seconds, and the seconds and main-thread CPU seconds that the optimizer's step spent
         before it touched anything: in its pre-hooks, where a save that is still copying holds it up."""
         began = time.perf_counter()
-        self.model(self._batch).square().mean().backward()
+        self._loss().backward()
         fence: list[tuple[float, float]] = []
         # Registered last, so it runs after every pre-hook that a checkpointer registered.
         last = self.optimizer.register_step_pre_hook(lambda *_: fence.append((time.perf_counter(), time.thread_time())))
@@ -72,6 +75,14 @@ class Training:
         """Zeroes the state, so that only a load can bring it back."""
         for tensor in self.state.values():
             tensor.zero_()
+
+
+def stacked(width: int, *, batch: int = 64) -> Training:
+    """A stack of square linear layers, `LAYERS * width**2` parameters and their biases, on the CPU."""
+    torch.manual_seed(7)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
+    given = torch.randn(batch, width)
+    return Training(model, lambda: model(given).square().mean())
 
 
 def sync_tree(directory: Path) -> None:

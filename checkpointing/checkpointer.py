@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,21 +27,22 @@ from torch import nn
 
 from outlast.checkpointing import history, layout, lineage
 from outlast.checkpointing.committer import Committer
-from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
+from outlast.checkpointing.errors import NoCheckpointError, StorageError
 from outlast.checkpointing.faults import Point, reach
 from outlast.checkpointing.flight import Flight, FlightState
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.manifest import Manifest
 from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.reader import Index, check_listing, merge, read_blocks, read_boxes, read_index, read_verified
+from outlast.checkpointing.reader import read_blocks
+from outlast.checkpointing.restore import restore
 from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.safetensors import Spec
-from outlast.checkpointing.shards import Box, Part, part_of
+from outlast.checkpointing.shards import Part, part_of
 from outlast.checkpointing.snapshot import Copy, Snapshot
-from outlast.checkpointing.state import boxes_of_state, deal, load_optimizer, optimizer_tensors
+from outlast.checkpointing.state import deal, optimizer_tensors
 from outlast.checkpointing.storage import Storage, patiently
-from outlast.checkpointing.weights import ALL, Naming, check_weights, named_weights, parameter_names
+from outlast.checkpointing.weights import ALL, Naming, named_weights, parameter_names
 from outlast.checkpointing.writer import Share, write_file
 
 
@@ -157,7 +158,7 @@ class Checkpointer:
             return None
         rejected = list(self.catalogue.rejected)
         for index, manifest in self.catalogue.candidates:
-            state, faults = self._load(manifest, model, optimizer)
+            state, faults = restore(self.storage, self.run, manifest, self.ranks, model, optimizer, self.naming)
             if state is None:
                 rejected.append(lineage.Rejected(manifest.ref, tuple(faults)))
                 continue
@@ -173,70 +174,6 @@ class Checkpointer:
         else:
             self._tell("start")
         return None
-
-    def _load(
-        self, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer | None
-    ) -> tuple[dict[str, Any] | None, list[str]]:
-        """Loads the checkpoint if every rank finds it whole, and returns its loop state; else None and what was wrong.
-
-        Each rank reads what it needs, and together they read every byte.
-        """
-        directory = layout.checkpoint_dir(self.run, manifest.ref)
-        seen = self.ranks.everybody(lambda: self._read_headers(directory, manifest))
-        if faults := _merged(lines for _, lines in seen):
-            return None, faults
-        indexes = [mine for mine, _ in seen]
-        weights = merge(index for mine in indexes for path, index in mine.items() if not _is_state(path))
-        moments = merge(index for mine in indexes for path, index in mine.items() if _is_state(path))
-        found = {name: Spec(parts[0].spec.dtype, parts[0].shape) for name, parts in weights.items()}
-        check_weights(model, found, self.naming)
-        if optimizer is not None and not any(_is_state(entry.path) for entry in manifest.files):
-            raise ConfigError(
-                f"{manifest.ref} was saved without an optimizer; going on with an empty one would be another run",
-                hint="resume without an optimizer, or start a new run",
-            )
-        parts = {name: part_of(tensor) for name, tensor in named_weights(model, self.naming).items()}
-        targets = {name: (part.box, part.tensor) for name, part in parts.items()}
-        boxes = boxes_of_state(model, {name: stored[0].shape for name, stored in moments.items()})
-        for name, stored in moments.items():
-            box = boxes.get(name, Box.whole(stored[0].shape))
-            targets[name] = (box, torch.empty(box.shape, dtype=stored[0].spec.dtype))
-        index = {**weights, **moments}
-        read = self.ranks.everybody(lambda: self._read_state(directory, manifest, index, targets))
-        if faults := _merged(lines for _, lines in read):
-            return None, faults
-        if optimizer is not None:
-            load_optimizer(model, optimizer, {name: targets[name][1] for name in moments}, sharded=boxes.keys())
-        return read[0][0], []
-
-    def _read_state(
-        self, directory: str, manifest: Manifest, index: Index, targets: Mapping[str, tuple[Box, torch.Tensor]]
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Fills the targets; on rank 0 also reads the loop state. Returns that, and the faults."""
-        faults = read_boxes(self.storage, directory, manifest, index, targets)
-        if self.ranks.rank or faults:
-            return {}, faults
-        entry = next(entry for entry in manifest.files if entry.path == layout.LOOP_STATE)
-        try:
-            return json.loads(read_verified(self.storage, directory, entry).numpy().tobytes()), []
-        except DamagedError as error:
-            return {}, [error.message]
-
-    def _read_headers(self, directory: str, manifest: Manifest) -> tuple[dict[str, Index], list[str]]:
-        """This rank's share of the files' headers, by path. Rank 0 also looks at everything that holds no tensors."""
-        rank, size = self.ranks.rank, self.ranks.size
-        faults = check_listing(self.storage, directory, manifest) if rank == 0 else []
-        indexes: dict[str, Index] = {}
-        try:
-            for number, entry in enumerate(manifest.files if not faults else ()):
-                if entry.path.endswith(".safetensors"):
-                    if number % size == rank:
-                        indexes[entry.path] = read_index(self.storage, directory, entry)
-                elif rank == 0:
-                    read_verified(self.storage, directory, entry)
-        except DamagedError as error:
-            faults.append(error.message)
-        return indexes, faults
 
     def _is_overtaken(self) -> bool:
         return lineage.higher_claim(self.storage, self.run, self.attempt) is not None
@@ -481,15 +418,6 @@ class Checkpointer:
         if self.journal is not None:
             self.journal.event(kind, **fields)
             self.listener({"event": kind, **fields})
-
-
-def _merged(faults: Iterable[list[str]]) -> list[str]:
-    """Every rank's faults, each once."""
-    return sorted({line for lines in faults for line in lines})
-
-
-def _is_state(path: str) -> bool:
-    return path.startswith(f"{layout.STATE_DIR}/optimizer-")
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

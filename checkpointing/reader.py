@@ -10,12 +10,15 @@ slice is verified by the blocks that it touches.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from queue import SimpleQueue
+from typing import BinaryIO
 
 import torch
 import xxhash
@@ -35,6 +38,8 @@ from outlast.checkpointing.shards import Box
 from outlast.checkpointing.storage import Storage, patiently, walk
 
 _NUM_READERS = 4
+#: A block that goes to more places than this is read in one piece first.
+_MAX_PIECES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,28 +107,58 @@ def _block_bytes(entry: FileEntry, number: int) -> int:
     return min(BLOCK_BYTES, entry.num_bytes - number * BLOCK_BYTES)
 
 
-def _read_block(storage: Storage, directory: str, entry: FileEntry, number: int, into: memoryview) -> None:
-    """Reads and verifies one block. Raises DamagedError, or StorageError after some tries."""
+def _read_block(storage: Storage, directory: str, entry: FileEntry, number: int, *into: memoryview) -> None:
+    """Reads one block into these places, one after the other, and verifies it.
+
+    Raises DamagedError, or StorageError after some tries.
+    """
     patiently(lambda: _read_block_once(storage, directory, entry, number, into))
 
 
-def _read_block_once(storage: Storage, directory: str, entry: FileEntry, number: int, into: memoryview) -> None:
-    begin, position = number * BLOCK_BYTES, 0
+def _read_block_once(
+    storage: Storage, directory: str, entry: FileEntry, number: int, into: Sequence[memoryview]
+) -> None:
+    begin = number * BLOCK_BYTES
+    end = begin + _block_bytes(entry, number)
     try:
         with storage.open(f"{directory}/{entry.path}") as file:
-            file.seek(begin)
-            while position < into.nbytes:
-                count = file.readinto(into[position:])  # type: ignore[attr-defined]
-                if not count:
-                    raise _truncated(entry, begin + position)
-                position += count
-            longer = begin + position == entry.num_bytes and bool(file.read(1))
+            position = _fill(file, begin, into)
+            if position < end:
+                raise _truncated(entry, position)
+            if end == entry.num_bytes and file.seek(0, os.SEEK_END) > end:
+                raise _longer(entry)
     except FileNotFoundError:
         raise DamagedError(f"{entry.path}: missing") from None
-    if longer:
-        raise _longer(entry)
-    if xxhash.xxh3_64(into).hexdigest() != entry.blocks[number]:
+    digest = xxhash.xxh3_64()
+    for view in into:
+        digest.update(view)
+    if digest.hexdigest() != entry.blocks[number]:
         raise _changed(entry, number)
+
+
+def _fill(file: BinaryIO, position: int, into: Sequence[memoryview]) -> int:
+    """Reads from `position` on until all places are full or the file ends; returns where that was."""
+    rest = [view for view in into if view.nbytes]
+    file.seek(position)
+    while rest:
+        if isinstance(file, io.BufferedReader):
+            count = os.preadv(file.fileno(), rest, position)
+        elif len(rest) == 1:
+            count = file.readinto(rest[0])  # type: ignore[attr-defined]
+        else:  # of an object store, where each read is a request
+            data = memoryview(file.read(sum(view.nbytes for view in rest)))
+            count = data.nbytes
+            for view in rest:
+                view[: data.nbytes] = data[: view.nbytes]
+                data = data[view.nbytes :]
+        if not count:
+            break
+        position += count
+        while rest and count >= rest[0].nbytes:
+            count -= rest.pop(0).nbytes
+        if count:
+            rest[0] = rest[0][count:]
+    return position
 
 
 def merge(indexes: Iterable[Index]) -> Index:
@@ -144,8 +179,9 @@ def read_boxes(
 ) -> list[str]:
     """Reads boxes of the named tensors into tensors that are there already. Returns the faults, one line a file.
 
-    Blocks go through a small buffer that stays, several at a time: fresh memory costs more than reading. With faults,
-    the targets hold a mixture and are not to be used.
+    Several blocks at a time, straight into the targets where these are contiguous memory of the host, else through a
+    small buffer that stays: fresh memory costs more than reading. With faults, the targets hold a mixture and are not
+    to be used.
 
     Args:
         storage: The storage root.
@@ -169,7 +205,7 @@ def read_boxes(
             missing -= prod(shared.shape)
             begin, end, held = _rows(part, shared)
             place = shared.of(target, box)
-            if held != shared or not place.is_contiguous() or place.device.type != "cpu":
+            if held != shared or not place.is_contiguous():
                 whole = torch.empty(held.shape, dtype=target.dtype)
                 afterwards.append((place, shared.of(whole, held)))
                 place = whole
@@ -219,8 +255,9 @@ def _carry_out(
         buffer = buffers.get()
         try:
             block = buffer[: _block_bytes(entries[path], number)]
-            _read_block(storage, directory, entries[path], number, bytes_view(block))
-            for move in moves[path, number]:
+            pieces = _pieces(block, moves[path, number])
+            _read_block(storage, directory, entries[path], number, *(pieces or [bytes_view(block)]))
+            for move in moves[path, number] if pieces is None else ():
                 move.target.copy_(block[move.begin : move.begin + move.target.numel()])
         finally:
             buffers.put(buffer)
@@ -236,6 +273,20 @@ def _carry_out(
                 pool.shutdown(cancel_futures=True)
                 raise
     return sorted(faults.values())
+
+
+def _pieces(block: torch.Tensor, moves: Sequence[_Move]) -> list[memoryview] | None:
+    """The places that a block's bytes go to, one after the other: targets, and `block` itself for what nobody wants.
+
+    None where some target is not memory of the host, or they are too many.
+    """
+    if len(moves) > _MAX_PIECES or any(move.target.device.type != "cpu" for move in moves):
+        return None
+    pieces, position = [], 0
+    for move in sorted(moves, key=lambda move: move.begin):
+        pieces += [bytes_view(block[position : move.begin]), bytes_view(move.target)]
+        position = move.begin + move.target.numel()
+    return [*pieces, bytes_view(block[position:])]
 
 
 def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[memoryview]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -52,9 +53,10 @@ class Snapshot:
                 hint="set checkpoint.overlap: false, which writes from the weights themselves while training waits; "
                 "or use more workers, each of which then holds a smaller share",
             )
-        on_device = any(part.tensor.is_cuda for part in parts.values())
-        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_device)
+        self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
         self._buffer[::4096] = 0  # touches every page now, not in the first save
+        if any(part.tensor.is_cuda for part in parts.values()):
+            _pin(self._buffer)
 
     def take(self, parts: Mapping[str, Part], *, now: Collection[str]) -> Copy:
         """Begins a copy, one at a time. Somebody must call its `run`.
@@ -138,6 +140,24 @@ class Copy:
         else:
             self._done.wait()
         self.fenced_s += time.monotonic() - began
+
+
+def _pin(buffer: torch.Tensor) -> None:
+    """Locks the buffer's pages, so that a device copies into them by itself, and lets them go with it.
+
+    By hand, because torch's own pinned memory comes in powers of two: up to twice what was asked for.
+
+    Raises:
+        ConfigError: The driver refuses.
+    """
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+    if error:
+        raise ConfigError(
+            f"cannot lock {buffer.numel():,} bytes of host memory for a snapshot (CUDA error {error})",
+            hint="set checkpoint.overlap: false, which writes from the weights themselves while training waits",
+        )
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
 
 
 def _padded(part: Part) -> int:

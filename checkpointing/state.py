@@ -64,8 +64,7 @@ def load_optimizer(
     """
     parameters = _named_parameters(model)
     optimizer.state.clear()
-    on_device = [group for group in optimizer.param_groups if group.get("fused") or group.get("capturable")]
-    counted_there = {id(parameter) for group in on_device for parameter in group["params"]}
+    devices = devices_of_state(model, optimizer, tensors)
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
         if name not in parameters:
@@ -78,9 +77,24 @@ def load_optimizer(
         if number in _NUMBER_NAMES:
             optimizer.state[parameter][key] = _NUMBER_NAMES[number](tensor.item())
             continue
-        on_host = key == "step" and id(parameter) not in counted_there
-        placed = tensor.detach().to("cpu" if on_host else parameter.device)
+        placed = tensor.detach().to(devices[full_name])
         optimizer.state[parameter][key] = like(parameter, placed) if full_name in sharded else placed
+
+
+def devices_of_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: Collection[str]
+) -> dict[str, torch.device]:
+    """Where the optimizer wants each state tensor: beside its parameter, but for what counts steps and is no tensor."""
+    parameters = _named_parameters(model)
+    groups = [group for group in optimizer.param_groups if group.get("fused") or group.get("capturable")]
+    counted_there = {id(parameter) for group in groups for parameter in group["params"]}
+    devices = {}
+    for full_name in names:
+        name, key = full_name.rsplit("/", 1)
+        parameter = parameters.get(name)
+        is_beside = parameter is not None and ":" not in key and (key != "step" or id(parameter) in counted_there)
+        devices[full_name] = parameter.device if parameter is not None and is_beside else torch.device("cpu")
+    return devices
 
 
 def boxes_of_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Box]:

@@ -89,8 +89,9 @@ def run_group(
     control: Quiet | None = None,
     folder: Path | None = None,
     limit_s: float = GRACE_S,
+    device: str = "cpu",
 ) -> list[Ended]:
-    """Runs one attempt on `size` ranks and returns how each ended, in rank order.
+    """Runs one attempt on `size` ranks and returns how each ended, in rank order. They share a `device`.
 
     A rank that has not ended after `limit_s` hangs, and that is an error.
     """
@@ -100,7 +101,8 @@ def run_group(
     pipes, processes = [], []
     for rank in range(size):
         mine, theirs = _context.Pipe(duplex=False)
-        arguments = (rank, size, str(rendezvous), assignment, storage.url, control or Quiet(), theirs, dict(os.environ))
+        here = (rank, size, str(rendezvous), device)
+        arguments = (*here, assignment, storage.url, control or Quiet(), theirs, dict(os.environ))
         processes.append(_context.Process(target=work, args=arguments, daemon=True))
         pipes.append((mine, theirs))
     for process in processes:

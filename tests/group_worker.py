@@ -25,6 +25,7 @@ def work(
     rank: int,
     size: int,
     rendezvous: str,
+    device: str,
     assignment: Assignment,
     url: str,
     control: Any,
@@ -39,7 +40,7 @@ def work(
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
         dist.barrier()  # else a rank that is refused at once may be gone before the others are connected with it
     try:
-        pipe.send(Ended(0, outcome=run_attempt(assignment, open_storage(url), World(), control)))
+        pipe.send(Ended(0, outcome=run_attempt(assignment, open_storage(url), World(torch.device(device)), control)))
     except OutlastError as error:
         with contextlib.suppress(OSError):
             pipe.send(Ended(0, error=error))
