@@ -8,7 +8,6 @@ sources and every setting that changes what comes out.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -20,9 +19,10 @@ from typing import Any
 import xxhash
 
 from outlast.checkpointing.errors import ConfigError, DamagedError
-from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry
+from outlast.checkpointing.manifest import BLOCK_BYTES, FileEntry
 from outlast.checkpointing.storage import LocalStorage, Storage, read_bytes
 from outlast.checkpointing.writer import write_file
+from outlast.trainers.cache import local_copy, verified_chunks
 from outlast.trainers.columns import Chosen, choose_columns, name_of, texts_in
 from outlast.trainers.config import DataSettings, TrainingConfig
 from outlast.trainers.encoding import Piece, Place, Split, here, usable_pieces
@@ -85,14 +85,7 @@ class Prepared:
         if isinstance(storage, LocalStorage):
             return Samples(storage.path(f"{self.directory}/{file}"))
         entry = next(entry for entry in self.files if entry.path == file)
-        cached = LocalStorage(cache_dir())
-        path = f"{self.fingerprint}/{file}"
-        try:
-            for _ in _verified_chunks(cached, self.fingerprint, entry):
-                pass
-        except (FileNotFoundError, DamagedError):
-            cached.put(path, _verified_chunks(storage, self.directory, entry))
-        return Samples(cached.path(path))
+        return Samples(local_copy(storage, self.directory, self.fingerprint, entry))
 
 
 def prepare(config: TrainingConfig, storage: Storage, cluster: Place | None = None) -> Prepared:
@@ -138,25 +131,9 @@ def _from_json(body: dict[str, Any]) -> Prepared:
     return Prepared(**{**body, "notes": tuple(body["notes"])}, files=files)
 
 
-def cache_dir() -> Path:
-    """Where this machine keeps copies of prepared data: `$OUTLAST_CACHE`, or `~/.cache/outlast`."""
-    return Path(os.environ.get("OUTLAST_CACHE", "~/.cache/outlast")).expanduser() / "data"
-
-
-def _verified_chunks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[bytes]:
-    """The file's bytes. Raises DamagedError after the last of them if they are not what was written."""
-    digester = Digester()
-    with storage.open(f"{directory}/{entry.path}") as file:
-        for chunk in iter(partial(file.read, BLOCK_BYTES), b""):
-            digester.update(chunk)
-            yield chunk
-    if digester.entry(entry.path) != entry:
-        raise DamagedError(f"{directory}/{entry.path}: bytes changed since the data was prepared")
-
-
 def _verify(storage: Storage, prepared: Prepared) -> None:
     for entry in prepared.files:
-        for _ in _verified_chunks(storage, prepared.directory, entry):
+        for _ in verified_chunks(storage, prepared.directory, entry):
             pass
 
 
