@@ -6,6 +6,7 @@ done here; a lifecycle rule of the bucket that aborts incomplete uploads does th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from outlast.checkpointing.errors import StorageError
@@ -17,6 +18,25 @@ def abort_orphans(storage: Storage, run: str, below: AttemptId) -> int:
     """Aborts what attempts lower than `below` left unfinished, and returns how many uploads that were.
 
     A superseded attempt that is still at work loses its save by it, which could not have been acknowledged.
+
+    Raises:
+        StorageError: The store refused or did not answer.
+    """
+
+    def is_orphan(path: str) -> bool:
+        attempt = AttemptId.parse(path.split("/")[0])
+        return attempt is not None and attempt < below
+
+    return abort_uploads(storage, attempts_dir(run), is_orphan)
+
+
+def abort_uploads(storage: Storage, directory: str, is_orphan: Callable[[str], bool] = lambda path: True) -> int:
+    """Aborts the unfinished uploads below `directory`, and returns how many that were.
+
+    Args:
+        storage: The storage.
+        directory: Relative to its root.
+        is_orphan: Whether the upload of a file is to be aborted, by its path below `directory`.
 
     Raises:
         StorageError: The store refused or did not answer.
@@ -34,22 +54,22 @@ def abort_orphans(storage: Storage, run: str, below: AttemptId) -> int:
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError:
         return 0
-    prefix = f"{place.prefix}{attempts_dir(run)}/"
+    prefix = f"{place.prefix}{directory}/"
     addressing = "path" if place.endpoint else "auto"  # as pyarrow does with an endpoint of one's own
     config = Config(s3={"addressing_style": addressing}, retries={"mode": "standard"})
     count = 0
     try:
-        client = boto3.client("s3", region_name=place.region, endpoint_url=place.endpoint, config=config)
+        session = boto3.Session()  # the default one is not for several threads
+        client = session.client("s3", region_name=place.region, endpoint_url=place.endpoint, config=config)
         pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=prefix)
         for upload in (upload for page in pages for upload in page.get("Uploads", ())):
-            attempt = AttemptId.parse(upload["Key"].removeprefix(prefix).split("/")[0])
-            if attempt is not None and attempt < below:
+            if is_orphan(upload["Key"].removeprefix(prefix)):
                 with suppress(client.exceptions.NoSuchUpload):  # its writer was faster
                     client.abort_multipart_upload(Bucket=place.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
                 count += 1
     except (BotoCoreError, ClientError) as error:
         raise StorageError(
-            f"cannot abort unfinished uploads below {storage.url}/{attempts_dir(run)}: {error}",
+            f"cannot abort unfinished uploads below {storage.url}/{directory}: {error}",
             hint="let the credentials list and abort multi-part uploads, or give the bucket a lifecycle rule that does",
         ) from error
     return count

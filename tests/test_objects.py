@@ -62,6 +62,19 @@ def test_the_end_of_a_large_put_survives(rough: tuple[Proxy, ObjectStorage], mis
     assert read_bytes(storage, name) == LARGE
 
 
+@pytest.mark.parametrize("num_chunks", [pytest.param(1, marks=pytest.mark.faults), 3])
+def test_an_end_that_never_comes_leaves_what_was_there(rough: tuple[Proxy, ObjectStorage], num_chunks: int) -> None:
+    """And that it is there, of equal size, is not taken for success."""
+    proxy, storage = rough
+    name, size = f"twice-{num_chunks}", len(LARGE) // num_chunks
+    storage.put(name, [LARGE])
+    proxy.add("POST", f"{name}?uploadId", Mischief.BREAK, 1000)
+    with pytest.raises(StorageError, match=rf"cannot write .*/{name}"):
+        storage.put(name, [LARGE[::-1][begin : begin + size] for begin in range(0, len(LARGE), size)])
+    assert proxy.met
+    assert read_bytes(storage, name) == LARGE
+
+
 @pytest.mark.parametrize("mischief", Mischief)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
 def test_reading_listing_and_deleting_survive(
