@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from typing import Any
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.layout import AttemptId, attempts_dir
@@ -49,18 +51,14 @@ def abort_uploads(storage: Storage, directory: str, is_orphan: Callable[[str], b
     if place is None:
         return 0
     try:
-        import boto3
-        from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
+
+        client = _client(place.region, place.endpoint)
     except ImportError:
         return 0
     prefix = f"{place.prefix}{directory}/"
-    addressing = "path" if place.endpoint else "auto"  # as pyarrow does with an endpoint of one's own
-    config = Config(s3={"addressing_style": addressing}, retries={"mode": "standard"})
     count = 0
     try:
-        session = boto3.Session()  # the default one is not for several threads
-        client = session.client("s3", region_name=place.region, endpoint_url=place.endpoint, config=config)
         pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=prefix)
         for upload in (upload for page in pages for upload in page.get("Uploads", ())):
             if is_orphan(upload["Key"].removeprefix(prefix)):
@@ -73,3 +71,14 @@ def abort_uploads(storage: Storage, directory: str, is_orphan: Callable[[str], b
             hint="let the credentials list and abort multi-part uploads, or give the bucket a lifecycle rule that does",
         ) from error
     return count
+
+
+@cache
+def _client(region: str, endpoint: str | None) -> Any:
+    """A client is safe for several threads; the session that makes it is not, so each has its own."""
+    import boto3
+    from botocore.config import Config
+
+    addressing = "path" if endpoint else "auto"  # as pyarrow does with an endpoint of one's own
+    config = Config(s3={"addressing_style": addressing}, retries={"mode": "standard"})
+    return boto3.Session().client("s3", region_name=region, endpoint_url=endpoint, config=config)
