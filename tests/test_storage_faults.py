@@ -323,4 +323,5 @@ def test_trouble_at_any_operation_costs_nothing_acknowledged(
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         ended = Counter(pool.map(strike, ordinals))
     print(f"{place} {verb} {trouble}{' for good' if lasting else ''}: {dict(ended)}")
-    cover("Storage that fails", f"{trouble}{', for good' if lasting else ''}", f"{verb}, {place}", ended.total())
+    what = "Storage that fails" if full else "Storage that fails, a slice of the same"
+    cover(what, f"{trouble}{', for good' if lasting else ''}", f"{verb}, {place}", ended.total())
