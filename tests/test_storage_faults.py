@@ -8,6 +8,7 @@ newest acknowledged commit or one after it, and leave nothing but what counts af
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import threading
@@ -30,6 +31,7 @@ import outlast.checkpointing.storage as storage_module
 from outlast.checkpointing import objects
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.journal import FLUSH_S, Journal
 from outlast.checkpointing.layout import CheckpointRef, attempt_dir, checkpoint_dir, parse_checkpoint
 from outlast.checkpointing.lineage import catalogue, list_attempts
 from outlast.checkpointing.objects import ObjectStorage
@@ -199,9 +201,10 @@ def lying(storage: Storage) -> Iterator[CheckpointRef]:
 
 
 @pytest.fixture(autouse=True)
-def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two tries of a read."""
+def without_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pause between two tries of a read, and as many operations on a slow machine as on a fast one."""
     monkeypatch.setattr(storage_module, "_PAUSE_S", 0.0)
+    monkeypatch.setitem(Journal.__init__.__kwdefaults__, "flush_s", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -307,12 +310,15 @@ def test_trouble_at_any_operation_costs_nothing_acknowledged(
     copier: Callable[[str, int], Callable[[], Storage]],
     num_operations: Callable[[str], Counter[str]],
     cover: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     number = num_operations(place if full else "local")[verb]
     few = sorted({*range(0, number, number // 3), *range(number - 6, number)})  # here and there, and in the last save
     ordinals = range(number) if full else few if place == "local" else few[4::4]
 
     copy = copier(place, 2 if full else 1)
+    if trouble is Trouble.SLOW:  # the clock is what it could work through
+        monkeypatch.setitem(Journal.__init__.__kwdefaults__, "flush_s", FLUSH_S)
 
     def strike(ordinal: int) -> str:
         storage = copy()
