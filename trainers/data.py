@@ -1,8 +1,9 @@
 """From raw rows to Arrow files of samples, once.
 
 Prepared data lies under `<storage>/.data/<fingerprint>/`, its own manifest written last, so that a crash leaves nothing
-that counts and two preparers at once are harmless: both write the same bytes. The fingerprint covers the bytes of the
-sources and every setting that changes what comes out.
+that counts and two preparers at once are harmless: both write the same bytes. Once the manifest is there, no upload
+below it is needed, and whoever sees it aborts those that are unfinished: their writers are dead, or will find the data
+made. The fingerprint covers the bytes of the sources and every setting that changes what comes out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 
 import xxhash
 
-from outlast.checkpointing.errors import ConfigError, DamagedError
+from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
 from outlast.checkpointing.manifest import BLOCK_BYTES, FileEntry
 from outlast.checkpointing.storage import LocalStorage, Storage, read_bytes
+from outlast.checkpointing.uploads import abort_uploads
 from outlast.checkpointing.writer import write_file
 from outlast.trainers.cache import local_copy, verified_chunks
 from outlast.trainers.columns import Chosen, choose_columns, name_of, texts_in
@@ -102,15 +104,28 @@ def prepare(config: TrainingConfig, storage: Storage, cluster: Place | None = No
     """
     fingerprint = _fingerprint(config)
     directory = f".data/{fingerprint}"
+    prepared = _find(config, storage, directory)
+    if prepared is None:
+        is_large = cluster is not None and _is_large(config.data)
+        try:
+            prepared = _make(config, storage, fingerprint, directory, cluster if cluster and is_large else here)
+        except StorageError:  # perhaps because somebody else has made it meanwhile, and aborted what was uploaded here
+            prepared = _find(config, storage, directory)
+            if prepared is None:
+                raise
+    with suppress(StorageError):  # what is left there costs money and nothing else
+        abort_uploads(storage, directory)
+    return prepared
+
+
+def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared | None:
+    """What was made before, verified; None if it is not there, not whole, or made of fewer rows than it may be."""
     try:
         prepared = _from_json(json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
         _verify(storage, prepared)
-        if prepared.num_bad_rows <= config.data.max_bad_rows:
-            return prepared
     except (FileNotFoundError, DamagedError, ValueError, KeyError, TypeError):
-        pass
-    is_large = cluster is not None and _is_large(config.data)
-    return _make(config, storage, fingerprint, directory, cluster if cluster and is_large else here)
+        return None
+    return prepared if prepared.num_bad_rows <= config.data.max_bad_rows else None
 
 
 def _is_large(settings: DataSettings) -> bool:
