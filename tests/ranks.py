@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
         try:
             for rank, (mine, _) in enumerate(pipes):
                 assert mine.poll(LIMIT_S), f"rank {rank} does not answer"
-                answers.append(mine.recv())
+                answers.append(pickle.loads(mine.recv_bytes()))
         finally:
             for process in processes:
                 process.join(5)
@@ -49,8 +50,11 @@ def _rank(rank: int, size: int, place: str, function: Callable[..., Any], argume
     torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
+    answer: tuple[bool, Any]
     try:
-        pipe.send((False, function(*arguments)))
+        answer = (False, function(*arguments))
     except BaseException:  # noqa: BLE001 - shown by the test
-        pipe.send((True, traceback.format_exc()))
+        answer = (True, traceback.format_exc())
+    # As plain bytes: a pipe's own way lends tensors out, and a lender that has gone cannot be asked for them.
+    pipe.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
