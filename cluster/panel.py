@@ -19,6 +19,8 @@ from outlast.cluster.story import State
 #: Wider than this nothing gets.
 MOST = 100
 _LABEL = 9
+#: What took a smaller share of the time is in the bar, but not in the words.
+_LITTLE = 0.005
 _SPARKS = "▁▂▃▄▅▆▇█"
 _COLOURS = {
     Kind.TRAIN: "green",
@@ -72,8 +74,8 @@ def plain(seen: Overview) -> str:
 
 
 def _head(seen: Overview, width: int) -> Text:
-    line = Text(seen.run, "bold")
-    line.append("  ")
+    line = Text()
+    line.append(f"{seen.run}  ", "bold")
     line.append(seen.doing, _STATES.get(seen.state, "bold"))
     if seen.attempt is not None:
         line.append(f", attempt {seen.attempt}")
@@ -88,17 +90,16 @@ def _bar(seen: Overview, width: int) -> list[Text]:
     if not seen.num_steps:
         return []
     done = min(1.0, seen.step / seen.num_steps)
-    words = f"{seen.step:,}/{seen.num_steps:,} {share(done)}"
+    words = [f"{seen.step:,}/{seen.num_steps:,} {share(done)}"]
     if seen.left_s:
-        words += f", {duration(seen.left_s)} left"
-    room = min(40, width - _LABEL - len(words) - 2)
-    line = Text(f"{'step':{_LABEL}}", "dim")
-    if room >= 8:
-        full = round(done * room)
-        line.append("━" * full, "green")
-        line.append("━" * (room - full), "bright_black")
-        line.append("  ")
-    line.append(words)
+        words.append(f"{duration(seen.left_s)} left")
+    room = min(40, width - _LABEL - len(", ".join(words)) - 2)
+    if room < 8:
+        return _labelled("step", [Text(word) for word in words], width)
+    line, full = _begun("step"), round(done * room)
+    line.append("━" * full, "green")
+    line.append("━" * (room - full), "bright_black")
+    line.append("  " + ", ".join(words))
     return [_cut(line, width)]
 
 
@@ -108,13 +109,15 @@ def _loss(seen: Overview, width: int) -> list[Text]:
     parts = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in _main_score(seen)]
     if seen.lr is not None:
         parts.append(f"lr {seen.lr:.3g}")
-    number, rest = f"{seen.loss:.3f}", "".join(f"  {part}" for part in parts)
-    room = min(32, width - _LABEL - len(number) - len(rest) - 2)
-    line = Text(f"{'loss':{_LABEL}}", "dim")
+    number = f"{seen.loss:.3f}"
+    room = min(32, width - _LABEL - len("  ".join([number, *parts])) - 2)
+    if room < 8:
+        return _labelled("loss", [Text(number, "bold"), *map(Text, parts)], width)
+    line = _begun("loss")
     line.append(number, "bold")
-    if room >= 8 and len(seen.losses) > 1:
+    if len(seen.losses) > 1:
         line.append("  " + sparkline(seen.losses, room), "green")
-    line.append(rest)
+    line.append("".join(f"  {part}" for part in parts))
     return [_cut(line, width)]
 
 
@@ -151,24 +154,27 @@ def _saved(seen: Overview) -> list[Text]:
     elif seen.state.is_live:
         parts.append(Text("nothing yet", "dim"))
     if seen.save and seen.save.commit_s is not None and seen.save.blocked_s is not None:
-        parts.append(Text(f"a save takes {duration(seen.save.commit_s)}, stall {duration(seen.save.blocked_s)}"))
+        parts.append(Text(f"takes {duration(seen.save.commit_s)}"))
+        parts.append(Text(f"stall {duration(seen.save.blocked_s)}"))
     return parts
 
 
 def _goodput(ledger: Ledger, width: int) -> list[Text]:
     if ledger.goodput is None:
         return []
-    line = Text(f"{'goodput':{_LABEL}}", "dim")
+    line = _begun("goodput")
     line.append(share(ledger.goodput), "bold")
-    room = min(40, width - _LABEL - line.cell_len + _LABEL - 2)
+    room = min(40, width - line.cell_len - 2)
     parts = [(kind, seconds) for kind, seconds in ledger.seconds.items() if seconds > 0]
     if room >= 16:
         line.append("  ")
         for kind, columns in zip((kind for kind, _ in parts), _apportion([s for _, s in parts], room), strict=True):
             line.append("█" * columns, _COLOURS[kind])
-    words = []
-    for kind, seconds in sorted(parts, key=lambda part: -part[1]):
-        words.append(Text(f"{kind.words} {duration(seconds)}", _COLOURS[kind] if kind is not Kind.WAIT else "dim"))
+    words = [
+        Text(f"{kind.words} {duration(seconds)}", _COLOURS[kind])
+        for kind, seconds in sorted(parts, key=lambda part: -part[1])
+        if seconds >= _LITTLE * ledger.wall_s
+    ]
     return [_cut(line, width), *_labelled("", words, width)]
 
 
@@ -176,15 +182,16 @@ def _interrupted(seen: Overview, width: int, number: int) -> list[Text]:
     if not seen.interruptions:
         return []
     count = len(seen.interruptions)
-    words = [Text(f"{count} time{'s' if count > 1 else ''}"), Text(f"{seen.num_lost:,} steps lost")]
-    lines = _labelled("ended", words, width)
+    words = f"{seen.num_lost:,} step{'' if seen.num_lost == 1 else 's'}, in {count} interruption{'s'[: count - 1]}"
+    lines = _labelled("lost", [Text(words)], width)
     for item in seen.interruptions[-number:] if number else ():
-        lines.append(_cut(Text(" " * _LABEL) + _told(item, seen.now), width))
+        lines.append(_cut(_begun("").append_text(_told(item, seen.now)), width))
     return lines
 
 
 def _told(item: Interruption, now: float) -> Text:
-    line = Text(f"{clock(item.at, now)}  ", "dim")
+    line = Text()
+    line.append(f"{clock(item.at, now)}  ", "dim")
     line.append(item.cause, "yellow")
     if item.rank is not None:
         line.append(f" (rank {item.rank})")
@@ -208,9 +215,16 @@ def _labelled(label: str, parts: Sequence[Text], width: int) -> list[Text]:
         else:
             if lines:
                 lines[-1].append(",")
-            lines.append(Text(f"{label if not lines else '':{_LABEL}}", "dim"))
+            lines.append(_begun("" if lines else label))
         lines[-1].append_text(part)
     return [_cut(line, width) for line in lines]
+
+
+def _begun(label: str) -> Text:
+    """A line with its label."""
+    line = Text()
+    line.append(f"{label:{_LABEL}}", "dim")
+    return line
 
 
 def _cut(line: Text, width: int) -> Text:
