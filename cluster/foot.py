@@ -38,6 +38,7 @@ class Foot:
     ) -> None:
         self._console, self._lines, self._keep, self._period_s = console, lines, keep, period_s
         self._file: TextIO = console.file  # type: ignore[assignment]
+        console.file = self._file  # else it would find the stream that stands for it later on
         self._drawn: list[Text] = []
         self._columns = 0
         self._lock = threading.RLock()

@@ -198,7 +198,8 @@ def _told(item: Interruption, now: float) -> Text:
     if item.resumed_from is not None:
         line.append(f" → from step {item.resumed_from:,}")
     if item.message:
-        line.append(f": {' '.join(item.message.split())}", "dim")
+        words = " ".join(item.message.split())
+        line.append(f": {''.join(letter for letter in words if letter.isprintable())}", "dim")
     return line
 
 

@@ -145,7 +145,9 @@ def chromium(folder: Path) -> Iterator[Browser]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:
         assert process.stderr is not None
-        found = next((port for line in process.stderr if (port := re.search(rb"listening on ws://.*:(\d+)/", line))), None)
+        found = next(
+            (port for line in process.stderr if (port := re.search(rb"listening on ws://.*:(\d+)/", line))), None
+        )
         assert found, "chromium ended before it listened"
         threading.Thread(target=process.stderr.read, daemon=True).start()  # lest it waits for a full pipe
         yield Browser(int(found[1]))

@@ -12,7 +12,8 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import launch_dir
 from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.status import SILENCE_S, list_runs, read_status
+from outlast.cluster.status import list_runs, read_status
+from outlast.cluster.story import SILENCE_S
 from tests.small import small_model
 
 
@@ -29,6 +30,12 @@ def test_a_loop_of_ones_own_has_nobody_to_tell(tmp_path: Path) -> None:
     assert checkpointer.save(3, model, optimizer, {})
     found = read_status(storage, "run")
     assert (found["state"], found["step"], found["attempts"]) == ("unattended", 3, 1)
+    assert found["newest_checkpoint"]["step"] == 3
+    assert found["newest_checkpoint"]["verified_at"] is None
+    again = Checkpointer(storage, "run")
+    assert again.resume(model, optimizer) is not None
+    again.flush()
+    assert read_status(storage, "run")["newest_checkpoint"]["verified_at"] == pytest.approx(time.time(), abs=60)
 
 
 @pytest.mark.parametrize(
