@@ -48,4 +48,6 @@ def share(part: float) -> str:
     percent = 100 * part
     if 0 < percent < 0.1:
         return "<0.1 %"
+    if 99.5 <= percent < 100:
+        return f"{int(100 * percent) / 100:.2f} %"
     return f"{percent:.1f} %" if percent < 9.95 else f"{percent:.0f} %"

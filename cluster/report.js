@@ -42,6 +42,7 @@
   const share = (part) => {
     const percent = 100 * part;
     if (percent > 0 && percent < 0.1) return "<0.1 %";
+    if (percent >= 99.5 && percent < 100) return `${(Math.floor(100 * percent) / 100).toFixed(2)} %`;
     return percent < 9.95 ? `${percent.toFixed(1)} %` : `${percent.toFixed(0)} %`;
   };
   const two = (n) => String(n).padStart(2, "0");
@@ -70,7 +71,7 @@
     tile(whole(data.step), "step", of);
     const evaluated = data.scores.eval_loss;
     tile(data.loss === null ? "–" : figures(data.loss), "loss", evaluated === undefined ? "" : `evaluation ${figures(evaluated)}`);
-    tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "of wall time made steps that count", true);
+    tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "of wall time, in steps that count", true);
     const ends = data.marks.filter((mark) => mark.kind !== "restore").length;
     tile(whole(data.num_lost), "steps lost", `in ${ends} interruption${ends === 1 ? "" : "s"}`);
     const rate = data.tokens_per_s ? [short(data.tokens_per_s), "tokens/s"] : data.samples_per_s ? [short(data.samples_per_s), "samples/s"] : ["–", ""];
@@ -104,7 +105,7 @@
       ctx.fillRect(a, bbox.top, Math.max(2, b - a), bbox.height);
     }
     ctx.globalAlpha = 1;
-    ctx.lineWidth = 1.5 * devicePixelRatio;
+    ctx.lineWidth = 2 * devicePixelRatio;
     ctx.setLineDash([5 * devicePixelRatio, 4 * devicePixelRatio]);
     for (const mark of marks) {
       const x = Math.round(u.valToPos(mark.x, "x", true));
@@ -149,7 +150,7 @@
       place.replaceChildren();
       const [first, last] = [rows[0][0], rows[0][rows[0].length - 1]];
       const u = new uPlot({
-        width: place.clientWidth, height: place.clientHeight, legend: { show: false }, padding: [8, 16, 0, 0],
+        width: place.clientWidth, height: place.clientHeight, legend: { show: false }, padding: [8, 26, 0, 0],
         cursor: { y: false, points: { size: 7 } },
         scales: { x: { time: false, range: (u, a, b) => (a === b ? [first - 1, last + 1] : [a, b]) }, y: { range } },
         axes: axes(byTime, value),
@@ -170,16 +171,23 @@
     ends[1] = ends[0].map(() => null);
     return uPlot.join([[x, y], [others.x, others.loss], ends], [[2, 2], [2, 2], [2]]).slice(0, 3);
   };
+  /** Few values far above all others leave the chart, lest they flatten it. */
+  const ceiling = (values) => {
+    const sorted = values.filter((value) => value !== null).sort((a, b) => a - b);
+    const [low, high] = [0.02, 0.98].map((part) => sorted[Math.floor(part * (sorted.length - 1))]);
+    return high + 2 * (high - low) || Infinity;
+  };
+  const most = Math.max(ceiling(data.by_step.loss), ...data.by_step.eval.loss);
   const padded = (u, low, high) => {
     if (low === null || high === null) return [0, 1];
-    const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
-    return [low - room, high + room];
+    const top = Math.max(low, Math.min(high, most)), room = (top - low) * 0.06 || Math.abs(top) * 0.1 || 1;
+    return [low - room, top + room];
   };
   const line = () => ({ stroke: colour("accent"), width: 1.6, spanGaps: false });
-  const dots = () => ({ stroke: colour("eval"), width: 0, paths: () => null, points: { show: true, size: 7, stroke: colour("eval"), fill: colour("card"), width: 1.8 } });
+  const dots = (number) => number > 60 ? { stroke: colour("eval"), width: 1.2, dash: [3, 3], spanGaps: true, points: { show: false } } : ({ stroke: colour("eval"), width: 0, paths: () => null, points: { show: true, size: 7, stroke: colour("eval"), fill: colour("card"), width: 1.8 } });
   const lossCharts = () => {
     const { by_step: s, by_time: t } = data;
-    const series = () => [line(), dots()];
+    const series = () => [line(), dots(s.eval.x.length)];
     const steps = joined(s.x, s.loss, s.eval, 0, data.num_steps || data.step);
     const lr = new Map(s.x.map((step, index) => [step, s.lr[index]]));
     const values = (rows, idx) => [
@@ -207,10 +215,12 @@
       legend.append(make("li", "", icon, words));
     };
     entry("", "accent", "training");
-    if (s.eval.x.length) entry("dot", "eval", "evaluation");
+    if (s.eval.x.length) entry(s.eval.x.length > 60 ? "dots" : "dot", "eval", "evaluation");
     for (const [kind, [name, words]] of Object.entries(MARKS))
       if (data.marks.some((mark) => mark.kind === kind)) entry("dash", name, words);
     if (data.redone.steps.length) entry("band", "redo", "steps done again");
+    const above = s.loss.filter((value) => value > most);
+    if (above.length) legend.append(make("li", "", `higher losses, up to ${figures(above.reduce((a, b) => Math.max(a, b)))}, leave the charts`));
     if (s.x.length) legend.append(make("li", "", "drag to zoom, double click for all"));
   };
   const otherCharts = () => {

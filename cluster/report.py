@@ -16,8 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-import yaml
-
 from outlast.checkpointing.commands import look, verify_run
 from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.lineage import list_pins
@@ -57,7 +55,6 @@ class Report:
         names = {item.ref: f"{storage.url}/{checkpoint_dir(run, item.ref)}" for item in accepted}
         seen = overview(story, time.time())
         data = page_data(story, seen, catalogue, list_pins(storage, run), verdicts, names)
-        data["settings"] = data["settings"] and yaml.safe_dump(data["settings"], sort_keys=False, allow_unicode=True)
         return cls({**data, "version": _version()})
 
     def to_html(self) -> str:

@@ -6,12 +6,13 @@ least and the greatest value stay, so that no spike is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 
 from outlast.checkpointing.commands import Verdict
 from outlast.checkpointing.layout import CheckpointRef
@@ -22,24 +23,26 @@ from outlast.cluster.overview import Overview, interruptions, verified
 from outlast.cluster.story import Attempt, Story
 
 MOST_POINTS = 3000
+MOST_EVALS = 600
 MOST_SPANS = 1200
 MOST_ROWS = 500
 MOST_FILES = 200
 
+T = TypeVar("T")
 Numbers = npt.NDArray[np.float64]
 
 
 def thin(values: Numbers, most: int = MOST_POINTS) -> npt.NDArray[np.int64]:
-    """Indices of at most `most` of the values: of each of equally many neighbours the least and the greatest."""
+    """Indices of about `most` of the values: the ends, and of so many neighbours each the least and the greatest."""
     if len(values) <= most:
         return np.arange(len(values))
-    bounds = np.linspace(0, len(values), most // 2 + 1).astype(np.int64)
+    bounds = np.linspace(0, len(values), max(1, most // 2 - 1) + 1).astype(np.int64)
     kept = {
         int(begin + index)
         for begin, end in pairwise(bounds)
         for index in (np.argmin(values[begin:end]), np.argmax(values[begin:end]))
     }
-    return np.array(sorted(kept))
+    return np.array(sorted(kept | {0, len(values) - 1}))
 
 
 def rounded(values: Iterable[float], digits: int = 6) -> list[float]:
@@ -103,7 +106,7 @@ def page_data(
         "attempts": [_attempt_row(story, attempt) for attempt in attempts[-MOST_ROWS:]],
         "checkpoints": _checkpoints(story, catalogue, pinned, verdicts, names),
         "is_verified": verdicts is not None,
-        "settings": next((item.claim["settings"] for item in reversed(attempts) if item.claim.get("settings")), None),
+        "settings": _settings(attempts),
         "changes": list(_changes(attempts))[-MOST_ROWS:],
         "notes": [_note(item, note) for item in attempts for note in item.notes if _is_news(story, item, note)][
             -MOST_ROWS:
@@ -118,6 +121,10 @@ def _column(values: Any) -> Numbers:
     return np.array(values, dtype=np.float64)
 
 
+def _thinned(items: Sequence[T], value: Callable[[T], float]) -> list[T]:
+    return [items[index] for index in thin(_column([value(item) for item in items]), MOST_EVALS)]
+
+
 def _by_step(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """The loss and the learning rate of each step, as it was made last; and the evaluations."""
     numbers = np.concatenate([_column(item.steps.number) for item in attempts] or [_column([])])
@@ -130,7 +137,7 @@ def _by_step(attempts: Sequence[Attempt]) -> dict[str, Any]:
     order = order[np.isfinite(columns["loss"][order])]
     kept = order[thin(columns["loss"][order])]
     evals = {found.step: found.scores for item in attempts for found in item.evaluations if "eval_loss" in found.scores}
-    scored = sorted(evals)
+    scored = _thinned(sorted(evals), lambda step: evals[step]["eval_loss"])
     return {
         "x": [int(number) for number in numbers[kept]],
         "loss": rounded(columns["loss"][kept]),
@@ -165,17 +172,18 @@ def _by_time(story: Story, begin: float) -> dict[str, Any]:
         x += np.maximum(at[kept], x[-1] if x else 0.0).round(2).tolist()
         loss += rounded(losses[kept])
         step += [int(number) for number in np.array(attempt.steps.number)[mine][kept]]
-    evals = sorted(
-        (max(0.0, found.ended_at - begin), found.scores["eval_loss"], found.step)
+    scores = sorted(
+        (max(0.0, found.ended_at - begin), found.scores["eval_loss"])
         for item in story.in_order
         for found in item.evaluations
         if "eval_loss" in found.scores
     )
+    evals = _thinned(scores, lambda score: score[1])
     return {
         "x": x,
         "loss": loss,
         "step": step,
-        "eval": {"x": [round(at, 2) for at, _, _ in evals], "loss": rounded(value for _, value, _ in evals)},
+        "eval": {"x": [round(at, 2) for at, _ in evals], "loss": rounded(value for _, value in evals)},
     }
 
 
@@ -357,6 +365,12 @@ def _health(verdict: Verdict | None, resumed_at: float | None) -> dict[str, Any]
     if resumed_at is not None:
         return {"health": "whole", "said": "every byte was read when an attempt resumed from it", "at": resumed_at}
     return {"health": "unread", "said": "digests were computed while it was written; nobody has read it back yet"}
+
+
+def _settings(attempts: Sequence[Attempt]) -> str:
+    """The newest settings, as a run file has them."""
+    found = next((item.claim["settings"] for item in reversed(attempts) if item.claim.get("settings")), None)
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True) if found else ""
 
 
 def _changes(attempts: Sequence[Attempt]) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,15 +141,15 @@ def chromium(folder: Path) -> Iterator[Browser]:
     """Chromium with a profile of its own in `folder`."""
     assert CHROMIUM is not None
     command = [CHROMIUM, *_FLAGS, f"--user-data-dir={folder}", "about:blank"]
-    # A group of its own, because the browser is many processes.
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    log = folder / "log"
+    with log.open("wb") as file:  # a group of its own, because the browser is many processes
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
-        assert process.stderr is not None
-        found = next(
-            (port for line in process.stderr if (port := re.search(rb"listening on ws://.*:(\d+)/", line))), None
-        )
-        assert found, "chromium ended before it listened"
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # lest it waits for a full pipe
+        deadline = time.monotonic() + _LIMIT_S
+        while not (found := re.search(r"listening on ws://.*:(\d+)/", log.read_text(errors="replace"))):
+            assert process.poll() is None, log.read_text(errors="replace")
+            assert time.monotonic() < deadline, log.read_text(errors="replace")
+            time.sleep(0.05)
         yield Browser(int(found[1]))
     finally:
         os.killpg(process.pid, signal.SIGKILL)
