@@ -64,13 +64,15 @@ class Steps:
     def add(self, event: Mapping[str, Any]) -> None:
         if self.number and event["step"] <= self.number[-1]:
             return
+        get = event.get
         self.number.append(event["step"])
-        self.tokens.append(event.get("tokens", 0))
-        for column, name in ((self.loss, "loss"), (self.lr, "lr"), (self.grad_norm, "grad_norm")):
-            value = event.get(name)
-            column.append(nan if value is None else value)
-        self.seconds.append(event.get("seconds", 0.0))
-        self.ended_at.append(event.get("ended_at", event.get("t", 0.0)))
+        self.tokens.append(get("tokens", 0))
+        loss, norm = get("loss"), get("grad_norm")
+        self.loss.append(nan if loss is None else loss)
+        self.grad_norm.append(nan if norm is None else norm)
+        self.lr.append(get("lr", nan))
+        self.seconds.append(get("seconds", 0.0))
+        self.ended_at.append(get("ended_at", get("t", 0.0)))
 
     def began_at(self, index: int) -> float:
         return self.ended_at[index] - self.seconds[index]
@@ -195,7 +197,9 @@ class Attempt:
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """Takes one of its events. Those of a kind that is not known here change nothing."""
-        self.heard_at = max(self.heard_at, float(event.get("t", 0.0)))
+        at = float(event.get("t", 0.0))
+        if at > self.heard_at:
+            self.heard_at = at
         match event["event"]:
             case "step":
                 self.steps.add(event)
