@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from outlast.checkpointing.layout import AttemptId
+from outlast.checkpointing.journal import EVENTS
+from outlast.checkpointing.layout import CLAIM, AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.story import Story
 
 Event = dict[str, Any]
@@ -90,3 +93,13 @@ def story(*parts: tuple[Any, Event, Any], run: str = "run") -> Story:
             for event in events:
                 item.hear(event)
     return told
+
+
+def write(storage: LocalStorage, run: str, *parts: tuple[Any, Event, Any]) -> None:
+    """Puts a story where a run's journals would lie."""
+    for name, body, events in parts:
+        is_launch = isinstance(name, str)
+        directory = launch_dir(run, name) if is_launch else attempt_dir(run, AttemptId(name, f"{name:04x}"))
+        storage.put(f"{directory}/{'alive.json' if is_launch else CLAIM}", [json.dumps(body).encode()])
+        lines = [json.dumps(event).encode() + b"\n" for event in events]
+        storage.put(f"{directory}/{EVENTS}-0-000000.jsonl", lines)
