@@ -77,12 +77,14 @@ def _head(seen: Overview, width: int) -> Text:
     line = Text()
     line.append(f"{seen.run}  ", "bold")
     line.append(seen.doing, _STATES.get(seen.state, "bold"))
-    if seen.attempt is not None:
-        line.append(f", attempt {seen.attempt}")
+    parts = [f"attempt {seen.attempt}"] if seen.attempt is not None else []
     if seen.world_size:
-        line.append(f", {seen.world_size} worker{'s' if seen.world_size > 1 else ''}")
+        parts.append(f"{seen.world_size} worker{'s' if seen.world_size > 1 else ''}")
     if seen.ledger.wall_s:
-        line.append(f", {duration(seen.ledger.wall_s)} in all", "dim")
+        parts.append(f"{duration(seen.ledger.wall_s)} in all")
+    for part in parts:
+        if line.cell_len + 2 + len(part) <= width:
+            line.append(f", {part}")
     return _cut(line, width)
 
 
