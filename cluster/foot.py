@@ -24,7 +24,7 @@ class Foot:
     Args:
         console: The terminal.
         lines: Makes the lines, each narrower than the columns that it is given. Called in a thread of its own.
-        keep: Leave the last lines standing in the end.
+        keep: Leave the last lines standing in the end; may be changed until then.
         period_s: Between two looks at `lines`.
     """
 
@@ -36,7 +36,7 @@ class Foot:
         keep: bool = False,
         period_s: float = PERIOD_S,
     ) -> None:
-        self._console, self._lines, self._keep, self._period_s = console, lines, keep, period_s
+        self._console, self._lines, self.keep, self._period_s = console, lines, keep, period_s
         self._file: TextIO = console.file  # type: ignore[assignment]
         console.file = self._file  # else it would find the stream that stands for it later on
         self._drawn: list[Text] = []
@@ -62,10 +62,10 @@ class Foot:
         for name, stream, aside in self._streams:
             setattr(sys, name, stream)
             aside.finish()
-        if self._keep:
+        if self.keep:
             self.refresh()
         with self._lock:
-            self._file.write("\n" if self._keep and self._drawn else self._up() + "\x1b[J")
+            self._file.write("\n" if self.keep and self._drawn else self._up() + "\x1b[J")
             self._file.flush()
             self._drawn = []
 

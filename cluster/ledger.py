@@ -116,10 +116,13 @@ class _Book:
 
 
 def account(story: Story, now: float) -> Ledger:
-    """Where the time of a run went, up to `now` (seconds since the epoch) if it is at work."""
+    """Where the time of a run went, up to `now` (seconds since the epoch) if it is at work.
+
+    A loop of one's own tells neither launches nor steps; then there is no account.
+    """
     begins = [at for launch in story.launches.values() if (at := launch.began_at) is not None]
     begin = min([*begins, *(attempt.claimed_at for attempt in story.in_order)], default=None)
-    if begin is None:
+    if begin is None or (story.newest_launch is None and not any(item.steps for item in story.in_order)):
         return Ledger()
     book = _Book(begin, _end_of(story, now))
     reached, left = 0, set[str]()

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from outlast.checkpointing.commands import look
 from outlast.checkpointing.errors import OutlastError, StorageError
+from outlast.checkpointing.journal import FLUSH_S
 from outlast.checkpointing.layout import AttemptId
 from outlast.checkpointing.storage import Storage
 from outlast.cluster.follow import Follower, list_launches
@@ -25,7 +26,7 @@ from outlast.cluster.panel import panel, plain
 from outlast.cluster.story import State, Story
 
 PLAIN_PERIOD_S = 10.0
-WATCH_PERIOD_S = 1.0
+WATCH_PERIOD_S = FLUSH_S / 2  # a journal says nothing new more often
 _PHASES = {"data": "preparing data", "ray": "starting workers"}
 
 
@@ -46,14 +47,15 @@ class Reporter:
         title: What stands before each line.
         console: Where to write; stderr by default.
         storage: Where the run's past lies, which the panel counts in; without it only what is heard counts.
-        keep: Leave the panel standing in the end.
+        keep: Leave the panel standing in the end, if there is anything to tell.
     """
 
     def __init__(
         self, title: str, console: Console | None = None, storage: Storage | None = None, *, keep: bool = False
     ) -> None:
         self._title, self._console, self._storage = title, console or terminal(), storage
-        self._foot = Foot(self._console, self._lines, keep=keep) if is_live(self._console) else None
+        self._foot = Foot(self._console, self._lines) if is_live(self._console) else None
+        self._keep = keep
         self._story = Story(title)
         self._lock = threading.Lock()
         self._doing = "starting"
@@ -68,6 +70,7 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         if self._foot is not None:
+            self._foot.keep = self._keep and bool(self._story.attempts)
             self._foot.__exit__()
 
     def say(self, text: str) -> None:

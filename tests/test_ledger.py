@@ -206,8 +206,8 @@ PEACEFUL = (
         pytest.param(
             (attempt(1, 10, start(11), saved(5, 20), launch=""),),
             LATER,
-            10,
-            {"restart": 10},
+            0,
+            {},
             id="a-loop-of-ones-own",
         ),
         pytest.param(
