@@ -1,12 +1,14 @@
 """A few lines at the foot of a terminal that change in place, while whatever else is printed scrolls by above them.
 
 Each change is one write: the old lines are overwritten, not cleared, and nothing is written when nothing has changed,
-so nothing flickers. What Python code prints meanwhile, to stderr or to stdout where that is the terminal too, comes out
-in whole lines above. A terminal that was made narrower has wrapped the old lines; their rows are counted anew.
+so nothing flickers. Whatever is written meanwhile to stderr, or to stdout where that is a terminal too, comes out in
+whole lines above, whoever writes it: libraries, loggers that were made before, child processes. A terminal that was
+made narrower has wrapped the old lines; their rows are counted anew.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 PERIOD_S = 0.5
+_PATIENCE_S = 1.0
 
 
 class Foot:
@@ -37,37 +40,38 @@ class Foot:
         period_s: float = PERIOD_S,
     ) -> None:
         self._console, self._lines, self.keep, self._period_s = console, lines, keep, period_s
-        self._file: TextIO = console.file  # type: ignore[assignment]
-        console.file = self._file  # else it would find the stream that stands for it later on
+        self._stream: TextIO = console.file  # type: ignore[assignment]
+        self._file = self._stream
         self._drawn: list[Text] = []
         self._columns = 0
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._refresh_on, daemon=True)
-        self._streams: list[tuple[str, Any, _Aside]] = []
+        self._asides: list[_Aside] = []
 
     def __enter__(self) -> Foot:
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream.isatty():
-                aside = _Aside(stream, self.write)
-                self._streams.append((name, stream, aside))
-                setattr(sys, name, aside)
+        stream = self._stream
+        if stream in (sys.stdout, sys.stderr):
+            self._file = os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors="replace")
+            self._console.file = self._file
+        self._asides = [_Aside(stream, self.write) for stream in (sys.stdout, sys.stderr) if stream.isatty()]
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
         self._thread.join()
-        for name, stream, aside in self._streams:
-            setattr(sys, name, stream)
-            aside.finish()
+        for aside in self._asides:
+            aside.close()
         if self.keep:
             self.refresh()
         with self._lock:
             self._file.write("\n" if self.keep and self._drawn else self._up() + "\x1b[J")
             self._file.flush()
             self._drawn = []
+        if self._file is not self._stream:
+            self._console.file = self._stream
+            self._file.close()
 
     def print(self, *things: Any, **options: Any) -> None:
         """As the console's: above the lines."""
@@ -114,30 +118,32 @@ class Foot:
 
 
 class _Aside:
-    """Stands for a stream of the terminal, and hands on what is written in whole lines."""
+    """Takes the place of a stream of the terminal, below Python, and hands on what is written to it in whole lines."""
 
     def __init__(self, stream: TextIO, write: Callable[[str], None]) -> None:
         self._stream, self._write = stream, write
-        self._rest = ""
-        self._lock = threading.Lock()
+        stream.flush()
+        self._kept = os.dup(stream.fileno())
+        reading, writing = os.pipe()
+        os.dup2(writing, stream.fileno())
+        os.close(writing)
+        # A daemon, because a child that goes on may hold the other end.
+        self._thread = threading.Thread(target=self._read, args=(reading,), daemon=True)
+        self._thread.start()
 
-    def write(self, text: str) -> int:
-        with self._lock:
-            lines, newline, self._rest = (self._rest + text).rpartition("\n")
+    def close(self) -> None:
+        """Gives the stream back; what was written until now has come out."""
+        self._stream.flush()
+        os.dup2(self._kept, self._stream.fileno())
+        os.close(self._kept)
+        self._thread.join(_PATIENCE_S)
+
+    def _read(self, reading: int) -> None:
+        rest = b""
+        while part := os.read(reading, 65536):
+            whole, newline, rest = (rest + part).rpartition(b"\n")
             if newline:
-                self._write(lines + "\n")
-        return len(text)
-
-    def writelines(self, lines: Sequence[str]) -> None:
-        self.write("".join(lines))
-
-    def flush(self) -> None:
-        """Half a line waits for its end."""
-
-    def finish(self) -> None:
-        """Hands on what is left."""
-        if self._rest:
-            self.write("\n")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+                self._write((whole + newline).decode(errors="replace"))
+        if rest:
+            self._write(rest.decode(errors="replace") + "\n")
+        os.close(reading)

@@ -24,7 +24,7 @@ from outlast.cluster.follow import Follower
 from outlast.cluster.overview import overview
 from outlast.cluster.report_data import page_data
 
-_PLACES = re.compile(r"\{\{([a-z.]+)\}\}")
+_PLACES = re.compile(r"\{\{([A-Za-z.]+)\}\}")
 _HEIGHT_PX = 900
 
 

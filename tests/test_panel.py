@@ -281,25 +281,34 @@ def test_it_stays_or_goes(keep: bool, left: list[str]) -> None:
 
 
 NOISY = """
-import sys, threading, time
+import logging, os, subprocess, sys, threading, time
 from rich.console import Console
 from rich.text import Text
 from outlast.cluster.foot import Foot
+logging.basicConfig(format="%(message)s")  # its handler holds the stream as it is now
 count = 0
 def lines(width):
     global count
     count += 1
     return [Text(f"foot {count}"), Text("=" * 10)]
+def out(text):
+    sys.stdout.write(text)
+    print()
+writers = {
+    "out": out,
+    "err": lambda text: sys.stderr.write(text + "\\n"),
+    "log": logging.warning,
+    "raw": lambda text: os.write(2, text.encode() + b"\\n"),
+}
 with Foot(Console(stderr=True), lines, period_s=0.001):
-    def talk(name, stream):
-        for number in range(200):
-            stream.write(f"{name} ")
-            print(number, file=stream)
+    def talk(name):
+        for number in range(100):
+            writers[name](f"{name} {number}")
             time.sleep(0.0005)
-    streams = {"out": sys.stdout, "err": sys.stderr}
-    threads = [threading.Thread(target=talk, args=item) for item in streams.items()]
+    threads = [threading.Thread(target=talk, args=(name,)) for name in writers]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
+    subprocess.run(["echo", "a child"])
     sys.stderr.write("no newline at the end")
 print("after")
 """
@@ -326,9 +335,10 @@ def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
     reading.join()
     screen = Screen(80)
     screen.feed(received.decode().replace("\r\n", "\n"))
-    for name in ("out", "err"):
-        assert [line for line in screen.lines if line.startswith(name)] == [f"{name} {number}" for number in range(200)]
-    assert screen.lines[400:] == ["no newline at the end", "after", ""]
+    for name in ("out", "err", "log", "raw"):
+        assert [line for line in screen.lines if line.startswith(name)] == [f"{name} {number}" for number in range(100)]
+    assert sorted(screen.lines[400:402]) == ["a child", "no newline at the end"]
+    assert screen.lines[402:] == ["after", ""]
 
 
 # -- who tells ---------------------------------------------------------------------------------------------------------

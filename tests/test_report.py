@@ -111,6 +111,7 @@ def test_what_it_says_of_a_run_that_was_killed_twice(killed: LocalStorage) -> No
     assert "train_bpe: 400" in data["settings"]
     assert data["changes"] == []
     assert "https://github.com/leeoniya/uPlot (v1." in page
+    assert "Copyright (c) 2022 Leon Sorokin" in page
 
 
 def test_what_it_says_of_a_run_that_changed_its_size(elastic: LocalStorage) -> None:
