@@ -61,7 +61,8 @@
     if (data.world_size) words.push(`${data.world_size} worker${data.world_size > 1 ? "s" : ""}`);
     words.push(`began ${when(data.begin)}`);
     if (data.wall_s) words.push(`${duration(data.wall_s)} in all`);
-    $("headline").append(make("span", `state ${data.state}`, data.state), `, ${words.join(", ")}`);
+    $("headline").append(make("span", `state ${data.state}`, data.state));
+    for (const word of words) $("headline").append(", ", make("span", "whole", word));
     const done = data.num_steps ? Math.min(1, data.step / data.num_steps) : 0;
     $("progress").firstElementChild.style.width = `${100 * done}%`;
     $("progress").setAttribute("aria-label", `${share(done)} of the steps are done`);
@@ -71,7 +72,7 @@
     tile(whole(data.step), "step", of);
     const evaluated = data.scores.eval_loss;
     tile(data.loss === null ? "–" : figures(data.loss), "loss", evaluated === undefined ? "" : `evaluation ${figures(evaluated)}`);
-    tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "of wall time, in steps that count", true);
+    tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "share of wall time", true);
     const ends = data.marks.filter((mark) => mark.kind !== "restore").length;
     tile(whole(data.num_lost), "steps lost", `in ${ends} interruption${ends === 1 ? "" : "s"}`);
     const rate = data.tokens_per_s ? [short(data.tokens_per_s), "tokens/s"] : data.samples_per_s ? [short(data.samples_per_s), "samples/s"] : ["–", ""];
