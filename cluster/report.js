@@ -231,7 +231,10 @@
     chart("workers", {
       rows: [w.x, w.y].map((list) => (data.by_step.x.length || data.attempt ? list : [])), series: filled, byTime: true,
       value: (n) => (Number.isInteger(n) ? whole(n) : ""), range: bottom,
-      words: (idx) => `after ${duration(w.x[idx])}\n${w.y[idx]} worker${w.y[idx] === 1 ? "" : "s"}`,
+      words: (idx, u) => {
+        const at = u.posToVal(u.cursor.left, "x"), size = w.y[w.x.findLastIndex((x) => x <= at)] ?? 0;
+        return `after ${duration(Math.max(0, at))}\n${size} worker${size === 1 ? "" : "s"}`;
+      },
     });
     $("speed-caption").textContent = `${v.unit}, by wall time`;
     const ends = v.x.length ? [[0, ...v.x, data.wall_s], [null, ...v.y, null]] : [[], []];

@@ -34,7 +34,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.browser import CHROMIUM, Browser, Page, chromium
 from tests.group import StopAt, fault, run_group
-from tests.stories import attempt, evaluated, failure, launch, plan, resume, saved, start, steps, story
+from tests.stories import attempt, done, evaluated, failure, launch, plan, resume, saved, start, steps, story
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SIZES = {"phone": (390, 844), "tablet": (820, 1180), "desktop": (1440, 900)}
@@ -317,27 +317,32 @@ def test_how_runs_look(
 
 
 @needs_chromium
-def test_a_tooltip_tells_what_is_at_the_cursor(browser: Browser, killed: LocalStorage, tmp_path: Path) -> None:
-    path = tmp_path / "killed.html"
-    path.write_text(Report.of(killed, "killed").to_html())
+def test_a_tooltip_tells_what_is_at_the_cursor(browser: Browser, tmp_path: Path) -> None:
+    """At some part of each chart: of 100 steps, or of 200 seconds."""
+    told = story(
+        launch("a", 0, 200, 0, failure(1, 81.5)),
+        attempt(1, 20, start(21), plan(22), steps(1, 50, 30), saved(40, 70), evaluated(50, 80, 81), world_size=2),
+        attempt(2, 100, resume(110, 40), plan(111), steps(41, 100, 120), done(200)),
+    )
+    path = tmp_path / "hovered.html"
+    path.write_text(page_of(told, 300.0))
 
-    async def use(page: Page) -> list[str]:
-        said = []
-        for chart in ("by-step", "by-time", "workers", "speed", "lr"):
+    async def use(page: Page) -> dict[str, str]:
+        said = {}
+        for chart, part in {"by-step": 0.41, "by-time": 0.41, "workers": 0.41, "speed": 0.7, "lr": 0.41}.items():
             await page.evaluate(f"document.getElementById('{chart}').scrollIntoView()")
             place = await page.evaluate(f"document.querySelector('#{chart} .u-over').getBoundingClientRect().toJSON()")
-            for share in (0.4, 0.97):
-                await page.point_at(place["x"] + share * place["width"], place["y"] + place["height"] / 2)
-            said.append(await page.evaluate(f"document.querySelector('#{chart} .tip').innerText"))
+            await page.point_at(place["x"] + part * place["width"], place["y"] + place["height"] / 2)
+            said[chart] = await page.evaluate(f"document.querySelector('#{chart} .tip').innerText")
         assert page.complaints == []
         return said
 
-    by_step, by_time, workers, speed, lr = browser.open(path.as_uri(), SIZES["desktop"], use)
-    assert re.search(r"step 29\nloss [\d.]+\nlr ", by_step), by_step
-    assert "after " in by_time
-    assert "2 workers" in workers
-    assert "tokens/s" in speed
-    assert lr.startswith("step 29\nlr ")
+    said = browser.open(path.as_uri(), SIZES["desktop"], use)
+    assert said["by-step"] == "step 41\nloss 0.2439\nlr 0.001\nattempt 2 goes on from step 40"
+    assert said["by-time"].splitlines()[-1] == "worker died (rank 1): it was killed"
+    assert said["workers"] == "after 1 min 22 s\n0 workers"
+    assert said["speed"].endswith("80 tokens/s")
+    assert said["lr"] == "step 41\nlr 0.001"
 
 
 @needs_chromium
