@@ -36,8 +36,8 @@ def terminal() -> Console:
 
 
 def is_live(console: Console) -> bool:
-    """Whether lines can change in place there."""
-    return console.is_terminal and not console.is_dumb_terminal
+    """Whether lines can change in place there; rich also calls a log a terminal where colours are forced."""
+    return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 class Reporter:

@@ -215,7 +215,7 @@
       else icon.style.borderColor = `var(--${name})`;
       legend.append(make("li", "", icon, words));
     };
-    entry("", "accent", "training");
+    if (s.x.length) entry("", "accent", "training");
     if (s.eval.x.length) entry(s.eval.x.length > 60 ? "dots" : "dot", "eval", "evaluation");
     for (const [kind, [name, words]] of Object.entries(MARKS))
       if (data.marks.some((mark) => mark.kind === kind)) entry("dash", name, words);

@@ -345,6 +345,7 @@ def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
 
 
 def test_a_reporter_tells_in_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
     file = io.StringIO()
     with Reporter("run", Console(file=file, width=200)) as reporter:
         for event in (
@@ -359,7 +360,7 @@ def test_a_reporter_tells_in_plain_lines_where_there_is_no_terminal(monkeypatch:
             {"by": "0002-0002", **done(20, 9)},
         ):
             reporter(event)
-    assert file.getvalue().splitlines() == [
+    assert re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines() == [
         "run: preparing data",
         "run: starting workers",
         "run: step 1/9  loss 10.000  lr 0.001",
