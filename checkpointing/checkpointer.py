@@ -312,12 +312,15 @@ class Checkpointer:
         except StorageError as error:
             self._tell("save-failed", step=flight.step, error=error.message)
             raise
-        self._note_costs(flight.step, flight.blocked_s + flight.copy.fenced_s, flight.seconds)
+        self._note_costs(flight.step, flight.blocked_s, flight.seconds, flight.copy.fenced_s)
         return not self.superseded
 
-    def _note_costs(self, step: int, blocked_s: float, commit_s: float) -> None:
+    def _note_costs(self, step: int, apart_s: float, commit_s: float, fenced_s: float = 0.0) -> None:
+        """Tells for how long training waited: between two steps, and in the next one for the copy."""
+        blocked_s = apart_s + fenced_s
         self.last_save = (blocked_s, commit_s)
-        self._tell("save", step=step, blocked_s=round(blocked_s, 4), commit_s=round(commit_s, 4))
+        costs = {"blocked_s": blocked_s, "fenced_s": fenced_s, "commit_s": commit_s}
+        self._tell("save", step=step, **{name: round(seconds, 4) for name, seconds in costs.items()})
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Allocates the host buffers of `async_save` ahead of the first one, best after the first optimizer step.

@@ -7,7 +7,6 @@ acknowledged commit may anything be deleted. Runs in the caller's thread or in t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -132,7 +131,7 @@ class Committer:
             self._tell("superseded", step=ref.step, by=str(higher))
             self._flush()
             return False
-        digest = json.loads(data)["digest"]
+        digest = manifest.digest
         self._journal.event("commit", step=ref.step, digest=digest, num_bytes=manifest.num_bytes)
         seconds = round(time.monotonic() - began, 4)
         self._tell("commit", step=ref.step, digest=digest, num_bytes=manifest.num_bytes, seconds=seconds)

@@ -62,6 +62,11 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.files)
 
+    @property
+    def digest(self) -> str:
+        """XXH3 of all the rest of it."""
+        return str(json.loads(self.to_json())["digest"])
+
     def to_json(self) -> bytes:
         """Canonical bytes, own digest included."""
         body = {

@@ -9,9 +9,11 @@ from typing import Any
 _HOME = {
     "Finished": "launch",
     "Launch": "launch",
+    "Report": "report",
     "RunConfig": "config",
     "RunFailed": "failures",
     "load_run": "config",
+    "run_report": "report",
 }
 
 __all__ = sorted(_HOME)

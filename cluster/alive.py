@@ -75,10 +75,12 @@ class Alive:
         storage: The storage root.
         path: The file.
         settings: Which settings the launch has, see `history.settings_mark`.
+        began: When the launch began, in seconds since the epoch; now if nobody says so.
     """
 
-    def __init__(self, storage: Storage, path: str, settings: str = "") -> None:
+    def __init__(self, storage: Storage, path: str, settings: str = "", began: float | None = None) -> None:
         self._storage, self._path, self._settings = storage, path, settings
+        self._began = time.time() if began is None else began
         self._beat = 0
         self._ending = threading.Event()
         self._put(None)
@@ -88,6 +90,7 @@ class Alive:
     def _put(self, exit_code: int | None, error: str = "") -> None:
         body = {
             "beat": self._beat,
+            "began": self._began,
             "t": time.time(),
             "host": _host(),
             "pid": os.getpid(),

@@ -19,7 +19,8 @@ import typer
 from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.cli_checkpoints import checkpoints
 from outlast.cluster.cli_doctor import doctor
-from outlast.cluster.cli_shared import RUN_FILES, AsJson, Overrides, Root, Run, find_run, when
+from outlast.cluster.cli_shared import RUN_FILES, Address, AsJson, Overrides, Root, Run, find_run
+from outlast.cluster.cli_status import report, status
 from outlast.cluster.cli_try import try_
 
 if TYPE_CHECKING:
@@ -35,12 +36,11 @@ app = typer.Typer(
 app.add_typer(checkpoints, name="checkpoints")
 app.command("try")(try_)
 app.command()(doctor)
+app.command()(status)
+app.command()(report)
 k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
 app.add_typer(k8s, name="k8s")
 
-Address = Annotated[
-    str | None, typer.Option(help="The cluster's job server, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
-]
 Code = Annotated[Path | None, typer.Option(help="A directory of your own Python files, importable on the workers.")]
 Ship = Annotated[bool, typer.Option(help="Send this outlast along, so that the cluster runs the same version.")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
@@ -64,12 +64,13 @@ def train(
     from outlast.cluster.config import load_run
 
     config, declared = load_run(str(run_file), overrides or [])
+    from outlast.checkpointing.storage import open_storage
     from outlast.cluster.launch import Launch
     from outlast.cluster.progress import Reporter
     from outlast.trainers.loop import Outcome
 
     config = config.at_home(run_file.parent)
-    with Reporter(config.name) as reporter:
+    with Reporter(config.name, storage=open_storage(config.checkpoint.storage), keep=True) as reporter:
         code = str(run_file.parent.absolute())
         finished = Launch(config, declared, take_over=take_over, code=code, tell=reporter).run(address)
     options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])
@@ -227,7 +228,11 @@ def _submit(
     print(f"{'submitted' if is_new else 'already at work; attached to'} {job.id}", file=sys.stderr)
     print(job.id)
     if follow:
-        ended = jobs.follow(client, job.id)
+        from outlast.checkpointing.storage import open_storage
+        from outlast.cluster.progress import terminal, watching
+
+        with watching(open_storage(config.checkpoint.storage), config.name, terminal()):
+            ended = jobs.follow(client, job.id)
         raise typer.Exit(ended.exit_code)
 
 
@@ -252,41 +257,6 @@ def list_runs(address: Address = None, storage: Root = "./runs", as_json: AsJson
     for row in rows:
         state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
         print(f"{row.get('id') or row['run']:32}  {state}")
-
-
-@app.command()
-def status(run: Run, address: Address = None, storage: Root = "./runs", as_json: AsJson = False) -> None:
-    """Tell how a run is doing, from its own storage; with --address, its jobs too."""
-    from dataclasses import asdict
-
-    from outlast.cluster.status import read_status
-
-    place, name, _ = find_run(run, storage)
-    body = read_status(place, name)
-    if address is not None:
-        from outlast.cluster import jobs
-
-        body["jobs"] = [asdict(job) for job in jobs.jobs_of(jobs.connect(address), name)]
-    if as_json:
-        print(json.dumps(body, indent=1))
-        return
-    loss = f", loss {body['loss']:.4f}" if body["loss"] is not None else ""
-    print(f"{name}: {body['state']}, step {body['step']} of {body['num_steps'] or '?'}{loss}")
-    if newest := body["newest_checkpoint"]:
-        print(f"newest checkpoint: step {newest['step']}, {when(newest['committed_at'])}, {newest['path']}")
-    print(f"attempts: {body['attempts']}")
-    for failure in body["failures"]:
-        print(f"  {when(failure['t'])}  {failure['cause']} (rank {failure['rank']}): {failure['message'][:160]}")
-        if where := failure.get("where"):
-            print(f"    {where}")
-    for slow in body["slow"]:
-        print(f"  slow: rank {slow['rank']} on {slow['host']}, {slow['times']} times as slow as the others")
-    for change in body["sizes"]:
-        print(f"  {when(change['t'])}  {change['before']} workers → {change['now']}: {change['cause']}")
-    for job in body.get("jobs", []):
-        print(f"job {job['id']}: {job['status']}")
-    for damaged in body["damaged"]:
-        print(f"damaged: {damaged}; `outlast checkpoints verify {run}` says more")
 
 
 @app.command()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli_shared import AsJson, Base, Code, Root, Run, Trusted, bring_code, find_run, size, when
+from outlast.cluster.cli_shared import AsJson, Base, Code, Root, Run, Trusted, bring_code, find_run
+from outlast.cluster.numbers import size, when
 
 if TYPE_CHECKING:
     from outlast.checkpointing.compare import Comparison

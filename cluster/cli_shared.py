@@ -1,4 +1,4 @@
-"""What the verbs share: how a run is named on the command line, and how sizes and times are shown."""
+"""What the verbs share: how a run is named on the command line, and the options that mean the same everywhere."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 RUN_FILES = (".yaml", ".yml", ".toml")
 
+Address = Annotated[
+    str | None, typer.Option(help="The cluster's job server, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
+]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, its run file, or its name.")]
 Root = Annotated[str, typer.Option("--storage", help="Where runs named by name lie.")]
 Code = Annotated[
@@ -72,17 +75,3 @@ def _retention_of(storage: Storage, run: str) -> Retention:
         return CheckpointSettings.model_validate(expand(declared)).retention
     except (OutlastError, ValidationError):
         return Retention()
-
-
-def size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
-
-
-def when(seconds: float) -> str:
-    import time
-
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from outlast.cluster.cli_shared import size
+from outlast.cluster.numbers import size
 
 TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 GIB = 2**30

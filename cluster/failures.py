@@ -11,8 +11,8 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import ray
 import ray._private.state
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from outlast.checkpointing.errors import OutlastError, StorageError
@@ -249,10 +250,32 @@ class Recorder(WorkerGroupCallback):
         self._place = (storage_url, run, launch)
         self._limits, self._settings = limits, settings
         self._journal: Journal | None = None
+        self._is_waiting = False
         self._last_attempt: AttemptId | None = None
         self._past: AttemptId | None = None
         self._last_said: frozenset[tuple[int, str]] = frozenset()
         self._errors: dict[int, BaseException] = {}
+
+    @contextmanager
+    def on_worker_group_start(self) -> Iterator[None]:
+        """Tells once that the cluster has no room for the group, however often Ray tries."""
+        began_at = time.time()
+        try:
+            yield
+        except WorkerGroupStartupTimeoutError:
+            if not self._is_waiting:
+                self._is_waiting = True
+                with suppress(StorageError):  # the wait then counts as part of the restart
+                    self._note("no-room", since=round(began_at, 3))
+                if (hub := find_hub(self._place[2])) is not None:
+                    ask(hub.exchange.remote([{"event": "no-room"}]))
+            raise
+        self._is_waiting = False
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        url, run, launch = self._place
+        self._journal = self._journal or Journal(open_storage(url), launch_dir(run, launch), 0, flush_s=0)
+        self._journal.event(kind, **fields)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """What is told from now on is another end, even in the same words, and no longer that of an earlier attempt."""
@@ -265,7 +288,6 @@ class Recorder(WorkerGroupCallback):
             return
         url, run, launch = self._place
         storage = open_storage(url)
-        self._journal = self._journal or Journal(storage, launch_dir(run, launch), 0, flush_s=0)
         attempt: AttemptId | None = None
         workers: list[dict[str, Any]] = []
         with suppress(StorageError):
@@ -279,16 +301,11 @@ class Recorder(WorkerGroupCallback):
             return
         self._last_attempt = attempt or self._last_attempt
         self._last_said, self._errors = said, dict(worker_exceptions)
-        arguments = (self._journal, self._errors, workers, str(attempt or "unclaimed"), time.time())
+        arguments = (self._errors, workers, str(attempt or "unclaimed"), time.time())
         threading.Thread(target=self._find_cause, args=arguments).start()
 
     def _find_cause(
-        self,
-        journal: Journal,
-        errors: dict[int, BaseException],
-        workers: list[dict[str, Any]],
-        attempt: str,
-        noticed_at: float,
+        self, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str, noticed_at: float
     ) -> None:
         hub = find_hub(self._place[2])
         hung: Hang | None = None if hub is None else ask(hub.take_hang.remote())
@@ -306,14 +323,17 @@ class Recorder(WorkerGroupCallback):
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
         log = self._write_log(attempt, errors)
-        event = {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told}
+        event: dict[str, Any] = {"attempt": attempt, "noticed_at": round(noticed_at, 3)}
+        event |= {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told}
         event["where"] = failure.where(workers, log)
         if failure.cause is Cause.ERROR and "after step" in failure.message:
             event["raised"] = failure.message
+        if hub is not None and (reached := ask(hub.reached.remote(attempt))):
+            event["reached"] = {"step": reached[0], "ended_at": reached[1]}
         number, limit, ends = -1, -1, False
         with suppress(StorageError):  # the story has a gap, and the next failure is judged again
             wait_for(open_storage(self._place[0]), self._place[1])
-            journal.event("failure", attempt=attempt, noticed_at=round(noticed_at, 3), **event)
+            self._note("failure", **event)
             number, limit, ends = self._judge(failure, hub)
         if hub is not None:
             numbers = {"number": number, "limit": limit, "ends": ends}

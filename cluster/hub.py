@@ -70,6 +70,7 @@ class Hub:
         self._failures: dict[int, OutlastError] = {}
         self._verdict: OutlastError | None = None
         self._drained: set[str] = set()
+        self._reached: dict[str, tuple[int, float]] = {}
         self._groups: dict[str, Group] = {}
         self._wish = Wish()
         self._heard_at = time.monotonic()
@@ -80,12 +81,19 @@ class Hub:
 
     def exchange(self, events: list[dict[str, Any]]) -> bool:
         """Takes rank 0's events; tells it whether to stop."""
-        self._events.extend(events)
+        self._events.extend({"t": time.time(), **event} for event in events)
         for event in events:
             self._wish.hear(event)
             if event["event"] == "commit":  # progress: a verdict that came while the next group was at work is void
                 self._verdict = None
+            if event["event"] == "step" and "by" in event:
+                self._reached[event["by"]] = (event["step"], event["ended_at"])
         return self._stop
+
+    def reached(self, attempt: str) -> tuple[int, float] | None:
+        """The last step that an attempt told of, and when it ended: a rank 0 that is killed takes the last seconds of
+        its journal with it."""
+        return self._reached.get(attempt)
 
     def want_save(self, reason: str) -> None:
         """Asks rank 0 for a commit, because the group is about to be ended on purpose."""
@@ -241,7 +249,7 @@ class Line:
         return None if self._hub is None else ask(getattr(self._hub, method).remote(*arguments))
 
     def progress(self, event: dict[str, Any]) -> None:
-        self._events.append({"t": time.time(), **event})
+        self._events.append({"t": time.time(), "by": self.attempt, **event})
         self._is_training = self._is_training or event["event"] == "step"
         self._is_under_way = self._is_under_way or event["event"] == "under-way"
 

@@ -94,6 +94,7 @@ class Launch:
         tell: Hears every event, in the driver's main thread.
         stdout: Where `tell` prints to.
         joined: Whether the Ray is somebody else's.
+        began: When it began, in seconds since the epoch.
         id: Names the launch.
     """
 
@@ -105,11 +106,12 @@ class Launch:
     tell: Listener = lambda event: None
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     joined: bool = field(default=False, init=False)
+    began: float = field(default_factory=time.time, init=False)
     id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3))
 
     def _tell(self, event: dict[str, Any]) -> None:
         with contextlib.redirect_stdout(self.stdout):  # `ray_session` keeps it shut
-            self.tell(event)
+            self.tell({"t": time.time(), "launch": self.id, **event})
 
     @property
     def storage(self) -> Storage:
@@ -154,7 +156,7 @@ class Launch:
             for note in prepared.notes:
                 self._tell({"event": "note", "text": note})
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
-            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json", mark)
+            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json", mark, self.began)
         ended: int | None = None
         said = ""
         try:

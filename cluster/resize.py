@@ -108,15 +108,13 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
     def _tell(self, before: int, now: int, is_planned: bool) -> None:
         url, run, launch = self._place
-        event = {"event": "resize", "before": before, "now": now, "planned": is_planned}
-        hub = find_hub(launch)
-        if hub is not None:
-            ask(hub.exchange.remote([event]))
+        event: dict[str, Any] = {"before": before, "now": now, "planned": is_planned}
         with suppress(StorageError):  # the story has a gap; the claims say how many workers there were
             storage = open_storage(url)
             if self._journal is None:
                 self._journal = Journal(storage, launch_dir(run, launch), 0, stream="events-resize", flush_s=0)
-            ended = [str(attempt) for attempt in list_attempts(storage, run)[-1:]]
-            self._journal.event(
-                "resize", attempt=ended[0] if ended else None, before=before, now=now, planned=is_planned
-            )
+            event["attempt"] = next((str(attempt) for attempt in list_attempts(storage, run)[-1:]), None)
+            self._journal.event("resize", **event)
+        hub = find_hub(launch)
+        if hub is not None:
+            ask(hub.exchange.remote([{"event": "resize", **event}]))

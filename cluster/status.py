@@ -1,32 +1,18 @@
-"""The state of a run, read from its own storage: works when the cluster that trained it has gone."""
+"""The state of a run as plain values, read from its own storage: works when the cluster that trained it has gone."""
 
 from __future__ import annotations
 
-import json
 import time
-from enum import Enum
+from dataclasses import asdict
 from typing import Any
 
 from outlast.checkpointing.commands import list_checkpoints, look
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.journal import read_events
-from outlast.checkpointing.layout import AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
-from outlast.checkpointing.storage import Storage, read_bytes
-
-SILENCE_S = 30.0
-
-
-class State(Enum):
-    """What a run is doing, as far as its storage tells."""
-
-    DONE = "done"
-    STARTING = "starting"  #: its driver is alive; no worker has claimed the run yet
-    RUNNING = "running"
-    STOPPED = "stopped"  #: it was interrupted, and can be resumed
-    FAILED = "failed"
-    LOST = "lost"  #: its driver fell silent without a word
-    UNATTENDED = "unattended"  #: checkpoints of a loop of one's own, which has no driver to tell
+from outlast.checkpointing.storage import Storage
+from outlast.cluster.follow import Follower, list_launches, read_alive
+from outlast.cluster.overview import Overview, overview
+from outlast.cluster.story import Story
 
 
 def read_status(storage: Storage, run: str) -> dict[str, Any]:
@@ -36,83 +22,68 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    attempts = list_attempts(storage, run)
-    launch = newest_launch(storage, run)
-    is_new = not attempts and launch is not None
+    story = Follower(storage, run).look()
+    return as_values(storage, story, overview(story, time.time()))
+
+
+def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
+    """What `status --json` prints."""
+    run, launch = story.run, story.newest_launch
+    is_new = not story.attempts and launch is not None
     checkpoints = [] if is_new else list_checkpoints(storage, run)
-    events = _newest_events(storage, run, attempts)
-    steps = [event for event in events if event["event"] == "step"]
-    plan: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "plan"), {})
-    done = any(event["event"] == "done" for event in events)
-    told = [event for name in _launches(storage, run) for event in _told(storage, run, name)]
+    newest = {**checkpoints[0], "verified_at": seen.newest and seen.newest.verified_at} if checkpoints else None
+    ledger = seen.ledger
     return {
         "run": run,
-        "state": (State.DONE if done else _state(launch, is_new)).value,
-        "step": steps[-1]["step"] if steps else (checkpoints[0]["step"] if checkpoints else 0),
-        "num_steps": plan.get("num_steps"),
-        "loss": steps[-1]["loss"] if steps else None,
-        "world_size": plan.get("world_size"),
-        "attempts": len(attempts),
-        "failures": [event for event in told if event["event"] == "failure"],
-        "slow": next((event["ranks"] for event in reversed(events) if event["event"] == "slow"), []),
-        "sizes": [_size_change(event, told) for event in told if event["event"] == "resize"],
-        "launch": launch,
-        "newest_checkpoint": checkpoints[0] if checkpoints else None,
+        "state": seen.state.value,
+        "step": seen.step or (checkpoints[0]["step"] if checkpoints else 0),
+        "num_steps": seen.num_steps,
+        "loss": seen.loss,
+        "world_size": seen.world_size,
+        "attempts": seen.num_attempts,
+        "failures": story.failures,
+        "slow": [] if story.current is None else story.current.slow,
+        "sizes": [_size_change(event, story) for item in story.launches_in_order for event in item.resizes],
+        "launch": {"id": launch.id, **launch.alive} if launch else None,
+        "newest_checkpoint": newest,
         "damaged": [] if is_new else [str(item.ref) for item in look(storage, run).rejected],
         "storage": storage.url,
+        "lr": seen.lr,
+        "scores": dict(seen.scores),
+        "tokens_per_s": seen.tokens_per_s,
+        "samples_per_s": seen.samples_per_s,
+        "seconds_per_step": seen.seconds_per_step,
+        "left_s": seen.left_s,
+        "save": asdict(seen.save) if seen.save else None,
+        "interruptions": [asdict(item) for item in seen.interruptions],
+        "lost_steps": seen.num_lost,
+        "wall_s": round(ledger.wall_s, 3),
+        "goodput": ledger.goodput,
+        "ledger": {kind.value: round(seconds, 3) for kind, seconds in ledger.seconds.items()},
     }
 
 
 def list_runs(storage: Storage) -> list[dict[str, Any]]:
     """The state of every run in a storage, by name."""
     names = [entry.name for entry in storage.list("") if entry.num_bytes is None and not entry.name.startswith(".")]
-    return [read_status(storage, name) for name in names if list_attempts(storage, name) or _launches(storage, name)]
-
-
-def _launches(storage: Storage, run: str) -> list[str]:
-    return [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]
+    return [
+        read_status(storage, name) for name in names if list_attempts(storage, name) or list_launches(storage, name)
+    ]
 
 
 def newest_launch(storage: Storage, run: str) -> dict[str, Any] | None:
     """The newest launch's id, and its last sign of life."""
-    for name in reversed(_launches(storage, run)):
-        try:
-            body = json.loads(read_bytes(storage, f"{launch_dir(run, name)}/alive.json"))
-        except (FileNotFoundError, ValueError):
-            continue
-        return {"id": name, **body}
+    for name in reversed(list_launches(storage, run)):
+        if body := read_alive(storage, run, name):
+            return {"id": name, **body}
     return None
 
 
-def _newest_events(storage: Storage, run: str, attempts: list[AttemptId]) -> list[dict[str, Any]]:
-    """The events of the newest attempt that has any."""
-    for attempt in reversed(attempts):
-        if events := list(read_events(storage, attempt_dir(run, attempt))):
-            return events
-    return []
-
-
-def _told(storage: Storage, run: str, launch: str) -> list[dict[str, Any]]:
-    """A launch's events, oldest first."""
-    events = read_events(storage, launch_dir(run, launch))
-    return sorted(({"launch": launch, **event} for event in events), key=lambda event: float(event["t"]))
-
-
-def _size_change(resize: dict[str, Any], told: list[dict[str, Any]]) -> dict[str, Any]:
+def _size_change(resize: dict[str, Any], story: Story) -> dict[str, Any]:
     """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
-    causes = [event["cause"] for event in told if event["event"] == "failure" and event["attempt"] == resize["attempt"]]
+    causes = [event["cause"] for event in story.failures if event.get("attempt") == resize.get("attempt")]
     cause = "resized" if resize["planned"] else next(reversed(causes), "unknown")
-    return {key: resize[key] for key in ("t", "attempt", "before", "now")} | {"cause": cause}
-
-
-def _state(launch: dict[str, Any] | None, is_new: bool) -> State:
-    if launch is None:
-        return State.UNATTENDED
-    if launch["ended"]:
-        return {0: State.DONE, 75: State.STOPPED, 130: State.STOPPED}.get(launch["exit_code"], State.FAILED)
-    if time.time() - launch["t"] >= SILENCE_S:
-        return State.LOST
-    return State.STARTING if is_new else State.RUNNING
+    return {key: resize.get(key) for key in ("t", "attempt", "before", "now")} | {"cause": cause}
 
 
 def declared_settings(storage: Storage, run: str) -> dict[str, Any]:

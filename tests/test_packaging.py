@@ -1,22 +1,37 @@
-"""What a user installs: the wheel holds the three packages whole, and nothing else."""
+"""What a user installs: the wheel holds the three packages whole, and nothing else; what is sent along does too."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
+from outlast.cluster.jobs import _package
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("checkpointing", "trainers", "cluster")
+PAGE = {f"outlast/cluster/{name}" for name in ("report.html", "report.css", "report.js")} | {
+    f"outlast/cluster/uplot.{name}" for name in ("min.js", "min.css", "LICENSE")
+}
 
 
 def test_wheel_contents(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [wheel] = tmp_path.glob("outlast-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {f"outlast/{name}/{path.name}" for name in PACKAGES for path in (ROOT / name).glob("*.py")}
     manifests = {f"outlast/k8s/{path.name}" for path in (ROOT / "k8s").iterdir() if path.suffix in (".py", ".yaml")}
-    assert names == sources | manifests | {f"outlast/{name}/py.typed" for name in PACKAGES}
+    assert names == sources | manifests | PAGE | {f"outlast/{name}/py.typed" for name in PACKAGES}
+    [archive] = tmp_path.glob("outlast-*.tar.gz")
+    with tarfile.open(archive) as inside:
+        carried = {"outlast/" + name.partition("/")[2] for name in inside.getnames()}
+    assert carried >= PAGE
+
+
+def test_a_submission_carries_the_page_too(tmp_path: Path) -> None:
+    package = _package(tmp_path)
+    assert {f"outlast/{path.relative_to(package)}" for path in package.rglob("*") if path.is_file()} >= PAGE

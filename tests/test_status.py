@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,8 +15,18 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import launch_dir
 from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.status import SILENCE_S, list_runs, read_status
+from outlast.cluster.status import list_runs, read_status
+from outlast.cluster.story import SILENCE_S
 from tests.small import small_model
+from tests.stories import attempt, done, failure, launch, plan, resized, resume, saved, start, steps, write
+
+OUTLAST = str(Path(sys.executable).with_name("outlast"))
+
+
+def outlast(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    ended = subprocess.run([OUTLAST, *arguments], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == code, ended.stderr
+    return ended
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -29,6 +42,12 @@ def test_a_loop_of_ones_own_has_nobody_to_tell(tmp_path: Path) -> None:
     assert checkpointer.save(3, model, optimizer, {})
     found = read_status(storage, "run")
     assert (found["state"], found["step"], found["attempts"]) == ("unattended", 3, 1)
+    assert found["newest_checkpoint"]["step"] == 3
+    assert found["newest_checkpoint"]["verified_at"] is None
+    again = Checkpointer(storage, "run")
+    assert again.resume(model, optimizer) is not None
+    again.flush()
+    assert read_status(storage, "run")["newest_checkpoint"]["verified_at"] == pytest.approx(time.time(), abs=60)
 
 
 @pytest.mark.parametrize(
@@ -42,3 +61,70 @@ def test_a_launch_that_no_worker_has_joined(tmp_path: Path, silent_s: float, cod
     [found] = list_runs(storage)
     assert (found["run"], found["state"], found["step"]) == ("run", state, 0)
     assert found["newest_checkpoint"] is None
+
+
+def lived(now: float, code: int | None = None) -> list[tuple[object, dict[str, object], object]]:
+    """A run whose worker died, which went on from step 60 with three workers; it began five minutes ago."""
+    b, end = now - 300, [done(now - 5, 170)] if code == 0 else []
+    return [
+        launch("a", b, now, code, failure(1, b + 105), resized(1, b + 110, 2, 3, planned=False)),
+        attempt(1, b + 20, start(b + 21), plan(b + 22, 170), steps(1, 90, b + 26, 0.8), saved(60, b + 76)),
+        attempt(
+            2, b + 115, resume(b + 117, 60), plan(b + 118, 170, 3), steps(61, 170, b + 120, 1.5), end, world_size=3
+        ),
+    ]
+
+
+def test_status_tells_people_and_programs_the_same(tmp_path: Path) -> None:
+    storage, now = LocalStorage(tmp_path), time.time()
+    write(storage, "run", *lived(now, 0))  # type: ignore[arg-type]
+    found = json.loads(outlast("status", str(tmp_path / "run"), "--json").stdout)
+    assert (found["state"], found["step"], found["num_steps"], found["world_size"]) == ("done", 170, 170, 3)
+    assert (found["lost_steps"], found["attempts"]) == (30, 2)
+    assert (
+        [item["cause"] for item in found["interruptions"]] == ["worker died"] == [e["cause"] for e in found["failures"]]
+    )
+    assert found["sizes"][0] | {"t": 0} == {
+        "t": 0,
+        "attempt": "0001-0001",
+        "before": 2,
+        "now": 3,
+        "cause": "worker died",
+    }
+    assert found["wall_s"] == pytest.approx(sum(found["ledger"].values()), abs=0.01) == pytest.approx(300, abs=0.01)
+    assert found["goodput"] == pytest.approx(found["ledger"]["train"] / found["wall_s"], abs=1e-5)
+    assert found["ledger"]["redo"] == pytest.approx(45, abs=0.01)
+    text = outlast("status", str(tmp_path / "run")).stdout
+    for words in (
+        "run  done, attempt 2, 3 workers, 5 min in all",
+        "170/170 100 %",
+        "redo 45 s",
+        "30 steps, in 1 interruption",
+        "worker died (rank 1): it was killed",
+        "    rank 1",
+        "2 workers → 3: worker died",
+        "attempts: 2",
+    ):
+        assert words in text, text
+    assert "\x1b" not in text
+
+
+def test_watching_until_the_end_where_there_is_no_terminal(tmp_path: Path) -> None:
+    """Another process shows the run; it is told that the run has ended through the storage alone."""
+    storage, now = LocalStorage(tmp_path), time.time()
+    write(storage, "run", *lived(now))  # type: ignore[arg-type]
+    watching = subprocess.Popen(
+        [OUTLAST, "status", str(tmp_path / "run"), "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    killer = threading.Timer(90, watching.kill)
+    killer.start()
+    assert watching.stderr is not None
+    first = watching.stderr.readline()
+    assert first.startswith("run: running, step 170/170  loss 0.059  lr 0.001"), first
+    assert watching.poll() is None
+    write(storage, "run", *lived(now, 0))  # type: ignore[arg-type]
+    out, err = watching.communicate()
+    killer.cancel()
+    assert (watching.returncode, out, err) == (0, "", "")
+    assert "there is no run" in outlast("status", str(tmp_path / "nobody"), "--watch", code=2).stderr
+    assert "--watch" in outlast("status", "nobody", "--watch", "--json", code=2).stderr

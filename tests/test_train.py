@@ -222,3 +222,9 @@ def test_demo(tmp_path: Path) -> None:
     assert "by SIGKILL, while it wrote checkpoint-50" in done.stderr
     claims = [json.loads(path.read_text()) for path in Path(findings["run"]).glob("attempts/*/claim.json")]
     assert len(claims) == 2
+    found = read_status(LocalStorage(Path(findings["run"]).parent), "killed")
+    wall_s, ledger = findings["parts_s"]["killed run"], found["ledger"]  # measured around the launch
+    assert sum(ledger.values()) == pytest.approx(wall_s, rel=0.01)
+    assert {name for name, seconds in ledger.items() if seconds > 0} == set(ledger)
+    assert found["lost_steps"] == 10
+    assert [item["cause"] for item in found["interruptions"]] == ["worker died"]

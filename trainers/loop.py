@@ -13,7 +13,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -41,6 +40,7 @@ from outlast.trainers.pulse import Phase
 from outlast.trainers.samples import Samples
 from outlast.trainers.sampling import Plan, share
 from outlast.trainers.sharded import whole
+from outlast.trainers.steps import Agreed, Pending, Save
 from outlast.trainers.still import watch_buffers
 from outlast.trainers.stopping import patience
 from outlast.trainers.tasks import Batch, Task
@@ -76,44 +76,6 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
         )
     total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
     return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
-
-
-class _Save(Enum):
-    """What rank 0 says of a save after this step, as it rides in the all-reduce."""
-
-    NO = 0
-    DUE = 1
-    URGENT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Agreed:
-    """What the ranks agreed on at the beginning of a step.
-
-    Attributes:
-        count: The step's global count.
-        stop: Some rank was asked to end.
-        save: What rank 0 says.
-        trouble: On some rank the save in flight failed, or found the attempt superseded.
-    """
-
-    count: float
-    stop: bool
-    save: _Save
-    trouble: bool
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A step whose losses are computed but not yet added over the ranks."""
-
-    step: int
-    count: float
-    micro_losses: dict[int, torch.Tensor]
-    grad_norm: torch.Tensor | None
-    lr: float
-    seconds: float
-    ended_at: float
 
 
 class Loop:
@@ -157,7 +119,7 @@ class Loop:
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.log_history: list[dict[str, Any]] = []
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
         self._finite = Finite(non_finite, world, model)
         checkpointer.listener = control.progress
         self._pace = Pace(config.checkpoint.interval, checkpointer)
@@ -173,7 +135,8 @@ class Loop:
         self.wrapped = self.world.parallelize(self.model, self.exactness)
         self._still = watch_buffers(self.model, self.exactness, recomputes=self.config.train.gradient_checkpointing)
         self.model.train()
-        self._tell("plan", num_steps=self.plan.num_steps, world_size=self.world.size, step=self.step)
+        plan = {"num_steps": self.plan.num_steps, "batch": self.plan.batch}
+        self._tell("plan", **plan, world_size=self.world.size, step=self.step)
         if fresh and self.eval_data is not None:
             self._evaluate()
         first = True
@@ -191,9 +154,9 @@ class Loop:
             if last and self.step < self.plan.num_steps:
                 self._tell_early_stop()
             interval = self.config.checkpoint.interval
-            due = interval.due_at_step(self.step, self.plan.batch, self.plan.num_samples) or agreed.save is _Save.DUE
+            due = interval.due_at_step(self.step, self.plan.batch, self.plan.num_samples) or agreed.save is Save.DUE
             best = evaluated and self.config.checkpoint.keep_best > 0
-            urgent = stop or last or agreed.save is _Save.URGENT
+            urgent = stop or last or agreed.save is Save.URGENT
             if (urgent or best or due) and not self._save(urgent=urgent, skippable=not best):
                 return Outcome.SUPERSEDED
             if stop and not last:
@@ -204,7 +167,7 @@ class Loop:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _train_step(self) -> _Agreed:
+    def _train_step(self) -> Agreed:
         """One optimizer update. Returns what all ranks agree to do after it."""
         plan, train, step = self.plan, self.config.train, self.step
         began = time.monotonic()
@@ -214,7 +177,8 @@ class Loop:
         cut = self._cut(step)
         batches = {m: self._batch(cut[m]) for m in mine}
         data_s = time.monotonic() - began
-        agree = self._agree(sum(self.task.count(batch) for batch in batches.values()))
+        counts = [(self.task.count(batch), self.task.num_tokens(batch)) for batch in batches.values()]
+        agree = self._agree(sum(count for count, _ in counts), sum(tokens for _, tokens in counts))
         self._work.tell(data_s, len(mine))
         self.control.at(Phase.COMPUTE, step)
         losses: dict[int, torch.Tensor] = {}
@@ -250,7 +214,8 @@ class Loop:
             norm = None
             self._tell("step-skipped", step=step + 1, reason="overflow", scale=self.scaler.get_scale())
         self.optimizer.zero_grad(set_to_none=True)
-        self._pending = _Pending(step, agreed.count, losses, norm, lr, time.monotonic() - began, time.time())
+        seconds = time.monotonic() - began
+        self._pending = Pending(step, agreed.count, agreed.num_tokens, losses, norm, lr, seconds, time.time())
         return agreed
 
     def _leave_out(self, losses: dict[int, torch.Tensor], cut: list[npt.NDArray[np.int64]]) -> None:
@@ -302,26 +267,26 @@ class Loop:
         self.scaler.scale(loss if self.scaler.is_enabled() else or_nan(loss)).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
-    def _agree(self, count: int) -> Callable[[], _Agreed]:
+    def _agree(self, count: int, num_tokens: int) -> Callable[[], Agreed]:
         """Begins the step's one small all-reduce: its count, the ranks' flags, and the losses of the step before.
 
         What is returned waits for it when first called, raising ConfigError if the step has nothing to learn from.
         """
-        save = self._save_is_wanted() if self.world.rank == 0 else _Save.NO
+        save = self._save_is_wanted() if self.world.rank == 0 else Save.NO
         stop, trouble = self.control.stop_requested(), self.checkpointer.is_troubled
-        wait = self._add(count, float(stop), float(save.value), float(trouble))
+        wait = self._add(count, num_tokens, float(stop), float(save.value), float(trouble))
 
         @cache
-        def agreed() -> _Agreed:
+        def agreed() -> Agreed:
             self.control.at(Phase.AGREE, self.step)
-            count_sum, stop_sum, save_sum, trouble_sum = wait()
+            count_sum, token_sum, stop_sum, save_sum, trouble_sum = wait()
             self.control.at(Phase.COMPUTE, self.step)
             if not count_sum:
                 raise ConfigError(
                     f"step {self.step + 1} has nothing to learn from: none of its samples has a target",
                     hint="take such rows out of the data, or set a larger train.batch",
                 )
-            return _Agreed(count_sum, stop_sum > 0, _Save(int(save_sum)), trouble_sum > 0)
+            return Agreed(count_sum, token_sum, stop_sum > 0, Save(int(save_sum)), trouble_sum > 0)
 
         return agreed
 
@@ -351,14 +316,14 @@ class Loop:
 
         return added
 
-    def _save_is_wanted(self) -> _Save:
+    def _save_is_wanted(self) -> Save:
         """Rank 0: whether somebody outside or time asks for a save."""
         if reason := self.control.save_requested():
             self._tell("save-requested", step=self.step + 1, reason=reason)
-            return _Save.URGENT
-        return _Save.DUE if self._pace.is_due() else _Save.NO
+            return Save.URGENT
+        return Save.DUE if self._pace.is_due() else Save.NO
 
-    def _log(self, done: _Pending, loss_sum: float) -> None:
+    def _log(self, done: Pending, loss_sum: float) -> None:
         loss = loss_sum / done.count
         if math.isfinite(loss):
             self.metrics["loss"] = loss
@@ -369,6 +334,7 @@ class Loop:
                 "lr": done.lr,
                 "grad_norm": done.grad_norm.item() if done.grad_norm is not None else None,
                 "count": int(done.count),
+                "tokens": int(done.num_tokens),
                 "seconds": round(done.seconds, 4),
                 "ended_at": round(done.ended_at, 4),
             }

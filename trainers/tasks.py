@@ -122,6 +122,12 @@ class Task:
         """How many terms the loss of this batch sums over."""
         return len(batch["labels"])
 
+    def num_tokens(self, batch: Batch) -> int:
+        """How many tokens the model reads in this batch, without padding; 0 where that means nothing. For people."""
+        if (mask := batch.get("attention_mask")) is not None:
+            return int(mask.sum())
+        return batch["input_ids"].numel() if "input_ids" in batch else 0
+
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """The sum (not the mean) of the loss over the batch, a float32 scalar."""
         raise NotImplementedError

@@ -1,0 +1,93 @@
+"""`outlast status` and `outlast report`: how a run is doing, and what it has been through, from its storage alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outlast.cluster.cli_shared import Address, AsJson, Root, Run, find_run
+from outlast.cluster.numbers import when
+
+if TYPE_CHECKING:
+    from outlast.cluster.overview import Overview
+
+
+def status(
+    run: Run,
+    address: Address = None,
+    storage: Root = "./runs",
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until the run has ended.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how a run is doing, from its own storage; with --address, its jobs too."""
+    import time
+    from dataclasses import asdict
+
+    from outlast.cluster.follow import Follower
+    from outlast.cluster.overview import overview
+    from outlast.cluster.status import as_values
+
+    if watch and (as_json or address):
+        raise typer.BadParameter("--watch shows the run's storage to people; leave --json and --address out")
+    place, name, _ = find_run(run, storage)
+    if watch:
+        from outlast.cluster import progress
+
+        progress.watch(place, name, progress.terminal())
+        return
+    story = Follower(place, name).look()
+    seen = overview(story, time.time())
+    body = as_values(place, story, seen)
+    if address is not None:
+        from outlast.cluster import jobs
+
+        body["jobs"] = [asdict(job) for job in jobs.jobs_of(jobs.connect(address), name)]
+    if as_json:
+        print(json.dumps(body, indent=1))
+        return
+    _print(run, seen, body)
+
+
+def _print(run: str, seen: Overview, body: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from outlast.cluster.panel import panel
+
+    console = Console(highlight=False)
+    for line in panel(seen, console.width, num_interruptions=0):
+        console.print(line, soft_wrap=True)
+    if newest := body["newest_checkpoint"]:
+        print(f"newest checkpoint: step {newest['step']}, {when(newest['committed_at'])}, {newest['path']}")
+    print(f"attempts: {body['attempts']}")
+    for end in seen.interruptions:
+        rank = f" (rank {end.rank})" if end.rank is not None else ""
+        print(f"  {when(end.at)}  {end.cause}{rank}" + (f": {end.message[:160]}" if end.message else ""))
+        where = next((item.get("where") for item in body["failures"] if item.get("attempt") == end.attempt), None)
+        if where:
+            print(f"    {where}")
+    for change in body["sizes"]:
+        print(f"  {when(change['t'])}  {change['before']} workers → {change['now']}: {change['cause']}")
+    for job in body.get("jobs", []):
+        print(f"job {job['id']}: {job['status']}")
+    for damaged in body["damaged"]:
+        print(f"damaged: {damaged}; `outlast checkpoints verify {run}` says more")
+
+
+def report(
+    run: Run,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write; default: RUN-report.html.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of every checkpoint first.")] = False,
+    storage: Root = "./runs",
+) -> None:
+    """Write one page of HTML about a run: losses, failures, where the time went, checkpoints, settings."""
+    from outlast.cluster.report import Report
+
+    place, name, _ = find_run(run, storage)
+    target = output or Path(f"{name}-report.html")
+    target.write_text(Report.of(place, name, verify=verify).to_html(), encoding="utf-8")
+    print(target)

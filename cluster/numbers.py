@@ -1,0 +1,53 @@
+"""How numbers are shown to people: sizes, times, and counts, short enough for a line."""
+
+from __future__ import annotations
+
+import time
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+
+
+def clock(seconds: float, now: float) -> str:
+    """A moment near `now`: the time of day, with the date where it is not the same day."""
+    then, today = time.localtime(seconds), time.localtime(now)
+    return time.strftime("%H:%M:%S" if then[:3] == today[:3] else "%Y-%m-%d %H:%M", then)
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that say something: 0.04 s, 41 s, 3 min 20 s, 2 h 5 min, 4 d 1 h."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s" if seconds >= 0.0005 else "0 s"
+    whole = round(seconds)
+    for large, small, name, lesser in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if whole >= large:
+            rest = whole % large // small
+            return f"{whole // large} {name}" + (f" {rest} {lesser}" if rest else "")
+    return f"{whole} s"
+
+
+def short(number: float) -> str:
+    """Three figures and a letter: 950, 12.3 k, 4.56 M."""
+    for factor, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= 0.9995 * factor:
+            return f"{number / factor:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def share(part: float) -> str:
+    """A share of a whole as per cent; what is little is not nothing."""
+    percent = 100 * part
+    if 0 < percent < 0.1:
+        return "<0.1 %"
+    if 99.5 <= percent < 100:
+        return f"{int(100 * percent) / 100:.2f} %"
+    return f"{percent:.1f} %" if percent < 9.95 else f"{percent:.0f} %"
