@@ -106,6 +106,11 @@ def launch_dir(run: str, launch: str) -> str:
     return f"{run}/launches/{launch}"
 
 
+def trackers_dir(run: str) -> str:
+    """Copies of the run's metrics for other tools; nothing reads them back."""
+    return f"{run}/trackers"
+
+
 def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 

@@ -16,6 +16,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.history import Limits
 from outlast.checkpointing.schedule import Every, Unit
 from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel, explain
+from outlast.trainers.trackers import TrackSettings
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -126,6 +127,7 @@ class RunConfig(TrainingConfig):
 
     scale: ScaleSettings = Field(default_factory=lambda: ScaleSettings.model_validate({}))
     failure: FailureSettings = Field(default_factory=lambda: FailureSettings.model_validate({}))
+    track: TrackSettings = Field(default_factory=lambda: TrackSettings.model_validate({}))
 
     @model_validator(mode="after")
     def _is_exact(self) -> RunConfig:

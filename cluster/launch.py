@@ -54,6 +54,7 @@ from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.encoding import Encoder
 from outlast.trainers.loop import Outcome, make_plan
 from outlast.trainers.preflight import check_code, check_metric, check_model
+from outlast.trainers.trackers import check_trackers
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -142,6 +143,7 @@ class Launch:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
             check_code(self.config)
+            check_trackers(self.config.track)
             mark = settings_mark(self.declared)
             given_up = judge(read_tries(storage, name), self.config.failure.limits, mark)
             if given_up is not None:
@@ -195,6 +197,7 @@ class Launch:
                 non_finite=NonFinite(self.config.failure.non_finite),
                 code=self.code,
                 faults=tuple(self.faults),
+                track=self.config.track,
             )
             answer = self._fit(assignment, cpus)
         if isinstance(answer.get("error"), OutlastError):

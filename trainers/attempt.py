@@ -26,7 +26,7 @@ from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage, wait_for
 from outlast.trainers.adapters import base_digest, is_adapted
 from outlast.trainers.config import Exactness, NonFinite, Parallel, Settings, TrainingConfig, check_parallel
-from outlast.trainers.control import Control
+from outlast.trainers.control import Control, Overheard
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
 from outlast.trainers.finite import NonFiniteError
@@ -35,6 +35,7 @@ from outlast.trainers.models import build_model, naming_of
 from outlast.trainers.preflight import check_metric
 from outlast.trainers.registry import find_task
 from outlast.trainers.sharded import shard
+from outlast.trainers.trackers import TrackSettings, follow
 from outlast.trainers.world import World, make_deterministic
 
 
@@ -52,6 +53,7 @@ class Assignment:
         non_finite: What becomes of a step whose loss or gradient is not finite.
         code: Directory of the user's Python files, importable where it is there.
         faults: Faults to arm.
+        track: Which tools get the metrics; None for none.
     """
 
     config: TrainingConfig
@@ -63,6 +65,7 @@ class Assignment:
     non_finite: NonFinite = NonFinite.STOP
     code: str = ""
     faults: Sequence[faults.Fault] = field(default_factory=tuple)
+    track: TrackSettings | None = None
 
 
 def run_attempt(assignment: Assignment, storage: Storage, world: World, control: Control) -> Outcome:
@@ -105,6 +108,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     model = shard(model, world, exactness) if is_spread else model.to(world.device)
     world.mark("model")
     has_eval = assignment.prepared.num_eval_samples > 0
+    track = assignment.track or TrackSettings(to=[])
+    tracking = follow(track, checkpointer, _flat(dict(assignment.declared)), control.progress)
     loop = Loop(
         config,
         world,
@@ -113,11 +118,12 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         task,
         assignment.prepared.split(storage, "train"),
         assignment.prepared.split(storage, "eval") if has_eval else None,
-        control,
+        Overheard(control, tracking.hear),
         non_finite=assignment.non_finite,
     )
     world.mark("data")
-    return _run(loop, checkpointer)
+    with tracking:
+        return _run(loop, checkpointer)
 
 
 def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpointer:
