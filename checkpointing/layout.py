@@ -12,6 +12,7 @@ from outlast.checkpointing.errors import ConfigError
 
 CLAIM = "claim.json"
 MANIFEST = "manifest.json"
+RECORD = "record.json"
 STATE_DIR = "training_state"
 LOOP_STATE = f"{STATE_DIR}/state.json"
 WEIGHTS = "model.safetensors"

@@ -7,6 +7,7 @@ Whether a run is done, and how far it is, is read from the run's own storage, wh
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
 from outlast.cluster.config import RunConfig
 from outlast.cluster.doctor_rules import TOKEN_HINT, Finding, Level
+from outlast.cluster.record import CODE_FILE, code_state
 from outlast.trainers import preflight
 from outlast.trainers.custom import make_importable
 from outlast.trainers.registry import is_dotted
@@ -245,6 +247,8 @@ def _bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
             ignore = shutil.ignore_patterns(".*", "__pycache__", "*.pyc")
             shutil.copytree(code, work, ignore=lambda path, names: {*ignore(path, names), *_not_python(path, names)})
         work.mkdir(exist_ok=True)
+        if code is not None:
+            (work / CODE_FILE).write_text(json.dumps(code_state(code)))
         (work / "run.yaml").write_text(yaml.safe_dump(dict(declared), sort_keys=False))
         yield folder
 

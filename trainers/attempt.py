@@ -21,7 +21,7 @@ from torch import nn
 from outlast.checkpointing import faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
-from outlast.checkpointing.layout import attempts_dir, checkpoint_dir
+from outlast.checkpointing.layout import RECORD, attempts_dir, checkpoint_dir, launch_dir
 from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage, wait_for
 from outlast.trainers.adapters import base_digest, is_adapted
@@ -130,7 +130,7 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
     """Claims the run, once its storage answers, and says in the claim who the ranks are."""
     config = assignment.config
     place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
-    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills()})
+    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills(), **machine(world.device)})
     world.from_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
     return Checkpointer(
         storage,
@@ -138,7 +138,11 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
         ranks=world,
         launch=assignment.launch,
         declaration=_declaration(assignment, world),
-        notes={"settings": dict(assignment.declared), "workers": workers},
+        notes={
+            "settings": dict(assignment.declared),
+            "workers": workers,
+            "record": f"{launch_dir(config.name, assignment.launch)}/{RECORD}",
+        },
         retention=config.checkpoint.retention,
         max_shard_bytes=config.checkpoint.max_shard_bytes,
         settle_s=config.checkpoint.settle_s,
@@ -160,6 +164,18 @@ def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
         raise
     checkpointer.flush()
     return outcome
+
+
+def machine(device: torch.device | None) -> dict[str, Any]:
+    """Processor, number of processors and bytes of memory of this machine, and the accelerator's name."""
+    found: dict[str, Any] = {"cpu": platform.processor(), "cpus": os.cpu_count(), "memory": None}
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        found["cpu"] = next(line for line in file if line.startswith("model name")).partition(":")[2].strip()
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
+        found["memory"] = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
+    if device is not None and device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def num_oom_kills() -> int | None:

@@ -16,17 +16,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, field_validator
 
-from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError, first_line
 from outlast.checkpointing.journal import read_events
 from outlast.checkpointing.layout import AttemptId, attempt_dir
 from outlast.checkpointing.lineage import list_attempts
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.config import Settings
+
+if TYPE_CHECKING:
+    from outlast.checkpointing.checkpointer import Checkpointer
 
 T = TypeVar("T")
 Name = Literal["tensorboard", "mlflow", "wandb"]
