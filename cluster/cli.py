@@ -32,6 +32,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing boxes takes as long as all the rest
+    context_settings={"max_content_width": 120},
 )
 app.command()(init)
 app.command()(validate)

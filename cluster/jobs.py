@@ -195,7 +195,7 @@ def submit(
         if job.is_live and job.id not in ignoring:
             return job, False
     number = before[-1].number + 1 if before else 1
-    with _bundle(declared, code) as folder:
+    with bundle(declared, code) as folder:
         runtime_env: dict[str, Any] = {
             "working_dir": str(folder / "work"),
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{stop_wait_s(config):g}"},
@@ -225,7 +225,7 @@ def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Ma
     Returns:
         Its log.
     """
-    with _bundle(declared or {}, None) as folder:
+    with bundle(declared or {}, None) as folder:
         job = client.submit_job(
             entrypoint=shlex.join(["exec", "python", "-m", "outlast.cluster.cli", *arguments]),
             runtime_env={"working_dir": str(folder / "work"), "py_modules": [str(_package(folder))]},
@@ -238,7 +238,7 @@ def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Ma
 
 
 @contextmanager
-def _bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
+def bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
     """A folder with what travels: the run file and the user's Python files."""
     with tempfile.TemporaryDirectory(prefix="outlast-submit-") as name:
         folder = Path(name)
