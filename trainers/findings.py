@@ -36,7 +36,7 @@ class Finding:
         return ".".join(str(part) for part in self.path)
 
     def __str__(self) -> str:
-        said = f"{self.key}: {self.message}" if self.path else self.message
+        said = self.message if self.message.startswith(self.key) else f"{self.key}: {self.message}"
         return f"{said}; {self.suggestion}" if self.suggestion else said
 
 
