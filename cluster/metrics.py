@@ -23,7 +23,7 @@ GAUGES = {
     "num_steps": "Steps of the whole run",
     "loss": "Training loss of the newest step",
     "eval_loss": "Loss of the newest evaluation",
-    "targets_per_second": "Targets that the newest step learned from, a second: tokens, or rows with one label each",
+    "tokens_per_second": "Tokens of the newest step, a second; of a journal that does not count them, targets",
     "workers": "Workers of the attempt",
     "restarts": "Attempts before this one",
     "newest_checkpoint_step": "Step of the newest checkpoint",
@@ -89,7 +89,7 @@ class Metrics:
         if event["loss"] is not None:
             self._set("loss", event["loss"])
         if event["seconds"] > 0:
-            self._set("targets_per_second", event["count"] / event["seconds"])
+            self._set("tokens_per_second", event.get("tokens", event["count"]) / event["seconds"])
             if event["step"] > self._furthest:
                 self._furthest = event["step"]
                 self._metric("useful_seconds", Counter, COUNTERS).inc(event["seconds"])

@@ -104,7 +104,7 @@ def test_tensorboard_after_a_kill(
     assert losses(storage, "tracked") == reference(2).losses
     copy = scalars(folder)
     check_copy(copy, storage, "tracked")
-    assert set(copy) >= {"train/grad_norm", "train/targets_per_s", "save/waited_s", "save/commit_s", "eval/loss"}
+    assert set(copy) >= {"train/grad_norm", "train/tokens_per_s", "save/waited_s", "save/commit_s", "eval/loss"}
     with_settings = [path for path in folder.iterdir() if b"train.warmup" in path.read_bytes()]
     assert len(with_settings) == 1, "the settings are written once"
 

@@ -81,7 +81,8 @@ def values_of(event: Event) -> dict[str, float]:
     match event["event"]:
         case "step":
             found = {f"train/{name}": event[name] for name in ("loss", "lr", "grad_norm")}
-            found["train/targets_per_s"] = event["count"] / event["seconds"] if event["seconds"] else None
+            num_tokens = event.get("tokens", event["count"])  # targets, where the journal does not count tokens
+            found["train/tokens_per_s"] = num_tokens / event["seconds"] if event["seconds"] else None
         case "eval":
             names = [name for name in event if name.startswith("eval_")]
             found = {f"eval/{name.removeprefix('eval_')}": event[name] for name in names}
