@@ -54,11 +54,11 @@ def _findings(config: RunConfig, checks: dict[str, Check]) -> Iterator[Finding]:
         try:
             check(config)
         except OutlastError as error:
-            named = _KEY.search(f"{error.message} {error.hint}")
-            place = named[0] if isinstance(error, ConfigError) and named else key
+            named = _KEY.search(error.message) if isinstance(error, ConfigError) else None
+            place = named[0] if named else key
             if error.message not in said:  # one mistake may be in the way of several checks
                 said.add(error.message)
-                yield Finding(tuple(place.split(".")) if place else (), error.message, error.hint)
+                yield Finding(tuple(place.split(".")), error.message, error.hint)
 
 
 def _code(config: RunConfig) -> None:
@@ -117,6 +117,7 @@ def _trackers(config: RunConfig) -> None:
 
 
 def _storage(config: RunConfig) -> None:
+    """The place, and against the run of this name, if it has begun."""
     storage = open_storage(config.checkpoint.storage)
     storage.list(config.name)
     if isinstance(storage, LocalStorage):
@@ -128,13 +129,9 @@ def _storage(config: RunConfig) -> None:
             )
         if not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(f"checkpoint.storage {place}: {there} is not writable", hint="name another place")
-
-
-def _unchanged(config: RunConfig) -> None:
-    """Against the run of this name, if it has begun."""
     from outlast.trainers.attempt import check_unchanged
 
-    check_unchanged(catalogue(open_storage(config.checkpoint.storage), config.name).declaration, config, None)
+    check_unchanged(catalogue(storage, config.name).declaration, config, None)
 
 
 def _prepared(config: RunConfig) -> None:
@@ -162,5 +159,4 @@ _CHEAP: dict[str, Check] = {
     "train.batch": _batch,
     "track.to": _trackers,
     "checkpoint.storage": _storage,
-    "": _unchanged,
 }

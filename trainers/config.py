@@ -434,10 +434,7 @@ class TrainingConfig(Settings):
     @field_validator("name")
     @classmethod
     def _is_usable(cls, value: str) -> str:
-        try:
-            return check_run_name(value)
-        except ConfigError as error:
-            raise ValueError(error.message) from error
+        return check_run_name(value)
 
     @model_validator(mode="after")
     def _can_be_done(self) -> TrainingConfig:

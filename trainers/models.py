@@ -166,8 +166,8 @@ def check_head(settings: ModelSettings, task: type[Task]) -> None:
         known = getattr(builder, "_model_mapping", {type(config): None})
         if type(config) not in known and not getattr(config, "auto_map", None):
             raise ConfigError(
-                f"no {config.model_type} model does task {settings.task}: transformers has no class of it for "
-                f"{task.auto_class}",
+                f"model.task {settings.task}: no {config.model_type} model does it; transformers has no class of this "
+                f"architecture for {task.auto_class}",
                 hint="set model.path or model.config to another architecture, or model.task to another task",
             )
 
