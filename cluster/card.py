@@ -128,7 +128,7 @@ class _Known:
         yield ".\n"
         yield from self._training()
         if self._mathematics:
-            text = yaml.safe_dump(dict(self._mathematics), sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(_said(self._mathematics), sort_keys=False, allow_unicode=True)
             yield f"\n## Settings\n\nAll that decide its numbers, beside the data:\n\n```yaml\n{text}```\n"
 
     def _training(self) -> Iterator[str]:
@@ -150,3 +150,10 @@ class _Known:
         told = ", ".join(f"{count} × {cause}" for cause, count in sorted(causes.items()))
         yield f"- restarts survived: {self._num_restarts}" + (f" ({told})\n" if told else "\n")
         yield "- checkpoint verified against its digests when it was exported\n"
+
+
+def _said(value: Any) -> Any:
+    """The same without what says nothing."""
+    if isinstance(value, Mapping):
+        return {key.rstrip("_"): _said(item) for key, item in value.items() if item not in (None, {}, [])}
+    return value

@@ -172,6 +172,8 @@ class Follower:
 
     def hear(self, event: Event) -> None:
         """Takes an event; returns at once."""
+        if self._thread.ident is not None and not self._thread.is_alive():
+            return  # it has given up, and has said so
         try:
             self._queue.put_nowait(event)
         except queue.Full:
@@ -199,7 +201,8 @@ class Follower:
         with suppress(_GaveUp):
             sink = self._patiently(self._make)
             seen = self._patiently(sink.open)
-            for event in self._past(seen.by_name.get("train/loss", seen.floor)):
+            newest = seen.by_name.get("train/loss", seen.floor)
+            for event in self._patiently(lambda: list(self._past(newest))):
                 self._send(sink, seen, event)
             while (event_or_end := self._queue.get()) is not None:
                 self._send(sink, seen, event_or_end)
