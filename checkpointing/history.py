@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -214,9 +214,13 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
     if newest_step >= 0:  # what was before the progress need not be read
         since = claims[attempts[first]].get("launch", "")
         began_at = claims[attempts[first]].get("claimed_at", 0.0)
+    attempts_of: dict[str, list[AttemptId]] = {}
+    for attempt, claim in claims.items():
+        attempts_of.setdefault(claim.get("launch", ""), []).append(attempt)
     found: list[Try] = []
-    for launch in sorted(entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None):
-        if launch < since:
+    names = [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]
+    for launch in _in_order(names, attempts_of):
+        if launch < since and launch not in attempts_of:
             continue
         alive = _read_json(storage, f"{launch_dir(run, launch)}/alive.json")
         failures = [e for e in read_events(storage, launch_dir(run, launch)) if e["event"] == "failure"]
@@ -226,7 +230,7 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
             for event in failures
             if event.get("attempt") == "unclaimed" and event["t"] >= began_at
         ]
-        mine = [attempt for attempt, claim in claims.items() if claim.get("launch") == launch]
+        mine = attempts_of.get(launch, [])
         for attempt in mine:
             claim, event = claims[attempt], told.get(str(attempt))
             steps = commits[attempts.index(attempt)]
@@ -238,6 +242,16 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
             found += _launch_alone(alive)
         found += [item for _, item in sorted(dated, key=lambda pair: pair[0])]
     return found
+
+
+def _in_order(launches: Iterable[str], attempts_of: Mapping[str, Sequence[AttemptId]]) -> list[str]:
+    """Launches in the order of their claims, whatever the clocks that named them said; those that claimed nothing
+    follow the one that they are named after."""
+    latest, keys = AttemptId(0, ""), {}
+    for launch in sorted(launches):
+        latest = min(attempts_of.get(launch, ()), default=latest)
+        keys[launch] = (latest, launch)
+    return sorted(keys, key=keys.__getitem__)
 
 
 def _commits(storage: Storage, run: str, attempt: AttemptId) -> tuple[int, ...]:

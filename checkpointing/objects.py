@@ -91,10 +91,11 @@ class ObjectStorage:
             else:
                 chunks = _handed_over([*head, more], rest)
                 del head, more
-                self._fs_delete(path)  # so that what is there afterwards is this
-                self._put_once(path, chunks)
+                before = self._patiently(lambda: self._fs.get_file_info(self._path(path)))
+                self._put_once(path, chunks, before)
 
-    def _put_once(self, path: str, chunks: Iterable[Buffer]) -> None:
+    def _put_once(self, path: str, chunks: Iterable[Buffer], before: fs.FileInfo | None = None) -> None:
+        """Writes an object. `before` is what it replaces if it cannot be written again; nobody misses it until then."""
         target = self._path(path)
         stream = self._fs.open_output_stream(target, compression=None)  # by default by its name
         num_bytes = waited_at = 0
@@ -110,15 +111,21 @@ class ObjectStorage:
         except BaseException:
             with contextlib.suppress(OSError):  # the first failure is the one to report
                 stream.close()
-            with contextlib.suppress(OSError):
-                self._fs.delete_file(target)
+                self._fs.delete_file(target)  # what closing published; if it failed, what is there is somebody else's
             raise
+        self._publish(stream, target, num_bytes, before)
+
+    def _publish(self, stream: pa.NativeFile, target: str, num_bytes: int, before: fs.FileInfo | None) -> None:
+        """Closes the stream, by which the object appears. Raises OSError when it did not."""
         try:
             stream.close()
         except OSError:
-            # The answer was lost, perhaps after the store had done it. An object appears whole, and nothing was there
-            # before: so if there are so many bytes, they are these. A small one is compared.
-            if num_bytes <= _HEAD_BYTES or self._fs.get_file_info(target).size != num_bytes:
+            # The answer was lost, perhaps after the store had done it. An object appears whole: so if something new is
+            # there, of so many bytes, it is this one. A small one is compared.
+            if before is None:
+                raise
+            now = self._fs.get_file_info(target)
+            if now.size != num_bytes or now.mtime_ns == before.mtime_ns:
                 raise
 
     def _holds(self, path: str, data: bytes) -> bool:

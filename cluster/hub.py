@@ -84,6 +84,8 @@ class Hub:
         self._events.extend(events)
         for event in events:
             self._wish.hear(event)
+            if event["event"] == "commit":  # progress: a verdict that came while the next group was at work is void
+                self._verdict = None
         return self._stop
 
     def want_save(self, reason: str) -> None:

@@ -203,15 +203,25 @@ class Launch:
                 faults=tuple(self.faults),
                 track=self.config.track,
             )
-            answer = self._fit(assignment, cpus)
+            try:
+                answer = self._fit(assignment, cpus)
+            except RunFailed:
+                if self._is_superseded(storage):  # then it is no matter what its own workers came to
+                    return Finished(Outcome.SUPERSEDED, self.id)
+                raise
         if isinstance(answer.get("error"), OutlastError):
             raise answer["error"]
         outcome = Outcome(answer["outcome"])
         found = find_model(storage, self.config.name) if outcome is Outcome.DONE else None
         model = _published(storage, self.config.name, found.path) if found else None
-        if outcome is Outcome.STOPPED and launch_is_superseded(storage, self.config.name, self.id):
+        if outcome is Outcome.STOPPED and self._is_superseded(storage):
             outcome = Outcome.SUPERSEDED
         return Finished(outcome, self.id, model)
+
+    def _is_superseded(self, storage: Storage) -> bool:
+        with contextlib.suppress(StorageError):
+            return launch_is_superseded(storage, self.config.name, self.id)
+        return False
 
     def _cpus_per_worker(self) -> float:
         """CPUs of a worker. Waits a while for nodes that are on their way, as after a restart of the whole cluster."""

@@ -28,6 +28,7 @@ from outlast.checkpointing.layout import attempt_dir, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import Storage, open_storage
 from outlast.cluster import jobs
+from outlast.cluster.alive import find_rival
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import gave_up
 from outlast.cluster.jobs import Job
@@ -37,6 +38,8 @@ POLL_S = 2.0
 SILENCE_S = 180.0
 PAUSE_S = 2.0
 LONGEST_PAUSE_S = 300.0
+#: What a launch ends with that was stopped, or from which another one has taken the run.
+_RESUMABLE = 75
 _STALLED = "stalled"
 _LOG_TAIL = 5
 
@@ -48,7 +51,7 @@ class Next(Enum):
     END = "end"
 
 
-def decide(ended: Job, given_up: GivenUp | None, *, by_us: bool, has_worked: bool) -> Next:
+def decide(ended: Job, given_up: GivenUp | None, *, by_us: bool, has_worked: bool, has_rival: bool) -> Next:
     """What follows the end of a job.
 
     Args:
@@ -56,9 +59,13 @@ def decide(ended: Job, given_up: GivenUp | None, *, by_us: bool, has_worked: boo
         given_up: What the rule says.
         by_us: The supervisor itself has stopped it.
         has_worked: Some attempt of the run got to work once, so its settings can be used there.
+        has_rival: Another launch of the run is at work, perhaps on another cluster. It is left alone: two supervisors
+            would otherwise take the run from each other in turn.
     """
     if by_us:
         return Next.END if given_up else Next.SUBMIT
+    if has_rival:
+        return Next.END
     if ended.status == JobStatus.STOPPED.value or ended.exit_code in (0, 2, 5):
         return Next.END  # somebody stopped it, it is done, or nothing but other settings or files can mend it
     if ended.exit_code == 3:
@@ -179,12 +186,16 @@ class Supervisor:
             return 0
         given_up = self._verdict()
         has_worked = bool(list_attempts(self.storage, self.config.name))
-        end = decide(ended, given_up, by_us=by_us, has_worked=has_worked)
+        rival = find_rival(self.storage, self.config.name) if ended.exit_code == _RESUMABLE and not by_us else None
+        end = decide(ended, given_up, by_us=by_us, has_worked=has_worked, has_rival=rival is not None)
         self.say(f"{ended.id} ended: {ended.status.lower()}, exit code {ended.exit_code}{_last_line(ended)}")
         if end is Next.SUBMIT:
             number = max(1, len(counted(read_tries(self.storage, self.config.name), settings_mark(self.declared))))
             self._wait(pause_s(number, random.random()), "")
             return None
+        if rival is not None:
+            self.say(f"launch {rival} has the run now; leaving it alone")
+            return ended.exit_code
         if given_up is not None:
             raise gave_up(self.config.name, given_up)
         if ended.exit_code not in (0, 75):

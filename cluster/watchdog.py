@@ -179,7 +179,8 @@ class Watchdog:
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._journal is None:
-            self._journal = Journal(self._storage, self._directory(), self._rank, stream="events-watch", flush_s=0)
+            stream = f"events-watch-{self._group[:8]}"  # before the claim, groups share a directory
+            self._journal = Journal(self._storage, self._directory(), self._rank, stream=stream, flush_s=0)
         self._journal.event(kind, **fields)
 
 

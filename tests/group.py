@@ -7,6 +7,7 @@ with a group: when one rank dies, the others go too.
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,6 +37,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.group_worker"])
 
 GRACE_S = 60.0
+STOPPED_S = 1.0  #: long enough for the other ranks to come to wait
+ACTIONS = [action for action in Action if action is not Action.PAUSE]  # that one is for drills
+IN_TRAINING = (Point.ACCUMULATING, Point.STEP, Point.EVALUATING)
 
 
 class Quiet:
@@ -145,6 +150,44 @@ def start_script(path: Path, arguments: list[str], size: int) -> list[BaseProces
 
 def fault(point: Point, step: int, rank: int, action: Action, folder: Path) -> Fault:
     return Fault(point, step, rank, action, str(folder / f"fired-{point.value}-{step}-{rank}.json"))
+
+
+def run_struck(assignment: Assignment, storage: Storage, size: int, strike: Fault) -> list[Ended]:
+    """As `run_group`, with a fault that must fire, and must end the group, or must not if the process only stopped.
+
+    The process that stopped is woken after a while; the one that hangs is ended, as a watchdog would.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(_wake_or_end, strike)
+        ended = run_group(replace(assignment, faults=(strike,)), storage, size)
+        assert Path(strike.record).exists(), "the fault did not fire"
+        watching.result()
+    if strike.action is Action.STOP:
+        assert [item.outcome for item in ended] == [Outcome.DONE] * size, "it was only slow"
+    else:
+        assert ended[strike.rank].exit_code == (1 if strike.action is Action.EXCEPTION else -signal.SIGKILL)
+        assert all(item.outcome is None and item.exit_code != 0 for item in ended)
+    return ended
+
+
+def _wake_or_end(strike: Fault) -> None:
+    if strike.action not in (Action.STOP, Action.HANG):
+        return
+    deadline = time.monotonic() + GRACE_S
+    while (pid := _struck(strike)) is None:
+        assert time.monotonic() < deadline, f"nobody struck by {strike}"
+        time.sleep(0.02)
+    time.sleep(STOPPED_S)
+    os.kill(pid, signal.SIGCONT if strike.action is Action.STOP else signal.SIGKILL)
+
+
+def _struck(strike: Fault) -> int | None:
+    """The process that was struck; None while there is none, or it is to stop and has not."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        pid = int(json.loads(Path(strike.record).read_text())["pid"])
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return pid if strike.action is Action.HANG or state == "T" else None
+    return None
 
 
 def newest(storage: LocalStorage, run: str) -> Manifest:

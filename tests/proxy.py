@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+#: An S3 client asks again for what it reads after three seconds without an answer, for what it writes after ten.
+LATE_S = 12.0
+
 
 class Mischief(Enum):
     """What happens to a request."""
@@ -20,6 +24,7 @@ class Mischief(Enum):
     THROTTLE = "503 SlowDown, and the store never hears of it"
     LOSE_ANSWER = "the store does it, and the connection breaks before the answer"
     BREAK = "the connection breaks, and the store never hears of it"
+    LATE = "the store does it, and the answer comes when nobody waits for it any more"
 
 
 @dataclass
@@ -70,6 +75,8 @@ def proxy_to(endpoint: str, at: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[
             if mischief is Mischief.LOSE_ANSWER:
                 self._hang_up()
                 return
+            if mischief is Mischief.LATE:
+                time.sleep(LATE_S)
             self._answer(answer.status, data, dict(answer.getheaders()))
 
         def _body(self) -> bytes:

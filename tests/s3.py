@@ -9,9 +9,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 BUCKET = "outlast-test"
+
+#: Without its two changes it looks through its own folders and makes a connection anew for every request.
+_SERVER = """
+from moto import backends, server
+from werkzeug.serving import WSGIRequestHandler
+modules = list(backends.list_of_moto_modules())
+backends.list_of_moto_modules = lambda: modules
+WSGIRequestHandler.protocol_version = "HTTP/1.1"
+server.main()
+"""
 
 
 @contextmanager
@@ -20,7 +29,7 @@ def s3_server() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", _SERVER, "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     settings = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",

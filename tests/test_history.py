@@ -277,3 +277,16 @@ def test_a_checkpoint_is_not_passed_over_for_nothing(storage: LocalStorage) -> N
     for _ in range(3):
         life.failure(life.attempt(steps=False))
     assert [item.base.step for item in read_tries(storage, "run")[1:] if item.base] == [1, 1, 1]
+
+
+def test_the_clocks_of_drivers_decide_nothing(storage: LocalStorage) -> None:
+    """A launch on a machine whose clock is years behind comes after the one whose place it took."""
+    first = Life(storage, "20260101-000000-a")
+    first.failure(first.attempt(1))
+    for number in range(3):
+        late = Life(storage, f"19700101-00000{number}-b")
+        late.failure(late.attempt())
+    assert [item.commits for item in read_tries(storage, "run")] == [(1,), (), (), ()]
+    given_up = judge(read_tries(storage, "run"), Limits(max_failures=3), MARK)
+    assert given_up is not None
+    assert given_up.reason.startswith("4 failures")

@@ -1,8 +1,9 @@
-"""Resume equals uninterrupted, bit for bit, wherever a rank dies.
+"""Resume equals uninterrupted, bit for bit, wherever a rank dies, hangs or stops for a while.
 
-The reference is a run that nothing ever happened to, one for each world size. A case kills one rank at one named point,
-proves that the fault fired and that the group ended with it, runs the same run again, and compares the SHA-256 of every
-weight and optimizer tensor and the loss of every step.
+The reference is a run that nothing ever happened to, one for each world size. A case strikes one rank at one named
+point, proves that the fault fired and that the group ended with it (or, if the process was only stopped, did not), runs
+the same run again if need be, and compares the SHA-256 of every weight and optimizer tensor and the loss of every step.
+Saves block here; `test_kill_overlapped.py` has those in the background.
 """
 
 from __future__ import annotations
@@ -26,18 +27,12 @@ from outlast.checkpointing.storage import LocalStorage, read_bytes
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.conftest import Reference
-from tests.group import StopAt, digests, fault, losses, newest, resumed, run_group
+from tests.group import ACTIONS, IN_TRAINING, StopAt, digests, fault, losses, newest, resumed, run_group, run_struck
 
 Assign = Callable[..., Assignment]
 MakeReference = Callable[[int], Reference]
 
-POINTS = [
-    Point.BEFORE_SNAPSHOT,
-    Point.WHILE_WRITING,
-    Point.BEFORE_MANIFEST,
-    Point.AFTER_MANIFEST,
-    Point.AFTER_RETENTION,
-]
+POINTS = [point for point in Point if point is not Point.AFTER_SNAPSHOT]  # that one is of saves in the background
 #: Two checkpoints stay, so that retention has deleted something by the third save, at step 9.
 KEEP_TWO = {"checkpoint": {"keep_last": 2}}
 LLAMA = {
@@ -67,19 +62,27 @@ class Case:
 
     @property
     def step(self) -> int:
-        return 9 if self.point is Point.AFTER_RETENTION else 6
+        """That of the second save, unless the point is in training or something must have been deleted."""
+        in_training = {Point.ACCUMULATING: 7, Point.STEP: 7, Point.EVALUATING: 8}
+        return {**in_training, Point.AFTER_RETENTION: 9}.get(self.point, 6)
 
     @property
     def resume_steps(self) -> set[int]:
         """Where the next attempt may go on."""
-        if self.point in (Point.AFTER_MANIFEST, Point.AFTER_RETENTION):
-            return {self.step}
+        if self.point in (*IN_TRAINING, Point.AFTER_MANIFEST):
+            return {6}
+        if self.point is Point.AFTER_RETENTION:
+            return {9}
         # Rank 0 may have all it needs for the commit before it hears that another rank is dead.
         return {3, 6} if self.point is Point.BEFORE_MANIFEST and self.rank else {3}
 
     @property
     def is_fast(self) -> bool:
-        if self.size == 2:
+        if self.action in (Action.HANG, Action.STOP):
+            return str(self) in ("2-before-manifest-stop-rank0", "2-evaluating-hang-rank1")
+        if self.point in IN_TRAINING:
+            return str(self) == "2-step-sigkill-rank1"
+        if self.size == 2 and (self.rank == 0 or self.point is not Point.AFTER_MANIFEST):
             return self.action is Action.SIGKILL or self.rank == 0
         is_last = self.rank == self.size - 1
         return is_last and self.action is Action.SIGKILL and self.point in (Point.WHILE_WRITING, Point.BEFORE_MANIFEST)
@@ -90,9 +93,9 @@ def all_cases() -> list[Any]:
         Case(size, point, action, rank)
         for size in (1, 2, 3, 4)
         for point in POINTS
-        for action in (Action.EXCEPTION, Action.SIGKILL)
+        for action in ACTIONS
         for rank in sorted({0, size - 1})
-        if rank == 0 or point is not Point.AFTER_MANIFEST  # rank 0 alone writes the manifest
+        if size == 2 or point not in IN_TRAINING  # SIGKILL on other numbers of ranks is in test_exactness.py
     ]
     return [pytest.param(item, id=str(item), marks=() if item.is_fast else pytest.mark.faults) for item in cases]
 
@@ -117,7 +120,7 @@ def assert_finished_as(storage: LocalStorage, run: str, reference: Reference, *,
 
 
 @pytest.mark.parametrize("case", all_cases())
-def test_killed_and_resumed_equals_uninterrupted(
+def test_struck_equals_undisturbed(
     case: Case,
     assign: Assign,
     storage: LocalStorage,
@@ -127,31 +130,15 @@ def test_killed_and_resumed_equals_uninterrupted(
 ) -> None:
     run = f"kill-{case}"
     strike = fault(case.point, case.step, case.rank, case.action, tmp_path)
-    ended = run_group(assign(run, faults=(strike,), sections=KEEP_TWO), storage, case.size)
-
-    assert Path(strike.record).exists(), "the fault did not fire"
-    assert ended[case.rank].exit_code == (-signal.SIGKILL if case.action is Action.SIGKILL else 1)
-    assert all(item.exit_code != 0 and item.outcome is None for item in ended)
-
-    ended = run_group(assign(run, launch="second", sections=KEEP_TWO), storage, case.size)
-    assert [item.outcome for item in ended] == [Outcome.DONE] * case.size
-    assert resumed(storage, run)[-1]["step"] in case.resume_steps
+    run_struck(assign(run, sections=KEEP_TWO), storage, case.size, strike)
+    if case.action is not Action.STOP:
+        ended = run_group(assign(run, launch="second", sections=KEEP_TWO), storage, case.size)
+        assert [item.outcome for item in ended] == [Outcome.DONE] * case.size
+        assert resumed(storage, run)[-1]["step"] in case.resume_steps
     assert_finished_as(storage, run, reference(case.size))
-    cover("Processes that die in a save", case.action.value, case.point.value)
-
-
-def test_killed_at_a_step_between_checkpoints(
-    assign: Assign, storage: LocalStorage, reference: MakeReference, tmp_path: Path
-) -> None:
-    strike = fault(Point.STEP, 7, 1, Action.SIGKILL, tmp_path)
-    ended = run_group(assign("kill-step", faults=(strike,)), storage, 2)
-    assert Path(strike.record).exists()
-    assert ended[1].exit_code == -signal.SIGKILL
-    assert ended[0].outcome is None
-
-    run_group(assign("kill-step", launch="second"), storage, 2)
-    assert [event["step"] for event in resumed(storage, "kill-step")] == [6]
-    assert_finished_as(storage, "kill-step", reference(2))
+    where = "in training" if case.point in IN_TRAINING else "in a save"
+    rank = "another rank" if case.rank else "rank 0"
+    cover(f"Processes that die, hang or stop {where}", case.action.value, f"{case.point.value}, {rank}")
 
 
 def test_three_kills_in_one_launch(

@@ -6,13 +6,7 @@ if it has to be, ends with the bits of the reference.
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +19,10 @@ from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.conftest import Reference
-from tests.group import digests, fault, losses, resumed, run_group
+from tests.group import ACTIONS, IN_TRAINING, digests, fault, losses, resumed, run_group, run_struck
 
 SECTIONS = {"checkpoint": {"overlap": True, "keep_last": 2, "keep_best": 1}}
-ACTIONS = [action for action in Action if action is not Action.PAUSE]  # that one is for drills
 TRAIN = {"eval_every": 3}
-STOPPED_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class Case:
 
 
 def all_cases() -> list[Any]:
-    points = [point for point in Point if point not in (Point.ACCUMULATING, Point.STEP, Point.EVALUATING)]
+    points = [point for point in Point if point not in IN_TRAINING]
     cases = [Case(point, action, rank) for point in points for action in ACTIONS for rank in (0, 1)]
     return [pytest.param(item, id=str(item), marks=() if item.is_fast else pytest.mark.faults) for item in cases]
 
@@ -87,35 +79,15 @@ def test_struck_in_the_background_equals_undisturbed(
 ) -> None:
     run = f"overlapped-{case}"
     strike = fault(case.point, case.step, case.rank, case.action, tmp_path)
-    assignment = assign(run, faults=(strike,), sections=SECTIONS, **TRAIN)
-    watcher = threading.Thread(target=wake_or_end, args=(Path(strike.record), case.action), daemon=True)
-    watcher.start()
-    ended = run_group(assignment, storage, 2)
-    assert Path(strike.record).exists(), "the fault did not fire"
-    watcher.join(30)
-
-    if case.action is Action.STOP:  # it was only slow
-        assert [item.outcome for item in ended] == [Outcome.DONE] * 2
-    else:
-        assert all(item.outcome is None and item.exit_code != 0 for item in ended)
+    run_struck(assign(run, sections=SECTIONS, **TRAIN), storage, 2, strike)
+    if case.action is not Action.STOP:
         acknowledged = max(event["step"] for _, event in run_events(storage, run) if event["event"] == "commit")
         ended = run_group(assign(run, launch="second", sections=SECTIONS, **TRAIN), storage, 2)
         assert [item.outcome for item in ended] == [Outcome.DONE] * 2
         assert resumed(storage, run)[-1]["step"] >= acknowledged >= 3
     assert digests(storage, run) == reference.digests
     assert losses(storage, run) == reference.losses
-    cover("Processes that die, hang or stop in a save in the background", case.action.value, case.point.value)
-
-
-def wake_or_end(record: Path, action: Action) -> None:
-    """After the fault: wakes the process that stopped; ends the one that hangs, as a watchdog would."""
-    if action not in (Action.STOP, Action.HANG):
-        return
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with suppress(FileNotFoundError, ValueError):
-            pid = json.loads(record.read_text())["pid"]
-            time.sleep(STOPPED_S)  # long enough for the other rank to come to wait
-            os.kill(pid, signal.SIGCONT if action is Action.STOP else signal.SIGKILL)
-            return
-        time.sleep(0.02)
+    rank = "another rank" if case.rank else "rank 0"
+    cover(
+        "Processes that die, hang or stop in a save in the background", case.action.value, f"{case.point.value}, {rank}"
+    )

@@ -21,6 +21,8 @@ from tests.small import digests_of, small_model, train_step
 
 #: More than one part of a multi-part upload, and more than one window of them.
 LARGE = bytes(range(256)) * 4096 * 24
+QUICK = [mischief for mischief in Mischief if mischief is not Mischief.LATE]
+ALL = [*QUICK, pytest.param(Mischief.LATE, marks=pytest.mark.faults)]  # 3 to 20 seconds each
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def rough(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy,
         yield proxy, ObjectStorage(f"{bucket}/rough")
 
 
-@pytest.mark.parametrize("mischief", Mischief)
+@pytest.mark.parametrize("mischief", ALL)
 @pytest.mark.parametrize("size", [10, len(LARGE)], ids=["small", "large"])
 def test_a_put_survives(rough: tuple[Proxy, ObjectStorage], mischief: Mischief, size: int) -> None:
     proxy, storage = rough
@@ -51,7 +53,7 @@ def test_a_put_survives(rough: tuple[Proxy, ObjectStorage], mischief: Mischief, 
     assert [entry.num_bytes for entry in storage.list("") if entry.name == name] == [size]
 
 
-@pytest.mark.parametrize("mischief", Mischief)
+@pytest.mark.parametrize("mischief", ALL)
 def test_the_end_of_a_large_put_survives(rough: tuple[Proxy, ObjectStorage], mischief: Mischief) -> None:
     """The POST that makes one object of the parts. Done twice it would say that there is no such upload."""
     proxy, storage = rough
@@ -62,7 +64,20 @@ def test_the_end_of_a_large_put_survives(rough: tuple[Proxy, ObjectStorage], mis
     assert read_bytes(storage, name) == LARGE
 
 
-@pytest.mark.parametrize("mischief", Mischief)
+@pytest.mark.parametrize("num_chunks", [pytest.param(1, marks=pytest.mark.faults), 3])
+def test_an_end_that_never_comes_leaves_what_was_there(rough: tuple[Proxy, ObjectStorage], num_chunks: int) -> None:
+    """And that it is there, of equal size, is not taken for success."""
+    proxy, storage = rough
+    name, size = f"twice-{num_chunks}", len(LARGE) // num_chunks
+    storage.put(name, [LARGE])
+    proxy.add("POST", f"{name}?uploadId", Mischief.BREAK, 1000)
+    with pytest.raises(StorageError, match=rf"cannot write .*/{name}"):
+        storage.put(name, [LARGE[::-1][begin : begin + size] for begin in range(0, len(LARGE), size)])
+    assert proxy.met
+    assert read_bytes(storage, name) == LARGE
+
+
+@pytest.mark.parametrize("mischief", ALL)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
 def test_reading_listing_and_deleting_survive(
     rough: tuple[Proxy, ObjectStorage], mischief: Mischief, method: str
@@ -92,7 +107,7 @@ def test_a_run_goes_on_through_all_of_it(rough: tuple[Proxy, ObjectStorage]) -> 
     proxy, storage = rough
     model, optimizer = small_model()
     for method in ("PUT", "GET", "DELETE"):
-        for mischief in Mischief:
+        for mischief in QUICK:
             proxy.add(method, "weathered", mischief, 3)
     saver = Checkpointer(storage, "weathered")
     saver.resume(model, optimizer)

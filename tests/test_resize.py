@@ -108,6 +108,15 @@ def test_a_run_that_is_given_up_is_no_ranks_failure() -> None:
     assert str(hub.failure()) == "a wrong setting"
 
 
+def test_a_verdict_that_progress_has_overtaken_is_void() -> None:
+    hub = Hub()
+    hub.give_up(OutlastError("given up"))
+    hub.exchange([{"event": "step", "step": 7}])
+    assert hub.failure() is not None
+    hub.exchange([{"event": "commit", "step": 8}])
+    assert hub.failure() is None
+
+
 def test_status_tells_why_the_number_of_workers_changed(tmp_path: Path) -> None:
     storage, place = LocalStorage(tmp_path), launch_dir("run", "one")
     storage.put(f"{place}/alive.json", [json.dumps({"t": 0, "ended": True, "exit_code": 0}).encode()])

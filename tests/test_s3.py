@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,14 +25,14 @@ from outlast.checkpointing.lineage import catalogue, list_pins, run_events
 from outlast.checkpointing.objects import ObjectStorage
 from outlast.checkpointing.reader import tensor_digests
 from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import LocalStorage, open_storage, read_bytes, walk
-from outlast.checkpointing.uploads import abort_orphans
+from outlast.checkpointing.storage import LocalStorage, Storage, open_storage, read_bytes, walk
+from outlast.checkpointing.uploads import abort_orphans, abort_uploads
 from outlast.cluster import demo
 from outlast.cluster.launch import Launch, ray_session
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data import prepare
+from outlast.trainers.data import _find, prepare
 from outlast.trainers.loop import Outcome
-from tests.group import digests, fault, resumed, run_group
+from tests.group import digests, fault, resumed, run_group, tiny_config
 from tests.s3 import s3_server
 from tests.small import small_model, train_step
 
@@ -109,40 +111,129 @@ open_storage(sys.argv[1]).put(sys.argv[2], chunks())
 """
 
 
-def test_what_killed_writers_began_to_upload_is_aborted(bucket: str) -> None:
-    """By the next attempt of the run, once two commits of its own stand; that of a higher attempt is left alone."""
+@pytest.fixture
+def uploads(bucket: str) -> Callable[[], set[str]]:
+    """Calling it gives the keys of all unfinished uploads."""
     client = boto3.client("s3", region_name="us-east-1")
 
-    def uploads() -> set[str]:
+    def keys() -> set[str]:
         found = client.list_multipart_uploads(Bucket=bucket.removeprefix("s3://")).get("Uploads", [])
         return {item["Key"] for item in found}
 
+    return keys
+
+
+@pytest.fixture
+def die_writing(bucket: str, uploads: Callable[[], set[str]]) -> Callable[[Storage, str], str]:
+    """`die_writing(storage, path)`: a process is killed in a large put. Returns the key of its upload."""
+
+    def make(storage: Storage, path: str) -> str:
+        key = f"{storage.url.removeprefix(f'{bucket}/')}/{path}"
+        writer = subprocess.Popen([sys.executable, "-c", _WRITER, storage.url, path])
+        while key not in uploads():
+            assert writer.poll() is None
+            time.sleep(0.05)
+        writer.kill()
+        writer.wait()
+        return key
+
+    return make
+
+
+def test_what_killed_writers_began_to_upload_is_aborted(
+    bucket: str, uploads: Callable[[], set[str]], die_writing: Callable[[Storage, str], str]
+) -> None:
+    """By the next attempt of the run, once two commits of its own stand; that of a higher attempt is left alone."""
     storage = open_storage(f"{bucket}/deep/runs")
     model, optimizer = small_model()
     killed = Checkpointer(storage, "killed", launch="first")
     killed.resume(model, optimizer)
     directory = attempt_dir("killed", killed.attempt)
     higher = attempt_dir("killed", AttemptId(9, "0" * 8))
-    began = {f"{directory}/checkpoint-1/a.bin", f"{higher}/checkpoint-1/a.bin", "killed/elsewhere.bin"}
-    for path in began:
-        writer = subprocess.Popen([sys.executable, "-c", _WRITER, storage.url, path])
-        while f"deep/runs/{path}" not in uploads():
-            assert writer.poll() is None
-            time.sleep(0.05)
-        writer.kill()
-        writer.wait()
-    assert uploads() == {f"deep/runs/{path}" for path in began}
+    orphan = die_writing(storage, f"{directory}/checkpoint-1/a.bin")
+    others = {die_writing(storage, path) for path in (f"{higher}/checkpoint-1/a.bin", "killed/elsewhere.bin")}
 
     heir = Checkpointer(storage, "killed", launch="second")
     heir.resume(model, optimizer)
     for step in (1, 2):
-        assert uploads() == {f"deep/runs/{path}" for path in began}
+        assert uploads() == {orphan, *others}
         train_step(model, optimizer, step)
         assert heir.save(step, model, optimizer, {})
-    assert uploads() == {f"deep/runs/{path}" for path in began if not path.startswith(directory)}
+    assert uploads() == others
     heir.flush()
     assert abort_orphans(storage, "killed", AttemptId(10, "0" * 8)) == 1
     assert [event["count"] for _, event in run_events(storage, "killed") if event["event"] == "uploads-aborted"] == [1]
+    assert abort_uploads(storage, "killed") == 1
+
+
+def test_what_killed_preparers_began_to_upload_is_aborted(
+    bucket: str,
+    assign: Callable[..., Assignment],
+    storage: LocalStorage,
+    uploads: Callable[[], set[str]],
+    die_writing: Callable[[Storage, str], str],
+) -> None:
+    """By whoever makes the data, or finds it made; that of other data is left alone."""
+    here = assign("prepared")
+    directory = here.prepared.directory
+    remote = open_storage(f"{bucket}/prepared")
+    other = die_writing(remote, ".data/other/train.arrow")
+    for path in (f"{directory}/train.arrow", f"{directory}/tokenizer/tokenizer.json"):
+        orphan = die_writing(remote, path)
+        assert uploads() == {orphan, other}
+        assert prepare(here.config, remote) == here.prepared
+        assert uploads() == {other}
+    assert abort_uploads(remote, ".data") == 1
+
+
+_STOPPING = """
+import os, signal, sys
+from outlast.checkpointing import objects
+from outlast.checkpointing.storage import open_storage
+from outlast.trainers import data
+from outlast.trainers.config import TrainingConfig
+
+def stopping(chunks):
+    for number, chunk in enumerate(chunks):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        yield chunk
+
+objects._WINDOW_BYTES = 2**20  # so that it hears of the failure while it writes, as a larger upload would
+objects._SDK_TRIES = 1  # the server's answer is not S3's "no such upload" but one that the SDK tries again
+write_file = data.write_file
+data.write_file = lambda storage, directory, name, chunks: write_file(storage, directory, name, stopping(chunks))
+config = TrainingConfig.model_validate_json(sys.argv[1])
+print(data.prepare(config, open_storage(config.checkpoint.storage)).fingerprint)
+"""
+
+
+@pytest.mark.faults  # eleven seconds
+def test_a_slower_preparer_whose_upload_is_aborted_takes_what_is_there(
+    bucket: str, tmp_path: Path, uploads: Callable[[], set[str]]
+) -> None:
+    """It is stopped in the middle of its upload, and goes on when the other has made the data and aborted it."""
+    rows = tmp_path / "rows.txt"
+    rows.write_text("".join(f"row number {number} of a few\n" for number in range(11)))
+    sections = {"model": {"task": "tests.bulky:Bulky"}, "data": {"eval": None}}
+    config = tiny_config("slower", f"{bucket}/slower", str(rows), sections=sections, eval_every=None)
+    slower = subprocess.Popen(
+        [sys.executable, "-c", _STOPPING, config.model_dump_json()], stdout=subprocess.PIPE, text=True
+    )
+    _, status = os.waitpid(slower.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    [key] = uploads()
+    assert key.endswith("/train.arrow")
+
+    storage = open_storage(f"{bucket}/slower")
+    made = prepare(config, storage)
+    assert uploads() == set()
+    slower.send_signal(signal.SIGCONT)
+    said, _ = slower.communicate()
+    assert slower.returncode == 0
+    assert said.split() == [made.fingerprint]
+    assert uploads() == set()
+    assert _find(config, storage, made.directory) == made, "what was made is not whole any more"
 
 
 def test_credentials_in_the_url_are_refused_and_not_repeated() -> None:

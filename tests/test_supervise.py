@@ -77,7 +77,13 @@ def ended(status: str, code: int | None = None) -> Job:
 def test_what_follows_the_end_of_a_job(
     job: Job, given_up: GivenUp | None, by_us: bool, has_worked: bool, expected: Next
 ) -> None:
-    assert decide(job, given_up, by_us=by_us, has_worked=has_worked) is expected
+    assert decide(job, given_up, by_us=by_us, has_worked=has_worked, has_rival=False) is expected
+
+
+def test_a_run_that_another_launch_has_is_left_alone() -> None:
+    """Two supervisors on two clusters would else take it from each other in turn."""
+    assert decide(ended("FAILED", 75), None, by_us=False, has_worked=True, has_rival=True) is Next.END
+    assert decide(ended("STOPPED"), None, by_us=True, has_worked=True, has_rival=True) is Next.SUBMIT
 
 
 def test_pauses_grow_and_differ() -> None:

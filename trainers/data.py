@@ -1,17 +1,17 @@
 """From raw rows to Arrow files of samples, once.
 
 Prepared data lies under `<storage>/.data/<fingerprint>/`, its own manifest written last, so that a crash leaves nothing
-that counts and two preparers at once are harmless: both write the same bytes. The fingerprint covers the bytes of the
-sources and every setting that changes what comes out.
+that counts and two preparers at once are harmless: both write the same bytes. Once the manifest is there, no upload
+below it is needed, and whoever sees it aborts those that are unfinished: their writers are dead, or will find the data
+made. The fingerprint covers the bytes of the sources and every setting that changes what comes out.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any
 
 import xxhash
 
-from outlast.checkpointing.errors import ConfigError, DamagedError
-from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry
+from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
+from outlast.checkpointing.manifest import BLOCK_BYTES, FileEntry
 from outlast.checkpointing.storage import LocalStorage, Storage, read_bytes
+from outlast.checkpointing.uploads import abort_uploads
 from outlast.checkpointing.writer import write_file
+from outlast.trainers.cache import local_copy, verified_chunks
 from outlast.trainers.columns import Chosen, choose_columns, name_of, texts_in
 from outlast.trainers.config import DataSettings, TrainingConfig
 from outlast.trainers.encoding import Piece, Place, Split, here, usable_pieces
@@ -85,14 +87,7 @@ class Prepared:
         if isinstance(storage, LocalStorage):
             return Samples(storage.path(f"{self.directory}/{file}"))
         entry = next(entry for entry in self.files if entry.path == file)
-        cached = LocalStorage(cache_dir())
-        path = f"{self.fingerprint}/{file}"
-        try:
-            for _ in _verified_chunks(cached, self.fingerprint, entry):
-                pass
-        except (FileNotFoundError, DamagedError):
-            cached.put(path, _verified_chunks(storage, self.directory, entry))
-        return Samples(cached.path(path))
+        return Samples(local_copy(storage, self.directory, self.fingerprint, entry))
 
 
 def prepare(config: TrainingConfig, storage: Storage, cluster: Place | None = None) -> Prepared:
@@ -109,15 +104,28 @@ def prepare(config: TrainingConfig, storage: Storage, cluster: Place | None = No
     """
     fingerprint = _fingerprint(config)
     directory = f".data/{fingerprint}"
+    prepared = _find(config, storage, directory)
+    if prepared is None:
+        is_large = cluster is not None and _is_large(config.data)
+        try:
+            prepared = _make(config, storage, fingerprint, directory, cluster if cluster and is_large else here)
+        except StorageError:  # perhaps because somebody else has made it meanwhile, and aborted what was uploaded here
+            prepared = _find(config, storage, directory)
+            if prepared is None:
+                raise
+    with suppress(StorageError):  # what is left there costs money and nothing else
+        abort_uploads(storage, directory)
+    return prepared
+
+
+def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared | None:
+    """What was made before, verified; None if it is not there, not whole, or made of fewer rows than it may be."""
     try:
         prepared = _from_json(json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
         _verify(storage, prepared)
-        if prepared.num_bad_rows <= config.data.max_bad_rows:
-            return prepared
     except (FileNotFoundError, DamagedError, ValueError, KeyError, TypeError):
-        pass
-    is_large = cluster is not None and _is_large(config.data)
-    return _make(config, storage, fingerprint, directory, cluster if cluster and is_large else here)
+        return None
+    return prepared if prepared.num_bad_rows <= config.data.max_bad_rows else None
 
 
 def _is_large(settings: DataSettings) -> bool:
@@ -138,25 +146,9 @@ def _from_json(body: dict[str, Any]) -> Prepared:
     return Prepared(**{**body, "notes": tuple(body["notes"])}, files=files)
 
 
-def cache_dir() -> Path:
-    """Where this machine keeps copies of prepared data: `$OUTLAST_CACHE`, or `~/.cache/outlast`."""
-    return Path(os.environ.get("OUTLAST_CACHE", "~/.cache/outlast")).expanduser() / "data"
-
-
-def _verified_chunks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[bytes]:
-    """The file's bytes. Raises DamagedError after the last of them if they are not what was written."""
-    digester = Digester()
-    with storage.open(f"{directory}/{entry.path}") as file:
-        for chunk in iter(partial(file.read, BLOCK_BYTES), b""):
-            digester.update(chunk)
-            yield chunk
-    if digester.entry(entry.path) != entry:
-        raise DamagedError(f"{directory}/{entry.path}: bytes changed since the data was prepared")
-
-
 def _verify(storage: Storage, prepared: Prepared) -> None:
     for entry in prepared.files:
-        for _ in _verified_chunks(storage, prepared.directory, entry):
+        for _ in verified_chunks(storage, prepared.directory, entry):
             pass
 
 

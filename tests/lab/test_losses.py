@@ -130,6 +130,23 @@ def test_a_node_is_lost_during_recovery(
     come_back(cluster, *lost)
 
 
+def test_a_raylet_is_killed(
+    cluster: Lab, make: Callable[..., Run], reference: tuple[Any, Any], recovered: Recovered
+) -> None:
+    """Ray's own process on a host dies; its workers go with it, and the host is as good as lost."""
+    run = make("raylet")
+    follower = run.submit(cluster)
+    run.wait_for_commit(follower)
+    host, began = run.host_of(1), time.time()
+    [raylet] = cluster.processes(host, "raylet/raylet")
+    cluster.signal_inside(host, raylet, signal.SIGKILL)
+    recovered("a raylet killed", Cause.NODE_LOST.value, run.wait_for_steps(follower, 1, 2, began))
+    finish(run, follower, reference)
+    run.assert_cause(Cause.NODE_LOST)
+    cluster.wait_until_gone(host)
+    come_back(cluster, host)
+
+
 def test_a_worker_is_stopped_for_longer_than_it_takes_to_notice(
     cluster: Lab, make: Callable[..., Run], reference: tuple[Any, Any], recovered: Recovered
 ) -> None:
