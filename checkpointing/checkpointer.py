@@ -165,7 +165,13 @@ class Checkpointer:
             self._committer.lineage = list(self.catalogue.accepted[index:])
             passed = [str(ref) for ref in self.catalogue.doubtful if ref > manifest.ref]
             told = {"rejected": _as_json(rejected), "passed_over": passed}
-            self._tell("resume", step=manifest.ref.step, source=str(manifest.ref), **told)
+            self._tell(
+                "resume",
+                step=manifest.ref.step,
+                source=str(manifest.ref),
+                committed_at=manifest.committed_at,
+                **told,
+            )
             return state
         if self.ranks.from_rank_0(self._is_overtaken):
             self.superseded = True  # somebody newer may have cleared away what was here

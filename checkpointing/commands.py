@@ -12,7 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
-from outlast.checkpointing.layout import MANIFEST, AttemptId, CheckpointRef, checkpoint_dir, model_dir
+from outlast.checkpointing.layout import (
+    MANIFEST,
+    RECORD,
+    AttemptId,
+    CheckpointRef,
+    checkpoint_dir,
+    launch_dir,
+    model_dir,
+)
 from outlast.checkpointing.lineage import Catalogue, catalogue, list_attempts, list_pins, read_manifest
 from outlast.checkpointing.manifest import Manifest, ManifestError
 from outlast.checkpointing.retention import Kept, Retention
@@ -109,9 +117,17 @@ def show_checkpoint(storage: Storage, run: str, step: int | None) -> dict[str, A
         **_row(storage, run, manifest, manifest.ref in list_pins(storage, run)),
         "world_size": manifest.world_size,
         "launch": manifest.launch,
+        "record": _record(storage, run, manifest.launch),
         "lineage": [str(ref) for ref in manifest.lineage],
         "files": [asdict(entry) for entry in manifest.files],
     }
+
+
+def _record(storage: Storage, run: str, launch: str) -> str | None:
+    """Where the record of a launch lies: what it was made of. None for a loop of one's own, or an older release's."""
+    folder = launch_dir(run, launch)
+    is_there = launch and any(entry.name == RECORD for entry in storage.list(folder))
+    return f"{storage.url}/{folder}/{RECORD}" if is_there else None
 
 
 def _which(step: int | None) -> str:

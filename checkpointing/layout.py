@@ -12,6 +12,7 @@ from outlast.checkpointing.errors import ConfigError
 
 CLAIM = "claim.json"
 MANIFEST = "manifest.json"
+RECORD = "record.json"
 STATE_DIR = "training_state"
 LOOP_STATE = f"{STATE_DIR}/state.json"
 WEIGHTS = "model.safetensors"
@@ -104,6 +105,11 @@ def prune_dir(run: str, prune: str) -> str:
 
 def launch_dir(run: str, launch: str) -> str:
     return f"{run}/launches/{launch}"
+
+
+def trackers_dir(run: str) -> str:
+    """Copies of the run's metrics for other tools; nothing reads them back."""
+    return f"{run}/trackers"
 
 
 def checkpoint_name(step: int) -> str:

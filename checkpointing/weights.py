@@ -102,7 +102,8 @@ def plain_name(name: str) -> str:
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     if tensor.numel() == 0 or isinstance(tensor, DTensor):
         return ("itself", id(tensor))  # sharding keeps tied parameters the same object
-    place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+    storage = tensor.untyped_storage()
+    place = (storage._cdata if tensor.is_meta else storage.data_ptr(), tensor.storage_offset())  # meta has no address
     return (*place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import OutlastError
+from outlast.cluster.cli_before import init, plan, validate
 from outlast.cluster.cli_checkpoints import checkpoints
 from outlast.cluster.cli_doctor import doctor
 from outlast.cluster.cli_shared import RUN_FILES, Address, AsJson, Overrides, Root, Run, find_run
@@ -32,7 +33,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing boxes takes as long as all the rest
+    context_settings={"max_content_width": 120},
 )
+app.command()(init)
+app.command()(validate)
+app.command()(plan)
 app.add_typer(checkpoints, name="checkpoints")
 app.command("try")(try_)
 app.command()(doctor)
@@ -130,12 +136,10 @@ def drill(
 @app.command()
 def version(as_json: AsJson = False) -> None:
     """Versions, for a bug report."""
-    import platform
-    from importlib.metadata import version as of
+    from outlast.cluster.versions import versions
 
-    names = ["outlast", "ray", "torch", "transformers", "accelerate", "pyarrow"]
-    found = {"python": platform.python_version(), **{name: of(name) for name in names}}
-    print(json.dumps(found) if as_json else "\n".join(f"{name} {text}" for name, text in found.items()))
+    found = versions()
+    print(json.dumps(found) if as_json else "\n".join(f"{name} {said or '-'}" for name, said in found.items()))
 
 
 @app.command()

@@ -14,8 +14,9 @@ from outlast.cluster.cli_shared import AsJson, Base, Code, Root, Run, Trusted, b
 from outlast.cluster.numbers import size, when
 
 if TYPE_CHECKING:
+    from outlast.checkpointing.commands import Found
     from outlast.checkpointing.compare import Comparison
-    from outlast.checkpointing.export import Dtype, WriteWeights
+    from outlast.checkpointing.export import Content, Dtype, WriteWeights
     from outlast.checkpointing.keeping import Prune
     from outlast.checkpointing.retention import Retention
     from outlast.checkpointing.storage import Storage
@@ -63,6 +64,8 @@ def show(
     print(f"checkpoint-{body['step']} by attempt {body['attempt']}, committed {when(body['committed_at'])}{pinned}")
     print(f"{body['path']}\n{size(body['bytes'])} by {body['world_size']} ranks; metrics {body['metrics']}")
     print(f"stands on: {', '.join(body['lineage']) or 'nothing'}")
+    if body["record"]:
+        print(f"made of: {body['record']}")
     for entry in body["files"]:
         print(f"  {entry['xxh3_128']}  {size(entry['num_bytes']):>9}  {entry['path']}")
 
@@ -261,6 +264,7 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Of an adapter: add it to the model beneath, and write the whole.")
     ] = False,
+    card: Annotated[bool, typer.Option("--card/--no-card", help="Beside the model: README.md, its model card.")] = True,
     base: Base = None,
     code: Code = None,
     trusted: Trusted = False,
@@ -278,7 +282,15 @@ def export(
         bring_code(run, code)
     merging = {"base": base, "trusted": trusted} if merge else None
     source, written = _export(
-        find_run(run, storage), which, out, parts, _weights_format(format_, weights), _dtype(dtype), old_vocab, merging
+        find_run(run, storage),
+        which,
+        out,
+        parts,
+        _weights_format(format_, weights),
+        _dtype(dtype),
+        old_vocab,
+        merging,
+        card=card,
     )
     paths = [str(path) for path in written]
     print(json.dumps({"source": source, "written": paths}, indent=1) if as_json else "\n".join(paths))
@@ -293,6 +305,8 @@ def _export(
     dtype: Dtype | None,
     old_vocab: bool,
     merging: dict[str, Any] | None,
+    *,
+    card: bool,
 ) -> tuple[str, list[Path]]:
     """Writes what `export` was asked for. Returns what it was made of, and what was written."""
     from outlast.checkpointing import commands
@@ -310,6 +324,8 @@ def _export(
     if dtype is not None:
         content = converted(content, dtype)
     if out is not None:
+        if card:
+            content = _with_card(found, content)
         export_directory(content, out, weights_name=weights_name, write_weights=write, old_vocab=old_vocab)
         written = [out]
     else:
@@ -317,6 +333,16 @@ def _export(
     if caveat and (out is not None or parts["weights"] is not None):
         print(f"outlast: {caveat}", file=sys.stderr)
     return found.url, written
+
+
+def _with_card(found: Found, content: Content) -> Content:
+    """The same with a model card, unless the model brought one."""
+    from dataclasses import replace
+
+    from outlast.cluster.card import CARD
+    from outlast.cluster.card import card as write_card
+
+    return replace(content, files={CARD: write_card(found, content), **content.files})
 
 
 def _which_and_out(places: list[str], parts: bool) -> tuple[str, Path | None]:

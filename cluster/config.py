@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.history import Limits
 from outlast.checkpointing.schedule import Every, Unit
-from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel, explain
+from outlast.cluster.run_file import Lines, parse, refused
+from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel
+from outlast.trainers.findings import Finding, check
+from outlast.trainers.findings import Path as Place
+from outlast.trainers.trackers import TrackSettings
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -126,6 +129,7 @@ class RunConfig(TrainingConfig):
 
     scale: ScaleSettings = Field(default_factory=lambda: ScaleSettings.model_validate({}))
     failure: FailureSettings = Field(default_factory=lambda: FailureSettings.model_validate({}))
+    track: TrackSettings = Field(default_factory=lambda: TrackSettings.model_validate({}))
 
     @model_validator(mode="after")
     def _is_exact(self) -> RunConfig:
@@ -171,51 +175,41 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
         The settings, and what the user wrote, `${env:…}` unexpanded, for the record.
 
     Raises:
-        ConfigError: The file is missing or unreadable, or a setting is wrong; the message lists every finding.
+        ConfigError: The file is missing or unreadable, or a setting is wrong; a SettingsError has every finding.
     """
-    return settings_of(_read(path), path, overrides)
+    declared, lines = read_run_file(path)
+    return settings_of(declared, path, overrides, lines)
 
 
 def settings_of(
-    declared: dict[str, Any], place: str, overrides: Sequence[str] = ()
+    declared: dict[str, Any], place: str, overrides: Sequence[str] = (), lines: Lines | None = None
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """The settings that were declared at `place`, a file or a run; the rest is as in `load_run`."""
+    """The settings that were declared at `place`, a file or a run, whose `lines` say where; the rest is as in
+    `load_run`.
+    """
     for item in overrides:
         override(declared, item)
+    missing = [
+        Finding(path, f"the run file asks for ${{env:{name}}}, and {name} is not set")
+        for path, name in _not_set(declared)
+    ]
+    if missing:
+        raise refused(place, missing, lines or {}, overrides)
+    whole = expand(declared)
     try:
-        return RunConfig.model_validate(expand(declared)), declared
+        return RunConfig.model_validate(whole), declared
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in explain(error, RunConfig).splitlines())
-        hint = f"edit {place}, or the -s options" if overrides else f"edit {place}"
-        raise ConfigError(f"{place} has settings that cannot be used:\n{lines}", hint=hint) from error
+        raise refused(place, check(RunConfig, whole), lines or {}, overrides) from error
 
 
-class _Once(yaml.SafeLoader):
-    """YAML in which a key may stand once only; the library lets the last one win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.YAMLError(f"key {key!r} stands twice, again in line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: str) -> dict[str, Any]:
+def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
+    """What a run file says, and the line of each setting. Raises as `load_run`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        hint = 'name a .yaml or .toml file; README, "Your own run", shows one to begin with'
+        hint = "name a .yaml or .toml file; `outlast init` writes one to begin with"
         raise ConfigError(f"run file {path} cannot be read: {error}", hint=hint) from error
-    try:
-        body = tomllib.loads(text) if path.endswith(".toml") else yaml.load(text, _Once)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"run file {path} is not valid: {error}", hint=f"edit {path}") from error
-    if not isinstance(body, dict):
-        raise ConfigError(f"run file {path} holds no settings", hint="begin with `name: my-run`")
-    return body
+    return parse(text, path)
 
 
 def override(body: dict[str, Any], given: str) -> None:
@@ -237,6 +231,15 @@ def override(body: dict[str, Any], given: str) -> None:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"-s {given}: the value is not valid YAML: {error}") from error
+
+
+def _not_set(value: Any, path: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Every `${env:NAME}` whose NAME is not set, with its place."""
+    if isinstance(value, dict | list):
+        for part, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_set(item, (*path, part))
+    elif isinstance(value, str):
+        yield from ((path, name) for name in _ENV.findall(value) if name not in os.environ)
 
 
 def expand(value: Any) -> Any:

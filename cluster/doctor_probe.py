@@ -50,8 +50,8 @@ class Probe:
         return {
             "host": socket.gethostname(),
             "versions": _versions(),
-            "cpu": _cpu_capability(),
-            "gpus": _gpus() if gpus else [],
+            "cpu": cpu_capability(),
+            "gpus": find_gpus() if gpus else [],
             "memory": _memory(),
             "shm": _space("/dev/shm"),
             "disk": _space(_ray_folder()),
@@ -237,7 +237,7 @@ def _code_digest() -> str:
     return digest.hexdigest()[:8]
 
 
-def _cpu_capability() -> str:
+def cpu_capability() -> str:
     """Which of torch's kernels this processor runs; they differ in the last bits."""
     if chosen := os.environ.get("ATEN_CPU_CAPABILITY"):
         return chosen.upper()
@@ -251,7 +251,7 @@ def _cpu_capability() -> str:
     return platform.machine()
 
 
-def _gpus() -> list[dict[str, Any]]:
+def find_gpus() -> list[dict[str, Any]]:
     query = "--query-gpu=name,memory.total,memory.free"
     try:
         done = subprocess.run(

@@ -7,6 +7,7 @@ Whether a run is done, and how far it is, is read from the run's own storage, wh
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
 from outlast.cluster.config import RunConfig
 from outlast.cluster.doctor_rules import TOKEN_HINT, Finding, Level
+from outlast.cluster.record import CODE_FILE, code_state
 from outlast.trainers import preflight
 from outlast.trainers.custom import make_importable
 from outlast.trainers.registry import is_dotted
@@ -193,7 +195,7 @@ def submit(
         if job.is_live and job.id not in ignoring:
             return job, False
     number = before[-1].number + 1 if before else 1
-    with _bundle(declared, code) as folder:
+    with bundle(declared, code) as folder:
         runtime_env: dict[str, Any] = {
             "working_dir": str(folder / "work"),
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{stop_wait_s(config):g}"},
@@ -223,7 +225,7 @@ def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Ma
     Returns:
         Its log.
     """
-    with _bundle(declared or {}, None) as folder:
+    with bundle(declared or {}, None) as folder:
         job = client.submit_job(
             entrypoint=shlex.join(["exec", "python", "-m", "outlast.cluster.cli", *arguments]),
             runtime_env={"working_dir": str(folder / "work"), "py_modules": [str(_package(folder))]},
@@ -236,7 +238,7 @@ def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Ma
 
 
 @contextmanager
-def _bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
+def bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
     """A folder with what travels: the run file and the user's Python files."""
     with tempfile.TemporaryDirectory(prefix="outlast-submit-") as name:
         folder = Path(name)
@@ -245,6 +247,8 @@ def _bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
             ignore = shutil.ignore_patterns(".*", "__pycache__", "*.pyc")
             shutil.copytree(code, work, ignore=lambda path, names: {*ignore(path, names), *_not_python(path, names)})
         work.mkdir(exist_ok=True)
+        if code is not None:
+            (work / CODE_FILE).write_text(json.dumps(code_state(code)))
         (work / "run.yaml").write_text(yaml.safe_dump(dict(declared), sort_keys=False))
         yield folder
 

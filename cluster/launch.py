@@ -44,6 +44,7 @@ from outlast.cluster.doctor_rules import TOKEN_HINT
 from outlast.cluster.failures import Recorder, RunFailed, gave_up
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.preparation import encode_on_ray
+from outlast.cluster.record import keep_record
 from outlast.cluster.resize import resizers, scaling
 from outlast.cluster.standby import environment
 from outlast.cluster.worker import train_worker
@@ -54,11 +55,13 @@ from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.encoding import Encoder
 from outlast.trainers.loop import Outcome, make_plan
 from outlast.trainers.preflight import check_code, check_metric, check_model
+from outlast.trainers.trackers import check_trackers
 
 Listener = Callable[[dict[str, Any]], None]
 
 OBJECT_STORE_BYTES = 200 * 2**20
 NODES_WAIT_S = 60.0
+RECORD_S = 5.0
 POLL_S = 0.5  # Ray Train looks after its workers every 2 s by default; with more than 64 of them, less often
 
 
@@ -144,6 +147,7 @@ class Launch:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
             check_code(self.config)
+            check_trackers(self.config.track)
             mark = settings_mark(self.declared)
             given_up = judge(read_tries(storage, name), self.config.failure.limits, mark)
             if given_up is not None:
@@ -157,6 +161,7 @@ class Launch:
                 self._tell({"event": "note", "text": note})
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
             alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json", mark, self.began)
+            record = keep_record(storage, self.config, self.declared, self.id, prepared, self.code)
         ended: int | None = None
         said = ""
         try:
@@ -175,6 +180,7 @@ class Launch:
         finally:
             with _handling(signal.SIG_IGN):  # lest it stays unsaid how this ended
                 alive.end(ended, said)
+            record.join(RECORD_S)
 
     @contextlib.contextmanager
     def _encoders(self, address: str | None) -> Iterator[Encoder]:
@@ -197,6 +203,7 @@ class Launch:
                 non_finite=NonFinite(self.config.failure.non_finite),
                 code=self.code,
                 faults=tuple(self.faults),
+                track=self.config.track,
             )
             try:
                 answer = self._fit(assignment, cpus)

@@ -22,7 +22,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config import RunConfig
-from outlast.trainers.config import Settings, explain
+from outlast.trainers.config import Settings
+from outlast.trainers.findings import explain
 
 MAX_NAME = 47  # KubeRay makes longer names from it
 SUBMISSION_MODES = ("K8sJobMode", "SidecarMode", "HTTPMode", "InteractiveMode")

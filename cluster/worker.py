@@ -18,6 +18,7 @@ from outlast.cluster.alive import process_start
 from outlast.cluster.failures import RankError
 from outlast.cluster.hub import Line
 from outlast.cluster.memory import log_of_this_process
+from outlast.cluster.metrics import Meter
 from outlast.cluster.watchdog import Watchdog
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.config import Parallel
@@ -63,6 +64,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             if earlier := world.from_rank_0(line.earlier_failure):
                 return {"error": earlier}
             line.watch(world.gather(world.node))
+            if world.rank == 0:
+                line.meter = Meter(assignment.config.name)
             with _watchdog(line, world, storage, assignment, payload["hang_after_s"]) as dog:
                 try:
                     return {"outcome": run_attempt(assignment, storage, world, line).value}

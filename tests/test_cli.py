@@ -48,12 +48,27 @@ def test_help_imports_nothing_heavy() -> None:
         "from outlast.cluster.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'numpy', 'pydantic', 'rich.live'} & set(sys.modules)\n"
+        "heavy = {'torch', 'ray', 'transformers', 'accelerate', 'pyarrow', 'numpy', 'pydantic', 'yaml', 'rich'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "checkpoints" in done.stdout
+
+
+def test_version_for_a_bug_report() -> None:
+    found = json.loads(outlast("version", "--json").stdout)
+    assert found.keys() >= {"outlast", "python", "platform", "ray", "torch", "torch_cuda", "gpus", "transformers"}
+    assert found.keys() >= {"accelerate", "pyarrow", "safetensors", "peft", "tensorboard", "mlflow", "wandb"}
+    assert found["torch"].startswith("2.")
+    assert isinstance(found["gpus"], list)
+    code = (
+        "import sys\nfrom outlast.cluster.versions import versions\nversions()\n"
+        "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

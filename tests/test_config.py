@@ -12,7 +12,8 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.schedule import Every
 from outlast.cluster.config import RunConfig
 from outlast.trainers.attempt import check_unchanged
-from outlast.trainers.config import Settings, TrainingConfig, explain
+from outlast.trainers.config import Settings, TrainingConfig
+from outlast.trainers.findings import explain
 from tests.group import tiny_config
 
 

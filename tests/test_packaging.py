@@ -24,7 +24,9 @@ def test_wheel_contents(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("outlast-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {f"outlast/{name}/{path.name}" for name in PACKAGES for path in (ROOT / name).glob("*.py")}
-    manifests = {f"outlast/k8s/{path.name}" for path in (ROOT / "k8s").iterdir() if path.suffix in (".py", ".yaml")}
+    manifests = {
+        f"outlast/k8s/{path.name}" for path in (ROOT / "k8s").iterdir() if path.suffix in (".py", ".yaml", ".json")
+    }
     assert names == sources | manifests | PAGE | {f"outlast/{name}/py.typed" for name in PACKAGES}
     [archive] = tmp_path.glob("outlast-*.tar.gz")
     with tarfile.open(archive) as inside:

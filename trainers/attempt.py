@@ -21,12 +21,12 @@ from torch import nn
 from outlast.checkpointing import faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
-from outlast.checkpointing.layout import attempts_dir, checkpoint_dir
+from outlast.checkpointing.layout import RECORD, attempts_dir, checkpoint_dir, launch_dir
 from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage, wait_for
 from outlast.trainers.adapters import base_digest, is_adapted
 from outlast.trainers.config import Exactness, NonFinite, Parallel, Settings, TrainingConfig, check_parallel
-from outlast.trainers.control import Control
+from outlast.trainers.control import Control, Overheard
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
 from outlast.trainers.finite import NonFiniteError
@@ -35,6 +35,7 @@ from outlast.trainers.models import build_model, naming_of
 from outlast.trainers.preflight import check_metric
 from outlast.trainers.registry import find_task
 from outlast.trainers.sharded import shard
+from outlast.trainers.trackers import TrackSettings, follow
 from outlast.trainers.world import World, make_deterministic
 
 
@@ -52,6 +53,7 @@ class Assignment:
         non_finite: What becomes of a step whose loss or gradient is not finite.
         code: Directory of the user's Python files, importable where it is there.
         faults: Faults to arm.
+        track: Which tools get the metrics; None for none.
     """
 
     config: TrainingConfig
@@ -63,6 +65,7 @@ class Assignment:
     non_finite: NonFinite = NonFinite.STOP
     code: str = ""
     faults: Sequence[faults.Fault] = field(default_factory=tuple)
+    track: TrackSettings | None = None
 
 
 def run_attempt(assignment: Assignment, storage: Storage, world: World, control: Control) -> Outcome:
@@ -105,6 +108,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     model = shard(model, world, exactness) if is_spread else model.to(world.device)
     world.mark("model")
     has_eval = assignment.prepared.num_eval_samples > 0
+    track = assignment.track or TrackSettings(to=[])
+    tracking = follow(track, checkpointer, _flat(dict(assignment.declared)), control.progress)
     loop = Loop(
         config,
         world,
@@ -113,18 +118,19 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         task,
         assignment.prepared.split(storage, "train"),
         assignment.prepared.split(storage, "eval") if has_eval else None,
-        control,
+        Overheard(control, tracking.hear),
         non_finite=assignment.non_finite,
     )
     world.mark("data")
-    return _run(loop, checkpointer)
+    with tracking:
+        return _run(loop, checkpointer)
 
 
 def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpointer:
     """Claims the run, once its storage answers, and says in the claim who the ranks are."""
     config = assignment.config
     place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
-    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills()})
+    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills(), **machine(world.device)})
     world.from_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
     return Checkpointer(
         storage,
@@ -132,7 +138,11 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
         ranks=world,
         launch=assignment.launch,
         declaration=_declaration(assignment, world),
-        notes={"settings": dict(assignment.declared), "workers": workers},
+        notes={
+            "settings": dict(assignment.declared),
+            "workers": workers,
+            "record": f"{launch_dir(config.name, assignment.launch)}/{RECORD}",
+        },
         retention=config.checkpoint.retention,
         max_shard_bytes=config.checkpoint.max_shard_bytes,
         settle_s=config.checkpoint.settle_s,
@@ -154,6 +164,18 @@ def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
         raise
     checkpointer.flush()
     return outcome
+
+
+def machine(device: torch.device | None) -> dict[str, Any]:
+    """Processor, number of processors and bytes of memory of this machine, and the accelerator's name."""
+    found: dict[str, Any] = {"cpu": platform.processor(), "cpus": os.cpu_count(), "memory": None}
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        found["cpu"] = next(line for line in file if line.startswith("model name")).partition(":")[2].strip()
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
+        found["memory"] = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
+    if device is not None and device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def num_oom_kills() -> int | None:

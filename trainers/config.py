@@ -6,15 +6,14 @@ its default is what it is.
 
 from __future__ import annotations
 
-import difflib
 import re
 from contextlib import suppress
 from enum import Enum
 from math import gcd
 from pathlib import PurePath
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import check_run_name
@@ -435,10 +434,7 @@ class TrainingConfig(Settings):
     @field_validator("name")
     @classmethod
     def _is_usable(cls, value: str) -> str:
-        try:
-            return check_run_name(value)
-        except ConfigError as error:
-            raise ValueError(error.message) from error
+        return check_run_name(value)
 
     @model_validator(mode="after")
     def _can_be_done(self) -> TrainingConfig:
@@ -469,30 +465,3 @@ class TrainingConfig(Settings):
         if self.model.path:
             whole["model"]["path"] = PurePath(self.model.path).name  # a directory may move
         return whole
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The findings of pydantic, one line each, with the nearest known key where a key is not known."""
-    lines = []
-    for found in error.errors():
-        where = ".".join(str(part) for part in found["loc"])
-        if found["type"] == "extra_forbidden":
-            known = _fields_at(model, found["loc"][:-1])
-            near = difflib.get_close_matches(str(found["loc"][-1]), known, n=1)
-            lines.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {known}"))
-        else:
-            cause = found.get("ctx", {}).get("error")
-            hint = f"; {cause.hint}" if isinstance(cause, ConfigError) and cause.hint else ""
-            lines.append(f"{where}: ".removeprefix(": ") + found["msg"].removeprefix("Value error, ") + hint)
-    return "\n".join(lines)
-
-
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    for part in path:
-        field = model.model_fields.get(str(part))
-        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if inner is None:
-            return []
-        model = inner
-    return sorted(field.alias or name for name, field in model.model_fields.items())

@@ -155,6 +155,23 @@ def check_names(settings: ModelSettings) -> Any:
     return own
 
 
+def check_head(settings: ModelSettings, task: type[Task]) -> None:
+    """Raises ConfigError if transformers has no head for the task on this architecture, a directory's or a new one."""
+    with _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"):
+        if settings.path is not None:
+            config = transformers.AutoConfig.from_pretrained(settings.path, **_trusted(settings))
+        else:
+            config = transformers.AutoConfig.for_model((settings.config or {})["model_type"])
+        builder = model_class(task, config)
+        known = getattr(builder, "_model_mapping", {type(config): None})
+        if type(config) not in known and not getattr(config, "auto_map", None):
+            raise ConfigError(
+                f"model.task {settings.task}: no {config.model_type} model does it; transformers has no class of this "
+                f"architecture for {task.auto_class}",
+                hint="set model.path or model.config to another architecture, or model.task to another task",
+            )
+
+
 def load_saved(
     folder: Path, task: type[Task], class_: str | None, *, base: str | None = None, trusted: bool = False
 ) -> Any:

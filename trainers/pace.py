@@ -8,9 +8,10 @@ from contextlib import suppress
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.journal import last_event_at
-from outlast.checkpointing.layout import attempt_dir
+from outlast.checkpointing.layout import AttemptId, attempt_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.schedule import Costs, Every, Unit
+from outlast.checkpointing.storage import Storage
 
 #: What is assumed of machines of which nothing is known: one failure in four hours. It counts as one observation.
 ASSUMED_BETWEEN_FAILURES_S = 4 * 3600.0
@@ -79,12 +80,8 @@ class Pace:
         Pauses count as time, and stops as interruptions: nobody knows better.
         """
         if self._history is None:  # it does not change while this attempt lasts
-            saver = self._checkpointer
-            attempts = [item for item in list_attempts(saver.storage, saver.run) if item <= saver.attempt]
-            claim = read_claim(saver.storage, saver.run, attempts[0])
-            self._history = float(claim.get("claimed_at", time.time())), len(attempts)
-        since, num_attempts = self._history
-        return (max(0.0, time.time() - since) + ASSUMED_BETWEEN_FAILURES_S) / num_attempts
+            self._history = history_of(self._checkpointer.storage, self._checkpointer.run, self._checkpointer.attempt)
+        return between_failures(*self._history)
 
     def _measure_restart(self) -> float:
         """Seconds from the last sign of the attempt before to this one's first step; from the claim if it is the first.
@@ -96,3 +93,19 @@ class Pace:
         last = last_event_at(saver.storage, attempt_dir(saver.run, earlier[-1])) if earlier else None
         gap = time.time() - last if last is not None else time.monotonic() - self._began_at
         return min(gap, LONGEST_RESTART_S)
+
+
+def history_of(storage: Storage, run: str, newest: AttemptId | None = None) -> tuple[float, int]:
+    """When a run began, in seconds since the epoch, and how many attempts it has had, up to the newest.
+
+    Raises:
+        StorageError: A read failed.
+    """
+    attempts = [item for item in list_attempts(storage, run) if newest is None or item <= newest]
+    claim = read_claim(storage, run, attempts[0]) if attempts else {}
+    return float(claim.get("claimed_at", time.time())), len(attempts)
+
+
+def between_failures(since: float, num_attempts: int) -> float:
+    """Mean seconds between interruptions; the assumption counts as one more."""
+    return (max(0.0, time.time() - since) + ASSUMED_BETWEEN_FAILURES_S) / max(1, num_attempts)

@@ -6,18 +6,20 @@ So a wrong name, a setting that does not fit or an adapter that finds nothing to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage import Storage
-from outlast.trainers.adapters import attach_lora
+from outlast.trainers.adapters import adapter_files, attach_lora
 from outlast.trainers.compute import check_recomputes
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import Prepared
-from outlast.trainers.models import Tokenizer, build_model, check_names
+from outlast.trainers.models import Tokenizer, build_model, check_head, check_names, load_tokenizer
 from outlast.trainers.registry import find_task
 from outlast.trainers.tasks import Task
 
@@ -32,8 +34,24 @@ def check_code(config: TrainingConfig) -> None:
     check_names(config.model)
 
 
-def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) -> None:
-    """Builds the model as the workers will, but without its weights.
+def check_architecture(config: TrainingConfig) -> None:
+    """Looks at the model's configuration, and at the tokenizer of a directory; nobody is asked over the network.
+
+    Raises:
+        ConfigError: There is no such model, or none of its architecture does the task.
+    """
+    settings, own = config.model, check_names(config.model)
+    given = settings.path or ""
+    if given and not given.startswith(("/", ".", "~")) and not Path(given).is_dir():
+        return  # a hub id
+    if given:
+        load_tokenizer(settings.tokenizer.path if settings.tokenizer and settings.tokenizer.path else given)
+    if own is None:
+        check_head(settings, find_task(settings.task))
+
+
+def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) -> tuple[nn.Module, dict[str, bytes]]:
+    """Builds the model as the workers will, but without its weights. Returns it, and a checkpoint's small files.
 
     Raises:
         ConfigError: It cannot be built, adapted or trained as the settings say.
@@ -43,19 +61,21 @@ def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) ->
     own = check_names(config.model)
     try:
         with torch.device("meta"):
-            _build(config, task, tokenizer)
+            return _build(config, task, tokenizer)
     except Exception:
         if own is None or issubclass(own, transformers.PreTrainedModel):
             raise  # transformers itself builds them so
-        _build(config, task, tokenizer)
+        return _build(config, task, tokenizer)
 
 
-def _build(config: TrainingConfig, task: Task, tokenizer: Tokenizer) -> None:
+def _build(config: TrainingConfig, task: Task, tokenizer: Tokenizer) -> tuple[nn.Module, dict[str, bytes]]:
     bare = config.model.model_copy(update={"lora": None})  # whose weights are then not read
-    model, _ = build_model(bare, task, tokenizer, config.seed, fresh=False)
+    model, files = build_model(bare, task, tokenizer, config.seed, fresh=False)
     if config.model.lora is not None:
-        attach_lora(model, config.model.lora, task.auto_class)
+        model = attach_lora(model, config.model.lora, task.auto_class)
+        files |= adapter_files(model)
     check_recomputes(model, config.train)
+    return model, files
 
 
 def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
