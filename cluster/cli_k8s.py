@@ -70,19 +70,33 @@ def render(
     backoff_limit: Annotated[int | None, typer.Option(help="How often a failed job is started again.")] = None,
     grace_s: Annotated[int | None, typer.Option(help="Seconds from a pod's SIGTERM to its SIGKILL.")] = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Default: stdout.")] = None,
+    into: Annotated[
+        Path | None, typer.Option("--into", metavar="DIR", help="A folder for `kubectl apply -k` instead.")
+    ] = None,
+    parts: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="PART", help="In it: dev, gpu, kueue, monitoring, nfs, s3, spot."),
+    ] = None,
 ) -> None:
     """Print the RayJob and what it needs, for kubectl or `apply`."""
-    given = {key: value for key, value in locals().items() if key not in ("run_file", "output")}
+    given = {key: value for key, value in locals().items() if key not in ("run_file", "output", "into", "parts")}
+    from outlast.checkpointing.errors import ConfigError
     from outlast.cluster.config import load_run
+    from outlast.cluster.k8s_kustomize import write_folder
     from outlast.cluster.k8s_settings import k8s_settings
     from outlast.cluster.manifests import cautions, render, to_yaml
 
+    if parts and into is None:
+        raise ConfigError("--with adds parts to a folder", hint="name it: --into DIR")
     settings = k8s_settings(**given)
     config, declared = load_run(str(run_file))  # not at_home(): the paths are the pods'
     text = to_yaml(render(config, declared, settings))
     for caution in cautions(config, declared, settings):
         print(f"outlast: {caution}", file=sys.stderr)
-    if output is None:
+    if into is not None:
+        for path in write_folder(into, text, parts or []):
+            print(path)
+    elif output is None:
         print(text, end="")
     else:
         output.write_text(text)

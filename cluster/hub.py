@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
+from outlast.cluster.metrics import Meter
 from outlast.cluster.preemption import Watch, draining_nodes
 from outlast.cluster.standby import Standbys
 from outlast.cluster.whereabouts import Beat, Group, Hang
@@ -180,6 +181,7 @@ class Line:
         self._saves: deque[str] = deque()
         self._watch: Watch | None = None
         self.attempt: str | None = None
+        self.meter: Meter | None = None
         self._is_training = False
         self._standbys: Standbys | None = None
         self._is_under_way = False
@@ -261,6 +263,9 @@ class Line:
         while True:
             closing = self._closing.wait(_PERIOD_S)
             events = [self._events.popleft() for _ in range(len(self._events))]
+            if self.meter is not None:
+                for event in events:
+                    self.meter.hear(event, self.attempt)
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()

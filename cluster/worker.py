@@ -18,6 +18,7 @@ from outlast.cluster.alive import process_start
 from outlast.cluster.failures import RankError
 from outlast.cluster.hub import Line
 from outlast.cluster.memory import log_of_this_process
+from outlast.cluster.metrics import Meter
 from outlast.cluster.watchdog import Watchdog
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.config import Parallel
@@ -58,6 +59,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             storage = open_storage(assignment.config.checkpoint.storage)
             marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             node = ray.get_runtime_context().get_node_id()
+            line.meter = Meter(assignment.config.name)
             world = World(ray.train.torch.get_device(), node, log_of_this_process(), marks)
             # One rank asks for all: a verdict that comes just now would be heard by some, and the others wait for them.
             if earlier := world.from_rank_0(line.earlier_failure):

@@ -18,5 +18,10 @@ def test_wheel_contents(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("outlast-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {f"outlast/{name}/{path.name}" for name in PACKAGES for path in (ROOT / name).glob("*.py")}
-    manifests = {f"outlast/k8s/{path.name}" for path in (ROOT / "k8s").iterdir() if path.suffix in (".py", ".yaml")}
+    manifests = {
+        f"outlast/{path.relative_to(ROOT)}"
+        for path in (ROOT / "k8s").rglob("*")
+        if path.is_file() and (path.suffix in (".py", ".yaml") or path.name == "Dockerfile")
+    }
+    assert len(manifests) > 20
     assert names == sources | manifests | {f"outlast/{name}/py.typed" for name in PACKAGES}
