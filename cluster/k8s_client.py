@@ -7,6 +7,7 @@ by its label, so that nothing has to be remembered here. Deciding is apart from 
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,16 +112,15 @@ class Cluster:
         settings = client.Configuration()
         settings.retries = 2
         try:
-            config.load_config(context=context, client_configuration=settings)
-            here = namespace or _namespace_of(context, config)
+            here = _configure(settings, context, config)
         except (config.ConfigException, OSError) as error:
             raise PreflightError(
                 f"no cluster is configured: {first_line(error)}", hint="set KUBECONFIG, or give --context"
             ) from error
-        self.namespace = here
-        self._folder = tempfile.TemporaryDirectory(prefix="outlast-k8s-")  # the client's default is anybody's to write
-        with _explained():
-            cache = str(Path(self._folder.name, "resources.json"))
+        self.namespace = namespace or here
+        # By default the client keeps what it finds out in a file that anybody may write.
+        with _explained(), tempfile.TemporaryDirectory(prefix="outlast-k8s-") as folder:
+            cache = str(Path(folder, "resources.json"))
             self._client = dynamic.DynamicClient(client.ApiClient(settings), cache_file=cache)
 
     def apply(self, objects: Sequence[Mapping[str, Any]], *, force: bool = False) -> list[str]:
@@ -281,13 +281,14 @@ class Cluster:
         return self._client.resources.get(kind=kind, api_version=version)
 
 
-def _namespace_of(context: str | None, config: Any) -> str:
-    """The namespace of a context; of the pod, where this runs in one."""
-    try:
-        contexts, current = config.list_kube_config_contexts()
-    except config.ConfigException:
-        inside = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-        return inside.read_text().strip() if inside.is_file() else "default"
+def _configure(settings: Any, context: str | None, config: Any) -> str:
+    """Fills in the client's settings, by the kubeconfig or by what a pod is given. Returns the namespace."""
+    file = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client looks at it once, when it is imported
+    if not any(Path(part).expanduser().is_file() for part in file.split(os.pathsep)):
+        config.load_incluster_config(client_configuration=settings)
+        return Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text(encoding="utf-8").strip()
+    config.load_kube_config(config_file=file, context=context, client_configuration=settings)
+    contexts, current = config.list_kube_config_contexts(file)
     chosen = next((item for item in contexts if item["name"] == context), current)
     return str(mapping(chosen, "context").get("namespace") or "default")
 
