@@ -20,6 +20,7 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.cluster.cli_before import init, plan, validate
 from outlast.cluster.cli_checkpoints import checkpoints
 from outlast.cluster.cli_doctor import doctor
+from outlast.cluster.cli_k8s import k8s
 from outlast.cluster.cli_shared import RUN_FILES, Address, AsJson, Overrides, Root, Run, find_run
 from outlast.cluster.cli_status import report, status
 from outlast.cluster.cli_try import try_
@@ -44,7 +45,6 @@ app.command("try")(try_)
 app.command()(doctor)
 app.command()(status)
 app.command()(report)
-k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
 app.add_typer(k8s, name="k8s")
 
 Code = Annotated[Path | None, typer.Option(help="A directory of your own Python files, importable on the workers.")]
@@ -300,53 +300,6 @@ def _run_name(text: str) -> str:
 
         return load_run(text)[0].name
     return text.rstrip("/").rpartition("/")[2]
-
-
-@k8s.callback()
-def _k8s() -> None:
-    """Run on Kubernetes."""
-
-
-@k8s.command("render")
-def k8s_render(
-    run_file: RunFile,
-    image: Annotated[str | None, typer.Option(help="Image with outlast and Ray in it.")] = None,
-    namespace: Annotated[str | None, typer.Option(help="Default: the one that kubectl is set to.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the RayJob; default: made from the run's.")] = None,
-    claim: Annotated[str | None, typer.Option(help="An existing volume claim; default: a new one.")] = None,
-    claim_size: Annotated[str | None, typer.Option(help="Size of a new claim.")] = None,
-    storage_class: Annotated[str | None, typer.Option(help="Storage class of a new claim.")] = None,
-    mount: Annotated[str | None, typer.Option(help="Where the claim is mounted; default: checkpoint.storage.")] = None,
-    secret: Annotated[str | None, typer.Option(help="A secret whose keys become environment variables.")] = None,
-    service_account: Annotated[str | None, typer.Option(help="An existing service account.")] = None,
-    worker_cpus: Annotated[int | None, typer.Option(help="CPUs of a worker without scale.cpus_per_worker.")] = None,
-    worker_memory: Annotated[str | None, typer.Option(help="Memory of a worker.")] = None,
-    head_memory: Annotated[str | None, typer.Option(help="Memory of the head.")] = None,
-    head_nodes: Annotated[
-        list[str] | None, typer.Option("--head-node", metavar="KEY=VALUE", help="For the head.")
-    ] = None,
-    worker_nodes: Annotated[
-        list[str] | None, typer.Option("--worker-node", metavar="KEY=VALUE", help="For workers.")
-    ] = None,
-    worker_taints: Annotated[
-        list[str] | None, typer.Option("--worker-taint", metavar="KEY=VALUE:EFFECT", help="Tolerated by workers.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Default: stdout.")] = None,
-) -> None:
-    """Print the RayJob and what it needs, for kubectl."""
-    given = {key: value for key, value in locals().items() if key not in ("run_file", "output")}
-    from outlast.cluster.config import load_run
-    from outlast.cluster.manifests import cautions, k8s_settings, render, to_yaml
-
-    settings = k8s_settings(**given)
-    config, declared = load_run(str(run_file))  # not at_home(): the paths are the pods'
-    text = to_yaml(render(config, declared, settings))
-    for caution in cautions(config, declared, settings):
-        print(f"outlast: {caution}", file=sys.stderr)
-    if output is None:
-        print(text, end="")
-    else:
-        output.write_text(text)
 
 
 def main() -> None:

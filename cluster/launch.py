@@ -26,6 +26,7 @@ import ray
 import ray.train
 import ray.train.torch
 import yaml
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -62,6 +63,8 @@ Listener = Callable[[dict[str, Any]], None]
 OBJECT_STORE_BYTES = 200 * 2**20
 NODES_WAIT_S = 60.0
 RECORD_S = 5.0
+#: Set where nodes come only when they are asked for, as with the autoscaler of a rendered RayJob: how long to wait.
+WAIT_VARIABLE = "OUTLAST_WAIT_FOR_NODES_S"
 POLL_S = 0.5  # Ray Train looks after its workers every 2 s by default; with more than 64 of them, less often
 
 
@@ -226,8 +229,14 @@ class Launch:
         return False
 
     def _cpus_per_worker(self) -> float:
-        """CPUs of a worker. Waits a while for nodes that are on their way, as after a restart of the whole cluster."""
-        deadline = time.monotonic() + (NODES_WAIT_S if self.joined else 0)
+        """CPUs of a worker. Waits a while for nodes that are on their way, as after a restart of the whole cluster, and
+        asks for them where they only come then."""
+        patience = os.environ.get(WAIT_VARIABLE)
+        deadline = time.monotonic() + (float(patience or NODES_WAIT_S) if self.joined else 0)
+        if patience:
+            scale = self.config.scale
+            bundle = {"CPU": scale.cpus_per_worker or 1.0, "GPU": scale.gpus_per_worker}
+            request_resources(bundles=[{key: need for key, need in bundle.items() if need}] * scale.min_workers)
         while True:
             try:
                 return self._fit_in(ray.cluster_resources())

@@ -8,122 +8,36 @@ name, and the path where its storage is mounted.
 
 from __future__ import annotations
 
+import copy
 import json
 import posixpath
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config import RunConfig
-from outlast.trainers.config import Settings
-from outlast.trainers.findings import explain
+from outlast.cluster.k8s_settings import LABEL, MAX_NAME, K8sSettings, checked_mount
 
-MAX_NAME = 47  # KubeRay makes longer names from it
-SUBMISSION_MODES = ("K8sJobMode", "SidecarMode", "HTTPMode", "InteractiveMode")
 DRAIN_BEFORE_GRACE_S = 5  # Ray announces its own time-out as the end; a later one is never reached
+#: The label that every object and pod of a run carries, and that its policies select by.
+RUN_LABEL = "outlast/run"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+#: How clouds mark spot nodes: the label's key and value. Each cloud knows its own alone.
+SPOT = {
+    "cloud.google.com/gke-spot": "true",
+    "eks.amazonaws.com/capacityType": "SPOT",
+    "karpenter.sh/capacity-type": "spot",
+    "kubernetes.azure.com/scalesetpriority": "spot",
+}
+
 _STOP_BEFORE_GRACE_S = 20
-
-_LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+_ALLOCATE_VARIABLE = "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-_SYSTEM_DIRS = frozenset(
-    {"bin", "boot", "dev", "etc", "lib", "lib64", "proc", "root", "run", "sbin", "sys", "tmp", "usr"}
-)
-_HOLDS_THE_IMAGE = frozenset({"/", "/home", "/home/ray", "/opt", "/var"})
-
-Name = Annotated[str, Field(pattern=rf"^{_LABEL}$", max_length=63)]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")]
-Taint = Annotated[str, Field(pattern=r"^[\w./-]+(=[\w.-]*)?(:(NoSchedule|PreferNoSchedule|NoExecute))?$")]
-
-
-class K8sSettings(Settings):
-    """What a cluster must be told that a run file does not say."""
-
-    image: str = Field(default_factory=lambda: f"outlast:{version('outlast')}", min_length=1)
-    """Image of every container: outlast, and Ray of `ray_version`. Default: the tag that `k8s/README.md` builds."""
-    ray_version: str = Field(default_factory=lambda: version("ray"), pattern=r"^\d+\.\d+\.\d+\S*$")
-    """Ray in the image; KubeRay picks probes and authentication by it. Default: the one installed here."""
-    namespace: Name | None = None
-    """Where everything goes. Default: the one that kubectl is set to."""
-    name: Annotated[str, Field(pattern=rf"^{_LABEL}$", max_length=MAX_NAME)] | None = None
-    """Name of the RayJob. Default: the run's, in lower case, with dashes for what Kubernetes does not allow."""
-    service_account: Name | None = None
-    """An existing service account for the pods, such as one with a cloud role. Default: a new one, without rights."""
-
-    claim: Name | None = None
-    """An existing volume claim for checkpoints (ReadWriteMany). Default: a new one where storage is a path."""
-    claim_size: Quantity = "100Gi"
-    """Size of a new claim: `keep_last` checkpoints, the best ones and the model, with room for one more."""
-    storage_class: str | None = None
-    """Storage class of a new claim; it must offer ReadWriteMany. Default: the cluster's."""
-    mount: str | None = None
-    """Where the claim is mounted. Default: at `checkpoint.storage`; give a parent of it to reach data beside it."""
-    secret: Name | None = None
-    """A secret whose keys become environment variables of head and workers: credentials, endpoint and region of an
-    object store, and what `${env:…}` in the run file asks for. Only its name is ever written."""
-
-    worker_cpus: int = Field(4, ge=1)
-    """CPUs of a worker's pod where `scale.cpus_per_worker` does not say."""
-    worker_memory: Quantity = "16Gi"
-    """Memory of a worker's pod, request and limit, with `shm` in it."""
-    head_cpus: int = Field(2, ge=1)
-    """CPUs of the head: the driver tokenizes the data there."""
-    head_memory: Quantity = "8Gi"
-    """Memory of the head, request and limit: Ray's own processes take about 2 GiB."""
-    shm: Quantity = "1Gi"
-    """Size of /dev/shm, which counts as memory: Ray's object store (256 MiB) and NCCL's buffers."""
-
-    head_nodes: dict[str, str] = Field(default_factory=dict)
-    """Labels of the nodes for head and submitter: nodes that stay, because losing the head restarts the run."""
-    worker_nodes: dict[str, str] = Field(default_factory=dict)
-    """Labels of the nodes for workers, such as spot nodes."""
-    worker_taints: tuple[Taint, ...] = ()
-    """Taints that workers tolerate, as kubectl writes them: `key=value:NoSchedule`, `key:NoSchedule` or `key`."""
-
-    backoff_limit: int = Field(20, ge=0)
-    """How often a failed job is started again, each time on a new cluster. Bugs and lost machines count alike."""
-    ttl_s: int = Field(60, ge=0)
-    """Seconds until a finished job's cluster is deleted. Workers hold their GPUs until then; the log stays anyway."""
-    grace_s: int = Field(120, ge=30)
-    """Seconds from a pod's SIGTERM to its SIGKILL: time to save. Two minutes is the longest notice of a spot node."""
-
-    @field_validator("mount")
-    @classmethod
-    def _mountable(cls, value: str | None) -> str | None:
-        try:
-            return value if value is None else _checked_mount(value, "mount")
-        except ConfigError as error:
-            raise ValueError(error.message) from error
-
-    @field_validator("head_nodes", "worker_nodes", mode="before")
-    @classmethod
-    def _pairs(cls, value: Any) -> Any:
-        """Takes `key=value` words, as a command line gives them, too."""
-        if isinstance(value, Mapping):
-            value = [f"{key}={label}" for key, label in value.items()]
-        for word in value:
-            if not re.fullmatch(r"[\w./-]+=[\w.-]*", word):
-                raise ValueError(f"{word!r} is not a node label: write key=value")
-        return dict(word.split("=", 1) for word in value)
-
-
-def k8s_settings(**given: Any) -> K8sSettings:
-    """The settings as given on a command line.
-
-    Raises:
-        ConfigError: One cannot be used; the message lists every finding.
-    """
-    try:
-        return K8sSettings.model_validate({key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in explain(error, K8sSettings).splitlines())
-        raise ConfigError(f"Kubernetes settings that cannot be used:\n{lines}") from error
 
 
 def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings) -> list[dict[str, Any]]:
@@ -146,17 +60,18 @@ def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings
     objects = [_config_map(declared)]
     if settings.service_account is None:
         objects.append(_template("serviceaccount"))
+    if settings.network_policy:
+        objects.append(_network_policy(config, settings))
+    objects.append(_template("disruptionbudget"))
     if mount and settings.claim is None:
         objects.append(_volume_claim(settings))
     objects.append(_ray_job(config, settings, name, claim, mount))
     for item in objects:
         meta = item["metadata"]
         meta["name"] = claim if item["kind"] == "PersistentVolumeClaim" else name
-        meta["labels"]["outlast/run"] = config.name
         if settings.namespace:
             meta["namespace"] = settings.namespace
-    findings = operator_findings(objects[-1])
-    assert not findings, findings
+    _mark(objects, config.name)
     return objects
 
 
@@ -187,27 +102,6 @@ def to_yaml(objects: list[dict[str, Any]]) -> str:
     )
 
 
-def operator_findings(job: Mapping[str, Any]) -> list[str]:
-    """What KubeRay's operator refuses, or ignores in silence, though the CRD lets it pass. Empty is good."""
-    spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
-    mode, submitter = spec.get("submissionMode", "K8sJobMode"), spec.get("submitterPodTemplate")
-    found = []
-    if not re.fullmatch(_LABEL, job["metadata"]["name"]) or len(job["metadata"]["name"]) > MAX_NAME:
-        found.append(f"name: not a DNS-1035 label of at most {MAX_NAME} characters")
-    if mode not in SUBMISSION_MODES:
-        found.append(f"submissionMode: {mode!r} is none of {', '.join(SUBMISSION_MODES)}")
-    if mode == "SidecarMode" and (submitter or "submitterConfig" in spec or "clusterSelector" in spec):
-        found.append("submissionMode: SidecarMode refuses submitterPodTemplate, submitterConfig and clusterSelector")
-    if submitter and submitter["spec"].get("restartPolicy") not in ("Never", "OnFailure"):
-        found.append("submitterPodTemplate: restartPolicy must be Never or OnFailure")
-    if cluster.get("authOptions", {}).get("mode") == "token" and not cluster.get("rayVersion"):
-        found.append("authOptions: token needs rayVersion")
-    for group in cluster.get("workerGroupSpecs", []):
-        if not 0 <= group.get("minReplicas", -1) <= group["replicas"] <= group.get("maxReplicas", -1):
-            found.append(f"{group['groupName']}: give minReplicas, replicas and maxReplicas, in this order of size")
-    return found
-
-
 def job_name(run: str, settings: K8sSettings) -> str:
     """The RayJob's name: as asked for, or made from the run's.
 
@@ -222,7 +116,7 @@ def job_name(run: str, settings: K8sSettings) -> str:
             f"run name {run!r} has {len(name)} characters; a RayJob's name has {MAX_NAME} at most",
             hint="give a shorter one for Kubernetes only: --name NAME",
         )
-    if not re.fullmatch(_LABEL, name):
+    if not re.fullmatch(LABEL, name):
         raise ConfigError(
             f"run name {run!r} makes no name for a RayJob, which begins with a letter",
             hint=f"give one for Kubernetes only: --name run-{name}",
@@ -244,19 +138,36 @@ def _volume_claim(settings: K8sSettings) -> dict[str, Any]:
     return body
 
 
+def _network_policy(config: RunConfig, settings: K8sSettings) -> dict[str, Any]:
+    """Egress to any address on the ports of what the run file names; a store has no address that could be told."""
+    body = _template("networkpolicy")
+    ports = set(settings.egress_ports)
+    if any(_remote(place) for place in _sources(config).values()) or _on_the_hub(config):
+        ports.add(443)
+    if _autoscales(config, settings):
+        ports |= {443, 6443}  # the API server, by its service or where it really listens
+    if ports:
+        body["spec"]["egress"].append({"ports": [{"protocol": "TCP", "port": port} for port in sorted(ports)]})
+    if settings.service_account:  # what gives a cloud role its credentials, on every cloud
+        metadata = {"ipBlock": {"cidr": "169.254.0.0/16"}}
+        told = [{"protocol": "TCP", "port": port} for port in (80, 988)]
+        body["spec"]["egress"].append({"to": [metadata], "ports": told})
+    return body
+
+
 def _ray_job(config: RunConfig, settings: K8sSettings, name: str, claim: str, mount: str | None) -> dict[str, Any]:
     job = _template("rayjob")
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
+    job["metadata"]["labels"].update(settings.labels, **({QUEUE_LABEL: settings.queue} if settings.queue else {}))
     spec["backoffLimit"], spec["ttlSecondsAfterFinished"] = settings.backoff_limit, settings.ttl_s
     cluster["rayVersion"] = settings.ray_version
     [group] = cluster["workerGroupSpecs"]
-    scale = config.scale
-    group.update(replicas=scale.max_workers, minReplicas=scale.min_workers, maxReplicas=scale.max_workers)
     submitter, head, worker = spec["submitterPodTemplate"], cluster["headGroupSpec"]["template"], group["template"]
     for pod in (submitter, head, worker):
-        pod["metadata"]["labels"]["outlast/run"] = config.name
         pod["spec"]["serviceAccountName"] = settings.service_account or name
         pod["spec"]["containers"][0]["image"] = settings.image
+        if settings.pull_secret:
+            pod["spec"]["imagePullSecrets"] = [{"name": settings.pull_secret}]
     for pod in (submitter, head):
         _place(pod["spec"], settings.head_nodes, ())
     gpus = _whole("gpus_per_worker", config.scale.gpus_per_worker)
@@ -269,7 +180,78 @@ def _ray_job(config: RunConfig, settings: K8sSettings, name: str, claim: str, mo
     head["spec"]["volumes"][0]["configMap"]["name"] = name
     for pod in (head, worker):
         _ray_node(pod["spec"], settings, claim, mount)
+    cluster["workerGroupSpecs"] = _groups(group, config, settings)
+    if not _autoscales(config, settings):
+        _scale_not(cluster, head["spec"])
+    for variable in cluster.get("autoscalerOptions", {}).get("env", []):
+        if variable["name"] == _ALLOCATE_VARIABLE:
+            variable["value"] = str(settings.fallback_after_s)
     return job
+
+
+def _autoscales(config: RunConfig, settings: K8sSettings) -> bool:
+    """Whether Ray's autoscaler says how many pods there are.
+
+    Raises:
+        ConfigError: It would have to, and Kueue does not let it.
+    """
+    wanted = config.scale.is_elastic or settings.fallback
+    if wanted and settings.queue:
+        raise ConfigError(
+            "Kueue admits a RayJob with all its pods, and none whose number changes",
+            hint="give scale.workers as one number and leave out --fallback, or leave out --queue",
+        )
+    return wanted
+
+
+def _groups(group: dict[str, Any], config: RunConfig, settings: K8sSettings) -> list[dict[str, Any]]:
+    """The worker groups. KubeRay submits once all pods that `replicas` asks for are there, so a group that scales
+    begins with the fewest; of two groups that stand in for each other neither can be waited for."""
+    scale = config.scale
+    least, most = scale.min_workers, scale.max_workers
+    group.update(replicas=least, minReplicas=least, maxReplicas=most)
+    if settings.spot:
+        _set_affinity(group["template"]["spec"], _only_spot())
+    if not settings.fallback:
+        return [group]
+    other = copy.deepcopy(group)
+    _set_affinity(other["template"]["spec"], _never_spot())
+    for item, name, priority in ((group, "spot", 10), (other, "on-demand", 0)):
+        item.update(groupName=name, replicas=0, minReplicas=0, maxReplicas=most, priority=priority)
+    return [group, other]
+
+
+def _only_spot() -> list[dict[str, Any]]:
+    """One term for each cloud; terms are alternatives."""
+    return [{"matchExpressions": [{"key": key, "operator": "In", "values": [word]}]} for key, word in SPOT.items()]
+
+
+def _never_spot() -> list[dict[str, Any]]:
+    """One term of all clouds; the expressions of a term hold together."""
+    return [{"matchExpressions": [{"key": key, "operator": "NotIn", "values": [word]} for key, word in SPOT.items()]}]
+
+
+def _set_affinity(pod: dict[str, Any], terms: list[dict[str, Any]]) -> None:
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+    pod["affinity"] = {"nodeAffinity": required}
+
+
+def _scale_not(cluster: dict[str, Any], head: dict[str, Any]) -> None:
+    """Takes the autoscaler away, and its access to the API server."""
+    del cluster["enableInTreeAutoscaling"], cluster["autoscalerOptions"]
+    head["volumes"] = [volume for volume in head["volumes"] if volume["name"] != "api"]
+    container = head["containers"][0]
+    container["env"] = [item for item in container["env"] if item["name"] != "OUTLAST_WAIT_FOR_NODES_S"]
+
+
+def _mark(value: Any, run: str) -> None:
+    """Sets the run's label wherever a template has it: on objects and pods, and in what selects them."""
+    if isinstance(value, dict):
+        if RUN_LABEL in value:
+            value[RUN_LABEL] = run
+        value = list(value.values())
+    for item in value if isinstance(value, list) else []:
+        _mark(item, run)
 
 
 def _place(pod: dict[str, Any], nodes: Mapping[str, str], taints: tuple[str, ...]) -> None:
@@ -318,29 +300,13 @@ def _mount(config: RunConfig, settings: K8sSettings) -> str | None:
                 hint="--claim NAME --mount PATH, or neither",
             )
         return settings.mount
-    path = _checked_mount(urlsplit(storage).path if storage.startswith("file:") else storage, "checkpoint.storage")
+    path = checked_mount(urlsplit(storage).path if storage.startswith("file:") else storage, "checkpoint.storage")
     if settings.mount and not _lies_under(path, settings.mount):
         raise ConfigError(
             f"checkpoint.storage {path} is not under {settings.mount}, where the claim is mounted",
             hint=f"--mount {path}, or a parent of it",
         )
     return settings.mount or path
-
-
-def _checked_mount(path: str, what: str) -> str:
-    """`path`, normalized, if a volume can be mounted there without hiding what a pod needs."""
-    if not path.startswith("/"):
-        raise ConfigError(
-            f"{what} {path!r} is relative, and a pod has no home of yours",
-            hint=f"set {what} to an absolute path such as /data/runs, or to s3://bucket/prefix",
-        )
-    path = "/" + posixpath.normpath(path).lstrip("/")
-    if path in _HOLDS_THE_IMAGE or path.split("/")[1] in _SYSTEM_DIRS or ":" in path:
-        raise ConfigError(
-            f"{what} {path!r} cannot be mounted in a pod: it would hide files of the image",
-            hint=f"set {what} to a path such as /data/runs",
-        )
-    return path
 
 
 def _whole(key: str, value: float) -> int:
@@ -362,6 +328,12 @@ def _sources(config: RunConfig) -> dict[str, str]:
         "model.tokenizer.path": _unless_hub_id(tokenizer),
     }
     return {key: place for key, place in places.items() if place}
+
+
+def _on_the_hub(config: RunConfig) -> bool:
+    """Whether the model or the tokenizer is named as one of the hub's may be."""
+    tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
+    return any(name and not _unless_hub_id(name) for name in (config.model.path, tokenizer))
 
 
 def _unless_hub_id(name: str | None) -> str | None:

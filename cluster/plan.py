@@ -13,9 +13,9 @@ from typing import Any
 
 from outlast.checkpointing.schedule import FIRST_AUTO_S, Costs
 from outlast.checkpointing.storage import open_storage
-from outlast.cluster.cli_shared import size as shown
 from outlast.cluster.config import RunConfig
 from outlast.cluster.doctor_probe import Probe
+from outlast.cluster.numbers import size as shown
 from outlast.trainers.config import Parallel
 from outlast.trainers.data import prepare
 from outlast.trainers.loop import make_plan

@@ -25,8 +25,11 @@ def test_wheel_contents(tmp_path: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {f"outlast/{name}/{path.name}" for name in PACKAGES for path in (ROOT / name).glob("*.py")}
     manifests = {
-        f"outlast/k8s/{path.name}" for path in (ROOT / "k8s").iterdir() if path.suffix in (".py", ".yaml", ".json")
+        f"outlast/{path.relative_to(ROOT)}"
+        for path in (ROOT / "k8s").rglob("*")
+        if path.is_file() and (path.suffix in (".py", ".yaml", ".json") or path.name == "Dockerfile")
     }
+    assert len(manifests) > 20
     assert names == sources | manifests | PAGE | {f"outlast/{name}/py.typed" for name in PACKAGES}
     [archive] = tmp_path.glob("outlast-*.tar.gz")
     with tarfile.open(archive) as inside:

@@ -1,0 +1,74 @@
+"""`outlast k8s lint`: what is wrong with manifests before a cluster takes them. Not what their schemas say: for that,
+`kubectl apply --server-side --dry-run=server --validate=strict` asks the cluster itself. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.cluster.doctor_rules import Finding, Level
+from outlast.cluster.k8s_operator import Complaint, mapping, operator_complaints
+from outlast.cluster.k8s_pitfalls import (
+    budget_complaints,
+    claim_complaints,
+    disagreements,
+    risks,
+    secrets_written_down,
+)
+
+_RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[Complaint]]]]] = {
+    "RayJob": [
+        (Level.FAILED, operator_complaints),
+        (Level.FAILED, secrets_written_down),
+        (Level.WARNING, risks),
+    ],
+    "PersistentVolumeClaim": [(Level.WARNING, claim_complaints)],
+    "PodDisruptionBudget": [(Level.WARNING, budget_complaints)],
+}
+
+
+def read_objects(text: str) -> list[dict[str, Any]]:
+    """The objects of a YAML stream.
+
+    Raises:
+        ConfigError: It is no YAML, or holds something else.
+    """
+    try:
+        found = [item for item in yaml.safe_load_all(text) if item is not None]
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
+    for item in found:
+        if not isinstance(item, dict) or not item.get("kind") or not item.get("apiVersion"):
+            raise ConfigError("a document is no Kubernetes object: it has no apiVersion, or no kind")
+    return found
+
+
+def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """What is wrong, or `OK` for each RayJob with nothing wrong. `FAILED` is what the operator refuses."""
+    config_maps = {
+        str(mapping(item, "metadata").get("name")): mapping(item, "data")
+        for item in objects
+        if item.get("kind") == "ConfigMap"
+    }
+    found = []
+    for item in objects:
+        kind, name = str(item.get("kind")), f"{item.get('kind')}/{mapping(item, 'metadata').get('name')}".lower()
+        said = list(_said(name, item))
+        if kind == "RayJob":
+            said += _findings(Level.FAILED, name, disagreements(item, config_maps))
+            said = said or [Finding(Level.OK, name, "nothing wrong")]
+        found += said
+    return found
+
+
+def _said(name: str, item: Mapping[str, Any]) -> Iterator[Finding]:
+    for level, rule in _RULES.get(str(item.get("kind")), []):
+        yield from _findings(level, name, rule(item))
+
+
+def _findings(level: Level, name: str, complaints: Iterable[Complaint]) -> list[Finding]:
+    return [Finding(level, name, f"{where}: {text}") for where, text in complaints]

@@ -1,0 +1,174 @@
+"""What a Kubernetes cluster must be told that a run file does not say: one setting for each option of `k8s render`.
+
+Pure, and imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config import Settings
+from outlast.trainers.findings import explain
+
+MAX_NAME = 47  # KubeRay makes longer names from it
+LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+
+_SYSTEM_DIRS = frozenset(
+    {"bin", "boot", "dev", "etc", "lib", "lib64", "proc", "root", "run", "sbin", "sys", "tmp", "usr"}
+)
+_HOLDS_THE_IMAGE = frozenset({"/", "/home", "/home/ray", "/opt", "/var"})
+
+Name = Annotated[str, Field(pattern=rf"^{LABEL}$", max_length=63)]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")]
+Taint = Annotated[str, Field(pattern=r"^[\w./-]+(=[\w.-]*)?(:(NoSchedule|PreferNoSchedule|NoExecute))?$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class K8sSettings(Settings):
+    """What a cluster must be told that a run file does not say."""
+
+    image: str = Field(default_factory=lambda: f"outlast:{version('outlast')}", min_length=1)
+    """Image of every container: outlast, and Ray of `ray_version`. It needs a tag of its own or a digest, because each
+    new pod must be the same program. Default: the tag that `k8s/README.md` builds."""
+    ray_version: str = Field(default_factory=lambda: version("ray"), pattern=r"^\d+\.\d+\.\d+\S*$")
+    """Ray in the image; KubeRay picks probes and authentication by it. Default: the one installed here."""
+    pull_secret: Name | None = None
+    """A secret with which to fetch the image from a private registry."""
+    namespace: Name | None = None
+    """Where everything goes. Default: the one that kubectl is set to."""
+    name: Annotated[str, Field(pattern=rf"^{LABEL}$", max_length=MAX_NAME)] | None = None
+    """Name of the RayJob. Default: the run's, in lower case, with dashes for what Kubernetes does not allow."""
+    service_account: Name | None = None
+    """An existing service account for the pods, such as one with a cloud role. Default: a new one, without rights."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """More labels for the RayJob; KubeRay hands them on to the cluster. A queue of Volcano or YuniKorn, say."""
+    queue: Name | None = None
+    """A local queue of Kueue, which then says when the run may start, and suspends it for others."""
+
+    claim: Name | None = None
+    """An existing volume claim for checkpoints (ReadWriteMany). Default: a new one where storage is a path."""
+    claim_size: Quantity = "100Gi"
+    """Size of a new claim: `keep_last` checkpoints, the best ones and the model, with room for one more."""
+    storage_class: str | None = None
+    """Storage class of a new claim; it must offer ReadWriteMany. Default: the cluster's."""
+    mount: str | None = None
+    """Where the claim is mounted. Default: at `checkpoint.storage`; give a parent of it to reach data beside it."""
+    secret: Name | None = None
+    """A secret whose keys become environment variables of head and workers: credentials, endpoint and region of an
+    object store, and what `${env:…}` in the run file asks for. Only its name is ever written."""
+
+    network_policy: bool = True
+    """Let the pods talk to each other, to DNS and to the ports below, and nobody else to them but the operator."""
+    egress_ports: tuple[Port, ...] = ()
+    """Ports that the pods may reach anywhere: a store's own, such as 9000. Port 443 needs no word where the run file
+    names an object store or a model on the hub."""
+
+    worker_cpus: int = Field(4, ge=1)
+    """CPUs of a worker's pod where `scale.cpus_per_worker` does not say."""
+    worker_memory: Quantity = "16Gi"
+    """Memory of a worker's pod, request and limit, with `shm` in it."""
+    head_cpus: int = Field(2, ge=1)
+    """CPUs of the head: the driver tokenizes the data there."""
+    head_memory: Quantity = "8Gi"
+    """Memory of the head, request and limit: Ray's own processes take about 2 GiB."""
+    shm: Quantity = "1Gi"
+    """Size of /dev/shm, which counts as memory: Ray's object store (256 MiB) and NCCL's buffers."""
+
+    spot: bool = False
+    """Workers run on spot nodes only (GKE, EKS, Karpenter, AKS by their own labels). Default: there or elsewhere."""
+    fallback: bool = False
+    """With `spot`: where no spot node is to be had, Ray's autoscaler takes others."""
+    fallback_after_s: int = Field(300, ge=30)
+    """Seconds for which a pod waits for a spot node before another kind is tried."""
+    head_nodes: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes for head and submitter, which never run on spot nodes: losing the head restarts the run."""
+    worker_nodes: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes for workers."""
+    worker_taints: tuple[Taint, ...] = ()
+    """Taints that workers tolerate, as kubectl writes them: `key=value:NoSchedule`, `key:NoSchedule` or `key`. Those
+    of spot nodes (GKE, AKS) and of GPUs need no word."""
+
+    backoff_limit: int = Field(20, ge=0)
+    """How often a failed job is started again, each time on a new cluster. Bugs and lost machines count alike."""
+    ttl_s: int = Field(60, ge=0)
+    """Seconds until a finished job's cluster is deleted. Workers hold their GPUs until then; the log stays anyway."""
+    grace_s: int = Field(120, ge=30)
+    """Seconds from a pod's SIGTERM to its SIGKILL: time to save. Two minutes is the longest notice of a spot node."""
+
+    @field_validator("image")
+    @classmethod
+    def _says_which(cls, value: str) -> str:
+        if not is_pinned(value):
+            raise ValueError(f"{value!r} may be another program tomorrow: give it a tag of its own, or a digest")
+        return value
+
+    @field_validator("mount")
+    @classmethod
+    def _mountable(cls, value: str | None) -> str | None:
+        try:
+            return value if value is None else checked_mount(value, "mount")
+        except ConfigError as error:
+            raise ValueError(error.message) from error
+
+    @field_validator("head_nodes", "worker_nodes", "labels", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """Takes `key=value` words, as a command line gives them, too."""
+        if isinstance(value, Mapping):
+            value = [f"{key}={label}" for key, label in value.items()]
+        for word in value:
+            if not re.fullmatch(r"[\w./-]+=[\w.-]*", word):
+                raise ValueError(f"{word!r} is not a label: write key=value")
+        return dict(word.split("=", 1) for word in value)
+
+    @model_validator(mode="after")
+    def _falls_back_from_somewhere(self) -> K8sSettings:
+        if self.fallback and not self.spot:
+            raise ValueError("fallback is from spot nodes to others: give spot too")
+        return self
+
+
+def k8s_settings(**given: Any) -> K8sSettings:
+    """The settings as given on a command line.
+
+    Raises:
+        ConfigError: One cannot be used; the message lists every finding.
+    """
+    try:
+        return K8sSettings.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in explain(error, K8sSettings).splitlines())
+        raise ConfigError(f"Kubernetes settings that cannot be used:\n{lines}") from error
+
+
+def is_pinned(image: str) -> bool:
+    """Whether an image's name means the same program tomorrow: it has a digest, or a tag other than latest."""
+    name, _, digest = image.partition("@")
+    return bool(digest) or name.rpartition("/")[2].partition(":")[2] not in ("", "latest")
+
+
+def checked_mount(path: str, what: str) -> str:
+    """`path`, normalized, if a volume can be mounted there without hiding what a pod needs.
+
+    Raises:
+        ConfigError: It cannot; `what` names it.
+    """
+    if not path.startswith("/"):
+        raise ConfigError(
+            f"{what} {path!r} is relative, and a pod has no home of yours",
+            hint=f"set {what} to an absolute path such as /data/runs, or to s3://bucket/prefix",
+        )
+    path = "/" + posixpath.normpath(path).lstrip("/")
+    if path in _HOLDS_THE_IMAGE or path.split("/")[1] in _SYSTEM_DIRS or ":" in path:
+        raise ConfigError(
+            f"{what} {path!r} cannot be mounted in a pod: it would hide files of the image",
+            hint=f"set {what} to a path such as /data/runs",
+        )
+    return path

@@ -1,0 +1,294 @@
+"""apply, status, suspend, resume and delete, through Kubernetes' official client and a real HTTP server.
+
+Each case runs against the small API server of `k8s_api.py`, and against a real one where `KUBEBUILDER_ASSETS` has it.
+No operator is there: what it would write into a RayJob's status, the tests write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
+from outlast.cluster.cli import app
+from outlast.cluster.k8s_client import Cluster, Phase, next_name, phase, successor
+from outlast.cluster.manifests import to_yaml
+from tests.k8s import Objects, rendered
+from tests.k8s_api import Api, assets, real_api, small_api
+
+NAMES = {"configmaps": ["my-run"], "networkpolicies": ["my-run"], "poddisruptionbudgets": ["my-run"]}
+
+
+@pytest.fixture(scope="module", params=["small", "real"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with ExitStack() as stack:
+        if request.param == "small":
+            yield stack.enter_context(small_api(tmp_path_factory.mktemp("api")))
+            return
+        binaries = assets()
+        if binaries is None:
+            pytest.skip("KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver")
+        yield stack.enter_context(real_api(binaries))
+
+
+@pytest.fixture
+def api(server: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    """The server, empty of this run's objects again afterwards."""
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
+    yield server
+    Cluster().delete("my-run", storage=True)
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> Objects:
+    return rendered(tmp_path, "claim")
+
+
+def outlast(*arguments: str, given: str = "") -> Result:
+    return CliRunner().invoke(app, ["k8s", *arguments], input=given)
+
+
+def test_apply_creates_everything(api: Api, objects: Objects) -> None:
+    done = outlast("apply", "-", given=to_yaml(objects))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [
+        "configmap/my-run created",
+        "serviceaccount/my-run created",
+        "networkpolicy/my-run created",
+        "poddisruptionbudget/my-run created",
+        "persistentvolumeclaim/my-run-storage created",
+        "rayjob/my-run created",
+    ]
+    there = api.get("my-run")
+    assert there["spec"]["backoffLimit"] == 20
+    assert there["metadata"]["labels"]["outlast/run"] == "my-run"
+    assert api.names("v1", "persistentvolumeclaims") == ["my-run-storage"]
+
+
+def test_apply_again_changes_what_is_ours(api: Api, objects: Objects) -> None:
+    cluster = Cluster()
+    cluster.apply(objects)
+    assert cluster.apply(objects)[-1] == "rayjob/my-run applied"
+    objects[-1]["spec"]["ttlSecondsAfterFinished"] = 600
+    said = cluster.apply(objects)
+    assert "at work: its pods change when it is suspended and resumed" in said[-1]
+    assert api.get("my-run")["spec"]["ttlSecondsAfterFinished"] == 600
+
+
+def test_what_somebody_else_has_set_is_kept(api: Api, objects: Objects) -> None:
+    cluster = Cluster()
+    cluster.apply(objects)
+    api.patch("my-run", "somebody", backoffLimit=5)
+    with pytest.raises(ConfigError, match="conflict") as caught:
+        cluster.apply(objects)
+    assert "--force" in caught.value.hint
+    assert api.get("my-run")["spec"]["backoffLimit"] == 5
+    cluster.apply(objects, force=True)
+    assert api.get("my-run")["spec"]["backoffLimit"] == 20
+
+
+def test_what_the_schema_refuses(api: Api, objects: Objects) -> None:
+    objects[-1]["spec"]["backoffLimit"] = "many"
+    with pytest.raises(ConfigError, match="backoffLimit") as caught:
+        Cluster().apply(objects)
+    assert "outlast k8s lint" in caught.value.hint
+    assert api.names("ray.io/v1", "rayjobs") == []
+
+
+def test_apply_looks_first(api: Api, objects: Objects) -> None:
+    objects[-1]["spec"]["submissionMode"] = "K8SJobMode"
+    done = outlast("apply", "-", given=to_yaml(objects))
+    assert done.exit_code == 2
+    assert "none of K8sJobMode" in done.output
+    assert api.names("v1", "configmaps") in ([], ["kube-root-ca.crt"])
+
+
+def test_status(api: Api, objects: Objects) -> None:
+    Cluster().apply(objects)
+    api.set_status(
+        "my-run",
+        jobDeploymentStatus="Running",
+        jobStatus="RUNNING",
+        failed=2,
+        rayClusterStatus={"state": "ready", "readyWorkerReplicas": 1, "desiredWorkerReplicas": 1},
+    )
+    pod = {
+        "metadata": {
+            "name": "my-run-x7k2p-worker-a",
+            "labels": {"outlast/run": "my-run", "ray.io/node-type": "worker"},
+        },
+        "spec": {"containers": [{"name": "ray-worker", "image": "outlast:1"}], "nodeName": "node-b"},
+    }
+    api.make("v1", "pods", pod)
+    event = {
+        "metadata": {"name": "my-run.1", "namespace": "ml"},
+        "involvedObject": {"kind": "RayJob", "name": "my-run", "namespace": "ml"},
+        "type": "Warning",
+        "reason": "FailedToCreateRayCluster",
+        "message": "quota exceeded",
+        "lastTimestamp": "2026-01-01T00:00:00Z",
+    }
+    api.make("v1", "events", event)
+    done = outlast("status", "my-run")
+    assert done.exit_code == 0, done.output
+    first, cluster, worker, warning = done.stdout.splitlines()
+    assert first == "rayjob/my-run  live: Running RUNNING"
+    assert cluster == "  cluster ready, workers 1 of 1; 2 of 21 tries failed"
+    assert worker.split()[:2] == ["worker", "my-run-x7k2p-worker-a"]
+    assert "node-b" in worker
+    assert warning == "  warning: my-run: FailedToCreateRayCluster: quota exceeded"
+    api.call("DELETE", "/api/v1/namespaces/ml/pods/my-run-x7k2p-worker-a?gracePeriodSeconds=0")
+    api.call("DELETE", "/api/v1/namespaces/ml/events/my-run.1")
+
+
+def test_suspend_and_resume(api: Api, objects: Objects) -> None:
+    Cluster().apply(objects)
+    assert outlast("suspend", "my-run").stdout == "rayjob/my-run suspended; go on with: outlast k8s resume my-run\n"
+    assert api.get("my-run")["spec"]["suspend"] is True
+    assert "nothing to suspend" in outlast("suspend", "my-run").stdout
+    assert outlast("resume", "my-run").stdout == "rayjob/my-run goes on\n"
+    assert api.get("my-run")["spec"]["suspend"] is False
+    assert outlast("resume", "my-run").stdout == "rayjob/my-run is at work\n"
+
+
+def test_a_job_that_has_ended_is_followed_by_another(api: Api, objects: Objects) -> None:
+    cluster = Cluster()
+    cluster.apply(objects)
+    api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED", reason="JobStatusCheckTimeoutExceeded")
+    assert "go on with: outlast k8s resume my-run" in cluster.apply(objects)[-1]
+    assert cluster.resume("my-run") == "rayjob/my-run-2 created; it goes on where my-run ended"
+    first, second = api.get("my-run"), api.get("my-run-2")
+    assert second["spec"] == first["spec"]
+    assert second["metadata"]["annotations"]["outlast/resumes"] == "my-run"
+    assert second["metadata"]["labels"]["outlast/run"] == "my-run"
+    assert "status" not in second or not second["status"].get("jobDeploymentStatus")
+    assert cluster.resume("my-run") == "rayjob/my-run-2 is at work"
+    api.set_status("my-run-2", jobDeploymentStatus="Complete", jobStatus="STOPPED")
+    assert cluster.resume("my-run").startswith("rayjob/my-run-3 created")
+    api.set_status("my-run-3", jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
+    assert cluster.resume("my-run") == "rayjob/my-run-3 is done"
+
+
+def test_the_cluster_was_lost_with_everything(api: Api, objects: Objects) -> None:
+    """What is left is the storage: the same objects again go on from it."""
+    with pytest.raises(PreflightError, match="no RayJob of run my-run") as caught:
+        Cluster().resume("my-run")
+    assert "outlast k8s apply" in caught.value.hint
+    assert Cluster().apply(objects)[-1] == "rayjob/my-run created"
+
+
+def test_delete_keeps_the_checkpoints(api: Api, objects: Objects) -> None:
+    cluster = Cluster()
+    cluster.apply(objects)
+    said = cluster.delete("my-run")
+    assert said[0] == "rayjob/my-run deleted"
+    assert said[-1] == "claim my-run-storage stays, with the checkpoints; --storage deletes it too"
+    assert api.names("ray.io/v1", "rayjobs") == []
+    assert "my-run" not in api.names("v1", "configmaps")
+    assert api.names("v1", "persistentvolumeclaims") == ["my-run-storage"]
+    assert "persistentvolumeclaim/my-run-storage deleted" in cluster.delete("my-run", storage=True)
+
+
+def test_others_are_left_alone(api: Api, objects: Objects, tmp_path: Path) -> None:
+    Cluster().apply(objects)
+    api.make("v1", "configmaps", {"metadata": {"name": "theirs", "labels": {"outlast/run": "my-run"}}, "data": {}})
+    Cluster().delete("my-run", storage=True)
+    assert "theirs" in api.names("v1", "configmaps")
+    api.call("DELETE", "/api/v1/namespaces/ml/configmaps/theirs")
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_kuberay_is_not_installed(tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_api(tmp_path, without="ray.io/v1") as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
+        with pytest.raises(PreflightError, match="does not know this kind") as caught:
+            Cluster().apply(objects)
+    assert "install KubeRay" in caught.value.hint
+
+
+def test_no_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_api(tmp_path) as api:
+        api.kubeconfig.write_text(api.kubeconfig.read_text().replace("a-token", "another"))
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
+        with pytest.raises(PreflightError, match="Unauthorized"):
+            Cluster()
+
+
+def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_api(tmp_path) as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
+    with pytest.raises(PreflightError, match="does not answer"):
+        Cluster()
+
+
+def test_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(PreflightError, match="no cluster is configured"):
+        Cluster()
+
+
+def test_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_api(tmp_path) as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
+        assert Cluster().namespace == "ml"
+        assert Cluster(namespace="other").namespace == "other"
+        with pytest.raises(OutlastError):
+            Cluster(context="of-nobody")
+
+
+# -- decisions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ({}, Phase.LIVE),
+        ({"status": {"jobDeploymentStatus": "Retrying"}}, Phase.LIVE),
+        ({"spec": {"suspend": True}, "status": {"jobDeploymentStatus": "Suspending"}}, Phase.SUSPENDED),
+        ({"status": {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}}, Phase.DONE),
+        ({"status": {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}}, Phase.ENDED),
+        ({"status": {"jobDeploymentStatus": "ValidationFailed"}}, Phase.ENDED),
+        ({"spec": {"suspend": True}, "status": {"jobDeploymentStatus": "Failed"}}, Phase.ENDED),
+        ({"metadata": {"deletionTimestamp": "t"}, "status": {"jobDeploymentStatus": "Complete"}}, Phase.LEAVING),
+    ],
+)
+def test_phases(job: dict[str, Any], expected: Phase) -> None:
+    assert phase(job) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "expected"),
+    [
+        ("my-run", [], "my-run-2"),
+        ("my-run-2", [], "my-run-3"),
+        ("my-run", ["my-run-2", "my-run-3"], "my-run-4"),
+        ("llama-3-1", [], "llama-3-2"),
+        ("a" * 47, [], "a" * 45 + "-2"),
+        ("a" * 44 + "-99", [], "a" * 43 + "-100"),
+    ],
+)
+def test_next_names(name: str, taken: list[str], expected: str) -> None:
+    assert next_name(name, taken) == expected
+    assert len(expected) <= 47
+
+
+def test_a_successor_is_not_suspended_and_has_no_job_id() -> None:
+    job = {
+        "metadata": {"name": "r", "uid": "u", "labels": {"a": "b"}, "annotations": {"n": "1", "outlast/resumes": "q"}},
+        "spec": {"suspend": True, "jobId": "r-x", "entrypoint": "e"},
+        "status": {"failed": 3},
+    }
+    assert successor(job, []) == {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": "r-2", "labels": {"a": "b"}, "annotations": {"n": "1", "outlast/resumes": "r"}},
+        "spec": {"entrypoint": "e"},
+    }

@@ -1,0 +1,226 @@
+"""`outlast k8s lint`: whole files with all that it says of them, one mutation for each rule, and nonsense."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.cluster.cli import app
+from outlast.cluster.doctor_rules import Level
+from outlast.cluster.k8s_lint import lint, read_objects
+from tests.k8s import ROOT, rendered
+
+FILES = ROOT / "tests" / "lint"
+CLUSTER = ("spec", "rayClusterSpec")
+HEAD = (*CLUSTER, "headGroupSpec")
+HEAD_POD = (*HEAD, "template", "spec")
+WORKERS = (*CLUSTER, "workerGroupSpecs", 0)
+WORKER_POD = (*WORKERS, "template", "spec")
+SUBMITTER = ("spec", "submitterPodTemplate", "spec")
+
+
+@pytest.mark.parametrize("path", sorted(FILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_bad_files(path: Path) -> None:
+    done = CliRunner().invoke(app, ["k8s", "lint", str(path)])
+    assert done.stdout == path.with_suffix(".txt").read_text()
+    assert done.exit_code == (2 if "failed" in done.stdout else 0)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "golden").glob("*.yaml")), ids=lambda path: path.stem)
+def test_good_files(path: Path) -> None:
+    done = CliRunner().invoke(app, ["k8s", "lint", str(path), "--json"])
+    assert [row["level"] for row in json.loads(done.stdout)] == ["ok"]
+    assert done.exit_code == 0
+
+
+def put(job: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Sets what lies at `path`; `...` takes it away."""
+    for key in path[:-1]:
+        job = job[key]
+    if value is ...:
+        del job[path[-1]]
+    else:
+        job[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({("spec", "submissionMode"): "K8SJobMode"}, "none of K8sJobMode, SidecarMode, HTTPMode, InteractiveMode"),
+        ({("spec", "submissionMode"): "SidecarMode"}, "refuses submitterPodTemplate, submitterConfig"),
+        ({("spec", "submissionMode"): "InteractiveMode"}, "InteractiveMode has none"),
+        ({("spec", "suspend"): True, ("spec", "shutdownAfterJobFinishes"): False}, "can be suspended"),
+        ({("spec", "shutdownAfterJobFinishes"): False}, "means nothing without shutdownAfterJobFinishes"),
+        ({("spec", "backoffLimit"): -1}, "must not be negative"),
+        ({("spec", "activeDeadlineSeconds"): 0}, "must be positive"),
+        ({("spec", "runtimeEnvYAML"): "pip: ["}, "is not YAML"),
+        ({("spec", "clusterSelector"): {"ray.io/cluster": ""}, ("spec", "backoffLimit"): 0}, "names no cluster"),
+        ({("spec", "clusterSelector"): {"ray.io/cluster": "c"}}, "has no backoffLimit"),
+        ({CLUSTER: ...}, "no clusterSelector says which"),
+        ({(*SUBMITTER, "restartPolicy"): "Always"}, "must be Never or OnFailure"),
+        ({(*CLUSTER, "authOptions"): {"mode": "token", "enableK8sTokenAuth": True}}, "cannot use enableK8sTokenAuth"),
+        ({(*CLUSTER, "rayVersion"): ""}, "token needs a rayVersion"),
+        ({(*CLUSTER, "rayVersion"): "2.51.9"}, "token needs a rayVersion"),
+        ({(*CLUSTER, "tlsOptions"): {}}, "RayClusterMTLS"),
+        ({(*CLUSTER, "upgradeStrategy"): {"type": "None"}}, "not for a cluster that a RayJob makes"),
+        ({("metadata", "name"): "x" * 48}, "at most 47"),
+        ({("metadata", "name"): "7b"}, "DNS-1035"),
+        ({(*WORKERS, "maxReplicas"): 0}, "not in this order of size"),
+        ({(*WORKERS, "minReplicas"): ...}, "needs minReplicas and maxReplicas"),
+        ({(*WORKERS, "minReplicas"): -1}, "not in this order of size"),
+        ({(*WORKERS, "idleTimeoutSeconds"): 5}, "is for autoscaler v2"),
+        ({(*WORKERS, "priority"): 5}, "is for autoscaler v2"),
+        ({(*WORKERS, "resources"): {"CPU": "1"}, (*WORKERS, "rayStartParams", "num-cpus"): "1"}, "resources twice"),
+        ({(*WORKERS, "rayStartParams", "labels"): "a=b"}, "rayStartParams has labels"),
+        ({(*HEAD_POD, "containers"): []}, "has no container"),
+        ({(*HEAD_POD, "containers", 0, "env", 1): {"name": "RAY_enable_autoscaler_v2", "value": "1"}}, "needs enable"),
+        ({(*HEAD_POD, "containers", 0, "env", 1): {"name": "RAY_REDIS_ADDRESS", "value": "r"}}, "turns fault tol"),
+        ({(*HEAD_POD, "containers", 0, "env", 1): {"name": "REDIS_USERNAME", "value": "r"}}, "redisUsername"),
+        ({("spec", "deletionStrategy"): {}}, "give deletionRules, or both"),
+        (
+            {
+                ("spec", "deletionStrategy"): {
+                    "onSuccess": {"policy": "DeleteNone"},
+                    "onFailure": {"policy": "DeleteSelf"},
+                }
+            },
+            "DeleteNone contradicts",
+        ),
+    ],
+)
+def test_what_the_operator_refuses(tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str) -> None:
+    failed = _found(tmp_path, "claim", changes, Level.FAILED)
+    assert any(said in text for text in failed), failed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {(*CLUSTER, "autoscalerOptions", "version"): "v1", (*WORKERS, "idleTimeoutSeconds"): 5},
+            "is for autoscaler v2",
+        ),
+        ({(*WORKERS, "suspend"): True}, "cannot be suspended"),
+        ({(*HEAD_POD, "restartPolicy"): "Always"}, "must be Never or unset with autoscaler v2"),
+        ({(*CLUSTER, "autoscalerOptions", "idleTimeoutSeconds"): -1}, "must not be negative"),
+        (
+            {
+                ("spec", "shutdownAfterJobFinishes"): False,
+                ("spec", "ttlSecondsAfterFinished"): 0,
+                ("spec", "deletionStrategy"): {
+                    "deletionRules": [{"policy": "DeleteWorkers", "condition": {"jobStatus": "FAILED"}}] * 2
+                },
+            },
+            "a second rule of DeleteWorkers",
+        ),
+    ],
+)
+def test_what_the_operator_refuses_of_elastic_runs(
+    tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str
+) -> None:
+    failed = _found(tmp_path, "elastic", changes, Level.FAILED)
+    assert any(said in text for text in failed), failed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({("spec", "backoffLimit"): 1}, "1 lost clusters end the run"),
+        ({("spec", "activeDeadlineSeconds"): 60}, "ends the run for good"),
+        ({("spec", "entrypoint"): "outlast train x --take-over"}, "without `exec`"),
+        ({("spec", "entrypoint"): "exec outlast train x"}, "without --take-over"),
+        ({(*CLUSTER, "gcsFaultToleranceOptions"): {"redisAddress": "r:6379"}}, "still knows the job"),
+        ({(*HEAD, "rayStartParams", "num-cpus"): "1"}, "a worker may land on the head"),
+        ({(*HEAD_POD, "nodeSelector"): {"karpenter.sh/capacity-type": "spot"}}, "runs on spot nodes"),
+        ({(*HEAD_POD, "containers", 0, "livenessProbe"): ...}, "restarted after 10 minutes"),
+        ({(*WORKERS, "minReplicas"): 0}, "submitted once all 1 pods run"),
+        ({(*WORKER_POD, "tolerations"): []}, "waits 300 s for a lost node"),
+        ({(*WORKER_POD, "volumes"): []}, "no /dev/shm"),
+        ({(*WORKER_POD, "hostPID"): True}, "hostPID"),
+        ({(*WORKER_POD, "terminationGracePeriodSeconds"): 115}, "never comes"),
+        ({(*WORKER_POD, "containers", 0, "image"): "registry:5000/outlast"}, "another program tomorrow"),
+        ({(*SUBMITTER, "containers", 0, "securityContext", "seccompProfile"): ...}, "lacks seccompProfile"),
+        ({(*WORKER_POD, "containers", 0, "resources", "limits", "memory"): "17Gi"}, "make them equal"),
+        ({(*CLUSTER, "authOptions"): ...}, "whoever reaches the pods"),
+        ({(*HEAD, "template", "metadata", "labels", "app.kubernetes.io/name"): "x"}, "finds no head"),
+        ({("spec", "submitterPodTemplate"): ...}, "submitter: securityContext lacks"),
+    ],
+)
+def test_what_costs_a_run(tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str) -> None:
+    warned = _found(tmp_path, "claim", changes, Level.WARNING)
+    assert any(said in text for text in warned), warned
+
+
+def _found(folder: Path, run: str, changes: dict[tuple[Any, ...], Any], level: Level) -> list[str]:
+    objects = rendered(folder, run)
+    for path, value in changes.items():
+        put(objects[-1], path, value)
+    return [finding.text for finding in lint(objects) if finding.level is level]
+
+
+def test_kueue_and_the_autoscaler(tmp_path: Path) -> None:
+    changes = {("metadata", "labels", "kueue.x-k8s.io/queue-name"): "research"}
+    [text] = _found(tmp_path, "elastic", changes, Level.WARNING)
+    assert "Kueue admits no RayJob whose pods change" in text
+
+
+def test_a_job_that_is_not_what_its_run_file_asks_for(tmp_path: Path) -> None:
+    assert "room for 1 workers" in _found(tmp_path, "gpus", {(*WORKERS, "maxReplicas"): 1}, Level.FAILED)[-1]
+    gpu = {(*WORKER_POD, "containers", 0, "resources", "limits", "nvidia.com/gpu"): ...}
+    assert "scale.gpus_per_worker is 1" in _found(tmp_path, "gpus", gpu, Level.FAILED)[-1]
+    mount = {(*WORKER_POD, "containers", 0, "volumeMounts", 1): ...}
+    assert "would go with the pod" in _found(tmp_path, "claim", mount, Level.FAILED)[-1]
+
+
+def test_secrets_by_reference_are_no_secrets(tmp_path: Path) -> None:
+    reference = {"name": "API_TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}
+    path = (*WORKER_POD, "containers", 0, "env", 1)
+    assert _found(tmp_path, "object store", {path: reference}, Level.FAILED) == []
+    [text] = _found(tmp_path, "object store", {path: {"name": "API_TOKEN", "value": "abc"}}, Level.FAILED)
+    assert "API_TOKEN is written down" in text
+    assert "abc" not in text
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in an object."""
+    rows = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in rows:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def test_nonsense_is_the_api_servers_to_refuse(tmp_path: Path) -> None:
+    """Whatever stands where, lint says something or nothing, and never falls over."""
+    objects = rendered(tmp_path, "spot, then others")
+    found = list(places(objects[-1]))
+    assert len(found) > 300
+    for path in found:
+        for value in (None, 7, "x", [], {}, [None], ...):
+            if value is ... and isinstance(path[-1], int):
+                continue
+            changed = copy.deepcopy(objects[-1])
+            put(changed, path, value)
+            lint([*objects[:-1], changed])
+
+
+def test_what_is_no_manifest() -> None:
+    assert read_objects("---\n---\n") == []
+    with pytest.raises(ConfigError, match="not YAML"):
+        read_objects("a: [")
+    with pytest.raises(ConfigError, match="no apiVersion, or no kind"):
+        read_objects("name: my-run\n")
+
+
+def test_from_stdin(tmp_path: Path) -> None:
+    text = yaml.safe_dump_all(rendered(tmp_path, "claim"))
+    done = CliRunner().invoke(app, ["k8s", "lint", "-"], input=io.StringIO(text).read())
+    assert done.stdout == "ok       rayjob/my-run  nothing wrong\n"
