@@ -287,7 +287,7 @@ def test_export_is_clean_and_takes_what_was_asked_for(here: Path, outlast: Outla
     assert said == {"source": str(source.absolute()), "written": ["a/b/out"]}
     out = Path("a/b/out")
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in out.iterdir()} == expected
+    assert {path.name for path in out.iterdir()} == expected | {"README.md"}
     for name in expected:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     outlast("checkpoints", "export", "my-run", "model", "final")
