@@ -296,7 +296,7 @@ def logs(
 
 @app.command()
 def stop(run: Run, address: Address = None) -> None:
-    """Ask a run's job to commit a checkpoint and end; wait until it has. The exit code is the job's: 75, or 0 if done."""
+    """Ask a run's job to commit a checkpoint and end; wait until it has. The exit code is the job's."""
     from outlast.cluster import jobs
 
     name = _run_name(run)

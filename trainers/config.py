@@ -112,7 +112,7 @@ class ModelSettings(Settings):
     tokenizer: TokenizerSettings | None = None
     """Needed with `config`; with `path` the model's own tokenizer is taken."""
     task: str = "causal-lm"
-    """What the model learns to do: causal-lm, chat, masked-lm, sequence-classification, token-classification,
+    """What the model learns to do. One of causal-lm, chat, masked-lm, sequence-classification, token-classification,
     question-answering, seq2seq-lm, multiple-choice, double-heads, or a class of your own, `package.module:Class`."""
 
     @field_validator("class_")
