@@ -34,7 +34,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKS = {
     "cluster": "a Ray or Kubernetes cluster",
     "hub": "an account and the network",
-    "ci": "`.ci/run` runs it",
+    "ci": "`.ci/run` does it, or one of the tests that it runs",
     "slow": "`make test-faults` runs it",
     "before": "what a reader had; its imports are tried",
 }
