@@ -27,6 +27,7 @@ import yaml
 
 from outlast.cluster.config import RunConfig
 from outlast.trainers.models import train_bpe
+from tests.command import Command
 from tests.test_reference import load_reference
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,12 @@ class Block:
     def commands(self) -> list[str]:
         """The lines of a console block, without comments."""
         return [line for raw in self.text.splitlines() if (line := re.split(r"\s+# ", raw)[0].strip())]
+
+    @property
+    def is_verbs(self) -> bool:
+        """Nothing but verbs of outlast, one a line: those can be forked with their imports done."""
+        plain = re.compile(r"outlast [^|&;$<>\\]*")
+        return self.language == "console" and all(plain.fullmatch(line) for line in self.commands)
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
@@ -215,7 +222,14 @@ def test_the_numbers_of_cases_are_the_readmes() -> None:
 # -- running them ------------------------------------------------------------------------------------------------------
 
 
-def walk(page: Path, folder: Path, *, slow: bool = False) -> None:
+@pytest.fixture(scope="module")
+def command() -> Iterator[Command]:
+    command = Command()
+    yield command
+    command.close()
+
+
+def walk(page: Path, folder: Path, command: Command, *, slow: bool = False) -> None:
     """Does in `folder` what a reader of the page does, from top to bottom."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled"}
@@ -224,14 +238,19 @@ def walk(page: Path, folder: Path, *, slow: bool = False) -> None:
             (folder / block.file).write_text(block.text)
         elif block.language in ("console", "python") and block.mark in ("", *(["slow"] if slow else [])):
             start = ["bash", "-euo", "pipefail"] if block.language == "console" else [sys.executable]
-            done = subprocess.run(
-                [*start, "-c", block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
-            )
-            assert done.returncode == 0, f"{block}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            if block.is_verbs and not block.mark:
+                ended = [command(*shlex.split(line)[1:], cwd=folder) for line in block.commands]
+            else:
+                whole = [*start, "-c", block.text]
+                ended = [
+                    subprocess.run(whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+                ]
+            for done in ended:
+                assert done.returncode == 0, f"{block}: {done.args}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     """A directory in which the README's run has been."""
     import transformers
 
@@ -244,7 +263,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=512, vocab_size=300, **ends)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "my-gpt2")
     tokenizer.inner.save_pretrained(folder / "my-gpt2")
-    walk(ROOT / "README.md", folder)
+    walk(ROOT / "README.md", folder, command)
     return folder
 
 
@@ -257,8 +276,8 @@ def ready(page: Path, world: Path, folder: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if runs(page, slow=False)], ids=lambda page: page.name)
-def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path) -> None:
-    walk(page, ready(page, world, tmp_path))
+def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
+    walk(page, ready(page, world, tmp_path), command)
 
 
 @pytest.mark.faults  # some minutes
@@ -269,5 +288,5 @@ def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path) -> No
     [page for page in PAGES if any(block.mark == "slow" for block in blocks_of(page))],
     ids=lambda page: page.name,
 )
-def test_a_page_with_slow_blocks_does_what_it_says(page: Path, world: Path, tmp_path: Path) -> None:
-    walk(page, ready(page, world, tmp_path), slow=True)
+def test_a_page_with_slow_blocks_does_what_it_says(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
+    walk(page, ready(page, world, tmp_path), command, slow=True)
