@@ -39,6 +39,14 @@ MARKS = {
     "slow": "`make test-faults` runs it",
     "before": "what a reader had; its imports are tried",
 }
+STARTS = {"console": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+#: What a tutorial must have printed in the end, beside having ended well: it was killed, and it came back.
+SAYS = {
+    "laptop.md": ("resumed from", "driver lost", " equal, 0 changed, 0 added, 0 removed"),
+    "own-loop.md": (r"from step 0\n(.*\n)*from step [1-9]\d*\ndone", " equal, 0 changed, 0 added, 0 removed"),
+    "hf-trainer.md": (r"from None\n(.*\n)*from \S+/checkpoint-[1-9]\d*\n(.*\n)*done at step 40",),
+    "from-ray-train.md": ("attempts: 2",),
+}
 LANGUAGES = {"console", "python", "yaml", "json", "text"}
 
 
@@ -229,24 +237,26 @@ def command() -> Iterator[Command]:
     command.close()
 
 
-def walk(page: Path, folder: Path, command: Command, *, slow: bool = False) -> None:
-    """Does in `folder` what a reader of the page does, from top to bottom."""
+def walk(page: Path, folder: Path, command: Command, *, slow: bool = False) -> str:
+    """Does in `folder` what a reader of the page does, from top to bottom. Returns what was printed."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled"}
+    said = ""
     for block in blocks_of(page):
         if block.file and not block.mark:
             (folder / block.file).write_text(block.text)
-        elif block.language in ("console", "python") and block.mark in ("", *(["slow"] if slow else [])):
-            start = ["bash", "-euo", "pipefail"] if block.language == "console" else [sys.executable]
-            if block.is_verbs and not block.mark:
-                ended = [command(*shlex.split(line)[1:], cwd=folder) for line in block.commands]
-            else:
-                whole = [*start, "-c", block.text]
-                ended = [
-                    subprocess.run(whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-                ]
-            for done in ended:
-                assert done.returncode == 0, f"{block}: {done.args}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            continue
+        if block.language not in STARTS or block.mark not in ("", *(["slow"] if slow else [])):
+            continue
+        if block.is_verbs and not block.mark:
+            ended = [command(*shlex.split(line)[1:], cwd=folder) for line in block.commands]
+        else:
+            whole = [*STARTS[block.language], block.text]
+            ended = [subprocess.run(whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)]
+        for done in ended:
+            assert done.returncode == 0, f"{block}: {done.args}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            said += done.stdout + done.stderr
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +287,9 @@ def ready(page: Path, world: Path, folder: Path) -> Path:
 @pytest.mark.ray
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if runs(page, slow=False)], ids=lambda page: page.name)
 def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
-    walk(page, ready(page, world, tmp_path), command)
+    said = walk(page, ready(page, world, tmp_path), command)
+    if not any(block.mark == "slow" for block in blocks_of(page)):
+        assert [pattern for pattern in SAYS.get(page.name, ()) if not re.search(pattern, said)] == [], said
 
 
 @pytest.mark.faults  # some minutes
@@ -289,4 +301,5 @@ def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path, comma
     ids=lambda page: page.name,
 )
 def test_a_page_with_slow_blocks_does_what_it_says(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
-    walk(page, ready(page, world, tmp_path), command, slow=True)
+    said = walk(page, ready(page, world, tmp_path), command, slow=True)
+    assert [pattern for pattern in SAYS.get(page.name, ()) if not re.search(pattern, said)] == [], said
