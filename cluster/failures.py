@@ -250,6 +250,7 @@ class Recorder(WorkerGroupCallback):
         self._place = (storage_url, run, launch)
         self._limits, self._settings = limits, settings
         self._journal: Journal | None = None
+        self._journal_lock = threading.Lock()
         self._is_waiting = False
         self._last_attempt: AttemptId | None = None
         self._past: AttemptId | None = None
@@ -274,7 +275,8 @@ class Recorder(WorkerGroupCallback):
 
     def _note(self, kind: str, **fields: Any) -> None:
         url, run, launch = self._place
-        self._journal = self._journal or Journal(open_storage(url), launch_dir(run, launch), 0, flush_s=0)
+        with self._journal_lock:  # two of them would write over each other's files
+            self._journal = self._journal or Journal(open_storage(url), launch_dir(run, launch), 0, flush_s=0)
         self._journal.event(kind, **fields)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
