@@ -78,8 +78,6 @@ class Command:
         assert self._server.stdin is not None
         self._server.stdin.close()
         self._server.wait(10)
-        assert self._server.stdout is not None
-        self._server.stdout.close()
         shutil.rmtree(self._folder)
 
 
