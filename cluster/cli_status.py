@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli_shared import Address, AsJson, Root, Run, find_run
+from outlast.cluster.cli_shared import Address, AsJson, Root, Run, find_run, writing
 from outlast.cluster.numbers import when
 
 if TYPE_CHECKING:
@@ -89,5 +89,7 @@ def report(
 
     place, name, _ = find_run(run, storage)
     target = output or Path(f"{name}-report.html")
-    target.write_text(Report.of(place, name, verify=verify).to_html(), encoding="utf-8")
+    html = Report.of(place, name, verify=verify).to_html()
+    with writing(target):
+        target.write_text(html, encoding="utf-8")
     print(target)

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from outlast.checkpointing.commands import list_checkpoints, look
+from outlast.checkpointing.commands import attempts_of, list_checkpoints, look
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import Storage
@@ -90,9 +90,10 @@ def declared_settings(storage: Storage, run: str) -> dict[str, Any]:
     """The settings of the run's newest claim, as their user wrote them.
 
     Raises:
+        ConfigError: There is no such run.
         StorageError: No claim can be read.
     """
-    for attempt in reversed(list_attempts(storage, run)):
+    for attempt in reversed(attempts_of(storage, run)):
         if settings := read_claim(storage, run, attempt).get("settings"):
             return dict(settings)
     raise StorageError(f"run {run!r} in {storage.url} holds no claim with settings", hint="give the run file instead")
