@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from packaging.requirements import Requirement
@@ -83,7 +84,9 @@ def pip_settings(folder: Path) -> list[str]:
     found = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", told, re.MULTILINE))
     file = folder / "pip.conf"
     file.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in found.items()))
-    places = [word for value in found.values() for word in value.split() if Path(word).is_absolute()]
+    words = [word for value in found.values() for word in value.split()]
+    places = [word for word in words if Path(word).is_absolute()]
+    places += [str(Path(urlsplit(word).path).parent) for word in words if word.startswith("file:")]  # an index's files
     binds = [f"{place}:{place}:ro" for place in dict.fromkeys(places) if Path(place).exists()]
     return [part for bind in (f"{file}:/etc/pip.conf:ro", *binds) for part in ("--volume", bind)]
 
