@@ -36,14 +36,15 @@ pytestmark = [
     pytest.mark.skipif(reason is not None, reason=f"the lab {reason}"),
     pytest.mark.timeout(600),
 ]
-STEPS = 3000  # longer than a grace period
+STEPS = 2000  # longer than a grace period
 Recovered = Callable[[str, str, float], None]
 
 
 @pytest.fixture(scope="module")
 def expected(assign: Callable[..., Assignment], storage: LocalStorage) -> tuple[Any, Any]:
     """Digests and losses of the undisturbed run, on plain processes."""
-    assert run_group(assign("pods", steps=STEPS, eval_every=200), storage, 2, limit_s=280)[0].outcome is Outcome.DONE
+    assignment = assign("pods", sections={"checkpoint": {"every": 500}}, steps=STEPS, eval_every=200)
+    assert run_group(assignment, storage, 2, limit_s=240)[0].outcome is Outcome.DONE
     return digests(storage, "pods"), losses(storage, "pods")
 
 
