@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,6 +46,24 @@ def test_the_lock_pins_what_outlast_needs() -> None:
         pin = pins()[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(release_of(pin)), line
         assert wanted.extras <= pin.extras
+
+
+def test_the_pins_agree_with_each_other() -> None:
+    """As far as these releases are installed here, and so tell what they need."""
+    known = {name: release_of(pin) for name, pin in pins().items()}
+    asked = 0
+    for name, pin in pins().items():
+        try:
+            is_here = version(name).partition("+")[0] == known[name]
+        except PackageNotFoundError:
+            is_here = False
+        for wanted in map(Requirement, requires(name) or []) if is_here else ():
+            needed = canonicalize_name(wanted.name)
+            applies = wanted.marker is None or any(wanted.marker.evaluate({"extra": key}) for key in {"", *pin.extras})
+            if applies and needed in known:
+                asked += 1
+                assert wanted.specifier.contains(known[needed]), f"{name} needs {wanted}, and {known[needed]} is pinned"
+    assert asked > 100
 
 
 def test_ray_in_the_image_is_that_of_the_manifests() -> None:
