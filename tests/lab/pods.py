@@ -45,6 +45,7 @@ class Pods:
             (self._config_map / name).write_text(text)
         self._log = folder / f"{self._name}.log"
         self._wanted: set[int] = set()
+        self._submitters: list[subprocess.Popen[bytes]] = []
 
     @property
     def log(self) -> str:
@@ -140,14 +141,11 @@ class Pods:
             "RAY_DASHBOARD_ADDRESS": self._lab.address.removeprefix("http://"),
             "RAY_JOB_SUBMISSION_ID": self._job_id,
         }
+        command = ["bash", "-ce", "--", self._command()]
         with self._log.open("ab") as log:
-            return subprocess.Popen(
-                ["bash", "-ce", "--", self._command()],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            made = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self._submitters.append(made)
+        return made
 
     def _command(self) -> str:
         """Wait for the dashboard, submit the job unless it is known, follow its log."""
@@ -177,10 +175,12 @@ class Pods:
     def _until_past(self, moment: float) -> None:
         self.until(lambda: time.monotonic() > moment, 600, "the next pod of the Job")
 
-    def kill(self, submitter: subprocess.Popen[bytes]) -> None:
-        """The submitter's pod is lost."""
-        os.killpg(submitter.pid, signal.SIGKILL)
-        submitter.wait()
+    def lose_submitter(self) -> None:
+        """The submitter's pod is gone at once."""
+        for submitter in self._submitters:
+            if submitter.poll() is None:
+                os.killpg(submitter.pid, signal.SIGKILL)
+                submitter.wait()
 
 
 def _environment(container: Mapping[str, Any]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,18 @@ class Rehearsal:
         self.cluster = Cluster()
         self.cluster.apply(objects)
         self._files = next(item["data"] for item in objects if item["kind"] == "ConfigMap")
-        self._num_clusters = 0
+        self._clusters: list[Pods] = []
 
     def pods(self, job: str = "my-run") -> Pods:
         """A new cluster for a RayJob."""
-        self._num_clusters += 1
-        made = Pods(self.lab, self._api.get(job), self._files, self._volume, f"c{self._num_clusters}")
+        made = Pods(self.lab, self._api.get(job), self._files, self._volume, f"c{len(self._clusters) + 1}")
+        self._clusters.append(made)
         made.start()
         return made
+
+    def close(self) -> None:
+        for pods in self._clusters:
+            pods.lose_submitter()
 
     def job(self, job: str = "my-run") -> dict[str, Any]:
         return self._api.get(job)
@@ -126,7 +131,8 @@ def rehearsal(
     undisturbed = expected(steps)
     with small_api(tmp_path) as api, Lab(TOKEN) as lab:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
-        yield Rehearsal(api, lab, volume, text_file, recovered, steps, undisturbed)
+        with closing(Rehearsal(api, lab, volume, text_file, recovered, steps, undisturbed)) as made:
+            yield made
 
 
 @pytest.mark.parametrize("rehearsal", [LONG], indirect=True)
@@ -176,7 +182,7 @@ def test_the_submitter_is_lost(rehearsal: Rehearsal) -> None:
     run, pods = rehearsal.run, rehearsal.pods()
     submitter = pods.submit()
     run.wait_for_commit(submitter)
-    pods.kill(submitter)
+    pods.lose_submitter()
     assert pods.see_through(submitter) == 1
     assert len(list_attempts(run.storage, run.name)) == 1
     rehearsal.check()
@@ -191,7 +197,7 @@ def test_suspended_and_resumed(rehearsal: Rehearsal) -> None:
     run.wait_for_commit(submitter)
     rehearsal.cluster.suspend(run.name)
     assert rehearsal.job()["spec"]["suspend"] is True
-    pods.kill(submitter)
+    pods.lose_submitter()
     pods.end()
     assert read_status(run.storage, run.name)["state"] != "done"
     assert rehearsal.cluster.resume(run.name) == "rayjob/my-run goes on"
@@ -211,7 +217,7 @@ def test_the_cluster_is_gone(rehearsal: Rehearsal) -> None:
     run.wait_for_commit(submitter)
     for host in (HEAD, 1, 2):
         pods.lose(host)
-    pods.kill(submitter)
+    pods.lose_submitter()
     rehearsal.fail()
     assert rehearsal.cluster.resume(run.name) == "rayjob/my-run-2 created; it goes on where my-run ended"
     began, again = time.time(), rehearsal.pods("my-run-2")
