@@ -66,7 +66,10 @@ def train(
     address: Annotated[str | None, typer.Option(help="A Ray cluster; default: one of its own on this machine.")] = None,
     take_over: Annotated[bool, typer.Option("--take-over", help="Take the run from another launch at once.")] = False,
 ) -> None:
-    """Start the run, or resume it, or say that it is done."""
+    """Start the run, or resume it, or say that it is done. Prints where the finished model lies.
+
+    Ctrl-C and SIGTERM commit a checkpoint first (exit code 75).
+    """
     from outlast.cluster.config import load_run
 
     config, declared = load_run(str(run_file), overrides or [])
@@ -98,7 +101,10 @@ def demo(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON.")
     ] = None,
 ) -> None:
-    """Real text, two workers, one killed: come back, and compare with an uninterrupted run."""
+    """Real text, two workers, one killed: come back, and compare with an uninterrupted run.
+
+    Exit code 1 if one bit differs.
+    """
     from outlast.cluster.demo import run_demo
 
     findings = run_demo(folder)
@@ -122,7 +128,10 @@ def drill(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the copies in the storage.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Injure short copies of your own run on purpose; see whether each comes back with the same bits, and how soon."""
+    """Injure short copies of your own run on purpose; see whether each comes back with the same bits, and how soon.
+
+    Exit code 1 if one does not.
+    """
     from dataclasses import asdict
 
     from outlast.cluster.drill import kinds_of, run_drill
@@ -152,7 +161,10 @@ def submit(
     code: Code = None,
     ship: Ship = True,
 ) -> None:
-    """Submit the run to a Ray cluster; a run that is at work there already is attached to."""
+    """Submit the run to a Ray cluster; a run that is at work there already is attached to. Prints the job's id.
+
+    With --follow or --supervise the exit code is the run's.
+    """
     from outlast.cluster.config import load_run
 
     if follow and supervise:
@@ -172,7 +184,10 @@ def supervise_runs(
     ship: Ship = True,
     storage: Root = "./runs",
 ) -> None:
-    """Keep runs going on a Ray cluster: submit again when a job or the whole cluster has died."""
+    """Keep runs going on a Ray cluster: submit again when a job or the whole cluster has died.
+
+    Ends when all have ended, with the exit code of one that failed, if there is one.
+    """
     from outlast.cluster.config import load_run
 
     found = [
@@ -269,7 +284,7 @@ def logs(
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
 ) -> None:
-    """Print the log of a run's newest job."""
+    """Print the log of a run's newest job. With --follow the exit code is the job's."""
     from outlast.cluster import jobs
 
     client = jobs.connect(address)
@@ -281,7 +296,7 @@ def logs(
 
 @app.command()
 def stop(run: Run, address: Address = None) -> None:
-    """Ask a run's job to commit a checkpoint and end; wait until it has."""
+    """Ask a run's job to commit a checkpoint and end; wait until it has. The exit code is the job's."""
     from outlast.cluster import jobs
 
     name = _run_name(run)

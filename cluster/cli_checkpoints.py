@@ -99,7 +99,9 @@ def verify(
 @checkpoints.command()
 def path(
     run: Run,
-    which: Annotated[str, typer.Argument(help="newest, best, model, a step, or step@attempt.")] = "newest",
+    which: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="newest, best, model, a step, or step@attempt.")
+    ] = "newest",
     storage: Root = "./runs",
 ) -> None:
     """Print where a checkpoint lies, for `from_pretrained`."""

@@ -36,7 +36,10 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Only what `train` looks at, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Examine a cluster from every node: versions, devices, memory, disk, storage, clocks, ports, an all-reduce."""
+    """Examine a cluster from every node: versions, devices, memory, disk, storage, clocks, ports, an all-reduce.
+
+    Exit code 3 if anything failed; warnings are none of its business.
+    """
     import os
 
     from outlast.cluster.doctor_rules import Level, Wanted

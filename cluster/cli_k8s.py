@@ -107,7 +107,7 @@ def lint(
     files: Annotated[list[str], typer.Argument(metavar="FILE…", help="Manifests; - for stdin.")],
     as_json: AsJson = False,
 ) -> None:
-    """Tell what KubeRay would refuse, and what would cost a run on nodes that vanish."""
+    """Tell what KubeRay would refuse (exit code 2), and what would cost a run on nodes that vanish (a warning)."""
     from dataclasses import asdict
 
     from outlast.cluster.k8s_lint import lint
@@ -128,7 +128,7 @@ def apply(
     namespace: Namespace = None,
     force: Annotated[bool, typer.Option("--force", help="Take over fields that somebody else has set.")] = False,
 ) -> None:
-    """Apply manifests on the server's side, after a look as `lint` has."""
+    """Apply manifests on the server's side, after a look as `lint` has. What it refuses is not applied: exit code 2."""
     from outlast.cluster.doctor_rules import Level
     from outlast.cluster.k8s_lint import lint
 

@@ -64,13 +64,12 @@ def assign(storage: LocalStorage, text_file: str) -> Callable[..., Assignment]:
 
 
 @pytest.fixture(scope="session")
-def readme_block() -> Callable[[str], str]:
-    """`readme_block(heading)`: the first Python block below a heading of the README."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+def docs_block() -> Callable[[str], str]:
+    """`docs_block(page)`: the Python block of a page in docs/ that names the test which runs it."""
 
-    def block(heading: str) -> str:
-        section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-        return section.split("```python\n")[1].split("```")[0]
+    def block(page: str) -> str:
+        text = (Path(__file__).parent.parent / "docs" / page).read_text()
+        return text.split("```python tests/")[1].split("\n", 1)[1].split("```")[0]
 
     return block
 

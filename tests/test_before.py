@@ -320,6 +320,7 @@ def test_a_plan_is_what_the_run_then_does(
     assert memory.snapshot == (found.size.share_bytes if name == "cut" else 0)
 
 
+@pytest.mark.faults
 def test_a_plan_says_where_its_interval_comes_from(tmp_path: Path, body: dict[str, Any]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**body, "checkpoint": {**body["checkpoint"], "every": "auto", "overlap": True}}))

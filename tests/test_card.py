@@ -119,7 +119,7 @@ def test_a_card_that_the_model_brought_stays(carded: Path, storage: LocalStorage
 
 def code_of(heading: str) -> str:
     """The first Python block below a heading of docs/sharing.md."""
-    return SHARING.split(f"# {heading}\n", 1)[1].split("```python\n")[1].split("```")[0]
+    return SHARING.split(f"# {heading}\n", 1)[1].split("```python tests/test_card.py\n")[1].split("```")[0]
 
 
 def test_the_snippet_for_a_pipeline(exported: Path) -> None:

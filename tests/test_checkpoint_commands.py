@@ -1,5 +1,5 @@
-"""The `checkpoints` verbs that compare, keep and export, on small GPT-2 and BERT runs; and README's section on
-them, word by word.
+"""The `checkpoints` verbs that compare, keep and export, on small GPT-2 and BERT runs; and docs/checkpoints.md,
+word by word.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from outlast.cluster.cli import main
 from outlast.trainers.legacy import write_state_dict
 from outlast.trainers.models import Tokenizer, files_of, train_bpe
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/checkpoints.md"
 TEXT = "the worker was lost, and the run went on from the newest checkpoint that is proven whole"
 
 
@@ -137,16 +137,12 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
     return decode(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8))
 
 
-# -- README ------------------------------------------------------------------------------------------------------------
+# -- docs/checkpoints.md -----------------------------------------------------------------------------------------------
 
 
-def section() -> str:
-    return README.read_text().split("## Keeping checkpoints, and taking them elsewhere")[1].split("\n## ")[0]
-
-
-def test_readme(here: Path, outlast: Outlast) -> None:
-    """Each command of the section runs as it stands, then each block of Python, and what it loads is the checkpoint."""
-    commands = [re.split(r" {3,}", line)[0] for line in section().splitlines() if line.startswith("outlast ")]
+def test_the_page(here: Path, outlast: Outlast) -> None:
+    """Each command of it runs as it stands, then each block of Python, and what it loads is the checkpoint."""
+    commands = [re.split(r" {3,}", line)[0] for line in PAGE.read_text().splitlines() if line.startswith("outlast ")]
     assert {command.split()[2] for command in commands} == {"diff", "pin", "unpin", "prune", "export"}
     best = {run: checkpoint(run, 200) for run in ("my-run", "my-bert")}
     kept = {run: weights_in(path / "model.safetensors") for run, path in best.items()}
@@ -158,7 +154,7 @@ def test_readme(here: Path, outlast: Outlast) -> None:
     assert [row["step"] for row in rows] == [1000, 800, 400, 200], "200 is the best, 400 the last of its 400 steps"
     outlast("checkpoints", "verify", "runs/my-run")
 
-    blocks = re.findall(r"```python\n(.*?)```", section(), re.DOTALL)
+    blocks = re.findall(r"```python tests/\S+\n(.*?)```", PAGE.read_text(), re.DOTALL)
     autos = [transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification]
     for block, run, auto in zip(blocks, kept, autos, strict=True):
         loaded: dict[str, Any] = {}
@@ -287,7 +283,7 @@ def test_export_is_clean_and_takes_what_was_asked_for(here: Path, outlast: Outla
     assert said == {"source": str(source.absolute()), "written": ["a/b/out"]}
     out = Path("a/b/out")
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in out.iterdir()} == expected
+    assert {path.name for path in out.iterdir()} == expected | {"README.md"}
     for name in expected:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     outlast("checkpoints", "export", "my-run", "model", "final")

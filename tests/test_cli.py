@@ -114,6 +114,7 @@ def test_storage_is_a_file(run_file: Path, tmp_path: Path) -> None:
     assert place.read_text() == "something of mine"
 
 
+@pytest.mark.faults
 def test_workers_that_do_not_fit(run_file: Path) -> None:
     done = outlast("train", str(run_file), "-s", "scale.workers=2", "-s", "scale.gpus_per_worker=64", code=3)
     assert "GPU: 128 wanted" in done.stderr

@@ -1,4 +1,4 @@
-"""Each example runs as a user would run it, and so do the README's ten lines. About 40 s, and 25 s without Ray."""
+"""Each example runs as a user would run it, and so do ten lines of docs/own-loop.md. 40 s, and 25 s without Ray."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_classify(tmp_path: Path) -> None:
 
 
 def test_own_task(tmp_path: Path) -> None:
-    """Learns what the heavy rows say, not what the light ones say; answers, and its run file is the README's."""
+    """Learns what the heavy rows say, not what the light ones say; answers, and its run file is the one beside it."""
     words = [("good", 1), ("bad", 0)]
     rows = [
         {"text": f"a {word} one, {i}", "label": label, "importance": 1.0} for i in range(60) for word, label in words
@@ -155,18 +155,16 @@ def test_own_loop_superseded_ends_with_75(tmp_path: Path, undisturbed: Callable[
     assert digests(storage, "own-loop") == undisturbed(1)
 
 
-# -- the README's Python -----------------------------------------------------------------------------------------------
+# -- what docs/own-loop.md says ----------------------------------------------------------------------------------------
 
 
 class Cut(BaseException):
     """The end of a script in the middle of a step."""
 
 
-def test_ten_lines_of_the_readme(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readme_block: Callable[[str], str]
-) -> None:
+def test_ten_lines_of_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docs_block: Callable[[str], str]) -> None:
     monkeypatch.chdir(tmp_path)
-    block = readme_block("Your own loop")
+    block = docs_block("own-loop.md")
     assert len([line for line in block.splitlines() if line]) <= 10
     cuts = {333, 777}
     storage = LocalStorage(tmp_path / "runs")

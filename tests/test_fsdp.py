@@ -81,7 +81,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert evaluations(storage, run) == evaluations(storage, calm)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("size", [2, 3])
 def test_fp16_and_clipping_are_those_of_ddp_and_come_back(
     size: int, spread: Assign, assign: Assign, storage: LocalStorage, tmp_path: Path
 ) -> None:

@@ -129,8 +129,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("default")
-def test_the_lines_of_the_readme(tmp_path: Path, readme_block: Callable[[str], str]) -> None:
-    block = readme_block("Your own `transformers.Trainer`")
+def test_the_lines_of_docs(tmp_path: Path, docs_block: Callable[[str], str]) -> None:
+    block = docs_block("hf-trainer.md")
     assert len([line for line in block.splitlines() if line]) <= 5
     for steps in (10, 20):
         made = runpy.run_path(str(EXAMPLE))["make_trainer"](str(tmp_path), steps)

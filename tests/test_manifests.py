@@ -220,7 +220,7 @@ def test_runs_that_cannot_be(
         ({"fallback": True}, "give spot too"),
         ({"egress_ports": [0]}, "egress_ports"),
         ({"worker_taints": ["spot=true:Never"]}, "worker_taints"),
-        ({"mount": "data"}, "mount: mount 'data' is relative"),
+        ({"mount": "data"}, "mount 'data' is relative"),
         ({"ray_version": "latest"}, "ray_version"),
         ({"imagee": "x"}, "did you mean 'image'"),
     ],

@@ -43,13 +43,14 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
     assert asked == EXPORTED
 
 
-@pytest.mark.ray  # about a minute
+@pytest.mark.ray
+@pytest.mark.faults
 def test_a_real_ray_exports_them(tmp_path: Path, text_file: str) -> None:
     """A run that is killed once, read from the metrics endpoint while it goes on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    body = tiny_config("measured", str(tmp_path / "runs"), text_file, steps=1500).model_dump(exclude_defaults=True)
+    body = tiny_config("measured", str(tmp_path / "runs"), text_file, steps=600).model_dump(exclude_defaults=True)
     body |= {"scale": {"workers": 2}}
     body["checkpoint"]["every"] = 40
     config = RunConfig.model_validate(body)
@@ -92,8 +93,8 @@ def test_a_real_ray_exports_them(tmp_path: Path, text_file: str) -> None:
     assert set(seen) == EXPORTED
     newest = {name: max(values.values()) for name, values in seen.items()}
     told = losses(storage, "measured")
-    assert 100 < newest["ray_outlast_step"] <= 1500
-    assert newest["ray_outlast_num_steps"] == 1500
+    assert 100 < newest["ray_outlast_step"] <= 600
+    assert newest["ray_outlast_num_steps"] == 600
     assert newest["ray_outlast_attempt"] == 2
     assert newest["ray_outlast_workers"] == 2
     assert resumed(storage, "measured")[0]["step"] == 80
@@ -102,7 +103,7 @@ def test_a_real_ray_exports_them(tmp_path: Path, text_file: str) -> None:
     assert newest["ray_outlast_checkpoint_time_seconds"] > 1.7e9
     # By default TensorBoard hears all of it too, and the launch leaves its record.
     drawn = scalars(storage.path("measured/trackers/tensorboard"))["train/loss"]
-    assert [step for step, _ in drawn] == list(range(1, 1501))
+    assert [step for step, _ in drawn] == list(range(1, 601))
     record = json.loads(storage.path(f"measured/launches/{finished.launch}/record.json").read_text())
     assert record["code"]["git"] is None
     assert record["settings"]["scale"]["workers"] == 2

@@ -129,10 +129,10 @@ def test_an_optimizer_of_ones_own_is_looked_at_where_the_run_starts(path: str, s
         resolve(settings(optimizer=path))
 
 
-def test_the_readmes_settings_are_settings(tmp_path: Path) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (tmp_path / "run.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
-    commands = readme.split("## How it trains\n")[1].split("```\n")[1].splitlines()
+def test_the_settings_of_docs_are_settings(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    (tmp_path / "run.yaml").write_text((root / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
+    commands = (root / "docs/training.md").read_text().split("```console slow\n")[1].split("```")[0].splitlines()
     found = [load_run(str(tmp_path / "run.yaml"), shlex.split(line)[4::2])[0].train for line in commands]
     assert [item.precision for item in found] == ["bf16", "bf16", "fp16", "bf16", "bf16"]
     assert [item.early_stopping is not None for item in found] == [False] * 4 + [True]

@@ -440,6 +440,7 @@ def test_labels_that_will_not_do(
         prepare(config.model_copy(update={"data": data}), storage)
 
 
+@pytest.mark.faults
 def test_threads_are_those_that_the_run_began_with(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
     """Also after a resume on a machine that would have taken others."""
     from tests.group import StopAt

@@ -224,7 +224,7 @@ def deaf() -> Iterator[str]:
             connection.close()
 
 
-@pytest.mark.parametrize("answers", [False, True], ids=["down", "deaf"])
+@pytest.mark.parametrize("answers", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["down", "deaf"])
 def test_a_tracker_that_is_down_stops_nobody(
     answers: bool,
     deaf: str,

@@ -204,6 +204,7 @@ def test_a_bug_in_the_users_code_is_shown_once_and_tried_twice(
     assert "Traceback" in logs[0].read_text()
 
 
+@pytest.mark.faults
 def test_demo(tmp_path: Path) -> None:
     """The README's first command: one worker killed for real in the middle of a save, and the same bits in the end."""
     findings_file = tmp_path / "findings.json"

@@ -198,6 +198,7 @@ def test_a_rank_is_stopped_and_comes_back(
     assert_goes_on(assignment, storage, reference(2))
 
 
+@pytest.mark.faults
 def test_a_rank_dawdles(
     storage: LocalStorage, assign: Callable[..., Assignment], watch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

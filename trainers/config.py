@@ -112,7 +112,8 @@ class ModelSettings(Settings):
     tokenizer: TokenizerSettings | None = None
     """Needed with `config`; with `path` the model's own tokenizer is taken."""
     task: str = "causal-lm"
-    """What the model learns to do: a name of `trainers/registry.py`, or a class of your own, package.module:Class."""
+    """What the model learns to do. One of causal-lm, chat, masked-lm, sequence-classification, token-classification,
+    question-answering, seq2seq-lm, multiple-choice, double-heads, or a class of your own, `package.module:Class`."""
 
     @field_validator("class_")
     @classmethod
@@ -140,7 +141,7 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Where the text comes from and how it is cut."""
+    """Where the rows come from, which columns a task reads, and how texts are cut."""
 
     train: str | list[str] = Field(min_length=1)
     """A .txt (one document a line), .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a directory of one kind of
@@ -239,7 +240,7 @@ class EarlyStoppingSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """The optimization."""
+    """How long, in which batches, and by which rule the weights change."""
 
     steps: int | None = Field(None, ge=1)
     """Optimizer updates in the run. Give steps or epochs."""
@@ -273,9 +274,9 @@ class TrainSettings(Settings):
     """Weight decay as the optimizer understands it (AdamW decouples it); biases and norms are exempt. Default 0.01 for
     adamw, 0 for others."""
     betas: tuple[float, float] | None = None
-    """Averaging coefficients of optimizers that have them; None for the optimizer's own."""
+    """Averaging coefficients of optimizers that have them. Default: the optimizer's own."""
     eps: float | None = Field(None, gt=0)
-    """The optimizer's epsilon; None for its own."""
+    """The optimizer's epsilon. Default: its own."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -355,7 +356,8 @@ class CheckpointSettings(Settings):
     """Where checkpoints go, when, and which stay."""
 
     storage: str = "./runs"
-    """A directory that every machine of the run sees under this name."""
+    """A directory that every machine of the run sees under this name, or an object store: `s3://bucket/prefix`, or any
+    other that `pyarrow.fs` knows. Checkpoints, prepared data and the run's journal lie there."""
     every: str | int = "10m"
     """Interval: 200 (steps), 10m (or s, h), 1 epoch; or auto, from the cost of a save and the failures so far."""
     overlap: bool = True
@@ -373,7 +375,7 @@ class CheckpointSettings(Settings):
     keep_every: int = Field(0, ge=0)
     """Of every so many steps the last checkpoint stays, for good; 0 keeps none but by the other rules."""
     metric: str = "eval_loss"
-    """What best means."""
+    """What best means: one of those that an evaluation measures."""
     metric_mode: Literal["min", "max"] = "min"
     """Whether less or more is better."""
     load_best: bool = False
