@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-lab check bench test-faults clean
+.PHONY: setup demo test test-lab check bench test-faults k8s-e2e clean
 
 setup: .venv/ready
 
@@ -31,6 +31,10 @@ check: setup
 
 test-faults: setup
 	$(BIN)/python -m pytest -m faults -rs --durations=10
+
+# On a real Kubernetes: needs docker, kubectl, helm, and kind or k3d.
+k8s-e2e: setup
+	k8s/e2e.sh
 
 bench: setup
 	$(BIN)/python -m benchmarks.run

@@ -67,13 +67,15 @@ class Refused(Exception):
 class Api:
     """An API server, for the test's own hands: what the operator and the kubelet would write."""
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, certificate: Path | None = None) -> None:
         self.url = url
         self.kubeconfig = folder / "kubeconfig"
+        self._certificate = certificate
+        trusted = {"certificate-authority": str(certificate)} if certificate else {}
         body = {
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "test", "cluster": {"server": url, "insecure-skip-tls-verify": True}}],
+            "clusters": [{"name": "test", "cluster": {"server": url, **trusted}}],
             "users": [{"name": "test", "user": {"token": TOKEN}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": "ml"}}],
             "current-context": "test",
@@ -89,8 +91,17 @@ class Api:
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": kind}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
-        with urllib.request.urlopen(request, timeout=30, context=ssl._create_unverified_context()) as answer:
+        trusted = ssl.create_default_context(cafile=self._certificate) if self._certificate else None
+        with urllib.request.urlopen(request, timeout=30, context=trusted) as answer:
             return json.load(answer)
+
+    def knows(self, version: str) -> bool:
+        """Whether the server has a group and version, such as `policy/v1`."""
+        try:
+            self.call("GET", f"/apis/{version}" if "/" in version else f"/api/{version}")
+        except urllib.error.HTTPError:
+            return False
+        return True
 
     def set_status(self, job: str, **status: Any) -> None:
         """What the operator writes of a RayJob."""
@@ -313,7 +324,7 @@ def real_api(binaries: Path) -> Iterator[Api]:
     subprocess.run(["openssl", "genrsa", "-out", str(folder / "sa.key"), "2048"], check=True, capture_output=True)
     (folder / "tokens.csv").write_text(f'{TOKEN},tester,1,"system:masters"\n')
     commands = [
-        f"{binaries}/etcd --data-dir {folder}/etcd --listen-client-urls http://127.0.0.1:{client} --unsafe-no-fsync "
+        f"{binaries}/etcd --data-dir {folder}/etcd --listen-client-urls http://127.0.0.1:{client} "
         f"--advertise-client-urls http://127.0.0.1:{client} --listen-peer-urls http://127.0.0.1:{peer}",
         f"{binaries}/kube-apiserver --etcd-servers http://127.0.0.1:{client} --secure-port {port} "
         f"--bind-address 127.0.0.1 --cert-dir {folder}/certs --token-auth-file {folder}/tokens.csv "
@@ -324,10 +335,9 @@ def real_api(binaries: Path) -> Iterator[Api]:
     processes = []
     with (folder / "log").open("wb") as log:
         for command in commands:
-            words = [word for word in command.split() if word != "--unsafe-no-fsync"]
-            processes.append(subprocess.Popen(words, stdout=log, stderr=log))
+            processes.append(subprocess.Popen(command.split(), stdout=log, stderr=log))
     try:
-        api = Api(f"https://127.0.0.1:{port}", folder)
+        api = Api(f"https://127.0.0.1:{port}", folder, folder / "certs" / "apiserver.crt")
         _wait(api, folder / "log")
         yield api
     finally:
@@ -349,7 +359,17 @@ def _wait(api: Api, log: Path) -> None:
                 raise AssertionError(f"no API server:\n{log.read_text()[-3000:]}") from error
             time.sleep(0.5)
     with (CRDS / "ray.io_rayjobs.yaml").open() as file:
-        add_kind(api, yaml.load(file, Loader=yaml.CSafeLoader), deadline)
+        add_kind(api, _without_empty_defaults(yaml.load(file, Loader=yaml.CSafeLoader)), deadline)
+
+
+def _without_empty_defaults(value: Any) -> Any:
+    """A schema whose defaults of "" are another text: servers before 1.21 take "" for null, and refuse it."""
+    if isinstance(value, dict):
+        return {
+            key: "none" if (key, item) == ("default", "") else _without_empty_defaults(item)
+            for key, item in value.items()
+        }
+    return [_without_empty_defaults(item) for item in value] if isinstance(value, list) else value
 
 
 def add_kind(api: Api, crd: dict[str, Any], deadline: float) -> None:

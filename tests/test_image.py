@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from packaging.requirements import Requirement
@@ -44,6 +46,24 @@ def test_the_lock_pins_what_outlast_needs() -> None:
         pin = pins()[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(release_of(pin)), line
         assert wanted.extras <= pin.extras
+
+
+def test_the_pins_agree_with_each_other() -> None:
+    """As far as these releases are installed here, and so tell what they need."""
+    known = {name: release_of(pin) for name, pin in pins().items()}
+    asked = 0
+    for name, pin in pins().items():
+        try:
+            is_here = version(name).partition("+")[0] == known[name]
+        except PackageNotFoundError:
+            is_here = False
+        for wanted in map(Requirement, requires(name) or []) if is_here else ():
+            needed = canonicalize_name(wanted.name)
+            applies = wanted.marker is None or any(wanted.marker.evaluate({"extra": key}) for key in {"", *pin.extras})
+            if applies and needed in known:
+                asked += 1
+                assert wanted.specifier.contains(known[needed]), f"{name} needs {wanted}, and {known[needed]} is pinned"
+    assert asked > 100
 
 
 def test_ray_in_the_image_is_that_of_the_manifests() -> None:
@@ -83,7 +103,9 @@ def pip_settings(folder: Path) -> list[str]:
     found = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", told, re.MULTILINE))
     file = folder / "pip.conf"
     file.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in found.items()))
-    places = [word for value in found.values() for word in value.split() if Path(word).is_absolute()]
+    words = [word for value in found.values() for word in value.split()]
+    places = [word for word in words if Path(word).is_absolute()]
+    places += [str(Path(urlsplit(word).path).parent) for word in words if word.startswith("file:")]  # an index's files
     binds = [f"{place}:{place}:ro" for place in dict.fromkeys(places) if Path(place).exists()]
     return [part for bind in (f"{file}:/etc/pip.conf:ro", *binds) for part in ("--volume", bind)]
 

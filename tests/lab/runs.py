@@ -53,7 +53,7 @@ class Run:
         command = [OUTLAST, "submit", str(self.file), "--address", lab.address, "--follow"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def wait_for_commit(self, follower: subprocess.Popen[str], after: int = 0) -> None:
+    def wait_for_commit(self, follower: subprocess.Popen[Any], after: int = 0) -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             assert follower.poll() is None, follower.communicate()
@@ -79,13 +79,20 @@ class Run:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
             assert follower.poll() is None, follower.communicate()
-            later = list_attempts(self.storage, self.name)[attempts:]
-            told = [event for attempt in later for event in read_events(self.storage, attempt_dir(self.name, attempt))]
+            told = self._told(attempts)
             steps = [event["ended_at"] for event in told if event["event"] == "step"]
             if steps and [event["world_size"] for event in told if event["event"] == "plan"][-1:] == [workers]:
                 return float(min(steps)) - since
             time.sleep(0.1)
         raise AssertionError(f"no steps on {workers} workers within 200 s")
+
+    def first_step(self, attempts: int) -> float | None:
+        """When the first step of attempts after so many others ended, in seconds since the epoch."""
+        return min((event["ended_at"] for event in self._told(attempts) if event["event"] == "step"), default=None)
+
+    def _told(self, attempts: int) -> list[dict[str, Any]]:
+        later = list_attempts(self.storage, self.name)[attempts:]
+        return [event for attempt in later for event in read_events(self.storage, attempt_dir(self.name, attempt))]
 
     def assert_cause(self, *causes: Cause) -> None:
         """So many failures, and the journal names their causes."""

@@ -1,68 +1,60 @@
-"""What the pods of a rendered RayJob would run, as hosts of the lab, submitted as KubeRay submits. About two minutes.
+"""The pods of a rendered RayJob as hosts of the lab, submitted as KubeRay submits, and lost one way after the other.
 
-Not here: the API server, the scheduler and the operator. The start parameters, the environment, the entrypoint, the run
-file and the grace period are those of the manifests.
+Every case ends with the digests and losses of a run that nothing happened to. One to two minutes each.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from outlast.checkpointing.lineage import list_attempts
+from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.config import load_run
 from outlast.cluster.failures import Cause
-from outlast.cluster.manifests import k8s_settings, render
+from outlast.cluster.k8s_client import Cluster
+from outlast.cluster.k8s_settings import k8s_settings
+from outlast.cluster.manifests import render
+from outlast.cluster.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
-from tests.group import digests, run_group
-from tests.lab.hosts import BIN, HEAD, Lab
+from tests.group import digests, losses, run_group
+from tests.k8s_api import Api, small_api
+from tests.lab.hosts import HEAD, Lab
+from tests.lab.pods import TOKEN, Pods
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
 
 pytestmark = [
     pytest.mark.lab,
-    pytest.mark.faults,
     pytest.mark.skipif(reason is not None, reason=f"the lab {reason}"),
-    pytest.mark.timeout(500),
+    pytest.mark.timeout(600),
 ]
-STEPS = 2000
-TOKEN = {"RAY_AUTH_TOKEN": "a-token-of-the-test-that-the-operator-would-make"}
+STEPS = 800
+LONG = 2000  # longer than a grace period
+Recovered = Callable[[str, str, float], None]
 
 
-def environment_of(container: dict[str, Any]) -> dict[str, str]:
-    return {item["name"]: item["value"] for item in container["env"] if "value" in item} | TOKEN
+@pytest.fixture(scope="module")
+def expected(assign: Callable[..., Assignment], storage: LocalStorage) -> Callable[[int], tuple[Any, Any]]:
+    """Digests and losses of the undisturbed run of so many steps, on plain processes."""
 
+    @cache
+    def of(steps: int) -> tuple[Any, Any]:
+        name = f"pods-{steps}"
+        assignment = assign(name, sections={"checkpoint": {"every": 500}}, steps=steps, eval_every=200)
+        assert run_group(assignment, storage, 2, limit_s=240)[0].outcome is Outcome.DONE
+        return digests(storage, name), losses(storage, name)
 
-class Submitter:
-    """What KubeRay's submitter does: ask for the job's status, submit it if it is not known, follow its log."""
-
-    def __init__(self, address: str, job_id: str, entrypoint: str, environment: dict[str, str]) -> None:
-        self._environment = {**os.environ, **environment}
-        self._at, self._id, self._entrypoint = ["--address", address], job_id, entrypoint
-        self.num_submissions = 0
-
-    def _ray_job(self, *arguments: str) -> list[str]:
-        return [str(BIN / "ray"), "job", *arguments]
-
-    def submit(self) -> subprocess.Popen[bytes]:
-        known = subprocess.run(self._ray_job("status", *self._at, self._id), env=self._environment, capture_output=True)
-        if known.returncode != 0:
-            self.num_submissions += 1
-            command = self._ray_job("submit", *self._at, "--no-wait", "--submission-id", self._id, "--")
-            subprocess.run(
-                [*command, *self._entrypoint.split()], env=self._environment, check=True, capture_output=True
-            )
-        command = self._ray_job("logs", *self._at, "--follow", self._id)
-        return subprocess.Popen(command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return of
 
 
 @pytest.fixture
@@ -74,59 +66,165 @@ def volume() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_a_worker_pod_is_evicted(assign: Callable[..., Assignment], volume: Path, text_file: str, storage: Any) -> None:
-    assert run_group(assign("pods", steps=STEPS, eval_every=200), storage, 2, limit_s=240)[0].outcome is Outcome.DONE
-    run = Run(volume, "evicted", text_file, STEPS, 2)
-    config, declared = load_run(str(run.file))
-    objects = render(config, declared, k8s_settings(image="outlast:test", mount=str(volume), grace_s=30))
-    job = next(item for item in objects if item["kind"] == "RayJob")
-    files = next(item for item in objects if item["kind"] == "ConfigMap")["data"]
-    mounted = volume / "config-map"
-    mounted.mkdir()
-    for name, text in files.items():
-        (mounted / name).write_text(text)
-    assert yaml.safe_load(files["run.yaml"]) == declared
+class Rehearsal:
+    """A run that was applied to an API server, and the pods that an operator would make of it."""
 
-    cluster = job["spec"]["rayClusterSpec"]
-    head, [workers] = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
-    pods = {True: head["template"]["spec"], False: workers["template"]["spec"]}
-    grace_s = pods[False]["terminationGracePeriodSeconds"]
-    scaled = {"object-store-memory": "80000000"}
+    def __init__(
+        self, api: Api, lab: Lab, volume: Path, text_file: str, recovered: Recovered, steps: int, expected: Any
+    ) -> None:
+        self.lab, self._api, self._volume, self._recovered = lab, api, volume, recovered
+        self._expected = expected
+        self.run = Run(volume, "my-run", text_file, steps, 2)
+        settings = k8s_settings(image="outlast:test", mount=str(volume), grace_s=30)
+        objects = render(*load_run(str(self.run.file)), settings)
+        self.cluster = Cluster()
+        self.cluster.apply(objects)
+        self._files = next(item["data"] for item in objects if item["kind"] == "ConfigMap")
+        self._clusters: list[Pods] = []
+        self._seconds: dict[str, float] = {}
 
-    def start(lab: Lab, host: int) -> None:
-        group, is_head = (head, True) if host == HEAD else (workers, False)
-        container = pods[is_head]["containers"][0]
-        cpus = {} if is_head else {"num-cpus": str(container["resources"]["requests"]["cpu"])}
-        lab.start(
-            host,
-            parameters=cpus | group["rayStartParams"] | scaled,
-            environment=environment_of(container),
-            mounts={"/etc/outlast": mounted},
+    def pods(self, job: str = "my-run") -> Pods:
+        """A new cluster for a RayJob."""
+        made = Pods(self.lab, self._api.get(job), self._files, self._volume, f"c{len(self._clusters) + 1}")
+        self._clusters.append(made)
+        made.start()
+        return made
+
+    def close(self) -> None:
+        for pods in self._clusters:
+            pods.lose_submitter()
+
+    def job(self, job: str = "my-run") -> dict[str, Any]:
+        return self._api.get(job)
+
+    def fail(self, job: str = "my-run") -> None:
+        """What the operator writes when it gives a RayJob up."""
+        self._api.set_status(
+            job, jobDeploymentStatus="Failed", jobStatus="RUNNING", reason="JobStatusCheckTimeoutExceeded"
         )
 
-    with Lab(TOKEN) as lab:
-        start(lab, HEAD)
-        lab.wait_for_nodes(1, TOKEN["RAY_AUTH_TOKEN"])
-        for host in range(1, workers["replicas"] + 1):
-            start(lab, host)
-        lab.wait_for_nodes(1 + workers["replicas"], TOKEN["RAY_AUTH_TOKEN"])
-        token = environment_of(pods[True]["containers"][0])
-        submitter = Submitter(lab.address, f"{job['metadata']['name']}-x7k2p", job["spec"]["entrypoint"], token)
-        following = submitter.submit()
-        run.wait_for_commit(following)  # type: ignore[arg-type]
+    def until_steps(self, pods: Pods, case: str, began: float, attempts: int = 1) -> None:
+        """Waits for the first step of an attempt after so many others, and notes how long it took."""
+        pods.until(lambda: self.run.first_step(attempts) is not None, 200, "a new step")
+        first = self.run.first_step(attempts)
+        assert first is not None
+        self._seconds[case] = first - began
 
-        evicted, deadline = run.host_of(1), time.monotonic() + grace_s
-        lab.evict(evicted)
-        start(lab, 1 + workers["replicas"])  # the operator makes another pod
-        while lab.is_up(evicted) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        if lab.is_up(evicted):
-            os.kill(lab.first_process(evicted), signal.SIGKILL)
-        out, _ = following.communicate(timeout=300)
-        assert following.returncode == 0, out.decode()
-        again = submitter.submit()  # a submitter that is tried again finds the job
-        again.communicate(timeout=60)
-        assert (again.returncode, submitter.num_submissions) == (0, 1)
+    def check(self, *causes: Cause) -> None:
+        """The run has ended with the same bits, and so many failures."""
+        assert read_status(self.run.storage, self.run.name)["state"] == "done"
+        assert (digests(self.run.storage, self.run.name), losses(self.run.storage, self.run.name)) == self._expected
+        self.run.assert_cause(*causes)
+        lost = read_status(self.run.storage, self.run.name)["lost_steps"]
+        for case, seconds in self._seconds.items():
+            self._recovered(case, f"{lost} steps done again", seconds)
 
-    assert digests(run.storage, run.name) == digests(storage, "pods")
-    run.assert_cause(Cause.PREEMPTED)
+
+@pytest.fixture
+def rehearsal(
+    request: pytest.FixtureRequest,
+    expected: Callable[[int], tuple[Any, Any]],
+    volume: Path,
+    tmp_path: Path,
+    text_file: str,
+    recovered: Recovered,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Rehearsal]:
+    steps = getattr(request, "param", STEPS)
+    undisturbed = expected(steps)
+    with small_api(tmp_path) as api, Lab(TOKEN) as lab:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
+        with closing(Rehearsal(api, lab, volume, text_file, recovered, steps, undisturbed)) as made:
+            yield made
+
+
+@pytest.mark.parametrize("rehearsal", [LONG], indirect=True)
+def test_a_worker_is_evicted(rehearsal: Rehearsal) -> None:
+    run, pods = rehearsal.run, rehearsal.pods()
+    submitter = pods.submit()
+    run.wait_for_commit(submitter)
+    evicted, began = run.host_of(1), time.time()
+    pods.add(3)  # the operator makes another pod as soon as this one is being deleted
+    pods.evict(evicted)
+    rehearsal.until_steps(pods, "a worker evicted, from its SIGTERM (grace 30 s)", began)
+    assert pods.see_through(submitter) == 0
+    rehearsal.check(Cause.PREEMPTED)
+
+
+@pytest.mark.faults
+def test_a_node_is_lost(rehearsal: Rehearsal) -> None:
+    run, pods = rehearsal.run, rehearsal.pods()
+    submitter = pods.submit()
+    run.wait_for_commit(submitter)
+    lost, began = run.host_of(1), time.time()
+    pods.lose(lost)
+    pods.add(3)
+    rehearsal.until_steps(pods, "a worker's node lost, another pod at once", began)
+    assert pods.see_through(submitter) == 0
+    rehearsal.check(Cause.NODE_LOST)
+
+
+@pytest.mark.faults
+def test_the_head_crashes(rehearsal: Rehearsal) -> None:
+    """The job is unknown to the new head, so the next pod of the submitter's Job submits it again."""
+    run, pods = rehearsal.run, rehearsal.pods()
+    submitter = pods.submit()
+    run.wait_for_commit(submitter)
+    began = time.time()
+    pods.crash(HEAD)
+    failed = pods.see_through(submitter)
+    rehearsal.until_steps(pods, f"the head crashed, {failed} submitters failed", began)
+    assert failed >= 1
+    assert len(list_attempts(run.storage, run.name)) == 2
+    rehearsal.check()
+
+
+@pytest.mark.faults
+def test_the_submitter_is_lost(rehearsal: Rehearsal) -> None:
+    """Its next pod finds the job and follows it."""
+    run, pods = rehearsal.run, rehearsal.pods()
+    submitter = pods.submit()
+    run.wait_for_commit(submitter)
+    pods.lose_submitter()
+    assert pods.see_through(submitter) == 1
+    assert len(list_attempts(run.storage, run.name)) == 1
+    rehearsal.check()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rehearsal", [LONG], indirect=True)
+def test_suspended_and_resumed(rehearsal: Rehearsal) -> None:
+    """KubeRay deletes the cluster without a word to the job: what saves is each node's own drain."""
+    run, pods = rehearsal.run, rehearsal.pods()
+    submitter = pods.submit()
+    run.wait_for_commit(submitter)
+    rehearsal.cluster.suspend(run.name)
+    assert rehearsal.job()["spec"]["suspend"] is True
+    pods.lose_submitter()
+    pods.end()
+    assert read_status(run.storage, run.name)["state"] != "done"
+    assert rehearsal.cluster.resume(run.name) == "rayjob/my-run goes on"
+    assert rehearsal.job()["spec"]["suspend"] is False
+    began, again = time.time(), rehearsal.pods()
+    submitter = again.submit()
+    rehearsal.until_steps(again, "suspended, and resumed: from the new pods", began)
+    assert again.see_through(submitter) == 0
+    rehearsal.check()
+
+
+@pytest.mark.faults
+def test_the_cluster_is_gone(rehearsal: Rehearsal) -> None:
+    """All nodes are lost at once, and the operator gives the RayJob up: `resume` makes the next."""
+    run, pods = rehearsal.run, rehearsal.pods()
+    submitter = pods.submit()
+    run.wait_for_commit(submitter)
+    for host in (HEAD, 1, 2):
+        pods.lose(host)
+    pods.lose_submitter()
+    rehearsal.fail()
+    assert rehearsal.cluster.resume(run.name) == "rayjob/my-run-2 created; it goes on where my-run ended"
+    began, again = time.time(), rehearsal.pods("my-run-2")
+    submitter = again.submit()
+    rehearsal.until_steps(again, "all nodes lost, and resumed: from the new pods", began)
+    assert again.see_through(submitter) == 0
+    rehearsal.check()
