@@ -198,9 +198,9 @@ def newest_checkpoint(story: Story) -> Newest | None:
 
 def interruptions(story: Story) -> list[Interruption]:
     """Every end of an attempt that was not the run's, and every group that died before it had claimed."""
-    found = []
+    found, ends = [], story.ends
     for attempt, following in story.in_pairs:
-        end = story.end_of(attempt)
+        end = ends[attempt.id]
         if not end.is_over or end.cause == "done":
             continue
         base = following.base_step if following and following.start else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -32,7 +33,7 @@ def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
     is_new = not story.attempts and launch is not None
     checkpoints = [] if is_new else list_checkpoints(storage, run)
     newest = {**checkpoints[0], "verified_at": seen.newest and seen.newest.verified_at} if checkpoints else None
-    ledger = seen.ledger
+    ledger, failures = seen.ledger, story.failures_of
     return {
         "run": run,
         "state": seen.state.value,
@@ -43,7 +44,7 @@ def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
         "attempts": seen.num_attempts,
         "failures": story.failures,
         "slow": [] if story.current is None else story.current.slow,
-        "sizes": [_size_change(event, story) for item in story.launches_in_order for event in item.resizes],
+        "sizes": [_size_change(event, failures) for item in story.launches_in_order for event in item.resizes],
         "launch": {"id": launch.id, **launch.alive} if launch else None,
         "newest_checkpoint": newest,
         "damaged": [] if is_new else [str(item.ref) for item in look(storage, run).rejected],
@@ -79,10 +80,9 @@ def newest_launch(storage: Storage, run: str) -> dict[str, Any] | None:
     return None
 
 
-def _size_change(resize: dict[str, Any], story: Story) -> dict[str, Any]:
+def _size_change(resize: Mapping[str, Any], failures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
-    causes = [event["cause"] for event in story.failures if event.get("attempt") == resize.get("attempt")]
-    cause = "resized" if resize["planned"] else next(reversed(causes), "unknown")
+    cause = "resized" if resize["planned"] else failures.get(str(resize.get("attempt")), {}).get("cause", "unknown")
     return {key: resize.get(key) for key in ("t", "attempt", "before", "now")} | {"cause": cause}
 
 

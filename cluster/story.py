@@ -261,6 +261,10 @@ class Launch:
     def has_ended(self) -> bool:
         return bool(self.alive.get("ended"))
 
+    def is_live(self, now: float) -> bool:
+        """Whether its driver is at work: a beat counts for half a minute."""
+        return bool(self.alive) and not self.has_ended and now - self.alive["t"] < SILENCE_S
+
     def hear(self, event: Mapping[str, Any]) -> None:
         """Takes one of its events."""
         told = {**event, "launch": self.id}
@@ -360,7 +364,7 @@ class Story:
         return next((item for item in reversed(attempts) if item.heard_at), attempts[-1] if attempts else None)
 
     def state(self, now: float) -> State:
-        """What the run is doing. A beat of the driver's counts for half a minute."""
+        """What the run is doing."""
         current, launch = self.current, self.newest_launch
         if current is not None and current.end is not None and current.end["event"] == "done":
             return State.DONE
@@ -368,24 +372,41 @@ class Story:
             return State.UNATTENDED
         if launch.has_ended:
             return {0: State.DONE, 75: State.STOPPED, 130: State.STOPPED}.get(launch.alive["exit_code"], State.FAILED)
-        if now - launch.alive["t"] >= SILENCE_S:
+        if not launch.is_live(now):
             return State.LOST
         return State.RUNNING if self.attempts else State.STARTING
 
-    def end_of(self, attempt: Attempt) -> End:
-        """How an attempt ended, or that it has not."""
-        later = next((item for item in self.in_order if item.id > attempt.id), None)
+    @property
+    def failures_of(self) -> dict[str, dict[str, Any]]:
+        """By the name of the attempt that it ended, each failure; where two were told, the first."""
+        told = [item for launch in self.launches.values() for item in launch.failures]
+        return {str(item.get("attempt")): item for item in reversed(told)}
+
+    @property
+    def ends(self) -> dict[AttemptId, End]:
+        """How each attempt ended, or that it has not; all at once, for a run may have thousands."""
+        failures = self.failures_of
+        resizes = {str(e.get("attempt")): e for launch in self.launches.values() for e in reversed(launch.resizes)}
+        return {
+            item.id: self._end_of(item, following, failures.get(str(item.id)), resizes.get(str(item.id)))
+            for item, following in self.in_pairs
+        }
+
+    def _end_of(
+        self,
+        attempt: Attempt,
+        later: Attempt | None,
+        failure: Mapping[str, Any] | None,
+        resize: Mapping[str, Any] | None,
+    ) -> End:
         launch = self.launches.get(attempt.launch)
-        same = later is not None and later.launch == attempt.launch
-        resize = next((e for e in (launch.resizes if launch else ()) if e.get("attempt") == str(attempt.id)), None)
-        failure = self._failure_of(attempt)
         if attempt.end is not None:
             return End(_ENDINGS[attempt.end["event"]], at=attempt.end["t"])
         if failure is not None:
             at = float(failure.get("noticed_at", failure["t"]))
             said = str(failure.get("message", ""))
             return End(failure["cause"], said, failure.get("rank"), at, goes_on=True, is_planned=False)
-        if same:
+        if later is not None and later.launch == attempt.launch:
             return End("resized" if resize and resize["planned"] else "restarted", goes_on=True)
         if later is None and not (launch and launch.has_ended):
             return End("", is_over=False)
@@ -397,10 +418,6 @@ class Story:
         if launch.alive["exit_code"] in (0, 75, 130):
             return End("stopped")
         return End("failed", str(launch.alive.get("error", "")), is_planned=False)
-
-    def _failure_of(self, attempt: Attempt) -> dict[str, Any] | None:
-        told = (launch.failures for launch in self.launches.values())
-        return next((item for items in told for item in items if item.get("attempt") == str(attempt.id)), None)
 
     @property
     def num_lost(self) -> int:

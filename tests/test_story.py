@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +20,7 @@ from outlast.checkpointing.storage import Buffer, Entry, LocalStorage
 from outlast.cluster import failures, hub
 from outlast.cluster.failures import Recorder, WorkerGroupStartupTimeoutError
 from outlast.cluster.follow import Follower
-from outlast.cluster.ledger import account
+from outlast.cluster.ledger import Kind, account
 from outlast.cluster.overview import overview
 from outlast.cluster.story import State
 from outlast.trainers.attempt import Assignment
@@ -213,8 +215,29 @@ def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkey
 )
 def test_how_attempts_ended(parts: tuple[object, ...], expected: list[tuple[str, bool, bool]]) -> None:
     told = story(*parts)  # type: ignore[arg-type]
-    found = [told.end_of(item) for item in told.in_order]
-    assert [(end.cause, end.is_over, end.is_planned) for end in found] == expected
+    assert [(end.cause, end.is_over, end.is_planned) for end in told.ends.values()] == expected
+
+
+def calls_for(number: int) -> int:
+    """Calls that a look takes at a run that was preempted so often, and each time found no room."""
+    events, attempts = [], []
+    for n in range(1, number + 1):
+        at = 100.0 * n
+        events += [failure(n, at + 60, "preempted"), {"event": "no-room", "t": at + 65, "since": at + 61}]
+        attempts.append(attempt(n, at, resume(at + 1, n - 1, n - 1), steps(n, n + 1, at + 5), saved(n, at + 9)))
+    told, calls = story(launch("a", 0, 100.0 * number + 99, None, *events), *attempts), Counter[str]()
+    sys.setprofile(lambda frame, event, argument: calls.update((event,)))
+    try:
+        seen = overview(told, 100.0 * number + 99)
+    finally:
+        sys.setprofile(None)
+    assert (len(seen.interruptions), seen.ledger.seconds[Kind.WAIT]) == (number, pytest.approx(39 * number - 1))
+    return calls["call"] + calls["c_call"]
+
+
+def test_a_look_costs_no_more_for_each_attempt_when_there_are_many() -> None:
+    """The panel looks twice a second, and the launch waits for it."""
+    assert calls_for(400) < 5 * calls_for(100)
 
 
 def test_speed_and_the_time_left_are_those_of_the_last_steps() -> None:
