@@ -21,6 +21,7 @@ from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.lineage import list_pins
 from outlast.checkpointing.storage import Storage
 from outlast.cluster.follow import Follower
+from outlast.cluster.numbers import finite
 from outlast.cluster.overview import overview
 from outlast.cluster.report_data import page_data
 
@@ -101,5 +102,5 @@ def _version() -> str:
 
 def _in_script(data: Mapping[str, Any]) -> str:
     """JSON that nothing in a script element can mistake for its end, or for a comment."""
-    text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(finite(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

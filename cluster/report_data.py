@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import isfinite, nan
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from outlast.checkpointing.lineage import Catalogue
 from outlast.checkpointing.manifest import Manifest
 from outlast.cluster.ledger import Kind, Ledger, Span
 from outlast.cluster.overview import Overview, interruptions, verified
-from outlast.cluster.story import Attempt, End, Story
+from outlast.cluster.story import Attempt, End, Evaluation, Story
 
 MOST_POINTS = 3000
 MOST_EVALS = 600
@@ -127,6 +128,13 @@ def _thinned(items: Sequence[T], value: Callable[[T], float]) -> list[T]:
     return [items[index] for index in thin(_column([value(item) for item in items]), MOST_EVALS)]
 
 
+def _eval_losses(attempts: Iterable[Attempt]) -> Iterator[tuple[Evaluation, float]]:
+    """Each evaluation whose loss is finite."""
+    for found in (found for item in attempts for found in item.evaluations):
+        if isfinite(loss := found.scores.get("eval_loss", nan)):
+            yield found, loss
+
+
 def _by_step(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """The loss and the learning rate of each step, as it was made last; and the evaluations."""
     numbers = np.concatenate([_column(item.steps.number) for item in attempts] or [_column([])])
@@ -138,13 +146,13 @@ def _by_step(attempts: Sequence[Attempt]) -> dict[str, Any]:
     order = len(numbers) - 1 - last
     order = order[np.isfinite(columns["loss"][order])]
     kept = order[thin(columns["loss"][order])]
-    evals = {found.step: found.scores for item in attempts for found in item.evaluations if "eval_loss" in found.scores}
-    scored = _thinned(sorted(evals), lambda step: evals[step]["eval_loss"])
+    evals = {found.step: loss for found, loss in _eval_losses(attempts)}
+    scored = _thinned(sorted(evals), evals.__getitem__)
     return {
         "x": [int(number) for number in numbers[kept]],
         "loss": rounded(columns["loss"][kept]),
         "lr": rounded(np.nan_to_num(columns["lr"][kept]), 4),
-        "eval": {"x": scored, "loss": rounded(evals[step]["eval_loss"] for step in scored)},
+        "eval": {"x": scored, "loss": rounded(evals[step] for step in scored)},
     }
 
 
@@ -174,12 +182,7 @@ def _by_time(story: Story, begin: float) -> dict[str, Any]:
         x += np.maximum(at[kept], x[-1] if x else 0.0).round(2).tolist()
         loss += rounded(losses[kept])
         step += [int(number) for number in np.array(attempt.steps.number)[mine][kept]]
-    scores = sorted(
-        (max(0.0, found.ended_at - begin), found.scores["eval_loss"])
-        for item in story.in_order
-        for found in item.evaluations
-        if "eval_loss" in found.scores
-    )
+    scores = sorted((max(0.0, found.ended_at - begin), loss) for found, loss in _eval_losses(story.in_order))
     evals = _thinned(scores, lambda score: score[1])
     return {
         "x": x,

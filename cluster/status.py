@@ -12,6 +12,7 @@ from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import Storage
 from outlast.cluster.follow import Follower, list_launches, read_alive
+from outlast.cluster.numbers import finite
 from outlast.cluster.overview import Overview, overview
 from outlast.cluster.story import Story
 
@@ -34,7 +35,7 @@ def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
     checkpoints = [] if is_new else list_checkpoints(storage, run)
     newest = {**checkpoints[0], "verified_at": seen.newest and seen.newest.verified_at} if checkpoints else None
     ledger, failures = seen.ledger, story.failures_of
-    return {
+    body = {
         "run": run,
         "state": seen.state.value,
         "step": seen.step or (checkpoints[0]["step"] if checkpoints else 0),
@@ -62,6 +63,7 @@ def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
         "goodput": ledger.goodput,
         "ledger": {kind.value: round(seconds, 3) for kind, seconds in ledger.seconds.items()},
     }
+    return dict(finite(body))
 
 
 def list_runs(storage: Storage) -> list[dict[str, Any]]:

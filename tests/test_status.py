@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.status import list_runs, read_status
 from outlast.cluster.story import SILENCE_S
 from tests.small import small_model
-from tests.stories import attempt, done, failure, launch, plan, resized, resume, saved, start, steps, write
+from tests.stories import attempt, done, evaluated, failure, launch, plan, resized, resume, saved, start, steps, write
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
@@ -107,6 +108,14 @@ def test_status_tells_people_and_programs_the_same(tmp_path: Path) -> None:
     ):
         assert words in text, text
     assert "\x1b" not in text
+
+
+def test_json_knows_no_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    strange = {**evaluated(9, 21, 22), "eval_loss": nan, "eval_perplexity": inf}
+    write(LocalStorage(tmp_path), "run", launch("a", 0, 90, 75), attempt(1, 10, start(11), steps(1, 9, 12), strange))
+    [body] = list_runs(LocalStorage(tmp_path))
+    assert body["scores"] == {"eval_loss": None, "eval_perplexity": None}
+    assert json.loads(json.dumps(body, allow_nan=False)) == body, "what a reader gets is what was printed"
 
 
 def test_watching_until_the_end_where_there_is_no_terminal(tmp_path: Path) -> None:
