@@ -26,7 +26,7 @@ from outlast.cluster.story import State
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.group import fault, run_group
-from tests.stories import attempt, done, failure, launch, plan, resume, saved, start, steps, stopped, story
+from tests.stories import attempt, done, failure, launch, plan, resume, saved, start, steps, stopped, story, write
 
 
 class Counted:
@@ -111,6 +111,27 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
     whole = Follower(storage, "run").look()
     assert [len(item.steps) for item in told.in_order] == [30] * 5 == [len(item.steps) for item in whole.in_order]
     assert account(told, 1000.0) == account(whole, 1000.0)
+
+
+def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) -> None:
+    storage, (a, b, c) = LocalStorage(tmp_path), (f"20250101-00000{number}-aaaaaa" for number in range(3))
+    write(storage, "run", launch(a, 0, 40), attempt(1, 10, start(11), steps(1, 10, 15), launch=a))
+    follower = Follower(storage, "run")
+    assert follower.look().in_order[0].last_step == 10
+    write(
+        storage,
+        "run",
+        launch(a, 0, 130, 75, failure(1, 120)),
+        launch(b, 140, 160, 75),
+        launch(c, 170, 190),
+        attempt(1, 10, start(11), steps(1, 100, 15), launch=a),
+        attempt(2, 150, resume(151, 90), launch=b),
+        attempt(3, 180, resume(181, 90), launch=c),
+    )
+    for told in (follower.look(), follower.look()):
+        assert overview(told, 200.0) == overview(Follower(storage, "run").look(), 200.0)
+        assert (told.in_order[0].last_step, told.num_lost) == (100, 10)
+        assert told.launches[a].has_ended
 
 
 def test_a_killed_run_is_told_as_it_was(
