@@ -125,7 +125,7 @@ def account(story: Story, now: float) -> Ledger:
     """
     begins = [at for launch in story.launches.values() if (at := launch.began_at) is not None]
     begin = min([*begins, *(attempt.claimed_at for attempt in story.in_order)], default=None)
-    if begin is None or (story.newest_launch is None and not any(item.steps for item in story.in_order)):
+    if begin is None or (story.newest_launch(now) is None and not any(item.steps for item in story.in_order)):
         return Ledger()
     book = _Book(begin, _end_of(story, now))
     places, reached, ends, is_live = _Places(story, now), 0, story.ends, story.state(now).is_live
@@ -141,7 +141,7 @@ def account(story: Story, now: float) -> Ledger:
 
 def _end_of(story: Story, now: float) -> float:
     """When the run ended; now, if it is at work; else its last sign of life."""
-    launch = story.newest_launch
+    launch = story.newest_launch(now)
     heard = max((attempt.heard_at for attempt in story.attempts.values()), default=0.0)
     if launch is None:
         return heard

@@ -49,8 +49,7 @@ class Report:
             StorageError: The storage could not be read.
         """
         story = Follower(storage, run).look()
-        is_new = not story.attempts and story.newest_launch is not None
-        catalogue = None if is_new else look(storage, run)
+        catalogue = None if story.is_new else look(storage, run)
         verdicts = verify_run(storage, run) if verify and catalogue else None
         accepted = catalogue.accepted if catalogue else ()
         names = {item.ref: f"{storage.url}/{checkpoint_dir(run, item.ref)}" for item in accepted}

@@ -11,7 +11,7 @@ from outlast.checkpointing.commands import list_checkpoints, look
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import Storage
-from outlast.cluster.follow import Follower, list_launches, read_alive
+from outlast.cluster.follow import Follower, list_launches
 from outlast.cluster.numbers import finite
 from outlast.cluster.overview import Overview, overview
 from outlast.cluster.story import Story
@@ -30,9 +30,8 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
 
 def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
     """What `status --json` prints."""
-    run, launch = story.run, story.newest_launch
-    is_new = not story.attempts and launch is not None
-    checkpoints = [] if is_new else list_checkpoints(storage, run)
+    run, launch = story.run, story.newest_launch(seen.now)
+    checkpoints = [] if story.is_new else list_checkpoints(storage, run)
     newest = {**checkpoints[0], "verified_at": seen.newest and seen.newest.verified_at} if checkpoints else None
     ledger, failures = seen.ledger, story.failures_of
     body = {
@@ -48,7 +47,7 @@ def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
         "sizes": [_size_change(event, failures) for item in story.launches_in_order for event in item.resizes],
         "launch": {"id": launch.id, **launch.alive} if launch else None,
         "newest_checkpoint": newest,
-        "damaged": [] if is_new else [str(item.ref) for item in look(storage, run).rejected],
+        "damaged": [] if story.is_new else [str(item.ref) for item in look(storage, run).rejected],
         "storage": storage.url,
         "lr": seen.lr,
         "scores": dict(seen.scores),
@@ -72,14 +71,6 @@ def list_runs(storage: Storage) -> list[dict[str, Any]]:
     return [
         read_status(storage, name) for name in names if list_attempts(storage, name) or list_launches(storage, name)
     ]
-
-
-def newest_launch(storage: Storage, run: str) -> dict[str, Any] | None:
-    """The newest launch's id, and its last sign of life."""
-    for name in reversed(list_launches(storage, run)):
-        if body := read_alive(storage, run, name):
-            return {"id": name, **body}
-    return None
 
 
 def _size_change(resize: Mapping[str, Any], failures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

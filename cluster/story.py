@@ -18,6 +18,7 @@ from math import inf, isnan, nan
 from time import strptime
 from typing import Any
 
+from outlast.checkpointing.history import launches_in_order
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 
 #: A driver that has not been heard of for so long is lost.
@@ -345,7 +346,11 @@ class Story:
 
     @property
     def launches_in_order(self) -> list[Launch]:
-        return [self.launches[key] for key in sorted(self.launches)]
+        """By their claims, whatever the clocks said that named them."""
+        claimed: dict[str, list[AttemptId]] = {}
+        for attempt in self.attempts.values():
+            claimed.setdefault(attempt.launch, []).append(attempt.id)
+        return [self.launches[key] for key in launches_in_order(self.launches, claimed)]
 
     @property
     def failures(self) -> list[dict[str, Any]]:
@@ -353,9 +358,24 @@ class Story:
         return [item for launch in self.launches_in_order for item in sorted(launch.failures, key=lambda e: e["t"])]
 
     @property
-    def newest_launch(self) -> Launch | None:
-        """The newest that showed a sign of life."""
-        return next((launch for launch in reversed(self.launches_in_order) if launch.alive), None)
+    def at_work(self) -> list[Launch]:
+        """Launches that have not ended, newest last: the one that has the run, and those that have yet to claim it.
+
+        Some may have been killed: their beat tells.
+        """
+        claims = {key: name for key in sorted(self.attempts) if (name := self.attempts[key].launch)}
+        lost = set(claims.values()) - set(list(claims.values())[-1:])
+        return [item for item in self.launches_in_order if item.alive and not item.has_ended and item.id not in lost]
+
+    def newest_launch(self, now: float) -> Launch | None:
+        """The newest that is at work or, where none is, the newest that showed a sign of life."""
+        shown = [launch for launch in self.launches_in_order if launch.alive]
+        return next((launch for launch in reversed(self.at_work) if launch.is_live(now)), shown[-1] if shown else None)
+
+    @property
+    def is_new(self) -> bool:
+        """A driver has begun, and no worker has claimed the run yet."""
+        return not self.attempts and any(launch.alive for launch in self.launches.values())
 
     @property
     def current(self) -> Attempt | None:
@@ -365,7 +385,7 @@ class Story:
 
     def state(self, now: float) -> State:
         """What the run is doing."""
-        current, launch = self.current, self.newest_launch
+        current, launch = self.current, self.newest_launch(now)
         if current is not None and current.end is not None and current.end["event"] == "done":
             return State.DONE
         if launch is None:

@@ -24,15 +24,16 @@ from outlast.checkpointing.commands import find_model
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError, first_line
 from outlast.checkpointing.history import GivenUp, counted, judge, read_tries, settings_mark
 from outlast.checkpointing.journal import Journal, last_event_at
-from outlast.checkpointing.layout import attempt_dir, launch_dir
-from outlast.checkpointing.lineage import list_attempts, read_claim
+from outlast.checkpointing.layout import AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.lineage import list_attempts
 from outlast.checkpointing.storage import Storage, open_storage
 from outlast.cluster import jobs
 from outlast.cluster.alive import find_rival
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import gave_up
+from outlast.cluster.follow import Follower
 from outlast.cluster.jobs import Job
-from outlast.cluster.status import newest_launch
+from outlast.cluster.story import Launch
 
 POLL_S = 2.0
 SILENCE_S = 180.0
@@ -138,6 +139,9 @@ class Supervisor:
     ship: bool = True
     ending: threading.Event = field(default_factory=threading.Event)
     _given_up_on: set[str] = field(default_factory=set)
+    _follower: Follower | None = None
+    _beats: dict[str, Any] = field(default_factory=dict)
+    _beating: str = ""
 
     @property
     def storage(self) -> Storage:
@@ -222,29 +226,39 @@ class Supervisor:
         return None, False
 
     def _marks(self) -> tuple[Any, Any]:
-        """What changes while the newest launch is alive, and what changes while its workers are at work."""
-        storage, run = self.storage, self.config.name
-        launch = newest_launch(storage, run)
+        """What changes while the launch at work is alive, and what changes while its workers are at work."""
+        launch, attempt = self._at_work()
         if launch is None:
             return None, None
-        for attempt in list_attempts(storage, run)[-1:]:
-            if read_claim(storage, run, attempt).get("launch") == launch["id"]:
-                return launch["beat"], (str(attempt), last_event_at(storage, attempt_dir(run, attempt)))
-        return launch["beat"], None
+        directory = attempt_dir(self.config.name, attempt) if attempt else ""
+        event = (str(attempt), last_event_at(self.storage, directory)) if attempt else None
+        return (launch.id, launch.alive.get("beat")), event
+
+    def _at_work(self) -> tuple[Launch | None, AttemptId | None]:
+        """The launch at work, and its attempt if it has the run. Of several it is the one whose beat went on last."""
+        if self._follower is None:
+            self._follower = Follower(self.storage, self.config.name, journals=False)
+        story = self._follower.look()
+        launches = {launch.id: launch for launch in story.at_work}
+        beats = {name: launch.alive.get("beat") for name, launch in launches.items()}
+        going = [name for name, beat in beats.items() if self._beats.get(name, beat) != beat]
+        if going or self._beating not in launches:
+            self._beating = next(reversed(going or list(launches)), "")
+        self._beats = beats
+        newest = max(story.attempts, default=None)
+        has_run = newest is not None and story.attempts[newest].launch == self._beating
+        return launches.get(self._beating), newest if has_run else None
 
     def _note_stall(self, finding: str) -> None:
         """Says in the launch's journal that it failed, before it is stopped: the rule counts it whatever happens next.
 
         As rank 1, for the launch's own failures are rank 0's.
         """
-        storage, run = self.storage, self.config.name
-        launch, attempts = newest_launch(storage, run), list_attempts(storage, run)
-        if launch is None or launch["ended"]:
+        launch, attempt = self._at_work()
+        if launch is None:
             return  # the job has not come so far as to begin a launch of its own
-        mine = [item for item in attempts[-1:] if read_claim(storage, run, item).get("launch") == launch["id"]]
-        attempt = str(mine[0]) if mine else "unclaimed"
-        journal = Journal(storage, launch_dir(run, launch["id"]), 1, flush_s=0)
-        journal.event("failure", attempt=attempt, cause=_STALLED, rank=0, message=finding)
+        journal = Journal(self.storage, launch_dir(self.config.name, launch.id), 1, flush_s=0)
+        journal.event("failure", attempt=str(attempt or "unclaimed"), cause=_STALLED, rank=0, message=finding)
 
     def _verdict(self) -> GivenUp | None:
         tries = read_tries(self.storage, self.config.name)

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -259,6 +259,32 @@ def calls_for(number: int) -> int:
 def test_a_look_costs_no_more_for_each_attempt_when_there_are_many() -> None:
     """The panel looks twice a second, and the launch waits for it."""
     assert calls_for(400) < 5 * calls_for(100)
+
+
+LAPTOP = launch("20260101-130000-laptop", 3600, 3700, 75)  # by a clock that is an hour ahead
+DEAD = launch("20251231-120000-killed", 0, 9)
+
+
+@pytest.mark.parametrize(
+    ("parts", "newest", "state"),
+    [
+        (
+            (launch("20260101-120500-cluster", 300, 500), attempt(2, 330, launch="20260101-120500-cluster")),
+            2,
+            "running",
+        ),
+        ((launch("20260101-120500-cluster", 300, 500),), 2, "running"),
+        ((launch("20260101-120500-cluster", 300, 400), attempt(2, 330, launch="20260101-120500-cluster")), 2, "lost"),
+        ((), 1, "stopped"),
+    ],
+)
+def test_the_newest_launch_is_the_one_that_has_the_run_or_is_about_to(
+    parts: tuple[Any, ...], newest: int, state: str
+) -> None:
+    told = story(DEAD, LAPTOP, attempt(1, 3610, launch=LAPTOP[0]), *parts)
+    found = told.newest_launch(510)
+    assert found is not None
+    assert (found.id, told.state(510).value) == ([DEAD, LAPTOP, *parts][newest][0], state)
 
 
 def test_speed_and_the_time_left_are_those_of_the_last_steps() -> None:
