@@ -142,12 +142,9 @@ def account(story: Story, now: float) -> Ledger:
 def _end_of(story: Story, now: float) -> float:
     """When the run ended; now, if it is at work; else its last sign of life."""
     launch = story.newest_launch(now)
-    heard = max((attempt.heard_at for attempt in story.attempts.values()), default=0.0)
-    if launch is None:
-        return heard
-    if launch.has_ended:
+    if launch is not None and launch.has_ended:
         return float(launch.alive["t"])
-    return now if launch.is_live(now) else max(heard, launch.alive["t"])
+    return now if launch is not None and launch.is_live(now) else story.heard_at(now)
 
 
 @dataclass(frozen=True, slots=True)

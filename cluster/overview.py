@@ -64,6 +64,7 @@ class Overview:
         now: The moment.
         state: What it is doing.
         doing: The same in words, where the driver knows more.
+        heard_at: When its newest launch or any attempt last showed a sign of life; 0 if none ever did.
         attempt: The number of the current attempt.
         num_attempts: How many there were.
         world_size: Workers at work.
@@ -89,6 +90,7 @@ class Overview:
     now: float
     state: State
     doing: str
+    heard_at: float
     attempt: int | None
     num_attempts: int
     world_size: int | None
@@ -131,6 +133,7 @@ def overview(story: Story, now: float, doing: str = "") -> Overview:
         now=now,
         state=state,
         doing=doing or state.value,
+        heard_at=story.heard_at(now),
         attempt=current.id.number if current else None,
         num_attempts=len(story.attempts),
         world_size=current.world_size if current else None,

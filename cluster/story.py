@@ -372,6 +372,12 @@ class Story:
         shown = [launch for launch in self.launches_in_order if launch.alive]
         return next((launch for launch in reversed(self.at_work) if launch.is_live(now)), shown[-1] if shown else None)
 
+    def heard_at(self, now: float) -> float:
+        """When its newest launch or any attempt last showed a sign of life; 0 if none ever did."""
+        launch = self.newest_launch(now)
+        heard = [attempt.heard_at for attempt in self.attempts.values()]
+        return max([*heard, float(launch.alive["t"]) if launch else 0.0])
+
     @property
     def is_new(self) -> bool:
         """A driver has begun, and no worker has claimed the run yet."""
