@@ -31,7 +31,7 @@ def status(
     import time
     from dataclasses import asdict
 
-    from outlast.cluster.follow import Follower
+    from outlast.cluster.follow import StoryReader
     from outlast.cluster.overview import overview
     from outlast.cluster.status import as_values
     from outlast.cluster.story import State
@@ -44,7 +44,7 @@ def status(
 
         found = progress.watch(place, name, progress.terminal())
         raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(found.state, 1))
-    story = Follower(place, name).look()
+    story = StoryReader(place, name).look()
     seen = overview(story, time.time())
     body = as_values(place, story, seen)
     if address is not None:

@@ -20,8 +20,8 @@ from outlast.cluster.story import Story
 _OPEN = 2
 
 
-class Follower:
-    """Follows one run.
+class StoryReader:
+    """Follows one run: each look adds what is new to its story.
 
     Args:
         storage: Where it lies.

@@ -19,7 +19,7 @@ from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.journal import FLUSH_S
 from outlast.checkpointing.layout import AttemptId
 from outlast.checkpointing.storage import Storage
-from outlast.cluster.follow import Follower, list_launches
+from outlast.cluster.follow import StoryReader, list_launches
 from outlast.cluster.foot import Foot
 from outlast.cluster.overview import Overview, overview
 from outlast.cluster.panel import panel, plain
@@ -149,7 +149,7 @@ class Reporter:
     def _remember(self, storage: Storage) -> None:
         """Reads what the run has been through before; beside the launch, which waits for nobody."""
         with suppress(OutlastError, OSError):
-            past = Follower(storage, self._title, but=self._launch).look()
+            past = StoryReader(storage, self._title, but=self._launch).look()
             with self._lock:
                 self._story.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
                 self._story.attempts = past.attempts | self._story.attempts
@@ -174,7 +174,7 @@ class _Watch:
     """Looks at a run's storage again and again, no more often than once in `WATCH_PERIOD_S`."""
 
     def __init__(self, storage: Storage, run: str) -> None:
-        self._follower = Follower(storage, run)
+        self._follower = StoryReader(storage, run)
         self._looked_at = 0.0
         self._trouble = ""
 

@@ -20,7 +20,7 @@ from outlast.checkpointing.commands import look, verify_run
 from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.lineage import list_pins
 from outlast.checkpointing.storage import Storage
-from outlast.cluster.follow import Follower
+from outlast.cluster.follow import StoryReader
 from outlast.cluster.numbers import finite
 from outlast.cluster.overview import overview
 from outlast.cluster.report_data import page_data
@@ -48,7 +48,7 @@ class Report:
             ConfigError: There is no such run.
             StorageError: The storage could not be read.
         """
-        story = Follower(storage, run).look()
+        story = StoryReader(storage, run).look()
         catalogue = None if story.is_new else look(storage, run)
         verdicts = verify_run(storage, run) if verify and catalogue else None
         accepted = catalogue.accepted if catalogue else ()

@@ -11,7 +11,7 @@ from outlast.checkpointing.commands import list_checkpoints, look
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import Storage
-from outlast.cluster.follow import Follower, list_launches
+from outlast.cluster.follow import StoryReader, list_launches
 from outlast.cluster.numbers import finite
 from outlast.cluster.overview import Overview, overview
 from outlast.cluster.story import Story
@@ -24,7 +24,7 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    story = Follower(storage, run).look()
+    story = StoryReader(storage, run).look()
     return as_values(storage, story, overview(story, time.time()))
 
 

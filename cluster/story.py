@@ -22,7 +22,7 @@ from outlast.checkpointing.history import launches_in_order
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 
 #: A driver that has not been heard of for so long is lost.
-SILENCE_S = 30.0
+LOST_AFTER_S = 30.0
 
 
 class State(Enum):
@@ -264,7 +264,7 @@ class Launch:
 
     def is_live(self, now: float) -> bool:
         """Whether its driver is at work: a beat counts for half a minute."""
-        return bool(self.alive) and not self.has_ended and now - self.alive["t"] < SILENCE_S
+        return bool(self.alive) and not self.has_ended and now - self.alive["t"] < LOST_AFTER_S
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """Takes one of its events."""

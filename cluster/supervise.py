@@ -31,12 +31,12 @@ from outlast.cluster import jobs
 from outlast.cluster.alive import find_rival
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import gave_up
-from outlast.cluster.follow import Follower
+from outlast.cluster.follow import StoryReader
 from outlast.cluster.jobs import Job
 from outlast.cluster.story import Launch
 
 POLL_S = 2.0
-SILENCE_S = 180.0
+SILENT_JOB_S = 180.0
 PAUSE_S = 2.0
 LONGEST_PAUSE_S = 300.0
 #: What a launch ends with that was stopped, or from which another one has taken the run.
@@ -106,7 +106,7 @@ class Pulse:
                 data is prepared.
         """
         silent_s, still_s = self._since("beat", (beat, event)), self._since("event", event)
-        if silent_s >= SILENCE_S:
+        if silent_s >= SILENT_JOB_S:
             return f"neither its driver nor its workers have shown a sign of life for {silent_s:.0f} s"
         if event is not None and still_s >= self.stall_s:
             return f"no step for {still_s:.0f} s (failure.stall_s: {self.stall_s:g})"
@@ -139,7 +139,7 @@ class Supervisor:
     ship: bool = True
     ending: threading.Event = field(default_factory=threading.Event)
     _given_up_on: set[str] = field(default_factory=set)
-    _follower: Follower | None = None
+    _follower: StoryReader | None = None
     _beats: dict[str, Any] = field(default_factory=dict)
     _beating: str = ""
 
@@ -222,7 +222,7 @@ class Supervisor:
                 self.say(f"{job.id} is called {job.status.lower()}, but {finding}: stopping it")
                 self._note_stall(finding)
                 client.stop_job(job.id)
-                deadline = time.monotonic() + jobs.stop_wait_s(self.config) + SILENCE_S
+                deadline = time.monotonic() + jobs.stop_wait_s(self.config) + SILENT_JOB_S
         return None, False
 
     def _marks(self) -> tuple[Any, Any]:
@@ -237,7 +237,7 @@ class Supervisor:
     def _at_work(self) -> tuple[Launch | None, AttemptId | None]:
         """The launch at work, and its attempt if it has the run. Of several it is the one whose beat went on last."""
         if self._follower is None:
-            self._follower = Follower(self.storage, self.config.name, journals=False)
+            self._follower = StoryReader(self.storage, self.config.name, journals=False)
         story = self._follower.look()
         launches = {launch.id: launch for launch in story.at_work}
         beats = {name: launch.alive.get("beat") for name, launch in launches.items()}

@@ -23,7 +23,7 @@ from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.cli_status import status
 from outlast.cluster.progress import LOST_PATIENCE_S, WATCH_PERIOD_S, watch
 from outlast.cluster.status import list_runs, read_status
-from outlast.cluster.story import SILENCE_S, State
+from outlast.cluster.story import LOST_AFTER_S, State
 from tests.small import small_model
 from tests.stories import attempt, done, evaluated, failure, launch, plan, resized, resume, saved, start, steps, write
 
@@ -59,7 +59,7 @@ def test_a_loop_of_ones_own_has_nobody_to_tell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("silent_s", "code", "state"),
-    [(0, None, "starting"), (SILENCE_S + 1, None, "lost"), (0, 75, "stopped"), (0, 3, "failed")],
+    [(0, None, "starting"), (LOST_AFTER_S + 1, None, "lost"), (0, 75, "stopped"), (0, 3, "failed")],
 )
 def test_a_launch_that_no_worker_has_joined(tmp_path: Path, silent_s: float, code: int | None, state: str) -> None:
     storage = LocalStorage(tmp_path)
@@ -136,7 +136,7 @@ def test_a_watch_ends_as_the_run_did(tmp_path: Path, silent_s: float, code: int 
 
 
 def test_a_watch_waits_for_a_driver_that_a_supervisor_may_start_again(tmp_path: Path) -> None:
-    storage, last = LocalStorage(tmp_path), time.time() - SILENCE_S - 60
+    storage, last = LocalStorage(tmp_path), time.time() - LOST_AFTER_S - 60
     write(storage, "run", launch("a", last - 90, last), attempt(1, last - 80, start(last - 79)))
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(watch, storage, "run", Console(file=io.StringIO()))

@@ -19,7 +19,7 @@ from outlast.checkpointing.lineage import claim, run_events
 from outlast.checkpointing.storage import Buffer, Entry, LocalStorage
 from outlast.cluster import failures, hub
 from outlast.cluster.failures import Recorder, WorkerGroupStartupTimeoutError
-from outlast.cluster.follow import Follower
+from outlast.cluster.follow import StoryReader
 from outlast.cluster.ledger import Kind, account
 from outlast.cluster.overview import overview
 from outlast.cluster.story import State
@@ -89,7 +89,7 @@ def test_a_segment_that_is_torn_or_strange_is_passed_over(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small_segments")
 def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(tmp_path: Path) -> None:
     storage = Counted(LocalStorage(tmp_path))
-    follower = Follower(storage, "run")
+    follower = StoryReader(storage, "run")
     for number in range(5):
         name = f"20250101-00000{number}-aaaaaa"
         body = {"began": 100.0 * number, "t": 100.0 * number + 90, "ended": True, "exit_code": 75}
@@ -108,7 +108,7 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
     before = len(storage.opened)
     told = follower.look()
     assert len(storage.opened) - before == 2, "the newest two launches' signs of life, and nothing else"
-    whole = Follower(storage, "run").look()
+    whole = StoryReader(storage, "run").look()
     assert [len(item.steps) for item in told.in_order] == [30] * 5 == [len(item.steps) for item in whole.in_order]
     assert account(told, 1000.0) == account(whole, 1000.0)
 
@@ -116,7 +116,7 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
 def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) -> None:
     storage, (a, b, c) = LocalStorage(tmp_path), (f"20250101-00000{number}-aaaaaa" for number in range(3))
     write(storage, "run", launch(a, 0, 40), attempt(1, 10, start(11), steps(1, 10, 15), launch=a))
-    follower = Follower(storage, "run")
+    follower = StoryReader(storage, "run")
     assert follower.look().in_order[0].last_step == 10
     write(
         storage,
@@ -129,7 +129,7 @@ def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) ->
         attempt(3, 180, resume(181, 90), launch=c),
     )
     for told in (follower.look(), follower.look()):
-        assert overview(told, 200.0) == overview(Follower(storage, "run").look(), 200.0)
+        assert overview(told, 200.0) == overview(StoryReader(storage, "run").look(), 200.0)
         assert (told.in_order[0].last_step, told.num_lost) == (100, 10)
         assert told.launches[a].has_ended
 
@@ -141,7 +141,7 @@ def test_a_killed_run_is_told_as_it_was(
     deadly = fault(Point.STEP, 7, 1, Action.SIGKILL, tmp_path)
     run_group(assign("told", faults=(deadly,)), storage, 2)
     assert run_group(assign("told"), storage, 2)[0].outcome is Outcome.DONE
-    told = Follower(storage, "told").look()
+    told = StoryReader(storage, "told").look()
     seen = overview(told, told.in_order[-1].heard_at)
     first, second = told.in_order
     assert (first.base, second.base_step) == (None, 6)
@@ -168,7 +168,7 @@ def test_tokens_of_a_step_do_not_depend_on_the_number_of_ranks(
     run = f"counted-{size}"
     sections = {"model": {"task": "sequence-classification"}, "data": {"train": _labelled(storage), "eval": None}}
     assert run_group(assign(run, sections=sections, steps=2, eval_every=None), storage, size)[0].outcome is Outcome.DONE
-    told = Follower(storage, run).look()
+    told = StoryReader(storage, run).look()
     counted = [event["tokens"] for _, event in run_events(storage, run) if event["event"] == "step"]
     assert list(told.in_order[0].steps.tokens) == counted
     _counts.setdefault("of one rank", counted)

@@ -22,7 +22,7 @@ from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.config import RunConfig
 from outlast.cluster.jobs import Job
 from outlast.cluster.status import read_status
-from outlast.cluster.supervise import LONGEST_PAUSE_S, SILENCE_S, Next, Pulse, Supervisor, decide, pause_s
+from outlast.cluster.supervise import LONGEST_PAUSE_S, SILENT_JOB_S, Next, Pulse, Supervisor, decide, pause_s
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.group import digests, run_group, tiny_config
@@ -114,8 +114,8 @@ def test_a_job_without_a_step_is_stalled() -> None:
 
 def test_a_job_that_is_silent_altogether_is_found_earlier() -> None:
     found = findings(1800, dict.fromkeys(range(0, 300, 60), (5, "step 7")))
-    assert min(found) == SILENCE_S
-    assert "neither its driver nor its workers" in found[SILENCE_S]
+    assert min(found) == SILENT_JOB_S
+    assert "neither its driver nor its workers" in found[SILENT_JOB_S]
     assert not findings(1800, {t: (5, f"step {t}") for t in range(0, 300, 60)}), "workers go on without their driver"
 
 
