@@ -69,15 +69,15 @@ class StoryReader:
         for name in list_launches(self._storage, self._run):
             if name != self._but:
                 self.story.launch(name)
-        launches, claimed = self.story.launches_in_order, {item.launch for item in self.story.attempts.values()}
+        launches, superseded = self.story.launches_in_order, self.story.superseded
         for number, launch in enumerate(launches):
             if launch.id in self._closed:
                 continue
             launch.alive = read_alive(self._storage, self._run, launch.id) or launch.alive
             for event in self._new(launch_dir(self._run, launch.id)):
                 self.story.hear_launch(launch.id, event)
-            # One that has claimed nothing yet may be the newest of all, whatever its name says.
-            if number < len(launches) - _OPEN and (launch.has_ended or launch.id in claimed):
+            # One that has the run, or may be about to claim it, goes on, whatever its name says.
+            if number < len(launches) - _OPEN and (launch.has_ended or launch.id in superseded):
                 self._closed.add(launch.id)
 
     def _new(self, directory: str) -> Iterator[dict[str, Any]]:

@@ -363,9 +363,14 @@ class Story:
 
         Some may have been killed: their beat tells.
         """
-        claims = {key: name for key in sorted(self.attempts) if (name := self.attempts[key].launch)}
-        lost = set(claims.values()) - set(list(claims.values())[-1:])
+        lost = self.superseded
         return [item for item in self.launches_in_order if item.alive and not item.has_ended and item.id not in lost]
+
+    @property
+    def superseded(self) -> set[str]:
+        """Launches from which another one has taken the run."""
+        claims = [name for key in sorted(self.attempts) if (name := self.attempts[key].launch)]
+        return {name for name in claims if name != claims[-1]}
 
     def newest_launch(self, now: float) -> Launch | None:
         """The newest that is at work or, where none is, the newest that showed a sign of life."""

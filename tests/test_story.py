@@ -134,6 +134,16 @@ def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) ->
         assert told.launches[a].has_ended
 
 
+def test_a_launch_at_work_is_watched_though_others_were_refused_since(tmp_path: Path) -> None:
+    storage, name = LocalStorage(tmp_path), "20250101-000000-aaaaaa"
+    refused = [launch(f"20250101-00000{number}-bbbbbb", 20 + number, 30 + number, 3) for number in range(1, 5)]
+    write(storage, "run", launch(name, 0, 40), attempt(1, 10, start(11), launch=name), *refused)
+    reader = StoryReader(storage, "run")
+    reader.look()
+    write(storage, "run", launch(name, 0, 200))
+    assert reader.look().state(201) is State.RUNNING
+
+
 def test_a_killed_run_is_told_as_it_was(
     assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
