@@ -60,6 +60,11 @@ class Failing(nn.Module):
         raise RuntimeError("not this way")
 
 
+class Vain(Failing):
+    def forward(self, input_ids, **_):
+        return self.embed(input_ids) * float("nan")
+
+
 class Hungry(Failing):
     def forward(self, input_ids, **_):
         return self.embed(input_ids) + torch.zeros(2**50)
@@ -141,6 +146,7 @@ def _run_files(place: Path) -> None:
         "lost": {"name": "lost"},
         "failing": own("Failing"),
         "hungry": own("Hungry"),
+        "vain": own("Vain"),
         "own": {"model": {"class": "mine:Model", "config": {}, "tokenizer": model["tokenizer"]}},
         "lora": {"model": {"path": "./base", "lora": {"target_modules": ["none_such"]}}},
     }
