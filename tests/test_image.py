@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,8 @@ def inside(engine: list[str], image: str, *command: str, timeout_s: float = 120)
     """Runs a command as a restricted pod would: no capability, nothing to gain, no network beyond itself."""
     podman = ["podman", *engine, "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
     limits = ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "none", "--shm-size", "1g"]
-    limits += ["--cgroups", "disabled", "--ulimit", "host"]
+    # podman would raise these two, which root may not everywhere.
+    limits += ["--ulimit", f"nofile={resource.getrlimit(resource.RLIMIT_NOFILE)[0]}", "--ulimit", "nproc=10000"]
     return run(*podman, "run", "--rm", *limits, image, *command, timeout_s=timeout_s).stdout
 
 

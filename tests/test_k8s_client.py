@@ -216,7 +216,8 @@ def test_another_run_of_the_same_name_is_not_replaced(api: Api, objects: Objects
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def test_kuberay_is_not_installed(tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kuberay_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = rendered(tmp_path, "claim")
     with small_api(tmp_path, without="ray.io/v1") as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
         with pytest.raises(PreflightError, match="does not know this kind") as caught:
