@@ -43,6 +43,7 @@ STRANGER = {"AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "AWS_SECRET_ACCESS_KEY"
 MINE = """
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 
 class Model(nn.Module):
@@ -62,7 +63,7 @@ class Failing(nn.Module):
 
 class Vain(Failing):
     def forward(self, input_ids, **_):
-        return self.embed(input_ids) * float("nan")
+        return CausalLMOutput(logits=self.embed(input_ids) * float("nan"))
 
 
 class Hungry(Failing):
