@@ -80,12 +80,18 @@ def look(storage: Storage, run: str) -> Catalogue:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    if not patiently(lambda: list_attempts(storage, run)):
+    attempts_of(storage, run)
+    return patiently(lambda: catalogue(storage, run))
+
+
+def attempts_of(storage: Storage, run: str) -> list[AttemptId]:
+    """The attempts of a run that has begun, oldest first. Raises as `look`."""
+    if not (found := patiently(lambda: list_attempts(storage, run))):
         raise ConfigError(
             f"there is no run {run!r} in {storage.url}",
-            hint="name a run's directory, its run file, or its name with --storage",
+            hint="name a run's directory, its run file, or its name with --storage; `outlast list` shows what there is",
         )
-    return patiently(lambda: catalogue(storage, run))
+    return found
 
 
 def list_checkpoints(storage: Storage, run: str) -> list[dict[str, Any]]:
@@ -148,14 +154,16 @@ def pick(storage: Storage, run: str, which: str, retention: Retention | None = N
     if which == "best":
         rated = retention.best([Kept(item.ref, item.metrics) for item in accepted])
         if not rated:
-            raise NoCheckpointError(f"no checkpoint of run {run!r} carries {retention.metric!r}")
+            hint = "take another: `outlast checkpoints ls RUN` shows the metrics of each"
+            raise NoCheckpointError(f"no checkpoint of run {run!r} carries {retention.metric!r}", hint=hint)
         which = rated[0].ref.name
     for manifest in accepted:
         if which in ("newest", str(manifest.ref.step), manifest.ref.name):
             return manifest
     steps = ", ".join(str(manifest.ref.step) for manifest in accepted) or "none"
     wanted = "checkpoint" if which == "newest" else f"checkpoint {which}"
-    raise NoCheckpointError(f"run {run!r} has no {wanted}; it has: {steps}")
+    hint = "name one of these" if accepted else "`outlast train` goes on until the first one is saved"
+    raise NoCheckpointError(f"run {run!r} has no {wanted}; it has: {steps}", hint=hint)
 
 
 def find(storage: Storage, run: str, which: str, retention: Retention) -> Found:

@@ -81,5 +81,6 @@ class NoCheckpointError(OutlastError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says in its first line, as part of a message; the name of one that says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+    """What an error of a library says in its first line of words, as part of a message; the name of one without any."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)[:300]

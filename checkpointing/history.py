@@ -219,7 +219,7 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
         attempts_of.setdefault(claim.get("launch", ""), []).append(attempt)
     found: list[Try] = []
     names = [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]
-    for launch in _in_order(names, attempts_of):
+    for launch in launches_in_order(names, attempts_of):
         if launch < since and launch not in attempts_of:
             continue
         alive = _read_json(storage, f"{launch_dir(run, launch)}/alive.json")
@@ -244,7 +244,7 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
     return found
 
 
-def _in_order(launches: Iterable[str], attempts_of: Mapping[str, Sequence[AttemptId]]) -> list[str]:
+def launches_in_order(launches: Iterable[str], attempts_of: Mapping[str, Sequence[AttemptId]]) -> list[str]:
     """Launches in the order of their claims, whatever the clocks that named them said; those that claimed nothing
     follow the one that they are named after."""
     latest, keys = AttemptId(0, ""), {}

@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
+from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused, first_line
 from outlast.checkpointing.storage import Buffer, Entry
 
 T = TypeVar("T")
@@ -44,6 +44,10 @@ _WINDOW_BYTES = 64 * 2**20
 _SDK_TRIES = 5
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 _REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN")
+#: What curl says before any byte was sent.
+_NOBODY = ("ould not connect to server", "ould not resolve host", "Couldn't connect", "Couldn't resolve")
+#: Google's SDK goes on for 15 minutes by default, also where there are no credentials.
+_GOOGLE_RETRY_S = 20
 
 
 class ObjectStorage:
@@ -66,11 +70,13 @@ class ObjectStorage:
                 hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment",
             )
         self._url = url.rstrip("/")
+        self._has_answered = False
         try:
             self._fs, self._root, self.s3 = _connect(self._url)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        except (OSError, pa.ArrowException, ValueError) as error:
             raise ConfigError(
-                f"storage {url!r}: {error}", hint="set checkpoint.storage to a directory or to s3://bucket/prefix"
+                f"storage {url!r}: {first_line(error)}",
+                hint="set checkpoint.storage to a directory or to s3://bucket/prefix",
             ) from error
 
     @property
@@ -132,14 +138,20 @@ class ObjectStorage:
         with self._fs.open_input_file(self._path(path)) as file:
             return bool(file.read() == data)
 
-    @staticmethod
-    def _patiently(work: Callable[[], T], is_done: Callable[[], bool] = lambda: False) -> T | None:
-        """Tries again, with longer and longer pauses, what may be done twice. The last error is raised."""
+    def _patiently(self, work: Callable[[], T], is_done: Callable[[], bool] = lambda: False) -> T | None:
+        """Tries again, with longer and longer pauses, what may be done twice. The last error is raised.
+
+        Where nobody has answered before, nobody is waited for but by the SDK: the address may be wrong.
+        """
         for pause_s in (*_PAUSES_S, None):
             try:
-                return work()
+                done = work()
+                self._has_answered = True
+                return done
             except OSError as error:
-                if pause_s is None or isinstance(error, FileNotFoundError) or _is_refusal(error):
+                is_nobody = not self._has_answered and _is_nobody(error)
+                self._has_answered |= not is_nobody
+                if pause_s is None or is_nobody or isinstance(error, FileNotFoundError) or _is_refusal(error):
                     raise
             time.sleep(pause_s)
             with contextlib.suppress(OSError):
@@ -170,6 +182,8 @@ class ObjectStorage:
 def _connect(url: str) -> tuple[fs.FileSystem, str, S3Place | None]:
     """The file system, the path in it, its place in S3 (with the SDK's own retries, which no URL turns on)."""
     parts = urlsplit(url)
+    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
+        url += f"{'&' if parts.query else '?'}retry_limit_seconds={_GOOGLE_RETRY_S}"
     if parts.scheme != "s3":
         return *fs.FileSystem.from_uri(url), None
     options = dict(parse_qsl(parts.query))
@@ -189,6 +203,10 @@ def _connect(url: str) -> tuple[fs.FileSystem, str, S3Place | None]:
 
 def _is_refusal(error: OSError) -> bool:
     return any(word in str(error) for word in _REFUSALS)
+
+
+def _is_nobody(error: OSError) -> bool:
+    return any(word in str(error) for word in _NOBODY)
 
 
 def _handed_over(held: list[Buffer], rest: Iterator[Buffer]) -> Iterator[Buffer]:

@@ -51,14 +51,14 @@ def abort_uploads(storage: Storage, directory: str, is_orphan: Callable[[str], b
     if place is None:
         return 0
     try:
+        import boto3  # noqa: F401
         from botocore.exceptions import BotoCoreError, ClientError
-
-        client = _client(place.region, place.endpoint)
     except ImportError:
         return 0
     prefix = f"{place.prefix}{directory}/"
     count = 0
     try:
+        client = _client(place.region, place.endpoint)
         pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=prefix)
         for upload in (upload for page in pages for upload in page.get("Uploads", ())):
             if is_orphan(upload["Key"].removeprefix(prefix)):

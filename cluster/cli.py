@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.errors import OutlastError, first_line
 from outlast.cluster.cli_before import init, plan, validate
 from outlast.cluster.cli_checkpoints import checkpoints
 from outlast.cluster.cli_doctor import doctor
 from outlast.cluster.cli_k8s import k8s
-from outlast.cluster.cli_shared import RUN_FILES, Address, AsJson, Overrides, Root, Run, find_run
+from outlast.cluster.cli_shared import RUN_FILES, Address, AsJson, Overrides, Root, Run, find_run, writing
 from outlast.cluster.cli_status import report, status
 from outlast.cluster.cli_try import try_
 
@@ -109,7 +109,8 @@ def demo(
 
     findings = run_demo(folder)
     if json_file is not None:
-        json_file.write_text(json.dumps(findings, indent=1) + "\n")
+        with writing(json_file):
+            json_file.write_text(json.dumps(findings, indent=1) + "\n")
     raise typer.Exit(0 if all(findings["equal"].values()) else 1)
 
 
@@ -322,7 +323,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        app(prog_name="outlast")
     except OutlastError as error:
         _fail(error.message, error.hint, error.exit_code, debug)
     except KeyboardInterrupt:
@@ -330,6 +331,9 @@ def main() -> None:
             "interrupted", "run the same command again to go on from the newest checkpoint, if there is one", 130, debug
         )
     except Exception as error:  # noqa: BLE001 - the last resort: say so, and how to see more
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            hint = "end what else needs memory here, or run the command on a machine with more"
+            _fail(f"this machine's memory ran out: {first_line(error)}", hint, 1, debug)
         _fail(
             f"unexpected {type(error).__name__}: {error}",
             "run again as `outlast --debug …` for the traceback",

@@ -29,7 +29,7 @@ def init(
     except FileExistsError:
         raise ConfigError(f"{file} is there already; nothing was written", hint="name another file") from None
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{file} cannot be written: {error.strerror}", hint="name another place") from error
     print(file)
     print(f"edit it, above all model.path and data.train; then: outlast validate {file}", file=sys.stderr)
 

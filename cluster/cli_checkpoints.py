@@ -277,9 +277,9 @@ def export(
     parts = {"weights": weights, "config": config, "vocab": vocab}
     which, out = _which_and_out(places or [], any(parts.values()))
     if base and not merge:
-        raise ConfigError("--base goes with --merge")
+        raise ConfigError("--base goes with --merge", hint="give both, or leave --base out")
     if old_vocab and out is None:
-        raise ConfigError("--old-vocab goes with OUT; --vocab PATH writes such files to a path of your choice")
+        raise ConfigError("--old-vocab goes with OUT", hint="--vocab PATH writes such files to a path of your choice")
     if merge:
         bring_code(run, code)
     merging = {"base": base, "trusted": trusted} if merge else None
@@ -351,18 +351,23 @@ def _which_and_out(places: list[str], parts: bool) -> tuple[str, Path | None]:
     most = 1 if parts else 2
     if len(places) > most or not (places or parts):
         wanted = "at most a CHECKPOINT, and no OUT," if parts else "OUT, or CHECKPOINT and OUT,"
-        raise ConfigError(f"export takes {wanted} after RUN; given: {' '.join(places) or 'nothing'}")
+        raise ConfigError(
+            f"export takes {wanted} after RUN; given: {' '.join(places) or 'nothing'}",
+            hint="outlast checkpoints export RUN best OUT",
+        )
     if parts:
         return (places[0] if places else "newest"), None
     if "://" in places[-1]:
-        raise ConfigError(f"export writes to a local directory, not to {places[-1]}")
+        raise ConfigError(
+            f"export writes to a local directory, not to {places[-1]}", hint="name a directory, then copy it"
+        )
     return (places[0] if len(places) == 2 else "newest"), Path(places[-1])
 
 
 def _weights_format(name: str | None, weights: Path | None) -> tuple[WriteWeights, str | None, str]:
     """Who writes the weights, their file's name in a directory (None: as it is), and what is to be said about them."""
     if name not in (None, "safetensors", "pytorch"):
-        raise ConfigError(f"--format {name} is not known: write safetensors or pytorch")
+        raise ConfigError(f"--format {name} is not known", hint="write --format safetensors or --format pytorch")
     if name == "pytorch" or (name is None and weights is not None and weights.suffix != ".safetensors"):
         from outlast.trainers.legacy import CAVEAT, WEIGHTS_PYTORCH, write_state_dict
 
@@ -377,5 +382,5 @@ def _dtype(name: str | None) -> Any:
 
     known = [dtype.value for dtype in Dtype]
     if name is not None and name not in known:
-        raise ConfigError(f"--dtype {name} is not known: write {', '.join(known)}")
+        raise ConfigError(f"--dtype {name} is not known", hint=f"write one of: {', '.join(known)}")
     return None if name is None else Dtype(name)

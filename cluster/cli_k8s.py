@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli_shared import RUN_FILES, AsJson
+from outlast.cluster.cli_shared import RUN_FILES, AsJson, writing
 
 if TYPE_CHECKING:
     from outlast.cluster.doctor_rules import Finding
@@ -94,12 +94,15 @@ def render(
     for caution in cautions(config, declared, settings):
         print(f"outlast: {caution}", file=sys.stderr)
     if into is not None:
-        for path in write_folder(into, text, parts or []):
+        with writing(into):
+            written = write_folder(into, text, parts or [])
+        for path in written:
             print(path)
     elif output is None:
         print(text, end="")
     else:
-        output.write_text(text)
+        with writing(output):
+            output.write_text(text)
 
 
 @k8s.command()
@@ -209,7 +212,9 @@ def _read(file: str) -> list[dict[str, Any]]:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"{file} cannot be read: {error.strerror}", hint="name what `outlast k8s render` wrote"
+        ) from error
     return read_objects(text)
 
 

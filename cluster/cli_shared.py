@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.errors import ConfigError, OutlastError
 
 if TYPE_CHECKING:
     from outlast.checkpointing.retention import Retention
@@ -28,6 +30,15 @@ Base = Annotated[str | None, typer.Option(help="Of an adapter: where the model b
 Trusted = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that lies in the checkpoint run.")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises ConfigError if what was asked for cannot be written there."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", hint="name another place") from error
 
 
 def bring_code(run: str, code: Path | None) -> None:
@@ -58,6 +69,7 @@ def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
         whole = text if "://" in text else str(Path(text).absolute())
         root, _, text = whole.rpartition("/")
     place, name = open_storage(root), check_run_name(text)
+    place.list(name)  # not with the patience that others have: the place may be wrong
     return place, name, _retention_of(place, name)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli_shared import Address, AsJson, Root, Run, find_run
+from outlast.cluster.cli_shared import Address, AsJson, Root, Run, find_run, writing
 from outlast.cluster.numbers import when
 
 if TYPE_CHECKING:
@@ -19,16 +19,22 @@ def status(
     run: Run,
     address: Address = None,
     storage: Root = "./runs",
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until the run has ended.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until the run has ended, and end as it did.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how a run is doing, from its own storage; with --address, its jobs too."""
+    """Tell how a run is doing, from its own storage; with --address, its jobs too.
+
+    With --watch the exit code is 0 for a run that is done, 75 for one that was stopped, 1 for one that failed or whose
+    driver has been silent for ten minutes: a supervisor would have started it again. A loop of one's own has no driver
+    that could tell; it is shown until Ctrl-C.
+    """
     import time
     from dataclasses import asdict
 
-    from outlast.cluster.follow import Follower
+    from outlast.cluster.follow import StoryReader
     from outlast.cluster.overview import overview
     from outlast.cluster.status import as_values
+    from outlast.cluster.story import State
 
     if watch and (as_json or address):
         raise typer.BadParameter("--watch shows the run's storage to people; leave --json and --address out")
@@ -36,9 +42,9 @@ def status(
     if watch:
         from outlast.cluster import progress
 
-        progress.watch(place, name, progress.terminal())
-        return
-    story = Follower(place, name).look()
+        found = progress.watch(place, name, progress.terminal())
+        raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(found.state, 1))
+    story = StoryReader(place, name).look()
     seen = overview(story, time.time())
     body = as_values(place, story, seen)
     if address is not None:
@@ -89,5 +95,7 @@ def report(
 
     place, name, _ = find_run(run, storage)
     target = output or Path(f"{name}-report.html")
-    target.write_text(Report.of(place, name, verify=verify).to_html(), encoding="utf-8")
+    html = Report.of(place, name, verify=verify).to_html()
+    with writing(target):
+        target.write_text(html, encoding="utf-8")
     print(target)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, first_line
 from outlast.checkpointing.history import Limits
 from outlast.checkpointing.schedule import Every, Unit
 from outlast.cluster.run_file import Lines, parse, refused
@@ -208,7 +208,8 @@ def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         hint = "name a .yaml or .toml file; `outlast init` writes one to begin with"
-        raise ConfigError(f"run file {path} cannot be read: {error}", hint=hint) from error
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"run file {path} cannot be read: {said}", hint=hint) from error
     return parse(text, path)
 
 
@@ -220,17 +221,21 @@ def override(body: dict[str, Any], given: str) -> None:
     """
     key, equals, text = given.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"-s {given}: write key=value, such as -s train.lr=1e-4")
+        raise ConfigError(f"-s {given} sets nothing", hint="write key=value, such as -s train.lr=1e-4")
     *parents, last = key.strip().split(".")
     place = body
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"-s {given}: {parent} holds a value, not a block")
+            raise ConfigError(
+                f"-s {given}: {parent} holds a value, not a block", hint=f"leave out what follows {parent}"
+            )
     try:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"-s {given}: the value is not valid YAML: {error}") from error
+        said = getattr(error, "problem", None) or first_line(error)
+        hint = f"quote it, for example -s '{key}=\"…\"'"
+        raise ConfigError(f"-s {given}: the value is not valid YAML: {said}", hint=hint) from error
 
 
 def _not_set(value: Any, path: Place = ()) -> Iterator[tuple[Place, str]]:
@@ -255,5 +260,7 @@ def expand(value: Any) -> Any:
 
 def _from_environment(match: re.Match[str]) -> str:
     if match[1] not in os.environ:
-        raise ConfigError(f"the run file asks for ${{env:{match[1]}}}, and {match[1]} is not set")
+        raise ConfigError(
+            f"the run file asks for ${{env:{match[1]}}}, and {match[1]} is not set", hint=f"export {match[1]}=…"
+        )
     return os.environ[match[1]]

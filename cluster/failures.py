@@ -70,6 +70,8 @@ class RankError(Exception):
 
 #: How many frames of the user's code are shown.
 _NUM_FRAMES = 3
+#: Of the module, because what reports failures travels to the controller, and a lock does not.
+_MAKING_JOURNAL = threading.Lock()
 
 
 def gave_up(run: str, given_up: GivenUp) -> RunFailed:
@@ -274,7 +276,8 @@ class Recorder(WorkerGroupCallback):
 
     def _note(self, kind: str, **fields: Any) -> None:
         url, run, launch = self._place
-        self._journal = self._journal or Journal(open_storage(url), launch_dir(run, launch), 0, flush_s=0)
+        with _MAKING_JOURNAL:  # two of them would write over each other's files
+            self._journal = self._journal or Journal(open_storage(url), launch_dir(run, launch), 0, flush_s=0)
         self._journal.event(kind, **fields)
 
     def after_worker_group_start(self, worker_group: Any) -> None:

@@ -7,10 +7,11 @@ segment that grows is read.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from outlast.checkpointing.journal import Tail
-from outlast.checkpointing.layout import attempt_dir, launch_dir
+from outlast.checkpointing.layout import AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import Storage, read_bytes
 from outlast.cluster.story import Story
@@ -19,21 +20,23 @@ from outlast.cluster.story import Story
 _OPEN = 2
 
 
-class Follower:
-    """Follows one run.
+class StoryReader:
+    """Follows one run: each look adds what is new to its story.
 
     Args:
         storage: Where it lies.
         run: Its name.
         but: A launch that is left out, because its story is told by itself.
+        journals: Read them too, not only who has claimed and who is alive.
 
     Attributes:
         story: What is known so far.
     """
 
-    def __init__(self, storage: Storage, run: str, *, but: str = "") -> None:
-        self._storage, self._run, self._but = storage, run, but
+    def __init__(self, storage: Storage, run: str, *, but: str = "", journals: bool = True) -> None:
+        self._storage, self._run, self._but, self._journals = storage, run, but, journals
         self._tail = Tail(storage)
+        self._closed: set[AttemptId | str] = set()  # read once more after they had left the newest ones
         self.story = Story(run)
 
     def look(self) -> Story:
@@ -42,34 +45,47 @@ class Follower:
         Raises:
             StorageError: The storage could not be read; the next look goes on where this one ended.
         """
-        story, storage = self.story, self._storage
-        launches = [name for name in list_launches(storage, self._run) if name != self._but]
-        for number, name in enumerate(launches):
-            if number < len(launches) - _OPEN and name in story.launches:
-                continue
-            directory = launch_dir(self._run, name)
-            launch = story.launch(name)
-            launch.alive = read_alive(storage, self._run, name) or launch.alive
-            for event in self._tail.new(directory):
-                story.hear_launch(name, event)
-        attempts = list_attempts(storage, self._run)
+        self._look_at_attempts()  # first: their claims tell the order of the launches
+        self._look_at_launches()
+        return self.story
+
+    def _look_at_attempts(self) -> None:
+        attempts = list_attempts(self._storage, self._run)
         for number, attempt in enumerate(attempts):
-            if number < len(attempts) - _OPEN and attempt in story.attempts and story.attempts[attempt].claim:
+            if attempt in self._closed:
                 continue
-            claim = (story.attempts[attempt].claim if attempt in story.attempts else {}) or read_claim(
-                storage, self._run, attempt
-            )
+            known = self.story.attempts.get(attempt)
+            claim = (known.claim if known else {}) or read_claim(self._storage, self._run, attempt)
             if self._but and claim.get("launch") == self._but:
                 continue
-            told = story.attempt(attempt)
+            told = self.story.attempt(attempt)
             told.claim = claim
-            for event in self._tail.new(attempt_dir(self._run, attempt)):
+            for event in self._new(attempt_dir(self._run, attempt)):
                 told.hear(event)
-        return story
+            if claim and number < len(attempts) - _OPEN:
+                self._closed.add(attempt)
+
+    def _look_at_launches(self) -> None:
+        for name in list_launches(self._storage, self._run):
+            if name != self._but:
+                self.story.launch(name)
+        launches, superseded = self.story.launches_in_order, self.story.superseded
+        for number, launch in enumerate(launches):
+            if launch.id in self._closed:
+                continue
+            launch.alive = read_alive(self._storage, self._run, launch.id) or launch.alive
+            for event in self._new(launch_dir(self._run, launch.id)):
+                self.story.hear_launch(launch.id, event)
+            # One that has the run, or may be about to claim it, goes on, whatever its name says.
+            if number < len(launches) - _OPEN and (launch.has_ended or launch.id in superseded):
+                self._closed.add(launch.id)
+
+    def _new(self, directory: str) -> Iterator[dict[str, Any]]:
+        return self._tail.new(directory) if self._journals else iter(())
 
 
 def list_launches(storage: Storage, run: str) -> list[str]:
-    """The run's launches, oldest first."""
+    """The run's launches, by name."""
     return [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]
 
 

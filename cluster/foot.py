@@ -3,7 +3,8 @@
 Each change is one write: the old lines are overwritten, not cleared, and nothing is written when nothing has changed,
 so nothing flickers. Whatever is written meanwhile to stderr, or to stdout where that is a terminal too, comes out in
 whole lines above, whoever writes it: libraries, loggers that were made before, child processes. A terminal that was
-made narrower has wrapped the old lines; their rows are counted anew.
+made narrower has wrapped the old lines; their rows are counted anew. One that fails is one that is gone: what would be
+shown there is dropped, and whoever writes goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from rich.text import Text
 
 PERIOD_S = 0.5
 _PATIENCE_S = 1.0
+_GONE = (OSError, ValueError)
 
 
 class Foot:
@@ -65,17 +68,18 @@ class Foot:
             aside.close()
         if self.keep:
             self.refresh()
-        with self._lock:
+        with self._lock, suppress(*_GONE):
             self._file.write("\n" if self.keep and self._drawn else self._up() + "\x1b[J")
             self._file.flush()
-            self._drawn = []
+        self._drawn = []
         if self._file is not self._stream:
             self._console.file = self._stream
-            self._file.close()
+            with suppress(*_GONE):  # it may still hold what could not be written
+                self._file.close()
 
     def print(self, *things: Any, **options: Any) -> None:
         """As the console's: above the lines."""
-        with self._lock:
+        with self._lock, suppress(*_GONE):
             with self._console.capture() as captured:
                 self._console.print(*things, **options)
             self.write(captured.get())
@@ -100,15 +104,16 @@ class Foot:
                 return
 
     def _draw(self, above: str, lines: list[Text]) -> None:
-        text = self._up() + above.replace("\n", "\x1b[K\n")
-        with self._console.capture() as captured:
-            for line in lines:
-                self._console.print(line, no_wrap=True, overflow="ignore", crop=False)
-        text += captured.get().removesuffix("\n").replace("\n", "\x1b[K\n")
-        # In between, terminals that know this mode show nothing; others pass over it.
-        self._file.write(f"\x1b[?2026h{text}\x1b[K\x1b[J\x1b[?2026l")
-        self._file.flush()
-        self._drawn, self._columns = lines, self._console.width
+        with suppress(*_GONE):  # the console flushes, even where it only captures
+            text = self._up() + above.replace("\n", "\x1b[K\n")
+            with self._console.capture() as captured:
+                for line in lines:
+                    self._console.print(line, no_wrap=True, overflow="ignore", crop=False)
+            text += captured.get().removesuffix("\n").replace("\n", "\x1b[K\n")
+            # In between, terminals that know this mode show nothing; others pass over it.
+            self._file.write(f"\x1b[?2026h{text}\x1b[K\x1b[J\x1b[?2026l")
+            self._file.flush()
+            self._drawn, self._columns = lines, self._console.width
 
     def _up(self) -> str:
         """To the beginning of the first line that is drawn."""

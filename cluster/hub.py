@@ -275,8 +275,9 @@ class Line:
             events = [self._events.popleft() for _ in range(len(self._events))]
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
             if self.meter is not None:
-                with contextlib.suppress(RayError, RuntimeError, ValueError, LookupError):  # nothing depends on it
-                    for event in events:
+                for event in events:
+                    # Nothing depends on it.
+                    with contextlib.suppress(RayError, RuntimeError, ValueError, TypeError, LookupError):
                         self.meter.hear(event, self.attempt)
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()

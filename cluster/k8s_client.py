@@ -61,9 +61,15 @@ def phase(job: Mapping[str, Any]) -> Phase:
     return Phase.SUSPENDED if mapping(job, "spec").get("suspend") else Phase.LIVE
 
 
-def next_name(name: str, taken: Sequence[str]) -> str:
-    """The name of the RayJob that goes on after `name`, short enough for KubeRay."""
-    found = re.fullmatch(r"(.+)-(\d+)", name)
+def next_name(name: str, taken: Sequence[str], *, is_counted: bool = True) -> str:
+    """The name of the RayJob that goes on after `name`, short enough for KubeRay.
+
+    Args:
+        name: Its name.
+        taken: Names that others have.
+        is_counted: Whether a number at its end counts how often it went on, or is a part of the run's own name.
+    """
+    found = re.fullmatch(r"(.+)-(\d+)", name) if is_counted else None
     stem, number = (found[1], int(found[2])) if found else (name, 1)
     while True:
         number += 1
@@ -83,12 +89,23 @@ def successor(job: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
         "apiVersion": _RAY,
         "kind": "RayJob",
         "metadata": {
-            "name": next_name(str(meta["name"]), taken),
+            "name": next_name(str(meta["name"]), taken, is_counted=RESUMES in mapping(meta, "annotations")),
             "labels": dict(mapping(meta, "labels")),
             "annotations": {**notes, RESUMES: str(meta["name"])},
         },
         "spec": spec,
     }
+
+
+class _Missing(PreflightError):
+    """There is no such object, or no such namespace."""
+
+
+def _check_owner(name: str, there: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises ConfigError if an object of this name belongs to another run."""
+    run, other = (mapping(meta, "labels").get(RUN_LABEL) for meta in (ours, there))
+    if run and other and run != other:
+        raise ConfigError(f"{name} is there already, and belongs to run {other}", hint="render with another --name")
 
 
 class Cluster:
@@ -141,6 +158,8 @@ class Cluster:
         for item in objects:
             before = self._find(item)
             name = f"{item['kind']}/{item['metadata']['name']}".lower()
+            if before is not None:
+                _check_owner(name, mapping(before, "metadata"), mapping(item, "metadata"))
             with _explained(name):
                 after = self._apply(item, force=force)
             changed = before is None or before["metadata"].get("generation") != after["metadata"].get("generation")
@@ -211,7 +230,7 @@ class Cluster:
             case Phase.SUSPENDED:
                 self._set_suspend(name, False)
                 return f"rayjob/{name} goes on"
-        made = successor(job, [item["metadata"]["name"] for item in self.jobs(run)])
+        made = successor(job, [item["metadata"]["name"] for item in self._list("RayJob", _RAY)])
         with _explained(f"rayjob/{made['metadata']['name']}"):
             self._apply(made)
         return f"rayjob/{made['metadata']['name']} created; it goes on where {name} ended"
@@ -257,21 +276,19 @@ class Cluster:
         return body
 
     def _find(self, item: Mapping[str, Any]) -> dict[str, Any] | None:
-        from kubernetes.dynamic.exceptions import NotFoundError
-
         meta = mapping(item, "metadata")
         try:
             with _explained(f"{item['kind']}/{meta['name']}".lower()):
                 found = self._resource(item["kind"], item["apiVersion"]).get(
                     name=meta["name"], namespace=meta.get("namespace") or self.namespace
                 )
-        except NotFoundError:
+        except _Missing:
             return None
         body: dict[str, Any] = found.to_dict()
         return body
 
-    def _list(self, kind: str, version: str, run: str, *more: str) -> list[dict[str, Any]]:
-        labels = ",".join((f"{RUN_LABEL}={run}", *more))
+    def _list(self, kind: str, version: str, run: str | None = None, *more: str) -> list[dict[str, Any]]:
+        labels = ",".join((f"{RUN_LABEL}={run}", *more)) if run else ""
         with _explained(kind.lower()):
             found = self._resource(kind, version).get(namespace=self.namespace, label_selector=labels)
         items: list[dict[str, Any]] = found.to_dict()["items"]
@@ -295,15 +312,16 @@ def _configure(settings: Any, context: str | None, config: Any) -> str:
 
 @contextmanager
 def _explained(name: str = "") -> Iterator[None]:
-    """Turns what the API server answers into outlast's errors. A missing object stays what it is."""
+    """Turns what the API server answers into outlast's errors."""
     from kubernetes.client.exceptions import ApiException
     from kubernetes.dynamic.exceptions import NotFoundError, ResourceNotFoundError
     from urllib3.exceptions import HTTPError
 
     try:
         yield
-    except NotFoundError:
-        raise
+    except NotFoundError as error:
+        said = f"{name}: {_message(error)}".removeprefix(": ")
+        raise _Missing(said, hint="kubectl get namespaces; --namespace takes one that is there") from error
     except ResourceNotFoundError as error:
         raise PreflightError(
             f"the cluster does not know this kind of object: {first_line(error)}",

@@ -30,6 +30,8 @@ _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[Compl
     "PodDisruptionBudget": [(Level.WARNING, budget_complaints)],
 }
 
+_HINT = "give what `outlast k8s render` prints"
+
 
 def read_objects(text: str) -> list[dict[str, Any]]:
     """The objects of a YAML stream.
@@ -40,10 +42,10 @@ def read_objects(text: str) -> list[dict[str, Any]]:
     try:
         found = [item for item in yaml.safe_load_all(text) if item is not None]
     except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", hint=_HINT) from error
     for item in found:
         if not isinstance(item, dict) or not item.get("kind") or not item.get("apiVersion"):
-            raise ConfigError("a document is no Kubernetes object: it has no apiVersion, or no kind")
+            raise ConfigError("a document is no Kubernetes object: it has no apiVersion, or no kind", hint=_HINT)
     return found
 
 

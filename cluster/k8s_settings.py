@@ -145,7 +145,9 @@ def k8s_settings(**given: Any) -> K8sSettings:
         return K8sSettings.model_validate({key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
         lines = "\n".join(f"  {line}" for line in explain(error, K8sSettings).splitlines())
-        raise ConfigError(f"Kubernetes settings that cannot be used:\n{lines}") from error
+        raise ConfigError(
+            f"Kubernetes settings that cannot be used:\n{lines}", hint="`outlast k8s render --help` explains each"
+        ) from error
 
 
 def is_pinned(image: str) -> bool:

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -32,7 +33,7 @@ from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.commands import find_model
-from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
+from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError, StorageError
 from outlast.checkpointing.faults import Fault
 from outlast.checkpointing.history import judge, read_tries, settings_mark
 from outlast.checkpointing.layout import launch_dir
@@ -55,13 +56,14 @@ from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.encoding import Encoder
 from outlast.trainers.loop import Outcome, make_plan
-from outlast.trainers.preflight import check_code, check_metric, check_model
+from outlast.trainers.preflight import check_architecture, check_code, check_metric, check_model
 from outlast.trainers.trackers import check_trackers
 
 Listener = Callable[[dict[str, Any]], None]
 
 OBJECT_STORE_BYTES = 200 * 2**20
 NODES_WAIT_S = 60.0
+KNOCK_S = 2.0
 RECORD_S = 5.0
 #: Set where nodes come only when they are asked for, as with the autoscaler of a rendered RayJob: how long to wait.
 WAIT_VARIABLE = "OUTLAST_WAIT_FOR_NODES_S"
@@ -138,6 +140,7 @@ class Launch:
         storage, name = self.storage, self.config.name
         make_importable(self.code)
         with _preflight():
+            storage.list(name)  # not with the patience that others have: the place may be wrong
             base = catalogue(storage, name).declaration
             check_unchanged(base, self.config, None)
             model = find_model(storage, name)
@@ -150,6 +153,8 @@ class Launch:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
             check_code(self.config)
+            check_architecture(self.config)
+            make_plan(self.config, 1, self.config.scale.max_workers)
             check_trackers(self.config.track)
             mark = settings_mark(self.declared)
             given_up = judge(read_tries(storage, name), self.config.failure.limits, mark)
@@ -359,8 +364,10 @@ def _init(address: str, **options: Any) -> None:
     """Starts or joins Ray.
 
     Raises:
+        ConfigError: It is the address of something else.
         PreflightError: There is no such cluster, it has another Ray or Python, or it wants a token.
     """
+    _check_answers(address)
     try:
         ray.init(address=address, **options)
     except (AuthenticationError, ConnectionError, RuntimeError) as error:
@@ -370,6 +377,27 @@ def _init(address: str, **options: Any) -> None:
         if "AuthenticationError" in f"{error!r} {error.__cause__} {error.__context__}":  # Ray wraps it as text
             said, hint = "it wants a token, and got none or another", TOKEN_HINT
         raise PreflightError(f"the Ray cluster at {address} cannot be joined: {said}", hint=hint) from error
+
+
+def _check_answers(address: str) -> None:
+    """Asks at the door: Ray itself knocks for minutes where nobody is. Raises as `_init`."""
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme not in ("", "ray"):
+        hint = f"give HEAD:6379; or through the job server: outlast submit RUN.yaml --address {address}"
+        raise ConfigError(f"{address} is no address of a Ray cluster that a driver can join", hint=hint)
+    if not port.isdecimal():
+        return  # such as local or auto
+    deadline = time.monotonic() + KNOCK_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline or isinstance(error, socket.gaierror):
+                said = f"no Ray cluster answers at {address}: {error.strerror or error}"
+                raise PreflightError(said, hint="check the address, and that `ray start --head` runs there") from error
+        time.sleep(0.5)
 
 
 def _ray_folder() -> str:

@@ -21,12 +21,15 @@ last sign of life, so that a run's goodput does not sink while nobody wants it t
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 from math import inf
 
-from outlast.cluster.story import SILENCE_S, Attempt, Launch, Story
+from outlast.cluster.story import Attempt, End, Story
 
 
 class Kind(Enum):
@@ -122,78 +125,101 @@ def account(story: Story, now: float) -> Ledger:
     """
     begins = [at for launch in story.launches.values() if (at := launch.began_at) is not None]
     begin = min([*begins, *(attempt.claimed_at for attempt in story.in_order)], default=None)
-    if begin is None or (story.newest_launch is None and not any(item.steps for item in story.in_order)):
+    if begin is None or (story.newest_launch(now) is None and not any(item.steps for item in story.in_order)):
         return Ledger()
     book = _Book(begin, _end_of(story, now))
-    reached, left = 0, set[str]()
+    places, reached, ends, is_live = _Places(story, now), 0, story.ends, story.state(now).is_live
     for attempt, following in story.in_pairs:
-        _idle(book, story, attempt.claimed_at, left, now)
-        limit = following.claimed_at if following else inf
-        goes_on = _own(book, story, attempt, limit, reached, now)
+        _idle(book, places, attempt.claimed_at)
+        limit, end = following.claimed_at if following else inf, ends[attempt.id]
+        _own(book, attempt, end, limit, reached, now if is_live else None)
         reached = max(reached, attempt.last_step_by(limit))
-        left = left - {attempt.launch} if goes_on else left | {attempt.launch}
-    _idle(book, story, inf, left, now)
+        (places.left.discard if end.goes_on else places.left.add)(attempt.launch)
+    _idle(book, places, inf)
     return Ledger(tuple(book.spans))
 
 
 def _end_of(story: Story, now: float) -> float:
     """When the run ended; now, if it is at work; else its last sign of life."""
-    launch = story.newest_launch
-    heard = max((attempt.heard_at for attempt in story.attempts.values()), default=0.0)
-    if launch is None:
-        return heard
-    if launch.has_ended:
+    launch = story.newest_launch(now)
+    if launch is not None and launch.has_ended:
         return float(launch.alive["t"])
-    return now if now - launch.alive["t"] < SILENCE_S else max(heard, launch.alive["t"])
+    return now if launch is not None and launch.is_live(now) else story.heard_at(now)
 
 
-def _idle(book: _Book, story: Story, until: float, left: set[str], now: float) -> None:
-    """Time in which no attempt owns the run: somebody starts it, or nobody does.
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A stretch of time in which a launch was there or, if `is_full`, had no room for its group."""
 
-    Args:
-        book: Where to write.
-        story: The run.
-        until: To here.
+    begin: float
+    end: float
+    launch: str
+    is_full: bool
+
+
+class _Places:
+    """Those that reach into a stretch of time, asked for from the first stretch to the last: each is sorted in once.
+
+    Attributes:
         left: Launches that start no more groups, though they may take a while to end.
-        now: Seconds since the epoch.
     """
-    open_ = [place for launch in story.launches.values() if launch.id not in left and (place := _open(launch, now))]
-    full = [(since, _room_at(story, launch, since)) for launch in story.launches.values() for since in launch.no_room]
-    cuts = sorted({at for place in [*open_, *full] for at in place if book.cursor < at < until})
+
+    def __init__(self, story: Story, now: float) -> None:
+        found = sorted([*_open(story, now), *_full(story)], key=lambda place: place.begin)
+        self._ahead, self._here = deque(found), list[_Place]()
+        self.left = set[str]()
+
+    def within(self, begin: float, end: float) -> list[_Place]:
+        while self._ahead and self._ahead[0].begin < end:
+            self._here.append(self._ahead.popleft())
+        self._here = [place for place in self._here if place.end > begin]
+        return [place for place in self._here if place.is_full or place.launch not in self.left]
+
+
+def _idle(book: _Book, places: _Places, until: float) -> None:
+    """Time up to `until` in which no attempt owns the run: somebody starts it, or nobody does."""
+    found = places.within(book.cursor, until)
+    cuts = sorted({at for place in found for at in (place.begin, place.end) if book.cursor < at < until})
     for at in [*cuts, until]:
         middle = book.cursor
-        starts = any(begin <= middle < end for begin, end in open_)
-        waits = any(begin <= middle < end for begin, end in full)
-        book.put(at, Kind.RESTART if starts and not waits else Kind.WAIT)
+        kinds = {place.is_full for place in found if place.begin <= middle < place.end}
+        book.put(at, Kind.RESTART if kinds == {False} else Kind.WAIT)
 
 
-def _open(launch: Launch, now: float) -> tuple[float, float] | None:
-    """From when to when a launch was there."""
-    began = launch.began_at
-    if began is None or not launch.alive:
-        return None
-    is_live = not launch.has_ended and now - launch.alive["t"] < SILENCE_S
-    return began, inf if is_live else float(launch.alive["t"])
+def _open(story: Story, now: float) -> Iterator[_Place]:
+    """From when to when each launch was there."""
+    for launch in story.launches.values():
+        if launch.began_at is not None and launch.alive:
+            end = inf if launch.is_live(now) else float(launch.alive["t"])
+            yield _Place(launch.began_at, end, launch.id, is_full=False)
 
 
-def _room_at(story: Story, launch: Launch, since: float) -> float:
-    """When there was room for the group: its workers began to be, or at the latest it claimed."""
-    mine = (item for item in story.in_order if item.launch == launch.id and item.claimed_at > since)
-    return next((max(since, item.marks.get("actor", item.claimed_at)) for item in mine), inf)
+def _full(story: Story) -> Iterator[_Place]:
+    """Until when there was no room for a group: its workers began to be, or at the latest it claimed."""
+    attempts: dict[str, list[Attempt]] = {}
+    for item in story.in_order:
+        attempts.setdefault(item.launch, []).append(item)
+    for launch in story.launches.values():
+        mine = attempts.get(launch.id, [])
+        latest = list(accumulate((item.claimed_at for item in mine), max))
+        for since in launch.no_room:
+            index = bisect_right(latest, since)
+            end = mine[index].marks.get("actor", mine[index].claimed_at) if index < len(mine) else inf
+            yield _Place(since, max(since, end), launch.id, is_full=True)
 
 
-def _own(book: _Book, story: Story, attempt: Attempt, limit: float, reached: int, now: float) -> bool:
-    """An attempt's own time, up to `limit`. Returns whether its launch starts another group after it.
+def _own(book: _Book, attempt: Attempt, end: End, limit: float, reached: int, now: float | None) -> None:
+    """An attempt's own time, up to `limit`.
 
     Args:
         book: Where to write.
-        story: The run.
         attempt: The attempt.
+        end: How it ended.
         limit: When the next one claimed.
         reached: The last step that an earlier one had made.
-        now: Seconds since the epoch.
+        now: Seconds since the epoch; None if the run is not at work.
     """
-    steps, end = attempt.steps, story.end_of(attempt)
+    steps = attempt.steps
     resumes = attempt.start is not None and attempt.start["event"] == "resume"
     starting = Kind.RESTORE if resumes else Kind.RESTART
     redone = _redone_until(attempt, reached)
@@ -214,14 +240,12 @@ def _own(book: _Book, story: Story, attempt: Attempt, limit: float, reached: int
     fill(attempt.heard_at if known is None else known)
     if attempt.end is not None:
         book.put(min(attempt.end["t"], limit), Kind.SAVE if steps else starting)
-        return False
-    if end.at is not None:
+    elif end.at is not None:
         book.put(min(end.at, limit), Kind.DETECT)
     elif end.is_planned and end.goes_on and (save := attempt.saves.get(attempt.last_step)):
         book.put(min(save.committed_at or 0.0, limit), Kind.SAVE)
-    elif not end.is_over and story.state(now).is_live:
+    elif not end.is_over and now is not None:
         fill(now)
-    return end.goes_on
 
 
 def _redone_until(attempt: Attempt, reached: int) -> float:

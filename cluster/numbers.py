@@ -1,8 +1,20 @@
-"""How numbers are shown to people: sizes, times, and counts, short enough for a line."""
+"""How numbers are shown: short enough for a line, and to programs as JSON has them."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+
+def finite(body: Any) -> Any:
+    """The same values with None for each number that is NaN or infinite, of which JSON knows nothing."""
+    if isinstance(body, Mapping):
+        return {key: finite(item) for key, item in body.items()}
+    if isinstance(body, list | tuple):
+        return [finite(item) for item in body]
+    return None if isinstance(body, float) and not isfinite(body) else body
 
 
 def size(num_bytes: float) -> str:

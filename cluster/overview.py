@@ -64,6 +64,7 @@ class Overview:
         now: The moment.
         state: What it is doing.
         doing: The same in words, where the driver knows more.
+        heard_at: When its newest launch or any attempt last showed a sign of life; 0 if none ever did.
         attempt: The number of the current attempt.
         num_attempts: How many there were.
         world_size: Workers at work.
@@ -89,6 +90,7 @@ class Overview:
     now: float
     state: State
     doing: str
+    heard_at: float
     attempt: int | None
     num_attempts: int
     world_size: int | None
@@ -131,6 +133,7 @@ def overview(story: Story, now: float, doing: str = "") -> Overview:
         now=now,
         state=state,
         doing=doing or state.value,
+        heard_at=story.heard_at(now),
         attempt=current.id.number if current else None,
         num_attempts=len(story.attempts),
         world_size=current.world_size if current else None,
@@ -198,9 +201,9 @@ def newest_checkpoint(story: Story) -> Newest | None:
 
 def interruptions(story: Story) -> list[Interruption]:
     """Every end of an attempt that was not the run's, and every group that died before it had claimed."""
-    found = []
+    found, ends = [], story.ends
     for attempt, following in story.in_pairs:
-        end = story.end_of(attempt)
+        end = ends[attempt.id]
         if not end.is_over or end.cause == "done":
             continue
         base = following.base_step if following and following.start else None

@@ -19,7 +19,7 @@ from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.journal import FLUSH_S
 from outlast.checkpointing.layout import AttemptId
 from outlast.checkpointing.storage import Storage
-from outlast.cluster.follow import Follower, list_launches
+from outlast.cluster.follow import StoryReader, list_launches
 from outlast.cluster.foot import Foot
 from outlast.cluster.overview import Overview, overview
 from outlast.cluster.panel import panel, plain
@@ -27,6 +27,7 @@ from outlast.cluster.story import State, Story
 
 PLAIN_PERIOD_S = 10.0
 WATCH_PERIOD_S = FLUSH_S / 2  # a journal says nothing new more often
+LOST_PATIENCE_S = 600.0  # a supervisor stops a job that is silent for 180 s, and waits up to 300 s before the next
 _PHASES = {"data": "preparing data", "ray": "starting workers"}
 
 
@@ -148,7 +149,7 @@ class Reporter:
     def _remember(self, storage: Storage) -> None:
         """Reads what the run has been through before; beside the launch, which waits for nobody."""
         with suppress(OutlastError, OSError):
-            past = Follower(storage, self._title, but=self._launch).look()
+            past = StoryReader(storage, self._title, but=self._launch).look()
             with self._lock:
                 self._story.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
                 self._story.attempts = past.attempts | self._story.attempts
@@ -173,7 +174,7 @@ class _Watch:
     """Looks at a run's storage again and again, no more often than once in `WATCH_PERIOD_S`."""
 
     def __init__(self, storage: Storage, run: str) -> None:
-        self._follower = Follower(storage, run)
+        self._follower = StoryReader(storage, run)
         self._looked_at = 0.0
         self._trouble = ""
 
@@ -215,6 +216,9 @@ def watching(storage: Storage, run: str, console: Console, *, keep: bool = False
 def watch(storage: Storage, run: str, console: Console) -> Overview:
     """Shows a run until it has ended. Returns how it was then.
 
+    One that is lost is waited for as long as a supervisor may take to start it again. A loop of one's own has nobody to
+    tell of its end, so it is shown for ever.
+
     Raises:
         ConfigError: There is no such run.
         StorageError: The storage could not be read at the beginning.
@@ -228,6 +232,7 @@ def watch(storage: Storage, run: str, console: Console) -> Overview:
             if not is_live(console) and time.monotonic() - said_at >= PLAIN_PERIOD_S:
                 said_at = time.monotonic()
                 console.print(f"{run}: {found.doing}, {plain(found)}", markup=False, soft_wrap=True)
-            if found.state in (State.DONE, State.FAILED, State.STOPPED):
+            is_lost = found.state is State.LOST and found.now - found.heard_at >= LOST_PATIENCE_S
+            if is_lost or found.state in (State.DONE, State.FAILED, State.STOPPED):
                 return found
             time.sleep(WATCH_PERIOD_S)

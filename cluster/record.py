@@ -59,7 +59,6 @@ def keep_record(
                     "fingerprint": prepared.fingerprint,
                     "rows": prepared.num_rows,
                     "samples": prepared.num_samples,
-                    "places": config.data.places,
                 },
                 "settings": resolved(config, declared),
             }

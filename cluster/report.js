@@ -71,7 +71,7 @@
     const of = data.num_steps ? `of ${whole(data.num_steps)}` + (data.left_s ? `, ${duration(data.left_s)} left` : `, ${share(done)}`) : "";
     tile(whole(data.step), "step", of);
     const evaluated = data.scores.eval_loss;
-    tile(data.loss === null ? "–" : figures(data.loss), "loss", evaluated === undefined ? "" : `evaluation ${figures(evaluated)}`);
+    tile(data.loss === null ? "–" : figures(data.loss), "loss", evaluated === undefined ? "" : `evaluation ${evaluated === null ? "not finite" : figures(evaluated)}`);
     tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "share of wall time", true);
     const ends = data.marks.filter((mark) => mark.kind !== "restore").length;
     tile(whole(data.num_lost), "steps lost", `in ${ends} interruption${ends === 1 ? "" : "s"}`);

@@ -20,7 +20,8 @@ from outlast.checkpointing.commands import look, verify_run
 from outlast.checkpointing.layout import checkpoint_dir
 from outlast.checkpointing.lineage import list_pins
 from outlast.checkpointing.storage import Storage
-from outlast.cluster.follow import Follower
+from outlast.cluster.follow import StoryReader
+from outlast.cluster.numbers import finite
 from outlast.cluster.overview import overview
 from outlast.cluster.report_data import page_data
 
@@ -47,9 +48,8 @@ class Report:
             ConfigError: There is no such run.
             StorageError: The storage could not be read.
         """
-        story = Follower(storage, run).look()
-        is_new = not story.attempts and story.newest_launch is not None
-        catalogue = None if is_new else look(storage, run)
+        story = StoryReader(storage, run).look()
+        catalogue = None if story.is_new else look(storage, run)
         verdicts = verify_run(storage, run) if verify and catalogue else None
         accepted = catalogue.accepted if catalogue else ()
         names = {item.ref: f"{storage.url}/{checkpoint_dir(run, item.ref)}" for item in accepted}
@@ -101,5 +101,5 @@ def _version() -> str:
 
 def _in_script(data: Mapping[str, Any]) -> str:
     """JSON that nothing in a script element can mistake for its end, or for a comment."""
-    text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(finite(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import isfinite, nan
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from outlast.checkpointing.lineage import Catalogue
 from outlast.checkpointing.manifest import Manifest
 from outlast.cluster.ledger import Kind, Ledger, Span
 from outlast.cluster.overview import Overview, interruptions, verified
-from outlast.cluster.story import Attempt, Story
+from outlast.cluster.story import Attempt, End, Evaluation, Story
 
 MOST_POINTS = 3000
 MOST_EVALS = 600
@@ -68,13 +69,34 @@ def page_data(
         verdicts: What reading every byte found just now; None if nobody did.
         names: Where each checkpoint lies.
     """
-    ledger = seen.ledger
+    ledger, attempts = seen.ledger, story.in_order
     begin = ledger.spans[0].begin if ledger.spans else seen.now
-    attempts = story.in_order
     return {
-        "run": story.run,
-        "now": seen.now,
+        **_glance(seen),
         "begin": begin,
+        "by_step": _by_step(attempts),
+        "by_time": _by_time(story, begin),
+        "speed": _speed(story, begin),
+        "workers": _workers(story, begin, seen.now),
+        "marks": list(_marks(story, begin)),
+        "redone": {"steps": _redone_steps(story), "time": _redone_time(ledger, begin)},
+        "kinds": [
+            {"name": kind.words, "meaning": kind.meaning, "seconds": ledger.seconds[kind] if ledger.spans else 0.0}
+            for kind in Kind
+        ],
+        "spans": _spans(ledger, begin),
+        **_attempts(story),
+        "checkpoints": _checkpoints(story, catalogue, pinned, verdicts, names),
+        "is_verified": verdicts is not None,
+        "settings": _settings(attempts),
+        "changes": list(_changes(attempts))[-MOST_ROWS:],
+    }
+
+
+def _glance(seen: Overview) -> dict[str, Any]:
+    return {
+        "run": seen.run,
+        "now": seen.now,
         "state": seen.state.value,
         "is_live": seen.state.is_live,
         "attempt": seen.attempt,
@@ -89,28 +111,9 @@ def page_data(
         "samples_per_s": seen.samples_per_s,
         "seconds_per_step": seen.seconds_per_step,
         "num_lost": seen.num_lost,
-        "goodput": ledger.goodput,
-        "wall_s": ledger.wall_s,
+        "goodput": seen.ledger.goodput,
+        "wall_s": seen.ledger.wall_s,
         "save": {"commit_s": seen.save.commit_s, "blocked_s": seen.save.blocked_s} if seen.save else None,
-        "by_step": _by_step(attempts),
-        "by_time": _by_time(story, begin),
-        "speed": _speed(story, begin),
-        "workers": _workers(story, begin, seen.now),
-        "marks": list(_marks(story, begin)),
-        "redone": {"steps": _redone_steps(story), "time": _redone_time(ledger, begin)},
-        "kinds": [
-            {"name": kind.words, "meaning": kind.meaning, "seconds": ledger.seconds[kind] if ledger.spans else 0.0}
-            for kind in Kind
-        ],
-        "spans": _spans(ledger, begin),
-        "attempts": [_attempt_row(story, attempt) for attempt in attempts[-MOST_ROWS:]],
-        "checkpoints": _checkpoints(story, catalogue, pinned, verdicts, names),
-        "is_verified": verdicts is not None,
-        "settings": _settings(attempts),
-        "changes": list(_changes(attempts))[-MOST_ROWS:],
-        "notes": [_note(item, note) for item in attempts for note in item.notes if _is_news(story, item, note)][
-            -MOST_ROWS:
-        ],
     }
 
 
@@ -125,6 +128,13 @@ def _thinned(items: Sequence[T], value: Callable[[T], float]) -> list[T]:
     return [items[index] for index in thin(_column([value(item) for item in items]), MOST_EVALS)]
 
 
+def _eval_losses(attempts: Iterable[Attempt]) -> Iterator[tuple[Evaluation, float]]:
+    """Each evaluation whose loss is finite."""
+    for found in (found for item in attempts for found in item.evaluations):
+        if isfinite(loss := found.scores.get("eval_loss", nan)):
+            yield found, loss
+
+
 def _by_step(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """The loss and the learning rate of each step, as it was made last; and the evaluations."""
     numbers = np.concatenate([_column(item.steps.number) for item in attempts] or [_column([])])
@@ -136,13 +146,13 @@ def _by_step(attempts: Sequence[Attempt]) -> dict[str, Any]:
     order = len(numbers) - 1 - last
     order = order[np.isfinite(columns["loss"][order])]
     kept = order[thin(columns["loss"][order])]
-    evals = {found.step: found.scores for item in attempts for found in item.evaluations if "eval_loss" in found.scores}
-    scored = _thinned(sorted(evals), lambda step: evals[step]["eval_loss"])
+    evals = {found.step: loss for found, loss in _eval_losses(attempts)}
+    scored = _thinned(sorted(evals), evals.__getitem__)
     return {
         "x": [int(number) for number in numbers[kept]],
         "loss": rounded(columns["loss"][kept]),
         "lr": rounded(np.nan_to_num(columns["lr"][kept]), 4),
-        "eval": {"x": scored, "loss": rounded(evals[step]["eval_loss"] for step in scored)},
+        "eval": {"x": scored, "loss": rounded(evals[step] for step in scored)},
     }
 
 
@@ -172,12 +182,7 @@ def _by_time(story: Story, begin: float) -> dict[str, Any]:
         x += np.maximum(at[kept], x[-1] if x else 0.0).round(2).tolist()
         loss += rounded(losses[kept])
         step += [int(number) for number in np.array(attempt.steps.number)[mine][kept]]
-    scores = sorted(
-        (max(0.0, found.ended_at - begin), found.scores["eval_loss"])
-        for item in story.in_order
-        for found in item.evaluations
-        if "eval_loss" in found.scores
-    )
+    scores = sorted((max(0.0, found.ended_at - begin), loss) for found, loss in _eval_losses(story.in_order))
     evals = _thinned(scores, lambda score: score[1])
     return {
         "x": x,
@@ -218,9 +223,10 @@ def _workers(story: Story, begin: float, now: float) -> dict[str, Any]:
         y.append(size)
 
     put(begin, 0)
+    ends = story.ends
     for attempt, following in story.in_pairs:
         put(attempt.claimed_at, attempt.world_size or 0)
-        end = story.end_of(attempt)
+        end = ends[attempt.id]
         if end.is_over:
             at = end.at or attempt.last_step_at or attempt.heard_at
             put(min(at, following.claimed_at) if following else at, 0)
@@ -231,10 +237,10 @@ def _workers(story: Story, begin: float, now: float) -> dict[str, Any]:
 
 def _marks(story: Story, begin: float) -> Iterator[dict[str, Any]]:
     """Where attempts ended, and where the next ones went on."""
-    by_name = {str(item.id): item for item in story.in_order}
+    by_name, ends = {str(item.id): item for item in story.in_order}, story.ends
     for item in interruptions(story):
         attempt = by_name.get(item.attempt)
-        end = story.end_of(attempt) if attempt else None
+        end = ends[attempt.id] if attempt else None
         yield {
             "kind": "end" if end is not None and end.is_planned else "failure",
             "t": round(item.at - begin, 2),
@@ -294,9 +300,16 @@ def _coarse(ledger: Ledger) -> list[Span]:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _attempt_row(story: Story, attempt: Attempt) -> dict[str, Any]:
-    end, claim = story.end_of(attempt), attempt.claim
-    failure = next((item for item in story.failures if item.get("attempt") == str(attempt.id)), {})
+def _attempts(story: Story) -> dict[str, Any]:
+    """The newest attempts, and what they said."""
+    attempts, ends, failures = story.in_order, story.ends, story.failures_of
+    rows = [_attempt_row(item, ends[item.id], failures.get(str(item.id), {})) for item in attempts[-MOST_ROWS:]]
+    notes = [_note(item, note) for item in attempts for note in item.notes if _is_news(note, ends[item.id])]
+    return {"attempts": rows, "notes": notes[-MOST_ROWS:]}
+
+
+def _attempt_row(attempt: Attempt, end: End, failure: Mapping[str, Any]) -> dict[str, Any]:
+    claim = attempt.claim
     made = (attempt.steps.number[0], attempt.steps.number[-1]) if attempt.steps else None
     return {
         "number": attempt.id.number,
@@ -397,9 +410,9 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _is_news(story: Story, attempt: Attempt, note: Mapping[str, Any]) -> bool:
+def _is_news(note: Mapping[str, Any], end: End) -> bool:
     """Whether it says more than how the attempt ended: the error of a rank that only lost the others does not."""
-    return note["event"] != "failed" or not story.end_of(attempt).message
+    return note["event"] != "failed" or not end.message
 
 
 def _note(attempt: Attempt, note: Mapping[str, Any]) -> dict[str, Any]:

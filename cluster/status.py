@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from outlast.checkpointing.commands import list_checkpoints, look
+from outlast.checkpointing.commands import attempts_of, list_checkpoints, look
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import Storage
-from outlast.cluster.follow import Follower, list_launches, read_alive
+from outlast.cluster.follow import StoryReader, list_launches
+from outlast.cluster.numbers import finite
 from outlast.cluster.overview import Overview, overview
 from outlast.cluster.story import Story
 
@@ -22,18 +24,17 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    story = Follower(storage, run).look()
+    story = StoryReader(storage, run).look()
     return as_values(storage, story, overview(story, time.time()))
 
 
 def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
     """What `status --json` prints."""
-    run, launch = story.run, story.newest_launch
-    is_new = not story.attempts and launch is not None
-    checkpoints = [] if is_new else list_checkpoints(storage, run)
+    run, launch = story.run, story.newest_launch(seen.now)
+    checkpoints = [] if story.is_new else list_checkpoints(storage, run)
     newest = {**checkpoints[0], "verified_at": seen.newest and seen.newest.verified_at} if checkpoints else None
-    ledger = seen.ledger
-    return {
+    ledger, failures = seen.ledger, story.failures_of
+    body = {
         "run": run,
         "state": seen.state.value,
         "step": seen.step or (checkpoints[0]["step"] if checkpoints else 0),
@@ -43,10 +44,10 @@ def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
         "attempts": seen.num_attempts,
         "failures": story.failures,
         "slow": [] if story.current is None else story.current.slow,
-        "sizes": [_size_change(event, story) for item in story.launches_in_order for event in item.resizes],
+        "sizes": [_size_change(event, failures) for item in story.launches_in_order for event in item.resizes],
         "launch": {"id": launch.id, **launch.alive} if launch else None,
         "newest_checkpoint": newest,
-        "damaged": [] if is_new else [str(item.ref) for item in look(storage, run).rejected],
+        "damaged": [] if story.is_new else [str(item.ref) for item in look(storage, run).rejected],
         "storage": storage.url,
         "lr": seen.lr,
         "scores": dict(seen.scores),
@@ -61,6 +62,7 @@ def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
         "goodput": ledger.goodput,
         "ledger": {kind.value: round(seconds, 3) for kind, seconds in ledger.seconds.items()},
     }
+    return dict(finite(body))
 
 
 def list_runs(storage: Storage) -> list[dict[str, Any]]:
@@ -71,18 +73,9 @@ def list_runs(storage: Storage) -> list[dict[str, Any]]:
     ]
 
 
-def newest_launch(storage: Storage, run: str) -> dict[str, Any] | None:
-    """The newest launch's id, and its last sign of life."""
-    for name in reversed(list_launches(storage, run)):
-        if body := read_alive(storage, run, name):
-            return {"id": name, **body}
-    return None
-
-
-def _size_change(resize: dict[str, Any], story: Story) -> dict[str, Any]:
+def _size_change(resize: Mapping[str, Any], failures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
-    causes = [event["cause"] for event in story.failures if event.get("attempt") == resize.get("attempt")]
-    cause = "resized" if resize["planned"] else next(reversed(causes), "unknown")
+    cause = "resized" if resize["planned"] else failures.get(str(resize.get("attempt")), {}).get("cause", "unknown")
     return {key: resize.get(key) for key in ("t", "attempt", "before", "now")} | {"cause": cause}
 
 
@@ -90,9 +83,10 @@ def declared_settings(storage: Storage, run: str) -> dict[str, Any]:
     """The settings of the run's newest claim, as their user wrote them.
 
     Raises:
+        ConfigError: There is no such run.
         StorageError: No claim can be read.
     """
-    for attempt in reversed(list_attempts(storage, run)):
+    for attempt in reversed(attempts_of(storage, run)):
         if settings := read_claim(storage, run, attempt).get("settings"):
             return dict(settings)
     raise StorageError(f"run {run!r} in {storage.url} holds no claim with settings", hint="give the run file instead")

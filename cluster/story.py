@@ -18,10 +18,11 @@ from math import inf, isnan, nan
 from time import strptime
 from typing import Any
 
+from outlast.checkpointing.history import launches_in_order
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 
 #: A driver that has not been heard of for so long is lost.
-SILENCE_S = 30.0
+LOST_AFTER_S = 30.0
 
 
 class State(Enum):
@@ -261,6 +262,10 @@ class Launch:
     def has_ended(self) -> bool:
         return bool(self.alive.get("ended"))
 
+    def is_live(self, now: float) -> bool:
+        """Whether its driver is at work: a beat counts for half a minute."""
+        return bool(self.alive) and not self.has_ended and now - self.alive["t"] < LOST_AFTER_S
+
     def hear(self, event: Mapping[str, Any]) -> None:
         """Takes one of its events."""
         told = {**event, "launch": self.id}
@@ -341,7 +346,11 @@ class Story:
 
     @property
     def launches_in_order(self) -> list[Launch]:
-        return [self.launches[key] for key in sorted(self.launches)]
+        """By their claims, whatever the clocks said that named them."""
+        claimed: dict[str, list[AttemptId]] = {}
+        for attempt in self.attempts.values():
+            claimed.setdefault(attempt.launch, []).append(attempt.id)
+        return [self.launches[key] for key in launches_in_order(self.launches, claimed)]
 
     @property
     def failures(self) -> list[dict[str, Any]]:
@@ -349,9 +358,35 @@ class Story:
         return [item for launch in self.launches_in_order for item in sorted(launch.failures, key=lambda e: e["t"])]
 
     @property
-    def newest_launch(self) -> Launch | None:
-        """The newest that showed a sign of life."""
-        return next((launch for launch in reversed(self.launches_in_order) if launch.alive), None)
+    def at_work(self) -> list[Launch]:
+        """Launches that have not ended, newest last: the one that has the run, and those that have yet to claim it.
+
+        Some may have been killed: their beat tells.
+        """
+        lost = self.superseded
+        return [item for item in self.launches_in_order if item.alive and not item.has_ended and item.id not in lost]
+
+    @property
+    def superseded(self) -> set[str]:
+        """Launches from which another one has taken the run."""
+        claims = [name for key in sorted(self.attempts) if (name := self.attempts[key].launch)]
+        return {name for name in claims if name != claims[-1]}
+
+    def newest_launch(self, now: float) -> Launch | None:
+        """The newest that is at work or, where none is, the newest that showed a sign of life."""
+        shown = [launch for launch in self.launches_in_order if launch.alive]
+        return next((launch for launch in reversed(self.at_work) if launch.is_live(now)), shown[-1] if shown else None)
+
+    def heard_at(self, now: float) -> float:
+        """When its newest launch or any attempt last showed a sign of life; 0 if none ever did."""
+        launch = self.newest_launch(now)
+        heard = [attempt.heard_at for attempt in self.attempts.values()]
+        return max([*heard, float(launch.alive["t"]) if launch else 0.0])
+
+    @property
+    def is_new(self) -> bool:
+        """A driver has begun, and no worker has claimed the run yet."""
+        return not self.attempts and any(launch.alive for launch in self.launches.values())
 
     @property
     def current(self) -> Attempt | None:
@@ -360,32 +395,49 @@ class Story:
         return next((item for item in reversed(attempts) if item.heard_at), attempts[-1] if attempts else None)
 
     def state(self, now: float) -> State:
-        """What the run is doing. A beat of the driver's counts for half a minute."""
-        current, launch = self.current, self.newest_launch
+        """What the run is doing."""
+        current, launch = self.current, self.newest_launch(now)
         if current is not None and current.end is not None and current.end["event"] == "done":
             return State.DONE
         if launch is None:
             return State.UNATTENDED
         if launch.has_ended:
             return {0: State.DONE, 75: State.STOPPED, 130: State.STOPPED}.get(launch.alive["exit_code"], State.FAILED)
-        if now - launch.alive["t"] >= SILENCE_S:
+        if not launch.is_live(now):
             return State.LOST
         return State.RUNNING if self.attempts else State.STARTING
 
-    def end_of(self, attempt: Attempt) -> End:
-        """How an attempt ended, or that it has not."""
-        later = next((item for item in self.in_order if item.id > attempt.id), None)
+    @property
+    def failures_of(self) -> dict[str, dict[str, Any]]:
+        """By the name of the attempt that it ended, each failure; where two were told, the first."""
+        told = [item for launch in self.launches.values() for item in launch.failures]
+        return {str(item.get("attempt")): item for item in reversed(told)}
+
+    @property
+    def ends(self) -> dict[AttemptId, End]:
+        """How each attempt ended, or that it has not; all at once, for a run may have thousands."""
+        failures = self.failures_of
+        resizes = {str(e.get("attempt")): e for launch in self.launches.values() for e in reversed(launch.resizes)}
+        return {
+            item.id: self._end_of(item, following, failures.get(str(item.id)), resizes.get(str(item.id)))
+            for item, following in self.in_pairs
+        }
+
+    def _end_of(
+        self,
+        attempt: Attempt,
+        later: Attempt | None,
+        failure: Mapping[str, Any] | None,
+        resize: Mapping[str, Any] | None,
+    ) -> End:
         launch = self.launches.get(attempt.launch)
-        same = later is not None and later.launch == attempt.launch
-        resize = next((e for e in (launch.resizes if launch else ()) if e.get("attempt") == str(attempt.id)), None)
-        failure = self._failure_of(attempt)
         if attempt.end is not None:
             return End(_ENDINGS[attempt.end["event"]], at=attempt.end["t"])
         if failure is not None:
             at = float(failure.get("noticed_at", failure["t"]))
             said = str(failure.get("message", ""))
             return End(failure["cause"], said, failure.get("rank"), at, goes_on=True, is_planned=False)
-        if same:
+        if later is not None and later.launch == attempt.launch:
             return End("resized" if resize and resize["planned"] else "restarted", goes_on=True)
         if later is None and not (launch and launch.has_ended):
             return End("", is_over=False)
@@ -397,10 +449,6 @@ class Story:
         if launch.alive["exit_code"] in (0, 75, 130):
             return End("stopped")
         return End("failed", str(launch.alive.get("error", "")), is_planned=False)
-
-    def _failure_of(self, attempt: Attempt) -> dict[str, Any] | None:
-        told = (launch.failures for launch in self.launches.values())
-        return next((item for items in told for item in items if item.get("attempt") == str(attempt.id)), None)
 
     @property
     def num_lost(self) -> int:

@@ -24,18 +24,19 @@ from outlast.checkpointing.commands import find_model
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError, first_line
 from outlast.checkpointing.history import GivenUp, counted, judge, read_tries, settings_mark
 from outlast.checkpointing.journal import Journal, last_event_at
-from outlast.checkpointing.layout import attempt_dir, launch_dir
-from outlast.checkpointing.lineage import list_attempts, read_claim
+from outlast.checkpointing.layout import AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.lineage import list_attempts
 from outlast.checkpointing.storage import Storage, open_storage
 from outlast.cluster import jobs
 from outlast.cluster.alive import find_rival
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import gave_up
+from outlast.cluster.follow import StoryReader
 from outlast.cluster.jobs import Job
-from outlast.cluster.status import newest_launch
+from outlast.cluster.story import Launch
 
 POLL_S = 2.0
-SILENCE_S = 180.0
+SILENT_JOB_S = 180.0
 PAUSE_S = 2.0
 LONGEST_PAUSE_S = 300.0
 #: What a launch ends with that was stopped, or from which another one has taken the run.
@@ -105,7 +106,7 @@ class Pulse:
                 data is prepared.
         """
         silent_s, still_s = self._since("beat", (beat, event)), self._since("event", event)
-        if silent_s >= SILENCE_S:
+        if silent_s >= SILENT_JOB_S:
             return f"neither its driver nor its workers have shown a sign of life for {silent_s:.0f} s"
         if event is not None and still_s >= self.stall_s:
             return f"no step for {still_s:.0f} s (failure.stall_s: {self.stall_s:g})"
@@ -138,6 +139,9 @@ class Supervisor:
     ship: bool = True
     ending: threading.Event = field(default_factory=threading.Event)
     _given_up_on: set[str] = field(default_factory=set)
+    _follower: StoryReader | None = None
+    _beats: dict[str, Any] = field(default_factory=dict)
+    _beating: str = ""
 
     @property
     def storage(self) -> Storage:
@@ -218,33 +222,43 @@ class Supervisor:
                 self.say(f"{job.id} is called {job.status.lower()}, but {finding}: stopping it")
                 self._note_stall(finding)
                 client.stop_job(job.id)
-                deadline = time.monotonic() + jobs.stop_wait_s(self.config) + SILENCE_S
+                deadline = time.monotonic() + jobs.stop_wait_s(self.config) + SILENT_JOB_S
         return None, False
 
     def _marks(self) -> tuple[Any, Any]:
-        """What changes while the newest launch is alive, and what changes while its workers are at work."""
-        storage, run = self.storage, self.config.name
-        launch = newest_launch(storage, run)
+        """What changes while the launch at work is alive, and what changes while its workers are at work."""
+        launch, attempt = self._at_work()
         if launch is None:
             return None, None
-        for attempt in list_attempts(storage, run)[-1:]:
-            if read_claim(storage, run, attempt).get("launch") == launch["id"]:
-                return launch["beat"], (str(attempt), last_event_at(storage, attempt_dir(run, attempt)))
-        return launch["beat"], None
+        directory = attempt_dir(self.config.name, attempt) if attempt else ""
+        event = (str(attempt), last_event_at(self.storage, directory)) if attempt else None
+        return (launch.id, launch.alive.get("beat")), event
+
+    def _at_work(self) -> tuple[Launch | None, AttemptId | None]:
+        """The launch at work, and its attempt if it has the run. Of several it is the one whose beat went on last."""
+        if self._follower is None:
+            self._follower = StoryReader(self.storage, self.config.name, journals=False)
+        story = self._follower.look()
+        launches = {launch.id: launch for launch in story.at_work}
+        beats = {name: launch.alive.get("beat") for name, launch in launches.items()}
+        going = [name for name, beat in beats.items() if self._beats.get(name, beat) != beat]
+        if going or self._beating not in launches:
+            self._beating = next(reversed(going or list(launches)), "")
+        self._beats = beats
+        newest = max(story.attempts, default=None)
+        has_run = newest is not None and story.attempts[newest].launch == self._beating
+        return launches.get(self._beating), newest if has_run else None
 
     def _note_stall(self, finding: str) -> None:
         """Says in the launch's journal that it failed, before it is stopped: the rule counts it whatever happens next.
 
         As rank 1, for the launch's own failures are rank 0's.
         """
-        storage, run = self.storage, self.config.name
-        launch, attempts = newest_launch(storage, run), list_attempts(storage, run)
-        if launch is None or launch["ended"]:
+        launch, attempt = self._at_work()
+        if launch is None:
             return  # the job has not come so far as to begin a launch of its own
-        mine = [item for item in attempts[-1:] if read_claim(storage, run, item).get("launch") == launch["id"]]
-        attempt = str(mine[0]) if mine else "unclaimed"
-        journal = Journal(storage, launch_dir(run, launch["id"]), 1, flush_s=0)
-        journal.event("failure", attempt=attempt, cause=_STALLED, rank=0, message=finding)
+        journal = Journal(self.storage, launch_dir(self.config.name, launch.id), 1, flush_s=0)
+        journal.event("failure", attempt=str(attempt or "unclaimed"), cause=_STALLED, rank=0, message=finding)
 
     def _verdict(self) -> GivenUp | None:
         tries = read_tries(self.storage, self.config.name)

@@ -1,4 +1,7 @@
-"""Runs `outlast …` as a process of its own, forked from one that has done the imports, which take most of its time."""
+"""Runs `outlast …` as a process of its own, forked from one that has done the imports, which take most of its time.
+
+Several may run at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +32,9 @@ class Command:
         self._folder.chmod(0o755)
         home = Path(__file__).parent.parent
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.command"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=home
+            [sys.executable, "-m", "tests.command"], stdin=subprocess.PIPE, text=True, cwd=home
         )
+        self._lock, self._numbers = threading.Lock(), count()
 
     def __call__(
         self,
@@ -37,6 +44,7 @@ class Command:
         user: int | None = None,
         memory_bytes: int | None = None,
         fresh: bool = False,
+        before: str = "",
     ) -> subprocess.CompletedProcess[str]:
         """
         Args:
@@ -46,26 +54,30 @@ class Command:
             user: A number; root runs it as somebody else.
             memory_bytes: So much address space may be added to what the imports took.
             fresh: Run the installed script, not forked, for what is read while importing.
+            before: Python that it runs first.
         """
         environment = {**os.environ, **(env or {})}
         if fresh:
             return subprocess.run(
                 [OUTLAST, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_S
             )
-        asked = [arguments, str(cwd), environment, user, memory_bytes, str(self._folder)]
+        folder = self._folder / str(next(self._numbers))
+        folder.mkdir()
+        asked = [arguments, str(cwd), environment, user, memory_bytes, before, str(folder)]
         assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        print(json.dumps(asked), file=self._server.stdin, flush=True)
-        code = int(self._server.stdout.readline())
-        said = [(self._folder / name).read_text() for name in ("out", "err")]
-        return subprocess.CompletedProcess(["outlast", *arguments], code, *said)
+        with self._lock:
+            print(json.dumps(asked), file=self._server.stdin, flush=True)
+        done = folder / "code"
+        while not done.exists():
+            assert self._server.poll() is None, "the server died"
+            time.sleep(0.01)
+        said = [(folder / name).read_text() for name in ("out", "err")]
+        return subprocess.CompletedProcess(["outlast", *arguments], int(done.read_text()), *said)
 
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
         self._server.wait(10)
-        assert self._server.stdout is not None
-        self._server.stdout.close()
         shutil.rmtree(self._folder)
 
 
@@ -82,20 +94,37 @@ def _serve() -> None:
     import outlast.cluster.supervise
     import outlast.trainers.predict  # noqa: F401
 
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
     for line in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            _run(*json.loads(line))
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        if not os.fork():
+            _wait(*json.loads(line))
+
+
+def _wait(*asked: Any) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    folder = Path(asked[-1])
+    pid = os.fork()
+    if not pid:
+        _run(*asked)
+    _, status = os.waitpid(pid, 0)
+    (folder / "ended").write_text(str(os.waitstatus_to_exitcode(status)))
+    (folder / "ended").rename(folder / "code")
+    os._exit(0)
 
 
 def _run(
-    arguments: list[str], cwd: str, env: dict[str, str], user: int | None, memory_bytes: int | None, folder: str
+    arguments: list[str],
+    cwd: str,
+    env: dict[str, str],
+    user: int | None,
+    memory_bytes: int | None,
+    before: str,
+    folder: str,
 ) -> Any:
     from outlast.cluster.cli import main
 
     signal.alarm(LIMIT_S)
+    exec(before)
     for number, name in enumerate(("out", "err"), 1):
         os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

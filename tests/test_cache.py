@@ -86,7 +86,7 @@ def test_what_was_not_used_for_longest_goes_first(cache: Path, limit: int, left:
     for name, age_s in (("old", 1000), ("oldest", 3000), ("older", 2000), ("fresh", 10)):
         fill(cache, name, 100, age_s)
     evict(cache, limit, spared="none")
-    assert {path.name for path in cache.iterdir()} == left
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == left
 
 
 def test_room_is_made_for_a_new_copy(

@@ -377,25 +377,6 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
     assert json.loads(content.files["config.json"]) == {"dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "export takes OUT, or CHECKPOINT and OUT, after RUN; given: nothing"),
-        (["newest", "out", "more"], "export takes OUT"),
-        (["newest", "out", "--weights", "w.bin"], "no OUT"),
-        (["s3://bucket/out"], "a local directory"),
-        (["out", "--dtype", "int4"], "bf16, fp16, fp32"),
-        (["out", "--format", "onnx"], "safetensors or pytorch"),
-        (["--weights", "w.bin", "--old-vocab"], "--vocab PATH"),
-        (["--vocab", "vocab.txt"], "this vocabulary is 2: vocab.json, merges.txt"),
-        (["sometime", "out"], "names no checkpoint"),
-    ],
-)
-def test_export_says_what_is_wrong(arguments: list[str], said: str, here: Path, outlast: Outlast) -> None:
-    assert said in outlast("checkpoints", "export", "my-run", *arguments, code=2).err
-    assert [path.name for path in here.iterdir()] == ["runs"]
-
-
 # -- vocabulary --------------------------------------------------------------------------------------------------------
 
 

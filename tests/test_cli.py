@@ -1,4 +1,4 @@
-"""The command line without Ray: help, errors with their exit codes and next steps, and the `checkpoints` verbs."""
+"""The command line without Ray: help, versions, and the `checkpoints` verbs. Its errors: `test_user_errors.py`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
-from tests.group import run_group, tiny_config
+from tests.group import run_group
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
@@ -32,14 +31,6 @@ def finished(assign: Callable[..., Assignment], storage: LocalStorage) -> Path:
     """The directory of a finished run of two ranks, with checkpoints at 6, 9 and 10."""
     assert run_group(assign("looked-at"), storage, 2)[0].outcome is Outcome.DONE
     return storage.path("looked-at")
-
-
-@pytest.fixture
-def run_file(tmp_path: Path, text_file: str) -> Path:
-    body = tiny_config("run", str(tmp_path / "runs"), text_file).model_dump(mode="json", exclude_defaults=True)
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(body))
-    return path
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -71,55 +62,6 @@ def test_version_for_a_bug_report() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("edit", "said"),
-    [
-        (["train.stepz=3"], "did you mean 'steps'"),
-        (["train.batch=7", "train.micro_batch=2"], "must divide"),
-        (["name=../elsewhere"], "'..'"),
-        (["checkpoint.every=soon"], "not an interval"),
-        (["checkpoint.every=1.5"], "'1.5' is not an interval: write 200"),
-        (["checkpoint.every=0"], "more steps than it has"),
-        (["train.eval_every=0"], "leave it out"),
-        (["checkpoint.keep_last=1"], "checkpoint.keep_last"),
-        (["model.task=juggling"], "model.task"),
-        (["data.train=${env:OUTLAST_NOT_SET}"], "OUTLAST_NOT_SET is not set"),
-        (["nonsense"], "write key=value"),
-    ],
-)
-def test_wrong_settings(run_file: Path, edit: list[str], said: str) -> None:
-    options = [part for item in edit for part in ("-s", item)]
-    assert said in outlast("train", str(run_file), *options, code=2).stderr
-
-
-def test_run_file_missing_or_not_yaml(tmp_path: Path) -> None:
-    missing = outlast("train", str(tmp_path / "none.yaml"), code=2).stderr
-    assert "cannot be read" in missing
-    assert "→" in missing
-    broken = tmp_path / "broken.yaml"
-    broken.write_text("name: [")
-    assert "line" in outlast("train", str(broken), code=2).stderr
-
-
-def test_data_file_missing(run_file: Path) -> None:
-    done = outlast("train", str(run_file), "-s", "data.train=/no/such.txt", code=2)
-    assert "/no/such.txt is not there" in done.stderr
-
-
-def test_storage_is_a_file(run_file: Path, tmp_path: Path) -> None:
-    place = tmp_path / "file"
-    place.write_text("something of mine")
-    done = outlast("train", str(run_file), "-s", f"checkpoint.storage={place}", code=3)
-    assert "a file stands where a directory is needed" in done.stderr
-    assert place.read_text() == "something of mine"
-
-
-@pytest.mark.faults
-def test_workers_that_do_not_fit(run_file: Path) -> None:
-    done = outlast("train", str(run_file), "-s", "scale.workers=2", "-s", "scale.gpus_per_worker=64", code=3)
-    assert "GPU: 128 wanted" in done.stderr
-
-
 def test_ls_and_show_and_path(finished: Path) -> None:
     rows = json.loads(outlast("checkpoints", "ls", str(finished), "--json").stdout)
     assert [row["step"] for row in rows] == [10, 9, 6]
@@ -136,11 +78,6 @@ def test_ls_and_show_and_path(finished: Path) -> None:
     assert outlast("checkpoints", "path", str(finished), "9").stdout.strip() == rows[1]["path"]
     model = Path(outlast("checkpoints", "path", str(finished), "model").stdout.strip())
     assert (model / "tokenizer.json").is_file()
-    assert "it has: 10, 9, 6" in outlast("checkpoints", "show", str(finished), "--step", "7", code=5).stderr
-
-
-def test_no_such_run(tmp_path: Path) -> None:
-    assert "there is no run" in outlast("checkpoints", "ls", "nobody", "--storage", str(tmp_path), code=2).stderr
 
 
 def test_verify_names_what_is_wrong(finished: Path, tmp_path: Path) -> None:

@@ -195,11 +195,6 @@ def test_submit_attach_stop_resume(
     assert "no job server answers" in outlast("logs", "far", *at, code=3).stderr
 
 
-def test_no_cluster_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    assert "give --address" in outlast("stop", "far", code=3).stderr
-
-
 @pytest.mark.parametrize(
     ("train", "key"), [(["/shared/*.jsonl", "here.csv"], r"data\.train\[1\]"), ("parts/*.jsonl", r"data\.train")]
 )

@@ -6,6 +6,7 @@ No operator is there: what it would write into a RayJob's status, the tests writ
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -202,6 +203,16 @@ def test_others_are_left_alone(api: Api, objects: Objects, tmp_path: Path) -> No
     api.call("DELETE", "/api/v1/namespaces/ml/configmaps/theirs")
 
 
+def test_another_run_of_the_same_name_is_not_replaced(api: Api, objects: Objects) -> None:
+    Cluster().apply(objects)
+    theirs = copy.deepcopy(objects)
+    for item in theirs:
+        item["metadata"]["labels"]["outlast/run"] = "My_Run"
+    with pytest.raises(ConfigError, match="is there already, and belongs to run my-run"):
+        Cluster().apply(theirs)
+    assert api.get("my-run")["metadata"]["labels"]["outlast/run"] == "my-run"
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +290,13 @@ def test_phases(job: dict[str, Any], expected: Phase) -> None:
 def test_next_names(name: str, taken: list[str], expected: str) -> None:
     assert next_name(name, taken) == expected
     assert len(expected) <= 47
+
+
+def test_a_number_at_the_end_of_a_name_counts_only_what_went_on() -> None:
+    job = {"metadata": {"name": "sweep-1"}, "spec": {}}
+    assert successor(job, [])["metadata"]["name"] == "sweep-1-2"
+    job["metadata"] = {"name": "sweep-1-2", "annotations": {"outlast/resumes": "sweep-1"}}
+    assert successor(job, ["sweep-1-3"])["metadata"]["name"] == "sweep-1-4"
 
 
 def test_a_successor_is_not_suspended_and_has_no_job_id() -> None:

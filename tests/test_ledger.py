@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from outlast.cluster.ledger import Kind, Ledger, account
-from outlast.cluster.story import SILENCE_S, Story
+from outlast.cluster.story import LOST_AFTER_S, Story
 from tests.stories import (
     attempt,
     done,
@@ -49,9 +49,9 @@ PEACEFUL = (
         pytest.param((), LATER, 0, {}, id="nothing"),
         pytest.param(
             (launch("a", 0, 5),),
-            5 + SILENCE_S / 2,
-            5 + SILENCE_S / 2,
-            {"restart": 5 + SILENCE_S / 2},
+            5 + LOST_AFTER_S / 2,
+            5 + LOST_AFTER_S / 2,
+            {"restart": 5 + LOST_AFTER_S / 2},
             id="at-its-start",
         ),
         pytest.param((launch("a", 0, 5, 3),), LATER, 5, {"restart": 5}, id="refused-before-it-began"),

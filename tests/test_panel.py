@@ -314,12 +314,60 @@ print("after")
 """
 
 
-def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
+LEFT_ALONE = """
+import os, signal, sys
+from rich.console import Console
+from outlast.cluster.progress import Reporter
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+said, go = os.fdopen(int(sys.argv[1]), "w"), os.fdopen(int(sys.argv[2]))
+with Reporter("run", Console(stderr=True), keep=True) as reporter:
+    reporter.say("here")
+    go.readline()
+    for number in range(2000):
+        os.write(2, b"x" * 99 + b"\\n")  # more than a pipe holds
+    reporter.say("gone")
+    reporter({"event": "note", "text": "gone"})
+said.write("went on")
+said.flush()
+os._exit(0)  # Python itself would complain that stderr cannot be flushed
+"""
+
+
+def on_a_terminal(script: str, *pipes: int) -> tuple[int, subprocess.Popen[bytes]]:
+    """A script with a terminal of its own, and our end of that."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", NOISY]
+    command = [sys.executable, "-c", script, *map(str, pipes)]
     environment = {**os.environ, "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=ROOT, pass_fds=pipes
+    )
     os.close(theirs)
+    return ours, process
+
+
+def test_a_terminal_that_goes_away_neither_ends_nor_stops_who_writes_to_it() -> None:
+    """As when ssh drops, under `nohup`."""
+    (said, telling), (waiting, go) = os.pipe(), os.pipe()
+    ours, process = on_a_terminal(LEFT_ALONE, telling, waiting)
+    os.close(telling)
+    os.close(waiting)
+    received = b""
+    while b"here" not in received:
+        received += os.read(ours, 65536)
+    os.close(ours)
+    os.write(go, b"\n")
+    try:
+        assert process.wait(60) == 0
+        assert os.read(said, 100) == b"went on"
+    finally:
+        process.kill()
+        process.wait()
+        os.close(said)
+        os.close(go)
+
+
+def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
+    ours, process = on_a_terminal(NOISY)
     received = bytearray()
 
     def read() -> None:
@@ -335,9 +383,11 @@ def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
     reading.join()
     screen = Screen(80)
     screen.feed(received.decode().replace("\r\n", "\n"))
-    for name in ("out", "err", "log", "raw"):
+    names = ("out", "err", "log", "raw")
+    for name in names:
         assert [line for line in screen.lines if line.startswith(name)] == [f"{name} {number}" for number in range(100)]
-    assert sorted(screen.lines[400:402]) == ["a child", "no newline at the end"]
+    others = [line for line in screen.lines[:402] if not line.startswith(names)]  # two pipes have no order
+    assert sorted(others) == ["a child", "no newline at the end"]
     assert screen.lines[402:] == ["after", ""]
 
 

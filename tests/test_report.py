@@ -10,6 +10,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,16 @@ def test_a_million_steps_are_a_small_page() -> None:
     assert all(before[1] == after[0] for before, after in zip(data["spans"], data["spans"][1:], strict=False))
     assert data["by_step"]["loss"].count(99.0) == 2
     assert data["by_step"]["x"][-1] == 1_000_000
+
+
+@pytest.mark.parametrize("loss", [nan, inf, -inf])
+def test_an_evaluation_that_is_not_finite_is_left_out_of_the_charts(loss: float) -> None:
+    strange = {**evaluated(9, 21, 22), "eval_loss": loss, "eval_accuracy": 0.5}
+    told = story(launch("a", 0, 90), attempt(1, 10, start(11), evaluated(0, 12, 13), steps(1, 9, 13), strange))
+    data = data_of(page_of(told, 100.0))
+    assert data["scores"] == {"eval_loss": None, "eval_accuracy": 0.5}
+    assert data["by_step"]["eval"] == {"x": [0], "loss": [2.0]}
+    assert data["by_time"]["eval"] == {"x": [13.0], "loss": [2.0]}
 
 
 NASTY = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\u2028&amp;'

@@ -26,7 +26,7 @@ from outlast.checkpointing.objects import ObjectStorage
 from outlast.checkpointing.reader import tensor_digests
 from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import LocalStorage, Storage, open_storage, read_bytes, walk
-from outlast.checkpointing.uploads import abort_orphans, abort_uploads
+from outlast.checkpointing.uploads import _client, abort_orphans, abort_uploads
 from outlast.cluster import demo
 from outlast.cluster.launch import Launch, ray_session
 from outlast.trainers.attempt import Assignment
@@ -75,6 +75,15 @@ def test_killed_damaged_and_resumed_on_s3(
     assert final.ref.step == 10
     assert tensor_digests(remote, checkpoint_dir("on-s3", final.ref), final) == digests(storage, "on-disk")
     assert (tmp_path / "cache/data").is_dir()
+
+
+def test_a_profile_that_is_not_there_aborts_no_attempt(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3 wants it before anything else; pyarrow, which writes the checkpoints, goes by the keys."""
+    storage = open_storage(f"{bucket}/no-profile")
+    monkeypatch.setenv("AWS_PROFILE", "of-nobody")
+    _client.cache_clear()
+    with pytest.raises(StorageError, match="of-nobody"):
+        abort_uploads(storage, "run")
 
 
 def test_pins_prunes_and_exports_on_s3(bucket: str, tmp_path: Path) -> None:

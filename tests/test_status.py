@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from math import inf, nan
 from pathlib import Path
 
 import pytest
+import typer
+from rich.console import Console
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.layout import launch_dir
 from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster.cli_status import status
+from outlast.cluster.progress import LOST_PATIENCE_S, WATCH_PERIOD_S, watch
 from outlast.cluster.status import list_runs, read_status
-from outlast.cluster.story import SILENCE_S
+from outlast.cluster.story import LOST_AFTER_S, State
 from tests.small import small_model
-from tests.stories import attempt, done, failure, launch, plan, resized, resume, saved, start, steps, write
+from tests.stories import attempt, done, evaluated, failure, launch, plan, resized, resume, saved, start, steps, write
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
@@ -52,7 +59,7 @@ def test_a_loop_of_ones_own_has_nobody_to_tell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("silent_s", "code", "state"),
-    [(0, None, "starting"), (SILENCE_S + 1, None, "lost"), (0, 75, "stopped"), (0, 3, "failed")],
+    [(0, None, "starting"), (LOST_AFTER_S + 1, None, "lost"), (0, 75, "stopped"), (0, 3, "failed")],
 )
 def test_a_launch_that_no_worker_has_joined(tmp_path: Path, silent_s: float, code: int | None, state: str) -> None:
     storage = LocalStorage(tmp_path)
@@ -107,6 +114,36 @@ def test_status_tells_people_and_programs_the_same(tmp_path: Path) -> None:
     ):
         assert words in text, text
     assert "\x1b" not in text
+
+
+def test_json_knows_no_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    strange = {**evaluated(9, 21, 22), "eval_loss": nan, "eval_perplexity": inf}
+    write(LocalStorage(tmp_path), "run", launch("a", 0, 90, 75), attempt(1, 10, start(11), steps(1, 9, 12), strange))
+    [body] = list_runs(LocalStorage(tmp_path))
+    assert body["scores"] == {"eval_loss": None, "eval_perplexity": None}
+    assert json.loads(json.dumps(body, allow_nan=False)) == body, "what a reader gets is what was printed"
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "code", "expected"), [(1, 0, 0), (1, 75, 75), (1, 130, 75), (1, 3, 1), (LOST_PATIENCE_S + 1, None, 1)]
+)
+def test_a_watch_ends_as_the_run_did(tmp_path: Path, silent_s: float, code: int | None, expected: int) -> None:
+    last = time.time() - silent_s
+    write(LocalStorage(tmp_path), "run", launch("a", last - 90, last, code), attempt(1, last - 80, start(last - 79)))
+    with pytest.raises(typer.Exit) as end:
+        status(str(tmp_path / "run"), watch=True)
+    assert end.value.exit_code == expected
+
+
+def test_a_watch_waits_for_a_driver_that_a_supervisor_may_start_again(tmp_path: Path) -> None:
+    storage, last = LocalStorage(tmp_path), time.time() - LOST_AFTER_S - 60
+    write(storage, "run", launch("a", last - 90, last), attempt(1, last - 80, start(last - 79)))
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch, storage, "run", Console(file=io.StringIO()))
+        with pytest.raises(TimeoutError):
+            watching.result(WATCH_PERIOD_S)
+        write(storage, "run", launch("b", last + 95, last + 99, 0))
+        assert watching.result(60).state is State.DONE
 
 
 def test_watching_until_the_end_where_there_is_no_terminal(tmp_path: Path) -> None:

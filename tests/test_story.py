@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -17,14 +19,14 @@ from outlast.checkpointing.lineage import claim, run_events
 from outlast.checkpointing.storage import Buffer, Entry, LocalStorage
 from outlast.cluster import failures, hub
 from outlast.cluster.failures import Recorder, WorkerGroupStartupTimeoutError
-from outlast.cluster.follow import Follower
-from outlast.cluster.ledger import account
+from outlast.cluster.follow import StoryReader
+from outlast.cluster.ledger import Kind, account
 from outlast.cluster.overview import overview
 from outlast.cluster.story import State
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.group import fault, run_group
-from tests.stories import attempt, done, failure, launch, plan, resume, saved, start, steps, stopped, story
+from tests.stories import attempt, done, failure, launch, plan, resume, saved, start, steps, stopped, story, write
 
 
 class Counted:
@@ -87,7 +89,7 @@ def test_a_segment_that_is_torn_or_strange_is_passed_over(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small_segments")
 def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(tmp_path: Path) -> None:
     storage = Counted(LocalStorage(tmp_path))
-    follower = Follower(storage, "run")
+    follower = StoryReader(storage, "run")
     for number in range(5):
         name = f"20250101-00000{number}-aaaaaa"
         body = {"began": 100.0 * number, "t": 100.0 * number + 90, "ended": True, "exit_code": 75}
@@ -106,9 +108,40 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
     before = len(storage.opened)
     told = follower.look()
     assert len(storage.opened) - before == 2, "the newest two launches' signs of life, and nothing else"
-    whole = Follower(storage, "run").look()
+    whole = StoryReader(storage, "run").look()
     assert [len(item.steps) for item in told.in_order] == [30] * 5 == [len(item.steps) for item in whole.in_order]
     assert account(told, 1000.0) == account(whole, 1000.0)
+
+
+def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) -> None:
+    storage, (a, b, c) = LocalStorage(tmp_path), (f"20250101-00000{number}-aaaaaa" for number in range(3))
+    write(storage, "run", launch(a, 0, 40), attempt(1, 10, start(11), steps(1, 10, 15), launch=a))
+    follower = StoryReader(storage, "run")
+    assert follower.look().in_order[0].last_step == 10
+    write(
+        storage,
+        "run",
+        launch(a, 0, 130, 75, failure(1, 120)),
+        launch(b, 140, 160, 75),
+        launch(c, 170, 190),
+        attempt(1, 10, start(11), steps(1, 100, 15), launch=a),
+        attempt(2, 150, resume(151, 90), launch=b),
+        attempt(3, 180, resume(181, 90), launch=c),
+    )
+    for told in (follower.look(), follower.look()):
+        assert overview(told, 200.0) == overview(StoryReader(storage, "run").look(), 200.0)
+        assert (told.in_order[0].last_step, told.num_lost) == (100, 10)
+        assert told.launches[a].has_ended
+
+
+def test_a_launch_at_work_is_watched_though_others_were_refused_since(tmp_path: Path) -> None:
+    storage, name = LocalStorage(tmp_path), "20250101-000000-aaaaaa"
+    refused = [launch(f"20250101-00000{number}-bbbbbb", 20 + number, 30 + number, 3) for number in range(1, 5)]
+    write(storage, "run", launch(name, 0, 40), attempt(1, 10, start(11), launch=name), *refused)
+    reader = StoryReader(storage, "run")
+    reader.look()
+    write(storage, "run", launch(name, 0, 200))
+    assert reader.look().state(201) is State.RUNNING
 
 
 def test_a_killed_run_is_told_as_it_was(
@@ -118,7 +151,7 @@ def test_a_killed_run_is_told_as_it_was(
     deadly = fault(Point.STEP, 7, 1, Action.SIGKILL, tmp_path)
     run_group(assign("told", faults=(deadly,)), storage, 2)
     assert run_group(assign("told"), storage, 2)[0].outcome is Outcome.DONE
-    told = Follower(storage, "told").look()
+    told = StoryReader(storage, "told").look()
     seen = overview(told, told.in_order[-1].heard_at)
     first, second = told.in_order
     assert (first.base, second.base_step) == (None, 6)
@@ -145,7 +178,7 @@ def test_tokens_of_a_step_do_not_depend_on_the_number_of_ranks(
     run = f"counted-{size}"
     sections = {"model": {"task": "sequence-classification"}, "data": {"train": _labelled(storage), "eval": None}}
     assert run_group(assign(run, sections=sections, steps=2, eval_every=None), storage, size)[0].outcome is Outcome.DONE
-    told = Follower(storage, run).look()
+    told = StoryReader(storage, run).look()
     counted = [event["tokens"] for _, event in run_events(storage, run) if event["event"] == "step"]
     assert list(told.in_order[0].steps.tokens) == counted
     _counts.setdefault("of one rank", counted)
@@ -213,8 +246,55 @@ def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkey
 )
 def test_how_attempts_ended(parts: tuple[object, ...], expected: list[tuple[str, bool, bool]]) -> None:
     told = story(*parts)  # type: ignore[arg-type]
-    found = [told.end_of(item) for item in told.in_order]
-    assert [(end.cause, end.is_over, end.is_planned) for end in found] == expected
+    assert [(end.cause, end.is_over, end.is_planned) for end in told.ends.values()] == expected
+
+
+def calls_for(number: int) -> int:
+    """Calls that a look takes at a run that was preempted so often, and each time found no room."""
+    events, attempts = [], []
+    for n in range(1, number + 1):
+        at = 100.0 * n
+        events += [failure(n, at + 60, "preempted"), {"event": "no-room", "t": at + 65, "since": at + 61}]
+        attempts.append(attempt(n, at, resume(at + 1, n - 1, n - 1), steps(n, n + 1, at + 5), saved(n, at + 9)))
+    told, calls = story(launch("a", 0, 100.0 * number + 99, None, *events), *attempts), Counter[str]()
+    sys.setprofile(lambda frame, event, argument: calls.update((event,)))
+    try:
+        seen = overview(told, 100.0 * number + 99)
+    finally:
+        sys.setprofile(None)
+    assert (len(seen.interruptions), seen.ledger.seconds[Kind.WAIT]) == (number, pytest.approx(39 * number - 1))
+    return calls["call"] + calls["c_call"]
+
+
+def test_a_look_costs_no_more_for_each_attempt_when_there_are_many() -> None:
+    """The panel looks twice a second, and the launch waits for it."""
+    assert calls_for(400) < 5 * calls_for(100)
+
+
+LAPTOP = launch("20260101-130000-laptop", 3600, 3700, 75)  # by a clock that is an hour ahead
+DEAD = launch("20251231-120000-killed", 0, 9)
+
+
+@pytest.mark.parametrize(
+    ("parts", "newest", "state"),
+    [
+        (
+            (launch("20260101-120500-cluster", 300, 500), attempt(2, 330, launch="20260101-120500-cluster")),
+            2,
+            "running",
+        ),
+        ((launch("20260101-120500-cluster", 300, 500),), 2, "running"),
+        ((launch("20260101-120500-cluster", 300, 400), attempt(2, 330, launch="20260101-120500-cluster")), 2, "lost"),
+        ((), 1, "stopped"),
+    ],
+)
+def test_the_newest_launch_is_the_one_that_has_the_run_or_is_about_to(
+    parts: tuple[Any, ...], newest: int, state: str
+) -> None:
+    told = story(DEAD, LAPTOP, attempt(1, 3610, launch=LAPTOP[0]), *parts)
+    found = told.newest_launch(510)
+    assert found is not None
+    assert (found.id, told.state(510).value) == ([DEAD, LAPTOP, *parts][newest][0], state)
 
 
 def test_speed_and_the_time_left_are_those_of_the_last_steps() -> None:

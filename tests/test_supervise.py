@@ -19,12 +19,14 @@ import yaml
 from outlast.checkpointing.history import GivenUp
 from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster.config import RunConfig
 from outlast.cluster.jobs import Job
-from outlast.cluster.status import newest_launch, read_status
-from outlast.cluster.supervise import LONGEST_PAUSE_S, SILENCE_S, Next, Pulse, decide, pause_s
+from outlast.cluster.status import read_status
+from outlast.cluster.supervise import LONGEST_PAUSE_S, SILENT_JOB_S, Next, Pulse, Supervisor, decide, pause_s
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.group import digests, run_group, tiny_config
+from tests.stories import attempt, launch, resume, start, write
 from tests.test_jobs import BIN, Cluster
 
 GIVEN_UP = GivenUp("enough", ())
@@ -112,9 +114,35 @@ def test_a_job_without_a_step_is_stalled() -> None:
 
 def test_a_job_that_is_silent_altogether_is_found_earlier() -> None:
     found = findings(1800, dict.fromkeys(range(0, 300, 60), (5, "step 7")))
-    assert min(found) == SILENCE_S
-    assert "neither its driver nor its workers" in found[SILENCE_S]
+    assert min(found) == SILENT_JOB_S
+    assert "neither its driver nor its workers" in found[SILENT_JOB_S]
     assert not findings(1800, {t: (5, f"step {t}") for t in range(0, 300, 60)}), "workers go on without their driver"
+
+
+#: Named by the clock of a laptop, which is an hour ahead; it was stopped. The cluster's own comes after it.
+LAPTOP = launch("20260101-130000-laptop", 3600, 3700, 75)
+
+
+def beating(beat: int) -> tuple[str, dict[str, Any], Any]:
+    name, alive, events = launch("20260101-120500-cluster", 300, 310 + 5 * beat)
+    return name, {**alive, "beat": beat}, events
+
+
+@pytest.mark.parametrize("has_claimed", [False, True], ids=["preparing", "claimed"])
+def test_a_job_is_healthy_whatever_the_clock_said_that_named_the_launch_before(
+    tmp_path: Path, has_claimed: bool
+) -> None:
+    storage, config = LocalStorage(tmp_path), tiny_config("run", str(tmp_path), "text")
+    supervisor = Supervisor(RunConfig.model_validate(config.model_dump()), {}, None)
+    dead = launch("20251231-120000-killed", 0, 9)  # while it prepared its data; it says for ever that it goes on
+    write(storage, "run", dead, LAPTOP, attempt(1, 3610, start(3611), launch=LAPTOP[0]))
+    claimed = [attempt(2, 330, resume(331, 9), launch=beating(0)[0])] if has_claimed else []
+    found = []
+    for beat in range(3):
+        write(storage, "run", beating(beat), *claimed)
+        found.append(supervisor._marks())
+    assert [mark for mark, _ in found[1:]] == [(beating(0)[0], 1), (beating(0)[0], 2)]
+    assert {event for _, event in found[1:]} == {("0002-0002", 331.0) if has_claimed else None}
 
 
 # -- a real job server -------------------------------------------------------------------------------------------------
@@ -190,9 +218,7 @@ def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
         assert float(watched.wait_for(r"far-1 is called running, but no step for (\d+) s")) >= STALL_S
         assert watched.wait_for("submitted (far-.*)") == "far-2"
         step = wait_for_commit(place, 0)
-        launch = newest_launch(place, "far")
-        assert launch
-        os.kill(launch["pid"], signal.SIGKILL)
+        os.kill(read_status(place, "far")["launch"]["pid"], signal.SIGKILL)
         assert watched.wait_for("(far-2) ended: failed")
         assert watched.wait_for("submitted (far-.*)") == "far-3"
         step = wait_for_commit(place, step)

@@ -153,7 +153,7 @@ def test_event_files_in_pieces(kind: str, tmp_path: Path, request: pytest.Fixtur
         assert done.stdout == "" or int(done.stdout) >= least
     place, folder = open_storage(url), tmp_path / "copy"
     files = [entry.name for entry in place.list("run/trackers/tensorboard")]
-    assert len(files) > 4
+    assert len(files) > 2
     folder.mkdir()
     for name in files:
         (folder / name).write_bytes(read_bytes(place, f"run/trackers/tensorboard/{name}"))

@@ -56,16 +56,26 @@ def local_copy(storage: Storage, directory: str, fingerprint: str, entry: FileEn
         StorageError: It could not be read, or the copy not written.
     """
     root = cache_dir()
-    cache, path = LocalStorage(root), f"{fingerprint}/{entry.path}"
-    with _alone(root / f"{fingerprint}.lock"):  # one worker of a machine fetches, the others wait for it
-        try:
-            for _ in verified_chunks(cache, fingerprint, entry):
-                pass
-        except (FileNotFoundError, DamagedError):
+    cache, path, lock = LocalStorage(root), f"{fingerprint}/{entry.path}", root / f"{fingerprint}.lock"
+    with _locked(lock, fcntl.LOCK_SH):  # the workers of a machine verify side by side
+        if _is_whole(root, fingerprint, entry):
+            return cache.path(path)
+    with _locked(lock, fcntl.LOCK_EX):  # one of them fetches, the others wait for it
+        if not _is_whole(root, fingerprint, entry):
             evict(root, limit_bytes() - entry.num_bytes, spared=fingerprint)
             cache.put(path, verified_chunks(storage, directory, entry))
-        os.utime(root / fingerprint)
     return cache.path(path)
+
+
+def _is_whole(root: Path, fingerprint: str, entry: FileEntry) -> bool:
+    """Whether the copy is what was prepared. From now on it counts as just used."""
+    try:
+        os.utime(root / fingerprint)
+        for _ in verified_chunks(LocalStorage(root), fingerprint, entry):
+            pass
+    except (FileNotFoundError, DamagedError):
+        return False
+    return True
 
 
 def verified_chunks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[bytes]:
@@ -87,22 +97,27 @@ def evict(root: Path, limit: int, *, spared: str) -> None:
         limit: Bytes that may stay.
         spared: The directory that must stay.
     """
-    found = sorted((path.stat().st_mtime, path) for path in root.iterdir() if path.is_dir())
-    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for _, path in found}
-    left = sum(sizes.values())
-    for used_at, path in found:
-        if left <= limit or time.time() - used_at < _FRESH_S:
-            return
-        if path.name != spared:
-            shutil.rmtree(path, ignore_errors=True)
-            left -= sizes[path]
+    with _locked(root / "evict.lock", fcntl.LOCK_EX):
+        found: list[tuple[float, Path, int]] = []
+        for path in root.iterdir():
+            with suppress(OSError):  # it is being written
+                if path.is_dir():
+                    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                    found.append((path.stat().st_mtime, path, size))
+        left = sum(size for _, _, size in found)
+        for used_at, path, size in sorted(found):
+            if left <= limit or time.time() - used_at < _FRESH_S:
+                return
+            if path.name != spared:
+                shutil.rmtree(path, ignore_errors=True)
+                left -= size
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Nobody else on this machine holds this lock meanwhile; it goes with its process."""
+def _locked(lock: Path, how: int) -> Iterator[None]:
+    """Holds a lock of this machine, alone or beside other readers; it goes with its process."""
     with suppress(FileExistsError):
         lock.parent.mkdir(parents=True)
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, how)
         yield

@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Prepared:
         facts: What the task found in the training rows, such as the names of the classes.
         notes: What was guessed or left out, to be told.
         files: Every file with its digests.
+        longest: Tokens of the longest sample (or choice of one), by split; earlier releases did not tell.
     """
 
     fingerprint: str
@@ -71,6 +72,7 @@ class Prepared:
     facts: Mapping[str, Any]
     notes: tuple[str, ...]
     files: tuple[FileEntry, ...]
+    longest: Mapping[str, int] = field(default_factory=dict)
 
     def tokenizer(self, storage: Storage) -> Tokenizer:
         """The run's tokenizer, as it was when the data was made."""
@@ -216,6 +218,7 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
         facts=facts,
         notes=(*chosen.notes, *facts.get("notes", ()), *(notes if bad.count else ())),
         files=tuple(files),
+        longest={name: item.longest for name, item in written.items()},
     )
     if _fingerprint(config) != fingerprint:
         hint = "run the same command again when nothing writes to them"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import transformers
+from huggingface_hub import constants
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, OutlastError, first_line
@@ -24,6 +28,7 @@ from outlast.trainers.naming import file_naming
 from outlast.trainers.tasks import Task
 from outlast.trainers.world import seed_everything
 
+_KNOCK_S = 5.0
 END_TOKEN = "<|endoftext|>"
 
 
@@ -45,7 +50,10 @@ class Tokenizer:
             ConfigError: The tokenizer has no end-of-text token.
         """
         if self.inner.eos_token_id is None:
-            raise ConfigError("the tokenizer has no end-of-text token, which packing needs between documents")
+            raise ConfigError(
+                "the tokenizer has no end-of-text token, which packing needs between documents",
+                hint="give it an eos_token in its tokenizer_config.json, or take another: model.tokenizer",
+            )
         encoded = self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [[*ids, self.inner.eos_token_id] for ids in encoded]
 
@@ -58,11 +66,28 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ConfigError(f"model directory {path} is not there", hint="set model.path to a directory or a hub id")
+    _knock_at_hub(path)
     try:
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError) as error:
-        hint = "name a directory that holds tokenizer.json, or a hub id that can be reached"
-        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {first_line(error)}", hint=hint) from error
+        hint = (
+            "name a directory that holds tokenizer.json, or a hub id that can be reached: model.path, model.tokenizer"
+        )
+        said = first_line(error)
+        if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+            said = "it holds no tokenizer.json, and no other file of a tokenizer"
+        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {said}", hint=hint) from error
+
+
+def _knock_at_hub(path: str) -> None:
+    """Where nobody answers, the hub's client would ask for a minute, file by file. What is cached is used at once."""
+    hub = urlsplit(constants.ENDPOINT)
+    if Path(path).is_dir() or constants.HF_HUB_OFFLINE or getproxies():
+        return
+    try:
+        socket.create_connection((hub.hostname, hub.port or (443 if hub.scheme == "https" else 80)), _KNOCK_S).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def train_bpe(

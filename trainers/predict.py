@@ -96,7 +96,9 @@ def record_of(task: Task, given: Any) -> Record:
         # A text is cut into words, or is the first message.
         text = column.role in ("tokens", "messages") and isinstance(value, str)
         if column.role in record and not text and not column.kind.fits(value):
-            raise ConfigError(f"{column.role} is {value!r}, not {column.kind.value}")
+            raise ConfigError(
+                f"{column.role} is {value!r}, not {column.kind.value}", hint="write it so, or give a --file"
+            )
     return record
 
 

@@ -23,6 +23,9 @@ from outlast.trainers.models import Tokenizer, build_model, check_head, check_na
 from outlast.trainers.registry import find_task
 from outlast.trainers.tasks import Task
 
+#: What architectures call the embedding of a token's absolute position.
+_POSITIONS = ("wpe", "position_embeddings", "embed_positions")
+
 
 def check_code(config: TrainingConfig) -> None:
     """Looks for everything that the settings name, data aside.
@@ -58,24 +61,42 @@ def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) ->
     """
     tokenizer = prepared.tokenizer(storage)
     task = find_task(config.model.task)(config.data, tokenizer, prepared.facts)
-    own = check_names(config.model)
+    own, longest = check_names(config.model), max(prepared.longest.values(), default=0)
     try:
         with torch.device("meta"):
-            return _build(config, task, tokenizer)
+            return _build(config, task, tokenizer, longest)
     except Exception:
         if own is None or issubclass(own, transformers.PreTrainedModel):
             raise  # transformers itself builds them so
-        return _build(config, task, tokenizer)
+        return _build(config, task, tokenizer, longest)
 
 
-def _build(config: TrainingConfig, task: Task, tokenizer: Tokenizer) -> tuple[nn.Module, dict[str, bytes]]:
+def _build(
+    config: TrainingConfig, task: Task, tokenizer: Tokenizer, longest: int
+) -> tuple[nn.Module, dict[str, bytes]]:
     bare = config.model.model_copy(update={"lora": None})  # whose weights are then not read
     model, files = build_model(bare, task, tokenizer, config.seed, fresh=False)
+    _check_places(model, longest)
     if config.model.lora is not None:
         model = attach_lora(model, config.model.lora, task.auto_class)
         files |= adapter_files(model)
     check_recomputes(model, config.train)
     return model, files
+
+
+def _check_places(model: nn.Module, longest: int) -> None:
+    """Raises ConfigError if a sample has more tokens than a model of transformers has learned positions for."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            first = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+            if longest > table.num_embeddings - first:
+                raise ConfigError(
+                    f"the longest sample has {longest} tokens, and {type(model).__name__} has places for "
+                    f"{table.num_embeddings - first} ({name})",
+                    hint=f"-s data.max_length={table.num_embeddings - first}, or take a model with more places",
+                )
 
 
 def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:

@@ -55,11 +55,13 @@ class Written:
     Attributes:
         num_samples: Samples in it.
         num_tokens: Tokens that were made, also those that were dropped.
+        longest: Tokens of its longest sample, or choice of one.
         num_dropped_tokens: Tokens of the last, short piece of a packed file.
     """
 
     num_samples: int
     num_tokens: int
+    longest: int
     num_dropped_tokens: int = 0
 
 
@@ -86,12 +88,12 @@ def write_packed(samples: Iterable[Sample], length: int, path: Path) -> Written:
         last = rest.size // length
         if last:
             write(rest[: last * length])
-    return Written(num_samples + last, num_tokens, rest.size - last * length)
+    return Written(num_samples + last, num_tokens, length, rest.size - last * length)
 
 
 def write_samples(samples: Iterable[Sample], path: Path) -> Written:
     """Writes every sample as it is: a list column for each name. An empty file for none."""
-    num_tokens = num_samples = 0
+    num_tokens = num_samples = longest = 0
     writer: Any = None
     with pa.OSFile(str(path), "wb") as sink:
         for part in in_batches(samples, ROWS_PER_BATCH):
@@ -101,9 +103,13 @@ def write_samples(samples: Iterable[Sample], path: Path) -> Written:
             writer.write_batch(table)
             num_samples += len(part)
             num_tokens += sum(sample["input_ids"].size for sample in part)
+            longest = max(
+                longest,
+                *(int(sample["lengths"].max()) if "lengths" in sample else sample["input_ids"].size for sample in part),
+            )
         if writer is not None:
             writer.close()
-    return Written(num_samples, num_tokens)
+    return Written(num_samples, num_tokens, longest)
 
 
 def _list_array(vectors: Sequence[npt.NDArray[Any]]) -> Any:

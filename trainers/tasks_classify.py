@@ -37,7 +37,10 @@ def sort_classes(settings: DataSettings, role: str, found: Iterable[str]) -> lis
     classes = sorted(set(found), key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
     if len(classes) < 2:
         name = name_of(settings, role)
-        raise ConfigError(f"{settings.train}: column {name!r} holds one class only: {classes}")
+        raise ConfigError(
+            f"{settings.train}: column {name!r} holds one class only: {classes}",
+            hint=f"give rows of two classes or more, or name another column: -s data.{role}=…",
+        )
     return classes
 
 

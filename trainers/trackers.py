@@ -307,16 +307,20 @@ def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newes
         run: Its name.
         attempt: The attempt.
         base: The step that it goes on from.
-        newest: Attempts that ended before this step need not be read.
+        newest: Of steps before this one nothing is wanted.
     """
     parts: list[list[Event]] = []
     for lower in reversed([item for item in list_attempts(storage, run) if item < attempt]):
-        events = list(read_events(storage, attempt_dir(run, lower)))
-        began = next((event for event in events if event["event"] in ("start", "resume")), None)
-        if began is None:
+        begin: int | None = None
+        part: list[Event] = []
+        for event in read_events(storage, attempt_dir(run, lower)):  # never all of it at once: it may be long
+            if begin is None and event["event"] in ("start", "resume"):
+                begin = int(event.get("step", -1))
+            elif begin is not None and max(begin + 1, newest) <= event.get("step", -1) <= base:
+                part.append(event)
+        if begin is None:
             continue
-        begin = int(began.get("step", -1))
-        parts.append([event for event in events if begin < event.get("step", -1) <= base])
+        parts.append(part)
         base = min(base, begin)
         if base <= newest:
             break
