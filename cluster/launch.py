@@ -366,10 +366,12 @@ def _init(address: str, **options: Any) -> None:
     Raises:
         ConfigError: It is the address of something else.
         PreflightError: There is no such cluster, it has another Ray or Python, or it wants a token.
+        KeyboardInterrupt: SIGINT or SIGTERM came meanwhile.
     """
     _check_answers(address)
     try:
-        ray.init(address=address, **options)
+        with _signals() as stopping:  # Ray forks: an interruption in the middle of that leaves a lock locked for good
+            ray.init(address=address, **options)
     except (AuthenticationError, ConnectionError, RuntimeError) as error:
         if address == "local":
             raise
@@ -377,6 +379,8 @@ def _init(address: str, **options: Any) -> None:
         if "AuthenticationError" in f"{error!r} {error.__cause__} {error.__context__}":  # Ray wraps it as text
             said, hint = "it wants a token, and got none or another", TOKEN_HINT
         raise PreflightError(f"the Ray cluster at {address} cannot be joined: {said}", hint=hint) from error
+    if stopping.is_set():
+        raise KeyboardInterrupt
 
 
 def _check_answers(address: str) -> None:

@@ -42,7 +42,7 @@ MARKS = {
 STARTS = {"console": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 #: What a tutorial must have printed in the end, beside having ended well: it was killed, and it came back.
 SAYS = {
-    "laptop.md": ("resumed from", "driver lost", " equal, 0 changed, 0 added, 0 removed"),
+    "laptop.md": ("resumed from", "attempts: 2", " equal, 0 changed, 0 added, 0 removed"),
     "own-loop.md": (r"from step 0\n(.*\n)*from step [1-9]\d*\ndone", " equal, 0 changed, 0 added, 0 removed"),
     "hf-trainer.md": (r"from None\n(.*\n)*from \S+/checkpoint-[1-9]\d*\n(.*\n)*done at step 40",),
     "from-ray-train.md": ("attempts: 2",),

@@ -119,6 +119,7 @@ class MLflow:
 
     def open(self) -> Seen:
         from mlflow import MlflowClient
+        from mlflow.tracking.context.registry import resolve_tags
 
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             raise ConfigError("MLFLOW_TRACKING_URI is not set where rank 0 works; metrics stay in the journal")
@@ -131,10 +132,13 @@ class MLflow:
         tags = {**options.pop("tags", {}), tag: self._place.id}
         if known:
             options["run_id"] = known[0].info.run_id
+        else:  # with its tags from the first moment: a kill leaves none that is not found again
+            made = client.create_run(number, tags=resolve_tags(tags), run_name=options["run_name"])
+            options["run_id"] = made.info.run_id
         self._tracker = _started(MLflowTracker(self._place.project, tags=tags, **options))
-        if not known:
-            self._tracker.store_init_configuration(dict(self._place.settings))
         run = client.get_run(self._tracker.tracker.info.run_id)
+        if not run.data.params:
+            self._tracker.store_init_configuration(dict(self._place.settings))
         history = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
         return Seen(by_name={name: max(item.step for item in items) for name, items in history.items() if items})
 
