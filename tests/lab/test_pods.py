@@ -137,6 +137,7 @@ def rehearsal(
             yield made
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("rehearsal", [LONG], indirect=True)
 def test_a_worker_is_evicted(rehearsal: Rehearsal) -> None:
     run, pods = rehearsal.run, rehearsal.pods()
