@@ -6,6 +6,7 @@ still there afterwards and the run's owner is unchanged; else the look starts ov
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -87,8 +88,10 @@ def look(storage: Storage, run: str) -> Catalogue:
 def attempts_of(storage: Storage, run: str) -> list[AttemptId]:
     """The attempts of a run that has begun, oldest first. Raises as `look`."""
     if not (found := patiently(lambda: list_attempts(storage, run))):
+        names = [entry.name for entry in storage.list("") if entry.num_bytes is None]
+        near = difflib.get_close_matches(run, [name for name in names if not name.startswith(".")], 1)
         raise ConfigError(
-            f"there is no run {run!r} in {storage.url}",
+            f"there is no run {run!r} in {storage.url}" + (f"; did you mean {near[0]!r}?" if near else ""),
             hint="name a run's directory, its run file, or its name with --storage; `outlast list` shows what there is",
         )
     return found

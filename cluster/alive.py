@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,13 @@ def _open_launches(storage: Storage, run: str) -> Iterator[tuple[str, Any]]:
             body = json.loads(read_bytes(storage, f"{run}/launches/{entry.name}/alive.json"))
         except (FileNotFoundError, ValueError):
             continue
-        if not body["ended"] and not (body["host"] == _host() and not is_process(body["pid"], body["started"])):
+        if not body["ended"] and not is_gone(body):
             yield entry.name, body["beat"]
+
+
+def is_gone(alive: Mapping[str, Any]) -> bool:
+    """Whether a driver of this machine, by its sign of life, is no process any more; of other machines nobody knows."""
+    return alive.get("host") == _host() and not is_process(alive["pid"], alive["started"])
 
 
 def _host() -> str:

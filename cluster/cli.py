@@ -6,6 +6,7 @@ heavy is imported where it is used.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import signal
@@ -52,9 +53,18 @@ Ship = Annotated[bool, typer.Option(help="Send this outlast along, so that the c
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="As the verb `version`.")
+    ] = False,
 ) -> None:
     """Global options; `main` reads --debug itself."""
 
@@ -316,6 +326,13 @@ def _run_name(text: str) -> str:
 
         return load_run(text)[0].name
     return text.rstrip("/").rpartition("/")[2]
+
+
+for _group in (app, checkpoints, k8s):
+    for _command in _group.registered_commands:  # the whole first sentence; click would cut it to 45 letters
+        _command.short_help = (
+            inspect.cleandoc(_command.callback.__doc__ or "").split(". ")[0].split("\n")[0].rstrip(".") + "."
+        )
 
 
 def main() -> None:

@@ -11,13 +11,14 @@ import typer
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli_shared import AsJson, Overrides
+from outlast.trainers.registry import TASKS
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 
 
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path("run.yaml"),
-    task: Annotated[str, typer.Option(help="What the model is to learn.")] = "causal-lm",
+    task: Annotated[str, typer.Option(help=f"What the model is to learn: {', '.join(TASKS)}.")] = "causal-lm",
 ) -> None:
     """Write a commented run file to begin with. Never replaces one."""
     from outlast.cluster.templates import template
@@ -38,11 +39,15 @@ def validate(
     run_file: RunFile,
     overrides: Overrides = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also prepare the data, build the model, write to the storage.")
+        bool,
+        typer.Option(
+            "--deep", help="Also prepare the data (it stays, for the run), build the model, write to the storage."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say everything that is wrong with a run file, each with its line. Exit code 2 if anything is."""
+    from outlast.cluster.validate import not_looked_at
     from outlast.cluster.validate import validate as findings_of
 
     found = findings_of(str(run_file), overrides or [], deep=deep)
@@ -53,6 +58,8 @@ def validate(
             print(f"{run_file}: {item}")
         if not found:
             print(f"{run_file}: nothing wrong was found" + ("" if deep else " (--deep looks at all rows too)"))
+            for line in not_looked_at(str(run_file), overrides or []):
+                print(f"{run_file}: {line}", file=sys.stderr)
     raise typer.Exit(2 if found else 0)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli_shared import Address, AsJson, Root, Run, find_run, writing
+from outlast.cluster.cli_shared import RUN_FILES, Address, AsJson, Root, Run, find_run, writing
 from outlast.cluster.numbers import when
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def _print(run: str, seen: Overview, body: dict[str, Any]) -> None:
     from rich.console import Console
 
     from outlast.cluster.panel import panel
+    from outlast.cluster.story import State
 
     console = Console(highlight=False)
     for line in panel(seen, console.width, num_interruptions=0):
@@ -80,6 +81,10 @@ def _print(run: str, seen: Overview, body: dict[str, Any]) -> None:
         print(f"job {job['id']}: {job['status']}")
     for damaged in body["damaged"]:
         print(f"damaged: {damaged}; `outlast checkpoints verify {run}` says more")
+    if seen.state in (State.STOPPED, State.LOST, State.FAILED):
+        start = f"from step {newest['step']}" if newest else "from the beginning"
+        file = run if run.endswith(RUN_FILES) else "RUN.yaml"
+        print(f"→ outlast train {file} (or submit) goes on {start}")
 
 
 def report(

@@ -58,7 +58,7 @@ def _parsed(text: str) -> Any:
 
 
 def _shown(answer: dict[str, Any]) -> str:
-    """A line for people: every value by its name."""
+    """A line for people: every value by its name, line breaks as \\n."""
     return "  ".join(f"{name}: {_value(value)}" for name, value in answer.items())
 
 
@@ -71,4 +71,4 @@ def _value(value: Any) -> str:
         return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
-    return str(value)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(value))

@@ -14,6 +14,7 @@ from outlast.checkpointing.journal import Tail
 from outlast.checkpointing.layout import AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import Storage, read_bytes
+from outlast.cluster.alive import is_gone
 from outlast.cluster.story import Story
 
 #: A launch that is taken over, or an attempt, may still say something after the next one has begun.
@@ -74,6 +75,7 @@ class StoryReader:
             if launch.id in self._closed:
                 continue
             launch.alive = read_alive(self._storage, self._run, launch.id) or launch.alive
+            launch.is_gone = not launch.has_ended and is_gone(launch.alive)
             for event in self._new(launch_dir(self._run, launch.id)):
                 self.story.hear_launch(launch.id, event)
             # One that has the run, or may be about to claim it, goes on, whatever its name says.

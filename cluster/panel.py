@@ -100,7 +100,7 @@ def _bar(seen: Overview, width: int) -> list[Text]:
         return _labelled("step", [Text(word) for word in words], width)
     line, full = _begun("step"), round(done * room)
     line.append("━" * full, "green")
-    line.append("━" * (room - full), "bright_black")
+    line.append("─" * (room - full), "bright_black")  # lighter also where there are no colours
     line.append("  " + ", ".join(words))
     return [_cut(line, width)]
 
@@ -171,7 +171,7 @@ def _goodput(ledger: Ledger, width: int) -> list[Text]:
     if room >= 16:
         line.append("  ")
         for kind, columns in zip((kind for kind, _ in parts), _apportion([s for _, s in parts], room), strict=True):
-            line.append("█" * columns, _COLOURS[kind])
+            line.append(("█" if kind is Kind.TRAIN else "▒") * columns, _COLOURS[kind])
     words = [
         Text(f"{kind.words} {duration(seconds)}", _COLOURS[kind])
         for kind, seconds in sorted(parts, key=lambda part: -part[1])

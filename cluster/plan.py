@@ -36,6 +36,7 @@ class Walk:
         num_steps: Optimizer updates.
         num_samples: Samples of an epoch.
         num_eval_samples: Held-out samples.
+        eval_share: The share of rows that were held out; None where evaluation has data of its own, or none.
         epochs: Passes over the data.
         tokens: Tokens of all steps.
         tokens_per_step: Tokens of a step, in the mean.
@@ -44,6 +45,7 @@ class Walk:
     num_steps: int
     num_samples: int
     num_eval_samples: int
+    eval_share: float | None
     epochs: float
     tokens: int
     tokens_per_step: int
@@ -116,6 +118,7 @@ def forecast(config: RunConfig) -> Forecast:
         num_steps=plan.num_steps,
         num_samples=prepared.num_samples,
         num_eval_samples=prepared.num_eval_samples,
+        eval_share=config.data.eval_share,
         epochs=plan.epoch(plan.num_steps),
         tokens=round(plan.total_samples * per_sample),
         tokens_per_step=round(plan.batch * per_sample),
@@ -166,9 +169,10 @@ def lines(found: Forecast) -> Iterator[str]:
     """The plan for people."""
     walk, size, saving = found.walk, found.size, found.saving
     memory = size.memory
+    of_rows = f" (from {100 * walk.eval_share:g} % of the rows)" if walk.eval_share and walk.num_eval_samples else ""
     yield (
         f"{found.run}: {walk.num_steps:,} steps, {walk.epochs:.2f} epochs of {walk.num_samples:,} samples; "
-        f"{walk.tokens:,} tokens, {walk.tokens_per_step:,} a step; {walk.num_eval_samples:,} samples held out"
+        f"{walk.tokens:,} tokens, {walk.tokens_per_step:,} a step; {walk.num_eval_samples:,} samples held out{of_rows}"
     )
     yield f"model: {size.model}, {size.num_parameters:,} parameters, {size.num_trained:,} of them trained"
     yield (

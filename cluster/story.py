@@ -240,6 +240,7 @@ class Launch:
         failures: Ends of worker groups that were not meant, in order.
         resizes: Changes of the number of workers.
         no_room: Since when the cluster had no room for a group, each time.
+        is_gone: Its driver ran on this machine, and is no process any more.
     """
 
     id: str
@@ -247,6 +248,7 @@ class Launch:
     failures: list[dict[str, Any]] = field(default_factory=list)
     resizes: list[dict[str, Any]] = field(default_factory=list)
     no_room: list[float] = field(default_factory=list)
+    is_gone: bool = False
 
     @property
     def began_at(self) -> float | None:
@@ -263,8 +265,9 @@ class Launch:
         return bool(self.alive.get("ended"))
 
     def is_live(self, now: float) -> bool:
-        """Whether its driver is at work: a beat counts for half a minute."""
-        return bool(self.alive) and not self.has_ended and now - self.alive["t"] < LOST_AFTER_S
+        """Whether its driver is at work: a beat counts for half a minute, but not that of a process that is gone."""
+        beats = bool(self.alive) and not self.has_ended and now - self.alive["t"] < LOST_AFTER_S
+        return beats and not self.is_gone
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """Takes one of its events."""

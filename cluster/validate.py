@@ -18,6 +18,7 @@ from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.storage import LocalStorage, open_storage
 from outlast.cluster.config import RunConfig, load_run, read_run_file
 from outlast.cluster.run_file import Located, SettingsError, located_in
+from outlast.trainers.config import is_hub_id
 from outlast.trainers.findings import Finding
 
 Check = Callable[[RunConfig], None]
@@ -46,6 +47,17 @@ def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) ->
     if deep and not found:
         found = list(_findings(config.at_home(Path(path).parent), {"data": _prepared, "checkpoint.storage": _writable}))
     return located_in(found, read_run_file(path)[1], overrides)
+
+
+def not_looked_at(path: str, overrides: Sequence[str] = ()) -> list[str]:
+    """What a check of a run file without faults leaves open, in words."""
+    config = load_run(path, overrides)[0].at_home(Path(path).parent)
+    given = config.model.path or ""
+    if is_hub_id(given):
+        return [
+            f"model.path {given} is taken for a name on the hub, which nobody was asked for (a directory: ./{given})"
+        ]
+    return []
 
 
 def _findings(config: RunConfig, checks: dict[str, Check]) -> Iterator[Finding]:
@@ -99,9 +111,9 @@ def _eval_columns(config: RunConfig) -> None:
         return
     there = first_row(source)
     chosen = choose_columns(find_task(config.model.task).columns, config.data)
-    for name in chosen.names if there else ():
-        if name not in there:
-            raise no_column(str(source), name, there, "give it the columns of data.train")
+    missing = [name for name in chosen.names if name not in there] if there else []
+    if missing:
+        raise no_column(str(source), missing, there, "give it the columns of data.train")
 
 
 def _batch(config: RunConfig) -> None:

@@ -50,9 +50,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, text: torch.T
     loss = functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
     optimizer.zero_grad()
     loss.backward()
-    if (
-        size > 1
-    ):  # by hand, for DDP adds in another order after a restart, which shows in the last bits at 3 ranks and up
+    if size > 1:  # by hand: DDP adds in another order after a restart, which shows in the last bits from 3 ranks on
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
             parameter.grad /= size

@@ -150,7 +150,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @needs_mounts
 @pytest.mark.ray
-@pytest.mark.faults  # two minutes together; `.ci/run` runs them
+@pytest.mark.faults  # two minutes together
 def test_two_nodes_that_differ(pair: Pair) -> None:
     """Library and clock of the other node are named; what works is measured, through the wrong clock."""
     storage = ("--storage", pair.storage("shared"))
@@ -170,7 +170,7 @@ def test_two_nodes_that_differ(pair: Pair) -> None:
 
 @needs_mounts
 @pytest.mark.ray
-@pytest.mark.faults  # two minutes together; `.ci/run` runs them
+@pytest.mark.faults  # two minutes together
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -189,7 +189,8 @@ def test_a_storage_that_will_not_do(pair: Pair, name: str, said: str) -> None:
 
 @needs_mounts
 @pytest.mark.ray
-@pytest.mark.faults  # two minutes together; `.ci/run` runs them
+@pytest.mark.faults  # two minutes together
+@pytest.mark.slice
 def test_train_refuses_a_storage_that_is_not_shared(pair: Pair, tmp_path: Path, text_file: str) -> None:
     body = tiny_config("run", pair.storage("apart"), text_file).model_dump(mode="json", exclude_defaults=True)
     run_file = tmp_path / "run.yaml"
@@ -204,7 +205,7 @@ def test_train_refuses_a_storage_that_is_not_shared(pair: Pair, tmp_path: Path, 
 
 
 @pytest.mark.ray
-@pytest.mark.faults  # a minute; `.ci/run` runs it
+@pytest.mark.faults  # a minute
 @pytest.mark.timeout(500)
 def test_a_cluster_that_asks_for_a_token(tmp_path: Path, text_file: str) -> None:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "the-token-of-this-test-and-of-nothing-else"}

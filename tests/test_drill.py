@@ -57,7 +57,8 @@ def test_a_record_is_written_once_wherever_it_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.faults  # about two minutes; `.ci/run` runs it
+@pytest.mark.faults  # about two minutes
+@pytest.mark.slice
 def test_a_drill_of_ones_own_run(tmp_path: Path, text_file: str) -> None:
     body = tiny_config("mine", "runs", text_file).model_dump(mode="json", exclude_defaults=True)
     body["scale"] = {"workers": 2}

@@ -39,7 +39,7 @@ def options(folder: Path) -> list[str]:
     return ["--steps", "60", "--save-every", "5", "--storage", str(folder)]
 
 
-@pytest.mark.faults  # a minute; `.ci/run` runs it
+@pytest.mark.faults  # a minute
 @pytest.mark.ray
 def test_classify(tmp_path: Path) -> None:
     """Learns something, keeps a checkpoint an epoch, publishes the best, predicts; a second time it only predicts."""

@@ -57,7 +57,8 @@ def test_a_launch_obeys_what_others_have_left(tmp_path: Path, text_file: str) ->
 
 
 @pytest.mark.ray
-@pytest.mark.faults  # a minute; `.ci/run` runs it
+@pytest.mark.faults  # a minute
+@pytest.mark.slice
 def test_a_bug_ends_the_run_with_one_message_and_every_later_launch_at_once(tmp_path: Path, text_file: str) -> None:
     (tmp_path / "buggy.py").write_text(BUGGY)
     sections = {"model": {"class": "buggy:Buggy", "config": {}}, "checkpoint": {"every": 100}}

@@ -147,7 +147,8 @@ def cluster(bucket: str) -> Iterator[Cluster]:
     made.shut_down()
 
 
-@pytest.mark.faults  # two minutes; `.ci/run` runs it
+@pytest.mark.faults  # two minutes
+@pytest.mark.slice
 def test_submit_attach_stop_resume(
     cluster: Cluster,
     bucket: str,

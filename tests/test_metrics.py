@@ -45,6 +45,7 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
 
 @pytest.mark.ray
 @pytest.mark.faults
+@pytest.mark.slice
 def test_a_real_ray_exports_them(tmp_path: Path, text_file: str) -> None:
     """A run that is killed once, read from the metrics endpoint while it goes on."""
     with socket.socket() as probe:

@@ -93,7 +93,7 @@ def test_reading_listing_and_deleting_survive(
     assert proxy.met
 
 
-@pytest.mark.faults  # ten seconds; `.ci/run` runs it
+@pytest.mark.faults  # ten seconds
 def test_what_never_gets_better_is_an_error(rough: tuple[Proxy, ObjectStorage]) -> None:
     proxy, storage = rough
     proxy.add("PUT", "never", Mischief.THROTTLE, 1000)
@@ -102,7 +102,8 @@ def test_what_never_gets_better_is_an_error(rough: tuple[Proxy, ObjectStorage]) 
     assert not caught.value.permanent
 
 
-@pytest.mark.faults  # twenty seconds; `.ci/run` runs it
+@pytest.mark.faults  # twenty seconds
+@pytest.mark.slice
 def test_a_run_goes_on_through_all_of_it(rough: tuple[Proxy, ObjectStorage]) -> None:
     proxy, storage = rough
     model, optimizer = small_model()

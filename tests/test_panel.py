@@ -55,12 +55,12 @@ def test_the_whole_panel_at_eighty_columns() -> None:
     died, hung = clock(100, NOW), clock(180, NOW)
     assert shown(busy(), 80).splitlines() == [
         "support-bot  running, attempt 3, 2 workers, 5 min in all",
-        "step     ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  220/1,000 22 %, 10 min 24 s left",
+        "step     ━━━━━━━━─────────────────────────────  220/1,000 22 %, 10 min 24 s left",
         "loss     0.045  █▃▂▂▂▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁  eval loss 2.000  lr 0.001",
         "speed    100 tokens/s, 0.8 s a step",
         "saved    step 200, 13 s ago, 1.0 kB, not read back yet, takes 0.5 s,",
         "         stall 0.1 s",
-        "goodput  59 %  ████████████████████████████████████████",
+        "goodput  59 %  ████████████████████████▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒",
         "         train 2 min 57 s, restart 49 s, redo 48 s, detect 14 s, restore 10 s,",
         "         evaluate 2 s",
         "lost     60 steps, in 2 interruptions",

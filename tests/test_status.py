@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -68,6 +69,22 @@ def test_a_launch_that_no_worker_has_joined(tmp_path: Path, silent_s: float, cod
     [found] = list_runs(storage)
     assert (found["run"], found["state"], found["step"]) == ("run", state, 0)
     assert found["newest_checkpoint"] is None
+
+
+def test_a_driver_that_was_killed_here_is_lost_at_once_and_the_next_command_is_told(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from outlast.checkpointing.storage import LocalStorage
+from outlast.cluster.alive import Alive
+
+Alive(LocalStorage(sys.argv[1]), "run/launches/20260101-000000-aa/alive.json")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert read_status(LocalStorage(tmp_path), "run")["state"] == "lost"
+    text = outlast("status", str(tmp_path / "run")).stdout
+    assert "→ outlast train RUN.yaml (or submit) goes on from the beginning" in text
 
 
 def lived(now: float, code: int | None = None) -> list[tuple[object, dict[str, object], object]]:

@@ -25,12 +25,13 @@ pytestmark = pytest.mark.ray
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 NUM_STEPS = 400
 LONG = 1000  # so that a second driver has time to start while the first is at work
+RARELY = {"checkpoint": {"every": 200}}  # how often a run is saved changes nothing in what it ends with
 
 
 @pytest.fixture(scope="module")
 def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> dict[str, str]:
     """The digests of the same run on plain gloo processes, undisturbed."""
-    assert run_group(assign("reference", steps=NUM_STEPS), storage, 2)[0].outcome is Outcome.DONE
+    assert run_group(assign("reference", steps=NUM_STEPS, sections=RARELY), storage, 2)[0].outcome is Outcome.DONE
     return digests(storage, "reference")
 
 
@@ -80,7 +81,8 @@ def wait_for_commit(storage: LocalStorage, after: int, process: subprocess.Popen
     raise AssertionError("no commit within 90 s")
 
 
-@pytest.mark.faults  # two minutes; `.ci/run` runs it
+@pytest.mark.faults  # two minutes
+@pytest.mark.slice
 def test_signals_commit_first_and_the_same_command_goes_on(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, reference: dict[str, str]
 ) -> None:
@@ -107,7 +109,7 @@ def test_signals_commit_first_and_the_same_command_goes_on(
     assert sorted(path for path in (tmp_path / "run/attempts").rglob("*")) == before
 
 
-@pytest.mark.faults  # a minute; `.ci/run` runs it
+@pytest.mark.faults  # a minute
 def test_a_killed_driver_is_followed_by_the_next(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, reference: dict[str, str]
 ) -> None:
@@ -122,7 +124,8 @@ def test_a_killed_driver_is_followed_by_the_next(
     assert digests(storage, "run") == reference
 
 
-@pytest.mark.faults  # two and a half minutes; `.ci/run` runs it
+@pytest.mark.faults  # two and a half minutes
+@pytest.mark.slice
 def test_two_drivers_one_goes_on(
     start: Callable[..., subprocess.Popen[str]],
     tmp_path: Path,
@@ -130,7 +133,7 @@ def test_two_drivers_one_goes_on(
     storage: LocalStorage,
 ) -> None:
     """The second leaves a run alone that is at work; told to take over, it does, and the first ends with 75."""
-    assert run_group(assign("long", steps=LONG), storage, 2)[0].outcome is Outcome.DONE
+    assert run_group(assign("long", steps=LONG, sections=RARELY), storage, 2)[0].outcome is Outcome.DONE
     place, longer = LocalStorage(tmp_path), ("-s", f"train.steps={LONG}")
     first = start(*longer)
     wait_for_commit(place, 0, first)
@@ -147,7 +150,7 @@ def test_two_drivers_one_goes_on(
     assert len(launches) == len(set(launches)) == 2, "the launches took over from each other in turn"
 
 
-@pytest.mark.faults  # forty seconds; `.ci/run` runs it
+@pytest.mark.faults  # forty seconds
 def test_a_setting_that_changes_the_mathematics_is_refused_at_once(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -165,7 +168,8 @@ def test_a_setting_that_changes_the_mathematics_is_refused_at_once(
     assert len(list((tmp_path / "run/attempts").iterdir())) == 1
 
 
-@pytest.mark.faults  # half a minute; `.ci/run` runs it
+@pytest.mark.faults  # half a minute
+@pytest.mark.slice
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_ray_starts_ends_it_at_once(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, signum: signal.Signals
@@ -182,7 +186,7 @@ def test_a_signal_while_ray_starts_ends_it_at_once(
     assert read_status(LocalStorage(tmp_path), "run")["state"] == "stopped"
 
 
-@pytest.mark.faults  # forty seconds; `.ci/run` runs it
+@pytest.mark.faults  # forty seconds
 def test_a_bug_in_the_users_code_is_shown_once_and_tried_twice(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -103,7 +103,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> Chosen:
     """Finds a task's columns in the training data; one that was not named, and is not there, is guessed if it can be.
 
     Raises:
-        ConfigError: A column is not there, and there is no single one that could be meant.
+        ConfigError: Columns are not there, and there is no single one that could be meant; all are named.
     """
     there = first_row(settings.train)
     needed = tuple(column for column in columns if not column.is_optional)
@@ -111,18 +111,23 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> Chosen:
     if only_lines or not there:  # where nothing is there, reading tells what is wrong
         return Chosen(needed, tuple(name_of(settings, column.role) for column in needed), ())
     found = {column: name for column in columns if (name := name_of(settings, column.role)) in there}
-    notes = []
+    notes, missing = [], dict[Column, str]()
     for column in columns:
         is_named = column.role in settings.model_fields_set | settings.columns.keys()
         if column in found or (column.is_optional and not is_named):
             continue
-        free = [name for name, value in there.items() if name not in found.values() and column.kind.fits(value)]
+        taken = {*found.values(), *missing.values()}
+        free = [name for name, value in there.items() if name not in taken and column.kind.fits(value)]
         if is_named or len(free) != 1:
-            likely = next(iter([*free, *there]), "NAME")
-            hint = f"set data.{column.role}, for example -s data.{column.role}={likely}"
-            raise no_column(str(settings.train), name_of(settings, column.role), there, hint)
+            missing[column] = next(iter([*free, *there]), "NAME")
+            continue
         found[column] = free[0]
         notes.append(f"no column {name_of(settings, column.role)!r}; taking {free[0]!r} as data.{column.role}")
+    if missing:
+        names = [name_of(settings, column.role) for column in missing]
+        keys = " and ".join(f"data.{column.role}" for column in missing)
+        example = " ".join(f"-s data.{column.role}={likely}" for column, likely in missing.items())
+        raise no_column(str(settings.train), names, there, f"set {keys}, for example {example}")
     mine = tuple(column for column in columns if column in found)
     return Chosen(mine, tuple(found[column] for column in mine), tuple(notes))
 

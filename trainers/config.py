@@ -10,7 +10,7 @@ import re
 from contextlib import suppress
 from enum import Enum
 from math import gcd
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -43,6 +43,11 @@ class NonFinite(Enum):
     STOP = "stop"  #: the run ends there, with a checkpoint of the step before
     SKIP = "skip"  #: the step changes nothing, and the data moves on
     ROLL_BACK = "roll-back"  #: everything is read again from the newest checkpoint, and then the step is left out
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a `model.path` (made absolute, if it is a directory) is a name on the Hugging Face hub."""
+    return bool(model) and not model.startswith(("/", ".", "~")) and not Path(model).is_dir()
 
 
 def check_parallel(parallel: Parallel, exactness: Exactness) -> None:

@@ -6,7 +6,6 @@ So a wrong name, a setting that does not fit or an adapter that finds nothing to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.adapters import adapter_files, attach_lora
 from outlast.trainers.compute import check_recomputes
-from outlast.trainers.config import TrainingConfig
+from outlast.trainers.config import TrainingConfig, is_hub_id
 from outlast.trainers.data import Prepared
 from outlast.trainers.models import Tokenizer, build_model, check_head, check_names, load_tokenizer
 from outlast.trainers.registry import find_task
@@ -45,8 +44,8 @@ def check_architecture(config: TrainingConfig) -> None:
     """
     settings, own = config.model, check_names(config.model)
     given = settings.path or ""
-    if given and not given.startswith(("/", ".", "~")) and not Path(given).is_dir():
-        return  # a hub id
+    if is_hub_id(given):
+        return
     if given:
         load_tokenizer(settings.tokenizer.path if settings.tokenizer and settings.tokenizer.path else given)
     if own is None:

@@ -258,7 +258,7 @@ def _chosen(
         if not missing:
             break
     if missing and there:
-        raise no_column(source.name, next(name for name in columns if name in missing), there, _IN_EVERY_FILE)
+        raise no_column(source.name, [name for name in columns if name in missing], there, _IN_EVERY_FILE)
     for item, line in items():
         if not isinstance(item, dict):
             yield item if isinstance(item, _Fault) else "is not a JSON object", line
@@ -288,7 +288,7 @@ def _read_csv(source: Source, columns: Sequence[str]) -> Iterator[_Found]:
     header: list[str] = next((row for row in rows if row), [])
     for column in columns:
         if column not in header:
-            raise no_column(source.name, column, header, _IN_EVERY_FILE)
+            raise no_column(source.name, [column], header, _IN_EVERY_FILE)
     places = [header.index(column) for column in columns]
     while True:
         try:
@@ -342,12 +342,13 @@ def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_Found]:
 def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None:
     for column in columns:
         if column not in schema.names:
-            raise no_column(name, column, schema.names, _IN_EVERY_FILE)
+            raise no_column(name, [column], schema.names, _IN_EVERY_FILE)
 
 
-def no_column(where: str, column: str, there: Iterable[str], hint: str) -> ConfigError:
-    """The error for a missing column, with those that are there."""
-    return ConfigError(f"{where} has no column {column!r}; it has {', '.join(there)}", hint=hint)
+def no_column(where: str, missing: Sequence[str], there: Iterable[str], hint: str) -> ConfigError:
+    """The error for missing columns, with those that are there."""
+    names = ", ".join(map(repr, missing))
+    return ConfigError(f"{where} has no column {names}; it has {', '.join(there)}", hint=hint)
 
 
 def _object_names(items: Iterable[Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Machines that vanish, one after the other, in a Ray cluster of several hosts. Each case about a minute.
 
-Every case ends with the digests of a run that nothing happened to, and the journal names the cause.
+Every case ends with the digests of a run that nothing happened to, and the journal names the cause. The first one is
+in `make test`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from tests.lab.runs import OUTLAST, Run
 
 reason = why_not()
 pytestmark = [
-    pytest.mark.lab,
     pytest.mark.skipif(reason is not None, reason=f"the lab {reason}"),
     pytest.mark.timeout(400),
 ]
@@ -75,15 +75,6 @@ def finish(run: Run, follower: subprocess.Popen[str], expected: tuple[Any, Any],
     return err
 
 
-def test_a_worker_is_killed(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
-    run, expected = make("worker"), reference()
-    follower = run.submit(cluster)
-    run.wait_for_commit(follower)
-    cluster.signal_inside(run.host_of(1), run.workers()[1]["pid"], signal.SIGKILL)
-    finish(run, follower, expected)
-    run.assert_cause(Cause.WORKER_DIED)
-
-
 def test_a_node_vanishes(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
     run, expected = make("node"), reference()
     follower = run.submit(cluster)
@@ -97,6 +88,17 @@ def test_a_node_vanishes(cluster: Lab, make: Callable[..., Run], reference: Call
     cluster.wait_for_nodes(4)
 
 
+@pytest.mark.lab
+def test_a_worker_is_killed(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
+    run, expected = make("worker"), reference()
+    follower = run.submit(cluster)
+    run.wait_for_commit(follower)
+    cluster.signal_inside(run.host_of(1), run.workers()[1]["pid"], signal.SIGKILL)
+    finish(run, follower, expected)
+    run.assert_cause(Cause.WORKER_DIED)
+
+
+@pytest.mark.lab
 @pytest.mark.faults
 def test_a_node_is_drained(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
     """A save when the notice comes, another near the deadline, and no failure counted."""
@@ -114,6 +116,7 @@ def test_a_node_is_drained(cluster: Lab, make: Callable[..., Run], reference: Ca
     cluster.wait_for_nodes(4)
 
 
+@pytest.mark.lab
 @pytest.mark.faults
 def test_a_zombie_comes_back(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
     """A worker is cut off and goes on, alone. Its commits never count, and it ends by itself."""
@@ -141,6 +144,7 @@ def test_a_zombie_comes_back(cluster: Lab, make: Callable[..., Run], reference: 
     cluster.wait_for_nodes(4)
 
 
+@pytest.mark.lab
 def test_the_driver_is_killed(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
     run, expected = make("driver"), reference()
     follower = run.submit(cluster)
@@ -153,6 +157,7 @@ def test_the_driver_is_killed(cluster: Lab, make: Callable[..., Run], reference:
     assert json.loads(status(run))["state"] == "done"
 
 
+@pytest.mark.lab
 @pytest.mark.faults
 def test_the_head_vanishes(cluster: Lab, make: Callable[..., Run], reference: Callable[..., Any]) -> None:
     """Everything goes with the head; a new cluster at the same address carries on from storage."""
