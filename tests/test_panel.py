@@ -60,7 +60,7 @@ def test_the_whole_panel_at_eighty_columns() -> None:
         "speed    100 tokens/s, 0.8 s a step",
         "saved    step 200, 13 s ago, 1.0 kB, not read back yet, takes 0.5 s,",
         "         stall 0.1 s",
-        "goodput  59 %  ████████████████████████▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒",
+        "goodput  59 %  ██████████████████████▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒",
         "         train 2 min 57 s, restart 49 s, redo 48 s, detect 14 s, restore 10 s,",
         "         evaluate 2 s",
         "lost     60 steps, in 2 interruptions",
