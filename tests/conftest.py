@@ -74,22 +74,25 @@ def docs_block() -> Callable[[str], str]:
     return block
 
 
-_covered: dict[str, Counter[tuple[str, str]]] = {}
-
-
 @pytest.fixture
-def cover() -> Callable[..., None]:
+def cover(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """`cover(what, kind, place)`: one case of a fault matrix has passed; the table is printed at the end."""
 
     def note(what: str, kind: str, place: str, count: int = 1) -> None:
-        _covered.setdefault(what, Counter())[kind, place] += count
+        record_property("covered", (what, kind, place, count))
 
     return note
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints kinds × places of the fault matrices that ran, with counts."""
-    for what, counts in sorted(_covered.items()):
+    covered: dict[str, Counter[tuple[str, str]]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "covered":
+                what, kind, place, count = value
+                covered.setdefault(what, Counter())[kind, place] += count
+    for what, counts in sorted(covered.items()):
         kinds = list(dict.fromkeys(kind for kind, _ in sorted(counts)))
         places = list(dict.fromkeys(place for _, place in sorted(counts)))
         terminalreporter.section(f"{what}: {counts.total():,} cases")

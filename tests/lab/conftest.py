@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-_recovered: list[tuple[str, str, float]] = []
-
 
 @pytest.fixture
-def recovered() -> Callable[[str, str, float], None]:
+def recovered(record_property: Callable[[str, object], None]) -> Callable[[str, str, float], None]:
     """`recovered(case, cause, seconds)`: from the fault to the first new step."""
-    return lambda case, cause, seconds: _recovered.append((case, cause, seconds))
+    return lambda case, cause, seconds: record_property("recovered", (case, cause, seconds))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if _recovered:
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    found = [value for report in reports for name, value in report.user_properties if name == "recovered"]
+    if found:
         terminalreporter.section("seconds of recovery")
         terminalreporter.write_line("| what happened | cause in the journal | first step after |")
         terminalreporter.write_line("|---|---|---|")
-        for case, cause, seconds in _recovered:
+        for case, cause, seconds in found:
             terminalreporter.write_line(f"| {case} | {cause} | {seconds:.1f} s |")
