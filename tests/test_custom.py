@@ -60,7 +60,7 @@ def checkpoints(storage: LocalStorage, run: str, step: int) -> Path:
     return next(storage.path(f"{run}/attempts").glob(f"*/checkpoint-{step}"))
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.faults), 2])
 def test_a_memory_is_part_of_what_comes_back(
     size: int, bring: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:

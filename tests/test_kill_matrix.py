@@ -77,15 +77,21 @@ class Case:
         return {3, 6} if self.point is Point.BEFORE_MANIFEST and self.rank else {3}
 
     @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+    @property
     def is_fast(self) -> bool:
         if self.action in (Action.HANG, Action.STOP):
             return str(self) in ("2-before-manifest-stop-rank0", "2-evaluating-hang-rank1")
         if self.point in IN_TRAINING:
             return str(self) == "2-step-sigkill-rank1"
-        if self.size == 2 and (self.rank == 0 or self.point is not Point.AFTER_MANIFEST):
-            return self.action is Action.SIGKILL or self.rank == 0
-        is_last = self.rank == self.size - 1
-        return is_last and self.action is Action.SIGKILL and self.point in (Point.WHILE_WRITING, Point.BEFORE_MANIFEST)
+        in_the_middle = self.point in (Point.WHILE_WRITING, Point.BEFORE_MANIFEST)
+        if self.action is Action.EXCEPTION:
+            return self.size == 2 and self.rank == 0 and in_the_middle
+        if self.size == 2:
+            return self.rank == 0 or in_the_middle
+        return str(self).startswith(("1-before-manifest", "3-while-writing", "4-before-manifest")) and self.is_last
 
 
 def all_cases() -> list[Any]:
@@ -241,21 +247,24 @@ def test_another_world_size_goes_on(assign: Assign, storage: LocalStorage, refer
     assert [(event["what"], event["before"], event["now"]) for event in changed] == [("world_size", 2, 3)]
 
 
+SLOWLY = pytest.mark.faults
+DEEPER = {"model_type": "gpt2", "n_layer": 3}
+
+
 @pytest.mark.parametrize(
     ("key", "sections", "train"),
     [
-        ("train.lr", {}, {"lr": 2e-3}),
-        ("train.batch", {}, {"batch": 16}),
-        ("train.micro_batch", {}, {"micro_batch": 2}),
-        ("train.steps", {}, {"steps": 20}),
-        ("train.precision", {}, {"precision": "bf16"}),
-        ("seed", {"seed": 12}, {}),
-        ("model.config.n_layer", {"model": {"config": {"model_type": "gpt2", "n_layer": 3}}}, {}),
-        ("exactness", {"exactness": "fast"}, {}),
-        ("the data", {"data": {"max_length": 32}}, {}),
-        ("the data", {"data": {"train": "OTHER"}}, {}),
+        pytest.param("train.lr", {}, {"lr": 2e-3}, id="lr"),
+        pytest.param("train.batch", {}, {"batch": 16}, id="batch", marks=SLOWLY),
+        pytest.param("train.micro_batch", {}, {"micro_batch": 2}, id="micro_batch", marks=SLOWLY),
+        pytest.param("train.steps", {}, {"steps": 20}, id="steps", marks=SLOWLY),
+        pytest.param("train.precision", {}, {"precision": "bf16"}, id="precision", marks=SLOWLY),
+        pytest.param("seed", {"seed": 12}, {}, id="seed", marks=SLOWLY),
+        pytest.param("model.config.n_layer", {"model": {"config": DEEPER}}, {}, id="model"),
+        pytest.param("exactness", {"exactness": "fast"}, {}, id="exactness"),
+        pytest.param("the data", {"data": {"max_length": 32}}, {}, id="max_length"),
+        pytest.param("the data", {"data": {"train": "OTHER"}}, {}, id="other-file", marks=SLOWLY),
     ],
-    ids=["lr", "batch", "micro_batch", "steps", "precision", "seed", "model", "exactness", "max_length", "other-file"],
 )
 def test_changed_mathematics_are_refused(
     key: str,

@@ -140,7 +140,8 @@ def write_task(folder: Path) -> str:
 
 
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.parametrize("is_share", [True, pytest.param(False, marks=pytest.mark.faults)], ids=["share", "file"])
+@pytest.mark.faults  # a minute each
+@pytest.mark.parametrize("is_share", [pytest.param(True, marks=pytest.mark.slice), False], ids=["share", "file"])
 def test_the_bytes_of_one_process_though_a_worker_is_killed(
     is_share: bool, config_of: Callable[..., RunConfig], source: Path, tmp_path: Path
 ) -> None:
