@@ -40,6 +40,7 @@ from outlast.trainers.registry import is_dotted
 
 STOP_WAIT_S = 600
 _PERIOD_S = 0.5
+_DRIVER_CPUS = 0.01
 _PACKAGES = ("checkpointing", "trainers", "cluster")
 
 
@@ -208,6 +209,8 @@ def submit(
                 submission_id=f"{config.name}-{number}",
                 metadata={"outlast_run": config.name},
                 runtime_env=runtime_env,
+                # What asks for nothing is put on the head.
+                entrypoint_num_cpus=_DRIVER_CPUS if config.failure.survive_head else None,
             )
         except RuntimeError as error:
             raise PreflightError(f"the job server refused {config.name}-{number}: {error}") from error

@@ -200,9 +200,9 @@ class Lab:
                 start_new_session=True,
             )
 
-    def wait_for_nodes(self, count: int, token: str = "") -> None:
+    def wait_for_nodes(self, count: int, token: str = "", timeout_s: float = 120) -> None:
         """Waits until the head answers and knows `count` living nodes, itself among them."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 if self._num_nodes(token) >= count:
@@ -258,9 +258,13 @@ class Lab:
 
     def pause(self, host: int, *, on: bool) -> None:
         """Stops every process of a host, or lets them all go on: a machine that hangs for a while."""
-        for pid in run("ip", "netns", "pids", self.name(host)).split():
+        for pid in self.pids(host):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGSTOP if on else signal.SIGCONT)
+                os.kill(pid, signal.SIGSTOP if on else signal.SIGCONT)
+
+    def pids(self, host: int) -> list[int]:
+        """Pids, as on this machine, of all processes of a host."""
+        return [int(pid) for pid in run("ip", "netns", "pids", self.name(host)).split()]
 
     def processes(self, host: int, pattern: str) -> list[int]:
         """Pids, as on the host, of the processes whose command line contains `pattern`."""
