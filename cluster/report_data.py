@@ -70,7 +70,7 @@ def page_data(
         names: Where each checkpoint lies.
     """
     ledger, attempts = seen.ledger, story.in_order
-    begin = ledger.spans[0].begin if ledger.spans else seen.now
+    begin = ledger.spans[0].begin if ledger.spans else attempts[0].claimed_at if attempts else seen.now
     return {
         **_glance(seen),
         "begin": begin,

@@ -20,11 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import outlast.cluster
+from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.faults import Action, Point
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import launch_dir
-from outlast.checkpointing.lineage import list_attempts
+from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.alive import Alive
 from outlast.cluster.overview import overview
@@ -35,6 +36,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop import Outcome
 from tests.browser import CHROMIUM, Browser, Page, chromium
 from tests.group import StopAt, fault, run_group
+from tests.small import small_model
 from tests.stories import attempt, done, evaluated, failure, launch, plan, resume, saved, start, steps, story
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
@@ -128,6 +130,16 @@ def test_what_it_says_of_a_run_that_changed_its_size(elastic: LocalStorage) -> N
 def test_what_it_says_of_a_run_that_has_just_begun(empty: LocalStorage) -> None:
     data = data_of(Report.of(empty, "empty").to_html())
     assert (data["state"], data["attempts"], data["checkpoints"]["rows"]) == ("starting", [], [])
+
+
+def test_a_loop_of_ones_own_began_with_its_first_claim(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    mine = Checkpointer(storage, "own")
+    model, optimizer = small_model()
+    mine.save(1, model, optimizer, {"step": 1})
+    mine.flush()
+    claimed = read_claim(storage, "own", mine.attempt)["claimed_at"]
+    assert data_of(Report.of(storage, "own").to_html())["begin"] == pytest.approx(claimed)
 
 
 def test_verified_means_that_every_byte_was_read(killed: LocalStorage, tmp_path: Path) -> None:
