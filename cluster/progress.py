@@ -123,6 +123,8 @@ class Reporter:
                 self.say("asked to stop; committing a checkpoint first (ask again to leave at once)")
             case "resume":
                 self._resumed(event)
+            case "start":
+                self.say("the workers are there; beginning with step 1")
             case "step" if self._foot is None and time.monotonic() - self._said_at >= PLAIN_PERIOD_S:
                 self._said_at = time.monotonic()
                 self.say(plain(self._seen()))

@@ -413,6 +413,7 @@ def test_a_reporter_tells_in_plain_lines_where_there_is_no_terminal(monkeypatch:
     assert re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines() == [
         "run: preparing data",
         "run: starting workers",
+        "run: the workers are there; beginning with step 1",
         "run: step 1/9  loss 10.000  lr 0.001",
         "run: the cluster has no room for the workers yet; waiting",
         "run: worker died, rank 1: it was killed; starting again (failure 1 of 3)",
