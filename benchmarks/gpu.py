@@ -279,7 +279,7 @@ def _mfu(tokens_per_s: float, quick: bool) -> float | None:
         model = LlamaForCausalLM(sizes)
     count = sum(item.numel() for item in model.parameters()) - model.get_input_embeddings().weight.numel()
     attention = 12 * sizes.num_hidden_layers * sizes.hidden_size * LENGTH
-    return tokens_per_s * (6 * count + attention) / peak
+    return float(tokens_per_s * (6 * count + attention) / peak)
 
 
 def measure(*, quick: bool = False, parts: Sequence[str] = ("saving", "training")) -> dict[str, Any]:

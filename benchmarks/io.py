@@ -184,7 +184,8 @@ class _Unsynced(LocalStorage):
 
 def build_history(folder: Path, run: str) -> None:
     """A run that was restarted again and again: each attempt stands on the last three commits of the one before."""
-    storage, standing, step = _Unsynced(folder), [], 0
+    storage, step = _Unsynced(folder), 0
+    standing: list[CheckpointRef] = []
     names = ("config.json", "model.safetensors", layout.LOOP_STATE, layout.optimizer_shard(0, 1))
     files = tuple(FileEntry(name, 64 * MIB, "0" * 32, ("0" * 16,) * 4) for name in sorted(names))
     for number in range(1, NUM_ATTEMPTS + 1):

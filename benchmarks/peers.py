@@ -239,7 +239,7 @@ class DcpAsync(Dcp):
             async_stager=self._stager,
         )
         self._staged = getattr(answer, "staging_completion", None)
-        self._written = getattr(answer, "upload_completion", answer)
+        self._written: Any = getattr(answer, "upload_completion", answer)
 
     def finish(self) -> Path:
         self._written.result()
@@ -325,7 +325,8 @@ def dcp_group(folder: Path) -> Iterator[None]:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     dist.init_process_group("gloo", init_method=f"file://{folder.absolute()}/group", rank=0, world_size=1)
     kind = AsyncCheckpointerType.PROCESS
-    dcp.async_save({"one": torch.ones(1)}, checkpoint_id=folder / "warm", async_checkpointer_type=kind).result()
+    warm: Any = dcp.async_save({"one": torch.ones(1)}, checkpoint_id=folder / "warm", async_checkpointer_type=kind)
+    warm.result()
     try:
         yield
     finally:

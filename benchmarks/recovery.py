@@ -106,7 +106,7 @@ class Bare:
             self._hosts.signal_inside(host, pid, signal.SIGKILL)
 
     def is_over(self) -> bool:
-        return JobStatus(self._client.get_job_status(self._id)).is_terminal()
+        return bool(JobStatus(self._client.get_job_status(self._id)).is_terminal())
 
 
 class Relaunched:
@@ -180,7 +180,7 @@ def wait(condition: Callable[[], Any]) -> None:
         time.sleep(0.1)
 
 
-def one(hosts: Lab, folder: Path, name: str, kind: type) -> dict[str, float]:
+def one(hosts: Lab, folder: Path, name: str, kind: type[Any]) -> dict[str, float]:
     """One job under one fault."""
     fault, steps, _ = FAULTS[name]
     run = kind(hosts, folder, steps)
@@ -213,7 +213,8 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
     """Runs the benchmark; medians over the rounds."""
     if reason := why_not():
         return {"rows": [{"fault": f"not measured: this machine {reason}"}]}
-    rounds, rows = 1 if quick else 3, []
+    rounds = 1 if quick else 3
+    rows: list[dict[str, Any]] = []
     with lab(3) as hosts, folder_for_all() as folder:
         for name, (_, _, kinds) in FAULTS.items():
             found: dict[type, list[dict[str, float]]] = {kind: [] for kind in kinds}

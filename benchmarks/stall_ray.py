@@ -27,7 +27,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode, RunConfig, ScalingConfig
 from ray.train.v2.api.report_config import CheckpointConsistencyMode
 
-from benchmarks.peers import Memcpy, RawWrite, TorchSave, take, whole
+from benchmarks.peers import Memcpy, Peer, RawWrite, TorchSave, take, whole
 from benchmarks.stall import compete
 from benchmarks.training import Training, sync_tree
 
@@ -67,7 +67,12 @@ def train(options: dict[str, Any]) -> None:
     """What the worker runs."""
     place = Path(options["folder"], "in-ray")
     place.mkdir()
-    peers = [RayReport(CheckpointUploadMode.SYNC), RayReport(CheckpointUploadMode.ASYNC), Memcpy(), RawWrite()]
+    peers: list[Peer] = [
+        RayReport(CheckpointUploadMode.SYNC),
+        RayReport(CheckpointUploadMode.ASYNC),
+        Memcpy(),
+        RawWrite(),
+    ]
     rows = compete(peers, options["rounds"], options["width"], place)
     Path(options["answer"]).write_text(json.dumps([row for row in rows if row["name"].startswith("Ray")]))
 

@@ -188,7 +188,7 @@ def _resume(folder: Path, rounds: int, config: TrainingConfig) -> list[dict[str,
 
     def ours(position: int) -> None:
         plan = Plan(0, 2 * position, batch, batch, 2 * position)
-        task.collate(samples.take(plan.samples(position // batch, 0) % len(samples)), [])
+        task.collate(samples.take(plan.samples(plan.positions(position // batch)) % len(samples)), [])
 
     def skipping(position: int) -> None:
         rows = torch.zeros(1, LENGTH, dtype=torch.int64).expand(2 * position, LENGTH)

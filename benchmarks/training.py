@@ -48,7 +48,7 @@ class Training:
         """One step. Returns its seconds, and the seconds and main-thread CPU seconds that the optimizer's step spent
         before it touched anything: in its pre-hooks, where a save that is still copying holds it up."""
         began = time.perf_counter()
-        self._loss().backward()
+        self._loss().backward()  # type: ignore[no-untyped-call]
         fence: list[tuple[float, float]] = []
         # Registered last, so it runs after every pre-hook that a checkpointer registered.
         last = self.optimizer.register_step_pre_hook(lambda *_: fence.append((time.perf_counter(), time.thread_time())))
