@@ -88,7 +88,7 @@ def look(storage: Storage, run: str) -> Catalogue:
 def attempts_of(storage: Storage, run: str) -> list[AttemptId]:
     """The attempts of a run that has begun, oldest first. Raises as `look`."""
     if not (found := patiently(lambda: list_attempts(storage, run))):
-        names = [entry.name for entry in storage.list("") if entry.num_bytes is None]
+        names = [entry.name for entry in patiently(lambda: storage.list("")) if entry.num_bytes is None]
         near = difflib.get_close_matches(run, [name for name in names if not name.startswith(".")], 1)
         raise ConfigError(
             f"there is no run {run!r} in {storage.url}" + (f"; did you mean {near[0]!r}?" if near else ""),

@@ -370,7 +370,9 @@ def check_listing(storage: Storage, directory: str, manifest: Manifest) -> list[
 
 
 def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
-    """Reads every byte of a checkpoint, in a few buffers of one block. Returns its faults, one line each; none: whole.
+    """Reads every byte of a checkpoint, in a few buffers of one block, and compares the blocks' digests.
+
+    Returns its faults, one line each; none means whole.
 
     Raises:
         StorageError: It could not be read, which proves nothing.
@@ -378,7 +380,7 @@ def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
     faults = check_listing(storage, directory, manifest)
     named = {fault.split(": ", 1)[0] for fault in faults}
     entries = {entry.path: entry for entry in manifest.files if entry.path not in named}
-    blocks: dict[tuple[str, int], list[_Move]] = {
+    blocks: dict[tuple[str, int], list[_Move]] = {  # which move nowhere
         (path, number): [] for path, entry in entries.items() for number in range(len(entry.blocks))
     }
     return sorted([*faults, *_carry_out(storage, directory, entries, blocks)])

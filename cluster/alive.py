@@ -51,13 +51,14 @@ def _open_launches(storage: Storage, run: str) -> Iterator[tuple[str, Any]]:
 
 def is_gone(alive: Mapping[str, Any]) -> bool:
     """Whether a driver of this machine, by its sign of life, is no process any more; of other machines nobody knows."""
-    return alive.get("host") == _host() and not is_process(alive["pid"], alive["started"])
+    return alive.get("host") == _host() and bool(alive["started"]) and process_start(alive["pid"]) != alive["started"]
 
 
 def _host() -> str:
-    """This machine, and this start of it."""
+    """This machine, this start of it, and what numbers its processes: containers may share the rest."""
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 

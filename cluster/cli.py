@@ -6,7 +6,6 @@ heavy is imported where it is used.
 
 from __future__ import annotations
 
-import inspect
 import json
 import shlex
 import signal
@@ -63,7 +62,7 @@ def _say_version(asked: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     asked: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="As the verb `version`.")
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print versions, and end.")
     ] = False,
 ) -> None:
     """Global options; `main` reads --debug itself."""
@@ -329,10 +328,8 @@ def _run_name(text: str) -> str:
 
 
 for _group in (app, checkpoints, k8s):
-    for _command in _group.registered_commands:  # the whole first sentence; click would cut it to 45 letters
-        _command.short_help = (
-            inspect.cleandoc(_command.callback.__doc__ or "").split(". ")[0].split("\n")[0].rstrip(".") + "."
-        )
+    for _command in _group.registered_commands:  # the whole first line, as far as its first sentence goes
+        _command.short_help = (_command.callback.__doc__ or "").partition("\n")[0].split(". ")[0].rstrip(".") + "."
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def _print(run: str, seen: Overview, body: dict[str, Any]) -> None:
         print(f"job {job['id']}: {job['status']}")
     for damaged in body["damaged"]:
         print(f"damaged: {damaged}; `outlast checkpoints verify {run}` says more")
-    if seen.state in (State.STOPPED, State.LOST, State.FAILED):
+    if seen.state in (State.STOPPED, State.LOST):
         start = f"from step {newest['step']}" if newest else "from the beginning"
         file = run if run.endswith(RUN_FILES) else "RUN.yaml"
         print(f"→ outlast train {file} (or submit) goes on {start}")

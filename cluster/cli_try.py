@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import chain
 from typing import Annotated, Any
+from unicodedata import category
 
 import typer
 
@@ -71,4 +72,4 @@ def _value(value: Any) -> str:
         return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(value))
+    return "".join(repr(letter)[1:-1] if category(letter) == "Cc" else letter for letter in str(value))

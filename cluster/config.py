@@ -102,8 +102,8 @@ class FailureSettings(Settings):
     """Seconds without any event of the workers after which a supervisor stops the job and submits it again. Longer than
     the longest step, evaluation or start."""
     survive_head: bool = False
-    """`submit` puts the driver on a worker's node, where it takes 0.01 of a CPU. If Ray's tables lie on a volume that
-    stays (docs/failures.md, "When the head is lost"), the run then goes on while the head is away."""
+    """`submit` lets the driver run on a worker's node, for 0.01 of a CPU; the head must offer none. If Ray's tables lie
+    on a volume that stays (docs/failures.md, "When the head is lost"), the run goes on while the head is away."""
     hang_after: str | int | None = "2m"
     """A group that makes no progress for so long, and for 20 times the median step, is ended and started again. What
     does not take equally long each time (start, first steps, reading data, evaluation, saves) may take 15 times as

@@ -74,8 +74,11 @@ class StoryReader:
         for number, launch in enumerate(launches):
             if launch.id in self._closed:
                 continue
-            launch.alive = read_alive(self._storage, self._run, launch.id) or launch.alive
-            launch.is_gone = not launch.has_ended and is_gone(launch.alive)
+            for _ in range(2):  # one that ended while its sign of life was read says so in the next
+                launch.alive = read_alive(self._storage, self._run, launch.id) or launch.alive
+                launch.is_gone = not launch.has_ended and is_gone(launch.alive)
+                if not launch.is_gone:
+                    break
             for event in self._new(launch_dir(self._run, launch.id)):
                 self.story.hear_launch(launch.id, event)
             # One that has the run, or may be about to claim it, goes on, whatever its name says.

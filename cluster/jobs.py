@@ -209,7 +209,7 @@ def submit(
                 submission_id=f"{config.name}-{number}",
                 metadata={"outlast_run": config.name},
                 runtime_env=runtime_env,
-                # What asks for nothing is put on the head.
+                # What asks for nothing is put on the head; what asks for a CPU, wherever there is one.
                 entrypoint_num_cpus=_DRIVER_CPUS if config.failure.survive_head else None,
             )
         except RuntimeError as error:
@@ -310,7 +310,8 @@ def follow(client: JobSubmissionClient, job_id: str) -> Job:
         except (RuntimeError, OSError) as error:
             raise PreflightError(
                 f"the cluster has gone, or it has forgotten job {job_id}",
-                hint="the checkpoints are in the run's storage: submit the run again on any cluster to go on",
+                hint="the checkpoints are in the run's storage: submit the run again on any cluster to go on; but with "
+                "failure.survive_head it may be at work still (`outlast status` tells): then wait for the head",
             ) from error
         sys.stderr.write(log[seen:])
         sys.stderr.flush()

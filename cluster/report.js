@@ -298,7 +298,7 @@
     const { rows, num_committed: count } = data.checkpoints;
     const kept = rows.filter((row) => row.digest).length;
     $("checkpoints-note").textContent = !rows.length ? "There is none yet."
-      : `${kept} of the ${Math.max(count, kept)} checkpoints that were committed stay${kept === 1 ? "s" : ""}; the others were let go. ` +
+      : (kept < count ? `${kept} of the ${count} checkpoints that were committed stay${kept === 1 ? "s" : ""}; the others were let go. ` : "") +
         (data.is_verified ? "Every byte was read for this report." : "What is known of their bytes is told below; --verify reads every one.");
     for (const row of rows) {
       const metrics = Object.entries(row.metrics || {}).map(([name, value]) => `${name.replaceAll("_", " ")} ${figures(value)}`).join(", ");

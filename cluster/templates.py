@@ -70,7 +70,7 @@ def template(task: str) -> str:
         try:
             check_task_name(task)
         except ValueError as error:
-            raise ConfigError(str(error), hint="outlast init --task NAME, with one of these") from error
+            raise ConfigError(str(error), hint=f"begin with one of these: {', '.join(TASKS)}") from error
         raise ConfigError(f"{task} is a task of your own", hint=f"begin with one of these: {', '.join(TASKS)}")
     return "\n".join(_lines(task, EXAMPLES[task])) + "\n"
 

@@ -297,8 +297,11 @@ def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path, comma
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if any(block.mark == "slow" for block in blocks_of(page))],
-    ids=lambda page: page.name,
+    [
+        pytest.param(page, id=page.name, marks=pytest.mark.slice if page.name == "laptop.md" else ())
+        for page in PAGES
+        if any(block.mark == "slow" for block in blocks_of(page))
+    ],
 )
 def test_a_page_with_slow_blocks_does_what_it_says(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
     said = walk(page, ready(page, world, tmp_path), command, slow=True)

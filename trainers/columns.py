@@ -119,7 +119,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> Chosen:
         taken = {*found.values(), *missing.values()}
         free = [name for name, value in there.items() if name not in taken and column.kind.fits(value)]
         if is_named or len(free) != 1:
-            missing[column] = next(iter([*free, *there]), "NAME")
+            missing[column] = next(iter(free), "NAME")
             continue
         found[column] = free[0]
         notes.append(f"no column {name_of(settings, column.role)!r}; taking {free[0]!r} as data.{column.role}")

@@ -286,9 +286,8 @@ def _read_csv(source: Source, columns: Sequence[str]) -> Iterator[_Found]:
     faults: list[str] = []
     rows = _csv_rows(source, faults)
     header: list[str] = next((row for row in rows if row), [])
-    for column in columns:
-        if column not in header:
-            raise no_column(source.name, [column], header, _IN_EVERY_FILE)
+    if missing := [column for column in columns if column not in header]:
+        raise no_column(source.name, missing, header, _IN_EVERY_FILE)
     places = [header.index(column) for column in columns]
     while True:
         try:
@@ -340,15 +339,14 @@ def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_Found]:
 
 
 def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None:
-    for column in columns:
-        if column not in schema.names:
-            raise no_column(name, [column], schema.names, _IN_EVERY_FILE)
+    if missing := [column for column in columns if column not in schema.names]:
+        raise no_column(name, missing, schema.names, _IN_EVERY_FILE)
 
 
 def no_column(where: str, missing: Sequence[str], there: Iterable[str], hint: str) -> ConfigError:
     """The error for missing columns, with those that are there."""
-    names = ", ".join(map(repr, missing))
-    return ConfigError(f"{where} has no column {names}; it has {', '.join(there)}", hint=hint)
+    names = f"column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
+    return ConfigError(f"{where} has no {names}; it has {', '.join(there)}", hint=hint)
 
 
 def _object_names(items: Iterable[Any]) -> list[str]:
