@@ -40,8 +40,8 @@ DOWN_S = 30.0
 @pytest.fixture(scope="module")
 def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> tuple[Any, Any]:
     """Digests and losses of an undisturbed run on plain processes."""
-    ended = run_group(assign("lab-time", steps=DRAIN_STEPS, eval_every=200), storage, 2, limit_s=400)
-    assert ended[0].outcome is Outcome.DONE
+    assignment = assign("lab-time", sections={"checkpoint": {"every": 500}}, steps=DRAIN_STEPS, eval_every=200)
+    assert run_group(assignment, storage, 2, limit_s=400)[0].outcome is Outcome.DONE
     return digests(storage, "lab-time"), losses(storage, "lab-time")
 
 
