@@ -25,13 +25,14 @@ pytestmark = pytest.mark.ray
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 NUM_STEPS = 400
 LONG = 1000  # so that a second driver has time to start while the first is at work
-RARELY = {"checkpoint": {"every": 200}}  # how often a run is saved changes nothing in what it ends with
+RARELY = {"checkpoint": {"every": 200}}  # how often a run is saved or evaluated changes nothing in what it ends with
 
 
 @pytest.fixture(scope="module")
 def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> dict[str, str]:
     """The digests of the same run on plain gloo processes, undisturbed."""
-    assert run_group(assign("reference", steps=NUM_STEPS, sections=RARELY), storage, 2)[0].outcome is Outcome.DONE
+    undisturbed = assign("reference", steps=NUM_STEPS, eval_every=200, sections=RARELY)
+    assert run_group(undisturbed, storage, 2)[0].outcome is Outcome.DONE
     return digests(storage, "reference")
 
 
@@ -133,7 +134,7 @@ def test_two_drivers_one_goes_on(
     storage: LocalStorage,
 ) -> None:
     """The second leaves a run alone that is at work; told to take over, it does, and the first ends with 75."""
-    assert run_group(assign("long", steps=LONG, sections=RARELY), storage, 2)[0].outcome is Outcome.DONE
+    assert run_group(assign("long", steps=LONG, eval_every=200, sections=RARELY), storage, 2)[0].outcome is Outcome.DONE
     place, longer = LocalStorage(tmp_path), ("-s", f"train.steps={LONG}")
     first = start(*longer)
     wait_for_commit(place, 0, first)
