@@ -134,7 +134,8 @@ def test_two_drivers_one_goes_on(
     storage: LocalStorage,
 ) -> None:
     """The second leaves a run alone that is at work; told to take over, it does, and the first ends with 75."""
-    assert run_group(assign("long", steps=LONG, eval_every=200, sections=RARELY), storage, 2)[0].outcome is Outcome.DONE
+    undisturbed = assign("long", steps=LONG, eval_every=200, sections=RARELY)
+    assert run_group(undisturbed, storage, 2, limit_s=240)[0].outcome is Outcome.DONE
     place, longer = LocalStorage(tmp_path), ("-s", f"train.steps={LONG}")
     first = start(*longer)
     wait_for_commit(place, 0, first)
