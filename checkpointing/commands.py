@@ -89,7 +89,12 @@ def attempts_of(storage: Storage, run: str) -> list[AttemptId]:
     """The attempts of a run that has begun, oldest first. Raises as `look`."""
     if not (found := patiently(lambda: list_attempts(storage, run))):
         names = [entry.name for entry in patiently(lambda: storage.list("")) if entry.num_bytes is None]
-        near = difflib.get_close_matches(run, [name for name in names if not name.startswith(".")], 1)
+        if run in names and any(storage.list(f"{run}/launches")):
+            raise NoCheckpointError(
+                f"run {run!r} in {storage.url} has begun, and no worker has claimed it: there is no checkpoint yet",
+                hint="start it again with `outlast train` and its run file",
+            )
+        near = difflib.get_close_matches(run, [name for name in names if name != run and not name.startswith(".")], 1)
         raise ConfigError(
             f"there is no run {run!r} in {storage.url}" + (f"; did you mean {near[0]!r}?" if near else ""),
             hint="name a run's directory, its run file, or its name with --storage; `outlast list` shows what there is",

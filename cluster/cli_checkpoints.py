@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -360,6 +361,11 @@ def _which_and_out(places: list[str], parts: bool) -> tuple[str, Path | None]:
     if "://" in places[-1]:
         raise ConfigError(
             f"export writes to a local directory, not to {places[-1]}", hint="name a directory, then copy it"
+        )
+    if len(places) == 1 and re.fullmatch(r"newest|best|model|\d+(@[\w-]+)?", places[0]):
+        raise ConfigError(
+            f"{places[0]} names a checkpoint; a directory to make is missing",
+            hint=f"outlast checkpoints export RUN {places[0]} OUT, or ./{places[0]} for a directory of that name",
         )
     return (places[0] if len(places) == 2 else "newest"), Path(places[-1])
 

@@ -12,7 +12,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.schedule import Every
 from outlast.cluster.config import RunConfig
 from outlast.trainers.attempt import check_unchanged
-from outlast.trainers.config import Settings, TrainingConfig
+from outlast.trainers.config import CheckpointSettings, Settings, TrainingConfig
 from outlast.trainers.findings import explain
 from tests.group import tiny_config
 
@@ -290,3 +290,17 @@ def test_what_an_older_release_did_not_know_may_not_be_set(
             {"mathematics": mathematics, "data": "same"}, TrainingConfig.model_validate(body(**sections)), None
         )
     assert key in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("body", "mode"),
+    [
+        ({}, "min"),
+        ({"metric": "eval_loss"}, "min"),
+        ({"metric": "eval_mse"}, "min"),
+        ({"metric": "eval_accuracy"}, "max"),
+        ({"metric": "eval_accuracy", "metric_mode": "min"}, "min"),
+    ],
+)
+def test_what_better_means_follows_from_the_metrics_name(body: dict[str, str], mode: str) -> None:
+    assert CheckpointSettings.model_validate(body).retention.metric_mode == mode

@@ -230,7 +230,8 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
         hint = "put them back, or start a new run with another `name:`"
         if {line.split()[0] for line in changed} <= {"train.steps", "train.epochs"}:
             model = f"{config.checkpoint.storage}/{config.name}/model"
-            hint = f"to train its model further, start a run with another `name:` and `model: {{path: {model}}}`"
+            hint = "put them back to go on; to train its finished model further, start a run with another `name:` "
+            hint += f"and `model: {{path: {model}}}`"
         raise ConfigError(
             f"run {config.name!r} was started with other settings, and going on with these would be another "
             "run:\n" + "\n".join(f"  {line}" for line in changed),

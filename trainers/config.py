@@ -7,6 +7,7 @@ its default is what it is.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
 from math import gcd
@@ -62,6 +63,14 @@ def check_parallel(parallel: Parallel, exactness: Exactness) -> None:
             "follows the number of workers",
             hint="use exactness: same-world with fsdp, or scale.parallel: ddp",
         )
+
+
+def with_mode(body: Any, key: str) -> Any:
+    """A block that names a metric, but not by `key` whether less or more of it is better, with what its name says."""
+    if not isinstance(body, Mapping) or key in body or not isinstance(body.get("metric"), str):
+        return body
+    is_less_better = any(word in body["metric"] for word in ("loss", "error", "mse", "mae", "perplexity"))
+    return {**body, key: "min" if is_less_better else "max"}
 
 
 class Settings(BaseModel):
@@ -241,7 +250,12 @@ class EarlyStoppingSettings(Settings):
     min_delta: float = Field(0.0, ge=0)
     """Better means better by more than this."""
     mode: Literal["min", "max"] = "min"
-    """Whether less or more is better."""
+    """Whether less or more is better. Where it is not given: min for a loss or an error, max for other scores."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_its_mode(cls, body: Any) -> Any:
+        return with_mode(body, "mode")
 
 
 class TrainSettings(Settings):
@@ -382,7 +396,7 @@ class CheckpointSettings(Settings):
     metric: str = "eval_loss"
     """What best means: one of those that an evaluation measures."""
     metric_mode: Literal["min", "max"] = "min"
-    """Whether less or more is better."""
+    """Whether less or more is better. Where it is not given: min for a loss or an error, max for other scores."""
     load_best: bool = False
     """Publish the best checkpoint as the run's model, not the last."""
 
@@ -411,6 +425,18 @@ class CheckpointSettings(Settings):
     @property
     def max_shard_bytes(self) -> int:
         return _num_bytes(self.max_shard_size)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_its_mode(cls, body: Any) -> Any:
+        return with_mode(body, "metric_mode")
+
+    @field_validator("storage")
+    @classmethod
+    def _has_both_slashes(cls, value: str) -> str:
+        if found := re.match(r"(\w{2,}):/(?!/)", value):
+            raise ValueError(f"{value} is neither a path nor a URI; did you mean {found[1]}://{value[found.end() :]}?")
+        return value
 
     @property
     def interval(self) -> Every:

@@ -220,6 +220,8 @@ def write_on(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
     given, config = encoded["input_ids"].shape[1], model.config
     places = None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
     room = limit if places is None else min(limit, places - given)
+    if given < 1:
+        raise ConfigError("the text is empty: there is nothing to go on from", hint="write a word at least")
     if room < 1:
         raise ConfigError(f"{given} tokens leave no room: the model has {places} places", hint="write a shorter text")
     padding = task.tokenizer.inner.pad_token_id
