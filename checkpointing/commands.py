@@ -89,7 +89,7 @@ def attempts_of(storage: Storage, run: str) -> list[AttemptId]:
     """The attempts of a run that has begun, oldest first. Raises as `look`."""
     if not (found := patiently(lambda: list_attempts(storage, run))):
         names = [entry.name for entry in patiently(lambda: storage.list("")) if entry.num_bytes is None]
-        if run in names and any(storage.list(f"{run}/launches")):
+        if run in names and patiently(lambda: storage.list(f"{run}/launches")):
             raise NoCheckpointError(
                 f"run {run!r} in {storage.url} has begun, and no worker has claimed it: there is no checkpoint yet",
                 hint="start it again with `outlast train` and its run file",

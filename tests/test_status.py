@@ -85,6 +85,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert read_status(LocalStorage(tmp_path), "run")["state"] == "lost"
     text = outlast("status", str(tmp_path / "run")).stdout
     assert "→ outlast train RUN.yaml (or submit) goes on from the beginning" in text
+    assert "there is no checkpoint yet" in outlast("checkpoints", "ls", str(tmp_path / "run"), code=5).stderr
 
 
 def lived(now: float, code: int | None = None) -> list[tuple[object, dict[str, object], object]]:

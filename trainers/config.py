@@ -435,7 +435,8 @@ class CheckpointSettings(Settings):
     @classmethod
     def _has_both_slashes(cls, value: str) -> str:
         if found := re.match(r"(\w{2,}):/(?!/)", value):
-            raise ValueError(f"{value} is neither a path nor a URI; did you mean {found[1]}://{value[found.end() :]}?")
+            rest = value[found.end() - (found[1] == "file") :]  # whose path begins with the slash
+            raise ValueError(f"{value} is neither a path nor a URI; did you mean {found[1]}://{rest}?")
         return value
 
     @property
