@@ -15,9 +15,10 @@ from outlast.checkpointing.errors import ConfigError, first_line
 from outlast.checkpointing.history import Limits
 from outlast.checkpointing.schedule import Every, Unit
 from outlast.cluster.run_file import Lines, parse, refused
-from outlast.trainers.config import Exactness, Parallel, Settings, TrainingConfig, check_parallel
+from outlast.trainers.config import Exactness, Parallel, TrainingConfig, check_parallel
 from outlast.trainers.findings import Finding, check
 from outlast.trainers.findings import Path as Place
+from outlast.trainers.inputs import Settings
 from outlast.trainers.trackers import TrackSettings
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")

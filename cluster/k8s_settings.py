@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.config import Settings
 from outlast.trainers.findings import explain
+from outlast.trainers.inputs import Settings
 
 MAX_NAME = 47  # KubeRay makes longer names from it
 LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"

@@ -28,9 +28,9 @@ from ray.data.exceptions import ExecutionTimeoutError
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.failures import RunFailed
-from outlast.trainers.config import DataSettings
 from outlast.trainers.custom import make_importable
 from outlast.trainers.encoding import Piece, Split, encode_rows, with_error
+from outlast.trainers.inputs import DataSettings
 from outlast.trainers.models import files_of, load_tokenizer
 from outlast.trainers.registry import find_task
 from outlast.trainers.rows import read_files

@@ -18,8 +18,8 @@ from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.storage import LocalStorage, open_storage
 from outlast.cluster.config import RunConfig, load_run, read_run_file
 from outlast.cluster.run_file import Located, SettingsError, located_in
-from outlast.trainers.config import is_hub_id
 from outlast.trainers.findings import Finding
+from outlast.trainers.inputs import is_hub_id
 
 Check = Callable[[RunConfig], None]
 _KEY = re.compile(r"\b(?:model|data|train|checkpoint|scale|failure|track)(?:\.[a-z_]+)+\b")

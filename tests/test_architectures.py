@@ -23,7 +23,8 @@ from outlast.checkpointing.faults import Action, Point
 from outlast.checkpointing.storage import LocalStorage
 from outlast.checkpointing.weights import named_weights
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import DataSettings, Exactness, ModelSettings
+from outlast.trainers.config import Exactness
+from outlast.trainers.inputs import DataSettings, ModelSettings
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model, naming_of, train_bpe
 from outlast.trainers.naming import file_naming

@@ -12,8 +12,9 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.schedule import Every
 from outlast.cluster.config import RunConfig
 from outlast.trainers.attempt import check_unchanged
-from outlast.trainers.config import CheckpointSettings, Settings, TrainingConfig
+from outlast.trainers.config import CheckpointSettings, TrainingConfig
 from outlast.trainers.findings import explain
+from outlast.trainers.inputs import Settings
 from tests.group import tiny_config
 
 

@@ -24,7 +24,7 @@ from outlast.checkpointing.lineage import catalogue, list_attempts
 from outlast.checkpointing.reader import tensor_digests, verify
 from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import ModelSettings
+from outlast.trainers.inputs import ModelSettings
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model
 from outlast.trainers.optimizers import make_optimizer

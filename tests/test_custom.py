@@ -20,8 +20,9 @@ from outlast.checkpointing.retention import Retention
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.config import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import DataSettings, ModelSettings, Parallel
+from outlast.trainers.config import Parallel
 from outlast.trainers.custom import load_class, make_importable
+from outlast.trainers.inputs import DataSettings, ModelSettings
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model, train_bpe
 from outlast.trainers.predict import choose_checkpoint, load

@@ -28,9 +28,9 @@ from outlast.checkpointing.lineage import catalogue, run_events
 from outlast.checkpointing.storage import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.columns import Column, Kind
-from outlast.trainers.config import DataSettings
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.evaluation import evaluate
+from outlast.trainers.inputs import DataSettings
 from outlast.trainers.loop import Outcome
 from outlast.trainers.models import build_model, train_bpe
 from outlast.trainers.registry import find_task

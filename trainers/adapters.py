@@ -20,8 +20,8 @@ from outlast.checkpointing.errors import ConfigError, first_line
 from outlast.checkpointing.export import ADAPTER_WEIGHTS
 from outlast.checkpointing.safetensors import tensor_bytes
 from outlast.checkpointing.weights import Naming, plain_name, unwrap
-from outlast.trainers.config import LoraSettings
 from outlast.trainers.custom import carried_state
+from outlast.trainers.inputs import LoraSettings
 
 CONFIG = "adapter_config.json"
 

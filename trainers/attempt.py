@@ -25,11 +25,12 @@ from outlast.checkpointing.layout import RECORD, attempts_dir, checkpoint_dir, l
 from outlast.checkpointing.reader import read_verified
 from outlast.checkpointing.storage import Storage, wait_for
 from outlast.trainers.adapters import base_digest, is_adapted
-from outlast.trainers.config import Exactness, NonFinite, Parallel, Settings, TrainingConfig, check_parallel
+from outlast.trainers.config import Exactness, NonFinite, Parallel, TrainingConfig, check_parallel
 from outlast.trainers.control import Control, Overheard
 from outlast.trainers.custom import make_importable
 from outlast.trainers.data import Prepared
 from outlast.trainers.finite import NonFiniteError
+from outlast.trainers.inputs import Settings
 from outlast.trainers.loop import Loop, Outcome, make_plan
 from outlast.trainers.models import build_model, naming_of
 from outlast.trainers.preflight import check_metric

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from outlast.trainers.config import DataSettings
+from outlast.trainers.inputs import DataSettings
 from outlast.trainers.rows import first_row, no_column
 from outlast.trainers.sources import find_sources
 

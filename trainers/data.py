@@ -26,8 +26,9 @@ from outlast.checkpointing.uploads import abort_uploads
 from outlast.checkpointing.writer import write_file
 from outlast.trainers.cache import local_copy, verified_chunks
 from outlast.trainers.columns import Chosen, choose_columns, name_of, texts_in
-from outlast.trainers.config import DataSettings, TrainingConfig
+from outlast.trainers.config import TrainingConfig
 from outlast.trainers.encoding import Piece, Place, Split, here, usable_pieces
+from outlast.trainers.inputs import DataSettings
 from outlast.trainers.models import Tokenizer, files_of, load_tokenizer, train_bpe
 from outlast.trainers.registry import find_task
 from outlast.trainers.rows import BadRows, usable

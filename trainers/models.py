@@ -22,8 +22,8 @@ from outlast.checkpointing.errors import ConfigError, OutlastError, first_line
 from outlast.checkpointing.weights import Naming
 from outlast.trainers.adapters import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.blame import told
-from outlast.trainers.config import ModelSettings
 from outlast.trainers.custom import build_plain, is_like_transformers, load_class, load_plain
+from outlast.trainers.inputs import ModelSettings
 from outlast.trainers.naming import file_naming
 from outlast.trainers.tasks import Task
 from outlast.trainers.world import seed_everything

@@ -16,8 +16,9 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage import Storage
 from outlast.trainers.adapters import adapter_files, attach_lora
 from outlast.trainers.compute import check_recomputes
-from outlast.trainers.config import TrainingConfig, is_hub_id
+from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import Prepared
+from outlast.trainers.inputs import is_hub_id
 from outlast.trainers.models import Tokenizer, build_model, check_head, check_names, load_tokenizer
 from outlast.trainers.registry import find_task
 from outlast.trainers.tasks import Task

@@ -21,7 +21,7 @@ from outlast.trainers.columns import Column, Kind
 from outlast.trainers.samples import Sample, in_batches
 
 if TYPE_CHECKING:
-    from outlast.trainers.config import DataSettings
+    from outlast.trainers.inputs import DataSettings
     from outlast.trainers.models import Tokenizer
 
 #: A row of the data by role, such as {"text": "…", "label": 3}.

@@ -16,7 +16,7 @@ from outlast.trainers.tasks import Batch, Record, Sums, Task, ints
 from outlast.trainers.tasks_classify import BERT_TEMPLATE, BERT_TOKENS
 
 if TYPE_CHECKING:
-    from outlast.trainers.config import DataSettings
+    from outlast.trainers.inputs import DataSettings
     from outlast.trainers.models import Tokenizer
 
 MAX_ANSWER_TOKENS = 30

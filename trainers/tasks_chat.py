@@ -13,7 +13,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.weights import unwrap
 from outlast.trainers.chat import chat_template, encode_chat
 from outlast.trainers.columns import Column, Kind
-from outlast.trainers.config import DataSettings
+from outlast.trainers.inputs import DataSettings
 from outlast.trainers.models import Tokenizer
 from outlast.trainers.samples import Sample
 from outlast.trainers.tasks import IGNORED, NUM_NEW_TOKENS, Batch, Record, Task, ints, next_token_loss, write_on

@@ -19,7 +19,7 @@ from outlast.trainers.tasks import IGNORED, Batch, Record, Sums, Task, ints, mas
 from outlast.trainers.tasks_classify import BERT_TEMPLATE, BERT_TOKENS
 
 if TYPE_CHECKING:
-    from outlast.trainers.config import DataSettings
+    from outlast.trainers.inputs import DataSettings
 
 
 class MultipleChoice(Task):

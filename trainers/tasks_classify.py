@@ -15,7 +15,7 @@ from outlast.trainers.samples import Sample
 from outlast.trainers.tasks import IGNORED, Batch, Record, Sums, Task, TokenTask, ints
 
 if TYPE_CHECKING:
-    from outlast.trainers.config import DataSettings
+    from outlast.trainers.inputs import DataSettings
 
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 _OF_TRANSFORMERS = {

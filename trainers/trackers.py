@@ -25,7 +25,7 @@ from outlast.checkpointing.journal import read_events
 from outlast.checkpointing.layout import AttemptId, attempt_dir
 from outlast.checkpointing.lineage import list_attempts
 from outlast.checkpointing.storage import Storage
-from outlast.trainers.config import Settings
+from outlast.trainers.inputs import Settings
 
 if TYPE_CHECKING:
     from outlast.checkpointing.checkpointer import Checkpointer
