@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
+import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from outlast.trainers.data import prepare
 from outlast.trainers.loop import Outcome
 from tests.group import digests, losses, run_group, tiny_config
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, for our processes too
 settings.register_profile("fast", deadline=None, database=None, derandomize=True, max_examples=60)
 settings.load_profile("fast")
 
