@@ -7,7 +7,7 @@ still there afterwards and the run's owner is unchanged; else the look starts ov
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -102,10 +102,17 @@ def attempts_of(storage: Storage, run: str) -> list[AttemptId]:
     return found
 
 
-def list_checkpoints(storage: Storage, run: str) -> list[dict[str, Any]]:
-    """The accepted checkpoints, newest first. Raises as `look`."""
+def list_checkpoints(storage: Storage, run: str, retention: Retention | None = None) -> list[dict[str, Any]]:
+    """The accepted checkpoints, newest first, and which of them is the best one. Raises as `look`."""
     accepted, pins = look(storage, run).accepted, list_pins(storage, run)
-    return [_row(storage, run, manifest, manifest.ref in pins) for manifest in accepted]
+    best = [kept.ref for kept in _rated(accepted, retention or Retention())[:1]]
+    return [
+        {**_row(storage, run, manifest, manifest.ref in pins), "best": manifest.ref in best} for manifest in accepted
+    ]
+
+
+def _rated(accepted: Sequence[Manifest], retention: Retention) -> list[Kept]:
+    return retention.best([Kept(item.ref, item.metrics) for item in accepted])
 
 
 def _row(storage: Storage, run: str, manifest: Manifest, pinned: bool) -> dict[str, Any]:
@@ -120,13 +127,11 @@ def _row(storage: Storage, run: str, manifest: Manifest, pinned: bool) -> dict[s
     }
 
 
-def show_checkpoint(storage: Storage, run: str, step: int | None) -> dict[str, Any]:
-    """One checkpoint whole: its row, its files with digests, its lineage. The newest when `step` is None.
-
-    Raises:
-        NoCheckpointError: There is no such checkpoint.
-    """
-    manifest = pick(storage, run, _which(step))
+def show_checkpoint(
+    storage: Storage, run: str, which: str = "newest", retention: Retention | None = None
+) -> dict[str, Any]:
+    """One checkpoint whole: its row, its files with digests, its lineage. Raises as `pick`."""
+    manifest = pick(storage, run, which, retention)
     return {
         **_row(storage, run, manifest, manifest.ref in list_pins(storage, run)),
         "world_size": manifest.world_size,
@@ -144,10 +149,6 @@ def _record(storage: Storage, run: str, launch: str) -> str | None:
     return f"{storage.url}/{folder}/{RECORD}" if is_there else None
 
 
-def _which(step: int | None) -> str:
-    return "newest" if step is None else str(step)
-
-
 def pick(storage: Storage, run: str, which: str, retention: Retention | None = None) -> Manifest:
     """The accepted checkpoint that `which` names: `newest`, `best`, a step, or step@attempt.
 
@@ -160,7 +161,7 @@ def pick(storage: Storage, run: str, which: str, retention: Retention | None = N
         raise ConfigError(f"{which!r} names no checkpoint", hint="write newest, best, a step, or step@attempt")
     accepted = look(storage, run).accepted
     if which == "best":
-        rated = retention.best([Kept(item.ref, item.metrics) for item in accepted])
+        rated = _rated(accepted, retention)
         if not rated:
             hint = "take another: `outlast checkpoints ls RUN` shows the metrics of each"
             raise NoCheckpointError(f"no checkpoint of run {run!r} carries {retention.metric!r}", hint=hint)
@@ -222,34 +223,40 @@ def reading(found: Found) -> Iterator[None]:
             raise NoCheckpointError(
                 f"{found.url} was deleted while it was read", hint="choose a newer one, or pin it first"
             ) from error
-        hint = f"outlast checkpoints verify {found.storage.url}/{found.run}"
+        hint = f"outlast checkpoints verify {found.storage.url}/{found.run} says which are whole; name one of these"
         raise DamagedError(f"{found.url}: {error.message}", hint=hint) from error
 
 
-def verify_run(storage: Storage, run: str, step: int | None = None) -> list[Verdict]:
-    """Reads every byte of every checkpoint that counts (or of one) and of the finished model.
+def verify_run(
+    storage: Storage, run: str, which: str | None = None, retention: Retention | None = None
+) -> list[Verdict]:
+    """Reads every byte of every checkpoint that counts (or of one, named as for `find`) and of the finished model.
 
     Raises:
+        ConfigError: `which` can name nothing, or there is no such run.
         NoCheckpointError: There is no such checkpoint.
         StorageError: The storage could not be read, or the run changed each time.
     """
     for _ in range(_LOOKS):
         seen = look(storage, run)
+        wanted = which
+        if which in ("newest", "best"):
+            wanted = pick(storage, run, which, retention).ref.name
         verdicts = [
             Verdict(f"{storage.url}/{checkpoint_dir(run, item.ref)}", item.ref.step, 0, item.reasons)
             for item in seen.rejected
-            if step in (None, item.ref.step)
+            if wanted in (None, str(item.ref.step), item.ref.name)
         ]
         try:
             for manifest in seen.accepted:
-                if step in (None, manifest.ref.step):
+                if wanted in (None, str(manifest.ref.step), manifest.ref.name):
                     verdicts.append(_verify(storage, run, manifest, seen.owner))
         except _Moved:
             continue
-        if step is None and (model := find_model(storage, run)):
+        if which in (None, "model") and (model := find_model(storage, run)):
             verdicts.append(replace(model, path=f"{storage.url}/{model.path}"))
-        if step is not None and not verdicts:
-            pick(storage, run, _which(step))
+        if which is not None and not verdicts:
+            find(storage, run, which, retention or Retention())  # says what there is
         return verdicts
     raise StorageError(f"run {run!r} is busy: it changed {_LOOKS} times while it was read", hint="try again later")
 

@@ -283,6 +283,8 @@ def list_runs(address: Address = None, storage: Root = "./runs", as_json: AsJson
     if as_json:
         print(json.dumps(rows, indent=1))
         return
+    if not rows:
+        print(f"no run {'is remembered there' if address is not None else f'lies in {storage}'}", file=sys.stderr)
     for row in rows:
         state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
         print(f"{row.get('id') or row['run']:32}  {state}")

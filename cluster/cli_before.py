@@ -23,7 +23,7 @@ def init(
     """Write a commented run file to begin with. Never replaces one."""
     from outlast.cluster.templates import template
 
-    text = template(task)
+    text = template(task, str(file))
     try:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text)
@@ -58,8 +58,9 @@ def validate(
             print(f"{run_file}: {item}")
         if not found:
             print(f"{run_file}: nothing wrong was found" + ("" if deep else " (--deep looks at all rows too)"))
-            for line in () if deep else not_looked_at(str(run_file), overrides or []):
-                print(f"{run_file}: {line}", file=sys.stderr)
+    if not found and not deep:
+        for line in not_looked_at(str(run_file), overrides or []):
+            print(f"{run_file}: {line}", file=sys.stderr)
     raise typer.Exit(2 if found else 0)
 
 
@@ -67,9 +68,15 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False
     """Say what a run will take: steps, memory, checkpoints, and what saves cost. Prepares the data, and keeps that."""
     from outlast.cluster.config import load_run
     from outlast.cluster.plan import forecast, lines
+    from outlast.cluster.validate import check_begun
     from outlast.trainers.custom import make_importable
 
     config, _ = load_run(str(run_file), overrides or [])
     make_importable(str(run_file.parent.absolute()))
-    found = forecast(config.at_home(run_file.parent))
+    config = config.at_home(run_file.parent)
+    found = forecast(config)
     print(json.dumps(found.as_json(), indent=1) if as_json else "\n".join(lines(found)))
+    try:
+        check_begun(config)
+    except ConfigError as error:
+        print(f"outlast train will refuse this: {error.message}\n  → {error.hint}", file=sys.stderr)

@@ -32,8 +32,8 @@ def list_(run: Run, storage: Root = "./runs", as_json: AsJson = False) -> None:
     """List the checkpoints that count, newest first."""
     from outlast.checkpointing import commands
 
-    place, name, _ = find_run(run, storage)
-    rows = commands.list_checkpoints(place, name)
+    place, name, retention = find_run(run, storage)
+    rows = commands.list_checkpoints(place, name, retention)
     for item in commands.look(place, name).rejected:
         print(f"damaged: {item.ref}: {'; '.join(item.reasons)}", file=sys.stderr)
     if as_json:
@@ -42,22 +42,22 @@ def list_(run: Run, storage: Root = "./runs", as_json: AsJson = False) -> None:
     print(f"{'step':>8}  {'size':>9}  {'committed':19}  metrics")
     for row in rows:
         metrics = "  ".join(f"{key} {value:.4f}" for key, value in sorted(row["metrics"].items()))
-        pinned = "  pinned" if row["pinned"] else ""
-        print(f"{row['step']:>8}  {size(row['bytes']):>9}  {when(row['committed_at'])}  {metrics}{pinned}")
+        marks = "".join(f"  {mark}" for mark in ("best", "pinned") if row[mark])
+        print(f"{row['step']:>8}  {size(row['bytes']):>9}  {when(row['committed_at'])}  {metrics}{marks}")
 
 
 @checkpoints.command()
 def show(
     run: Run,
-    step: Annotated[int | None, typer.Option(help="Which; default: the newest.")] = None,
+    which: Which = "newest",
     storage: Root = "./runs",
     as_json: AsJson = False,
 ) -> None:
     """Show one checkpoint: its files, digests, metrics, and what it stands on."""
     from outlast.checkpointing import commands
 
-    place, name, _ = find_run(run, storage)
-    body = commands.show_checkpoint(place, name, step)
+    place, name, retention = find_run(run, storage)
+    body = commands.show_checkpoint(place, name, which, retention)
     if as_json:
         print(json.dumps(body, indent=1))
         return
@@ -74,7 +74,10 @@ def show(
 @checkpoints.command()
 def verify(
     run: Run,
-    step: Annotated[int | None, typer.Option(help="Only this one.")] = None,
+    which: Annotated[
+        str | None,
+        typer.Argument(metavar="CHECKPOINT", help="Only this one: newest, best, model, a step, or step@attempt."),
+    ] = None,
     storage: Root = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -83,8 +86,8 @@ def verify(
 
     from outlast.checkpointing import commands
 
-    place, name, _ = find_run(run, storage)
-    verdicts = commands.verify_run(place, name, step)
+    place, name, retention = find_run(run, storage)
+    verdicts = commands.verify_run(place, name, which, retention)
     if as_json:
         print(json.dumps([asdict(item) for item in verdicts], indent=1))
     else:

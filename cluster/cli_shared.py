@@ -65,6 +65,11 @@ def find_run(text: str, root: str) -> tuple[Storage, str, Retention]:
         config = load_run(text)[0].at_home(Path(text).parent)
         return open_storage(config.checkpoint.storage), config.name, config.checkpoint.retention
     text = text.rstrip("/")
+    if Path(text, "config.json").is_file():
+        raise ConfigError(
+            f"{text} is a model, not a run",
+            hint="name the run that it is of, and the checkpoint by its step; `from_pretrained` reads the model itself",
+        )
     if "/" in text or Path(text, "attempts").is_dir():
         whole = text if "://" in text else str(Path(text).absolute())
         root, _, text = whole.rpartition("/")

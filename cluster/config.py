@@ -16,7 +16,7 @@ from outlast.checkpointing.history import Limits
 from outlast.checkpointing.schedule import Every, Unit
 from outlast.cluster.run_file import Lines, parse, refused
 from outlast.trainers.config import Exactness, Parallel, TrainingConfig, check_parallel
-from outlast.trainers.findings import Finding, check
+from outlast.trainers.findings import Finding, check, nearest
 from outlast.trainers.findings import Path as Place
 from outlast.trainers.inputs import Settings
 from outlast.trainers.trackers import TrackSettings
@@ -212,6 +212,9 @@ def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         hint = "name a .yaml or .toml file; `outlast init` writes one to begin with"
+        here = {file.stem: file for file in Path(path).parent.glob("*.*") if file.suffix in (".yaml", ".yml", ".toml")}
+        if isinstance(error, FileNotFoundError) and (near := nearest(Path(path).stem, here)):
+            hint = f"did you mean {here[near]}? `outlast init` writes a new one"
         said = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"run file {path} cannot be read: {said}", hint=hint) from error
     return parse(text, path)

@@ -87,7 +87,9 @@ def connect(address: str | None) -> JobSubmissionClient:
     place = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not place:
         raise PreflightError(
-            "no Ray cluster was named", hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS"
+            "no Ray cluster was named",
+            hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS; a run on this machine alone has no "
+            "job: `outlast train RUN.yaml` goes on with it, and Ctrl-C stops it",
         )
     try:
         return JobSubmissionClient(place)

@@ -66,7 +66,8 @@ def located_in(found: Sequence[Finding], lines: Lines, overrides: Sequence[str] 
     located = []
     for item in found:
         keys = [".".join(str(part) for part in item.path[:end]) for end in range(len(item.path), 0, -1)]
-        option = next((by_key[key] for key in keys if key in by_key), "")
+        within = (key for key in by_key if key.startswith(f"{item.key}.") and key.rpartition(".")[2] in item.message)
+        option = next((by_key[key] for key in (*keys, *within) if key in by_key), "")
         places = (item.path[:end] for end in range(len(item.path), 0, -1))
         line = None if option else next((lines[place] for place in places if place in lines), None)
         located.append(Located(item, line, option))

@@ -60,8 +60,8 @@ EXAMPLES = {
 }
 
 
-def template(task: str) -> str:
-    """A run file for a task, commented.
+def template(task: str, file: str = "run.yaml") -> str:
+    """A run file for a task, commented; `file` is what it will be called.
 
     Raises:
         ConfigError: There is no such task, or it is one of the user's own.
@@ -72,14 +72,14 @@ def template(task: str) -> str:
         except ValueError as error:
             raise ConfigError(str(error), hint=f"begin with one of these: {', '.join(TASKS)}") from error
         raise ConfigError(f"{task} is a task of your own", hint=f"begin with one of these: {', '.join(TASKS)}")
-    return "\n".join(_lines(task, EXAMPLES[task])) + "\n"
+    return "\n".join(_lines(task, EXAMPLES[task], file)) + "\n"
 
 
-def _lines(task: str, example: Example) -> Iterator[str]:
+def _lines(task: str, example: Example, file: str) -> Iterator[str]:
     yield f"# A run of outlast that learns {task}. A setting behind a # is one more that there is, with its default."
-    yield "#   outlast validate run.yaml    is everything there, and right?"
-    yield "#   outlast plan run.yaml        steps, memory, checkpoints, before anything is held"
-    yield "#   outlast train run.yaml       start, or go on where it was"
+    yield f"#   outlast validate {file}    is everything there, and right?"
+    yield f"#   outlast plan {file}        steps, memory, checkpoints, before anything is held"
+    yield f"#   outlast train {file}       start, or go on where it was"
     yield ""
     yield from _setting("", "name", f"my-{task}")
     yield from _setting("", "seed", 7)

@@ -11,17 +11,36 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.storage import LocalStorage, open_storage
-from outlast.cluster.config import RunConfig, load_run, read_run_file
+from outlast.cluster.config import RunConfig, expand, load_run, override, read_run_file
 from outlast.cluster.run_file import Located, SettingsError, located_in
 from outlast.trainers.findings import Finding
+from outlast.trainers.findings import Path as Place
 from outlast.trainers.inputs import is_hub_id
+from outlast.trainers.registry import is_dotted
 
-Check = Callable[[RunConfig], None]
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Something to look at.
+
+    Attributes:
+        key: The setting that is at fault unless the error names another.
+        look: Raises the error.
+        blocks: What it goes by; a fault there has been found already, or would be blamed on the wrong setting.
+    """
+
+    key: str
+    look: Callable[[RunConfig], None]
+    blocks: frozenset[str]
+
+
 _KEY = re.compile(r"\b(?:model|data|train|checkpoint|scale|failure|track)(?:\.[a-z_]+)+\b")
 
 
@@ -37,16 +56,23 @@ def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) ->
         ConfigError: The file cannot be read.
     """
     try:
-        config = load_run(path, overrides)[0]
+        config: RunConfig | None = load_run(path, overrides)[0]
+        wrong = list[Located]()
     except SettingsError as error:
-        return list(error.findings)
+        wrong = list(error.findings)
+        config = _without(path, overrides, [item.finding.path for item in wrong])
+    if config is None:
+        return wrong
     from outlast.trainers.custom import make_importable
 
     make_importable(str(Path(path).parent.absolute()))
-    found = list(_findings(config.at_home(Path(path).parent), _CHEAP))
-    if deep and not found:
-        found = list(_findings(config.at_home(Path(path).parent), {"data": _prepared, "checkpoint.storage": _writable}))
-    return located_in(found, read_run_file(path)[1], overrides)
+    config = config.at_home(Path(path).parent)
+    doubtful = {str(item.finding.path[0]) for item in wrong}
+    found = list(_findings(config, [check for check in _CHEAP if not check.blocks & doubtful]))
+    if deep and not wrong and not found:
+        found = list(_findings(config, _DEEP))
+    seen = [*wrong, *located_in(found, read_run_file(path)[1], overrides)]
+    return sorted(seen, key=lambda item: item.line or 0)
 
 
 def not_looked_at(path: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -60,14 +86,31 @@ def not_looked_at(path: str, overrides: Sequence[str] = ()) -> list[str]:
     return []
 
 
-def _findings(config: RunConfig, checks: dict[str, Check]) -> Iterator[Finding]:
+def _without(path: str, overrides: Sequence[str], wrong: Sequence[Place]) -> RunConfig | None:
+    """The settings but for the wrong ones, so that the others can be looked at; None where that makes no run."""
+    try:
+        declared = read_run_file(path)[0]
+        for item in overrides:
+            override(declared, item)
+        for *block, key in wrong:
+            inner: Any = declared
+            for part in block:
+                inner = inner[part]
+            inner.pop(key, None)
+        declared.setdefault("name", "unnamed")
+        return RunConfig.model_validate(expand(declared))
+    except (ConfigError, ValueError, LookupError, TypeError):  # too little is left
+        return None
+
+
+def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[Finding]:
     said = set()
-    for key, check in checks.items():
+    for check in checks:
         try:
-            check(config)
+            check.look(config)
         except OutlastError as error:
             named = _KEY.search(error.message) if isinstance(error, ConfigError) else None
-            place = named[0] if named else key
+            place = named[0] if named else check.key
             if error.message not in said:  # one mistake may be in the way of several checks
                 said.add(error.message)
                 yield Finding(tuple(place.split(".")), error.message, error.hint)
@@ -122,6 +165,23 @@ def _batch(config: RunConfig) -> None:
     make_plan(config, 1, config.scale.max_workers)
 
 
+def _metric(config: RunConfig) -> None:
+    """Without having read the rows, from which alone sequence-classification may know what it predicts."""
+    from outlast.trainers.preflight import check_metric
+
+    if is_dotted(config.model.task):
+        return  # its scores may follow from anything in the rows
+    problems = [config.data.problem] if config.data.problem else ["single-label", "regression"]
+    refused = list[ConfigError]()
+    for problem in problems:
+        try:
+            check_metric(config, {"problem": problem})
+        except ConfigError as error:
+            refused.append(error)
+    if len(refused) == len(problems):
+        raise refused[0]
+
+
 def _trackers(config: RunConfig) -> None:
     from outlast.trainers.trackers import check_trackers
 
@@ -129,7 +189,6 @@ def _trackers(config: RunConfig) -> None:
 
 
 def _storage(config: RunConfig) -> None:
-    """The place, and against the run of this name, if it has begun."""
     storage = open_storage(config.checkpoint.storage)
     storage.list(config.name)
     if isinstance(storage, LocalStorage):
@@ -141,9 +200,14 @@ def _storage(config: RunConfig) -> None:
             )
         if not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(f"checkpoint.storage {place}: {there} is not writable", hint="name another place")
+
+
+def check_begun(config: RunConfig) -> None:
+    """Raises ConfigError if a run of this name has begun in the storage, and with other settings."""
     from outlast.trainers.attempt import check_unchanged
 
-    check_unchanged(catalogue(storage, config.name).declaration, config, None)
+    _storage(config)
+    check_unchanged(catalogue(open_storage(config.checkpoint.storage), config.name).declaration, config, None)
 
 
 def _prepared(config: RunConfig) -> None:
@@ -163,12 +227,16 @@ def _writable(config: RunConfig) -> None:
     storage.delete(name)
 
 
-_CHEAP: dict[str, Check] = {
-    "data.train": _columns,
-    "data.eval": _eval_columns,
-    "model": _code,
-    "model.path": _architecture,
-    "train.batch": _batch,
-    "track.to": _trackers,
-    "checkpoint.storage": _storage,
-}
+_ALL = frozenset(RunConfig.model_fields)
+_CHEAP = (
+    Check("data.train", _columns, frozenset({"model", "data"})),
+    Check("data.eval", _eval_columns, frozenset({"model", "data"})),
+    Check("model", _code, frozenset({"model"})),
+    Check("model.path", _architecture, frozenset({"model"})),
+    Check("train.batch", _batch, frozenset({"train", "scale"})),
+    Check("checkpoint.metric", _metric, frozenset({"model", "data", "train", "checkpoint"})),
+    Check("track.to", _trackers, frozenset({"track"})),
+    Check("checkpoint.storage", _storage, frozenset({"checkpoint"})),
+    Check("name", check_begun, _ALL),
+)
+_DEEP = (Check("data", _prepared, _ALL), Check("checkpoint.storage", _writable, _ALL))

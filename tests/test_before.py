@@ -95,9 +95,9 @@ def test_init_never_replaces(tmp_path: Path) -> None:
     done = outlast("init", "--task", "chat", str(path))
     assert done.stdout.strip() == str(path)
     assert f"outlast validate {path}" in done.stderr
-    assert path.read_text() == template("chat")
+    assert path.read_text() == template("chat", str(path))
     assert "there already; nothing was written" in outlast("init", str(path), code=2).stderr
-    assert path.read_text() == template("chat")
+    assert path.read_text() == template("chat", str(path))
     assert "did you mean 'chat'" in outlast("init", "--task", "chatt", str(tmp_path / "other.yaml"), code=2).stderr
     assert not (tmp_path / "other.yaml").exists()
 
@@ -207,6 +207,31 @@ def test_a_finding_in_an_option_names_the_option(tmp_path: Path, body: dict[str,
     assert str(found).startswith("-s train.lr=fast: train.lr: Input should be a valid number")
     with pytest.raises(SettingsError, match="settings that cannot be used"):
         load_run(str(path), ["train.lr=fast"])
+    [found] = validate(str(path), ["train.micro_batch=3"])
+    assert str(found).startswith("-s train.micro_batch=3: train: micro_batch (3) must divide batch (8)")
+
+
+def test_a_file_of_nearly_this_name(tmp_path: Path) -> None:
+    (tmp_path / "train-long.yaml").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        load_run(str(tmp_path / "train_long.yaml"))
+    assert f"did you mean {tmp_path / 'train-long.yaml'}?" in caught.value.hint
+
+
+def test_a_wrong_setting_hides_nothing(tmp_path: Path, body: dict[str, Any]) -> None:
+    """What is right is looked at all the same: the model, the data, the place; but not by settings in doubt."""
+    storage = tmp_path / "taken"
+    storage.write_text("")
+    path = tmp_path / "run.yaml"
+    body = {**body, "name": "my run", "train": {"lr": "fast"}, "checkpoint": {"storage": str(storage)}}
+    path.write_text(yaml.safe_dump({**body, "model": {**body["model"], "config": {"model_type": "gtp2"}}}))
+    said = "\n".join(str(item) for item in validate(str(path)))
+    for part in ("name: ", "train.lr: ", "did you mean 'gpt2'?", "checkpoint.storage"):
+        assert part in said
+    path.write_text(yaml.safe_dump({**body, "data": {"train": "/no/such.txt"}}))
+    assert "/no/such.txt is not there" in "\n".join(str(item) for item in validate(str(path)))
+    [found] = validate(str(path), ["model.task=causal", "checkpoint.storage=null", "train=null"])[:1]
+    assert "task" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +246,11 @@ def test_a_finding_in_an_option_names_the_option(tmp_path: Path, body: dict[str,
         ({"model": {"path": "/no/model", "config": None, "tokenizer": None}}, "path:", "/no/model is not there"),
         ({"train": {"optimizer": "adamv"}}, None, "did you mean 'adam'?"),
         ({"scale": {"workers": 9}}, None, "9 workers, but a batch of 8"),
+        (
+            {"checkpoint": {"keep_best": 1, "metric": "accuracy"}, "data": {"eval": "9%"}},
+            "metric:",
+            "checkpoint.metric 'accuracy' is not measured by task causal-lm",
+        ),
         ({"checkpoint": {"storage": "/proc/version/runs"}}, "storage:", "a file stands where a directory is needed"),
     ],
 )
@@ -274,6 +304,8 @@ def test_a_run_that_has_begun_with_other_settings(
     assert validate(str(path)) == []
     [found] = validate(str(path), ["train.lr=0.5"])
     assert "train.lr was 0.001, is 0.5" in found.finding.message
+    assert "train will refuse this" not in outlast("plan", str(path)).stderr
+    assert "train.lr was 0.001, is 0.5" in outlast("plan", str(path), "-s", "train.lr=0.5").stderr
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ def test_pin_and_prune(here: Path, outlast: Outlast) -> None:
     assert outlast("checkpoints", "pin", "my-run", "400").out.startswith("pinned 400@0001-")
     listed = outlast("checkpoints", "ls", "my-run").out.splitlines()
     assert [line.split()[0] for line in listed if line.endswith("pinned")] == ["400"]
-    assert ", pinned" in outlast("checkpoints", "show", "my-run", "--step", "400").out
+    assert ", pinned" in outlast("checkpoints", "show", "my-run", "400").out
     shown = outlast("checkpoints", "prune", "my-run", "--keep-last", "2")
     assert re.findall(r"^would delete  (\d+)@", shown.out, re.MULTILINE) == ["600"], "200 is best by the run's settings"
     assert "--yes deletes" in shown.err

@@ -71,13 +71,16 @@ def test_ls_and_show_and_path(finished: Path) -> None:
     by_name = outlast("checkpoints", "ls", "looked-at", "--storage", str(finished.parent), "--json").stdout
     assert json.loads(by_name) == rows
     assert "eval_loss" in outlast("checkpoints", "ls", str(finished)).stdout
-    shown = json.loads(outlast("checkpoints", "show", str(finished), "--step", "9", "--json").stdout)
+    shown = json.loads(outlast("checkpoints", "show", str(finished), "9", "--json").stdout)
     assert shown["world_size"] == 2
     assert {"model.safetensors", "config.json"} <= {entry["path"] for entry in shown["files"]}
     assert outlast("checkpoints", "path", str(finished)).stdout.strip() == rows[0]["path"]
     assert outlast("checkpoints", "path", str(finished), "9").stdout.strip() == rows[1]["path"]
     model = Path(outlast("checkpoints", "path", str(finished), "model").stdout.strip())
     assert (model / "tokenizer.json").is_file()
+    assert f"{model} is a model, not a run" in outlast("checkpoints", "ls", str(model), code=2).stderr
+    best = min(rows, key=lambda row: row["metrics"].get("eval_loss", 99.0))
+    assert [row["best"] for row in rows] == [row is best for row in rows]
 
 
 def test_verify_names_what_is_wrong(finished: Path, tmp_path: Path) -> None:
@@ -96,4 +99,7 @@ def test_verify_names_what_is_wrong(finished: Path, tmp_path: Path) -> None:
     verdicts = json.loads(outlast("checkpoints", "verify", str(copy), "--json", code=5).stdout)
     assert {item["step"] for item in verdicts if item["faults"]} == {9, 10}
     assert "damaged: " in outlast("checkpoints", "ls", str(copy)).stderr
-    assert "whole" in outlast("checkpoints", "verify", str(copy), "--step", "6").stdout
+    assert "whole" in outlast("checkpoints", "verify", str(copy), "6").stdout
+    assert "damaged" in outlast("checkpoints", "verify", str(copy), "10", code=5).stdout
+    assert "/checkpoint-9" in outlast("checkpoints", "verify", str(copy), "newest", code=5).stdout
+    assert "/model" in outlast("checkpoints", "verify", str(copy), "model").stdout

@@ -134,7 +134,7 @@ def test_a_checkpoint_names_the_record_of_its_launch(
     thread = keep_record(storage, config, assignment.declared, "first", prepare(config, storage), str(repository))
     assert run_group(assignment, storage, 1)[0].outcome is Outcome.DONE
     thread.join(60)
-    place = show_checkpoint(storage, "recorded", None)["record"]
+    place = show_checkpoint(storage, "recorded")["record"]
     assert place == f"{storage.url}/recorded/launches/first/record.json"
     body = json.loads(Path(place).read_text())
     assert body["code"]["git"] == git(repository, "rev-parse", "HEAD")

@@ -92,7 +92,7 @@ def _finding(found: Any, model: type[BaseModel]) -> Finding:
     message = found["msg"].removeprefix("Value error, ")
     if cause is None and isinstance(given, str | int | float):
         message += f" (it is {given!r})"
-    if found["type"] == "literal_error" and (near := _nearest(str(given), _literals(found["ctx"]["expected"]))):
+    if found["type"] == "literal_error" and (near := nearest(str(given), _literals(found["ctx"]["expected"]))):
         suggestion = f"did you mean {near!r}?"
     return Finding(path, message, suggestion)
 
@@ -102,7 +102,8 @@ def _literals(expected: str) -> list[str]:
     return [part.strip("' ") for part in expected.replace(" or ", ", ").split(",")]
 
 
-def _nearest(word: str, known: Iterable[str]) -> str | None:
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """What `word` was probably meant to be, or None."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
@@ -110,7 +111,7 @@ def _unknown(model: type[BaseModel], path: Path) -> Finding:
     """Of an unknown key: the nearest one in its block, or the block that has a key of this name."""
     *block, name = path
     known = sorted(_keys(model_at(model, tuple(block))))
-    if near := _nearest(str(name), known):
+    if near := nearest(str(name), known):
         return Finding(path, _UNKNOWN, f"did you mean {near!r}?", (*block, near))
     elsewhere = [place for place in _places(model) if place[-1] == name]
     if len(elsewhere) == 1:

@@ -18,6 +18,7 @@ from outlast.trainers.adapters import adapter_files, attach_lora
 from outlast.trainers.compute import check_recomputes
 from outlast.trainers.config import TrainingConfig
 from outlast.trainers.data import Prepared
+from outlast.trainers.findings import nearest
 from outlast.trainers.inputs import is_hub_id
 from outlast.trainers.models import Tokenizer, build_model, check_head, check_names, load_tokenizer
 from outlast.trainers.registry import find_task
@@ -103,15 +104,17 @@ def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
     """Raises ConfigError if checkpoints or early stopping go by a metric that the task does not measure."""
     metric, scores = config.checkpoint.metric, find_task(config.model.task).score_names(facts)
     known = ["loss", "eval_loss", *(f"eval_{name}" for name in scores)]
+    near = nearest(metric, known) or known[-1]
     if config.checkpoint.keep_best and metric not in known:
         raise ConfigError(
             f"checkpoint.metric {metric!r} is not measured by task {config.model.task}; it measures {', '.join(known)}",
-            hint=f"set checkpoint.metric, for example -s checkpoint.metric={known[-1]}",
+            hint=f"set checkpoint.metric, for example -s checkpoint.metric={near}",
         )
     stopping = config.train.early_stopping
     if stopping is not None and stopping.metric not in known[1:]:
+        near = nearest(stopping.metric, known[1:]) or known[-1]
         raise ConfigError(
             f"train.early_stopping.metric {stopping.metric!r} is not what an evaluation of task "
             f"{config.model.task} measures: {', '.join(known[1:])}",
-            hint=f"set it, for example -s train.early_stopping.metric={known[-1]}",
+            hint=f"set it, for example -s train.early_stopping.metric={near}",
         )
