@@ -223,7 +223,11 @@ def write_on(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
     if given < 1:
         raise ConfigError("the text is empty: there is nothing to go on from", hint="write a word at least")
     if room < 1:
-        raise ConfigError(f"{given} tokens leave no room: the model has {places} places", hint="write a shorter text")
+        begin = task.tokenizer.inner.decode(encoded["input_ids"][0, :8])
+        raise ConfigError(
+            f"{given} tokens leave no room: the model has {places} places, and the text is {begin!r}…",
+            hint="write a shorter text",
+        )
     padding = task.tokenizer.inner.pad_token_id
     tokens = model.generate(**encoded.to(model.device), max_new_tokens=room, do_sample=False, pad_token_id=padding)[0]
     written: torch.Tensor = tokens if config.is_encoder_decoder else tokens[given:]
