@@ -1,33 +1,27 @@
 """A run's objects in a cluster, through Kubernetes' official client: apply, status, suspend, resume, delete.
 
 Thin: what an object should be is decided in `manifests.py`, what becomes of it by KubeRay. Everything of a run is found
-by its label, so that nothing has to be remembered here. Deciding is apart from doing: `next_step` is pure.
+by its label, so that nothing has to be remembered here. What a RayJob is and which comes next, `k8s_chain.py` decides.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
+from outlast.cluster.k8s_chain import MANAGER, RAY, RESUMES, Phase, applied_last, consequences, phase, successor
 from outlast.cluster.k8s_operator import mapping, rows
-from outlast.cluster.k8s_settings import MAX_NAME
 from outlast.cluster.manifests import RUN_LABEL
 
-#: Who owns the fields that apply sets.
-MANAGER = "outlast"
-RESUMES = "outlast/resumes"
-_RAY = "ray.io/v1"
 #: What belongs to a run, in the order in which to delete it: first what makes pods.
 KINDS = {
-    "RayJob": _RAY,
+    "RayJob": RAY,
     "NetworkPolicy": "networking.k8s.io/v1",
     "PodDisruptionBudget": "policy/v1",
     "ConfigMap": "v1",
@@ -35,66 +29,6 @@ KINDS = {
 }
 _CLAIM = "PersistentVolumeClaim"
 _MAX_EVENTS = 10
-
-
-class Phase(Enum):
-    """What a RayJob is, as far as going on with it matters."""
-
-    LIVE = "live"
-    SUSPENDED = "suspended"
-    DONE = "done"
-    ENDED = "ended"  #: it failed, was stopped, or was refused: only another RayJob goes on
-    LEAVING = "leaving"  #: it is being deleted
-
-    @property
-    def is_over(self) -> bool:
-        return self in (Phase.DONE, Phase.ENDED)
-
-
-def phase(job: Mapping[str, Any]) -> Phase:
-    """What a RayJob is by its status."""
-    status = mapping(job, "status")
-    if mapping(job, "metadata").get("deletionTimestamp"):
-        return Phase.LEAVING
-    if status.get("jobDeploymentStatus") in ("Complete", "Failed", "ValidationFailed"):
-        return Phase.DONE if status.get("jobStatus") == "SUCCEEDED" else Phase.ENDED
-    return Phase.SUSPENDED if mapping(job, "spec").get("suspend") else Phase.LIVE
-
-
-def next_name(name: str, taken: Sequence[str], *, is_counted: bool = True) -> str:
-    """The name of the RayJob that goes on after `name`, short enough for KubeRay.
-
-    Args:
-        name: Its name.
-        taken: Names that others have.
-        is_counted: Whether a number at its end counts how often it went on, or is a part of the run's own name.
-    """
-    found = re.fullmatch(r"(.+)-(\d+)", name) if is_counted else None
-    stem, number = (found[1], int(found[2])) if found else (name, 1)
-    while True:
-        number += 1
-        tail = f"-{number}"
-        made = f"{stem[: MAX_NAME - len(tail)].rstrip('-')}{tail}"
-        if made not in taken:
-            return made
-
-
-def successor(job: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
-    """The RayJob that goes on where `job` ended: the same, under the next name."""
-    meta = mapping(job, "metadata")
-    kept = ("kubectl.kubernetes.io/last-applied-configuration", RESUMES)
-    notes = {key: value for key, value in mapping(meta, "annotations").items() if key not in kept}
-    spec = {key: value for key, value in mapping(job, "spec").items() if key not in ("suspend", "jobId")}
-    return {
-        "apiVersion": _RAY,
-        "kind": "RayJob",
-        "metadata": {
-            "name": next_name(str(meta["name"]), taken, is_counted=RESUMES in mapping(meta, "annotations")),
-            "labels": dict(mapping(meta, "labels")),
-            "annotations": {**notes, RESUMES: str(meta["name"])},
-        },
-        "spec": spec,
-    }
 
 
 class _Missing(PreflightError):
@@ -165,12 +99,14 @@ class Cluster:
             changed = before is None or before["metadata"].get("generation") != after["metadata"].get("generation")
             said.append(f"{name} {'created' if before is None else 'applied'}")
             if item["kind"] == "RayJob" and before is not None:
-                said += _consequences(after, changed=changed)
+                run = mapping(item, "metadata", "labels").get(RUN_LABEL)
+                newest = self.jobs(run)[-1:] if run else []
+                said += consequences(after, newest[0] if newest else after, changed=changed)
         return said
 
     def jobs(self, run: str) -> list[dict[str, Any]]:
         """The run's RayJobs, oldest first."""
-        return sorted(self._list("RayJob", _RAY, run), key=lambda job: str(job["metadata"].get("creationTimestamp")))
+        return sorted(self._list("RayJob", RAY, run), key=lambda job: str(job["metadata"].get("creationTimestamp")))
 
     def newest(self, run: str) -> dict[str, Any]:
         """The run's newest RayJob.
@@ -230,7 +166,8 @@ class Cluster:
             case Phase.SUSPENDED:
                 self._set_suspend(name, False)
                 return f"rayjob/{name} goes on"
-        made = successor(job, [item["metadata"]["name"] for item in self._list("RayJob", _RAY)])
+        taken = [item["metadata"]["name"] for item in self._list("RayJob", RAY)]
+        made = successor(job, taken, spec_of=applied_last(self.jobs(run)))
         with _explained(f"rayjob/{made['metadata']['name']}"):
             self._apply(made)
         return f"rayjob/{made['metadata']['name']} created; it goes on where {name} ended"
@@ -256,7 +193,7 @@ class Cluster:
 
     def _set_suspend(self, name: str, value: bool) -> None:
         with _explained(f"rayjob/{name}"):
-            self._resource("RayJob", _RAY).patch(
+            self._resource("RayJob", RAY).patch(
                 name=name,
                 namespace=self.namespace,
                 body={"spec": {"suspend": value}},
@@ -345,18 +282,6 @@ def _message(error: Any) -> str:
         return str(json.loads(error.body)["message"])
     except (TypeError, ValueError, KeyError):
         return f"{error.status} {error.reason}"
-
-
-def _consequences(job: Mapping[str, Any], *, changed: bool) -> list[str]:
-    """What applying a RayJob that was there does not do."""
-    name, run = job["metadata"]["name"], mapping(job, "metadata", "labels").get(RUN_LABEL)
-    if phase(job).is_over:
-        return [f"  rayjob/{name} is {phase(job).value}, and stays so; go on with: outlast k8s resume {run}"]
-    if changed and phase(job) is Phase.LIVE:
-        return [
-            f"  rayjob/{name} is at work: its pods change when it is suspended and resumed (outlast k8s suspend {run})"
-        ]
-    return []
 
 
 def _job_row(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -192,6 +192,7 @@ class Store:
             meta["generation"] = (meta.get("generation") or 0) + int(changed)
             meta.update(name=key[3], namespace=key[2], resourceVersion=str(self._count))
             meta.setdefault("creationTimestamp", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._count)))
+            _sign(meta, manager, "Apply" if is_apply else "Update", self._count)
             self.objects[key] = new
             return new
 
@@ -201,6 +202,15 @@ class Store:
             raise Refused(422, f'RayJob.ray.io "{key[3]}" is invalid: spec.backoffLimit: Invalid value: "string"')
         if key[1] == "rayjobs" and "backOffLimit" in spec:
             raise Refused(400, 'strict decoding error: unknown field "spec.backOffLimit"')
+
+
+def _sign(meta: dict[str, Any], manager: str, operation: str, moment: int) -> None:
+    """Notes who has written last, and how."""
+    entries = [
+        row for row in meta.get("managedFields", []) if (row["manager"], row["operation"]) != (manager, operation)
+    ]
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    meta["managedFields"] = [*entries, {"manager": manager, "operation": operation, "time": at}]
 
 
 def _drop(body: dict[str, Any], path: tuple[str, ...]) -> None:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner, Result
 
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
 from outlast.cluster.cli import app
-from outlast.cluster.k8s_client import Cluster, Phase, next_name, phase, successor
+from outlast.cluster.k8s_chain import Phase, applied_last, consequences, next_name, phase, successor
+from outlast.cluster.k8s_client import Cluster
 from outlast.cluster.manifests import to_yaml
 from tests.k8s import Objects, rendered
 from tests.k8s_api import Api, assets, real_api, small_api
@@ -175,6 +176,33 @@ def test_a_job_that_has_ended_is_followed_by_another(api: Api, objects: Objects)
     assert cluster.resume("my-run") == "rayjob/my-run-3 is done"
 
 
+def test_a_mended_job_is_what_goes_on(api: Api, objects: Objects) -> None:
+    """It fails, goes on, fails again, and is mended: apply writes to the first RayJob, the newest is the second."""
+    cluster = Cluster()
+    cluster.apply(objects)
+    api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED")
+    cluster.resume("my-run")
+    api.set_status("my-run-2", jobDeploymentStatus="Failed", jobStatus="FAILED")
+    objects[-1]["spec"]["entrypoint"] = "exec mended"
+    assert "rayjob/my-run-2 is ended, and stays so; go on with" in cluster.apply(objects)[-1]
+    assert cluster.resume("my-run") == "rayjob/my-run-3 created; it goes on where my-run-2 ended"
+    third = api.get("my-run-3")
+    assert third["spec"]["entrypoint"] == "exec mended"
+    assert third["metadata"]["annotations"]["outlast/resumes"] == "my-run-2"
+
+
+def test_apply_while_a_later_job_is_at_work(api: Api, objects: Objects) -> None:
+    cluster = Cluster()
+    cluster.apply(objects)
+    api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED")
+    cluster.resume("my-run")
+    objects[-1]["spec"]["entrypoint"] = "exec mended"
+    last = cluster.apply(objects)[-1]
+    assert "rayjob/my-run-2 goes on for it, and is live" in last
+    assert "kubectl delete rayjob my-run-2" in last
+    assert "is ended" not in last
+
+
 def test_the_cluster_was_lost_with_everything(api: Api, objects: Objects) -> None:
     """What is left is the storage: the same objects again go on from it."""
     with pytest.raises(PreflightError, match="no RayJob of run my-run") as caught:
@@ -297,6 +325,35 @@ def test_a_number_at_the_end_of_a_name_counts_only_what_went_on() -> None:
     assert successor(job, [])["metadata"]["name"] == "sweep-1-2"
     job["metadata"] = {"name": "sweep-1-2", "annotations": {"outlast/resumes": "sweep-1"}}
     assert successor(job, ["sweep-1-3"])["metadata"]["name"] == "sweep-1-4"
+
+
+def _job(name: str, *entries: tuple[str, str, str], resumes: bool = False) -> dict[str, Any]:
+    rows = [{"manager": manager, "operation": operation, "time": at} for manager, operation, at in entries]
+    notes = {"outlast/resumes": "r"} if resumes else {}
+    return {"metadata": {"name": name, "managedFields": rows, "annotations": notes}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([], [], "r"),
+        ([("outlast", "Apply", "T1")], [("outlast", "Apply", "T2")], "r-2"),
+        ([("outlast", "Apply", "T2")], [("outlast", "Apply", "T2")], "r"),
+        ([("outlast", "Apply", "T3")], [("outlast", "Apply", "T2"), ("outlast", "Update", "T4")], "r"),
+        ([("kubectl", "Apply", "T3"), ("kuberay", "Update", "T5")], [("outlast", "Apply", "T4")], "r-2"),
+        ([("kubectl-client-side-apply", "Update", "T5")], [("outlast", "Apply", "T4")], "r"),
+    ],
+)
+def test_which_was_applied_last(
+    first: list[tuple[str, str, str]], second: list[tuple[str, str, str]], expected: str
+) -> None:
+    """To suspend a job is no apply, and neither is what the operator writes."""
+    assert applied_last([_job("r", *first), _job("r-2", *second, resumes=True)])["metadata"]["name"] == expected
+
+
+def test_a_job_that_is_being_deleted_is_no_reason_to_warn() -> None:
+    leaving = {"metadata": {"name": "r-2", "deletionTimestamp": "t"}}
+    assert consequences({"metadata": {"name": "r"}}, leaving, changed=True) == []
 
 
 def test_a_successor_is_not_suspended_and_has_no_job_id() -> None:
