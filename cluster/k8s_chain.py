@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from outlast.cluster.k8s_operator import mapping, rows
 from outlast.cluster.k8s_settings import MAX_NAME
+from outlast.cluster.k8s_shapes import mapping, rows
 from outlast.cluster.manifests import RUN_LABEL
 
 #: Who owns the fields that apply sets.

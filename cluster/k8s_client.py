@@ -16,7 +16,7 @@ from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
 from outlast.cluster.k8s_chain import MANAGER, RAY, RESUMES, Phase, applied_last, consequences, phase, successor
-from outlast.cluster.k8s_operator import mapping, rows
+from outlast.cluster.k8s_shapes import mapping, rows
 from outlast.cluster.manifests import RUN_LABEL
 
 #: What belongs to a run, in the order in which to delete it: first what makes pods.

@@ -11,14 +11,11 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.doctor_rules import Finding, Level
-from outlast.cluster.k8s_operator import Complaint, mapping, operator_complaints
-from outlast.cluster.k8s_pitfalls import (
-    budget_complaints,
-    claim_complaints,
-    disagreements,
-    risks,
-    secrets_written_down,
-)
+from outlast.cluster.k8s_agreement import disagreements
+from outlast.cluster.k8s_operator import operator_complaints
+from outlast.cluster.k8s_pitfalls import budget_complaints, claim_complaints, risks
+from outlast.cluster.k8s_secrets import secrets_written_down
+from outlast.cluster.k8s_shapes import Complaint, mapping
 
 _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[Complaint]]]]] = {
     "RayJob": [

@@ -13,9 +13,7 @@ from typing import Any
 import yaml
 
 from outlast.cluster.k8s_settings import LABEL, MAX_NAME
-
-#: Where, and what is wrong there.
-Complaint = tuple[str, str]
+from outlast.cluster.k8s_shapes import Complaint, autoscales, first_container, mapping, rows, variables
 
 SUBMISSION_MODES = ("K8sJobMode", "SidecarMode", "HTTPMode", "InteractiveMode")
 #: Fields of a RayCluster that the operator takes only with a feature gate, which is off unless somebody turned it on.
@@ -28,40 +26,6 @@ _AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
 _DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 _TOKEN_SINCE = (2, 52, 0)
 _PRIORITY_SINCE = (2, 56, 0)
-
-
-def mapping(value: Any, *keys: str) -> Mapping[str, Any]:
-    """The mapping at the end of a path of keys; an empty one where there is none."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value if isinstance(value, Mapping) else {}
-
-
-def rows(value: Any, key: str) -> list[Mapping[str, Any]]:
-    """The mappings in the list at `key`; none where there is no list."""
-    found = mapping(value).get(key)
-    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
-
-
-def words(value: Any, key: str) -> list[str]:
-    """The strings in the list at `key`."""
-    found = mapping(value).get(key)
-    return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []
-
-
-def variables(container: Mapping[str, Any]) -> dict[str, Any]:
-    """A container's environment as written, None for what comes from elsewhere."""
-    return {str(item.get("name")): item.get("value") for item in rows(container, "env")}
-
-
-def first_container(group: Any) -> Mapping[str, Any]:
-    """The container of a head or worker group in which Ray runs."""
-    found = rows(mapping(group, "template", "spec"), "containers")
-    return found[0] if found else {}
-
-
-def autoscales(cluster: Mapping[str, Any]) -> bool:
-    return cluster.get("enableInTreeAutoscaling") is True
 
 
 def operator_complaints(job: Mapping[str, Any]) -> Iterator[Complaint]:

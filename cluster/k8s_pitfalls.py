@@ -9,27 +9,27 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
-from outlast.cluster.k8s_operator import Complaint, autoscales, first_container, mapping, rows, variables, words
 from outlast.cluster.k8s_settings import is_pinned
+from outlast.cluster.k8s_shapes import (
+    Complaint,
+    autoscales,
+    containers,
+    first_container,
+    mapping,
+    pod_templates,
+    ray_groups,
+    rows,
+    variables,
+    words,
+)
 from outlast.cluster.manifests import QUEUE_LABEL, SPOT
 
-_SECRET = re.compile(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY|API_KEY|CREDENTIAL)", re.IGNORECASE)
 _LOST = ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")
 _OUTAGE_S = 300
 _FEW_RETRIES = 3
 _DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 _DRAIN_DEFAULT_S = 30
 _GRACE_DEFAULT_S = 30
-
-
-def secrets_written_down(job: Mapping[str, Any]) -> Iterator[Complaint]:
-    """Credentials whose value stands in the manifest."""
-    for where, container in _containers(job):
-        for name, value in variables(container).items():
-            if value and _SECRET.search(name) and "PATH" not in name.upper():
-                yield where, f"{name} is written down; name a secret instead (envFrom, or valueFrom.secretKeyRef)"
 
 
 def risks(job: Mapping[str, Any]) -> Iterator[Complaint]:
@@ -39,11 +39,11 @@ def risks(job: Mapping[str, Any]) -> Iterator[Complaint]:
     yield from _giving_up(spec)
     yield from _head(cluster)
     yield from _queue(job, cluster)
-    for role, pod in _pods(job):
+    for role, pod in pod_templates(job):
         yield from _pod(role, pod)
-    for where, container in _containers(job):
+    for where, container in containers(job):
         yield from _container(where, container)
-    for role, group in _ray_groups(cluster):
+    for role, group in ray_groups(cluster):
         yield from _leaving(role, group)
     if not mapping(cluster, "authOptions") and cluster:
         yield (
@@ -147,43 +147,6 @@ def _leaving(role: str, group: Mapping[str, Any]) -> Iterator[Complaint]:
         )
 
 
-def disagreements(job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str, Any]]) -> Iterator[Complaint]:
-    """Where the RayJob is not what the run file in its ConfigMap asks for.
-
-    Args:
-        job: The RayJob.
-        config_maps: The data of every ConfigMap at hand, by name.
-    """
-    cluster = mapping(job, "spec", "rayClusterSpec")
-    pod = mapping(cluster, "headGroupSpec", "template", "spec")
-    names = [str(mapping(volume, "configMap").get("name")) for volume in rows(pod, "volumes")]
-    texts = [config_maps[name].get("run.yaml") for name in names if name in config_maps]
-    try:
-        [run] = [yaml.safe_load(text) for text in texts if text]
-    except (ValueError, yaml.YAMLError):
-        return
-    groups, scale = rows(cluster, "workerGroupSpecs"), mapping(run, "scale")
-    wanted = scale.get("workers", 1)
-    most = max(wanted) if isinstance(wanted, list) and wanted else wanted
-    room = sum(number for group in groups if isinstance(number := group.get("maxReplicas"), int))
-    if isinstance(most, int) and room < most:
-        yield "spec.rayClusterSpec.workerGroupSpecs", f"room for {room} workers, and the run file has {most}"
-    gpus = scale.get("gpus_per_worker", 0)
-    for number, group in enumerate(groups):
-        there = mapping(first_container(group), "resources", "limits").get("nvidia.com/gpu", 0)
-        if isinstance(gpus, int) and str(there) != str(gpus):
-            yield (
-                f"spec.rayClusterSpec.workerGroupSpecs[{number}]",
-                f"{there} GPUs for each worker, and scale.gpus_per_worker is {gpus}",
-            )
-    storage = str(mapping(run, "checkpoint").get("storage", "./runs"))
-    if storage.startswith("/"):
-        for role, group in _ray_groups(cluster):
-            paths = [str(mount.get("mountPath")) for mount in rows(first_container(group), "volumeMounts")]
-            if not any(f"{storage}/".startswith(f"{path.rstrip('/')}/") for path in paths):
-                yield role, f"nothing is mounted at checkpoint.storage {storage}: checkpoints would go with the pod"
-
-
 def claim_complaints(claim: Mapping[str, Any]) -> Iterator[Complaint]:
     if "ReadWriteMany" not in words(mapping(claim, "spec"), "accessModes"):
         yield "spec.accessModes", "head and workers write from several nodes: ReadWriteMany"
@@ -194,34 +157,3 @@ def budget_complaints(budget: Mapping[str, Any]) -> Iterator[Complaint]:
     chosen = mapping(spec, "selector", "matchLabels")
     if "maxUnavailable" in spec and any(str(key).startswith("ray.io/") for key in chosen):
         yield "spec.maxUnavailable", "cannot be counted for pods of a RayCluster, which has no scale: use minAvailable"
-
-
-def _ray_groups(cluster: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if head := mapping(cluster, "headGroupSpec"):
-        yield "head", head
-    for group in rows(cluster, "workerGroupSpecs"):
-        yield "worker", group
-
-
-def _pods(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every pod template, by role; the submitter too, which KubeRay makes for itself where none is given."""
-    spec = mapping(job, "spec")
-    if spec.get("submissionMode", "K8sJobMode") == "K8sJobMode":
-        yield "submitter", mapping(spec, "submitterPodTemplate")
-    for role, group in _ray_groups(mapping(spec, "rayClusterSpec")):
-        yield role, mapping(group, "template")
-
-
-def _containers(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every container, by role; those that KubeRay adds only as far as the manifest says something of them."""
-    for role, pod in _pods(job):
-        yield from (
-            (role, item) for key in ("initContainers", "containers") for item in rows(mapping(pod, "spec"), key)
-        )
-        if role == "submitter" and not rows(mapping(pod, "spec"), "containers"):
-            yield role, {}
-    cluster = mapping(job, "spec", "rayClusterSpec")
-    if autoscales(cluster):
-        yield "autoscaler", mapping(cluster, "autoscalerOptions")
-    if mapping(job, "spec").get("submissionMode") == "SidecarMode":
-        yield "submitter", {}
