@@ -25,6 +25,7 @@ from outlast.cluster.k8s_shapes import (
 from outlast.cluster.manifests import QUEUE_LABEL, SPOT
 
 _LOST = ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")
+_KARPENTER_KEEPS = "karpenter.sh/do-not-disrupt"
 _OUTAGE_S = 300
 _FEW_RETRIES = 3
 _DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
@@ -45,6 +46,8 @@ def risks(job: Mapping[str, Any]) -> Iterator[Complaint]:
         yield from _container(where, container)
     for role, group in ray_groups(cluster):
         yield from _leaving(role, group)
+        if role == "worker" and mapping(group, "template", "metadata", "annotations").get(_KARPENTER_KEEPS) == "true":
+            yield role, f"{_KARPENTER_KEEPS}: Karpenter then evicts no pod from a spot node that is called back"
     if not mapping(cluster, "authOptions") and cluster:
         yield (
             "spec.rayClusterSpec.authOptions",

@@ -137,6 +137,13 @@ def test_the_head_is_never_on_spot_nodes_and_workers_are_if_asked(read: Read) ->
     assert {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} < tolerated
 
 
+def test_karpenter_leaves_the_head_alone_and_evicts_workers(read: Read) -> None:
+    """It does not evict a pod with this word from a spot node that is called back: no SIGTERM, no save."""
+    found = pods(render(*read("/data/runs"), k8s_settings(**RELEASE, spot=True))[-1])
+    keeps = {role for role, pod in found.items() if "karpenter.sh/do-not-disrupt" in str(pod["metadata"])}
+    assert keeps == {"head"}
+
+
 def test_spot_nodes_first_then_others(read: Read) -> None:
     settings = k8s_settings(**RELEASE, spot=True, fallback=True, fallback_after_s=120)
     job = render(*read("/data/runs", scale={"workers": 4}), settings)[-1]

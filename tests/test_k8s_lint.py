@@ -153,6 +153,10 @@ def test_what_the_operator_refuses_of_elastic_runs(
         ({(*CLUSTER, "authOptions"): ...}, "whoever reaches the pods"),
         ({(*HEAD, "template", "metadata", "labels", "app.kubernetes.io/name"): "x"}, "finds no head"),
         ({("spec", "submitterPodTemplate"): ...}, "submitter: securityContext lacks"),
+        (
+            {(*WORKERS, "template", "metadata", "annotations"): {"karpenter.sh/do-not-disrupt": "true"}},
+            "worker: karpenter.sh/do-not-disrupt",
+        ),
     ],
 )
 def test_what_costs_a_run(tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str) -> None:
