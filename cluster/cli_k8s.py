@@ -69,6 +69,7 @@ def render(
     ] = None,
     backoff_limit: Annotated[int | None, typer.Option(help="How often a failed job is started again.")] = None,
     grace_s: Annotated[int | None, typer.Option(help="Seconds from a pod's SIGTERM to its SIGKILL.")] = None,
+    notice_s: Annotated[int | None, typer.Option(help="Seconds until a spot node's end, as Ray is told.")] = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Default: stdout.")] = None,
     into: Annotated[
         Path | None, typer.Option("--into", metavar="DIR", help="A folder for `kubectl apply -k` instead.")

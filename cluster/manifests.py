@@ -21,9 +21,8 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config import RunConfig
-from outlast.cluster.k8s_settings import LABEL, MAX_NAME, K8sSettings, checked_mount
+from outlast.cluster.k8s_settings import DRAIN_BEFORE_GRACE_S, LABEL, MAX_NAME, K8sSettings, checked_mount
 
-DRAIN_BEFORE_GRACE_S = 5  # Ray announces its own time-out as the end; a later one is never reached
 #: The label that every object and pod of a run carries, and that its policies select by.
 RUN_LABEL = "outlast/run"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -178,8 +177,8 @@ def _ray_job(config: RunConfig, settings: K8sSettings, name: str, claim: str, mo
     worker_cpus = settings.worker_cpus if cpus is None else _whole("cpus_per_worker", cpus)
     _size(worker["spec"], worker_cpus, settings.worker_memory, gpus)
     head["spec"]["volumes"][0]["configMap"]["name"] = name
-    for pod in (head, worker):
-        _ray_node(pod["spec"], settings, claim, mount)
+    for pod, announced_s in ((head, settings.grace_s - DRAIN_BEFORE_GRACE_S), (worker, settings.announced_s)):
+        _ray_node(pod["spec"], settings, claim, mount, announced_s)
     cluster["workerGroupSpecs"] = _groups(group, config, settings)
     if not _autoscales(config, settings):
         _scale_not(cluster, head["spec"])
@@ -271,11 +270,11 @@ def _size(pod: dict[str, Any], cpus: int, memory: str, gpus: int) -> None:
     }
 
 
-def _ray_node(pod: dict[str, Any], settings: K8sSettings, claim: str, mount: str | None) -> None:
+def _ray_node(pod: dict[str, Any], settings: K8sSettings, claim: str, mount: str | None, announced_s: int) -> None:
     container = pod["containers"][0]
     pod["terminationGracePeriodSeconds"] = settings.grace_s
     timed = {
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": settings.grace_s - DRAIN_BEFORE_GRACE_S,
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": announced_s,
         "RAY_JOB_STOP_WAIT_TIME_S": settings.grace_s - _STOP_BEFORE_GRACE_S,
     }
     for variable in container["env"]:

@@ -90,6 +90,14 @@ def test_defaults_of_grace_and_drain(read: Read) -> None:
     assert variables(head)["RAY_JOB_STOP_WAIT_TIME_S"] == "100"
 
 
+def test_a_short_notice_is_what_ray_is_told_of_workers(read: Read) -> None:
+    """The kubelet of a spot node does not wait for the grace period; the head is on none."""
+    found = pods(render(*read("/data/runs"), k8s_settings(**RELEASE, notice_s=12))[-1])
+    told = {role: variables(found[role])["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] for role in ("head", "worker")}
+    assert told == {"head": "115", "worker": "12"}
+    assert found["worker"]["spec"]["terminationGracePeriodSeconds"] == 120
+
+
 def test_workers_get_what_scale_says(read: Read) -> None:
     scale = {"workers": 3, "gpus_per_worker": 2, "cpus_per_worker": 12}
     worker = pods(render(*read("/data/runs", scale=scale), k8s_settings(**RELEASE, worker_memory="64Gi"))[-1])["worker"]

@@ -223,6 +223,8 @@ def test_runs_that_cannot_be(
         ({"mount": "data"}, "mount 'data' is relative"),
         ({"ray_version": "latest"}, "ray_version"),
         ({"imagee": "x"}, "did you mean 'image'"),
+        ({"notice_s": 9}, "notice_s"),
+        ({"notice_s": 60, "grace_s": 60}, "notice_s 60 is not below grace_s 60"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, Any], said: str) -> None:
