@@ -17,6 +17,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli import app
 from outlast.cluster.doctor_rules import Level
 from outlast.cluster.k8s_lint import lint, read_objects
+from outlast.cluster.k8s_secrets import is_credential
 from tests.k8s import ROOT, rendered
 
 FILES = ROOT / "tests" / "lint"
@@ -192,6 +193,74 @@ def test_secrets_by_reference_are_no_secrets(tmp_path: Path) -> None:
     [text] = _found(tmp_path, "object store", {path: {"name": "API_TOKEN", "value": "abc"}}, Level.FAILED)
     assert "API_TOKEN is written down" in text
     assert "abc" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "abc", True),
+        ("AWS_ACCESS_KEY_ID", "AKIA", True),
+        ("HF_TOKEN", "hf_abc", True),
+        ("hf-token", "hf_abc", True),
+        ("WANDB_API_KEY", "abc", True),
+        ("PGPASSWORD_PASSWORD", "abc", True),
+        ("TOKENIZERS_PARALLELISM", "false", False),
+        ("MAX_NEW_TOKENS", "32", False),
+        ("MAX_TOKEN", "32", False),
+        ("USE_TOKEN", "true", False),
+        ("TOKENIZER_NAME", "gpt2", False),
+        ("pad_token", "<pad>", False),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token", False),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/key.json", False),
+        ("HF_TOKEN", "$(OTHER)", False),
+        ("HF_TOKEN", "${env:HF_TOKEN}", False),
+        ("HF_TOKEN", "", False),
+        ("HF_TOKEN", None, False),
+        ("PARTITION_KEY", "abc", False),
+    ],
+)
+def test_what_is_a_credential(name: str, value: Any, expected: bool) -> None:
+    assert is_credential(name, value) is expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({("spec", "runtimeEnvYAML"): "env_vars: {AWS_SECRET_ACCESS_KEY: abcd}"}, "spec.runtimeEnvYAML: AWS_SECRET_A"),
+        ({("spec", "entrypoint"): "exec env HF_TOKEN=abcd outlast train x --take-over"}, "spec.entrypoint: HF_TOKEN"),
+        ({("spec", "entrypoint"): 'HF_TOKEN="abcd" outlast train x --take-over'}, "spec.entrypoint: HF_TOKEN"),
+        ({("spec", "entrypoint"): "outlast train x --hf-token=abcd"}, "spec.entrypoint: hf-token"),
+        ({(*WORKER_POD, "containers", 0, "args"): ["-c", "export API_KEY=abcd; run"]}, "worker: API_KEY"),
+    ],
+)
+def test_credentials_outside_the_environment(tmp_path: Path, changes: dict[tuple[Any, ...], Any], where: str) -> None:
+    [text] = _found(tmp_path, "claim", changes, Level.FAILED)
+    assert text.startswith(where)
+    assert "abcd" not in text
+
+
+def test_what_is_no_credential_is_let_pass(tmp_path: Path) -> None:
+    changes = {
+        (*WORKER_POD, "containers", 0, "env", 1): {"name": "TOKENIZERS_PARALLELISM", "value": "false"},
+        ("spec", "runtimeEnvYAML"): "env_vars: {MAX_NEW_TOKENS: '32'}",
+        ("spec", "entrypoint"): "exec outlast train x --take-over -s model.tokenizer=gpt2 --key=$HF_TOKEN",
+    }
+    assert _found(tmp_path, "claim", changes, Level.FAILED) == []
+
+
+def test_credentials_in_a_config_map() -> None:
+    run = "name: r\nmodel: {options: {HF_TOKEN: hf_abcd, pad_token: <pad>}}\ntrack: {API_KEY: '${env:KEY}'}\n"
+    body = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "r"},
+        "data": {"run.yaml": run, "PASSWORD": "p"},
+    }
+    found = lint([body])
+    assert [finding.level for finding in found] == [Level.WARNING] * 2
+    assert found[0].text.startswith("data.run.yaml: model.options.HF_TOKEN looks like a credential")
+    assert found[1].text.startswith("data.PASSWORD")
+    assert "hf_abcd" not in str(found)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
