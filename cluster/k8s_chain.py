@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from outlast.cluster.k8s_settings import MAX_NAME
-from outlast.cluster.k8s_shapes import mapping, rows
+from outlast.cluster.k8s_shapes import mapping, pod_templates, rows
 from outlast.cluster.manifests import RUN_LABEL
 
 #: Who owns the fields that apply sets.
@@ -104,6 +104,19 @@ def successor(
         },
         "spec": spec,
     }
+
+
+def told_of(job: Mapping[str, Any]) -> set[str]:
+    """Names of the objects whose events tell of a RayJob, besides its pods.
+
+    Where a quota, a webhook or Pod Security refuses a pod there is none: KubeRay tells of the RayCluster, and of the
+    submitter's Job, which has the RayJob's name; a claim that cannot be met tells of itself.
+    """
+    names = {mapping(job, "metadata").get("name"), mapping(job, "status").get("rayClusterName")}
+    for _, pod in pod_templates(job):
+        for volume in rows(mapping(pod, "spec"), "volumes"):
+            names.add(mapping(volume, "persistentVolumeClaim").get("claimName"))
+    return {name for name in names if isinstance(name, str) and name}
 
 
 def consequences(job: Mapping[str, Any], newest: Mapping[str, Any], *, changed: bool) -> list[str]:

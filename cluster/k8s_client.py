@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
-from outlast.cluster.k8s_chain import MANAGER, RAY, RESUMES, Phase, applied_last, consequences, phase, successor
+from outlast.cluster.k8s_chain import (
+    MANAGER,
+    RAY,
+    RESUMES,
+    Phase,
+    applied_last,
+    consequences,
+    phase,
+    successor,
+    told_of,
+)
 from outlast.cluster.k8s_shapes import mapping, rows
 from outlast.cluster.manifests import RUN_LABEL
 
@@ -125,8 +135,9 @@ class Cluster:
     def status(self, run: str) -> dict[str, Any]:
         """The run's RayJobs, pods and warnings, as plain values."""
         self.newest(run)
+        jobs = self.jobs(run)
         pods = [_pod_row(pod) for pod in self._list("Pod", "v1", run)]
-        names = {row["name"] for row in pods} | {job["metadata"]["name"] for job in self.jobs(run)}
+        names = {row["name"] for row in pods}.union(*(told_of(job) for job in jobs))
         with _explained():
             told = self._resource("Event", "v1").get(namespace=self.namespace).to_dict()["items"]
         warnings = [
@@ -138,7 +149,7 @@ class Cluster:
         return {
             "run": run,
             "namespace": self.namespace,
-            "jobs": [_job_row(job) for job in self.jobs(run)],
+            "jobs": [_job_row(job) for job in jobs],
             "pods": pods,
             "warnings": sorted(warnings, key=lambda row: str(row["t"]))[-_MAX_EVENTS:],
         }

@@ -148,6 +148,29 @@ def test_status(api: Api, objects: Objects) -> None:
     api.call("DELETE", "/api/v1/namespaces/ml/events/my-run.1")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("RayCluster", "my-run-x7k2p"), ("Job", "my-run"), ("PersistentVolumeClaim", "my-run-storage")],
+)
+def test_a_refused_pod_is_told_of_by_what_was_to_have_it(api: Api, objects: Objects, kind: str, name: str) -> None:
+    Cluster().apply(objects)
+    api.set_status("my-run", jobDeploymentStatus="Initializing", rayClusterName="my-run-x7k2p")
+    for number, of in enumerate([name, "another-run-b2b2b"]):
+        event = {
+            "metadata": {"name": f"e.{number}", "namespace": "ml"},
+            "involvedObject": {"kind": kind, "name": of, "namespace": "ml"},
+            "type": "Warning",
+            "reason": "FailedCreate",
+            "message": "forbidden: violates PodSecurity",
+        }
+        api.make("v1", "events", event)
+    try:
+        assert [row["of"] for row in Cluster().status("my-run")["warnings"]] == [name]
+    finally:
+        for number in range(2):
+            api.call("DELETE", f"/api/v1/namespaces/ml/events/e.{number}")
+
+
 def test_suspend_and_resume(api: Api, objects: Objects) -> None:
     Cluster().apply(objects)
     assert outlast("suspend", "my-run").stdout == "rayjob/my-run suspended; go on with: outlast k8s resume my-run\n"
