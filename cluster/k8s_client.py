@@ -27,7 +27,7 @@ from outlast.cluster.k8s_chain import (
     told_of,
 )
 from outlast.cluster.k8s_shapes import mapping, rows
-from outlast.cluster.manifests import RUN_LABEL
+from outlast.cluster.manifests import QUEUE_LABEL, RUN_LABEL
 
 #: What belongs to a run, in the order in which to delete it: first what makes pods.
 KINDS = {
@@ -50,6 +50,18 @@ def _check_owner(name: str, there: Mapping[str, Any], ours: Mapping[str, Any]) -
     run, other = (mapping(meta, "labels").get(RUN_LABEL) for meta in (ours, there))
     if run and other and run != other:
         raise ConfigError(f"{name} is there already, and belongs to run {other}", hint="render with another --name")
+
+
+def _check_queue(job: Mapping[str, Any], verb: str) -> None:
+    """Raises PreflightError if Kueue says when a RayJob runs: it sets `suspend` itself, and sets it back."""
+    meta = mapping(job, "metadata")
+    if QUEUE_LABEL in mapping(meta, "labels"):
+        active = str(verb == "resume").lower()
+        raise PreflightError(
+            f"rayjob/{meta['name']} is in a queue of Kueue, which would undo this",
+            hint=f"kubectl get workloads -l kueue.x-k8s.io/job-uid={meta.get('uid')} names its workload W; then "
+            f"`kubectl kueue {verb} workload W`, or set spec.active: {active} of it",
+        )
 
 
 class Cluster:
@@ -155,16 +167,25 @@ class Cluster:
         }
 
     def suspend(self, run: str) -> str:
-        """Frees the run's nodes; the workers commit first. Says what was done."""
+        """Frees the run's nodes; the workers commit first. Says what was done.
+
+        Raises:
+            PreflightError: There is no such run, or Kueue suspends it.
+        """
         job = self.newest(run)
         name = job["metadata"]["name"]
         if phase(job) is not Phase.LIVE:
             return f"rayjob/{name} is {phase(job).value}; nothing to suspend"
+        _check_queue(job, "stop")
         self._set_suspend(name, True)
         return f"rayjob/{name} suspended; go on with: outlast k8s resume {run}"
 
     def resume(self, run: str) -> str:
-        """Goes on with a run that was suspended or has ended. Says what was done."""
+        """Goes on with a run that was suspended or has ended. Says what was done.
+
+        Raises:
+            PreflightError: There is no such run, it is being deleted, or Kueue lets it go on.
+        """
         job = self.newest(run)
         name = job["metadata"]["name"]
         match phase(job):
@@ -175,6 +196,7 @@ class Cluster:
             case Phase.LEAVING:
                 raise PreflightError(f"rayjob/{name} is being deleted", hint="try again in a moment")
             case Phase.SUSPENDED:
+                _check_queue(job, "resume")
                 self._set_suspend(name, False)
                 return f"rayjob/{name} goes on"
         taken = [item["metadata"]["name"] for item in self._list("RayJob", RAY)]

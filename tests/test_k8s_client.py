@@ -181,6 +181,23 @@ def test_suspend_and_resume(api: Api, objects: Objects) -> None:
     assert outlast("resume", "my-run").stdout == "rayjob/my-run is at work\n"
 
 
+def test_kueue_suspends_what_is_in_its_queue(api: Api, objects: Objects) -> None:
+    objects[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "research"
+    Cluster().apply(objects)
+    with pytest.raises(PreflightError, match="in a queue of Kueue") as caught:
+        Cluster().suspend("my-run")
+    assert "kubectl kueue stop workload" in caught.value.hint
+    assert "spec.active: false" in caught.value.hint
+    assert not api.get("my-run")["spec"].get("suspend")
+    api.patch("my-run", "kueue", suspend=True)
+    with pytest.raises(PreflightError, match="in a queue of Kueue") as caught:
+        Cluster().resume("my-run")
+    assert "spec.active: true" in caught.value.hint
+    assert api.get("my-run")["spec"]["suspend"] is True
+    api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED")
+    assert Cluster().resume("my-run").startswith("rayjob/my-run-2 created")
+
+
 def test_a_job_that_has_ended_is_followed_by_another(api: Api, objects: Objects) -> None:
     cluster = Cluster()
     cluster.apply(objects)
