@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,8 +33,14 @@ def disagreements(job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str,
     room = sum(number for group in groups if isinstance(number := group.get("maxReplicas"), int))
     if isinstance(most, int) and room < most:
         yield "spec.rayClusterSpec.workerGroupSpecs", f"room for {room} workers, and the run file has {most}"
-    gpus = scale.get("gpus_per_worker", 0)
+    gpus, cpus = scale.get("gpus_per_worker", 0), scale.get("cpus_per_worker")
     for number, group in enumerate(groups):
+        has = _cpus(group)
+        if isinstance(cpus, int | float) and has is not None and has < cpus:
+            yield (
+                f"spec.rayClusterSpec.workerGroupSpecs[{number}]",
+                f"{has} CPUs for each worker, and scale.cpus_per_worker is {cpus:g}: no worker ever fits",
+            )
         there = mapping(first_container(group), "resources", "limits").get("nvidia.com/gpu", 0)
         if isinstance(gpus, int) and str(there) != str(gpus):
             yield (
@@ -45,3 +53,17 @@ def disagreements(job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str,
             paths = [str(mount.get("mountPath")) for mount in rows(first_container(group), "volumeMounts")]
             if not any(f"{storage}/".startswith(f"{path.rstrip('/')}/") for path in paths):
                 yield role, f"nothing is mounted at checkpoint.storage {storage}: checkpoints would go with the pod"
+
+
+def _cpus(group: Mapping[str, Any]) -> int | None:
+    """CPUs that Ray counts in a worker's pod, as KubeRay tells it; None where the node says how many."""
+    resources = mapping(first_container(group), "resources")
+    for value in (
+        mapping(group, "rayStartParams").get("num-cpus"),
+        mapping(group, "resources").get("CPU"),
+        mapping(resources, "limits").get("cpu"),
+        mapping(resources, "requests").get("cpu"),
+    ):
+        if found := re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(value)):
+            return math.ceil(float(found[1]) / (1000 if found[2] else 1))
+    return None

@@ -182,6 +182,12 @@ def test_a_job_that_is_not_what_its_run_file_asks_for(tmp_path: Path) -> None:
     assert "room for 1 workers" in _found(tmp_path, "gpus", {(*WORKERS, "maxReplicas"): 1}, Level.FAILED)[-1]
     gpu = {(*WORKER_POD, "containers", 0, "resources", "limits", "nvidia.com/gpu"): ...}
     assert "scale.gpus_per_worker is 1" in _found(tmp_path, "gpus", gpu, Level.FAILED)[-1]
+    cpu = {(*WORKER_POD, "containers", 0, "resources", "requests", "cpu"): "7500m"}
+    assert _found(tmp_path, "gpus", cpu, Level.FAILED) == []  # counted as 8
+    cpu = {(*WORKER_POD, "containers", 0, "resources", "requests", "cpu"): "4"}
+    assert "4 CPUs for each worker, and scale.cpus_per_worker is 8" in _found(tmp_path, "gpus", cpu, Level.FAILED)[-1]
+    start = {(*WORKERS, "rayStartParams", "num-cpus"): "2"}
+    assert "2 CPUs for each worker" in _found(tmp_path, "gpus", start, Level.FAILED)[-1]
     mount = {(*WORKER_POD, "containers", 0, "volumeMounts", 1): ...}
     assert "would go with the pod" in _found(tmp_path, "claim", mount, Level.FAILED)[-1]
 

@@ -25,7 +25,7 @@ from outlast.cluster.k8s_lint import lint, read_objects
 from outlast.cluster.k8s_settings import k8s_settings
 from outlast.cluster.manifests import render, to_yaml
 from outlast.cluster.metrics import GAUGES
-from tests.k8s import KUBERNETES, ROOT, Objects, crd_checker, mounts, pods, rendered, variables
+from tests.k8s import KUBERNETES, RELEASE, ROOT, Objects, crd_checker, mounts, pods, read_run, rendered, variables
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
@@ -181,6 +181,18 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
         "components/monitoring",
         "components/kueue",
     ]
+
+
+@pytest.mark.parametrize("part", ["dev", "gpu"])
+def test_parts_leave_a_worker_the_cpus_of_its_run_file(tmp_path: Path, part: str) -> None:
+    run, declared = read_run(tmp_path, "/data/runs", scale={"workers": 2, "cpus_per_worker": 12, "gpus_per_worker": 1})
+    folder = tmp_path / "deploy"
+    write_folder(folder, to_yaml(render(run, declared, k8s_settings(**RELEASE))), [part])
+    objects = read_objects(kustomize(folder))
+    resources = pods(job_of(objects))["worker"]["spec"]["containers"][0]["resources"]
+    assert resources["requests"]["cpu"] == "12"
+    assert resources["limits"]["nvidia.com/gpu"] == "1"
+    assert Level.FAILED not in [finding.level for finding in lint(objects)]
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
