@@ -15,6 +15,7 @@ from outlast.cluster.k8s_agreement import disagreements
 from outlast.cluster.k8s_operator import operator_complaints
 from outlast.cluster.k8s_pitfalls import budget_complaints, claim_complaints, risks
 from outlast.cluster.k8s_secrets import config_map_complaints, secrets_written_down
+from outlast.cluster.k8s_security import security_complaints
 from outlast.cluster.k8s_shapes import Complaint, mapping
 
 _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[Complaint]]]]] = {
@@ -22,6 +23,7 @@ _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[Compl
         (Level.FAILED, operator_complaints),
         (Level.FAILED, secrets_written_down),
         (Level.WARNING, risks),
+        (Level.WARNING, security_complaints),
     ],
     "ConfigMap": [(Level.WARNING, config_map_complaints)],
     "PersistentVolumeClaim": [(Level.WARNING, claim_complaints)],

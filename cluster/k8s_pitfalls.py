@@ -42,7 +42,7 @@ def risks(job: Mapping[str, Any]) -> Iterator[Complaint]:
     yield from _queue(job, cluster)
     for role, pod in pod_templates(job):
         yield from _pod(role, pod)
-    for where, container in containers(job):
+    for where, _, container in containers(job):
         yield from _container(where, container)
     for role, group in ray_groups(cluster):
         yield from _leaving(role, group)
@@ -108,29 +108,11 @@ def _pod(role: str, pod: Mapping[str, Any]) -> Iterator[Complaint]:
         yield role, f"waits {_OUTAGE_S} s for a lost node ({', '.join(slow)}), as long as KubeRay waits for a head"
     if role != "submitter" and not any(mapping(volume, "emptyDir") for volume in rows(spec, "volumes")):
         yield role, "has no /dev/shm of its own size (emptyDir, medium Memory): 64 MiB, or all of the pod's memory"
-    for flag in ("hostNetwork", "hostPID", "hostIPC"):
-        if spec.get(flag):
-            yield role, f"{flag} is not for a restricted namespace"
-    if any("hostPath" in volume for volume in rows(spec, "volumes")):
-        yield role, "a hostPath volume is not for a restricted namespace"
 
 
 def _container(where: str, container: Mapping[str, Any]) -> Iterator[Complaint]:
     if "image" in container and not is_pinned(str(container["image"])):
         yield where, f"image {container['image']!r} may be another program tomorrow: give it a tag of its own"
-    context = mapping(container, "securityContext")
-    lacks = [
-        name
-        for name, holds in {
-            "runAsNonRoot: true": context.get("runAsNonRoot") is True,
-            "allowPrivilegeEscalation: false": context.get("allowPrivilegeEscalation") is False,
-            "capabilities: {drop: [ALL]}": "ALL" in words(mapping(context, "capabilities"), "drop"),
-            "seccompProfile": bool(mapping(context, "seccompProfile").get("type")),
-        }.items()
-        if not holds
-    ]
-    if lacks:
-        yield where, f"securityContext lacks {', '.join(lacks)}: a restricted namespace refuses the pod"
     resources = mapping(container, "resources")
     asked, limit = mapping(resources, "requests").get("memory"), mapping(resources, "limits").get("memory")
     if where in ("head", "worker") and (limit is None or asked != limit):

@@ -42,7 +42,7 @@ def is_credential(name: str, value: Any) -> bool:
 
 def secrets_written_down(job: Mapping[str, Any]) -> Iterator[Complaint]:
     """Credentials whose value stands in the RayJob."""
-    for where, container in containers(job):
+    for where, _, container in containers(job):
         for name, value in variables(container).items():
             if is_credential(name, value):
                 yield where, f"{name} is written down; {_ADVICE}"

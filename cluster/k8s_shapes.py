@@ -59,16 +59,17 @@ def pod_templates(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
         yield role, mapping(group, "template")
 
 
-def containers(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every container, by role; those that KubeRay adds only as far as the manifest says something of them."""
+def containers(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Every container with the pod that it is in, by role; those that KubeRay adds only as far as the manifest says
+    something of them."""
     for role, pod in pod_templates(job):
-        yield from (
-            (role, item) for key in ("initContainers", "containers") for item in rows(mapping(pod, "spec"), key)
-        )
-        if role == "submitter" and not rows(mapping(pod, "spec"), "containers"):
-            yield role, {}
+        spec = mapping(pod, "spec")
+        yield from ((role, spec, item) for key in ("initContainers", "containers") for item in rows(spec, key))
+        if role == "submitter" and not rows(spec, "containers"):
+            yield role, spec, {}
     cluster = mapping(job, "spec", "rayClusterSpec")
+    head = mapping(cluster, "headGroupSpec", "template", "spec")
     if autoscales(cluster):
-        yield "autoscaler", mapping(cluster, "autoscalerOptions")
+        yield "autoscaler", head, mapping(cluster, "autoscalerOptions")
     if mapping(job, "spec").get("submissionMode") == "SidecarMode":
-        yield "submitter", {}
+        yield "submitter", head, {}

@@ -149,7 +149,7 @@ def test_what_the_operator_refuses_of_elastic_runs(
         ({(*WORKER_POD, "hostPID"): True}, "hostPID"),
         ({(*WORKER_POD, "terminationGracePeriodSeconds"): 115}, "never comes"),
         ({(*WORKER_POD, "containers", 0, "image"): "registry:5000/outlast"}, "another program tomorrow"),
-        ({(*SUBMITTER, "containers", 0, "securityContext", "seccompProfile"): ...}, "lacks seccompProfile"),
+        ({(*SUBMITTER, "containers", 0, "securityContext", "allowPrivilegeEscalation"): ...}, "lacks allowP"),
         ({(*WORKER_POD, "containers", 0, "resources", "limits", "memory"): "17Gi"}, "make them equal"),
         ({(*CLUSTER, "authOptions"): ...}, "whoever reaches the pods"),
         ({(*HEAD, "template", "metadata", "labels", "app.kubernetes.io/name"): "x"}, "finds no head"),
@@ -170,6 +170,34 @@ def _found(folder: Path, run: str, changes: dict[tuple[Any, ...], Any], level: L
     for path, value in changes.items():
         put(objects[-1], path, value)
     return [finding.text for finding in lint(objects) if finding.level is level]
+
+
+CONTEXT = (*WORKER_POD, "containers", 0, "securityContext")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({(*CONTEXT, "seccompProfile"): {"type": "Unconfined"}}, "has seccompProfile Unconfined"),
+        ({(*CONTEXT, "runAsUser"): 0}, "has runAsUser 0"),
+        ({(*CONTEXT, "privileged"): True}, "has privileged: true"),
+        ({(*CONTEXT, "capabilities", "add"): ["SYS_ADMIN", "NET_BIND_SERVICE"]}, "has capabilities.add [SYS_ADMIN]:"),
+        ({(*WORKER_POD, "securityContext", "runAsUser"): 0}, "has runAsUser 0"),
+        ({(*CONTEXT, "runAsNonRoot"): False}, "lacks runAsNonRoot: true"),
+    ],
+)
+def test_what_a_restricted_namespace_refuses(tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str) -> None:
+    [text] = _found(tmp_path, "claim", changes, Level.WARNING)
+    assert text.startswith(f"worker: securityContext {said}")
+
+
+def test_what_a_pod_says_counts_for_its_containers(tmp_path: Path) -> None:
+    changes: dict[tuple[Any, ...], Any] = {(*CONTEXT, key): ... for key in ("runAsNonRoot", "runAsUser")}
+    changes |= {(*CONTEXT, "seccompProfile"): ..., (*CONTEXT, "capabilities", "add"): ["NET_BIND_SERVICE"]}
+    assert _found(tmp_path, "claim", changes, Level.WARNING) == []
+    changes[*WORKER_POD, "securityContext", "runAsNonRoot"] = ...
+    [text] = _found(tmp_path, "claim", changes, Level.WARNING)
+    assert "lacks runAsNonRoot: true:" in text
 
 
 def test_kueue_and_the_autoscaler(tmp_path: Path) -> None:
