@@ -116,7 +116,9 @@ def lint(
 
     from outlast.cluster.k8s_lint import lint
 
-    findings = lint([item for file in files for item in _read(file)])
+    objects = [item for file in files for item in _read(file)]
+    findings = lint(objects)
+    _tell_rest(objects)
     if as_json:
         print(json.dumps([{**asdict(finding), "level": finding.level.value} for finding in findings]))
     else:
@@ -138,6 +140,7 @@ def apply(
 
     objects = _read(file)
     findings = [finding for finding in lint(objects) if finding.level is not Level.OK]
+    _tell_rest(objects)
     for finding in findings:
         print(_line(finding), file=sys.stderr)
     if code := _worst(findings):
@@ -216,7 +219,17 @@ def _read(file: str) -> list[dict[str, Any]]:
         raise ConfigError(
             f"{file} cannot be read: {error.strerror}", hint="name what `outlast k8s render` wrote"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is no text: {error.reason}", hint="name what `outlast k8s render` wrote") from error
     return read_objects(text)
+
+
+def _tell_rest(objects: list[dict[str, Any]]) -> None:
+    """Says of what lint knows nothing, so that its silence is not taken for a word."""
+    from outlast.cluster.k8s_lint import not_looked_at
+
+    if names := not_looked_at(objects):
+        print(f"outlast: not looked at, for want of rules: {', '.join(names)}", file=sys.stderr)
 
 
 def _line(finding: Finding) -> str:

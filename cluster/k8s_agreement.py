@@ -24,12 +24,12 @@ def disagreements(job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str,
     names = [str(mapping(volume, "configMap").get("name")) for volume in rows(pod, "volumes")]
     texts = [config_maps[name].get("run.yaml") for name in names if name in config_maps]
     try:
-        [run] = [yaml.safe_load(text) for text in texts if text]
+        [run] = [yaml.safe_load(text) for text in texts if isinstance(text, str)]
     except (ValueError, yaml.YAMLError):
         return
     groups, scale = rows(cluster, "workerGroupSpecs"), mapping(run, "scale")
     wanted = scale.get("workers", 1)
-    most = max(wanted) if isinstance(wanted, list) and wanted else wanted
+    most = max((n for n in wanted if isinstance(n, int)), default=None) if isinstance(wanted, list) else wanted
     room = sum(number for group in groups if isinstance(number := group.get("maxReplicas"), int))
     if isinstance(most, int) and room < most:
         yield "spec.rayClusterSpec.workerGroupSpecs", f"room for {room} workers, and the run file has {most}"

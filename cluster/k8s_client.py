@@ -110,6 +110,12 @@ class Cluster:
             ConfigError: The cluster refuses an object, or somebody else owns a field of it.
             PreflightError: The cluster cannot be asked.
         """
+        for item in objects:
+            if not mapping(item, "metadata").get("name"):
+                raise ConfigError(
+                    f"an object of kind {item['kind']} has no metadata.name, and apply finds what is there by it",
+                    hint="give it a name; generateName is for `kubectl create`",
+                )
         said = []
         for item in objects:
             before = self._find(item)
@@ -211,6 +217,9 @@ class Cluster:
         Args:
             run: Name of the run.
             storage: The claim too, and with it the checkpoints.
+
+        Raises:
+            PreflightError: There is nothing of this run.
         """
         kinds = KINDS | ({_CLAIM: "v1"} if storage else {})
         gone = []
@@ -221,6 +230,11 @@ class Cluster:
                     self._resource(kind, version).delete(name=name, namespace=self.namespace)
                 gone.append(f"{kind}/{name} deleted".lower())
         kept = [] if storage else self._list(_CLAIM, "v1", run)
+        if not gone and not kept:
+            raise PreflightError(
+                f"namespace {self.namespace} has no objects of run {run}",
+                hint="kubectl get rayjobs --all-namespaces --show-labels; --namespace says where",
+            )
         names = [item["metadata"]["name"] for item in kept]
         return gone + [f"claim {name} stays, with the checkpoints; --storage deletes it too" for name in names]
 

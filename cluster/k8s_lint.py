@@ -30,23 +30,42 @@ _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[Compl
     "PodDisruptionBudget": [(Level.WARNING, budget_complaints)],
 }
 
+#: Kinds with which nothing can be wrong that would be known here.
+_HARMLESS = ("NetworkPolicy", "ServiceAccount")
+
 _HINT = "give what `outlast k8s render` prints"
 
 
 def read_objects(text: str) -> list[dict[str, Any]]:
-    """The objects of a YAML stream.
+    """The objects of a YAML stream, and those in a `List` of it.
 
     Raises:
-        ConfigError: It is no YAML, or holds something else.
+        ConfigError: It is no YAML, holds something else, or nothing.
     """
     try:
         found = [item for item in yaml.safe_load_all(text) if item is not None]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}", hint=_HINT) from error
-    for item in found:
-        if not isinstance(item, dict) or not item.get("kind") or not item.get("apiVersion"):
-            raise ConfigError("a document is no Kubernetes object: it has no apiVersion, or no kind", hint=_HINT)
-    return found
+    objects = [item for document in found for item in _unpacked(document)]
+    if not objects:
+        raise ConfigError("there is no object in it", hint=_HINT)
+    return objects
+
+
+def _unpacked(document: Any) -> Iterator[dict[str, Any]]:
+    if not isinstance(document, dict) or not document.get("kind") or not document.get("apiVersion"):
+        raise ConfigError("a document is no Kubernetes object: it has no apiVersion, or no kind", hint=_HINT)
+    if document["kind"] != "List":
+        yield document
+        return
+    items = document.get("items")
+    for item in items if isinstance(items, list) else []:
+        yield from _unpacked(item)
+
+
+def not_looked_at(objects: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Objects of kinds for which there is no rule, as `kind/name`."""
+    return [_name(item) for item in objects if str(item.get("kind")) not in (*_RULES, *_HARMLESS)]
 
 
 def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -58,13 +77,18 @@ def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
     }
     found = []
     for item in objects:
-        kind, name = str(item.get("kind")), f"{item.get('kind')}/{mapping(item, 'metadata').get('name')}".lower()
+        kind, name = str(item.get("kind")), _name(item)
         said = list(_said(name, item))
         if kind == "RayJob":
             said += _findings(Level.FAILED, name, disagreements(item, config_maps))
             said = said or [Finding(Level.OK, name, "nothing wrong")]
         found += said
     return found
+
+
+def _name(item: Mapping[str, Any]) -> str:
+    meta = mapping(item, "metadata")
+    return f"{item.get('kind')}/{meta.get('name') or meta.get('generateName')}".lower()
 
 
 def _said(name: str, item: Mapping[str, Any]) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ GATED = {
     "tlsOptions": "RayClusterMTLS",
     "historyServerOptions": "RayClusterHistoryServer",
 }
+_GENERATED = 5  # characters that the API server adds to generateName
 _AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
 _DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 _TOKEN_SINCE = (2, 52, 0)
@@ -32,7 +33,8 @@ def operator_complaints(job: Mapping[str, Any]) -> Iterator[Complaint]:
     """Every finding, not only the first, as the operator would have it."""
     spec = mapping(job, "spec")
     cluster = mapping(spec, "rayClusterSpec")
-    name = str(mapping(job, "metadata").get("name"))
+    meta = mapping(job, "metadata")
+    name = str(meta.get("name") or f"{meta.get('generateName')}{'x' * _GENERATED}")
     if not re.fullmatch(LABEL, name) or len(name) > MAX_NAME:
         yield "metadata.name", f"{name!r} is not a DNS-1035 label of at most {MAX_NAME} characters"
     yield from _lifetime(spec)
@@ -103,13 +105,14 @@ def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[C
         yield where, "DeleteNone contradicts shutdownAfterJobFinishes: true"
     if autoscales(cluster) and "DeleteWorkers" in (*policies, *(rule.get("policy") for rule in rules)):
         yield where, "DeleteWorkers does not go with the autoscaler"
-    times: dict[tuple[Any, Any], dict[str, int]] = {}
+    times: dict[tuple[str, str], dict[str, int]] = {}
     for number, rule in enumerate(rules):
         condition = mapping(rule, "condition")
         if len(condition.keys() & {"jobStatus", "jobDeploymentStatus"}) != 1:
             yield f"{where}.deletionRules[{number}]", "needs jobStatus or jobDeploymentStatus, and not both"
             continue
-        known = times.setdefault((condition.get("jobStatus"), condition.get("jobDeploymentStatus")), {})
+        status = f"{condition.get('jobStatus', '')}", f"{condition.get('jobDeploymentStatus', '')}"
+        known = times.setdefault(status, {})
         policy = str(rule.get("policy"))
         if policy in known:
             yield f"{where}.deletionRules[{number}]", f"a second rule of {policy} for the same status"

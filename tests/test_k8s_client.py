@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def api(server: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     """The server, empty of this run's objects again afterwards."""
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
     yield server
-    Cluster().delete("my-run", storage=True)
+    with suppress(PreflightError):  # a test may have left nothing
+        Cluster().delete("my-run", storage=True)
 
 
 @pytest.fixture
@@ -261,6 +262,25 @@ def test_delete_keeps_the_checkpoints(api: Api, objects: Objects) -> None:
     assert "my-run" not in api.names("v1", "configmaps")
     assert api.names("v1", "persistentvolumeclaims") == ["my-run-storage"]
     assert "persistentvolumeclaim/my-run-storage deleted" in cluster.delete("my-run", storage=True)
+
+
+def test_delete_of_what_is_not_there(api: Api) -> None:
+    done = outlast("delete", "nope")
+    assert done.stdout == ""
+    assert isinstance(done.exception, PreflightError)
+    assert done.exception.message == "namespace ml has no objects of run nope"
+
+
+def test_apply_needs_names(api: Api, objects: Objects) -> None:
+    objects[-1]["metadata"] = {"generateName": "my-run-"}
+    done = outlast("apply", "-", given=to_yaml(objects))
+    assert isinstance(done.exception, ConfigError)
+    assert "RayJob has no metadata.name" in done.exception.message
+    assert "my-run" not in api.names("v1", "configmaps")
+
+
+def test_a_render_that_failed_is_no_apply_of_nothing(api: Api) -> None:
+    assert isinstance(outlast("apply", "-", given="").exception, ConfigError)
 
 
 def test_others_are_left_alone(api: Api, objects: Objects, tmp_path: Path) -> None:

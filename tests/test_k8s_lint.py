@@ -320,11 +320,56 @@ def test_nonsense_is_the_api_servers_to_refuse(tmp_path: Path) -> None:
 
 
 def test_what_is_no_manifest() -> None:
-    assert read_objects("---\n---\n") == []
+    for empty in ("", "---\n---\n", "{apiVersion: v1, kind: List, items: []}"):
+        with pytest.raises(ConfigError, match="there is no object"):
+            read_objects(empty)
+    with pytest.raises(ConfigError, match="not YAML"):
+        read_objects("a: 2026-13-45")
     with pytest.raises(ConfigError, match="not YAML"):
         read_objects("a: [")
     with pytest.raises(ConfigError, match="no apiVersion, or no kind"):
         read_objects("name: my-run\n")
+
+
+def test_lists_are_unpacked(tmp_path: Path) -> None:
+    objects = rendered(tmp_path, "claim")
+    nested = {"apiVersion": "v1", "kind": "List", "items": objects[1:]}
+    text = yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": [objects[0], nested]})
+    assert read_objects(text) == objects
+
+
+def test_a_binary_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"\xff\xfe\x00")
+    done = CliRunner().invoke(app, ["k8s", "lint", str(path)])
+    assert isinstance(done.exception, ConfigError)
+    assert "model.bin is no text" in done.exception.message
+
+
+def test_what_was_not_looked_at(tmp_path: Path) -> None:
+    service = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "serve"}}
+    text = yaml.safe_dump_all([*rendered(tmp_path, "claim"), service])
+    done = CliRunner().invoke(app, ["k8s", "lint", "-"], input=text)
+    assert done.stdout == "ok       rayjob/my-run  nothing wrong\n"
+    assert done.stderr == "outlast: not looked at, for want of rules: rayservice/serve\n"
+
+
+@pytest.mark.parametrize(("name", "is_right"), [("my-run-", True), ("x" * 42, True), ("x" * 43, False), ("7-", False)])
+def test_names_that_the_server_makes(tmp_path: Path, name: str, is_right: bool) -> None:
+    failed = _found(tmp_path, "claim", {("metadata", "name"): ..., ("metadata", "generateName"): name}, Level.FAILED)
+    assert (failed == []) is is_right
+
+
+@pytest.mark.parametrize("run", ["scale: {workers: [1, x]}", "scale: {workers: [x]}", "scale: {workers: {}}", 7])
+def test_nonsense_in_a_run_file(tmp_path: Path, run: Any) -> None:
+    [config_map, *rest] = rendered(tmp_path, "claim")
+    config_map["data"]["run.yaml"] = run
+    assert lint([config_map, *rest])
+
+
+def test_nonsense_in_a_deletion_rule(tmp_path: Path) -> None:
+    rule = {"policy": "DeleteCluster", "condition": {"jobStatus": {"a": 1}, "ttlSeconds": [1]}}
+    assert _found(tmp_path, "claim", {("spec", "deletionStrategy"): {"deletionRules": [rule]}}, Level.FAILED)
 
 
 def test_from_stdin(tmp_path: Path) -> None:
