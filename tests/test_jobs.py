@@ -157,9 +157,12 @@ def test_submit_attach_stop_resume(
     text_file: str,
     tmp_path: Path,
 ) -> None:
-    assert run_group(assign("here", steps=NUM_STEPS), storage, 2)[0].outcome is Outcome.DONE
+    undisturbed = assign("here", steps=NUM_STEPS, eval_every=200, sections={"checkpoint": {"every": 200}})
+    assert run_group(undisturbed, storage, 2)[0].outcome is Outcome.DONE
     url = f"{bucket}/runs"
-    body = tiny_config("far", url, text_file, steps=NUM_STEPS).model_dump(mode="json", exclude_defaults=True)
+    body = tiny_config("far", url, text_file, steps=NUM_STEPS, eval_every=200).model_dump(
+        mode="json", exclude_defaults=True
+    )
     body["scale"] = {"workers": 2}
     body["checkpoint"]["every"] = 20
     run_file = tmp_path / "far.yaml"
