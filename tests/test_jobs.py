@@ -147,8 +147,9 @@ def cluster(bucket: str) -> Iterator[Cluster]:
     made.shut_down()
 
 
-@pytest.mark.faults  # two minutes
+@pytest.mark.faults  # four minutes
 @pytest.mark.slice
+@pytest.mark.timeout(500)
 def test_submit_attach_stop_resume(
     cluster: Cluster,
     bucket: str,
