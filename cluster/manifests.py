@@ -44,7 +44,8 @@ def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings
 
     Args:
         config: The settings, as `load_run` returns them: paths are those of the pods, so they stay as they are.
-        declared: The settings as written, `${env:…}` unexpanded. They go into the ConfigMap.
+        declared: The settings as written, `${env:…}` unexpanded. They go into the ConfigMap, and with them the CPUs
+            of a worker: all that its pod has, or Ray would put several into one pod.
         settings: What the cluster must be told beyond them.
 
     Raises:
@@ -56,7 +57,7 @@ def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings
             raise ConfigError("a URL in the run file carries credentials", hint="put them into a secret: --secret NAME")
     mount = _mount(config, settings)
     claim = settings.claim or f"{name}-storage"
-    objects = [_config_map(declared)]
+    objects = [_config_map(declared, _worker_cpus(config, settings))]
     if settings.service_account is None:
         objects.append(_template("serviceaccount"))
     if settings.network_policy:
@@ -123,10 +124,16 @@ def job_name(run: str, settings: K8sSettings) -> str:
     return name
 
 
-def _config_map(declared: Mapping[str, Any]) -> dict[str, Any]:
+def _config_map(declared: Mapping[str, Any], cpus: int) -> dict[str, Any]:
     body = _template("configmap")
-    body["data"] = {"run.yaml": yaml.safe_dump(dict(declared), sort_keys=False, allow_unicode=True)}
+    run = {**declared, "scale": {**(declared.get("scale") or {}), "cpus_per_worker": cpus}}
+    body["data"] = {"run.yaml": yaml.safe_dump(run, sort_keys=False, allow_unicode=True)}
     return body
+
+
+def _worker_cpus(config: RunConfig, settings: K8sSettings) -> int:
+    cpus = config.scale.cpus_per_worker
+    return settings.worker_cpus if cpus is None else _whole("cpus_per_worker", cpus)
 
 
 def _volume_claim(settings: K8sSettings) -> dict[str, Any]:
@@ -172,10 +179,8 @@ def _ray_job(config: RunConfig, settings: K8sSettings, name: str, claim: str, mo
     gpus = _whole("gpus_per_worker", config.scale.gpus_per_worker)
     gpu_taint = ("nvidia.com/gpu:NoSchedule",) if gpus else ()
     _place(worker["spec"], settings.worker_nodes, (*settings.worker_taints, *gpu_taint))
-    cpus = config.scale.cpus_per_worker
     _size(head["spec"], settings.head_cpus, settings.head_memory, 0)
-    worker_cpus = settings.worker_cpus if cpus is None else _whole("cpus_per_worker", cpus)
-    _size(worker["spec"], worker_cpus, settings.worker_memory, gpus)
+    _size(worker["spec"], _worker_cpus(config, settings), settings.worker_memory, gpus)
     head["spec"]["volumes"][0]["configMap"]["name"] = name
     for pod, announced_s in ((head, settings.grace_s - DRAIN_BEFORE_GRACE_S), (worker, settings.announced_s)):
         _ray_node(pod["spec"], settings, claim, mount, announced_s)

@@ -57,8 +57,8 @@ def test_a_record_is_written_once_wherever_it_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.faults  # about two minutes
-@pytest.mark.slice
+@pytest.mark.timeout(500)
+@pytest.mark.faults  # four minutes
 def test_a_drill_of_ones_own_run(tmp_path: Path, text_file: str) -> None:
     body = tiny_config("mine", "runs", text_file).model_dump(mode="json", exclude_defaults=True)
     body["scale"] = {"workers": 2}
@@ -68,7 +68,7 @@ def test_a_drill_of_ones_own_run(tmp_path: Path, text_file: str) -> None:
     kinds = ("kill-in-save", "damage", "driver")
     for kind in kinds:
         command += ["--fault", kind]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=480)
     assert ended.returncode == 0, ended.stderr
     found = {item["kind"]: item for item in json.loads(ended.stdout)}
     assert tuple(found) == kinds

@@ -129,7 +129,7 @@ def test_nothing_secret_is_written(read: Read, monkeypatch: pytest.MonkeyPatch) 
     objects = render(config, declared, k8s_settings(**RELEASE, secret="store"))
     assert "nobody-may-see" not in to_yaml(objects)
     written = yaml.safe_load(objects[0]["data"]["run.yaml"])
-    assert written == declared
+    assert written == {**declared, "scale": {"cpus_per_worker": 4}}
     assert written["checkpoint"]["storage"] == "s3://${env:BUCKET}/runs"
 
 
@@ -151,11 +151,24 @@ def test_yaml_round_trip_and_determinism(run: tuple[RunConfig, dict[str, Any], K
 
 
 def test_the_config_map_is_the_run_file(read: Read, tmp_path: Path) -> None:
-    config, declared = read("/data/runs", train={"lr": "2e-4", "steps": 3}, name="My_Run.v2")
+    scale = {"workers": 2, "cpus_per_worker": 3}
+    config, declared = read("/data/runs", train={"lr": "2e-4", "steps": 3}, name="My_Run.v2", scale=scale)
     [config_map, *_] = render(config, declared, k8s_settings(**RELEASE))
     again = tmp_path / "mounted.yaml"
     again.write_text(config_map["data"]["run.yaml"])
     assert load_run(str(again)) == (config, declared)
+
+
+def test_a_worker_asks_for_all_that_its_pod_has(read: Read) -> None:
+    """Or Ray, which packs, would put all workers into one pod and leave the others idle."""
+    config, declared = read("/data/runs", scale={"workers": 4})
+    objects = render(config, declared, k8s_settings(**RELEASE, worker_cpus=6))
+    asked = yaml.safe_load(objects[0]["data"]["run.yaml"])["scale"]
+    assert asked == {"workers": 4, "cpus_per_worker": 6}
+    [job] = [item for item in objects if item["kind"] == "RayJob"]
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    [container] = group["template"]["spec"]["containers"]
+    assert container["resources"]["requests"]["cpu"] == "6"
 
 
 def test_yaml_keeps_text_that_other_readers_take_for_numbers() -> None:

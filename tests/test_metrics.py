@@ -51,7 +51,9 @@ def test_a_real_ray_exports_them(tmp_path: Path, text_file: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    body = tiny_config("measured", str(tmp_path / "runs"), text_file, steps=600).model_dump(exclude_defaults=True)
+    body = tiny_config("measured", str(tmp_path / "runs"), text_file, steps=600, eval_every=40).model_dump(
+        exclude_defaults=True
+    )
     body |= {"scale": {"workers": 2}}
     body["checkpoint"]["every"] = 40
     config = RunConfig.model_validate(body)

@@ -205,7 +205,6 @@ def wait_for_commit(storage: LocalStorage, after: int) -> int:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.faults  # four minutes
-@pytest.mark.slice
 def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
     cluster: Cluster, run_file: Path, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:

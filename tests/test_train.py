@@ -39,7 +39,8 @@ def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> dict[
 @pytest.fixture
 def run_file(tmp_path: Path, text_file: str) -> Path:
     """The run file of a tiny run on two workers; its storage is `tmp_path`."""
-    body = tiny_config("run", str(tmp_path), text_file, steps=NUM_STEPS).model_dump(mode="json", exclude_defaults=True)
+    config = tiny_config("run", str(tmp_path), text_file, steps=NUM_STEPS, eval_every=20)
+    body = config.model_dump(mode="json", exclude_defaults=True)
     body["scale"] = {"workers": 2}
     body["checkpoint"]["every"] = 20
     path = tmp_path / "run.yaml"
@@ -125,8 +126,8 @@ def test_a_killed_driver_is_followed_by_the_next(
     assert digests(storage, "run") == reference
 
 
-@pytest.mark.faults  # two and a half minutes
-@pytest.mark.slice
+@pytest.mark.faults  # four minutes
+@pytest.mark.timeout(500)
 def test_two_drivers_one_goes_on(
     start: Callable[..., subprocess.Popen[str]],
     tmp_path: Path,
@@ -136,7 +137,7 @@ def test_two_drivers_one_goes_on(
     """The second leaves a run alone that is at work; told to take over, it does, and the first ends with 75."""
     undisturbed = assign("long", steps=LONG, eval_every=200, sections=RARELY)
     assert run_group(undisturbed, storage, 2, limit_s=240)[0].outcome is Outcome.DONE
-    place, longer = LocalStorage(tmp_path), ("-s", f"train.steps={LONG}")
+    place, longer = LocalStorage(tmp_path), ("-s", f"train.steps={LONG}", "-s", "train.eval_every=4")
     first = start(*longer)
     wait_for_commit(place, 0, first)
     polite, second = start(*longer), start(*longer, "--take-over")
