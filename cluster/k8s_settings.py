@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.findings import explain
+from outlast.trainers.findings import Finding, findings
 from outlast.trainers.inputs import Settings
 
 MAX_NAME = 47  # KubeRay makes longer names from it
@@ -26,9 +26,39 @@ _SYSTEM_DIRS = frozenset(
 )
 _HOLDS_THE_IMAGE = frozenset({"/", "/home", "/home/ray", "/opt", "/var"})
 
-Name = Annotated[str, Field(pattern=rf"^{LABEL}$", max_length=63)]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")]
-Taint = Annotated[str, Field(pattern=r"^[\w./-]+(=[\w.-]*)?(:(NoSchedule|PreferNoSchedule|NoExecute))?$")]
+#: Options that give one of several, by the setting that they add to.
+_ONE_OF = {name: name.removesuffix("s") for name in ("labels", "egress_ports", "head_nodes", "worker_nodes")} | {
+    "worker_taints": "worker_taint"
+}
+
+
+def _name(longest: int) -> AfterValidator:
+    """A name of Kubernetes'. What is given instead may be a secret's value, so it is not told."""
+
+    def check(value: str) -> str:
+        if len(value) > longest or not re.fullmatch(LABEL, value):
+            said = f"not a name of lower-case letters, digits and dashes, at most {longest}, a letter first"
+            raise ValueError(f"{said}; give a secret's name, not what is in it" if "=" in value else said)
+        return value
+
+    return AfterValidator(check)
+
+
+def _quantity(value: str) -> str:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?", value) or not float(value.rstrip("KMGTki")):
+        raise ValueError(f"{value!r} is no size as Kubernetes writes it: 16Gi, 500Mi")
+    return value
+
+
+def _taint(value: str) -> str:
+    if not re.fullmatch(r"[\w./-]+(=[\w.-]*)?(:(NoSchedule|PreferNoSchedule|NoExecute))?", value):
+        raise ValueError(f"{value!r} is no taint as kubectl writes it: key=value:NoSchedule, key:NoSchedule or key")
+    return value
+
+
+Name = Annotated[str, _name(63)]
+Quantity = Annotated[str, AfterValidator(_quantity)]
+Taint = Annotated[str, AfterValidator(_taint)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -44,7 +74,7 @@ class K8sSettings(Settings):
     """A secret with which to fetch the image from a private registry."""
     namespace: Name | None = None
     """Where everything goes. Default: the one that kubectl is set to."""
-    name: Annotated[str, Field(pattern=rf"^{LABEL}$", max_length=MAX_NAME)] | None = None
+    name: Annotated[str, _name(MAX_NAME)] | None = None
     """Name of the RayJob. Default: the run's, in lower case, with dashes for what Kubernetes does not allow."""
     service_account: Name | None = None
     """An existing service account for the pods, such as one with a cloud role. Default: a new one, without rights."""
@@ -159,10 +189,18 @@ def k8s_settings(**given: Any) -> K8sSettings:
     try:
         return K8sSettings.model_validate({key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in explain(error, K8sSettings).splitlines())
+        lines = "\n".join(f"  {_as_option(found)}" for found in findings(error, K8sSettings))
         raise ConfigError(
             f"Kubernetes settings that cannot be used:\n{lines}", hint="`outlast k8s render --help` explains each"
         ) from error
+
+
+def _as_option(found: Finding) -> str:
+    """The finding under the name that was typed."""
+    if not found.path:
+        return found.message
+    setting = str(found.path[0])
+    return f"--{_ONE_OF.get(setting, setting).replace('_', '-')}: {found.message}"
 
 
 def is_pinned(image: str) -> bool:

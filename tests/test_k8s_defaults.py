@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config import RunConfig
 from outlast.cluster.k8s_settings import K8sSettings, k8s_settings
 from outlast.cluster.manifests import SPOT, render, to_yaml
@@ -252,3 +253,21 @@ def test_golden_files(tmp_path: Path, name: str) -> None:
     if os.environ.get("OUTLAST_GOLDEN") == "write":
         path.write_text(text)
     assert text == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"worker_memory": "16GB"}, "--worker-memory: '16GB' is no size as Kubernetes writes it: 16Gi"),
+        ({"worker_memory": "0"}, "--worker-memory: '0' is no size"),
+        ({"egress_ports": [443, 99999]}, "--egress-port: "),
+        ({"worker_taints": ["a b"]}, "--worker-taint: 'a b' is no taint"),
+        ({"name": "My_Run"}, "--name: not a name of lower-case letters, digits and dashes, at most 47"),
+        ({"secret": "AWS_SECRET_ACCESS_KEY=abc"}, "--secret: not a name of lower-case letters"),
+    ],
+)
+def test_errors_name_the_option(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        k8s_settings(image="outlast:1", **given)
+    assert said in caught.value.message
+    assert "abc" not in caught.value.message

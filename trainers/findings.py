@@ -63,11 +63,6 @@ def _validate(model: type[BaseModel], body: Mapping[str, Any]) -> list[Finding]:
     return []
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The findings of pydantic, one line each."""
-    return "\n".join(str(item) for item in findings(error, model))
-
-
 def findings(error: ValidationError, model: type[BaseModel]) -> Iterator[Finding]:
     """The findings of pydantic. What it says of each member of a union is one finding."""
     merged: dict[Path, Finding] = {}

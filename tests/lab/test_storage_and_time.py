@@ -73,7 +73,7 @@ def test_a_node_is_drained_at_short_notice(
 def test_the_storage_server_is_down_for_a_while(
     tmp_path: Path, text_file: str, reference: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It costs one failure, however long it takes within two minutes; the next attempt waits for it."""
+    """It costs one failure at the most: what is retried for so long, or the next attempt waits, within two minutes."""
     with Lab() as hosts, s3_server() as url, ExitStack() as up:
         server, at = os.environ["AWS_ENDPOINT_URL"], (hosts.here, 9000)
         address = up.enter_context(proxy_to(server, at))[1]
@@ -88,8 +88,8 @@ def test_the_storage_server_is_down_for_a_while(
         with proxy_to(server, at):
             finish(run, follower, reference)
             failures = read_status(run.storage, run.name)["failures"]
-            assert [failure["cause"] for failure in failures] == [Cause.ERROR.value], failures
-            assert "onnect" in failures[0]["message"], failures
+            assert [failure["cause"] for failure in failures] in ([], [Cause.ERROR.value]), failures
+            assert all("onnect" in failure["message"] for failure in failures), failures
 
 
 def test_clocks_are_wrong(tmp_path: Path, text_file: str, reference: tuple[Any, Any]) -> None:
