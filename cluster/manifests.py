@@ -89,6 +89,8 @@ def cautions(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettin
         found.append(
             "object storage without --secret NAME or --service-account NAME: nothing gives the pods access to it"
         )
+    if settings.network_policy and not settings.egress_ports and "mlflow" in (config.track.to or ()):
+        found.append("the NetworkPolicy lets nobody reach an MLflow server: --egress-port PORT, its own")
     if mount and settings.claim is None:
         claim = f"{job_name(config.name, settings)}-storage"
         found.append(f"claim {claim} holds the checkpoints: `kubectl delete -f` on these objects would delete them too")
@@ -148,7 +150,8 @@ def _network_policy(config: RunConfig, settings: K8sSettings) -> dict[str, Any]:
     """Egress to any address on the ports of what the run file names; a store has no address that could be told."""
     body = _template("networkpolicy")
     ports = set(settings.egress_ports)
-    if any(_remote(place) for place in _sources(config).values()) or _on_the_hub(config):
+    is_far = any(_remote(place) for place in _sources(config).values()) or _on_the_hub(config)
+    if is_far or "wandb" in (config.track.to or ()):
         ports.add(443)
     if _autoscales(config, settings):
         ports |= {443, 6443}  # the API server, by its service or where it really listens

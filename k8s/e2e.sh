@@ -93,6 +93,9 @@ clean() {
     say "the cluster stays: KUBECONFIG=$KUBECONFIG; delete it with: $MAKER cluster delete $CLUSTER (kind: --name)"
     exit "$code"
   fi
+  if [[ -z ${MADE:-} ]]; then  # there was one of this name already, or none was made
+    exit "$code"
+  fi
   if [[ $MAKER == kind ]]; then kind delete cluster --name "$CLUSTER"; else k3d cluster delete "$CLUSTER"; fi || true
   rm -rf "$WORK"
   exit "$code"
@@ -157,9 +160,11 @@ say "a cluster, by $MAKER"
 trap clean EXIT
 if [[ $MAKER == kind ]]; then
   kind create cluster --name "$CLUSTER" --wait 180s
+  MADE=1
   kind load docker-image --name "$CLUSTER" "$IMAGE"
 else
   k3d cluster create "$CLUSTER" --wait --timeout 180s --kubeconfig-update-default=false
+  MADE=1
   k3d kubeconfig get "$CLUSTER" >"$KUBECONFIG"
   k3d image import --cluster "$CLUSTER" "$IMAGE"
 fi

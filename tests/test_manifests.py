@@ -263,6 +263,8 @@ def test_cautions(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     [left] = cautions(*read("/data/runs", **several), k8s_settings(**RELEASE, claim="team", mount="/data"))
     assert left.startswith("data.train[2]: no volume brings /elsewhere/a.csv")
     assert cautions(*read("s3://b/runs"), k8s_settings(**RELEASE, secret="store")) == []
+    [closed] = cautions(*read("/data/runs", track={"to": ["mlflow"]}), k8s_settings(**RELEASE, claim="team"))
+    assert "--egress-port PORT" in closed
     [access] = cautions(*read("s3://b/runs"), k8s_settings(**RELEASE))
     assert "--service-account" in access
 
