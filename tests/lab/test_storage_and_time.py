@@ -24,7 +24,7 @@ from outlast.trainers.loop import Outcome
 from tests.group import digests, losses, run_group
 from tests.lab.hosts import HEAD, Lab, lab
 from tests.lab.runs import Run
-from tests.lab.test_lab import DRAIN_STEPS, finish, reason
+from tests.lab.test_lab import finish, reason
 from tests.proxy import proxy_to
 from tests.s3 import s3_server
 
@@ -34,13 +34,14 @@ pytestmark = [
     pytest.mark.skipif(reason is not None, reason=f"the lab {reason}"),
     pytest.mark.timeout(500),
 ]
+STEPS = 1500  # goes on for longer than what happens to it
 DOWN_S = 30.0
 
 
 @pytest.fixture(scope="module")
 def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> tuple[Any, Any]:
     """Digests and losses of an undisturbed run on plain processes."""
-    assignment = assign("lab-time", sections={"checkpoint": {"every": 500}}, steps=DRAIN_STEPS, eval_every=200)
+    assignment = assign("lab-time", sections={"checkpoint": {"every": 500}}, steps=STEPS, eval_every=200)
     assert run_group(assignment, storage, 2, limit_s=400)[0].outcome is Outcome.DONE
     return digests(storage, "lab-time"), losses(storage, "lab-time")
 
@@ -58,7 +59,7 @@ def test_a_node_is_drained_at_short_notice(
     cluster: Lab, tmp_path: Path, text_file: str, reference: tuple[Any, Any]
 ) -> None:
     """Shorter than Ray Train's own look every 5 s: the newest checkpoint stays, and no failure is counted."""
-    run = Run(tmp_path, "drain", text_file, DRAIN_STEPS, 2)
+    run = Run(tmp_path, "drain", text_file, STEPS, 2)
     follower = run.submit(cluster)
     run.wait_for_commit(follower)
     leaving, before = run.host_of(1), catalogue(run.storage, run.name).accepted[0].ref.step
@@ -80,7 +81,7 @@ def test_the_storage_server_is_down_for_a_while(
         given = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         start(hosts, {host: {**given, "AWS_ENDPOINT_URL": address} for host in (HEAD, 1, 2)})
-        run = Run(tmp_path, "down", text_file, DRAIN_STEPS, 2, storage=open_storage(url))
+        run = Run(tmp_path, "down", text_file, STEPS, 2, storage=open_storage(url))
         follower = run.submit(hosts)
         run.wait_for_commit(follower)
         up.close()
@@ -103,7 +104,7 @@ def test_clocks_are_wrong(tmp_path: Path, text_file: str, reference: tuple[Any, 
         environments[host] = {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
     with Lab() as hosts:
         start(hosts, environments)
-        run = Run(tmp_path, "clocks", text_file, DRAIN_STEPS, 2)
+        run = Run(tmp_path, "clocks", text_file, STEPS, 2)
         follower = run.submit(hosts)
         run.wait_for_commit(follower)
         claimed_at = read_claim(run.storage, run.name, list_attempts(run.storage, run.name)[-1])["claimed_at"]
