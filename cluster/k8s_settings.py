@@ -200,7 +200,8 @@ def _as_option(found: Finding) -> str:
     if not found.path:
         return found.message
     setting = str(found.path[0])
-    return f"--{_ONE_OF.get(setting, setting).replace('_', '-')}: {found.message}"
+    said = f"--{_ONE_OF.get(setting, setting).replace('_', '-')}: {found.message}"
+    return f"{said}; {found.suggestion}" if found.suggestion else said
 
 
 def is_pinned(image: str) -> bool:

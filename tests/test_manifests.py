@@ -235,7 +235,7 @@ def test_runs_that_cannot_be(
         ({"worker_taints": ["spot=true:Never"]}, "--worker-taint"),
         ({"mount": "data"}, "mount 'data' is relative"),
         ({"ray_version": "latest"}, "--ray-version"),
-        ({"imagee": "x"}, "--imagee: unknown key"),
+        ({"imagee": "x"}, "--imagee: unknown key; did you mean 'image'"),
         ({"notice_s": 9}, "--notice-s"),
         ({"notice_s": 60, "grace_s": 60}, "notice_s 60 is not below grace_s 60"),
     ],
