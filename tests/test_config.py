@@ -13,7 +13,7 @@ from outlast.checkpointing.schedule import Every
 from outlast.cluster.config import RunConfig
 from outlast.trainers.attempt import check_unchanged
 from outlast.trainers.config import CheckpointSettings, TrainingConfig
-from outlast.trainers.findings import explain
+from outlast.trainers.findings import findings
 from outlast.trainers.inputs import Settings
 from tests.group import tiny_config
 
@@ -30,7 +30,7 @@ def refused(whole: dict[str, Any]) -> str:
     """What a user reads about a configuration that will not do."""
     with pytest.raises(ValidationError) as caught:
         TrainingConfig.model_validate(whole)
-    return explain(caught.value, TrainingConfig)
+    return "\n".join(str(item) for item in findings(caught.value, TrainingConfig))
 
 
 def test_little_is_needed() -> None:
