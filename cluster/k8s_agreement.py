@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from outlast.cluster.k8s_shapes import Complaint, first_container, mapping, ray_groups, rows
+from outlast.cluster.k8s_shapes import Complaint, first_container, mapping, pod_templates, ray_groups, rows
 
 
 def disagreements(job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str, Any]]) -> Iterator[Complaint]:
@@ -53,6 +53,16 @@ def disagreements(job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str,
             paths = [str(mount.get("mountPath")) for mount in rows(first_container(group), "volumeMounts")]
             if not any(f"{storage}/".startswith(f"{path.rstrip('/')}/") for path in paths):
                 yield role, f"nothing is mounted at checkpoint.storage {storage}: checkpoints would go with the pod"
+
+
+def missing_config_maps(job: Mapping[str, Any], config_maps: Mapping[str, Any]) -> Iterator[Complaint]:
+    """ConfigMaps that a pod mounts and that are not at hand: without one the pod waits for it, and says so nowhere."""
+    for role, pod in pod_templates(job):
+        for volume in rows(mapping(pod, "spec"), "volumes"):
+            source = mapping(volume, "configMap")
+            name = source.get("name")
+            if isinstance(name, str) and name and name not in config_maps and not source.get("optional"):
+                yield role, f"mounts ConfigMap {name}, which is not among these objects: the pod waits for it"
 
 
 def _cpus(group: Mapping[str, Any]) -> int | None:

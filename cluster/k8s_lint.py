@@ -11,7 +11,8 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.doctor_rules import Finding, Level
-from outlast.cluster.k8s_agreement import disagreements
+from outlast.cluster.k8s_agreement import disagreements, missing_config_maps
+from outlast.cluster.k8s_groups import placement_risks, unworkable
 from outlast.cluster.k8s_operator import operator_complaints
 from outlast.cluster.k8s_pitfalls import budget_complaints, claim_complaints, risks
 from outlast.cluster.k8s_secrets import config_map_complaints, secrets_written_down
@@ -21,8 +22,10 @@ from outlast.cluster.k8s_shapes import Complaint, mapping
 _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[Complaint]]]]] = {
     "RayJob": [
         (Level.FAILED, operator_complaints),
+        (Level.FAILED, unworkable),
         (Level.FAILED, secrets_written_down),
         (Level.WARNING, risks),
+        (Level.WARNING, placement_risks),
         (Level.WARNING, security_complaints),
     ],
     "ConfigMap": [(Level.WARNING, config_map_complaints)],
@@ -81,6 +84,8 @@ def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
         said = list(_said(name, item))
         if kind == "RayJob":
             said += _findings(Level.FAILED, name, disagreements(item, config_maps))
+            if any(other.get("kind") != "RayJob" for other in objects):  # else it may well be in the cluster
+                said += _findings(Level.WARNING, name, missing_config_maps(item, config_maps))
             said = said or [Finding(Level.OK, name, "nothing wrong")]
         found += said
     return found

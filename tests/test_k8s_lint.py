@@ -26,6 +26,10 @@ HEAD = (*CLUSTER, "headGroupSpec")
 HEAD_POD = (*HEAD, "template", "spec")
 WORKERS = (*CLUSTER, "workerGroupSpecs", 0)
 WORKER_POD = (*WORKERS, "template", "spec")
+LOST = [
+    {"key": f"node.kubernetes.io/{key}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30}
+    for key in ("unreachable", "not-ready")
+]
 SUBMITTER = ("spec", "submitterPodTemplate", "spec")
 
 
@@ -218,6 +222,52 @@ def test_a_job_that_is_not_what_its_run_file_asks_for(tmp_path: Path) -> None:
     assert "2 CPUs for each worker" in _found(tmp_path, "gpus", start, Level.FAILED)[-1]
     mount = {(*WORKER_POD, "containers", 0, "volumeMounts", 1): ...}
     assert "would go with the pod" in _found(tmp_path, "claim", mount, Level.FAILED)[-1]
+
+
+AFFINITY = (*HEAD_POD, "affinity")
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "said"),
+    [
+        ("spot, then others", {AFFINITY: ...}, "head: may land on a spot node"),
+        ("spot, then others", {AFFINITY: ..., (*HEAD_POD, "nodeSelector"): {"pool": "steady"}}, None),
+        ("claim", {AFFINITY: ...}, None),
+        ("claim", {(*WORKERS, "replicas"): 3}, "replicas 3 is above maxReplicas 1"),
+        (
+            "spot, then others",
+            {(*WORKER_POD, "tolerations"): LOST},
+            "does not tolerate their taint: cloud.google.com/gke-spot, kubernetes.azure.com/scalesetpriority",
+        ),
+        ("spot, then others", {(*WORKER_POD, "tolerations"): [*LOST, {"operator": "Exists"}]}, None),
+        (
+            "claim",
+            {(*WORKER_POD, "tolerations"): LOST, (*WORKER_POD, "nodeSelector"): {"karpenter.sh/capacity-type": "spot"}},
+            None,
+        ),
+        ("claim", {(*HEAD_POD, "volumes", 0, "configMap", "name"): "another"}, "head: mounts ConfigMap another"),
+        ("claim", {(*HEAD_POD, "volumes", 0, "configMap"): {"name": "another", "optional": True}}, None),
+    ],
+)
+def test_where_pods_land(tmp_path: Path, run: str, changes: dict[tuple[Any, ...], Any], said: str | None) -> None:
+    warned = _found(tmp_path, run, changes, Level.WARNING)
+    assert any(said in text for text in warned) if said else warned == []
+
+
+def test_a_config_map_may_be_in_the_cluster(tmp_path: Path) -> None:
+    assert [finding.level for finding in lint(rendered(tmp_path, "claim")[-1:])] == [Level.OK]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({(*WORKER_POD, "containers", 0, "image"): ...}, "worker: container ray-worker has no image"),
+        ({(*CLUSTER, "workerGroupSpecs", 1, "groupName"): "spot"}, "several groups are named spot"),
+    ],
+)
+def test_what_no_pod_can_be_made_of(tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str) -> None:
+    [text] = _found(tmp_path, "spot, then others", changes, Level.FAILED)
+    assert said in text
 
 
 def test_secrets_by_reference_are_no_secrets(tmp_path: Path) -> None:
