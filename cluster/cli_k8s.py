@@ -76,7 +76,7 @@ def render(
     ] = None,
     parts: Annotated[
         list[str] | None,
-        typer.Option("--with", metavar="PART", help="In it: dev, gpu, kueue, monitoring, nfs, s3, spot."),
+        typer.Option("--with", metavar="PART", help="In it: dev, gpu, kueue, monitoring, nfs, spot."),
     ] = None,
 ) -> None:
     """Print the RayJob and what it needs, for kubectl or `apply`."""
@@ -91,19 +91,19 @@ def render(
         raise ConfigError("--with adds parts to a folder", hint="name it: --into DIR")
     settings = k8s_settings(**given)
     config, declared = load_run(str(run_file))  # not at_home(): the paths are the pods'
-    text = to_yaml(render(config, declared, settings))
+    objects = render(config, declared, settings)
     for caution in cautions(config, declared, settings):
         print(f"outlast: {caution}", file=sys.stderr)
     if into is not None:
         with writing(into):
-            written = write_folder(into, text, parts or [])
+            written = write_folder(into, objects, parts or [])
         for path in written:
             print(path)
     elif output is None:
-        print(text, end="")
+        print(to_yaml(objects), end="")
     else:
         with writing(output):
-            output.write_text(text)
+            output.write_text(to_yaml(objects), encoding="utf-8")
 
 
 @k8s.command()

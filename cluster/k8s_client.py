@@ -91,6 +91,7 @@ class Cluster:
                 f"no cluster is configured: {first_line(error)}", hint="set KUBECONFIG, or give --context"
             ) from error
         self.namespace = namespace or here
+        self._asked = namespace
         # By default the client keeps what it finds out in a file that anybody may write.
         with _explained(), tempfile.TemporaryDirectory(prefix="outlast-k8s-") as folder:
             cache = str(Path(folder, "resources.json"))
@@ -115,6 +116,12 @@ class Cluster:
                 raise ConfigError(
                     f"an object of kind {item['kind']} has no metadata.name, and apply finds what is there by it",
                     hint="give it a name; generateName is for `kubectl create`",
+                )
+            theirs = mapping(item, "metadata").get("namespace")
+            if self._asked and theirs and theirs != self._asked:
+                raise ConfigError(
+                    f"{item['kind']}/{item['metadata']['name']} goes to namespace {theirs}, not {self._asked}".lower(),
+                    hint=f"leave out --namespace, or render with --namespace {self._asked}",
                 )
         said = []
         for item in objects:

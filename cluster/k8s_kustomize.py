@@ -5,7 +5,7 @@ Rendering again replaces `rendered.yaml` alone; whatever else lies in the folder
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.cluster.k8s_shapes import autoscales, mapping
+from outlast.cluster.manifests import to_yaml
 
 RENDERED = "rendered.yaml"
 
@@ -23,25 +25,26 @@ def known_components() -> list[str]:
     return sorted(item.name for item in _components().iterdir() if item.is_dir())
 
 
-def write_folder(folder: Path, text: str, components: Sequence[str]) -> list[Path]:
+def write_folder(folder: Path, objects: list[dict[str, Any]], components: Sequence[str]) -> list[Path]:
     """Writes or renews the folder. Components that it has keep what was changed in them.
 
     Args:
         folder: Made if it is not there.
-        text: What was rendered.
+        objects: What was rendered.
         components: Parts to lay upon it, by name.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: There is no such part, or the folder's kustomization.yaml is not one.
+        ConfigError: There is no such part, it does not go with this run, or the folder's kustomization.yaml is not one.
     """
     for name in components:
         if name not in known_components():
             raise ConfigError(f"there is no part {name!r}", hint=f"there are: {', '.join(known_components())}")
+    _check_fit(objects, components)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RENDERED).write_text(text, encoding="utf-8")
+    (folder / RENDERED).write_text(to_yaml(objects), encoding="utf-8")
     written = [folder / RENDERED]
     for name in components:
         target = folder / "components" / name
@@ -55,6 +58,25 @@ def write_folder(folder: Path, text: str, components: Sequence[str]) -> list[Pat
             body[key].append(item)
     index.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
     return [*written, index]
+
+
+def _check_fit(objects: Sequence[Mapping[str, Any]], components: Sequence[str]) -> None:
+    """Raises ConfigError if a part would not go with what was rendered, or take away what it needs."""
+    if "s3" in components:
+        raise ConfigError(
+            "part s3 is for the overlays alone: what is rendered already follows the run file",
+            hint="set checkpoint.storage to s3://bucket/prefix, and give --secret NAME in place of --with s3",
+        )
+    if "nfs" in components and not any(item["kind"] == "PersistentVolumeClaim" for item in objects):
+        raise ConfigError(
+            "part nfs is a volume for the claim that a run makes, and this one makes none",
+            hint="leave out --with nfs, or set checkpoint.storage to a path and leave out --claim",
+        )
+    if "kueue" in components and any(autoscales(mapping(item, "spec", "rayClusterSpec")) for item in objects):
+        raise ConfigError(
+            "Kueue admits a RayJob with all its pods, and none whose number changes",
+            hint="give scale.workers as one number and leave out --fallback, or leave out --with kueue",
+        )
 
 
 def _body(index: Path) -> dict[str, Any]:

@@ -50,6 +50,12 @@ def _quantity(value: str) -> str:
     return value
 
 
+def _bytes(value: str) -> float:
+    number = value.rstrip("KMGTki")
+    unit = value.removeprefix(number)
+    return float(number) * (1024.0 if unit.endswith("i") else 1000.0) ** ("KMGT".find(unit[:1].upper()) + 1 if unit else 0)
+
+
 def _taint(value: str) -> str:
     if not re.fullmatch(r"[\w./-]+(=[\w.-]*)?(:(NoSchedule|PreferNoSchedule|NoExecute))?", value):
         raise ValueError(f"{value!r} is no taint as kubectl writes it: key=value:NoSchedule, key:NoSchedule or key")
@@ -165,13 +171,20 @@ class K8sSettings(Settings):
     @model_validator(mode="after")
     def _falls_back_from_somewhere(self) -> K8sSettings:
         if self.fallback and not self.spot:
-            raise ValueError("fallback is from spot nodes to others: give spot too")
+            raise ValueError("--fallback is from spot nodes to others: give --spot too")
         return self
 
     @model_validator(mode="after")
     def _saves_before_the_kill(self) -> K8sSettings:
         if self.announced_s >= self.grace_s:
-            raise ValueError(f"notice_s {self.notice_s} is not below grace_s {self.grace_s}, which ends in SIGKILL")
+            raise ValueError(f"--notice-s {self.notice_s} is not below --grace-s {self.grace_s}, which ends in SIGKILL")
+        return self
+
+    @model_validator(mode="after")
+    def _has_room_for_shared_memory(self) -> K8sSettings:
+        for option, memory in (("--worker-memory", self.worker_memory), ("--head-memory", self.head_memory)):
+            if _bytes(self.shm) >= _bytes(memory):
+                raise ValueError(f"--shm {self.shm} is part of {option} {memory}, and would be all of it")
         return self
 
     @property

@@ -52,9 +52,9 @@ def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings
         ConfigError: The run cannot be put on Kubernetes like this.
     """
     name = job_name(config.name, settings)
-    for url in _sources(config).values():
+    for key, url in _sources(config).items():
         if urlsplit(url).username or urlsplit(url).password:
-            raise ConfigError("a URL in the run file carries credentials", hint="put them into a secret: --secret NAME")
+            raise ConfigError(f"{key}: the URL carries credentials", hint="put them into a secret: --secret NAME")
     mount = _mount(config, settings)
     claim = settings.claim or f"{name}-storage"
     objects = [_config_map(declared, _worker_cpus(config, settings))]
@@ -78,6 +78,8 @@ def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings
 def cautions(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings) -> list[str]:
     """What may be wrong and cannot be seen from here, one sentence each."""
     mount, found = _mount(config, settings), []
+    if "image" not in settings.model_fields_set:
+        found.append(f"image {settings.image} is the tag that k8s/README.md builds; one in a registry: --image IMAGE")
     for key, value in _sources(config).items():
         if key != "checkpoint.storage" and not _remote(value) and not _lies_under(value, mount):
             place = f"put it under {mount}" if mount else "mount a claim (--claim NAME --mount PATH)"

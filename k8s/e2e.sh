@@ -85,6 +85,10 @@ export KUBECONFIG=$WORK/kubeconfig
 
 clean() {
   code=$?
+  if [[ -z ${MADE:-} ]]; then # there was one of this name already, or none was made
+    rm -rf "$WORK"
+    exit "$code"
+  fi
   if [[ $code != 0 ]]; then
     kubectl -n "$NAMESPACE" get rayjob,raycluster,pod -o wide >&2 || true
     kubectl -n "$NAMESPACE" get events --sort-by=.lastTimestamp 2>/dev/null | tail -n 30 >&2 || true
@@ -93,13 +97,11 @@ clean() {
     say "the cluster stays: KUBECONFIG=$KUBECONFIG; delete it with: $MAKER cluster delete $CLUSTER (kind: --name)"
     exit "$code"
   fi
-  if [[ -z ${MADE:-} ]]; then  # there was one of this name already, or none was made
-    exit "$code"
-  fi
   if [[ $MAKER == kind ]]; then kind delete cluster --name "$CLUSTER"; else k3d cluster delete "$CLUSTER"; fi || true
   rm -rf "$WORK"
   exit "$code"
 }
+trap clean EXIT
 
 # until_true SECONDS WHAT COMMAND…: asks every two seconds.
 until_true() {
@@ -157,7 +159,6 @@ if [[ -z $BUILT ]]; then
 fi
 
 say "a cluster, by $MAKER"
-trap clean EXIT
 if [[ $MAKER == kind ]]; then
   kind create cluster --name "$CLUSTER" --wait 180s
   MADE=1

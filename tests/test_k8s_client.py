@@ -335,6 +335,18 @@ def test_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         Cluster()
 
 
+def test_an_object_of_another_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = rendered(tmp_path, "claim")
+    for item in objects:
+        item["metadata"]["namespace"] = "theirs"
+    with small_api(tmp_path) as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
+        with pytest.raises(ConfigError, match="goes to namespace theirs, not other") as caught:
+            Cluster(namespace="other").apply(objects)
+        assert "render with --namespace other" in caught.value.hint
+        assert Cluster(namespace="theirs").apply(objects)
+
+
 def test_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_api(tmp_path) as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))

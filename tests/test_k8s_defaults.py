@@ -190,6 +190,7 @@ def test_only_the_autoscaler_may_speak_to_the_api_server(read: Read) -> None:
     [
         ("/data/runs", {"model": {"path": "/data/m"}, "data": {"train": "/data/t.jsonl"}}, {}, []),
         ("/data/runs", {"data": {"train": "/data/t.jsonl"}}, {}, [443]),
+        ("/data/runs", {"model": {"path": "/data/m"}, "track": {"to": ["wandb"]}}, {}, [443]),
         ("s3://bucket/runs", {}, {"egress_ports": [9000]}, [443, 9000]),
         ("/data/runs", {"scale": {"workers": [1, 2]}}, {}, [443, 6443]),
     ],

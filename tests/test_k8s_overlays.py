@@ -160,9 +160,9 @@ def test_the_script_for_a_real_cluster(crd: Callable[[str], list[str]]) -> None:
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:
-    text = to_yaml(rendered(tmp_path, "claim"))
+    made = rendered(tmp_path, "claim")
     folder = tmp_path / "deploy"
-    written = write_folder(folder, text, ["spot", "monitoring"])
+    written = write_folder(folder, made, ["spot", "monitoring"])
     assert [path.relative_to(folder).as_posix() for path in written] == [
         "rendered.yaml",
         "components/spot",
@@ -174,7 +174,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     assert "affinity" in pods(job_of(objects))["worker"]["spec"]
     rules = folder / "components" / "monitoring" / "rules.yaml"
     rules.write_text(rules.read_text().replace("> 3600", "> 7200"))
-    assert write_folder(folder, text, ["monitoring", "kueue"])[1] == folder / "components" / "kueue"
+    assert write_folder(folder, made, ["monitoring", "kueue"])[1] == folder / "components" / "kueue"
     assert "> 7200" in rules.read_text()
     assert yaml.safe_load((folder / "kustomization.yaml").read_text())["components"] == [
         "components/spot",
@@ -187,7 +187,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
 def test_parts_leave_a_worker_the_cpus_of_its_run_file(tmp_path: Path, part: str) -> None:
     run, declared = read_run(tmp_path, "/data/runs", scale={"workers": 2, "cpus_per_worker": 12, "gpus_per_worker": 1})
     folder = tmp_path / "deploy"
-    write_folder(folder, to_yaml(render(run, declared, k8s_settings(**RELEASE))), [part])
+    write_folder(folder, render(run, declared, k8s_settings(**RELEASE)), [part])
     objects = read_objects(kustomize(folder))
     resources = pods(job_of(objects))["worker"]["spec"]["containers"][0]["resources"]
     assert resources["requests"]["cpu"] == "12"
@@ -195,13 +195,30 @@ def test_parts_leave_a_worker_the_cpus_of_its_run_file(tmp_path: Path, part: str
     assert Level.FAILED not in [finding.level for finding in lint(objects)]
 
 
+@pytest.mark.parametrize(
+    ("storage", "workers", "part", "hint"),
+    [
+        ("/data/runs", 2, "s3", "set checkpoint.storage to s3://"),
+        ("s3://bucket/runs", 2, "s3", "give --secret NAME"),
+        ("s3://bucket/runs", 2, "nfs", "leave out --with nfs"),
+        ("/data/runs", [1, 4], "kueue", "leave out --with kueue"),
+    ],
+)
+def test_parts_that_do_not_go_with_a_run(tmp_path: Path, storage: str, workers: Any, part: str, hint: str) -> None:
+    run, declared = read_run(tmp_path, storage, scale={"workers": workers})
+    with pytest.raises(ConfigError) as caught:
+        write_folder(tmp_path / "deploy", render(run, declared, k8s_settings(**RELEASE)), [part])
+    assert hint in caught.value.hint
+    assert not (tmp_path / "deploy").exists()
+
+
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no part 'helm'") as caught:
-        write_folder(tmp_path, "", ["helm"])
+        write_folder(tmp_path, [], ["helm"])
     assert "monitoring" in caught.value.hint
     (tmp_path / "kustomization.yaml").write_text("kind: Component\n")
     with pytest.raises(ConfigError, match="is no Kustomization"):
-        write_folder(tmp_path, "", [])
+        write_folder(tmp_path, [], [])
     run = K8S / "base" / "run.yaml"
     done = CliRunner().invoke(app, ["k8s", "render", str(run), "--with", "spot"])
     assert isinstance(done.exception, ConfigError)

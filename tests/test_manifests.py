@@ -137,7 +137,7 @@ def test_nothing_secret_is_written(read: Read, monkeypatch: pytest.MonkeyPatch) 
 def test_credentials_in_a_url_are_refused(read: Read, where: str) -> None:
     url = "s3://user:word@bucket/runs"
     config, declared = read(*([url] if where == "checkpoint" else ["/data/runs"]), data={"train": url})
-    with pytest.raises(ConfigError, match="carries credentials") as caught:
+    with pytest.raises(ConfigError, match=r"(storage|train): the URL carries credentials") as caught:
         render(config, declared, k8s_settings(**RELEASE))
     assert "word" not in str(caught.value)
 
@@ -230,14 +230,16 @@ def test_runs_that_cannot_be(
         ({"worker_nodes": ["spot"]}, "--worker-node: 'spot' is not a label"),
         ({"image": "registry.example:5000/outlast"}, "give it a tag of its own, or a digest"),
         ({"image": "outlast:latest"}, "may be another program tomorrow"),
-        ({"fallback": True}, "give spot too"),
+        ({"fallback": True}, "--fallback is from spot nodes to others: give --spot too"),
         ({"egress_ports": [0]}, "--egress-port"),
         ({"worker_taints": ["spot=true:Never"]}, "--worker-taint"),
         ({"mount": "data"}, "mount 'data' is relative"),
         ({"ray_version": "latest"}, "--ray-version"),
         ({"imagee": "x"}, "--imagee: unknown key; did you mean 'image'"),
         ({"notice_s": 9}, "--notice-s"),
-        ({"notice_s": 60, "grace_s": 60}, "notice_s 60 is not below grace_s 60"),
+        ({"notice_s": 60, "grace_s": 60}, "--notice-s 60 is not below --grace-s 60"),
+        ({"shm": "16Gi"}, "--shm 16Gi is part of --worker-memory 16Gi"),
+        ({"shm": "9G", "worker_memory": "20Gi"}, "--shm 9G is part of --head-memory 8Gi"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, Any], said: str) -> None:
@@ -265,6 +267,9 @@ def test_cautions(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cautions(*read("s3://b/runs"), k8s_settings(**RELEASE, secret="store")) == []
     [closed] = cautions(*read("/data/runs", track={"to": ["mlflow"]}), k8s_settings(**RELEASE, claim="team"))
     assert "--egress-port PORT" in closed
+    release = {key: value for key, value in RELEASE.items() if key != "image"}
+    [local] = cautions(*read("s3://b/runs"), k8s_settings(**release, secret="store"))
+    assert "--image" in local
     [access] = cautions(*read("s3://b/runs"), k8s_settings(**RELEASE))
     assert "--service-account" in access
 
