@@ -21,6 +21,7 @@ from outlast.checkpointing.journal import read_events
 from outlast.checkpointing.layout import RECORD, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
 from outlast.checkpointing.storage import read_bytes
+from outlast.cluster.numbers import counted
 from outlast.trainers.registry import TASKS
 
 CARD = "README.md"
@@ -136,11 +137,14 @@ class _Known:
         yield "\n## Training\n\n"
         if made:
             versions = ", ".join(f"{name} {number}" for name, number in made.get("versions", {}).items())
-            yield f"- {made.get('world_size')} workers ({made.get('parallel')}, {made.get('device')}); {versions}\n"
+            workers = counted(made["world_size"], "worker") if "world_size" in made else "workers"
+            yield f"- {workers} ({made.get('parallel')}, {made.get('device')}); {versions}\n"
         code = self._record.get("code", {})
         if code.get("git"):
             changes = code.get("num_changed")
-            yield f"- code at commit `{code['git']}`" + (f", {changes} files changed since\n" if changes else "\n")
+            yield f"- code at commit `{code['git']}`" + (
+                f", {counted(changes, 'file')} changed since\n" if changes else "\n"
+            )
         causes = Counter(
             str(event["cause"])
             for launch in self._found.storage.list(f"{self._found.run}/launches")

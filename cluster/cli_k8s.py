@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.cluster.cli_shared import RUN_FILES, AsJson, writing
+from outlast.cluster.numbers import counted
 
 if TYPE_CHECKING:
     from outlast.cluster.doctor_rules import Finding
@@ -164,7 +165,7 @@ def status(run: RunName, context: Context = None, namespace: Namespace = None, a
         if job["message"]:
             print(f"  {job['message']}")
     for pod in told["pods"]:
-        more = [f"{pod['restarts']} restarts"] if pod["restarts"] else []
+        more = [counted(pod["restarts"], "restart")] if pod["restarts"] else []
         more += [str(pod[key]) for key in ("waits_for", "last_end") if pod[key]]
         print(f"  {pod['role']:9} {pod['name']}  {pod['phase']}  {pod['node'] or '-'}  {', '.join(more)}".rstrip())
     for row in told["warnings"]:

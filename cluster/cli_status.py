@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.cluster.cli_shared import RUN_FILES, Address, AsJson, Root, Run, find_run, writing
-from outlast.cluster.numbers import when
+from outlast.cluster.numbers import counted, when
 
 if TYPE_CHECKING:
     from outlast.cluster.overview import Overview
@@ -76,7 +76,7 @@ def _print(run: str, seen: Overview, body: dict[str, Any]) -> None:
         if where:
             print(f"    {where}")
     for change in body["sizes"]:
-        print(f"  {when(change['t'])}  {change['before']} workers → {change['now']}: {change['cause']}")
+        print(f"  {when(change['t'])}  {counted(change['before'], 'worker')} → {change['now']}: {change['cause']}")
     for job in body.get("jobs", []):
         print(f"job {job['id']}: {job['status']}")
     for damaged in body["damaged"]:

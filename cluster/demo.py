@@ -23,6 +23,7 @@ from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster import drill
 from outlast.cluster.config import RunConfig
 from outlast.cluster.launch import ray_session
+from outlast.cluster.numbers import counted
 from outlast.cluster.progress import Reporter
 from outlast.trainers.data import Prepared, prepare
 from outlast.trainers.evaluation import evaluate
@@ -169,7 +170,7 @@ def _summary(console: Console, found: dict[str, Any]) -> None:
         table.add_row("killed", what)
         back = f"from checkpoint-{found['resumed_from']}; first new step {found['recovery_s']:.1f} s after the kill"
         table.add_row("came back", back)
-        table.add_row("done again", f"{found['lost_steps']} steps")
+        table.add_row("done again", counted(found["lost_steps"], "step"))
     table.add_row("checkpoints kept", ", ".join(map(str, sorted(found["checkpoints"]))))
     loss = (
         f"{evals[0]:.3f} before, {evals[NUM_STEPS]:.3f} after; {found['eval_loss_loaded']:.3f} by plain from_pretrained"

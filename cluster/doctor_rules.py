@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from outlast.cluster.numbers import size
+from outlast.cluster.numbers import counted, size
 
 TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 GIB = 2**30
@@ -121,7 +121,7 @@ def judge_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], wa
     for key, number in need.items():
         if number > there[key] + 1e-6:
             report.fail(
-                f"{wanted.workers} workers want {number:g} {key}s, there are {there[key]:g}",
+                f"{counted(wanted.workers, 'worker')} would take {number:g} {key}s, there are {there[key]:g}",
                 "add nodes, or use fewer scale.workers",
             )
     for node, fact in facts.items():
@@ -157,8 +157,8 @@ def judge_memory(facts: Facts, wanted: Wanted) -> list[Finding]:
             report.warn(f"{node} has {size(free)} free{within}", "end what else runs there, or raise the limit")
         elif free < need:
             report.warn(
-                f"{node} has {size(free)} free{within}; weights, gradients and moments of {each} workers take about "
-                f"{size(need)}",
+                f"{node} has {size(free)} free{within}; weights, gradients and moments of {counted(each, 'worker')} "
+                f"take about {size(need)}",
                 "use fewer workers a node, more nodes, or scale.parallel: fsdp",
             )
         if shm is not None and shm["total"] < MIN_SHM_BYTES:
@@ -188,7 +188,7 @@ def judge_disk(facts: Facts, wanted: Wanted) -> list[Finding]:
         if space["free"] < one:
             report.fail(f"{where}; one checkpoint takes about {size(one)}", "free some space, or use another storage")
         elif space["free"] < max(one * (wanted.keep_last + 1), MIN_DISK_BYTES):
-            takes = f"{wanted.keep_last + 1} checkpoints take about {size(one * (wanted.keep_last + 1))}"
+            takes = f"{counted(wanted.keep_last + 1, 'checkpoint')} take about {size(one * (wanted.keep_last + 1))}"
             report.warn(f"{where}; {takes if one else 'that is little'}", "free some space, or lower keep_last")
         if report.found and len({(item["kind"], item["source"]) for item in spaces.values()}) == 1:
             break  # the same everywhere
@@ -368,4 +368,4 @@ def _nodes(nodes: Iterable[str]) -> str:
 
 
 def _count(facts: Facts) -> str:
-    return f"{len(facts)} nodes" if len(facts) != 1 else "one node"
+    return counted(len(facts), "node")

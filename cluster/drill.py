@@ -29,6 +29,7 @@ from outlast.checkpointing.reader import tensor_digests
 from outlast.checkpointing.storage import Storage, open_storage, read_bytes, walk
 from outlast.cluster.config import RunConfig, load_run
 from outlast.cluster.launch import Launch, ray_session
+from outlast.cluster.numbers import counted
 from outlast.cluster.progress import Reporter
 from outlast.trainers.loop import Outcome
 
@@ -336,7 +337,7 @@ def _show(console: Console, findings: Sequence[Finding], num_tensors: int, num_s
             ended = f"[bold red]DIFFERENT[/]: {', '.join(finding.different[:3])}{more}"
         else:
             source = f"step {finding.resumed_from}" if finding.resumed_from else "the beginning"
-            ended = f"went on from {source}, {finding.redone} steps again, "
+            ended = f"went on from {source}, {counted(finding.redone, 'step')} again, "
             ended += f"next new step after {finding.seconds:.1f} s: [green]the same bits[/]"
         console.print(f"  {Kind(finding.kind).meaning}: {ended}", soft_wrap=True)
     if all(finding.is_good for finding in findings):

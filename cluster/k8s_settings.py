@@ -53,7 +53,9 @@ def _quantity(value: str) -> str:
 def _bytes(value: str) -> float:
     number = value.rstrip("KMGTki")
     unit = value.removeprefix(number)
-    return float(number) * (1024.0 if unit.endswith("i") else 1000.0) ** ("KMGT".find(unit[:1].upper()) + 1 if unit else 0)
+    return float(number) * (1024.0 if unit.endswith("i") else 1000.0) ** (
+        "KMGT".find(unit[:1].upper()) + 1 if unit else 0
+    )
 
 
 def _taint(value: str) -> str:

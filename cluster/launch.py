@@ -45,6 +45,7 @@ from outlast.cluster.doctor import preflight
 from outlast.cluster.doctor_rules import TOKEN_HINT
 from outlast.cluster.failures import Recorder, RunFailed, gave_up
 from outlast.cluster.hub import ask, start_hub
+from outlast.cluster.numbers import counted
 from outlast.cluster.preparation import encode_on_ray
 from outlast.cluster.record import keep_record
 from outlast.cluster.resize import resizers, scaling
@@ -267,7 +268,7 @@ class Launch:
         ]
         if short:
             raise PreflightError(
-                f"{least} workers do not fit ({'; '.join(short)})",
+                f"no room for {counted(least, 'worker')} ({'; '.join(short)})",
                 hint="use fewer scale.workers, or smaller scale.cpus_per_worker or scale.gpus_per_worker",
             )
         return cpus

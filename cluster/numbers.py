@@ -25,6 +25,11 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things that make their plural with an s: 1 worker, 2 workers."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
 

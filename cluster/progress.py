@@ -21,6 +21,7 @@ from outlast.checkpointing.layout import AttemptId
 from outlast.checkpointing.storage import Storage
 from outlast.cluster.follow import StoryReader, list_launches
 from outlast.cluster.foot import Foot
+from outlast.cluster.numbers import counted
 from outlast.cluster.overview import Overview, overview
 from outlast.cluster.panel import panel, plain
 from outlast.cluster.story import State, Story
@@ -109,7 +110,7 @@ class Reporter:
             case "no-room":
                 self.say("the cluster has no room for the workers yet; waiting")
             case "resize":
-                self.say(f"going on with {event['now']} workers instead of {event['before']}")
+                self.say(f"going on with {counted(event['now'], 'worker')} instead of {event['before']}")
             case "slow":
                 slow = [f"rank {at['rank']} ({at['host']}) is {at['times']} times as slow" for at in event["ranks"]]
                 self.say("; ".join(slow) or "no rank is slow any more")

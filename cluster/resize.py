@@ -33,6 +33,7 @@ from outlast.checkpointing.lineage import list_attempts
 from outlast.checkpointing.storage import open_storage
 from outlast.cluster.config import RunConfig, ScaleSettings
 from outlast.cluster.hub import ask, find_hub
+from outlast.cluster.numbers import counted
 
 #: Room for the group is there at once or not at all; then a smaller group is tried.
 START_TIMEOUT_S = 5
@@ -97,7 +98,7 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         hub = find_hub(self._place[2])
         if hub is None:
             return
-        ask(hub.want_save.remote(f"the group is resized from {self._size} to {size} workers"))
+        ask(hub.want_save.remote(f"the group is resized from {self._size} to {counted(size, 'worker')}"))
         while not ask(hub.is_saved.remote(SILENCE_S), True):
             time.sleep(_LOOK_S)
 

@@ -206,7 +206,7 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
             with path.open("rb") as file:
                 chunks = iter(partial(file.read, BLOCK_BYTES), b"")
                 files.append(write_file(storage, directory, f"{name}.arrow", chunks))
-    notes = [f"{bad.count} rows cannot be used and are left out, the first: {'; '.join(bad.first)}"]
+    notes = [f"rows that cannot be used and are left out: {bad.count}, the first: {'; '.join(bad.first)}"]
     prepared = Prepared(
         fingerprint=fingerprint,
         directory=directory,
