@@ -2,7 +2,8 @@
 
 Host 0 is the head, 10.99.N.10; the others are workers. A switch (a bridge in a namespace of its own) joins them and
 this machine, 10.99.N.1, where N is the first network that no other lab uses; what a lab that was killed left there is
-removed first. Every host has its own /tmp/ray, sees the file system of this machine (the shared storage), and
+removed first. Every host has its own /tmp/ray and knows the others' names, sees the file system of this machine (the
+shared storage), and
 runs `ray start --block` as its first process, as a container does: SIGKILL to that one is a machine that vanishes,
 SIGTERM is an eviction, and a link that goes down is a network that swallows packets.
 
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import IO
 
 BIN = Path(sys.executable).parent
-HEAD = 0
+HEAD, MOST_HOSTS = 0, 20
 #: Dead nodes are noticed within about three seconds instead of a minute.
 QUICK_HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -87,7 +88,6 @@ class Lab:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "HOME": str(self._folder),
             "RAY_AUTH_MODE": "disabled",
-            "GLOO_SOCKET_IFNAME": "e0",  # these host names have no address to be found by
             **QUICK_HEALTH_CHECKS,
             **(environment or {}),
         }
@@ -106,6 +106,10 @@ class Lab:
         run("ip", "-n", self._switch, "link", "set", "us", "master", "br0", "up")
         run("ip", "addr", "add", f"10.99.{self._network}.1/24", "dev", self._prefix)
         run("ip", "link", "set", self._prefix, "up")
+        names = {"127.0.0.1": "localhost", self.here: self._prefix}
+        names |= {self.ip(host): self.name(host) for host in range(MOST_HOSTS)}
+        (self._folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in names.items()))
+        (self._folder / "resolv.conf").touch()  # no server: one that cannot be reached costs 6 s a question
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -184,9 +188,10 @@ class Lab:
         binds = "".join(f"mkdir -p {at} && mount --bind {what} {at} && " for at, what in (mounts or {}).items())
         private = self._folder / f"h{host}-{time.monotonic_ns()}"
         private.mkdir()
+        names = "".join(f"mount --bind {self._folder}/{name} /etc/{name} && " for name in ("hosts", "resolv.conf"))
         script = (
-            f"mkdir -p /tmp/ray && mount --bind {private} /tmp/ray && hostname {self.name(host)} && {binds}cd / && "
-            f"exec ray start {role} {options} --disable-usage-stats --block"
+            f"mkdir -p /tmp/ray && mount --bind {private} /tmp/ray && {names}{binds}"
+            f"hostname {self.name(host)} && cd / && exec ray start {role} {options} --disable-usage-stats --block"
         )
         command = ["ip", "netns", "exec", self.name(host), "unshare", "--mount", "--uts", "--pid", "--fork"]
         command += ["--kill-child", "--mount-proc", "bash", "-c", script]
