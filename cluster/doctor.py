@@ -323,6 +323,8 @@ def _network(nodes: _Nodes, facts: Facts, wanted: Wanted) -> list[Finding]:
     others = {here: ({there: door for there, door in doors.items() if there != here},) for here in doors}
     faults = nodes.ask("knock", each=others)
     found = doctor_rules.judge_ports({node: facts[node] for node in doors}, faults)
+    ends = {node: ({facts[node]["address"], facts[next(iter(doors))]["address"]},) for node in doors}
+    found += doctor_rules.judge_names(nodes.ask("look_up", each=ends))
     if any(finding.level is Level.FAILED for finding in found) or not doors:
         return found
     return found + _all_reduce(nodes, facts, list(doors), wanted)

@@ -24,6 +24,7 @@ LAG_NOISE_S = 0.05
 SLOW_WRITE = 20e6
 SLOW_PUT_S = 0.5
 SLOW_LINK = 10e6
+SLOW_NAME_S = 1.0
 #: File systems that several machines mount; only there can a listing lag behind.
 NETWORKED = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "gpfs", "beegfs", "9p", "glusterfs", "virtiofs", "afs")
 
@@ -315,6 +316,18 @@ def judge_ports(facts: Facts, faults: Mapping[str, Mapping[str, str]]) -> list[F
                 f"name mean {fact['address']} (/etc/hosts)",
             )
     return report.or_ok(f"{_count(facts)} reach each other" if len(facts) > 1 else "one node: nothing to reach")
+
+
+def judge_names(seconds: Mapping[str, float | Mapping[str, str]]) -> list[Finding]:
+    """How long each node searches for the name of an address, as torch does in each worker that joins a group."""
+    report, known = _Report("names"), {node: took for node, took in seconds.items() if isinstance(took, float)}
+    if slow := [node for node, took in known.items() if took > SLOW_NAME_S]:
+        report.warn(
+            f"{_nodes(slow)}: the name of an address takes up to {max(known.values()):.1f} s, which each start of the "
+            "workers waits for",
+            "let the DNS server in /etc/resolv.conf answer for the nodes' addresses, or list them in /etc/hosts",
+        )
+    return report.or_ok(f"of addresses within {max(known.values(), default=0) * 1000:.0f} ms")
 
 
 def judge_all_reduce(

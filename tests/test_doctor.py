@@ -290,3 +290,9 @@ def test_ports_that_are_closed_name_both_ends_once() -> None:
         "a and b cannot reach each other: 10.0.0.2:4: timed out",
         "c cannot reach a: refused",
     ]
+
+
+def test_names_that_take_long() -> None:
+    [finding] = rules.judge_names({"a": 6.13, "b": 0.01, "c": {"fault": "no answer"}})
+    assert (finding.level, finding.text.split(":")[0]) == (Level.WARNING, "a")
+    assert rules.judge_names({"a": 0.01})[0].level is Level.OK

@@ -2,10 +2,9 @@
 
 Host 0 is the head, 10.99.N.10; the others are workers. A switch (a bridge in a namespace of its own) joins them and
 this machine, 10.99.N.1, where N is the first network that no other lab uses; what a lab that was killed left there is
-removed first. Every host has its own /tmp/ray and knows the others' names, sees the file system of this machine (the
-shared storage), and
-runs `ray start --block` as its first process, as a container does: SIGKILL to that one is a machine that vanishes,
-SIGTERM is an eviction, and a link that goes down is a network that swallows packets.
+removed first. Every host has its own /tmp/ray, knows the others' names, sees the file system of this machine (the
+shared storage), and runs `ray start --block` as its first process, as a container does: SIGKILL to that one is a
+machine that vanishes, SIGTERM is an eviction, and a link that goes down is a network that swallows packets.
 
 Needs root, iproute2 and util-linux.
 """
@@ -171,7 +170,7 @@ class Lab:
             cpus: CPUs that it offers, unless `parameters` says so.
             parameters: More options of `ray start`, as KubeRay's `rayStartParams` has them.
             environment: More variables.
-            mounts: Directories of this machine that the host sees elsewhere, by the place where it sees them.
+            mounts: What of this machine the host sees elsewhere, by the place where it sees it.
         """
         assert host not in self._hosts
         if host not in self._known:
@@ -185,7 +184,8 @@ class Lab:
             [f"--node-ip-address={self.ip(host)}", *(f"--{key}={value}" for key, value in given.items())]
         )
         self._places |= set(mounts or {})
-        binds = "".join(f"mkdir -p {at} && mount --bind {what} {at} && " for at, what in (mounts or {}).items())
+        place = "{{ test -e {at} || mkdir -p {at}; }} && mount --bind {what} {at} && "
+        binds = "".join(place.format(at=at, what=what) for at, what in (mounts or {}).items())
         private = self._folder / f"h{host}-{time.monotonic_ns()}"
         private.mkdir()
         names = "".join(f"mount --bind {self._folder}/{name} /etc/{name} && " for name in ("hosts", "resolv.conf"))

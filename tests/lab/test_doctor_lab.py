@@ -85,3 +85,15 @@ def test_two_hosts_that_cannot_reach_each_other(cluster: Lab, folder: Path, text
     assert level != "failed"
     assert "gloo" in text
     assert list((folder / "shared/runs").iterdir()) == []
+
+
+def test_a_host_whose_name_server_does_not_answer(cluster: Lab, folder: Path, text_file: str) -> None:
+    """Each start of a group waits for that, and nothing else would tell."""
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{cluster.ip(3)} {cluster.name(3)}\n")
+    (folder / "resolv.conf").write_text(f"nameserver {cluster.ip(200)}\n")
+    cluster.start(3, mounts={f"/etc/{name}": folder / name for name in ("hosts", "resolv.conf")})
+    cluster.wait_for_nodes(4)
+    found = doctor(cluster, Run(folder / "shared", "run", text_file, 10, 2), code=0)
+    [(level, text)] = found["names"]
+    assert level == "warning"
+    assert text.startswith(f"{cluster.name(3)}: the name of an address takes up to")
