@@ -26,7 +26,7 @@ test-lab: setup
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy .typing/outlast benchmarks
+	$(BIN)/mypy .typing/outlast benchmarks tests
 	$(BIN)/python -m pytest tests/test_layout.py
 
 test-faults: setup

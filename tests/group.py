@@ -194,7 +194,7 @@ def newest(storage: LocalStorage, run: str) -> Manifest:
     return catalogue(storage, run).accepted[0]
 
 
-def digests(storage: LocalStorage, run: str, ref: CheckpointRef | None = None) -> dict[str, str]:
+def digests(storage: Storage, run: str, ref: CheckpointRef | None = None) -> dict[str, str]:
     """SHA-256 of every tensor of a checkpoint, the newest accepted one by default."""
     manifest = next(item for item in catalogue(storage, run).accepted if ref in (None, item.ref))
     return tensor_digests(storage, checkpoint_dir(run, manifest.ref), manifest)
@@ -205,7 +205,7 @@ def resumed(storage: LocalStorage, run: str) -> list[dict[str, Any]]:
     return [event for _, event in run_events(storage, run) if event["event"] == "resume"]
 
 
-def losses(storage: LocalStorage, run: str) -> dict[int, float]:
+def losses(storage: Storage, run: str) -> dict[int, float]:
     """Every step's loss; a step that was done twice must have had the same loss both times."""
     found: dict[int, float] = {}
     for _, event in run_events(storage, run):

@@ -35,7 +35,7 @@ def save_half(folder: Path, step: int) -> None:
         while True:
             signal.pause()
 
-    torch.save = save
+    torch.save = save  # type: ignore[assignment]
 
 
 class Tells(TrainerCallback):
@@ -55,7 +55,7 @@ def save_late(trainer: Trainer, folder: Path) -> None:
                 time.sleep(0.01)
         real_save(value, path)
 
-    torch.save = save
+    torch.save = save  # type: ignore[assignment]
 
 
 def main() -> None:

@@ -295,11 +295,11 @@ class Handler(BaseHTTPRequestHandler):
         if version not in self.kinds:
             raise Refused(404, "the server could not find the requested resource")
         verbs = ["create", "delete", "get", "list", "patch"]
-        rows = [
+        resources = [
             {"name": plural, "singularName": kind.lower(), "namespaced": True, "kind": kind, "verbs": verbs}
             for kind, plural in self.kinds[version].items()
         ]
-        return {"kind": "APIResourceList", "groupVersion": version, "resources": rows}
+        return {"kind": "APIResourceList", "groupVersion": version, "resources": resources}
 
 
 @contextmanager

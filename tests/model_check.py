@@ -205,6 +205,8 @@ def read(me: Attempt, item: Stored | None, rules: Rules) -> Attempt:
     me = me._replace(refs=left, rejected=rejected)
     if readable(item):
         if not me.found and rules.lineage_read and rules.owner != "nobody":
+            assert item is not None
+            assert item.lineage is not None
             me = me._replace(inherited=item.lineage)
         me = me._replace(found=(*me.found, ref))
     if left:

@@ -31,7 +31,7 @@ def base() -> GPT2LMHeadModel:
 
 
 def attach(folder: str, kind: str, launch: str) -> tuple[Any, torch.optim.Optimizer, Checkpointer]:
-    model: Any = get_peft_model(base(), LoraConfig(**LORA, init_lora_weights=False))  # type: ignore[arg-type]
+    model: Any = get_peft_model(base(), LoraConfig(**LORA, init_lora_weights=False))
     naming, files = adapter_naming(model), adapter_files(model)
     if kind == "ddp":
         model = DistributedDataParallel(model)
@@ -80,7 +80,7 @@ def test_saved_in_the_layout_of_peft(kind: str, size: int, other: str, other_siz
 
 
 def test_several_adapters_are_refused() -> None:
-    model: Any = get_peft_model(base(), LoraConfig(**LORA))  # type: ignore[arg-type]
-    model.add_adapter("other", LoraConfig(**LORA))  # type: ignore[arg-type]
+    model: Any = get_peft_model(base(), LoraConfig(**LORA))
+    model.add_adapter("other", LoraConfig(**LORA))
     with pytest.raises(ConfigError, match="adapters default, other"):
         adapter_naming(model)

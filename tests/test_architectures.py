@@ -112,7 +112,7 @@ def train(folder: str, run: str, num_steps: int) -> dict[str, dict[str, str]]:
             seed_everything(step, world.rank)
             optimizer.zero_grad()
             scores = logits(wrapped, kind).flatten(0, -2)
-            functional.cross_entropy(scores, torch.randint(scores.shape[-1], scores.shape[:1])).backward()  # type: ignore[no-untyped-call]
+            functional.cross_entropy(scores, torch.randint(scores.shape[-1], scores.shape[:1])).backward()
             optimizer.step()
         assert saver.async_save(num_steps, model, optimizer, {"step": num_steps})
         assert saver.wait()

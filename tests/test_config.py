@@ -195,16 +195,20 @@ def test_every_field_says_what_it_means() -> None:
             and not (isinstance(field.annotation, type) and issubclass(field.annotation, Settings))
         ]
 
-    blocks = [TrainingConfig, *Settings.__subclasses__()]
+    blocks: list[type[BaseModel]] = [TrainingConfig, *Settings.__subclasses__()]
     assert [line for block in blocks for line in undocumented(block)] == []
 
 
 def test_what_decides_the_numbers() -> None:
     """Settings that change no number are left out of what must stay the same, and no others."""
     config = TrainingConfig.model_validate(body())
-    same = [{"name": "other"}, {"checkpoint": {"keep_last": 5, "every": 1}}, {"train": {"eval_every": 1}}]
+    same: list[dict[str, Any]] = [
+        {"name": "other"},
+        {"checkpoint": {"keep_last": 5, "every": 1}},
+        {"train": {"eval_every": 1}},
+    ]
     same += [{"train": {"gradient_checkpointing": True}}, {"train": {"loss_scale": 2.0, "power": 3, "decay": 5}}]
-    other = [
+    other: list[dict[str, Any]] = [
         {"seed": 1},
         {"train": {"lr": 1}},
         {"train": {"batch": 16}},
@@ -264,7 +268,7 @@ def test_a_run_of_an_older_release_goes_on() -> None:
         config = TrainingConfig.model_validate(body(**sections))
         base = {"mathematics": config.mathematics(), "data": "same"}
         for *blocks, key in unknown:
-            block = base["mathematics"]
+            block: Any = base["mathematics"]
             for name in blocks:
                 block = block[name]
             del block[key]

@@ -212,7 +212,7 @@ def test_damage_is_found_named_and_passed_by(
         faults = verify(storage, checkpoint_dir(copied, found.accepted[0].ref), found.accepted[0])
         assert len(faults) == 1
         assert faults[0].startswith(f"{file}: ")
-        assert SAID[damage] in faults[0]
+        assert SAID[damage] in faults[0]  # type: ignore[index]
 
     previous = catalogue(storage, BASE).accepted[1]
     step, loaded = resume_here(storage, copied, model, assign(BASE))

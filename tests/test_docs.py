@@ -124,7 +124,7 @@ def test_a_block_runs_or_says_why_not(block: Block) -> None:
 def test_what_a_reader_had_can_be_imported(block: Block) -> None:
     found = [node for node in ast.parse(block.text).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert found
-    exec(compile(ast.Module(found, []), str(block), "exec"), {})
+    exec(compile(ast.Module([*found], []), str(block), "exec"), {})
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "console"], ids=str)
@@ -268,7 +268,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     lines = [line for text in topics.values() for line in text.splitlines() if len(line) > 60][:2000]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": line[:30]}) + "\n" for line in lines[:2]))
-    tokenizer = train_bpe(lines, 300)
+    tokenizer = train_bpe(iter(lines), 300)
     ends = {f"{end}_token_id": tokenizer.inner.eos_token_id for end in ("bos", "eos")}
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=512, vocab_size=300, **ends)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "my-gpt2")

@@ -120,7 +120,7 @@ def test_a_model_that_remembers_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     still = Still(model, "exactness: elastic", "")
     model.eval()(torch.randn(4, 3))
-    model[1].running_mean.copy_(model[1].running_mean.clone())  # as DDP does
+    model.get_buffer("1.running_mean").copy_(model.get_buffer("1.running_mean").clone())  # as DDP does
     still.check()
     model.train()(torch.randn(4, 3))
     with pytest.raises(ConfigError, match=r"buffer 1\.\w+ changes in the forward pass; exactness: elastic"):

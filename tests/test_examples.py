@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_classify(tmp_path: Path) -> None:
 def test_own_task(tmp_path: Path) -> None:
     """Learns what the heavy rows say, not what the light ones say; answers, and its run file is the one beside it."""
     words = [("good", 1), ("bad", 0)]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": f"a {word} one, {i}", "label": label, "importance": 1.0} for i in range(60) for word, label in words
     ]
     rows += [{**row, "label": 1 - row["label"], "importance": 0.01} for row in rows]

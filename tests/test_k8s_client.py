@@ -393,7 +393,7 @@ def test_next_names(name: str, taken: list[str], expected: str) -> None:
 
 
 def test_a_number_at_the_end_of_a_name_counts_only_what_went_on() -> None:
-    job = {"metadata": {"name": "sweep-1"}, "spec": {}}
+    job: dict[str, Any] = {"metadata": {"name": "sweep-1"}, "spec": {}}
     assert successor(job, [])["metadata"]["name"] == "sweep-1-2"
     job["metadata"] = {"name": "sweep-1-2", "annotations": {"outlast/resumes": "sweep-1"}}
     assert successor(job, ["sweep-1-3"])["metadata"]["name"] == "sweep-1-4"

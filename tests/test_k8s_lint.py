@@ -355,13 +355,17 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(item, (*path, key))
 
 
+#: `...` for: the key is not there.
+ODD: tuple[Any, ...] = (None, 7, "x", [], {}, [None], ...)
+
+
 def test_nonsense_is_the_api_servers_to_refuse(tmp_path: Path) -> None:
     """Whatever stands where, lint says something or nothing, and never falls over."""
     objects = rendered(tmp_path, "spot, then others")
     found = list(places(objects[-1]))
     assert len(found) > 300
     for path in found:
-        for value in (None, 7, "x", [], {}, [None], ...):
+        for value in ODD:
             if value is ... and isinstance(path[-1], int):
                 continue
             changed = copy.deepcopy(objects[-1])

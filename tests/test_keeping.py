@@ -61,7 +61,8 @@ class Interrupted(LocalStorage):
 
     def __init__(self, url: str) -> None:
         super().__init__(Path(url))
-        self.left, self.happen = -1, lambda: None
+        self.left = -1
+        self.happen: Callable[[], object] = lambda: None
 
     def arm(self, left: int, happen: Callable[[], object]) -> None:
         self.left, self.happen = left, happen

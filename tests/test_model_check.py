@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,7 +100,7 @@ class Recorded(LocalStorage):
         self.operations.append(("delete", path))
         super().delete(path)
 
-    def said(self) -> list[str]:
+    def said(self) -> Sequence[str]:
         """The operations since the last call, in the model's words; several on one thing in a row count once."""
         found, self.operations = self.operations, []
         return collapsed([word for verb, path in found if (word := in_words(verb, path))])

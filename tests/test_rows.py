@@ -241,7 +241,7 @@ def test_on_an_object_store(shards: Path) -> None:
         assert texts([f"{bucket}/data/**/c.jsonl", str(shards / "a.jsonl")]) == "678012"
         assert digest_sources(f"{bucket}/data/*.jsonl") == digest_sources(f"{shards}/*.jsonl")
         for name in ("t.parquet", "t.arrow", "t.jsonl.gz"):
-            assert texts(f"{bucket}/data/{name}") == "".join(record["text"] for record in RECORDS), name
+            assert texts(f"{bucket}/data/{name}") == "".join(str(record["text"]) for record in RECORDS), name
         assert next(read_rows(f"{bucket}/data/a.jsonl", ["text"])).where == f"{bucket}/data/a.jsonl, row 1"
         with pytest.raises(ConfigError, match=r"nothing\.jsonl is not there"):
             find_sources(f"{bucket}/data/nothing.jsonl")

@@ -193,7 +193,7 @@ def save_wide(folder: str) -> int:
     model = Wide()
     fully_shard(model)
     counted = _CountingTorch()
-    writer.torch = counted  # type: ignore[assignment]
+    writer.torch = counted  # type: ignore[assignment, attr-defined]
     assert Checkpointer(LocalStorage(Path(folder)), "wide").save(1, model, None, {})
     return counted.peak
 

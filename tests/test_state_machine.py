@@ -134,7 +134,7 @@ class Attempts(RuleBasedStateMachine):
         self.num_workers = 0
         # Who wins a race for a number is drawn by lot; the same history must draw the same lots.
         self._token_hex, lots = secrets.token_hex, random.Random(0)
-        secrets.token_hex = lambda num_bytes=32: lots.randbytes(num_bytes or 32).hex()
+        secrets.token_hex = lambda nbytes=32: lots.randbytes(nbytes or 32).hex()
 
     def teardown(self) -> None:
         secrets.token_hex = self._token_hex

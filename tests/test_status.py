@@ -102,7 +102,7 @@ def lived(now: float, code: int | None = None) -> list[tuple[object, dict[str, o
 
 def test_status_tells_people_and_programs_the_same(tmp_path: Path) -> None:
     storage, now = LocalStorage(tmp_path), time.time()
-    write(storage, "run", *lived(now, 0))  # type: ignore[arg-type]
+    write(storage, "run", *lived(now, 0))
     found = json.loads(outlast("status", str(tmp_path / "run"), "--json").stdout)
     assert (found["state"], found["step"], found["num_steps"], found["world_size"]) == ("done", 170, 170, 3)
     assert (found["lost_steps"], found["attempts"]) == (30, 2)
@@ -167,7 +167,7 @@ def test_a_watch_waits_for_a_driver_that_a_supervisor_may_start_again(tmp_path: 
 def test_watching_until_the_end_where_there_is_no_terminal(tmp_path: Path) -> None:
     """Another process shows the run; it is told that the run has ended through the storage alone."""
     storage, now = LocalStorage(tmp_path), time.time()
-    write(storage, "run", *lived(now))  # type: ignore[arg-type]
+    write(storage, "run", *lived(now))
     watching = subprocess.Popen(
         [OUTLAST, "status", str(tmp_path / "run"), "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -177,7 +177,7 @@ def test_watching_until_the_end_where_there_is_no_terminal(tmp_path: Path) -> No
     first = watching.stderr.readline()
     assert first.startswith("run: running, step 170/170  loss 0.059  lr 0.001"), first
     assert watching.poll() is None
-    write(storage, "run", *lived(now, 0))  # type: ignore[arg-type]
+    write(storage, "run", *lived(now, 0))
     out, err = watching.communicate()
     killer.cancel()
     assert (watching.returncode, out, err) == (0, "", "")

@@ -37,6 +37,7 @@ class Counts(nn.Module):
         super().__init__()
         self.register_buffer("saved", torch.zeros(2))
         self.register_buffer("lost", torch.zeros(2), persistent=False)
+        self.constant: torch.Tensor
         self.register_buffer("constant", torch.ones(2), persistent=False)
 
     def forward(self, name: str) -> None:

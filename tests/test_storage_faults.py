@@ -22,7 +22,7 @@ from enum import Enum
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import boto3
 import pytest
@@ -204,7 +204,7 @@ def lying(storage: Storage) -> Iterator[CheckpointRef]:
 def without_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pause between two tries of a read, and as many operations on a slow machine as on a fast one."""
     monkeypatch.setattr(storage_module, "_PAUSE_S", 0.0)
-    monkeypatch.setitem(Journal.__init__.__kwdefaults__, "flush_s", math.inf)
+    monkeypatch.setitem(cast(dict[str, Any], Journal.__init__.__kwdefaults__), "flush_s", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_trouble_at_any_operation_costs_nothing_acknowledged(
 
     copy = copier(place, 2 if full else 1)
     if trouble is Trouble.SLOW:  # the clock is what it could work through
-        monkeypatch.setitem(Journal.__init__.__kwdefaults__, "flush_s", FLUSH_S)
+        monkeypatch.setitem(cast(dict[str, Any], Journal.__init__.__kwdefaults__), "flush_s", FLUSH_S)
 
     def strike(ordinal: int) -> str:
         storage = copy()

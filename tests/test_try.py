@@ -126,7 +126,8 @@ def by_hand(run: Path) -> str:
     """What the bigrams go on with after "The", from the files alone."""
     [folder] = run.glob("attempts/*/model")
     weights, tokenizer = load_file(folder / "model.safetensors"), AutoTokenizer.from_pretrained(folder)
-    last, written = tokenizer("The")["input_ids"][-1], []
+    last: int = tokenizer("The")["input_ids"][-1]
+    written: list[int] = []
     while len(written) < NUM_NEW_TOKENS and last != tokenizer.eos_token_id:
         last = int((weights["head.weight"] @ weights["embed.weight"][last] + weights["head.bias"]).argmax())
         written.append(last)

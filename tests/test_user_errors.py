@@ -82,7 +82,7 @@ class Task(Whole):
     pass
 """
 BERT = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 32}
-FILES = {
+FILES: dict[str, str | bytes] = {
     "mine.py": MINE,
     "bytes.yaml": b"name: \xff\n",
     "bad.yaml": "name: a\ndata: [",

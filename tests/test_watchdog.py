@@ -103,7 +103,8 @@ def wait_in_vain(address: str, storage: str) -> str:
         try:
             ranks.gather("here")
         except RuntimeError as error:
-            return dog.explain(error).message
+            explained = dog.explain(error)
+            return explained.message if explained else "nothing explained"
     return "rank 1 came"
 
 

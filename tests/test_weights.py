@@ -43,9 +43,9 @@ NAMES = [
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda model: model,
     "data-parallel": nn.DataParallel,
-    "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
-    "compiled-in-data-parallel": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
-    "data-parallel-in-compiled": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),  # type: ignore[return-value]
+    "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[dict-item, return-value]
+    "compiled-in-data-parallel": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),  # type: ignore[type-var]
+    "data-parallel-in-compiled": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),  # type: ignore[dict-item, return-value]
 }
 
 
@@ -66,6 +66,7 @@ def test_weights_go_from_any_wrapper_into_any_other(wrap: Callable[[nn.Module], 
     for name, tensor in named_weights(source).items():
         assert torch.equal(tensor, named_weights(target)[name]), name
     assert target.head.weight is target.embed.weight, "still tied"
+    assert target.norm.num_batches_tracked is not None
     assert target.norm.num_batches_tracked.item() == 1
 
 

@@ -39,9 +39,9 @@ def train() -> list[list[torch.Tensor]]:
     found = []
     for step in range(NUM_STEPS):
         for micro in range(2):
-            wrapped.require_backward_grad_sync = micro == 1
+            wrapped.require_backward_grad_sync = micro == 1  # type: ignore[assignment]
             wrapped(gradients(world.rank, 2 * step + micro)).backward()
-        found.append([weight.grad.clone() for weight in wrapped.module.weights])
+        found.append([weight.grad.clone() for weight in wrapped.parameters() if weight.grad is not None])
         wrapped.zero_grad(set_to_none=True)
     return found
 
