@@ -159,8 +159,12 @@ class Hub:
 
 
 def start_hub(launch: str) -> Any:
-    """Starts the hub of a launch on the driver's node; it goes with the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """Starts the hub of a launch on the driver's node; it goes with the driver.
+
+    Not softly: Ray would put it elsewhere where the driver's node offers no CPUs, as a head on Kubernetes does, and a
+    hub that is lost with another node has forgotten which losses were announced.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Hub)
     return actor.options(name=f"hub-{launch}", namespace=NAMESPACE).remote()
 
