@@ -196,6 +196,7 @@ def one(hosts: Lab, folder: Path, name: str, kind: type[Any]) -> dict[str, float
         hosts.start(gone)
         hosts.wait_for_nodes(4)
     gap, at = max((after[0] - before[0], index) for index, (before, after) in enumerate(pairwise(made), start=1))
+    assert gap > 1, f"{kind.name} went on as if nothing had happened"
     reached = max(step for _, step in made[:at])
     first_new = next(moment for moment, step in made[at:] if step > reached)
     assert max(step for _, step in made) == steps, f"{kind.name} ended at {max(step for _, step in made)}"

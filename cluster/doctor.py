@@ -31,6 +31,7 @@ from outlast.cluster.doctor_rules import Facts, Finding, Level, Wanted
 from outlast.cluster.preemption import draining_nodes
 
 ANSWER_S = 60.0
+NAMES_S = 200.0  # three name servers that do not answer, asked twice
 STORAGE_S = 300.0
 #: How long a token may take to appear where nothing caches, where something may, and until NFS has forgotten (60 s).
 UNCACHED_S, QUICK_S, CACHED_S = 5.0, 10.0, 75.0
@@ -324,7 +325,7 @@ def _network(nodes: _Nodes, facts: Facts, wanted: Wanted) -> list[Finding]:
     faults = nodes.ask("knock", each=others)
     found = doctor_rules.judge_ports({node: facts[node] for node in doors}, faults)
     ends = {node: ({facts[node]["address"], facts[next(iter(doors))]["address"]},) for node in doors}
-    found += doctor_rules.judge_names(nodes.ask("look_up", each=ends))
+    found += doctor_rules.judge_names(nodes.ask("look_up", each=ends, patience_s=NAMES_S))
     if any(finding.level is Level.FAILED for finding in found) or not doors:
         return found
     return found + _all_reduce(nodes, facts, list(doors), wanted)

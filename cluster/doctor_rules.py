@@ -24,6 +24,7 @@ LAG_NOISE_S = 0.05
 SLOW_WRITE = 20e6
 SLOW_PUT_S = 0.5
 SLOW_LINK = 10e6
+#: A name server that answers takes milliseconds; one that does not, several seconds.
 SLOW_NAME_S = 1.0
 #: File systems that several machines mount; only there can a listing lag behind.
 NETWORKED = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "gpfs", "beegfs", "9p", "glusterfs", "virtiofs", "afs")
@@ -327,7 +328,11 @@ def judge_names(seconds: Mapping[str, float | Mapping[str, str]]) -> list[Findin
             "workers waits for",
             "let the DNS server in /etc/resolv.conf answer for the nodes' addresses, or list them in /etc/hosts",
         )
-    return report.or_ok(f"of addresses within {max(known.values(), default=0) * 1000:.0f} ms")
+    return (
+        report.or_ok(f"each search for an address's name ends within {max(known.values()) * 1000:.0f} ms")
+        if known
+        else []
+    )
 
 
 def judge_all_reduce(

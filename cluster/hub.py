@@ -1,8 +1,8 @@
 """The hub: one small actor between the driver and the ranks. Stop requests go down, live events come up, and the ranks'
 watchdogs meet there.
 
-Its loss is harmless. Nothing that decides what is trained or kept passes through it; without it a stop request waits
-for the next signal and the screen stays still.
+Its loss costs no step: nothing that decides what is trained or kept passes through it. Without it a stop request waits
+for the next signal, the screen stays still, and a loss that was announced before may count as a failure.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class Hub:
 def start_hub(launch: str) -> Any:
     """Starts the hub of a launch on the driver's node; it goes with the driver.
 
-    Not softly: Ray would put it elsewhere where the driver's node offers no CPUs, as a head on Kubernetes does, and a
-    hub that is lost with another node has forgotten which losses were announced.
+    The affinity is hard: with a soft one Ray puts it on another node where the driver's offers no CPUs (a head on
+    Kubernetes), and a hub that is lost with that node forgets which losses were announced.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Hub)

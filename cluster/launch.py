@@ -30,7 +30,7 @@ import yaml
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR
+from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.commands import find_model
@@ -83,7 +83,7 @@ class Interrupted(OutlastError):
 
 
 class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
-    """One without Ray Data, for which each attempt would wait for an actor of its own."""
+    """Without `DatasetsCallback`, which starts an actor for each attempt: outlast passes no datasets."""
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
@@ -285,7 +285,6 @@ class Launch:
         """Runs Ray Train in a side thread, because it takes SIGINT for itself in the main one."""
         scale = self.config.scale
         os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, f"{max(POLL_S, scale.max_workers * POLL_S / 64):g}")
-        os.environ.setdefault(ENABLE_PREEMPTION_WATCHER_ENV_VAR, "0")  # preemption.py looks; an actor less per attempt
         hub = start_hub(self.id)
         resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
         mark = settings_mark(self.declared)

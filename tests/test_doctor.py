@@ -296,3 +296,4 @@ def test_names_that_take_long() -> None:
     [finding] = rules.judge_names({"a": 6.13, "b": 0.01, "c": {"fault": "no answer"}})
     assert (finding.level, finding.text.split(":")[0]) == (Level.WARNING, "a")
     assert rules.judge_names({"a": 0.01})[0].level is Level.OK
+    assert rules.judge_names({"c": {"fault": "no answer"}}) == []

@@ -11,11 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import ray.train
 import yaml
+from ray.train.torch import TorchTrainer
 
 from outlast.checkpointing.lineage import list_attempts, read_claim, run_events
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.config import RunConfig
+from outlast.cluster.launch import _Trainer
 from outlast.cluster.standby import environment
 from tests.group import losses, tiny_config
 
@@ -53,6 +56,17 @@ def test_what_cannot_be_rehearsed_is_left_to_the_attempt(
     for name, value in environment(settings).items():
         monkeypatch.setenv(name, value)
     warm()
+
+
+def test_an_attempt_starts_no_actor_for_datasets() -> None:
+    """Of Ray's own parts that one is left out, and no other."""
+    size = ray.train.ScalingConfig(num_workers=1)
+    names = [
+        [type(part).__name__ for part in kind(print, scaling_config=size)._create_default_callbacks()]
+        for kind in (_Trainer, TorchTrainer)
+    ]
+    assert names[0] == [name for name in names[1] if name != "DatasetsCallback"]
+    assert len(names[0]) == len(names[1]) - 1
 
 
 def test_a_rehearsal_that_fails_keeps_no_worker_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,7 +353,7 @@ def test_padding_without_a_token_for_it() -> None:
 class Shouting(SequenceClassification):
     """A user's task: it reads columns of its own, and shouts."""
 
-    columns = (Column("said", Kind.TEXT), Column("mood", Kind.LABEL, is_target=True))  # type: ignore[assignment]
+    columns = (Column("said", Kind.TEXT), Column("mood", Kind.LABEL, is_target=True))
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:

@@ -269,7 +269,7 @@ class CausalLM(Task):
     """Predict the next token, in every place but the last. Documents are packed into samples of `max_length` tokens."""
 
     auto_class = "AutoModelForCausalLM"
-    columns = (Column("text", Kind.TEXT),)
+    columns: ClassVar[tuple[Column, ...]] = (Column("text", Kind.TEXT),)
     packs = True
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ class QuestionAnswering(Task):
     """
 
     auto_class = "AutoModelForQuestionAnswering"
-    columns = (
+    columns: ClassVar[tuple[Column, ...]] = (
         Column("question", Kind.TEXT),
         Column("context", Kind.TEXT),
         Column("answers", Kind.ANSWERS, is_target=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Chat(Task):
     """Predict the tokens of the assistant's answers. A conversation is one sample, cut off at `max_length`."""
 
     auto_class = "AutoModelForCausalLM"
-    columns = (Column("messages", Kind.MESSAGES),)
+    columns: ClassVar[tuple[Column, ...]] = (Column("messages", Kind.MESSAGES),)
     options = ("chat_template",)
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:

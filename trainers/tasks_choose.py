@@ -26,7 +26,7 @@ class MultipleChoice(Task):
     """Say which of the choices goes with the text. Every row has the same number of them."""
 
     auto_class = "AutoModelForMultipleChoice"
-    columns = (
+    columns: ClassVar[tuple[Column, ...]] = (
         Column("text", Kind.TEXT),
         Column("choices", Kind.TEXTS),
         Column("label", Kind.LABEL, is_target=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class SequenceClassification(Task):
     """Name the class of a text, or its classes, or the number that belongs to it. A row is one sample, cut off."""
 
     auto_class = "AutoModelForSequenceClassification"
-    columns = (
+    columns: ClassVar[tuple[Column, ...]] = (
         Column("text", Kind.TEXT),
         Column("label", Kind.VALUE, is_target=True),
         Column("text_pair", Kind.TEXT, is_optional=True),
@@ -202,7 +202,7 @@ class TokenClassification(TokenTask):
     """Name the tag of every word. The first token of a word carries its tag; the others have none."""
 
     auto_class = "AutoModelForTokenClassification"
-    columns = (Column("tokens", Kind.TEXTS), Column("tags", Kind.LABELS, is_target=True))
+    columns: ClassVar[tuple[Column, ...]] = (Column("tokens", Kind.TEXTS), Column("tags", Kind.LABELS, is_target=True))
     special_tokens = BERT_TOKENS
     template = BERT_TEMPLATE
 

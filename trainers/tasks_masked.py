@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ class MaskedLM(TokenTask):
     """
 
     auto_class = "AutoModelForMaskedLM"
-    columns = (Column("text", Kind.TEXT),)
+    columns: ClassVar[tuple[Column, ...]] = (Column("text", Kind.TEXT),)
     options = ("mask_share",)
     special_tokens = BERT_TOKENS
     template = BERT_TEMPLATE

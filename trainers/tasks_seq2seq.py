@@ -17,7 +17,7 @@ class Seq2SeqLM(TokenTask):
     """Write the target of a source. The decoder is given the target, shifted by one."""
 
     auto_class = "AutoModelForSeq2SeqLM"
-    columns = (Column("source", Kind.TEXT), Column("target", Kind.TEXT, is_target=True))
+    columns: ClassVar[tuple[Column, ...]] = (Column("source", Kind.TEXT), Column("target", Kind.TEXT, is_target=True))
     options = ("max_target_length",)
     special_tokens: ClassVar = {"pad_token": "<|pad|>"}  # the decoder begins with it, and must learn to end
     template = ("$A <|endoftext|>", "$A <|endoftext|> $B <|endoftext|>")

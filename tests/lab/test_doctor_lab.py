@@ -1,6 +1,6 @@
 """`outlast doctor` through a job server, on three hosts: one does not share a storage, two cannot reach each other.
 
-About two minutes.
+One more asks a name server that does not answer.
 """
 
 from __future__ import annotations
@@ -93,7 +93,10 @@ def test_a_host_whose_name_server_does_not_answer(cluster: Lab, folder: Path, te
     (folder / "resolv.conf").write_text(f"nameserver {cluster.ip(200)}\n")
     cluster.start(3, mounts={f"/etc/{name}": folder / name for name in ("hosts", "resolv.conf")})
     cluster.wait_for_nodes(4)
-    found = doctor(cluster, Run(folder / "shared", "run", text_file, 10, 2), code=0)
+    try:
+        found = doctor(cluster, Run(folder / "shared", "run", text_file, 10, 2), code=0)
+    finally:
+        cluster.kill(3)
     [(level, text)] = found["names"]
     assert level == "warning"
     assert text.startswith(f"{cluster.name(3)}: the name of an address takes up to")

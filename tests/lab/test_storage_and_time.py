@@ -58,7 +58,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Lab]:
 def test_a_node_is_drained_at_short_notice(
     cluster: Lab, tmp_path: Path, text_file: str, reference: tuple[Any, Any]
 ) -> None:
-    """Shorter than Ray Train's own look every 5 s: the newest checkpoint stays, and no failure is counted."""
+    """No longer than Ray Train's own look every 5 s: the newest checkpoint stays, and no failure is counted."""
     run = Run(tmp_path, "drain", text_file, STEPS, 2)
     follower = run.submit(cluster)
     run.wait_for_commit(follower)
