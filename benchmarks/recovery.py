@@ -53,9 +53,19 @@ class Ours:
         self._follower = self._run.submit(hosts)
 
     def steps(self) -> Steps:
-        """When each step ended, in the order of time; steps made twice stand twice."""
+        """When each step ended, in the order of time; steps made twice stand twice.
+
+        A rank 0 that is killed takes the last seconds of its journal along; the launch's knows how far it had come.
+        """
         events = [event for _, event in run_events(self._run.storage, self._run.name) if event["event"] == "step"]
-        return sorted((event["ended_at"], event["step"]) for event in events)
+        events += [event["reached"] for event in self._told() if "reached" in event]
+        return sorted({(event["ended_at"], event["step"]) for event in events})
+
+    def _told(self) -> list[dict[str, Any]]:
+        """The journals of the launches."""
+        storage, run = self._run.storage, self._run.name
+        launches = [entry.name for entry in storage.list(f"{run}/launches")]
+        return [event for name in launches for event in read_events(storage, launch_dir(run, name))]
 
     def kill_worker(self) -> None:
         self._hosts.signal_inside(self._run.host_of(1), self._run.workers()[1]["pid"], signal.SIGKILL)
@@ -65,11 +75,10 @@ class Ours:
 
     def split(self, struck: float) -> dict[str, float]:
         """What the seconds from the fault to the first step went to, part by part in the order of time."""
-        storage, run = self._run.storage, self._run.name
-        launches = [entry.name for entry in storage.list(f"{run}/launches")]
-        told = [event for name in launches for event in read_events(storage, launch_dir(run, name))]
-        noticed = min((event["noticed_at"] for event in told if event.get("noticed_at", 0) > struck), default=struck)
-        ways = [event["marks"] for _, event in run_events(storage, run) if event["event"] == "under-way"]
+        noticed = min(
+            (event["noticed_at"] for event in self._told() if event.get("noticed_at", 0) > struck), default=struck
+        )
+        ways = [e["marks"] for _, e in run_events(self._run.storage, self._run.name) if e["event"] == "under-way"]
         way = min((marks for marks in ways if marks["first_step"] > struck), key=lambda marks: marks["first_step"])
         parts, reached = {}, struck
         for name, at in {"detection": noticed, **way}.items():
