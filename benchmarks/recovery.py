@@ -242,7 +242,8 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "rounds": rounds,
         "stood_s": "seconds without a step",
-        "redone": "steps made again",
+        "redone": "steps made again. outlast's are seen when its journal is written, often with a commit, so that less "
+        "was to be made again: compare stood_s",
         "to_new_s": "seconds from the fault (or the last step after its announcement) to the first new step",
         "…_s": "outlast's seconds from the fault; process: teardown and new process, or for one that waited both under "
         "actor; group: process group",
