@@ -258,6 +258,8 @@ class Line:
         self._events.append({"t": time.time(), "by": self.attempt, **event})
         self._is_training = self._is_training or event["event"] == "step"
         self._is_under_way = self._is_under_way or event["event"] == "under-way"
+        if event["event"] == "commit" and self._watch is not None:
+            self._watch.save_s = event["seconds"]
 
     def earlier_failure(self) -> OutlastError | None:
         """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""

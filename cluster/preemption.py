@@ -2,6 +2,7 @@
 
 Ray marks a node as draining and says when it will be gone. A save follows at once, because the notice may be shorter
 than promised; and another just before the deadline, because the group trains on until then and would do it all again.
+How long before is a matter of how long a save takes.
 Deciding is pure; asking Ray is one function.
 """
 
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 import ray._private.state
 
 MARGIN_S = 3.0
+#: The second save may take so many times as long as the one before: others save to the same storage in such moments.
+LENIENCY = 1.5
 
 
 def draining_nodes() -> dict[str, float]:
@@ -28,11 +31,13 @@ class Watch:
 
     Attributes:
         nodes: Nodes that the attempt's workers are on; others do not matter.
-        margin_s: How long before the deadline the second save begins.
+        margin_s: How long before the deadline the second save begins, if it takes no time.
+        save_s: How long the newest save took, from its beginning to its commit.
     """
 
     nodes: Collection[str]
     margin_s: float = MARGIN_S
+    save_s: float = 0.0
     _noticed: set[str] = field(default_factory=set)
     _last_saves: set[str] = field(default_factory=set)
 
@@ -48,7 +53,8 @@ class Watch:
         if new := ours.keys() - self._noticed:
             self._noticed |= new
             return "a node is about to be lost"
-        due = {node for node, deadline in ours.items() if deadline and now >= deadline - self.margin_s}
+        margin_s = self.margin_s + LENIENCY * self.save_s
+        due = {node for node, deadline in ours.items() if deadline and now >= deadline - margin_s}
         if due := due - self._last_saves:
             self._last_saves |= due
             return "a node's last seconds"

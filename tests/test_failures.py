@@ -17,7 +17,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.history import Ending, Limits, read_tries
 from outlast.checkpointing.layout import launch_dir
 from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster import failures
+from outlast.cluster import failures, hub
 from outlast.cluster.failures import Cause, Death, Failure, RankError, Recorder, classify
 from outlast.cluster.memory import was_killed_by_kernel
 from outlast.cluster.preemption import Watch
@@ -130,6 +130,20 @@ def test_a_save_at_the_notice_and_one_at_the_end() -> None:
     asked = [(now, watch.look({"ours": 130.0, "theirs": 101.0} if now >= 100 else {}, now)) for now in range(98, 132)]
     reasons = {now: reason for now, reason in asked if reason}
     assert reasons == {100: "a node is about to be lost", 127: "a node's last seconds"}
+
+
+def test_the_last_save_begins_the_earlier_the_longer_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "find_hub", lambda launch: None)
+    line = hub.Line("no-launch", 0, 1)
+    line.watch(["ours"])
+    for seconds in (50.0, 20.0):
+        line.progress({"event": "commit", "step": 8, "seconds": seconds})
+    assert line._watch is not None
+    asked = [(now, line._watch.look({"ours": 220.0}, now)) for now in range(100, 222)]
+    assert {now: reason for now, reason in asked if reason} == {
+        100: "a node is about to be lost",
+        187: "a node's last seconds",
+    }
 
 
 def test_a_deadline_that_nobody_told_and_one_too_near_for_two_saves() -> None:
