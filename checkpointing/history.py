@@ -190,6 +190,15 @@ def settings_mark(declared: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(declared, sort_keys=True, default=str).encode())
 
 
+#: What a rank says when another one has gone.
+_ECHOES = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout")
+
+
+def is_echo(said: str) -> bool:
+    """Whether an error says no more than that somebody else has gone: a connection that broke."""
+    return any(word in said for word in _ECHOES)
+
+
 def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId | None = None) -> list[Try]:
     """The tries of a run from its last progress on, oldest first.
 
@@ -234,7 +243,10 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
         for attempt in mine:
             claim, event = claims[attempt], told.get(str(attempt))
             steps = commits[attempts.index(attempt)]
-            item = _read_try(storage, run, attempt, claim, steps, event, alive, is_live=launch == live)
+            is_alone = attempt == mine[-1] and not alive.get("ended")
+            item = _read_try(
+                storage, run, attempt, claim, steps, event, alive, is_live=launch == live, is_alone=is_alone
+            )
             if item.ending is Ending.SILENT and attempt != mine[-1]:  # its driver went on: resized, or drained
                 item = replace(item, ending=Ending.SETTLED)
             dated.append((claim.get("claimed_at", 0.0), item))
@@ -269,7 +281,16 @@ def _read_try(
     alive: Mapping[str, Any],
     *,
     is_live: bool,
+    is_alone: bool,
 ) -> Try:
+    """What became of an attempt.
+
+    Args:
+        failure: What its launch's journal says of its end.
+        alive: The launch's sign of life.
+        is_live: The launch is at work.
+        is_alone: Nothing was heard of the launch later, so connections that broke may be all that its ranks tell.
+    """
     events = list(read_ends(storage, attempt_dir(run, attempt)))
     kinds = {event["event"] for event in events}
     resume = next((event for event in events if event["event"] == "resume"), {})
@@ -283,7 +304,7 @@ def _read_try(
         ended = Try(Ending.OPEN)
     elif alive.get("ended") and alive.get("exit_code") in _SETTLED:
         ended = Try(Ending.SETTLED)
-    elif failed:
+    elif failed and not (is_alone and is_echo(str(failed["error"]))):
         ended = Try(Ending.FAILED, what="error", message=str(failed["error"]))
     return replace(
         ended,

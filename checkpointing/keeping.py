@@ -108,7 +108,7 @@ def plan_prune(storage: Storage, run: str, retention: Retention) -> Prune:
         raise ConfigError(
             f"run {run!r} cannot be pruned: its newest attempt {highest} holds {len(own)} of the {KEEP_LAST_MIN} "
             "commits that make it safe to delete older ones",
-            hint="let the run go on until it has saved twice",
+            hint="let the run go on until it has saved twice; one that is done keeps what it has",
         )
     keep = retention.keep([Kept(item.ref, item.metrics) for item in accepted], list_pins(storage, run))
     keep |= set(own[:KEEP_LAST_MIN])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,10 @@ _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 def seconds_only(value: str | int) -> str | int:
     """Checks an interval that must be one of time."""
-    if Every.parse(value).unit is not Unit.SECONDS:
-        raise ValueError(f"{value!r} is no time: write 90s, 2m or 1h")
-    return value
+    with contextlib.suppress(ValueError):
+        if Every.parse(value).unit is Unit.SECONDS:
+            return value
+    raise ValueError(f"{value!r} is no time: write 90s, 2m or 1h")
 
 
 class ScaleSettings(Settings):

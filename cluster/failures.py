@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,7 +25,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from outlast.checkpointing.errors import OutlastError, StorageError
-from outlast.checkpointing.history import GivenUp, Limits, counted, judge, read_tries
+from outlast.checkpointing.history import GivenUp, Limits, counted, is_echo, judge, read_tries
 from outlast.checkpointing.journal import Journal
 from outlast.checkpointing.layout import AttemptId, launch_dir
 from outlast.checkpointing.lineage import list_attempts, read_claim
@@ -68,6 +69,10 @@ class RankError(Exception):
         return cls(told(error) + notes, "".join(frames).rstrip(), "".join(traceback.format_exception(error)))
 
 
+#: How the folder of a Ray begins that goes with its driver.
+OWN_RAY = "outlast-ray-"
+#: How many characters of a log are kept from there.
+_NUM_LOGGED = 20_000
 #: How many frames of the user's code are shown.
 _NUM_FRAMES = 3
 #: Of the module, because what reports failures travels to the controller, and a lock does not.
@@ -83,8 +88,6 @@ def gave_up(run: str, given_up: GivenUp) -> RunFailed:
     )
 
 
-#: What a rank says when another one has gone.
-_ECHOES = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout")
 #: How Ray says that it ended an actor itself.
 _INTENDED = ("ray.kill", "out of scope", "intended", "ref count")
 SEARCH_S = 20.0
@@ -137,11 +140,11 @@ class Failure:
 
         Args:
             workers: What the attempt's claim says of its ranks.
-            log: Where the whole traceback lies; else the first rank's own log is named.
+            log: Where the whole traceback lies; else the first rank's own log is named, where that stays.
         """
         ranks = f"rank {self.rank}" + (f" and {self.num_ranks - 1} more alike" if self.num_ranks > 1 else "")
         mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})
-        own = f"{mine['host']}:{mine['log']}" if mine.get("log") else ""
+        own = f"{mine['host']}:{mine['log']}" if mine.get("log") and OWN_RAY not in mine["log"] else ""
         return f"{ranks}, log {log or own}" if log or own else ranks
 
 
@@ -170,7 +173,7 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
         if isinstance(error, RayActorError):
             drained = drained or bool(getattr(error, "preempted", False))
             found.append(Failure(_cause_of_death(said, drained), rank, said.splitlines()[0]))
-        elif not any(word in said for word in _ECHOES):
+        elif not is_echo(said):
             excerpt = error.excerpt if isinstance(error, RankError) else ""
             found.append(Failure(_cause_of_error(said), rank, said.splitlines()[-1], excerpt=excerpt))
     first = max(found, key=lambda failure: (failure.cause.weight, -failure.rank), default=None)
@@ -233,6 +236,15 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
                 message = "the kernel killed the worker because the node was running low on memory"
             deaths.append(Death(worker["rank"], message))
     return deaths
+
+
+def own_log(workers: Sequence[Mapping[str, Any]], rank: int) -> str:
+    """The end of a rank's log, with its name, if it lies in a folder that goes with the driver; else nothing."""
+    path = next((str(worker.get("log", "")) for worker in workers if worker["rank"] == rank), "")
+    with suppress(OSError):
+        if OWN_RAY in path and (text := Path(path).read_text(errors="replace").strip()):
+            return f"rank {rank}, the end of its log\n{text[-_NUM_LOGGED:]}\n"
+    return ""
 
 
 class Recorder(WorkerGroupCallback):
@@ -325,7 +337,7 @@ class Recorder(WorkerGroupCallback):
             time.sleep(0.2)
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
-        log = self._write_log(attempt, errors)
+        log = self._write_log(attempt, errors, own_log(workers, failure.rank))
         event: dict[str, Any] = {"attempt": attempt, "noticed_at": round(noticed_at, 3)}
         event |= {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told}
         event["where"] = failure.where(workers, log)
@@ -342,11 +354,15 @@ class Recorder(WorkerGroupCallback):
             numbers = {"number": number, "limit": limit, "ends": ends}
             ask(hub.exchange.remote([{"event": "failure", **event, **numbers, "excerpt": failure.excerpt}]))
 
-    def _write_log(self, attempt: str, errors: Mapping[int, BaseException]) -> str:
-        """Writes the ranks' tracebacks into the launch's directory. Returns where; nothing where there are none."""
+    def _write_log(self, attempt: str, errors: Mapping[int, BaseException], own: str) -> str:
+        """Writes the ranks' tracebacks, or else what a rank logged itself, into the launch's directory.
+
+        Returns where; nothing where there are none.
+        """
         url, run, launch = self._place
         found = {rank: _unwrapped(error) for rank, error in sorted(errors.items())}
         parts = [f"rank {rank}\n{error.whole}\n" for rank, error in found.items() if isinstance(error, RankError)]
+        parts = parts or [own] * bool(own)
         path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
         with suppress(StorageError):
             if parts:

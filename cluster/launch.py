@@ -44,7 +44,7 @@ from outlast.cluster.alive import Alive, find_rival, is_process, process_start
 from outlast.cluster.config import RunConfig
 from outlast.cluster.doctor import preflight
 from outlast.cluster.doctor_rules import TOKEN_HINT
-from outlast.cluster.failures import Recorder, RunFailed, gave_up
+from outlast.cluster.failures import OWN_RAY, Recorder, RunFailed, gave_up
 from outlast.cluster.hub import ask, start_hub
 from outlast.cluster.numbers import counted
 from outlast.cluster.preparation import encode_on_ray
@@ -415,13 +415,12 @@ def _check_answers(address: str) -> None:
 
 def _ray_folder() -> str:
     """A new folder for a Ray of our own; removes those whose driver is gone."""
-    prefix = "outlast-ray-"
-    for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+    for other in Path(tempfile.gettempdir()).glob(f"{OWN_RAY}*"):
         with contextlib.suppress(OSError, ValueError):
             pid, started = (other / "driver").read_text().split()
             if not is_process(int(pid), started):
                 shutil.rmtree(other, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=prefix)
+    folder = tempfile.mkdtemp(prefix=OWN_RAY)
     Path(folder, "driver").write_text(f"{os.getpid()} {process_start(os.getpid())}")
     return folder
 

@@ -18,7 +18,7 @@ from math import inf, isnan, nan
 from time import strptime
 from typing import Any
 
-from outlast.checkpointing.history import launches_in_order
+from outlast.checkpointing.history import is_echo, launches_in_order
 from outlast.checkpointing.layout import AttemptId, CheckpointRef
 
 #: A driver that has not been heard of for so long is lost.
@@ -445,9 +445,10 @@ class Story:
         if later is None and not (launch and launch.has_ended):
             return End("", is_over=False)
         failed = next((note for note in reversed(attempt.notes) if note["event"] == "failed"), None)
-        if failed is not None:
+        is_alone = launch is None or not launch.has_ended  # its workers then tell of broken connections, or nothing
+        if failed is not None and not (is_alone and is_echo(failed["error"])):
             return End("error", failed["error"], at=failed["t"], is_planned=False)
-        if launch is None or not launch.has_ended:
+        if launch is None or is_alone:
             return End("driver lost", is_planned=False)
         if launch.alive["exit_code"] in (0, 75, 130):
             return End("stopped")

@@ -31,7 +31,7 @@ from outlast.cluster import jobs
 from outlast.cluster.alive import find_rival
 from outlast.cluster.config import RunConfig
 from outlast.cluster.failures import gave_up
-from outlast.cluster.follow import StoryReader
+from outlast.cluster.follow import StoryReader, list_launches
 from outlast.cluster.jobs import Job
 from outlast.cluster.story import Launch
 
@@ -142,6 +142,7 @@ class Supervisor:
     _follower: StoryReader | None = None
     _beats: dict[str, Any] = field(default_factory=dict)
     _beating: str = ""
+    _num_unbegun: int = 0
 
     @property
     def storage(self) -> Storage:
@@ -170,7 +171,9 @@ class Supervisor:
     def _one_job(self) -> int | None:
         """Attaches to the run's job, or submits one, and stays with it. Returns the exit code if that was the end."""
         if self._is_done():
+            self.say("done")
             return 0
+        launches = self._launches()
         client = jobs.connect(self.address)
         live = [
             job for job in jobs.jobs_of(client, self.config.name) if job.is_live and job.id not in self._given_up_on
@@ -187,6 +190,7 @@ class Supervisor:
         if ended is None:
             return 130
         if self._is_done():
+            self.say("done")
             return 0
         given_up = self._verdict()
         has_worked = bool(list_attempts(self.storage, self.config.name))
@@ -194,8 +198,9 @@ class Supervisor:
         end = decide(ended, given_up, by_us=by_us, has_worked=has_worked, has_rival=rival is not None)
         self.say(f"{ended.id} ended: {ended.status.lower()}, exit code {ended.exit_code}{_last_line(ended)}")
         if end is Next.SUBMIT:
-            number = max(1, len(counted(read_tries(self.storage, self.config.name), settings_mark(self.declared))))
-            self._wait(pause_s(number, random.random()), "")
+            number = self._num_in_vain(launches if is_new else [])
+            why = f"it never came to a launch: {_last_word(client, ended)}" if self._num_unbegun else ""
+            self._wait(pause_s(number, random.random()), why)
             return None
         if rival is not None:
             self.say(f"launch {rival} has the run now; leaving it alone")
@@ -264,6 +269,21 @@ class Supervisor:
         tries = read_tries(self.storage, self.config.name)
         return judge(tries, self.config.failure.limits, settings_mark(self.declared))
 
+    def _launches(self) -> list[str]:
+        return list_launches(self.storage, self.config.name)
+
+    def _num_in_vain(self, before: Sequence[str]) -> int:
+        """How many tries have been in vain since the last progress, at least 1.
+
+        A job that ended before it began a launch of the run left nothing there, so those are counted here.
+
+        Args:
+            before: The run's launches before the job; none for one that was at work already.
+        """
+        self._num_unbegun = self._num_unbegun + 1 if self._launches() == list(before) else 0
+        tries = counted(read_tries(self.storage, self.config.name), settings_mark(self.declared))
+        return max(1, len(tries) + self._num_unbegun)
+
     def _is_done(self) -> bool:
         model = find_model(self.storage, self.config.name)
         return model is not None and not model.faults
@@ -298,3 +318,9 @@ def supervise(supervisors: Sequence[Supervisor]) -> int:
 def _last_line(job: Job) -> str:
     lines = [line for line in job.message.splitlines() if line.strip()]
     return f" ({lines[-1].strip()[:200]})" if lines and job.driver_exit_code is None else ""
+
+
+def _last_word(client: JobSubmissionClient, ended: Job) -> str:
+    """The last line of a job's log, which alone says why no launch was begun."""
+    lines = [line for line in client.get_job_logs(ended.id).splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "its log is empty"

@@ -155,6 +155,19 @@ def test_a_deadline_that_nobody_told_and_one_too_near_for_two_saves() -> None:
     assert watch.look({"a": 11.0, "b": 99.0}, 10.7) is None
 
 
+def test_the_log_of_a_rank_is_kept_where_it_would_go_with_its_driver(tmp_path: Path) -> None:
+    here = tmp_path / f"{failures.OWN_RAY}x" / "worker.err"
+    here.parent.mkdir()
+    here.write_text("terminate called after throwing\n")
+    mine = [{"rank": 1, "host": "here", "log": str(here)}]
+    recorder = Recorder(str(tmp_path), "run", "one", Limits(), "")
+    log = recorder._write_log("0001-aaaa", {1: ActorDiedError()}, failures.own_log(mine, 1))
+    assert "terminate called" in Path(log).read_text()
+    gone = Failure(Cause.WORKER_DIED, 1, "the worker died")
+    assert (gone.where(mine, log), gone.where(mine)) == (f"rank 1, log {log}", "rank 1")
+    assert failures.own_log([{"rank": 1, "host": "far", "log": "/tmp/ray/worker.err"}], 1) == ""
+
+
 def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

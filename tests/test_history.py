@@ -170,7 +170,7 @@ class Life:
         body = {"ended": ended, "exit_code": exit_code, "settings": MARK, "error": error, "t": 0}
         self.storage.put(f"{launch_dir('run', self.launch)}/alive.json", [json.dumps(body).encode()])
 
-    def attempt(self, *saved: int, steps: bool = True, then: str = "") -> Checkpointer:
+    def attempt(self, *saved: int, steps: bool = True, then: str = "", error: str = "a bug") -> Checkpointer:
         model, optimizer = small_model()
         made = Checkpointer(self.storage, "run", launch=self.launch, notes={"settings": SETTINGS})
         made.resume(model, optimizer)
@@ -182,7 +182,7 @@ class Life:
         if steps:
             made.journal.event("step", step=99)
         if then:
-            made.journal.event(then, step=3, error="a bug")
+            made.journal.event(then, step=3, error=error)
         made.flush()
         return made
 
@@ -226,6 +226,23 @@ def test_how_tries_ended(storage: LocalStorage) -> None:
     assert endings(storage, live=second.launch)[5:] == [OPEN]
     assert {item.settings for item in read_tries(storage, "run")} == {MARK}
     assert read_tries(storage, "run")[3].failed_step == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "ended", "expected"),
+    [
+        ("RuntimeError: gloo: Connection reset by peer", False, "driver lost"),
+        ("RuntimeError: gloo: Connection reset by peer", True, "error"),
+        ("a bug", False, "error"),
+    ],
+)
+def test_a_rank_outlives_a_killed_driver_by_a_moment(
+    storage: LocalStorage, error: str, ended: bool, expected: str
+) -> None:
+    life = Life(storage, "20260101-000000-a")
+    life.attempt(then="failed", error=error)
+    life.sign(ended=ended, exit_code=1)
+    assert [item.what for item in read_tries(storage, "run")] == [expected]
 
 
 def test_an_attempt_that_its_launch_ended_on_purpose_is_no_failure(storage: LocalStorage) -> None:

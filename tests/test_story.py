@@ -228,6 +228,10 @@ def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkey
     assert all(0 <= event["t"] - event["since"] + 0.001 < 10 for event in told)
 
 
+def failed(error: str) -> dict[str, Any]:
+    return {"event": "failed", "t": 25, "error": error, "final": False}
+
+
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
@@ -238,6 +242,16 @@ def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkey
         (
             (launch("a", 0, 20), launch("b", 30, 90), attempt(1, 10), attempt(2, 40, launch="b")),
             [("driver lost", True, False), ("", False, True)],
+        ),
+        (
+            (
+                launch("a", 0, 20),
+                launch("b", 30, 90),
+                attempt(1, 10, failed("Connection reset by peer")),
+                attempt(2, 40, failed("a bug"), launch="b"),
+                attempt(3, 50, launch="c"),
+            ),
+            [("driver lost", True, False), ("error", True, False), ("", False, True)],
         ),
         (
             (launch("a", 0, 90, None, failure(1, 30, "node lost")), attempt(1, 10), attempt(2, 40)),

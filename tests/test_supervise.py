@@ -145,6 +145,14 @@ def test_a_job_is_healthy_whatever_the_clock_said_that_named_the_launch_before(
     assert {event for _, event in found[1:]} == {("0002-0002", 331.0) if has_claimed else None}
 
 
+def test_jobs_that_never_began_a_launch_count_as_tries_in_vain(tmp_path: Path) -> None:
+    config = tiny_config("run", str(tmp_path), "text")
+    supervisor = Supervisor(RunConfig.model_validate(config.model_dump()), {}, None)
+    assert [supervisor._num_in_vain([]) for _ in range(3)] == [1, 2, 3]
+    write(LocalStorage(tmp_path), "run", launch("20260101-120000-a", 0, 9))
+    assert supervisor._num_in_vain([]) == 1
+
+
 # -- a real job server -------------------------------------------------------------------------------------------------
 
 

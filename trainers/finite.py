@@ -33,12 +33,13 @@ class NonFiniteError(OutlastError):
     permanent = True
 
     @classmethod
-    def of(cls, said: str) -> NonFiniteError:
-        return cls(
-            f"{said}; the weights are those before it",
-            hint="look at these samples, or take a smaller train.lr or train.clip; failure.non_finite: skip leaves "
-            "such steps out, roll-back also reads the newest checkpoint again",
-        )
+    def of(cls, said: str, *, is_last: bool) -> NonFiniteError:
+        """As much for a step that ends the run by itself as for the last of too many."""
+        said += f"; {MAX_IN_A_ROW} steps before it were left out already" if is_last else ""
+        hint = "look at these samples; a smaller train.lr or train.clip is a new run, with a name of its own"
+        if not is_last:
+            hint += "; failure.non_finite: skip leaves such steps out, roll-back also reads the newest checkpoint again"
+        return cls(f"{said}; the weights are those before it", hint=hint)
 
 
 class RolledBack(OutlastError):
@@ -69,11 +70,12 @@ class Finite:
         model: The unwrapped model.
 
     Attributes:
+        mode: As given.
         left_out: Steps that were left out, counted from 1, in order.
     """
 
     def __init__(self, mode: NonFinite, world: World, model: nn.Module) -> None:
-        self._mode, self._world, self._model = mode, world, model
+        self.mode, self._world, self._model = mode, world, model
         self.left_out: list[int] = []
         self._told: frozenset[int] = frozenset()
         self._carried = carried_state(model)
@@ -117,7 +119,7 @@ class Finite:
         if step in self._told:
             return NonFinite.SKIP
         in_a_row = range(step - MAX_IN_A_ROW, step)
-        return NonFinite.STOP if set(in_a_row) <= set(self.left_out) else self._mode
+        return NonFinite.STOP if set(in_a_row) <= set(self.left_out) else self.mode
 
     def explain(self, step: int, losses: Mapping[int, torch.Tensor], samples: Mapping[int, list[int]]) -> str:
         """What was not finite, and where first. Every rank calls it.
