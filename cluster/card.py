@@ -17,10 +17,10 @@ import yaml
 
 from outlast.checkpointing.commands import Found
 from outlast.checkpointing.export import ADAPTER_WEIGHTS, Content
-from outlast.checkpointing.journal import read_events
 from outlast.checkpointing.layout import RECORD, launch_dir
-from outlast.checkpointing.lineage import list_attempts, read_claim
+from outlast.checkpointing.lineage import read_claim
 from outlast.checkpointing.storage import read_bytes
+from outlast.cluster.follow import StoryReader
 from outlast.cluster.numbers import counted
 from outlast.trainers.registry import TASKS
 
@@ -66,7 +66,8 @@ class _Known:
         with suppress(FileNotFoundError, ValueError):
             place = f"{launch_dir(found.run, found.manifest.launch)}/{RECORD}"
             self._record = json.loads(read_bytes(found.storage, place))
-        self._num_restarts = sum(item < attempt for item in list_attempts(found.storage, found.run))
+        story = StoryReader(found.storage, found.run).look()
+        self._ends_before = Counter(end.cause for item, end in story.ends.items() if item < attempt)
 
     @property
     def _task(self) -> str:
@@ -145,14 +146,8 @@ class _Known:
             yield f"- code at commit `{code['git']}`" + (
                 f", {counted(changes, 'file')} changed since\n" if changes else "\n"
             )
-        causes = Counter(
-            str(event["cause"])
-            for launch in self._found.storage.list(f"{self._found.run}/launches")
-            for event in read_events(self._found.storage, launch_dir(self._found.run, launch.name))
-            if event["event"] == "failure"
-        )
-        told = ", ".join(f"{count} × {cause}" for cause, count in sorted(causes.items()))
-        yield f"- restarts survived: {self._num_restarts}" + (f" ({told})\n" if told else "\n")
+        told = ", ".join(f"{count} × {cause}" for cause, count in sorted(self._ends_before.items()))
+        yield f"- restarts survived: {self._ends_before.total()}" + (f" ({told})\n" if told else "\n")
         yield "- checkpoint verified against its digests when it was exported\n"
 
 

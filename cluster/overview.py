@@ -121,6 +121,7 @@ def overview(story: Story, now: float, doing: str = "") -> Overview:
         doing: What the driver is at, where it knows more than the journals.
     """
     current, attempts, state = story.current, story.in_order, story.state(now)
+    is_restarting = state is State.RUNNING and current is not None and story.ends[current.id].is_over
     steps = current.steps if current else Steps()
     seconds = _seconds_per_step(steps)
     num_steps = current.plan.get("num_steps") if current else None
@@ -132,7 +133,7 @@ def overview(story: Story, now: float, doing: str = "") -> Overview:
         run=story.run,
         now=now,
         state=state,
-        doing=doing or state.value,
+        doing=doing or ("restarting" if is_restarting else state.value),
         heard_at=story.heard_at(now),
         attempt=current.id.number if current else None,
         num_attempts=len(story.attempts),
@@ -146,7 +147,7 @@ def overview(story: Story, now: float, doing: str = "") -> Overview:
         tokens_per_s=tokens / seconds if tokens and seconds else None,
         samples_per_s=batch / seconds if batch and seconds else None,
         seconds_per_step=seconds,
-        left_s=(num_steps - step) * seconds if num_steps and seconds and state.is_live else None,
+        left_s=(num_steps - step) * seconds if num_steps and seconds and state.is_live and not is_restarting else None,
         newest=newest_checkpoint(story),
         save=next((save for save in saves if save.blocked_s is not None), None),
         interruptions=tuple(interruptions(story)),

@@ -74,7 +74,7 @@ def test_the_card_says_what_the_run_went_through(
     text = (exported / "README.md").read_text()
     metrics = find(storage, "carded", "model", Retention()).manifest.metrics
     assert f"| eval_loss | {metrics['eval_loss']:.4f} |" in text
-    assert "restarts survived: 1" in text
+    assert "restarts survived: 1 (1 × driver lost)" in text
     assert "2 workers (ddp, cpu)" in text
     assert f"`{assign('carded').prepared.fingerprint}`" in text
     assert "lr: 0.001" in text

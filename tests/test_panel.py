@@ -93,6 +93,14 @@ def test_a_run_of_which_little_is_known(width: int) -> None:
     assert " left" not in shown(overview(finished, NOW), width)
 
 
+def test_a_group_that_was_lost_is_restarting_until_the_next_one_tells_something() -> None:
+    lost = attempt(1, 20, start(21), plan(22, 1000), steps(1, 90, 26, 0.8), saved(60, 76))
+    for more in ([], [attempt(2, 115)]):
+        text = shown(overview(story(launch("a", 0, NOW - 1, None, failure(1, 100)), lost, *more), NOW), 120)
+        assert "restarting, attempt 1" in text
+        assert " left" not in text
+
+
 def test_what_users_write_is_text() -> None:
     told = story(
         launch("a", 0, 290, None, {**failure(1, 100), "message": "[bold red]x[/] :smile:\n\x1b]0;t\x07 y"}),
