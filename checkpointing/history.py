@@ -306,6 +306,8 @@ def _read_try(
         ended = Try(Ending.SETTLED)
     elif failed and not (is_alone and is_echo(str(failed["error"]))):
         ended = Try(Ending.FAILED, what="error", message=str(failed["error"]))
+    elif failed:
+        ended = replace(ended, message=str(failed["error"]))
     return replace(
         ended,
         settings=settings_mark(claim.get("settings", {})),

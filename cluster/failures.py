@@ -7,6 +7,7 @@ failures, and never forgets. Here a preemption is counted apart, whatever Ray ca
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -15,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -71,7 +71,7 @@ class RankError(Exception):
 
 #: How the folder of a Ray begins that goes with its driver.
 OWN_RAY = "outlast-ray-"
-#: How many characters of a log are kept from there.
+#: How many bytes of a log are kept from there.
 _NUM_LOGGED = 20_000
 #: How many frames of the user's code are shown.
 _NUM_FRAMES = 3
@@ -241,9 +241,12 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
 def own_log(workers: Sequence[Mapping[str, Any]], rank: int) -> str:
     """The end of a rank's log, with its name, if it lies in a folder that goes with the driver; else nothing."""
     path = next((str(worker.get("log", "")) for worker in workers if worker["rank"] == rank), "")
-    with suppress(OSError):
-        if OWN_RAY in path and (text := Path(path).read_text(errors="replace").strip()):
-            return f"rank {rank}, the end of its log\n{text[-_NUM_LOGGED:]}\n"
+    if OWN_RAY not in path:
+        return ""
+    with suppress(OSError), open(path, "rb") as log:
+        log.seek(max(0, os.path.getsize(path) - _NUM_LOGGED))
+        if text := log.read().decode(errors="replace").strip():
+            return f"rank {rank}, the end of its log\n{text}\n"
     return ""
 
 
@@ -337,7 +340,7 @@ class Recorder(WorkerGroupCallback):
             time.sleep(0.2)
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
-        log = self._write_log(attempt, errors, own_log(workers, failure.rank))
+        log = self._write_log(attempt, errors, workers, failure.rank)
         event: dict[str, Any] = {"attempt": attempt, "noticed_at": round(noticed_at, 3)}
         event |= {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told}
         event["where"] = failure.where(workers, log)
@@ -354,15 +357,18 @@ class Recorder(WorkerGroupCallback):
             numbers = {"number": number, "limit": limit, "ends": ends}
             ask(hub.exchange.remote([{"event": "failure", **event, **numbers, "excerpt": failure.excerpt}]))
 
-    def _write_log(self, attempt: str, errors: Mapping[int, BaseException], own: str) -> str:
-        """Writes the ranks' tracebacks, or else what a rank logged itself, into the launch's directory.
+    def _write_log(
+        self, attempt: str, errors: Mapping[int, BaseException], workers: Sequence[Mapping[str, Any]], first: int
+    ) -> str:
+        """Writes the ranks' tracebacks, or else what the first rank logged itself, into the launch's directory.
 
         Returns where; nothing where there are none.
         """
         url, run, launch = self._place
         found = {rank: _unwrapped(error) for rank, error in sorted(errors.items())}
         parts = [f"rank {rank}\n{error.whole}\n" for rank, error in found.items() if isinstance(error, RankError)]
-        parts = parts or [own] * bool(own)
+        if not parts and (own := own_log(workers, first)):
+            parts = [own]
         path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
         with suppress(StorageError):
             if parts:

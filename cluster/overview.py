@@ -9,7 +9,7 @@ from typing import Any
 
 from outlast.checkpointing.layout import CheckpointRef
 from outlast.cluster.ledger import Ledger, account
-from outlast.cluster.story import Save, State, Steps, Story
+from outlast.cluster.story import Attempt, Save, State, Steps, Story
 
 #: Speed and the time left are those of the last steps.
 WINDOW = 64
@@ -121,7 +121,7 @@ def overview(story: Story, now: float, doing: str = "") -> Overview:
         doing: What the driver is at, where it knows more than the journals.
     """
     current, attempts, state = story.current, story.in_order, story.state(now)
-    is_restarting = state is State.RUNNING and current is not None and story.ends[current.id].is_over
+    is_restarting = state is State.RUNNING and current is not None and _is_between(story, current, now)
     steps = current.steps if current else Steps()
     seconds = _seconds_per_step(steps)
     num_steps = current.plan.get("num_steps") if current else None
@@ -155,6 +155,12 @@ def overview(story: Story, now: float, doing: str = "") -> Overview:
         slow=tuple(current.slow if current and state.is_live else ()),
         ledger=account(story, now),
     )
+
+
+def _is_between(story: Story, current: Attempt, now: float) -> bool:
+    """Whether a run's newest group is gone, and the next one is on its way: of the same launch, or of the next."""
+    launch = story.newest_launch(now)
+    return story.ends[current.id].goes_on or (launch is not None and current.launch != launch.id)
 
 
 def _seconds_per_step(steps: Steps) -> float | None:

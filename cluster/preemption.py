@@ -32,7 +32,7 @@ class Watch:
     Attributes:
         nodes: Nodes that the attempt's workers are on; others do not matter.
         margin_s: How long before the deadline the second save begins, if it takes no time.
-        save_s: How long the newest save took, from its beginning to its commit.
+        save_s: How long the newest save since the notice took, from its beginning to its commit.
     """
 
     nodes: Collection[str]
@@ -52,6 +52,7 @@ class Watch:
         ours = {node: deadline for node, deadline in draining.items() if node in self.nodes}
         if new := ours.keys() - self._noticed:
             self._noticed |= new
+            self.save_s = 0.0  # the save that follows measures the storage as it is now
             return "a node is about to be lost"
         margin_s = self.margin_s + LENIENCY * self.save_s
         due = {node for node, deadline in ours.items() if deadline and now >= deadline - margin_s}

@@ -449,7 +449,7 @@ class Story:
         if failed is not None and not (is_alone and is_echo(failed["error"])):
             return End("error", failed["error"], at=failed["t"], is_planned=False)
         if launch is None or is_alone:
-            return End("driver lost", is_planned=False)
+            return End("driver lost", failed["error"] if failed else "", is_planned=False)
         if launch.alive["exit_code"] in (0, 75, 130):
             return End("stopped")
         return End("failed", str(launch.alive.get("error", "")), is_planned=False)

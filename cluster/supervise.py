@@ -198,8 +198,8 @@ class Supervisor:
         end = decide(ended, given_up, by_us=by_us, has_worked=has_worked, has_rival=rival is not None)
         self.say(f"{ended.id} ended: {ended.status.lower()}, exit code {ended.exit_code}{_last_line(ended)}")
         if end is Next.SUBMIT:
-            number = self._num_in_vain(launches if is_new else [])
-            why = f"it never came to a launch: {_last_word(client, ended)}" if self._num_unbegun else ""
+            number = self._num_in_vain(launches if is_new else [], ended)
+            why = f"no worker began: {_last_word(client, ended)}" if self._num_unbegun else ""
             self._wait(pause_s(number, random.random()), why)
             return None
         if rival is not None:
@@ -272,15 +272,18 @@ class Supervisor:
     def _launches(self) -> list[str]:
         return list_launches(self.storage, self.config.name)
 
-    def _num_in_vain(self, before: Sequence[str]) -> int:
+    def _num_in_vain(self, before: Sequence[str], ended: Job) -> int:
         """How many tries have been in vain since the last progress, at least 1.
 
-        A job that ended before it began a launch of the run left nothing there, so those are counted here.
+        The run knows nothing of a job that ended before it began a launch, and a launch that found the cluster too
+        small is no try, so those are counted here.
 
         Args:
             before: The run's launches before the job; none for one that was at work already.
+            ended: The job.
         """
-        self._num_unbegun = self._num_unbegun + 1 if self._launches() == list(before) else 0
+        is_unbegun = self._launches() == list(before) or ended.exit_code == PreflightError.exit_code
+        self._num_unbegun = self._num_unbegun + 1 if is_unbegun else 0
         tries = counted(read_tries(self.storage, self.config.name), settings_mark(self.declared))
         return max(1, len(tries) + self._num_unbegun)
 
@@ -321,6 +324,9 @@ def _last_line(job: Job) -> str:
 
 
 def _last_word(client: JobSubmissionClient, ended: Job) -> str:
-    """The last line of a job's log, which alone says why no launch was begun."""
-    lines = [line for line in client.get_job_logs(ended.id).splitlines() if line.strip()]
-    return lines[-1].strip()[:200] if lines else "its log is empty"
+    """The last line of a job's log, which alone says why no worker began; else what Ray says of the job."""
+    try:
+        said = client.get_job_logs(ended.id).strip() or ended.message.strip() or "its log is empty"
+    except (RuntimeError, OSError) as error:
+        said = f"its log cannot be read: {first_line(error)}"
+    return said.splitlines()[-1].strip()[:200]

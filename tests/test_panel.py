@@ -22,7 +22,7 @@ from outlast.cluster.overview import Overview, overview
 from outlast.cluster.panel import _apportion, panel, plain, sparkline
 from outlast.cluster.progress import Reporter
 from outlast.cluster.story import Story
-from tests.stories import attempt, done, evaluated, failure, launch, plan, resume, saved, start, steps, story
+from tests.stories import attempt, done, evaluated, failure, launch, plan, resume, saved, start, steps, stopped, story
 
 NOW = 300.0
 WIDTHS = (30, 40, 60, 79, 80, 120)
@@ -95,10 +95,13 @@ def test_a_run_of_which_little_is_known(width: int) -> None:
 
 def test_a_group_that_was_lost_is_restarting_until_the_next_one_tells_something() -> None:
     lost = attempt(1, 20, start(21), plan(22, 1000), steps(1, 90, 26, 0.8), saved(60, 76))
-    for more in ([], [attempt(2, 115)]):
-        text = shown(overview(story(launch("a", 0, NOW - 1, None, failure(1, 100)), lost, *more), NOW), 120)
+    failed, killed = launch("a", 0, NOW - 1, None, failure(1, 100)), launch("a", 0, 100)
+    for parts in ((failed, lost), (failed, lost, attempt(2, 115)), (killed, launch("b", 110, NOW - 1), lost)):
+        text = shown(overview(story(*parts), NOW), 120)
         assert "restarting, attempt 1" in text
         assert " left" not in text
+    stopping = attempt(1, 20, start(21), plan(22, 1000), steps(1, 90, 26, 0.8), stopped(100, 90))
+    assert "running, attempt 1" in shown(overview(story(launch("a", 0, NOW - 1), stopping), NOW), 120)
 
 
 def test_what_users_write_is_text() -> None:

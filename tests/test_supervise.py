@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from outlast.checkpointing.history import GivenUp
+from outlast.checkpointing.history import GivenUp, settings_mark
 from outlast.checkpointing.lineage import catalogue
 from outlast.checkpointing.storage import LocalStorage
 from outlast.cluster.config import RunConfig
@@ -148,9 +148,12 @@ def test_a_job_is_healthy_whatever_the_clock_said_that_named_the_launch_before(
 def test_jobs_that_never_began_a_launch_count_as_tries_in_vain(tmp_path: Path) -> None:
     config = tiny_config("run", str(tmp_path), "text")
     supervisor = Supervisor(RunConfig.model_validate(config.model_dump()), {}, None)
-    assert [supervisor._num_in_vain([]) for _ in range(3)] == [1, 2, 3]
-    write(LocalStorage(tmp_path), "run", launch("20260101-120000-a", 0, 9))
-    assert supervisor._num_in_vain([]) == 1
+    assert [supervisor._num_in_vain([], ended("FAILED", 1)) for _ in range(3)] == [1, 2, 3]
+    name, alive, events = launch("20260101-120000-a", 0, 9)
+    write(LocalStorage(tmp_path), "run", (name, {**alive, "settings": settings_mark({})}, events))
+    assert supervisor._num_in_vain([], ended("FAILED", 1)) == 1
+    assert supervisor._num_in_vain([name], ended("FAILED", 1)) == 2
+    assert supervisor._num_in_vain([], ended("FAILED", 3)) == 3, "a cluster that was too small"
 
 
 # -- a real job server -------------------------------------------------------------------------------------------------

@@ -33,11 +33,11 @@ class NonFiniteError(OutlastError):
     permanent = True
 
     @classmethod
-    def of(cls, said: str, *, is_last: bool) -> NonFiniteError:
-        """As much for a step that ends the run by itself as for the last of too many."""
-        said += f"; {MAX_IN_A_ROW} steps before it were left out already" if is_last else ""
+    def of(cls, said: str, *, is_one_too_many: bool) -> NonFiniteError:
+        """For a step that ends the run by itself, or for the one after as many as may be left out."""
+        said += f"; {MAX_IN_A_ROW} steps before it were left out already" if is_one_too_many else ""
         hint = "look at these samples; a smaller train.lr or train.clip is a new run, with a name of its own"
-        if not is_last:
+        if not is_one_too_many:
             hint += "; failure.non_finite: skip leaves such steps out, roll-back also reads the newest checkpoint again"
         return cls(f"{said}; the weights are those before it", hint=hint)
 

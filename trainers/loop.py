@@ -227,7 +227,7 @@ class Loop:
         if action is NonFinite.STOP:
             if self.step:
                 self._save(urgent=True, skippable=False)
-            raise NonFiniteError.of(said, is_last=self._finite.mode is not NonFinite.STOP)
+            raise NonFiniteError.of(said, is_one_too_many=self._finite.mode is not NonFinite.STOP)
         if step not in self._finite.left_out:
             self.checkpointer.note("left-out", step=step, message=said)
         if action is NonFinite.ROLL_BACK:
