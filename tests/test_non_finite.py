@@ -148,6 +148,10 @@ def test_too_many_in_a_row_is_no_bad_batch() -> None:
         assert finite.action(step) is NonFinite.SKIP
         finite.left_out.append(step)
     assert finite.action(MAX_IN_A_ROW + 1) is NonFinite.STOP
+    told = NonFiniteError.of("step 11", is_one_too_many=True)
+    assert f"{MAX_IN_A_ROW} steps before it were left out already" in told.message
+    assert "failure.non_finite" not in (told.hint or ""), "that is what it does"
+    assert "failure.non_finite: skip" in (NonFiniteError.of("step 1", is_one_too_many=False).hint or "")
 
 
 def test_an_overflow_of_scaled_gradients_is_not_one(bring: Bring, storage: LocalStorage) -> None:
