@@ -29,16 +29,17 @@ from torch import nn
 
 from benchmarks.command import command
 from benchmarks.training import drop_cache, sync
-from outlast.checkpointing import layout, lineage
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.journal import COMMITS, Journal
-from outlast.checkpointing.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.manifest import FileEntry, Manifest
-from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.reader import read_verified
-from outlast.checkpointing.safetensors import bytes_view
-from outlast.checkpointing.storage import Buffer, LocalStorage, open_storage
-from outlast.checkpointing.writer import write_file
+from outlast.checkpointing.format import layout
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.format.manifest import FileEntry, Manifest
+from outlast.checkpointing.format.safetensors import bytes_view
+from outlast.checkpointing.restore.reader import read_verified
+from outlast.checkpointing.run_store import catalog as lineage
+from outlast.checkpointing.run_store.journal import COMMITS, Journal
+from outlast.checkpointing.save.writer import write_file
+from outlast.checkpointing.state.rank_group import Ranks
+from outlast.checkpointing.storage.base import Buffer, LocalStorage, open_storage
 from tests.s3 import BUCKET, s3_server
 
 MIB = 2**20

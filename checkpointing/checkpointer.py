@@ -25,25 +25,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from outlast.checkpointing import history, layout, lineage
-from outlast.checkpointing.committer import Committer
 from outlast.checkpointing.errors import NoCheckpointError, StorageError
-from outlast.checkpointing.faults import Point, reach
-from outlast.checkpointing.flight import Flight, FlightState
-from outlast.checkpointing.journal import Journal
-from outlast.checkpointing.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.manifest import Manifest
-from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.reader import read_blocks
-from outlast.checkpointing.restore import restore
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.safetensors import Spec
-from outlast.checkpointing.shards import Part, part_of
-from outlast.checkpointing.snapshot import Copy, Snapshot
-from outlast.checkpointing.state import deal, optimizer_tensors
-from outlast.checkpointing.storage import Storage, patiently
-from outlast.checkpointing.weights import ALL, Naming, named_weights, parameter_names
-from outlast.checkpointing.writer import Share, write_file
+from outlast.checkpointing.fault_injection import Point, reach
+from outlast.checkpointing.format import layout
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.format.safetensors import Spec
+from outlast.checkpointing.restore.load import restore
+from outlast.checkpointing.restore.reader import read_blocks
+from outlast.checkpointing.run_store import attempt_history as history
+from outlast.checkpointing.run_store import catalog as lineage
+from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.save.background_save import Flight, FlightState
+from outlast.checkpointing.save.commit import Committer
+from outlast.checkpointing.save.staging import Copy, Snapshot
+from outlast.checkpointing.save.writer import Share, write_file
+from outlast.checkpointing.state.model_weights import ALL, Naming, named_weights, parameter_names
+from outlast.checkpointing.state.optimizer_state import deal, optimizer_tensors
+from outlast.checkpointing.state.rank_group import Ranks
+from outlast.checkpointing.state.shards import Part, part_of
+from outlast.checkpointing.storage.base import Storage, patiently
 
 
 class Checkpointer:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from outlast.trainers import Task
-from outlast.trainers.columns import Column, Kind
+from outlast.trainers.data.columns import Column, Kind
 
 
 class Weighted(Task):

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from outlast.trainers.samples import Sample
-from outlast.trainers.tasks import CausalLM, Record
+from outlast.trainers.data.arrow_samples import Sample
+from outlast.trainers.tasks.base import CausalLM, Record
 
 NUM_TOKENS = 2**20
 

@@ -86,12 +86,12 @@ def _serve() -> None:
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, GPT2LMHeadModel  # noqa: F401
 
-    import outlast.checkpointing.objects
-    import outlast.cluster.drill
-    import outlast.cluster.launch
-    import outlast.cluster.manifests
-    import outlast.cluster.report
-    import outlast.cluster.supervise
+    import outlast.checkpointing.storage.object_store
+    import outlast.cluster.drills.drill
+    import outlast.cluster.driver.launch
+    import outlast.cluster.jobs.supervisor
+    import outlast.cluster.kubernetes.render
+    import outlast.cluster.monitoring.report.report
     import outlast.trainers.predict  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
@@ -121,7 +121,7 @@ def _run(
     before: str,
     folder: str,
 ) -> Any:
-    from outlast.cluster.cli import main
+    from outlast.cluster.cli.main import main
 
     signal.alarm(LIMIT_S)
     exec(before)

@@ -19,11 +19,11 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from outlast.checkpointing.faults import Fault
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.fault_injection import Fault
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data import prepare
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.preparation.prepare import prepare
 from tests.group import digests, losses, run_group, tiny_config
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, for our processes too

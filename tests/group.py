@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.faults import Action, Fault, Point
-from outlast.checkpointing.layout import CheckpointRef, checkpoint_dir
-from outlast.checkpointing.lineage import catalogue, run_events
-from outlast.checkpointing.manifest import Manifest
-from outlast.checkpointing.reader import tensor_digests
-from outlast.checkpointing.storage import LocalStorage, Storage
+from outlast.checkpointing.fault_injection import Action, Fault, Point
+from outlast.checkpointing.format.layout import CheckpointRef, checkpoint_dir
+from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.restore.reader import tensor_digests
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.storage.base import LocalStorage, Storage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import TrainingConfig
-from outlast.trainers.loop import Outcome
-from outlast.trainers.pulse import Phase
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.loop.progress import Phase
+from outlast.trainers.loop.train_loop import Outcome
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.group_worker"])

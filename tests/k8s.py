@@ -12,9 +12,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from outlast.cluster.config import RunConfig, load_run
-from outlast.cluster.k8s_settings import k8s_settings
-from outlast.cluster.manifests import render
+from outlast.cluster.config.run_config import RunConfig, load_run
+from outlast.cluster.kubernetes.render import render
+from outlast.cluster.kubernetes.settings import k8s_settings
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("OUTLAST_SHARED", ROOT.parent / "shared"))

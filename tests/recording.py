@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from outlast.trainers.samples import Sample
-from outlast.trainers.tasks import Batch, CausalLM
+from outlast.trainers.data.arrow_samples import Sample
+from outlast.trainers.tasks.base import Batch, CausalLM
 
 FOLDER = "OUTLAST_TEST_CONSUMED"
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from outlast.checkpointing.safetensors import Spec, tensor_bytes
-from outlast.checkpointing.state import optimizer_tensors
-from outlast.checkpointing.weights import check_weights, named_weights
+from outlast.checkpointing.format.safetensors import Spec, tensor_bytes
+from outlast.checkpointing.state.model_weights import check_weights, named_weights
+from outlast.checkpointing.state.optimizer_state import optimizer_tensors
 
 
 def small_model(seed: int = 0, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from outlast.checkpointing.journal import EVENTS
-from outlast.checkpointing.layout import CLAIM, AttemptId, attempt_dir, launch_dir
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.story import Story
+from outlast.checkpointing.format.layout import CLAIM, AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.run_store.journal import EVENTS
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.monitoring.timeline import Story
 
 Event = dict[str, Any]
 

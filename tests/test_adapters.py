@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage import LocalStorage
-from outlast.trainers.adapters import adapter_files, adapter_naming
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.trainers.models.lora import adapter_files, adapter_naming
 from tests.ranks import on_ranks
 from tests.test_shards import state_digests
 

@@ -19,17 +19,17 @@ from torch.nn import functional
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.storage import LocalStorage
-from outlast.checkpointing.weights import named_weights
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.state.model_weights import named_weights
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import Exactness
-from outlast.trainers.inputs import DataSettings, ModelSettings
-from outlast.trainers.loop import Outcome
-from outlast.trainers.models import build_model, naming_of, train_bpe
-from outlast.trainers.naming import file_naming
-from outlast.trainers.tasks import CausalLM
-from outlast.trainers.world import World, seed_everything
+from outlast.trainers.config.model import DataSettings, ModelSettings
+from outlast.trainers.config.training_config import Exactness
+from outlast.trainers.distributed.world import World, seed_everything
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import build_model, naming_of, train_bpe
+from outlast.trainers.models.weight_names import file_naming
+from outlast.trainers.tasks.base import CausalLM
 from tests.group import digests, fault, losses, newest, run_group
 from tests.ranks import on_ranks
 from tests.test_shards import state_digests

@@ -13,19 +13,19 @@ import pytest
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.safetensors import header_bytes, parse_header
-from outlast.checkpointing.schedule import Costs
-from outlast.checkpointing.storage import LocalStorage, read_bytes
-from outlast.cluster.config import RunConfig, load_run
-from outlast.cluster.plan import forecast, lines
-from outlast.cluster.run_file import SettingsError
-from outlast.cluster.templates import EXAMPLES, template
-from outlast.cluster.validate import validate
+from outlast.checkpointing.format.safetensors import header_bytes, parse_header
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.save.save_interval import Costs
+from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.cluster.config.run_config import RunConfig, load_run
+from outlast.cluster.config.run_file import SettingsError
+from outlast.cluster.config.starter_files import EXAMPLES, template
+from outlast.cluster.preflight.estimate import forecast, lines
+from outlast.cluster.preflight.validate import validate
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data import prepare
-from outlast.trainers.loop import Outcome
-from outlast.trainers.registry import TASKS
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.preparation.prepare import prepare
+from outlast.trainers.tasks.registry import TASKS
 from tests.group import run_group, tiny_config
 from tests.task_cases import CASES, Case, paragraphs, text_only
 
@@ -373,7 +373,7 @@ def test_a_plan_says_where_its_interval_comes_from(tmp_path: Path, body: dict[st
 def test_an_adapter_trains_little_and_saves_little(tmp_path: Path, text_file: str) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from outlast.trainers.models import train_bpe
+    from outlast.trainers.models.build import train_bpe
 
     tokenizer = train_bpe(iter(Path(text_file).read_text().splitlines()), 400)
     tokenizer.inner.save_pretrained(tmp_path / "base")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from outlast.checkpointing.errors import ConfigError, DamagedError
-from outlast.checkpointing.manifest import FileEntry
-from outlast.checkpointing.storage import LocalStorage
-from outlast.checkpointing.writer import write_file
-from outlast.trainers.cache import evict, limit_bytes, local_copy
+from outlast.checkpointing.format.manifest import FileEntry
+from outlast.checkpointing.save.writer import write_file
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.trainers.preparation.local_cache import evict, limit_bytes, local_copy
 from tests.ranks import on_ranks
 
 CONTENT = bytes(range(256)) * 40

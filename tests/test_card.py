@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from outlast.checkpointing.commands import find
-from outlast.checkpointing.export import ADAPTER_WEIGHTS, Content, read_content
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.layout import RECORD, launch_dir
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.card import card
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.format.layout import RECORD, launch_dir
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content, read_content
+from outlast.checkpointing.tools.query import find
+from outlast.cluster.monitoring.model_card import card
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import fault, run_group
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
@@ -109,7 +109,7 @@ def test_a_card_only_beside_a_directory_and_never_over_the_models_own(carded: Pa
 
 
 def test_a_card_that_the_model_brought_stays(carded: Path, storage: LocalStorage) -> None:
-    from outlast.cluster.cli_checkpoints import _with_card
+    from outlast.cluster.cli.checkpoints import _with_card
 
     found = find(storage, "carded", "newest", Retention())
     content = read_content(found)

@@ -22,17 +22,17 @@ import transformers
 from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.commands import find
-from outlast.checkpointing.compare import Change, compare_tensors
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.export import Content, Dtype, converted, export_directory, read_content
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.safetensors import decode
-from outlast.checkpointing.storage import LocalStorage
-from outlast.checkpointing.vocabulary import old_vocabulary
-from outlast.cluster.cli import main
-from outlast.trainers.legacy import write_state_dict
-from outlast.trainers.models import Tokenizer, files_of, train_bpe
+from outlast.checkpointing.format.safetensors import decode
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.tools.diff import Change, compare_tensors
+from outlast.checkpointing.tools.export import Content, Dtype, converted, export_directory, read_content
+from outlast.checkpointing.tools.query import find
+from outlast.checkpointing.tools.slow_tokenizer_files import old_vocabulary
+from outlast.cluster.cli.main import main
+from outlast.trainers.models.build import Tokenizer, files_of, train_bpe
+from outlast.trainers.models.torch_export import write_state_dict
 
 PAGE = Path(__file__).parent.parent / "docs/checkpoints.md"
 TEXT = "the worker was lost, and the run went on from the newest checkpoint that is proven whole"
@@ -240,7 +240,7 @@ def test_tensors_side_by_side(
 
 
 def test_large_tensors_are_compared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outlast.checkpointing.compare._CHUNK", 7)
+    monkeypatch.setattr("outlast.checkpointing.tools.diff._CHUNK", 7)
     first = torch.randn(5, 9)
     second = first.clone()
     second[4, 8] += 2.0

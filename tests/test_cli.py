@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import run_group
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
@@ -36,7 +36,7 @@ def finished(assign: Callable[..., Assignment], storage: LocalStorage) -> Path:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['outlast', '--help']\n"
-        "from outlast.cluster.cli import main\n"
+        "from outlast.cluster.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'ray', 'transformers', 'accelerate', 'pyarrow', 'numpy', 'pydantic', 'yaml', 'rich'}\n"
@@ -55,7 +55,7 @@ def test_version_for_a_bug_report() -> None:
     assert found["torch"].startswith("2.")
     assert isinstance(found["gpus"], list)
     code = (
-        "import sys\nfrom outlast.cluster.versions import versions\nversions()\n"
+        "import sys\nfrom outlast.cluster.preflight.versions import versions\nversions()\n"
         "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

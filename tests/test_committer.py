@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpointing import lineage
-from outlast.checkpointing import storage as storage_module
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
-from outlast.checkpointing.layout import AttemptId, attempt_dir
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.storage import Buffer, LocalStorage
+from outlast.checkpointing.format.layout import AttemptId, attempt_dir
+from outlast.checkpointing.run_store import catalog as lineage
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.storage import base as storage_module
+from outlast.checkpointing.storage.base import Buffer, LocalStorage
 from tests.small import small_model
 from tests.test_lineage import Interrupted, start
 

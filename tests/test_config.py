@@ -9,12 +9,12 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.schedule import Every
-from outlast.cluster.config import RunConfig
+from outlast.checkpointing.save.save_interval import Every
+from outlast.cluster.config.run_config import RunConfig
 from outlast.trainers.attempt import check_unchanged
-from outlast.trainers.config import CheckpointSettings, TrainingConfig
-from outlast.trainers.findings import findings
-from outlast.trainers.inputs import Settings
+from outlast.trainers.config.model import Settings
+from outlast.trainers.config.training_config import CheckpointSettings, TrainingConfig
+from outlast.trainers.config.validation_errors import findings
 from tests.group import tiny_config
 
 

@@ -19,16 +19,16 @@ from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.layout import CLAIM, MANIFEST, checkpoint_dir
-from outlast.checkpointing.lineage import catalogue, list_attempts
-from outlast.checkpointing.reader import tensor_digests, verify
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.format.layout import CLAIM, MANIFEST, checkpoint_dir
+from outlast.checkpointing.restore.reader import tensor_digests, verify
+from outlast.checkpointing.run_store.catalog import catalogue, list_attempts
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.inputs import ModelSettings
-from outlast.trainers.loop import Outcome
-from outlast.trainers.models import build_model
-from outlast.trainers.optimizers import make_optimizer
-from outlast.trainers.tasks import CausalLM
+from outlast.trainers.config.model import ModelSettings
+from outlast.trainers.loop.optimizer import make_optimizer
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import build_model
+from outlast.trainers.tasks.base import CausalLM
 from tests.conftest import Reference
 from tests.group import StopAt, digests, losses, resumed, run_group
 from tests.small import digests_of

@@ -19,9 +19,9 @@ import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import NoCheckpointError
-from outlast.checkpointing.layout import MANIFEST
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import Buffer, Entry, LocalStorage
+from outlast.checkpointing.format.layout import MANIFEST
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
 from tests.crash_states import Disk, Effect, Effects, Tree, materialise, tree_of
 from tests.small import digests_of, small_model, train_step
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.shards import part_of
-from outlast.checkpointing.snapshot import Snapshot
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.save.staging import Snapshot
+from outlast.checkpointing.state.shards import part_of
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import digests, fault, losses, resumed, run_group
 from tests.small import digests_of
 from tests.test_kill_matrix import LLAMA

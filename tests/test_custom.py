@@ -15,18 +15,18 @@ import torch
 from safetensors.torch import load_file
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import load_run
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import Parallel
-from outlast.trainers.custom import load_class, make_importable
-from outlast.trainers.inputs import DataSettings, ModelSettings
-from outlast.trainers.loop import Outcome
-from outlast.trainers.models import build_model, train_bpe
+from outlast.trainers.config.model import DataSettings, ModelSettings
+from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import build_model, train_bpe
+from outlast.trainers.models.custom_model import load_class, make_importable
 from outlast.trainers.predict import choose_checkpoint, load
-from outlast.trainers.tasks import CausalLM
+from outlast.trainers.tasks.base import CausalLM
 from tests.group import StopAt, digests, fault, losses, newest, resumed, run_group
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -184,8 +184,8 @@ def test_a_module_that_knows_nothing_of_transformers(
     ("place", "said"),
     [
         ("nowhere.at_all:Model", "No module named 'nowhere'"),
-        ("outlast.trainers.custom:Model", "has no 'Model'"),
-        ("outlast.trainers.config:ModelSettings", "is not a torch.nn.Module"),
+        ("outlast.trainers.models.custom_model:Model", "has no 'Model'"),
+        ("outlast.trainers.config.training_config:ModelSettings", "is not a torch.nn.Module"),
     ],
 )
 def test_classes_that_cannot_be_had(place: str, said: str) -> None:

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage import LocalStorage
-from outlast.trainers import data
-from outlast.trainers.config import TrainingConfig
-from outlast.trainers.data import Prepared, prepare
-from outlast.trainers.encoding import Encoder, encode_here
-from outlast.trainers.rows import read_rows
-from outlast.trainers.samples import ROWS_PER_BATCH, Samples, write_samples
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Samples, write_samples
+from outlast.trainers.data.readers import read_rows
+from outlast.trainers.preparation import prepare as data
+from outlast.trainers.preparation.encode import Encoder, encode_here
+from outlast.trainers.preparation.prepare import Prepared, prepare
 from tests.group import tiny_config
 
 Write = Callable[[Path, Sequence[Any]], None]

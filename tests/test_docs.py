@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 import yaml
 
-from outlast.cluster.config import RunConfig
-from outlast.trainers.models import train_bpe
+from outlast.cluster.config.run_config import RunConfig
+from outlast.trainers.models.build import train_bpe
 from tests.command import Command
 from tests.test_reference import load_reference
 

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from outlast.cluster import doctor_rules as rules
-from outlast.cluster.doctor_rules import Level, Wanted
+from outlast.cluster.preflight import doctor_rules as rules
+from outlast.cluster.preflight.doctor_rules import Level, Wanted
 from tests.group import tiny_config
 from tests.test_jobs import Cluster, free_ports
 

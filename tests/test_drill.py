@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import read_record, write_record
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.drill import FinalState, Kind, differences, kinds_of
+from outlast.checkpointing.fault_injection import read_record, write_record
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.drills.drill import FinalState, Kind, differences, kinds_of
 from tests.group import tiny_config
 from tests.s3 import s3_server
 

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from outlast.checkpointing.commands import find_model
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.layout import MANIFEST
-from outlast.checkpointing.lineage import catalogue, run_events
-from outlast.checkpointing.manifest import Manifest
-from outlast.checkpointing.storage import LocalStorage, read_bytes
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.format.layout import MANIFEST
+from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.tools.query import find_model
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import EarlyStoppingSettings
-from outlast.trainers.loop import Outcome
-from outlast.trainers.preflight import check_metric
-from outlast.trainers.stopping import Patience, patience
+from outlast.trainers.checks.preflight import check_metric
+from outlast.trainers.config.training_config import EarlyStoppingSettings
+from outlast.trainers.loop.early_stopping import Patience, patience
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import digests, fault, losses, run_group, tiny_config
 
 NAN = float("nan")

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.lineage import run_events
-from outlast.checkpointing.storage import LocalStorage
-from outlast.trainers import elastic
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.elastic import TreeReducer, TreeSum, subtrees
-from outlast.trainers.loop import Outcome
-from outlast.trainers.sampling import share
-from outlast.trainers.still import Still
-from outlast.trainers.world import World
+from outlast.trainers.data.sampler import share
+from outlast.trainers.distributed import tree_allreduce as elastic
+from outlast.trainers.distributed.tree_allreduce import TreeReducer, TreeSum, subtrees
+from outlast.trainers.distributed.world import World
+from outlast.trainers.loop.buffer_guard import Still
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import digests, fault, resumed, run_group
 from tests.ranks import on_ranks
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import Parallel
-from outlast.trainers.loop import Outcome, make_plan
-from outlast.trainers.sampling import Plan
+from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.data.sampler import Plan
+from outlast.trainers.loop.train_loop import Outcome, make_plan
 from tests.conftest import Reference
 from tests.group import digests, fault, losses, resumed, run_group
 from tests.recording import FOLDER

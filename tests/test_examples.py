@@ -20,15 +20,15 @@ import pytest
 import torch
 from torch import nn
 
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import load_run
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.custom import make_importable
-from outlast.trainers.data import prepare
-from outlast.trainers.loop import Outcome
+from outlast.trainers.checks.preflight import check_model
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.custom_model import make_importable
 from outlast.trainers.predict import choose_checkpoint, load
-from outlast.trainers.preflight import check_model
+from outlast.trainers.preparation.prepare import prepare
 from tests.group import digests, newest, resumed, run_group, start_script
 from tests.small import digests_of, small_model, train_step
 

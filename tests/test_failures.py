@@ -14,13 +14,14 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.history import Ending, Limits, read_tries
-from outlast.checkpointing.layout import launch_dir
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster import failures, hub
-from outlast.cluster.failures import Cause, Death, Failure, RankError, Recorder, classify
-from outlast.cluster.memory import was_killed_by_kernel
-from outlast.cluster.preemption import Watch
+from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.attempt_history import Ending, Limits, read_tries
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.fault_tolerance import coordinator as hub
+from outlast.cluster.fault_tolerance import failure_cause as failures
+from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, Recorder, classify
+from outlast.cluster.fault_tolerance.out_of_memory import was_killed_by_kernel
+from outlast.cluster.fault_tolerance.preemption import Watch
 from outlast.trainers.attempt import num_oom_kills
 
 RESET = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer. gloo")

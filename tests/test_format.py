@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.layout import MANIFEST, checkpoint_dir
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.manifest import FORMAT
-from outlast.checkpointing.reader import tensor_digests
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.format.layout import MANIFEST, checkpoint_dir
+from outlast.checkpointing.format.manifest import FORMAT
+from outlast.checkpointing.restore.reader import tensor_digests
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import Parallel
+from outlast.trainers.config.training_config import Parallel
 from tests.conftest import Reference
 from tests.group import run_group
 from tests.small import small_model, train_step

@@ -15,17 +15,17 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.lineage import run_events
-from outlast.checkpointing.reader import read_tensors
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import load_run
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.format.layout import checkpoint_dir
+from outlast.checkpointing.restore.reader import read_tensors
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import Exactness, Parallel
-from outlast.trainers.loop import Outcome
-from outlast.trainers.sharded import blocks, shard, whole
-from outlast.trainers.world import World
+from outlast.trainers.config.training_config import Exactness, Parallel
+from outlast.trainers.distributed.fsdp import blocks, shard, whole
+from outlast.trainers.distributed.world import World
+from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.group import StopAt, digests, fault, losses, newest, resumed, run_group
 from tests.ranks import on_ranks

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from outlast.checkpointing.history import settings_mark
-from outlast.checkpointing.layout import launch_dir
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import RunConfig
-from outlast.cluster.failures import RunFailed
-from outlast.cluster.launch import Launch
-from outlast.cluster.status import read_status
+from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.attempt_history import settings_mark
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.driver.launch import Launch
+from outlast.cluster.fault_tolerance.failure_cause import RunFailed
+from outlast.cluster.monitoring.status import read_status
 from tests.group import tiny_config
 from tests.test_jobs import BIN
 

@@ -21,8 +21,8 @@ import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.manifest import Manifest
-from outlast.checkpointing.seal import newest_sealed
+from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.tools.trainer_seal import newest_sealed
 from outlast.trainers.hf_trainer import SealCheckpoints
 from tests.group import start_script
 from tests.hf_script import EXAMPLE

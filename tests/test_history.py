@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.history import (
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, launch_dir
+from outlast.checkpointing.run_store.attempt_history import (
     Ending,
     GivenUp,
     Limits,
@@ -22,10 +23,9 @@ from outlast.checkpointing.history import (
     settings_mark,
     to_pass_over,
 )
-from outlast.checkpointing.journal import Journal
-from outlast.checkpointing.layout import AttemptId, CheckpointRef, launch_dir
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.storage.base import LocalStorage
 from tests.small import digests_of, small_model, train_step
 
 NOW = "now"

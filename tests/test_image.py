@@ -23,7 +23,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from outlast.cluster.k8s_settings import k8s_settings
+from outlast.cluster.kubernetes.settings import k8s_settings
 from tests.k8s import ROOT
 
 LOCK = ROOT / "k8s" / "requirements.txt"

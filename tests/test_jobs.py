@@ -23,14 +23,14 @@ import pytest
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.reader import tensor_digests
-from outlast.checkpointing.storage import LocalStorage, open_storage
-from outlast.cluster.config import RunConfig
-from outlast.cluster.jobs import check_reachable
+from outlast.checkpointing.format.layout import checkpoint_dir
+from outlast.checkpointing.restore.reader import tensor_digests
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.storage.base import LocalStorage, open_storage
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.jobs.ray_jobs import check_reachable
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import digests, run_group, tiny_config
 from tests.s3 import s3_server
 

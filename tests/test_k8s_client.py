@@ -16,10 +16,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
-from outlast.cluster.cli import app
-from outlast.cluster.k8s_chain import Phase, applied_last, consequences, next_name, phase, successor
-from outlast.cluster.k8s_client import Cluster
-from outlast.cluster.manifests import to_yaml
+from outlast.cluster.cli.main import app
+from outlast.cluster.kubernetes.client import Cluster
+from outlast.cluster.kubernetes.rayjob_sequence import Phase, applied_last, consequences, next_name, phase, successor
+from outlast.cluster.kubernetes.render import to_yaml
 from tests.k8s import Objects, rendered
 from tests.k8s_api import Api, assets, real_api, small_api
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.config import RunConfig
-from outlast.cluster.k8s_settings import K8sSettings, k8s_settings
-from outlast.cluster.manifests import SPOT, render, to_yaml
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.kubernetes.render import SPOT, render, to_yaml
+from outlast.cluster.kubernetes.settings import K8sSettings, k8s_settings
 from tests.k8s import RELEASE, ROOT, RUNS, Read, mounts, pods, read_run, rendered, variables
 
 

@@ -14,10 +14,10 @@ import yaml
 from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli import app
-from outlast.cluster.doctor_rules import Level
-from outlast.cluster.k8s_lint import lint, read_objects
-from outlast.cluster.k8s_secrets import is_credential
+from outlast.cluster.cli.main import app
+from outlast.cluster.kubernetes.lint.linter import lint, read_objects
+from outlast.cluster.kubernetes.lint.secret_rules import is_credential
+from outlast.cluster.preflight.doctor_rules import Level
 from tests.k8s import ROOT, rendered
 
 FILES = ROOT / "tests" / "lint"

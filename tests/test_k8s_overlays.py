@@ -17,14 +17,14 @@ import yaml
 from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli import app
-from outlast.cluster.config import load_run
-from outlast.cluster.doctor_rules import Level
-from outlast.cluster.k8s_kustomize import known_components, write_folder
-from outlast.cluster.k8s_lint import lint, read_objects
-from outlast.cluster.k8s_settings import k8s_settings
-from outlast.cluster.manifests import render, to_yaml
-from outlast.cluster.metrics import GAUGES
+from outlast.cluster.cli.main import app
+from outlast.cluster.config.run_config import load_run
+from outlast.cluster.driver.prometheus import GAUGES
+from outlast.cluster.kubernetes.kustomize import known_components, write_folder
+from outlast.cluster.kubernetes.lint.linter import lint, read_objects
+from outlast.cluster.kubernetes.render import render, to_yaml
+from outlast.cluster.kubernetes.settings import k8s_settings
+from outlast.cluster.preflight.doctor_rules import Level
 from tests.k8s import KUBERNETES, RELEASE, ROOT, Objects, crd_checker, mounts, pods, read_run, rendered, variables
 
 K8S = ROOT / "k8s"

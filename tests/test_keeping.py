@@ -9,14 +9,14 @@ from typing import BinaryIO
 import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.commands import list_checkpoints, verify_run
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.journal import COMMITS, read_events
-from outlast.checkpointing.keeping import pin, plan_prune, prune, unpin
-from outlast.checkpointing.layout import CheckpointRef, attempt_dir, checkpoint_dir, pin_path
-from outlast.checkpointing.lineage import catalogue, claim, is_being_deleted, list_pins
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import Buffer, Entry, LocalStorage
+from outlast.checkpointing.format.layout import CheckpointRef, attempt_dir, checkpoint_dir, pin_path
+from outlast.checkpointing.run_store.catalog import catalogue, claim, is_being_deleted, list_pins
+from outlast.checkpointing.run_store.journal import COMMITS, read_events
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
+from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
+from outlast.checkpointing.tools.query import list_checkpoints, verify_run
 from tests.small import digests_of, small_model, train_step
 
 NARROW = Retention(2)

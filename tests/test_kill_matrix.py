@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.layout import MANIFEST, checkpoint_dir
-from outlast.checkpointing.lineage import catalogue, list_attempts, run_events
-from outlast.checkpointing.manifest import Manifest
-from outlast.checkpointing.reader import verify
-from outlast.checkpointing.storage import LocalStorage, read_bytes
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.format.layout import MANIFEST, checkpoint_dir
+from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.restore.reader import verify
+from outlast.checkpointing.run_store.catalog import catalogue, list_attempts, run_events
+from outlast.checkpointing.storage.base import LocalStorage, read_bytes
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.group import ACTIONS, IN_TRAINING, StopAt, digests, fault, losses, newest, resumed, run_group, run_struck
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.lineage import catalogue, run_events
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.group import ACTIONS, IN_TRAINING, digests, fault, losses, resumed, run_group, run_struck
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from outlast.cluster.ledger import Kind, Ledger, account
-from outlast.cluster.story import LOST_AFTER_S, Story
+from outlast.cluster.monitoring.goodput import Kind, Ledger, account
+from outlast.cluster.monitoring.timeline import LOST_AFTER_S, Story
 from tests.stories import (
     attempt,
     done,

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from outlast.checkpointing import faults
+from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Fault, InjectedFault, Point
-from outlast.checkpointing.layout import (
+from outlast.checkpointing.fault_injection import Action, Fault, InjectedFault, Point
+from outlast.checkpointing.format.layout import (
     CLAIM,
     AttemptId,
     CheckpointRef,
@@ -27,7 +27,8 @@ from outlast.checkpointing.layout import (
     checkpoint_dir,
     parse_checkpoint,
 )
-from outlast.checkpointing.lineage import (
+from outlast.checkpointing.restore.reader import verify
+from outlast.checkpointing.run_store.catalog import (
     catalogue,
     claim,
     higher_claim,
@@ -36,9 +37,8 @@ from outlast.checkpointing.lineage import (
     read_claim,
     run_events,
 )
-from outlast.checkpointing.reader import verify
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import Buffer, LocalStorage
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import Buffer, LocalStorage
 from tests.small import digests_of, small_model, train_step
 
 

@@ -13,19 +13,19 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.layout import MANIFEST, checkpoint_dir, model_dir
-from outlast.checkpointing.lineage import catalogue, claim, list_attempts, run_events
-from outlast.checkpointing.manifest import Manifest
-from outlast.checkpointing.reader import read_tensors
-from outlast.checkpointing.storage import LocalStorage, open_storage, read_bytes
+from outlast.checkpointing.format.layout import MANIFEST, checkpoint_dir, model_dir
+from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.restore.reader import read_tensors
+from outlast.checkpointing.run_store.catalog import catalogue, claim, list_attempts, run_events
+from outlast.checkpointing.storage.base import LocalStorage, open_storage, read_bytes
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import TrainSettings
-from outlast.trainers.evaluation import evaluate
-from outlast.trainers.loop import Outcome, make_plan
-from outlast.trainers.models import build_model
-from outlast.trainers.optimizers import learning_rate, make_optimizer
-from outlast.trainers.tasks import CausalLM, Task
-from outlast.trainers.world import World
+from outlast.trainers.config.training_config import TrainSettings
+from outlast.trainers.distributed.world import World
+from outlast.trainers.loop.evaluation import evaluate
+from outlast.trainers.loop.optimizer import learning_rate, make_optimizer
+from outlast.trainers.loop.train_loop import Outcome, make_plan
+from outlast.trainers.models.build import build_model
+from outlast.trainers.tasks.base import CausalLM, Task
 from tests.conftest import Reference
 from tests.group import Quiet, digests, losses, newest, resumed, run_group, tiny_config
 

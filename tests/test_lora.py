@@ -17,15 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.cli import app
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import Parallel
-from outlast.trainers.loop import Outcome
-from outlast.trainers.models import files_of, train_bpe
+from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import files_of, train_bpe
 from outlast.trainers.predict import choose_checkpoint, load
 from tests.group import digests, fault, losses, newest, run_group
 
@@ -185,8 +185,8 @@ def test_a_new_head_is_trained_and_saved(
 def test_without_peft_it_says_how_to_get_it(
     adapt: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from outlast.trainers.models import build_model
-    from outlast.trainers.tasks import CausalLM
+    from outlast.trainers.models.build import build_model
+    from outlast.trainers.tasks.base import CausalLM
 
     assignment = adapt("adapter-without")
     monkeypatch.setitem(sys.modules, "peft", None)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.checkpointing.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
 
 
 def sample_manifest() -> Manifest:

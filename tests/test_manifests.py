@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.config import RunConfig, load_run
-from outlast.cluster.doctor_rules import Level
-from outlast.cluster.k8s_lint import lint
-from outlast.cluster.k8s_settings import K8sSettings, k8s_settings
-from outlast.cluster.manifests import cautions, job_name, render, to_yaml
+from outlast.cluster.config.run_config import RunConfig, load_run
+from outlast.cluster.kubernetes.lint.linter import lint
+from outlast.cluster.kubernetes.render import cautions, job_name, render, to_yaml
+from outlast.cluster.kubernetes.settings import K8sSettings, k8s_settings
+from outlast.cluster.preflight.doctor_rules import Level
 from tests.k8s import RELEASE, ROOT, RUNS, Read, check_core, crd_checker, mounts, pods, read_run
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import ray
 
-from outlast.checkpointing.faults import Action, Fault, Point
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import RunConfig
-from outlast.cluster.launch import Launch
-from outlast.cluster.metrics import GAUGES
-from outlast.trainers.loop import Outcome
+from outlast.checkpointing.fault_injection import Action, Fault, Point
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.driver.launch import Launch
+from outlast.cluster.driver.prometheus import GAUGES
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import losses, resumed, tiny_config
 from tests.test_trackers import scalars
 

@@ -8,11 +8,11 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from outlast.checkpointing import history
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.layout import CLAIM, MANIFEST, AttemptId, parse_checkpoint
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import Buffer, Entry, LocalStorage
+from outlast.checkpointing.format.layout import CLAIM, MANIFEST, AttemptId, parse_checkpoint
+from outlast.checkpointing.run_store import attempt_history as history
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
 from tests.model_check import Bounds, Rules, World, advance, explore, number_of, numbered
 from tests.small import small_model, train_step
 

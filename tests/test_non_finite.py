@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.lineage import catalogue, run_events
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import NonFinite
-from outlast.trainers.finite import MAX_IN_A_ROW, Finite, NonFiniteError, RolledBack
-from outlast.trainers.loop import Outcome, make_plan
-from outlast.trainers.world import World
+from outlast.trainers.config.training_config import NonFinite
+from outlast.trainers.distributed.world import World
+from outlast.trainers.loop.non_finite import MAX_IN_A_ROW, Finite, NonFiniteError, RolledBack
+from outlast.trainers.loop.train_loop import Outcome, make_plan
 from tests.group import Ended, digests, fault, losses, newest, resumed, run_group
 
 SIZE = 2

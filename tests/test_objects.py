@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from outlast.checkpointing import objects
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.manifest import BLOCK_BYTES
-from outlast.checkpointing.objects import ObjectStorage
-from outlast.checkpointing.reader import read_tensors
-from outlast.checkpointing.storage import read_bytes
+from outlast.checkpointing.format.manifest import BLOCK_BYTES
+from outlast.checkpointing.restore.reader import read_tensors
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.storage import object_store as objects
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.object_store import ObjectStorage
 from tests.proxy import Mischief, Proxy, proxy_to
 from tests.s3 import s3_server
 from tests.small import digests_of, small_model, train_step

@@ -14,13 +14,12 @@ from transformers import get_scheduler
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import load_run
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import TrainSettings
-from outlast.trainers.loop import Outcome
-from outlast.trainers.optimizers import (
+from outlast.trainers.config.training_config import TrainSettings
+from outlast.trainers.loop.optimizer import (
     OPTIMIZERS,
     group_numbers,
     learning_rate,
@@ -28,6 +27,7 @@ from outlast.trainers.optimizers import (
     make_optimizer,
     resolve,
 )
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import digests, fault, losses, run_group
 from tests.small import digests_of, train_step
 

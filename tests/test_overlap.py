@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
-from outlast.checkpointing import snapshot
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError
-from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.lineage import catalogue, run_events
-from outlast.checkpointing.reader import tensor_digests
-from outlast.checkpointing.snapshot import Copy
-from outlast.checkpointing.storage import Entry, LocalStorage, open_storage
+from outlast.checkpointing.format.layout import checkpoint_dir
+from outlast.checkpointing.restore.reader import tensor_digests
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.save import staging as snapshot
+from outlast.checkpointing.save.staging import Copy
+from outlast.checkpointing.storage.base import Entry, LocalStorage, open_storage
 from tests.small import digests_of, small_model, train_step
 
 

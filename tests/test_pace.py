@@ -10,11 +10,11 @@ import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.lineage import run_events
-from outlast.checkpointing.schedule import FIRST_AUTO_S, Every
-from outlast.checkpointing.storage import Entry, LocalStorage
-from outlast.trainers import pace as pace_module
-from outlast.trainers.pace import ASSUMED_BETWEEN_FAILURES_S, Pace
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, Every
+from outlast.checkpointing.storage.base import Entry, LocalStorage
+from outlast.trainers.loop import save_timer as pace_module
+from outlast.trainers.loop.save_timer import ASSUMED_BETWEEN_FAILURES_S, Pace
 from tests.small import small_model, train_step
 
 

@@ -16,12 +16,12 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from outlast.cluster.foot import Foot
-from outlast.cluster.numbers import clock, duration, share, short, size
-from outlast.cluster.overview import Overview, overview
-from outlast.cluster.panel import _apportion, panel, plain, sparkline
-from outlast.cluster.progress import Reporter
-from outlast.cluster.story import Story
+from outlast.cluster.formatting import clock, duration, share, short, size
+from outlast.cluster.monitoring.live_display import Foot
+from outlast.cluster.monitoring.reporter import Reporter
+from outlast.cluster.monitoring.summary import Overview, overview
+from outlast.cluster.monitoring.terminal_panel import _apportion, panel, plain, sparkline
+from outlast.cluster.monitoring.timeline import Story
 from tests.stories import attempt, done, evaluated, failure, launch, plan, resume, saved, start, steps, stopped, story
 
 NOW = 300.0
@@ -295,7 +295,7 @@ NOISY = """
 import logging, os, subprocess, sys, threading, time
 from rich.console import Console
 from rich.text import Text
-from outlast.cluster.foot import Foot
+from outlast.cluster.monitoring.live_display import Foot
 logging.basicConfig(format="%(message)s")  # its handler holds the stream as it is now
 count = 0
 def lines(width):
@@ -328,7 +328,7 @@ print("after")
 LEFT_ALONE = """
 import os, signal, sys
 from rich.console import Console
-from outlast.cluster.progress import Reporter
+from outlast.cluster.monitoring.reporter import Reporter
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 said, go = os.fdopen(int(sys.argv[1]), "w"), os.fdopen(int(sys.argv[2]))
 with Reporter("run", Console(stderr=True), keep=True) as reporter:

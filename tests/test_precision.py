@@ -12,17 +12,23 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.layout import LOOP_STATE, checkpoint_dir
-from outlast.checkpointing.lineage import catalogue, run_events
-from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.storage import LocalStorage, read_bytes
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.format.layout import LOOP_STATE, checkpoint_dir
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.state.rank_group import Ranks
+from outlast.checkpointing.storage.base import LocalStorage, read_bytes
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.compute import apply_gradients, load_scaler, make_scaler, prepare_module, scaler_state
-from outlast.trainers.config import TrainSettings
-from outlast.trainers.loop import Outcome
-from outlast.trainers.models import build_model
-from outlast.trainers.tasks import CausalLM
+from outlast.trainers.config.training_config import TrainSettings
+from outlast.trainers.loop.mixed_precision import (
+    apply_gradients,
+    load_scaler,
+    make_scaler,
+    prepare_module,
+    scaler_state,
+)
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import build_model
+from outlast.trainers.tasks.base import CausalLM
 from tests.conftest import Reference
 from tests.group import digests, fault, losses, newest, run_group
 

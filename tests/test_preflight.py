@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import RunConfig
-from outlast.cluster.jobs import check_code as check_submission
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.jobs.ray_jobs import check_code as check_submission
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.custom import make_importable
-from outlast.trainers.preflight import check_code, check_model
+from outlast.trainers.checks.preflight import check_code, check_model
+from outlast.trainers.models.custom_model import make_importable
 from tests.group import tiny_config
 from tests.test_lora import LORA, make_base
 

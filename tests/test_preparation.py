@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster import preparation
-from outlast.cluster.config import RunConfig
-from outlast.cluster.failures import RunFailed
-from outlast.cluster.launch import ray_session
-from outlast.cluster.preparation import encode_on_ray
-from outlast.trainers.custom import make_importable
-from outlast.trainers.data import prepare
-from outlast.trainers.encoding import Encoder
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.driver import ray_data_encode as preparation
+from outlast.cluster.driver.launch import ray_session
+from outlast.cluster.driver.ray_data_encode import encode_on_ray
+from outlast.cluster.fault_tolerance.failure_cause import RunFailed
+from outlast.trainers.models.custom_model import make_importable
+from outlast.trainers.preparation.encode import Encoder
+from outlast.trainers.preparation.prepare import prepare
 from tests.group import tiny_config
 from tests.test_prepare_faults import await_that, contents
 
@@ -36,7 +36,7 @@ NUM_ROWS, PER_FILE = 6000, 2000  # 3.4 MB: several pieces
 TASK = """
     import os, signal, time
     from pathlib import Path
-    from outlast.trainers.tasks import CausalLM
+    from outlast.trainers.tasks.base import CausalLM
 
     class Eventful(CausalLM):
         def encode(self, records):
@@ -52,11 +52,11 @@ TASK = """
 DRIVER = """
     import sys
     from functools import partial
-    from outlast.checkpointing.storage import open_storage
-    from outlast.cluster.config import RunConfig
-    from outlast.cluster.launch import Launch
-    from outlast.trainers.custom import make_importable
-    from outlast.trainers.data import prepare
+    from outlast.checkpointing.storage.base import open_storage
+    from outlast.cluster.config.run_config import RunConfig
+    from outlast.cluster.driver.launch import Launch
+    from outlast.trainers.models.custom_model import make_importable
+    from outlast.trainers.preparation.prepare import prepare
 
     config, code = RunConfig.model_validate_json(sys.argv[1]), sys.argv[2]
     make_importable(code)

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage import LocalStorage
-from outlast.trainers.config import TrainingConfig
-from outlast.trainers.data import Prepared, prepare
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.preparation.prepare import Prepared, prepare
 from tests.group import tiny_config
 
 PREPARE = """
     import sys
     from pathlib import Path
-    from outlast.checkpointing.storage import LocalStorage
-    from outlast.trainers.config import TrainingConfig
-    from outlast.trainers.data import prepare
+    from outlast.checkpointing.storage.base import LocalStorage
+    from outlast.trainers.config.training_config import TrainingConfig
+    from outlast.trainers.preparation.prepare import prepare
 
     config = TrainingConfig.model_validate_json(sys.argv[1])
     prepared = prepare(config, LocalStorage(Path(config.checkpoint.storage)))

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpointing.commands import show_checkpoint
-from outlast.checkpointing.lineage import list_attempts, read_claim
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import RunConfig
-from outlast.cluster.jobs import bundle
-from outlast.cluster.record import CODE_FILE, DIFF, DIFF_BYTES, code_state, keep_record, packages, resolved
+from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.tools.query import show_checkpoint
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.driver.provenance import CODE_FILE, DIFF, DIFF_BYTES, code_state, keep_record, packages, resolved
+from outlast.cluster.jobs.ray_jobs import bundle
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data import prepare
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.preparation.prepare import prepare
 from tests.group import run_group, tiny_config
 
 

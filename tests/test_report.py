@@ -22,18 +22,18 @@ from hypothesis import strategies as st
 import outlast.cluster
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.journal import Journal
-from outlast.checkpointing.layout import launch_dir
-from outlast.checkpointing.lineage import list_attempts, read_claim
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.alive import Alive
-from outlast.cluster.overview import overview
-from outlast.cluster.report import Report, run_report
-from outlast.cluster.report_data import MOST_POINTS, MOST_SPANS, page_data, thin
-from outlast.cluster.story import Story
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
+from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.run_store.liveness import Alive
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.monitoring.report.data import MOST_POINTS, MOST_SPANS, page_data, thin
+from outlast.cluster.monitoring.report.report import Report, run_report
+from outlast.cluster.monitoring.summary import overview
+from outlast.cluster.monitoring.timeline import Story
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.browser import CHROMIUM, Browser, Page, chromium
 from tests.group import StopAt, fault, run_group
 from tests.small import small_model

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.journal import Journal
-from outlast.checkpointing.layout import launch_dir
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster import hub as hub_module
-from outlast.cluster.config import load_run
-from outlast.cluster.hub import Hub, Line, Wish
-from outlast.cluster.status import read_status
-from outlast.trainers.loop import make_plan
+from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import load_run
+from outlast.cluster.fault_tolerance import coordinator as hub_module
+from outlast.cluster.fault_tolerance.coordinator import Hub, Line, Wish
+from outlast.cluster.monitoring.status import read_status
+from outlast.trainers.loop.train_loop import make_plan
 from tests.group import tiny_config
 
 REASON = "the group is resized from 2 to 3 workers"

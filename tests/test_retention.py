@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.checkpointing.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.retention import Kept, Retention
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.run_store.retention import Kept, Retention
 
 NAN, INF = math.nan, math.inf
 

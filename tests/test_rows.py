@@ -18,9 +18,9 @@ import pytest
 from pyarrow import feather
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage import open_storage
-from outlast.trainers.rows import BadRows, Row, first_row, read_rows, usable
-from outlast.trainers.sources import digest_sources, find_sources
+from outlast.checkpointing.storage.base import open_storage
+from outlast.trainers.data.readers import BadRows, Row, first_row, read_rows, usable
+from outlast.trainers.data.sources import digest_sources, find_sources
 from tests.s3 import s3_server
 
 RECORDS = [{"id": number, "text": f'Row {number}, "quoted", ünïcödé.\nIts second line.'} for number in range(2500)]
@@ -339,7 +339,7 @@ def test_too_many_bad_rows_name_the_first_three() -> None:
 READ = """
     import sys
     from pathlib import Path
-    from outlast.trainers.rows import read_rows
+    from outlast.trainers.data.readers import read_rows
 
     def peak():
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024

@@ -15,23 +15,23 @@ import boto3
 import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.commands import find, verify_run
 from outlast.checkpointing.errors import ConfigError, StorageError
-from outlast.checkpointing.export import export_directory, read_content
-from outlast.checkpointing.faults import Action, Fault, Point
-from outlast.checkpointing.keeping import pin, plan_prune, prune, unpin
-from outlast.checkpointing.layout import AttemptId, attempt_dir, checkpoint_dir
-from outlast.checkpointing.lineage import catalogue, list_pins, run_events
-from outlast.checkpointing.objects import ObjectStorage
-from outlast.checkpointing.reader import tensor_digests
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import LocalStorage, Storage, open_storage, read_bytes, walk
-from outlast.checkpointing.uploads import _client, abort_orphans, abort_uploads
-from outlast.cluster import demo
-from outlast.cluster.launch import Launch, ray_session
+from outlast.checkpointing.fault_injection import Action, Fault, Point
+from outlast.checkpointing.format.layout import AttemptId, attempt_dir, checkpoint_dir
+from outlast.checkpointing.restore.reader import tensor_digests
+from outlast.checkpointing.run_store.catalog import catalogue, list_pins, run_events
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import LocalStorage, Storage, open_storage, read_bytes, walk
+from outlast.checkpointing.storage.multipart_uploads import _client, abort_orphans, abort_uploads
+from outlast.checkpointing.storage.object_store import ObjectStorage
+from outlast.checkpointing.tools.export import export_directory, read_content
+from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
+from outlast.checkpointing.tools.query import find, verify_run
+from outlast.cluster.drills import demo
+from outlast.cluster.driver.launch import Launch, ray_session
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data import _find, prepare
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.preparation.prepare import _find, prepare
 from tests.group import digests, fault, resumed, run_group, tiny_config
 from tests.s3 import s3_server
 from tests.small import small_model, train_step
@@ -110,7 +110,7 @@ def test_pins_prunes_and_exports_on_s3(bucket: str, tmp_path: Path) -> None:
 
 _WRITER = """
 import sys
-from outlast.checkpointing.storage import open_storage
+from outlast.checkpointing.storage.base import open_storage
 
 def chunks():
     while True:
@@ -197,10 +197,10 @@ def test_what_killed_preparers_began_to_upload_is_aborted(
 
 _STOPPING = """
 import os, signal, sys
-from outlast.checkpointing import objects
-from outlast.checkpointing.storage import open_storage
-from outlast.trainers import data
-from outlast.trainers.config import TrainingConfig
+from outlast.checkpointing.storage import object_store as objects
+from outlast.checkpointing.storage.base import open_storage
+from outlast.trainers.preparation import prepare as data
+from outlast.trainers.config.training_config import TrainingConfig
 
 def stopping(chunks):
     for number, chunk in enumerate(chunks):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outlast.checkpointing.safetensors import DTYPES, SafetensorsError, decode, encode, tensor_bytes
+from outlast.checkpointing.format.safetensors import DTYPES, SafetensorsError, decode, encode, tensor_bytes
 
 
 def joined(tensors: dict[str, torch.Tensor]) -> bytes:

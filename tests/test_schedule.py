@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.checkpointing.schedule import FIRST_AUTO_S, Costs, Every, Unit
+from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, Costs, Every, Unit
 
 
 @pytest.mark.parametrize(

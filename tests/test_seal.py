@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.manifest import Manifest
-from outlast.checkpointing.seal import newest_sealed, seal
+from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.tools.trainer_seal import newest_sealed, seal
 from tests.group import start_script
 
 

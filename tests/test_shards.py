@@ -18,17 +18,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from outlast.checkpointing import writer
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.reader import tensor_digest, tensor_digests, verify
-from outlast.checkpointing.safetensors import Spec
-from outlast.checkpointing.shards import Box
-from outlast.checkpointing.state import optimizer_tensors
-from outlast.checkpointing.storage import LocalStorage
-from outlast.checkpointing.weights import named_weights
-from outlast.checkpointing.writer import weight_files
+from outlast.checkpointing.format.layout import checkpoint_dir
+from outlast.checkpointing.format.safetensors import Spec
+from outlast.checkpointing.restore.reader import tensor_digest, tensor_digests, verify
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.save import writer
+from outlast.checkpointing.save.writer import weight_files
+from outlast.checkpointing.state.model_weights import named_weights
+from outlast.checkpointing.state.optimizer_state import optimizer_tensors
+from outlast.checkpointing.state.shards import Box
+from outlast.checkpointing.storage.base import LocalStorage
 from tests.ranks import on_ranks
 
 KINDS = ["ddp", "fsdp", "fsdp-nested", "fsdp-compiled", "fsdp-mixed"]

@@ -10,8 +10,8 @@ from typing import BinaryIO
 import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.layout import CLAIM
-from outlast.checkpointing.storage import Buffer, Entry, LocalStorage
+from outlast.checkpointing.format.layout import CLAIM
+from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
 from tests.small import digests_of, small_model, train_step
 
 LAG_S = 0.5

@@ -15,11 +15,11 @@ import ray.train
 import yaml
 from ray.train.torch import TorchTrainer
 
-from outlast.checkpointing.lineage import list_attempts, read_claim, run_events
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import RunConfig
-from outlast.cluster.launch import _Trainer
-from outlast.cluster.standby import environment
+from outlast.checkpointing.run_store.catalog import list_attempts, read_claim, run_events
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.driver.launch import _Trainer
+from outlast.cluster.driver.warm_standby import environment
 from tests.group import losses, tiny_config
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
@@ -32,7 +32,7 @@ def test_a_rehearsal_imports_what_a_model_needs_and_changes_nothing_else() -> No
         "state = lambda: (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),\n"
         "    torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype())\n"
         "before = state()\n"
-        "from outlast.trainers.rehearsal import rehearse\n"
+        "from outlast.trainers.prewarm import rehearse\n"
         "rehearse('causal-lm', 'gpt2')\n"
         "assert state() == before\n"
         "print({'torch._dynamo', 'transformers.models.gpt2.modeling_gpt2'} - sys.modules.keys())\n"
@@ -47,7 +47,7 @@ def test_a_rehearsal_imports_what_a_model_needs_and_changes_nothing_else() -> No
 def test_what_cannot_be_rehearsed_is_left_to_the_attempt(
     task: str, model_type: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from outlast.cluster.standby import warm
+    from outlast.cluster.driver.warm_standby import warm
 
     config = tiny_config("run", "/runs", "/data.txt", sections={"model": {"task": task}})
     settings = RunConfig.model_validate(config.model_dump())
@@ -70,8 +70,8 @@ def test_an_attempt_starts_no_actor_for_datasets() -> None:
 
 
 def test_a_rehearsal_that_fails_keeps_no_worker_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
-    from outlast.cluster import standby
-    from outlast.trainers import rehearsal
+    from outlast.cluster.driver import warm_standby as standby
+    from outlast.trainers import prewarm as rehearsal
 
     def fail(task: str, model_type: str | None) -> None:
         raise KeyError(model_type)

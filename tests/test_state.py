@@ -13,9 +13,9 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.safetensors import decode, encode
-from outlast.checkpointing.state import deal, load_optimizer, optimizer_tensors
-from outlast.checkpointing.weights import named_weights
+from outlast.checkpointing.format.safetensors import decode, encode
+from outlast.checkpointing.state.model_weights import named_weights
+from outlast.checkpointing.state.optimizer_state import deal, load_optimizer, optimizer_tensors
 from tests.small import digests_of, load_weights, train_step
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -22,15 +22,22 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from outlast.checkpointing import faults
+from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import NoCheckpointError
-from outlast.checkpointing.faults import Action, Fault, InjectedFault, Point
-from outlast.checkpointing.layout import CLAIM, MANIFEST, AttemptId, CheckpointRef, checkpoint_dir, parse_checkpoint
-from outlast.checkpointing.lineage import catalogue, list_attempts
-from outlast.checkpointing.reader import tensor_digests, verify
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import Buffer, LocalStorage
+from outlast.checkpointing.fault_injection import Action, Fault, InjectedFault, Point
+from outlast.checkpointing.format.layout import (
+    CLAIM,
+    MANIFEST,
+    AttemptId,
+    CheckpointRef,
+    checkpoint_dir,
+    parse_checkpoint,
+)
+from outlast.checkpointing.restore.reader import tensor_digests, verify
+from outlast.checkpointing.run_store.catalog import catalogue, list_attempts
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import Buffer, LocalStorage
 from tests.small import digests_of, small_model, train_step
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None

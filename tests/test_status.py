@@ -19,12 +19,12 @@ from rich.console import Console
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.layout import launch_dir
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.cli_status import status
-from outlast.cluster.progress import LOST_PATIENCE_S, WATCH_PERIOD_S, watch
-from outlast.cluster.status import list_runs, read_status
-from outlast.cluster.story import LOST_AFTER_S, State
+from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.cli.status import status
+from outlast.cluster.monitoring.reporter import LOST_PATIENCE_S, WATCH_PERIOD_S, watch
+from outlast.cluster.monitoring.status import list_runs, read_status
+from outlast.cluster.monitoring.timeline import LOST_AFTER_S, State
 from tests.small import small_model
 from tests.stories import attempt, done, evaluated, failure, launch, plan, resized, resume, saved, start, steps, write
 
@@ -74,8 +74,8 @@ def test_a_launch_that_no_worker_has_joined(tmp_path: Path, silent_s: float, cod
 def test_a_driver_that_was_killed_here_is_lost_at_once_and_the_next_command_is_told(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
-from outlast.checkpointing.storage import open_storage
-from outlast.cluster.alive import Alive
+from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.run_store.liveness import Alive
 
 Alive(open_storage(sys.argv[1]), "run/launches/20260101-000000-aa/alive.json")
 os.kill(os.getpid(), signal.SIGKILL)

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config import Exactness
-from outlast.trainers.loop import Outcome
-from outlast.trainers.still import watch_buffers
+from outlast.trainers.config.training_config import Exactness
+from outlast.trainers.loop.buffer_guard import watch_buffers
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import run_group
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

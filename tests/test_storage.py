@@ -15,11 +15,11 @@ import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
-from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.objects import ObjectStorage
-from outlast.checkpointing.reader import verify
-from outlast.checkpointing.storage import Entry, LocalStorage, Storage, open_storage, read_bytes, walk
+from outlast.checkpointing.format.layout import checkpoint_dir
+from outlast.checkpointing.restore.reader import verify
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.storage.base import Entry, LocalStorage, Storage, open_storage, read_bytes, walk
+from outlast.checkpointing.storage.object_store import ObjectStorage
 from tests.s3 import BUCKET, s3_server
 from tests.small import digests_of, small_model, train_step
 

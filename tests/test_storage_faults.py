@@ -27,17 +27,17 @@ from typing import Any, BinaryIO, TypeVar, cast
 import boto3
 import pytest
 
-import outlast.checkpointing.storage as storage_module
-from outlast.checkpointing import objects
+import outlast.checkpointing.storage.base as storage_module
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.journal import FLUSH_S, Journal
-from outlast.checkpointing.layout import CheckpointRef, attempt_dir, checkpoint_dir, parse_checkpoint
-from outlast.checkpointing.lineage import catalogue, list_attempts
-from outlast.checkpointing.objects import ObjectStorage
-from outlast.checkpointing.reader import verify
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import Buffer, Entry, LocalStorage, Storage, read_bytes, walk
+from outlast.checkpointing.format.layout import CheckpointRef, attempt_dir, checkpoint_dir, parse_checkpoint
+from outlast.checkpointing.restore.reader import verify
+from outlast.checkpointing.run_store.catalog import catalogue, list_attempts
+from outlast.checkpointing.run_store.journal import FLUSH_S, Journal
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage import object_store as objects
+from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage, Storage, read_bytes, walk
+from outlast.checkpointing.storage.object_store import ObjectStorage
 from tests.s3 import s3_server
 from tests.small import digests_of, small_model, train_step
 

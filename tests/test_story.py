@@ -12,21 +12,22 @@ from typing import Any, BinaryIO
 import pytest
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from outlast.checkpointing import journal as journal_module
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.history import Limits
-from outlast.checkpointing.journal import Journal, Tail, read_events
-from outlast.checkpointing.layout import attempt_dir, launch_dir
-from outlast.checkpointing.lineage import claim, run_events
-from outlast.checkpointing.storage import Buffer, Entry, LocalStorage
-from outlast.cluster import failures, hub
-from outlast.cluster.failures import Recorder
-from outlast.cluster.follow import StoryReader
-from outlast.cluster.ledger import Kind, account
-from outlast.cluster.overview import overview
-from outlast.cluster.story import State
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.format.layout import attempt_dir, launch_dir
+from outlast.checkpointing.run_store import journal as journal_module
+from outlast.checkpointing.run_store.attempt_history import Limits
+from outlast.checkpointing.run_store.catalog import claim, run_events
+from outlast.checkpointing.run_store.journal import Journal, Tail, read_events
+from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
+from outlast.cluster.fault_tolerance import coordinator as hub
+from outlast.cluster.fault_tolerance import failure_cause as failures
+from outlast.cluster.fault_tolerance.failure_cause import Recorder
+from outlast.cluster.monitoring.goodput import Kind, account
+from outlast.cluster.monitoring.summary import overview
+from outlast.cluster.monitoring.timeline import State
+from outlast.cluster.monitoring.timeline_reader import StoryReader
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import fault, run_group
 from tests.stories import attempt, done, failure, launch, plan, resume, saved, start, steps, stopped, story, write
 

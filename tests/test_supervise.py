@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import yaml
 
-from outlast.checkpointing.history import GivenUp, settings_mark
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import RunConfig
-from outlast.cluster.jobs import Job
-from outlast.cluster.status import read_status
-from outlast.cluster.supervise import LONGEST_PAUSE_S, SILENT_JOB_S, Next, Pulse, Supervisor, decide, pause_s
+from outlast.checkpointing.run_store.attempt_history import GivenUp, settings_mark
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.jobs.ray_jobs import Job
+from outlast.cluster.jobs.supervisor import LONGEST_PAUSE_S, SILENT_JOB_S, Next, Pulse, Supervisor, decide, pause_s
+from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import digests, run_group, tiny_config
 from tests.stories import attempt, launch, resume, start, write
 from tests.test_jobs import BIN, Cluster

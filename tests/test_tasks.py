@@ -23,22 +23,22 @@ from torchmetrics.functional.classification import (
 from transformers import AutoModelForSequenceClassification
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.lineage import catalogue, run_events
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.columns import Column, Kind
-from outlast.trainers.data import Prepared, prepare
-from outlast.trainers.evaluation import evaluate
-from outlast.trainers.inputs import DataSettings
-from outlast.trainers.loop import Outcome
-from outlast.trainers.models import build_model, train_bpe
-from outlast.trainers.registry import find_task
-from outlast.trainers.samples import Sample, Samples
-from outlast.trainers.sampling import Plan, mix
-from outlast.trainers.tasks import Batch, Record, Task
-from outlast.trainers.tasks_classify import SequenceClassification
-from outlast.trainers.world import World
+from outlast.trainers.config.model import DataSettings
+from outlast.trainers.data.arrow_samples import Sample, Samples
+from outlast.trainers.data.columns import Column, Kind
+from outlast.trainers.data.sampler import Plan, mix
+from outlast.trainers.distributed.world import World
+from outlast.trainers.loop.evaluation import evaluate
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import build_model, train_bpe
+from outlast.trainers.preparation.prepare import Prepared, prepare
+from outlast.trainers.tasks.base import Batch, Record, Task
+from outlast.trainers.tasks.classification import SequenceClassification
+from outlast.trainers.tasks.registry import find_task
 from tests.group import digests, fault, losses, run_group
 from tests.task_cases import CASES, Case
 

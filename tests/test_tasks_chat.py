@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.storage.base import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
-from outlast.trainers.models import build_model, train_bpe
-from outlast.trainers.registry import find_task
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import build_model, train_bpe
+from outlast.trainers.tasks.registry import find_task
 from tests.group import digests, fault, run_group
 from tests.task_cases import GPT2, paragraphs
 from tests.test_chat import PLAIN

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.lineage import run_events
-from outlast.checkpointing.storage import LocalStorage, open_storage, read_bytes
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.storage.base import LocalStorage, open_storage, read_bytes
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
-from outlast.trainers.trackers import Follower, Seen, TrackSettings, check_trackers, values_of
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.tracking.follow import Follower, Seen, TrackSettings, check_trackers, values_of
 from tests.conftest import Reference
 from tests.group import Quiet, digests, losses, resumed, run_group
 from tests.s3 import s3_server
@@ -126,9 +126,9 @@ url, kind, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if kind == "x":
     sys.modules["tensorboard"] = None
 import os, signal
-from outlast.checkpointing.storage import open_storage
-from outlast.trainers import sinks
-from outlast.trainers.trackers import Place
+from outlast.checkpointing.storage.base import open_storage
+from outlast.trainers.tracking import backends as sinks
+from outlast.trainers.tracking.follow import Place
 sinks.SEGMENT_BYTES, sinks.PUT_S = 1000, 0
 sink = sinks.TensorBoard(Place(open_storage(url), "run", "run-1", {"a": 1}, "outlast", {}))
 seen = sink.open()
@@ -246,7 +246,7 @@ def test_a_tracker_that_is_down_stops_nobody(
 
 def test_a_slow_tracker_loses_its_own_values_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The queue is bounded, hearing returns at once, and the loss is told once."""
-    monkeypatch.setattr("outlast.trainers.trackers.QUEUE_EVENTS", 5)
+    monkeypatch.setattr("outlast.trainers.tracking.follow.QUEUE_EVENTS", 5)
     go, taken, said = threading.Event(), list[int](), list[str]()
 
     class Slow:
@@ -275,7 +275,7 @@ def test_a_slow_tracker_loses_its_own_values_only(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outlast.trainers.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("outlast.trainers.tracking.follow.find_spec", lambda name: None)
     check_trackers(TrackSettings.model_validate({}))  # the default asks for nothing
     with pytest.raises(ConfigError, match=r"track\.to names mlflow, which is not installed") as caught:
         check_trackers(TrackSettings.model_validate({"to": ["mlflow"]}))

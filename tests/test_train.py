@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from outlast.checkpointing.lineage import catalogue, read_claim, run_events
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.status import read_status
+from outlast.checkpointing.run_store.catalog import catalogue, read_claim, run_events
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import digests, losses, run_group, tiny_config
 
 pytestmark = pytest.mark.ray
@@ -194,7 +194,7 @@ def test_a_bug_in_the_users_code_is_shown_once_and_tried_twice(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "late.py").write_text(
-        "from outlast.trainers.tasks import CausalLM\n\n\nclass Late(CausalLM):\n    calls = 0\n\n"
+        "from outlast.trainers.tasks.base import CausalLM\n\n\nclass Late(CausalLM):\n    calls = 0\n\n"
         "    def loss(self, *given):\n        Late.calls += 1\n        if Late.calls > 20:\n"
         '            raise KeyError("labels")\n        return super().loss(*given)\n'
     )

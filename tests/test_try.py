@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError, DamagedError
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.cli import app
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.custom import load_class, make_importable
-from outlast.trainers.loop import Outcome
-from outlast.trainers.models import files_of, train_bpe
-from outlast.trainers.tasks import NUM_NEW_TOKENS
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import files_of, train_bpe
+from outlast.trainers.models.custom_model import load_class, make_importable
+from outlast.trainers.tasks.base import NUM_NEW_TOKENS
 from tests.group import run_group
 from tests.task_cases import CASES
 from tests.test_custom import EXAMPLES, PLAIN
@@ -111,7 +111,7 @@ def test_a_language_model_goes_on(assign: Callable[..., Assignment], storage: Lo
 
 def outlast(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, which has imported nothing of the user's yet."""
-    program = "from outlast.cluster.cli import main; main()"
+    program = "from outlast.cluster.cli.main import main; main()"
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
 
 
@@ -137,7 +137,7 @@ def by_hand(run: Path) -> str:
 def test_a_class_beside_the_run_file(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path) -> None:
     """It knows nothing of transformers, and cannot write by itself."""
     (tmp_path / "bigrams.py").write_text(PLAIN)
-    (tmp_path / "mine.py").write_text("from outlast.trainers.tasks import CausalLM\nclass Words(CausalLM): pass\n")
+    (tmp_path / "mine.py").write_text("from outlast.trainers.tasks.base import CausalLM\nclass Words(CausalLM): pass\n")
     sections = {"model": {"class": "bigrams:Bigrams", "config": {"width": 16}, "task": "mine:Words"}}
     sys.path.append(str(tmp_path))
     try:

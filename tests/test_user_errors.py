@@ -19,19 +19,20 @@ from typing import Any
 import pytest
 import yaml
 
-from outlast.checkpointing import errors, manifest
+from outlast.checkpointing import errors
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.storage import LocalStorage, read_bytes
-from outlast.cluster.alive import Alive
-from outlast.cluster.failures import RunFailed
-from outlast.cluster.run_file import SettingsError
+from outlast.checkpointing.format import manifest
+from outlast.checkpointing.format.layout import checkpoint_dir
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.liveness import Alive
+from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.cluster.config.run_file import SettingsError
+from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data import prepare
-from outlast.trainers.finite import NonFiniteError
-from outlast.trainers.loop import Outcome
-from outlast.trainers.models import train_bpe
+from outlast.trainers.loop.non_finite import NonFiniteError
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import train_bpe
+from outlast.trainers.preparation.prepare import prepare
 from tests.command import Command
 from tests.group import run_group, tiny_config
 from tests.s3 import BUCKET, s3_server

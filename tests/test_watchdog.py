@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.faults import Action, Point
-from outlast.checkpointing.lineage import list_attempts, read_claim, run_events
-from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.storage import LocalStorage, open_storage
-from outlast.cluster.watchdog import EXIT_CODE, Watchdog
-from outlast.cluster.whereabouts import Beat, Group, find_hang, find_slow
+from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.run_store.catalog import list_attempts, read_claim, run_events
+from outlast.checkpointing.state.rank_group import Ranks
+from outlast.checkpointing.storage.base import LocalStorage, open_storage
+from outlast.cluster.fault_tolerance.hang_detection import Beat, Group, find_hang, find_slow
+from outlast.cluster.fault_tolerance.watchdog import EXIT_CODE, Watchdog
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
-from outlast.trainers.pulse import Phase, Pulse
+from outlast.trainers.loop.progress import Phase, Pulse
+from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.group import digests, fault, losses, run_group
 from tests.ranks import on_ranks

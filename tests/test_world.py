@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from outlast.trainers.config import Exactness
-from outlast.trainers.world import World
+from outlast.trainers.config.training_config import Exactness
+from outlast.trainers.distributed.world import World
 from tests.ranks import on_ranks
 
 NUM_STEPS = 3

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from outlast.trainers.tasks import Batch, CausalLM
+from outlast.trainers.tasks.base import Batch, CausalLM
 
 TROUBLE, FOLDER = "OUTLAST_TEST_TROUBLE", "OUTLAST_TEST_FOLDER"
 SLOW_S = 0.02

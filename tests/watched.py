@@ -12,11 +12,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from outlast.checkpointing.layout import AttemptId, attempt_dir
-from outlast.checkpointing.storage import open_storage
-from outlast.cluster.hub import Hub
-from outlast.cluster.watchdog import Watchdog
-from outlast.trainers.pulse import Phase, Pulse
+from outlast.checkpointing.format.layout import AttemptId, attempt_dir
+from outlast.checkpointing.storage.base import open_storage
+from outlast.cluster.fault_tolerance.coordinator import Hub
+from outlast.cluster.fault_tolerance.watchdog import Watchdog
+from outlast.trainers.loop.progress import Phase, Pulse
 from tests.group import Quiet
 
 

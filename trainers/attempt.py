@@ -18,26 +18,26 @@ import transformers
 from pydantic_core import to_jsonable_python
 from torch import nn
 
-from outlast.checkpointing import faults
+from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
-from outlast.checkpointing.layout import RECORD, attempts_dir, checkpoint_dir, launch_dir
-from outlast.checkpointing.reader import read_verified
-from outlast.checkpointing.storage import Storage, wait_for
-from outlast.trainers.adapters import base_digest, is_adapted
-from outlast.trainers.config import Exactness, NonFinite, Parallel, TrainingConfig, check_parallel
-from outlast.trainers.control import Control, Overheard
-from outlast.trainers.custom import make_importable
-from outlast.trainers.data import Prepared
-from outlast.trainers.finite import NonFiniteError
-from outlast.trainers.inputs import Settings
-from outlast.trainers.loop import Loop, Outcome, make_plan
-from outlast.trainers.models import build_model, naming_of
-from outlast.trainers.preflight import check_metric
-from outlast.trainers.registry import find_task
-from outlast.trainers.sharded import shard
-from outlast.trainers.trackers import TrackSettings, follow
-from outlast.trainers.world import World, make_deterministic
+from outlast.checkpointing.format.layout import RECORD, attempts_dir, checkpoint_dir, launch_dir
+from outlast.checkpointing.restore.reader import read_verified
+from outlast.checkpointing.storage.base import Storage, wait_for
+from outlast.trainers.checks.preflight import check_metric
+from outlast.trainers.config.model import Settings
+from outlast.trainers.config.training_config import Exactness, NonFinite, Parallel, TrainingConfig, check_parallel
+from outlast.trainers.distributed.fsdp import shard
+from outlast.trainers.distributed.world import World, make_deterministic
+from outlast.trainers.loop.control import Control, Overheard
+from outlast.trainers.loop.non_finite import NonFiniteError
+from outlast.trainers.loop.train_loop import Loop, Outcome, make_plan
+from outlast.trainers.models.build import build_model, naming_of
+from outlast.trainers.models.custom_model import make_importable
+from outlast.trainers.models.lora import base_digest, is_adapted
+from outlast.trainers.preparation.prepare import Prepared
+from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.tracking.follow import TrackSettings, follow
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from outlast.checkpointing.journal import read_events
-from outlast.checkpointing.layout import attempt_dir
-from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim
-from outlast.checkpointing.storage import LocalStorage, Storage
-from outlast.cluster.failures import Cause
-from outlast.cluster.status import read_status
+from outlast.checkpointing.format.layout import attempt_dir
+from outlast.checkpointing.run_store.catalog import catalogue, list_attempts, read_claim
+from outlast.checkpointing.run_store.journal import read_events
+from outlast.checkpointing.storage.base import LocalStorage, Storage
+from outlast.cluster.fault_tolerance.failure_cause import Cause
+from outlast.cluster.monitoring.status import read_status
 from tests.group import tiny_config
 from tests.lab.hosts import Lab
 

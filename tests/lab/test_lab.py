@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.lineage import catalogue, list_attempts, run_events
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.failures import Cause
+from outlast.checkpointing.run_store.catalog import catalogue, list_attempts, run_events
+from outlast.checkpointing.storage.base import LocalStorage
+from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.group import digests, losses, run_group
 from tests.lab.hosts import HEAD, Lab, lab, why_not
 from tests.lab.runs import OUTLAST, Run

@@ -1,0 +1,192 @@
+"""Optimizers by name or dotted path, and the learning rate as a pure function of the step.
+
+Nothing here keeps state of its own: the rate of a step follows from the settings, and what an optimizer keeps is saved
+with the checkpoint, tensors by parameter and numbers of its parameter groups in the loop state.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.tasks.registry import imported
+
+if TYPE_CHECKING:
+    from outlast.trainers.config.training_config import TrainSettings
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "nadam": torch.optim.NAdam,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adafactor": torch.optim.Adafactor,
+}
+#: Those whose fused kernels also take sharded parameters.
+_FUSED = (torch.optim.AdamW, torch.optim.Adam)
+#: What has a setting of its own under `train`, and must not stand among the options.
+_NAMED = ("lr", "weight_decay")
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+#: Timescale of inverse_sqrt without a warm-up, as in transformers.
+_TIMESCALE = 10_000
+
+
+def learning_rate(train: TrainSettings, step: int, num_steps: int) -> float:
+    """The learning rate of `step` (from 0): linear warm-up to the peak, then as `schedule` says, down to `min_lr`.
+
+    From the end of the warm-up on it is that of transformers' schedules; the warm-up itself is a step ahead of theirs,
+    which spends the first step at a rate of zero.
+    """
+    warmup = _num_steps(train.warmup, num_steps)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    if train.schedule == "inverse_sqrt":
+        timescale = warmup or _TIMESCALE
+        return train.lr / math.sqrt((step - warmup + timescale) / timescale)
+    begin = warmup
+    if train.schedule == "wsd":
+        begin = max(warmup, num_steps - _num_steps(train.decay, num_steps))
+    done = min(1.0, max(0.0, (step - begin) / max(1, num_steps - begin)))
+    factor = 0.5 * (1 + math.cos(math.pi * done))
+    if train.schedule in ("constant", "linear", "polynomial"):
+        factor = {"constant": 1.0, "linear": 1 - done, "polynomial": math.pow(1 - done, train.power)}[train.schedule]
+    return train.min_lr + (train.lr - train.min_lr) * factor
+
+
+def _num_steps(given: float, num_steps: int) -> int:
+    """Steps, of a number of steps or, below 1, of a share of all."""
+    return math.ceil(given * num_steps) if given < 1 else int(given)
+
+
+def resolve(train: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer's class and the options it is built with, weight decay excepted; checked against its constructor.
+
+    Raises:
+        ConfigError: It cannot be imported, is no optimizer, or does not take what is given.
+    """
+    kind = OPTIMIZERS.get(train.optimizer) or _own_class(train.optimizer)
+    taken = inspect.signature(kind).parameters
+    takes_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in taken.values())
+    known = [name for name in list(taken)[1:] if name not in _NAMED]
+    options = {name: _frozen(value) for name, value in train.optimizer_options.items()}
+    for name in options:
+        if name in _NAMED:
+            raise ConfigError(f"optimizer_options.{name}: set train.{name} instead")
+        if name not in known and not takes_any:
+            raise ConfigError(f"optimizer_options.{name}: {kind.__name__} has no such option{_meant(name, known)}")
+    common = {"betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay or None}
+    for name, value in common.items():
+        if value is not None and name in options:
+            raise ConfigError(f"{name} is given twice: as train.{name} and in train.optimizer_options")
+        if value is not None and name not in taken and not takes_any:
+            raise ConfigError(f"train.{name}: {kind.__name__} has no such option{_meant(name, known)}")
+        if value is not None and name != "weight_decay":
+            options[name] = value
+    if kind in _FUSED and not options.keys() & {"fused", "foreach", "capturable", "differentiable"}:
+        options["fused"] = True
+    try:
+        kind([nn.Parameter(torch.zeros(2, 2))], **{"lr": train.lr, **options})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer {train.optimizer} refuses its options {options}: {error}") from error
+    return kind, options
+
+
+def _own_class(path: str) -> type[torch.optim.Optimizer]:
+    if ":" not in path:
+        known = ", ".join(OPTIMIZERS)
+        raise ConfigError(
+            f"optimizer {path!r} is not known{_meant(path, list(OPTIMIZERS))}",
+            hint=f"one of {known}, or a class of your own as package.module:Class",
+        )
+    kind = imported(path, "train.optimizer")
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise ConfigError(f"optimizer {path!r} is no torch.optim.Optimizer")
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(f"optimizer {path!r} wants to compute the loss several times in a step, and a step is one")
+    own: type[torch.optim.Optimizer] = kind
+    return own
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, and what YAML takes for text although it is a number (`1e-6`) as a number."""
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer over what is trained, in two groups: what decays, and biases and norms, which do not.
+
+    Exempt are tensors of fewer than two dimensions, everything in a norm (torch's, or a class that is called one, such
+    as `LlamaRMSNorm`), and what is called a bias.
+
+    Raises:
+        ConfigError: As `resolve`, or the optimizer cannot work on sharded parameters.
+    """
+    kind, options = resolve(train)
+    decaying: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for parameter, decays in _parameters(model):
+        (decaying if decays else exempt).append(parameter)
+        if kind is torch.optim.Adafactor and isinstance(parameter, DTensor):
+            raise ConfigError("torch's Adafactor cannot factor sharded parameters", hint="use train.optimizer: adamw")
+    takes = inspect.signature(kind).parameters
+    groups: list[dict[str, Any]] = [{"params": decaying}, {"params": exempt}]
+    if "weight_decay" in takes or train.weight_decay:
+        groups[0]["weight_decay"], groups[1]["weight_decay"] = train.weight_decay, 0.0
+    return kind([group for group in groups if group["params"]], **{"lr": train.lr, **options})
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Each trained parameter once, in the model's order, and whether it decays."""
+    seen: set[int] = set()
+    for module in model.modules():
+        is_norm = isinstance(module, _NORMS) or type(module).__name__.lower().endswith("norm")
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                is_bias = name == "bias" or name.endswith("_bias")
+                yield parameter, parameter.ndim >= 2 and not is_norm and not is_bias
+
+
+def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The numbers in the parameter groups that are not the constructor's, JSON: some optimizers move theirs as they go.
+
+    Raises:
+        ConfigError: A tensor among them.
+    """
+    found: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if isinstance(value, torch.Tensor):
+                raise ConfigError(
+                    f"{type(optimizer).__name__} keeps a tensor as {key!r} of a parameter group, which cannot be saved",
+                    hint="use an optimizer that keeps numbers there, and tensors by parameter",
+                )
+        numbers = {key: value for key, value in group.items() if isinstance(value, (bool, int, float)) and key != "lr"}
+        found.append({key: value for key, value in numbers.items() if value != optimizer.defaults.get(key)})
+    return found
+
+
+def load_group_numbers(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Puts `group_numbers` back."""
+    for group, numbers in zip(optimizer.param_groups, saved, strict=True):
+        group.update(numbers)

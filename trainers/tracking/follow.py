@@ -1,0 +1,327 @@
+"""Metrics in people's own tools, such as TensorBoard. Each tool has a thread on rank 0 that follows the run's events.
+
+The journal is the truth, and a tracker a copy of it. So a tracker that fails or is slow never holds training up: what
+it cannot take in time is left out, and that is told once. A restart goes on with the same tracker run: what that has
+already is not sent again, and what a killed attempt had no time to send is taken from the journal.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from pydantic import Field, field_validator
+
+from outlast.checkpointing.errors import ConfigError, StorageError, first_line
+from outlast.checkpointing.format.layout import AttemptId, attempt_dir
+from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.journal import read_events
+from outlast.checkpointing.storage.base import Storage
+from outlast.trainers.config.model import Settings
+
+if TYPE_CHECKING:
+    from outlast.checkpointing.checkpointer import Checkpointer
+
+T = TypeVar("T")
+Name = Literal["tensorboard", "mlflow", "wandb"]
+Event = Mapping[str, Any]
+
+QUEUE_EVENTS = 10_000
+CLOSE_S = 10.0
+_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
+_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",), "wandb": ("wandb",)}
+_SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
+
+
+class TrackSettings(Settings):
+    """Which tools get the run's metrics, beside its own journal."""
+
+    to: list[Name] | None = None
+    """tensorboard, mlflow, wandb; [] for none. Default: tensorboard, where a worker has it."""
+    project: str = "outlast"
+    """The experiment in MLflow, the project in Weights & Biases."""
+    options: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    """What else a tracker is to know, by its name, such as `wandb: {entity: my-team}`: arguments of accelerate's
+    trackers. Places and credentials come from the environment alone (MLFLOW_TRACKING_URI, WANDB_API_KEY, …)."""
+
+    @field_validator("options")
+    @classmethod
+    def _holds_no_secret(cls, value: dict[Name, dict[str, Any]]) -> dict[Name, dict[str, Any]]:
+        for name, options in value.items():
+            for key in options:
+                if _SECRET.search(key):
+                    raise ValueError(f"{name}.{key} looks like a credential, which belongs into the environment")
+        return value
+
+
+def is_installed(name: str) -> bool:
+    """Whether a tracker can be used here."""
+    return any(find_spec(module) is not None for module in _MODULES[name])
+
+
+def check_trackers(settings: TrackSettings) -> None:
+    """Raises ConfigError if a tracker that was asked for is not installed."""
+    for name in settings.to or ():
+        if not is_installed(name):
+            hint = f"pip install 'outlast[{name}]', here and on the workers"
+            raise ConfigError(f"track.to names {name}, which is not installed", hint=hint)
+
+
+def values_of(event: Event) -> dict[str, float]:
+    """What an event tells in numbers, by name; nothing for one that tells of other things."""
+    found: dict[str, float | None] = {}
+    match event["event"]:
+        case "step":
+            found = {f"train/{name}": event[name] for name in ("loss", "lr", "grad_norm")}
+            num_tokens = event.get("tokens", event["count"])  # targets, where the journal does not count tokens
+            found["train/tokens_per_s"] = num_tokens / event["seconds"] if event["seconds"] else None
+        case "eval":
+            names = [name for name in event if name.startswith("eval_")]
+            found = {f"eval/{name.removeprefix('eval_')}": event[name] for name in names}
+        case "save":
+            found = {"save/waited_s": event["blocked_s"], "save/commit_s": event["commit_s"]}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+@dataclass(slots=True)
+class Seen:
+    """How far a tracker has come.
+
+    Attributes:
+        floor: The newest step of whatever is not in `by_name`.
+        by_name: The newest step of each value.
+    """
+
+    floor: int = -1
+    by_name: dict[str, int] = field(default_factory=dict)
+
+    def news(self, values: Mapping[str, float], step: int) -> dict[str, float]:
+        """Those of the values that the tracker has not got yet, which from now on it has."""
+        fresh = {name: value for name, value in values.items() if step > self.by_name.get(name, self.floor)}
+        self.by_name |= dict.fromkeys(fresh, step)
+        return fresh
+
+
+class Sink(Protocol):
+    """A tracker, as its thread uses it. All but `name` may raise anything, and take long."""
+
+    name: str
+
+    def open(self) -> Seen:
+        """Finds the run's tracker run, or begins it."""
+
+    def log(self, values: Mapping[str, float], step: int, at: float) -> None:
+        """Takes values of a step, which happened at `at`, in seconds since the epoch."""
+
+    def close(self) -> None:
+        """Hands everything over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a tracker knows of the run.
+
+    Attributes:
+        storage: Where the run lies.
+        run: Its name.
+        id: Names it among all runs: another one of this name has another.
+        settings: Its settings as declared, flat.
+        project: The setting of that name.
+        options: Those of this tracker.
+    """
+
+    storage: Storage
+    run: str
+    id: str
+    settings: Mapping[str, Any]
+    project: str
+    options: Mapping[str, Any]
+
+
+class _GaveUp(Exception):
+    """The attempt has ended, or the tracker can never work here."""
+
+
+class Follower:
+    """One tracker's thread. Events wait in its queue until the first step is done, lest that waits for imports.
+
+    Args:
+        sink: Makes the tracker, in the thread.
+        past: Events of earlier attempts that the run stands on, given the newest step that the tracker has.
+        tell: Tells people something, once.
+    """
+
+    def __init__(
+        self, sink: Callable[[], Sink], past: Callable[[int], Iterable[Event]], tell: Callable[[str], None]
+    ) -> None:
+        self._make, self._past, self._tell = sink, past, tell
+        self._queue: queue.Queue[Event | None] = queue.Queue(QUEUE_EVENTS)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._closing = threading.Event()
+        self._told = False
+        self._is_behind = False
+        self._step = 0
+
+    def hear(self, event: Event) -> None:
+        """Takes an event; returns at once."""
+        if self._thread.ident is not None and not self._thread.is_alive():
+            return  # it has given up, and has said so
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            if not self._is_behind:
+                self._is_behind = True
+                self._tell(f"too slow or down; from step {event.get('step')} on it lacks what its queue cannot hold")
+        if event["event"] == "under-way":
+            self.start()
+
+    def start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def close(self, deadline: float) -> None:
+        """Lets the tracker take what is in the queue, until `deadline` (of `time.monotonic`)."""
+        self.start()
+        self._closing.set()
+        with suppress(queue.Full):
+            self._queue.put(None, timeout=max(0.0, deadline - time.monotonic()))
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._tell("has not taken everything in time; the journal has it all")
+
+    def _run(self) -> None:
+        with suppress(_GaveUp):
+            sink = self._patiently(self._make)
+            seen = self._patiently(sink.open)
+            newest = seen.by_name.get("train/loss", seen.floor)
+            for event in self._patiently(lambda: list(self._past(newest))):
+                self._send(sink, seen, event)
+            while (event_or_end := self._queue.get()) is not None:
+                self._send(sink, seen, event_or_end)
+            self._patiently(sink.close)
+
+    def _send(self, sink: Sink, seen: Seen, event: Event) -> None:
+        if event["event"] == "step":
+            self._step = event["step"]
+        step = self._step if event["event"] == "save" else int(event.get("step", 0))  # a save ends steps later
+        if fresh := seen.news(values_of(event), step):
+            self._patiently(lambda: sink.log(fresh, step, float(event.get("ended_at", event["t"]))))
+
+    def _patiently(self, act: Callable[[], T]) -> T:
+        """Tries again, after longer and longer pauses, for as long as the attempt lasts."""
+        pause_s = _PAUSE_S
+        while True:
+            try:
+                return act()
+            except Exception as error:  # whatever a tracker raises, training goes on
+                if not self._told:
+                    self._told = True
+                    self._tell(f"{type(error).__name__}: {first_line(error)}")
+                if isinstance(error, ImportError | ConfigError) or self._closing.wait(pause_s):
+                    raise _GaveUp from error
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+class Tracking:
+    """The trackers of an attempt. A context: when it is left without an error, they get a while to take the rest.
+
+    After an error nobody waits for them: the next attempt sends what is missing.
+    """
+
+    def __init__(self) -> None:
+        self.followers: list[Follower] = []
+        self.base: int | None = None  #: the step that the attempt goes on from, once that is known
+
+    def hear(self, event: Event) -> None:
+        """Takes an event of rank 0; returns at once."""
+        if event["event"] in ("start", "resume"):
+            self.base = int(event.get("step", 0))
+        if event["event"] in ("step", "eval", "save", "under-way"):
+            for follower in self.followers:
+                follower.hear({"t": time.time(), **event})
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.base is not None:
+            deadline = time.monotonic() + CLOSE_S
+            for follower in self.followers:
+                follower.close(deadline)
+
+
+def follow(
+    settings: TrackSettings,
+    checkpointer: Checkpointer,
+    declared: Mapping[str, Any],
+    progress: Callable[[dict[str, Any]], None],
+) -> Tracking:
+    """The trackers that the settings ask for; none on ranks other than 0.
+
+    Args:
+        settings: Which.
+        checkpointer: Holds the claim.
+        declared: The run's settings as written, flat.
+        progress: Whom to tell what goes wrong, beside the journal.
+    """
+    tracking, journal = Tracking(), checkpointer.journal
+    if journal is None:
+        return tracking
+    storage, run, attempt = checkpointer.storage, checkpointer.run, checkpointer.attempt
+
+    def make(name: Name) -> Sink:
+        from outlast.trainers.tracking.backends import SINKS  # brings accelerate
+
+        first = list_attempts(storage, run)[0]  # never deleted
+        options = settings.options.get(name, {})
+        return SINKS[name](Place(storage, run, f"{run}-{first.nonce}", declared, settings.project, options))
+
+    def tell(name: Name, text: str) -> None:
+        with suppress(StorageError):
+            journal.event("tracker", name=name, message=text)
+        progress({"event": "note", "text": f"{name}: {text}"})
+
+    def past(newest: int) -> Iterator[Event]:
+        assert tracking.base is not None
+        return past_events(storage, run, attempt, tracking.base, newest)
+
+    wanted: list[Name] = ["tensorboard"] if is_installed("tensorboard") else []
+    for name in wanted if settings.to is None else settings.to:
+        tracking.followers.append(Follower(partial(make, name), past, partial(tell, name)))
+    return tracking
+
+
+def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newest: int) -> Iterator[Event]:
+    """What earlier attempts told of the steps that an attempt stands on, oldest first, each step once.
+
+    Args:
+        storage: Where the run lies.
+        run: Its name.
+        attempt: The attempt.
+        base: The step that it goes on from.
+        newest: Of steps before this one nothing is wanted.
+    """
+    parts: list[list[Event]] = []
+    for lower in reversed([item for item in list_attempts(storage, run) if item < attempt]):
+        begin: int | None = None
+        part: list[Event] = []
+        for event in read_events(storage, attempt_dir(run, lower)):  # never all of it at once: it may be long
+            if begin is None and event["event"] in ("start", "resume"):
+                begin = int(event.get("step", -1))
+            elif begin is not None and max(begin + 1, newest) <= event.get("step", -1) <= base:
+                part.append(event)
+        if begin is None:
+            continue
+        parts.append(part)
+        base = min(base, begin)
+        if base <= newest:
+            break
+    return (event for part in reversed(parts) for event in part)
