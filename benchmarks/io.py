@@ -40,7 +40,7 @@ from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.state.rank_group import Ranks
 from outlast.checkpointing.storage.base import Buffer, LocalStorage, open_storage
-from tests.s3 import BUCKET, s3_server
+from tests.support.s3_server import BUCKET, s3_server
 
 MIB = 2**20
 NUM_RANKS, FILES_PER_RANK = 1024, 8

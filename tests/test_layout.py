@@ -21,7 +21,7 @@ from outlast.checkpointing.run_store.catalog import catalogue
 from outlast.checkpointing.storage.base import LocalStorage
 from tests.conftest import Reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 ROOMS = ["checkpointing", "trainers", "cluster"]
 FORBIDDEN = {
     "checkpointing": ["outlast.trainers", "outlast.cluster", "transformers", "accelerate", "ray", "tests"],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from outlast.cluster.jobs.ray_jobs import _package
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("checkpointing", "trainers", "cluster")
 PAGE = {f"outlast/cluster/monitoring/report/{name}" for name in ("report.html", "report.css", "report.js")} | {
     f"outlast/cluster/monitoring/report/uplot.{name}" for name in ("min.js", "min.css", "LICENSE")

@@ -17,8 +17,8 @@ from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.storage.base import LocalStorage, Storage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.monitoring.status import read_status
-from tests.group import tiny_config
 from tests.lab.hosts import Lab
+from tests.support.worker_group import tiny_config
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 

@@ -21,9 +21,9 @@ from outlast.checkpointing.storage.base import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
-from tests.group import digests, losses, run_group
 from tests.lab.hosts import HEAD, Lab, lab, why_not
 from tests.lab.runs import OUTLAST, Run
+from tests.support.worker_group import digests, losses, run_group
 
 reason = why_not()
 pytestmark = [

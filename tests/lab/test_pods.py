@@ -26,12 +26,12 @@ from outlast.cluster.kubernetes.settings import k8s_settings
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
-from tests.group import digests, losses, run_group
-from tests.k8s_api import Api, small_api
 from tests.lab.hosts import HEAD, Lab
 from tests.lab.pods import TOKEN, Pods
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
+from tests.support.kubernetes_api import Api, small_api
+from tests.support.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,

@@ -21,12 +21,12 @@ from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
-from tests.group import digests, losses, run_group
 from tests.lab.hosts import HEAD, Lab, lab
 from tests.lab.runs import Run
 from tests.lab.test_lab import finish, reason
-from tests.proxy import proxy_to
-from tests.s3 import s3_server
+from tests.support.s3_proxy import proxy_to
+from tests.support.s3_server import s3_server
+from tests.support.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,
