@@ -12,7 +12,7 @@ _HOME = {
     "ConfigError": "errors",
     "DamagedError": "errors",
     "Every": "save.save_interval",
-    "LocalStorage": "storage.base",
+    "LocalStorage": "storage.local",
     "Manifest": "format.manifest",
     "Naming": "state.model_weights",
     "NoCheckpointError": "errors",
@@ -25,9 +25,9 @@ _HOME = {
     "StorageRefused": "errors",
     "catalogue": "run_store.catalog",
     "newest_sealed": "tools.trainer_seal",
-    "open_storage": "storage.base",
+    "open_storage": "storage.factory",
     "seal": "tools.trainer_seal",
-    "verify": "restore.reader",
+    "verify": "restore.verify",
 }
 
 __all__ = sorted(_HOME)

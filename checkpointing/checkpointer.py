@@ -34,7 +34,8 @@ from outlast.checkpointing.format.safetensors import Spec
 from outlast.checkpointing.restore.load import restore
 from outlast.checkpointing.restore.reader import read_blocks
 from outlast.checkpointing.run_store import attempt_history as history
-from outlast.checkpointing.run_store import catalog as lineage
+from outlast.checkpointing.run_store import claims
+from outlast.checkpointing.run_store.catalog import Catalogue, Rejected, catalogue
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.retention import Retention
 from outlast.checkpointing.save.background_save import Flight, FlightState
@@ -45,7 +46,8 @@ from outlast.checkpointing.state.model_weights import ALL, Naming, named_weights
 from outlast.checkpointing.state.optimizer_state import deal, optimizer_tensors
 from outlast.checkpointing.state.rank_group import Ranks
 from outlast.checkpointing.state.shards import Part, part_of
-from outlast.checkpointing.storage.base import Storage, patiently
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.retry import patiently
 
 
 class Checkpointer:
@@ -112,7 +114,7 @@ class Checkpointer:
         self.declaration = dict(declaration or {})
         claimed = self.ranks.from_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
         self.superseded = claimed is None
-        self.catalogue = lineage.Catalogue(None, (), ())
+        self.catalogue = Catalogue(None, (), ())
         self._flight: Flight | None = None
         self.last_save: tuple[float, float] | None = None
         if claimed is None:
@@ -131,16 +133,16 @@ class Checkpointer:
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
-    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, lineage.Catalogue] | None:
-        if lineage.launch_is_superseded(self.storage, self.run, self._launch):
+    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, Catalogue] | None:
+        if claims.launch_is_superseded(self.storage, self.run, self._launch):
             return None
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
-        mine = lineage.claim(self.storage, self.run, body)
+        mine = claims.claim(self.storage, self.run, body)
         time.sleep(2 * self._settle_s)
-        if lineage.higher_claim(self.storage, self.run, mine):
+        if claims.higher_claim(self.storage, self.run, mine):
             return None
         tries = patiently(lambda: history.read_tries(self.storage, self.run, live=self._launch, below=mine))
-        return mine, patiently(lambda: lineage.catalogue(self.storage, self.run, mine, history.to_pass_over(tries)))
+        return mine, patiently(lambda: catalogue(self.storage, self.run, mine, history.to_pass_over(tries)))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -162,7 +164,7 @@ class Checkpointer:
         for index, manifest in self.catalogue.candidates:
             state, faults = restore(self.storage, self.run, manifest, self.ranks, model, optimizer, self.naming)
             if state is None:
-                rejected.append(lineage.Rejected(manifest.ref, tuple(faults)))
+                rejected.append(Rejected(manifest.ref, tuple(faults)))
                 continue
             self._committer.lineage = list(self.catalogue.accepted[index:])
             passed = [str(ref) for ref in self.catalogue.doubtful if ref > manifest.ref]
@@ -184,9 +186,9 @@ class Checkpointer:
         return None
 
     def _is_overtaken(self) -> bool:
-        return lineage.higher_claim(self.storage, self.run, self.attempt) is not None
+        return claims.higher_claim(self.storage, self.run, self.attempt) is not None
 
-    def _refuse(self, rejected: list[lineage.Rejected]) -> None:
+    def _refuse(self, rejected: list[Rejected]) -> None:
         """Says that nothing whole is left."""
         self._tell("no-checkpoint", rejected=_as_json(rejected))
         self.flush()
@@ -435,5 +437,5 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _as_json(rejected: list[lineage.Rejected]) -> list[dict[str, Any]]:
+def _as_json(rejected: list[Rejected]) -> list[dict[str, Any]]:
     return [{"checkpoint": str(item.ref), "reasons": list(item.reasons)} for item in rejected]

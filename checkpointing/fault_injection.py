@@ -18,7 +18,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpointing.storage.base import Storage, open_storage, read_bytes
+from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.factory import open_storage
 
 _PAUSE_S = 5.0
 

@@ -18,7 +18,7 @@ import outlast.trainers
 from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.format.safetensors import decode
 from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.conftest import Reference
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,8 @@ from outlast.checkpointing.tools.query import Found, find
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.columns import Column, choose_columns, name_of
 from outlast.trainers.data.readers import BadRows, read_rows, usable
-from outlast.trainers.models.build import load_saved, load_tokenizer
+from outlast.trainers.data.tokenizer import load_tokenizer
+from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.merge_lora import load_adapted
 from outlast.trainers.tasks.base import Record, Task
 from outlast.trainers.tasks.registry import find_task

@@ -16,7 +16,8 @@ from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.format.safetensors import Spec
-from outlast.checkpointing.restore.reader import Index, check_listing, merge, read_boxes, read_index, read_verified
+from outlast.checkpointing.restore.reader import Index, merge, read_boxes, read_index, read_verified
+from outlast.checkpointing.restore.verify import check_listing
 from outlast.checkpointing.state.model_weights import Naming, check_weights, named_weights
 from outlast.checkpointing.state.optimizer_state import boxes_of_state, devices_of_state, load_optimizer
 from outlast.checkpointing.state.rank_group import Ranks

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.storage.base import Storage, read_bytes
 
 BEAT_S = 5.0
@@ -119,3 +120,12 @@ class Alive:
         self._thread.join()
         with contextlib.suppress(StorageError):
             self._put(1 if exit_code is None else exit_code, error)
+
+
+def read_alive(storage: Storage, run: str, launch: str) -> dict[str, Any]:
+    """A launch's last sign of life; empty when there is none that can be read."""
+    try:
+        body = json.loads(read_bytes(storage, f"{launch_dir(run, launch)}/alive.json"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}

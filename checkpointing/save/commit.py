@@ -15,15 +15,16 @@ from typing import Any, TypeVar
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.fault_injection import Point, reach
 from outlast.checkpointing.format import layout
-from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, attempts_dir
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store import catalog as lineage
+from outlast.checkpointing.run_store import claims, pins
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.retention import Kept, Retention
 from outlast.checkpointing.save.writer import Share, write_share
 from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.storage.base import Storage, patiently, walk
-from outlast.checkpointing.storage.multipart_uploads import abort_orphans
+from outlast.checkpointing.storage.base import Storage, walk
+from outlast.checkpointing.storage.multipart_uploads import abort_uploads
+from outlast.checkpointing.storage.retry import patiently
 
 T = TypeVar("T")
 Tell = Callable[..., None]
@@ -128,7 +129,7 @@ class Committer:
         # Once more with the same bytes is harmless, also when the first time was a success that nobody heard of.
         patiently(lambda: self._storage.put(f"{layout.checkpoint_dir(self._run, ref)}/{layout.MANIFEST}", [data]))
         reach(Point.AFTER_MANIFEST, ref.step)
-        if higher := lineage.higher_claim(self._storage, self._run, self._attempt):
+        if higher := claims.higher_claim(self._storage, self._run, self._attempt):
             self._tell("superseded", step=ref.step, by=str(higher))
             self._flush()
             return False
@@ -146,7 +147,7 @@ class Committer:
         """
         kept = self.commits, self.lineage
         try:
-            pinned = lineage.list_pins(self._storage, self._run)
+            pinned = pins.list_pins(self._storage, self._run)
             kept = self._retain(pinned)
             if self._swept:
                 self._delete_doomed()
@@ -183,7 +184,7 @@ class Committer:
         accepted = [*self.commits, *self.lineage]
         keep = self._retention.keep([Kept(item.ref, item.metrics) for item in accepted], pinned)
         doomed = [item.ref for item in accepted if item.ref not in keep]
-        doomed, spared = lineage.spare_pinned(self._storage, self._run, self._journal, doomed)
+        doomed, spared = pins.spare_pinned(self._storage, self._run, self._journal, doomed)
         keep |= spared
         mine = [item for item in self.commits if item.ref in keep]
         left = [item for item in self.lineage if item.ref in keep]
@@ -200,7 +201,7 @@ class Committer:
                 self._tell("uploads-aborted", count=count)
 
     def _strays(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
-        for attempt in lineage.list_attempts(self._storage, self._run):
+        for attempt in claims.list_attempts(self._storage, self._run):
             if attempt >= self._attempt:
                 return
             for entry in self._storage.list(layout.attempt_dir(self._run, attempt)):
@@ -215,3 +216,19 @@ class Committer:
         self._storage.delete(f"{directory}/{layout.MANIFEST}")
         for entry in list(walk(self._storage, directory)):
             self._storage.delete(f"{directory}/{entry.name}")
+
+
+def abort_orphans(storage: Storage, run: str, below: AttemptId) -> int:
+    """Aborts what attempts lower than `below` left unfinished, and returns how many uploads that were.
+
+    A superseded attempt that is still at work loses its save by it, which could not have been acknowledged.
+
+    Raises:
+        StorageError: The store refused or did not answer.
+    """
+
+    def is_orphan(path: str) -> bool:
+        attempt = AttemptId.parse(path.split("/")[0])
+        return attempt is not None and attempt < below
+
+    return abort_uploads(storage, attempts_dir(run), is_orphan)

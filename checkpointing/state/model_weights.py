@@ -134,3 +134,10 @@ def _compare(own: Mapping[str, Spec], found: Mapping[str, Spec]) -> None:
             f"the checkpoint holds the weights of another model ({len(problems)} differences: {shown})",
             hint="put `model:` back to what the run was started with, or start a new run under another name",
         )
+
+
+def carried_state(model: nn.Module) -> list[str]:
+    """Names of what is saved and is no parameter: running means, memories. A forward pass may change it, and then what
+    a rank computes depends on the micro-batches that it had before.
+    """
+    return sorted(named_weights(model).keys() - parameter_names(model))

@@ -24,8 +24,10 @@ from outlast.checkpointing.format.layout import (
     prune_dir,
 )
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store.catalog import deletions, is_being_deleted, list_attempts, list_pins, spare_pinned
+from outlast.checkpointing.run_store.catalog import deletions
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
+from outlast.checkpointing.run_store.pins import is_being_deleted, list_pins, spare_pinned
 from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Kept, Retention
 from outlast.checkpointing.storage.base import Storage, walk
 from outlast.checkpointing.tools.query import look, pick

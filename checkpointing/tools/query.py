@@ -23,9 +23,12 @@ from outlast.checkpointing.format.layout import (
     model_dir,
 )
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.run_store.catalog import Catalogue, catalogue, list_attempts, list_pins, read_manifest
+from outlast.checkpointing.run_store.catalog import Catalogue, catalogue, read_manifest
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.pins import list_pins
 from outlast.checkpointing.run_store.retention import Kept, Retention
-from outlast.checkpointing.storage.base import Storage, patiently, read_bytes
+from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.retry import patiently
 
 _LOOKS = 5
 
@@ -266,7 +269,7 @@ class _Moved(Exception):
 
 
 def _verify(storage: Storage, run: str, manifest: Manifest, owner: AttemptId | None) -> Verdict:
-    from outlast.checkpointing.restore.reader import verify  # brings torch, which a listing does without
+    from outlast.checkpointing.restore.verify import verify  # brings torch, which a listing does without
 
     directory = checkpoint_dir(run, manifest.ref)
     faults = verify(storage, directory, manifest)
@@ -289,7 +292,7 @@ def find_model(storage: Storage, run: str) -> Verdict | None:
     Raises:
         StorageError: The storage could not be read.
     """
-    from outlast.checkpointing.restore.reader import verify
+    from outlast.checkpointing.restore.verify import verify
 
     owner = catalogue(storage, run).owner
     for attempt in reversed(list_attempts(storage, run)):

@@ -18,9 +18,11 @@ from pathlib import Path
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, checkpoint_name, parse_checkpoint
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
-from outlast.checkpointing.restore.reader import verify
+from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.storage.base import LocalStorage, patiently, read_bytes, walk
+from outlast.checkpointing.storage.base import read_bytes, walk
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.storage.retry import patiently
 
 _log = logging.getLogger(__name__)
 #: Attempts are numbered from 1; a sealed checkpoint belongs to none.

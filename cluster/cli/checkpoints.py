@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Base, Code, Root, Run, Trusted, bring_code, find_run
+from outlast.cluster.cli.options import AsJson, Base, Code, Root, Run, Trusted, bring_code
+from outlast.cluster.config.run_reference import find_run
 from outlast.cluster.formatting import size, when
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import typer
 from outlast.cluster.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from outlast.cluster.preflight.doctor_rules import Finding, Wanted
+    from outlast.cluster.preflight.doctor_rules import Wanted
+    from outlast.cluster.preflight.finding import Finding
 
 #: How its report begins where it runs as a job, so that it is found in the job's log.
 JSON_HEAD = '{"checks": '
@@ -42,7 +43,8 @@ def doctor(
     """
     import os
 
-    from outlast.cluster.preflight.doctor_rules import Level, Wanted
+    from outlast.cluster.preflight.doctor_rules import Wanted
+    from outlast.cluster.preflight.finding import Level
 
     place = address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
     if place and place.startswith(("http://", "https://")):
@@ -64,7 +66,7 @@ def _absolute(place: str) -> str:
 
 
 def _here(address: str | None, wanted: Wanted, quick: bool) -> list[Finding]:
-    from outlast.cluster.driver.launch import ray_session
+    from outlast.cluster.driver.ray_session import ray_session
     from outlast.cluster.jobs.ray_jobs import judge_server
     from outlast.cluster.preflight.doctor import examine, job_server_of
 
@@ -80,7 +82,7 @@ def _through_job_server(
     """The same, run on the cluster by its job server."""
     from outlast.checkpointing.errors import PreflightError
     from outlast.cluster.jobs import ray_jobs as jobs
-    from outlast.cluster.preflight.doctor_rules import Finding, Level
+    from outlast.cluster.preflight.finding import Finding, Level
 
     arguments, declared = ["doctor", "--json", *(["--quick"] if quick else [])], None
     if run_file is not None:

@@ -11,7 +11,7 @@ import typer
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, Overrides
-from outlast.trainers.tasks.registry import TASKS
+from outlast.trainers.config.task_names import TASKS
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 
@@ -69,7 +69,7 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False
     from outlast.cluster.config.run_config import load_run
     from outlast.cluster.preflight.estimate import forecast, lines
     from outlast.cluster.preflight.validate import check_begun
-    from outlast.trainers.models.custom_model import make_importable
+    from outlast.trainers.user_code import make_importable
 
     config, _ = load_run(str(run_file), overrides or [])
     make_importable(str(run_file.parent.absolute()))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli.options import RUN_FILES, Address, AsJson, Root, Run, find_run, writing
+from outlast.cluster.cli.options import Address, AsJson, Root, Run, writing
+from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ def status(
         raise typer.BadParameter("--watch shows the run's storage to people; leave --json and --address out")
     place, name, _ = find_run(run, storage)
     if watch:
-        from outlast.cluster.monitoring import reporter as progress
+        from outlast.cluster.monitoring import watch as watcher
+        from outlast.cluster.monitoring.reporter import terminal
 
-        found = progress.watch(place, name, progress.terminal())
+        found = watcher.watch(place, name, terminal())
         raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(found.state, 1))
     story = StoryReader(place, name).look()
     seen = overview(story, time.time())

@@ -13,14 +13,15 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError, first_line
-from outlast.checkpointing.run_store.attempt_history import Limits
 from outlast.checkpointing.save.save_interval import Every, Unit
 from outlast.cluster.config.run_file import Lines, parse, refused
-from outlast.trainers.config.model import Settings
-from outlast.trainers.config.training_config import Exactness, Parallel, TrainingConfig, check_parallel
+from outlast.cluster.fault_tolerance.restart_policy import Limits
+from outlast.trainers.config.base import Settings
+from outlast.trainers.config.tracking import TrackSettings
+from outlast.trainers.config.train import Exactness, Parallel, check_parallel
+from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import Finding, check, nearest
 from outlast.trainers.config.validation_errors import Path as Place
-from outlast.trainers.tracking.follow import TrackSettings
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 

@@ -18,17 +18,17 @@ from rich.console import Console
 from rich.table import Table
 
 from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.drills import drill
-from outlast.cluster.driver.launch import ray_session
+from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.reporter import Reporter
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.preparation.prepare import Prepared, prepare
-from outlast.trainers.tasks.base import CausalLM
+from outlast.trainers.tasks.causal_lm import CausalLM
 
 NUM_STEPS = 100
 SAVE_EVERY = 10

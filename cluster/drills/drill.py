@@ -24,11 +24,13 @@ from rich.console import Console
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.fault_injection import Action, Fault, Point, read_record, write_record
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests
+from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import Storage, open_storage, read_bytes, walk
+from outlast.checkpointing.storage.base import Storage, read_bytes, walk
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig, load_run
-from outlast.cluster.driver.launch import Launch, ray_session
+from outlast.cluster.driver.launch import Launch
+from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.reporter import Reporter
 from outlast.trainers.loop.train_loop import Outcome

@@ -28,9 +28,9 @@ from ray.train.v2._internal.execution.controller.state import (
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import Journal
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.fault_tolerance.coordinator import ask, find_hub
 from outlast.cluster.formatting import counted

@@ -26,7 +26,7 @@ from outlast.checkpointing.format.layout import RECORD, launch_dir
 from outlast.checkpointing.storage.base import Storage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.preflight.doctor_probe import cpu_capability, find_gpus
-from outlast.trainers.attempt import machine
+from outlast.trainers.host_info import machine
 from outlast.trainers.preparation.prepare import Prepared
 
 #: What a submission knows of the code, which it sends along without its repository.

@@ -26,16 +26,16 @@ import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
-from outlast.trainers.config.model import DataSettings
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.readers import read_files
 from outlast.trainers.data.sources import Source
-from outlast.trainers.models.build import files_of, load_tokenizer
-from outlast.trainers.models.custom_model import make_importable
+from outlast.trainers.data.tokenizer import files_of, load_tokenizer
 from outlast.trainers.preparation.encode import Piece, Split, encode_rows, with_error
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.user_code import make_importable
 
 #: Files of so many bytes together are read one after the other by one task.
 PART_BYTES = 32 * 2**20

@@ -26,7 +26,7 @@ from ray.core.generated.common_pb2 import Language, WorkerType
 from ray.runtime_env import RuntimeEnv
 
 from outlast.cluster.config.run_config import RunConfig
-from outlast.trainers.tasks.registry import TASKS
+from outlast.trainers.config.task_names import TASKS
 
 NUM_SPARE_NODES = 2
 _REHEARSED, _AFTER_S = "OUTLAST_REHEARSED", "OUTLAST_STANDBY_AFTER_S"
@@ -44,20 +44,9 @@ def environment(config: RunConfig) -> dict[str, str]:
     if config.model.path is not None:
         with suppress(OSError, ValueError):
             known = json.loads(Path(config.model.path, "config.json").read_text())
-    hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.warm_standby.warm"}
+    hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.prewarm_hook.warm"}
     first = json.dumps([task, known.get("model_type")])
     return {**hook, _REHEARSED: first, _AFTER_S: str(config.failure.standby_after_s)}
-
-
-def warm() -> None:
-    """What every worker process does first: the imports that it will need."""
-    import outlast.cluster.driver.worker  # noqa: F401
-    from outlast.trainers.prewarm import rehearse
-
-    task, model_type = json.loads(os.environ[_REHEARSED])
-    if task:
-        with suppress(Exception):  # the attempt itself will say so; what is raised here lets no worker start at all
-            rehearse(task, model_type)
 
 
 class Standbys:

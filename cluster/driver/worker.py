@@ -14,14 +14,15 @@ import ray.train.torch
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.run_store.liveness import process_start
-from outlast.checkpointing.storage.base import Storage, open_storage
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.cluster.driver.coordinator_client import Line
 from outlast.cluster.driver.prometheus import Meter
-from outlast.cluster.fault_tolerance.coordinator import Line
 from outlast.cluster.fault_tolerance.failure_cause import RankError
 from outlast.cluster.fault_tolerance.out_of_memory import log_of_this_process
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
 from outlast.trainers.attempt import Assignment, run_attempt
-from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.config.train import Parallel
 from outlast.trainers.distributed.world import World
 
 _IMPORTED_AT = time.time()

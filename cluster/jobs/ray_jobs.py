@@ -7,17 +7,13 @@ Whether a run is done, and how far it is, is read from the run's own storage, wh
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
-import shutil
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -26,22 +22,20 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.driver.provenance import CODE_FILE, code_state
-from outlast.cluster.preflight.doctor_rules import TOKEN_HINT, Finding, Level
+from outlast.cluster.jobs.bundle import _package, bundle
+from outlast.cluster.preflight.finding import TOKEN_HINT, Finding, Level
 from outlast.trainers.checks import preflight
-from outlast.trainers.models.custom_model import make_importable
-from outlast.trainers.tasks.registry import is_dotted
+from outlast.trainers.config.task_names import is_dotted
+from outlast.trainers.user_code import make_importable
 
 STOP_WAIT_S = 600
 _PERIOD_S = 0.5
 _DRIVER_CPUS = 0.01
-_PACKAGES = ("checkpointing", "trainers", "cluster")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +157,8 @@ def check_code(config: RunConfig, code: Path | None) -> None:
     """
     if code is not None:
         make_importable(str(code.absolute()))
-    own = [place for place in (config.model.class_, config.model.task) if place and is_dotted(place)]
+    named = (config.model.class_, config.model.task, config.train.optimizer)
+    own = [place for place in named if place and is_dotted(place)]
     if code is not None or all(find_spec(place.partition(".")[0].partition(":")[0]) for place in own):
         preflight.check_code(config)  # else the cluster has it installed, or says that it has not
 
@@ -240,39 +235,6 @@ def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Ma
     log: str = client.get_job_logs(job)
     client.delete_job(job)
     return log
-
-
-@contextmanager
-def bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
-    """A folder with what travels: the run file and the user's Python files."""
-    with tempfile.TemporaryDirectory(prefix="outlast-submit-") as name:
-        folder = Path(name)
-        work = folder / "work"
-        if code is not None:
-            ignore = shutil.ignore_patterns(".*", "__pycache__", "*.pyc")
-            shutil.copytree(code, work, ignore=lambda path, names: {*ignore(path, names), *_not_python(path, names)})
-        work.mkdir(exist_ok=True)
-        if code is not None:
-            (work / CODE_FILE).write_text(json.dumps(code_state(code)))
-        (work / "run.yaml").write_text(yaml.safe_dump(dict(declared), sort_keys=False))
-        yield folder
-
-
-def _not_python(folder: str, names: list[str]) -> set[str]:
-    """Data stays at home: of a user's folder only Python and its settings travel."""
-    kept = (".py", ".json", ".yaml", ".yml", ".toml", ".txt")
-    return {name for name in names if (Path(folder) / name).is_file() and not name.endswith(kept)}
-
-
-def _package(folder: Path) -> Path:
-    """outlast as a folder that can be imported, from wherever it is installed here."""
-    from importlib import import_module
-
-    package = folder / "outlast"
-    for name in _PACKAGES:
-        [source] = import_module(f"outlast.{name}").__path__
-        shutil.copytree(source, package / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return package
 
 
 def stop_wait_s(config: RunConfig) -> float:

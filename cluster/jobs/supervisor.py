@@ -22,18 +22,20 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError, first_line
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
-from outlast.checkpointing.run_store.attempt_history import GivenUp, counted, judge, read_tries, settings_mark
-from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.attempt_history import read_tries, settings_mark
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import Journal, last_event_at
 from outlast.checkpointing.run_store.liveness import find_rival
-from outlast.checkpointing.storage.base import Storage, open_storage
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.fault_tolerance.failure_cause import gave_up
+from outlast.cluster.fault_tolerance.failure_recorder import gave_up
+from outlast.cluster.fault_tolerance.restart_policy import GivenUp, counted, judge
 from outlast.cluster.jobs import ray_jobs as jobs
 from outlast.cluster.jobs.ray_jobs import Job
-from outlast.cluster.monitoring.timeline import Launch
 from outlast.cluster.monitoring.timeline_reader import StoryReader, list_launches
+from outlast.cluster.monitoring.timeline_records import Launch
 
 POLL_S = 2.0
 SILENT_JOB_S = 180.0

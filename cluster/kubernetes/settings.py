@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.config.model import Settings
+from outlast.trainers.config.base import Settings
 from outlast.trainers.config.validation_errors import Finding, findings
 
 MAX_NAME = 47  # KubeRay makes longer names from it

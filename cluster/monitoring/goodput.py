@@ -29,7 +29,8 @@ from enum import Enum
 from itertools import accumulate
 from math import inf
 
-from outlast.cluster.monitoring.timeline import Attempt, End, Story
+from outlast.cluster.monitoring.timeline import Story
+from outlast.cluster.monitoring.timeline_records import Attempt, End
 
 
 class Kind(Enum):

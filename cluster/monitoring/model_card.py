@@ -16,13 +16,13 @@ from typing import Any
 import yaml
 
 from outlast.checkpointing.format.layout import RECORD, launch_dir
-from outlast.checkpointing.run_store.catalog import read_claim
+from outlast.checkpointing.run_store.claims import read_claim
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
 from outlast.checkpointing.tools.query import Found
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.timeline_reader import StoryReader
-from outlast.trainers.tasks.registry import TASKS
+from outlast.trainers.config.task_names import TASKS
 
 CARD = "README.md"
 #: What the Hub calls the tasks.

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import attempts_of, list_checkpoints, look
+from outlast.checkpointing.tools.query import list_checkpoints, look
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.summary import Overview, overview
 from outlast.cluster.monitoring.timeline import Story
@@ -77,16 +76,3 @@ def _size_change(resize: Mapping[str, Any], failures: Mapping[str, Mapping[str, 
     """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
     cause = "resized" if resize["planned"] else failures.get(str(resize.get("attempt")), {}).get("cause", "unknown")
     return {key: resize.get(key) for key in ("t", "attempt", "before", "now")} | {"cause": cause}
-
-
-def declared_settings(storage: Storage, run: str) -> dict[str, Any]:
-    """The settings of the run's newest claim, as their user wrote them.
-
-    Raises:
-        ConfigError: There is no such run.
-        StorageError: No claim can be read.
-    """
-    for attempt in reversed(attempts_of(storage, run)):
-        if settings := read_claim(storage, run, attempt).get("settings"):
-            return dict(settings)
-    raise StorageError(f"run {run!r} in {storage.url} holds no claim with settings", hint="give the run file instead")

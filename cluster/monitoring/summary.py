@@ -9,7 +9,8 @@ from typing import Any
 
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.cluster.monitoring.goodput import Ledger, account
-from outlast.cluster.monitoring.timeline import Attempt, Save, State, Steps, Story
+from outlast.cluster.monitoring.timeline import State, Story
+from outlast.cluster.monitoring.timeline_records import Attempt, Save, Steps
 
 #: Speed and the time left are those of the last steps.
 WINDOW = 64

@@ -6,15 +6,14 @@ segment that grows is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import Tail
-from outlast.checkpointing.run_store.liveness import is_gone
-from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.run_store.liveness import is_gone, read_alive
+from outlast.checkpointing.storage.base import Storage
 from outlast.cluster.monitoring.timeline import Story
 
 #: A launch that is taken over, or an attempt, may still say something after the next one has begun.
@@ -92,12 +91,3 @@ class StoryReader:
 def list_launches(storage: Storage, run: str) -> list[str]:
     """The run's launches, by name."""
     return [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]
-
-
-def read_alive(storage: Storage, run: str, launch: str) -> dict[str, Any]:
-    """A launch's last sign of life; empty when there is none that can be read."""
-    try:
-        body = json.loads(read_bytes(storage, f"{launch_dir(run, launch)}/alive.json"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}

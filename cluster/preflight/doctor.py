@@ -23,12 +23,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, first_line
 from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.preemption import draining_nodes
 from outlast.cluster.preflight import doctor_probe, doctor_rules
 from outlast.cluster.preflight.doctor_probe import Probe
-from outlast.cluster.preflight.doctor_rules import Facts, Finding, Level, Wanted
+from outlast.cluster.preflight.doctor_rules import Facts, Wanted
+from outlast.cluster.preflight.finding import Finding, Level
 
 ANSWER_S = 60.0
 NAMES_S = 200.0  # three name servers that do not answer, asked twice

@@ -66,7 +66,7 @@ class Probe:
 
     @property
     def _storage(self) -> Any:
-        from outlast.checkpointing.storage.base import open_storage
+        from outlast.checkpointing.storage.factory import open_storage
 
         assert self._place is not None
         return open_storage(self._place)

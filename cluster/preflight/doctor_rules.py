@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from outlast.cluster.formatting import counted, size
+from outlast.cluster.preflight.finding import Finding, Level
 
-TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 GIB = 2**30
 #: Ray puts nothing more on a disk that is fuller than this.
 FULL_SHARE = 0.95
@@ -28,31 +27,6 @@ SLOW_LINK = 10e6
 SLOW_NAME_S = 1.0
 #: File systems that several machines mount; only there can a listing lag behind.
 NETWORKED = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "gpfs", "beegfs", "9p", "glusterfs", "virtiofs", "afs")
-
-
-class Level(Enum):
-    """How bad it is."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        level: How bad it is.
-        check: What was examined.
-        text: What was found, and on which node.
-        hint: What to do.
-    """
-
-    level: Level
-    check: str
-    text: str
-    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,14 @@ from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage, open_storage
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig, expand, load_run, override, read_run_file
 from outlast.cluster.config.run_file import Located, SettingsError, located_in
 from outlast.trainers.config.model import is_hub_id
+from outlast.trainers.config.task_names import is_dotted
 from outlast.trainers.config.validation_errors import Finding
 from outlast.trainers.config.validation_errors import Path as Place
-from outlast.trainers.tasks.registry import is_dotted
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) ->
         config = _without(path, overrides, [item.finding.path for item in wrong])
     if config is None:
         return wrong
-    from outlast.trainers.models.custom_model import make_importable
+    from outlast.trainers.user_code import make_importable
 
     make_importable(str(Path(path).parent.absolute()))
     config = config.at_home(Path(path).parent)
@@ -160,7 +161,7 @@ def _eval_columns(config: RunConfig) -> None:
 
 
 def _batch(config: RunConfig) -> None:
-    from outlast.trainers.loop.train_loop import make_plan
+    from outlast.trainers.data.sampler import make_plan
 
     make_plan(config, 1, config.scale.max_workers)
 
@@ -204,7 +205,7 @@ def _storage(config: RunConfig) -> None:
 
 def check_begun(config: RunConfig) -> None:
     """Raises ConfigError if a run of this name has begun in the storage, and with other settings."""
-    from outlast.trainers.attempt import check_unchanged
+    from outlast.trainers.checks.resume_checks import check_unchanged
 
     _storage(config)
     check_unchanged(catalogue(open_storage(config.checkpoint.storage), config.name).declaration, config, None)

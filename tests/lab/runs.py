@@ -12,9 +12,11 @@ from typing import Any
 import yaml
 
 from outlast.checkpointing.format.layout import attempt_dir
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts, read_claim
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import read_events
-from outlast.checkpointing.storage.base import LocalStorage, Storage
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.monitoring.status import read_status
 from tests.lab.hosts import Lab

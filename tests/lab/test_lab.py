@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts, read_claim, run_events
-from outlast.checkpointing.storage.base import LocalStorage, open_storage
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment

@@ -8,7 +8,7 @@ from typing import Any
 
 from outlast.checkpointing.format.layout import CLAIM, AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.run_store.journal import EVENTS
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.timeline import Story
 
 Event = dict[str, Any]

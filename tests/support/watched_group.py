@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.fault_tolerance.coordinator import Hub
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
 from outlast.trainers.loop.progress import Phase, Pulse

@@ -25,9 +25,10 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.fault_injection import Action, Fault, Point
 from outlast.checkpointing.format.layout import CheckpointRef, checkpoint_dir
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.restore.reader import tensor_digests
+from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage, Storage
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.loop.progress import Phase

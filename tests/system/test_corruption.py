@@ -20,15 +20,16 @@ from torch import nn
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.layout import CLAIM, MANIFEST, checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests, verify
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.restore.verify import tensor_digests, verify
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.loop.optimizer import make_optimizer
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
-from outlast.trainers.tasks.base import CausalLM
+from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
 from tests.support.small_model import digests_of
 from tests.support.worker_group import StopAt, digests, losses, resumed, run_group

@@ -15,7 +15,7 @@ from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.run_store.catalog import catalogue
 from outlast.checkpointing.save.staging import Snapshot
 from outlast.checkpointing.state.shards import part_of
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.small_model import digests_of

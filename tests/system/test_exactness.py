@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import Parallel
-from outlast.trainers.data.sampler import Plan
-from outlast.trainers.loop.train_loop import Outcome, make_plan
+from outlast.trainers.config.train import Parallel
+from outlast.trainers.data.sampler import Plan, make_plan
+from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.support.recording_task import FOLDER
 from tests.support.task_cases import CASES

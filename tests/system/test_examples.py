@@ -21,14 +21,14 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.preflight import check_model
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.custom_model import make_importable
 from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.preparation.prepare import prepare
+from outlast.trainers.user_code import make_importable
 from tests.support.small_model import digests_of, small_model, train_step
 from tests.support.worker_group import digests, newest, resumed, run_group, start_script
 

@@ -15,7 +15,7 @@ import pytest
 
 from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference

@@ -21,9 +21,11 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.format.layout import MANIFEST, checkpoint_dir
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.restore.reader import verify
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts, run_events
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.restore.verify import verify
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference

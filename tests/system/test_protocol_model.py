@@ -12,7 +12,8 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import CLAIM, MANIFEST, AttemptId, parse_checkpoint
 from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
+from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.protocol_model import Bounds, Rules, World, advance, explore, number_of, numbered
 from tests.support.small_model import small_model, train_step
 

@@ -18,17 +18,22 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.fault_injection import Action, Fault, Point
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests
-from outlast.checkpointing.run_store.catalog import catalogue, list_pins, run_events
+from outlast.checkpointing.restore.verify import tensor_digests
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.run_store.pins import list_pins
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage, Storage, open_storage, read_bytes, walk
-from outlast.checkpointing.storage.multipart_uploads import _client, abort_orphans, abort_uploads
+from outlast.checkpointing.save.commit import abort_orphans
+from outlast.checkpointing.storage.base import Storage, read_bytes, walk
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.storage.multipart_uploads import _client, abort_uploads
 from outlast.checkpointing.storage.object_store import ObjectStorage
 from outlast.checkpointing.tools.export import export_directory, read_content
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
 from outlast.checkpointing.tools.query import find, verify_run
 from outlast.cluster.drills import demo
-from outlast.cluster.driver.launch import Launch, ray_session
+from outlast.cluster.driver.launch import Launch
+from outlast.cluster.driver.ray_session import ray_session
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import _find, prepare

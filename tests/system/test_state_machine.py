@@ -34,10 +34,12 @@ from outlast.checkpointing.format.layout import (
     checkpoint_dir,
     parse_checkpoint,
 )
-from outlast.checkpointing.restore.reader import tensor_digests, verify
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts
+from outlast.checkpointing.restore.verify import tensor_digests, verify
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import Buffer, LocalStorage
+from outlast.checkpointing.storage.base import Buffer
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.small_model import digests_of, small_model, train_step
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None

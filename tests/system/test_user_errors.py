@@ -25,13 +25,14 @@ from outlast.checkpointing.format import manifest
 from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.run_store.catalog import catalogue
 from outlast.checkpointing.run_store.liveness import Alive
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_file import SettingsError
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import train_bpe
 from outlast.trainers.preparation.prepare import prepare
 from tests.cluster.jobs.test_ray_jobs import Cluster
 from tests.support.command import Command

@@ -16,11 +16,11 @@ from outlast.checkpointing.state.model_weights import Naming, named_weights
 from outlast.checkpointing.state.optimizer_state import deal, optimizer_tensors
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.checks.preflight import check_model
-from outlast.trainers.config.training_config import Exactness, Parallel, TrainingConfig
-from outlast.trainers.data.sampler import share
+from outlast.trainers.config.train import Exactness, Parallel
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.sampler import make_plan, share
 from outlast.trainers.distributed.tree_allreduce import TreeSum
 from outlast.trainers.loop.optimizer import make_optimizer
-from outlast.trainers.loop.train_loop import make_plan
 from outlast.trainers.models.build import naming_of
 from outlast.trainers.preparation.prepare import Prepared
 

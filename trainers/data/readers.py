@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.data.sources import Source, find_sources
 
 _BATCH_ROWS = 1024

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.trainers.config.training_config import Exactness
-from outlast.trainers.models.custom_model import carried_state
+from outlast.checkpointing.state.model_weights import carried_state
+from outlast.trainers.config.train import Exactness
 
 
 class Still:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from outlast.trainers.config.training_config import EarlyStoppingSettings
+from outlast.trainers.config.train import EarlyStoppingSettings
 
 
 @dataclass(frozen=True, slots=True)

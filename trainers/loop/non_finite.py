@@ -17,11 +17,11 @@ from torch import nn
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import attempt_dir
-from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
-from outlast.trainers.config.training_config import NonFinite
+from outlast.checkpointing.state.model_weights import carried_state
+from outlast.trainers.config.train import NonFinite
 from outlast.trainers.distributed.world import World
-from outlast.trainers.models.custom_model import carried_state
 
 #: So many steps in a row that had to be left out mean that the run is broken, not a batch.
 MAX_IN_A_ROW = 10

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from statistics import median
+
+import torch
 
 _NUM_STEPS = 64
 _NUM_WORK = 32
@@ -81,3 +85,51 @@ class Pulse:
         """The median of what was `worked` lately; None until there is enough of it."""
         work = list(self._work)
         return median(work) if self.tells_work and len(work) == _NUM_WORK else None
+
+
+class Stopwatch:
+    """Adds up the seconds of a rank's forward passes, on the device's own clock where it has one.
+
+    Args:
+        device: Where they run.
+        listener: Hears what a micro-batch took.
+    """
+
+    def __init__(self, device: torch.device, listener: Callable[[float], None]) -> None:
+        self._listener = listener
+        self._is_cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self._is_cuda:
+            span = (self._mark(), self._mark())
+            span[0].record()
+            yield
+            span[1].record()
+            self._spans.append(span)
+            return
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+    @staticmethod
+    def _mark() -> torch.cuda.Event:
+        mark: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        return mark
+
+    def tell(self, data_s: float, num_micro: int) -> None:
+        """Tells of the step before. To be called when the device has caught up with it; else it waits for that.
+
+        Args:
+            data_s: What reading a step's data took.
+            num_micro: The micro-batches that this rank does in a step.
+        """
+        seconds, self._seconds = self._seconds, 0.0
+        for begin, end in self._spans:
+            end.synchronize()
+            seconds += begin.elapsed_time(end) / 1000
+        self._spans.clear()
+        if num_micro and seconds:
+            self._listener((data_s + seconds) / num_micro)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import last_event_at
 from outlast.checkpointing.save.save_interval import Costs, Every, Unit
 from outlast.checkpointing.storage.base import Storage

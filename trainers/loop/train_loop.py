@@ -28,27 +28,24 @@ from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpoint
 from outlast.checkpointing.fault_injection import Point, reach
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.run_store.retention import Kept
-from outlast.trainers.config.training_config import Exactness, NonFinite, TrainingConfig
+from outlast.trainers.config.train import Exactness, NonFinite
+from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
-from outlast.trainers.data.sampler import Plan, share
+from outlast.trainers.data.sampler import make_plan, share
+from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.fsdp import whole
 from outlast.trainers.distributed.tree_allreduce import TreeReducer
-from outlast.trainers.distributed.world import World, seed_everything
+from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.buffer_guard import watch_buffers
+from outlast.trainers.loop.compilation import prepare_module
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.early_stopping import patience
 from outlast.trainers.loop.evaluation import evaluate
-from outlast.trainers.loop.mixed_precision import (
-    Stopwatch,
-    apply_gradients,
-    load_scaler,
-    make_scaler,
-    prepare_module,
-    scaler_state,
-)
+from outlast.trainers.loop.lr_schedule import learning_rate
+from outlast.trainers.loop.mixed_precision import apply_gradients, load_scaler, make_scaler, scaler_state
 from outlast.trainers.loop.non_finite import Finite, NonFiniteError, RolledBack, gradient_norm, or_nan
-from outlast.trainers.loop.optimizer import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
-from outlast.trainers.loop.progress import Phase
+from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer
+from outlast.trainers.loop.progress import Phase, Stopwatch
 from outlast.trainers.loop.save_timer import Pace
 from outlast.trainers.loop.step_state import Agreed, Pending, Save
 from outlast.trainers.tasks.base import Batch, Task
@@ -65,24 +62,6 @@ class Outcome(Enum):
     def exit_code(self) -> int:
         """0 done, 75 interrupted and resumable."""
         return 0 if self is Outcome.DONE else 75
-
-
-def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan:
-    """The walk through the data.
-
-    Raises:
-        ConfigError: More ranks than micro-batches in a step, or an optimizer that is not there.
-    """
-    train = config.train
-    resolve(train)
-    if train.batch // train.micro_batch < world_size:
-        raise ConfigError(
-            f"{world_size} workers, but a batch of {train.batch} holds only {train.batch // train.micro_batch} "
-            f"micro-batches of {train.micro_batch}: some workers would have nothing to do",
-            hint="use fewer workers, a larger train.batch or a smaller train.micro_batch",
-        )
-    total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
-    return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
 
 
 class Loop:

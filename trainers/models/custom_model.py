@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,10 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import WEIGHTS
 from outlast.checkpointing.format.safetensors import Spec
-from outlast.checkpointing.state.model_weights import check_weights, named_weights, parameter_names
+from outlast.checkpointing.state.model_weights import check_weights, named_weights
 from outlast.checkpointing.tools.export import CONFIG
 from outlast.trainers.blame import told
-from outlast.trainers.tasks.registry import imported
-
-
-def make_importable(folder: str) -> None:
-    """Lets Python find modules in this directory, after all others: it must not hide what is installed."""
-    if folder and Path(folder).is_dir() and folder not in sys.path:
-        sys.path.append(folder)
+from outlast.trainers.user_code import imported
 
 
 def load_class(place: str) -> Any:
@@ -88,10 +81,3 @@ def load_plain(model_class: Any, folder: Path) -> nn.Module:
         for name, tensor in named_weights(model).items():
             tensor.copy_(found[name])
     return model
-
-
-def carried_state(model: nn.Module) -> list[str]:
-    """Names of what is saved and is no parameter: running means, memories. A forward pass may change it, and then what
-    a rank computes depends on the micro-batches that it had before.
-    """
-    return sorted(named_weights(model).keys() - parameter_names(model))

@@ -18,10 +18,9 @@ import xxhash
 
 from outlast.checkpointing.errors import ConfigError, first_line
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.checkpointing.state.model_weights import Naming, plain_name, unwrap
+from outlast.checkpointing.state.model_weights import Naming, carried_state, plain_name, unwrap
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS
 from outlast.trainers.config.model import LoraSettings
-from outlast.trainers.models.custom_model import carried_state
 
 CONFIG = "adapter_config.json"
 

@@ -22,15 +22,16 @@ import xxhash
 from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry
 from outlast.checkpointing.save.writer import write_file
-from outlast.checkpointing.storage.base import LocalStorage, Storage, read_bytes
+from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.multipart_uploads import abort_uploads
-from outlast.trainers.config.model import DataSettings
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Sample, Samples, Written, write_packed, write_samples
 from outlast.trainers.data.columns import Chosen, choose_columns, name_of, texts_in
 from outlast.trainers.data.readers import BadRows, usable
 from outlast.trainers.data.sources import digest_sources, find_sources
-from outlast.trainers.models.build import Tokenizer, files_of, load_tokenizer, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, files_of, load_tokenizer, train_bpe
 from outlast.trainers.preparation.encode import Piece, Place, Split, here, usable_pieces
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
 from outlast.trainers.tasks.base import Record, Task

@@ -11,12 +11,13 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.model_weights import unwrap
-from outlast.trainers.config.model import DataSettings
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.chat_template import chat_template, encode_chat
 from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.models.build import Tokenizer
-from outlast.trainers.tasks.base import IGNORED, NUM_NEW_TOKENS, Batch, Record, Task, ints, next_token_loss, write_on
+from outlast.trainers.data.tokenizer import Tokenizer
+from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, ints, next_token_loss
+from outlast.trainers.tasks.generation import NUM_NEW_TOKENS, write_on
 
 _Tokens = tuple[list[int], list[bool]]
 

@@ -12,10 +12,10 @@ from torch.nn import functional
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, Kind, name_of
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, Sums, Task, TokenTask, ints
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, TokenTask, ints
 
 if TYPE_CHECKING:
-    from outlast.trainers.config.model import DataSettings
+    from outlast.trainers.config.data import DataSettings
 
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 _OF_TRANSFORMERS = {
@@ -23,9 +23,6 @@ _OF_TRANSFORMERS = {
     MULTI: "multi_label_classification",
     REGRESSION: "regression",
 }
-#: What frames texts for an encoder: one, and two.
-BERT_TEMPLATE = ("<|cls|> $A <|sep|>", "<|cls|> $A <|sep|> $B:1 <|sep|>:1")
-BERT_TOKENS = {"pad_token": "<|pad|>", "cls_token": "<|cls|>", "sep_token": "<|sep|>", "mask_token": "<|mask|>"}
 
 
 def sort_classes(settings: DataSettings, role: str, found: Iterable[str]) -> list[str]:

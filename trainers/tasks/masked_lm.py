@@ -12,8 +12,7 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, TokenTask, ints
-from outlast.trainers.tasks.classification import BERT_TEMPLATE, BERT_TOKENS
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, TokenTask, ints
 
 NUM_GUESSES = 5
 

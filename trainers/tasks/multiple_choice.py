@@ -15,11 +15,10 @@ from torch.nn import functional
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, Sums, Task, ints, mask, pad
-from outlast.trainers.tasks.classification import BERT_TEMPLATE, BERT_TOKENS
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, ints, mask, pad
 
 if TYPE_CHECKING:
-    from outlast.trainers.config.model import DataSettings
+    from outlast.trainers.config.data import DataSettings
 
 
 class MultipleChoice(Task):

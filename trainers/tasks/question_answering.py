@@ -12,12 +12,11 @@ from torch.nn import functional
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.tasks.base import Batch, Record, Sums, Task, ints
-from outlast.trainers.tasks.classification import BERT_TEMPLATE, BERT_TOKENS
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, Batch, Record, Sums, Task, ints
 
 if TYPE_CHECKING:
-    from outlast.trainers.config.model import DataSettings
-    from outlast.trainers.models.build import Tokenizer
+    from outlast.trainers.config.data import DataSettings
+    from outlast.trainers.data.tokenizer import Tokenizer
 
 MAX_ANSWER_TOKENS = 30
 NUM_STARTS = 20

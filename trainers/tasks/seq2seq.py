@@ -10,7 +10,8 @@ from torch import nn
 from outlast.checkpointing.state.model_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.tasks.base import Batch, Record, TokenTask, ints, write_on
+from outlast.trainers.tasks.base import Batch, Record, TokenTask, ints
+from outlast.trainers.tasks.generation import write_on
 
 
 class Seq2SeqLM(TokenTask):

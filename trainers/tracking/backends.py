@@ -15,8 +15,10 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import trackers_dir
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
-from outlast.trainers.tracking.follow import Name, Place, Seen, Sink
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.config.tracking import Name
+from outlast.trainers.tracking.base import Place, Seen, Sink
 
 SEGMENT_BYTES = 2**20
 PUT_S = 30.0

@@ -8,58 +8,31 @@ already is not sent again, and what a killed attempt had no time to send is take
 from __future__ import annotations
 
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
-
-from pydantic import Field, field_validator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError, first_line
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir
-from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.storage.base import Storage
-from outlast.trainers.config.model import Settings
+from outlast.trainers.config.tracking import Name, TrackSettings
+from outlast.trainers.tracking.base import Event, Place, Seen, Sink
 
 if TYPE_CHECKING:
     from outlast.checkpointing.checkpointer import Checkpointer
 
 T = TypeVar("T")
-Name = Literal["tensorboard", "mlflow", "wandb"]
-Event = Mapping[str, Any]
 
 QUEUE_EVENTS = 10_000
 CLOSE_S = 10.0
 _PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 _MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",), "wandb": ("wandb",)}
-_SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
-
-
-class TrackSettings(Settings):
-    """Which tools get the run's metrics, beside its own journal."""
-
-    to: list[Name] | None = None
-    """tensorboard, mlflow, wandb; [] for none. Default: tensorboard, where a worker has it."""
-    project: str = "outlast"
-    """The experiment in MLflow, the project in Weights & Biases."""
-    options: dict[Name, dict[str, Any]] = Field(default_factory=dict)
-    """What else a tracker is to know, by its name, such as `wandb: {entity: my-team}`: arguments of accelerate's
-    trackers. Places and credentials come from the environment alone (MLFLOW_TRACKING_URI, WANDB_API_KEY, …)."""
-
-    @field_validator("options")
-    @classmethod
-    def _holds_no_secret(cls, value: dict[Name, dict[str, Any]]) -> dict[Name, dict[str, Any]]:
-        for name, options in value.items():
-            for key in options:
-                if _SECRET.search(key):
-                    raise ValueError(f"{name}.{key} looks like a credential, which belongs into the environment")
-        return value
 
 
 def is_installed(name: str) -> bool:
@@ -89,61 +62,6 @@ def values_of(event: Event) -> dict[str, float]:
         case "save":
             found = {"save/waited_s": event["blocked_s"], "save/commit_s": event["commit_s"]}
     return {name: float(value) for name, value in found.items() if value is not None}
-
-
-@dataclass(slots=True)
-class Seen:
-    """How far a tracker has come.
-
-    Attributes:
-        floor: The newest step of whatever is not in `by_name`.
-        by_name: The newest step of each value.
-    """
-
-    floor: int = -1
-    by_name: dict[str, int] = field(default_factory=dict)
-
-    def news(self, values: Mapping[str, float], step: int) -> dict[str, float]:
-        """Those of the values that the tracker has not got yet, which from now on it has."""
-        fresh = {name: value for name, value in values.items() if step > self.by_name.get(name, self.floor)}
-        self.by_name |= dict.fromkeys(fresh, step)
-        return fresh
-
-
-class Sink(Protocol):
-    """A tracker, as its thread uses it. All but `name` may raise anything, and take long."""
-
-    name: str
-
-    def open(self) -> Seen:
-        """Finds the run's tracker run, or begins it."""
-
-    def log(self, values: Mapping[str, float], step: int, at: float) -> None:
-        """Takes values of a step, which happened at `at`, in seconds since the epoch."""
-
-    def close(self) -> None:
-        """Hands everything over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What a tracker knows of the run.
-
-    Attributes:
-        storage: Where the run lies.
-        run: Its name.
-        id: Names it among all runs: another one of this name has another.
-        settings: Its settings as declared, flat.
-        project: The setting of that name.
-        options: Those of this tracker.
-    """
-
-    storage: Storage
-    run: str
-    id: str
-    settings: Mapping[str, Any]
-    project: str
-    options: Mapping[str, Any]
 
 
 class _GaveUp(Exception):

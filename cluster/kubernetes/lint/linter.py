@@ -17,7 +17,7 @@ from outlast.cluster.kubernetes.lint.placement_rules import placement_risks, unw
 from outlast.cluster.kubernetes.lint.pod_security_rules import security_complaints
 from outlast.cluster.kubernetes.lint.reliability_rules import budget_complaints, claim_complaints, risks
 from outlast.cluster.kubernetes.lint.secret_rules import config_map_complaints, secrets_written_down
-from outlast.cluster.preflight.doctor_rules import Finding, Level
+from outlast.cluster.preflight.finding import Finding, Level
 
 _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[Complaint]]]]] = {
     "RayJob": [

@@ -21,7 +21,8 @@ from outlast.checkpointing.run_store.catalog import Catalogue
 from outlast.checkpointing.tools.query import Verdict
 from outlast.cluster.monitoring.goodput import Kind, Ledger, Span
 from outlast.cluster.monitoring.summary import Overview, interruptions, verified
-from outlast.cluster.monitoring.timeline import Attempt, End, Evaluation, Story
+from outlast.cluster.monitoring.timeline import Story
+from outlast.cluster.monitoring.timeline_records import Attempt, End, Evaluation
 
 MOST_POINTS = 3000
 MOST_EVALS = 600

@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import Any
 
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.run_store.catalog import list_pins
+from outlast.checkpointing.run_store.pins import list_pins
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import look, verify_run
 from outlast.cluster.formatting import finite
@@ -86,7 +86,7 @@ def run_report(run: str, storage: str = "./runs", *, verify: bool = False) -> Re
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    from outlast.cluster.cli.options import find_run
+    from outlast.cluster.config.run_reference import find_run
 
     place, name, _ = find_run(str(run), storage)
     return Report.of(place, name, verify=verify)

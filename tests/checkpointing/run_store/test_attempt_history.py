@@ -12,20 +12,11 @@ from hypothesis import strategies as st
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, launch_dir
-from outlast.checkpointing.run_store.attempt_history import (
-    Ending,
-    GivenUp,
-    Limits,
-    Try,
-    counted,
-    judge,
-    read_tries,
-    settings_mark,
-    to_pass_over,
-)
+from outlast.checkpointing.run_store.attempt_history import Ending, Try, read_tries, settings_mark, to_pass_over
 from outlast.checkpointing.run_store.catalog import catalogue
 from outlast.checkpointing.run_store.journal import Journal
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.fault_tolerance.restart_policy import GivenUp, Limits, counted, judge
 from tests.support.small_model import digests_of, small_model, train_step
 
 NOW = "now"

@@ -27,18 +27,12 @@ from outlast.checkpointing.format.layout import (
     checkpoint_dir,
     parse_checkpoint,
 )
-from outlast.checkpointing.restore.reader import verify
-from outlast.checkpointing.run_store.catalog import (
-    catalogue,
-    claim,
-    higher_claim,
-    launch_is_superseded,
-    list_attempts,
-    read_claim,
-    run_events,
-)
+from outlast.checkpointing.restore.verify import verify
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.run_store.claims import claim, higher_claim, launch_is_superseded, list_attempts, read_claim
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import Buffer, LocalStorage
+from outlast.checkpointing.storage.base import Buffer
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.small_model import digests_of, small_model, train_step
 
 

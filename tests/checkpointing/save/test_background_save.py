@@ -15,11 +15,13 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimize
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests
+from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import catalogue, run_events
 from outlast.checkpointing.save import staging as snapshot
 from outlast.checkpointing.save.staging import Copy
-from outlast.checkpointing.storage.base import Entry, LocalStorage, open_storage
+from outlast.checkpointing.storage.base import Entry
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.small_model import digests_of, small_model, train_step
 
 

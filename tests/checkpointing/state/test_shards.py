@@ -21,14 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.format.safetensors import Spec
-from outlast.checkpointing.restore.reader import tensor_digest, tensor_digests, verify
+from outlast.checkpointing.restore.verify import tensor_digest, tensor_digests, verify
 from outlast.checkpointing.run_store.catalog import catalogue
 from outlast.checkpointing.save import writer
 from outlast.checkpointing.save.writer import weight_files
 from outlast.checkpointing.state.model_weights import named_weights
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
 from outlast.checkpointing.state.shards import Box
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.ranks import on_ranks
 
 KINDS = ["ddp", "fsdp", "fsdp-nested", "fsdp-compiled", "fsdp-mixed"]

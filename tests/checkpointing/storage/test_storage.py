@@ -16,9 +16,11 @@ import pytest
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.restore.reader import verify
+from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import Entry, LocalStorage, Storage, open_storage, read_bytes, walk
+from outlast.checkpointing.storage.base import Entry, Storage, read_bytes, walk
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.object_store import ObjectStorage
 from tests.support.s3_server import BUCKET, s3_server
 from tests.support.small_model import digests_of, small_model, train_step

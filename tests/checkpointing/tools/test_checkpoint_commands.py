@@ -25,13 +25,13 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import decode
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.diff import Change, compare_tensors
 from outlast.checkpointing.tools.export import Content, Dtype, converted, export_directory, read_content
 from outlast.checkpointing.tools.query import find
 from outlast.checkpointing.tools.slow_tokenizer_files import old_vocabulary
 from outlast.cluster.cli.main import main
-from outlast.trainers.models.build import Tokenizer, files_of, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, files_of, train_bpe
 from outlast.trainers.models.torch_export import write_state_dict
 
 PAGE = Path(__file__).parents[3] / "docs/checkpoints.md"

@@ -11,10 +11,13 @@ import pytest
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.layout import CheckpointRef, attempt_dir, checkpoint_dir, pin_path
-from outlast.checkpointing.run_store.catalog import catalogue, claim, is_being_deleted, list_pins
+from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.claims import claim
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
+from outlast.checkpointing.run_store.pins import is_being_deleted, list_pins
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
+from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
 from outlast.checkpointing.tools.query import list_checkpoints, verify_run
 from tests.support.small_model import digests_of, small_model, train_step

@@ -14,7 +14,7 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import read_record, write_record
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.drills.drill import FinalState, Kind, differences, kinds_of
 from tests.support.s3_server import s3_server
 from tests.support.worker_group import tiny_config

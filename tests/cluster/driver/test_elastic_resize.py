@@ -11,12 +11,13 @@ import pytest
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.journal import Journal
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
+from outlast.cluster.driver.coordinator_client import Line
 from outlast.cluster.fault_tolerance import coordinator as hub_module
-from outlast.cluster.fault_tolerance.coordinator import Hub, Line, Wish
+from outlast.cluster.fault_tolerance.coordinator import Hub, Wish
 from outlast.cluster.monitoring.status import read_status
-from outlast.trainers.loop.train_loop import make_plan
+from outlast.trainers.data.sampler import make_plan
 from tests.support.worker_group import tiny_config
 
 REASON = "the group is resized from 2 to 3 workers"

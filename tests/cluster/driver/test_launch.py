@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from outlast.checkpointing.run_store.catalog import catalogue, read_claim, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.run_store.claims import read_claim
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from outlast.checkpointing.fault_injection import Action, Fault, Point
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.prometheus import GAUGES

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import show_checkpoint
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.provenance import CODE_FILE, DIFF, DIFF_BYTES, code_state, keep_record, packages, resolved
-from outlast.cluster.jobs.ray_jobs import bundle
+from outlast.cluster.jobs.bundle import bundle
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare

@@ -15,14 +15,17 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.attempt_history import Ending, Limits, read_tries
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.attempt_history import Ending, read_tries
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.driver.coordinator_client import Line
 from outlast.cluster.fault_tolerance import coordinator as hub
 from outlast.cluster.fault_tolerance import failure_cause as failures
-from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, Recorder, classify
+from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, classify
+from outlast.cluster.fault_tolerance.failure_recorder import Recorder, own_log
 from outlast.cluster.fault_tolerance.out_of_memory import was_killed_by_kernel
 from outlast.cluster.fault_tolerance.preemption import Watch
-from outlast.trainers.attempt import num_oom_kills
+from outlast.cluster.fault_tolerance.restart_policy import Limits
+from outlast.trainers.host_info import num_oom_kills
 
 RESET = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer. gloo")
 BUG = ValueError("the user's own\nlabels are wrong")
@@ -135,7 +138,7 @@ def test_a_save_at_the_notice_and_one_at_the_end() -> None:
 
 def test_the_last_save_begins_the_earlier_the_longer_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "find_hub", lambda launch: None)
-    line = hub.Line("no-launch", 0, 1)
+    line = Line("no-launch", 0, 1)
     line.watch(["ours"])
     assert line._watch is not None
     line.progress({"event": "commit", "step": 8, "seconds": 80.0})  # before the notice: the storage was slow
@@ -167,7 +170,7 @@ def test_the_log_of_a_rank_is_kept_where_it_would_go_with_its_driver(tmp_path: P
     assert "terminate called" in Path(log).read_text()
     gone = Failure(Cause.WORKER_DIED, 1, "the worker died")
     assert (gone.where(mine, log), gone.where(mine)) == (f"rank 1, log {log}", "rank 1")
-    assert failures.own_log([{"rank": 1, "host": "far", "log": "/tmp/ray/worker.err"}], 1) == ""
+    assert own_log([{"rank": 1, "host": "far", "log": "/tmp/ray/worker.err"}], 1) == ""
 
 
 def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(

@@ -11,7 +11,7 @@ import yaml
 
 from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.attempt_history import settings_mark
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed

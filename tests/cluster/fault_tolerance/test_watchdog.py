@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim, run_events
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.storage.base import LocalStorage, open_storage
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.hang_detection import Beat, Group, find_hang, find_slow
 from outlast.cluster.fault_tolerance.watchdog import EXIT_CODE, Watchdog
 from outlast.trainers.attempt import Assignment

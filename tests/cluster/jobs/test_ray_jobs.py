@@ -24,9 +24,10 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests
+from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage, open_storage
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.ray_jobs import check_reachable
 from outlast.trainers.attempt import Assignment

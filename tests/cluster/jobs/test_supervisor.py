@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
-from outlast.checkpointing.run_store.attempt_history import GivenUp, settings_mark
+from outlast.checkpointing.run_store.attempt_history import settings_mark
 from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.fault_tolerance.restart_policy import GivenUp
 from outlast.cluster.jobs.ray_jobs import Job
 from outlast.cluster.jobs.supervisor import LONGEST_PAUSE_S, SILENT_JOB_S, Next, Pulse, Supervisor, decide, pause_s
 from outlast.cluster.monitoring.status import read_status

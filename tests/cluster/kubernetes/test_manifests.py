@@ -19,7 +19,7 @@ from outlast.cluster.config.run_config import RunConfig, load_run
 from outlast.cluster.kubernetes.lint.linter import lint
 from outlast.cluster.kubernetes.render import cautions, job_name, render, to_yaml
 from outlast.cluster.kubernetes.settings import K8sSettings, k8s_settings
-from outlast.cluster.preflight.doctor_rules import Level
+from outlast.cluster.preflight.finding import Level
 from tests.support.kubernetes import RELEASE, ROOT, RUNS, Read, check_core, crd_checker, mounts, pods, read_run
 
 

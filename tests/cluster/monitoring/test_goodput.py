@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from outlast.cluster.monitoring.goodput import Kind, Ledger, account
-from outlast.cluster.monitoring.timeline import LOST_AFTER_S, Story
+from outlast.cluster.monitoring.timeline import Story
+from outlast.cluster.monitoring.timeline_records import LOST_AFTER_S
 from tests.support.timelines import (
     attempt,
     done,

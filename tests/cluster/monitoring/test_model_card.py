@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.format.layout import RECORD, launch_dir
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content, read_content
 from outlast.checkpointing.tools.query import find
 from outlast.cluster.monitoring.model_card import card

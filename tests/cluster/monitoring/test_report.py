@@ -24,10 +24,10 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.liveness import Alive
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.report.data import MOST_POINTS, MOST_SPANS, page_data, thin
 from outlast.cluster.monitoring.report.report import Report, run_report
 from outlast.cluster.monitoring.summary import overview

@@ -15,13 +15,15 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.format.layout import attempt_dir, launch_dir
 from outlast.checkpointing.run_store import journal as journal_module
-from outlast.checkpointing.run_store.attempt_history import Limits
-from outlast.checkpointing.run_store.catalog import claim, run_events
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.claims import claim
 from outlast.checkpointing.run_store.journal import Journal, Tail, read_events
-from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
+from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance import coordinator as hub
 from outlast.cluster.fault_tolerance import failure_cause as failures
-from outlast.cluster.fault_tolerance.failure_cause import Recorder
+from outlast.cluster.fault_tolerance.failure_recorder import Recorder
+from outlast.cluster.fault_tolerance.restart_policy import Limits
 from outlast.cluster.monitoring.goodput import Kind, account
 from outlast.cluster.monitoring.summary import overview
 from outlast.cluster.monitoring.timeline import State

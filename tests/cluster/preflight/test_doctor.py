@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from outlast.cluster.preflight import doctor_rules as rules
-from outlast.cluster.preflight.doctor_rules import Level, Wanted
+from outlast.cluster.preflight.doctor_rules import Wanted
+from outlast.cluster.preflight.finding import Finding, Level
 from tests.cluster.jobs.test_ray_jobs import Cluster, free_ports
 from tests.support.worker_group import tiny_config
 
@@ -243,7 +244,7 @@ def test_a_cluster_that_asks_for_a_token(tmp_path: Path, text_file: str) -> None
 
 
 def test_lags() -> None:
-    def judged(lag: float | None, settle_s: float) -> rules.Finding:
+    def judged(lag: float | None, settle_s: float) -> Finding:
         [finding] = rules.judge_lag({("a", "b"): 0.001, ("b", "a"): lag}, Wanted(settle_s=settle_s))
         return finding
 

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ValidationError
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.save.save_interval import Every
 from outlast.cluster.config.run_config import RunConfig
-from outlast.trainers.attempt import check_unchanged
-from outlast.trainers.config.model import Settings
-from outlast.trainers.config.training_config import CheckpointSettings, TrainingConfig
+from outlast.trainers.checks.resume_checks import check_unchanged
+from outlast.trainers.config.base import Settings
+from outlast.trainers.config.checkpoint import CheckpointSettings
+from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import findings
 from tests.support.worker_group import tiny_config
 

@@ -19,10 +19,10 @@ from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.restore.reader import read_tensors
 from outlast.checkpointing.run_store.catalog import run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import Exactness, Parallel
+from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.distributed.fsdp import blocks, shard, whole
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.train_loop import Outcome

@@ -20,7 +20,7 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.run_store.catalog import run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data.sampler import share
 from outlast.trainers.distributed import tree_allreduce as elastic

@@ -14,11 +14,12 @@ from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.format.layout import MANIFEST
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.preflight import check_metric
-from outlast.trainers.config.training_config import EarlyStoppingSettings
+from outlast.trainers.config.train import EarlyStoppingSettings
 from outlast.trainers.loop.early_stopping import Patience, patience
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.worker_group import digests, fault, losses, run_group, tiny_config

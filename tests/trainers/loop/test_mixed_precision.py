@@ -16,19 +16,15 @@ from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.format.layout import LOOP_STATE, checkpoint_dir
 from outlast.checkpointing.run_store.catalog import catalogue, run_events
 from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import TrainSettings
-from outlast.trainers.loop.mixed_precision import (
-    apply_gradients,
-    load_scaler,
-    make_scaler,
-    prepare_module,
-    scaler_state,
-)
+from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.loop.compilation import prepare_module
+from outlast.trainers.loop.mixed_precision import apply_gradients, load_scaler, make_scaler, scaler_state
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
-from outlast.trainers.tasks.base import CausalLM
+from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
 from tests.support.worker_group import digests, fault, losses, newest, run_group
 

@@ -12,12 +12,13 @@ import torch
 
 from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import NonFinite
+from outlast.trainers.config.train import NonFinite
+from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.non_finite import MAX_IN_A_ROW, Finite, NonFiniteError, RolledBack
-from outlast.trainers.loop.train_loop import Outcome, make_plan
+from outlast.trainers.loop.train_loop import Outcome
 from tests.support.worker_group import Ended, digests, fault, losses, newest, resumed, run_group
 
 SIZE = 2

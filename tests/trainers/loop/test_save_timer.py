@@ -12,7 +12,8 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, Every
-from outlast.checkpointing.storage.base import Entry, LocalStorage
+from outlast.checkpointing.storage.base import Entry
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.loop import save_timer as pace_module
 from outlast.trainers.loop.save_timer import ASSUMED_BETWEEN_FAILURES_S, Pace
 from tests.support.small_model import small_model, train_step

@@ -16,16 +16,22 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import MANIFEST, checkpoint_dir, model_dir
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.reader import read_tensors
-from outlast.checkpointing.run_store.catalog import catalogue, claim, list_attempts, run_events
-from outlast.checkpointing.storage.base import LocalStorage, open_storage, read_bytes
+from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.run_store.claims import claim, list_attempts
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import TrainSettings
+from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
-from outlast.trainers.loop.optimizer import learning_rate, make_optimizer
-from outlast.trainers.loop.train_loop import Outcome, make_plan
+from outlast.trainers.loop.lr_schedule import learning_rate
+from outlast.trainers.loop.optimizer import make_optimizer
+from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
-from outlast.trainers.tasks.base import CausalLM, Task
+from outlast.trainers.tasks.base import Task
+from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
 from tests.support.worker_group import Quiet, digests, losses, newest, resumed, run_group, tiny_config
 

@@ -20,12 +20,12 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.run_store.catalog import catalogue
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.config.train import Parallel
+from outlast.trainers.data.tokenizer import files_of, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import files_of, train_bpe
 from outlast.trainers.predict import choose_checkpoint, load
 from tests.support.worker_group import digests, fault, losses, newest, run_group
 
@@ -186,7 +186,7 @@ def test_without_peft_it_says_how_to_get_it(
     adapt: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from outlast.trainers.models.build import build_model
-    from outlast.trainers.tasks.base import CausalLM
+    from outlast.trainers.tasks.causal_lm import CausalLM
 
     assignment = adapt("adapter-without")
     monkeypatch.setitem(sys.modules, "peft", None)

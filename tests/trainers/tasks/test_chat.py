@@ -12,10 +12,11 @@ import torch
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import build_model, train_bpe
+from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.registry import find_task
 from tests.support.task_cases import GPT2, paragraphs
 from tests.support.worker_group import digests, fault, run_group

@@ -25,16 +25,17 @@ from transformers import AutoModelForSequenceClassification
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import Action, Point
 from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.model import DataSettings
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample, Samples
 from outlast.trainers.data.columns import Column, Kind
 from outlast.trainers.data.sampler import Plan, mix
+from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import build_model, train_bpe
+from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared, prepare
 from outlast.trainers.tasks.base import Batch, Record, Task
 from outlast.trainers.tasks.classification import SequenceClassification

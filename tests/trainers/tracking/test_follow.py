@@ -19,10 +19,14 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.run_store.catalog import run_events
-from outlast.checkpointing.storage.base import LocalStorage, open_storage, read_bytes
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.tracking.follow import Follower, Seen, TrackSettings, check_trackers, values_of
+from outlast.trainers.tracking.base import Seen
+from outlast.trainers.tracking.follow import Follower, check_trackers, values_of
 from tests.conftest import Reference
 from tests.support.s3_server import s3_server
 from tests.support.worker_group import Quiet, digests, losses, resumed, run_group
