@@ -25,7 +25,7 @@ from outlast.trainers.checks.resume_checks import (
     _check_base,
     _check_samples,
     _flat,
-    _tell_changes,
+    _report_changes,
     check_unchanged,
 )
 from outlast.trainers.config.tracking import TrackSettings
@@ -36,7 +36,7 @@ from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
 from outlast.trainers.distributed.world import World
 from outlast.trainers.host_info import machine, num_oom_kills
-from outlast.trainers.loop.control import Control, Overheard
+from outlast.trainers.loop.control import Control, TrackedControl
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, naming_of
@@ -72,7 +72,7 @@ class Assignment:
     parallel: Parallel = Parallel.DDP
     non_finite: NonFinite = NonFinite.STOP
     code: str = ""
-    faults: Sequence[faults.Fault] = field(default_factory=tuple)
+    faults: Sequence[faults.FaultSpec] = field(default_factory=tuple)
     track: TrackSettings | None = None
 
 
@@ -111,7 +111,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     _check_architecture(checkpointer)
     if is_adapted(model):
         _check_base(checkpointer, base, model)
-    _tell_changes(checkpointer, base, exactness)
+    _report_changes(checkpointer, base, exactness)
     is_spread = assignment.parallel is Parallel.FSDP and world.size > 1
     model = shard(model, world, exactness) if is_spread else model.to(world.device)
     world.mark("model")
@@ -126,7 +126,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         task,
         assignment.prepared.split(storage, "train"),
         assignment.prepared.split(storage, "eval") if has_eval else None,
-        Overheard(control, tracking.hear),
+        TrackedControl(control, tracking.apply),
         non_finite=assignment.non_finite,
     )
     world.mark("data")
@@ -139,7 +139,7 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
     config = assignment.config
     place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills(), **machine(world.device)})
-    world.from_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
+    world.run_on_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
     return Checkpointer(
         storage,
         config.name,
@@ -176,7 +176,7 @@ def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
 
 def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
     return {
-        "mathematics": assignment.config.mathematics(),
+        "mathematics": assignment.config.numerics_settings(),
         "data": assignment.prepared.fingerprint,
         "samples": {entry.path: entry.xxh3_128 for entry in assignment.prepared.files if entry.path.endswith(".arrow")},
         "facts": assignment.prepared.facts,

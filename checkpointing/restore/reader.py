@@ -27,14 +27,14 @@ from outlast.checkpointing.format.layout import STATE_DIR
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest
 from outlast.checkpointing.format.safetensors import (
     SafetensorsError,
-    Spec,
+    TensorSpec,
     bytes_view,
     header_bytes,
     parse_header,
 )
-from outlast.checkpointing.state.shards import Box
+from outlast.checkpointing.state.shards import Region
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.storage.retry import patiently
+from outlast.checkpointing.storage.retry import retry
 
 _NUM_READERS = 4
 #: A block that goes to more places than this is read in one piece first.
@@ -42,7 +42,7 @@ _MAX_PIECES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor, or a part of one, in a file.
 
     Attributes:
@@ -55,12 +55,12 @@ class Stored:
 
     path: str
     begin: int
-    spec: Spec
-    box: Box
+    spec: TensorSpec
+    box: Region
     shape: tuple[int, ...]
 
 
-Index = dict[str, list[Stored]]
+Index = dict[str, list[StoredTensor]]
 
 
 def _truncated(entry: FileEntry, num_bytes: int) -> DamagedError:
@@ -98,7 +98,7 @@ def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
     index: Index = {}
     for name, (spec, begin) in places.items():
         shape, offset = shards.get(name, (spec.shape, (0,) * len(spec.shape)))
-        index[name] = [Stored(entry.path, begin, spec, Box(tuple(offset), spec.shape), tuple(shape))]
+        index[name] = [StoredTensor(entry.path, begin, spec, Region(tuple(offset), spec.shape), tuple(shape))]
     return index
 
 
@@ -111,7 +111,7 @@ def _read_block(storage: Storage, directory: str, entry: FileEntry, number: int,
 
     Raises DamagedError, or StorageError after some tries.
     """
-    patiently(lambda: _read_block_once(storage, directory, entry, number, into))
+    retry(lambda: _read_block_once(storage, directory, entry, number, into))
 
 
 def _read_block_once(
@@ -169,12 +169,12 @@ def merge(indexes: Iterable[Index]) -> Index:
     return merged
 
 
-def read_boxes(
+def read_regions(
     storage: Storage,
     directory: str,
     manifest: Manifest,
     index: Index,
-    targets: Mapping[str, tuple[Box, torch.Tensor]],
+    targets: Mapping[str, tuple[Region, torch.Tensor]],
 ) -> list[str]:
     """Reads boxes of the named tensors into tensors that are there already. Returns the faults, one line a file.
 
@@ -193,7 +193,7 @@ def read_boxes(
         StorageError: A read failed for good.
     """
     entries = {entry.path: entry for entry in manifest.files}
-    moves: dict[tuple[str, int], list[_Move]] = {}
+    moves: dict[tuple[str, int], list[_Copy]] = {}
     afterwards: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, (box, target) in targets.items():
         missing = prod(box.shape)
@@ -210,7 +210,7 @@ def read_boxes(
                 place = whole
             _plan(moves, part.path, begin, end, place.reshape(-1).view(torch.uint8))
         assert not missing, f"{missing} elements of {name} are in no file"
-    faults = _carry_out(storage, directory, entries, moves)
+    faults = _execute(storage, directory, entries, moves)
     if not faults:
         for place, source in afterwards:
             place.copy_(source)
@@ -218,33 +218,33 @@ def read_boxes(
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
+class _Copy:
     """Bytes from `begin` in a block go to `target`."""
 
     begin: int
     target: torch.Tensor
 
 
-def _rows(part: Stored, shared: Box) -> tuple[int, int, Box]:
+def _rows(part: StoredTensor, shared: Region) -> tuple[int, int, Region]:
     """The fewest whole rows of a stored part that cover `shared`: (first byte, end, the box that they hold)."""
     if not shared.shape:
         return part.begin, part.begin + part.spec.num_bytes, shared
     row_bytes = part.spec.num_bytes // part.spec.shape[0]
     first = shared.offset[0] - part.box.offset[0]
-    held = Box((shared.offset[0], *part.box.offset[1:]), (shared.shape[0], *part.box.shape[1:]))
+    held = Region((shared.offset[0], *part.box.offset[1:]), (shared.shape[0], *part.box.shape[1:]))
     return part.begin + first * row_bytes, part.begin + (first + shared.shape[0]) * row_bytes, held
 
 
-def _plan(moves: dict[tuple[str, int], list[_Move]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
+def _plan(moves: dict[tuple[str, int], list[_Copy]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
     """Cuts one range of bytes by the blocks that it lies in."""
     for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
         first, last = max(begin, number * BLOCK_BYTES), min(end, (number + 1) * BLOCK_BYTES)
-        move = _Move(first - number * BLOCK_BYTES, target[first - begin : last - begin])
+        move = _Copy(first - number * BLOCK_BYTES, target[first - begin : last - begin])
         moves.setdefault((path, number), []).append(move)
 
 
-def _carry_out(
-    storage: Storage, directory: str, entries: Mapping[str, FileEntry], moves: Mapping[tuple[str, int], list[_Move]]
+def _execute(
+    storage: Storage, directory: str, entries: Mapping[str, FileEntry], moves: Mapping[tuple[str, int], list[_Copy]]
 ) -> list[str]:
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(_NUM_READERS):
@@ -274,7 +274,7 @@ def _carry_out(
     return sorted(faults.values())
 
 
-def _pieces(block: torch.Tensor, moves: Sequence[_Move]) -> list[memoryview] | None:
+def _pieces(block: torch.Tensor, moves: Sequence[_Copy]) -> list[memoryview] | None:
     """The places that a block's bytes go to, one after the other: targets, and `block` itself for what nobody wants.
 
     None where some target is not memory of the host, or they are too many.
@@ -303,7 +303,7 @@ def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.T
         DamagedError: The file is missing or differs; the message says how.
         StorageError: It could not be read.
     """
-    return patiently(lambda: _read_verified(storage, directory, entry))
+    return retry(lambda: _read_verified(storage, directory, entry))
 
 
 def _read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
@@ -347,7 +347,7 @@ def read_tensors(
         entries = [entry for entry in entries if not entry.path.startswith(STATE_DIR)]
     index = merge(read_index(storage, directory, entry) for entry in entries)
     tensors = {name: torch.empty(parts[0].shape, dtype=parts[0].spec.dtype) for name, parts in index.items()}
-    targets = {name: (Box.whole(tuple(tensor.shape)), tensor) for name, tensor in tensors.items()}
-    if faults := read_boxes(storage, directory, manifest, index, targets):
+    targets = {name: (Region.whole(tuple(tensor.shape)), tensor) for name, tensor in tensors.items()}
+    if faults := read_regions(storage, directory, manifest, index, targets):
         raise DamagedError("; ".join(faults))
     return tensors

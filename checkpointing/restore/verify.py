@@ -11,14 +11,14 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.format.safetensors import (
     tensor_bytes,
 )
-from outlast.checkpointing.restore.reader import _carry_out, _Move, read_tensors
+from outlast.checkpointing.restore.reader import _Copy, _execute, read_tensors
 from outlast.checkpointing.storage.base import Storage, walk
-from outlast.checkpointing.storage.retry import patiently
+from outlast.checkpointing.storage.retry import retry
 
 
 def check_listing(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
     """Faults that a listing shows: missing and extra files, wrong sizes. One line each."""
-    found = {item.name: item.num_bytes for item in patiently(lambda: list(walk(storage, directory)))}
+    found = {item.name: item.num_bytes for item in retry(lambda: list(walk(storage, directory)))}
     expected = {entry.path: entry.num_bytes for entry in manifest.files}
     faults = [f"{path}: missing" for path in expected if path not in found]
     for path, num_bytes in found.items():
@@ -42,10 +42,10 @@ def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
     faults = check_listing(storage, directory, manifest)
     named = {fault.split(": ", 1)[0] for fault in faults}
     entries = {entry.path: entry for entry in manifest.files if entry.path not in named}
-    blocks: dict[tuple[str, int], list[_Move]] = {  # which move nowhere
+    blocks: dict[tuple[str, int], list[_Copy]] = {  # which move nowhere
         (path, number): [] for path, entry in entries.items() for number in range(len(entry.blocks))
     }
-    return sorted([*faults, *_carry_out(storage, directory, entries, blocks)])
+    return sorted([*faults, *_execute(storage, directory, entries, blocks)])
 
 
 def tensor_digests(storage: Storage, directory: str, manifest: Manifest) -> dict[str, str]:

@@ -38,7 +38,7 @@ from outlast.checkpointing.storage.base import Storage, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class RejectedCheckpoint:
     """A checkpoint that does not count, and why."""
 
     ref: CheckpointRef
@@ -46,7 +46,7 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Catalogue:
+class Catalog:
     """The checkpoints that count, as one look at the storage shows them.
 
     Attributes:
@@ -58,7 +58,7 @@ class Catalogue:
 
     owner: AttemptId | None
     accepted: tuple[Manifest, ...]
-    rejected: tuple[Rejected, ...]
+    rejected: tuple[RejectedCheckpoint, ...]
     doubtful: frozenset[CheckpointRef] = frozenset()
 
     @property
@@ -97,12 +97,12 @@ class _Attempt:
     """One attempt's own commits as found."""
 
     valid: list[Manifest] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[RejectedCheckpoint] = field(default_factory=list)
 
 
-def catalogue(
+def read_catalog(
     storage: Storage, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
-) -> Catalogue:
+) -> Catalog:
     """What counts as the run's checkpoints.
 
     Args:
@@ -114,7 +114,7 @@ def catalogue(
     Raises:
         StorageError: A listing or a read failed, which proves nothing.
     """
-    rejected: list[Rejected] = []
+    rejected: list[RejectedCheckpoint] = []
     for attempt in reversed(list_attempts(storage, run)):
         if below is not None and attempt >= below:
             continue
@@ -122,13 +122,13 @@ def catalogue(
         rejected += found.rejected
         if found.valid:
             older, damaged, missing = _read_manifests(storage, run, found.valid[0].lineage)
-            rejected += damaged + _lost(storage, run, missing)
+            rejected += damaged + _lost_commits(storage, run, missing)
             refused = tuple(sorted(rejected, key=_newest_first))
-            return Catalogue(attempt, (*found.valid, *older), refused, frozenset(doubtful))
-    return Catalogue(None, (), tuple(sorted(rejected, key=_newest_first)))
+            return Catalog(attempt, (*found.valid, *older), refused, frozenset(doubtful))
+    return Catalog(None, (), tuple(sorted(rejected, key=_newest_first)))
 
 
-def _newest_first(item: Rejected) -> tuple[int, int, str]:
+def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
     return (-item.ref.step, -item.ref.attempt.number, item.ref.attempt.nonce)
 
 
@@ -139,16 +139,16 @@ def _read_attempt(storage: Storage, run: str, attempt: AttemptId) -> _Attempt:
     committed = _standing_commits(storage, directory)
     refs = [CheckpointRef(step, attempt) for step in {step for step in steps if step is not None} | committed]
     found.valid, found.rejected, missing = _read_manifests(storage, run, refs)
-    found.rejected += _lost(storage, run, [ref for ref in missing if ref.step in committed])
+    found.rejected += _lost_commits(storage, run, [ref for ref in missing if ref.step in committed])
     return found
 
 
 def _read_manifests(
     storage: Storage, run: str, refs: Sequence[CheckpointRef]
-) -> tuple[list[Manifest], list[Rejected], list[CheckpointRef]]:
+) -> tuple[list[Manifest], list[RejectedCheckpoint], list[CheckpointRef]]:
     """Those that are whole, those that are damaged, and those that are not there; newest first."""
     valid: list[Manifest] = []
-    damaged: list[Rejected] = []
+    damaged: list[RejectedCheckpoint] = []
     missing: list[CheckpointRef] = []
     for ref in sorted(refs, reverse=True):
         try:
@@ -156,14 +156,14 @@ def _read_manifests(
         except FileNotFoundError:
             missing.append(ref)
         except ManifestError as error:
-            damaged.append(Rejected(ref, (f"{MANIFEST}: {error}",)))
+            damaged.append(RejectedCheckpoint(ref, (f"{MANIFEST}: {error}",)))
     return valid, damaged, missing
 
 
-def _lost(storage: Storage, run: str, missing: Sequence[CheckpointRef]) -> list[Rejected]:
+def _lost_commits(storage: Storage, run: str, missing: Sequence[CheckpointRef]) -> list[RejectedCheckpoint]:
     """Of the commits whose manifest is not there, those that nobody deleted."""
     deleted = deletions(storage, run) if missing else set()
-    return [Rejected(ref, (_MISSING_MANIFEST,)) for ref in missing if ref not in deleted]
+    return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref not in deleted]
 
 
 _MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"

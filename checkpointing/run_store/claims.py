@@ -15,12 +15,12 @@ from outlast.checkpointing.format.layout import (
     attempts_dir,
 )
 from outlast.checkpointing.storage.base import Storage, read_bytes
-from outlast.checkpointing.storage.retry import patiently
+from outlast.checkpointing.storage.retry import retry
 
 
 def list_attempts(storage: Storage, run: str) -> list[AttemptId]:
     """Every claim of the run, lowest first."""
-    found = patiently(lambda: storage.list(attempts_dir(run)))
+    found = retry(lambda: storage.list(attempts_dir(run)))
     names = (AttemptId.parse(entry.name) for entry in found if entry.num_bytes is None)
     return sorted(attempt for attempt in names if attempt is not None)
 

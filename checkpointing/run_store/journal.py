@@ -110,7 +110,7 @@ def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Itera
     return _read(storage, directory, _segments(storage, directory, stream))
 
 
-def read_ends(storage: Storage, directory: str) -> Iterator[dict[str, Any]]:
+def read_first_and_last(storage: Storage, directory: str) -> Iterator[dict[str, Any]]:
     """Rank 0's events in the first and in the last segment of a directory: how it began, and how it ended.
 
     Raises:
@@ -120,7 +120,7 @@ def read_ends(storage: Storage, directory: str) -> Iterator[dict[str, Any]]:
     return _read(storage, directory, dict.fromkeys([*mine[:1], *mine[-1:]]))
 
 
-class Tail:
+class JournalTail:
     """Reads the same directories again and again, and gives each event once.
 
     A segment that has not grown is not read again, and one that is full is never; so what a look costs does not depend

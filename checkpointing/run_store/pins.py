@@ -19,7 +19,7 @@ def list_pins(storage: Storage, run: str) -> set[CheckpointRef]:
     return {ref for ref in names if ref is not None}
 
 
-def spare_pinned(
+def exempt_pinned(
     storage: Storage, run: str, journal: Journal, doomed: Sequence[CheckpointRef]
 ) -> tuple[list[CheckpointRef], set[CheckpointRef]]:
     """Of the checkpoints that are about to be deleted, those that may be, and those whose pin was seen just now.

@@ -17,7 +17,7 @@ _PAUSE_S = 0.5
 _OUTAGE_S = 120.0
 
 
-def patiently(read: Callable[[], T]) -> T:
+def retry(read: Callable[[], T]) -> T:
     """Tries again, after a pause, what may be done twice and failed; gives up after three tries.
 
     Raises:

@@ -12,7 +12,7 @@ import typer
 from outlast.cluster.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from outlast.cluster.preflight.doctor_rules import Wanted
+    from outlast.cluster.preflight.doctor_rules import Requirements
     from outlast.cluster.preflight.finding import Finding
 
 #: How its report begins where it runs as a job, so that it is found in the job's log.
@@ -43,19 +43,19 @@ def doctor(
     """
     import os
 
-    from outlast.cluster.preflight.doctor_rules import Wanted
+    from outlast.cluster.preflight.doctor_rules import Requirements
     from outlast.cluster.preflight.finding import Level
 
     place = address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
     if place and place.startswith(("http://", "https://")):
         findings = _through_job_server(place, run_file, overrides or [], storage, quick)
     else:
-        wanted = Wanted(storage=storage and _absolute(storage))
+        wanted = Requirements(storage=storage and _absolute(storage))
         if run_file is not None:
             from outlast.cluster.config.run_config import load_run
-            from outlast.cluster.preflight.doctor import wanted_by
+            from outlast.cluster.preflight.doctor import requirements_of
 
-            wanted = wanted_by(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
+            wanted = requirements_of(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
         findings = _here(place, wanted, quick)
     _print(findings, as_json)
     raise typer.Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
@@ -65,15 +65,15 @@ def _absolute(place: str) -> str:
     return place if "://" in place else str(Path(place).absolute())
 
 
-def _here(address: str | None, wanted: Wanted, quick: bool) -> list[Finding]:
+def _here(address: str | None, wanted: Requirements, quick: bool) -> list[Finding]:
     from outlast.cluster.driver.ray_session import ray_session
-    from outlast.cluster.jobs.ray_jobs import judge_server
+    from outlast.cluster.jobs.ray_jobs import check_server
     from outlast.cluster.preflight.doctor import examine, job_server_of
 
     with ray_session(address) as joined:
         server = job_server_of() if joined else None
         found = examine(wanted, quick=quick)
-    return found + (judge_server(server) if server else [])
+    return found + (check_server(server) if server else [])
 
 
 def _through_job_server(
@@ -104,7 +104,7 @@ def _through_job_server(
         )
     rows = [{**row, "level": Level(row["level"])} for row in json.loads(lines[-1])["checks"]]
     found = [Finding(**row) for row in rows if row["check"] != "job server"]
-    return found + jobs.judge_server(address)
+    return found + jobs.check_server(address)
 
 
 def _print(findings: list[Finding], as_json: bool) -> None:

@@ -102,7 +102,7 @@ def _submit(
     jobs.check_reachable(config)
     jobs.check_code(config, code)
     client = jobs.connect(address)
-    for warning in jobs.judge_server(client.get_address()):
+    for warning in jobs.check_server(client.get_address()):
         if warning.hint:
             print(f"outlast: {warning.text}; {warning.hint}", file=sys.stderr)
     job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)

@@ -228,9 +228,9 @@ def _read(file: str) -> list[dict[str, Any]]:
 
 def _tell_rest(objects: list[dict[str, Any]]) -> None:
     """Says of what lint knows nothing, so that its silence is not taken for a word."""
-    from outlast.cluster.kubernetes.lint.linter import not_looked_at
+    from outlast.cluster.kubernetes.lint.linter import unchecked_objects
 
-    if names := not_looked_at(objects):
+    if names := unchecked_objects(objects):
         print(f"outlast: not looked at, for want of rules: {', '.join(names)}", file=sys.stderr)
 
 

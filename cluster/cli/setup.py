@@ -47,7 +47,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Say everything that is wrong with a run file, each with its line. Exit code 2 if anything is."""
-    from outlast.cluster.preflight.validate import not_looked_at
+    from outlast.cluster.preflight.validate import unchecked
     from outlast.cluster.preflight.validate import validate as findings_of
 
     found = findings_of(str(run_file), overrides or [], deep=deep)
@@ -59,7 +59,7 @@ def validate(
         if not found:
             print(f"{run_file}: nothing wrong was found" + ("" if deep else " (--deep looks at all rows too)"))
     if not found and not deep:
-        for line in not_looked_at(str(run_file), overrides or []):
+        for line in unchecked(str(run_file), overrides or []):
             print(f"{run_file}: {line}", file=sys.stderr)
     raise typer.Exit(2 if found else 0)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.errors import ConfigError, OutlastError, StorageError
 from outlast.checkpointing.run_store.claims import read_claim
-from outlast.checkpointing.tools.query import attempts_of
+from outlast.checkpointing.tools.query import existing_attempts
 
 if TYPE_CHECKING:
     from outlast.checkpointing.run_store.retention import Retention
@@ -67,7 +67,7 @@ def declared_settings(storage: Storage, run: str) -> dict[str, Any]:
         ConfigError: There is no such run.
         StorageError: No claim can be read.
     """
-    for attempt in reversed(attempts_of(storage, run)):
+    for attempt in reversed(existing_attempts(storage, run)):
         if settings := read_claim(storage, run, attempt).get("settings"):
             return dict(settings)
     raise StorageError(f"run {run!r} in {storage.url} holds no claim with settings", hint="give the run file instead")

@@ -12,12 +12,12 @@ from typing import Any
 from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.cluster.driver.prometheus import Meter
+from outlast.cluster.driver.prometheus import PrometheusGauges
 from outlast.cluster.driver.warm_standby import Standbys
-from outlast.cluster.fault_tolerance.coordinator import _PATIENCE_S, ask, find_hub
-from outlast.cluster.fault_tolerance.hang_detection import Beat, Hang
-from outlast.cluster.fault_tolerance.preemption import Watch, draining_nodes
-from outlast.trainers.loop.progress import Phase, Pulse
+from outlast.cluster.fault_tolerance.coordinator import _TIMEOUT_S, ask, find_coordinator
+from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat
+from outlast.cluster.fault_tolerance.preemption import PreemptionWatch, draining_nodes
+from outlast.trainers.loop.progress import StepPhase, StepProgress
 
 _PERIOD_S = 0.5
 
@@ -25,26 +25,26 @@ _PERIOD_S = 0.5
 _AGREEMENT_S = 5.0
 
 
-class Line:
+class CoordinatorClient:
     """A worker's line to the hub: the `Control` of its step loop. On rank 0 a thread keeps it alive."""
 
     def __init__(self, launch: str, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
-        self.pulse = Pulse()
+        self.pulse = StepProgress()
         self._stop = False
         self._saves: deque[str] = deque()
-        self._watch: Watch | None = None
+        self._watch: PreemptionWatch | None = None
         self.attempt: str | None = None
-        self.meter: Meter | None = None
+        self.meter: PrometheusGauges | None = None
         self._is_training = False
         self._standbys: Standbys | None = None
         self._is_under_way = False
         self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._talk, daemon=True)
-        self._hub = find_hub(launch)
+        self._hub = find_coordinator(launch)
 
-    def __enter__(self) -> Line:
+    def __enter__(self) -> CoordinatorClient:
         if self._rank == 0 and self._hub is not None:
             self._thread.start()
         return self
@@ -52,7 +52,7 @@ class Line:
     def __exit__(self, *_: object) -> None:
         self._closing.set()
         if self._thread.ident is not None:
-            self._thread.join(_PATIENCE_S)
+            self._thread.join(_TIMEOUT_S)
 
     def stop_requested(self) -> bool:
         return self._stop
@@ -66,29 +66,29 @@ class Line:
         Args:
             nodes: The node of each rank.
         """
-        self._watch = Watch(set(nodes))
+        self._watch = PreemptionWatch(set(nodes))
         self._standbys = Standbys(nodes)
 
     def claimed(self, attempt: str) -> None:
         self.attempt = attempt
 
-    def at(self, phase: Phase, step: int) -> None:
+    def at(self, phase: StepPhase, step: int) -> None:
         self.pulse.at(phase, step)
 
     def worked(self, seconds: float) -> None:
         self.pulse.worked(seconds)
 
-    def beat(self, group: str, beat: Beat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
         """As of `watchdog.Post`; so are the next two."""
         answer: tuple[Hang | None, list[dict[str, Any]]] | None = self._ask("beat", group, beat)
         return answer
 
-    def last_words(self, group: str, rank: int) -> bool | None:
-        answer: bool | None = self._ask("last_words", group, rank)
+    def last_report(self, group: str, rank: int) -> bool | None:
+        answer: bool | None = self._ask("last_report", group, rank)
         return answer
 
-    def beats(self, group: str) -> dict[int, tuple[Beat, float]] | None:
-        answer: dict[int, tuple[Beat, float]] | None = self._ask("beats", group)
+    def beats(self, group: str) -> dict[int, tuple[Heartbeat, float]] | None:
+        answer: dict[int, tuple[Heartbeat, float]] | None = self._ask("beats", group)
         return answer
 
     def _ask(self, method: str, *arguments: Any) -> Any:
@@ -124,7 +124,7 @@ class Line:
                 for event in events:
                     # Nothing depends on it.
                     with contextlib.suppress(RayError, RuntimeError, ValueError, TypeError, LookupError):
-                        self.meter.hear(event, self.attempt)
+                        self.meter.apply(event, self.attempt)
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()
             if reason := ask(self._hub.wanted.remote(is_training=self._is_training)):

@@ -30,28 +30,28 @@ from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
-from outlast.checkpointing.fault_injection import Fault
+from outlast.checkpointing.fault_injection import FaultSpec
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.attempt_history import read_tries, settings_mark
-from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
+from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import launch_is_superseded
-from outlast.checkpointing.run_store.liveness import Alive, find_rival
+from outlast.checkpointing.run_store.liveness import LivenessFile, find_active_launch
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.elastic_resize import resizers, scaling
-from outlast.cluster.driver.provenance import keep_record
+from outlast.cluster.driver.provenance import record_provenance
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.driver.signals import _INTERRUPTIONS, _handling, _signals
 from outlast.cluster.driver.warm_standby import environment
 from outlast.cluster.driver.worker import train_worker
-from outlast.cluster.fault_tolerance.coordinator import ask, start_hub
+from outlast.cluster.fault_tolerance.coordinator import ask, start_coordinator
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
-from outlast.cluster.fault_tolerance.failure_recorder import Recorder, gave_up
-from outlast.cluster.fault_tolerance.restart_policy import judge
+from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder, gave_up
+from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
 from outlast.cluster.formatting import counted
 from outlast.cluster.preflight.doctor import preflight
 from outlast.trainers.attempt import Assignment
@@ -65,7 +65,7 @@ from outlast.trainers.preparation.prepare import Prepared, prepare
 from outlast.trainers.tracking.follow import check_trackers
 from outlast.trainers.user_code import make_importable
 
-Listener = Callable[[dict[str, Any]], None]
+EventListener = Callable[[dict[str, Any]], None]
 
 NODES_WAIT_S = 60.0
 RECORD_S = 5.0
@@ -117,8 +117,8 @@ class Launch:
     declared: Mapping[str, Any]
     take_over: bool = False
     code: str = ""
-    faults: Sequence[Fault] = ()
-    tell: Listener = lambda event: None
+    faults: Sequence[FaultSpec] = ()
+    tell: EventListener = lambda event: None
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     joined: bool = field(default=False, init=False)
     began: float = field(default_factory=time.time, init=False)
@@ -148,14 +148,14 @@ class Launch:
         make_importable(self.code)
         with _preflight():
             storage.list(name)  # not with the patience that others have: the place may be wrong
-            base = catalogue(storage, name).declaration
+            base = read_catalog(storage, name).declaration
             check_unchanged(base, self.config, None)
             model = find_model(storage, name)
             if model is not None and not model.faults:
                 return Finished(Outcome.DONE, self.id, _published(storage, name, model.path))
             if model is not None:
                 self._tell({"event": "damaged-model", "model": model.path, "faults": model.faults})
-            rival = None if self.take_over else find_rival(storage, name)
+            rival = None if self.take_over else find_active_launch(storage, name)
             if rival:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
@@ -163,8 +163,8 @@ class Launch:
             check_architecture(self.config)
             make_plan(self.config, 1, self.config.scale.max_workers)
             check_trackers(self.config.track)
-            mark = settings_mark(self.declared)
-            given_up = judge(read_tries(storage, name), self.config.failure.limits, mark)
+            mark = settings_digest(self.declared)
+            given_up = decide_give_up(read_attempt_history(storage, name), self.config.failure.limits, mark)
             if given_up is not None:
                 raise gave_up(name, given_up)
             self._tell({"event": "phase", "name": "data"})
@@ -175,8 +175,8 @@ class Launch:
             for note in prepared.notes:
                 self._tell({"event": "note", "text": note})
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
-            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json", mark, self.began)
-            record = keep_record(storage, self.config, self.declared, self.id, prepared, self.code)
+            alive = LivenessFile(storage, f"{launch_dir(name, self.id)}/alive.json", mark, self.began)
+            record = record_provenance(storage, self.config, self.declared, self.id, prepared, self.code)
         ended: int | None = None
         said = ""
         try:
@@ -184,7 +184,7 @@ class Launch:
             ended = finished.outcome.exit_code
             return finished
         except _INTERRUPTIONS:
-            if not catalogue(storage, name).accepted:
+            if not read_catalog(storage, name).accepted:
                 ended = Interrupted.exit_code
                 raise
             ended = Outcome.STOPPED.exit_code
@@ -283,10 +283,10 @@ class Launch:
         """Runs Ray Train in a side thread, because it takes SIGINT for itself in the main one."""
         scale = self.config.scale
         os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, f"{max(POLL_S, scale.max_workers * POLL_S / 64):g}")
-        hub = start_hub(self.id)
+        hub = start_coordinator(self.id)
         resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-        mark = settings_mark(self.declared)
-        recorder = Recorder(self.storage.url, self.config.name, self.id, self.config.failure.limits, mark)
+        mark = settings_digest(self.declared)
+        recorder = FailureRecorder(self.storage.url, self.config.name, self.id, self.config.failure.limits, mark)
         trainer = _Trainer(
             train_worker,
             train_loop_config={"assignment": assignment, "hang_after_s": self.config.failure.hang_after_s},

@@ -6,15 +6,15 @@ import json
 import os
 from contextlib import suppress
 
-from outlast.cluster.driver.warm_standby import _REHEARSED
+from outlast.cluster.driver.warm_standby import _PREWARM
 
 
 def warm() -> None:
     """What every worker process does first: the imports that it will need."""
     import outlast.cluster.driver.worker  # noqa: F401
-    from outlast.trainers.prewarm import rehearse
+    from outlast.trainers.prewarm import prewarm
 
-    task, model_type = json.loads(os.environ[_REHEARSED])
+    task, model_type = json.loads(os.environ[_PREWARM])
     if task:
         with suppress(Exception):  # the attempt itself will say so; what is raised here lets no worker start at all
-            rehearse(task, model_type)
+            prewarm(task, model_type)

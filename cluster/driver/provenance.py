@@ -39,7 +39,7 @@ _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _MOST_NAMES = 200
 
 
-def keep_record(
+def record_provenance(
     storage: Storage, config: RunConfig, declared: Mapping[str, Any], launch: str, prepared: Prepared, code: str
 ) -> threading.Thread:
     """Begins to write the record of a launch. Returns the thread, which ends when it is written or cannot be."""

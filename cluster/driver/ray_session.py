@@ -26,7 +26,7 @@ from outlast.cluster.preflight.finding import TOKEN_HINT
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
-KNOCK_S = 2.0
+CONNECT_TIMEOUT_S = 2.0
 
 
 @contextlib.contextmanager
@@ -94,10 +94,10 @@ def _check_answers(address: str) -> None:
         raise ConfigError(f"{address} is no address of a Ray cluster that a driver can join", hint=hint)
     if not port.isdecimal():
         return  # such as local or auto
-    deadline = time.monotonic() + KNOCK_S
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
             return
         except OSError as error:
             if time.monotonic() > deadline or isinstance(error, socket.gaierror):

@@ -16,13 +16,13 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.cluster.fault_tolerance.hang_detection import Beat, Group, Hang
+from outlast.cluster.fault_tolerance.hang_detection import GroupProgress, Hang, Heartbeat
 
 NAMESPACE = "outlast"
-_PATIENCE_S = 10.0
+_TIMEOUT_S = 10.0
 
 
-class Wish:
+class SaveRequest:
     """A commit that somebody outside asks rank 0 for, and how far it is. Pure.
 
     Args:
@@ -42,7 +42,7 @@ class Wish:
         self._is_taken, self.is_fulfilled = True, not is_training
         return self._reason if is_training else None
 
-    def hear(self, event: dict[str, Any]) -> None:
+    def apply(self, event: dict[str, Any]) -> None:
         """Learns from an event of rank 0."""
         match event["event"]:
             case "save-requested" if event["reason"] == self._reason:
@@ -53,7 +53,7 @@ class Wish:
                 self.is_fulfilled = True  # no more steps will come
 
 
-class Hub:
+class Coordinator:
     """The actor's body."""
 
     def __init__(self) -> None:
@@ -63,8 +63,8 @@ class Hub:
         self._verdict: OutlastError | None = None
         self._drained: set[str] = set()
         self._reached: dict[str, tuple[int, float]] = {}
-        self._groups: dict[str, Group] = {}
-        self._wish = Wish()
+        self._groups: dict[str, GroupProgress] = {}
+        self._wish = SaveRequest()
         self._heard_at = time.monotonic()
 
     def stop(self) -> None:
@@ -75,7 +75,7 @@ class Hub:
         """Takes rank 0's events; tells it whether to stop."""
         self._events.extend({"t": time.time(), **event} for event in events)
         for event in events:
-            self._wish.hear(event)
+            self._wish.apply(event)
             if event["event"] == "commit":  # progress: a verdict that came while the next group was at work is void
                 self._verdict = None
             if event["event"] == "step" and "by" in event:
@@ -89,7 +89,7 @@ class Hub:
 
     def want_save(self, reason: str) -> None:
         """Asks rank 0 for a commit, because the group is about to be ended on purpose."""
-        self._wish = Wish(reason)
+        self._wish = SaveRequest(reason)
         self._heard_at = time.monotonic()
 
     def wanted(self, *, is_training: bool) -> str | None:
@@ -115,18 +115,18 @@ class Hub:
         """Whether a node of this attempt was announced to go."""
         return attempt in self._drained
 
-    def beat(self, group: str, beat: Beat) -> tuple[Hang | None, list[dict[str, Any]]]:
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]]:
         """Takes note of where a rank is. Tells it whether its group hangs, and rank 0 which ranks are slow."""
-        known = self._groups.setdefault(group, Group())
-        return known.hear(beat, time.monotonic()), known.slow() if beat.rank == 0 else []
+        known = self._groups.setdefault(group, GroupProgress())
+        return known.apply(beat, time.monotonic()), known.slow() if beat.rank == 0 else []
 
-    def last_words(self, group: str, rank: int) -> bool:
+    def last_report(self, group: str, rank: int) -> bool:
         """Takes note that a rank of a group that hangs has written its stacks. True once all have."""
-        return self._groups.setdefault(group, Group()).write(rank, time.monotonic())
+        return self._groups.setdefault(group, GroupProgress()).write(rank, time.monotonic())
 
-    def beats(self, group: str) -> dict[int, tuple[Beat, float]]:
+    def beats(self, group: str) -> dict[int, tuple[Heartbeat, float]]:
         """Where the ranks of a group were, and how many seconds ago."""
-        return self._groups.setdefault(group, Group()).ages(time.monotonic())
+        return self._groups.setdefault(group, GroupProgress()).ages(time.monotonic())
 
     def take_hang(self) -> Hang | None:
         """How the newest group hung, if it did; once."""
@@ -149,18 +149,18 @@ class Hub:
         return self._failures[min(self._failures)] if self._failures else self._verdict
 
 
-def start_hub(launch: str) -> Any:
+def start_coordinator(launch: str) -> Any:
     """Starts the hub of a launch on the driver's node; it goes with the driver.
 
     The affinity is hard: with a soft one Ray puts it on another node where the driver's offers no CPUs (a head on
     Kubernetes), and a hub that is lost with that node forgets which losses were announced.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Hub)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Coordinator)
     return actor.options(name=f"hub-{launch}", namespace=NAMESPACE).remote()
 
 
-def find_hub(launch: str) -> Any:
+def find_coordinator(launch: str) -> Any:
     """The hub of a launch, or None when it has gone."""
     try:
         return ray.get_actor(f"hub-{launch}", namespace=NAMESPACE)
@@ -171,6 +171,6 @@ def find_hub(launch: str) -> Any:
 def ask(call: Any, otherwise: Any = None) -> Any:
     """The answer to a call to the hub, or `otherwise` when the hub has gone."""
     try:
-        return ray.get(call, timeout=_PATIENCE_S)
+        return ray.get(call, timeout=_TIMEOUT_S)
     except (RayError, GetTimeoutError):
         return otherwise

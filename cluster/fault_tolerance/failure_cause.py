@@ -19,7 +19,7 @@ import ray._private.state
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.run_store.attempt_history import is_echo
+from outlast.checkpointing.run_store.attempt_history import is_secondary_error
 from outlast.cluster.fault_tolerance.out_of_memory import (
     DEVICE_ADVICE,
     HOST_ADVICE,
@@ -27,7 +27,7 @@ from outlast.cluster.fault_tolerance.out_of_memory import (
     is_host_shortage,
     was_killed_by_kernel,
 )
-from outlast.trainers.blame import own_frames, told
+from outlast.trainers.user_code import describe_error, user_frames
 
 
 class RunFailed(OutlastError):
@@ -53,8 +53,8 @@ class RankError(Exception):
     @classmethod
     def of(cls, error: BaseException) -> RankError:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-        frames = traceback.format_list(own_frames(error)[-_NUM_FRAMES:])
-        return cls(told(error) + notes, "".join(frames).rstrip(), "".join(traceback.format_exception(error)))
+        frames = traceback.format_list(user_frames(error)[-_NUM_FRAMES:])
+        return cls(describe_error(error) + notes, "".join(frames).rstrip(), "".join(traceback.format_exception(error)))
 
 
 #: How the folder of a Ray begins that goes with its driver.
@@ -105,7 +105,7 @@ class Failure:
     excerpt: str = ""
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """In one line: what was said, and what to change."""
         return f"{self.message}; to mend it, {self.cause.advice}" if self.cause.advice else self.message
 
@@ -147,7 +147,7 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
         if isinstance(error, RayActorError):
             drained = drained or bool(getattr(error, "preempted", False))
             found.append(Failure(_cause_of_death(said, drained), rank, said.splitlines()[0]))
-        elif not is_echo(said):
+        elif not is_secondary_error(said):
             excerpt = error.excerpt if isinstance(error, RankError) else ""
             found.append(Failure(_cause_of_error(said), rank, said.splitlines()[-1], excerpt=excerpt))
     first = max(found, key=lambda failure: (failure.cause.weight, -failure.rank), default=None)

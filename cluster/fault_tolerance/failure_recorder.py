@@ -15,12 +15,12 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId, launch_dir
-from outlast.checkpointing.run_store.attempt_history import read_tries
+from outlast.checkpointing.run_store.attempt_history import read_attempt_history
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.retry import wait_for
-from outlast.cluster.fault_tolerance.coordinator import ask, find_hub
+from outlast.cluster.fault_tolerance.coordinator import ask, find_coordinator
 from outlast.cluster.fault_tolerance.failure_cause import (
     OWN_RAY,
     Cause,
@@ -34,7 +34,7 @@ from outlast.cluster.fault_tolerance.failure_cause import (
     find_deaths,
 )
 from outlast.cluster.fault_tolerance.hang_detection import Hang
-from outlast.cluster.fault_tolerance.restart_policy import GivenUp, Limits, counted, judge
+from outlast.cluster.fault_tolerance.restart_policy import GiveUp, RestartLimits, count_failures, decide_give_up
 
 #: How many bytes of a log are kept from there.
 _NUM_LOGGED = 20_000
@@ -44,7 +44,7 @@ _NUM_LOGGED = 20_000
 _MAKING_JOURNAL = threading.Lock()
 
 
-def gave_up(run: str, given_up: GivenUp) -> RunFailed:
+def gave_up(run: str, given_up: GiveUp) -> RunFailed:
     """The one message at the end of a run that the rule ends, whoever applies it (see `history.py`)."""
     return RunFailed(
         f"run {run} is given up: {given_up.diagnosis}",
@@ -68,7 +68,7 @@ def own_log(workers: Sequence[Mapping[str, Any]], rank: int) -> str:
     return ""
 
 
-class Recorder(WorkerGroupCallback):
+class FailureRecorder(WorkerGroupCallback):
     """Writes every end of a worker group into the launch's journal, and ends the run when there were too many.
 
     Lives in Ray Train's controller.
@@ -81,7 +81,7 @@ class Recorder(WorkerGroupCallback):
         settings: Which settings it has, see `history.settings_mark`.
     """
 
-    def __init__(self, storage_url: str, run: str, launch: str, limits: Limits, settings: str) -> None:
+    def __init__(self, storage_url: str, run: str, launch: str, limits: RestartLimits, settings: str) -> None:
         self._place = (storage_url, run, launch)
         self._limits, self._settings = limits, settings
         self._journal: Journal | None = None
@@ -102,7 +102,7 @@ class Recorder(WorkerGroupCallback):
                 self._is_waiting = True
                 with suppress(StorageError):  # the wait then counts as part of the restart
                     self._note("no-room", since=round(began_at, 3))
-                if (hub := find_hub(self._place[2])) is not None:
+                if (hub := find_coordinator(self._place[2])) is not None:
                     ask(hub.exchange.remote([{"event": "no-room"}]))
             raise
         self._is_waiting = False
@@ -143,7 +143,7 @@ class Recorder(WorkerGroupCallback):
     def _find_cause(
         self, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str, noticed_at: float
     ) -> None:
-        hub = find_hub(self._place[2])
+        hub = find_coordinator(self._place[2])
         hung: Hang | None = None if hub is None else ask(hub.take_hang.remote())
         hang = Failure(Cause.HANG, hung.ranks[0], hung.message) if hung else None
         deadline = time.monotonic() + (SEARCH_S if workers else 0)
@@ -160,7 +160,7 @@ class Recorder(WorkerGroupCallback):
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
         log = self._write_log(attempt, errors, workers, failure.rank)
         event: dict[str, Any] = {"attempt": attempt, "noticed_at": round(noticed_at, 3)}
-        event |= {"cause": failure.cause.value, "rank": failure.rank, "message": failure.told}
+        event |= {"cause": failure.cause.value, "rank": failure.rank, "message": failure.description}
         event["where"] = failure.where(workers, log)
         if failure.cause is Cause.ERROR and "after step" in failure.message:
             event["raised"] = failure.message
@@ -197,11 +197,11 @@ class Recorder(WorkerGroupCallback):
     def _judge(self, failure: Failure, hub: Any) -> tuple[int, int, bool]:
         """Ends the run if it has had enough. Returns how many failures of this kind count, how many may, and that."""
         url, run, launch = self._place
-        tries = read_tries(open_storage(url), run, live=launch)
-        given_up = judge(tries, self._limits, self._settings)
+        tries = read_attempt_history(open_storage(url), run, live=launch)
+        given_up = decide_give_up(tries, self._limits, self._settings)
         if given_up is not None and hub is not None:
             ask(hub.give_up.remote(gave_up(run, given_up)))
         is_failure = failure.cause.is_failure
-        alike = [item for item in counted(tries, self._settings) if item.ending.is_failure == is_failure]
+        alike = [item for item in count_failures(tries, self._settings) if item.ending.is_failure == is_failure]
         limit = self._limits.max_failures if is_failure else self._limits.max_preemptions
         return len(alike), limit, given_up is not None

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from outlast.checkpointing.run_store.attempt_history import Ending, Try
+from outlast.checkpointing.run_store.attempt_history import AttemptOutcome, AttemptRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RestartLimits:
     """How much a run survives since its last progress; -1 for no limit.
 
     Attributes:
@@ -25,7 +25,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class GivenUp:
+class GiveUp:
     """Why a run is not tried again.
 
     Attributes:
@@ -34,7 +34,7 @@ class GivenUp:
     """
 
     reason: str
-    tries: tuple[Try, ...]
+    tries: tuple[AttemptRecord, ...]
 
     @property
     def diagnosis(self) -> str:
@@ -48,25 +48,25 @@ class GivenUp:
         return self.reason + "".join(lines)
 
 
-def _what(item: Try) -> str:
+def _what(item: AttemptRecord) -> str:
     return item.what + (f" at step {item.failed_step}" if item.failed_step is not None else "")
 
 
-def counted(tries: Iterable[Try], settings: str) -> list[Try]:
+def count_failures(tries: Iterable[AttemptRecord], settings: str) -> list[AttemptRecord]:
     """The failures and preemptions that count against a run with these settings: those since its last progress."""
-    found: list[Try] = []
+    found: list[AttemptRecord] = []
     newest_step = -1
     for item in tries:
         top = max(item.commits, default=-1)
         if top > newest_step or item.settings != settings:
             found.clear()
         newest_step = max(newest_step, top)
-        if item.settings == settings and (item.ending.is_failure or item.ending is Ending.PREEMPTED):
+        if item.settings == settings and (item.ending.is_failure or item.ending is AttemptOutcome.PREEMPTED):
             found.append(item)
     return found
 
 
-def judge(tries: Iterable[Try], limits: Limits, settings: str) -> GivenUp | None:
+def decide_give_up(tries: Iterable[AttemptRecord], limits: RestartLimits, settings: str) -> GiveUp | None:
     """Whether to give the run up.
 
     Args:
@@ -74,23 +74,23 @@ def judge(tries: Iterable[Try], limits: Limits, settings: str) -> GivenUp | None
         limits: What it may survive.
         settings: Which settings it would go on with.
     """
-    found = counted(tries, settings)
+    found = count_failures(tries, settings)
     failures = [item for item in found if item.ending.is_failure]
     preempted = [item for item in found if not item.ending.is_failure]
     for item in failures[-1:]:
         if item.is_final:
-            return GivenUp(f"{_what(item)}, and the same settings would lead there again", (item,))
+            return GiveUp(f"{_what(item)}, and the same settings would lead there again", (item,))
     if len(failures) > 1 and failures[-1].raised and failures[-1].raised == failures[-2].raised:
-        return GivenUp("the same error twice, and no step in between", tuple(failures[-2:]))
+        return GiveUp("the same error twice, and no step in between", tuple(failures[-2:]))
     steps = Counter(item.failed_step for item in failures if item.failed_step is not None)
     for step, number in steps.most_common(1):
         if number >= limits.max_same_step >= 0:
             same = tuple(item for item in failures if item.failed_step == step)
-            return GivenUp(f"step {step} failed {number} times (failure.max_same_step: {limits.max_same_step})", same)
+            return GiveUp(f"step {step} failed {number} times (failure.max_same_step: {limits.max_same_step})", same)
     for kind, items, limit in (
         ("failures", failures, limits.max_failures),
         ("preemptions", preempted, limits.max_preemptions),
     ):
         if len(items) > limit >= 0:
-            return GivenUp(f"{len(items)} {kind} without a new checkpoint (failure.max_{kind}: {limit})", tuple(items))
+            return GiveUp(f"{len(items)} {kind} without a new checkpoint (failure.max_{kind}: {limit})", tuple(items))
     return None

@@ -39,7 +39,7 @@ _DRIVER_CPUS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SubmittedJob:
     """One submission of a run.
 
     Attributes:
@@ -96,7 +96,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise PreflightError(f"no job server answers at {place}: {first_line(error)}", hint=hint) from error
 
 
-def judge_server(place: str) -> list[Finding]:
+def check_server(place: str) -> list[Finding]:
     """Whether strangers may run code on the cluster: its job server takes requests without a token from elsewhere."""
     host = urlsplit(place).hostname or ""
     try:
@@ -112,18 +112,18 @@ def judge_server(place: str) -> list[Finding]:
     ]
 
 
-def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[Job]:
+def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[SubmittedJob]:
     """Every submission of a run that the cluster remembers, or of every run; oldest first."""
     found = [_job(details) for details in client.list_jobs()]
     known = [job for job in found if job is not None and run in (None, job.run)]
     return sorted(known, key=lambda job: (job.run, job.number))
 
 
-def _job(details: JobDetails) -> Job | None:
+def _job(details: JobDetails) -> SubmittedJob | None:
     run, match = (details.metadata or {}).get("outlast_run"), re.fullmatch(r".+-(\d+)", details.submission_id or "")
     if run is None or match is None:
         return None
-    return Job(
+    return SubmittedJob(
         details.submission_id, run, int(match[1]), details.status.value, details.message or "", details.driver_exit_code
     )
 
@@ -171,7 +171,7 @@ def submit(
     code: Path | None = None,
     ship: bool = True,
     ignoring: Collection[str] = (),
-) -> tuple[Job, bool]:
+) -> tuple[SubmittedJob, bool]:
     """Submits a run, unless it has a live job already.
 
     Args:
@@ -211,7 +211,7 @@ def submit(
             )
         except RuntimeError as error:
             raise PreflightError(f"the job server refused {config.name}-{number}: {error}") from error
-    return Job(f"{config.name}-{number}", config.name, number, JobStatus.PENDING.value), True
+    return SubmittedJob(f"{config.name}-{number}", config.name, number, JobStatus.PENDING.value), True
 
 
 def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
@@ -242,14 +242,14 @@ def stop_wait_s(config: RunConfig) -> float:
     return min(STOP_WAIT_S, config.failure.stall_s)
 
 
-def find(client: JobSubmissionClient, job_id: str) -> Job:
+def find(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
     """One job. Raises RuntimeError or OSError when the cluster has forgotten it or does not answer."""
     job = _job(client.get_job_info(job_id))
     assert job is not None
     return job
 
 
-def newest(client: JobSubmissionClient, run: str) -> Job:
+def newest(client: JobSubmissionClient, run: str) -> SubmittedJob:
     """A run's newest job.
 
     Raises:
@@ -260,7 +260,7 @@ def newest(client: JobSubmissionClient, run: str) -> Job:
     raise PreflightError(f"the cluster remembers no job of run {run!r}", hint="`outlast list --address …` shows all")
 
 
-def follow(client: JobSubmissionClient, job_id: str) -> Job:
+def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
     """Prints the job's log to stderr as it grows, until the job ends.
 
     Raises:
@@ -287,7 +287,7 @@ def follow(client: JobSubmissionClient, job_id: str) -> Job:
         time.sleep(_PERIOD_S)
 
 
-def stop(client: JobSubmissionClient, run: str) -> Job | None:
+def stop(client: JobSubmissionClient, run: str) -> SubmittedJob | None:
     """Asks a run's live job to commit and end, and waits until it has. None when it has no live job."""
     for job in jobs_of(client, run):
         if job.is_live:

@@ -17,11 +17,11 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.storage.base import Storage
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.live_display import Foot
-from outlast.cluster.monitoring.summary import Overview, overview
+from outlast.cluster.monitoring.live_display import LiveDisplay
+from outlast.cluster.monitoring.summary import RunSummary, summarize
 from outlast.cluster.monitoring.terminal_panel import panel, plain
-from outlast.cluster.monitoring.timeline import Story
-from outlast.cluster.monitoring.timeline_reader import StoryReader
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 PLAIN_PERIOD_S = 10.0
 _PHASES = {"data": "preparing data", "ray": "starting workers"}
@@ -51,9 +51,9 @@ class Reporter:
         self, title: str, console: Console | None = None, storage: Storage | None = None, *, keep: bool = False
     ) -> None:
         self._title, self._console, self._storage = title, console or terminal(), storage
-        self._foot = Foot(self._console, self._lines) if is_live(self._console) else None
+        self._foot = LiveDisplay(self._console, self._lines) if is_live(self._console) else None
         self._keep = keep
-        self._story = Story(title)
+        self._story = Timeline(title)
         self._lock = threading.Lock()
         self._doing = "starting"
         self._launch = ""
@@ -80,12 +80,12 @@ class Reporter:
     def _lines(self, width: int) -> list[Text]:
         return panel(self._seen(), width)
 
-    def _seen(self) -> Overview:
+    def _seen(self) -> RunSummary:
         with self._lock:
             now = time.time()
             if self._launch:
                 self._story.launch(self._launch).alive |= {"t": now}
-            return overview(self._story, now, self._doing)
+            return summarize(self._story, now, self._doing)
 
     def __call__(self, event: dict[str, Any]) -> None:
         with self._lock:
@@ -138,16 +138,16 @@ class Reporter:
         elif attempt is not None:
             told = self._story.attempt(attempt)
             told.claim = told.claim or {"launch": self._launch}
-            told.hear(event)
+            told.apply(event)
         elif kind in ("failure", "resize", "no-room"):
-            self._story.hear_launch(self._launch, event)
+            self._story.apply_launch(self._launch, event)
         words = {"failure": "starting again", "no-room": "waiting for room", "stopping": "stopping", "plan": ""}
         self._doing = words.get(kind, self._doing)
 
     def _remember(self, storage: Storage) -> None:
         """Reads what the run has been through before; beside the launch, which waits for nobody."""
         with suppress(OutlastError, OSError):
-            past = StoryReader(storage, self._title, but=self._launch).look()
+            past = TimelineReader(storage, self._title, but=self._launch).look()
             with self._lock:
                 self._story.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
                 self._story.attempts = past.attempts | self._story.attempts

@@ -15,8 +15,8 @@ from math import inf, isnan
 from typing import Any
 
 from outlast.checkpointing.format.layout import AttemptId
-from outlast.checkpointing.run_store.attempt_history import is_echo, launches_in_order
-from outlast.cluster.monitoring.timeline_records import Attempt, End, Launch
+from outlast.checkpointing.run_store.attempt_history import is_secondary_error, launches_in_order
+from outlast.cluster.monitoring.timeline_records import AttemptEnd, AttemptTimeline, LaunchTimeline
 
 
 class State(Enum):
@@ -39,7 +39,7 @@ _ENDINGS = {"done": "done", "stop": "stopped", "superseded": "taken over"}
 
 
 @dataclass(slots=True)
-class Story:
+class Timeline:
     """Everything that is known of a run.
 
     Attributes:
@@ -49,37 +49,37 @@ class Story:
     """
 
     run: str
-    launches: dict[str, Launch] = field(default_factory=dict)
-    attempts: dict[AttemptId, Attempt] = field(default_factory=dict)
+    launches: dict[str, LaunchTimeline] = field(default_factory=dict)
+    attempts: dict[AttemptId, AttemptTimeline] = field(default_factory=dict)
 
-    def launch(self, name: str) -> Launch:
+    def launch(self, name: str) -> LaunchTimeline:
         """A launch, begun if it is new."""
-        return self.launches.setdefault(name, Launch(name))
+        return self.launches.setdefault(name, LaunchTimeline(name))
 
-    def attempt(self, attempt: AttemptId) -> Attempt:
+    def attempt(self, attempt: AttemptId) -> AttemptTimeline:
         """An attempt, begun if it is new."""
-        return self.attempts.setdefault(attempt, Attempt(attempt))
+        return self.attempts.setdefault(attempt, AttemptTimeline(attempt))
 
-    def hear_launch(self, name: str, event: Mapping[str, Any]) -> None:
+    def apply_launch(self, name: str, event: Mapping[str, Any]) -> None:
         """Takes an event of a launch's journal."""
-        self.launch(name).hear(event)
+        self.launch(name).apply(event)
         attempt = AttemptId.parse(str(event.get("attempt")))
         if attempt is not None and (reached := event.get("reached")):
             self.attempt(attempt).reached = (reached["step"], reached["ended_at"])
 
     @property
-    def in_order(self) -> list[Attempt]:
+    def in_order(self) -> list[AttemptTimeline]:
         """The attempts, lowest first, but those that neither claimed whole nor told anything."""
         return [self.attempts[key] for key in sorted(self.attempts) if self.attempts[key].claimed_at]
 
     @property
-    def in_pairs(self) -> list[tuple[Attempt, Attempt | None]]:
+    def in_pairs(self) -> list[tuple[AttemptTimeline, AttemptTimeline | None]]:
         """Each attempt with the one that followed it."""
         attempts = self.in_order
         return list(zip_longest(attempts, attempts[1:]))
 
     @property
-    def launches_in_order(self) -> list[Launch]:
+    def launches_in_order(self) -> list[LaunchTimeline]:
         """By their claims, whatever the clocks said that named them."""
         claimed: dict[str, list[AttemptId]] = {}
         for attempt in self.attempts.values():
@@ -92,7 +92,7 @@ class Story:
         return [item for launch in self.launches_in_order for item in sorted(launch.failures, key=lambda e: e["t"])]
 
     @property
-    def at_work(self) -> list[Launch]:
+    def at_work(self) -> list[LaunchTimeline]:
         """Launches that have not ended, newest last: the one that has the run, and those that have yet to claim it.
 
         Some may have been killed: their beat tells.
@@ -106,7 +106,7 @@ class Story:
         claims = [name for key in sorted(self.attempts) if (name := self.attempts[key].launch)]
         return {name for name in claims if name != claims[-1]}
 
-    def newest_launch(self, now: float) -> Launch | None:
+    def newest_launch(self, now: float) -> LaunchTimeline | None:
         """The newest that is at work or, where none is, the newest that showed a sign of life."""
         shown = [launch for launch in self.launches_in_order if launch.alive]
         return next((launch for launch in reversed(self.at_work) if launch.is_live(now)), shown[-1] if shown else None)
@@ -123,7 +123,7 @@ class Story:
         return not self.attempts and any(launch.alive for launch in self.launches.values())
 
     @property
-    def current(self) -> Attempt | None:
+    def current(self) -> AttemptTimeline | None:
         """The newest attempt that told anything, else the newest."""
         attempts = self.in_order
         return next((item for item in reversed(attempts) if item.heard_at), attempts[-1] if attempts else None)
@@ -148,7 +148,7 @@ class Story:
         return {str(item.get("attempt")): item for item in reversed(told)}
 
     @property
-    def ends(self) -> dict[AttemptId, End]:
+    def ends(self) -> dict[AttemptId, AttemptEnd]:
         """How each attempt ended, or that it has not; all at once, for a run may have thousands."""
         failures = self.failures_of
         resizes = {str(e.get("attempt")): e for launch in self.launches.values() for e in reversed(launch.resizes)}
@@ -159,31 +159,31 @@ class Story:
 
     def _end_of(
         self,
-        attempt: Attempt,
-        later: Attempt | None,
+        attempt: AttemptTimeline,
+        later: AttemptTimeline | None,
         failure: Mapping[str, Any] | None,
         resize: Mapping[str, Any] | None,
-    ) -> End:
+    ) -> AttemptEnd:
         launch = self.launches.get(attempt.launch)
         if attempt.end is not None:
-            return End(_ENDINGS[attempt.end["event"]], at=attempt.end["t"])
+            return AttemptEnd(_ENDINGS[attempt.end["event"]], at=attempt.end["t"])
         if failure is not None:
             at = float(failure.get("noticed_at", failure["t"]))
             said = str(failure.get("message", ""))
-            return End(failure["cause"], said, failure.get("rank"), at, goes_on=True, is_planned=False)
+            return AttemptEnd(failure["cause"], said, failure.get("rank"), at, goes_on=True, is_planned=False)
         if later is not None and later.launch == attempt.launch:
-            return End("resized" if resize and resize["planned"] else "restarted", goes_on=True)
+            return AttemptEnd("resized" if resize and resize["planned"] else "restarted", goes_on=True)
         if later is None and not (launch and launch.has_ended):
-            return End("", is_over=False)
+            return AttemptEnd("", is_over=False)
         failed = next((note for note in reversed(attempt.notes) if note["event"] == "failed"), None)
         is_alone = launch is None or not launch.has_ended  # its workers then tell of broken connections, or nothing
-        if failed is not None and not (is_alone and is_echo(failed["error"])):
-            return End("error", failed["error"], at=failed["t"], is_planned=False)
+        if failed is not None and not (is_alone and is_secondary_error(failed["error"])):
+            return AttemptEnd("error", failed["error"], at=failed["t"], is_planned=False)
         if launch is None or is_alone:
-            return End("driver lost", failed["error"] if failed else "", is_planned=False)
+            return AttemptEnd("driver lost", failed["error"] if failed else "", is_planned=False)
         if launch.alive["exit_code"] in (0, 75, 130):
-            return End("stopped")
-        return End("failed", str(launch.alive.get("error", "")), is_planned=False)
+            return AttemptEnd("stopped")
+        return AttemptEnd("failed", str(launch.alive.get("error", "")), is_planned=False)
 
     @property
     def num_lost(self) -> int:

@@ -11,16 +11,16 @@ from typing import Any
 
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
-from outlast.checkpointing.run_store.journal import Tail
-from outlast.checkpointing.run_store.liveness import is_gone, read_alive
+from outlast.checkpointing.run_store.journal import JournalTail
+from outlast.checkpointing.run_store.liveness import is_dead, read_liveness
 from outlast.checkpointing.storage.base import Storage
-from outlast.cluster.monitoring.timeline import Story
+from outlast.cluster.monitoring.timeline import Timeline
 
 #: A launch that is taken over, or an attempt, may still say something after the next one has begun.
 _OPEN = 2
 
 
-class StoryReader:
+class TimelineReader:
     """Follows one run: each look adds what is new to its story.
 
     Args:
@@ -35,11 +35,11 @@ class StoryReader:
 
     def __init__(self, storage: Storage, run: str, *, but: str = "", journals: bool = True) -> None:
         self._storage, self._run, self._but, self._journals = storage, run, but, journals
-        self._tail = Tail(storage)
+        self._tail = JournalTail(storage)
         self._closed: set[AttemptId | str] = set()  # read once more after they had left the newest ones
-        self.story = Story(run)
+        self.story = Timeline(run)
 
-    def look(self) -> Story:
+    def look(self) -> Timeline:
         """Reads what is new.
 
         Raises:
@@ -61,7 +61,7 @@ class StoryReader:
             told = self.story.attempt(attempt)
             told.claim = claim
             for event in self._new(attempt_dir(self._run, attempt)):
-                told.hear(event)
+                told.apply(event)
             if claim and number < len(attempts) - _OPEN:
                 self._closed.add(attempt)
 
@@ -74,12 +74,12 @@ class StoryReader:
             if launch.id in self._closed:
                 continue
             for _ in range(2):  # one that ended while its sign of life was read says so in the next
-                launch.alive = read_alive(self._storage, self._run, launch.id) or launch.alive
-                launch.is_gone = not launch.has_ended and is_gone(launch.alive)
+                launch.alive = read_liveness(self._storage, self._run, launch.id) or launch.alive
+                launch.is_gone = not launch.has_ended and is_dead(launch.alive)
                 if not launch.is_gone:
                     break
             for event in self._new(launch_dir(self._run, launch.id)):
-                self.story.hear_launch(launch.id, event)
+                self.story.apply_launch(launch.id, event)
             # One that has the run, or may be about to claim it, goes on, whatever its name says.
             if number < len(launches) - _OPEN and (launch.has_ended or launch.id in superseded):
                 self._closed.add(launch.id)

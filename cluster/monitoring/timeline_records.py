@@ -17,7 +17,7 @@ from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 LOST_AFTER_S = 30.0
 
 
-class Steps:
+class StepSeries:
     """The steps of one attempt in the order made, by column, for there may be millions.
 
     Attributes:
@@ -61,7 +61,7 @@ class Steps:
 
 
 @dataclass(slots=True)
-class Save:
+class SaveRecord:
     """One save of an attempt, as far as it was told.
 
     Attributes:
@@ -84,7 +84,7 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class EvaluationRecord:
     """One evaluation: after which step, from when to when, and what came out (`eval_loss`, scores)."""
 
     step: int
@@ -94,7 +94,7 @@ class Evaluation:
 
 
 @dataclass(slots=True)
-class Attempt:
+class AttemptTimeline:
     """One launch of the worker group.
 
     Attributes:
@@ -118,9 +118,9 @@ class Attempt:
     start: dict[str, Any] | None = None
     plan: dict[str, Any] = field(default_factory=dict)
     marks: dict[str, float] = field(default_factory=dict)
-    steps: Steps = field(default_factory=Steps)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    saves: dict[int, Save] = field(default_factory=dict)
+    steps: StepSeries = field(default_factory=StepSeries)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    saves: dict[int, SaveRecord] = field(default_factory=dict)
     end: dict[str, Any] | None = None
     slow: list[dict[str, Any]] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
@@ -172,7 +172,7 @@ class Attempt:
             return self.reached[1]
         return told
 
-    def hear(self, event: Mapping[str, Any]) -> None:
+    def apply(self, event: Mapping[str, Any]) -> None:
         """Takes one of its events. Those of a kind that is not known here change nothing."""
         at = float(event.get("t", 0.0))
         if at > self.heard_at:
@@ -189,13 +189,15 @@ class Attempt:
             case "eval":
                 scores = {name: value for name, value in event.items() if name.startswith("eval_")}
                 ended = float(event["t"])
-                self.evaluations.append(Evaluation(event["step"], ended - event.get("seconds", 0.0), ended, scores))
+                self.evaluations.append(
+                    EvaluationRecord(event["step"], ended - event.get("seconds", 0.0), ended, scores)
+                )
             case "commit":
-                save = self.saves.setdefault(event["step"], Save(event["step"]))
+                save = self.saves.setdefault(event["step"], SaveRecord(event["step"]))
                 save.committed_at, save.num_bytes = event["t"], event.get("num_bytes", 0)
                 save.digest, save.commit_s = event.get("digest", ""), event.get("seconds")
             case "save":
-                save = self.saves.setdefault(event["step"], Save(event["step"]))
+                save = self.saves.setdefault(event["step"], SaveRecord(event["step"]))
                 save.blocked_s, save.commit_s = event["blocked_s"], event["commit_s"]
                 save.fenced_s = event.get("fenced_s", 0.0)
             case "done" | "stop" | "superseded":
@@ -207,7 +209,7 @@ class Attempt:
 
 
 @dataclass(slots=True)
-class Launch:
+class LaunchTimeline:
     """One start of the driver.
 
     Attributes:
@@ -245,7 +247,7 @@ class Launch:
         beats = bool(self.alive) and not self.has_ended and now - self.alive["t"] < LOST_AFTER_S
         return beats and not self.is_gone
 
-    def hear(self, event: Mapping[str, Any]) -> None:
+    def apply(self, event: Mapping[str, Any]) -> None:
         """Takes one of its events."""
         told = {**event, "launch": self.id}
         match event["event"]:
@@ -258,7 +260,7 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class AttemptEnd:
     """How an attempt ended.
 
     Attributes:

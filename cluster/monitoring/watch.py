@@ -13,29 +13,29 @@ from rich.text import Text
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.journal import FLUSH_S
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import look
-from outlast.cluster.monitoring.live_display import Foot
+from outlast.checkpointing.tools.query import load_catalog
+from outlast.cluster.monitoring.live_display import LiveDisplay
 from outlast.cluster.monitoring.reporter import PLAIN_PERIOD_S, is_live
-from outlast.cluster.monitoring.summary import Overview, overview
+from outlast.cluster.monitoring.summary import RunSummary, summarize
 from outlast.cluster.monitoring.terminal_panel import panel, plain
 from outlast.cluster.monitoring.timeline import State
-from outlast.cluster.monitoring.timeline_reader import StoryReader, list_launches
+from outlast.cluster.monitoring.timeline_reader import TimelineReader, list_launches
 
 WATCH_PERIOD_S = FLUSH_S / 2  # a journal says nothing new more often
 
 
-LOST_PATIENCE_S = 600.0  # a supervisor stops a job that is silent for 180 s, and waits up to 300 s before the next
+LOST_TIMEOUT_S = 600.0  # a supervisor stops a job that is silent for 180 s, and waits up to 300 s before the next
 
 
-class _Watch:
+class _RunWatch:
     """Looks at a run's storage again and again, no more often than once in `WATCH_PERIOD_S`."""
 
     def __init__(self, storage: Storage, run: str) -> None:
-        self._follower = StoryReader(storage, run)
+        self._follower = TimelineReader(storage, run)
         self._looked_at = 0.0
         self._trouble = ""
 
-    def look(self) -> Overview:
+    def poll(self) -> RunSummary:
         """The run as it is now, or as it was when the storage last answered."""
         if time.monotonic() - self._looked_at >= WATCH_PERIOD_S:
             try:
@@ -44,20 +44,20 @@ class _Watch:
             except (StorageError, OSError):
                 self._trouble = "the storage does not answer"
             self._looked_at = time.monotonic()
-        return overview(self._follower.story, time.time(), self._trouble)
+        return summarize(self._follower.story, time.time(), self._trouble)
 
 
 @contextmanager
-def watching(storage: Storage, run: str, console: Console, *, keep: bool = False) -> Iterator[Callable[[], Overview]]:
+def watching(storage: Storage, run: str, console: Console, *, keep: bool = False) -> Iterator[Callable[[], RunSummary]]:
     """A panel of a run at the foot of a terminal, read from its storage. Yields what looks at it once more.
 
     Whatever else is printed meanwhile scrolls by above. Where there is no terminal nothing is shown.
     """
-    watch, lock = _Watch(storage, run), threading.Lock()
+    watch, lock = _RunWatch(storage, run), threading.Lock()
 
-    def seen() -> Overview:
+    def seen() -> RunSummary:
         with lock:
-            return watch.look()
+            return watch.poll()
 
     def lines(width: int) -> list[Text]:
         found = seen()
@@ -66,11 +66,11 @@ def watching(storage: Storage, run: str, console: Console, *, keep: bool = False
     if not is_live(console):
         yield seen
         return
-    with Foot(console, lines, keep=keep):
+    with LiveDisplay(console, lines, keep=keep):
         yield seen
 
 
-def watch(storage: Storage, run: str, console: Console) -> Overview:
+def watch(storage: Storage, run: str, console: Console) -> RunSummary:
     """Shows a run until it has ended. Returns how it was then.
 
     One that is lost is waited for as long as a supervisor may take to start it again. A loop of one's own has nobody to
@@ -81,7 +81,7 @@ def watch(storage: Storage, run: str, console: Console) -> Overview:
         StorageError: The storage could not be read at the beginning.
     """
     if not list_launches(storage, run):
-        look(storage, run)
+        load_catalog(storage, run)
     said_at = 0.0
     with watching(storage, run, console, keep=True) as seen:
         while True:
@@ -89,7 +89,7 @@ def watch(storage: Storage, run: str, console: Console) -> Overview:
             if not is_live(console) and time.monotonic() - said_at >= PLAIN_PERIOD_S:
                 said_at = time.monotonic()
                 console.print(f"{run}: {found.doing}, {plain(found)}", markup=False, soft_wrap=True)
-            is_lost = found.state is State.LOST and found.now - found.heard_at >= LOST_PATIENCE_S
+            is_lost = found.state is State.LOST and found.now - found.heard_at >= LOST_TIMEOUT_S
             if is_lost or found.state in (State.DONE, State.FAILED, State.STOPPED):
                 return found
             time.sleep(WATCH_PERIOD_S)

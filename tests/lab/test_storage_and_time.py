@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
@@ -64,7 +64,7 @@ def test_a_node_is_drained_at_short_notice(
     run = Run(tmp_path, "drain", text_file, STEPS, 2)
     follower = run.submit(cluster)
     run.wait_for_commit(follower)
-    leaving, before = run.host_of(1), catalogue(run.storage, run.name).accepted[0].ref.step
+    leaving, before = run.host_of(1), read_catalog(run.storage, run.name).accepted[0].ref.step
     cluster.evict(leaving)
     finish(run, follower, reference)
     [resumed] = [event for _, event in run_events(run.storage, run.name) if event["event"] == "resume"]

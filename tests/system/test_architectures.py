@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.state.model_weights import named_weights
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
@@ -190,7 +190,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     config = {"model_type": kind, **ARCHITECTURES[kind][1]}
     sections = {"model": {"config": config}, "checkpoint": {"overlap": True}}
     assert run_group(assign(kind, sections=sections), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 6, 0, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, 0, FaultAction.SIGKILL, tmp_path)
     run_group(assign(f"{kind}-killed", sections=sections, faults=(strike,)), storage, 2)
     assert Path(strike.record).exists()
     again = run_group(assign(f"{kind}-killed", sections=sections, launch="second"), storage, 2)

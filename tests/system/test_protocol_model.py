@@ -175,11 +175,11 @@ def test_the_product_does_what_the_model_does(tmp_path: Path, monkeypatch: pytes
     """
     storage, model = Recorded(tmp_path), Modelled()
 
-    def unrecorded(recorded: Recorded, run: str, **options: Any) -> list[history.Try]:
+    def unrecorded(recorded: Recorded, run: str, **options: Any) -> list[history.AttemptRecord]:
         return read_tries(LocalStorage(recorded.path("")), run, **options)
 
-    read_tries = history.read_tries
-    monkeypatch.setattr(history, "read_tries", unrecorded)
+    read_tries = history.read_attempt_history
+    monkeypatch.setattr(history, "read_attempt_history", unrecorded)
     first = Attempt(storage, "a")
     assert [first.save() for _ in range(3)] == [True] * 3
     said = storage.said()

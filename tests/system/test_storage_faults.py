@@ -31,7 +31,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import CheckpointRef, attempt_dir, checkpoint_dir, parse_checkpoint
 from outlast.checkpointing.restore.verify import verify
-from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import FLUSH_S, Journal
 from outlast.checkpointing.run_store.retention import Retention
@@ -183,12 +183,12 @@ def go_through(storage: Storage, written: Written, plan: Plan) -> Attempt:
         assert struck.acknowledged == 6
     assert struck.error is None or plan.trouble is not Trouble.SLOW
 
-    for item in catalogue(storage, "run").accepted[:2]:
+    for item in read_catalog(storage, "run").accepted[:2]:
         assert verify(storage, checkpoint_dir("run", item.ref), item) == []
     heir = Attempt(struck.written).run(storage, "heir", saves=2)
     assert heir.error is None
     assert heir.began >= max(struck.acknowledged, 2), "an acknowledged commit is lost"
-    accepted = [item.ref for item in catalogue(storage, "run").accepted]
+    accepted = [item.ref for item in read_catalog(storage, "run").accepted]
     assert [ref.step for ref in accepted] == [heir.began + 2, heir.began + 1]
     assert set(lying(storage)) == set(accepted), "litter stays"
     return struck

@@ -33,8 +33,8 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
     """
     if not base:
         return
-    mathematics = config.mathematics()
-    before, now = _flat(_completed(base["mathematics"], mathematics, config)), _flat(mathematics)
+    numerics_settings = config.numerics_settings()
+    before, now = _flat(_completed(base["mathematics"], numerics_settings, config)), _flat(numerics_settings)
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [f"{key.rstrip('_')} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
     if fingerprint is not None and base["data"] != fingerprint:
@@ -116,7 +116,7 @@ def _check_base(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.M
         )
 
 
-def _tell_changes(checkpointer: Checkpointer, base: Mapping[str, Any], exactness: Exactness) -> None:
+def _report_changes(checkpointer: Checkpointer, base: Mapping[str, Any], exactness: Exactness) -> None:
     """Puts into the journal what does not forbid going on, and whether the numbers stay the same to the last bit."""
     if checkpointer.journal is None:
         return

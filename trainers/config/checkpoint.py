@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention
-from outlast.checkpointing.save.save_interval import Every
+from outlast.checkpointing.save.save_interval import SaveInterval
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.train import with_mode
 
@@ -56,7 +56,7 @@ class CheckpointSettings(Settings):
             raise ValueError(
                 "'0' is not an interval: write 200 (steps) or 10m; to save only at the end, more steps than it has"
             )
-        Every.parse(value)
+        SaveInterval.parse(value)
         return value
 
     @field_validator("max_shard_size", mode="before")
@@ -89,8 +89,8 @@ class CheckpointSettings(Settings):
         return value
 
     @property
-    def interval(self) -> Every:
-        return Every.parse(self.every)
+    def interval(self) -> SaveInterval:
+        return SaveInterval.parse(self.every)
 
     @property
     def retention(self) -> Retention:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.save.save_interval import Every, Unit
+from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
 from outlast.trainers.config.base import Settings
 
 #: Optimizers by name; `loop.optimizer` has their classes.
@@ -139,15 +139,15 @@ class TrainSettings(Settings):
     """Evaluate every so many steps (200) or epochs ("1 epoch"), and at the end. Default: only at the end."""
 
     @property
-    def eval_interval(self) -> Every | None:
-        return None if self.eval_every is None else Every.parse(self.eval_every)
+    def eval_interval(self) -> SaveInterval | None:
+        return None if self.eval_every is None else SaveInterval.parse(self.eval_every)
 
     @field_validator("eval_every", mode="before")
     @classmethod
     def _counts_steps(cls, value: int | str | None) -> int | str | None:
         if value == 0:
             raise ValueError("'0' is not an interval; leave it out to evaluate only at the end")
-        if value is not None and Every.parse(value).unit is Unit.SECONDS:
+        if value is not None and SaveInterval.parse(value).unit is IntervalUnit.SECONDS:
             raise ValueError("evaluation goes by steps or epochs, because every worker must know when")
         return value
 

@@ -48,7 +48,7 @@ class TrainingConfig(Settings):
             raise ValueError("evaluation needs data.eval: a file, or a share such as 2%")
         return self
 
-    def mathematics(self) -> dict[str, Any]:
+    def numerics_settings(self) -> dict[str, Any]:
         """The settings that decide which numbers come out, the data excepted (its fingerprint speaks for it).
 
         Two runs that agree in these, in the data and in the world size, end with the same bits.

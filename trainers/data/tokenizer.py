@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from outlast.checkpointing.errors import ConfigError, first_line
 
-_KNOCK_S = 5.0
+_CONNECT_TIMEOUT_S = 5.0
 
 
 END_TOKEN = "<|endoftext|>"
@@ -56,7 +56,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ConfigError(f"model directory {path} is not there", hint="set model.path to a directory or a hub id")
-    _knock_at_hub(path)
+    _check_hub_connection(path)
     try:
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError) as error:
@@ -69,13 +69,15 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise ConfigError(f"no tokenizer can be loaded from {path!r}: {said}", hint=hint) from error
 
 
-def _knock_at_hub(path: str) -> None:
+def _check_hub_connection(path: str) -> None:
     """Where nobody answers, the hub's client would ask for a minute, file by file. What is cached is used at once."""
     hub = urlsplit(constants.ENDPOINT)
     if Path(path).is_dir() or constants.HF_HUB_OFFLINE or getproxies():
         return
     try:
-        socket.create_connection((hub.hostname, hub.port or (443 if hub.scheme == "https" else 80)), _KNOCK_S).close()
+        socket.create_connection(
+            (hub.hostname, hub.port or (443 if hub.scheme == "https" else 80)), _CONNECT_TIMEOUT_S
+        ).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
 

@@ -20,13 +20,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.state.model_weights import carried_state
-from outlast.checkpointing.state.rank_group import Ranks
+from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.trainers.config.train import Exactness
 from outlast.trainers.data.sampler import share
 from outlast.trainers.distributed.ordered_allreduce import _sum_in_any_order, _sum_in_rank_order
 
 
-class World(Ranks):
+class World(RankGroup):
     """This process among the workers.
 
     Attributes:

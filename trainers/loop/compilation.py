@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
-from outlast.checkpointing.state.rank_group import Ranks
+from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.trainers.config.train import TrainSettings
 
 #: Shapes that one function may be compiled for, in training and in evaluation.
 _NUM_SHAPES = 4096
 
 
-def prepare_module(model: nn.Module, train: TrainSettings, ranks: Ranks, device: torch.device) -> None:
+def prepare_module(model: nn.Module, train: TrainSettings, ranks: RankGroup, device: torch.device) -> None:
     """Makes the model compute as the settings say, in place, so that its names stay. Before it is parallelized.
 
     Raises:

@@ -61,7 +61,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], clip: float | None) -> tor
     return torch.nn.utils.get_total_norm([item.grad for item in parameters if item.grad is not None])
 
 
-class Finite:
+class NonFiniteGuard:
     """Looks at each step before its update.
 
     Args:
@@ -84,7 +84,7 @@ class Finite:
     def restore(self, checkpointer: Checkpointer, left_out: list[int]) -> None:
         """Takes up what a checkpoint says, and what earlier attempts said since. Every rank calls it."""
         self.left_out = list(left_out)
-        self._told = self._world.from_rank_0(lambda: _left_out_before(checkpointer))
+        self._told = self._world.run_on_rank_0(lambda: _left_out_before(checkpointer))
 
     def begin(self) -> None:
         """Before a step: keeps what its forward passes may change."""

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.train import TrainSettings
-from outlast.trainers.user_code import imported
+from outlast.trainers.user_code import import_object
 
 #: The classes of `config.train.OPTIMIZERS`.
 _CLASSES: dict[str, type[torch.optim.Optimizer]] = {
@@ -72,7 +72,7 @@ def resolve(train: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str
 
 
 def _own_class(path: str) -> type[torch.optim.Optimizer]:
-    kind = imported(path, "train.optimizer")
+    kind = import_object(path, "train.optimizer")
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ConfigError(f"train.optimizer: {path!r} is not a torch.optim.Optimizer")
     closure = inspect.signature(kind.step).parameters.get("closure")

@@ -18,7 +18,7 @@ _NUM_STEPS = 64
 _NUM_WORK = 32
 
 
-class Phase(Enum):
+class StepPhase(Enum):
     """What a rank is at, in the order in which a step comes by."""
 
     START = "start"  #: it claims, builds, restores
@@ -33,15 +33,15 @@ class Phase(Enum):
 
     @property
     def order(self) -> int:
-        return list(Phase).index(self)
+        return list(StepPhase).index(self)
 
     @property
     def is_quick(self) -> bool:
         """True for the parts of a step that take about as long every time."""
-        return self in (Phase.AGREE, Phase.COMPUTE, Phase.EXCHANGE, Phase.UPDATE)
+        return self in (StepPhase.AGREE, StepPhase.COMPUTE, StepPhase.EXCHANGE, StepPhase.UPDATE)
 
 
-class Pulse:
+class StepProgress:
     """One rank's. `at` and `worked` belong to the loop's thread; the rest may be asked from another.
 
     Attributes:
@@ -50,17 +50,17 @@ class Pulse:
 
     def __init__(self) -> None:
         self.tells_work = True
-        self._now = (Phase.START, 0, time.monotonic())
+        self._now = (StepPhase.START, 0, time.monotonic())
         self._began: float | None = None
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
         self._work: deque[float] = deque(maxlen=_NUM_WORK)
 
-    def at(self, phase: Phase, step: int) -> None:
+    def at(self, phase: StepPhase, step: int) -> None:
         """The rank enters a phase; `step` steps are done."""
         now = time.monotonic()
-        if self._now[0] is Phase.UPDATE and self._began is not None:
+        if self._now[0] is StepPhase.UPDATE and self._began is not None:
             self._steps.append(now - self._began)
-        if phase is Phase.DATA:
+        if phase is StepPhase.DATA:
             self._began = now
         self._now = (phase, step, now)
 
@@ -69,7 +69,7 @@ class Pulse:
         self._work.append(seconds)
 
     @property
-    def now(self) -> tuple[Phase, int, float]:
+    def now(self) -> tuple[StepPhase, int, float]:
         """The phase, the steps done, and how many seconds it has lasted."""
         phase, step, since = self._now
         return phase, step, time.monotonic() - since

@@ -14,8 +14,7 @@ import transformers
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.state.model_weights import Naming
-from outlast.trainers.blame import told
+from outlast.checkpointing.state.model_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, _read_all, files_of
 from outlast.trainers.distributed.determinism import seed_everything
@@ -23,6 +22,7 @@ from outlast.trainers.models.custom_model import build_plain, is_like_transforme
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.models.weight_names import file_naming
 from outlast.trainers.tasks.base import Task
+from outlast.trainers.user_code import describe_error
 
 
 def build_model(
@@ -45,12 +45,15 @@ def build_model(
     if own is not None and not is_like_transformers(own):
         plain, files = build_plain(own, settings.config or {}, _special(tokenizer))
         return plain, {**files, **files_of(tokenizer)}
-    with _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"), _no_bars():
+    with (
+        _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"),
+        _without_progress_bars(),
+    ):
         config = _given_config(settings, own, tokenizer)
         task.configure(config)
         model, new = _build(settings, own or model_class(task, config), config, fresh)
     if own is None and task.auto_class == "AutoModelForCausalLM":
-        _check_looks_back(model)
+        _check_is_causal(model)
     files = {**_config_files(model), **files_of(tokenizer)}
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new)
@@ -111,7 +114,7 @@ def load_saved(
     if base is not None:
         what, hint = f"the model beneath the adapter cannot be loaded from {base!r}", "name its place with --base"
     trust = {} if own else {"trust_remote_code": trusted}
-    with _explained(what, hint, "give --trust-remote-code"), _no_bars():
+    with _explained(what, hint, "give --trust-remote-code"), _without_progress_bars():
         config = (own.config_class if own else transformers.AutoConfig).from_pretrained(folder, **trust)
         builder = own or model_class(task, config)
         return builder.from_pretrained(base or folder, config=config, dtype=torch.float32, **trust)
@@ -127,11 +130,11 @@ def _explained(what: str, hint: str, trusting: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             hint = f"read that code; if you trust it, {trusting}"
-        raise ConfigError(f"{what}: {told(error)}", hint=hint) from error
+        raise ConfigError(f"{what}: {describe_error(error)}", hint=hint) from error
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def _without_progress_bars() -> Iterator[None]:
     """transformers draws a bar on stderr while it loads, across the lines that are there."""
     if not transformers.logging.is_progress_bar_enabled():
         yield
@@ -143,7 +146,7 @@ def _no_bars() -> Iterator[None]:
         transformers.logging.enable_progress_bar()
 
 
-def naming_of(model: nn.Module) -> Naming:
+def naming_of(model: nn.Module) -> WeightNaming:
     """Which of the model's weights a checkpoint holds, and under which names. To be asked before it is sharded.
 
     Raises:
@@ -265,7 +268,7 @@ def _meant(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _check_looks_back(model: Any) -> None:
+def _check_is_causal(model: Any) -> None:
     """An encoder sees the token that it is to predict, and learns nothing."""
     if getattr(model.config, "is_decoder", None) is False and not model.can_generate():
         raise ConfigError(

@@ -20,11 +20,10 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import WEIGHTS
-from outlast.checkpointing.format.safetensors import Spec
+from outlast.checkpointing.format.safetensors import TensorSpec
 from outlast.checkpointing.state.model_weights import check_weights, named_weights
 from outlast.checkpointing.tools.export import CONFIG
-from outlast.trainers.blame import told
-from outlast.trainers.user_code import imported
+from outlast.trainers.user_code import describe_error, import_object
 
 
 def load_class(place: str) -> Any:
@@ -33,7 +32,7 @@ def load_class(place: str) -> Any:
     Raises:
         ConfigError: It cannot be found, or it is no model.
     """
-    found = imported(place, "model.class")
+    found = import_object(place, "model.class")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigError(f"model.class {place!r} is not a torch.nn.Module", hint="derive the class from it")
     return found
@@ -63,7 +62,7 @@ def build_plain(
         model = model_class(**arguments)
     except Exception as error:
         raise ConfigError(
-            f"{model_class.__name__} cannot be built: {told(error)}", hint="check model.config"
+            f"{model_class.__name__} cannot be built: {describe_error(error)}", hint="check model.config"
         ) from error
     return model, {"config.json": json.dumps(arguments, indent=2, sort_keys=True).encode() + b"\n"}
 
@@ -76,7 +75,7 @@ def load_plain(model_class: Any, folder: Path) -> nn.Module:
     """
     model, _ = build_plain(model_class, json.loads((folder / CONFIG).read_bytes()), {})
     found = load_file(folder / WEIGHTS)
-    check_weights(model, {name: Spec.of(tensor) for name, tensor in found.items()})
+    check_weights(model, {name: TensorSpec.of(tensor) for name, tensor in found.items()})
     with torch.no_grad():
         for name, tensor in named_weights(model).items():
             tensor.copy_(found[name])

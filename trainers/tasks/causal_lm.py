@@ -11,19 +11,19 @@ from torch import nn
 
 from outlast.checkpointing.state.model_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, Kind
+from outlast.trainers.data.columns import Column, ColumnType
 
 if TYPE_CHECKING:
     pass
 from outlast.trainers.tasks.base import Batch, Record, Task, ints, next_token_loss
-from outlast.trainers.tasks.generation import NUM_NEW_TOKENS, write_on
+from outlast.trainers.tasks.generation import NUM_NEW_TOKENS, generate_continuation
 
 
 class CausalLM(Task):
     """Predict the next token, in every place but the last. Documents are packed into samples of `max_length` tokens."""
 
     auto_class = "AutoModelForCausalLM"
-    columns: ClassVar[tuple[Column, ...]] = (Column("text", Kind.TEXT),)
+    columns: ClassVar[tuple[Column, ...]] = (Column("text", ColumnType.TEXT),)
     packs = True
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
@@ -49,5 +49,7 @@ class CausalLM(Task):
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         inner = self.tokenizer.inner
         for record in records:
-            tokens = write_on(self, unwrap(model), inner(record["text"], return_tensors="pt"), NUM_NEW_TOKENS)
+            tokens = generate_continuation(
+                self, unwrap(model), inner(record["text"], return_tensors="pt"), NUM_NEW_TOKENS
+            )
             yield {"text": record["text"], "continuation": inner.decode(tokens, skip_special_tokens=True)}

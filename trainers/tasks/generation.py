@@ -16,12 +16,12 @@ from outlast.trainers.tasks.base import Task
 NUM_NEW_TOKENS = 64
 
 
-def write_on(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
+def generate_continuation(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
     """What the model writes, greedily, after the tokens given, or for them; at most `limit` tokens, as far as it has
     places.
     """
     if not hasattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "generate"):
-        return _write_plainly(task, model, encoded["input_ids"], limit)
+        return _greedy_continuation(task, model, encoded["input_ids"], limit)
     given, config = encoded["input_ids"].shape[1], model.config
     places = None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
     room = limit if places is None else min(limit, places - given)
@@ -39,7 +39,7 @@ def write_on(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
     return written
 
 
-def _write_plainly(task: Task, model: nn.Module, tokens: torch.Tensor, limit: int) -> torch.Tensor:
+def _greedy_continuation(task: Task, model: nn.Module, tokens: torch.Tensor, limit: int) -> torch.Tensor:
     """The same for a model that cannot write by itself: it reads no more than the `max_length` tokens it trained on."""
     given, end = tokens.shape[1], task.tokenizer.inner.eos_token_id
     while tokens.shape[1] < given + limit and (tokens.shape[1] == given or tokens[0, -1] != end):

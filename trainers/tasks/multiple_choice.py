@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, Kind
+from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, ints, mask, pad
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ class MultipleChoice(Task):
 
     auto_class = "AutoModelForMultipleChoice"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("text", Kind.TEXT),
-        Column("choices", Kind.TEXTS),
-        Column("label", Kind.LABEL, is_target=True),
+        Column("text", ColumnType.TEXT),
+        Column("choices", ColumnType.TEXTS),
+        Column("label", ColumnType.LABEL, is_target=True),
     )
     special_tokens = BERT_TOKENS
     template: ClassVar[tuple[str, str] | None] = BERT_TEMPLATE

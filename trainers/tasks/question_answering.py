@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, Kind
+from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, Batch, Record, Sums, Task, ints
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ class QuestionAnswering(Task):
 
     auto_class = "AutoModelForQuestionAnswering"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("question", Kind.TEXT),
-        Column("context", Kind.TEXT),
-        Column("answers", Kind.ANSWERS, is_target=True),
+        Column("question", ColumnType.TEXT),
+        Column("context", ColumnType.TEXT),
+        Column("answers", ColumnType.ANSWERS, is_target=True),
     )
     options = ("stride",)
     targets = ("start", "end")

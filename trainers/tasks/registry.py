@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.task_names import TASKS
-from outlast.trainers.user_code import imported
+from outlast.trainers.user_code import import_object
 
 if TYPE_CHECKING:
     from outlast.trainers.tasks.base import Task
@@ -20,7 +20,7 @@ def find_task(name: str) -> type[Task]:
     """
     from outlast.trainers.tasks.base import Task
 
-    found = imported(TASKS.get(name, name), "model.task")
+    found = import_object(TASKS.get(name, name), "model.task")
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(f"model.task {name!r} is no task", hint="derive the class from outlast.trainers.Task")
     needed = {attribute: hasattr(found, attribute) for attribute in ("auto_class", "columns")}

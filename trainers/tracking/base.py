@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     pass
 
 
-Event = Mapping[str, Any]
+TrackedEvent = Mapping[str, Any]
 
 
 @dataclass(slots=True)
-class Seen:
+class Watermark:
     """How far a tracker has come.
 
     Attributes:
@@ -34,12 +34,12 @@ class Seen:
         return fresh
 
 
-class Sink(Protocol):
+class TrackerBackend(Protocol):
     """A tracker, as its thread uses it. All but `name` may raise anything, and take long."""
 
     name: str
 
-    def open(self) -> Seen:
+    def open(self) -> Watermark:
         """Finds the run's tracker run, or begins it."""
 
     def log(self, values: Mapping[str, float], step: int, at: float) -> None:
@@ -50,7 +50,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TrackerContext:
     """What a tracker knows of the run.
 
     Attributes:

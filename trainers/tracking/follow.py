@@ -22,7 +22,7 @@ from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.config.tracking import Name, TrackSettings
-from outlast.trainers.tracking.base import Event, Place, Seen, Sink
+from outlast.trainers.tracking.base import TrackedEvent, TrackerBackend, TrackerContext, Watermark
 
 if TYPE_CHECKING:
     from outlast.checkpointing.checkpointer import Checkpointer
@@ -48,7 +48,7 @@ def check_trackers(settings: TrackSettings) -> None:
             raise ConfigError(f"track.to names {name}, which is not installed", hint=hint)
 
 
-def values_of(event: Event) -> dict[str, float]:
+def values_of(event: TrackedEvent) -> dict[str, float]:
     """What an event tells in numbers, by name; nothing for one that tells of other things."""
     found: dict[str, float | None] = {}
     match event["event"]:
@@ -64,7 +64,7 @@ def values_of(event: Event) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-class _GaveUp(Exception):
+class _BackendUnavailable(Exception):
     """The attempt has ended, or the tracker can never work here."""
 
 
@@ -78,17 +78,20 @@ class Follower:
     """
 
     def __init__(
-        self, sink: Callable[[], Sink], past: Callable[[int], Iterable[Event]], tell: Callable[[str], None]
+        self,
+        sink: Callable[[], TrackerBackend],
+        past: Callable[[int], Iterable[TrackedEvent]],
+        tell: Callable[[str], None],
     ) -> None:
         self._make, self._past, self._tell = sink, past, tell
-        self._queue: queue.Queue[Event | None] = queue.Queue(QUEUE_EVENTS)
+        self._queue: queue.Queue[TrackedEvent | None] = queue.Queue(QUEUE_EVENTS)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._closing = threading.Event()
         self._told = False
         self._is_behind = False
         self._step = 0
 
-    def hear(self, event: Event) -> None:
+    def apply(self, event: TrackedEvent) -> None:
         """Takes an event; returns at once."""
         if self._thread.ident is not None and not self._thread.is_alive():
             return  # it has given up, and has said so
@@ -116,7 +119,7 @@ class Follower:
             self._tell("has not taken everything in time; the journal has it all")
 
     def _run(self) -> None:
-        with suppress(_GaveUp):
+        with suppress(_BackendUnavailable):
             sink = self._patiently(self._make)
             seen = self._patiently(sink.open)
             newest = seen.by_name.get("train/loss", seen.floor)
@@ -126,7 +129,7 @@ class Follower:
                 self._send(sink, seen, event_or_end)
             self._patiently(sink.close)
 
-    def _send(self, sink: Sink, seen: Seen, event: Event) -> None:
+    def _send(self, sink: TrackerBackend, seen: Watermark, event: TrackedEvent) -> None:
         if event["event"] == "step":
             self._step = event["step"]
         step = self._step if event["event"] == "save" else int(event.get("step", 0))  # a save ends steps later
@@ -144,7 +147,7 @@ class Follower:
                     self._told = True
                     self._tell(f"{type(error).__name__}: {first_line(error)}")
                 if isinstance(error, ImportError | ConfigError) or self._closing.wait(pause_s):
-                    raise _GaveUp from error
+                    raise _BackendUnavailable from error
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
@@ -158,13 +161,13 @@ class Tracking:
         self.followers: list[Follower] = []
         self.base: int | None = None  #: the step that the attempt goes on from, once that is known
 
-    def hear(self, event: Event) -> None:
+    def apply(self, event: TrackedEvent) -> None:
         """Takes an event of rank 0; returns at once."""
         if event["event"] in ("start", "resume"):
             self.base = int(event.get("step", 0))
         if event["event"] in ("step", "eval", "save", "under-way"):
             for follower in self.followers:
-                follower.hear({"t": time.time(), **event})
+                follower.apply({"t": time.time(), **event})
 
     def __enter__(self) -> Tracking:
         return self
@@ -195,19 +198,19 @@ def follow(
         return tracking
     storage, run, attempt = checkpointer.storage, checkpointer.run, checkpointer.attempt
 
-    def make(name: Name) -> Sink:
-        from outlast.trainers.tracking.backends import SINKS  # brings accelerate
+    def make(name: Name) -> TrackerBackend:
+        from outlast.trainers.tracking.backends import BACKENDS  # brings accelerate
 
         first = list_attempts(storage, run)[0]  # never deleted
         options = settings.options.get(name, {})
-        return SINKS[name](Place(storage, run, f"{run}-{first.nonce}", declared, settings.project, options))
+        return BACKENDS[name](TrackerContext(storage, run, f"{run}-{first.nonce}", declared, settings.project, options))
 
     def tell(name: Name, text: str) -> None:
         with suppress(StorageError):
             journal.event("tracker", name=name, message=text)
         progress({"event": "note", "text": f"{name}: {text}"})
 
-    def past(newest: int) -> Iterator[Event]:
+    def past(newest: int) -> Iterator[TrackedEvent]:
         assert tracking.base is not None
         return past_events(storage, run, attempt, tracking.base, newest)
 
@@ -217,7 +220,7 @@ def follow(
     return tracking
 
 
-def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newest: int) -> Iterator[Event]:
+def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newest: int) -> Iterator[TrackedEvent]:
     """What earlier attempts told of the steps that an attempt stands on, oldest first, each step once.
 
     Args:
@@ -227,10 +230,10 @@ def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newes
         base: The step that it goes on from.
         newest: Of steps before this one nothing is wanted.
     """
-    parts: list[list[Event]] = []
+    parts: list[list[TrackedEvent]] = []
     for lower in reversed([item for item in list_attempts(storage, run) if item < attempt]):
         begin: int | None = None
-        part: list[Event] = []
+        part: list[TrackedEvent] = []
         for event in read_events(storage, attempt_dir(run, lower)):  # never all of it at once: it may be long
             if begin is None and event["event"] in ("start", "resume"):
                 begin = int(event.get("step", -1))

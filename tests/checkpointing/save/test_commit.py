@@ -11,7 +11,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir
 from outlast.checkpointing.run_store import claims
-from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.storage import retry
 from outlast.checkpointing.storage.base import Buffer
 from outlast.checkpointing.storage.local import LocalStorage
@@ -65,7 +65,7 @@ def test_overtaken_while_it_claims(storage: LocalStorage, monkeypatch: pytest.Mo
     assert saver.wait() is False
     assert saver.async_save(1, model, optimizer, {}) is False
     assert saver.save(1, model, optimizer, {}) is False
-    assert catalogue(storage, "run").is_fresh
+    assert read_catalog(storage, "run").is_fresh
 
 
 def test_a_step_whose_commit_may_be_there_is_not_written_again(

@@ -78,8 +78,8 @@ def test_a_rehearsal_that_fails_keeps_no_worker_from_starting(monkeypatch: pytes
     def fail(task: str, model_type: str | None) -> None:
         raise KeyError(model_type)
 
-    monkeypatch.setattr(rehearsal, "rehearse", fail)
-    monkeypatch.setenv(standby._REHEARSED, '["causal-lm", "gpt2"]')
+    monkeypatch.setattr(rehearsal, "prewarm", fail)
+    monkeypatch.setenv(standby._PREWARM, '["causal-lm", "gpt2"]')
     prewarm_hook.warm()
 
 

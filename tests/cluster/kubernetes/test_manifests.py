@@ -276,7 +276,8 @@ def test_cautions(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom outlast.cluster import cli_k8s, k8s_client, k8s_lint, manifests\n"
+        "import sys\nfrom outlast.cluster.cli import kubernetes\nfrom outlast.cluster.kubernetes import client, render\n"
+        "from outlast.cluster.kubernetes.lint import linter\n"
         "heavy = {'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)\nassert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -14,8 +14,8 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import header_bytes, parse_header
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.save.save_interval import Costs
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.save.save_interval import SaveCosts
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig, load_run
@@ -329,7 +329,7 @@ def test_a_plan_is_what_the_run_then_does(
     config = RunConfig.model_validate({**assignment.declared, "scale": {"workers": 2}})
     found = forecast(config)
     assert run_group(assignment, storage, 2)[0].outcome is Outcome.DONE
-    newest = catalogue(storage, config.name).accepted[0]
+    newest = read_catalog(storage, config.name).accepted[0]
     assert newest.ref.step == found.walk.num_steps == 10
     assert found.walk.num_samples == prepare(config, storage).num_samples
     assert found.walk.tokens == 10 * 8 * 16
@@ -359,7 +359,7 @@ def test_a_plan_says_where_its_interval_comes_from(tmp_path: Path, body: dict[st
     path.write_text(yaml.safe_dump({**body, "checkpoint": {**body["checkpoint"], "every": "auto", "overlap": True}}))
     found = json.loads(outlast("plan", str(path), "--json").stdout)
     saving = found["saving"]
-    costs = Costs(saving["blocked_s"], saving["commit_s"], saving["restart_s"], saving["between_failures_s"])
+    costs = SaveCosts(saving["blocked_s"], saving["commit_s"], saving["restart_s"], saving["between_failures_s"])
     assert saving["auto_s"] == costs.interval_s
     assert saving["between_failures_s"] == pytest.approx(4 * 3600)
     assert saving["commit_s"] > found["size"]["checkpoint_bytes"] / saving["write_speed"]

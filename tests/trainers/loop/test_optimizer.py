@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
@@ -220,7 +220,7 @@ def killed_equals_uninterrupted(
     run: str, size: int, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path, **train: Any
 ) -> None:
     assert run_group(assign(run, **train), storage, size)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 6, size - 1, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, size - 1, FaultAction.SIGKILL, tmp_path)
     run_group(assign(f"{run}-killed", faults=(strike,), **train), storage, size)
     assert Path(strike.record).exists()
     assert run_group(assign(f"{run}-killed", launch="second", **train), storage, size)[0].outcome is Outcome.DONE

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.retention import Retention
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
@@ -70,7 +70,7 @@ def test_a_memory_is_part_of_what_comes_back(
 ) -> None:
     run = f"memory-{size}"
     assert run_group(bring(run), storage, size)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 9, 0, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 9, 0, FaultAction.SIGKILL, tmp_path)
     run_group(bring(f"{run}-killed", faults=(strike,)), storage, size)
     assert Path(strike.record).exists()
     again = run_group(bring(f"{run}-killed", launch="second"), storage, size)

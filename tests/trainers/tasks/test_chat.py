@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data.tokenizer import train_bpe
@@ -75,7 +75,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     sections: dict[str, Any], assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     assert run_group(assign("talk", sections=sections), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 6, 1, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
     run_group(assign("talk-killed", sections=sections, faults=(strike,)), storage, 2)
     assert Path(strike.record).exists()
     assert run_group(assign("talk-killed", sections=sections, launch="b"), storage, 2)[0].outcome is Outcome.DONE
