@@ -28,7 +28,9 @@ UNDISTURBED = json.loads((STORED / "undisturbed.json").read_text())
 LOSSES = {int(step): loss for step, loss in UNDISTURBED["losses"].items()}
 NUM_STEPS, RESUMED_FROM = 60, 30
 MADE_AT = "/tmp/golden/run_0_1_0"  # where 0.1.0 ran it
-CLOSE = 0.02  # a loss on another processor: far less than ten steps change, which a lost state would cost
+#: Relative difference of losses between processors. Measured: 3e-8 for other instructions, 8e-4 for other dropout
+#: masks; lost optimizer moments cost 1.3e-2.
+CLOSE = 4e-3
 
 
 @pytest.fixture

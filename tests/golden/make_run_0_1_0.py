@@ -1,10 +1,10 @@
 """Makes `tests/golden/run_0_1_0/`: a run that outlast 0.1.0 began, lost a worker of, and did not finish.
 
-    git checkout 7e2f42f && python -m tests.golden.make_run_0_1_0 NEW_FOLDER
+    python -m tests.golden.make_run_0_1_0 NEW_FOLDER
 
-It was made once, by that commit; made again by later code it would prove nothing. Everything goes through the command
-line and through files, so that this page stays true when modules move. `text_lines` and `tensor_digests` say what the
-data and the stored digests are.
+It was made once, with the code of commit 7e2f42f; made again by later code it would prove nothing. Everything goes
+through the command line and through files, so that this page stays true when modules move. `text_lines` and
+`tensor_digests` say what the data and the stored digests are.
 """
 
 from __future__ import annotations
