@@ -24,7 +24,7 @@ from outlast.trainers.distributed.world import World
 from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.causal_lm import CausalLM
-from tests.support.worker_group import Quiet
+from tests.support.groups.worker_group import Quiet
 
 #: Steps before the clock starts; as many go by after a save until it stops, so that it sees the whole of a save.
 WARM_STEPS = 10

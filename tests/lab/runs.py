@@ -20,7 +20,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.monitoring.status import read_status
 from tests.lab.hosts import Lab
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 

@@ -24,7 +24,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import HEAD, Lab, lab, why_not
 from tests.lab.runs import OUTLAST, Run
-from tests.support.worker_group import digests, losses, run_group
+from tests.support.groups.worker_group import digests, losses, run_group
 
 reason = why_not()
 pytestmark = [

@@ -25,7 +25,7 @@ from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import Lab, lab
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
-from tests.support.worker_group import digests, losses, run_group
+from tests.support.groups.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,

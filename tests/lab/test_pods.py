@@ -30,8 +30,8 @@ from tests.lab.hosts import HEAD, Lab
 from tests.lab.pods import TOKEN, Pods
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
-from tests.support.kubernetes_api import Api, small_api
-from tests.support.worker_group import digests, losses, run_group
+from tests.support.groups.worker_group import digests, losses, run_group
+from tests.support.kubernetes.api_server import Api, small_api
 
 pytestmark = [
     pytest.mark.lab,

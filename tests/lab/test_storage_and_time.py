@@ -26,9 +26,9 @@ from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import HEAD, Lab, lab
 from tests.lab.runs import Run
 from tests.lab.test_lab import finish, reason
+from tests.support.groups.worker_group import digests, losses, run_group
 from tests.support.s3_proxy import proxy_to
 from tests.support.s3_server import s3_server
-from tests.support.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,

@@ -31,8 +31,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
+from tests.support.groups.worker_group import StopAt, digests, losses, resumed, run_group
 from tests.support.small_model import digests_of
-from tests.support.worker_group import StopAt, digests, losses, resumed, run_group
 
 BASE = "corrupt-base"
 STEPS = [7, 6, 3]

@@ -21,8 +21,8 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Parallel
 from tests.conftest import Reference
+from tests.support.groups.worker_group import run_group
 from tests.support.small_model import small_model, train_step
-from tests.support.worker_group import run_group
 
 RUN = "run"
 ROOT = Path(__file__).parents[2]

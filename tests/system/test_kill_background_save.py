@@ -19,7 +19,16 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
-from tests.support.worker_group import ACTIONS, IN_TRAINING, digests, fault, losses, resumed, run_group, run_struck
+from tests.support.groups.worker_group import (
+    ACTIONS,
+    IN_TRAINING,
+    digests,
+    fault,
+    losses,
+    resumed,
+    run_group,
+    run_struck,
+)
 
 SECTIONS = {"checkpoint": {"overlap": True, "keep_last": 2, "keep_best": 1}}
 TRAIN = {"eval_every": 3}

@@ -29,7 +29,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
-from tests.support.worker_group import (
+from tests.support.groups.worker_group import (
     ACTIONS,
     IN_TRAINING,
     StopAt,

@@ -37,9 +37,9 @@ from outlast.cluster.driver.ray_session import ray_session
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import _find, prepare
+from tests.support.groups.worker_group import digests, fault, resumed, run_group, tiny_config
 from tests.support.s3_server import s3_server
 from tests.support.small_model import small_model, train_step
-from tests.support.worker_group import digests, fault, resumed, run_group, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_a_slower_preparer_whose_upload_is_aborted_takes_what_is_there(
     """It is stopped in the middle of its upload, and goes on when the other has made the data and aborted it."""
     rows = tmp_path / "rows.txt"
     rows.write_text("".join(f"row number {number} of a few\n" for number in range(11)))
-    sections = {"model": {"task": "tests.support.large_samples_task:Bulky"}, "data": {"eval": None}}
+    sections = {"model": {"task": "tests.support.tasks.large_samples:Bulky"}, "data": {"eval": None}}
     config = tiny_config("slower", f"{bucket}/slower", str(rows), sections=sections, eval_every=None)
     slower = subprocess.Popen(
         [sys.executable, "-c", _STOPPING, config.model_dump_json()], stdout=subprocess.PIPE, text=True

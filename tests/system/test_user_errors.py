@@ -36,8 +36,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
 from tests.cluster.jobs.test_ray_jobs import Cluster
 from tests.support.command import Command
+from tests.support.groups.worker_group import run_group, tiny_config
 from tests.support.s3_server import BUCKET, s3_server
-from tests.support.worker_group import run_group, tiny_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 NOBODY = 65534

@@ -27,8 +27,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.custom_model import load_class
 from outlast.trainers.tasks.generation import NUM_NEW_TOKENS
 from outlast.trainers.user_code import make_importable
-from tests.support.task_cases import CASES
-from tests.support.worker_group import run_group
+from tests.support.groups.worker_group import run_group
+from tests.support.tasks.cases import CASES
 from tests.trainers.models.test_custom_model import EXAMPLES, PLAIN
 from tests.trainers.models.test_lora import LORA, make_base
 

@@ -20,7 +20,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import digests, losses, run_group, tiny_config
+from tests.support.groups.worker_group import digests, losses, run_group, tiny_config
 
 pytestmark = pytest.mark.ray
 OUTLAST = str(Path(sys.executable).with_name("outlast"))

@@ -26,7 +26,7 @@ from outlast.cluster.jobs.bundle import bundle
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
-from tests.support.worker_group import run_group, tiny_config
+from tests.support.groups.worker_group import run_group, tiny_config
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -26,7 +26,7 @@ from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.trainers.preparation.encode import Encoder
 from outlast.trainers.preparation.prepare import prepare
 from outlast.trainers.user_code import make_importable
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 from tests.trainers.preparation.test_prepare_faults import await_that, contents
 
 pytestmark = pytest.mark.ray

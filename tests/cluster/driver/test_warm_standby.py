@@ -21,7 +21,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import _Trainer
 from outlast.cluster.driver.warm_standby import environment
-from tests.support.worker_group import losses, tiny_config
+from tests.support.groups.worker_group import losses, tiny_config
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 

@@ -17,7 +17,7 @@ from outlast.cluster.driver.launch import Launch
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.monitoring.status import read_status
 from tests.cluster.jobs.test_ray_jobs import BIN
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 #: Fails at its third pass.
 BUGGY = """

@@ -27,10 +27,10 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.progress import StepPhase, StepProgress
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
-from tests.support.ranks import on_ranks
-from tests.support.slow_rank_task import FOLDER, TROUBLE
-from tests.support.watched_group import Post, Watched, serve
-from tests.support.worker_group import digests, fault, losses, run_group
+from tests.support.groups.ranks import on_ranks
+from tests.support.groups.watched_group import Post, Watched, serve
+from tests.support.groups.worker_group import digests, fault, losses, run_group
+from tests.support.tasks.slow_rank import FOLDER, TROUBLE
 
 LIMIT_S = 60.0
 
@@ -163,7 +163,7 @@ def test_a_rank_spins(
     monkeypatch.setenv(TROUBLE, "spin:1")
     monkeypatch.setenv(FOLDER, str(tmp_path))
     hub, control = watch("spins", 2.0)
-    assignment = assign("spins", sections={"model": {"task": "tests.support.slow_rank_task:Troubled"}})
+    assignment = assign("spins", sections={"model": {"task": "tests.support.tasks.slow_rank:Troubled"}})
     first, second = run_group(assignment, storage, 2, control)
     assert second.exit_code == EXIT_CODE
     assert first.exit_code in (EXIT_CODE, 1), "it may hear first that the other has gone"
@@ -212,7 +212,7 @@ def test_a_rank_dawdles(
 ) -> None:
     monkeypatch.setenv(TROUBLE, "slow:1")
     _, control = watch("dawdles", 60.0)
-    assignment = assign("dawdles", sections={"model": {"task": "tests.support.slow_rank_task:Troubled"}}, steps=100)
+    assignment = assign("dawdles", sections={"model": {"task": "tests.support.tasks.slow_rank:Troubled"}}, steps=100)
     assert run_group(assignment, storage, 2, control)[0].outcome is Outcome.DONE
     [slow] = told(storage, "dawdles", "slow")
     assert [item["rank"] for item in slow["ranks"]] == [1]

@@ -35,8 +35,8 @@ from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.cluster.jobs.test_ray_jobs import BIN, Cluster
+from tests.support.groups.worker_group import digests, run_group, tiny_config
 from tests.support.timelines import attempt, launch, resume, start, write
-from tests.support.worker_group import digests, run_group, tiny_config
 
 GIVEN_UP = GiveUp("enough", ())
 NUM_STEPS = 500

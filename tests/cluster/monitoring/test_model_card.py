@@ -25,7 +25,7 @@ from outlast.checkpointing.tools.query import resolve_checkpoint
 from outlast.cluster.monitoring.model_card import model_card
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import fault, run_group
+from tests.support.groups.worker_group import fault, run_group
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SHARING = (Path(__file__).parents[3] / "docs/sharing.md").read_text()

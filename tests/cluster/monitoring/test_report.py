@@ -35,9 +35,9 @@ from outlast.cluster.monitoring.timeline import Timeline
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.browser import CHROMIUM, Browser, Page, chromium
+from tests.support.groups.worker_group import StopAt, fault, run_group
 from tests.support.small_model import small_model
 from tests.support.timelines import attempt, done, evaluated, failure, launch, plan, resume, saved, start, steps, story
-from tests.support.worker_group import StopAt, fault, run_group
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SIZES = {"phone": (390, 844), "tablet": (820, 1180), "desktop": (1440, 900)}

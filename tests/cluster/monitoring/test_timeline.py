@@ -30,6 +30,7 @@ from outlast.cluster.monitoring.timeline import State
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
+from tests.support.groups.worker_group import fault, run_group
 from tests.support.timelines import (
     attempt,
     done,
@@ -44,7 +45,6 @@ from tests.support.timelines import (
     story,
     write,
 )
-from tests.support.worker_group import fault, run_group
 
 
 class Counted:

@@ -16,7 +16,7 @@ from outlast.trainers.config.base import Settings
 from outlast.trainers.config.checkpoint import CheckpointSettings
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import findings
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 
 def body(**sections: Any) -> dict[str, Any]:

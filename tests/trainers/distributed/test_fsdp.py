@@ -27,8 +27,8 @@ from outlast.trainers.distributed.fsdp import blocks, shard, whole
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
-from tests.support.ranks import on_ranks
-from tests.support.worker_group import StopAt, digests, fault, losses, newest, resumed, run_group
+from tests.support.groups.ranks import on_ranks
+from tests.support.groups.worker_group import StopAt, digests, fault, losses, newest, resumed, run_group
 
 Assign = Callable[..., Assignment]
 

@@ -28,8 +28,8 @@ from outlast.trainers.distributed.tree_allreduce import TreeReducer, TreeSum, su
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.buffer_guard import BufferGuard
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.ranks import on_ranks
-from tests.support.worker_group import digests, fault, resumed, run_group
+from tests.support.groups.ranks import on_ranks
+from tests.support.groups.worker_group import digests, fault, resumed, run_group
 
 Assign = Callable[..., Assignment]
 

@@ -22,7 +22,7 @@ from outlast.trainers.checks.preflight import check_metric
 from outlast.trainers.config.train import EarlyStoppingSettings
 from outlast.trainers.loop.early_stopping import PatienceState, patience
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import digests, fault, losses, run_group, tiny_config
+from tests.support.groups.worker_group import digests, fault, losses, run_group, tiny_config
 
 NAN = float("nan")
 

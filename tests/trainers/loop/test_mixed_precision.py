@@ -26,7 +26,7 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
-from tests.support.worker_group import digests, fault, losses, newest, run_group
+from tests.support.groups.worker_group import digests, fault, losses, newest, run_group
 
 #: The first scale overflows for some steps, the window makes it grow again and overflow again.
 FP16 = {"precision": "fp16", "loss_scale": 2.0**24, "loss_scale_window": 2}

@@ -19,7 +19,7 @@ from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.non_finite import MAX_IN_A_ROW, NonFiniteError, NonFiniteGuard, RolledBack
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import Ended, digests, fault, losses, newest, resumed, run_group
+from tests.support.groups.worker_group import Ended, digests, fault, losses, newest, resumed, run_group
 
 SIZE = 2
 BAD_STEP = 5  # checkpoints are at 3, 6, 9 and 10

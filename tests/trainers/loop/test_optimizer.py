@@ -22,8 +22,8 @@ from outlast.trainers.config.train import OPTIMIZERS, TrainSettings
 from outlast.trainers.loop.lr_schedule import learning_rate
 from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.loop.train_loop import Outcome
+from tests.support.groups.worker_group import digests, fault, losses, run_group
 from tests.support.small_model import digests_of, train_step
-from tests.support.worker_group import digests, fault, losses, run_group
 
 MOMENTUM = {"optimizer": "sgd", "optimizer_options": {"momentum": 0.9}}
 OWN = {"optimizer": f"{__name__}:Drifting"}

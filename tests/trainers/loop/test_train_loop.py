@@ -33,7 +33,7 @@ from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
-from tests.support.worker_group import Quiet, digests, losses, newest, resumed, run_group, tiny_config
+from tests.support.groups.worker_group import Quiet, digests, losses, newest, resumed, run_group, tiny_config
 
 
 def train_settings(**settings: Any) -> TrainSettings:

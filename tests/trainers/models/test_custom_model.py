@@ -30,7 +30,7 @@ from outlast.trainers.models.custom_model import load_class
 from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.tasks.causal_lm import CausalLM
 from outlast.trainers.user_code import make_importable
-from tests.support.worker_group import StopAt, digests, fault, losses, newest, resumed, run_group
+from tests.support.groups.worker_group import StopAt, digests, fault, losses, newest, resumed, run_group
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 PLAIN = """

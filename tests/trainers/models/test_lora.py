@@ -27,7 +27,7 @@ from outlast.trainers.config.train import Parallel
 from outlast.trainers.data.tokenizer import files_of, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.predict import choose_checkpoint, load
-from tests.support.worker_group import digests, fault, losses, newest, run_group
+from tests.support.groups.worker_group import digests, fault, losses, newest, run_group
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
 

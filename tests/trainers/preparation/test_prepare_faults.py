@@ -17,7 +17,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.preparation.prepare import Prepared, prepare
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 PREPARE = """
     import sys

@@ -40,8 +40,8 @@ from outlast.trainers.preparation.prepare import Prepared, prepare
 from outlast.trainers.tasks.base import Batch, Record, Task
 from outlast.trainers.tasks.classification import SequenceClassification
 from outlast.trainers.tasks.registry import find_task
-from tests.support.task_cases import CASES, Case
-from tests.support.worker_group import digests, fault, losses, run_group
+from tests.support.groups.worker_group import digests, fault, losses, run_group
+from tests.support.tasks.cases import CASES, Case
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +444,7 @@ def test_labels_that_will_not_do(
 @pytest.mark.faults
 def test_threads_are_those_that_the_run_began_with(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
     """Also after a resume on a machine that would have taken others."""
-    from tests.support.worker_group import StopAt
+    from tests.support.groups.worker_group import StopAt
 
     for launch, threads, stop in (("a", 2, 3), ("b", 1, 6), ("c", 1, 99)):
         assignment = replace(assign("threads", launch=launch), num_threads=threads)

@@ -28,8 +28,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.tracking.base import Watermark
 from outlast.trainers.tracking.follow import Follower, check_trackers, values_of
 from tests.conftest import Reference
+from tests.support.groups.worker_group import Quiet, digests, losses, resumed, run_group
 from tests.support.s3_server import s3_server
-from tests.support.worker_group import Quiet, digests, losses, resumed, run_group
 
 LIMIT_S = 60.0
 STEPS, EVALS = list(range(1, 11)), [0, 4, 8, 10]

@@ -29,8 +29,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.preparation.prepare import prepare
 from outlast.trainers.user_code import make_importable
+from tests.support.groups.worker_group import digests, newest, resumed, run_group, start_script
 from tests.support.small_model import digests_of, small_model, train_step
-from tests.support.worker_group import digests, newest, resumed, run_group, start_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OWN_LOOP = EXAMPLES / "own_loop.py"

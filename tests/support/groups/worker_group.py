@@ -35,7 +35,7 @@ from outlast.trainers.loop.progress import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.support.worker_group_rank"])
+_context.set_forkserver_preload(["tests.support.groups.worker_group_rank"])
 
 GRACE_S = 60.0
 STOPPED_S = 1.0  #: long enough for the other ranks to come to wait
@@ -101,7 +101,7 @@ def run_group(
 
     A rank that has not ended after `limit_s` hangs, and that is an error.
     """
-    from tests.support.worker_group_rank import work
+    from tests.support.groups.worker_group_rank import work
 
     rendezvous = (folder or Path(storage.url)) / f".rendezvous-{os.getpid()}-{time.monotonic_ns()}"
     pipes, processes = [], []
@@ -135,7 +135,7 @@ def run_group(
 
 def start_script(path: Path, arguments: list[str], size: int) -> list[BaseProcess]:
     """Starts a script on `size` ranks, with the environment that torchrun would give them."""
-    from tests.support.worker_group_rank import run_script
+    from tests.support.groups.worker_group_rank import run_script
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])

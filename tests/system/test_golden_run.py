@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import load_run
-from outlast.cluster.status import read_status
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.config.run_config import load_run
+from outlast.cluster.monitoring.status import read_status
 from outlast.trainers import Assignment, prepare
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.golden.make_run_0_1_0 import outlast, step_losses, tensor_digests
 from tests.golden.numerics import PINNED, numerics
-from tests.group import run_group
+from tests.support.groups.worker_group import run_group
 
-STORED = Path(__file__).parent / "golden/run_0_1_0"
+STORED = Path(__file__).parents[1] / "golden/run_0_1_0"
 UNDISTURBED = json.loads((STORED / "undisturbed.json").read_text())
 LOSSES = {int(step): loss for step, loss in UNDISTURBED["losses"].items()}
 NUM_STEPS, RESUMED_FROM = 60, 30
