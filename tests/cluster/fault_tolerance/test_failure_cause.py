@@ -178,7 +178,7 @@ def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: None)
-    monkeypatch.setattr(failures, "find_deaths", lambda workers: [])
+    monkeypatch.setattr(failure_recorder, "find_deaths", lambda workers: [])
     storage, launch = LocalStorage(tmp_path), "20260101-000000-a"
     storage.put(f"{launch_dir('run', launch)}/alive.json", [b'{"settings": "now"}'])
     recorder = FailureRecorder(storage.url, "run", launch, RestartLimits(), "now")
