@@ -36,7 +36,7 @@ from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
 from outlast.trainers.distributed.world import World
 from outlast.trainers.host_info import machine, num_oom_kills
-from outlast.trainers.loop.control import Control, TrackedControl
+from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, naming_of
@@ -126,8 +126,9 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         task,
         assignment.prepared.split(storage, "train"),
         assignment.prepared.split(storage, "eval") if has_eval else None,
-        TrackedControl(control, tracking.apply),
+        control,
         non_finite=assignment.non_finite,
+        listeners=[tracking.apply],
     )
     world.mark("data")
     with tracking:
