@@ -21,7 +21,6 @@ from outlast.checkpointing.errors import DamagedError, NoCheckpointError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.run_store.retention import RetentionCandidate
-from outlast.trainers.config.train import NonFinite
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.sampler import make_plan
@@ -63,7 +62,6 @@ class Loop:
         train_data: Training samples.
         eval_data: Held-out samples, or None.
         control: The line to the outside.
-        non_finite: What becomes of a step whose loss or gradient is not finite.
         listeners: Called with each event before `control`, on rank 0.
 
     Attributes:
@@ -81,7 +79,6 @@ class Loop:
         eval_data: Samples | None,
         control: Control,
         *,
-        non_finite: NonFinite = NonFinite.STOP,
         listeners: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         self.config, self.world, self.checkpointer, self.model = config, world, checkpointer, model
@@ -91,8 +88,8 @@ class Loop:
         self.log_history: list[dict[str, Any]] = []
         self.plan = make_plan(config, len(train_data), world.size)
         self._log = EventLog(checkpointer, *listeners, control.progress)
-        self._train_step = TrainStep(config, self.plan, world, model, task, train_data, control, self._log, non_finite)
-        self._save_timer = SaveTimer(config.checkpoint.interval, checkpointer)
+        self._train_step = TrainStep(config, self.plan, world, model, task, train_data, control, self._log)
+        self._save_timer = SaveTimer(config.checkpoint.every, checkpointer)
 
     def run(self) -> Outcome:
         """Runs to one of the three ends. Raises what the checkpointer and the steps raise."""
@@ -176,7 +173,7 @@ class Loop:
     # -- evaluating ----------------------------------------------------------------------------------------------------
 
     def _evaluation_is_due(self) -> bool:
-        every = self.config.train.eval_interval
+        every = self.config.train.eval_every
         is_due = every is not None and every.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
         return self.eval_data is not None and (is_due or self.step == self.plan.num_steps)
 
@@ -196,8 +193,7 @@ class Loop:
 
     def _save_if_due(self, agreed: StepConsensus, *, is_evaluated: bool, is_over: bool) -> bool:
         """False when superseded."""
-        interval = self.config.checkpoint.interval
-        is_due = interval.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
+        is_due = self.config.checkpoint.every.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
         may_be_best = is_evaluated and self.config.checkpoint.keep_best > 0
         urgent = agreed.stop or is_over or agreed.save is PlannedSave.URGENT
         if urgent or may_be_best or is_due or agreed.save is PlannedSave.DUE:

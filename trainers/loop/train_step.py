@@ -60,7 +60,6 @@ class TrainStep:
         data: Training samples.
         control: Learns where the step is.
         log: Records the steps.
-        non_finite: What becomes of a step whose loss or gradient is not finite.
 
     Attributes:
         optimizer: The optimizer.
@@ -77,17 +76,16 @@ class TrainStep:
         data: Samples,
         control: Control,
         log: EventLog,
-        non_finite: NonFinite,
     ) -> None:
         self._train, self._plan, self._world, self._model = config.train, plan, world, model
         self._task, self._data, self._control, self._log = task, data, control, log
-        self._exactness = Exactness(config.exactness)
-        is_elastic = self._exactness is Exactness.ELASTIC
+        self._exactness = config.exactness
+        is_elastic = config.exactness is Exactness.ELASTIC
         self._tree = TreeReducer(model.parameters(), world.rank, world.size) if is_elastic else None
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(model, config.train)
         self._scaler = make_scaler(config.train, world.device)
-        self._non_finite = NonFiniteGuard(non_finite, world, model)
+        self._non_finite = NonFiniteGuard(config.failure.non_finite, world, model)
         self._stopwatch = Stopwatch(world.device, control.worked)
         self._pending: DeferredMetrics | None = None
         self.loss: float | None = None
