@@ -18,6 +18,7 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.format.safetensors import TensorSpec
 from outlast.checkpointing.restore.reader import Index, merge, read_index, read_regions, read_verified
 from outlast.checkpointing.restore.verify import check_listing
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.model_weights import WeightNaming, check_weights, named_weights
 from outlast.checkpointing.state.optimizer_state import devices_of_state, load_optimizer, regions_of_state
 from outlast.checkpointing.state.rank_group import RankGroup
@@ -28,8 +29,7 @@ Targets = dict[str, tuple[Region, torch.Tensor]]
 
 
 def restore(
-    storage: Storage,
-    run: str,
+    store: RunStore,
     manifest: Manifest,
     ranks: RankGroup,
     model: nn.Module,
@@ -45,7 +45,7 @@ def restore(
         ConfigError: The checkpoint is another model's, or has no optimizer state.
         StorageError: It could not be read, which proves nothing.
     """
-    directory = layout.checkpoint_dir(run, manifest.ref)
+    storage, directory = store.storage, store.checkpoint_dir(manifest.ref)
     seen = ranks.everybody(lambda: _read_headers(storage, directory, manifest, ranks))
     if faults := _merged(lines for _, lines in seen):
         return None, faults
