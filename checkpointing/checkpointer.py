@@ -75,7 +75,6 @@ class Checkpointer:
             whatever was acknowledged by somebody who did not.
 
     Attributes:
-        store: The run.
         naming: The argument; may be replaced until the first `resume` or `save`.
         last_save: Of the last save that ended: seconds that training waited for it, and seconds until its commit.
         files: Small files that belong into every checkpoint; may be replaced until the first save.
@@ -106,7 +105,7 @@ class Checkpointer:
         settle_s: float = 0.0,
     ) -> None:
         self.ranks = ranks or RankGroup()
-        self.store = RunStore(storage, layout.check_run_name(run))
+        self._store = RunStore(storage, layout.check_run_name(run))
         self._launch, self._settle_s = launch, settle_s
         self.files = dict(files or {})
         self._max_shard_bytes, self.naming = max_shard_bytes, naming
@@ -125,25 +124,31 @@ class Checkpointer:
         hosts = self.ranks.gather(socket.gethostname())
         self._num_sharing = hosts.count(hosts[self.ranks.rank])
         if self.ranks.rank == 0:
-            self.journal = Journal(storage, self.store.attempt_dir(self.attempt), 0)
+            self.journal = Journal(storage, self._store.attempt_dir(self.attempt), 0)
         # A group of its own, so that commits in flight and the step loop never wait in one queue.
         background = self.ranks.another()
         self._committer = Committer(
-            self.store, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
+            self._store, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
         )
+
+    @property
+    def store(self) -> RunStore:
+        """The run as it is now."""
+        return self._store.fresh()
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
     def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, Catalog] | None:
-        if claims.launch_is_superseded(self.store, self._launch):
+        if claims.launch_is_superseded(self._store, self._launch):
             return None
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
-        mine = claims.claim(self.store, body)
+        mine = claims.claim(self._store, body)
         time.sleep(2 * self._settle_s)
-        if claims.higher_claim(self.store, mine):
+        now = self.store  # nothing that was read before the claim counts
+        if max(claims.list_attempts(now), default=mine) > mine:
             return None
-        tries = retry(lambda: history.read_attempt_history(self.store, live=self._launch, below=mine))
-        return mine, retry(lambda: build_catalog(self.store, mine, history.checkpoints_to_skip(tries)))
+        tries = retry(lambda: history.read_attempt_history(now, live=self._launch, below=mine))
+        return mine, retry(lambda: build_catalog(now, mine, history.checkpoints_to_skip(tries)))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -163,7 +168,7 @@ class Checkpointer:
             return None
         rejected = list(self.catalogue.rejected)
         for index, manifest in self.catalogue.candidates:
-            state, faults = restore(self.store, manifest, self.ranks, model, optimizer, self.naming)
+            state, faults = restore(self._store, manifest, self.ranks, model, optimizer, self.naming)
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
@@ -187,7 +192,7 @@ class Checkpointer:
         return None
 
     def _is_superseded_while_waiting(self) -> bool:
-        return claims.higher_claim(self.store, self.attempt) is not None
+        return claims.higher_claim(self._store, self.attempt) is not None
 
     def _refuse(self, rejected: list[RejectedCheckpoint]) -> None:
         """Says that nothing whole is left."""
@@ -195,8 +200,8 @@ class Checkpointer:
         self.flush()
         lines = "\n".join(f"  {item.ref}: {'; '.join(item.reasons)}" for item in rejected)
         raise NoCheckpointError(
-            f"run {self.store.run!r} has commits, but no checkpoint is whole; nothing was changed\n{lines}",
-            hint=f"`outlast checkpoints verify {self.store.url}` reads every byte again; restore the "
+            f"run {self._store.run!r} has commits, but no checkpoint is whole; nothing was changed\n{lines}",
+            hint=f"`outlast checkpoints verify {self._store.url}` reads every byte again; restore the "
             "files from a copy, or start over under another name",
         )
 
@@ -394,12 +399,12 @@ class Checkpointer:
 
     def _publish(self, source: CheckpointRef, final_step: int) -> str | None:
         manifest = next(item for item in self.accepted if item.ref == source)
-        target, directory = self.store.model_dir(self.attempt), self.store.checkpoint_dir(source)
+        target, directory = self._store.model_dir(self.attempt), self._store.checkpoint_dir(source)
         files = []
         for entry in manifest.files:
             if not entry.path.startswith(layout.STATE_DIR):
-                blocks = read_blocks(self.store.storage, directory, entry)
-                files.append(write_file(self.store.storage, target, entry.path, blocks))
+                blocks = read_blocks(self._store.storage, directory, entry)
+                files.append(write_file(self._store.storage, target, entry.path, blocks))
         if self._is_superseded_while_waiting():
             return None
         published = Manifest(
@@ -412,7 +417,7 @@ class Checkpointer:
             launch=self._launch,
             extra={"final_step": final_step},
         )
-        self.store.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
+        self._store.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
         self._tell("done", step=final_step, model=str(source))
         self.flush()
         return target

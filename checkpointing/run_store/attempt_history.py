@@ -144,7 +144,7 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
         if launch < since and launch not in attempts_of:
             continue
         alive = read_liveness(store, launch)
-        failures = [e for e in read_events(store.storage, store.launch_dir(launch)) if e["event"] == "failure"]
+        failures = [e for e in read_events(store, store.launch_dir(launch)) if e["event"] == "failure"]
         told = {str(event.get("attempt")): event for event in failures}
         dated: list[tuple[float, AttemptRecord]] = [
             (event["t"], replace(_told(event), settings=alive.get("settings", "")))
@@ -177,7 +177,7 @@ def launches_in_order(launches: Iterable[str], attempts_of: Mapping[str, Sequenc
 
 
 def _commits(store: RunStore, attempt: AttemptId) -> tuple[int, ...]:
-    events = read_events(store.storage, store.attempt_dir(attempt), COMMITS)
+    events = read_events(store, store.attempt_dir(attempt), COMMITS)
     return tuple(event["step"] for event in events if event.get("event") == "commit")
 
 
@@ -200,7 +200,7 @@ def _read_try(
         is_live: The launch is at work.
         is_alone: Nothing was heard of the launch later, so connections that broke may be all that its ranks tell.
     """
-    events = list(read_first_and_last(store.storage, store.attempt_dir(attempt)))
+    events = list(read_first_and_last(store, store.attempt_dir(attempt)))
     kinds = {event["event"] for event in events}
     resume = next((event for event in events if event["event"] == "resume"), {})
     failed: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "failed"), {})

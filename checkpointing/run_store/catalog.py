@@ -85,7 +85,7 @@ def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
         ManifestError: It is damaged, or belongs to another checkpoint.
         StorageError: The read failed.
     """
-    manifest = Manifest.parse(read_bytes(store.storage, f"{store.checkpoint_dir(ref)}/{MANIFEST}"))
+    manifest = Manifest.parse(read_bytes(store, f"{store.checkpoint_dir(ref)}/{MANIFEST}"))
     if manifest.ref != ref:
         raise ManifestError(f"it belongs to {manifest.ref}")
     return manifest
@@ -138,9 +138,9 @@ def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
 def _read_attempt(store: RunStore, attempt: AttemptId) -> _Attempt:
     found = _Attempt()
     directory = store.attempt_dir(attempt)
-    folders = [entry.name for entry in store.storage.list(directory) if entry.num_bytes is None]
+    folders = [entry.name for entry in store.list(directory) if entry.num_bytes is None]
     steps = {step for step in map(parse_checkpoint, folders) if step is not None}
-    committed = _standing_commits(store.storage, directory)
+    committed = _standing_commits(store, directory)
     refs = [CheckpointRef(step, attempt) for step in steps | committed]
     found.valid, found.rejected, missing = _read_manifests(store, refs)
     found.rejected += _lost_commits(store, [ref for ref in missing if ref.step in committed])
@@ -166,17 +166,19 @@ def _read_manifests(
 
 def _lost_commits(store: RunStore, missing: Sequence[CheckpointRef]) -> list[RejectedCheckpoint]:
     """Of the commits whose manifest is not there, those that nobody deleted."""
-    deleted = deletions(store) if missing else set()
-    return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref not in deleted]
+    lost = set(missing) - deletions(store) if missing else set()
+    if lost:  # or whose deletion the journal told after it was read
+        lost -= deletions(store.fresh())
+    return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref in lost]
 
 
 _MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
 
 
-def _standing_commits(storage: Storage, directory: str) -> set[int]:
+def _standing_commits(store: RunStore, directory: str) -> set[int]:
     """Steps that the attempt's own journal says are committed and that it has not deleted since."""
     standing: set[int] = set()
-    for event in read_events(storage, directory, COMMITS):
+    for event in read_events(store, directory, COMMITS):
         step = event.get("step")
         if not isinstance(step, int):
             continue
@@ -192,7 +194,7 @@ def deletions(store: RunStore) -> set[CheckpointRef]:
     return {
         CheckpointRef(event["step"], target)
         for directory in _journals(store)
-        for event in read_events(store.storage, directory, COMMITS)
+        for event in read_events(store, directory, COMMITS)
         if event.get("event") == "delete" and isinstance(event.get("step"), int)
         if (target := AttemptId.parse(str(event.get("attempt")))) is not None
     }
@@ -200,7 +202,7 @@ def deletions(store: RunStore) -> set[CheckpointRef]:
 
 def _journals(store: RunStore) -> list[str]:
     """The directories of all who may commit or delete: the attempts, and prunes from outside."""
-    prunes = [entry.name for entry in store.storage.list(prunes_dir(store.run)) if entry.num_bytes is None]
+    prunes = [entry.name for entry in store.list(prunes_dir(store.run)) if entry.num_bytes is None]
     return [
         *(store.attempt_dir(attempt) for attempt in list_attempts(store)),
         *(prune_dir(store.run, name) for name in prunes),
@@ -217,5 +219,5 @@ def _journals(store: RunStore) -> list[str]:
 def run_events(store: RunStore) -> Iterator[tuple[AttemptId, dict[str, Any]]]:
     """Every attempt's events, lowest attempt first. A step that was done again appears once for each time."""
     for attempt in list_attempts(store):
-        for event in read_events(store.storage, store.attempt_dir(attempt)):
+        for event in read_events(store, store.attempt_dir(attempt)):
             yield attempt, event

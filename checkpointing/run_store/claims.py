@@ -16,19 +16,19 @@ from outlast.checkpointing.storage.retry import retry
 
 def list_attempts(store: RunStore) -> list[AttemptId]:
     """Every claim of the run, lowest first."""
-    found = retry(lambda: store.storage.list(store.attempts_dir))
+    found = retry(lambda: store.list(store.attempts_dir))
     names = (AttemptId.parse(entry.name) for entry in found if entry.num_bytes is None)
     return sorted(attempt for attempt in names if attempt is not None)
 
 
 def list_launches(store: RunStore) -> list[str]:
     """The run's launches, by name."""
-    return [entry.name for entry in store.storage.list(f"{store.run}/launches") if entry.num_bytes is None]
+    return [entry.name for entry in store.list(f"{store.run}/launches") if entry.num_bytes is None]
 
 
 def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
     """Creates the next claim, durably. `body` says who claims and with which settings; it must be JSON."""
-    attempts = list_attempts(store)
+    attempts = list_attempts(store.fresh())
     number = attempts[-1].number + 1 if attempts else 1
     mine = AttemptId(number, secrets.token_hex(4))
     store.storage.put(f"{store.attempt_dir(mine)}/{CLAIM}", [json.dumps(body, indent=1).encode() + b"\n"])
@@ -38,15 +38,15 @@ def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
 def read_claim(store: RunStore, attempt: AttemptId) -> dict[str, Any]:
     """What an attempt declared; empty if the claim was never finished or is damaged."""
     try:
-        body = json.loads(read_bytes(store.storage, f"{store.attempt_dir(attempt)}/{CLAIM}"))
+        body = json.loads(read_bytes(store, f"{store.attempt_dir(attempt)}/{CLAIM}"))
     except (FileNotFoundError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}
 
 
 def higher_claim(store: RunStore, mine: AttemptId) -> AttemptId | None:
-    """The highest claim above mine, which supersedes it, or None."""
-    highest = list_attempts(store)[-1:]
+    """The highest claim above mine now, which supersedes it, or None."""
+    highest = list_attempts(store.fresh())[-1:]
     return highest[0] if highest and highest[0] > mine else None
 
 
@@ -56,12 +56,13 @@ def launch_is_superseded(store: RunStore, launch: str) -> bool:
     A launch's first claim takes over from everyone; a later one (after a failure) only from itself. So the newest
     launch wins, and two launches never take over from each other in turn.
     """
+    now = store.fresh()
 
     def launch_of(attempt: AttemptId) -> str | None:
-        return read_claim(store, attempt).get("launch")
+        return read_claim(now, attempt).get("launch")
 
     # A claim that was never finished says nothing, and counts for nobody; newest first, so that one read is the rule.
-    claims = reversed(list_attempts(store))
+    claims = reversed(list_attempts(now))
     if next((name for name in map(launch_of, claims) if name is not None), launch) == launch:
         return False
     with ThreadPoolExecutor(16) as pool:

@@ -38,6 +38,7 @@ def find_active_launch(store: RunStore) -> str | None:
         if not open_launches or time.monotonic() > deadline:
             return None
         time.sleep(0.5)
+        store.refresh()  # whatever was read of the run is old now
 
 
 def _open_launches(store: RunStore) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from outlast.checkpointing.run_store.store import RunStore
 
 def list_pins(store: RunStore) -> set[CheckpointRef]:
     """The checkpoints that are exempt from retention."""
-    entries = store.storage.list(pins_dir(store.run))
+    entries = store.list(pins_dir(store.run))
     names = (CheckpointRef.parse(entry.name) for entry in entries if entry.num_bytes is not None)
     return {ref for ref in names if ref is not None}
 
@@ -30,7 +30,7 @@ def exempt_pinned(
     if not doomed:
         return [], set()
     journal.event("deleting", checkpoints=[ref.name for ref in doomed])
-    spared = list_pins(store) & set(doomed)
+    spared = list_pins(store.fresh()) & set(doomed)
     if spared:
         journal.event("spared", checkpoints=[ref.name for ref in sorted(spared)])
     return [ref for ref in doomed if ref not in spared], spared
@@ -39,8 +39,9 @@ def exempt_pinned(
 def is_being_deleted(store: RunStore, ref: CheckpointRef) -> bool:
     """True if somebody said that this checkpoint is about to go, and has not spared it since."""
     doomed: dict[str, bool] = {}
-    for directory in _journals(store):
-        for event in read_events(store.storage, directory, COMMITS):
+    now = store.fresh()
+    for directory in _journals(now):
+        for event in read_events(now, directory, COMMITS):
             if event.get("event") in ("deleting", "spared") and ref.name in event.get("checkpoints", ()):
                 doomed[directory] = event["event"] == "deleting"
     return any(doomed.values())

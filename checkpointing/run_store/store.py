@@ -1,25 +1,76 @@
-"""One run in a storage: what is passed to whatever reads or writes a run."""
+"""One run in a storage: what is passed to whatever reads or writes a run.
+
+A command asks for the same listings, claims and manifests in several places. A `RunStore` remembers them, so a command
+reads each once and sees one state of the run. The protocol must not act on what is remembered: a step that has to see
+what others did meanwhile takes a `fresh` store, which no other thread fills, or asks `storage` itself.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import builtins
+from io import BytesIO
+from typing import BinaryIO
 
 from outlast.checkpointing.format import layout
-from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.format.layout import CLAIM, AttemptId, CheckpointRef
+from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
 
 
-@dataclass(frozen=True, slots=True)
 class RunStore:
     """One run in a storage. Paths are relative to the storage root.
 
-    Attributes:
+    Args:
         storage: The storage.
+        run: Name of the run.
+
+    Attributes:
+        storage: The storage itself, which remembers nothing.
         run: Name of the run.
     """
 
-    storage: Storage
-    run: str
+    def __init__(self, storage: Storage, run: str) -> None:
+        self.storage, self.run = storage, run
+        self._listed: dict[str, builtins.list[Entry]] = {}
+        self._files: dict[str, bytes] = {}
+        self._claims: dict[str, bytes] = {}
+        self._missing: set[str] = set()
+
+    def fresh(self) -> RunStore:
+        """The same run with nothing remembered but claims, which never change."""
+        new = RunStore(self.storage, self.run)
+        new._claims = self._claims
+        return new
+
+    def refresh(self) -> None:
+        """Forgets what may have changed: for readers that look again and again."""
+        self._listed.clear()
+        self._files.clear()
+        self._missing.clear()
+
+    def list(self, path: str) -> builtins.list[Entry]:
+        """The names in a directory when it was first listed. Raises as `Storage.list`."""
+        entries = self._listed.get(path)
+        if entries is None:
+            entries = self._listed[path] = self.storage.list(path)
+        return entries
+
+    def open(self, path: str) -> BinaryIO:
+        """A file, for reading. Raises as `Storage.open`.
+
+        JSON and journals of commits are small, and read once; a missing one stays missing. Others are not remembered.
+        """
+        name = path.rpartition("/")[2]
+        if not name.endswith(".json") and not name.startswith("commits-"):
+            return self.storage.open(path)
+        known = self._claims if name == CLAIM else self._files
+        if path not in known and path not in self._missing:
+            try:
+                known[path] = read_bytes(self.storage, path)
+            except FileNotFoundError:
+                self._missing.add(path)
+        if path not in known:
+            raise FileNotFoundError(path)
+        return BytesIO(known[path])
 
     @property
     def url(self) -> str:

@@ -148,7 +148,7 @@ class Committer:
         """
         kept = self.commits, self.lineage
         try:
-            pinned = pins.list_pins(self._store)
+            pinned = pins.list_pins(self._store.fresh())
             kept = self._retain(pinned)
             if self._orphans_collected:
                 self._delete_pending()
@@ -202,7 +202,7 @@ class Committer:
                 self._tell("uploads-aborted", count=count)
 
     def _find_orphans(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
-        for attempt in claims.list_attempts(self._store):
+        for attempt in claims.list_attempts(self._store.fresh()):
             if attempt >= self._attempt:
                 return
             for entry in self._store.storage.list(self._store.attempt_dir(attempt)):

@@ -44,7 +44,7 @@ def pin(store: RunStore, which: str, retention: Retention) -> CheckpointRef:
         return ref
     store.storage.put(pin_path(store.run, ref), [json.dumps({"pinned_at": time.time()}).encode() + b"\n"])
     going = is_being_deleted(store, ref)
-    if going or ref not in {manifest.ref for manifest in load_catalog(store).accepted}:
+    if going or ref not in {manifest.ref for manifest in load_catalog(store.fresh()).accepted}:
         store.storage.delete(pin_path(store.run, ref))
         gone = "is being" if going else "was"
         raise NoCheckpointError(
@@ -127,7 +127,7 @@ def _remains(store: RunStore, accepted: set[CheckpointRef]) -> tuple[CheckpointR
     found = {
         CheckpointRef(step, attempt)
         for attempt in {ref.attempt for ref in gone}
-        for entry in store.storage.list(store.attempt_dir(attempt))
+        for entry in store.list(store.attempt_dir(attempt))
         if entry.num_bytes is None and (step := parse_checkpoint(entry.name)) is not None
     }
     # Object stores may go on listing a directory that holds no file any more.
@@ -144,7 +144,7 @@ def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
     journal = Journal(store.storage, prune_dir(store.run, name), 0, stream=COMMITS, flush_s=0)
     doomed, spared = exempt_pinned(store, journal, [manifest.ref for manifest in plan.doomed])
     for count, ref in enumerate(doomed):
-        if list_attempts(store)[-1] != plan.highest:
+        if list_attempts(store.fresh())[-1] != plan.highest:
             journal.event("spared", checkpoints=[item.name for item in doomed[count:]])
             raise StorageError(
                 f"run {store.run!r}: a new attempt began after {count} of {len(doomed)} deletions; the rest stays",

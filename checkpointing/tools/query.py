@@ -100,9 +100,9 @@ def existing_attempts(store: RunStore) -> list[AttemptId]:
     return found
 
 
-def list_checkpoints(store: RunStore, retention: Retention | None = None) -> list[dict[str, Any]]:
-    """The accepted checkpoints, newest first, and which of them is the best one. Raises as `load_catalog`."""
-    accepted, pins = load_catalog(store).accepted, list_pins(store)
+def list_checkpoints(store: RunStore, catalog: Catalog, retention: Retention | None = None) -> list[dict[str, Any]]:
+    """The accepted checkpoints, newest first, and which of them is the best one. Raises StorageError."""
+    accepted, pins = catalog.accepted, list_pins(store)
     best = [kept.ref for kept in _rated(accepted, retention or Retention())[:1]]
     return [{**_row(store, manifest, manifest.ref in pins), "best": manifest.ref in best} for manifest in accepted]
 
@@ -139,7 +139,7 @@ def show_checkpoint(store: RunStore, which: str = "newest", retention: Retention
 def _record(store: RunStore, launch: str) -> str | None:
     """Where the record of a launch lies: what it was made of. None for a loop of one's own, or an older release's."""
     folder = store.launch_dir(launch)
-    is_there = launch and any(entry.name == RECORD for entry in store.storage.list(folder))
+    is_there = launch and any(entry.name == RECORD for entry in store.list(folder))
     return f"{store.storage.url}/{folder}/{RECORD}" if is_there else None
 
 
@@ -183,9 +183,7 @@ def resolve_checkpoint(store: RunStore, which: str, retention: Retention) -> Res
     for attempt in reversed(list_attempts(store)):
         directory = store.model_dir(attempt)
         try:
-            return ResolvedCheckpoint(
-                store, directory, Manifest.parse(read_bytes(store.storage, f"{directory}/{MANIFEST}"))
-            )
+            return ResolvedCheckpoint(store, directory, Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}")))
         except FileNotFoundError:
             continue
         except ManifestError as error:
@@ -248,6 +246,7 @@ def verify_run(
                 if wanted in (None, str(manifest.ref.step), manifest.ref.name):
                     verdicts.append(_verify(store, manifest, seen.owner))
         except _ChangedWhileReading:
+            store = store.fresh()
             continue
         if which in (None, "model") and (model := find_model(store)):
             verdicts.append(replace(model, path=f"{store.storage.url}/{model.path}"))
@@ -269,11 +268,12 @@ def _verify(store: RunStore, manifest: Manifest, owner: AttemptId | None) -> Ver
     directory = store.checkpoint_dir(manifest.ref)
     faults = verify(store.storage, directory, manifest)
     if faults:
+        now = store.fresh()
         try:
-            read_manifest(store, manifest.ref)
+            read_manifest(now, manifest.ref)
         except (FileNotFoundError, ManifestError) as error:
             raise _ChangedWhileReading from error
-        if build_catalog(store).owner != owner:
+        if build_catalog(now).owner != owner:
             raise _ChangedWhileReading
     return VerificationResult(f"{store.storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, tuple(faults))
 
@@ -295,7 +295,7 @@ def find_model(store: RunStore) -> VerificationResult | None:
             break
         directory = store.model_dir(attempt)
         try:
-            manifest = Manifest.parse(read_bytes(store.storage, f"{directory}/{MANIFEST}"))
+            manifest = Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}"))
         except FileNotFoundError:
             continue
         except ManifestError as error:

@@ -34,8 +34,9 @@ def list_(run: Run, storage: Root = "./runs", as_json: AsJson = False) -> None:
     from outlast.checkpointing.tools import query as commands
 
     store, retention = find_run(run, storage)
-    rows = commands.list_checkpoints(store, retention)
-    for item in commands.load_catalog(store).rejected:
+    catalog = commands.load_catalog(store)
+    rows = commands.list_checkpoints(store, catalog, retention)
+    for item in catalog.rejected:
         print(f"damaged: {item.ref}: {'; '.join(item.reasons)}", file=sys.stderr)
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -182,7 +182,7 @@ class Launch:
             ended = finished.outcome.exit_code
             return finished
         except _INTERRUPTIONS:
-            if not build_catalog(store).accepted:
+            if not build_catalog(store.fresh()).accepted:
                 ended = Interrupted.exit_code
                 raise
             ended = Outcome.STOPPED.exit_code
@@ -227,7 +227,7 @@ class Launch:
         if isinstance(answer.get("error"), OutlastError):
             raise answer["error"]
         outcome = Outcome(answer["outcome"])
-        found = find_model(store) if outcome is Outcome.DONE else None
+        found = find_model(store.fresh()) if outcome is Outcome.DONE else None
         model = _published(store, found.path) if found else None
         if outcome is Outcome.STOPPED and self._is_superseded(store):
             outcome = Outcome.SUPERSEDED

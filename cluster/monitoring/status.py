@@ -31,7 +31,8 @@ def read_status(store: RunStore) -> dict[str, Any]:
 def as_values(store: RunStore, story: Timeline, seen: RunSummary) -> dict[str, Any]:
     """What `status --json` prints."""
     launch = story.newest_launch(seen.now)
-    checkpoints = [] if story.is_new else list_checkpoints(store)
+    catalog = None if story.is_new else load_catalog(store)
+    checkpoints = list_checkpoints(store, catalog) if catalog else []
     newest = {**checkpoints[0], "verified_at": seen.newest and seen.newest.verified_at} if checkpoints else None
     ledger, failures = seen.ledger, story.failures_of
     body = {
@@ -47,7 +48,7 @@ def as_values(store: RunStore, story: Timeline, seen: RunSummary) -> dict[str, A
         "sizes": [_size_change(event, failures) for item in story.launches_in_order for event in item.resizes],
         "launch": {"id": launch.id, **launch.alive} if launch else None,
         "newest_checkpoint": newest,
-        "damaged": [] if story.is_new else [str(item.ref) for item in load_catalog(store).rejected],
+        "damaged": [str(item.ref) for item in catalog.rejected] if catalog else [],
         "storage": store.storage.url,
         "lr": seen.lr,
         "scores": dict(seen.scores),

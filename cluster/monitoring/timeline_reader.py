@@ -34,8 +34,9 @@ class TimelineReader:
 
     def __init__(self, store: RunStore, *, but: str = "", journals: bool = True) -> None:
         self._store, self._but, self._journals = store, but, journals
-        self._tail = JournalTail(store.storage)
+        self._tail = JournalTail(store)
         self._closed: set[AttemptId | str] = set()  # read once more after they had left the newest ones
+        self._has_looked = False
         self.story = Timeline(store.run)
 
     def look(self) -> Timeline:
@@ -44,6 +45,9 @@ class TimelineReader:
         Raises:
             StorageError: The storage could not be read; the next look goes on where this one ended.
         """
+        if self._has_looked:
+            self._store.refresh()
+        self._has_looked = True
         self._look_at_attempts()  # first: their claims tell the order of the launches
         self._look_at_launches()
         return self.story

@@ -143,6 +143,6 @@ def _left_out_before(checkpointer: Checkpointer) -> frozenset[int]:
         event["step"]
         for attempt in list_attempts(store)
         if attempt < checkpointer.attempt
-        for event in read_events(store.storage, store.attempt_dir(attempt), COMMITS)
+        for event in read_events(store, store.attempt_dir(attempt), COMMITS)
         if event.get("event") == "left-out"
     )

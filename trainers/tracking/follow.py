@@ -233,7 +233,7 @@ def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> 
     for lower in reversed([item for item in list_attempts(store) if item < attempt]):
         begin: int | None = None
         part: list[TrackedEvent] = []
-        for event in read_events(store.storage, store.attempt_dir(lower)):  # never all of it at once: it may be long
+        for event in read_events(store, store.attempt_dir(lower)):  # never all of it at once: it may be long
             if begin is None and event["event"] in ("start", "resume"):
                 begin = int(event.get("step", -1))
             elif begin is not None and max(begin + 1, newest) <= event.get("step", -1) <= base:
