@@ -25,9 +25,7 @@ import ray.train
 import ray.train.torch
 import yaml
 from ray.autoscaler.sdk import request_resources
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train import TrainingFailedError
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.fault_injection import FaultSpec
@@ -52,6 +50,7 @@ from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder, ga
 from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
 from outlast.cluster.formatting import counted
 from outlast.cluster.preflight.doctor import preflight
+from outlast.cluster.ray_internals import HEALTH_CHECK_INTERVAL_S_ENV_VAR, DatasetsCallback
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.preflight import check_architecture, check_code, check_metric, check_model
 from outlast.trainers.checks.resume_checks import check_unchanged

@@ -7,7 +7,7 @@ import secrets
 import time
 from typing import Any
 
-import ray._private.state
+import ray
 import ray.train
 import ray.train.torch
 
@@ -22,6 +22,7 @@ from outlast.cluster.driver.prometheus import PrometheusGauges
 from outlast.cluster.fault_tolerance.failure_cause import RankError
 from outlast.cluster.fault_tolerance.out_of_memory import log_of_this_process
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
+from outlast.cluster.ray_internals import actors
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.config.train import Parallel
 from outlast.trainers.distributed.world import World
@@ -88,7 +89,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 def _actor_at() -> float:
     """When this process became this worker: it may have waited for that."""
-    row = ray._private.state.actors(ray.get_runtime_context().get_actor_id())
+    row = actors(ray.get_runtime_context().get_actor_id())
     return float(row.get("StartTime", 0)) / 1000
 
 

@@ -1,8 +1,8 @@
 """What `outlast doctor` does on each node: looks at the machine, and tries storage and network for real.
 
 It travels by value, so that a node with another outlast, or none, can be asked all the same: what is not in the
-standard library is imported where it is used. It tells what it saw, as plain dictionaries, and judges nothing. It must
-leave nothing behind.
+standard library, and not in `ray_internals`, which travels too, is imported where it is used. It tells what it saw, as
+plain dictionaries, and judges nothing. It must leave nothing behind.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from outlast.cluster.ray_internals import temp_dir
 
 LIBRARIES = ("ray", "torch", "transformers")
 CONNECT_S = 3.0
@@ -54,7 +56,7 @@ class Probe:
             "gpus": find_gpus() if gpus else [],
             "memory": _memory(),
             "shm": _space("/dev/shm"),
-            "disk": _space(_ray_folder()),
+            "disk": _space(temp_dir() or tempfile.gettempdir()),
             "storage": _file_system(self._place),
             **_addresses(),
         }
@@ -301,13 +303,6 @@ def _control_groups() -> Iterable[Path]:
                 base = root / controllers
                 inner = base / path.lstrip("/")
                 yield from {base, inner, *(parent for parent in inner.parents if parent.is_relative_to(base))}
-
-
-def _ray_folder() -> str:
-    import ray
-
-    node = ray._private.worker._global_node
-    return str(node.get_temp_dir_path()) if node else tempfile.gettempdir()
 
 
 def _space(path: str) -> dict[str, Any] | None:
