@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.torch_internals import compute_local_shape_and_global_offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from outlast.trainers.data.tokenizer import Tokenizer, _read_all, files_of
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
+from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
 from outlast.trainers.models.weight_names import file_naming
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.user_code import describe_error
@@ -83,7 +84,7 @@ def check_head(settings: ModelSettings, task: type[Task]) -> None:
         else:
             config = transformers.AutoConfig.for_model((settings.config or {})["model_type"])
         builder = model_class(task, config)
-        known = getattr(builder, "_model_mapping", {type(config): None})
+        known = model_mapping(builder) or {type(config): None}
         if type(config) not in known and not getattr(config, "auto_map", None):
             raise ConfigError(
                 f"model.task {settings.task}: no {config.model_type} model does it; transformers has no class of this "
@@ -164,7 +165,8 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
         )
         return model, sorted(found["missing_keys"])
     its_own = not settings.class_ and not settings.trust_remote_code
-    with _no_init() if its_own and not fresh else nullcontext():
+    # Weights that a checkpoint's are about to replace are not made; buffers that are in no file are.
+    with no_init_weights() if its_own and not fresh else nullcontext():
         if hasattr(builder, "from_config"):
             model = builder.from_config(config, dtype=torch.float32, **trusted)
         else:
@@ -172,18 +174,6 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
     if its_own and not fresh:
         model.tie_weights()
     return model, []
-
-
-def _no_init() -> Any:
-    """No new weights where a checkpoint's are about to replace every one of them; a user's own class might make more.
-
-    Buffers that are in no file are made by the constructors of transformers' models, as ever.
-    """
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # earlier releases: weights are made once more
-        return nullcontext()
-    return no_init_weights()
 
 
 def _trusted(settings: ModelSettings) -> dict[str, Any]:
@@ -196,8 +186,6 @@ def _config_files(model: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         if getattr(model, "_auto_class", None) is not None:  # its code came with it, and goes with it
-            from transformers.dynamic_module_utils import custom_object_save
-
             custom_object_save(model, folder, config=model.config)
             model.config.save_pretrained(folder)
         if hasattr(model, "can_generate") and model.can_generate():
