@@ -14,6 +14,8 @@ A message says what happened and where; `hint` is the next command or step. Losi
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -84,3 +86,13 @@ def first_line(error: BaseException) -> str:
     """What an error of a library says in its first line of words, as part of a message; the name of one without any."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)[:300]
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """What `word` was probably meant to be, or None."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest known one, or nothing."""
+    return f"; did you mean {near!r}?" if (near := nearest(word, known)) else ""

@@ -39,7 +39,7 @@ Made from the code by `python docs/reference.py`; a test fails where the two dif
 
 ## The run file
 
-YAML or TOML. Only `name`, `model` and `data.train` are needed. A key that is not here is refused, with the nearest
+YAML. Only `name`, `model` and `data.train` are needed. A key that is not here is refused, with the nearest
 one that is. `-s train.lr=1e-4` sets one on the command line; `${env:NAME}` stands for a variable of the environment and
 is never written down. Where the default is empty, the meaning says it, or the setting is off.
 """

@@ -6,7 +6,6 @@ libraries or of Python itself.
 
 from __future__ import annotations
 
-import difflib
 import sys
 import sysconfig
 import traceback
@@ -14,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     pass
@@ -35,12 +34,8 @@ def import_object(place: str, setting: str) -> Any:
     except Exception as error:
         raise ConfigError(f"{setting} {place!r} cannot be imported: {describe_error(error)}", hint=_HINT) from error
     if not hasattr(whole, name):
-        near = difflib.get_close_matches(name, [key for key, item in vars(whole).items() if isinstance(item, type)], 1)
-        raise ConfigError(
-            f"{setting} {place!r} cannot be imported: {module} has no {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else ""),
-            hint=_HINT,
-        )
+        guess = did_you_mean(name, [key for key, item in vars(whole).items() if isinstance(item, type)])
+        raise ConfigError(f"{setting} {place!r} cannot be imported: {module} has no {name!r}{guess}", hint=_HINT)
     return getattr(whole, name)
 
 

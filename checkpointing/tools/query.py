@@ -6,13 +6,12 @@ still there afterwards and the run's owner is unchanged; else the look starts ov
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
+from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError, did_you_mean
 from outlast.checkpointing.format.layout import (
     MANIFEST,
     RECORD,
@@ -92,9 +91,9 @@ def existing_attempts(store: RunStore) -> list[AttemptId]:
                 f"run {run!r} in {place} has begun, and no worker has claimed it: there is no checkpoint yet",
                 hint="start it again with `outlast train` and its run file",
             )
-        near = difflib.get_close_matches(run, [name for name in names if name != run and not name.startswith(".")], 1)
+        others = [name for name in names if name != run and not name.startswith(".")]
         raise ConfigError(
-            f"there is no run {run!r} in {place}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"there is no run {run!r} in {place}{did_you_mean(run, others)}",
             hint="name a run's directory, its run file, or its name with --storage; `outlast list` shows what there is",
         )
     return found

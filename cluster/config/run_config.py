@@ -1,4 +1,4 @@
-"""The whole run: what trainers need, plus how many workers and what may fail. YAML or TOML in, checked settings out."""
+"""The whole run: what trainers need, plus how many workers and what may fail. YAML in, checked settings out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from outlast.checkpointing.errors import ConfigError, first_line
+from outlast.checkpointing.errors import ConfigError, first_line, nearest
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_interval import SaveInterval
 from outlast.checkpointing.storage.factory import open_storage
@@ -22,7 +22,7 @@ from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.config.train import NonFiniteSettings, ParallelSettings
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import Path as Place
-from outlast.trainers.config.validation_errors import SettingsFinding, check, nearest
+from outlast.trainers.config.validation_errors import SettingsFinding, check
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -148,7 +148,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
     """Reads a run file.
 
     Args:
-        path: A .yaml, .yml or .toml file.
+        path: A .yaml or .yml file.
         overrides: `key=value` with dots in the key; the value is YAML.
 
     Returns:
@@ -184,11 +184,14 @@ def settings_of(
 
 def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
     """What a run file says, and the line of each setting. Raises as `load_run`."""
+    if path.endswith(".toml"):
+        hint = f"write it as YAML, as {Path(path).with_suffix('.yaml')}; `outlast init` writes one to begin with"
+        raise ConfigError(f"run file {path} is TOML, which is no longer read", hint=hint)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        hint = "name a .yaml or .toml file; `outlast init` writes one to begin with"
-        here = {file.stem: file for file in Path(path).parent.glob("*.*") if file.suffix in (".yaml", ".yml", ".toml")}
+        hint = "name a .yaml file; `outlast init` writes one to begin with"
+        here = {file.stem: file for file in Path(path).parent.glob("*.*") if file.suffix in (".yaml", ".yml")}
         if isinstance(error, FileNotFoundError) and (near := nearest(Path(path).stem, here)):
             hint = f"did you mean {here[near]}? `outlast init` writes a new one"
         said = error.strerror if isinstance(error, OSError) else error

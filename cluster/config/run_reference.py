@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from outlast.checkpointing.run_store.retention import Retention
 
 
+#: TOML is no longer read; reading one says so.
 RUN_FILES = (".yaml", ".yml", ".toml")
 
 

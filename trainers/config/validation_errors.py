@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, nearest
 
 Path = tuple[int | str, ...]
 
@@ -99,11 +98,6 @@ def _finding(found: Any, model: type[BaseModel]) -> SettingsFinding:
 def _literals(expected: str) -> list[str]:
     """The values in pydantic's "'a', 'b' or 'c'"."""
     return [part.strip("' ") for part in expected.replace(" or ", ", ").split(",")]
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """What `word` was probably meant to be, or None."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def _unknown(model: type[BaseModel], path: Path) -> SettingsFinding:

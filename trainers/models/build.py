@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from outlast.checkpointing.errors import ConfigError, OutlastError
+from outlast.checkpointing.errors import ConfigError, OutlastError, did_you_mean
 from outlast.checkpointing.state.model_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, _read_all, files_of
@@ -236,7 +235,7 @@ def _default_config(given: Mapping[str, Any]) -> Any:
     if kind not in kinds:
         raise ConfigError(
             f"model.config.model_type {kind!r} is not known to transformers {transformers.__version__}"
-            f"{_meant(kind, kinds)}",
+            f"{did_you_mean(kind, kinds)}",
             hint="name one that it knows, or bring a class of your own: model.class",
         )
     default = transformers.AutoConfig.for_model(kind)
@@ -246,14 +245,10 @@ def _default_config(given: Mapping[str, Any]) -> Any:
     for key in given:
         if key not in known:
             raise ConfigError(
-                f"model.config.{key}: a {kind} model has no such setting{_meant(key, known)}", hint="check model.config"
+                f"model.config.{key}: a {kind} model has no such setting{did_you_mean(key, known)}",
+                hint="check model.config",
             )
     return default
-
-
-def _meant(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _check_is_causal(model: Any) -> None:
