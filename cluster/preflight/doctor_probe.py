@@ -242,8 +242,8 @@ def _code_digest() -> str:
         except ModuleNotFoundError:
             spec = None
         for place in (spec.submodule_search_locations if spec else None) or ():
-            for path in sorted(Path(place).glob("*.py")):
-                digest.update(path.name.encode() + path.read_bytes())
+            for path in sorted(Path(place).rglob("*.py")):
+                digest.update(f"{path.relative_to(place)}".encode() + path.read_bytes())
         if spec is None:
             return "missing"
     return digest.hexdigest()[:8]
@@ -294,7 +294,7 @@ def _memory() -> dict[str, int | None]:
 
 
 def _control_groups() -> Iterable[Path]:
-    """The memory control groups of this process, and those around them, of both versions."""
+    """The memory control groups of this process, and those around them, of both versions: psutil knows none."""
     root = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -315,18 +315,17 @@ def _space(path: str) -> dict[str, Any] | None:
 
 def _file_system(place: str | None) -> dict[str, Any] | None:
     """Where a local storage lies on this node: kind and source of its file system, and the space there."""
+    import psutil
+
     if place is None or ("://" in place and not place.startswith("file://")):
         return None
     path = Path(place.removeprefix("file://"))
     there = next(parent for parent in (path, *path.parents) if parent.exists()).resolve()
-    best = ("", "", "unknown")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mounts").read_text().splitlines():
-            source, mount, kind, *_ = line.split()
-            mount = mount.replace("\\040", " ")
-            if there.is_relative_to(mount) and len(mount) >= len(best[0]):
-                best = (mount, source, kind)
-    return {"mount": best[0], "source": best[1], "kind": best[2], **(_space(str(there)) or {})}
+    around = [item for item in psutil.disk_partitions(all=True) if there.is_relative_to(item.mountpoint)]
+    if not around:
+        return {"mount": "", "source": "", "kind": "unknown", **(_space(str(there)) or {})}
+    best = max(reversed(around), key=lambda item: len(item.mountpoint))  # the later covers another on the same place
+    return {"mount": best.mountpoint, "source": best.device, "kind": best.fstype, **(_space(str(there)) or {})}
 
 
 def _addresses() -> dict[str, Any]:

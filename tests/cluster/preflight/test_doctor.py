@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from outlast.cluster.jobs.bundle import _package
+from outlast.cluster.preflight import doctor_probe
 from outlast.cluster.preflight import doctor_rules as rules
 from outlast.cluster.preflight.doctor_rules import Requirements
 from outlast.cluster.preflight.finding import Finding, Level
@@ -299,3 +301,30 @@ def test_names_that_take_long() -> None:
     assert (finding.level, finding.text.split(":")[0]) == (Level.WARNING, "a")
     assert rules.check_names({"a": 0.01})[0].level is Level.OK
     assert rules.check_names({"c": {"fault": "no answer"}}) == []
+
+
+# -- a node's facts ----------------------------------------------------------------------------------------------------
+
+
+def test_the_file_system_is_the_one_that_df_names(tmp_path: Path) -> None:
+    found = doctor_probe._file_system(str(tmp_path / "not/there/yet"))
+    assert found is not None
+    said = subprocess.run(
+        ["df", "--output=source,target,fstype", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines()[1].split() == [found["source"], found["mount"], found["kind"]]
+    assert doctor_probe._file_system("s3://bucket/runs") is None
+
+
+def test_the_digest_of_the_code_covers_every_folder(tmp_path: Path) -> None:
+    def digest() -> str:
+        code = "from outlast.cluster.preflight.doctor_probe import _code_digest; print(_code_digest())"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.strip()
+
+    package = _package(tmp_path)
+    before = digest()
+    with (package / "cluster/preflight/doctor_rules.py").open("a") as file:
+        file.write("# changed\n")
+    assert digest() not in (before, "missing")
