@@ -9,16 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
 def machine(device: torch.device | None) -> dict[str, Any]:
     """Processor, number of processors and bytes of memory of this machine, and the accelerator's name."""
-    found: dict[str, Any] = {"cpu": platform.processor(), "cpus": os.cpu_count(), "memory": None}
-    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+    found: dict[str, Any] = {"cpu": platform.processor(), "cpus": os.cpu_count()}
+    found["memory"] = psutil.virtual_memory().total
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:  # psutil does not know the model's name
         found["cpu"] = next(line for line in file if line.startswith("model name")).partition(":")[2].strip()
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
-        found["memory"] = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
     if device is not None and device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found

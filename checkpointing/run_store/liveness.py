@@ -65,7 +65,10 @@ def _host() -> str:
 
 
 def process_start(pid: int) -> str:
-    """The kernel's mark of when a process began, or nothing when there is no such process."""
+    """The kernel's mark of when a process began, or nothing when there is no such process.
+
+    In ticks since the start of the machine, as it lies in `alive.json`: psutil's time moves when the clock is set.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):

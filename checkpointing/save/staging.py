@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -46,7 +47,7 @@ class StagingBuffer:
             return
         self._buffer = torch.empty(0, dtype=torch.uint8)
         free = free_bytes()
-        if free is not None and num_sharing * num_bytes + _SPARE_BYTES > free:
+        if num_sharing * num_bytes + _SPARE_BYTES > free:
             raise ConfigError(
                 f"a snapshot of a rank's share needs {num_bytes:,} bytes of host memory; this machine has "
                 f"{num_sharing} of the ranks, and {free:,} bytes are free",
@@ -164,15 +165,12 @@ def _padded(part: LocalShard) -> int:
     return -(-part.tensor.numel() * part.tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
 
 
-def free_bytes() -> int | None:
-    """Memory that this process may still take: of the machine, or of its control group; None where nobody tells."""
-    found = []
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
-    with suppress(OSError, ValueError):
+def free_bytes() -> int:
+    """Memory that this process may still take: of the machine, or of its control group."""
+    found = [int(psutil.virtual_memory().available)]
+    with suppress(OSError, ValueError):  # psutil does not know of limits of control groups
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = (line.split() for line in (group / "memory.stat").read_text().splitlines())
         found.append(limit - used + sum(int(value) for key, value in cached if key == "inactive_file"))
-    return min(found, default=None)
+    return min(found)

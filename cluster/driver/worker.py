@@ -94,6 +94,6 @@ def _actor_at() -> float:
 
 
 def _started_at() -> float:
-    """When this process began, in seconds since the epoch."""
+    """When this process began, in seconds since the epoch; psutil's answer is up to a second off."""
     ticks = int(process_start(os.getpid()) or 0)
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")

@@ -242,9 +242,7 @@ def test_a_copy_that_does_not_fit_is_refused_before_anything_is_saved(
 
 
 def test_free_memory_is_what_the_machine_says() -> None:
-    free = snapshot.free_bytes()
-    assert free is not None
-    assert 10 * 2**20 < free < 2**50
+    assert 10 * 2**20 < snapshot.free_bytes() < 2**50
 
 
 def test_no_fence_stays_behind(tmp_path: Path) -> None:
