@@ -10,16 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from outlast.cluster.jobs.bundle import _package
-from outlast.cluster.preflight import doctor_probe
+from outlast.cluster.preflight import doctor, doctor_probe
 from outlast.cluster.preflight import doctor_rules as rules
 from outlast.cluster.preflight.doctor_rules import Requirements
 from outlast.cluster.preflight.finding import Finding, Level
@@ -328,3 +330,20 @@ def test_the_digest_of_the_code_covers_every_folder(tmp_path: Path) -> None:
     with (package / "cluster/preflight/doctor_rules.py").open("a") as file:
         file.write("# changed\n")
     assert digest() not in (before, "missing")
+
+
+def test_a_probe_travels_to_a_node_without_outlast(tmp_path: Path) -> None:
+    for module in doctor._BY_VALUE:
+        ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        (tmp_path / "probe").write_bytes(ray.cloudpickle.dumps(doctor_probe.Probe))
+    finally:
+        for module in doctor._BY_VALUE:
+            ray.cloudpickle.unregister_pickle_by_value(module)
+    code = (
+        "import pickle, sys\nsys.modules['outlast'] = None\n"
+        f"facts = pickle.load(open({str(tmp_path / 'probe')!r}, 'rb'))().facts(gpus=False)\n"
+        "print(facts['versions']['outlast'], facts['disk']['path'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["missing", tempfile.gettempdir()]), done.stderr
