@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic_core import to_jsonable_python
+from pydantic import TypeAdapter
 from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -71,7 +71,7 @@ def _completed(before: Mapping[str, Any], now: Mapping[str, Any], settings: Sett
         if isinstance(inner, Settings) and isinstance(before.get(name), Mapping):
             whole[name] = _completed(before[name], now[name], inner)
         elif name in now and name not in before and not setting.is_required():
-            whole[name] = to_jsonable_python(setting.get_default(call_default_factory=True))
+            whole[name] = TypeAdapter(Any).dump_python(setting.get_default(call_default_factory=True), mode="json")
         elif name not in now:
             whole.pop(name, None)
     return whole
