@@ -61,7 +61,7 @@ def gpt2(**config: Any) -> dict[str, Any]:
         ({"class": "no_such_module:Model", "config": {}}, "No module named 'no_such_module'"),
         ({"class": "sinking:Model", "config": {}}, "name 'nothing' is not defined .*sinking.py, line 3"),
         (own(8, "Rizing"), "has no 'Rizing'; did you mean 'Rising'"),
-        ({"task": "rising:Rising"}, "model.task 'rising:Rising' is no task"),
+        ({"task": "rising:Rising"}, "model.task 'rising:Rising' is not a subclass of Task"),
     ],
     ids=str,
 )
