@@ -347,9 +347,9 @@ def test_export_as_older_guides_describe(here: Path, outlast: Outlast) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"architectures": ["Mine"], "model_type": "gpt2"}, "no model class 'Mine'"),
-        ({"model_type": "gpt2"}, "no model class None"),
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 1}, "holds no transformer.wte.weight"),
+        ({"architectures": ["Mine"], "model_type": "gpt2"}, "model class 'Mine' is not one of transformers"),
+        ({"model_type": "gpt2"}, "model class None is not one of transformers"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 1}, "has no transformer.wte.weight"),
     ],
 )
 def test_a_state_dict_that_cannot_be_whole_is_not_written(config: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_hidden_words_are_guessed(finished: Callable[[str], str], tmp_path: Path
     plain = CliRunner().invoke(app, ["try", run, "--text", text], catch_exceptions=False).stdout
     best = f"{guesses[0]['token']!r} {guesses[0]['score']:.3f}"
     assert plain.startswith(f"text: {text}  guesses: [[{best}, ")
-    with pytest.raises(ConfigError, match=r"gone\.jsonl is not there") as caught:
+    with pytest.raises(ConfigError, match=r"gone\.jsonl does not exist") as caught:
         ask(run, "--file", str(tmp_path / "gone.jsonl"))
     assert caught.value.hint == "give --file rows with text"
 
@@ -197,14 +197,14 @@ def test_an_adapter_answers_upon_its_base(
     [answer] = ask(run, "--prompt", "The")
     assert answer["continuation"] == tokenizer.decode(written[given["input_ids"].shape[1] :], skip_special_tokens=True)
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(ConfigError, match="beneath the adapter cannot be loaded") as caught:
+    with pytest.raises(ConfigError, match="the adapter's base model cannot be loaded") as caught:
         ask(run, "--prompt", "The")
     assert "--base" in caught.value.hint
     assert ask(run, "--prompt", "The", "--base", str(moved)) == [answer]
     torch.manual_seed(0)
     other = LlamaForCausalLM(LlamaForCausalLM.from_pretrained(moved).config)
     other.save_pretrained(moved)
-    with pytest.raises(ConfigError, match="not hold the weights"):
+    with pytest.raises(ConfigError, match="does not have the weights"):
         ask(run, "--prompt", "The", "--base", str(moved))
 
 

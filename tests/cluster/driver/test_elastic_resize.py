@@ -60,7 +60,7 @@ def test_what_cannot_be(tmp_path: Path, setting: str, message: str) -> None:
 
 def test_even_the_largest_group_must_have_work(tmp_path: Path) -> None:
     config = tiny_config("run", str(tmp_path), "texts.txt")
-    with pytest.raises(ConfigError, match="9 workers, but a batch of 8 holds only 8 micro-batches"):
+    with pytest.raises(ConfigError, match="9 workers, but a batch of 8 has only 8 micro-batches"):
         make_plan(config, 100, load(tmp_path, "scale.workers=[1, 9]").scale.max_workers)
 
 

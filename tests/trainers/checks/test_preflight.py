@@ -56,8 +56,8 @@ def gpt2(**config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (gpt2(n_layers=2), "model.config.n_layers: a gpt2 model has no such setting; did you mean 'n_layer'"),
-        ({"config": {"model_type": "gpt22"}}, "'gpt22' is not known to transformers .*; did you mean 'gpt2'"),
+        (gpt2(n_layers=2), "model.config.n_layers: gpt2 models have no such setting; did you mean 'n_layer'"),
+        ({"config": {"model_type": "gpt22"}}, "'gpt22' is unknown to transformers .*; did you mean 'gpt2'"),
         ({"class": "no_such_module:Model", "config": {}}, "No module named 'no_such_module'"),
         ({"class": "sinking:Model", "config": {}}, "name 'nothing' is not defined .*sinking.py, line 3"),
         (own(8, "Rizing"), "has no 'Rizing'; did you mean 'Rising'"),

@@ -174,10 +174,10 @@ def test_a_file_that_is_not_what_it_says(
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, place: LocalStorage) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.txt is not there"):
+    with pytest.raises(ConfigError, match=r"nowhere\.txt does not exist"):
         prepare(config_of(place, tmp_path / "nowhere.txt"), place)
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    with pytest.raises(ConfigError, match=r"nowhere\.txt is not there"):
+    with pytest.raises(ConfigError, match=r"nowhere\.txt does not exist"):
         prepare(config_of(place, tmp_path / "train.txt", eval=str(tmp_path / "nowhere.txt")), place)
 
 
@@ -260,7 +260,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def test_a_single_column_that_fits_is_taken_and_told(tmp_path: Path, place: LocalStorage) -> None:
     rows = [{"id": number, "body": document} for number, document in enumerate(DOCUMENTS)]
     prepared = prepare(config_of(place, write_rows(tmp_path / "train.jsonl", rows)), place)
-    assert prepared.notes == ("no column 'text'; taking 'body' as data.text",)
+    assert prepared.notes == ("no column 'text'; using 'body' as data.text",)
     write_jsonl(tmp_path / "plain.jsonl", DOCUMENTS)
     assert np.array_equal(
         samples(prepared, place), samples(prepare(config_of(place, tmp_path / "plain.jsonl"), place), place)
