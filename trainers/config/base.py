@@ -1,4 +1,4 @@
-"""Base class of all settings."""
+"""Base class of all settings: frozen, and strict about unknown keys. Field docstrings become the reference page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """Base of every block of settings."""
+    """Base class of a block of settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
