@@ -320,7 +320,7 @@ def test_unusable_rows_are_named(
     sections["data"] |= {"max_bad_rows": 1}
     prepared = assign("bad", sections=sections).prepared
     assert prepared.num_bad_rows == 1
-    [note] = [note for note in prepared.notes if "cannot be used" in note]
+    [note] = [note for note in prepared.notes if "unusable rows" in note]
     assert re.search(message, note)
 
 
