@@ -1,4 +1,8 @@
-"""One attempt, from claim to outcome: what every worker of a group runs, under Ray or not."""
+"""One attempt, from claim to outcome: the program of every worker of a group, with or without Ray.
+
+The order matters: claim first, then checks against the run's declaration, then the model, then training. An error is
+written to the journal before it is raised.
+"""
 
 from __future__ import annotations
 
@@ -49,19 +53,19 @@ from outlast.trainers.user_code import make_importable
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a worker group is to do. Crosses process borders, so it holds plain values only.
+    """The work of a worker group. It is sent to other processes, so it holds plain values only.
 
     Attributes:
-        config: The settings, `${env:…}` expanded.
-        declared: The settings as the user wrote them, which the claim keeps.
+        config: The settings, with `${env:…}` expanded.
+        declared: The settings as the user wrote them, which the claim stores.
         launch: The launch that this attempt belongs to.
-        prepared: The data.
+        prepared: The prepared data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
-        parallel: How the model is spread.
-        non_finite: What becomes of a step whose loss or gradient is not finite.
-        code: Directory of the user's Python files, importable where it is there.
+        parallel: How the model is distributed over the workers.
+        non_finite: Handling of a step whose loss or gradient is not finite.
+        code: Directory of the user's Python files; made importable if it exists.
         faults: Faults to arm.
-        track: Which tools get the metrics; None for none.
+        track: Experiment trackers; None for none.
     """
 
     config: TrainingConfig
@@ -77,11 +81,11 @@ class Assignment:
 
 
 def run_attempt(assignment: Assignment, storage: Storage, world: World, control: Control) -> Outcome:
-    """Claims the run, restores its resume point, trains. Every rank calls it.
+    """Claim the run, restore its resume point, train. Every rank must call it.
 
     Raises:
         ConfigError: The settings differ from those that the run was started with.
-        NoCheckpointError: No checkpoint is whole.
+        NoCheckpointError: The run has commits, but all its checkpoints are damaged.
         StorageError: The storage failed.
     """
     config = assignment.config
@@ -112,8 +116,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     if is_adapted(model):
         _check_base(checkpointer, base, model)
     _report_changes(checkpointer, base, exactness)
-    is_spread = assignment.parallel is Parallel.FSDP and world.size > 1
-    model = shard(model, world, exactness) if is_spread else model.to(world.device)
+    is_sharded = assignment.parallel is Parallel.FSDP and world.size > 1
+    model = shard(model, world, exactness) if is_sharded else model.to(world.device)
     world.mark("model")
     has_eval = assignment.prepared.num_eval_samples > 0
     track = assignment.track or TrackSettings(to=[])
@@ -135,10 +139,10 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
 
 
 def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpointer:
-    """Claims the run, once its storage answers, and says in the claim who the ranks are."""
+    """Claim the run once its storage answers; the claim lists the workers."""
     config = assignment.config
-    place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
-    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills(), **machine(world.device)})
+    process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
+    workers = world.gather({**process, "log": world.log, "oom_kills": num_oom_kills(), **machine(world.device)})
     world.run_on_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
     return Checkpointer(
         storage,
@@ -158,16 +162,16 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
 
 
 def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
-    """Trains; an error stands in the journal before it is raised."""
+    """Train; an error is written to the journal before it is raised."""
     try:
         outcome = loop.run()
     except BaseException as error:
         error.add_note(f"after step {loop.step}")
         with suppress(StorageError):  # the first error is the one to report
             if checkpointer.journal is not None:
-                said = f"{type(error).__name__}: {error}"[:500]
+                message = f"{type(error).__name__}: {error}"[:500]
                 final = isinstance(error, NonFiniteError)
-                checkpointer.journal.event("failed", step=loop.step + 1, error=said, final=final)
+                checkpointer.journal.event("failed", step=loop.step + 1, error=message, final=final)
             checkpointer.flush()
         raise
     checkpointer.flush()
