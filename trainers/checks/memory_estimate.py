@@ -69,7 +69,7 @@ class Size:
         return sum(self.files.values())
 
 
-def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int, parallel: Parallel) -> Size:
+def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int) -> Size:
     """Compute the size of a run's state on `size` workers.
 
     Raises:
@@ -86,8 +86,9 @@ def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: 
         sum(moments[name].nbytes for name in names) + (0 if rank else weight_bytes)
         for rank, names in enumerate(assigned)
     ]
-    num_shards = size if parallel is Parallel.FSDP else 1
-    share_bytes = (weight_bytes + moment_bytes) // size if parallel is Parallel.FSDP else max(shares)
+    is_sharded = config.scale.parallel is Parallel.FSDP
+    num_shards = size if is_sharded else 1
+    share_bytes = (weight_bytes + moment_bytes) // size if is_sharded else max(shares)
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(
         weights=sum(parameter.nbytes for parameter in model.parameters()) // num_shards,
@@ -137,7 +138,7 @@ def _file_bytes(tensors: Mapping[str, torch.Tensor], names: list[str]) -> int:
 
 def _num_partial_sums(config: TrainingConfig, prepared: Prepared, size: int) -> int:
     """Return the largest number of partial gradient sums that a worker holds for the tree of `elastic`."""
-    if config.exactness != Exactness.ELASTIC.value:
+    if config.exactness is not Exactness.ELASTIC:
         return 0
     num_micro = make_plan(config, prepared.num_samples, size).num_micro_batches(0)
     most = 0

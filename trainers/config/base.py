@@ -1,11 +1,37 @@
-"""Base class of all settings: frozen, and strict about unknown keys. Field docstrings become the reference page."""
+"""Base of all settings: their class, which is frozen and refuses unknown keys, and intervals, parsed at validation.
+
+Field docstrings become the reference page.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from contextlib import suppress
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
 
 
 class Settings(BaseModel):
     """Base class of a block of settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _interval(value: Any) -> SaveInterval:
+    return value if isinstance(value, SaveInterval) else SaveInterval.parse(value)
+
+
+def _duration(value: Any) -> SaveInterval:
+    with suppress(ValueError):
+        if (interval := _interval(value)).unit is IntervalUnit.SECONDS:
+            return interval
+    raise ValueError(f"{value!r} is not a duration: write 90s, 2m or 1h")
+
+
+_AS_WRITTEN = PlainSerializer(lambda interval: interval.written)
+#: Steps, epochs, a duration, or auto. It is dumped as it was written.
+Interval = Annotated[SaveInterval, BeforeValidator(_interval), _AS_WRITTEN]
+#: A duration only.
+Duration = Annotated[SaveInterval, BeforeValidator(_duration), _AS_WRITTEN]

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention
 from outlast.checkpointing.save.save_interval import SaveInterval
-from outlast.trainers.config.base import Settings
+from outlast.trainers.config.base import Interval, Settings
 from outlast.trainers.config.train import with_mode
 
 
@@ -29,7 +29,7 @@ class CheckpointSettings(Settings):
     storage: str = "./runs"
     """A directory that every machine of the run sees at this path, or an object store: `s3://bucket/prefix`, or any
     other that `pyarrow.fs` supports. It holds checkpoints, prepared data and the run's journal."""
-    every: str | int = "10m"
+    every: Interval = SaveInterval.parse("10m")
     """Save interval: 200 (steps), 10m (or s, h), 1 epoch; or auto, from the cost of a save and the failures so far."""
     overlap: bool = True
     """Copy the state while the next step computes, and write it in the background. It takes memory for one copy of each
@@ -55,12 +55,11 @@ class CheckpointSettings(Settings):
 
     @field_validator("every", mode="before")
     @classmethod
-    def _is_interval(cls, value: str | int) -> str | int:
+    def _is_not_zero(cls, value: Any) -> Any:
         if value == 0:
             raise ValueError(
                 "'0' is not an interval: write 200 (steps) or 10m; to save only at the end, more steps than the run has"
             )
-        SaveInterval.parse(value)
         return value
 
     @field_validator("max_shard_size", mode="before")
@@ -91,10 +90,6 @@ class CheckpointSettings(Settings):
             rest = value[match.end() - (match[1] == "file") :]  # file:///path keeps the slash of its path
             raise ValueError(f"{value} is neither a path nor a URI; did you mean {match[1]}://{rest}?")
         return value
-
-    @property
-    def interval(self) -> SaveInterval:
-        return SaveInterval.parse(self.every)
 
     @property
     def retention(self) -> Retention:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from outlast.trainers.config.base import Settings
+
+
+class PrepareMode(Enum):
+    """Where rows are encoded to samples."""
+
+    AUTO = "auto"  #: on the cluster when the files are large
+    HERE = "here"
+    CLUSTER = "cluster"
 
 
 class DataSettings(Settings):
@@ -61,7 +70,7 @@ class DataSettings(Settings):
     """Options of a task of your own."""
     max_bad_rows: int = Field(0, ge=0)
     """Unusable rows that may be skipped; with more of them preparation fails."""
-    prepare: Literal["auto", "here", "cluster"] = "auto"
+    prepare: PrepareMode = PrepareMode.AUTO
     """Where rows are encoded to samples: in the process that starts the run (here), or by Ray Data on the cluster. The
     resulting bytes are the same. auto uses the cluster from 256 MiB of files on, measured as stored."""
     max_length: int = Field(512, ge=2)

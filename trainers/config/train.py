@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
-from outlast.trainers.config.base import Settings
+from outlast.trainers.config.base import Interval, Settings
 
 #: Optimizers by name; `loop.optimizer` has their classes.
 OPTIMIZERS = ("adamw", "adam", "nadam", "sgd", "rmsprop", "adafactor")
@@ -38,6 +38,25 @@ class Parallel(Enum):
     FSDP = "fsdp"  #: every worker holds a shard, and gathers the others block by block while it computes
 
 
+class Precision(Enum):
+    """Precision of operations in forward and backward. The weights are fp32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class Schedule(Enum):
+    """Learning-rate schedule after the warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+    POLYNOMIAL = "polynomial"
+    INVERSE_SQRT = "inverse_sqrt"
+    WSD = "wsd"
+
+
 class NonFinite(Enum):
     """Handling of a step whose loss or gradient is not finite."""
 
@@ -46,18 +65,20 @@ class NonFinite(Enum):
     ROLL_BACK = "roll-back"  #: restore the newest checkpoint, and leave this step out when it is reached again
 
 
-def check_parallel(parallel: Parallel, exactness: Exactness) -> None:
-    """Check that `scale.parallel` supports the exactness.
+class ParallelSettings(Settings):
+    """How the model is distributed over the workers."""
 
-    Raises:
-        ConfigError: It does not.
-    """
-    if parallel is Parallel.FSDP and exactness is Exactness.ELASTIC:
-        raise ConfigError(
-            "exactness: elastic needs scale.parallel: ddp; with fsdp, gradients are added rank by rank, so the sum "
-            "depends on the number of workers",
-            hint="use exactness: same-world with fsdp, or scale.parallel: ddp",
-        )
+    parallel: Parallel = Parallel.DDP
+    """How the model is distributed. ddp: every worker holds the full model. fsdp: every worker holds a shard, and
+    gathers the others block by block while it computes, which takes less memory and more communication."""
+
+
+class NonFiniteSettings(Settings):
+    """Handling of steps with non-finite numbers."""
+
+    non_finite: NonFinite = NonFinite.STOP
+    """Handling of a step whose loss or gradient is not finite: end the run with a checkpoint (stop), skip the step
+    (skip), or restore the newest checkpoint and skip the step when it is reached again (roll-back)."""
 
 
 def with_mode(body: Any, key: str) -> Any:
@@ -104,7 +125,7 @@ class TrainSettings(Settings):
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the schedule; must be 0 for constant and inverse_sqrt, which have no end."""
-    schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt", "wsd"] = "cosine"
+    schedule: Schedule = Schedule.COSINE
     """Learning-rate schedule after the warm-up. All but constant and inverse_sqrt end at min_lr at the last step; wsd
     (warm-up, stable, decay) stays at the peak until the last `decay` steps."""
     warmup: float = Field(0.0, ge=0)
@@ -126,7 +147,7 @@ class TrainSettings(Settings):
     """The optimizer's epsilon. Default: its own."""
     clip: float = Field(1.0, ge=0)
     """Maximum norm of the gradient; 0 turns clipping off."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = Precision.FP32
     """fp32, or bf16 or fp16 by autocast. Weights are trained and saved in fp32 in each case."""
     loss_scale: float = Field(65536.0, gt=0)
     """For fp16: initial factor on the loss, so that small gradients do not underflow. A step whose gradients overflow
@@ -139,19 +160,20 @@ class TrainSettings(Settings):
     """torch.compile, one set of kernels for each batch shape. The first steps are slow; it needs a compiler."""
     early_stopping: EarlyStoppingSettings | None = None
     """End the run before the last step when evaluations stop improving. Needs eval_every."""
-    eval_every: int | str | None = None
+    eval_every: Interval | None = None
     """Evaluation interval in steps (200) or epochs ("1 epoch"); the end is always evaluated. Default: only the end."""
-
-    @property
-    def eval_interval(self) -> SaveInterval | None:
-        return None if self.eval_every is None else SaveInterval.parse(self.eval_every)
 
     @field_validator("eval_every", mode="before")
     @classmethod
-    def _counts_steps(cls, value: int | str | None) -> int | str | None:
+    def _is_not_zero(cls, value: Any) -> Any:
         if value == 0:
             raise ValueError("'0' is not an interval; leave it out to evaluate only at the end")
-        if value is not None and SaveInterval.parse(value).unit is IntervalUnit.SECONDS:
+        return value
+
+    @field_validator("eval_every")
+    @classmethod
+    def _counts_steps(cls, value: SaveInterval | None) -> SaveInterval | None:
+        if value is not None and value.unit is IntervalUnit.SECONDS:
             raise ValueError(
                 "evaluation needs an interval in steps or epochs: all workers must evaluate at the same step"
             )
@@ -183,8 +205,8 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _is_known(self) -> TrainSettings:
-        if self.min_lr and self.schedule in ("constant", "inverse_sqrt"):
-            raise ValueError(f"min_lr must be 0 with schedule {self.schedule}, which has no end")
+        if self.min_lr and self.schedule in (Schedule.CONSTANT, Schedule.INVERSE_SQRT):
+            raise ValueError(f"min_lr must be 0 with schedule {self.schedule.value}, which has no end")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g})")
         if ":" not in self.optimizer and self.optimizer not in OPTIMIZERS:  # or a user's class

@@ -6,16 +6,25 @@ Every block refuses unknown keys. The docstring under a field gives its meaning,
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import check_run_name
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.checkpoint import CheckpointSettings
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.model import ModelSettings
-from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.config.train import (
+    Exactness,
+    NonFiniteSettings,
+    Parallel,
+    ParallelSettings,
+    Precision,
+    Schedule,
+    TrainSettings,
+)
 
 
 class TrainingConfig(Settings):
@@ -29,11 +38,13 @@ class TrainingConfig(Settings):
     data: DataSettings
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings.model_validate({}))
-    exactness: Literal["same-world", "elastic", "fast"] = "same-world"
+    exactness: Exactness = Exactness.SAME_WORLD
     """Guarantee for a resumed run: the same bits at the same world size (same-world) or at any world size (elastic), or
     no guarantee at the communication library's speed (fast)."""
     deterministic: bool = True
     """Use torch's deterministic algorithms. Some GPU kernels get slower; identical bits require it."""
+    scale: ParallelSettings = Field(default_factory=ParallelSettings)
+    failure: NonFiniteSettings = Field(default_factory=NonFiniteSettings)
 
     @field_validator("name")
     @classmethod
@@ -45,6 +56,12 @@ class TrainingConfig(Settings):
         needs_eval = self.train.eval_every or self.checkpoint.keep_best
         if needs_eval and not self.data.eval:
             raise ValueError("evaluation needs data.eval: a file, or a share such as 2%")
+        if self.scale.parallel is Parallel.FSDP and self.exactness is Exactness.ELASTIC:
+            raise ConfigError(
+                "exactness: elastic needs scale.parallel: ddp; with fsdp, gradients are added rank by rank, so the "
+                "order follows the number of workers",
+                hint="use exactness: same-world with fsdp, or scale.parallel: ddp",
+            )
         return self
 
     def numerics_settings(self) -> dict[str, Any]:
@@ -56,10 +73,10 @@ class TrainingConfig(Settings):
         has_no_effect = {
             "eval_every": self.train.early_stopping is None,
             "gradient_checkpointing": not self.train.compile,  # recomputes the same bits with the same kernels
-            "loss_scale": self.train.precision != "fp16",
-            "loss_scale_window": self.train.precision != "fp16",
-            "power": self.train.schedule != "polynomial",
-            "decay": self.train.schedule != "wsd",
+            "loss_scale": self.train.precision is not Precision.FP16,
+            "loss_scale_window": self.train.precision is not Precision.FP16,
+            "power": self.train.schedule is not Schedule.POLYNOMIAL,
+            "decay": self.train.schedule is not Schedule.WSD,
         }
         for name in has_no_effect:
             if has_no_effect[name]:

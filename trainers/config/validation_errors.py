@@ -89,7 +89,9 @@ def _finding(detail: Any, model: type[BaseModel]) -> SettingsFinding:
     message = detail["msg"].removeprefix("Value error, ")
     if cause is None and isinstance(given, str | int | float):
         message += f" (it is {given!r})"
-    if detail["type"] == "literal_error" and (near := nearest(str(given), _literals(detail["ctx"]["expected"]))):
+    if detail["type"] in ("literal_error", "enum") and (
+        near := nearest(str(given), _literals(detail["ctx"]["expected"]))
+    ):
         suggestion = f"did you mean {near!r}?"
     return SettingsFinding(path, message, suggestion)
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.state.model_weights import carried_state
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.trainers.config.train import Exactness
+from outlast.trainers.config.train import Exactness, Precision
 from outlast.trainers.data.sampler import share
 from outlast.trainers.distributed.ordered_allreduce import _sum_in_any_order, _sum_in_rank_order
 
@@ -66,10 +66,10 @@ class World(RankGroup):
 
         return wait
 
-    def autocast(self, precision: str) -> torch.autocast:
+    def autocast(self, precision: Precision) -> torch.autocast:
         """Return the autocast context of a forward pass for bf16 or fp16; disabled for fp32."""
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=precision != "fp32")
+        dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=precision is not Precision.FP32)
 
     def num_idle(self, num_micro: int, model: nn.Module) -> int:
         """Count the idle passes of this rank besides its share of `num_micro`; without them the other ranks would hang.

@@ -30,8 +30,8 @@ _WIDTH = 20
 
 def _folder(context: TrackerContext, directory: str) -> tuple[Path, bool]:
     """Return a local folder to write to, and whether it is in the run's storage (a file system) or temporary."""
-    if isinstance(context.storage, LocalStorage):
-        return context.storage.path(directory), True
+    if isinstance(context.store.storage, LocalStorage):
+        return context.store.storage.path(directory), True
     return Path(tempfile.mkdtemp(prefix="outlast-track-")), False
 
 
@@ -54,15 +54,15 @@ class TensorBoard:
 
     def __init__(self, context: TrackerContext) -> None:
         self._context = context
-        self._directory = f"{trackers_dir(context.run)}/tensorboard"
+        self._directory = f"{trackers_dir(context.store.run)}/tensorboard"
         self._folder, self._is_local = _folder(context, self._directory)
         self._put_at = 0.0
 
     def open(self) -> Watermark:
-        files = [entry.name for entry in self._context.storage.list(self._directory) if "tfevents" in entry.name]
+        files = [entry.name for entry in self._context.store.storage.list(self._directory) if "tfevents" in entry.name]
         watermark = Watermark()
         for name in reversed(files):
-            if points := list(_scalars(read_bytes(self._context.storage, f"{self._directory}/{name}"))):
+            if points := list(_scalars(read_bytes(self._context.store.storage, f"{self._directory}/{name}"))):
                 by_name = dict(sorted(points, key=lambda point: point[1]))
                 watermark = Watermark(min(step for _, step in points) - 1, by_name)
                 break
@@ -90,7 +90,7 @@ class TensorBoard:
             self._put()
 
     def _put(self) -> None:
-        self._context.storage.put(f"{self._directory}/{self._file.name}", [self._file.read_bytes()])
+        self._context.store.storage.put(f"{self._directory}/{self._file.name}", [self._file.read_bytes()])
         self._put_at = time.monotonic()
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class MLflow:
         experiment = client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
         existing = client.search_runs([experiment_id], f"tags.`{tag}` = '{self._context.id}'", max_results=1)
-        options: dict[str, Any] = {"run_name": self._context.run, **self._context.options}
+        options: dict[str, Any] = {"run_name": self._context.store.run, **self._context.options}
         tags = {**options.pop("tags", {}), tag: self._context.id}
         if existing:
             options["run_id"] = existing[0].info.run_id
@@ -167,14 +167,14 @@ class WandB:
 
     def __init__(self, context: TrackerContext) -> None:
         self._context = context
-        self._folder, _ = _folder(context, trackers_dir(context.run))
+        self._folder, _ = _folder(context, trackers_dir(context.store.run))
 
     def open(self) -> Watermark:
         self._folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_CONSOLE", "off")
         context = self._context
-        options = {"id": context.id, "name": context.run, "resume": "allow", "dir": str(self._folder)}
+        options = {"id": context.id, "name": context.store.run, "resume": "allow", "dir": str(self._folder)}
         self._tracker = _start(WandBTracker(context.project, **{**options, **context.options}))
         self._tracker.store_init_configuration(dict(context.settings))
         self._step_file = os.open(self._folder / "wandb-step", os.O_RDWR | os.O_CREAT, 0o644)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.run_store.store import RunStore
 
 TrackedEvent = Mapping[str, Any]
 
@@ -50,16 +50,14 @@ class TrackerContext:
     """The run as a tracker sees it.
 
     Attributes:
-        storage: Storage of the run.
-        run: Name of the run.
+        store: Storage and name of the run.
         id: Unique id: another run of the same name has another id.
         settings: Declared settings, flattened.
         project: The setting `track.project`.
         options: The tracker's entry of `track.options`.
     """
 
-    storage: Storage
-    run: str
+    store: RunStore
     id: str
     settings: Mapping[str, Any]
     project: str

@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError, first_line
-from outlast.checkpointing.format.layout import AttemptId, attempt_dir
+from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.trainers.config.tracking import Name, TrackSettings
 from outlast.trainers.tracking.base import TrackedEvent, TrackerBackend, TrackerContext, Watermark
 
@@ -199,14 +199,14 @@ def follow(
     tracking, journal = Tracking(), checkpointer.journal
     if journal is None:
         return tracking
-    storage, run, attempt = checkpointer.storage, checkpointer.run, checkpointer.attempt
+    store, attempt = checkpointer.store, checkpointer.attempt
 
     def make(name: Name) -> TrackerBackend:
         from outlast.trainers.tracking.backends import BACKENDS  # imports accelerate
 
-        first = list_attempts(storage, run)[0]  # never deleted
+        first = list_attempts(store)[0]  # never deleted
         options = settings.options.get(name, {})
-        return BACKENDS[name](TrackerContext(storage, run, f"{run}-{first.nonce}", declared, settings.project, options))
+        return BACKENDS[name](TrackerContext(store, f"{store.run}-{first.nonce}", declared, settings.project, options))
 
     def report(name: Name, text: str) -> None:
         with suppress(StorageError):
@@ -215,7 +215,7 @@ def follow(
 
     def past(newest: int) -> Iterator[TrackedEvent]:
         assert tracking.base is not None
-        return past_events(storage, run, attempt, tracking.base, newest)
+        return past_events(store, attempt, tracking.base, newest)
 
     default: list[Name] = ["tensorboard"] if is_installed("tensorboard") else []
     for name in default if settings.to is None else settings.to:
@@ -223,21 +223,20 @@ def follow(
     return tracking
 
 
-def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newest: int) -> Iterator[TrackedEvent]:
+def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> Iterator[TrackedEvent]:
     """Return the events of earlier attempts for the steps that an attempt builds on, oldest first, each step once.
 
     Args:
-        storage: Storage of the run.
-        run: Name of the run.
+        store: The run.
         attempt: The attempt.
         base: The step that it resumes from.
         newest: Steps before this one are left out.
     """
     by_attempt: list[list[TrackedEvent]] = []
-    for lower in reversed([item for item in list_attempts(storage, run) if item < attempt]):
+    for lower in reversed([item for item in list_attempts(store) if item < attempt]):
         begin: int | None = None
         events: list[TrackedEvent] = []
-        for event in read_events(storage, attempt_dir(run, lower)):  # a journal may be long: never load all of it
+        for event in read_events(store, store.attempt_dir(lower)):  # a journal may be long: never load all of it
             if begin is None and event["event"] in ("start", "resume"):
                 begin = int(event.get("step", -1))
             elif begin is not None and max(begin + 1, newest) <= event.get("step", -1) <= base:

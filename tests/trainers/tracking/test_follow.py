@@ -19,6 +19,7 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
@@ -69,7 +70,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def journal_values(storage: LocalStorage, run: str) -> dict[str, dict[int, float]]:
     """The values of each step in the journal, by name."""
     values: dict[str, dict[int, float]] = {}
-    for _, event in run_events(storage, run):
+    for _, event in run_events(RunStore(storage, run)):
         for name, value in values_of(event).items():
             values.setdefault(name, {})[event["step"]] = value
     return values
@@ -133,10 +134,11 @@ if kind == "x":
     sys.modules["tensorboard"] = None
 import os, signal
 from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.trainers.tracking import backends
 from outlast.trainers.tracking.base import TrackerContext
 backends.SEGMENT_BYTES, backends.PUT_S = 1000, 0
-tracker = backends.TensorBoard(TrackerContext(open_storage(url), "run", "run-1", {"a": 1}, "outlast", {}))
+tracker = backends.TensorBoard(TrackerContext(RunStore(open_storage(url), "run"), "run-1", {"a": 1}, "outlast", {}))
 watermark = tracker.open()
 newest = watermark.by_name.get("train/loss", watermark.floor)
 print(newest)
@@ -245,7 +247,7 @@ def test_an_unreachable_tracker_does_not_stop_training(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert run(tracked(assign(name), "mlflow"), storage) is Outcome.DONE
     assert digests(storage, name) == digests(storage, reference(2).run)
-    events = [event for _, event in run_events(storage, name) if event["event"] == "tracker"]
+    events = [event for _, event in run_events(RunStore(storage, name)) if event["event"] == "tracker"]
     assert {event["name"] for event in events} == {"mlflow"}
     assert len(events) <= 2, "one report of the error, and one that it did not take all events"
 
