@@ -116,9 +116,7 @@ def test_tensorboard_after_a_kill(
     assert len(with_settings) == 1, "the settings are written once"
 
 
-def test_what_a_tracker_missed_is_taken_from_the_journal(
-    assign: Callable[..., Assignment], storage: LocalStorage
-) -> None:
+def test_missing_steps_are_taken_from_the_journal(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
     """Two attempts have no tracker; the third sends the steps that it builds on, each of the last attempt."""
     assert run(assign("missed"), storage, KillAt(5)) is None
     assert run(assign("missed", launch="second"), storage, KillAt(8)) is None
