@@ -26,12 +26,12 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import wait_for
 from outlast.trainers.checks.preflight import check_metric
 from outlast.trainers.checks.resume_checks import (
-    _check_architecture,
-    _check_base,
-    _check_samples,
-    _flat,
-    _report_changes,
+    check_base_model,
+    check_model_config,
+    check_samples,
     check_unchanged,
+    flatten,
+    record_changes,
 )
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.config.train import Parallel
@@ -40,11 +40,11 @@ from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
 from outlast.trainers.distributed.world import World
-from outlast.trainers.host_info import machine, num_oom_kills
+from outlast.trainers.host_info import host_facts, num_oom_kills
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Loop, Outcome
-from outlast.trainers.models.build import build_model, naming_of
+from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.models.lora import is_adapted
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.registry import find_task
@@ -97,7 +97,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     world.mark("claim")
     base = checkpointer.catalogue.declaration
     check_unchanged(base, config, assignment.prepared.fingerprint)
-    _check_samples(base, checkpointer.declaration)
+    check_samples(base, checkpointer.declaration)
     num_threads = int(base.get("num_threads", assignment.num_threads))
     checkpointer.declaration["num_threads"] = num_threads
     make_deterministic(config.deterministic, num_threads)
@@ -106,17 +106,17 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     task = find_task(config.model.task)(config.data, tokenizer, assignment.prepared.facts)
     fresh = checkpointer.catalogue.is_fresh
     model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
-    checkpointer.naming = naming_of(model)
-    _check_architecture(checkpointer)
+    checkpointer.naming = weight_naming(model)
+    check_model_config(checkpointer)
     if is_adapted(model):
-        _check_base(checkpointer, base, model)
-    _report_changes(checkpointer, base, config.exactness)
+        check_base_model(checkpointer, base, model)
+    record_changes(checkpointer, base, config.exactness)
     is_sharded = config.scale.parallel is Parallel.FSDP and world.size > 1
     model = shard(model, world, config.exactness) if is_sharded else model.to(world.device)
     world.mark("model")
     has_eval = assignment.prepared.num_eval_samples > 0
     track = assignment.track or TrackSettings(to=[])
-    tracking = follow(track, checkpointer, _flat(dict(assignment.declared)), control.progress)
+    tracking = follow(track, checkpointer, flatten(dict(assignment.declared)), control.progress)
     loop = Loop(
         config,
         world,
@@ -137,7 +137,7 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
     """Claim the run once its storage answers; the claim lists the workers."""
     config = assignment.config
     process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
-    workers = world.gather({**process, "log": world.log, "oom_kills": num_oom_kills(), **machine(world.device)})
+    workers = world.gather({**process, "log": world.log, "oom_kills": num_oom_kills(), **host_facts(world.device)})
     store = RunStore(storage, config.name)
     world.run_on_rank_0(lambda: wait_for(storage, store.attempts_dir))
     return Checkpointer(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-def machine(device: torch.device | None) -> dict[str, Any]:
+def host_facts(device: torch.device | None) -> dict[str, Any]:
     """Return name and number of processors, bytes of memory, and the GPU's name, if the device is one."""
     facts: dict[str, Any] = {"cpu": platform.processor(), "cpus": os.cpu_count(), "memory": None}
     with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:

@@ -17,7 +17,7 @@ from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, export_directory
 from outlast.checkpointing.tools.query import ResolvedCheckpoint, resolve_checkpoint
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.columns import Column, choose_columns, name_of
-from outlast.trainers.data.readers import BadRows, read_rows, usable
+from outlast.trainers.data.readers import BadRows, read_rows, usable_rows
 from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.merge_lora import load_adapted
@@ -72,18 +72,18 @@ def load(
     return task, model.eval()
 
 
-def inputs_of(task: Task) -> list[Column]:
+def input_columns(task: Task) -> list[Column]:
     """Return the columns that a prediction needs."""
     return [column for column in task.columns if not column.is_target]
 
 
-def record_of(task: Task, given: Any) -> Record:
+def parse_record(task: Task, given: Any) -> Record:
     """Make a row from the user's input: a text, or for a task with several inputs an object with one key for each.
 
     Raises:
         ConfigError: An input is missing or has the wrong type.
     """
-    columns = inputs_of(task)
+    columns = input_columns(task)
     needed = [column for column in columns if not column.is_optional]
     if isinstance(given, str):
         given = {needed[0].role: given} if len(needed) == 1 else {}
@@ -102,15 +102,17 @@ def record_of(task: Task, given: Any) -> Record:
     return record
 
 
-def records_in(task: Task, config: TrainingConfig, source: str) -> Iterator[Record]:
+def read_records(task: Task, config: TrainingConfig, source: str) -> Iterator[Record]:
     """Read the rows of a file that has the run's column names. Raises as reading the run's data does."""
     settings = config.data.model_copy(update={"train": source})
     try:
-        chosen = choose_columns(inputs_of(task), settings)
+        chosen = choose_columns(input_columns(task), settings)
     except ConfigError as error:
-        names = " and ".join(name_of(config.data, column.role) for column in inputs_of(task) if not column.is_optional)
+        names = " and ".join(
+            name_of(config.data, column.role) for column in input_columns(task) if not column.is_optional
+        )
         raise ConfigError(error.message, hint=f"give --file rows with {names}") from error
-    for row in usable(read_rows(source, chosen.names), BadRows(0, hint=f"fix {source}"), chosen.fault):
+    for row in usable_rows(read_rows(source, chosen.names), BadRows(0, hint=f"fix {source}"), chosen.fault):
         yield chosen.record(row.values)
 
 

@@ -42,8 +42,8 @@ def try_(
     found = predict.choose_checkpoint(store, checkpoint, retention)
     config, _ = settings_of(declared_settings(store), run, overrides or ())
     task, model = predict.load(config, found, base, trusted=trusted)
-    given = [predict.record_of(task, _parsed(text)) for text in [*(texts or []), *(prompts or [])]]
-    rows = chain(given, *(predict.records_in(task, config, file) for file in files or []))
+    given = [predict.parse_record(task, _parsed(text)) for text in [*(texts or []), *(prompts or [])]]
+    rows = chain(given, *(predict.read_records(task, config, file) for file in files or []))
     if not given and not files:
         raise ConfigError("there is nothing to predict for", hint=f"outlast try {run} --text '…', or --file rows.jsonl")
     for answer in predict.predict(task, model, rows):

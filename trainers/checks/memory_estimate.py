@@ -21,7 +21,7 @@ from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.sampler import make_plan, share
 from outlast.trainers.distributed.tree_allreduce import TreeSum
 from outlast.trainers.loop.optimizer import make_optimizer
-from outlast.trainers.models.build import naming_of
+from outlast.trainers.models.build import weight_naming
 from outlast.trainers.preparation.prepare import Prepared
 
 _COPY_BYTES = 64 * 2**20
@@ -76,7 +76,7 @@ def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: 
         ConfigError: The model cannot be built, or the optimizer cannot make its state on the meta device.
     """
     model, small_files = check_model(config, prepared, storage)
-    naming = naming_of(model)
+    naming = weight_naming(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = _moments(model, config)
     weights = named_weights(model, naming)

@@ -38,7 +38,7 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
     if not base:
         return
     numerics_settings = config.numerics_settings()
-    before, now = _flat(_with_defaults(base["mathematics"], numerics_settings, config)), _flat(numerics_settings)
+    before, now = flatten(_with_defaults(base["mathematics"], numerics_settings, config)), flatten(numerics_settings)
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [f"{key.rstrip('_')} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
     if fingerprint is not None and base["data"] != fingerprint:
@@ -56,7 +56,7 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
         )
 
 
-def _check_samples(base: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_samples(base: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError if prepared samples differ although sources and settings are equal.
 
     Another release of a library can cause it, or a chat template that writes the date.
@@ -85,14 +85,14 @@ def _with_defaults(before: Mapping[str, Any], now: Mapping[str, Any], settings: 
     return completed
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    inner = (_flat(item, f"{prefix}.{name}".strip(".")) for name, item in value.items())
+    inner = (flatten(item, f"{prefix}.{name}".strip(".")) for name, item in value.items())
     return {key: item for part in inner for key, item in part.items()}
 
 
-def _check_architecture(checkpointer: Checkpointer) -> None:
+def check_model_config(checkpointer: Checkpointer) -> None:
     """Raise ConfigError if the model's configuration changed, such as in a pretrained directory since the run began."""
     for manifest in checkpointer.catalogue.accepted[:1]:
         entry = next((entry for entry in manifest.files if entry.path == "config.json"), None)
@@ -113,7 +113,7 @@ def _check_architecture(checkpointer: Checkpointer) -> None:
             )
 
 
-def _check_base(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.Module) -> None:
+def check_base_model(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.Module) -> None:
     """Raise ConfigError if an adapter's base model has other weights: its checkpoints do not hold them."""
     checkpointer.declaration["base"] = base_digest(model)
     if base.get("base", checkpointer.declaration["base"]) != checkpointer.declaration["base"]:
@@ -123,7 +123,7 @@ def _check_base(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.M
         )
 
 
-def _report_changes(checkpointer: Checkpointer, base: Mapping[str, Any], exactness: Exactness) -> None:
+def record_changes(checkpointer: Checkpointer, base: Mapping[str, Any], exactness: Exactness) -> None:
     """Write to the journal which changes are allowed, and whether the numbers stay the same to the last bit."""
     if checkpointer.journal is None:
         return

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention
 from outlast.checkpointing.save.save_interval import SaveInterval
 from outlast.trainers.config.base import Interval, Settings
-from outlast.trainers.config.train import with_mode
+from outlast.trainers.config.train import with_default_mode
 
 
 def _num_bytes(text: str | int) -> int:
@@ -81,7 +81,7 @@ class CheckpointSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _default_mode(cls, body: Any) -> Any:
-        return with_mode(body, "metric_mode")
+        return with_default_mode(body, "metric_mode")
 
     @field_validator("storage")
     @classmethod

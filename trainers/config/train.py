@@ -81,7 +81,7 @@ class NonFiniteSettings(Settings):
     (skip), or restore the newest checkpoint and skip the step when it is reached again (roll-back)."""
 
 
-def with_mode(body: Any, key: str) -> Any:
+def with_default_mode(body: Any, key: str) -> Any:
     """Fill in `key`, whether a smaller or larger metric is better, from the metric's name. For "before" validators."""
     if not isinstance(body, Mapping) or key in body or not isinstance(body.get("metric"), str):
         return body
@@ -104,7 +104,7 @@ class EarlyStoppingSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _default_mode(cls, body: Any) -> Any:
-        return with_mode(body, "mode")
+        return with_default_mode(body, "mode")
 
 
 class TrainSettings(Settings):

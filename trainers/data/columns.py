@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.data.readers import first_row, no_column
+from outlast.trainers.data.readers import first_row, missing_column_error
 from outlast.trainers.data.sources import find_sources
 
 
@@ -130,7 +130,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> ColumnM
         names = [name_of(settings, column.role) for column in missing]
         keys = " and ".join(f"data.{column.role}" for column in missing)
         example = " ".join(f"-s data.{column.role}={likely}" for column, likely in missing.items())
-        raise no_column(str(settings.train), names, available, f"set {keys}, for example {example}")
+        raise missing_column_error(str(settings.train), names, available, f"set {keys}, for example {example}")
     used = tuple(column for column in columns if column in found)
     return ColumnMapping(used, tuple(found[column] for column in used), tuple(notes))
 

@@ -96,7 +96,7 @@ class BadRows:
             raise ConfigError(self.first[0] if self.count == 1 else "\n  ".join([message, *self.first]), hint=self.hint)
 
 
-def usable(
+def usable_rows(
     rows: Iterable[Row], bad: BadRows, find_fault: Callable[[tuple[Any, ...]], str | None] = lambda values: None
 ) -> Iterator[Row]:
     """Iterate over the usable rows and count the others in `bad`.
@@ -104,7 +104,7 @@ def usable(
     Args:
         rows: Rows from `read_rows`.
         bad: The counter; it may count over several calls.
-        judge: Returns the error text for a row's values, or None.
+        find_fault: Returns the error text for a row's values, or None.
 
     Raises:
         ConfigError: More than `bad.limit` rows are unusable. Reading continues a little, to name the first three.
@@ -258,7 +258,7 @@ def _select_columns(
         if not missing:
             break
     if missing and seen:
-        raise no_column(source.name, [name for name in columns if name in missing], seen, _IN_EVERY_FILE)
+        raise missing_column_error(source.name, [name for name in columns if name in missing], seen, _IN_EVERY_FILE)
     for item, line in items():
         if not isinstance(item, dict):
             yield item if isinstance(item, _RowError) else "is not a JSON object", line
@@ -287,7 +287,7 @@ def _read_csv(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
     rows = _csv_rows(source, faults)
     header: list[str] = next((row for row in rows if row), [])
     if missing := [column for column in columns if column not in header]:
-        raise no_column(source.name, missing, header, _IN_EVERY_FILE)
+        raise missing_column_error(source.name, missing, header, _IN_EVERY_FILE)
     indices = [header.index(column) for column in columns]
     while True:
         try:
@@ -340,10 +340,10 @@ def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_RawRow]
 
 def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None:
     if missing := [column for column in columns if column not in schema.names]:
-        raise no_column(name, missing, schema.names, _IN_EVERY_FILE)
+        raise missing_column_error(name, missing, schema.names, _IN_EVERY_FILE)
 
 
-def no_column(where: str, missing: Sequence[str], available: Iterable[str], hint: str) -> ConfigError:
+def missing_column_error(where: str, missing: Sequence[str], available: Iterable[str], hint: str) -> ConfigError:
     """Make the error for missing columns; it lists the available ones."""
     names = f"column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
     return ConfigError(f"{where} has no {names}; it has {', '.join(available)}", hint=hint)

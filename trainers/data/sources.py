@@ -93,7 +93,7 @@ class Source:
         return str(digest.hexdigest())
 
 
-def listed(source: str | Sequence[str] | None) -> list[str]:
+def as_list(source: str | Sequence[str] | None) -> list[str]:
     """Return the paths or URLs of a setting as a list."""
     return [source] if isinstance(source, str) else list(source or [])
 
@@ -107,7 +107,7 @@ def find_sources(source: str | Sequence[str]) -> list[Source]:
     """
     sources: list[Source] = []
     opened = cache(lambda url: _listing(open_storage(url)))  # a directory is listed once for all its files
-    for location in listed(source):
+    for location in as_list(source):
         url, path = _split(location)
         sources += _expand(location, *opened(url), path)
     return sources

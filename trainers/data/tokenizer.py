@@ -117,12 +117,12 @@ def train_bpe(
     return Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names))
 
 
-def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Return the contents of the tokenizer's files by name."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.inner.save_pretrained(folder)
-        return _read_all(folder)
+        return read_folder(folder)
 
 
-def _read_all(folder: str) -> dict[str, bytes]:
+def read_folder(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

@@ -17,7 +17,7 @@ from outlast.checkpointing.state.model_weights import carried_state
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.trainers.config.train import Exactness, Precision
 from outlast.trainers.data.sampler import share
-from outlast.trainers.distributed.ordered_allreduce import _sum_in_any_order, _sum_in_rank_order
+from outlast.trainers.distributed.ordered_allreduce import any_order_hook, rank_order_hook
 
 
 class World(RankGroup):
@@ -96,6 +96,6 @@ class World(RankGroup):
             gradient_as_bucket_view=True,  # avoids copying the sum back
         )
         is_ordered = exactness is Exactness.SAME_WORLD and self.size > 2
-        hook = _sum_in_rank_order if is_ordered else _sum_in_any_order
+        hook = rank_order_hook if is_ordered else any_order_hook
         wrapped.register_comm_hook(None, lambda _, bucket: hook(bucket))  # DDP rejects hooks with string annotations
         return wrapped

@@ -19,7 +19,7 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.state.model_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
-from outlast.trainers.data.tokenizer import Tokenizer, _read_all, files_of
+from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
@@ -47,7 +47,7 @@ def build_model(
     seed_everything(seed)
     if own is not None and not is_like_transformers(own):
         plain, files = build_plain(own, settings.config or {}, _token_settings(tokenizer))
-        return plain, {**files, **files_of(tokenizer)}
+        return plain, {**files, **tokenizer_files(tokenizer)}
     with (
         _as_config_error("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"),
         _without_progress_bars(),
@@ -57,7 +57,7 @@ def build_model(
         model, new = _build(settings, own or model_class(task, config), config, fresh)
     if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_is_causal(model)
-    files = {**_config_files(model), **files_of(tokenizer)}
+    files = {**_config_files(model), **tokenizer_files(tokenizer)}
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new)
         files |= adapter_files(model)
@@ -149,7 +149,7 @@ def _without_progress_bars() -> Iterator[None]:
         transformers.logging.enable_progress_bar()
 
 
-def naming_of(model: nn.Module) -> WeightNaming:
+def weight_naming(model: nn.Module) -> WeightNaming:
     """Return which of the model's weights a checkpoint holds, and under which names. Call it before sharding.
 
     Raises:
@@ -204,7 +204,7 @@ def _config_files(model: Any) -> dict[str, bytes]:
             model.config.save_pretrained(folder)
         if hasattr(model, "can_generate") and model.can_generate():
             model.generation_config.save_pretrained(folder)
-        return _read_all(folder)
+        return read_folder(folder)
 
 
 def model_class(task: Task | type[Task], config: Any) -> Any:

@@ -29,9 +29,9 @@ from outlast.trainers.config.data import DataSettings, PrepareMode
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
-from outlast.trainers.data.readers import BadRows, usable
+from outlast.trainers.data.readers import BadRows, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_sources
-from outlast.trainers.data.tokenizer import Tokenizer, files_of, load_tokenizer, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_bpe
 from outlast.trainers.preparation.encode import EncoderContext, Piece, Split, local_encoder, usable_pieces
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
 from outlast.trainers.tasks.base import Record, Task
@@ -200,7 +200,9 @@ def _make(
     facts = task_class.survey(settings, _records(config, chosen))
     tokenizer = _tokenizer(config, task_class, chosen)
     task = task_class(settings, tokenizer, facts)
-    files = [write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in files_of(tokenizer).items()]
+    files = [
+        write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in tokenizer_files(tokenizer).items()
+    ]
     bad, num_rows, stats = BadRows(settings.max_bad_rows), dict[str, int](), {}
     with tempfile.TemporaryDirectory() as folder, encoder() as encode:
         for name in ["train", "eval"] if settings.eval else ["train"]:
@@ -237,7 +239,7 @@ def _make(
 def _records(config: TrainingConfig, chosen: ColumnMapping) -> Iterator[Record]:
     """Read the training rows whose columns have the right types. Raises ConfigError for too many other rows."""
     split = Split(config, "train", chosen)
-    for row in usable(split.rows(split.sources()), BadRows(config.data.max_bad_rows), chosen.fault):
+    for row in usable_rows(split.rows(split.sources()), BadRows(config.data.max_bad_rows), chosen.fault):
         yield chosen.record(row.values)
 
 

@@ -47,7 +47,7 @@ def name_classes(config: Any, classes: Sequence[str]) -> None:
     config.label2id = {label: index for index, label in enumerate(classes)}
 
 
-def f1(hits: torch.Tensor) -> float:
+def macro_f1(hits: torch.Tensor) -> float:
     """Compute the macro F1 over the classes that occur, as scikit-learn and torchmetrics do.
 
     Args:
@@ -181,7 +181,7 @@ class SequenceClassification(Task):
         right, wrong = sums["hits"][:, 0].sum().item(), sums["hits"][:, 1:].sum().item()
         # With one class per sample, count is the samples; with several, it is the classes of all samples.
         accuracy = right / count if self.problem == SINGLE else 1 - wrong / count
-        return {"accuracy": accuracy, "f1": f1(sums["hits"])}
+        return {"accuracy": accuracy, "f1": macro_f1(sums["hits"])}
 
     def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
         for record, logits in zip(records, outputs.logits.float().cpu(), strict=True):
@@ -252,7 +252,7 @@ class TokenClassification(TokenTask):
         return {"hits": count_hits(outputs.logits.flatten(0, 1), batch["labels"].flatten())}
 
     def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        return {"accuracy": (sums["hits"][:, 0].sum() / sums["count"]).item(), "f1": f1(sums["hits"])}
+        return {"accuracy": (sums["hits"][:, 0].sum() / sums["count"]).item(), "f1": macro_f1(sums["hits"])}
 
     def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
         predicted = outputs.logits.argmax(-1).tolist()

@@ -49,14 +49,14 @@ class MaskedLM(TokenTask):
     def _mask(self, ids: npt.NDArray[np.int32], key: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Return the input ids with masked tokens, and the labels."""
         inner = self.tokenizer.inner
-        chance, kind, random_ids = np.random.Philox(key=key).random_raw(3 * len(ids)).reshape(3, -1)
+        chance, replacement, random_ids = np.random.Philox(key=key).random_raw(3 * len(ids)).reshape(3, -1)
         maskable = ~np.isin(ids, inner.all_special_ids)
         if not maskable.any():
             maskable[:] = True
         chance = np.where(maskable, chance, np.uint64(2**64 - 1))
         selected = maskable & (chance < np.uint64(int(self.settings.mask_share * 2**64)))
         selected[chance.argmin()] = True
-        tenths = kind % np.uint64(10)
+        tenths = replacement % np.uint64(10)
         masked = np.where(selected & (tenths < 8), inner.mask_token_id, ids)
         masked = np.where(selected & (tenths == 8), random_ids % np.uint64(len(inner)), masked)
         return ints(masked), ints(np.where(selected, ids, IGNORED))

@@ -48,7 +48,7 @@ def check_trackers(settings: TrackSettings) -> None:
             raise ConfigError(f"track.to names {name}, which is not installed", hint=hint)
 
 
-def values_of(event: TrackedEvent) -> dict[str, float]:
+def metric_values(event: TrackedEvent) -> dict[str, float]:
     """Return the metrics of an event by name; an empty dict for an event without metrics."""
     values: dict[str, float | None] = {}
     match event["event"]:
@@ -136,7 +136,7 @@ class Follower:
             self._step = event["step"]
         # A save ends some steps after its own step.
         step = self._step if event["event"] == "save" else int(event.get("step", 0))
-        if fresh := watermark.news(values_of(event), step):
+        if fresh := watermark.news(metric_values(event), step):
             self._retry(lambda: backend.log(fresh, step, float(event.get("ended_at", event["t"]))))
 
     def _retry(self, action: Callable[[], T]) -> T:

@@ -32,7 +32,7 @@ from outlast.checkpointing.tools.export import Content, Dtype, converted, export
 from outlast.checkpointing.tools.query import resolve_checkpoint
 from outlast.checkpointing.tools.slow_tokenizer_files import slow_tokenizer_files
 from outlast.cluster.cli.main import main
-from outlast.trainers.data.tokenizer import Tokenizer, files_of, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, tokenizer_files, train_bpe
 from outlast.trainers.models.torch_export import write_state_dict
 
 PAGE = Path(__file__).parents[3] / "docs/checkpoints.md"
@@ -74,7 +74,11 @@ def outlast(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def small_files(model: Any, tokenizer: Tokenizer, folder: Path) -> dict[str, bytes]:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    return {"config.json": (folder / "config.json").read_bytes(), **files_of(tokenizer), "trainer_state.json": b"{}"}
+    return {
+        "config.json": (folder / "config.json").read_bytes(),
+        **tokenizer_files(tokenizer),
+        "trainer_state.json": b"{}",
+    }
 
 
 def save_run(storage: LocalStorage, name: str, model: nn.Module, files: dict[str, bytes], steps: Sequence[int]) -> None:

@@ -22,7 +22,7 @@ from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data.tokenizer import files_of, train_bpe
+from outlast.trainers.data.tokenizer import tokenizer_files, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.custom_model import load_class
 from outlast.trainers.tasks.generation import NUM_NEW_TOKENS
@@ -181,7 +181,7 @@ def make_trusting(folder: Path) -> Path:
     where = {"AutoConfig": "recurrent_code.RecurrentConfig", "AutoModelForCausalLM": "recurrent_code.RecurrentLM"}
     body = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**body, "auto_map": where}))
-    for name, data in files_of(tokenizer).items():
+    for name, data in tokenizer_files(tokenizer).items():
         (folder / name).write_bytes(data)
     return folder
 

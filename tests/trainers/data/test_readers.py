@@ -19,7 +19,7 @@ from pyarrow import feather
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.factory import open_storage
-from outlast.trainers.data.readers import BadRows, Row, first_row, read_rows, usable
+from outlast.trainers.data.readers import BadRows, Row, first_row, read_rows, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_sources
 from tests.support.s3_server import s3_server
 
@@ -314,23 +314,23 @@ def rows_with(faults: dict[int, str], count: int = 10) -> list[Row]:
 
 def test_bad_rows_are_counted_and_skipped() -> None:
     bad = BadRows(limit=2)
-    rows = list(usable(rows_with({3: "torn"}), bad, lambda values: "is nine" if values[0] == 9 else None))
+    rows = list(usable_rows(rows_with({3: "torn"}), bad, lambda values: "is nine" if values[0] == 9 else None))
     assert [row.values[0] for row in rows] == [1, 2, 4, 5, 6, 7, 8, 10]
     assert (bad.count, bad.first) == (2, ["a.jsonl, row 3: torn", "a.jsonl, row 9: is nine"])
     with pytest.raises(ConfigError, match=r"more than 2 rows \(data\.max_bad_rows\) are unusable"):
-        list(usable(rows_with({1: "torn"}), bad))
+        list(usable_rows(rows_with({1: "torn"}), bad))
 
 
 def test_too_many_bad_rows_name_the_first_three() -> None:
     faults = dict.fromkeys([2, 4, 8, 9], "torn")
     taken: list[Row] = []
     with pytest.raises(ConfigError) as caught:
-        taken.extend(usable(rows_with(faults), BadRows(limit=0)))
+        taken.extend(usable_rows(rows_with(faults), BadRows(limit=0)))
     assert [row.values[0] for row in taken] == [1], "nothing is given after the one that is too many"
     assert [f"row {number}: torn" in str(caught.value) for number in (2, 4, 8, 9)] == [True, True, True, False]
     assert "data.max_bad_rows" in caught.value.message + caught.value.hint
     with pytest.raises(ConfigError, match=r"^a.jsonl, row 2: torn") as caught:
-        list(usable(rows_with({2: "torn"}), BadRows(limit=0)))
+        list(usable_rows(rows_with({2: "torn"}), BadRows(limit=0)))
     assert "data.max_bad_rows" in caught.value.hint
 
 

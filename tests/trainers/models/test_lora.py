@@ -24,7 +24,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Parallel
-from outlast.trainers.data.tokenizer import files_of, train_bpe
+from outlast.trainers.data.tokenizer import tokenizer_files, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.predict import choose_checkpoint, load
 from tests.support.groups.worker_group import digests, fault, losses, newest, run_group, with_parallel
@@ -39,7 +39,7 @@ def make_base(folder: Path, text_file: str) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model("llama", vocab_size=400, pad_token_id=0, eos_token_id=0, bos_token_id=0, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for name, data in files_of(tokenizer).items():
+    for name, data in tokenizer_files(tokenizer).items():
         (folder / name).write_bytes(data)
     return folder
 

@@ -27,7 +27,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.tracking.base import Watermark
-from outlast.trainers.tracking.follow import Follower, check_trackers, values_of
+from outlast.trainers.tracking.follow import Follower, check_trackers, metric_values
 from tests.conftest import Reference
 from tests.support.groups.worker_group import Quiet, digests, losses, resumed, run_group
 from tests.support.s3_server import s3_server
@@ -71,7 +71,7 @@ def journal_values(storage: LocalStorage, run: str) -> dict[str, dict[int, float
     """The values of each step in the journal, by name."""
     values: dict[str, dict[int, float]] = {}
     for _, event in run_events(RunStore(storage, run)):
-        for name, value in values_of(event).items():
+        for name, value in metric_values(event).items():
             values.setdefault(name, {})[event["step"]] = value
     return values
 
