@@ -57,10 +57,7 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
 
 
 def check_samples(base: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError if prepared samples differ although sources and settings are equal.
-
-    Another release of a library can cause it, or a chat template that writes the date.
-    """
+    """Raise ConfigError if equal sources and settings gave other samples: by another library, or a dated template."""
     if base.get("samples", now["samples"]) != now["samples"]:
         raise ConfigError(
             "the data was prepared again, and its samples differ from those that the run was started with",
@@ -69,9 +66,9 @@ def check_samples(base: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _with_defaults(before: Mapping[str, Any], now: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Return the old declaration with defaults for settings that are new, without settings that now have no effect.
+    """Return the old declaration with defaults for new settings, and without settings that now have no effect.
 
-    A setting without effect may be dropped, because the setting that disables it is declared itself.
+    The latter are safe to drop, because the setting that disables them is declared itself.
     """
     completed = dict(before)
     for name, setting in type(settings).model_fields.items():

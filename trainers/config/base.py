@@ -1,7 +1,4 @@
-"""Base of all settings: their class, which is frozen and refuses unknown keys, and intervals, parsed at validation.
-
-Field docstrings become the reference page.
-"""
+"""Base of all settings: their class, which is frozen and refuses unknown keys, and intervals, parsed at validation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Settings under `checkpoint:`: storage, save interval, retention, and the choice of the best checkpoint.
-
-None of them may affect the numbers of training: a resumed run may change them.
-"""
+"""Settings under `checkpoint:`. None of them may affect the numbers of training: a resumed run may change them."""
 
 from __future__ import annotations
 

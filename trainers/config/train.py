@@ -1,8 +1,4 @@
-"""Settings under `train:`: length, batches, optimizer, schedule, precision, evaluation.
-
-They determine the run's numbers, so a resumed run may not change those that have an effect
-(`TrainingConfig.numerics_settings`).
-"""
+"""Settings under `train:` and enums. A resumed run may not change settings that determine its numbers."""
 
 from __future__ import annotations
 

@@ -66,10 +66,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def _check_hub_connection(path: str) -> None:
-    """Switch to offline mode when the hub cannot be reached: its client would retry for a minute, file by file.
-
-    In offline mode cached files are used at once.
-    """
+    """Go offline, using cached files only, if the hub is unreachable: its client would retry each file for a minute."""
     hub = urlsplit(constants.ENDPOINT)
     if Path(path).is_dir() or constants.HF_HUB_OFFLINE or getproxies():
         return

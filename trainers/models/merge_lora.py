@@ -1,7 +1,4 @@
-"""Merging of an adapter into its base model by peft, for `checkpoints export --merge` and `outlast try`.
-
-The base model's weights must match the digest that the run declared: an adapter is never applied to other weights.
-"""
+"""Adapters loaded with their base model, or merged into it, by peft. The base model must match the run's digest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Greedy text generation for predictions: by the model's own `generate`, or token by token where it has none.
-
-For `outlast try` only: nothing here may be used in training or evaluation.
-"""
+"""Greedy text generation, for the predictions of `outlast try` only: training and evaluation must not use it."""
 
 from __future__ import annotations
 

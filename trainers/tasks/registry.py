@@ -1,7 +1,4 @@
-"""Lookup of a task's class by its name or, for a user's own task, its dotted path.
-
-Imports nothing heavy at import time: run files are checked with it.
-"""
+"""Lookup of a task's class by name or dotted path. Importing this module must not import torch."""
 
 from __future__ import annotations
 
