@@ -115,7 +115,7 @@ def test_pins_prunes_and_exports_on_s3(bucket: str, tmp_path: Path) -> None:
 
 _WRITER = """
 import sys
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 
 def chunks():
     while True:
@@ -203,7 +203,7 @@ def test_what_killed_preparers_began_to_upload_is_aborted(
 _STOPPING = """
 import os, signal, sys
 from outlast.checkpointing.storage import object_store as objects
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.trainers.preparation import prepare as data
 from outlast.trainers.config.training_config import TrainingConfig
 

@@ -195,7 +195,7 @@ def test_a_bug_in_the_users_code_is_shown_once_and_tried_twice(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "late.py").write_text(
-        "from outlast.trainers.tasks.base import CausalLM\n\n\nclass Late(CausalLM):\n    calls = 0\n\n"
+        "from outlast.trainers.tasks.causal_lm import CausalLM\n\n\nclass Late(CausalLM):\n    calls = 0\n\n"
         "    def loss(self, *given):\n        Late.calls += 1\n        if Late.calls > 20:\n"
         '            raise KeyError("labels")\n        return super().loss(*given)\n'
     )

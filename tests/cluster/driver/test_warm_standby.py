@@ -33,8 +33,8 @@ def test_a_rehearsal_imports_what_a_model_needs_and_changes_nothing_else() -> No
         "state = lambda: (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),\n"
         "    torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype())\n"
         "before = state()\n"
-        "from outlast.trainers.prewarm import rehearse\n"
-        "rehearse('causal-lm', 'gpt2')\n"
+        "from outlast.trainers.prewarm import prewarm\n"
+        "prewarm('causal-lm', 'gpt2')\n"
         "assert state() == before\n"
         "print({'torch._dynamo', 'transformers.models.gpt2.modeling_gpt2'} - sys.modules.keys())\n"
     )

@@ -20,6 +20,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as hub
 from outlast.cluster.fault_tolerance import failure_cause as failures
+from outlast.cluster.fault_tolerance import failure_recorder
 from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, classify
 from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder, own_log
 from outlast.cluster.fault_tolerance.out_of_memory import was_killed_by_kernel
@@ -176,8 +177,8 @@ def test_the_log_of_a_rank_is_kept_where_it_would_go_with_its_driver(tmp_path: P
 def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failures, "find_hub", lambda launch: None)
-    monkeypatch.setattr(failures, "find_deaths", lambda workers: [])
+    monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: None)
+    monkeypatch.setattr(failure_recorder, "find_deaths", lambda workers: [])
     storage, launch = LocalStorage(tmp_path), "20260101-000000-a"
     storage.put(f"{launch_dir('run', launch)}/alive.json", [b'{"settings": "now"}'])
     recorder = FailureRecorder(storage.url, "run", launch, RestartLimits(), "now")

@@ -88,10 +88,10 @@ def test_a_launch_that_no_worker_has_joined(tmp_path: Path, silent_s: float, cod
 def test_a_driver_that_was_killed_here_is_lost_at_once_and_the_next_command_is_told(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
-from outlast.checkpointing.storage.base import open_storage
-from outlast.checkpointing.run_store.liveness import Alive
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.run_store.liveness import LivenessFile
 
-Alive(open_storage(sys.argv[1]), "run/launches/20260101-000000-aa/alive.json")
+LivenessFile(open_storage(sys.argv[1]), "run/launches/20260101-000000-aa/alive.json")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)

@@ -21,7 +21,7 @@ from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_e
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance import coordinator as hub
-from outlast.cluster.fault_tolerance import failure_cause as failures
+from outlast.cluster.fault_tolerance import failure_recorder
 from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.cluster.monitoring.goodput import TimeCategory, account_time
@@ -225,7 +225,7 @@ def test_what_the_hub_has_heard_outlives_rank_0() -> None:
 
 
 def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "find_hub", lambda launch: None)
+    monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: None)
     recorder = FailureRecorder(str(tmp_path), "run", "one", RestartLimits(), "")
 
     def try_to_start(*, room: bool) -> None:
