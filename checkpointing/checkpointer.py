@@ -34,9 +34,10 @@ from outlast.checkpointing.restore.load import restore
 from outlast.checkpointing.restore.reader import read_blocks
 from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store import claims
-from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, read_catalog
+from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.background_save import BackgroundSave, SaveState
 from outlast.checkpointing.save.commit import Committer
 from outlast.checkpointing.save.staging import HostCopy, StagingBuffer
@@ -102,8 +103,7 @@ class Checkpointer:
         settle_s: float = 0.0,
     ) -> None:
         self.ranks = ranks or RankGroup()
-        self.run = layout.check_run_name(run)
-        self.storage = storage
+        self._store = RunStore(storage, layout.check_run_name(run))
         self._launch, self._settle_s = launch, settle_s
         self.files = dict(files or {})
         self._max_shard_bytes, self.naming = max_shard_bytes, naming
@@ -122,25 +122,31 @@ class Checkpointer:
         hosts = self.ranks.gather(socket.gethostname())
         self._num_sharing = hosts.count(hosts[self.ranks.rank])
         if self.ranks.rank == 0:
-            self.journal = Journal(storage, layout.attempt_dir(run, self.attempt), 0)
+            self.journal = Journal(storage, self._store.attempt_dir(self.attempt), 0)
         # A group of its own, so that commits in flight and the step loop never wait in one queue.
         background = self.ranks.another()
         self._committer = Committer(
-            storage, run, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
+            self._store, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
         )
+
+    @property
+    def store(self) -> RunStore:
+        """The run as it is now."""
+        return self._store.fresh()
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
     def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, Catalog] | None:
-        if claims.launch_is_superseded(self.storage, self.run, self._launch):
+        if claims.launch_is_superseded(self._store, self._launch):
             return None
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
-        mine = claims.claim(self.storage, self.run, body)
+        mine = claims.claim(self._store, body)
         time.sleep(2 * self._settle_s)
-        if claims.higher_claim(self.storage, self.run, mine):
+        now = self.store  # nothing that was read before the claim counts
+        if max(claims.list_attempts(now), default=mine) > mine:
             return None
-        tries = retry(lambda: history.read_attempt_history(self.storage, self.run, live=self._launch, below=mine))
-        return mine, retry(lambda: read_catalog(self.storage, self.run, mine, history.checkpoints_to_skip(tries)))
+        tries = retry(lambda: history.read_attempt_history(now, live=self._launch, below=mine))
+        return mine, retry(lambda: build_catalog(now, mine, history.checkpoints_to_skip(tries)))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -161,7 +167,7 @@ class Checkpointer:
         rejected = list(self.catalogue.rejected)
         train_state = TrainState(model, optimizer, self.naming)
         for index, manifest in self.catalogue.candidates:
-            state, faults = restore(self.storage, self.run, manifest, self.ranks, train_state)
+            state, faults = restore(self._store, manifest, self.ranks, train_state)
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
@@ -185,7 +191,7 @@ class Checkpointer:
         return None
 
     def _is_superseded_while_waiting(self) -> bool:
-        return claims.higher_claim(self.storage, self.run, self.attempt) is not None
+        return claims.higher_claim(self._store, self.attempt) is not None
 
     def _refuse(self, rejected: list[RejectedCheckpoint]) -> None:
         """Says that nothing whole is left."""
@@ -193,8 +199,8 @@ class Checkpointer:
         self.flush()
         lines = "\n".join(f"  {item.ref}: {'; '.join(item.reasons)}" for item in rejected)
         raise NoCheckpointError(
-            f"run {self.run!r} has commits, but no checkpoint is whole; nothing was changed\n{lines}",
-            hint=f"`outlast checkpoints verify {self.storage.url}/{self.run}` reads every byte again; restore the "
+            f"run {self._store.run!r} has commits, but no checkpoint is whole; nothing was changed\n{lines}",
+            hint=f"`outlast checkpoints verify {self._store.url}` reads every byte again; restore the "
             "files from a copy, or start over under another name",
         )
 
@@ -382,12 +388,12 @@ class Checkpointer:
 
     def _publish(self, source: CheckpointRef, final_step: int) -> str | None:
         manifest = next(item for item in self.accepted if item.ref == source)
-        target, directory = layout.model_dir(self.run, self.attempt), layout.checkpoint_dir(self.run, source)
+        target, directory = self._store.model_dir(self.attempt), self._store.checkpoint_dir(source)
         files = []
         for entry in manifest.files:
             if not entry.path.startswith(layout.STATE_DIR):
-                blocks = read_blocks(self.storage, directory, entry)
-                files.append(write_file(self.storage, target, entry.path, blocks))
+                blocks = read_blocks(self._store.storage, directory, entry)
+                files.append(write_file(self._store.storage, target, entry.path, blocks))
         if self._is_superseded_while_waiting():
             return None
         published = Manifest(
@@ -400,7 +406,7 @@ class Checkpointer:
             launch=self._launch,
             extra={"final_step": final_step},
         )
-        self.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
+        self._store.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
         self._tell("done", step=final_step, model=str(source))
         self.flush()
         return target

@@ -16,7 +16,8 @@ import transformers
 from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.format.layout import RECORD, attempts_dir, launch_dir
+from outlast.checkpointing.format.layout import RECORD
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import wait_for
 from outlast.trainers.checks.preflight import check_metric
@@ -133,7 +134,8 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
     config = assignment.config
     place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills(), **machine(world.device)})
-    world.run_on_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
+    store = RunStore(storage, config.name)
+    world.run_on_rank_0(lambda: wait_for(storage, store.attempts_dir))
     return Checkpointer(
         storage,
         config.name,
@@ -143,7 +145,7 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
         notes={
             "settings": dict(assignment.declared),
             "workers": workers,
-            "record": f"{launch_dir(config.name, assignment.launch)}/{RECORD}",
+            "record": f"{store.launch_dir(assignment.launch)}/{RECORD}",
         },
         retention=config.checkpoint.retention,
         max_shard_bytes=config.checkpoint.max_shard_bytes,

@@ -15,6 +15,7 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.format.safetensors import TensorSpec
 from outlast.checkpointing.restore.reader import Index, merge, read_index, read_regions, read_verified
 from outlast.checkpointing.restore.verify import check_listing
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.model_weights import compare_weights
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.train_state import Targets, TrainState
@@ -22,7 +23,7 @@ from outlast.checkpointing.storage.base import Storage
 
 
 def restore(
-    storage: Storage, run: str, manifest: Manifest, ranks: RankGroup, train_state: TrainState
+    store: RunStore, manifest: Manifest, ranks: RankGroup, train_state: TrainState
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Loads the checkpoint if every rank finds it whole. Every rank calls it.
 
@@ -33,7 +34,7 @@ def restore(
         ConfigError: The checkpoint is another model's, or has no optimizer state.
         StorageError: It could not be read, which proves nothing.
     """
-    directory = layout.checkpoint_dir(run, manifest.ref)
+    storage, directory = store.storage, store.checkpoint_dir(manifest.ref)
     seen = ranks.everybody(lambda: _read_headers(storage, directory, manifest, ranks))
     if faults := _merged(lines for _, lines in seen):
         return None, faults

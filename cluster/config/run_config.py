@@ -12,7 +12,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from outlast.checkpointing.errors import ConfigError, first_line
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_interval import SaveInterval
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_file import Lines, parse, refused
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.config.base import Duration
@@ -135,6 +137,11 @@ class RunConfig(TrainingConfig):
             data = data.model_copy(update={"eval": all_absolute(data.eval)})
         checkpoint = self.checkpoint.model_copy(update={"storage": absolute(self.checkpoint.storage)})
         return self.model_copy(update={"model": model, "data": data, "checkpoint": checkpoint})
+
+    @property
+    def store(self) -> RunStore:
+        """The run in its storage."""
+        return RunStore(open_storage(self.checkpoint.storage), self.name)
 
 
 def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:

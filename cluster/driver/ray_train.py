@@ -22,7 +22,6 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.errors import OutlastError, PreflightError
 from outlast.checkpointing.run_store.attempt_history import settings_digest
-from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import resizers, scaling
 from outlast.cluster.driver.signals import _signals
@@ -122,10 +121,12 @@ def run_workers(
 
 
 def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> _Trainer:
-    scale, launch, url = config.scale, assignment.launch, open_storage(config.checkpoint.storage).url
+    scale, launch, store = config.scale, assignment.launch, config.store
     os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, f"{max(POLL_S, scale.max_workers * POLL_S / 64):g}")
     resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-    recorder = FailureRecorder(url, config.name, launch, config.failure.limits, settings_digest(assignment.declared))
+    recorder = FailureRecorder(
+        store.storage.url, config.name, launch, config.failure.limits, settings_digest(assignment.declared)
+    )
     return _Trainer(
         train_worker,
         train_loop_config={"assignment": assignment, "hang_after_s": config.failure.hang_after_s},
@@ -133,7 +134,7 @@ def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> _Tr
         scaling_config=scaling(scale, resources),
         run_config=ray.train.RunConfig(
             name=launch,
-            storage_path=f"{url}/{config.name}/launches",
+            storage_path=f"{store.url}/launches",
             failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failure_cause.py
             callbacks=[recorder, *resizers(config, launch)],
             worker_runtime_env={"env_vars": environment(config)},

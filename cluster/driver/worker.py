@@ -15,8 +15,9 @@ import ray.train.torch
 from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.liveness import process_start
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
@@ -37,11 +38,12 @@ COMPILING = 10
 def _watchdog(
     line: CoordinatorClient, world: World, storage: Storage, assignment: Assignment, hang_after_s: float | None
 ) -> Watchdog:
+    store = RunStore(storage, assignment.config.name)
+
     def directory() -> str:
         """The attempt's journal or, before the claim, the launch's."""
-        run = assignment.config.name
         claimed = AttemptId.parse(line.attempt) if line.attempt else None
-        return attempt_dir(run, claimed) if claimed else launch_dir(run, assignment.launch)
+        return store.attempt_dir(claimed) if claimed else store.launch_dir(assignment.launch)
 
     if (
         assignment.config.scale.parallel is Parallel.FSDP

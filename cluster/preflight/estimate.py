@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveCosts
-from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.formatting import size as shown
 from outlast.cluster.preflight.doctor_probe import Probe
@@ -107,7 +106,7 @@ def forecast(config: RunConfig) -> Forecast:
         ConfigError: The run cannot be done as its settings say.
         StorageError: The storage failed.
     """
-    storage = open_storage(config.checkpoint.storage)
+    storage = config.store.storage
     prepared = prepare(config, storage)
     check_metric(config, prepared.facts)
     workers = config.scale.max_workers
@@ -148,7 +147,7 @@ def _saving(config: RunConfig, size: Size) -> Saving:
     copied = copy_speed()
     commit_s = size.checkpoint_bytes / written["write"] + (len(size.files) + _MORE_FILES) * written["put_s"]
     blocked_s = size.share_bytes / copied if config.checkpoint.overlap else commit_s
-    between = between_failures(*history_of(open_storage(config.checkpoint.storage), config.name))
+    between = between_failures(*history_of(config.store))
     costs = SaveCosts(blocked_s, commit_s, restart_s=0.0, between_failures_s=between)
     return Saving(
         measured_bytes=num_bytes,

@@ -16,6 +16,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.attempt_history import AttemptOutcome, read_attempt_history
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as hub
@@ -191,6 +192,6 @@ def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     for thread in threading.enumerate():
         if thread.name.startswith("Thread-") and "_find_cause" in thread.name:
             thread.join()
-    tries = read_attempt_history(storage, "run", live=launch)
+    tries = read_attempt_history(RunStore(storage, "run"), live=launch)
     assert [item.ending for item in tries] == [AttemptOutcome.FAILED] * 3
     assert [item.attempt is not None for item in tries] == [True, False, False]

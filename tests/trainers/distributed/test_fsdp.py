@@ -18,6 +18,7 @@ from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.restore.reader import read_tensors
 from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
@@ -53,7 +54,9 @@ def run_to_the_end(assignment: Assignment, storage: LocalStorage, size: int) -> 
 
 
 def evaluations(storage: LocalStorage, run: str) -> dict[int, float]:
-    return {event["step"]: event["eval_loss"] for _, event in run_events(storage, run) if event["event"] == "eval"}
+    return {
+        event["step"]: event["eval_loss"] for _, event in run_events(RunStore(storage, run)) if event["event"] == "eval"
+    }
 
 
 @pytest.mark.parametrize(
@@ -112,12 +115,16 @@ def test_fp16_and_clipping_are_those_of_ddp_and_come_back(
 
 
 def skipped(storage: LocalStorage, run: str) -> list[tuple[int, float]]:
-    return [(item["step"], item["scale"]) for _, item in run_events(storage, run) if item["event"] == "step-skipped"]
+    return [
+        (item["step"], item["scale"])
+        for _, item in run_events(RunStore(storage, run))
+        if item["event"] == "step-skipped"
+    ]
 
 
 def norms(storage: LocalStorage, run: str) -> dict[int, float]:
     """The gradient's norm before clipping, of the steps that were not left out."""
-    steps = [event for _, event in run_events(storage, run) if event["event"] == "step"]
+    steps = [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "step"]
     return {event["step"]: event["grad_norm"] for event in steps if event["grad_norm"] is not None}
 
 
@@ -149,7 +156,7 @@ def test_another_number_of_ranks_and_ddp_go_on(
     run_group(spread(run, launch="second"), storage, 3, StopAt(6))
     run_to_the_end(assign(run, launch="third"), storage, 1)
     assert losses(storage, run) == pytest.approx(reference(2).losses, rel=1e-4)
-    changed = [event for _, event in run_events(storage, run) if event["event"] == "changed"]
+    changed = [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "changed"]
     assert [(item["what"], item["before"], item["now"], item["same_bits"]) for item in changed] == [
         ("world_size", 2, 3, False),
         ("world_size", 3, 1, False),

@@ -12,6 +12,7 @@ import torch
 
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import NonFinite
@@ -72,7 +73,11 @@ def bring(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Pa
 
 
 def told(storage: LocalStorage, run: str) -> list[tuple[int, str]]:
-    return [(event["step"], event["action"]) for _, event in run_events(storage, run) if event["event"] == "non-finite"]
+    return [
+        (event["step"], event["action"])
+        for _, event in run_events(RunStore(storage, run))
+        if event["event"] == "non-finite"
+    ]
 
 
 def done(ended: list[Ended]) -> bool:
@@ -159,7 +164,9 @@ def test_an_overflow_of_scaled_gradients_is_not_one(bring: Bring, storage: Local
     """fp16's loss scale deals with it, whatever the mode."""
     overflowing = bring("overflow", NonFinite.STOP, spoil="gradient", precision="fp16")
     assert done(run_group(overflowing, storage, SIZE))
-    skipped = [event for _, event in run_events(storage, "finite-overflow") if event["event"] == "step-skipped"]
+    skipped = [
+        event for _, event in run_events(RunStore(storage, "finite-overflow")) if event["event"] == "step-skipped"
+    ]
     assert BAD_STEP in [event["step"] for event in skipped]
     assert not told(storage, "finite-overflow")
     assert len(read_catalog(storage, "finite-overflow").accepted) == 3

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
@@ -154,7 +155,7 @@ def test_loaded_by_its_own_class(bring: Callable[..., Assignment], storage: Loca
     assert (
         newest(storage, "own-class").extra["declaration"]["mathematics"]["model"]["class_"] == "recurrent:RecurrentLM"
     )
-    _, tried = load(bring("own-class").config, choose_checkpoint(storage, "own-class", None, Retention()))
+    _, tried = load(bring("own-class").config, choose_checkpoint(RunStore(storage, "own-class"), None, Retention()))
     assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in weights.items())
 
 
@@ -178,7 +179,7 @@ def test_a_module_that_knows_nothing_of_transformers(
     make_importable(str(tmp_path))
     model = load_class("bigrams:Bigrams")(**json.loads((folder / "config.json").read_text()))
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    task, tried = load(brought("bigrams").config, choose_checkpoint(storage, "bigrams", None, Retention()))
+    task, tried = load(brought("bigrams").config, choose_checkpoint(RunStore(storage, "bigrams"), None, Retention()))
     assert isinstance(task, CausalLM)
     assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in model.state_dict().items())
 

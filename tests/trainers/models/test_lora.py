@@ -19,6 +19,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
@@ -177,7 +178,7 @@ def test_a_new_head_is_trained_and_saved(
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(adapted))
     assert torch.equal(logits(merged), logits(adapted.merge_and_unload()))
-    _, tried = load(assignment.config, choose_checkpoint(storage, "adapter-head", None, Retention()))
+    _, tried = load(assignment.config, choose_checkpoint(RunStore(storage, "adapter-head"), None, Retention()))
     torch.testing.assert_close(logits(tried), logits(merged))  # `outlast try` takes adapter and head, not merged
 
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
@@ -209,7 +210,7 @@ def test_each_task_learns_and_is_killed_and_ends_equal(
     assert run_group(again, storage, 2)[0].outcome is Outcome.DONE
     assert digests(storage, f"{run}-killed") == digests(storage, run)
     assert losses(storage, f"{run}-killed") == losses(storage, run)
-    evals = [event["eval_loss"] for _, event in run_events(storage, run) if event["event"] == "eval"]
+    evals = [event["eval_loss"] for _, event in run_events(RunStore(storage, run)) if event["event"] == "eval"]
     assert evals[-1] < 0.99 * evals[0]
 
 
