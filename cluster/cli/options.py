@@ -38,7 +38,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}", hint="name another place") from error
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", hint="name another path") from error
 
 
 def bring_code(run: str, code: Path | None) -> None:

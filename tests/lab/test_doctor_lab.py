@@ -61,7 +61,7 @@ def test_a_host_that_does_not_share_the_storage(cluster: Lab, folder: Path, text
     [(level, text)] = found["storage"]
     assert level == "failed"
     here, one, two = (cluster.name(host) for host in range(3))
-    assert f"is not shared: {two} does not see what {here} and {one} wrote" in text
+    assert f"is not shared: {two} does not see files of {here} and {one}" in text
     assert found["versions"][0][0] == "ok"
     [(level, text)] = found["job server"]
     assert level == "warning"

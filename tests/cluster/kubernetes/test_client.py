@@ -1,7 +1,7 @@
 """apply, status, suspend, resume and delete, through Kubernetes' official client and a real HTTP server.
 
-Each case runs against the small API server of `tests/support/kubernetes`, and, if `KUBEBUILDER_ASSETS` is set, against a
-real one. No operator runs: the tests write a RayJob's status in its place.
+Each case runs against the small API server of `tests/support/kubernetes`, and a real one if `KUBEBUILDER_ASSETS`
+is set. No operator runs: the tests write a RayJob's status in its place.
 """
 
 from __future__ import annotations
