@@ -151,7 +151,7 @@ def logs(
     from outlast.cluster.jobs import ray_jobs as jobs
 
     client = jobs.connect(address)
-    job = jobs.newest(client, _run_name(run))
+    job = jobs.newest_job(client, _run_name(run))
     if follow:
         raise typer.Exit(jobs.follow(client, job.id).exit_code)
     print(client.get_job_logs(job.id), end="")
