@@ -21,20 +21,19 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError, first_line
-from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
-from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.journal import Journal, last_event_at
 from outlast.checkpointing.run_store.liveness import find_active_launch
-from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.failure_recorder import gave_up
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, count_failures, decide_give_up
 from outlast.cluster.jobs import ray_jobs as jobs
 from outlast.cluster.jobs.ray_jobs import SubmittedJob
-from outlast.cluster.monitoring.timeline_reader import TimelineReader, list_launches
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
 from outlast.cluster.monitoring.timeline_records import LaunchTimeline
 
 POLL_S = 2.0
@@ -150,8 +149,8 @@ class Supervisor:
     _num_without_launch: int = 0
 
     @property
-    def storage(self) -> Storage:
-        return open_storage(self.config.checkpoint.storage)
+    def store(self) -> RunStore:
+        return self.config.store
 
     def run(self) -> int:
         """Supervise the run. Return its exit code, or 130 if `ending` was set.
@@ -198,11 +197,9 @@ class Supervisor:
             self.say("done")
             return 0
         given_up = self._reason_to_give_up()
-        has_worked = bool(list_attempts(self.storage, self.config.name))
+        has_worked = bool(list_attempts(self.store))
         active_launch = (
-            find_active_launch(self.storage, self.config.name)
-            if ended.exit_code == _RESUMABLE_EXIT_CODE and not by_us
-            else None
+            find_active_launch(self.store) if ended.exit_code == _RESUMABLE_EXIT_CODE and not by_us else None
         )
         action = decide(
             ended, given_up, by_us=by_us, has_worked=has_worked, has_active_launch=active_launch is not None
@@ -246,14 +243,14 @@ class Supervisor:
         launch, attempt = self._active()
         if launch is None:
             return None, None
-        directory = attempt_dir(self.config.name, attempt) if attempt else ""
-        event = (str(attempt), last_event_at(self.storage, directory)) if attempt else None
+        store = self.store
+        event = (str(attempt), last_event_at(store.storage, store.attempt_dir(attempt))) if attempt else None
         return (launch.id, launch.alive.get("beat")), event
 
     def _active(self) -> tuple[LaunchTimeline | None, AttemptId | None]:
         """Return the active launch (the one with the latest heartbeat), and its attempt if it owns the run."""
         if self._timeline_reader is None:
-            self._timeline_reader = TimelineReader(self.storage, self.config.name, journals=False)
+            self._timeline_reader = TimelineReader(self.store, journals=False)
         timeline = self._timeline_reader.look()
         launches = {launch.id: launch for launch in timeline.at_work}
         beats = {name: launch.alive.get("beat") for name, launch in launches.items()}
@@ -273,15 +270,15 @@ class Supervisor:
         launch, attempt = self._active()
         if launch is None:
             return  # the job has no launch yet
-        journal = Journal(self.storage, launch_dir(self.config.name, launch.id), 1, flush_s=0)
+        journal = Journal(self.store.storage, self.store.launch_dir(launch.id), 1, flush_s=0)
         journal.event("failure", attempt=str(attempt or "unclaimed"), cause=_STALLED, rank=0, message=finding)
 
     def _reason_to_give_up(self) -> GiveUp | None:
-        records = read_attempt_history(self.storage, self.config.name)
+        records = read_attempt_history(self.store)
         return decide_give_up(records, self.config.failure.limits, settings_digest(self.declared))
 
     def _launches(self) -> list[str]:
-        return list_launches(self.storage, self.config.name)
+        return list_launches(self.store)
 
     def _num_failed(self, before: Sequence[str], ended: SubmittedJob) -> int:
         """Return the number of failed submissions since the last progress, at least 1.
@@ -295,11 +292,11 @@ class Supervisor:
         """
         had_no_launch = self._launches() == list(before) or ended.exit_code == PreflightError.exit_code
         self._num_without_launch = self._num_without_launch + 1 if had_no_launch else 0
-        failures = count_failures(read_attempt_history(self.storage, self.config.name), settings_digest(self.declared))
+        failures = count_failures(read_attempt_history(self.store), settings_digest(self.declared))
         return max(1, len(failures) + self._num_without_launch)
 
     def _is_done(self) -> bool:
-        model = find_model(self.storage, self.config.name)
+        model = find_model(self.store)
         return model is not None and not model.faults
 
     def _wait(self, seconds: float, reason: str) -> None:

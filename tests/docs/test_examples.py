@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
@@ -80,7 +81,7 @@ def test_own_task(tmp_path: Path) -> None:
     assignment = Assignment(config, declared, "first", prepared, code=str(EXAMPLES))
     assert [item.outcome for item in run_group(assignment, storage, 2)] == [Outcome.DONE] * 2
     assert 0.4 < newest(storage, "own-task").metrics["eval_accuracy"] < 0.6, "every text has both labels"
-    task, model = load(config, choose_checkpoint(storage, "own-task", None, config.checkpoint.retention))
+    task, model = load(config, choose_checkpoint(RunStore(storage, "own-task"), None, config.checkpoint.retention))
     answers = list(task.predict(model, [{"text": "a good one, 3"}, {"text": "a bad one, 7"}]))
     assert [answer["label"] for answer in answers] == [1, 0]
 

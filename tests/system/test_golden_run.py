@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.cluster.monitoring.status import read_status
@@ -72,7 +73,7 @@ def continue_without_ray(folder: Path) -> None:
 def test_status_is_what_0_1_0_read(folder: Path) -> None:
     expected = stored("status.json", folder)
     assert (expected["state"], expected["attempts"], expected["lost_steps"]) == ("lost", 2, 3)
-    assert shared(read_status(LocalStorage(folder / "runs"), "golden"), expected) == expected
+    assert shared(read_status(RunStore(LocalStorage(folder / "runs"), "golden")), expected) == expected
 
 
 def test_commands_read_it(folder: Path) -> None:

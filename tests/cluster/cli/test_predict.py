@@ -138,7 +138,9 @@ def by_hand(run: Path) -> str:
 def test_a_class_beside_the_run_file(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path) -> None:
     """It knows nothing of transformers, and cannot write by itself."""
     (tmp_path / "bigrams.py").write_text(PLAIN)
-    (tmp_path / "mine.py").write_text("from outlast.trainers.tasks.base import CausalLM\nclass Words(CausalLM): pass\n")
+    (tmp_path / "mine.py").write_text(
+        "from outlast.trainers.tasks.causal_lm import CausalLM\nclass Words(CausalLM): pass\n"
+    )
     sections = {"model": {"class": "bigrams:Bigrams", "config": {"width": 16}, "task": "mine:Words"}}
     sys.path.append(str(tmp_path))
     try:

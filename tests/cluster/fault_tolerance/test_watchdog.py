@@ -18,6 +18,7 @@ import pytest
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
@@ -142,7 +143,7 @@ def watch(storage: LocalStorage, tmp_path: Path) -> Any:
 
 
 def told(storage: LocalStorage, run: str, kind: str) -> list[dict[str, Any]]:
-    return [event for _, event in run_events(storage, run) if event["event"] == kind]
+    return [event for _, event in run_events(RunStore(storage, run)) if event["event"] == kind]
 
 
 def assert_goes_on(assignment: Assignment, storage: LocalStorage, reference: Reference) -> None:
@@ -193,7 +194,8 @@ def test_a_rank_is_stopped_and_comes_back(
     deadline = time.monotonic() + 40
     while not told(storage, "stopped", "hang") and time.monotonic() < deadline:
         time.sleep(0.1)
-    [first, second] = read_claim(storage, "stopped", list_attempts(storage, "stopped")[0])["workers"]
+    store = RunStore(storage, "stopped")
+    [first, second] = read_claim(store, list_attempts(store)[0])["workers"]
     while Path(f"/proc/{first['pid']}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     hangs = told(storage, "stopped", "hang")

@@ -18,6 +18,7 @@ import yaml
 
 from outlast.checkpointing.run_store.attempt_history import settings_digest
 from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp
@@ -236,7 +237,7 @@ def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
         assert float(supervise.wait_for(r"far-1 is running, but no step for (\d+) s")) >= STALL_S
         assert supervise.wait_for("submitted (far-.*)") == "far-2"
         step = wait_for_commit(place, 0)
-        os.kill(read_status(place, "far")["launch"]["pid"], signal.SIGKILL)
+        os.kill(read_status(RunStore(place, "far"))["launch"]["pid"], signal.SIGKILL)
         assert supervise.wait_for("(far-2) ended: failed")
         assert supervise.wait_for("submitted (far-.*)") == "far-3"
         step = wait_for_commit(place, step)
@@ -257,4 +258,4 @@ def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
     assert digests(place, "far") == digests(storage, "supervised")
     done = subprocess.run([str(BIN / "outlast"), "supervise", str(run_file), *at], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [failure["cause"] for failure in read_status(place, "far")["failures"]] == ["stalled"]
+    assert [failure["cause"] for failure in read_status(RunStore(place, "far"))["failures"]] == ["stalled"]
