@@ -48,18 +48,18 @@ def validate(
     from outlast.cluster.preflight.validate import unverified
     from outlast.cluster.preflight.validate import validate as findings_of
 
-    found = findings_of(str(run_file), overrides or [], deep=deep)
+    findings = findings_of(str(run_file), overrides or [], deep=deep)
     if as_json:
-        print(json.dumps([item.as_json() for item in found], indent=1))
+        print(json.dumps([item.as_json() for item in findings], indent=1))
     else:
-        for item in found:
+        for item in findings:
             print(f"{run_file}: {item}")
-        if not found:
+        if not findings:
             print(f"{run_file}: no errors found" + ("" if deep else " (--deep also reads all rows)"))
-    if not found and not deep:
+    if not findings and not deep:
         for line in unverified(str(run_file), overrides or []):
             print(f"{run_file}: {line}", file=sys.stderr)
-    raise typer.Exit(2 if found else 0)
+    raise typer.Exit(2 if findings else 0)
 
 
 def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:

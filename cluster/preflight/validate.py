@@ -20,7 +20,7 @@ from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig, expand, load_run, override, read_run_file
-from outlast.cluster.config.run_file import LocatedFinding, SettingsError, located_in
+from outlast.cluster.config.run_file import LocatedFinding, SettingsError, locate_findings
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.task_names import is_dotted
 from outlast.trainers.config.validation_errors import Path as KeyPath
@@ -72,7 +72,7 @@ def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) ->
     found = list(_findings(config, [check for check in _CHEAP if not check.blocks & invalid_blocks]))
     if deep and not invalid and not found:
         found = list(_findings(config, _DEEP))
-    located = [*invalid, *located_in(found, read_run_file(path)[1], overrides)]
+    located = [*invalid, *locate_findings(found, read_run_file(path)[1], overrides)]
     return sorted(located, key=lambda item: item.line or 0)
 
 
