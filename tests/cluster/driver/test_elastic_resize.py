@@ -50,8 +50,8 @@ def test_one_number_of_workers_or_two(tmp_path: Path, written: str, least: int, 
         ("scale.workers=two", "scale.workers: write a number"),
         ("scale.workers=[1, 2, 3]", "scale.workers: write a number"),
         ("scale.workers=[8, 2]", r"scale.workers: \[8, 2\] has the fewest after the most"),
-        ("scale.resize_every=20", "scale.resize_every: 20 is no time: write 90s, 2m or 1h"),
-        ("failure.hang_after=1 epoch", "failure.hang_after: '1 epoch' is no time"),
+        ("scale.resize_every=20", "scale.resize_every: 20 is not a duration: write 90s, 2m or 1h"),
+        ("failure.hang_after=1 epoch", "failure.hang_after: '1 epoch' is not a duration"),
     ],
 )
 def test_what_cannot_be(tmp_path: Path, setting: str, message: str) -> None:
@@ -61,7 +61,7 @@ def test_what_cannot_be(tmp_path: Path, setting: str, message: str) -> None:
 
 def test_even_the_largest_group_must_have_work(tmp_path: Path) -> None:
     config = tiny_config("run", str(tmp_path), "texts.txt")
-    with pytest.raises(ConfigError, match="9 workers, but a batch of 8 holds only 8 micro-batches"):
+    with pytest.raises(ConfigError, match="9 workers, but a batch of 8 has only 8 micro-batches"):
         make_plan(config, 100, load(tmp_path, "scale.workers=[1, 9]").scale.max_workers)
 
 
