@@ -90,7 +90,13 @@ class _Attempt:
         self.id = AttemptId(number, f"{number:08x}")
         self._storage, self._clock, self._num_steps, self._draw = storage, clock, num_steps, draw
         directory = layout.attempt_dir(RUN, self.id)
-        claim = {"launch": LAUNCH, "world_size": 8, "claimed_at": clock.now, "device": "cuda", "settings": {"name": RUN}}
+        claim = {
+            "launch": LAUNCH,
+            "world_size": 8,
+            "claimed_at": clock.now,
+            "device": "cuda",
+            "settings": {"name": RUN},
+        }
         storage.put(f"{directory}/{layout.CLAIM}", [json.dumps(claim).encode()])
         self._journal = Journal(storage, directory, 0, flush_s=math.inf)
         self._commits = Journal(storage, directory, 0, stream=COMMITS, flush_s=math.inf)
@@ -136,7 +142,9 @@ class _Attempt:
         self.tell("eval", step=ref.step, eval_loss=2 + 8 / math.sqrt(ref.step), seconds=2.0)
         digest, num_bytes = f"{self._draw.getrandbits(128):032x}", 4 * 64 * MIB
         self._commits.event("commit", step=ref.step, digest=digest, num_bytes=num_bytes)
-        self.tell("commit", step=ref.step, digest=digest, num_bytes=num_bytes, seconds=round(self._clock.now - began, 4))
+        self.tell(
+            "commit", step=ref.step, digest=digest, num_bytes=num_bytes, seconds=round(self._clock.now - began, 4)
+        )
         self.tell("save", step=ref.step, blocked_s=0.01, fenced_s=0.005, commit_s=1.5)
         if dropped is not None:
             self._commits.event("deleting", checkpoints=[dropped.name])
@@ -179,7 +187,7 @@ def build(folder: Path, num_steps: int) -> int:
                 attempt.tell("done", step=last, model=str(kept[-1]))
             attempt.finish()
             num_events += attempt.num_events
-        _commit(storage, [ref for ref in kept[-3:]], lineage)
+        _commit(storage, kept[-3:], lineage)
         alive = {"beat": 1, "began": BEGAN, "t": clock.now, "ended": True, "exit_code": 0, "error": "", "settings": ""}
     storage.put(f"{layout.launch_dir(RUN, LAUNCH)}/alive.json", [json.dumps(alive).encode()])
     return num_events
@@ -240,7 +248,7 @@ def _rows(folder: Path, form: str, num_steps: int, rounds: int) -> Iterator[dict
     began = time.process_time()
     num_events = build(folder, num_steps)
     writer_us = 1e6 * (time.process_time() - began) / num_events
-    files = [path for path in (folder / RUN).rglob("events-*")]
+    files = list((folder / RUN).rglob("events-*"))
     size = sum(path.stat().st_size for path in files)
     yield {"name": f"{form}: journals", "files": len(files), "journal_mb": size / 1e6, "writer_us": writer_us}
     page = folder / "report.html"

@@ -16,10 +16,13 @@ from enum import Enum
 from itertools import zip_longest
 from math import inf, isnan, nan
 from time import strptime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.run_store.attempt_history import is_echo, launches_in_order
+
+if TYPE_CHECKING:
+    from outlast.checkpointing.run_store.compaction import StepColumns
 
 #: A driver that has not been heard of for so long is lost.
 LOST_AFTER_S = 30.0
@@ -74,6 +77,20 @@ class Steps:
         self.lr.append(get("lr", nan))
         self.seconds.append(get("seconds", 0.0))
         self.ended_at.append(get("ended_at", get("t", 0.0)))
+
+    def extend(self, steps: StepColumns) -> None:
+        """Adds many at once, as `add` does one by one."""
+        new = steps.rising(self.number[-1] if self.number else None)
+        for column, name in (
+            (self.number, "step"),
+            (self.tokens, "tokens"),
+            (self.loss, "loss"),
+            (self.grad_norm, "grad_norm"),
+            (self.lr, "lr"),
+            (self.seconds, "seconds"),
+            (self.ended_at, "ended_at"),
+        ):
+            column.frombytes(new[name].tobytes())
 
     def began_at(self, index: int) -> float:
         return self.ended_at[index] - self.seconds[index]
@@ -228,6 +245,11 @@ class Attempt:
                 self.slow = event["ranks"]
             case "non-finite" | "early-stop" | "changed" | "save-failed" | "failed" | "hang" | "rejected":
                 self.notes.append(dict(event))
+
+    def hear_steps(self, steps: StepColumns) -> None:
+        """Takes many of its steps at once."""
+        self.heard_at = max(self.heard_at, float(steps["t"].max()))
+        self.steps.extend(steps)
 
 
 @dataclass(slots=True)

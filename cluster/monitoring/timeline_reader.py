@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
@@ -16,6 +16,9 @@ from outlast.checkpointing.run_store.journal import Tail
 from outlast.checkpointing.run_store.liveness import is_gone
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.cluster.monitoring.timeline import Story
+
+if TYPE_CHECKING:
+    from outlast.checkpointing.run_store.compaction import StepColumns
 
 #: A launch that is taken over, or an attempt, may still say something after the next one has begun.
 _OPEN = 2
@@ -62,7 +65,7 @@ class StoryReader:
             told = self.story.attempt(attempt)
             told.claim = claim
             for event in self._new(attempt_dir(self._run, attempt)):
-                told.hear(event)
+                told.hear(event) if isinstance(event, dict) else told.hear_steps(event)
             if claim and number < len(attempts) - _OPEN:
                 self._closed.add(attempt)
 
@@ -80,12 +83,13 @@ class StoryReader:
                 if not launch.is_gone:
                     break
             for event in self._new(launch_dir(self._run, launch.id)):
-                self.story.hear_launch(launch.id, event)
+                if isinstance(event, dict):  # a driver makes no steps
+                    self.story.hear_launch(launch.id, event)
             # One that has the run, or may be about to claim it, goes on, whatever its name says.
             if number < len(launches) - _OPEN and (launch.has_ended or launch.id in superseded):
                 self._closed.add(launch.id)
 
-    def _new(self, directory: str) -> Iterator[dict[str, Any]]:
+    def _new(self, directory: str) -> Iterator[dict[str, Any] | StepColumns]:
         return self._tail.new(directory) if self._journals else iter(())
 
 
