@@ -26,7 +26,7 @@ from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.format.safetensors import bytes_view, tensor_bytes
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 
 
 class Peer(Protocol):

@@ -7,33 +7,37 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Catalog": "run_store.catalog",
     "Checkpointer": "checkpointer",
     "CheckpointRef": "format.layout",
     "ConfigError": "errors",
     "DamagedError": "errors",
-    "Every": "save.save_interval",
-    "LocalStorage": "storage.base",
+    "LocalStorage": "storage.local",
     "Manifest": "format.manifest",
-    "Naming": "state.model_weights",
     "NoCheckpointError": "errors",
     "OutlastError": "errors",
     "PreflightError": "errors",
-    "Ranks": "state.rank_group",
+    "RankGroup": "state.rank_group",
     "Retention": "run_store.retention",
+    "SaveInterval": "save.save_interval",
     "Storage": "storage.base",
     "StorageError": "errors",
     "StorageRefused": "errors",
-    "catalogue": "run_store.catalog",
+    "WeightNaming": "state.model_weights",
     "newest_sealed": "tools.trainer_seal",
-    "open_storage": "storage.base",
+    "open_storage": "storage.factory",
+    "read_catalog": "run_store.catalog",
     "seal": "tools.trainer_seal",
-    "verify": "restore.reader",
+    "verify": "restore.verify",
 }
+#: Names of 0.1.0, for code that was written with it.
+_RENAMED = {"Every": "SaveInterval", "Naming": "WeightNaming", "Ranks": "RankGroup", "catalogue": "read_catalog"}
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, *_RENAMED])
 
 
 def __getattr__(name: str) -> Any:
+    name = _RENAMED.get(name, name)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -18,12 +18,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpointing.storage.base import Storage, open_storage, read_bytes
+from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.factory import open_storage
 
 _PAUSE_S = 5.0
 
 
-class Point(Enum):
+class FaultPoint(Enum):
     """Where a fault can strike, in the order in which a step passes them."""
 
     ACCUMULATING = "accumulating"  #: after the first micro-batch of several
@@ -37,7 +38,7 @@ class Point(Enum):
     AFTER_RETENTION = "after-retention"
 
 
-class Action(Enum):
+class FaultAction(Enum):
     """What happens."""
 
     EXCEPTION = "exception"
@@ -48,11 +49,11 @@ class Action(Enum):
 
 
 class InjectedFault(RuntimeError):
-    """Raised by `Action.EXCEPTION`."""
+    """Raised by `FaultAction.EXCEPTION`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class FaultSpec:
     """One fault, which fires once.
 
     Attributes:
@@ -64,22 +65,22 @@ class Fault:
             the fault fires.
     """
 
-    point: Point
+    point: FaultPoint
     step: int
     rank: int
-    action: Action
+    action: FaultAction
     record: str
 
 
-_armed: list[Fault] = []
+_armed: list[FaultSpec] = []
 
 
-def arm(faults: Sequence[Fault], rank: int) -> None:
+def arm(faults: Sequence[FaultSpec], rank: int) -> None:
     """Arms this process with the faults meant for `rank`, in place of any it had."""
     _armed[:] = [fault for fault in faults if fault.rank == rank]
 
 
-def reach(point: Point, step: int) -> None:
+def fault_point(point: FaultPoint, step: int) -> None:
     """Fires the fault that is armed for this place, if it has not fired before.
 
     Raises:
@@ -87,20 +88,20 @@ def reach(point: Point, step: int) -> None:
     """
     for fault in _armed:
         if (fault.point, fault.step) == (point, step) and _record(fault):
-            if fault.action is Action.SIGKILL:
+            if fault.action is FaultAction.SIGKILL:
                 os.kill(os.getpid(), signal.SIGKILL)
-            elif fault.action is Action.HANG:
+            elif fault.action is FaultAction.HANG:
                 threading.Event().wait()
-            elif fault.action is Action.PAUSE:
+            elif fault.action is FaultAction.PAUSE:
                 time.sleep(_PAUSE_S)
                 return
-            elif fault.action is Action.STOP:
+            elif fault.action is FaultAction.STOP:
                 os.kill(os.getpid(), signal.SIGSTOP)
                 return
             raise InjectedFault(f"injected at {point.value}, step {step}, rank {fault.rank}")
 
 
-def _record(fault: Fault) -> bool:
+def _record(fault: FaultSpec) -> bool:
     """Leaves the proof; False if it is there already, for then the fault has fired."""
     return write_record(fault.record, {**asdict(fault), "point": fault.point.value, "action": fault.action.value})
 

@@ -19,8 +19,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from outlast.checkpointing.fault_injection import Fault
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.fault_injection import FaultSpec
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
@@ -53,7 +53,7 @@ def assign(storage: LocalStorage, text_file: str) -> Callable[..., Assignment]:
     def make(
         name: str,
         *,
-        faults: tuple[Fault, ...] = (),
+        faults: tuple[FaultSpec, ...] = (),
         launch: str = "first",
         sections: Mapping[str, Any] | None = None,
         **train: Any,

@@ -17,8 +17,8 @@ import outlast.checkpointing
 import outlast.trainers
 from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.format.safetensors import decode
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.conftest import Reference
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +97,7 @@ def test_every_module_says_what_it_is_for(room: str) -> None:
 
 def test_the_face_of_checkpointing_is_frozen() -> None:
     assert outlast.checkpointing.__all__ == [
+        "Catalog",
         "CheckpointRef",
         "Checkpointer",
         "ConfigError",
@@ -108,14 +109,18 @@ def test_the_face_of_checkpointing_is_frozen() -> None:
         "NoCheckpointError",
         "OutlastError",
         "PreflightError",
+        "RankGroup",
         "Ranks",
         "Retention",
+        "SaveInterval",
         "Storage",
         "StorageError",
         "StorageRefused",
+        "WeightNaming",
         "catalogue",
         "newest_sealed",
         "open_storage",
+        "read_catalog",
         "seal",
         "verify",
     ]
@@ -124,6 +129,8 @@ def test_the_face_of_checkpointing_is_frozen() -> None:
 def test_the_face_of_trainers_is_frozen() -> None:
     assert outlast.trainers.__all__ == [
         "Assignment",
+        "Column",
+        "ColumnType",
         "Control",
         "Loop",
         "Outcome",
@@ -203,7 +210,7 @@ def test_transformers_alone_opens_a_checkpoint(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = reference(2).run
-    accepted = catalogue(storage, run).accepted
+    accepted = read_catalog(storage, run).accepted
     folders = [storage.path(checkpoint_dir(run, item.ref)) for item in accepted]
     assert len(folders) == 3
     for folder in [*folders, folders[0].parent / "model"]:

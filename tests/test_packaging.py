@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from outlast.cluster.jobs.ray_jobs import _package
+from outlast.cluster.jobs.bundle import _package
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("checkpointing", "trainers", "cluster")

@@ -8,6 +8,8 @@ from typing import Any
 
 _HOME = {
     "Assignment": "attempt",
+    "Column": "data.columns",
+    "ColumnType": "data.columns",
     "Control": "loop.control",
     "Loop": "loop.train_loop",
     "Outcome": "loop.train_loop",

@@ -17,7 +17,7 @@ from outlast.trainers.models.build import model_class
 from outlast.trainers.tasks.registry import find_task
 
 
-def rehearse(task: str, model_type: str | None) -> None:
+def prewarm(task: str, model_type: str | None) -> None:
     """Imports what a run of this task needs for a model of this type, if the type is one of transformers'."""
     for name in ("AutoTokenizer", "PreTrainedTokenizerFast", "AutoConfig"):
         getattr(transformers, name)

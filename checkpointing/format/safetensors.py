@@ -49,14 +49,14 @@ def bytes_view(buffer: torch.Tensor) -> memoryview:
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class TensorSpec:
     """Type and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Spec:
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
@@ -64,7 +64,7 @@ class Spec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def order(specs: Mapping[str, Spec]) -> list[str]:
+def order(specs: Mapping[str, TensorSpec]) -> list[str]:
     """The names in the order in which `encode` writes them: widest elements first, so that all are aligned."""
     return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
 
@@ -79,11 +79,11 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | No
     Raises:
         TypeError: A dtype that the format does not know.
     """
-    return stream({name: Spec.of(tensor) for name, tensor in tensors.items()}, tensors.__getitem__, metadata)
+    return stream({name: TensorSpec.of(tensor) for name, tensor in tensors.items()}, tensors.__getitem__, metadata)
 
 
 def stream(
-    specs: Mapping[str, Spec], fetch: Callable[[str], torch.Tensor], metadata: Mapping[str, str] | None = None
+    specs: Mapping[str, TensorSpec], fetch: Callable[[str], torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[memoryview]:
     """As `encode`, for tensors that are fetched one by one, in the order of `order`."""
     names = order(specs)
@@ -121,7 +121,7 @@ def header_bytes(data: Buffer) -> int:
     return 8 + int.from_bytes(data[:8], "little")
 
 
-def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[Spec, int]], dict[str, str]]:
+def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str, str]]:
     """Where each tensor lies, as (spec, first byte in the file), and the metadata.
 
     Args:
@@ -143,7 +143,7 @@ def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[Spec, in
             plausible = all(isinstance(length, int) and length >= 0 for length in shape)
             if not plausible or prod(max(1, length) for length in shape) >= 2**63:
                 raise SafetensorsError(f"tensor {name} has the shape {shape}")
-            spec = Spec(dtype, tuple(shape))
+            spec = TensorSpec(dtype, tuple(shape))
             if start != expected or end - start != spec.num_bytes or begin + end > num_bytes:
                 raise SafetensorsError(f"tensor {name} does not fit its place")
             places[name] = (spec, begin + start)
@@ -157,7 +157,7 @@ def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[Spec, in
     return places, metadata
 
 
-def as_tensor(data: torch.Tensor, spec: Spec) -> torch.Tensor:
+def as_tensor(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """The bytes of a one-dimensional uint8 tensor as `spec`; a view, unless they lie crookedly."""
     crooked = data.storage_offset() % spec.dtype.itemsize or data.data_ptr() % spec.dtype.itemsize
     aligned = data.clone() if crooked else data

@@ -15,25 +15,26 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.format.safetensors import Spec
-from outlast.checkpointing.restore.reader import Index, check_listing, merge, read_boxes, read_index, read_verified
-from outlast.checkpointing.state.model_weights import Naming, check_weights, named_weights
-from outlast.checkpointing.state.optimizer_state import boxes_of_state, devices_of_state, load_optimizer
-from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.state.shards import Box, part_of
+from outlast.checkpointing.format.safetensors import TensorSpec
+from outlast.checkpointing.restore.reader import Index, merge, read_index, read_regions, read_verified
+from outlast.checkpointing.restore.verify import check_listing
+from outlast.checkpointing.state.model_weights import WeightNaming, check_weights, named_weights
+from outlast.checkpointing.state.optimizer_state import devices_of_state, load_optimizer, regions_of_state
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.state.shards import Region, local_shard
 from outlast.checkpointing.storage.base import Storage
 
-Targets = dict[str, tuple[Box, torch.Tensor]]
+Targets = dict[str, tuple[Region, torch.Tensor]]
 
 
 def restore(
     storage: Storage,
     run: str,
     manifest: Manifest,
-    ranks: Ranks,
+    ranks: RankGroup,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    naming: Naming,
+    naming: WeightNaming,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Loads the checkpoint if every rank finds it whole. Every rank calls it.
 
@@ -51,15 +52,15 @@ def restore(
     indexes = [mine for mine, _ in seen]
     weights = merge(index for mine in indexes for path, index in mine.items() if not _is_state(path))
     moments = merge(index for mine in indexes for path, index in mine.items() if _is_state(path))
-    found = {name: Spec(parts[0].spec.dtype, parts[0].shape) for name, parts in weights.items()}
+    found = {name: TensorSpec(parts[0].spec.dtype, parts[0].shape) for name, parts in weights.items()}
     check_weights(model, found, naming)
     if optimizer is not None and not any(_is_state(entry.path) for entry in manifest.files):
         raise ConfigError(
             f"{manifest.ref} was saved without an optimizer; going on with an empty one would be another run",
             hint="resume without an optimizer, or start a new run",
         )
-    boxes = boxes_of_state(model, {name: stored[0].shape for name, stored in moments.items()})
-    targets = _places(model, optimizer, naming, moments, boxes)
+    boxes = regions_of_state(model, {name: stored[0].shape for name, stored in moments.items()})
+    targets = _regions_to_read(model, optimizer, naming, moments, boxes)
     index = {**weights, **moments}
     read = ranks.everybody(lambda: _read_state(storage, directory, manifest, index, targets, ranks))
     if faults := _merged(lines for _, lines in read):
@@ -69,25 +70,25 @@ def restore(
     return read[0][0], []
 
 
-def _places(
+def _regions_to_read(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    naming: Naming,
+    naming: WeightNaming,
     moments: Index,
-    boxes: Mapping[str, Box],
+    boxes: Mapping[str, Region],
 ) -> Targets:
     """What this rank needs, and where it goes: weights into the model's own, state into memory for the optimizer."""
-    parts = {name: part_of(tensor) for name, tensor in named_weights(model, naming).items()}
+    parts = {name: local_shard(tensor) for name, tensor in named_weights(model, naming).items()}
     targets = {name: (part.box, part.tensor) for name, part in parts.items()}
     devices = devices_of_state(model, optimizer, moments) if optimizer is not None else {}
     for name, stored in moments.items():
-        box = boxes.get(name, Box.whole(stored[0].shape))
+        box = boxes.get(name, Region.whole(stored[0].shape))
         targets[name] = (box, torch.empty(box.shape, dtype=stored[0].spec.dtype, device=devices.get(name)))
     return targets
 
 
 def _read_headers(
-    storage: Storage, directory: str, manifest: Manifest, ranks: Ranks
+    storage: Storage, directory: str, manifest: Manifest, ranks: RankGroup
 ) -> tuple[dict[str, Index], list[str]]:
     """This rank's share of the files' headers, by path. Rank 0 also looks at everything that holds no tensors."""
     faults = check_listing(storage, directory, manifest) if ranks.rank == 0 else []
@@ -105,10 +106,10 @@ def _read_headers(
 
 
 def _read_state(
-    storage: Storage, directory: str, manifest: Manifest, index: Index, targets: Targets, ranks: Ranks
+    storage: Storage, directory: str, manifest: Manifest, index: Index, targets: Targets, ranks: RankGroup
 ) -> tuple[dict[str, Any], list[str]]:
     """Fills the targets; on rank 0 also reads the loop state. Returns that, and the faults."""
-    faults = read_boxes(storage, directory, manifest, index, targets)
+    faults = read_regions(storage, directory, manifest, index, targets)
     if ranks.rank or faults:
         return {}, faults
     entry = next(entry for entry in manifest.files if entry.path == layout.LOOP_STATE)

@@ -9,7 +9,6 @@ slice is verified by the blocks that it touches.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -24,18 +23,18 @@ import torch
 import xxhash
 
 from outlast.checkpointing.errors import DamagedError
-from outlast.checkpointing.format.layout import MANIFEST, STATE_DIR
+from outlast.checkpointing.format.layout import STATE_DIR
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest
 from outlast.checkpointing.format.safetensors import (
     SafetensorsError,
-    Spec,
+    TensorSpec,
     bytes_view,
     header_bytes,
     parse_header,
-    tensor_bytes,
 )
-from outlast.checkpointing.state.shards import Box
-from outlast.checkpointing.storage.base import Storage, patiently, walk
+from outlast.checkpointing.state.shards import Region
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.retry import retry
 
 _NUM_READERS = 4
 #: A block that goes to more places than this is read in one piece first.
@@ -43,7 +42,7 @@ _MAX_PIECES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor, or a part of one, in a file.
 
     Attributes:
@@ -56,12 +55,12 @@ class Stored:
 
     path: str
     begin: int
-    spec: Spec
-    box: Box
+    spec: TensorSpec
+    box: Region
     shape: tuple[int, ...]
 
 
-Index = dict[str, list[Stored]]
+Index = dict[str, list[StoredTensor]]
 
 
 def _truncated(entry: FileEntry, num_bytes: int) -> DamagedError:
@@ -99,7 +98,7 @@ def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
     index: Index = {}
     for name, (spec, begin) in places.items():
         shape, offset = shards.get(name, (spec.shape, (0,) * len(spec.shape)))
-        index[name] = [Stored(entry.path, begin, spec, Box(tuple(offset), spec.shape), tuple(shape))]
+        index[name] = [StoredTensor(entry.path, begin, spec, Region(tuple(offset), spec.shape), tuple(shape))]
     return index
 
 
@@ -112,7 +111,7 @@ def _read_block(storage: Storage, directory: str, entry: FileEntry, number: int,
 
     Raises DamagedError, or StorageError after some tries.
     """
-    patiently(lambda: _read_block_once(storage, directory, entry, number, into))
+    retry(lambda: _read_block_once(storage, directory, entry, number, into))
 
 
 def _read_block_once(
@@ -170,12 +169,12 @@ def merge(indexes: Iterable[Index]) -> Index:
     return merged
 
 
-def read_boxes(
+def read_regions(
     storage: Storage,
     directory: str,
     manifest: Manifest,
     index: Index,
-    targets: Mapping[str, tuple[Box, torch.Tensor]],
+    targets: Mapping[str, tuple[Region, torch.Tensor]],
 ) -> list[str]:
     """Reads boxes of the named tensors into tensors that are there already. Returns the faults, one line a file.
 
@@ -194,7 +193,7 @@ def read_boxes(
         StorageError: A read failed for good.
     """
     entries = {entry.path: entry for entry in manifest.files}
-    moves: dict[tuple[str, int], list[_Move]] = {}
+    moves: dict[tuple[str, int], list[_Copy]] = {}
     afterwards: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, (box, target) in targets.items():
         missing = prod(box.shape)
@@ -211,7 +210,7 @@ def read_boxes(
                 place = whole
             _plan(moves, part.path, begin, end, place.reshape(-1).view(torch.uint8))
         assert not missing, f"{missing} elements of {name} are in no file"
-    faults = _carry_out(storage, directory, entries, moves)
+    faults = _execute(storage, directory, entries, moves)
     if not faults:
         for place, source in afterwards:
             place.copy_(source)
@@ -219,33 +218,33 @@ def read_boxes(
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
+class _Copy:
     """Bytes from `begin` in a block go to `target`."""
 
     begin: int
     target: torch.Tensor
 
 
-def _rows(part: Stored, shared: Box) -> tuple[int, int, Box]:
+def _rows(part: StoredTensor, shared: Region) -> tuple[int, int, Region]:
     """The fewest whole rows of a stored part that cover `shared`: (first byte, end, the box that they hold)."""
     if not shared.shape:
         return part.begin, part.begin + part.spec.num_bytes, shared
     row_bytes = part.spec.num_bytes // part.spec.shape[0]
     first = shared.offset[0] - part.box.offset[0]
-    held = Box((shared.offset[0], *part.box.offset[1:]), (shared.shape[0], *part.box.shape[1:]))
+    held = Region((shared.offset[0], *part.box.offset[1:]), (shared.shape[0], *part.box.shape[1:]))
     return part.begin + first * row_bytes, part.begin + (first + shared.shape[0]) * row_bytes, held
 
 
-def _plan(moves: dict[tuple[str, int], list[_Move]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
+def _plan(moves: dict[tuple[str, int], list[_Copy]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
     """Cuts one range of bytes by the blocks that it lies in."""
     for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
         first, last = max(begin, number * BLOCK_BYTES), min(end, (number + 1) * BLOCK_BYTES)
-        move = _Move(first - number * BLOCK_BYTES, target[first - begin : last - begin])
+        move = _Copy(first - number * BLOCK_BYTES, target[first - begin : last - begin])
         moves.setdefault((path, number), []).append(move)
 
 
-def _carry_out(
-    storage: Storage, directory: str, entries: Mapping[str, FileEntry], moves: Mapping[tuple[str, int], list[_Move]]
+def _execute(
+    storage: Storage, directory: str, entries: Mapping[str, FileEntry], moves: Mapping[tuple[str, int], list[_Copy]]
 ) -> list[str]:
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(_NUM_READERS):
@@ -275,7 +274,7 @@ def _carry_out(
     return sorted(faults.values())
 
 
-def _pieces(block: torch.Tensor, moves: Sequence[_Move]) -> list[memoryview] | None:
+def _pieces(block: torch.Tensor, moves: Sequence[_Copy]) -> list[memoryview] | None:
     """The places that a block's bytes go to, one after the other: targets, and `block` itself for what nobody wants.
 
     None where some target is not memory of the host, or they are too many.
@@ -304,7 +303,7 @@ def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.T
         DamagedError: The file is missing or differs; the message says how.
         StorageError: It could not be read.
     """
-    return patiently(lambda: _read_verified(storage, directory, entry))
+    return retry(lambda: _read_verified(storage, directory, entry))
 
 
 def _read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
@@ -348,57 +347,7 @@ def read_tensors(
         entries = [entry for entry in entries if not entry.path.startswith(STATE_DIR)]
     index = merge(read_index(storage, directory, entry) for entry in entries)
     tensors = {name: torch.empty(parts[0].shape, dtype=parts[0].spec.dtype) for name, parts in index.items()}
-    targets = {name: (Box.whole(tuple(tensor.shape)), tensor) for name, tensor in tensors.items()}
-    if faults := read_boxes(storage, directory, manifest, index, targets):
+    targets = {name: (Region.whole(tuple(tensor.shape)), tensor) for name, tensor in tensors.items()}
+    if faults := read_regions(storage, directory, manifest, index, targets):
         raise DamagedError("; ".join(faults))
     return tensors
-
-
-def check_listing(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
-    """Faults that a listing shows: missing and extra files, wrong sizes. One line each."""
-    found = {item.name: item.num_bytes for item in patiently(lambda: list(walk(storage, directory)))}
-    expected = {entry.path: entry.num_bytes for entry in manifest.files}
-    faults = [f"{path}: missing" for path in expected if path not in found]
-    for path, num_bytes in found.items():
-        if path == MANIFEST or path.rsplit("/", 1)[-1].startswith(".nfs"):
-            continue
-        if path not in expected:
-            faults.append(f"{path}: extra file that was never committed")
-        elif num_bytes != expected[path]:
-            faults.append(f"{path}: {num_bytes:,} bytes, committed were {expected[path]:,}")
-    return sorted(faults)
-
-
-def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
-    """Reads every byte of a checkpoint, in a few buffers of one block, and compares the blocks' digests.
-
-    Returns its faults, one line each; none means whole.
-
-    Raises:
-        StorageError: It could not be read, which proves nothing.
-    """
-    faults = check_listing(storage, directory, manifest)
-    named = {fault.split(": ", 1)[0] for fault in faults}
-    entries = {entry.path: entry for entry in manifest.files if entry.path not in named}
-    blocks: dict[tuple[str, int], list[_Move]] = {  # which move nowhere
-        (path, number): [] for path, entry in entries.items() for number in range(len(entry.blocks))
-    }
-    return sorted([*faults, *_carry_out(storage, directory, entries, blocks)])
-
-
-def tensor_digests(storage: Storage, directory: str, manifest: Manifest) -> dict[str, str]:
-    """The SHA-256 of every tensor of a checkpoint (dtype, shape and bytes), by name; read and verified.
-
-    Equal states have equal digests, however many ranks wrote them.
-
-    Raises:
-        DamagedError: The checkpoint is not whole.
-        StorageError: It could not be read.
-    """
-    return {name: tensor_digest(tensor) for name, tensor in read_tensors(storage, directory, manifest).items()}
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """The SHA-256 of a tensor's dtype, shape and bytes."""
-    head = f"{tensor.dtype}{list(tensor.shape)}".encode()
-    return hashlib.sha256(head + tensor_bytes(tensor)).hexdigest()

@@ -1,8 +1,8 @@
 """What a run has been through, and when enough is enough: one rule, kept in the run's store.
 
-A *try* is one attempt, or a launch that ended before it claimed any. `read_tries` reads them from the journals;
-`judge` and `to_pass_over` decide, and are pure. So every launch, supervisor and pod that looks at the same store comes
-to the same verdict, however often each of them was started anew itself.
+A record stands for one attempt, or for a launch that ended before it claimed any. `read_attempt_history` reads them
+from the journals; `restart_policy.decide_give_up` and `checkpoints_to_skip` decide, and are pure. So every
+launch, supervisor and pod that reads the same store decides alike, however often each of them was restarted.
 
 - A new acknowledged commit, beyond all earlier ones, is progress: all counts begin anew.
 - So do they when the settings change, because somebody has acted.
@@ -22,16 +22,16 @@ from typing import Any
 import xxhash
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, attempt_dir, launch_dir
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
-from outlast.checkpointing.run_store.journal import COMMITS, read_ends, read_events
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.journal import COMMITS, read_events, read_first_and_last
 from outlast.checkpointing.storage.base import Storage, read_bytes
 
 #: Exit codes of a launch after which the same store may simply be tried again, or the user was told what to do first.
 _SETTLED = frozenset({0, 2, 3, 5, 75, 130})
-_STARTS_BEFORE_PASSING_OVER = 2
+_STARTS_BEFORE_SKIPPING = 2
 
 
-class Ending(Enum):
+class AttemptOutcome(Enum):
     """How a try ended."""
 
     SETTLED = "settled"  #: done, stopped, superseded, or refused for a reason that was told
@@ -42,16 +42,16 @@ class Ending(Enum):
 
     @property
     def is_failure(self) -> bool:
-        return self in (Ending.FAILED, Ending.SILENT)
+        return self in (AttemptOutcome.FAILED, AttemptOutcome.SILENT)
 
 
 @dataclass(frozen=True, slots=True)
-class Try:
+class AttemptRecord:
     """One try.
 
     Attributes:
         ending: How it ended.
-        settings: Which settings it had, see `settings_mark`.
+        settings: Which settings it had, see `settings_digest`.
         commits: Steps of its acknowledged commits.
         attempt: The attempt, if it came so far.
         base: The checkpoint that it resumed from.
@@ -65,7 +65,7 @@ class Try:
         where: Which rank it was, and its log, where that is known.
     """
 
-    ending: Ending
+    ending: AttemptOutcome
     settings: str = ""
     commits: tuple[int, ...] = ()
     attempt: AttemptId | None = None
@@ -80,94 +80,7 @@ class Try:
     where: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much a run survives since its last progress; -1 for no limit.
-
-    Attributes:
-        max_failures: Failures.
-        max_preemptions: Announced losses.
-        max_same_step: So many failures at one and the same step end it.
-    """
-
-    max_failures: int = 3
-    max_preemptions: int = -1
-    max_same_step: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class GivenUp:
-    """Why a run is not tried again.
-
-    Attributes:
-        reason: Which limit was reached.
-        tries: What was counted, oldest first.
-    """
-
-    reason: str
-    tries: tuple[Try, ...]
-
-    @property
-    def diagnosis(self) -> str:
-        """The reason, and what happened how often."""
-        told = Counter((_what(item), item.message.strip()) for item in self.tries)
-        last = {(_what(item), item.message.strip()): item.where for item in self.tries}
-        lines = (
-            f"\n  {count} × {what}: {message}" + (f" (last: {last[what, message]})" if last[what, message] else "")
-            for (what, message), count in told.items()
-        )
-        return self.reason + "".join(lines)
-
-
-def _what(item: Try) -> str:
-    return item.what + (f" at step {item.failed_step}" if item.failed_step is not None else "")
-
-
-def counted(tries: Iterable[Try], settings: str) -> list[Try]:
-    """The failures and preemptions that count against a run with these settings: those since its last progress."""
-    found: list[Try] = []
-    newest_step = -1
-    for item in tries:
-        top = max(item.commits, default=-1)
-        if top > newest_step or item.settings != settings:
-            found.clear()
-        newest_step = max(newest_step, top)
-        if item.settings == settings and (item.ending.is_failure or item.ending is Ending.PREEMPTED):
-            found.append(item)
-    return found
-
-
-def judge(tries: Iterable[Try], limits: Limits, settings: str) -> GivenUp | None:
-    """Whether to give the run up.
-
-    Args:
-        tries: What it has been through, oldest first, from its last progress on or from before that.
-        limits: What it may survive.
-        settings: Which settings it would go on with.
-    """
-    found = counted(tries, settings)
-    failures = [item for item in found if item.ending.is_failure]
-    preempted = [item for item in found if not item.ending.is_failure]
-    for item in failures[-1:]:
-        if item.is_final:
-            return GivenUp(f"{_what(item)}, and the same settings would lead there again", (item,))
-    if len(failures) > 1 and failures[-1].raised and failures[-1].raised == failures[-2].raised:
-        return GivenUp("the same error twice, and no step in between", tuple(failures[-2:]))
-    steps = Counter(item.failed_step for item in failures if item.failed_step is not None)
-    for step, number in steps.most_common(1):
-        if number >= limits.max_same_step >= 0:
-            same = tuple(item for item in failures if item.failed_step == step)
-            return GivenUp(f"step {step} failed {number} times (failure.max_same_step: {limits.max_same_step})", same)
-    for kind, items, limit in (
-        ("failures", failures, limits.max_failures),
-        ("preemptions", preempted, limits.max_preemptions),
-    ):
-        if len(items) > limit >= 0:
-            return GivenUp(f"{len(items)} {kind} without a new checkpoint (failure.max_{kind}: {limit})", tuple(items))
-    return None
-
-
-def to_pass_over(tries: Iterable[Try]) -> set[CheckpointRef]:
+def checkpoints_to_skip(tries: Iterable[AttemptRecord]) -> set[CheckpointRef]:
     """Checkpoints from which the run failed to start twice, and has not tried the one before yet.
 
     Only failures that were seen speak against a checkpoint: not a driver that vanished, nor an announced loss.
@@ -176,30 +89,32 @@ def to_pass_over(tries: Iterable[Try]) -> set[CheckpointRef]:
     starts = Counter(
         item.base
         for item in tries
-        if item.ending in (Ending.FAILED, Ending.OPEN) and not item.has_begun and item.base is not None
+        if item.ending in (AttemptOutcome.FAILED, AttemptOutcome.OPEN) and not item.has_begun and item.base is not None
     )
-    passed = {ref for item in tries if item.ending is not Ending.PREEMPTED for ref in item.passed_over}
-    return {ref for ref, number in starts.items() if number >= _STARTS_BEFORE_PASSING_OVER} - passed
+    passed = {ref for item in tries if item.ending is not AttemptOutcome.PREEMPTED for ref in item.passed_over}
+    return {ref for ref, number in starts.items() if number >= _STARTS_BEFORE_SKIPPING} - passed
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def settings_mark(declared: Mapping[str, Any]) -> str:
+def settings_digest(declared: Mapping[str, Any]) -> str:
     """A short text that is equal for equal settings, as their user wrote them."""
     return xxhash.xxh3_64_hexdigest(json.dumps(declared, sort_keys=True, default=str).encode())
 
 
 #: What a rank says when another one has gone.
-_ECHOES = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout")
+_SECONDARY = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout")
 
 
-def is_echo(said: str) -> bool:
+def is_secondary_error(said: str) -> bool:
     """Whether an error says no more than that somebody else has gone: a connection that broke."""
-    return any(word in said for word in _ECHOES)
+    return any(word in said for word in _SECONDARY)
 
 
-def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId | None = None) -> list[Try]:
+def read_attempt_history(
+    storage: Storage, run: str, *, live: str = "", below: AttemptId | None = None
+) -> list[AttemptRecord]:
     """The tries of a run from its last progress on, oldest first.
 
     Args:
@@ -226,7 +141,7 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
     attempts_of: dict[str, list[AttemptId]] = {}
     for attempt, claim in claims.items():
         attempts_of.setdefault(claim.get("launch", ""), []).append(attempt)
-    found: list[Try] = []
+    found: list[AttemptRecord] = []
     names = [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]
     for launch in launches_in_order(names, attempts_of):
         if launch < since and launch not in attempts_of:
@@ -234,7 +149,7 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
         alive = _read_json(storage, f"{launch_dir(run, launch)}/alive.json")
         failures = [e for e in read_events(storage, launch_dir(run, launch)) if e["event"] == "failure"]
         told = {str(event.get("attempt")): event for event in failures}
-        dated: list[tuple[float, Try]] = [
+        dated: list[tuple[float, AttemptRecord]] = [
             (event["t"], replace(_told(event), settings=alive.get("settings", "")))
             for event in failures
             if event.get("attempt") == "unclaimed" and event["t"] >= began_at
@@ -247,8 +162,8 @@ def read_tries(storage: Storage, run: str, *, live: str = "", below: AttemptId |
             item = _read_try(
                 storage, run, attempt, claim, steps, event, alive, is_live=launch == live, is_alone=is_alone
             )
-            if item.ending is Ending.SILENT and attempt != mine[-1]:  # its driver went on: resized, or drained
-                item = replace(item, ending=Ending.SETTLED)
+            if item.ending is AttemptOutcome.SILENT and attempt != mine[-1]:  # its driver went on: resized, or drained
+                item = replace(item, ending=AttemptOutcome.SETTLED)
             dated.append((claim.get("claimed_at", 0.0), item))
         if not dated and not failures and launch != live:
             found += _launch_alone(alive)
@@ -282,7 +197,7 @@ def _read_try(
     *,
     is_live: bool,
     is_alone: bool,
-) -> Try:
+) -> AttemptRecord:
     """What became of an attempt.
 
     Args:
@@ -291,26 +206,26 @@ def _read_try(
         is_live: The launch is at work.
         is_alone: Nothing was heard of the launch later, so connections that broke may be all that its ranks tell.
     """
-    events = list(read_ends(storage, attempt_dir(run, attempt)))
+    events = list(read_first_and_last(storage, attempt_dir(run, attempt)))
     kinds = {event["event"] for event in events}
     resume = next((event for event in events if event["event"] == "resume"), {})
     failed: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "failed"), {})
-    ended = Try(Ending.SILENT, what="driver lost", message="it ended without a word")
+    ended = AttemptRecord(AttemptOutcome.SILENT, what="driver lost", message="it ended without a word")
     if failure is not None:
         ended = _told(failure)
     elif kinds & {"done", "stop", "superseded"}:
-        ended = Try(Ending.SETTLED)
+        ended = AttemptRecord(AttemptOutcome.SETTLED)
     elif is_live:
-        ended = Try(Ending.OPEN)
+        ended = AttemptRecord(AttemptOutcome.OPEN)
     elif alive.get("ended") and alive.get("exit_code") in _SETTLED:
-        ended = Try(Ending.SETTLED)
-    elif failed and not (is_alone and is_echo(str(failed["error"]))):
-        ended = Try(Ending.FAILED, what="error", message=str(failed["error"]))
+        ended = AttemptRecord(AttemptOutcome.SETTLED)
+    elif failed and not (is_alone and is_secondary_error(str(failed["error"]))):
+        ended = AttemptRecord(AttemptOutcome.FAILED, what="error", message=str(failed["error"]))
     elif failed:
         ended = replace(ended, message=str(failed["error"]))
     return replace(
         ended,
-        settings=settings_mark(claim.get("settings", {})),
+        settings=settings_digest(claim.get("settings", {})),
         commits=commits,
         attempt=attempt,
         base=_ref(resume.get("source")),
@@ -322,19 +237,19 @@ def _read_try(
     )
 
 
-def _launch_alone(alive: Mapping[str, Any]) -> Iterator[Try]:
+def _launch_alone(alive: Mapping[str, Any]) -> Iterator[AttemptRecord]:
     """A launch that left nothing but its sign of life."""
     mark = alive.get("settings", "")
     if not alive.get("ended"):
-        yield Try(Ending.SILENT, mark, what="driver lost", message="it ended before any worker began")
+        yield AttemptRecord(AttemptOutcome.SILENT, mark, what="driver lost", message="it ended before any worker began")
     elif alive.get("exit_code") not in _SETTLED:
-        yield Try(Ending.FAILED, mark, what="launch failed", message=alive.get("error") or "no word")
+        yield AttemptRecord(AttemptOutcome.FAILED, mark, what="launch failed", message=alive.get("error") or "no word")
 
 
-def _told(failure: Mapping[str, Any]) -> Try:
+def _told(failure: Mapping[str, Any]) -> AttemptRecord:
     """What a launch's journal says of the end of an attempt."""
-    ending = Ending.PREEMPTED if failure["cause"] == "preempted" else Ending.FAILED
-    return Try(ending, what=failure["cause"], message=failure["message"], where=failure.get("where", ""))
+    ending = AttemptOutcome.PREEMPTED if failure["cause"] == "preempted" else AttemptOutcome.FAILED
+    return AttemptRecord(ending, what=failure["cause"], message=failure["message"], where=failure.get("where", ""))
 
 
 def _ref(text: str | None) -> CheckpointRef | None:

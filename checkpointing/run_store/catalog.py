@@ -17,33 +17,28 @@ committed. Being superseded is an outcome, not an exception.
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from outlast.checkpointing.format.layout import (
-    CLAIM,
     MANIFEST,
     AttemptId,
     CheckpointRef,
     attempt_dir,
-    attempts_dir,
     checkpoint_dir,
     parse_checkpoint,
-    pins_dir,
     prune_dir,
     prunes_dir,
 )
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.run_store.journal import COMMITS, Journal, read_events
-from outlast.checkpointing.storage.base import Storage, patiently, read_bytes
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.journal import COMMITS, read_events
+from outlast.checkpointing.storage.base import Storage, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class RejectedCheckpoint:
     """A checkpoint that does not count, and why."""
 
     ref: CheckpointRef
@@ -51,7 +46,7 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Catalogue:
+class Catalog:
     """The checkpoints that count, as one look at the storage shows them.
 
     Attributes:
@@ -63,7 +58,7 @@ class Catalogue:
 
     owner: AttemptId | None
     accepted: tuple[Manifest, ...]
-    rejected: tuple[Rejected, ...]
+    rejected: tuple[RejectedCheckpoint, ...]
     doubtful: frozenset[CheckpointRef] = frozenset()
 
     @property
@@ -81,55 +76,6 @@ class Catalogue:
     def is_fresh(self) -> bool:
         """True if no commit was ever made."""
         return not self.accepted and not self.rejected
-
-
-def list_attempts(storage: Storage, run: str) -> list[AttemptId]:
-    """Every claim of the run, lowest first."""
-    found = patiently(lambda: storage.list(attempts_dir(run)))
-    names = (AttemptId.parse(entry.name) for entry in found if entry.num_bytes is None)
-    return sorted(attempt for attempt in names if attempt is not None)
-
-
-def claim(storage: Storage, run: str, body: Mapping[str, Any]) -> AttemptId:
-    """Creates the next claim, durably. `body` says who claims and with which settings; it must be JSON."""
-    attempts = list_attempts(storage, run)
-    number = attempts[-1].number + 1 if attempts else 1
-    mine = AttemptId(number, secrets.token_hex(4))
-    storage.put(f"{attempt_dir(run, mine)}/{CLAIM}", [json.dumps(body, indent=1).encode() + b"\n"])
-    return mine
-
-
-def read_claim(storage: Storage, run: str, attempt: AttemptId) -> dict[str, Any]:
-    """What an attempt declared; empty if the claim was never finished or is damaged."""
-    try:
-        body = json.loads(read_bytes(storage, f"{attempt_dir(run, attempt)}/{CLAIM}"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}
-
-
-def higher_claim(storage: Storage, run: str, mine: AttemptId) -> AttemptId | None:
-    """The highest claim above mine, which supersedes it, or None."""
-    highest = list_attempts(storage, run)[-1:]
-    return highest[0] if highest and highest[0] > mine else None
-
-
-def launch_is_superseded(storage: Storage, run: str, launch: str) -> bool:
-    """True if this launch has claimed before and the highest claim is now another launch's.
-
-    A launch's first claim takes over from everyone; a later one (after a failure) only from itself. So the newest
-    launch wins, and two launches never take over from each other in turn.
-    """
-
-    def launch_of(attempt: AttemptId) -> str | None:
-        return read_claim(storage, run, attempt).get("launch")
-
-    # A claim that was never finished says nothing, and counts for nobody; newest first, so that one read is the rule.
-    claims = reversed(list_attempts(storage, run))
-    if next((name for name in map(launch_of, claims) if name is not None), launch) == launch:
-        return False
-    with ThreadPoolExecutor(16) as pool:
-        return launch in pool.map(launch_of, claims)
 
 
 def read_manifest(storage: Storage, run: str, ref: CheckpointRef) -> Manifest:
@@ -151,12 +97,12 @@ class _Attempt:
     """One attempt's own commits as found."""
 
     valid: list[Manifest] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[RejectedCheckpoint] = field(default_factory=list)
 
 
-def catalogue(
+def read_catalog(
     storage: Storage, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
-) -> Catalogue:
+) -> Catalog:
     """What counts as the run's checkpoints.
 
     Args:
@@ -168,7 +114,7 @@ def catalogue(
     Raises:
         StorageError: A listing or a read failed, which proves nothing.
     """
-    rejected: list[Rejected] = []
+    rejected: list[RejectedCheckpoint] = []
     for attempt in reversed(list_attempts(storage, run)):
         if below is not None and attempt >= below:
             continue
@@ -176,13 +122,13 @@ def catalogue(
         rejected += found.rejected
         if found.valid:
             older, damaged, missing = _read_manifests(storage, run, found.valid[0].lineage)
-            rejected += damaged + _lost(storage, run, missing)
+            rejected += damaged + _lost_commits(storage, run, missing)
             refused = tuple(sorted(rejected, key=_newest_first))
-            return Catalogue(attempt, (*found.valid, *older), refused, frozenset(doubtful))
-    return Catalogue(None, (), tuple(sorted(rejected, key=_newest_first)))
+            return Catalog(attempt, (*found.valid, *older), refused, frozenset(doubtful))
+    return Catalog(None, (), tuple(sorted(rejected, key=_newest_first)))
 
 
-def _newest_first(item: Rejected) -> tuple[int, int, str]:
+def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
     return (-item.ref.step, -item.ref.attempt.number, item.ref.attempt.nonce)
 
 
@@ -193,16 +139,16 @@ def _read_attempt(storage: Storage, run: str, attempt: AttemptId) -> _Attempt:
     committed = _standing_commits(storage, directory)
     refs = [CheckpointRef(step, attempt) for step in {step for step in steps if step is not None} | committed]
     found.valid, found.rejected, missing = _read_manifests(storage, run, refs)
-    found.rejected += _lost(storage, run, [ref for ref in missing if ref.step in committed])
+    found.rejected += _lost_commits(storage, run, [ref for ref in missing if ref.step in committed])
     return found
 
 
 def _read_manifests(
     storage: Storage, run: str, refs: Sequence[CheckpointRef]
-) -> tuple[list[Manifest], list[Rejected], list[CheckpointRef]]:
+) -> tuple[list[Manifest], list[RejectedCheckpoint], list[CheckpointRef]]:
     """Those that are whole, those that are damaged, and those that are not there; newest first."""
     valid: list[Manifest] = []
-    damaged: list[Rejected] = []
+    damaged: list[RejectedCheckpoint] = []
     missing: list[CheckpointRef] = []
     for ref in sorted(refs, reverse=True):
         try:
@@ -210,14 +156,14 @@ def _read_manifests(
         except FileNotFoundError:
             missing.append(ref)
         except ManifestError as error:
-            damaged.append(Rejected(ref, (f"{MANIFEST}: {error}",)))
+            damaged.append(RejectedCheckpoint(ref, (f"{MANIFEST}: {error}",)))
     return valid, damaged, missing
 
 
-def _lost(storage: Storage, run: str, missing: Sequence[CheckpointRef]) -> list[Rejected]:
+def _lost_commits(storage: Storage, run: str, missing: Sequence[CheckpointRef]) -> list[RejectedCheckpoint]:
     """Of the commits whose manifest is not there, those that nobody deleted."""
     deleted = deletions(storage, run) if missing else set()
-    return [Rejected(ref, (_MISSING_MANIFEST,)) for ref in missing if ref not in deleted]
+    return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref not in deleted]
 
 
 _MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
@@ -262,42 +208,6 @@ def _journals(storage: Storage, run: str) -> list[str]:
 # A pin is made by somebody who does not know what the run's attempts are doing at that moment. Whoever deletes says so
 # first and looks for pins then; whoever pins writes the pin first and looks for such words then. So one of the two
 # sees the other, and a pin that was granted holds.
-
-
-def list_pins(storage: Storage, run: str) -> set[CheckpointRef]:
-    """The checkpoints that are exempt from retention."""
-    names = (CheckpointRef.parse(entry.name) for entry in storage.list(pins_dir(run)) if entry.num_bytes is not None)
-    return {ref for ref in names if ref is not None}
-
-
-def spare_pinned(
-    storage: Storage, run: str, journal: Journal, doomed: Sequence[CheckpointRef]
-) -> tuple[list[CheckpointRef], set[CheckpointRef]]:
-    """Of the checkpoints that are about to be deleted, those that may be, and those whose pin was seen just now.
-
-    Args:
-        storage: Where the run lies.
-        run: Name of the run.
-        journal: Whoever deletes writes the deletions here; each event must be durable at once.
-        doomed: What the policy lets go.
-    """
-    if not doomed:
-        return [], set()
-    journal.event("deleting", checkpoints=[ref.name for ref in doomed])
-    spared = list_pins(storage, run) & set(doomed)
-    if spared:
-        journal.event("spared", checkpoints=[ref.name for ref in sorted(spared)])
-    return [ref for ref in doomed if ref not in spared], spared
-
-
-def is_being_deleted(storage: Storage, run: str, ref: CheckpointRef) -> bool:
-    """True if somebody said that this checkpoint is about to go, and has not spared it since."""
-    doomed: dict[str, bool] = {}
-    for directory in _journals(storage, run):
-        for event in read_events(storage, directory, COMMITS):
-            if event.get("event") in ("deleting", "spared") and ref.name in event.get("checkpoints", ()):
-                doomed[directory] = event["event"] == "deleting"
-    return any(doomed.values())
 
 
 def run_events(storage: Storage, run: str) -> Iterator[tuple[AttemptId, dict[str, Any]]]:

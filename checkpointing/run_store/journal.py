@@ -186,7 +186,7 @@ def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Itera
         yield from _parse(events) if isinstance(events, list) else events
 
 
-def read_ends(storage: Storage, directory: str) -> Iterator[dict[str, Any]]:
+def read_first_and_last(storage: Storage, directory: str) -> Iterator[dict[str, Any]]:
     """Rank 0's events in the first and in the last segment of a directory: how it began, and how it ended.
 
     Raises:
@@ -209,7 +209,7 @@ def _read(
         yield from _parse((data or b"").splitlines())
 
 
-class Tail:
+class JournalTail:
     """Reads the same directories again and again, and gives each event once; see `SegmentReader`.
 
     Args:

@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.storage.base import Storage, read_bytes
 
-BEAT_S = 5.0
-COURTESY_S = 15.0
+HEARTBEAT_S = 5.0
+GRACE_PERIOD_S = 15.0
 
 
-def find_rival(storage: Storage, run: str) -> str | None:
+def find_active_launch(storage: Storage, run: str) -> str | None:
     """Another launch of the run that is still at work, or None. Takes up to 15 s when it cannot be told at once.
 
     This is courtesy: two launches cannot harm the run, but the second would stop the first.
     """
     seen: dict[str, Any] = {}
-    deadline = time.monotonic() + COURTESY_S
+    deadline = time.monotonic() + GRACE_PERIOD_S
     while True:
         open_launches = dict(_open_launches(storage, run))
         for launch, beat in open_launches.items():
@@ -45,11 +46,11 @@ def _open_launches(storage: Storage, run: str) -> Iterator[tuple[str, Any]]:
             body = json.loads(read_bytes(storage, f"{run}/launches/{entry.name}/alive.json"))
         except (FileNotFoundError, ValueError):
             continue
-        if not body["ended"] and not is_gone(body):
+        if not body["ended"] and not is_dead(body):
             yield entry.name, body["beat"]
 
 
-def is_gone(alive: Mapping[str, Any]) -> bool:
+def is_dead(alive: Mapping[str, Any]) -> bool:
     """Whether a driver of this machine, by its sign of life, is no process any more; of other machines nobody knows."""
     return alive.get("host") == _host() and bool(alive["started"]) and process_start(alive["pid"]) != alive["started"]
 
@@ -74,7 +75,7 @@ def is_process(pid: int, started: str) -> bool:
     return bool(started) and process_start(pid) == started
 
 
-class Alive:
+class LivenessFile:
     """Shows that this launch is at work: a small file whose beat goes on.
 
     Args:
@@ -109,7 +110,7 @@ class Alive:
         self._storage.put(self._path, [json.dumps(body).encode()])
 
     def _keep(self) -> None:
-        while not self._ending.wait(BEAT_S):
+        while not self._ending.wait(HEARTBEAT_S):
             self._beat += 1
             with contextlib.suppress(StorageError):  # a missed beat only makes a second launch less polite
                 self._put(None)
@@ -119,3 +120,12 @@ class Alive:
         self._thread.join()
         with contextlib.suppress(StorageError):
             self._put(1 if exit_code is None else exit_code, error)
+
+
+def read_liveness(storage: Storage, run: str, launch: str) -> dict[str, Any]:
+    """A launch's last sign of life; empty when there is none that can be read."""
+    try:
+        body = json.loads(read_bytes(storage, f"{launch_dir(run, launch)}/alive.json"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}

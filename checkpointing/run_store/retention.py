@@ -12,7 +12,7 @@ KEEP_LAST_MIN = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class RetentionCandidate:
     """What retention needs to know of one checkpoint."""
 
     ref: CheckpointRef
@@ -43,7 +43,9 @@ class Retention:
         assert self.metric_mode in ("min", "max")
         assert self.keep_every >= 0
 
-    def keep(self, checkpoints: Sequence[Kept], pinned: Set[CheckpointRef] = frozenset()) -> set[CheckpointRef]:
+    def keep(
+        self, checkpoints: Sequence[RetentionCandidate], pinned: Set[CheckpointRef] = frozenset()
+    ) -> set[CheckpointRef]:
         """The checkpoints that stay, out of one run's accepted ones in any order."""
         newest = sorted((item.ref for item in checkpoints), reverse=True)
         best = {item.ref for item in self.best(checkpoints)[: self.keep_best]}
@@ -54,7 +56,7 @@ class Retention:
             return set()
         return set({-(-ref.step // self.keep_every): ref for ref in reversed(newest_first)}.values())
 
-    def best(self, checkpoints: Sequence[Kept]) -> list[Kept]:
+    def best(self, checkpoints: Sequence[RetentionCandidate]) -> list[RetentionCandidate]:
         """Those that carry the metric, best first; of equals the older. A NaN is never best."""
         sign = 1.0 if self.metric_mode == "min" else -1.0
         rated = [item for item in checkpoints if not math.isnan(item.metrics.get(self.metric, math.nan))]

@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
-from outlast.checkpointing.save.staging import Copy
+from outlast.checkpointing.save.staging import HostCopy
 
 
-class FlightState(Enum):
+class SaveState(Enum):
     """How it stands, as this rank sees it."""
 
     ACKNOWLEDGED = "acknowledged"
     IN_FLIGHT = "in flight"
-    TROUBLED = "failed or superseded"
+    FAILED_OR_SUPERSEDED = "failed or superseded"
 
 
-class Flight:
+class BackgroundSave:
     """One save in the background.
 
     Args:
@@ -32,7 +32,7 @@ class Flight:
         seconds: From its beginning to its end, once it has ended.
     """
 
-    def __init__(self, step: int, copy: Copy, began: float, work: Callable[[], bool]) -> None:
+    def __init__(self, step: int, copy: HostCopy, began: float, work: Callable[[], bool]) -> None:
         self.step, self.copy = step, copy
         self.blocked_s = self.seconds = 0.0
         self._began, self._work = began, work
@@ -51,10 +51,10 @@ class Flight:
             self._failure = error
 
     @property
-    def state(self) -> FlightState:
+    def state(self) -> SaveState:
         if self._thread.is_alive():
-            return FlightState.IN_FLIGHT
-        return FlightState.ACKNOWLEDGED if self._acknowledged else FlightState.TROUBLED
+            return SaveState.IN_FLIGHT
+        return SaveState.ACKNOWLEDGED if self._acknowledged else SaveState.FAILED_OR_SUPERSEDED
 
     def join(self) -> bool:
         """Waits. True when acknowledged; raises what the thread raised."""

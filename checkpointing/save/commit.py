@@ -13,17 +13,18 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError
-from outlast.checkpointing.fault_injection import Point, reach
+from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
-from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, attempts_dir
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store import catalog as lineage
+from outlast.checkpointing.run_store import claims, pins
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
-from outlast.checkpointing.run_store.retention import Kept, Retention
-from outlast.checkpointing.save.writer import Share, write_share
-from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.storage.base import Storage, patiently, walk
-from outlast.checkpointing.storage.multipart_uploads import abort_orphans
+from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
+from outlast.checkpointing.save.writer import RankPayload, write_payload
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.storage.base import Storage, walk
+from outlast.checkpointing.storage.multipart_uploads import abort_uploads
+from outlast.checkpointing.storage.retry import retry
 
 T = TypeVar("T")
 Tell = Callable[..., None]
@@ -53,7 +54,7 @@ class Committer:
         run: str,
         attempt: AttemptId,
         launch: str,
-        ranks: Ranks,
+        ranks: RankGroup,
         retention: Retention,
         tell: Tell,
         flush: Callable[[], None],
@@ -63,8 +64,8 @@ class Committer:
         self.commits: list[Manifest] = []
         self.lineage: list[Manifest] = []
         self._num_acknowledged = 0
-        self._doomed: list[CheckpointRef] = []
-        self._swept = False
+        self._pending_deletions: list[CheckpointRef] = []
+        self._orphans_collected = False
         self._begun: set[int] = set()
         if ranks.rank == 0:
             self._journal = Journal(storage, layout.attempt_dir(run, attempt), 0, stream=COMMITS, flush_s=0)
@@ -74,7 +75,9 @@ class Committer:
         if self._ranks.rank == 0:
             self._journal.event(kind, **fields)
 
-    def commit(self, share: Share, metrics: Mapping[str, float], declaration: Mapping[str, Any], began: float) -> bool:
+    def commit(
+        self, share: RankPayload, metrics: Mapping[str, float], declaration: Mapping[str, Any], began: float
+    ) -> bool:
         """Writes, commits, acknowledges and lets go. Every rank calls it.
 
         Args:
@@ -97,8 +100,8 @@ class Committer:
         self._begun.add(share.step)
         ref = CheckpointRef(share.step, self._attempt)
         directory = layout.checkpoint_dir(self._run, ref)
-        written = self._ranks.everybody(lambda: write_share(self._storage, directory, self._ranks, share))
-        reach(Point.BEFORE_MANIFEST, share.step)
+        written = self._ranks.everybody(lambda: write_payload(self._storage, directory, self._ranks, share))
+        fault_point(FaultPoint.BEFORE_MANIFEST, share.step)
         manifest = Manifest(
             ref=ref,
             lineage=tuple(item.ref for item in self.lineage),
@@ -109,16 +112,16 @@ class Committer:
             launch=self._launch,
             extra={"declaration": dict(declaration)},
         )
-        acknowledged = self._ranks.from_rank_0(lambda: self._publish(manifest, began))
+        acknowledged = self._ranks.run_on_rank_0(lambda: self._publish(manifest, began))
         if self._ranks.rank:
-            reach(Point.AFTER_MANIFEST, share.step)
+            fault_point(FaultPoint.AFTER_MANIFEST, share.step)
         if not acknowledged:
             return False
         self.commits.append(manifest)
         self._num_acknowledged += 1
         if self._num_acknowledged >= 2:
-            self.commits, self.lineage = self._ranks.from_rank_0(self._let_go)
-        reach(Point.AFTER_RETENTION, share.step)
+            self.commits, self.lineage = self._ranks.run_on_rank_0(self._apply_retention)
+        fault_point(FaultPoint.AFTER_RETENTION, share.step)
         return True
 
     def _publish(self, manifest: Manifest, began: float) -> bool:
@@ -126,9 +129,9 @@ class Committer:
         ref, data = manifest.ref, manifest.to_json()
         self._flush()  # what led to a commit is told before it
         # Once more with the same bytes is harmless, also when the first time was a success that nobody heard of.
-        patiently(lambda: self._storage.put(f"{layout.checkpoint_dir(self._run, ref)}/{layout.MANIFEST}", [data]))
-        reach(Point.AFTER_MANIFEST, ref.step)
-        if higher := lineage.higher_claim(self._storage, self._run, self._attempt):
+        retry(lambda: self._storage.put(f"{layout.checkpoint_dir(self._run, ref)}/{layout.MANIFEST}", [data]))
+        fault_point(FaultPoint.AFTER_MANIFEST, ref.step)
+        if higher := claims.higher_claim(self._storage, self._run, self._attempt):
             self._tell("superseded", step=ref.step, by=str(higher))
             self._flush()
             return False
@@ -139,37 +142,37 @@ class Committer:
         self._flush()
         return True
 
-    def _let_go(self) -> tuple[list[Manifest], list[Manifest]]:
+    def _apply_retention(self) -> tuple[list[Manifest], list[Manifest]]:
         """Rank 0, after the second acknowledged commit: deletes what nothing keeps. Returns what is left of both.
 
         The commit stands, and a deletion that failed is no reason to end: it is tried again after the next one.
         """
         kept = self.commits, self.lineage
         try:
-            pinned = lineage.list_pins(self._storage, self._run)
+            pinned = pins.list_pins(self._storage, self._run)
             kept = self._retain(pinned)
-            if self._swept:
-                self._delete_doomed()
+            if self._orphans_collected:
+                self._delete_pending()
             else:
                 with suppress(StorageError):  # tried again below
-                    self._delete_doomed()
+                    self._delete_pending()
                 self._abort_uploads()
-                strays = list(self._strays({item.ref for item in kept[1]} | pinned))
-                self._doomed = list(dict.fromkeys([*self._doomed, *strays]))
-                self._swept = True
-                self._delete_doomed()
+                strays = list(self._find_orphans({item.ref for item in kept[1]} | pinned))
+                self._pending_deletions = list(dict.fromkeys([*self._pending_deletions, *strays]))
+                self._orphans_collected = True
+                self._delete_pending()
         except StorageError as error:
-            self._tell("delete-failed", doomed=[str(ref) for ref in self._doomed], error=error.message)
+            self._tell("delete-failed", doomed=[str(ref) for ref in self._pending_deletions], error=error.message)
         return kept
 
-    def _delete_doomed(self) -> None:
+    def _delete_pending(self) -> None:
         """Deletes what it can; the rest stays doomed. Raises the last failure."""
-        doomed, self._doomed, failure = self._doomed, [], None
+        doomed, self._pending_deletions, failure = self._pending_deletions, [], None
         for ref in doomed:
             try:
                 self._delete(ref)
             except StorageError as error:
-                self._doomed.append(ref)
+                self._pending_deletions.append(ref)
                 failure = error
         if failure is not None:
             raise failure
@@ -181,13 +184,13 @@ class Committer:
         lies outside my lineage: torn, disowned or rejected. Never anything in a higher attempt, or pinned.
         """
         accepted = [*self.commits, *self.lineage]
-        keep = self._retention.keep([Kept(item.ref, item.metrics) for item in accepted], pinned)
+        keep = self._retention.keep([RetentionCandidate(item.ref, item.metrics) for item in accepted], pinned)
         doomed = [item.ref for item in accepted if item.ref not in keep]
-        doomed, spared = lineage.spare_pinned(self._storage, self._run, self._journal, doomed)
+        doomed, spared = pins.exempt_pinned(self._storage, self._run, self._journal, doomed)
         keep |= spared
         mine = [item for item in self.commits if item.ref in keep]
         left = [item for item in self.lineage if item.ref in keep]
-        self._doomed += doomed
+        self._pending_deletions += doomed
         return mine, left
 
     def _abort_uploads(self) -> None:
@@ -199,8 +202,8 @@ class Committer:
             if count:
                 self._tell("uploads-aborted", count=count)
 
-    def _strays(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
-        for attempt in lineage.list_attempts(self._storage, self._run):
+    def _find_orphans(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
+        for attempt in claims.list_attempts(self._storage, self._run):
             if attempt >= self._attempt:
                 return
             for entry in self._storage.list(layout.attempt_dir(self._run, attempt)):
@@ -215,3 +218,19 @@ class Committer:
         self._storage.delete(f"{directory}/{layout.MANIFEST}")
         for entry in list(walk(self._storage, directory)):
             self._storage.delete(f"{directory}/{entry.name}")
+
+
+def abort_orphans(storage: Storage, run: str, below: AttemptId) -> int:
+    """Aborts what attempts lower than `below` left unfinished, and returns how many uploads that were.
+
+    A superseded attempt that is still at work loses its save by it, which could not have been acknowledged.
+
+    Raises:
+        StorageError: The store refused or did not answer.
+    """
+
+    def is_orphan(path: str) -> bool:
+        attempt = AttemptId.parse(path.split("/")[0])
+        return attempt is not None and attempt < below
+
+    return abort_uploads(storage, attempts_dir(run), is_orphan)

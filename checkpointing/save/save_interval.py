@@ -11,7 +11,7 @@ FIRST_AUTO_S = 60.0
 _TEXT = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|epochs?|steps?)?")
 
 
-class Unit(Enum):
+class IntervalUnit(Enum):
     """What `every:` counts."""
 
     STEPS = "steps"
@@ -21,7 +21,7 @@ class Unit(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class SaveCosts:
     """What the best interval depends on, in seconds.
 
     Attributes:
@@ -48,7 +48,7 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
-class Every:
+class SaveInterval:
     """A saving interval.
 
     Attributes:
@@ -57,25 +57,25 @@ class Every:
     """
 
     amount: float
-    unit: Unit
+    unit: IntervalUnit
 
     @classmethod
-    def parse(cls, text: str | int) -> Every:
+    def parse(cls, text: str | int) -> SaveInterval:
         """`200` and `"200 steps"`, `"90s"`, `"10m"`, `"2h"`, `"1 epoch"`, `"auto"`.
 
         Raises:
             ValueError: None of these.
         """
         if text == "auto":
-            return cls(1, Unit.AUTO)
+            return cls(1, IntervalUnit.AUTO)
         match = _TEXT.fullmatch(str(text).strip())
         amount = float(match[1]) if match else 0.0
         word = (match[2] or "steps") if match else ""
         if word in ("s", "m", "h"):
-            parsed = cls(amount * {"s": 1, "m": 60, "h": 3600}[word], Unit.SECONDS)
+            parsed = cls(amount * {"s": 1, "m": 60, "h": 3600}[word], IntervalUnit.SECONDS)
         else:
-            parsed = cls(amount, Unit.EPOCHS if word.startswith("epoch") else Unit.STEPS)
-        if amount <= 0 or (parsed.unit is not Unit.SECONDS and amount != int(amount)):
+            parsed = cls(amount, IntervalUnit.EPOCHS if word.startswith("epoch") else IntervalUnit.STEPS)
+        if amount <= 0 or (parsed.unit is not IntervalUnit.SECONDS and amount != int(amount)):
             raise ValueError(f"{str(text)!r} is not an interval: write 200 (steps), 10m (or s, h), 1 epoch, or auto")
         return parsed
 
@@ -87,20 +87,20 @@ class Every:
             batch: Samples a step consumes.
             num_samples: Samples in an epoch.
         """
-        if self.unit is Unit.STEPS:
+        if self.unit is IntervalUnit.STEPS:
             return step % int(self.amount) == 0
-        if self.unit is Unit.EPOCHS:
+        if self.unit is IntervalUnit.EPOCHS:
             every = int(self.amount) * num_samples
             return step * batch // every > (step - 1) * batch // every
         return False
 
-    def due_at_time(self, seconds_since_save: float, costs: Costs | None = None) -> bool:
+    def due_at_time(self, seconds_since_save: float, costs: SaveCosts | None = None) -> bool:
         """True if the interval has passed. Only rank 0 asks, and the others follow it.
 
         Args:
             seconds_since_save: Since the last save began, or since the attempt began.
             costs: For `auto`; None before the first save, which is due after a minute.
         """
-        if self.unit is Unit.AUTO:
+        if self.unit is IntervalUnit.AUTO:
             return seconds_since_save >= (costs.interval_s if costs else FIRST_AUTO_S)
-        return self.unit is Unit.SECONDS and seconds_since_save >= self.amount
+        return self.unit is IntervalUnit.SECONDS and seconds_since_save >= self.amount

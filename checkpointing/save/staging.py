@@ -19,19 +19,19 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.state.shards import Part
+from outlast.checkpointing.state.shards import LocalShard
 
 _ALIGNMENT = 64
 _SPARE_BYTES = 256 * 2**20
 
 
-class Snapshot:
+class StagingBuffer:
     """Host buffers for one rank's share, and the copy into them."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def reserve(self, parts: Mapping[str, Part], num_sharing: int = 1) -> None:
+    def reserve(self, parts: Mapping[str, LocalShard], num_sharing: int = 1) -> None:
         """Allocates the buffers, if they are not large enough yet.
 
         Args:
@@ -58,7 +58,7 @@ class Snapshot:
         if any(part.tensor.is_cuda for part in parts.values()):
             _pin(self._buffer)
 
-    def take(self, parts: Mapping[str, Part], *, now: Collection[str]) -> Copy:
+    def take(self, parts: Mapping[str, LocalShard], *, now: Collection[str]) -> HostCopy:
         """Begins a copy, one at a time. Somebody must call its `run`.
 
         Args:
@@ -71,7 +71,7 @@ class Snapshot:
             flat = self._buffer[position : position + part.tensor.numel() * part.tensor.element_size()]
             target[name] = part.with_tensor(flat.view(part.tensor.dtype).view(part.tensor.shape))
             position += _padded(part)
-        copy = Copy({name: (part.tensor, target[name].tensor) for name, part in parts.items()}, target)
+        copy = HostCopy({name: (part.tensor, target[name].tensor) for name, part in parts.items()}, target)
         try:
             copy.begin(now)
         except BaseException:
@@ -80,7 +80,7 @@ class Snapshot:
         return copy
 
 
-class Copy:
+class HostCopy:
     """One copy on its way.
 
     Attributes:
@@ -88,7 +88,7 @@ class Copy:
         fenced_s: Seconds that the optimizer's step has waited for it.
     """
 
-    def __init__(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], parts: Mapping[str, Part]) -> None:
+    def __init__(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], parts: Mapping[str, LocalShard]) -> None:
         self.parts = parts
         self.fenced_s = 0.0
         self._pairs = dict(pairs)
@@ -160,7 +160,7 @@ def _pin(buffer: torch.Tensor) -> None:
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
 
 
-def _padded(part: Part) -> int:
+def _padded(part: LocalShard) -> int:
     return -(-part.tensor.numel() * part.tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -17,12 +17,12 @@ from math import prod
 import torch
 import torch.distributed as dist
 
-from outlast.checkpointing.fault_injection import Point, reach
+from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.manifest import Digester, FileEntry
-from outlast.checkpointing.format.safetensors import Spec, encode, order, stream
-from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.state.shards import Box, Part, to_json
+from outlast.checkpointing.format.safetensors import TensorSpec, encode, order, stream
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.state.shards import LocalShard, Region, to_json
 from outlast.checkpointing.storage.base import Buffer, Storage
 
 
@@ -34,7 +34,7 @@ def write_file(storage: Storage, directory: str, name: str, chunks: Iterable[Buf
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankPayload:
     """What one rank adds to one checkpoint.
 
     Attributes:
@@ -48,26 +48,26 @@ class Share:
     """
 
     step: int
-    specs: Mapping[str, Spec]
-    weights: Mapping[str, Part]
-    moments: Mapping[str, Part] | None
+    specs: Mapping[str, TensorSpec]
+    weights: Mapping[str, LocalShard]
+    moments: Mapping[str, LocalShard] | None
     small: Mapping[str, bytes] = field(default_factory=dict)
     file: str = layout.WEIGHTS
     max_shard_bytes: int = 2**63
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, LocalShard]:
         """Everything that is copied for a snapshot. The names of weights and state do not collide: these have a `/`."""
         return {**self.weights, **(self.moments or {})}
 
-    def on_host(self, parts: Mapping[str, Part]) -> Share:
+    def on_host(self, parts: Mapping[str, LocalShard]) -> RankPayload:
         """The same share, made of the snapshot's copies."""
         moments = None if self.moments is None else {name: parts[name] for name in self.moments}
         weights = {name: parts[name] for name in self.weights}
         return replace(self, weights=weights, moments=moments)
 
 
-def write_share(storage: Storage, directory: str, ranks: Ranks, share: Share) -> list[FileEntry]:
+def write_payload(storage: Storage, directory: str, ranks: RankGroup, share: RankPayload) -> list[FileEntry]:
     """Writes this rank's files. Every rank calls it; the weights pass over the ranks' own group.
 
     Raises:
@@ -81,7 +81,7 @@ def write_share(storage: Storage, directory: str, ranks: Ranks, share: Share) ->
         return entries + state.result()
 
 
-def _write_state(storage: Storage, directory: str, ranks: Ranks, share: Share) -> list[FileEntry]:
+def _write_state(storage: Storage, directory: str, ranks: RankGroup, share: RankPayload) -> list[FileEntry]:
     if share.moments is None:
         return []
     name = layout.optimizer_shard(ranks.rank, ranks.size)
@@ -90,10 +90,10 @@ def _write_state(storage: Storage, directory: str, ranks: Ranks, share: Share) -
     return [write_file(storage, directory, name, _with_fault(chunks, share.step))]
 
 
-def _write_weights(storage: Storage, directory: str, ranks: Ranks, share: Share) -> list[FileEntry]:
+def _write_weights(storage: Storage, directory: str, ranks: RankGroup, share: RankPayload) -> list[FileEntry]:
     """Rank 0 writes the weights; the others send theirs, in the order in which it asks."""
     files = weight_files(share.specs, share.max_shard_bytes, share.file)
-    gather = Gather(
+    gather = WeightGather(
         ranks, share.weights, [name for names in files.values() for name in order(_pick(share.specs, names))]
     )
     if ranks.rank:
@@ -113,11 +113,11 @@ def _write_weights(storage: Storage, directory: str, ranks: Ranks, share: Share)
     return entries
 
 
-def _pick(specs: Mapping[str, Spec], names: Sequence[str]) -> dict[str, Spec]:
+def _pick(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> dict[str, TensorSpec]:
     return {name: specs[name] for name in names}
 
 
-def weight_files(specs: Mapping[str, Spec], max_bytes: int, file: str = layout.WEIGHTS) -> dict[str, list[str]]:
+def weight_files(specs: Mapping[str, TensorSpec], max_bytes: int, file: str = layout.WEIGHTS) -> dict[str, list[str]]:
     """Which weights go into which file, as transformers names them: one file, or `model-00001-of-00003.safetensors`.
 
     Args:
@@ -138,7 +138,7 @@ def weight_files(specs: Mapping[str, Spec], max_bytes: int, file: str = layout.W
     return {layout.weights_shard(file, number, len(groups)): names for number, names in enumerate(groups)}
 
 
-class Gather:
+class WeightGather:
     """Brings sharded weights to rank 0, one at a time. As a context on rank 0 it leaves no rank waiting.
 
     Args:
@@ -147,7 +147,7 @@ class Gather:
         names: Every weight, in the order in which rank 0 will fetch them.
     """
 
-    def __init__(self, ranks: Ranks, parts: Mapping[str, Part], names: Sequence[str]) -> None:
+    def __init__(self, ranks: RankGroup, parts: Mapping[str, LocalShard], names: Sequence[str]) -> None:
         self._ranks, self._parts = ranks, parts
         self._sharded = [name for name in names if name in parts and parts[name].is_sharded]
         mine = {name: parts[name].box for name in self._sharded if not parts[name].is_copy}
@@ -174,12 +174,12 @@ class Gather:
             piece = part.tensor if rank == 0 else torch.empty(box.shape, dtype=whole.dtype)
             if rank:
                 dist.recv(_as_bytes(piece), group=self._ranks.group, group_src=rank)
-            box.of(whole, Box.whole(part.shape)).copy_(piece)
+            box.of(whole, Region.whole(part.shape)).copy_(piece)
             missing -= prod(box.shape)
         assert not missing, f"no rank holds {missing} elements of {name}"
         return whole
 
-    def __enter__(self) -> Gather:
+    def __enter__(self) -> WeightGather:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,5 +195,5 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _with_fault(chunks: Iterator[memoryview], step: int) -> Iterator[memoryview]:
     yield next(chunks)
-    reach(Point.WHILE_WRITING, step)
+    fault_point(FaultPoint.WHILE_WRITING, step)
     yield from chunks

@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import WEIGHTS
-from outlast.checkpointing.format.safetensors import Spec
+from outlast.checkpointing.format.safetensors import TensorSpec
 
 _WRAPPERS = (DataParallel, DistributedDataParallel)
 #: What wrappers of inner modules (`torch.compile`, activation checkpoints) put into names.
@@ -40,7 +40,7 @@ Cut = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Naming:
+class WeightNaming:
     """Which weights make the Hugging Face part of a checkpoint, and what they are called there.
 
     Attributes:
@@ -62,10 +62,10 @@ class Naming:
         return {} if called is None else {called: ()}
 
 
-ALL = Naming()
+ALL = WeightNaming()
 
 
-def named_weights(model: nn.Module, naming: Naming = ALL) -> dict[str, torch.Tensor]:
+def named_weights(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, in the order of `state_dict`; tied ones once, under the first name.
 
     The tensors are the model's own, not copies; DTensors where the model is sharded.
@@ -88,7 +88,7 @@ def named_weights(model: nn.Module, naming: Naming = ALL) -> dict[str, torch.Ten
     return weights
 
 
-def parameter_names(model: nn.Module, naming: Naming = ALL) -> set[str]:
+def parameter_names(model: nn.Module, naming: WeightNaming = ALL) -> set[str]:
     """Names of what only an optimizer changes; the rest of `named_weights` may change in a forward pass."""
     own = (plain_name(name) for name, _ in unwrap(model).named_parameters(remove_duplicate=False))
     return {called for name in own for called in naming.of(name)}
@@ -107,7 +107,7 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     return (*place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
-def check_weights(model: nn.Module, found: Mapping[str, Spec], naming: Naming = ALL) -> None:
+def check_weights(model: nn.Module, found: Mapping[str, TensorSpec], naming: WeightNaming = ALL) -> None:
     """Refuses weights that are another model's, before they are read.
 
     Args:
@@ -118,10 +118,10 @@ def check_weights(model: nn.Module, found: Mapping[str, Spec], naming: Naming = 
     Raises:
         ConfigError: They do not fit.
     """
-    _compare({name: Spec.of(tensor) for name, tensor in named_weights(model, naming).items()}, found)
+    _compare({name: TensorSpec.of(tensor) for name, tensor in named_weights(model, naming).items()}, found)
 
 
-def _compare(own: Mapping[str, Spec], found: Mapping[str, Spec]) -> None:
+def _compare(own: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
     problems = [f"{name} is missing" for name in own.keys() - found.keys()]
     problems += [f"{name} is not in the model" for name in found.keys() - own.keys()]
     for name in own.keys() & found.keys():
@@ -134,3 +134,10 @@ def _compare(own: Mapping[str, Spec], found: Mapping[str, Spec]) -> None:
             f"the checkpoint holds the weights of another model ({len(problems)} differences: {shown})",
             hint="put `model:` back to what the run was started with, or start a new run under another name",
         )
+
+
+def carried_state(model: nn.Module) -> list[str]:
+    """Names of what is saved and is no parameter: running means, memories. A forward pass may change it, and then what
+    a rank computes depends on the micro-batches that it had before.
+    """
+    return sorted(named_weights(model).keys() - parameter_names(model))

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.model_weights import plain_name, unwrap
-from outlast.checkpointing.state.shards import Box, like, part_of
+from outlast.checkpointing.state.shards import Region, like, local_shard
 
 _NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
 _NUMBER_NAMES = {kind.__name__: kind for kind in _NUMBERS}
@@ -97,7 +97,7 @@ def devices_of_state(
     return devices
 
 
-def boxes_of_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Box]:
+def regions_of_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Region]:
     """Which part of a state tensor this rank needs, of those that are sharded as their parameters are.
 
     Args:
@@ -105,11 +105,11 @@ def boxes_of_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> d
         shapes: Whole shape of each tensor, by name.
     """
     parameters = _named_parameters(model)
-    boxes: dict[str, Box] = {}
+    boxes: dict[str, Region] = {}
     for name, shape in shapes.items():
         parameter = parameters.get(name.rsplit("/", 1)[0])
         if isinstance(parameter, DTensor) and tuple(parameter.shape) == shape:
-            boxes[name] = part_of(parameter).box
+            boxes[name] = local_shard(parameter).box
     return boxes
 
 
@@ -117,7 +117,7 @@ def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_name(name): parameter for name, parameter in unwrap(model).named_parameters()}
 
 
-def deal(tensors: Mapping[str, torch.Tensor], size: int, laden_bytes: int = 0) -> list[list[str]]:
+def assign_to_ranks(tensors: Mapping[str, torch.Tensor], size: int, laden_bytes: int = 0) -> list[list[str]]:
     """Names of the tensors that each of `size` ranks writes: the largest first, each to the least laden rank.
 
     Args:

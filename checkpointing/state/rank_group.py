@@ -16,7 +16,7 @@ from outlast.checkpointing.errors import OutlastError
 T = TypeVar("T")
 
 
-class Ranks:
+class RankGroup:
     """This process among the ranks of its attempt. Works without torch.distributed when there is one rank.
 
     Attributes:
@@ -31,12 +31,12 @@ class Ranks:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self.group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def another(self) -> Ranks:
+    def another(self) -> RankGroup:
         """The same ranks with a group of their own, for another thread. Every rank calls it.
 
         There a rank may wait for another's writing; one that is gone is noticed by its connection.
         """
-        return Ranks(timedelta(hours=12))
+        return RankGroup(timedelta(hours=12))
 
     def gather(self, item: T) -> list[T]:
         """Every rank's item in rank order, on every rank."""
@@ -69,7 +69,7 @@ class Ranks:
             results.append(item)
         return results  # type: ignore[return-value]
 
-    def from_rank_0(self, work: Callable[[], T]) -> T:
+    def run_on_rank_0(self, work: Callable[[], T]) -> T:
         """Rank 0 works, everybody gets its result, or raises its error."""
         result: T | None = None
         failure: OutlastError | None = None

@@ -19,7 +19,7 @@ from outlast.checkpointing.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class Region:
     """A part of a tensor.
 
     Attributes:
@@ -31,10 +31,10 @@ class Box:
     shape: tuple[int, ...]
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> Box:
+    def whole(cls, shape: tuple[int, ...]) -> Region:
         return cls((0,) * len(shape), shape)
 
-    def intersection(self, other: Box) -> Box | None:
+    def intersection(self, other: Region) -> Region | None:
         """What both cover; None when that is nothing."""
         begins = [max(a, b) for a, b in zip(self.offset, other.offset, strict=True)]
         ends = [
@@ -42,9 +42,9 @@ class Box:
         ]
         if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
             return None
-        return Box(tuple(begins), tuple(end - begin for begin, end in zip(begins, ends, strict=True)))
+        return Region(tuple(begins), tuple(end - begin for begin, end in zip(begins, ends, strict=True)))
 
-    def of(self, tensor: torch.Tensor, within: Box) -> torch.Tensor:
+    def of(self, tensor: torch.Tensor, within: Region) -> torch.Tensor:
         """The view of this box in a tensor that holds `within`."""
         for dim, (begin, length, base) in enumerate(zip(self.offset, self.shape, within.offset, strict=True)):
             tensor = tensor.narrow(dim, begin - base, length)
@@ -52,7 +52,7 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LocalShard:
     """A rank's part of one tensor.
 
     Attributes:
@@ -64,16 +64,16 @@ class Part:
     """
 
     tensor: torch.Tensor
-    box: Box
+    box: Region
     shape: tuple[int, ...]
     is_sharded: bool = False
     is_copy: bool = False
 
-    def with_tensor(self, tensor: torch.Tensor) -> Part:
+    def with_tensor(self, tensor: torch.Tensor) -> LocalShard:
         return replace(self, tensor=tensor)
 
 
-def part_of(tensor: torch.Tensor) -> Part:
+def local_shard(tensor: torch.Tensor) -> LocalShard:
     """This rank's part of a tensor; shares its memory.
 
     Raises:
@@ -81,7 +81,7 @@ def part_of(tensor: torch.Tensor) -> Part:
     """
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return Part(tensor, Box.whole(shape), shape)
+        return LocalShard(tensor, Region.whole(shape), shape)
     mesh, placements = tensor.device_mesh, tensor.placements
     strange = [item for item in placements if not (item.is_replicate() or type(item) is Shard)]
     if strange:
@@ -96,7 +96,7 @@ def part_of(tensor: torch.Tensor) -> Part:
     )
     if not all(extent):  # torch gives an empty part any offset
         offset = (0,) * len(shape)
-    return Part(tensor.to_local(), Box(tuple(offset), tuple(extent)), shape, is_sharded=True, is_copy=is_copy)
+    return LocalShard(tensor.to_local(), Region(tuple(offset), tuple(extent)), shape, is_sharded=True, is_copy=is_copy)
 
 
 def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
@@ -108,6 +108,6 @@ def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     )
 
 
-def to_json(parts: Mapping[str, Part]) -> dict[str, Any]:
+def to_json(parts: Mapping[str, LocalShard]) -> dict[str, Any]:
     """Shapes and offsets of the sharded ones among `parts`, for a file's header."""
     return {name: [part.shape, part.box.offset] for name, part in parts.items() if part.is_sharded}

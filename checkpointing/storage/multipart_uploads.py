@@ -12,24 +12,8 @@ from functools import cache
 from typing import Any
 
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.format.layout import AttemptId, attempts_dir
-from outlast.checkpointing.storage.base import LocalStorage, Storage
-
-
-def abort_orphans(storage: Storage, run: str, below: AttemptId) -> int:
-    """Aborts what attempts lower than `below` left unfinished, and returns how many uploads that were.
-
-    A superseded attempt that is still at work loses its save by it, which could not have been acknowledged.
-
-    Raises:
-        StorageError: The store refused or did not answer.
-    """
-
-    def is_orphan(path: str) -> bool:
-        attempt = AttemptId.parse(path.split("/")[0])
-        return attempt is not None and attempt < below
-
-    return abort_uploads(storage, attempts_dir(run), is_orphan)
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.local import LocalStorage
 
 
 def abort_uploads(storage: Storage, directory: str, is_orphan: Callable[[str], bool] = lambda path: True) -> int:

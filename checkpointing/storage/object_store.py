@@ -45,7 +45,7 @@ _SDK_TRIES = 5
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 _REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN")
 #: What curl says before any byte was sent.
-_NOBODY = ("ould not connect to server", "ould not resolve host", "Couldn't connect", "Couldn't resolve")
+_MISSING_CREDENTIALS = ("ould not connect to server", "ould not resolve host", "Couldn't connect", "Couldn't resolve")
 #: Google's SDK goes on for 15 minutes by default, also where there are no credentials.
 _GOOGLE_RETRY_S = 20
 
@@ -95,7 +95,7 @@ class ObjectStorage:
                 data = b"".join(head)
                 self._patiently(lambda: self._put_once(path, [data]), lambda: self._holds(path, data))
             else:
-                chunks = _handed_over([*head, more], rest)
+                chunks = _as_storage_errors([*head, more], rest)
                 del head, more
                 before = self._patiently(lambda: self._fs.get_file_info(self._path(path)))
                 self._put_once(path, chunks, before)
@@ -149,7 +149,7 @@ class ObjectStorage:
                 self._has_answered = True
                 return done
             except OSError as error:
-                is_nobody = not self._has_answered and _is_nobody(error)
+                is_nobody = not self._has_answered and _is_missing_credentials(error)
                 self._has_answered |= not is_nobody
                 if pause_s is None or is_nobody or isinstance(error, FileNotFoundError) or _is_refusal(error):
                     raise
@@ -205,11 +205,11 @@ def _is_refusal(error: OSError) -> bool:
     return any(word in str(error) for word in _REFUSALS)
 
 
-def _is_nobody(error: OSError) -> bool:
-    return any(word in str(error) for word in _NOBODY)
+def _is_missing_credentials(error: OSError) -> bool:
+    return any(word in str(error) for word in _MISSING_CREDENTIALS)
 
 
-def _handed_over(held: list[Buffer], rest: Iterator[Buffer]) -> Iterator[Buffer]:
+def _as_storage_errors(held: list[Buffer], rest: Iterator[Buffer]) -> Iterator[Buffer]:
     """The chunks that are held, then the rest; each is let go as it is taken."""
     while held:
         yield held.pop(0)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from outlast.checkpointing.restore.reader import read_tensors
-from outlast.checkpointing.tools.query import Found, reading
+from outlast.checkpointing.tools.query import ResolvedCheckpoint, reading
 
 _CHUNK = 1 << 22  # elements compared at a time: float64 copies of a whole embedding would not fit
 
 
-class Change(Enum):
+class SettingChange(Enum):
     """How a tensor of the second checkpoint stands to that of the first."""
 
     EQUAL = "equal"  #: bit for bit, a NaN to itself too
@@ -40,7 +40,7 @@ class TensorChange:
     """
 
     name: str
-    change: Change
+    change: SettingChange
     dtypes: tuple[str | None, str | None]
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     norms: tuple[float | None, float | None]
@@ -65,7 +65,7 @@ def _number(value: float | None) -> float | str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class CheckpointDiff:
     """All tensors by name, and the settings that differ: dotted name to (first, second), None where one has no such
     setting. `settings` as a whole is None when one of the two does not tell its own.
     """
@@ -73,11 +73,13 @@ class Comparison:
     tensors: tuple[TensorChange, ...]
     settings: Mapping[str, tuple[Any, Any]] | None
 
-    def count(self, change: Change) -> int:
+    def count(self, change: SettingChange) -> int:
         return sum(item.change is change for item in self.tensors)
 
 
-def compare(first: Found, second: Found, *, optimizer: bool = False) -> Comparison:
+def diff_checkpoints(
+    first: ResolvedCheckpoint, second: ResolvedCheckpoint, *, optimizer: bool = False
+) -> CheckpointDiff:
     """The second checkpoint against the first: weights, with `optimizer` its state too, and what the manifests declare.
 
     Both are held in memory.
@@ -89,13 +91,13 @@ def compare(first: Found, second: Found, *, optimizer: bool = False) -> Comparis
     """
     ours, theirs = _tensors(first, optimizer), _tensors(second, optimizer)
     names = sorted(ours.keys() | theirs.keys())
-    return Comparison(
+    return CheckpointDiff(
         tuple(compare_tensors(name, ours.get(name), theirs.get(name)) for name in names),
         _settings(first, second),
     )
 
 
-def _tensors(found: Found, optimizer: bool) -> dict[str, torch.Tensor]:
+def _tensors(found: ResolvedCheckpoint, optimizer: bool) -> dict[str, torch.Tensor]:
     with reading(found):
         return read_tensors(found.storage, found.directory, found.manifest, weights_only=not optimizer)
 
@@ -104,9 +106,9 @@ def compare_tensors(name: str, first: torch.Tensor | None, second: torch.Tensor 
     """One tensor against another of the same name; at least one is given."""
     distance = largest = None
     if first is None or second is None:
-        change = Change.ADDED if first is None else Change.REMOVED
+        change = SettingChange.ADDED if first is None else SettingChange.REMOVED
     else:
-        change = Change.EQUAL if _same_bits(first, second) else Change.CHANGED
+        change = SettingChange.EQUAL if _same_bits(first, second) else SettingChange.CHANGED
         if first.shape == second.shape:
             distance, largest = _difference(first, second)
     return TensorChange(
@@ -151,7 +153,7 @@ def _dtype(tensor: torch.Tensor | None) -> str | None:
     return None if tensor is None else str(tensor.dtype).removeprefix("torch.")
 
 
-def _settings(first: Found, second: Found) -> dict[str, tuple[Any, Any]] | None:
+def _settings(first: ResolvedCheckpoint, second: ResolvedCheckpoint) -> dict[str, tuple[Any, Any]] | None:
     if first.declaration is None or second.declaration is None:
         return None
     ours, theirs = dict(_flat(first.declaration)), dict(_flat(second.declaration))

@@ -22,8 +22,8 @@ from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.layout import STATE_DIR, WEIGHTS
 from outlast.checkpointing.format.safetensors import encode, tensor_bytes
 from outlast.checkpointing.restore.reader import read_tensors, read_verified
-from outlast.checkpointing.tools.query import Found, reading
-from outlast.checkpointing.tools.slow_tokenizer_files import TOKENIZER, old_vocabulary
+from outlast.checkpointing.tools.query import ResolvedCheckpoint, reading
+from outlast.checkpointing.tools.slow_tokenizer_files import TOKENIZER, slow_tokenizer_files
 
 CONFIG = "config.json"
 ADAPTER = "adapter_model"
@@ -72,7 +72,7 @@ class Content:
 WriteWeights = Callable[[Content, Path], None]
 
 
-def read_content(found: Found) -> Content:
+def read_content(found: ResolvedCheckpoint) -> Content:
     """Reads a checkpoint's Hugging Face part, verified.
 
     Raises:
@@ -143,7 +143,7 @@ def export_directory(
         StorageError: Writing failed; then `out` is as it was.
     """
     check_free([out])
-    files = {**content.files, **(old_vocabulary(content.file(TOKENIZER)) if old_vocab else {})}
+    files = {**content.files, **(slow_tokenizer_files(content.file(TOKENIZER)) if old_vocab else {})}
     with _arriving(out) as staged:
         staged.mkdir()
         write_weights(content, staged / (weights_name or content.weights_name))
@@ -180,7 +180,7 @@ def export_parts(
     """
     small = {} if config is None else {config: content.file(CONFIG)}
     if vocab is not None:
-        small |= _vocabulary_at(vocab, old_vocabulary(content.file(TOKENIZER)))
+        small |= _vocabulary_at(vocab, slow_tokenizer_files(content.file(TOKENIZER)))
     targets = [*([] if weights is None else [weights]), *small]
     check_free(targets)
     if weights is not None:

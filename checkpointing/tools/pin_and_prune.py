@@ -24,26 +24,28 @@ from outlast.checkpointing.format.layout import (
     prune_dir,
 )
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store.catalog import deletions, is_being_deleted, list_attempts, list_pins, spare_pinned
+from outlast.checkpointing.run_store.catalog import deletions
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
-from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Kept, Retention
+from outlast.checkpointing.run_store.pins import exempt_pinned, is_being_deleted, list_pins
+from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention, RetentionCandidate
 from outlast.checkpointing.storage.base import Storage, walk
-from outlast.checkpointing.tools.query import look, pick
+from outlast.checkpointing.tools.query import load_catalog, pick_manifest
 
 
 def pin(storage: Storage, run: str, which: str, retention: Retention) -> CheckpointRef:
-    """Exempts a checkpoint from retention, until it is unpinned. `which` is as `pick` takes it.
+    """Exempts a checkpoint from retention, until it is unpinned. `which` is as `pick_manifest` takes it.
 
     Raises:
         NoCheckpointError: There is no such checkpoint, or retention was about to delete it; it is not pinned then.
         StorageError: The storage failed.
     """
-    ref = pick(storage, run, which, retention).ref
+    ref = pick_manifest(storage, run, which, retention).ref
     if ref in list_pins(storage, run):
         return ref
     storage.put(pin_path(run, ref), [json.dumps({"pinned_at": time.time()}).encode() + b"\n"])
     going = is_being_deleted(storage, run, ref)
-    if going or ref not in {manifest.ref for manifest in look(storage, run).accepted}:
+    if going or ref not in {manifest.ref for manifest in load_catalog(storage, run).accepted}:
         storage.delete(pin_path(run, ref))
         raise NoCheckpointError(
             f"{ref} of run {run!r} {'is being' if going else 'was'} deleted by retention just now; it is not pinned",
@@ -59,7 +61,7 @@ def unpin(storage: Storage, run: str, which: str) -> CheckpointRef:
         ConfigError: No such checkpoint is pinned, or there is no such run.
         StorageError: The storage failed.
     """
-    look(storage, run)
+    load_catalog(storage, run)
     pins = sorted(list_pins(storage, run), reverse=True)
     for ref in pins:
         if which in (str(ref.step), ref.name):
@@ -73,7 +75,7 @@ def unpin(storage: Storage, run: str, which: str) -> CheckpointRef:
 
 
 @dataclass(frozen=True, slots=True)
-class Prune:
+class PrunePlan:
     """What a prune would delete, or has deleted.
 
     Attributes:
@@ -94,14 +96,14 @@ class Prune:
         return sum(manifest.num_bytes for manifest in self.doomed)
 
 
-def plan_prune(storage: Storage, run: str, retention: Retention) -> Prune:
+def plan_prune(storage: Storage, run: str, retention: Retention) -> PrunePlan:
     """What pruning to a policy would delete.
 
     Raises:
         ConfigError: The highest claim holds fewer than two commits, or there is no such run.
         StorageError: The storage failed.
     """
-    accepted = look(storage, run).accepted
+    accepted = load_catalog(storage, run).accepted
     highest = list_attempts(storage, run)[-1]
     own = [manifest.ref for manifest in accepted if manifest.ref.attempt == highest]
     if len(own) < KEEP_LAST_MIN:
@@ -110,9 +112,9 @@ def plan_prune(storage: Storage, run: str, retention: Retention) -> Prune:
             "commits that make it safe to delete older ones",
             hint="let the run go on until it has saved twice; one that is done keeps what it has",
         )
-    keep = retention.keep([Kept(item.ref, item.metrics) for item in accepted], list_pins(storage, run))
+    keep = retention.keep([RetentionCandidate(item.ref, item.metrics) for item in accepted], list_pins(storage, run))
     keep |= set(own[:KEEP_LAST_MIN])
-    return Prune(
+    return PrunePlan(
         highest,
         tuple(item for item in accepted if item.ref not in keep),
         tuple(item for item in accepted if item.ref in keep),
@@ -132,7 +134,7 @@ def _remains(storage: Storage, run: str, accepted: set[CheckpointRef]) -> tuple[
     return tuple(sorted(ref for ref in found & gone if any(walk(storage, checkpoint_dir(run, ref)))))
 
 
-def prune(storage: Storage, run: str, plan: Prune) -> Prune:
+def prune(storage: Storage, run: str, plan: PrunePlan) -> PrunePlan:
     """Carries a plan out. Returns what was done: checkpoints that were pinned meanwhile have moved to those kept.
 
     Raises:
@@ -140,7 +142,7 @@ def prune(storage: Storage, run: str, plan: Prune) -> Prune:
     """
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
     journal = Journal(storage, prune_dir(run, name), 0, stream=COMMITS, flush_s=0)
-    doomed, spared = spare_pinned(storage, run, journal, [manifest.ref for manifest in plan.doomed])
+    doomed, spared = exempt_pinned(storage, run, journal, [manifest.ref for manifest in plan.doomed])
     for count, ref in enumerate(doomed):
         if list_attempts(storage, run)[-1] != plan.highest:
             journal.event("spared", checkpoints=[item.name for item in doomed[count:]])
@@ -153,7 +155,7 @@ def prune(storage: Storage, run: str, plan: Prune) -> Prune:
     for ref in plan.remains:
         _delete(storage, run, ref)
     every = sorted((*plan.doomed, *plan.kept), key=lambda manifest: manifest.ref, reverse=True)
-    return Prune(
+    return PrunePlan(
         plan.highest,
         tuple(manifest for manifest in plan.doomed if manifest.ref not in spared),
         tuple(manifest for manifest in every if manifest.ref not in set(doomed)),

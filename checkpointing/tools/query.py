@@ -23,15 +23,18 @@ from outlast.checkpointing.format.layout import (
     model_dir,
 )
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.run_store.catalog import Catalogue, catalogue, list_attempts, list_pins, read_manifest
-from outlast.checkpointing.run_store.retention import Kept, Retention
-from outlast.checkpointing.storage.base import Storage, patiently, read_bytes
+from outlast.checkpointing.run_store.catalog import Catalog, read_catalog, read_manifest
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.pins import list_pins
+from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
+from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.retry import retry
 
-_LOOKS = 5
+_MAX_RESTARTS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class VerificationResult:
     """What verification found of one checkpoint or of the finished model; no faults means whole.
 
     `path` begins with the storage's URL, or for `find_model` at the storage root.
@@ -44,7 +47,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ResolvedCheckpoint:
     """A checkpoint, or the finished model, that a user named: where it lies and what was committed there."""
 
     storage: Storage
@@ -74,22 +77,22 @@ class Found:
         return declared
 
 
-def look(storage: Storage, run: str) -> Catalogue:
+def load_catalog(storage: Storage, run: str) -> Catalog:
     """The run's catalogue.
 
     Raises:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    attempts_of(storage, run)
-    return patiently(lambda: catalogue(storage, run))
+    existing_attempts(storage, run)
+    return retry(lambda: read_catalog(storage, run))
 
 
-def attempts_of(storage: Storage, run: str) -> list[AttemptId]:
-    """The attempts of a run that has begun, oldest first. Raises as `look`."""
-    if not (found := patiently(lambda: list_attempts(storage, run))):
-        names = [entry.name for entry in patiently(lambda: storage.list("")) if entry.num_bytes is None]
-        if run in names and patiently(lambda: storage.list(f"{run}/launches")):
+def existing_attempts(storage: Storage, run: str) -> list[AttemptId]:
+    """The attempts of a run that has begun, oldest first. Raises as `load_catalog`."""
+    if not (found := retry(lambda: list_attempts(storage, run))):
+        names = [entry.name for entry in retry(lambda: storage.list("")) if entry.num_bytes is None]
+        if run in names and retry(lambda: storage.list(f"{run}/launches")):
             raise NoCheckpointError(
                 f"run {run!r} in {storage.url} has begun, and no worker has claimed it: there is no checkpoint yet",
                 hint="start it again with `outlast train` and its run file",
@@ -103,16 +106,16 @@ def attempts_of(storage: Storage, run: str) -> list[AttemptId]:
 
 
 def list_checkpoints(storage: Storage, run: str, retention: Retention | None = None) -> list[dict[str, Any]]:
-    """The accepted checkpoints, newest first, and which of them is the best one. Raises as `look`."""
-    accepted, pins = look(storage, run).accepted, list_pins(storage, run)
+    """The accepted checkpoints, newest first, and which of them is the best one. Raises as `load_catalog`."""
+    accepted, pins = load_catalog(storage, run).accepted, list_pins(storage, run)
     best = [kept.ref for kept in _rated(accepted, retention or Retention())[:1]]
     return [
         {**_row(storage, run, manifest, manifest.ref in pins), "best": manifest.ref in best} for manifest in accepted
     ]
 
 
-def _rated(accepted: Sequence[Manifest], retention: Retention) -> list[Kept]:
-    return retention.best([Kept(item.ref, item.metrics) for item in accepted])
+def _rated(accepted: Sequence[Manifest], retention: Retention) -> list[RetentionCandidate]:
+    return retention.best([RetentionCandidate(item.ref, item.metrics) for item in accepted])
 
 
 def _row(storage: Storage, run: str, manifest: Manifest, pinned: bool) -> dict[str, Any]:
@@ -130,8 +133,8 @@ def _row(storage: Storage, run: str, manifest: Manifest, pinned: bool) -> dict[s
 def show_checkpoint(
     storage: Storage, run: str, which: str = "newest", retention: Retention | None = None
 ) -> dict[str, Any]:
-    """One checkpoint whole: its row, its files with digests, its lineage. Raises as `pick`."""
-    manifest = pick(storage, run, which, retention)
+    """One checkpoint whole: its row, its files with digests, its lineage. Raises as `pick_manifest`."""
+    manifest = pick_manifest(storage, run, which, retention)
     return {
         **_row(storage, run, manifest, manifest.ref in list_pins(storage, run)),
         "world_size": manifest.world_size,
@@ -149,7 +152,7 @@ def _record(storage: Storage, run: str, launch: str) -> str | None:
     return f"{storage.url}/{folder}/{RECORD}" if is_there else None
 
 
-def pick(storage: Storage, run: str, which: str, retention: Retention | None = None) -> Manifest:
+def pick_manifest(storage: Storage, run: str, which: str, retention: Retention | None = None) -> Manifest:
     """The accepted checkpoint that `which` names: `newest`, `best`, a step, or step@attempt.
 
     Raises:
@@ -159,7 +162,7 @@ def pick(storage: Storage, run: str, which: str, retention: Retention | None = N
     retention = retention or Retention()
     if which not in ("newest", "best") and not which.isdecimal() and CheckpointRef.parse(which) is None:
         raise ConfigError(f"{which!r} names no checkpoint", hint="write newest, best, a step, or step@attempt")
-    accepted = look(storage, run).accepted
+    accepted = load_catalog(storage, run).accepted
     if which == "best":
         rated = _rated(accepted, retention)
         if not rated:
@@ -175,21 +178,23 @@ def pick(storage: Storage, run: str, which: str, retention: Retention | None = N
     raise NoCheckpointError(f"run {run!r} has no {wanted}; it has: {steps}", hint=hint)
 
 
-def find(storage: Storage, run: str, which: str, retention: Retention) -> Found:
-    """As `pick`, and `model` names the finished model.
+def resolve_checkpoint(storage: Storage, run: str, which: str, retention: Retention) -> ResolvedCheckpoint:
+    """As `pick_manifest`, and `model` names the finished model.
 
     Raises:
         ConfigError: `which` can name nothing, or there is no such run.
         NoCheckpointError: There is no such thing.
     """
     if which != "model":
-        manifest = pick(storage, run, which, retention)
-        return Found(storage, checkpoint_dir(run, manifest.ref), manifest)
-    look(storage, run)
+        manifest = pick_manifest(storage, run, which, retention)
+        return ResolvedCheckpoint(storage, checkpoint_dir(run, manifest.ref), manifest)
+    load_catalog(storage, run)
     for attempt in reversed(list_attempts(storage, run)):
         directory = model_dir(run, attempt)
         try:
-            return Found(storage, directory, Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}")))
+            return ResolvedCheckpoint(
+                storage, directory, Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
+            )
         except FileNotFoundError:
             continue
         except ManifestError as error:
@@ -203,11 +208,11 @@ def path_of(storage: Storage, run: str, which: str, retention: Retention) -> str
     Raises:
         NoCheckpointError: There is no such thing.
     """
-    return find(storage, run, which, retention).url
+    return resolve_checkpoint(storage, run, which, retention).url
 
 
 @contextmanager
-def reading(found: Found) -> Iterator[None]:
+def reading(found: ResolvedCheckpoint) -> Iterator[None]:
     """Around reads of a checkpoint's files: says where damage was found, or that the run deleted it meanwhile.
 
     Raises:
@@ -229,21 +234,21 @@ def reading(found: Found) -> Iterator[None]:
 
 def verify_run(
     storage: Storage, run: str, which: str | None = None, retention: Retention | None = None
-) -> list[Verdict]:
-    """Reads every byte of every checkpoint that counts (or of one, named as for `find`) and of the finished model.
+) -> list[VerificationResult]:
+    """Reads every byte of each accepted checkpoint (or of one, named as for `resolve_checkpoint`) and of the model.
 
     Raises:
         ConfigError: `which` can name nothing, or there is no such run.
         NoCheckpointError: There is no such checkpoint.
         StorageError: The storage could not be read, or the run changed each time.
     """
-    for _ in range(_LOOKS):
-        seen = look(storage, run)
+    for _ in range(_MAX_RESTARTS):
+        seen = load_catalog(storage, run)
         wanted = which
         if which in ("newest", "best"):
-            wanted = pick(storage, run, which, retention).ref.name
+            wanted = pick_manifest(storage, run, which, retention).ref.name
         verdicts = [
-            Verdict(f"{storage.url}/{checkpoint_dir(run, item.ref)}", item.ref.step, 0, item.reasons)
+            VerificationResult(f"{storage.url}/{checkpoint_dir(run, item.ref)}", item.ref.step, 0, item.reasons)
             for item in seen.rejected
             if wanted in (None, str(item.ref.step), item.ref.name)
         ]
@@ -251,22 +256,24 @@ def verify_run(
             for manifest in seen.accepted:
                 if wanted in (None, str(manifest.ref.step), manifest.ref.name):
                     verdicts.append(_verify(storage, run, manifest, seen.owner))
-        except _Moved:
+        except _ChangedWhileReading:
             continue
         if which in (None, "model") and (model := find_model(storage, run)):
             verdicts.append(replace(model, path=f"{storage.url}/{model.path}"))
         if which is not None and not verdicts:
-            find(storage, run, which, retention or Retention())  # says what there is
+            resolve_checkpoint(storage, run, which, retention or Retention())  # says what there is
         return verdicts
-    raise StorageError(f"run {run!r} is busy: it changed {_LOOKS} times while it was read", hint="try again later")
+    raise StorageError(
+        f"run {run!r} is busy: it changed {_MAX_RESTARTS} times while it was read", hint="try again later"
+    )
 
 
-class _Moved(Exception):
+class _ChangedWhileReading(Exception):
     """The run changed under the reader."""
 
 
-def _verify(storage: Storage, run: str, manifest: Manifest, owner: AttemptId | None) -> Verdict:
-    from outlast.checkpointing.restore.reader import verify  # brings torch, which a listing does without
+def _verify(storage: Storage, run: str, manifest: Manifest, owner: AttemptId | None) -> VerificationResult:
+    from outlast.checkpointing.restore.verify import verify  # brings torch, which a listing does without
 
     directory = checkpoint_dir(run, manifest.ref)
     faults = verify(storage, directory, manifest)
@@ -274,13 +281,13 @@ def _verify(storage: Storage, run: str, manifest: Manifest, owner: AttemptId | N
         try:
             read_manifest(storage, run, manifest.ref)
         except (FileNotFoundError, ManifestError) as error:
-            raise _Moved from error
-        if catalogue(storage, run).owner != owner:
-            raise _Moved
-    return Verdict(f"{storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, tuple(faults))
+            raise _ChangedWhileReading from error
+        if read_catalog(storage, run).owner != owner:
+            raise _ChangedWhileReading
+    return VerificationResult(f"{storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, tuple(faults))
 
 
-def find_model(storage: Storage, run: str) -> Verdict | None:
+def find_model(storage: Storage, run: str) -> VerificationResult | None:
     """The run's finished model, read whole, or None when there is none.
 
     It is the newest one, published by the attempt that owns the run's checkpoints or by a later one that found the last
@@ -289,9 +296,9 @@ def find_model(storage: Storage, run: str) -> Verdict | None:
     Raises:
         StorageError: The storage could not be read.
     """
-    from outlast.checkpointing.restore.reader import verify
+    from outlast.checkpointing.restore.verify import verify
 
-    owner = catalogue(storage, run).owner
+    owner = read_catalog(storage, run).owner
     for attempt in reversed(list_attempts(storage, run)):
         if owner is None or attempt < owner:
             break
@@ -301,6 +308,8 @@ def find_model(storage: Storage, run: str) -> Verdict | None:
         except FileNotFoundError:
             continue
         except ManifestError as error:
-            return Verdict(directory, 0, 0, (f"{MANIFEST}: {error}",))
-        return Verdict(directory, manifest.ref.step, manifest.num_bytes, tuple(verify(storage, directory, manifest)))
+            return VerificationResult(directory, 0, 0, (f"{MANIFEST}: {error}",))
+        return VerificationResult(
+            directory, manifest.ref.step, manifest.num_bytes, tuple(verify(storage, directory, manifest))
+        )
     return None

@@ -15,7 +15,7 @@ from outlast.checkpointing.errors import ConfigError
 TOKENIZER = "tokenizer.json"
 
 
-def old_vocabulary(tokenizer: bytes) -> dict[str, bytes]:
+def slow_tokenizer_files(tokenizer: bytes) -> dict[str, bytes]:
     """The files by name: `vocab.txt` (WordPiece), or `vocab.json` and `merges.txt` (BPE); and `added_tokens.json`
     where there are tokens that those do not hold.
 

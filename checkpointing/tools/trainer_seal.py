@@ -18,9 +18,11 @@ from pathlib import Path
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, checkpoint_name, parse_checkpoint
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
-from outlast.checkpointing.restore.reader import verify
-from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.storage.base import LocalStorage, patiently, read_bytes, walk
+from outlast.checkpointing.restore.verify import verify
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.storage.base import read_bytes, walk
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.storage.retry import retry
 
 _log = logging.getLogger(__name__)
 #: Attempts are numbered from 1; a sealed checkpoint belongs to none.
@@ -54,7 +56,7 @@ def seal(directory: str | os.PathLike[str], *, world_size: int = 1) -> Manifest:
     manifest = Manifest(
         ref=CheckpointRef(step, _NO_ATTEMPT),
         lineage=(),
-        files=tuple(patiently(partial(_digest, storage, path.name, name)) for name in sorted(names)),
+        files=tuple(retry(partial(_digest, storage, path.name, name)) for name in sorted(names)),
         world_size=world_size,
         metrics={},
         committed_at=time.time(),
@@ -88,7 +90,7 @@ def newest_sealed(output_dir: str | os.PathLike[str]) -> str | None:
         NoCheckpointError: There are sealed checkpoints, and none of them is whole. Going on would start from zero.
         StorageError: The disk failed, which proves nothing about what is on it.
     """
-    storage, ranks = LocalStorage(Path(output_dir)), Ranks()
+    storage, ranks = LocalStorage(Path(output_dir)), RankGroup()
     damaged = []
     seen = ranks.everybody(lambda: _steps(storage))
     for step in sorted({step for steps in seen for step in steps if step is not None}, reverse=True):
@@ -107,15 +109,15 @@ def newest_sealed(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _steps(storage: LocalStorage) -> list[int | None]:
-    return patiently(lambda: [parse_checkpoint(entry.name) for entry in storage.list("") if entry.num_bytes is None])
+    return retry(lambda: [parse_checkpoint(entry.name) for entry in storage.list("") if entry.num_bytes is None])
 
 
-def _agreed(ranks: Ranks, storage: LocalStorage, directory: str) -> tuple[bool, list[str]]:
+def _agreed(ranks: RankGroup, storage: LocalStorage, directory: str) -> tuple[bool, list[str]]:
     """Whether any rank sees a seal, and what any rank finds wrong."""
     sealed, faults = False, ["there is no seal: it was not saved to the end, or nobody sealed it"]
     failure: StorageError | None = None
     try:
-        data = patiently(lambda: read_bytes(storage, f"{directory}/{MANIFEST}"))
+        data = retry(lambda: read_bytes(storage, f"{directory}/{MANIFEST}"))
         sealed, faults = True, _faults(storage, directory, data)
     except FileNotFoundError:
         pass

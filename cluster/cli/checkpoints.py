@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Base, Code, Root, Run, Trusted, bring_code, find_run
+from outlast.cluster.cli.options import AsJson, Base, Code, Root, Run, Trusted, bring_code
+from outlast.cluster.config.run_reference import find_run
 from outlast.cluster.formatting import size, when
 
 if TYPE_CHECKING:
     from outlast.checkpointing.run_store.retention import Retention
     from outlast.checkpointing.storage.base import Storage
-    from outlast.checkpointing.tools.diff import Comparison
+    from outlast.checkpointing.tools.diff import CheckpointDiff
     from outlast.checkpointing.tools.export import Content, Dtype, WriteWeights
-    from outlast.checkpointing.tools.pin_and_prune import Prune
-    from outlast.checkpointing.tools.query import Found
+    from outlast.checkpointing.tools.pin_and_prune import PrunePlan
+    from outlast.checkpointing.tools.query import ResolvedCheckpoint
 
 checkpoints = typer.Typer(help="Look at a run's checkpoints, keep them, take them elsewhere.", no_args_is_help=True)
 
@@ -34,7 +35,7 @@ def list_(run: Run, storage: Root = "./runs", as_json: AsJson = False) -> None:
 
     place, name, retention = find_run(run, storage)
     rows = commands.list_checkpoints(place, name, retention)
-    for item in commands.look(place, name).rejected:
+    for item in commands.load_catalog(place, name).rejected:
         print(f"damaged: {item.ref}: {'; '.join(item.reasons)}", file=sys.stderr)
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -127,14 +128,14 @@ def diff(
 ) -> None:
     """Compare two checkpoints, tensor by tensor, and the settings that they were made with."""
     from outlast.checkpointing.tools import query as commands
-    from outlast.checkpointing.tools.diff import compare
+    from outlast.checkpointing.tools.diff import diff_checkpoints
 
     place, name, retention = find_run(run, storage)
-    ours = commands.find(place, name, first, retention)
+    ours = commands.resolve_checkpoint(place, name, first, retention)
     if other is not None:
         place, name, retention = find_run(other, storage)
-    theirs = commands.find(place, name, second, retention)
-    found = compare(ours, theirs, optimizer=optimizer)
+    theirs = commands.resolve_checkpoint(place, name, second, retention)
+    found = diff_checkpoints(ours, theirs, optimizer=optimizer)
     if as_json:
         body = {
             "a": ours.url,
@@ -148,15 +149,15 @@ def diff(
     _print_comparison(found)
 
 
-def _print_comparison(found: Comparison) -> None:
-    from outlast.checkpointing.tools.diff import Change
+def _print_comparison(found: CheckpointDiff) -> None:
+    from outlast.checkpointing.tools.diff import SettingChange
 
     for key, pair in (found.settings or {}).items():
         print(f"{key}: {pair[0]!r} → {pair[1]!r}")
     if not found.settings:
         print("the settings cannot be told" if found.settings is None else "the settings are the same")
-    print("tensors: " + ", ".join(f"{found.count(change)} {change.value}" for change in Change))
-    different = [item for item in found.tensors if item.change is not Change.EQUAL]
+    print("tensors: " + ", ".join(f"{found.count(change)} {change.value}" for change in SettingChange))
+    different = [item for item in found.tensors if item.change is not SettingChange.EQUAL]
     if different:
         print(f"{'':8}  {'norm of a':>11}  {'norm of b':>11}  {'of b - a':>11}  {'largest':>11}  name")
     for item in different:
@@ -230,7 +231,7 @@ def prune(
         print(f"{size(plan.num_bytes)} would be free; the same command with --yes deletes", file=sys.stderr)
 
 
-def _prune_as_json(plan: Prune, done: bool) -> dict[str, Any]:
+def _prune_as_json(plan: PrunePlan, done: bool) -> dict[str, Any]:
     return {
         "done": done,
         "deleted": [manifest.ref.name for manifest in plan.doomed],
@@ -296,7 +297,7 @@ def export(
         _dtype(dtype),
         old_vocab,
         merging,
-        card=card,
+        with_card=card,
     )
     paths = [str(path) for path in written]
     print(json.dumps({"source": source, "written": paths}, indent=1) if as_json else "\n".join(paths))
@@ -312,7 +313,7 @@ def _export(
     old_vocab: bool,
     merging: dict[str, Any] | None,
     *,
-    card: bool,
+    with_card: bool,
 ) -> tuple[str, list[Path]]:
     """Writes what `export` was asked for. Returns what it was made of, and what was written."""
     from outlast.checkpointing.tools import query as commands
@@ -321,7 +322,7 @@ def _export(
     write, weights_name, caveat = form
     check_free([out] if out is not None else [path for path in (parts["weights"], parts["config"]) if path is not None])
     place, name, retention = found_run
-    found = commands.find(place, name, which, retention)
+    found = commands.resolve_checkpoint(place, name, which, retention)
     content = read_content(found)
     if merging is not None:
         from outlast.trainers.models.merge_lora import merge as merged
@@ -330,7 +331,7 @@ def _export(
     if dtype is not None:
         content = converted(content, dtype)
     if out is not None:
-        if card:
+        if with_card:
             content = _with_card(found, content)
         export_directory(content, out, weights_name=weights_name, write_weights=write, old_vocab=old_vocab)
         written = [out]
@@ -341,12 +342,12 @@ def _export(
     return found.url, written
 
 
-def _with_card(found: Found, content: Content) -> Content:
+def _with_card(found: ResolvedCheckpoint, content: Content) -> Content:
     """The same with a model card, unless the model brought one."""
     from dataclasses import replace
 
     from outlast.cluster.monitoring.model_card import CARD
-    from outlast.cluster.monitoring.model_card import card as write_card
+    from outlast.cluster.monitoring.model_card import model_card as write_card
 
     return replace(content, files={CARD: write_card(found, content), **content.files})
 

@@ -12,7 +12,8 @@ import typer
 from outlast.cluster.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from outlast.cluster.preflight.doctor_rules import Finding, Wanted
+    from outlast.cluster.preflight.doctor_rules import Requirements
+    from outlast.cluster.preflight.finding import Finding
 
 #: How its report begins where it runs as a job, so that it is found in the job's log.
 JSON_HEAD = '{"checks": '
@@ -42,18 +43,19 @@ def doctor(
     """
     import os
 
-    from outlast.cluster.preflight.doctor_rules import Level, Wanted
+    from outlast.cluster.preflight.doctor_rules import Requirements
+    from outlast.cluster.preflight.finding import Level
 
     place = address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
     if place and place.startswith(("http://", "https://")):
         findings = _through_job_server(place, run_file, overrides or [], storage, quick)
     else:
-        wanted = Wanted(storage=storage and _absolute(storage))
+        wanted = Requirements(storage=storage and _absolute(storage))
         if run_file is not None:
             from outlast.cluster.config.run_config import load_run
-            from outlast.cluster.preflight.doctor import wanted_by
+            from outlast.cluster.preflight.doctor import requirements_of
 
-            wanted = wanted_by(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
+            wanted = requirements_of(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
         findings = _here(place, wanted, quick)
     _print(findings, as_json)
     raise typer.Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
@@ -63,15 +65,15 @@ def _absolute(place: str) -> str:
     return place if "://" in place else str(Path(place).absolute())
 
 
-def _here(address: str | None, wanted: Wanted, quick: bool) -> list[Finding]:
-    from outlast.cluster.driver.launch import ray_session
-    from outlast.cluster.jobs.ray_jobs import judge_server
+def _here(address: str | None, wanted: Requirements, quick: bool) -> list[Finding]:
+    from outlast.cluster.driver.ray_session import ray_session
+    from outlast.cluster.jobs.ray_jobs import check_server
     from outlast.cluster.preflight.doctor import examine, job_server_of
 
     with ray_session(address) as joined:
         server = job_server_of() if joined else None
         found = examine(wanted, quick=quick)
-    return found + (judge_server(server) if server else [])
+    return found + (check_server(server) if server else [])
 
 
 def _through_job_server(
@@ -80,7 +82,7 @@ def _through_job_server(
     """The same, run on the cluster by its job server."""
     from outlast.checkpointing.errors import PreflightError
     from outlast.cluster.jobs import ray_jobs as jobs
-    from outlast.cluster.preflight.doctor_rules import Finding, Level
+    from outlast.cluster.preflight.finding import Finding, Level
 
     arguments, declared = ["doctor", "--json", *(["--quick"] if quick else [])], None
     if run_file is not None:
@@ -102,7 +104,7 @@ def _through_job_server(
         )
     rows = [{**row, "level": Level(row["level"])} for row in json.loads(lines[-1])["checks"]]
     found = [Finding(**row) for row in rows if row["check"] != "job server"]
-    return found + jobs.judge_server(address)
+    return found + jobs.check_server(address)
 
 
 def _print(findings: list[Finding], as_json: bool) -> None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli.options import RUN_FILES, AsJson, writing
+from outlast.cluster.cli.options import AsJson, writing
+from outlast.cluster.config.run_reference import RUN_FILES
 from outlast.cluster.formatting import counted
 
 if TYPE_CHECKING:
     from outlast.cluster.kubernetes.client import Cluster
-    from outlast.cluster.preflight.doctor_rules import Finding
+    from outlast.cluster.preflight.finding import Finding
 
 k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
 
@@ -137,7 +138,7 @@ def apply(
 ) -> None:
     """Apply manifests on the server's side, after a look as `lint` has. What it refuses is not applied: exit code 2."""
     from outlast.cluster.kubernetes.lint.linter import lint
-    from outlast.cluster.preflight.doctor_rules import Level
+    from outlast.cluster.preflight.finding import Level
 
     objects = _read(file)
     findings = [finding for finding in lint(objects) if finding.level is not Level.OK]
@@ -227,9 +228,9 @@ def _read(file: str) -> list[dict[str, Any]]:
 
 def _tell_rest(objects: list[dict[str, Any]]) -> None:
     """Says of what lint knows nothing, so that its silence is not taken for a word."""
-    from outlast.cluster.kubernetes.lint.linter import not_looked_at
+    from outlast.cluster.kubernetes.lint.linter import unchecked_objects
 
-    if names := not_looked_at(objects):
+    if names := unchecked_objects(objects):
         print(f"outlast: not looked at, for want of rules: {', '.join(names)}", file=sys.stderr)
 
 
@@ -239,6 +240,6 @@ def _line(finding: Finding) -> str:
 
 def _worst(findings: list[Finding]) -> int:
     """2 where something would be refused; warnings are none of an exit code's business."""
-    from outlast.cluster.preflight.doctor_rules import Level
+    from outlast.cluster.preflight.finding import Level
 
     return 2 if any(finding.level is Level.FAILED for finding in findings) else 0

@@ -10,7 +10,8 @@ from unicodedata import category
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Base, Code, Overrides, Root, Run, Trusted, bring_code, find_run
+from outlast.cluster.cli.options import AsJson, Base, Code, Overrides, Root, Run, Trusted, bring_code
+from outlast.cluster.config.run_reference import find_run
 
 
 def try_(
@@ -33,7 +34,7 @@ def try_(
 ) -> None:
     """Predict with a run's model: classes, tags, answers, or a text that goes on."""
     from outlast.cluster.config.run_config import settings_of
-    from outlast.cluster.monitoring.status import declared_settings
+    from outlast.cluster.config.run_reference import declared_settings
     from outlast.trainers import predict
 
     bring_code(run, code)

@@ -11,7 +11,7 @@ import typer
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, Overrides
-from outlast.trainers.tasks.registry import TASKS
+from outlast.trainers.config.task_names import TASKS
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 
@@ -47,7 +47,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Say everything that is wrong with a run file, each with its line. Exit code 2 if anything is."""
-    from outlast.cluster.preflight.validate import not_looked_at
+    from outlast.cluster.preflight.validate import unchecked
     from outlast.cluster.preflight.validate import validate as findings_of
 
     found = findings_of(str(run_file), overrides or [], deep=deep)
@@ -59,7 +59,7 @@ def validate(
         if not found:
             print(f"{run_file}: nothing wrong was found" + ("" if deep else " (--deep looks at all rows too)"))
     if not found and not deep:
-        for line in not_looked_at(str(run_file), overrides or []):
+        for line in unchecked(str(run_file), overrides or []):
             print(f"{run_file}: {line}", file=sys.stderr)
     raise typer.Exit(2 if found else 0)
 
@@ -69,7 +69,7 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False
     from outlast.cluster.config.run_config import load_run
     from outlast.cluster.preflight.estimate import forecast, lines
     from outlast.cluster.preflight.validate import check_begun
-    from outlast.trainers.models.custom_model import make_importable
+    from outlast.trainers.user_code import make_importable
 
     config, _ = load_run(str(run_file), overrides or [])
     make_importable(str(run_file.parent.absolute()))

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli.options import RUN_FILES, Address, AsJson, Root, Run, find_run, writing
+from outlast.cluster.cli.options import Address, AsJson, Root, Run, writing
+from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
 
 if TYPE_CHECKING:
-    from outlast.cluster.monitoring.summary import Overview
+    from outlast.cluster.monitoring.summary import RunSummary
 
 
 def status(
@@ -32,20 +33,21 @@ def status(
     from dataclasses import asdict
 
     from outlast.cluster.monitoring.status import as_values
-    from outlast.cluster.monitoring.summary import overview
+    from outlast.cluster.monitoring.summary import summarize
     from outlast.cluster.monitoring.timeline import State
-    from outlast.cluster.monitoring.timeline_reader import StoryReader
+    from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
     if watch and (as_json or address):
         raise typer.BadParameter("--watch shows the run's storage to people; leave --json and --address out")
     place, name, _ = find_run(run, storage)
     if watch:
-        from outlast.cluster.monitoring import reporter as progress
+        from outlast.cluster.monitoring import watch as watcher
+        from outlast.cluster.monitoring.reporter import terminal
 
-        found = progress.watch(place, name, progress.terminal())
+        found = watcher.watch(place, name, terminal())
         raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(found.state, 1))
-    story = StoryReader(place, name).look()
-    seen = overview(story, time.time())
+    story = TimelineReader(place, name).look()
+    seen = summarize(story, time.time())
     body = as_values(place, story, seen)
     if address is not None:
         from outlast.cluster.jobs import ray_jobs as jobs
@@ -57,7 +59,7 @@ def status(
     _print(run, seen, body)
 
 
-def _print(run: str, seen: Overview, body: dict[str, Any]) -> None:
+def _print(run: str, seen: RunSummary, body: dict[str, Any]) -> None:
     from rich.console import Console
 
     from outlast.cluster.monitoring.terminal_panel import panel

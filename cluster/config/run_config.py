@@ -13,14 +13,15 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError, first_line
-from outlast.checkpointing.run_store.attempt_history import Limits
-from outlast.checkpointing.save.save_interval import Every, Unit
+from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
 from outlast.cluster.config.run_file import Lines, parse, refused
-from outlast.trainers.config.model import Settings
-from outlast.trainers.config.training_config import Exactness, Parallel, TrainingConfig, check_parallel
-from outlast.trainers.config.validation_errors import Finding, check, nearest
+from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
+from outlast.trainers.config.base import Settings
+from outlast.trainers.config.tracking import TrackSettings
+from outlast.trainers.config.train import Exactness, Parallel, check_parallel
+from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import Path as Place
-from outlast.trainers.tracking.follow import TrackSettings
+from outlast.trainers.config.validation_errors import SettingsFinding, check, nearest
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -28,7 +29,7 @@ _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 def seconds_only(value: str | int) -> str | int:
     """Checks an interval that must be one of time."""
     with contextlib.suppress(ValueError):
-        if Every.parse(value).unit is Unit.SECONDS:
+        if SaveInterval.parse(value).unit is IntervalUnit.SECONDS:
             return value
     raise ValueError(f"{value!r} is no time: write 90s, 2m or 1h")
 
@@ -80,7 +81,7 @@ class ScaleSettings(Settings):
 
     @property
     def resize_every_s(self) -> float:
-        return Every.parse(self.resize_every).amount
+        return SaveInterval.parse(self.resize_every).amount
 
 
 class FailureSettings(Settings):
@@ -123,11 +124,11 @@ class FailureSettings(Settings):
 
     @property
     def hang_after_s(self) -> float | None:
-        return None if self.hang_after is None else Every.parse(self.hang_after).amount
+        return None if self.hang_after is None else SaveInterval.parse(self.hang_after).amount
 
     @property
-    def limits(self) -> Limits:
-        return Limits(self.max_failures, self.max_preemptions, self.max_same_step)
+    def limits(self) -> RestartLimits:
+        return RestartLimits(self.max_failures, self.max_preemptions, self.max_same_step)
 
 
 class RunConfig(TrainingConfig):
@@ -196,7 +197,7 @@ def settings_of(
     for item in overrides:
         override(declared, item)
     missing = [
-        Finding(path, f"the run file asks for ${{env:{name}}}, and {name} is not set")
+        SettingsFinding(path, f"the run file asks for ${{env:{name}}}, and {name} is not set")
         for path, name in _not_set(declared)
     ]
     if missing:

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.config.validation_errors import Finding, Path
+from outlast.trainers.config.validation_errors import Path, SettingsFinding
 
 Lines = dict[Path, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class LocatedFinding:
     """A finding, and where it was written.
 
     Attributes:
@@ -26,7 +26,7 @@ class Located:
         option: The -s option that says so, instead.
     """
 
-    finding: Finding
+    finding: SettingsFinding
     line: int | None = None
     option: str = ""
 
@@ -47,12 +47,12 @@ class SettingsError(ConfigError):
         findings: What is wrong, in the order of the lines.
     """
 
-    def __init__(self, message: str, *, hint: str = "", findings: Sequence[Located] = ()) -> None:
+    def __init__(self, message: str, *, hint: str = "", findings: Sequence[LocatedFinding] = ()) -> None:
         super().__init__(message, hint=hint)
         self.findings = tuple(findings)
 
 
-def refused(place: str, found: Sequence[Finding], lines: Lines, overrides: Sequence[str] = ()) -> SettingsError:
+def refused(place: str, found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()) -> SettingsError:
     """The error that tells of settings that were declared at `place`, a file or a run, and in -s options."""
     located = located_in(found, lines, overrides)
     told = "\n".join(f"  {item}" for item in located)
@@ -60,7 +60,7 @@ def refused(place: str, found: Sequence[Finding], lines: Lines, overrides: Seque
     return SettingsError(f"{place} has settings that cannot be used:\n{told}", hint=hint, findings=located)
 
 
-def located_in(found: Sequence[Finding], lines: Lines, overrides: Sequence[str] = ()) -> list[Located]:
+def located_in(found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()) -> list[LocatedFinding]:
     """The findings with the lines of their settings, or of the blocks around these, in that order."""
     by_key = {item.partition("=")[0].strip(): item for item in overrides}
     located = []
@@ -70,7 +70,7 @@ def located_in(found: Sequence[Finding], lines: Lines, overrides: Sequence[str] 
         option = next((by_key[key] for key in (*keys, *within) if key in by_key), "")
         places = (item.path[:end] for end in range(len(item.path), 0, -1))
         line = None if option else next((lines[place] for place in places if place in lines), None)
-        located.append(Located(item, line, option))
+        located.append(LocatedFinding(item, line, option))
     return sorted(located, key=lambda item: item.line or 0)
 
 
@@ -88,22 +88,22 @@ def parse(text: str, path: str) -> tuple[dict[str, Any], Lines]:
         if path.endswith(".toml"):
             body, lines = tomllib.loads(text), dict(_toml_lines(text))
         else:
-            body, lines = yaml.load(text, _Once), dict(_yaml_lines(yaml.compose(text, yaml.SafeLoader)))
+            body, lines = yaml.load(text, _UniqueKeyLoader), dict(_yaml_lines(yaml.compose(text, yaml.SafeLoader)))
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         said = re.search(r"at line (\d+)", str(error))
         line = mark.line + 1 if mark else int(said[1]) if said else None
         message = f"{getattr(error, 'problem', None) or error}"
-        found = [Located(Finding((), message), line)]
+        found = [LocatedFinding(SettingsFinding((), message), line)]
         raise SettingsError(f"run file {path} is not valid: {found[0]}", hint=f"edit {path}", findings=found) from error
     if not isinstance(body, dict):
-        found = [Located(Finding((), "holds no settings", "begin with `name: my-run`"))]
+        found = [LocatedFinding(SettingsFinding((), "holds no settings", "begin with `name: my-run`"))]
         hint = "begin with `name: my-run`, or let `outlast init` write one"
         raise SettingsError(f"run file {path} holds no settings", hint=hint, findings=found)
     return body, lines
 
 
-class _Once(yaml.SafeLoader):
+class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key may stand once only; the library lets the last one win without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

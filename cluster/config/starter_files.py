@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_config import RunConfig
+from outlast.trainers.config.task_names import TASKS, check_task_name
 from outlast.trainers.config.validation_errors import model_at
-from outlast.trainers.tasks.registry import TASKS, check_task_name
 
 _WIDTH, _COLUMN = 100, 34
 

@@ -17,18 +17,18 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.drills import drill
-from outlast.cluster.driver.launch import ray_session
+from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.reporter import Reporter
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.preparation.prepare import Prepared, prepare
-from outlast.trainers.tasks.base import CausalLM
+from outlast.trainers.tasks.causal_lm import CausalLM
 
 NUM_STEPS = 100
 SAVE_EVERY = 10
@@ -57,10 +57,10 @@ def run_demo(folder: Path) -> dict[str, Any]:
         session.__enter__()
     try:
         with _timed(parts, "killed run"), Reporter("killed run") as reporter:
-            copy = drill.Copy(killed, _declared(killed), KILL_AT)
-            drill.strike(copy, drill.Kind.KILL_IN_SAVE, reporter, KILLED_RANK)
+            copy = drill.RunCopy(killed, _declared(killed), KILL_AT)
+            drill.inject(copy, drill.FaultKind.KILL_IN_SAVE, reporter, KILLED_RANK)
         with _timed(parts, "undisturbed run"), Reporter("undisturbed run") as reporter:
-            drill.Copy(peaceful, _declared(peaceful), 0).launch(tell=reporter)
+            drill.RunCopy(peaceful, _declared(peaceful), 0).launch(tell=reporter)
     finally:
         session.__exit__(None, None, None)
     with _timed(parts, "comparison"):
@@ -117,10 +117,10 @@ def _timed(parts: dict[str, float], name: str) -> Iterator[None]:
     parts[name] = time.monotonic() - began
 
 
-def _compare(copy: drill.Copy) -> dict[str, Any]:
+def _compare(copy: drill.RunCopy) -> dict[str, Any]:
     storage = copy.storage
     killed, undisturbed = drill.final_state(storage, "killed"), drill.final_state(storage, "undisturbed")
-    found = drill.find(copy, drill.Kind.KILL_IN_SAVE, undisturbed)
+    found = drill.compare_with_reference(copy, drill.FaultKind.KILL_IN_SAVE, undisturbed)
     losses, num_resumed = killed.losses, sum(event["event"] == "resume" for _, event in run_events(storage, "killed"))
     return {
         "equal": {
@@ -134,7 +134,7 @@ def _compare(copy: drill.Copy) -> dict[str, Any]:
         "kill": found.fault,
         "resumed_from": found.resumed_from,
         "num_tensors": len(killed.weights) + len(killed.optimizer),
-        "checkpoints": [item.ref.step for item in catalogue(storage, "killed").accepted],
+        "checkpoints": [item.ref.step for item in read_catalog(storage, "killed").accepted],
         "eval_loss": {
             event["step"]: event["eval_loss"] for _, event in run_events(storage, "killed") if event["event"] == "eval"
         },

@@ -22,13 +22,15 @@ from typing import Any
 from rich.console import Console
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.fault_injection import Action, Fault, Point, read_record, write_record
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, read_record, write_record
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import Storage, open_storage, read_bytes, walk
+from outlast.checkpointing.restore.verify import tensor_digests
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.storage.base import Storage, read_bytes, walk
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig, load_run
-from outlast.cluster.driver.launch import Launch, ray_session
+from outlast.cluster.driver.launch import Launch
+from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.reporter import Reporter
 from outlast.trainers.loop.train_loop import Outcome
@@ -36,7 +38,7 @@ from outlast.trainers.loop.train_loop import Outcome
 STEPS_MIN = 8
 
 
-class Kind(Enum):
+class FaultKind(Enum):
     """What a copy of the run meets."""
 
     KILL = "kill"  #: SIGKILL of a worker, between a step's gradients and its weights
@@ -50,17 +52,17 @@ class Kind(Enum):
     def meaning(self) -> str:
         """In words."""
         return {
-            Kind.KILL: "a worker killed in a step",
-            Kind.KILL_IN_SAVE: "a worker killed while it wrote a checkpoint",
-            Kind.ERROR: "an exception in a worker",
-            Kind.STOP: "the driver stopped, and started again",
-            Kind.DAMAGE: "stopped, one bit of the newest checkpoint flipped, started again",
-            Kind.DRIVER: "the driver killed, and started again",
+            FaultKind.KILL: "a worker killed in a step",
+            FaultKind.KILL_IN_SAVE: "a worker killed while it wrote a checkpoint",
+            FaultKind.ERROR: "an exception in a worker",
+            FaultKind.STOP: "the driver stopped, and started again",
+            FaultKind.DAMAGE: "stopped, one bit of the newest checkpoint flipped, started again",
+            FaultKind.DRIVER: "the driver killed, and started again",
         }[self]
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class RunCopy:
     """One run that a fault strikes, or none.
 
     Attributes:
@@ -86,13 +88,13 @@ class Copy:
         """Where the fault leaves its record."""
         return f"{self.storage.url}/{self.config.name}/drill.json"
 
-    def launch(self, faults: Sequence[Fault] = (), tell: Any = lambda event: None) -> Outcome:
+    def launch(self, faults: Sequence[FaultSpec] = (), tell: Any = lambda event: None) -> Outcome:
         launch = Launch(self.config, self.declared, take_over=True, code=self.code, faults=faults, tell=tell)
         return launch.run(self.address).outcome
 
 
 @dataclass(slots=True)
-class Finding:
+class DrillResult:
     """What became of one copy.
 
     Attributes:
@@ -131,7 +133,7 @@ class FinalState:
 
 def final_state(storage: Storage, run: str) -> FinalState:
     """Of a run that is done."""
-    newest = catalogue(storage, run).accepted[0]
+    newest = read_catalog(storage, run).accepted[0]
     digests = tensor_digests(storage, checkpoint_dir(run, newest.ref), newest)
     losses: dict[int, set[float]] = {}
     for _, event in run_events(storage, run):
@@ -141,26 +143,26 @@ def final_state(storage: Storage, run: str) -> FinalState:
     return FinalState(weights, {name: digest for name, digest in digests.items() if "/" in name}, losses)
 
 
-def strike(copy: Copy, kind: Kind, tell: Any = lambda event: None, rank: int = 0) -> None:
+def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank: int = 0) -> None:
     """Runs a copy into its fault, and on to its end. `rank` is the worker that is struck.
 
     Raises:
         OutlastError: It did not come back.
     """
-    if kind in (Kind.KILL, Kind.KILL_IN_SAVE, Kind.ERROR):
-        point = Point.WHILE_WRITING if kind is Kind.KILL_IN_SAVE else Point.STEP
-        action = Action.EXCEPTION if kind is Kind.ERROR else Action.SIGKILL
-        copy.launch([Fault(point, copy.at, rank, action, copy.record)], tell)
+    if kind in (FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
+        point = FaultPoint.WHILE_WRITING if kind is FaultKind.KILL_IN_SAVE else FaultPoint.STEP
+        action = FaultAction.EXCEPTION if kind is FaultKind.ERROR else FaultAction.SIGKILL
+        copy.launch([FaultSpec(point, copy.at, rank, action, copy.record)], tell)
         return
     # The copy may be over before its driver hears of the step: it waits there for a while.
-    pause = Fault(Point.STEP, copy.at, rank, Action.PAUSE, f"{copy.record}.pause")
-    if kind is Kind.DRIVER:
+    pause = FaultSpec(FaultPoint.STEP, copy.at, rank, FaultAction.PAUSE, f"{copy.record}.pause")
+    if kind is FaultKind.DRIVER:
         driver = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(copy, pause))
         driver.start()
         driver.join()
     else:
         copy.launch([pause], _Interrupter(copy, signal.SIGTERM, tell))
-        if kind is Kind.DAMAGE:
+        if kind is FaultKind.DAMAGE:
             _flip_a_bit(copy)
     copy.launch(tell=tell)
 
@@ -168,7 +170,7 @@ def strike(copy: Copy, kind: Kind, tell: Any = lambda event: None, rank: int = 0
 class _Interrupter:
     """Listens to a launch, and sends its own process a signal once the step has come."""
 
-    def __init__(self, copy: Copy, number: signal.Signals, tell: Any) -> None:
+    def __init__(self, copy: RunCopy, number: signal.Signals, tell: Any) -> None:
         self._copy, self._number, self._tell = copy, number, tell
         self._struck = False
 
@@ -180,12 +182,12 @@ class _Interrupter:
             os.kill(os.getpid(), self._number)
 
 
-def _run_until_killed(copy: Copy, pause: Fault) -> None:
+def _run_until_killed(copy: RunCopy, pause: FaultSpec) -> None:
     copy.launch([pause], _Interrupter(copy, signal.SIGKILL, lambda event: None))
 
 
-def _flip_a_bit(copy: Copy) -> None:
-    newest = catalogue(copy.storage, copy.config.name).accepted[0]
+def _flip_a_bit(copy: RunCopy) -> None:
+    newest = read_catalog(copy.storage, copy.config.name).accepted[0]
     largest = max(newest.files, key=lambda entry: entry.num_bytes)
     path = f"{checkpoint_dir(copy.config.name, newest.ref)}/{largest.path}"
     body = bytearray(read_bytes(copy.storage, path))
@@ -193,11 +195,11 @@ def _flip_a_bit(copy: Copy) -> None:
     copy.storage.put(path, [bytes(body)])
 
 
-def find(copy: Copy, kind: Kind, undisturbed: FinalState) -> Finding:
+def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalState) -> DrillResult:
     """What became of a copy that has come to its end."""
     storage, run = copy.storage, copy.config.name
     fault = read_record(copy.record)
-    finding = Finding(kind.value, fault)
+    finding = DrillResult(kind.value, fault)
     events = [event for _, event in run_events(storage, run)]
     steps = sorted((event["ended_at"], event["step"]) for event in events if event["event"] == "step")
     resumes = [event["step"] for event in events if event["event"] == "resume"]
@@ -219,17 +221,17 @@ def differences(one: FinalState, other: FinalState) -> list[str]:
     return named + [f"loss of step {step}" for step in steps if one.losses.get(step) != other.losses.get(step)]
 
 
-def kinds_of(names: Sequence[str] | None) -> tuple[Kind, ...]:
+def kinds_of(names: Sequence[str] | None) -> tuple[FaultKind, ...]:
     """The faults that a user named; all when none is.
 
     Raises:
         ConfigError: There is no such fault.
     """
-    known = {kind.value: kind for kind in Kind}
+    known = {kind.value: kind for kind in FaultKind}
     for name in names or ():
         if name not in known:
             raise ConfigError(f"there is no fault {name!r}", hint=f"give --fault one of: {', '.join(known)}")
-    return tuple(known[name] for name in names) if names else tuple(Kind)
+    return tuple(known[name] for name in names) if names else tuple(FaultKind)
 
 
 # -- a drill of somebody's own run -------------------------------------------------------------------------------------
@@ -239,11 +241,11 @@ def run_drill(
     run_file: Path,
     overrides: Sequence[str] = (),
     *,
-    kinds: Sequence[Kind] = tuple(Kind),
+    kinds: Sequence[FaultKind] = tuple(FaultKind),
     num_steps: int = 12,
     address: str | None = None,
     keep: bool = False,
-) -> list[Finding]:
+) -> list[DrillResult]:
     """Drills a run, and prints a table.
 
     Args:
@@ -261,9 +263,9 @@ def run_drill(
         raise ConfigError(f"{num_steps} steps are too few for a drill", hint=f"give --steps {STEPS_MIN} or more")
     console = Console(stderr=True, highlight=False)
     stamp = f"{time.strftime('%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-    copies: list[Copy] = []
+    copies: list[RunCopy] = []
 
-    def copy(word: str, at: int = 0) -> Copy:
+    def copy(word: str, at: int = 0) -> RunCopy:
         copies.append(_scaled_down(run_file, overrides, f"{stamp}-{word}", num_steps, at, address))
         return copies[-1]
 
@@ -276,12 +278,12 @@ def run_drill(
         seconds_per_step = _seconds_per_step(peaceful)
         for kind in kinds:
             every = num_steps // 4
-            struck = copy(kind.value, 2 * every if kind is Kind.KILL_IN_SAVE else 2 * every + 1)
-            finding = Finding(kind.value)
+            struck = copy(kind.value, 2 * every if kind is FaultKind.KILL_IN_SAVE else 2 * every + 1)
+            finding = DrillResult(kind.value)
             try:
                 with Reporter(kind.value) as reporter:
-                    strike(struck, kind, reporter, rank=_last_rank(struck))
-                finding = find(struck, kind, undisturbed)
+                    inject(struck, kind, reporter, rank=_last_rank(struck))
+                finding = compare_with_reference(struck, kind, undisturbed)
             except OutlastError as error:
                 finding.error, finding.fault = error.message, read_record(struck.record)
             finding.seconds_per_step = seconds_per_step
@@ -297,7 +299,7 @@ def run_drill(
 
 def _scaled_down(
     run_file: Path, overrides: Sequence[str], word: str, num_steps: int, at: int, address: str | None
-) -> Copy:
+) -> RunCopy:
     name = load_run(str(run_file), overrides)[0].name
     changed = {
         "name": f"{name[: 62 - len(word)]}-{word}",
@@ -306,26 +308,26 @@ def _scaled_down(
         "checkpoint.every": num_steps // 4,
     }
     config, declared = load_run(str(run_file), [*overrides, *(f"{key}={value}" for key, value in changed.items())])
-    return Copy(config.at_home(run_file.parent), declared, at, str(run_file.parent.absolute()), address)
+    return RunCopy(config.at_home(run_file.parent), declared, at, str(run_file.parent.absolute()), address)
 
 
-def _last_rank(copy: Copy) -> int:
+def _last_rank(copy: RunCopy) -> int:
     return copy.config.scale.min_workers - 1
 
 
-def _seconds_per_step(copy: Copy) -> float:
+def _seconds_per_step(copy: RunCopy) -> float:
     events = [event for _, event in run_events(copy.storage, copy.config.name) if event["event"] == "step"]
     ends = sorted(event["ended_at"] for event in events)
     return float(statistics.median(later - earlier for earlier, later in pairwise(ends)))
 
 
-def _remove(copy: Copy) -> None:
+def _remove(copy: RunCopy) -> None:
     copy.storage.delete(f"{copy.config.name}/model")  # the link, before what it leads to
     for entry in list(walk(copy.storage, copy.config.name)):
         copy.storage.delete(f"{copy.config.name}/{entry.name}")
 
 
-def _show(console: Console, findings: Sequence[Finding], num_tensors: int, num_steps: int) -> None:
+def _show(console: Console, findings: Sequence[DrillResult], num_tensors: int, num_steps: int) -> None:
     console.print()
     for finding in findings:
         if finding.error:
@@ -339,7 +341,7 @@ def _show(console: Console, findings: Sequence[Finding], num_tensors: int, num_s
             source = f"step {finding.resumed_from}" if finding.resumed_from else "the beginning"
             ended = f"went on from {source}, {counted(finding.redone, 'step')} again, "
             ended += f"next new step after {finding.seconds:.1f} s: [green]the same bits[/]"
-        console.print(f"  {Kind(finding.kind).meaning}: {ended}", soft_wrap=True)
+        console.print(f"  {FaultKind(finding.kind).meaning}: {ended}", soft_wrap=True)
     if all(finding.is_good for finding in findings):
         proof = f"all {num_tensors} tensors and {num_steps} losses agree"
         console.print(f"\n[bold green]This run comes back, exactly[/]: {len(findings)} of {len(findings)}, {proof}.")

@@ -28,17 +28,17 @@ from ray.train.v2._internal.execution.controller.state import (
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import Journal
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
-from outlast.cluster.fault_tolerance.coordinator import ask, find_hub
+from outlast.cluster.fault_tolerance.coordinator import ask, find_coordinator
 from outlast.cluster.formatting import counted
 
 #: Room for the group is there at once or not at all; then a smaller group is tried.
 START_TIMEOUT_S = 5
 #: Rank 0 talks to the hub twice a second; one that is silent for so long will not save.
-SILENCE_S = 20.0
+QUIET_S = 20.0
 _LOOK_S = 0.2
 
 
@@ -83,9 +83,9 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     ) -> None:
         if isinstance(current_state, ResizingState):
             self._is_planned = True
-            self._have_it_saved(current_state.scaling_decision.num_workers)
+            self._request_save(current_state.scaling_decision.num_workers)
         elif isinstance(current_state, RestartingState | ReschedulingState):
-            self._have_it_counted()
+            self._exempt_from_failures()
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         before, self._size = self._size, len(worker_group.get_workers())
@@ -93,16 +93,16 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         if before not in (0, self._size):
             self._tell(before, self._size, is_planned)
 
-    def _have_it_saved(self, size: int) -> None:
+    def _request_save(self, size: int) -> None:
         """Returns when rank 0 has committed, or cannot."""
-        hub = find_hub(self._place[2])
+        hub = find_coordinator(self._place[2])
         if hub is None:
             return
         ask(hub.want_save.remote(f"the group is resized from {self._size} to {counted(size, 'worker')}"))
-        while not ask(hub.is_saved.remote(SILENCE_S), True):
+        while not ask(hub.is_saved.remote(QUIET_S), True):
             time.sleep(_LOOK_S)
 
-    def _have_it_counted(self) -> None:
+    def _exempt_from_failures(self) -> None:
         with suppress(RayError, GetTimeoutError):  # else Ray counts by itself, later
             coordinator = get_or_create_autoscaling_coordinator()
             ray.get(coordinator.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
@@ -116,6 +116,6 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
                 self._journal = Journal(storage, launch_dir(run, launch), 0, stream="events-resize", flush_s=0)
             event["attempt"] = next((str(attempt) for attempt in list_attempts(storage, run)[-1:]), None)
             self._journal.event("resize", **event)
-        hub = find_hub(launch)
+        hub = find_coordinator(launch)
         if hub is not None:
             ask(hub.exchange.remote([{"event": "resize", **event}]))

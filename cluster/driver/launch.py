@@ -10,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 import signal
-import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,52 +25,53 @@ import ray.train
 import ray.train.torch
 import yaml
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import AuthenticationError
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError, StorageError
-from outlast.checkpointing.fault_injection import Fault
+from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
+from outlast.checkpointing.fault_injection import FaultSpec
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.attempt_history import judge, read_tries, settings_mark
-from outlast.checkpointing.run_store.catalog import catalogue, launch_is_superseded
-from outlast.checkpointing.run_store.liveness import Alive, find_rival, is_process, process_start
-from outlast.checkpointing.storage.base import LocalStorage, Storage, open_storage
+from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.claims import launch_is_superseded
+from outlast.checkpointing.run_store.liveness import LivenessFile, find_active_launch
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.elastic_resize import resizers, scaling
-from outlast.cluster.driver.provenance import keep_record
+from outlast.cluster.driver.provenance import record_provenance
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
+from outlast.cluster.driver.ray_session import ray_session
+from outlast.cluster.driver.signals import _INTERRUPTIONS, _handling, _signals
 from outlast.cluster.driver.warm_standby import environment
 from outlast.cluster.driver.worker import train_worker
-from outlast.cluster.fault_tolerance.coordinator import ask, start_hub
-from outlast.cluster.fault_tolerance.failure_cause import OWN_RAY, Recorder, RunFailed, gave_up
+from outlast.cluster.fault_tolerance.coordinator import ask, start_coordinator
+from outlast.cluster.fault_tolerance.failure_cause import RunFailed
+from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder, gave_up
+from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
 from outlast.cluster.formatting import counted
 from outlast.cluster.preflight.doctor import preflight
-from outlast.cluster.preflight.doctor_rules import TOKEN_HINT
-from outlast.trainers.attempt import Assignment, check_unchanged
+from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.preflight import check_architecture, check_code, check_metric, check_model
-from outlast.trainers.config.training_config import NonFinite, Parallel
-from outlast.trainers.loop.train_loop import Outcome, make_plan
-from outlast.trainers.models.custom_model import make_importable
+from outlast.trainers.checks.resume_checks import check_unchanged
+from outlast.trainers.config.train import NonFinite, Parallel
+from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.encode import Encoder
 from outlast.trainers.preparation.prepare import Prepared, prepare
 from outlast.trainers.tracking.follow import check_trackers
+from outlast.trainers.user_code import make_importable
 
-Listener = Callable[[dict[str, Any]], None]
+EventListener = Callable[[dict[str, Any]], None]
 
-OBJECT_STORE_BYTES = 200 * 2**20
 NODES_WAIT_S = 60.0
-KNOCK_S = 2.0
 RECORD_S = 5.0
 #: Set where nodes come only when they are asked for, as with the autoscaler of a rendered RayJob: how long to wait.
 WAIT_VARIABLE = "OUTLAST_WAIT_FOR_NODES_S"
 POLL_S = 0.5  # Ray Train looks after its workers every 2 s by default; with more than 64 of them, less often
-
-
-#: What SIGINT and SIGTERM raise in the main thread; Ray's own handler, set while it starts, raises the second.
-_INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
 
 
 class Interrupted(OutlastError):
@@ -119,8 +117,8 @@ class Launch:
     declared: Mapping[str, Any]
     take_over: bool = False
     code: str = ""
-    faults: Sequence[Fault] = ()
-    tell: Listener = lambda event: None
+    faults: Sequence[FaultSpec] = ()
+    tell: EventListener = lambda event: None
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     joined: bool = field(default=False, init=False)
     began: float = field(default_factory=time.time, init=False)
@@ -150,14 +148,14 @@ class Launch:
         make_importable(self.code)
         with _preflight():
             storage.list(name)  # not with the patience that others have: the place may be wrong
-            base = catalogue(storage, name).declaration
+            base = read_catalog(storage, name).declaration
             check_unchanged(base, self.config, None)
             model = find_model(storage, name)
             if model is not None and not model.faults:
                 return Finished(Outcome.DONE, self.id, _published(storage, name, model.path))
             if model is not None:
                 self._tell({"event": "damaged-model", "model": model.path, "faults": model.faults})
-            rival = None if self.take_over else find_rival(storage, name)
+            rival = None if self.take_over else find_active_launch(storage, name)
             if rival:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
@@ -165,8 +163,8 @@ class Launch:
             check_architecture(self.config)
             make_plan(self.config, 1, self.config.scale.max_workers)
             check_trackers(self.config.track)
-            mark = settings_mark(self.declared)
-            given_up = judge(read_tries(storage, name), self.config.failure.limits, mark)
+            mark = settings_digest(self.declared)
+            given_up = decide_give_up(read_attempt_history(storage, name), self.config.failure.limits, mark)
             if given_up is not None:
                 raise gave_up(name, given_up)
             self._tell({"event": "phase", "name": "data"})
@@ -177,8 +175,8 @@ class Launch:
             for note in prepared.notes:
                 self._tell({"event": "note", "text": note})
             storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
-            alive = Alive(storage, f"{launch_dir(name, self.id)}/alive.json", mark, self.began)
-            record = keep_record(storage, self.config, self.declared, self.id, prepared, self.code)
+            alive = LivenessFile(storage, f"{launch_dir(name, self.id)}/alive.json", mark, self.began)
+            record = record_provenance(storage, self.config, self.declared, self.id, prepared, self.code)
         ended: int | None = None
         said = ""
         try:
@@ -186,7 +184,7 @@ class Launch:
             ended = finished.outcome.exit_code
             return finished
         except _INTERRUPTIONS:
-            if not catalogue(storage, name).accepted:
+            if not read_catalog(storage, name).accepted:
                 ended = Interrupted.exit_code
                 raise
             ended = Outcome.STOPPED.exit_code
@@ -285,10 +283,10 @@ class Launch:
         """Runs Ray Train in a side thread, because it takes SIGINT for itself in the main one."""
         scale = self.config.scale
         os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, f"{max(POLL_S, scale.max_workers * POLL_S / 64):g}")
-        hub = start_hub(self.id)
+        hub = start_coordinator(self.id)
         resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-        mark = settings_mark(self.declared)
-        recorder = Recorder(self.storage.url, self.config.name, self.id, self.config.failure.limits, mark)
+        mark = settings_digest(self.declared)
+        recorder = FailureRecorder(self.storage.url, self.config.name, self.id, self.config.failure.limits, mark)
         trainer = _Trainer(
             train_worker,
             train_loop_config={"assignment": assignment, "hang_after_s": self.config.failure.hang_after_s},
@@ -337,137 +335,11 @@ class Launch:
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None = None) -> Iterator[bool]:
-    """Ray for the duration: the one that is running in this process, the one at `address`, or one of our own.
-
-    Yields whether it is somebody else's.
-
-    `RAY_ADDRESS` counts as `address`. Ours has a folder of its own, which goes with it; folders of drivers that were
-    killed go with the next one.
-    """
-    if ray.is_initialized():
-        yield False
-        return
-    address = address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    folder = None
-    if not address:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        folder = _ray_folder()
-        quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": folder}
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # raylet prints obituaries there
-            with contextlib.chdir(
-                folder or "."
-            ):  # workers import first from here: a folder `outlast` must not be found
-                _init(address=address or "local", **quiet)
-            interrupt_on_sigterm()
-            yield bool(address)
-    finally:
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _init(address: str, **options: Any) -> None:
-    """Starts or joins Ray.
-
-    Raises:
-        ConfigError: It is the address of something else.
-        PreflightError: There is no such cluster, it has another Ray or Python, or it wants a token.
-        KeyboardInterrupt: SIGINT or SIGTERM came meanwhile.
-    """
-    _check_answers(address)
-    try:
-        with _signals() as stopping:  # Ray forks: an interruption in the middle of that leaves a lock locked for good
-            ray.init(address=address, **options)
-    except (AuthenticationError, ConnectionError, RuntimeError) as error:
-        if address == "local":
-            raise
-        said, hint = " ".join(str(error).split()), "check the address, and that Ray and Python are the same there"
-        if "AuthenticationError" in f"{error!r} {error.__cause__} {error.__context__}":  # Ray wraps it as text
-            said, hint = "it wants a token, and got none or another", TOKEN_HINT
-        raise PreflightError(f"the Ray cluster at {address} cannot be joined: {said}", hint=hint) from error
-    if stopping.is_set():
-        raise KeyboardInterrupt
-
-
-def _check_answers(address: str) -> None:
-    """Asks at the door: Ray itself knocks for minutes where nobody is. Raises as `_init`."""
-    scheme, _, place = address.rpartition("://")
-    host, _, port = place.rpartition(":")
-    if scheme not in ("", "ray"):
-        hint = f"give HEAD:6379; or through the job server: outlast submit RUN.yaml --address {address}"
-        raise ConfigError(f"{address} is no address of a Ray cluster that a driver can join", hint=hint)
-    if not port.isdecimal():
-        return  # such as local or auto
-    deadline = time.monotonic() + KNOCK_S
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline or isinstance(error, socket.gaierror):
-                said = f"no Ray cluster answers at {address}: {error.strerror or error}"
-                raise PreflightError(said, hint="check the address, and that `ray start --head` runs there") from error
-        time.sleep(0.5)
-
-
-def _ray_folder() -> str:
-    """A new folder for a Ray of our own; removes those whose driver is gone."""
-    for other in Path(tempfile.gettempdir()).glob(f"{OWN_RAY}*"):
-        with contextlib.suppress(OSError, ValueError):
-            pid, started = (other / "driver").read_text().split()
-            if not is_process(int(pid), started):
-                shutil.rmtree(other, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=OWN_RAY)
-    Path(folder, "driver").write_text(f"{os.getpid()} {process_start(os.getpid())}")
-    return folder
-
-
-@contextlib.contextmanager
 def _preflight() -> Iterator[None]:
     try:
         yield
     except StorageError as error:
         raise PreflightError(error.message, hint=error.hint) from error
-
-
-def interrupt_on_sigterm() -> None:
-    """Outside the training itself there is nothing to commit: SIGTERM then ends the driver as Ctrl-C does.
-
-    To be said again after `ray.init`, which sets a handler of its own.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the second one interrupts at once."""
-    stopping = threading.Event()
-
-    def handle(signum: int, frame: object) -> None:
-        if stopping.is_set():
-            raise KeyboardInterrupt
-        stopping.set()
-
-    with _handling(handle):
-        yield stopping
-
-
-@contextlib.contextmanager
-def _handling(handle: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[None]:
-    """SIGTERM and SIGINT are handled so meanwhile. Python allows it in the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _published(storage: Storage, run: str, model: str) -> str:

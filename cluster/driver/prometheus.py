@@ -30,7 +30,7 @@ GAUGES = {
 }
 
 
-class Meter:
+class PrometheusGauges:
     """The gauges of one run.
 
     Args:
@@ -41,7 +41,7 @@ class Meter:
         self._gauges = {name: Gauge(name, text, tag_keys=("run",)) for name, text in GAUGES.items()}
         self._tags = {"run": run}
 
-    def hear(self, event: Mapping[str, Any], attempt: str | None) -> None:
+    def apply(self, event: Mapping[str, Any], attempt: str | None) -> None:
         """Learns from an event of rank 0, whose attempt is called so."""
         match event["event"]:
             case "plan":

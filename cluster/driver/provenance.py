@@ -26,7 +26,7 @@ from outlast.checkpointing.format.layout import RECORD, launch_dir
 from outlast.checkpointing.storage.base import Storage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.preflight.doctor_probe import cpu_capability, find_gpus
-from outlast.trainers.attempt import machine
+from outlast.trainers.host_info import machine
 from outlast.trainers.preparation.prepare import Prepared
 
 #: What a submission knows of the code, which it sends along without its repository.
@@ -39,7 +39,7 @@ _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _MOST_NAMES = 200
 
 
-def keep_record(
+def record_provenance(
     storage: Storage, config: RunConfig, declared: Mapping[str, Any], launch: str, prepared: Prepared, code: str
 ) -> threading.Thread:
     """Begins to write the record of a launch. Returns the thread, which ends when it is written or cannot be."""

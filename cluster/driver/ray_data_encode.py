@@ -26,16 +26,16 @@ import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
-from outlast.trainers.config.model import DataSettings
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.readers import read_files
 from outlast.trainers.data.sources import Source
-from outlast.trainers.models.build import files_of, load_tokenizer
-from outlast.trainers.models.custom_model import make_importable
+from outlast.trainers.data.tokenizer import files_of, load_tokenizer
 from outlast.trainers.preparation.encode import Piece, Split, encode_rows, with_error
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.user_code import make_importable
 
 #: Files of so many bytes together are read one after the other by one task.
 PART_BYTES = 32 * 2**20
@@ -45,7 +45,7 @@ NUM_READERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class EncodePart:
     """Files that one task reads, and the number of their first row."""
 
     sources: Sequence[Source]
@@ -53,7 +53,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class EncodeJob:
     """What the tasks of Ray must know of a split. Plain values, because it is sent to every worker.
 
     Attributes:
@@ -91,7 +91,7 @@ def encode_on_ray(task: Task, split: Split, *, code: str = "") -> Generator[Piec
     Raises:
         RunFailed: Ray failed, or the same task of it again and again.
     """
-    job = Job(split, json.dumps(task.facts), tuple(files_of(task.tokenizer).items()), code)
+    job = EncodeJob(split, json.dumps(task.facts), tuple(files_of(task.tokenizer).items()), code)
     parts = _parts(split.sources())
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
@@ -111,7 +111,7 @@ def encode_on_ray(task: Task, split: Split, *, code: str = "") -> Generator[Piec
         raise RunFailed(f"preparing the data on Ray failed: {said}", hint=hint) from error
 
 
-def _parts(sources: Sequence[Source]) -> list[Part]:
+def _parts(sources: Sequence[Source]) -> list[EncodePart]:
     """The files, cut where about so many bytes are together."""
     parts: list[list[Source]] = []
     num_bytes = PART_BYTES
@@ -121,10 +121,10 @@ def _parts(sources: Sequence[Source]) -> list[Part]:
             num_bytes = 0
         parts[-1].append(source)
         num_bytes += source.num_bytes
-    return [Part(part) for part in parts]
+    return [EncodePart(part) for part in parts]
 
 
-def _dataset(parts: Sequence[Part]) -> Any:
+def _dataset(parts: Sequence[EncodePart]) -> Any:
     """A data set with a block for each part, whose operators keep the order."""
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
@@ -134,7 +134,7 @@ def _dataset(parts: Sequence[Part]) -> Any:
         return ray.data.from_items([{"part": pickle.dumps(part)} for part in parts], override_num_blocks=len(parts))
 
 
-def _reading(parts: Sequence[Part], job: Job) -> dict[str, Any]:
+def _reading(parts: Sequence[EncodePart], job: EncodeJob) -> dict[str, Any]:
     """How tasks that read run. Local files are read where the driver is, because others may not have them."""
     is_local = any(isinstance(source.storage, LocalStorage) for part in parts for source in part.sources)
     return {
@@ -147,7 +147,7 @@ def _reading(parts: Sequence[Part], job: Job) -> dict[str, Any]:
     }
 
 
-def _count(given: pa.Table, job: Job) -> pa.Table:
+def _count(given: pa.Table, job: EncodeJob) -> pa.Table:
     """How many rows there are, up to an error, which is told when they are read."""
     part, count = pickle.loads(given["part"][0].as_py()), 0
     with suppress(OutlastError):
@@ -156,7 +156,7 @@ def _count(given: pa.Table, job: Job) -> pa.Table:
     return pa.table({"count": [count]})
 
 
-def _read(given: pa.Table, job: Job) -> Iterator[pa.Table]:
+def _read(given: pa.Table, job: EncodeJob) -> Iterator[pa.Table]:
     part = pickle.loads(given["part"][0].as_py())
     rows, num_bytes = list[bytes](), 0
     for row in with_error(job.split.rows(part.sources, part.first)):
@@ -168,7 +168,7 @@ def _read(given: pa.Table, job: Job) -> Iterator[pa.Table]:
     yield _table("row", rows)
 
 
-def _encode(given: pa.Table, job: Job) -> pa.Table:
+def _encode(given: pa.Table, job: EncodeJob) -> pa.Table:
     rows = [pickle.loads(row.as_py()) for row in given["row"]]
     return _table("pieces", [pickle.dumps(encode_rows(job.task(), job.split.chosen, rows))])
 

@@ -26,12 +26,12 @@ from ray.core.generated.common_pb2 import Language, WorkerType
 from ray.runtime_env import RuntimeEnv
 
 from outlast.cluster.config.run_config import RunConfig
-from outlast.trainers.tasks.registry import TASKS
+from outlast.trainers.config.task_names import TASKS
 
 NUM_SPARE_NODES = 2
-_REHEARSED, _AFTER_S = "OUTLAST_REHEARSED", "OUTLAST_STANDBY_AFTER_S"
+_PREWARM, _AFTER_S = "OUTLAST_REHEARSED", "OUTLAST_STANDBY_AFTER_S"
 _LOOK_S = 30.0
-_PATIENCE_S = 5.0
+_TIMEOUT_S = 5.0
 _KEPT_S = 365 * 86400  # until the job ends
 
 
@@ -44,20 +44,9 @@ def environment(config: RunConfig) -> dict[str, str]:
     if config.model.path is not None:
         with suppress(OSError, ValueError):
             known = json.loads(Path(config.model.path, "config.json").read_text())
-    hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.warm_standby.warm"}
+    hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.prewarm_hook.warm"}
     first = json.dumps([task, known.get("model_type")])
-    return {**hook, _REHEARSED: first, _AFTER_S: str(config.failure.standby_after_s)}
-
-
-def warm() -> None:
-    """What every worker process does first: the imports that it will need."""
-    import outlast.cluster.driver.worker  # noqa: F401
-    from outlast.trainers.prewarm import rehearse
-
-    task, model_type = json.loads(os.environ[_REHEARSED])
-    if task:
-        with suppress(Exception):  # the attempt itself will say so; what is raised here lets no worker start at all
-            rehearse(task, model_type)
+    return {**hook, _PREWARM: first, _AFTER_S: str(config.failure.standby_after_s)}
 
 
 class Standbys:
@@ -70,7 +59,7 @@ class Standbys:
     """
 
     def __init__(self, nodes: Sequence[str]) -> None:
-        self._wanted = Counter(nodes) if _REHEARSED in os.environ else Counter()
+        self._wanted = Counter(nodes) if _PREWARM in os.environ else Counter()
         self._served: set[str] = set()
         self._next_look: float | None = None
 
@@ -95,7 +84,7 @@ class Standbys:
                 raylet = node_manager_pb2_grpc.NodeManagerServiceStub(init_grpc_channel(address))
                 request.num_workers = max(0, wanted - _num_waiting(raylet, request.job_id))
                 if request.num_workers:
-                    raylet.PrestartWorkers(request, timeout=_PATIENCE_S)
+                    raylet.PrestartWorkers(request, timeout=_TIMEOUT_S)
                 self._served.add(node)
 
     def _unserved(self) -> list[tuple[str, int, str]]:
@@ -120,6 +109,6 @@ def _environment_info(text: str) -> Any:
 
 def _num_waiting(raylet: Any, job: bytes) -> int:
     """How many processes of this job have run nothing yet."""
-    stats = raylet.GetNodeStats(node_manager_pb2.GetNodeStatsRequest(), timeout=_PATIENCE_S).core_workers_stats
+    stats = raylet.GetNodeStats(node_manager_pb2.GetNodeStatsRequest(), timeout=_TIMEOUT_S).core_workers_stats
     ours = (worker for worker in stats if worker.worker_type == WorkerType.WORKER and worker.job_id == job)
     return sum(not worker.actor_id.strip(b"\xff") and not worker.num_executed_tasks for worker in ours)

@@ -14,14 +14,15 @@ import ray.train.torch
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.run_store.liveness import process_start
-from outlast.checkpointing.storage.base import Storage, open_storage
-from outlast.cluster.driver.prometheus import Meter
-from outlast.cluster.fault_tolerance.coordinator import Line
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.cluster.driver.coordinator_client import CoordinatorClient
+from outlast.cluster.driver.prometheus import PrometheusGauges
 from outlast.cluster.fault_tolerance.failure_cause import RankError
 from outlast.cluster.fault_tolerance.out_of_memory import log_of_this_process
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
 from outlast.trainers.attempt import Assignment, run_attempt
-from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.config.train import Parallel
 from outlast.trainers.distributed.world import World
 
 _IMPORTED_AT = time.time()
@@ -30,7 +31,7 @@ COMPILING = 10
 
 
 def _watchdog(
-    line: Line, world: World, storage: Storage, assignment: Assignment, hang_after_s: float | None
+    line: CoordinatorClient, world: World, storage: Storage, assignment: Assignment, hang_after_s: float | None
 ) -> Watchdog:
     def directory() -> str:
         """The attempt's journal or, before the claim, the launch's."""
@@ -54,18 +55,18 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     entered_at = time.time()
     assignment: Assignment = payload["assignment"]
     context = ray.train.get_context()
-    with Line(assignment.launch, context.get_world_rank(), context.get_world_size()) as line:
+    with CoordinatorClient(assignment.launch, context.get_world_rank(), context.get_world_size()) as line:
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
             marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             node = ray.get_runtime_context().get_node_id()
             world = World(ray.train.torch.get_device(), node, log_of_this_process(), marks)
             # One rank asks for all: a verdict that comes just now would be heard by some, and the others wait for them.
-            if earlier := world.from_rank_0(line.earlier_failure):
+            if earlier := world.run_on_rank_0(line.earlier_failure):
                 return {"error": earlier}
             line.watch(world.gather(world.node))
             if world.rank == 0:
-                line.meter = Meter(assignment.config.name)
+                line.meter = PrometheusGauges(assignment.config.name)
             with _watchdog(line, world, storage, assignment, payload["hang_after_s"]) as dog:
                 try:
                     return {"outcome": run_attempt(assignment, storage, world, line).value}

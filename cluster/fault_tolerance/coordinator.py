@@ -7,11 +7,8 @@ for the next signal, the screen stays still, and a loss that was announced befor
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -19,19 +16,13 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.cluster.driver.prometheus import Meter
-from outlast.cluster.driver.warm_standby import Standbys
-from outlast.cluster.fault_tolerance.hang_detection import Beat, Group, Hang
-from outlast.cluster.fault_tolerance.preemption import Watch, draining_nodes
-from outlast.trainers.loop.progress import Phase, Pulse
+from outlast.cluster.fault_tolerance.hang_detection import GroupProgress, Hang, Heartbeat
 
 NAMESPACE = "outlast"
-_PERIOD_S = 0.5
-_PATIENCE_S = 10.0
-_AGREEMENT_S = 5.0
+_TIMEOUT_S = 10.0
 
 
-class Wish:
+class SaveRequest:
     """A commit that somebody outside asks rank 0 for, and how far it is. Pure.
 
     Args:
@@ -51,7 +42,7 @@ class Wish:
         self._is_taken, self.is_fulfilled = True, not is_training
         return self._reason if is_training else None
 
-    def hear(self, event: dict[str, Any]) -> None:
+    def apply(self, event: dict[str, Any]) -> None:
         """Learns from an event of rank 0."""
         match event["event"]:
             case "save-requested" if event["reason"] == self._reason:
@@ -62,7 +53,7 @@ class Wish:
                 self.is_fulfilled = True  # no more steps will come
 
 
-class Hub:
+class Coordinator:
     """The actor's body."""
 
     def __init__(self) -> None:
@@ -72,8 +63,8 @@ class Hub:
         self._verdict: OutlastError | None = None
         self._drained: set[str] = set()
         self._reached: dict[str, tuple[int, float]] = {}
-        self._groups: dict[str, Group] = {}
-        self._wish = Wish()
+        self._groups: dict[str, GroupProgress] = {}
+        self._wish = SaveRequest()
         self._heard_at = time.monotonic()
 
     def stop(self) -> None:
@@ -84,7 +75,7 @@ class Hub:
         """Takes rank 0's events; tells it whether to stop."""
         self._events.extend({"t": time.time(), **event} for event in events)
         for event in events:
-            self._wish.hear(event)
+            self._wish.apply(event)
             if event["event"] == "commit":  # progress: a verdict that came while the next group was at work is void
                 self._verdict = None
             if event["event"] == "step" and "by" in event:
@@ -98,7 +89,7 @@ class Hub:
 
     def want_save(self, reason: str) -> None:
         """Asks rank 0 for a commit, because the group is about to be ended on purpose."""
-        self._wish = Wish(reason)
+        self._wish = SaveRequest(reason)
         self._heard_at = time.monotonic()
 
     def wanted(self, *, is_training: bool) -> str | None:
@@ -124,18 +115,18 @@ class Hub:
         """Whether a node of this attempt was announced to go."""
         return attempt in self._drained
 
-    def beat(self, group: str, beat: Beat) -> tuple[Hang | None, list[dict[str, Any]]]:
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]]:
         """Takes note of where a rank is. Tells it whether its group hangs, and rank 0 which ranks are slow."""
-        known = self._groups.setdefault(group, Group())
-        return known.hear(beat, time.monotonic()), known.slow() if beat.rank == 0 else []
+        known = self._groups.setdefault(group, GroupProgress())
+        return known.apply(beat, time.monotonic()), known.slow() if beat.rank == 0 else []
 
-    def last_words(self, group: str, rank: int) -> bool:
+    def last_report(self, group: str, rank: int) -> bool:
         """Takes note that a rank of a group that hangs has written its stacks. True once all have."""
-        return self._groups.setdefault(group, Group()).write(rank, time.monotonic())
+        return self._groups.setdefault(group, GroupProgress()).write(rank, time.monotonic())
 
-    def beats(self, group: str) -> dict[int, tuple[Beat, float]]:
+    def beats(self, group: str) -> dict[int, tuple[Heartbeat, float]]:
         """Where the ranks of a group were, and how many seconds ago."""
-        return self._groups.setdefault(group, Group()).ages(time.monotonic())
+        return self._groups.setdefault(group, GroupProgress()).ages(time.monotonic())
 
     def take_hang(self) -> Hang | None:
         """How the newest group hung, if it did; once."""
@@ -158,18 +149,18 @@ class Hub:
         return self._failures[min(self._failures)] if self._failures else self._verdict
 
 
-def start_hub(launch: str) -> Any:
+def start_coordinator(launch: str) -> Any:
     """Starts the hub of a launch on the driver's node; it goes with the driver.
 
     The affinity is hard: with a soft one Ray puts it on another node where the driver's offers no CPUs (a head on
     Kubernetes), and a hub that is lost with that node forgets which losses were announced.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Hub)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Coordinator)
     return actor.options(name=f"hub-{launch}", namespace=NAMESPACE).remote()
 
 
-def find_hub(launch: str) -> Any:
+def find_coordinator(launch: str) -> Any:
     """The hub of a launch, or None when it has gone."""
     try:
         return ray.get_actor(f"hub-{launch}", namespace=NAMESPACE)
@@ -180,125 +171,6 @@ def find_hub(launch: str) -> Any:
 def ask(call: Any, otherwise: Any = None) -> Any:
     """The answer to a call to the hub, or `otherwise` when the hub has gone."""
     try:
-        return ray.get(call, timeout=_PATIENCE_S)
+        return ray.get(call, timeout=_TIMEOUT_S)
     except (RayError, GetTimeoutError):
         return otherwise
-
-
-class Line:
-    """A worker's line to the hub: the `Control` of its step loop. On rank 0 a thread keeps it alive."""
-
-    def __init__(self, launch: str, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-        self.pulse = Pulse()
-        self._stop = False
-        self._saves: deque[str] = deque()
-        self._watch: Watch | None = None
-        self.attempt: str | None = None
-        self.meter: Meter | None = None
-        self._is_training = False
-        self._standbys: Standbys | None = None
-        self._is_under_way = False
-        self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._talk, daemon=True)
-        self._hub = find_hub(launch)
-
-    def __enter__(self) -> Line:
-        if self._rank == 0 and self._hub is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        if self._thread.ident is not None:
-            self._thread.join(_PATIENCE_S)
-
-    def stop_requested(self) -> bool:
-        return self._stop
-
-    def save_requested(self) -> str | None:
-        return self._saves.popleft() if self._saves else None
-
-    def watch(self, nodes: Sequence[str]) -> None:
-        """From now on asks for a save when one of these nodes is about to be lost, and keeps standbys there (rank 0).
-
-        Args:
-            nodes: The node of each rank.
-        """
-        self._watch = Watch(set(nodes))
-        self._standbys = Standbys(nodes)
-
-    def claimed(self, attempt: str) -> None:
-        self.attempt = attempt
-
-    def at(self, phase: Phase, step: int) -> None:
-        self.pulse.at(phase, step)
-
-    def worked(self, seconds: float) -> None:
-        self.pulse.worked(seconds)
-
-    def beat(self, group: str, beat: Beat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
-        """As of `watchdog.Post`; so are the next two."""
-        answer: tuple[Hang | None, list[dict[str, Any]]] | None = self._ask("beat", group, beat)
-        return answer
-
-    def last_words(self, group: str, rank: int) -> bool | None:
-        answer: bool | None = self._ask("last_words", group, rank)
-        return answer
-
-    def beats(self, group: str) -> dict[int, tuple[Beat, float]] | None:
-        answer: dict[int, tuple[Beat, float]] | None = self._ask("beats", group)
-        return answer
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        return None if self._hub is None else ask(getattr(self._hub, method).remote(*arguments))
-
-    def progress(self, event: dict[str, Any]) -> None:
-        self._events.append({"t": time.time(), "by": self.attempt, **event})
-        self._is_training = self._is_training or event["event"] == "step"
-        self._is_under_way = self._is_under_way or event["event"] == "under-way"
-        if event["event"] == "commit" and self._watch is not None:
-            self._watch.save_s = event["seconds"]
-
-    def earlier_failure(self) -> OutlastError | None:
-        """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
-        failure: OutlastError | None = ask(self._hub.failure.remote()) if self._hub is not None else None
-        return failure
-
-    def all_fail(self, error: OutlastError) -> bool:
-        """Reports a permanent error. True once every rank has one: then all may return, and nobody is waited for."""
-        deadline = time.monotonic() + _AGREEMENT_S
-        while self._hub is not None and time.monotonic() < deadline:
-            if ask(self._hub.fail.remote(self._rank, error), 0) == self._size:
-                return True
-            time.sleep(0.1)
-        return False
-
-    def _talk(self) -> None:
-        while True:
-            closing = self._closing.wait(_PERIOD_S)
-            events = [self._events.popleft() for _ in range(len(self._events))]
-            self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
-            if self.meter is not None:
-                for event in events:
-                    # Nothing depends on it.
-                    with contextlib.suppress(RayError, RuntimeError, ValueError, TypeError, LookupError):
-                        self.meter.hear(event, self.attempt)
-            with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
-                self._look_for_drains()
-            if reason := ask(self._hub.wanted.remote(is_training=self._is_training)):
-                self._saves.append(reason)  # in a queue, because whoever wishes waits for the save of that name
-            if self._is_under_way and self._standbys is not None:  # earlier, the first step would wait for them
-                with contextlib.suppress(RayError, RuntimeError, OSError):  # asked last: dead nodes answer late
-                    self._standbys.look()
-            if closing:
-                return
-
-    def _look_for_drains(self) -> None:
-        if self._watch is None:
-            return
-        reason = self._watch.look(draining_nodes())
-        if reason is not None:
-            self._saves.append(reason)
-            ask(self._hub.drain_noticed.remote(self.attempt or "unclaimed"))

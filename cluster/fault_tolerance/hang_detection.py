@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from outlast.trainers.loop.progress import Phase
+from outlast.trainers.loop.progress import StepPhase
 
 #: A rank whose thread was not heard of for so long does not run.
 SILENT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """What a rank says of itself.
 
     Attributes:
@@ -33,7 +33,7 @@ class Beat:
     rank: int
     size: int
     host: str
-    phase: Phase
+    phase: StepPhase
     step: int
     seconds: float
     limit_s: float
@@ -54,7 +54,7 @@ class Hang:
 
 
 @dataclass(slots=True)
-class Group:
+class GroupProgress:
     """What the hub knows of the ranks of one group.
 
     Attributes:
@@ -64,12 +64,12 @@ class Group:
         reported: Whether the end of the group has been explained.
     """
 
-    beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
+    beats: dict[int, tuple[Heartbeat, float]] = field(default_factory=dict)
     hang: Hang | None = None
     written: set[int] = field(default_factory=set)
     reported: bool = False
 
-    def hear(self, beat: Beat, now: float) -> Hang | None:
+    def apply(self, beat: Heartbeat, now: float) -> Hang | None:
         """Takes a beat. Once there is a hang it stays one."""
         self.beats[beat.rank] = (beat, now)
         return self.look(now)
@@ -84,7 +84,7 @@ class Group:
         self.written.add(rank)
         return {other for other, (_, age) in self.ages(now).items() if age < SILENT_S / 2} <= self.written
 
-    def ages(self, now: float) -> dict[int, tuple[Beat, float]]:
+    def ages(self, now: float) -> dict[int, tuple[Heartbeat, float]]:
         """Every rank's last beat, and how many seconds ago it was."""
         return {rank: (beat, now - at) for rank, (beat, at) in self.beats.items()}
 
@@ -95,7 +95,7 @@ class Group:
         return [{"rank": rank, "host": self.beats[rank][0].host, "times": times} for rank, times in slow]
 
 
-def find_hang(beats: Mapping[int, tuple[Beat, float]]) -> Hang | None:
+def find_hang(beats: Mapping[int, tuple[Heartbeat, float]]) -> Hang | None:
     """Whether the group hangs, and on whom.
 
     A rank that waits is over its time without a fault of its own; it is excused while another one, which has come no
@@ -115,16 +115,16 @@ def find_hang(beats: Mapping[int, tuple[Beat, float]]) -> Hang | None:
     return Hang(ranks, f"no progress for {waited_s:.0f} s: {said}")
 
 
-def missing(beats: Mapping[int, tuple[Beat, float]]) -> tuple[int, ...]:
+def missing(beats: Mapping[int, tuple[Heartbeat, float]]) -> tuple[int, ...]:
     """The ranks that the others wait for: those that are not heard of, else those that have come least far."""
     silent = tuple(sorted(rank for rank, (_, age) in beats.items() if age > SILENT_S))
     least = min((beat.place for beat, _ in beats.values()), default=None)
     return silent or tuple(sorted(rank for rank, (beat, _) in beats.items() if beat.place == least))
 
 
-def describe(beat: Beat, age: float) -> str:
+def describe(beat: Heartbeat, age: float) -> str:
     """A rank's whereabouts in words."""
-    where = f"in step {beat.step + 1}, {beat.phase.value}" if beat.phase is not Phase.START else "at the start"
+    where = f"in step {beat.step + 1}, {beat.phase.value}" if beat.phase is not StepPhase.START else "at the start"
     silence = f", silent for {age:.0f} s" if age > SILENT_S else ""
     return f"rank {beat.rank} on {beat.host} is {where}{silence}"
 

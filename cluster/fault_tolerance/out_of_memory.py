@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from outlast.trainers.attempt import num_oom_kills
+from outlast.trainers.host_info import num_oom_kills
 
 DEVICE_ADVICE = (
     "spread the model over the workers with scale.parallel: fsdp, or, in a run that has no checkpoint yet, halve "

@@ -26,7 +26,7 @@ def draining_nodes() -> dict[str, float]:
 
 
 @dataclass(slots=True)
-class Watch:
+class PreemptionWatch:
     """Decides when to save, for one attempt.
 
     Attributes:

@@ -24,8 +24,8 @@ from typing import Any, Protocol
 from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.storage.base import Storage
-from outlast.cluster.fault_tolerance.hang_detection import Beat, Hang, describe, missing
-from outlast.trainers.loop.progress import Phase, Pulse
+from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat, describe, missing
+from outlast.trainers.loop.progress import StepPhase, StepProgress
 
 #: Over its time is a step that takes so many times the median.
 STEPS = 20
@@ -33,7 +33,7 @@ STEPS = 20
 PATIENCE = 15
 PERIOD_S = 1.0
 #: How long the ranks of a group that hangs may take to write their stacks.
-LAST_WORDS_S = 15.0
+LAST_REPORT_S = 15.0
 EXIT_CODE = 70
 _CONFIRM = 10
 
@@ -42,16 +42,16 @@ class StepTimedOut(OutlastError):
     """A rank waited for the others until its connection gave up."""
 
 
-class Post(Protocol):
+class WatchdogTransport(Protocol):
     """The way to the hub. Each returns None when nobody answers."""
 
-    def beat(self, group: str, beat: Beat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
         """Tells where a rank is; learns whether the group hangs, and which ranks are slow."""
 
-    def last_words(self, group: str, rank: int) -> bool | None:
+    def last_report(self, group: str, rank: int) -> bool | None:
         """Tells that a rank's stacks are written; learns whether everybody's are."""
 
-    def beats(self, group: str) -> dict[int, tuple[Beat, float]] | None:
+    def beats(self, group: str) -> dict[int, tuple[Heartbeat, float]] | None:
         """Every rank's last beat and its age."""
 
 
@@ -73,11 +73,11 @@ class Watchdog:
 
     def __init__(
         self,
-        post: Post,
+        post: WatchdogTransport,
         group: str,
         rank: int,
         size: int,
-        pulse: Pulse,
+        pulse: StepProgress,
         hang_after_s: float | None,
         storage: Storage,
         directory: Callable[[], str],
@@ -126,7 +126,7 @@ class Watchdog:
         while not self._closing.wait(self._period_s):
             beat = self._beat()
             if self._hang_after_s is not None:
-                rest_s = max(0.0, beat.limit_s - beat.seconds) + 2 * LAST_WORDS_S
+                rest_s = max(0.0, beat.limit_s - beat.seconds) + 2 * LAST_REPORT_S
                 faulthandler.dump_traceback_later(rest_s, exit=True, file=2)
             answer = self._post.beat(self._group, beat)
             if answer is None:
@@ -137,13 +137,13 @@ class Watchdog:
             if self._rank == 0:
                 self._note(slow)
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         phase, step, seconds = self._pulse.now
-        return Beat(
+        return Heartbeat(
             self._rank, self._size, socket.gethostname(), phase, step, seconds, self.limit_s(phase), self._pulse.work_s
         )
 
-    def limit_s(self, phase: Phase) -> float:
+    def limit_s(self, phase: StepPhase) -> float:
         """How long this rank may be at something."""
         if self._hang_after_s is None:
             return inf
@@ -154,15 +154,15 @@ class Watchdog:
 
     def _give_up(self, hang: Hang) -> None:
         """Writes the stacks, waits for the others to do so, and ends the process."""
-        faulthandler.dump_traceback_later(2 * LAST_WORDS_S, exit=True, file=2)  # the storage may be what hangs
+        faulthandler.dump_traceback_later(2 * LAST_REPORT_S, exit=True, file=2)  # the storage may be what hangs
         phase, step, _ = self._pulse.now
         with suppress(StorageError):  # the stacks then stand in the worker's log alone
             self._event(
                 "hang", rank=self._rank, missing=list(hang.ranks), step=step, phase=phase.value, threads=stacks()
             )
         faulthandler.dump_traceback(2)
-        deadline = time.monotonic() + LAST_WORDS_S
-        while not self._post.last_words(self._group, self._rank) and time.monotonic() < deadline:
+        deadline = time.monotonic() + LAST_REPORT_S
+        while not self._post.last_report(self._group, self._rank) and time.monotonic() < deadline:
             time.sleep(0.1)
         os._exit(EXIT_CODE)
 

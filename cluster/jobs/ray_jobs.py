@@ -7,17 +7,13 @@ Whether a run is done, and how far it is, is read from the run's own storage, wh
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
-import shutil
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -26,26 +22,24 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.driver.provenance import CODE_FILE, code_state
-from outlast.cluster.preflight.doctor_rules import TOKEN_HINT, Finding, Level
+from outlast.cluster.jobs.bundle import _package, bundle
+from outlast.cluster.preflight.finding import TOKEN_HINT, Finding, Level
 from outlast.trainers.checks import preflight
-from outlast.trainers.models.custom_model import make_importable
-from outlast.trainers.tasks.registry import is_dotted
+from outlast.trainers.config.task_names import is_dotted
+from outlast.trainers.user_code import make_importable
 
 STOP_WAIT_S = 600
 _PERIOD_S = 0.5
 _DRIVER_CPUS = 0.01
-_PACKAGES = ("checkpointing", "trainers", "cluster")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SubmittedJob:
     """One submission of a run.
 
     Attributes:
@@ -102,7 +96,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise PreflightError(f"no job server answers at {place}: {first_line(error)}", hint=hint) from error
 
 
-def judge_server(place: str) -> list[Finding]:
+def check_server(place: str) -> list[Finding]:
     """Whether strangers may run code on the cluster: its job server takes requests without a token from elsewhere."""
     host = urlsplit(place).hostname or ""
     try:
@@ -118,18 +112,18 @@ def judge_server(place: str) -> list[Finding]:
     ]
 
 
-def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[Job]:
+def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[SubmittedJob]:
     """Every submission of a run that the cluster remembers, or of every run; oldest first."""
     found = [_job(details) for details in client.list_jobs()]
     known = [job for job in found if job is not None and run in (None, job.run)]
     return sorted(known, key=lambda job: (job.run, job.number))
 
 
-def _job(details: JobDetails) -> Job | None:
+def _job(details: JobDetails) -> SubmittedJob | None:
     run, match = (details.metadata or {}).get("outlast_run"), re.fullmatch(r".+-(\d+)", details.submission_id or "")
     if run is None or match is None:
         return None
-    return Job(
+    return SubmittedJob(
         details.submission_id, run, int(match[1]), details.status.value, details.message or "", details.driver_exit_code
     )
 
@@ -163,7 +157,8 @@ def check_code(config: RunConfig, code: Path | None) -> None:
     """
     if code is not None:
         make_importable(str(code.absolute()))
-    own = [place for place in (config.model.class_, config.model.task) if place and is_dotted(place)]
+    named = (config.model.class_, config.model.task, config.train.optimizer)
+    own = [place for place in named if place and is_dotted(place)]
     if code is not None or all(find_spec(place.partition(".")[0].partition(":")[0]) for place in own):
         preflight.check_code(config)  # else the cluster has it installed, or says that it has not
 
@@ -176,7 +171,7 @@ def submit(
     code: Path | None = None,
     ship: bool = True,
     ignoring: Collection[str] = (),
-) -> tuple[Job, bool]:
+) -> tuple[SubmittedJob, bool]:
     """Submits a run, unless it has a live job already.
 
     Args:
@@ -216,7 +211,7 @@ def submit(
             )
         except RuntimeError as error:
             raise PreflightError(f"the job server refused {config.name}-{number}: {error}") from error
-    return Job(f"{config.name}-{number}", config.name, number, JobStatus.PENDING.value), True
+    return SubmittedJob(f"{config.name}-{number}", config.name, number, JobStatus.PENDING.value), True
 
 
 def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
@@ -242,52 +237,19 @@ def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Ma
     return log
 
 
-@contextmanager
-def bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
-    """A folder with what travels: the run file and the user's Python files."""
-    with tempfile.TemporaryDirectory(prefix="outlast-submit-") as name:
-        folder = Path(name)
-        work = folder / "work"
-        if code is not None:
-            ignore = shutil.ignore_patterns(".*", "__pycache__", "*.pyc")
-            shutil.copytree(code, work, ignore=lambda path, names: {*ignore(path, names), *_not_python(path, names)})
-        work.mkdir(exist_ok=True)
-        if code is not None:
-            (work / CODE_FILE).write_text(json.dumps(code_state(code)))
-        (work / "run.yaml").write_text(yaml.safe_dump(dict(declared), sort_keys=False))
-        yield folder
-
-
-def _not_python(folder: str, names: list[str]) -> set[str]:
-    """Data stays at home: of a user's folder only Python and its settings travel."""
-    kept = (".py", ".json", ".yaml", ".yml", ".toml", ".txt")
-    return {name for name in names if (Path(folder) / name).is_file() and not name.endswith(kept)}
-
-
-def _package(folder: Path) -> Path:
-    """outlast as a folder that can be imported, from wherever it is installed here."""
-    from importlib import import_module
-
-    package = folder / "outlast"
-    for name in _PACKAGES:
-        [source] = import_module(f"outlast.{name}").__path__
-        shutil.copytree(source, package / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return package
-
-
 def stop_wait_s(config: RunConfig) -> float:
     """How long a driver that was asked to stop may take: for a step and a commit, so no longer than a stall."""
     return min(STOP_WAIT_S, config.failure.stall_s)
 
 
-def find(client: JobSubmissionClient, job_id: str) -> Job:
+def find(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
     """One job. Raises RuntimeError or OSError when the cluster has forgotten it or does not answer."""
     job = _job(client.get_job_info(job_id))
     assert job is not None
     return job
 
 
-def newest(client: JobSubmissionClient, run: str) -> Job:
+def newest(client: JobSubmissionClient, run: str) -> SubmittedJob:
     """A run's newest job.
 
     Raises:
@@ -298,7 +260,7 @@ def newest(client: JobSubmissionClient, run: str) -> Job:
     raise PreflightError(f"the cluster remembers no job of run {run!r}", hint="`outlast list --address …` shows all")
 
 
-def follow(client: JobSubmissionClient, job_id: str) -> Job:
+def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
     """Prints the job's log to stderr as it grows, until the job ends.
 
     Raises:
@@ -325,7 +287,7 @@ def follow(client: JobSubmissionClient, job_id: str) -> Job:
         time.sleep(_PERIOD_S)
 
 
-def stop(client: JobSubmissionClient, run: str) -> Job | None:
+def stop(client: JobSubmissionClient, run: str) -> SubmittedJob | None:
     """Asks a run's live job to commit and end, and waits until it has. None when it has no live job."""
     for job in jobs_of(client, run):
         if job.is_live:

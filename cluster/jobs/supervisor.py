@@ -22,18 +22,20 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError, first_line
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
-from outlast.checkpointing.run_store.attempt_history import GivenUp, counted, judge, read_tries, settings_mark
-from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import Journal, last_event_at
-from outlast.checkpointing.run_store.liveness import find_rival
-from outlast.checkpointing.storage.base import Storage, open_storage
+from outlast.checkpointing.run_store.liveness import find_active_launch
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.fault_tolerance.failure_cause import gave_up
+from outlast.cluster.fault_tolerance.failure_recorder import gave_up
+from outlast.cluster.fault_tolerance.restart_policy import GiveUp, count_failures, decide_give_up
 from outlast.cluster.jobs import ray_jobs as jobs
-from outlast.cluster.jobs.ray_jobs import Job
-from outlast.cluster.monitoring.timeline import Launch
-from outlast.cluster.monitoring.timeline_reader import StoryReader, list_launches
+from outlast.cluster.jobs.ray_jobs import SubmittedJob
+from outlast.cluster.monitoring.timeline_reader import TimelineReader, list_launches
+from outlast.cluster.monitoring.timeline_records import LaunchTimeline
 
 POLL_S = 2.0
 SILENT_JOB_S = 180.0
@@ -45,14 +47,16 @@ _STALLED = "stalled"
 _LOG_TAIL = 5
 
 
-class Next(Enum):
+class NextAction(Enum):
     """What follows the end of a job."""
 
     SUBMIT = "submit"
     END = "end"
 
 
-def decide(ended: Job, given_up: GivenUp | None, *, by_us: bool, has_worked: bool, has_rival: bool) -> Next:
+def decide(
+    ended: SubmittedJob, given_up: GiveUp | None, *, by_us: bool, has_worked: bool, has_rival: bool
+) -> NextAction:
     """What follows the end of a job.
 
     Args:
@@ -64,14 +68,14 @@ def decide(ended: Job, given_up: GivenUp | None, *, by_us: bool, has_worked: boo
             would otherwise take the run from each other in turn.
     """
     if by_us:
-        return Next.END if given_up else Next.SUBMIT
+        return NextAction.END if given_up else NextAction.SUBMIT
     if has_rival:
-        return Next.END
+        return NextAction.END
     if ended.status == JobStatus.STOPPED.value or ended.exit_code in (0, 2, 5):
-        return Next.END  # somebody stopped it, it is done, or nothing but other settings or files can mend it
+        return NextAction.END  # somebody stopped it, it is done, or nothing but other settings or files can mend it
     if ended.exit_code == 3:
-        return Next.SUBMIT if has_worked else Next.END  # a cluster that has lost its nodes gets new ones
-    return Next.END if given_up else Next.SUBMIT
+        return NextAction.SUBMIT if has_worked else NextAction.END  # a cluster that has lost its nodes gets new ones
+    return NextAction.END if given_up else NextAction.SUBMIT
 
 
 def pause_s(number: int, chance: float) -> float:
@@ -85,7 +89,7 @@ def pause_s(number: int, chance: float) -> float:
 
 
 @dataclass(slots=True)
-class Pulse:
+class StallDetector:
     """Whether a job that is called RUNNING makes progress: its marks change, or they do not.
 
     Attributes:
@@ -139,7 +143,7 @@ class Supervisor:
     ship: bool = True
     ending: threading.Event = field(default_factory=threading.Event)
     _given_up_on: set[str] = field(default_factory=set)
-    _follower: StoryReader | None = None
+    _follower: TimelineReader | None = None
     _beats: dict[str, Any] = field(default_factory=dict)
     _beating: str = ""
     _num_unbegun: int = 0
@@ -194,10 +198,12 @@ class Supervisor:
             return 0
         given_up = self._verdict()
         has_worked = bool(list_attempts(self.storage, self.config.name))
-        rival = find_rival(self.storage, self.config.name) if ended.exit_code == _RESUMABLE and not by_us else None
+        rival = (
+            find_active_launch(self.storage, self.config.name) if ended.exit_code == _RESUMABLE and not by_us else None
+        )
         end = decide(ended, given_up, by_us=by_us, has_worked=has_worked, has_rival=rival is not None)
         self.say(f"{ended.id} ended: {ended.status.lower()}, exit code {ended.exit_code}{_last_line(ended)}")
-        if end is Next.SUBMIT:
+        if end is NextAction.SUBMIT:
             number = self._num_in_vain(launches if is_new else [], ended)
             why = f"no worker began: {_last_word(client, ended)}" if self._num_unbegun else ""
             self._wait(pause_s(number, random.random()), why)
@@ -211,9 +217,9 @@ class Supervisor:
             sys.stderr.write("".join(client.get_job_logs(ended.id).splitlines(keepends=True)[-_LOG_TAIL:]))
         return ended.exit_code
 
-    def _stay_with(self, client: JobSubmissionClient, job: Job) -> tuple[Job | None, bool]:
+    def _stay_with(self, client: JobSubmissionClient, job: SubmittedJob) -> tuple[SubmittedJob | None, bool]:
         """Waits until the job ends, or stops it when it makes no progress. None when told to leave."""
-        pulse = Pulse(self.config.failure.stall_s)
+        pulse = StallDetector(self.config.failure.stall_s)
         finding, deadline = None, 0.0
         while not self.ending.wait(POLL_S):
             job = jobs.find(client, job.id)
@@ -239,10 +245,10 @@ class Supervisor:
         event = (str(attempt), last_event_at(self.storage, directory)) if attempt else None
         return (launch.id, launch.alive.get("beat")), event
 
-    def _at_work(self) -> tuple[Launch | None, AttemptId | None]:
+    def _at_work(self) -> tuple[LaunchTimeline | None, AttemptId | None]:
         """The launch at work, and its attempt if it has the run. Of several it is the one whose beat went on last."""
         if self._follower is None:
-            self._follower = StoryReader(self.storage, self.config.name, journals=False)
+            self._follower = TimelineReader(self.storage, self.config.name, journals=False)
         story = self._follower.look()
         launches = {launch.id: launch for launch in story.at_work}
         beats = {name: launch.alive.get("beat") for name, launch in launches.items()}
@@ -265,14 +271,14 @@ class Supervisor:
         journal = Journal(self.storage, launch_dir(self.config.name, launch.id), 1, flush_s=0)
         journal.event("failure", attempt=str(attempt or "unclaimed"), cause=_STALLED, rank=0, message=finding)
 
-    def _verdict(self) -> GivenUp | None:
-        tries = read_tries(self.storage, self.config.name)
-        return judge(tries, self.config.failure.limits, settings_mark(self.declared))
+    def _verdict(self) -> GiveUp | None:
+        tries = read_attempt_history(self.storage, self.config.name)
+        return decide_give_up(tries, self.config.failure.limits, settings_digest(self.declared))
 
     def _launches(self) -> list[str]:
         return list_launches(self.storage, self.config.name)
 
-    def _num_in_vain(self, before: Sequence[str], ended: Job) -> int:
+    def _num_in_vain(self, before: Sequence[str], ended: SubmittedJob) -> int:
         """How many tries have been in vain since the last progress, at least 1.
 
         The run knows nothing of a job that ended before it began a launch, and a launch that found the cluster too
@@ -284,7 +290,7 @@ class Supervisor:
         """
         is_unbegun = self._launches() == list(before) or ended.exit_code == PreflightError.exit_code
         self._num_unbegun = self._num_unbegun + 1 if is_unbegun else 0
-        tries = counted(read_tries(self.storage, self.config.name), settings_mark(self.declared))
+        tries = count_failures(read_attempt_history(self.storage, self.config.name), settings_digest(self.declared))
         return max(1, len(tries) + self._num_unbegun)
 
     def _is_done(self) -> bool:
@@ -318,12 +324,12 @@ def supervise(supervisors: Sequence[Supervisor]) -> int:
     return next((code for code in [end.result() for end in ends] if code), 0)
 
 
-def _last_line(job: Job) -> str:
+def _last_line(job: SubmittedJob) -> str:
     lines = [line for line in job.message.splitlines() if line.strip()]
     return f" ({lines[-1].strip()[:200]})" if lines and job.driver_exit_code is None else ""
 
 
-def _last_word(client: JobSubmissionClient, ended: Job) -> str:
+def _last_word(client: JobSubmissionClient, ended: SubmittedJob) -> str:
     """The last line of a job's log, which alone says why no worker began; else what Ray says of the job."""
     try:
         said = client.get_job_logs(ended.id).strip() or ended.message.strip() or "its log is empty"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: Where, and what is wrong there.
-Complaint = tuple[str, str]
+LintComplaint = tuple[str, str]
 
 
 def mapping(value: Any, *keys: str) -> Mapping[str, Any]:

@@ -20,12 +20,12 @@ from outlast.cluster.kubernetes.rayjob_sequence import (
     MANAGER,
     RAY,
     RESUMES,
-    Phase,
+    JobPhase,
     applied_last,
     consequences,
+    describe_state,
     phase,
     successor,
-    told_of,
 )
 from outlast.cluster.kubernetes.render import QUEUE_LABEL, RUN_LABEL
 
@@ -162,7 +162,7 @@ class Cluster:
         self.newest(run)
         jobs = self.jobs(run)
         pods = [_pod_row(pod) for pod in self._list("Pod", "v1", run)]
-        names = {row["name"] for row in pods}.union(*(told_of(job) for job in jobs))
+        names = {row["name"] for row in pods}.union(*(describe_state(job) for job in jobs))
         with _explained():
             told = self._resource("Event", "v1").get(namespace=self.namespace).to_dict()["items"]
         warnings = [
@@ -187,7 +187,7 @@ class Cluster:
         """
         job = self.newest(run)
         name = job["metadata"]["name"]
-        if phase(job) is not Phase.LIVE:
+        if phase(job) is not JobPhase.LIVE:
             return f"rayjob/{name} is {phase(job).value}; nothing to suspend"
         _check_queue(job, "stop")
         self._set_suspend(name, True)
@@ -202,13 +202,13 @@ class Cluster:
         job = self.newest(run)
         name = job["metadata"]["name"]
         match phase(job):
-            case Phase.LIVE:
+            case JobPhase.LIVE:
                 return f"rayjob/{name} is at work"
-            case Phase.DONE:
+            case JobPhase.DONE:
                 return f"rayjob/{name} is done"
-            case Phase.LEAVING:
+            case JobPhase.LEAVING:
                 raise PreflightError(f"rayjob/{name} is being deleted", hint="try again in a moment")
-            case Phase.SUSPENDED:
+            case JobPhase.SUSPENDED:
                 _check_queue(job, "resume")
                 self._set_suspend(name, False)
                 return f"rayjob/{name} goes on"

@@ -23,7 +23,7 @@ RAY = "ray.io/v1"
 _APPLIES = ((MANAGER, "Apply"), ("kubectl", "Apply"), ("kubectl-client-side-apply", "Update"))
 
 
-class Phase(Enum):
+class JobPhase(Enum):
     """What a RayJob is, as far as going on with it matters."""
 
     LIVE = "live"
@@ -34,17 +34,17 @@ class Phase(Enum):
 
     @property
     def is_over(self) -> bool:
-        return self in (Phase.DONE, Phase.ENDED)
+        return self in (JobPhase.DONE, JobPhase.ENDED)
 
 
-def phase(job: Mapping[str, Any]) -> Phase:
+def phase(job: Mapping[str, Any]) -> JobPhase:
     """What a RayJob is by its status."""
     status = mapping(job, "status")
     if mapping(job, "metadata").get("deletionTimestamp"):
-        return Phase.LEAVING
+        return JobPhase.LEAVING
     if status.get("jobDeploymentStatus") in ("Complete", "Failed", "ValidationFailed"):
-        return Phase.DONE if status.get("jobStatus") == "SUCCEEDED" else Phase.ENDED
-    return Phase.SUSPENDED if mapping(job, "spec").get("suspend") else Phase.LIVE
+        return JobPhase.DONE if status.get("jobStatus") == "SUCCEEDED" else JobPhase.ENDED
+    return JobPhase.SUSPENDED if mapping(job, "spec").get("suspend") else JobPhase.LIVE
 
 
 def next_name(name: str, taken: Sequence[str], *, is_counted: bool = True) -> str:
@@ -106,7 +106,7 @@ def successor(
     }
 
 
-def told_of(job: Mapping[str, Any]) -> set[str]:
+def describe_state(job: Mapping[str, Any]) -> set[str]:
     """Names of the objects whose events tell of a RayJob, besides its pods.
 
     Where a quota, a webhook or Pod Security refuses a pod there is none: KubeRay tells of the RayCluster, and of the
@@ -130,12 +130,12 @@ def consequences(job: Mapping[str, Any], newest: Mapping[str, Any], *, changed: 
     run, name = mapping(job, "metadata", "labels").get(RUN_LABEL), newest["metadata"]["name"]
     if phase(newest).is_over:
         return [f"  rayjob/{name} is {phase(newest).value}, and stays so; go on with: outlast k8s resume {run}"]
-    if name != job["metadata"]["name"] and phase(newest) is not Phase.LEAVING:
+    if name != job["metadata"]["name"] and phase(newest) is not JobPhase.LEAVING:
         return [
             f"  rayjob/{name} goes on for it, and is {phase(newest).value} as it was made; for this one instead: "
             f"kubectl delete rayjob {name}, which commits first, and then outlast k8s resume {run}"
         ]
-    if changed and phase(newest) is Phase.LIVE:
+    if changed and phase(newest) is JobPhase.LIVE:
         return [
             f"  rayjob/{name} is at work: its pods change when it is suspended and resumed (outlast k8s suspend {run})"
         ]

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.config.model import Settings
-from outlast.trainers.config.validation_errors import Finding, findings
+from outlast.trainers.config.base import Settings
+from outlast.trainers.config.validation_errors import SettingsFinding, findings
 
 MAX_NAME = 47  # KubeRay makes longer names from it
 LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
@@ -210,7 +210,7 @@ def k8s_settings(**given: Any) -> K8sSettings:
         ) from error
 
 
-def _as_option(found: Finding) -> str:
+def _as_option(found: SettingsFinding) -> str:
     """The finding under the name that was typed."""
     if not found.path:
         return found.message

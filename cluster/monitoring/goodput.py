@@ -29,10 +29,11 @@ from enum import Enum
 from itertools import accumulate
 from math import inf
 
-from outlast.cluster.monitoring.timeline import Attempt, End, Story
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_records import AttemptEnd, AttemptTimeline
 
 
-class Kind(Enum):
+class TimeCategory(Enum):
     """What a second was spent on."""
 
     TRAIN = "train"
@@ -51,44 +52,44 @@ class Kind(Enum):
     @property
     def meaning(self) -> str:
         return {
-            Kind.TRAIN: "steps that count",
-            Kind.EVALUATE: "evaluations",
-            Kind.SAVE: "training waited for a save, or for the finished model to be written",
-            Kind.DETECT: "from the last step done to the moment when the end was noticed",
-            Kind.RESTART: "launch, data, Ray, processes, imports, groups; the first start too",
-            Kind.RESTORE: "from the claim to the first step: model, data, checkpoint",
-            Kind.REDO: "steps done again, because the checkpoint was older",
-            Kind.WAIT: "nobody was at work on it, or the cluster had no room",
+            TimeCategory.TRAIN: "steps that count",
+            TimeCategory.EVALUATE: "evaluations",
+            TimeCategory.SAVE: "training waited for a save, or for the finished model to be written",
+            TimeCategory.DETECT: "from the last step done to the moment when the end was noticed",
+            TimeCategory.RESTART: "launch, data, Ray, processes, imports, groups; the first start too",
+            TimeCategory.RESTORE: "from the claim to the first step: model, data, checkpoint",
+            TimeCategory.REDO: "steps done again, because the checkpoint was older",
+            TimeCategory.WAIT: "nobody was at work on it, or the cluster had no room",
         }[self]
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TimeSpan:
     """A stretch of time of one kind, in seconds since the epoch."""
 
     begin: float
     end: float
-    kind: Kind
+    kind: TimeCategory
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class GoodputReport:
     """The whole account.
 
     Attributes:
         spans: One after the other, without gaps.
     """
 
-    spans: tuple[Span, ...] = ()
+    spans: tuple[TimeSpan, ...] = ()
 
     @property
     def wall_s(self) -> float:
         return self.spans[-1].end - self.spans[0].begin if self.spans else 0.0
 
     @property
-    def seconds(self) -> Mapping[Kind, float]:
+    def seconds(self) -> Mapping[TimeCategory, float]:
         """What each kind took; all of them together are the wall time."""
-        found = dict.fromkeys(Kind, 0.0)
+        found = dict.fromkeys(TimeCategory, 0.0)
         for span in self.spans:
             found[span.kind] += span.end - span.begin
         return found
@@ -96,29 +97,29 @@ class Ledger:
     @property
     def goodput(self) -> float | None:
         """The share of wall time spent on steps that count; None while there is no time."""
-        return self.seconds[Kind.TRAIN] / self.wall_s if self.wall_s else None
+        return self.seconds[TimeCategory.TRAIN] / self.wall_s if self.wall_s else None
 
 
-class _Book:
+class _GoodputBuilder:
     """Writes spans one after the other, and never backwards."""
 
     def __init__(self, begin: float, end: float) -> None:
         self.cursor, self._end = begin, end
-        self.spans: list[Span] = []
+        self.spans: list[TimeSpan] = []
 
-    def put(self, until: float, kind: Kind) -> None:
+    def put(self, until: float, kind: TimeCategory) -> None:
         """All up to `until` is of this kind, as far as it is not written yet."""
         until = min(until, self._end)
         if until <= self.cursor:
             return
         if self.spans and self.spans[-1].kind is kind:
-            self.spans[-1] = Span(self.spans[-1].begin, until, kind)
+            self.spans[-1] = TimeSpan(self.spans[-1].begin, until, kind)
         else:
-            self.spans.append(Span(self.cursor, until, kind))
+            self.spans.append(TimeSpan(self.cursor, until, kind))
         self.cursor = until
 
 
-def account(story: Story, now: float) -> Ledger:
+def account_time(story: Timeline, now: float) -> GoodputReport:
     """Where the time of a run went, up to `now` (seconds since the epoch) if it is at work.
 
     A loop of one's own tells neither launches nor steps; then there is no account.
@@ -126,9 +127,9 @@ def account(story: Story, now: float) -> Ledger:
     begins = [at for launch in story.launches.values() if (at := launch.began_at) is not None]
     begin = min([*begins, *(attempt.claimed_at for attempt in story.in_order)], default=None)
     if begin is None or (story.newest_launch(now) is None and not any(item.steps for item in story.in_order)):
-        return Ledger()
-    book = _Book(begin, _end_of(story, now))
-    places, reached, ends, is_live = _Places(story, now), 0, story.ends, story.state(now).is_live
+        return GoodputReport()
+    book = _GoodputBuilder(begin, _end_of(story, now))
+    places, reached, ends, is_live = _LaunchIntervals(story, now), 0, story.ends, story.state(now).is_live
     for attempt, following in story.in_pairs:
         _idle(book, places, attempt.claimed_at)
         limit, end = following.claimed_at if following else inf, ends[attempt.id]
@@ -136,10 +137,10 @@ def account(story: Story, now: float) -> Ledger:
         reached = max(reached, attempt.last_step_by(limit))
         (places.left.discard if end.goes_on else places.left.add)(attempt.launch)
     _idle(book, places, inf)
-    return Ledger(tuple(book.spans))
+    return GoodputReport(tuple(book.spans))
 
 
-def _end_of(story: Story, now: float) -> float:
+def _end_of(story: Timeline, now: float) -> float:
     """When the run ended; now, if it is at work; else its last sign of life."""
     launch = story.newest_launch(now)
     if launch is not None and launch.has_ended:
@@ -148,7 +149,7 @@ def _end_of(story: Story, now: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _LaunchInterval:
     """A stretch of time in which a launch was there or, if `is_full`, had no room for its group."""
 
     begin: float
@@ -157,46 +158,46 @@ class _Place:
     is_full: bool
 
 
-class _Places:
+class _LaunchIntervals:
     """Those that reach into a stretch of time, asked for from the first stretch to the last: each is sorted in once.
 
     Attributes:
         left: Launches that start no more groups, though they may take a while to end.
     """
 
-    def __init__(self, story: Story, now: float) -> None:
+    def __init__(self, story: Timeline, now: float) -> None:
         found = sorted([*_open(story, now), *_full(story)], key=lambda place: place.begin)
-        self._ahead, self._here = deque(found), list[_Place]()
+        self._ahead, self._here = deque(found), list[_LaunchInterval]()
         self.left = set[str]()
 
-    def within(self, begin: float, end: float) -> list[_Place]:
+    def within(self, begin: float, end: float) -> list[_LaunchInterval]:
         while self._ahead and self._ahead[0].begin < end:
             self._here.append(self._ahead.popleft())
         self._here = [place for place in self._here if place.end > begin]
         return [place for place in self._here if place.is_full or place.launch not in self.left]
 
 
-def _idle(book: _Book, places: _Places, until: float) -> None:
+def _idle(book: _GoodputBuilder, places: _LaunchIntervals, until: float) -> None:
     """Time up to `until` in which no attempt owns the run: somebody starts it, or nobody does."""
     found = places.within(book.cursor, until)
     cuts = sorted({at for place in found for at in (place.begin, place.end) if book.cursor < at < until})
     for at in [*cuts, until]:
         middle = book.cursor
         kinds = {place.is_full for place in found if place.begin <= middle < place.end}
-        book.put(at, Kind.RESTART if kinds == {False} else Kind.WAIT)
+        book.put(at, TimeCategory.RESTART if kinds == {False} else TimeCategory.WAIT)
 
 
-def _open(story: Story, now: float) -> Iterator[_Place]:
+def _open(story: Timeline, now: float) -> Iterator[_LaunchInterval]:
     """From when to when each launch was there."""
     for launch in story.launches.values():
         if launch.began_at is not None and launch.alive:
             end = inf if launch.is_live(now) else float(launch.alive["t"])
-            yield _Place(launch.began_at, end, launch.id, is_full=False)
+            yield _LaunchInterval(launch.began_at, end, launch.id, is_full=False)
 
 
-def _full(story: Story) -> Iterator[_Place]:
+def _full(story: Timeline) -> Iterator[_LaunchInterval]:
     """Until when there was no room for a group: its workers began to be, or at the latest it claimed."""
-    attempts: dict[str, list[Attempt]] = {}
+    attempts: dict[str, list[AttemptTimeline]] = {}
     for item in story.in_order:
         attempts.setdefault(item.launch, []).append(item)
     for launch in story.launches.values():
@@ -205,10 +206,12 @@ def _full(story: Story) -> Iterator[_Place]:
         for since in launch.no_room:
             index = bisect_right(latest, since)
             end = mine[index].marks.get("actor", mine[index].claimed_at) if index < len(mine) else inf
-            yield _Place(since, max(since, end), launch.id, is_full=True)
+            yield _LaunchInterval(since, max(since, end), launch.id, is_full=True)
 
 
-def _own(book: _Book, attempt: Attempt, end: End, limit: float, reached: int, now: float | None) -> None:
+def _own(
+    book: _GoodputBuilder, attempt: AttemptTimeline, end: AttemptEnd, limit: float, reached: int, now: float | None
+) -> None:
     """An attempt's own time, up to `limit`.
 
     Args:
@@ -221,15 +224,15 @@ def _own(book: _Book, attempt: Attempt, end: End, limit: float, reached: int, no
     """
     steps = attempt.steps
     resumes = attempt.start is not None and attempt.start["event"] == "resume"
-    starting = Kind.RESTORE if resumes else Kind.RESTART
+    starting = TimeCategory.RESTORE if resumes else TimeCategory.RESTART
     redone = _redone_until(attempt, reached)
 
     def fill(until: float) -> None:
         until = min(until, limit)
         if steps:
             book.put(min(until, steps.began_at(0)), starting)
-            book.put(min(until, redone), Kind.REDO)
-            book.put(until, Kind.TRAIN)
+            book.put(min(until, redone), TimeCategory.REDO)
+            book.put(until, TimeCategory.TRAIN)
         else:
             book.put(until, starting)
 
@@ -239,16 +242,16 @@ def _own(book: _Book, attempt: Attempt, end: End, limit: float, reached: int, no
     known = attempt.last_step_at
     fill(attempt.heard_at if known is None else known)
     if attempt.end is not None:
-        book.put(min(attempt.end["t"], limit), Kind.SAVE if steps else starting)
+        book.put(min(attempt.end["t"], limit), TimeCategory.SAVE if steps else starting)
     elif end.at is not None:
-        book.put(min(end.at, limit), Kind.DETECT)
+        book.put(min(end.at, limit), TimeCategory.DETECT)
     elif end.is_planned and end.goes_on and (save := attempt.saves.get(attempt.last_step)):
-        book.put(min(save.committed_at or 0.0, limit), Kind.SAVE)
+        book.put(min(save.committed_at or 0.0, limit), TimeCategory.SAVE)
     elif not end.is_over and now is not None:
         fill(now)
 
 
-def _redone_until(attempt: Attempt, reached: int) -> float:
+def _redone_until(attempt: AttemptTimeline, reached: int) -> float:
     """Until when an attempt makes steps that an earlier one had made."""
     steps = attempt.steps
     if not steps or steps.number[0] > reached:
@@ -257,17 +260,17 @@ def _redone_until(attempt: Attempt, reached: int) -> float:
     return inf if index is None else steps.ended_at[index]
 
 
-def _pauses(attempt: Attempt) -> list[tuple[float, float, Kind]]:
+def _pauses(attempt: AttemptTimeline) -> list[tuple[float, float, TimeCategory]]:
     """Evaluations, and the gaps after steps that were saved, in order."""
     return sorted([*_evaluations(attempt), *_saves(attempt)], key=lambda pause: pause[0])
 
 
-def _evaluations(attempt: Attempt) -> Iterator[tuple[float, float, Kind]]:
+def _evaluations(attempt: AttemptTimeline) -> Iterator[tuple[float, float, TimeCategory]]:
     for found in attempt.evaluations:
-        yield found.began_at, found.ended_at, Kind.EVALUATE
+        yield found.began_at, found.ended_at, TimeCategory.EVALUATE
 
 
-def _saves(attempt: Attempt) -> Iterator[tuple[float, float, Kind]]:
+def _saves(attempt: AttemptTimeline) -> Iterator[tuple[float, float, TimeCategory]]:
     steps = attempt.steps
     evaluated = {found.step: found.ended_at for found in attempt.evaluations}
     for save in attempt.saves.values():
@@ -278,6 +281,6 @@ def _saves(attempt: Attempt) -> Iterator[tuple[float, float, Kind]]:
         if index + 1 == len(steps):
             continue  # nothing follows: it is told by what ends the attempt
         following = steps.began_at(index + 1)
-        yield begin, max(begin, following), Kind.SAVE
+        yield begin, max(begin, following), TimeCategory.SAVE
         if save.fenced_s:
-            yield steps.ended_at[index + 1] - save.fenced_s, steps.ended_at[index + 1], Kind.SAVE
+            yield steps.ended_at[index + 1] - save.fenced_s, steps.ended_at[index + 1], TimeCategory.SAVE

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.text import Text
 
 PERIOD_S = 0.5
-_PATIENCE_S = 1.0
+_TIMEOUT_S = 1.0
 _GONE = (OSError, ValueError)
 
 
-class Foot:
+class LiveDisplay:
     """Use as a context manager.
 
     Args:
@@ -52,7 +52,7 @@ class Foot:
         self._thread = threading.Thread(target=self._refresh_on, daemon=True)
         self._asides: list[_Aside] = []
 
-    def __enter__(self) -> Foot:
+    def __enter__(self) -> LiveDisplay:
         stream = self._stream
         if stream in (sys.stdout, sys.stderr):
             self._file = os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors="replace")
@@ -141,7 +141,7 @@ class _Aside:
         self._stream.flush()
         os.dup2(self._kept, self._stream.fileno())
         os.close(self._kept)
-        self._thread.join(_PATIENCE_S)
+        self._thread.join(_TIMEOUT_S)
 
     def _read(self, reading: int) -> None:
         rest = b""

@@ -16,13 +16,13 @@ from typing import Any
 import yaml
 
 from outlast.checkpointing.format.layout import RECORD, launch_dir
-from outlast.checkpointing.run_store.catalog import read_claim
+from outlast.checkpointing.run_store.claims import read_claim
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
-from outlast.checkpointing.tools.query import Found
+from outlast.checkpointing.tools.query import ResolvedCheckpoint
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.timeline_reader import StoryReader
-from outlast.trainers.tasks.registry import TASKS
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
+from outlast.trainers.config.task_names import TASKS
 
 CARD = "README.md"
 #: What the Hub calls the tasks.
@@ -40,22 +40,22 @@ _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _LICENSE = "# license: it is yours to choose; https://hf.co/docs/hub/repositories-licenses has the names\n"
 
 
-def card(found: Found, content: Content) -> bytes:
+def model_card(found: ResolvedCheckpoint, content: Content) -> bytes:
     """The card of a checkpoint, or of the finished model, as `README.md`.
 
     Args:
         found: What is exported.
         content: What is written; an adapter's, unless it was merged.
     """
-    known = _Known(found, content)
+    known = _CardBuilder(found, content)
     head = yaml.safe_dump(known.front_matter(), sort_keys=False, allow_unicode=True)
     return f"---\n{_LICENSE}{head}---\n\n{''.join(known.body())}".encode()
 
 
-class _Known:
+class _CardBuilder:
     """What the run's storage says of a model."""
 
-    def __init__(self, found: Found, content: Content) -> None:
+    def __init__(self, found: ResolvedCheckpoint, content: Content) -> None:
         self._found = found
         self._is_adapter = content.weights_name == ADAPTER_WEIGHTS
         attempt = found.manifest.ref.attempt
@@ -66,7 +66,7 @@ class _Known:
         with suppress(FileNotFoundError, ValueError):
             place = f"{launch_dir(found.run, found.manifest.launch)}/{RECORD}"
             self._record = json.loads(read_bytes(found.storage, place))
-        story = StoryReader(found.storage, found.run).look()
+        story = TimelineReader(found.storage, found.run).look()
         self._ends_before = Counter(end.cause for item, end in story.ends.items() if item < attempt)
 
     @property

@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from outlast.checkpointing.errors import OutlastError, StorageError
+from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId
-from outlast.checkpointing.run_store.journal import FLUSH_S
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import look
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.live_display import Foot
-from outlast.cluster.monitoring.summary import Overview, overview
+from outlast.cluster.monitoring.live_display import LiveDisplay
+from outlast.cluster.monitoring.summary import RunSummary, summarize
 from outlast.cluster.monitoring.terminal_panel import panel, plain
-from outlast.cluster.monitoring.timeline import State, Story
-from outlast.cluster.monitoring.timeline_reader import StoryReader, list_launches
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 PLAIN_PERIOD_S = 10.0
-WATCH_PERIOD_S = FLUSH_S / 2  # a journal says nothing new more often
-LOST_PATIENCE_S = 600.0  # a supervisor stops a job that is silent for 180 s, and waits up to 300 s before the next
 _PHASES = {"data": "preparing data", "ray": "starting workers"}
 
 
@@ -56,9 +51,9 @@ class Reporter:
         self, title: str, console: Console | None = None, storage: Storage | None = None, *, keep: bool = False
     ) -> None:
         self._title, self._console, self._storage = title, console or terminal(), storage
-        self._foot = Foot(self._console, self._lines) if is_live(self._console) else None
+        self._foot = LiveDisplay(self._console, self._lines) if is_live(self._console) else None
         self._keep = keep
-        self._story = Story(title)
+        self._story = Timeline(title)
         self._lock = threading.Lock()
         self._doing = "starting"
         self._launch = ""
@@ -85,12 +80,12 @@ class Reporter:
     def _lines(self, width: int) -> list[Text]:
         return panel(self._seen(), width)
 
-    def _seen(self) -> Overview:
+    def _seen(self) -> RunSummary:
         with self._lock:
             now = time.time()
             if self._launch:
                 self._story.launch(self._launch).alive |= {"t": now}
-            return overview(self._story, now, self._doing)
+            return summarize(self._story, now, self._doing)
 
     def __call__(self, event: dict[str, Any]) -> None:
         with self._lock:
@@ -143,16 +138,16 @@ class Reporter:
         elif attempt is not None:
             told = self._story.attempt(attempt)
             told.claim = told.claim or {"launch": self._launch}
-            told.hear(event)
+            told.apply(event)
         elif kind in ("failure", "resize", "no-room"):
-            self._story.hear_launch(self._launch, event)
+            self._story.apply_launch(self._launch, event)
         words = {"failure": "starting again", "no-room": "waiting for room", "stopping": "stopping", "plan": ""}
         self._doing = words.get(kind, self._doing)
 
     def _remember(self, storage: Storage) -> None:
         """Reads what the run has been through before; beside the launch, which waits for nobody."""
         with suppress(OutlastError, OSError):
-            past = StoryReader(storage, self._title, but=self._launch).look()
+            past = TimelineReader(storage, self._title, but=self._launch).look()
             with self._lock:
                 self._story.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
                 self._story.attempts = past.attempts | self._story.attempts
@@ -171,71 +166,3 @@ class Reporter:
         for item in event.get("passed_over", ()):
             self.say(f"passed over {item}: the run failed to start from it twice")
         self.say(f"resumed from {event['source']}")
-
-
-class _Watch:
-    """Looks at a run's storage again and again, no more often than once in `WATCH_PERIOD_S`."""
-
-    def __init__(self, storage: Storage, run: str) -> None:
-        self._follower = StoryReader(storage, run)
-        self._looked_at = 0.0
-        self._trouble = ""
-
-    def look(self) -> Overview:
-        """The run as it is now, or as it was when the storage last answered."""
-        if time.monotonic() - self._looked_at >= WATCH_PERIOD_S:
-            try:
-                self._follower.look()
-                self._trouble = ""
-            except (StorageError, OSError):
-                self._trouble = "the storage does not answer"
-            self._looked_at = time.monotonic()
-        return overview(self._follower.story, time.time(), self._trouble)
-
-
-@contextmanager
-def watching(storage: Storage, run: str, console: Console, *, keep: bool = False) -> Iterator[Callable[[], Overview]]:
-    """A panel of a run at the foot of a terminal, read from its storage. Yields what looks at it once more.
-
-    Whatever else is printed meanwhile scrolls by above. Where there is no terminal nothing is shown.
-    """
-    watch, lock = _Watch(storage, run), threading.Lock()
-
-    def seen() -> Overview:
-        with lock:
-            return watch.look()
-
-    def lines(width: int) -> list[Text]:
-        found = seen()
-        return panel(found, width) if found.num_attempts or found.state is not State.UNATTENDED else []
-
-    if not is_live(console):
-        yield seen
-        return
-    with Foot(console, lines, keep=keep):
-        yield seen
-
-
-def watch(storage: Storage, run: str, console: Console) -> Overview:
-    """Shows a run until it has ended. Returns how it was then.
-
-    One that is lost is waited for as long as a supervisor may take to start it again. A loop of one's own has nobody to
-    tell of its end, so it is shown for ever.
-
-    Raises:
-        ConfigError: There is no such run.
-        StorageError: The storage could not be read at the beginning.
-    """
-    if not list_launches(storage, run):
-        look(storage, run)
-    said_at = 0.0
-    with watching(storage, run, console, keep=True) as seen:
-        while True:
-            found = seen()
-            if not is_live(console) and time.monotonic() - said_at >= PLAIN_PERIOD_S:
-                said_at = time.monotonic()
-                console.print(f"{run}: {found.doing}, {plain(found)}", markup=False, soft_wrap=True)
-            is_lost = found.state is State.LOST and found.now - found.heard_at >= LOST_PATIENCE_S
-            if is_lost or found.state in (State.DONE, State.FAILED, State.STOPPED):
-                return found
-            time.sleep(WATCH_PERIOD_S)

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import attempts_of, list_checkpoints, look
+from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
 from outlast.cluster.formatting import finite
-from outlast.cluster.monitoring.summary import Overview, overview
-from outlast.cluster.monitoring.timeline import Story
-from outlast.cluster.monitoring.timeline_reader import StoryReader, list_launches
+from outlast.cluster.monitoring.summary import RunSummary, summarize
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_reader import TimelineReader, list_launches
 
 
 def read_status(storage: Storage, run: str) -> dict[str, Any]:
@@ -24,11 +23,11 @@ def read_status(storage: Storage, run: str) -> dict[str, Any]:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    story = StoryReader(storage, run).look()
-    return as_values(storage, story, overview(story, time.time()))
+    story = TimelineReader(storage, run).look()
+    return as_values(storage, story, summarize(story, time.time()))
 
 
-def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
+def as_values(storage: Storage, story: Timeline, seen: RunSummary) -> dict[str, Any]:
     """What `status --json` prints."""
     run, launch = story.run, story.newest_launch(seen.now)
     checkpoints = [] if story.is_new else list_checkpoints(storage, run)
@@ -47,7 +46,7 @@ def as_values(storage: Storage, story: Story, seen: Overview) -> dict[str, Any]:
         "sizes": [_size_change(event, failures) for item in story.launches_in_order for event in item.resizes],
         "launch": {"id": launch.id, **launch.alive} if launch else None,
         "newest_checkpoint": newest,
-        "damaged": [] if story.is_new else [str(item.ref) for item in look(storage, run).rejected],
+        "damaged": [] if story.is_new else [str(item.ref) for item in load_catalog(storage, run).rejected],
         "storage": storage.url,
         "lr": seen.lr,
         "scores": dict(seen.scores),
@@ -77,16 +76,3 @@ def _size_change(resize: Mapping[str, Any], failures: Mapping[str, Mapping[str, 
     """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
     cause = "resized" if resize["planned"] else failures.get(str(resize.get("attempt")), {}).get("cause", "unknown")
     return {key: resize.get(key) for key in ("t", "attempt", "before", "now")} | {"cause": cause}
-
-
-def declared_settings(storage: Storage, run: str) -> dict[str, Any]:
-    """The settings of the run's newest claim, as their user wrote them.
-
-    Raises:
-        ConfigError: There is no such run.
-        StorageError: No claim can be read.
-    """
-    for attempt in reversed(attempts_of(storage, run)):
-        if settings := read_claim(storage, run, attempt).get("settings"):
-            return dict(settings)
-    raise StorageError(f"run {run!r} in {storage.url} holds no claim with settings", hint="give the run file instead")

@@ -8,8 +8,9 @@ from math import isnan
 from typing import Any
 
 from outlast.checkpointing.format.layout import CheckpointRef
-from outlast.cluster.monitoring.goodput import Ledger, account
-from outlast.cluster.monitoring.timeline import Attempt, Save, State, Steps, Story
+from outlast.cluster.monitoring.goodput import GoodputReport, account_time
+from outlast.cluster.monitoring.timeline import State, Timeline
+from outlast.cluster.monitoring.timeline_records import AttemptTimeline, SaveRecord, StepSeries
 
 #: Speed and the time left are those of the last steps.
 WINDOW = 64
@@ -18,7 +19,7 @@ NUM_LOSSES = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Newest:
+class NewestCheckpoint:
     """The newest checkpoint.
 
     Attributes:
@@ -56,7 +57,7 @@ class Interruption:
 
 
 @dataclass(frozen=True, slots=True)
-class Overview:
+class RunSummary:
     """One run at one moment. Times are in seconds since the epoch.
 
     Attributes:
@@ -104,15 +105,15 @@ class Overview:
     samples_per_s: float | None
     seconds_per_step: float | None
     left_s: float | None
-    newest: Newest | None
-    save: Save | None
+    newest: NewestCheckpoint | None
+    save: SaveRecord | None
     interruptions: tuple[Interruption, ...]
     num_lost: int
     slow: tuple[Mapping[str, Any], ...]
-    ledger: Ledger
+    ledger: GoodputReport
 
 
-def overview(story: Story, now: float, doing: str = "") -> Overview:
+def summarize(story: Timeline, now: float, doing: str = "") -> RunSummary:
     """What a person wants to know of a run at the moment `now` (seconds since the epoch).
 
     Args:
@@ -122,14 +123,14 @@ def overview(story: Story, now: float, doing: str = "") -> Overview:
     """
     current, attempts, state = story.current, story.in_order, story.state(now)
     is_restarting = state is State.RUNNING and current is not None and _is_between(story, current, now)
-    steps = current.steps if current else Steps()
+    steps = current.steps if current else StepSeries()
     seconds = _seconds_per_step(steps)
     num_steps = current.plan.get("num_steps") if current else None
     step = current.last_step if current else 0
     tokens, batch = _tokens_per_step(steps), (current.plan.get("batch") if current else None)
     scores = next((found.scores for item in reversed(attempts) for found in reversed(item.evaluations)), {})
     saves = (save for item in reversed(attempts) for save in reversed(item.saves.values()))
-    return Overview(
+    return RunSummary(
         run=story.run,
         now=now,
         state=state,
@@ -153,17 +154,17 @@ def overview(story: Story, now: float, doing: str = "") -> Overview:
         interruptions=tuple(interruptions(story)),
         num_lost=story.num_lost,
         slow=tuple(current.slow if current and state.is_live else ()),
-        ledger=account(story, now),
+        ledger=account_time(story, now),
     )
 
 
-def _is_between(story: Story, current: Attempt, now: float) -> bool:
+def _is_between(story: Timeline, current: AttemptTimeline, now: float) -> bool:
     """Whether a run's newest group is gone, and the next one is on its way: of the same launch, or of the next."""
     launch = story.newest_launch(now)
     return story.ends[current.id].goes_on or (launch is not None and current.launch != launch.id)
 
 
-def _seconds_per_step(steps: Steps) -> float | None:
+def _seconds_per_step(steps: StepSeries) -> float | None:
     """Of the last steps, from end to end."""
     number = min(WINDOW, len(steps) - 1)
     if number < 1:
@@ -171,12 +172,12 @@ def _seconds_per_step(steps: Steps) -> float | None:
     return max(0.0, steps.ended_at[-1] - steps.ended_at[-1 - number]) / number or None
 
 
-def _tokens_per_step(steps: Steps) -> float | None:
+def _tokens_per_step(steps: StepSeries) -> float | None:
     tokens = steps.tokens[-WINDOW:]
     return sum(tokens) / len(tokens) if tokens else None
 
 
-def _newest_losses(story: Story) -> tuple[float, ...]:
+def _newest_losses(story: Timeline) -> tuple[float, ...]:
     """By step, each as it was made last."""
     found: dict[int, float] = {}
     for attempt in story.in_order[-8:]:
@@ -185,7 +186,7 @@ def _newest_losses(story: Story) -> tuple[float, ...]:
     return tuple(found[step] for step in sorted(found)[-NUM_LOSSES:] if not isnan(found[step]))
 
 
-def verified(story: Story) -> dict[CheckpointRef, float]:
+def verified(story: Timeline) -> dict[CheckpointRef, float]:
     """Checkpoints of which every byte was read and found whole, and when: attempts resumed from them."""
     found: dict[CheckpointRef, float] = {}
     for attempt in story.in_order:
@@ -194,19 +195,19 @@ def verified(story: Story) -> dict[CheckpointRef, float]:
     return found
 
 
-def newest_checkpoint(story: Story) -> Newest | None:
+def newest_checkpoint(story: Timeline) -> NewestCheckpoint | None:
     """The newest commit of the newest attempt that has any or, if one resumed since then, what it stands on."""
     for attempt in reversed(story.in_order):
         committed = [save.step for save in attempt.saves.values() if save.committed_at is not None]
         ref = CheckpointRef(max(committed), attempt.id) if committed else attempt.base
         if ref is not None:
             owner = story.attempts.get(ref.attempt)
-            save = (owner.saves.get(ref.step) if owner else None) or Save(ref.step)
-            return Newest(ref.step, save.committed_at, save.num_bytes, verified(story).get(ref))
+            save = (owner.saves.get(ref.step) if owner else None) or SaveRecord(ref.step)
+            return NewestCheckpoint(ref.step, save.committed_at, save.num_bytes, verified(story).get(ref))
     return None
 
 
-def interruptions(story: Story) -> list[Interruption]:
+def interruptions(story: Timeline) -> list[Interruption]:
     """Every end of an attempt that was not the run's, and every group that died before it had claimed."""
     found, ends = [], story.ends
     for attempt, following in story.in_pairs:

@@ -12,8 +12,8 @@ from itertools import pairwise
 from rich.text import Text
 
 from outlast.cluster.formatting import clock, duration, share, short, size
-from outlast.cluster.monitoring.goodput import Kind, Ledger
-from outlast.cluster.monitoring.summary import Interruption, Overview
+from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
+from outlast.cluster.monitoring.summary import Interruption, RunSummary
 from outlast.cluster.monitoring.timeline import State
 
 #: Wider than this nothing gets.
@@ -23,19 +23,19 @@ _LABEL = 9
 _LITTLE = 0.005
 _SPARKS = "▁▂▃▄▅▆▇█"
 _COLOURS = {
-    Kind.TRAIN: "green",
-    Kind.EVALUATE: "cyan",
-    Kind.SAVE: "blue",
-    Kind.DETECT: "red",
-    Kind.RESTART: "yellow",
-    Kind.RESTORE: "magenta",
-    Kind.REDO: "bright_red",
-    Kind.WAIT: "bright_black",
+    TimeCategory.TRAIN: "green",
+    TimeCategory.EVALUATE: "cyan",
+    TimeCategory.SAVE: "blue",
+    TimeCategory.DETECT: "red",
+    TimeCategory.RESTART: "yellow",
+    TimeCategory.RESTORE: "magenta",
+    TimeCategory.REDO: "bright_red",
+    TimeCategory.WAIT: "bright_black",
 }
 _STATES = {State.DONE: "bold green", State.FAILED: "bold red", State.LOST: "bold red", State.STOPPED: "bold yellow"}
 
 
-def panel(seen: Overview, width: int, *, num_interruptions: int = 3) -> list[Text]:
+def panel(seen: RunSummary, width: int, *, num_interruptions: int = 3) -> list[Text]:
     """The panel's lines, none wider than `width`.
 
     Args:
@@ -55,7 +55,7 @@ def panel(seen: Overview, width: int, *, num_interruptions: int = 3) -> list[Tex
     return lines
 
 
-def plain(seen: Overview) -> str:
+def plain(seen: RunSummary) -> str:
     """The same in one line, where there is no terminal."""
     parts = [f"step {seen.step}/{seen.num_steps or '?'}"]
     if seen.loss is not None:
@@ -73,7 +73,7 @@ def plain(seen: Overview) -> str:
 # -- the lines ---------------------------------------------------------------------------------------------------------
 
 
-def _head(seen: Overview, width: int) -> Text:
+def _head(seen: RunSummary, width: int) -> Text:
     line = Text()
     line.append(f"{seen.run}  ", "bold")
     line.append(seen.doing, _STATES.get(seen.state, "bold"))
@@ -88,7 +88,7 @@ def _head(seen: Overview, width: int) -> Text:
     return _cut(line, width)
 
 
-def _bar(seen: Overview, width: int) -> list[Text]:
+def _bar(seen: RunSummary, width: int) -> list[Text]:
     if not seen.num_steps:
         return []
     done = min(1.0, seen.step / seen.num_steps)
@@ -105,7 +105,7 @@ def _bar(seen: Overview, width: int) -> list[Text]:
     return [_cut(line, width)]
 
 
-def _loss(seen: Overview, width: int) -> list[Text]:
+def _loss(seen: RunSummary, width: int) -> list[Text]:
     if seen.loss is None:
         return []
     parts = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in _main_score(seen)]
@@ -123,24 +123,24 @@ def _loss(seen: Overview, width: int) -> list[Text]:
     return [_cut(line, width)]
 
 
-def _main_score(seen: Overview) -> Iterable[tuple[str, float]]:
+def _main_score(seen: RunSummary) -> Iterable[tuple[str, float]]:
     return [("eval_loss", seen.scores["eval_loss"])] if "eval_loss" in seen.scores else []
 
 
-def _rate(seen: Overview) -> str:
+def _rate(seen: RunSummary) -> str:
     if seen.tokens_per_s:
         return f"{short(seen.tokens_per_s)} tokens/s"
     return f"{short(seen.samples_per_s)} samples/s" if seen.samples_per_s else ""
 
 
-def _speed(seen: Overview) -> list[Text]:
+def _speed(seen: RunSummary) -> list[Text]:
     parts = [Text(_rate(seen))] if _rate(seen) else []
     if seen.seconds_per_step:
         parts.append(Text(f"{duration(seen.seconds_per_step)} a step"))
     return parts
 
 
-def _saved(seen: Overview) -> list[Text]:
+def _saved(seen: RunSummary) -> list[Text]:
     parts = []
     if newest := seen.newest:
         text = f"step {newest.step:,}"
@@ -161,7 +161,7 @@ def _saved(seen: Overview) -> list[Text]:
     return parts
 
 
-def _goodput(ledger: Ledger, width: int) -> list[Text]:
+def _goodput(ledger: GoodputReport, width: int) -> list[Text]:
     if ledger.goodput is None:
         return []
     line = _begun("goodput")
@@ -171,7 +171,7 @@ def _goodput(ledger: Ledger, width: int) -> list[Text]:
     if room >= 16:
         line.append("  ")
         for kind, columns in zip((kind for kind, _ in parts), _apportion([s for _, s in parts], room), strict=True):
-            line.append(("█" if kind is Kind.TRAIN else "▒") * columns, _COLOURS[kind])
+            line.append(("█" if kind is TimeCategory.TRAIN else "▒") * columns, _COLOURS[kind])
     words = [
         Text(f"{kind.words} {duration(seconds)}", _COLOURS[kind])
         for kind, seconds in sorted(parts, key=lambda part: -part[1])
@@ -180,7 +180,7 @@ def _goodput(ledger: Ledger, width: int) -> list[Text]:
     return [_cut(line, width), *_labelled("", words, width)]
 
 
-def _interrupted(seen: Overview, width: int, number: int) -> list[Text]:
+def _interrupted(seen: RunSummary, width: int, number: int) -> list[Text]:
     if not seen.interruptions:
         return []
     count = len(seen.interruptions)

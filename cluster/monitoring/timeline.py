@@ -7,25 +7,16 @@ nothing else: a rank 0 that is killed takes up to five seconds of its journal wi
 
 from __future__ import annotations
 
-from array import array
-from bisect import bisect_left, bisect_right
-from calendar import timegm
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import zip_longest
-from math import inf, isnan, nan
-from time import strptime
-from typing import TYPE_CHECKING, Any
+from math import inf, isnan
+from typing import Any
 
-from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.run_store.attempt_history import is_echo, launches_in_order
-
-if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.compaction import StepColumns
-
-#: A driver that has not been heard of for so long is lost.
-LOST_AFTER_S = 30.0
+from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store.attempt_history import is_secondary_error, launches_in_order
+from outlast.cluster.monitoring.timeline_records import AttemptEnd, AttemptTimeline, LaunchTimeline
 
 
 class State(Enum):
@@ -44,293 +35,11 @@ class State(Enum):
         return self in (State.STARTING, State.RUNNING)
 
 
-class Steps:
-    """The steps of one attempt in the order made, by column, for there may be millions.
-
-    Attributes:
-        number: Which step, rising.
-        loss: NaN where it was not finite.
-        lr: The learning rate.
-        grad_norm: NaN where nobody knows.
-        tokens: What the model read, on all ranks; 0 where nobody knows.
-        seconds: What it took.
-        ended_at: When it ended, in seconds since the epoch, by rank 0's clock.
-    """
-
-    def __init__(self) -> None:
-        self.number, self.tokens = array("q"), array("q")
-        self.loss, self.lr, self.grad_norm = array("d"), array("d"), array("d")
-        self.seconds, self.ended_at = array("d"), array("d")
-
-    def __len__(self) -> int:
-        return len(self.number)
-
-    def add(self, event: Mapping[str, Any]) -> None:
-        if self.number and event["step"] <= self.number[-1]:
-            return
-        get = event.get
-        self.number.append(event["step"])
-        self.tokens.append(get("tokens", 0))
-        loss, norm = get("loss"), get("grad_norm")
-        self.loss.append(nan if loss is None else loss)
-        self.grad_norm.append(nan if norm is None else norm)
-        self.lr.append(get("lr", nan))
-        self.seconds.append(get("seconds", 0.0))
-        self.ended_at.append(get("ended_at", get("t", 0.0)))
-
-    def extend(self, steps: StepColumns) -> None:
-        """Adds many at once, as `add` does one by one."""
-        new = steps.rising(self.number[-1] if self.number else None)
-        for column, name in (
-            (self.number, "step"),
-            (self.tokens, "tokens"),
-            (self.loss, "loss"),
-            (self.grad_norm, "grad_norm"),
-            (self.lr, "lr"),
-            (self.seconds, "seconds"),
-            (self.ended_at, "ended_at"),
-        ):
-            column.frombytes(new[name].tobytes())
-
-    def began_at(self, index: int) -> float:
-        return self.ended_at[index] - self.seconds[index]
-
-    def find(self, number: int) -> int | None:
-        """The index of a step."""
-        index = bisect_left(self.number, number)
-        return index if index < len(self) and self.number[index] == number else None
-
-
-@dataclass(slots=True)
-class Save:
-    """One save of an attempt, as far as it was told.
-
-    Attributes:
-        step: The step that was saved.
-        committed_at: When its commit was acknowledged.
-        num_bytes: Its size.
-        digest: Its manifest's.
-        commit_s: Seconds from the save's beginning to its commit.
-        blocked_s: Seconds of them that training waited.
-        fenced_s: Seconds of these that lie within the next step.
-    """
-
-    step: int
-    committed_at: float | None = None
-    num_bytes: int = 0
-    digest: str = ""
-    commit_s: float | None = None
-    blocked_s: float | None = None
-    fenced_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One evaluation: after which step, from when to when, and what came out (`eval_loss`, scores)."""
-
-    step: int
-    began_at: float
-    ended_at: float
-    scores: Mapping[str, float]
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One launch of the worker group.
-
-    Attributes:
-        id: Its number and nonce.
-        claim: What it declared; empty where only its events are known.
-        start: Its `start` or `resume` event.
-        plan: Its `plan` event.
-        marks: When it reached what on its way to the first step.
-        steps: Its steps.
-        evaluations: In order.
-        saves: By step.
-        end: Its `done`, `stop` or `superseded` event.
-        slow: The slow ranks, as last told.
-        notes: What else it told that a person may want to know.
-        reached: The last step that the hub heard of, and when it ended, where the journal may not hold it.
-        heard_at: When it was last heard of.
-    """
-
-    id: AttemptId
-    claim: dict[str, Any] = field(default_factory=dict)
-    start: dict[str, Any] | None = None
-    plan: dict[str, Any] = field(default_factory=dict)
-    marks: dict[str, float] = field(default_factory=dict)
-    steps: Steps = field(default_factory=Steps)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    saves: dict[int, Save] = field(default_factory=dict)
-    end: dict[str, Any] | None = None
-    slow: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[dict[str, Any]] = field(default_factory=list)
-    reached: tuple[int, float] | None = None
-    heard_at: float = 0.0
-
-    @property
-    def launch(self) -> str:
-        return str(self.claim.get("launch", ""))
-
-    @property
-    def claimed_at(self) -> float:
-        """When it began to own the run."""
-        return float(self.claim.get("claimed_at") or self.marks.get("claim") or (self.start or {}).get("t", 0.0))
-
-    @property
-    def world_size(self) -> int | None:
-        size = self.plan.get("world_size") or self.claim.get("world_size")
-        return None if size is None else int(size)
-
-    @property
-    def base(self) -> CheckpointRef | None:
-        """The checkpoint that it resumed from."""
-        attempt, _, name = str((self.start or {}).get("source", "")).partition("/checkpoint-")
-        return CheckpointRef.parse(f"{name}@{attempt}")
-
-    @property
-    def base_step(self) -> int:
-        return int((self.start or {}).get("step", 0))
-
-    @property
-    def last_step(self) -> int:
-        """The last step that it is known to have made, or that it began from. A loop of one's own tells its saves."""
-        made = self.steps.number[-1] if self.steps else max(self.saves, default=self.base_step)
-        return max(made, self.reached[0] if self.reached else 0)
-
-    def last_step_by(self, at: float) -> int:
-        """The last step that was done at some moment: what a zombie does later is nobody's."""
-        if self.steps and self.steps.ended_at[-1] > at:
-            number = bisect_right(self.steps.ended_at, at)
-            return self.steps.number[number - 1] if number else self.base_step
-        return self.last_step
-
-    @property
-    def last_step_at(self) -> float | None:
-        """When that ended; None without any."""
-        told = self.steps.ended_at[-1] if self.steps else None
-        if self.reached and (told is None or self.reached[0] > self.steps.number[-1]):
-            return self.reached[1]
-        return told
-
-    def hear(self, event: Mapping[str, Any]) -> None:
-        """Takes one of its events. Those of a kind that is not known here change nothing."""
-        at = float(event.get("t", 0.0))
-        if at > self.heard_at:
-            self.heard_at = at
-        match event["event"]:
-            case "step":
-                self.steps.add(event)
-            case "start" | "resume":
-                self.start = dict(event)
-            case "plan":
-                self.plan = dict(event)
-            case "under-way":
-                self.marks = dict(event["marks"])
-            case "eval":
-                scores = {name: value for name, value in event.items() if name.startswith("eval_")}
-                ended = float(event["t"])
-                self.evaluations.append(Evaluation(event["step"], ended - event.get("seconds", 0.0), ended, scores))
-            case "commit":
-                save = self.saves.setdefault(event["step"], Save(event["step"]))
-                save.committed_at, save.num_bytes = event["t"], event.get("num_bytes", 0)
-                save.digest, save.commit_s = event.get("digest", ""), event.get("seconds")
-            case "save":
-                save = self.saves.setdefault(event["step"], Save(event["step"]))
-                save.blocked_s, save.commit_s = event["blocked_s"], event["commit_s"]
-                save.fenced_s = event.get("fenced_s", 0.0)
-            case "done" | "stop" | "superseded":
-                self.end = dict(event)
-            case "slow":
-                self.slow = event["ranks"]
-            case "non-finite" | "early-stop" | "changed" | "save-failed" | "failed" | "hang" | "rejected":
-                self.notes.append(dict(event))
-
-    def hear_steps(self, steps: StepColumns) -> None:
-        """Takes many of its steps at once."""
-        self.heard_at = max(self.heard_at, float(steps["t"].max()))
-        self.steps.extend(steps)
-
-
-@dataclass(slots=True)
-class Launch:
-    """One start of the driver.
-
-    Attributes:
-        id: Its name, which tells when it began.
-        alive: Its sign of life; empty where there is none.
-        failures: Ends of worker groups that were not meant, in order.
-        resizes: Changes of the number of workers.
-        no_room: Since when the cluster had no room for a group, each time.
-        is_gone: Its driver ran on this machine, and is no process any more.
-    """
-
-    id: str
-    alive: dict[str, Any] = field(default_factory=dict)
-    failures: list[dict[str, Any]] = field(default_factory=list)
-    resizes: list[dict[str, Any]] = field(default_factory=list)
-    no_room: list[float] = field(default_factory=list)
-    is_gone: bool = False
-
-    @property
-    def began_at(self) -> float | None:
-        """When it began, as it says or as its name does; None where nobody knows."""
-        if "began" in self.alive:
-            return float(self.alive["began"])
-        try:
-            return float(timegm(strptime(self.id[:15], "%Y%m%d-%H%M%S")))
-        except ValueError:
-            return None
-
-    @property
-    def has_ended(self) -> bool:
-        return bool(self.alive.get("ended"))
-
-    def is_live(self, now: float) -> bool:
-        """Whether its driver is at work: a beat counts for half a minute, but not that of a process that is gone."""
-        beats = bool(self.alive) and not self.has_ended and now - self.alive["t"] < LOST_AFTER_S
-        return beats and not self.is_gone
-
-    def hear(self, event: Mapping[str, Any]) -> None:
-        """Takes one of its events."""
-        told = {**event, "launch": self.id}
-        match event["event"]:
-            case "failure":
-                self.failures.append(told)
-            case "resize":
-                self.resizes.append(told)
-            case "no-room":
-                self.no_room.append(float(event.get("since", event["t"])))
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """How an attempt ended.
-
-    Attributes:
-        cause: In a word or three.
-        message: What was said of it.
-        rank: Which rank it was, where that is known.
-        at: When that was noticed; None where nobody noticed.
-        is_over: It is not at work any more.
-        goes_on: Its launch starts, or has started, another group.
-        is_planned: Nothing had failed.
-    """
-
-    cause: str
-    message: str = ""
-    rank: int | None = None
-    at: float | None = None
-    is_over: bool = True
-    goes_on: bool = False
-    is_planned: bool = True
-
-
 _ENDINGS = {"done": "done", "stop": "stopped", "superseded": "taken over"}
 
 
 @dataclass(slots=True)
-class Story:
+class Timeline:
     """Everything that is known of a run.
 
     Attributes:
@@ -340,37 +49,37 @@ class Story:
     """
 
     run: str
-    launches: dict[str, Launch] = field(default_factory=dict)
-    attempts: dict[AttemptId, Attempt] = field(default_factory=dict)
+    launches: dict[str, LaunchTimeline] = field(default_factory=dict)
+    attempts: dict[AttemptId, AttemptTimeline] = field(default_factory=dict)
 
-    def launch(self, name: str) -> Launch:
+    def launch(self, name: str) -> LaunchTimeline:
         """A launch, begun if it is new."""
-        return self.launches.setdefault(name, Launch(name))
+        return self.launches.setdefault(name, LaunchTimeline(name))
 
-    def attempt(self, attempt: AttemptId) -> Attempt:
+    def attempt(self, attempt: AttemptId) -> AttemptTimeline:
         """An attempt, begun if it is new."""
-        return self.attempts.setdefault(attempt, Attempt(attempt))
+        return self.attempts.setdefault(attempt, AttemptTimeline(attempt))
 
-    def hear_launch(self, name: str, event: Mapping[str, Any]) -> None:
+    def apply_launch(self, name: str, event: Mapping[str, Any]) -> None:
         """Takes an event of a launch's journal."""
-        self.launch(name).hear(event)
+        self.launch(name).apply(event)
         attempt = AttemptId.parse(str(event.get("attempt")))
         if attempt is not None and (reached := event.get("reached")):
             self.attempt(attempt).reached = (reached["step"], reached["ended_at"])
 
     @property
-    def in_order(self) -> list[Attempt]:
+    def in_order(self) -> list[AttemptTimeline]:
         """The attempts, lowest first, but those that neither claimed whole nor told anything."""
         return [self.attempts[key] for key in sorted(self.attempts) if self.attempts[key].claimed_at]
 
     @property
-    def in_pairs(self) -> list[tuple[Attempt, Attempt | None]]:
+    def in_pairs(self) -> list[tuple[AttemptTimeline, AttemptTimeline | None]]:
         """Each attempt with the one that followed it."""
         attempts = self.in_order
         return list(zip_longest(attempts, attempts[1:]))
 
     @property
-    def launches_in_order(self) -> list[Launch]:
+    def launches_in_order(self) -> list[LaunchTimeline]:
         """By their claims, whatever the clocks said that named them."""
         claimed: dict[str, list[AttemptId]] = {}
         for attempt in self.attempts.values():
@@ -383,7 +92,7 @@ class Story:
         return [item for launch in self.launches_in_order for item in sorted(launch.failures, key=lambda e: e["t"])]
 
     @property
-    def at_work(self) -> list[Launch]:
+    def at_work(self) -> list[LaunchTimeline]:
         """Launches that have not ended, newest last: the one that has the run, and those that have yet to claim it.
 
         Some may have been killed: their beat tells.
@@ -397,7 +106,7 @@ class Story:
         claims = [name for key in sorted(self.attempts) if (name := self.attempts[key].launch)]
         return {name for name in claims if name != claims[-1]}
 
-    def newest_launch(self, now: float) -> Launch | None:
+    def newest_launch(self, now: float) -> LaunchTimeline | None:
         """The newest that is at work or, where none is, the newest that showed a sign of life."""
         shown = [launch for launch in self.launches_in_order if launch.alive]
         return next((launch for launch in reversed(self.at_work) if launch.is_live(now)), shown[-1] if shown else None)
@@ -414,7 +123,7 @@ class Story:
         return not self.attempts and any(launch.alive for launch in self.launches.values())
 
     @property
-    def current(self) -> Attempt | None:
+    def current(self) -> AttemptTimeline | None:
         """The newest attempt that told anything, else the newest."""
         attempts = self.in_order
         return next((item for item in reversed(attempts) if item.heard_at), attempts[-1] if attempts else None)
@@ -439,7 +148,7 @@ class Story:
         return {str(item.get("attempt")): item for item in reversed(told)}
 
     @property
-    def ends(self) -> dict[AttemptId, End]:
+    def ends(self) -> dict[AttemptId, AttemptEnd]:
         """How each attempt ended, or that it has not; all at once, for a run may have thousands."""
         failures = self.failures_of
         resizes = {str(e.get("attempt")): e for launch in self.launches.values() for e in reversed(launch.resizes)}
@@ -450,31 +159,31 @@ class Story:
 
     def _end_of(
         self,
-        attempt: Attempt,
-        later: Attempt | None,
+        attempt: AttemptTimeline,
+        later: AttemptTimeline | None,
         failure: Mapping[str, Any] | None,
         resize: Mapping[str, Any] | None,
-    ) -> End:
+    ) -> AttemptEnd:
         launch = self.launches.get(attempt.launch)
         if attempt.end is not None:
-            return End(_ENDINGS[attempt.end["event"]], at=attempt.end["t"])
+            return AttemptEnd(_ENDINGS[attempt.end["event"]], at=attempt.end["t"])
         if failure is not None:
             at = float(failure.get("noticed_at", failure["t"]))
             said = str(failure.get("message", ""))
-            return End(failure["cause"], said, failure.get("rank"), at, goes_on=True, is_planned=False)
+            return AttemptEnd(failure["cause"], said, failure.get("rank"), at, goes_on=True, is_planned=False)
         if later is not None and later.launch == attempt.launch:
-            return End("resized" if resize and resize["planned"] else "restarted", goes_on=True)
+            return AttemptEnd("resized" if resize and resize["planned"] else "restarted", goes_on=True)
         if later is None and not (launch and launch.has_ended):
-            return End("", is_over=False)
+            return AttemptEnd("", is_over=False)
         failed = next((note for note in reversed(attempt.notes) if note["event"] == "failed"), None)
         is_alone = launch is None or not launch.has_ended  # its workers then tell of broken connections, or nothing
-        if failed is not None and not (is_alone and is_echo(failed["error"])):
-            return End("error", failed["error"], at=failed["t"], is_planned=False)
+        if failed is not None and not (is_alone and is_secondary_error(failed["error"])):
+            return AttemptEnd("error", failed["error"], at=failed["t"], is_planned=False)
         if launch is None or is_alone:
-            return End("driver lost", failed["error"] if failed else "", is_planned=False)
+            return AttemptEnd("driver lost", failed["error"] if failed else "", is_planned=False)
         if launch.alive["exit_code"] in (0, 75, 130):
-            return End("stopped")
-        return End("failed", str(launch.alive.get("error", "")), is_planned=False)
+            return AttemptEnd("stopped")
+        return AttemptEnd("failed", str(launch.alive.get("error", "")), is_planned=False)
 
     @property
     def num_lost(self) -> int:

@@ -6,16 +6,15 @@ segment that grows is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
-from outlast.checkpointing.run_store.journal import Tail
-from outlast.checkpointing.run_store.liveness import is_gone
-from outlast.checkpointing.storage.base import Storage, read_bytes
-from outlast.cluster.monitoring.timeline import Story
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.journal import JournalTail
+from outlast.checkpointing.run_store.liveness import is_dead, read_liveness
+from outlast.checkpointing.storage.base import Storage
+from outlast.cluster.monitoring.timeline import Timeline
 
 if TYPE_CHECKING:
     from outlast.checkpointing.run_store.compaction import StepColumns
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 _OPEN = 2
 
 
-class StoryReader:
+class TimelineReader:
     """Follows one run: each look adds what is new to its story.
 
     Args:
@@ -39,11 +38,11 @@ class StoryReader:
 
     def __init__(self, storage: Storage, run: str, *, but: str = "", journals: bool = True) -> None:
         self._storage, self._run, self._but, self._journals = storage, run, but, journals
-        self._tail = Tail(storage)
+        self._tail = JournalTail(storage)
         self._closed: set[AttemptId | str] = set()  # read once more after they had left the newest ones
-        self.story = Story(run)
+        self.story = Timeline(run)
 
-    def look(self) -> Story:
+    def look(self) -> Timeline:
         """Reads what is new.
 
         Raises:
@@ -65,7 +64,7 @@ class StoryReader:
             told = self.story.attempt(attempt)
             told.claim = claim
             for event in self._new(attempt_dir(self._run, attempt)):
-                told.hear(event) if isinstance(event, dict) else told.hear_steps(event)
+                told.apply(event) if isinstance(event, dict) else told.apply_steps(event)
             if claim and number < len(attempts) - _OPEN:
                 self._closed.add(attempt)
 
@@ -78,13 +77,13 @@ class StoryReader:
             if launch.id in self._closed:
                 continue
             for _ in range(2):  # one that ended while its sign of life was read says so in the next
-                launch.alive = read_alive(self._storage, self._run, launch.id) or launch.alive
-                launch.is_gone = not launch.has_ended and is_gone(launch.alive)
+                launch.alive = read_liveness(self._storage, self._run, launch.id) or launch.alive
+                launch.is_gone = not launch.has_ended and is_dead(launch.alive)
                 if not launch.is_gone:
                     break
             for event in self._new(launch_dir(self._run, launch.id)):
                 if isinstance(event, dict):  # a driver makes no steps
-                    self.story.hear_launch(launch.id, event)
+                    self.story.apply_launch(launch.id, event)
             # One that has the run, or may be about to claim it, goes on, whatever its name says.
             if number < len(launches) - _OPEN and (launch.has_ended or launch.id in superseded):
                 self._closed.add(launch.id)
@@ -96,12 +95,3 @@ class StoryReader:
 def list_launches(storage: Storage, run: str) -> list[str]:
     """The run's launches, by name."""
     return [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]
-
-
-def read_alive(storage: Storage, run: str, launch: str) -> dict[str, Any]:
-    """A launch's last sign of life; empty when there is none that can be read."""
-    try:
-        body = json.loads(read_bytes(storage, f"{launch_dir(run, launch)}/alive.json"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}

@@ -22,13 +22,14 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, first_line
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.preemption import draining_nodes
 from outlast.cluster.preflight import doctor_probe, doctor_rules
 from outlast.cluster.preflight.doctor_probe import Probe
-from outlast.cluster.preflight.doctor_rules import Facts, Finding, Level, Wanted
+from outlast.cluster.preflight.doctor_rules import Facts, Requirements
+from outlast.cluster.preflight.finding import Finding, Level
 
 ANSWER_S = 60.0
 NAMES_S = 200.0  # three name servers that do not answer, asked twice
@@ -41,10 +42,10 @@ REDUCE_S = 20.0
 PINGS = 3
 
 
-def wanted_by(config: RunConfig) -> Wanted:
+def requirements_of(config: RunConfig) -> Requirements:
     """What a run asks of a cluster."""
     scale = config.scale
-    return Wanted(
+    return Requirements(
         storage=config.checkpoint.storage,
         workers=scale.min_workers,
         cpus=scale.cpus_per_worker,
@@ -72,7 +73,7 @@ def _weights_bytes(path: str | None) -> int | None:
 def _newest_bytes(config: RunConfig) -> int | None:
     """Bytes of the run's newest checkpoint; None if there is none, or no storage, which is found out elsewhere."""
     with contextlib.suppress(OutlastError):
-        for manifest in catalogue(open_storage(config.checkpoint.storage), config.name).accepted:
+        for manifest in read_catalog(open_storage(config.checkpoint.storage), config.name).accepted:
             return manifest.num_bytes
     return None
 
@@ -84,7 +85,7 @@ def preflight(config: RunConfig, tell: Callable[[dict[str, Any]], None]) -> None
         PreflightError: Something failed.
     """
     failed = []
-    for finding in examine(wanted_by(config), quick=True):
+    for finding in examine(requirements_of(config), quick=True):
         if finding.level is Level.FAILED:
             failed.append(finding)
         elif finding.level is Level.WARNING:
@@ -102,7 +103,7 @@ def job_server_of() -> str | None:
     return f"http://{url.removeprefix('http://')}" if url else None
 
 
-def examine(wanted: Wanted, *, quick: bool) -> list[Finding]:
+def examine(wanted: Requirements, *, quick: bool) -> list[Finding]:
     """Examines every node that could hold a worker of the run, and this one."""
     folder = f".doctor/{secrets.token_hex(4)}"
     with _Nodes(wanted, folder, in_process=quick) as nodes:
@@ -112,11 +113,11 @@ def examine(wanted: Wanted, *, quick: bool) -> list[Finding]:
         if not facts:
             return nodes.silent or [Finding(Level.WARNING, "nodes", "no node stays", "`ray status`; start some")]
         found = [
-            *doctor_rules.judge_versions(facts),
-            *doctor_rules.judge_devices(facts, nodes.resources, wanted),
-            *doctor_rules.judge_memory(facts, wanted),
-            *doctor_rules.judge_disk(facts, wanted),
-            *doctor_rules.judge_clock(nodes.clock_offsets()),
+            *doctor_rules.check_versions(facts),
+            *doctor_rules.check_devices(facts, nodes.resources, wanted),
+            *doctor_rules.check_memory(facts, wanted),
+            *doctor_rules.check_disk(facts, wanted),
+            *doctor_rules.check_clock(nodes.clock_offsets()),
         ]
         if wanted.storage is not None:
             found += _storage(nodes, facts, wanted, quick=quick)
@@ -134,7 +135,7 @@ class _Nodes:
         in_process: Where this node is the only one, ask it without a process of its own.
     """
 
-    def __init__(self, wanted: Wanted, folder: str, *, in_process: bool) -> None:
+    def __init__(self, wanted: Requirements, folder: str, *, in_process: bool) -> None:
         here = ray.get_runtime_context().get_node_id()
         rows = [node for node in _staying() if node["NodeID"] == here or _could_hold(node["Resources"], wanted)]
         names = _names(rows)
@@ -228,7 +229,7 @@ def _staying() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
-def _could_hold(resources: Mapping[str, float], wanted: Wanted) -> bool:
+def _could_hold(resources: Mapping[str, float], wanted: Requirements) -> bool:
     cpus = 1e-3 if wanted.cpus is None else wanted.cpus
     return resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= wanted.gpus
 
@@ -257,7 +258,7 @@ def _fault(error: BaseException) -> dict[str, str]:
     return {"fault": f"{type(error).__name__}: {first_line(error)}", "hint": "`outlast --debug` shows more"}
 
 
-def _storage(nodes: _Nodes, facts: Facts, wanted: Wanted, *, quick: bool) -> list[Finding]:
+def _storage(nodes: _Nodes, facts: Facts, wanted: Requirements, *, quick: bool) -> list[Finding]:
     """Every node writes a token, all read all; then how late a listing shows a write, and how fast it is."""
     may_lag = doctor_rules.shares_files(facts)
     limit_s = (QUICK_S if quick else CACHED_S) if may_lag else UNCACHED_S
@@ -268,7 +269,7 @@ def _storage(nodes: _Nodes, facts: Facts, wanted: Wanted, *, quick: bool) -> lis
         "watch", names=list(files), limit_s=limit_s, each=dict.fromkeys(able, ()), patience_s=limit_s + ANSWER_S
     )
     seen = {node: _renamed(answer, files) for node, answer in seen.items()}
-    found = doctor_rules.judge_shared(facts, wanted, writers, seen)
+    found = doctor_rules.check_shared(facts, wanted, writers, seen)
     if quick or any(finding.level is Level.FAILED for finding in found) or not able:
         return found
     if len(able) > 1:
@@ -284,10 +285,10 @@ def _storage(nodes: _Nodes, facts: Facts, wanted: Wanted, *, quick: bool) -> lis
             found.append(Finding(Level.FAILED, "speed", f"{node}: {both['fault']}", both.get("hint", "")))
         else:
             speeds[node] = both
-    return found + (doctor_rules.judge_speed(speeds) if speeds else [])
+    return found + (doctor_rules.check_speed(speeds) if speeds else [])
 
 
-def _lag(nodes: _Nodes, able: list[str], wanted: Wanted, limit_s: float) -> list[Finding]:
+def _lag(nodes: _Nodes, able: list[str], wanted: Requirements, limit_s: float) -> list[Finding]:
     """Looks in vain first, as a reader would whose cache must then forget, and then writes on all nodes at once."""
     mine = {node: f"{nodes.files[node]}-late" for node in able}
     by_file = {file: node for node, file in mine.items()}
@@ -306,7 +307,7 @@ def _lag(nodes: _Nodes, able: list[str], wanted: Wanted, limit_s: float) -> list
             written = answers[writer]["written"] - offsets.get(writer, 0.0)
             missed = answer["missed"].get(file, 0.0) - offsets.get(reader, 0.0)
             lags[writer, reader] = max(0.0, missed - written) if file in answer["read"] else None
-    return doctor_rules.judge_lag(lags, wanted)
+    return doctor_rules.check_lag(lags, wanted)
 
 
 def _renamed(answer: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
@@ -315,23 +316,23 @@ def _renamed(answer: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]
     return {"read": {files[name]: text for name, text in answer["read"].items()}}
 
 
-def _network(nodes: _Nodes, facts: Facts, wanted: Wanted) -> list[Finding]:
+def _network(nodes: _Nodes, facts: Facts, wanted: Requirements) -> list[Finding]:
     """Doors between all nodes that may hold workers; and if those are open, a sum."""
     working = [node for node in facts if nodes.resources[node].get("CPU", 0) or nodes.resources[node].get("GPU", 0)]
     answers = nodes.ask("listen", each=dict.fromkeys(working, ()))
     nodes.forget(answers)
     doors = {node: tuple(door) for node, door in answers.items() if "fault" not in door}
     others = {here: ({there: door for there, door in doors.items() if there != here},) for here in doors}
-    faults = nodes.ask("knock", each=others)
-    found = doctor_rules.judge_ports({node: facts[node] for node in doors}, faults)
+    faults = nodes.ask("check_connection", each=others)
+    found = doctor_rules.check_ports({node: facts[node] for node in doors}, faults)
     ends = {node: ({facts[node]["address"], facts[next(iter(doors))]["address"]},) for node in doors}
-    found += doctor_rules.judge_names(nodes.ask("look_up", each=ends, patience_s=NAMES_S))
+    found += doctor_rules.check_names(nodes.ask("look_up", each=ends, patience_s=NAMES_S))
     if any(finding.level is Level.FAILED for finding in found) or not doors:
         return found
     return found + _all_reduce(nodes, facts, list(doors), wanted)
 
 
-def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], wanted: Wanted) -> list[Finding]:
+def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], wanted: Requirements) -> list[Finding]:
     """One rank on each node, or two if there is just one; each with a GPU where the run wants some."""
     backend, cards = ("nccl", [node for node in working if facts[node]["gpus"]]) if wanted.gpus else ("gloo", working)
     if not cards:
@@ -354,7 +355,7 @@ def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], wanted: Wanted)
     finally:
         for probe in probes:
             ray.kill(probe)
-    return doctor_rules.judge_all_reduce(answers, backend, facts, REDUCE_BYTES)
+    return doctor_rules.check_all_reduce(answers, backend, facts, REDUCE_BYTES)
 
 
 def _ranks(nodes: list[str]) -> list[str]:

@@ -66,7 +66,7 @@ class Probe:
 
     @property
     def _storage(self) -> Any:
-        from outlast.checkpointing.storage.base import open_storage
+        from outlast.checkpointing.storage.factory import open_storage
 
         assert self._place is not None
         return open_storage(self._place)
@@ -166,10 +166,10 @@ class Probe:
         threading.Thread(target=_greet, args=(self._door, word.encode()), daemon=True).start()
         return ray.util.get_node_ip_address(), self._door.getsockname()[1], word
 
-    def knock(self, doors: Mapping[str, tuple[str, int, str]]) -> dict[str, str]:
+    def check_connection(self, doors: Mapping[str, tuple[str, int, str]]) -> dict[str, str]:
         """Goes to each door. Returns what was wrong, by the name of the door."""
         with ThreadPoolExecutor(16) as pool:
-            found = pool.map(_knock, doors.values())
+            found = pool.map(_check_connection, doors.values())
             return {name: fault for name, fault in zip(doors, found, strict=True) if fault}
 
     def look_up(self, addresses: Iterable[str]) -> float:
@@ -366,7 +366,7 @@ def _greet(door: socket.socket, word: bytes) -> None:
             visitor.sendall(word)
 
 
-def _knock(door: tuple[str, int, str]) -> str:
+def _check_connection(door: tuple[str, int, str]) -> str:
     address, port, word = door
     try:
         with socket.create_connection((address, port), timeout=CONNECT_S) as visit:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from outlast.cluster.formatting import counted, size
+from outlast.cluster.preflight.finding import Finding, Level
 
-TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 GIB = 2**30
 #: Ray puts nothing more on a disk that is fuller than this.
 FULL_SHARE = 0.95
@@ -30,33 +29,8 @@ SLOW_NAME_S = 1.0
 NETWORKED = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "gpfs", "beegfs", "9p", "glusterfs", "virtiofs", "afs")
 
 
-class Level(Enum):
-    """How bad it is."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILED = "failed"
-
-
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        level: How bad it is.
-        check: What was examined.
-        text: What was found, and on which node.
-        hint: What to do.
-    """
-
-    level: Level
-    check: str
-    text: str
-    hint: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Requirements:
     """What a run asks of a cluster.
 
     Attributes:
@@ -84,7 +58,7 @@ Facts = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass
-class _Report:
+class _Findings:
     """Collects the findings of one check, and says that all is well if there are none."""
 
     check: str
@@ -100,9 +74,9 @@ class _Report:
         return self.found or [Finding(Level.OK, self.check, text)]
 
 
-def judge_versions(facts: Facts) -> list[Finding]:
+def check_versions(facts: Facts) -> list[Finding]:
     """Every node has every library, all have the same."""
-    report, names = _Report("versions"), next(iter(facts.values()))["versions"]
+    report, names = _Findings("versions"), next(iter(facts.values()))["versions"]
     for name in names:
         having = _by_value(facts, lambda fact, name=name: fact["versions"].get(name))  # type: ignore[misc]
         what = "outlast's code" if name == "outlast" else name
@@ -115,9 +89,9 @@ def judge_versions(facts: Facts) -> list[Finding]:
     return report.or_ok(f"{_count(facts)}: {all_of}")
 
 
-def judge_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], wanted: Wanted) -> list[Finding]:
+def check_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], wanted: Requirements) -> list[Finding]:
     """The workers fit, and the processors are of one kind: else the bits differ from node to node."""
-    report = _Report("devices")
+    report = _Findings("devices")
     there = {key: sum(node.get(key, 0) for node in resources.values()) for key in ("CPU", "GPU")}
     need = {"CPU": (wanted.cpus or 0) * wanted.workers, "GPU": wanted.gpus * wanted.workers}
     for key, number in need.items():
@@ -146,9 +120,9 @@ def judge_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], wa
     return report.or_ok(f"{there['CPU']:g} CPUs ({', '.join(cpus) or 'none'}), {there['GPU']:g} GPUs{cards}")
 
 
-def judge_memory(facts: Facts, wanted: Wanted) -> list[Finding]:
+def check_memory(facts: Facts, wanted: Requirements) -> list[Finding]:
     """Memory that is free within the control group, and /dev/shm."""
-    report = _Report("memory")
+    report = _Findings("memory")
     each = math.ceil(wanted.workers / max(1, len(facts)))
     need = (wanted.weights_bytes or 0) * 4 * each if not wanted.gpus else 0
     for node, fact in facts.items():
@@ -172,9 +146,9 @@ def judge_memory(facts: Facts, wanted: Wanted) -> list[Finding]:
     return report.or_ok(f"at least {size(least)} free")
 
 
-def judge_disk(facts: Facts, wanted: Wanted) -> list[Finding]:
+def check_disk(facts: Facts, wanted: Requirements) -> list[Finding]:
     """Room for Ray on each node's disk, and for checkpoints in the storage."""
-    report = _Report("disk")
+    report = _Findings("disk")
     for node, fact in facts.items():
         disk = fact["disk"]
         if disk is not None and disk["free"] < disk["total"] * (1 - FULL_SHARE):
@@ -199,8 +173,8 @@ def judge_disk(facts: Facts, wanted: Wanted) -> list[Finding]:
     return report.or_ok(f"at least {size(least)} free for Ray{left}")
 
 
-def judge_shared(
-    facts: Facts, wanted: Wanted, writers: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mapping[str, Any]]
+def check_shared(
+    facts: Facts, wanted: Requirements, writers: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mapping[str, Any]]
 ) -> list[Finding]:
     """Each node sees what every other one wrote.
 
@@ -210,7 +184,7 @@ def judge_shared(
         writers: What `write` answered, by node; with `fault` where it failed.
         seen: What `watch` answered, by node; likewise.
     """
-    report, place = _Report("storage"), wanted.storage
+    report, place = _Findings("storage"), wanted.storage
     for verb, answers in (("write to", writers), ("read", seen)):
         for fault, nodes in _by_value(answers, lambda answer: answer.get("fault")).items():
             if fault is not None:
@@ -237,9 +211,9 @@ def judge_shared(
     return report.or_ok(f"{place}: what each of {_count(facts)} wrote, all read")
 
 
-def judge_lag(lags: Mapping[tuple[str, str], float | None], wanted: Wanted) -> list[Finding]:
+def check_lag(lags: Mapping[tuple[str, str], float | None], wanted: Requirements) -> list[Finding]:
     """How long a listing on one node lags behind a write on another; None for one that never came."""
-    report = _Report("listing lag")
+    report = _Findings("listing lag")
     worst = max(lags.values(), key=lambda lag: math.inf if lag is None else lag, default=0.0)
     mount = "mount with noac,lookupcache=none (NFS), which makes it 0"
     if worst is None:
@@ -254,9 +228,9 @@ def judge_lag(lags: Mapping[tuple[str, str], float | None], wanted: Wanted) -> l
     return report.or_ok("none" if not worst or worst <= LAG_NOISE_S else f"{worst:.1f} s, as the run allows")
 
 
-def judge_speed(speeds: Mapping[str, Mapping[str, float]]) -> list[Finding]:
+def check_speed(speeds: Mapping[str, Mapping[str, float]]) -> list[Finding]:
     """Bytes a second, all nodes at once, and the time of small operations."""
-    report = _Report("speed")
+    report = _Findings("speed")
     for node, speed in speeds.items():
         if speed["write"] < SLOW_WRITE or speed["put_s"] > SLOW_PUT_S:
             report.warn(
@@ -271,13 +245,13 @@ def judge_speed(speeds: Mapping[str, Mapping[str, float]]) -> list[Finding]:
     )
 
 
-def judge_clock(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:
+def check_clock(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:
     """How far clocks differ from the one here. It is never a reason not to start: no order follows from a clock.
 
     Args:
         offsets: Seconds ahead, and how sure that is, by node.
     """
-    report = _Report("clock")
+    report = _Findings("clock")
     for node, (offset, error) in offsets.items():
         if abs(offset) - error > CLOCK_WARNING_S:
             side = "ahead of" if offset > 0 else "behind"
@@ -290,14 +264,14 @@ def judge_clock(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:
     return report.or_ok(f"within {max(0.01, worst):.2f} s")
 
 
-def judge_ports(facts: Facts, faults: Mapping[str, Mapping[str, str]]) -> list[Finding]:
+def check_ports(facts: Facts, faults: Mapping[str, Mapping[str, str]]) -> list[Finding]:
     """Each node reaches each other one at a port that nobody agreed on beforehand, as gloo and NCCL use them.
 
     Args:
         facts: What the nodes are.
         faults: What was wrong, by the node that knocked and the one that it knocked at.
     """
-    report = _Report("ports")
+    report = _Findings("ports")
     pairs = {(here, there): fault for here, found in faults.items() for there, fault in found.items()}
     for (here, there), fault in pairs.items():
         both = (there, here) in pairs
@@ -319,9 +293,9 @@ def judge_ports(facts: Facts, faults: Mapping[str, Mapping[str, str]]) -> list[F
     return report.or_ok(f"{_count(facts)} reach each other" if len(facts) > 1 else "one node: nothing to reach")
 
 
-def judge_names(seconds: Mapping[str, float | Mapping[str, str]]) -> list[Finding]:
+def check_names(seconds: Mapping[str, float | Mapping[str, str]]) -> list[Finding]:
     """How long each node searches for the name of an address, as torch does in each worker that joins a group."""
-    report, known = _Report("names"), {node: took for node, took in seconds.items() if isinstance(took, float)}
+    report, known = _Findings("names"), {node: took for node, took in seconds.items() if isinstance(took, float)}
     if slow := [node for node, took in known.items() if took > SLOW_NAME_S]:
         report.warn(
             f"{_nodes(slow)}: the name of an address takes up to {max(known.values()):.1f} s, which each start of the "
@@ -335,11 +309,11 @@ def judge_names(seconds: Mapping[str, float | Mapping[str, str]]) -> list[Findin
     )
 
 
-def judge_all_reduce(
+def check_all_reduce(
     answers: Mapping[str, Mapping[str, Any]], backend: str, facts: Facts, num_bytes: int
 ) -> list[Finding]:
     """A real sum over the nodes."""
-    report = _Report("all-reduce")
+    report = _Findings("all-reduce")
     faults = _by_value(answers, lambda answer: answer.get("fault"))
     rates = [answer["rate"] for answer in answers.values() if "rate" in answer]
     for fault, nodes in faults.items():

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, Costs
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveCosts
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.formatting import size as shown
 from outlast.cluster.preflight.doctor_probe import Probe
 from outlast.trainers.checks.memory_estimate import Size, copy_speed, measure
 from outlast.trainers.checks.preflight import check_metric
-from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.config.train import Parallel
+from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.loop.save_timer import between_failures, history_of
-from outlast.trainers.loop.train_loop import make_plan
 from outlast.trainers.preparation.prepare import prepare
 
 _LEAST_BYTES, _MOST_BYTES = 2**20, 64 * 2**20
@@ -150,7 +150,7 @@ def _saving(config: RunConfig, size: Size) -> Saving:
     commit_s = size.checkpoint_bytes / written["write"] + (len(size.files) + _MORE_FILES) * written["put_s"]
     blocked_s = size.share_bytes / copied if config.checkpoint.overlap else commit_s
     between = between_failures(*history_of(open_storage(config.checkpoint.storage), config.name))
-    costs = Costs(blocked_s, commit_s, restart_s=0.0, between_failures_s=between)
+    costs = SaveCosts(blocked_s, commit_s, restart_s=0.0, between_failures_s=between)
     return Saving(
         measured_bytes=num_bytes,
         write_speed=written["write"],

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage, open_storage
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig, expand, load_run, override, read_run_file
-from outlast.cluster.config.run_file import Located, SettingsError, located_in
+from outlast.cluster.config.run_file import LocatedFinding, SettingsError, located_in
 from outlast.trainers.config.model import is_hub_id
-from outlast.trainers.config.validation_errors import Finding
+from outlast.trainers.config.task_names import is_dotted
 from outlast.trainers.config.validation_errors import Path as Place
-from outlast.trainers.tasks.registry import is_dotted
+from outlast.trainers.config.validation_errors import SettingsFinding
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Check:
 _KEY = re.compile(r"\b(?:model|data|train|checkpoint|scale|failure|track)(?:\.[a-z_]+)+\b")
 
 
-def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) -> list[Located]:
+def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) -> list[LocatedFinding]:
     """What is wrong with a run file; empty when nothing is.
 
     Args:
@@ -57,13 +58,13 @@ def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) ->
     """
     try:
         config: RunConfig | None = load_run(path, overrides)[0]
-        wrong = list[Located]()
+        wrong = list[LocatedFinding]()
     except SettingsError as error:
         wrong = list(error.findings)
         config = _without(path, overrides, [item.finding.path for item in wrong])
     if config is None:
         return wrong
-    from outlast.trainers.models.custom_model import make_importable
+    from outlast.trainers.user_code import make_importable
 
     make_importable(str(Path(path).parent.absolute()))
     config = config.at_home(Path(path).parent)
@@ -75,7 +76,7 @@ def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) ->
     return sorted(seen, key=lambda item: item.line or 0)
 
 
-def not_looked_at(path: str, overrides: Sequence[str] = ()) -> list[str]:
+def unchecked(path: str, overrides: Sequence[str] = ()) -> list[str]:
     """What a check of a run file without faults leaves open, in words."""
     config = load_run(path, overrides)[0].at_home(Path(path).parent)
     given = config.model.path or ""
@@ -103,7 +104,7 @@ def _without(path: str, overrides: Sequence[str], wrong: Sequence[Place]) -> Run
         return None
 
 
-def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[Finding]:
+def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[SettingsFinding]:
     said = set()
     for check in checks:
         try:
@@ -113,7 +114,7 @@ def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[Finding]:
             place = named[0] if named else check.key
             if error.message not in said:  # one mistake may be in the way of several checks
                 said.add(error.message)
-                yield Finding(tuple(place.split(".")), error.message, error.hint)
+                yield SettingsFinding(tuple(place.split(".")), error.message, error.hint)
 
 
 def _code(config: RunConfig) -> None:
@@ -160,7 +161,7 @@ def _eval_columns(config: RunConfig) -> None:
 
 
 def _batch(config: RunConfig) -> None:
-    from outlast.trainers.loop.train_loop import make_plan
+    from outlast.trainers.data.sampler import make_plan
 
     make_plan(config, 1, config.scale.max_workers)
 
@@ -204,10 +205,10 @@ def _storage(config: RunConfig) -> None:
 
 def check_begun(config: RunConfig) -> None:
     """Raises ConfigError if a run of this name has begun in the storage, and with other settings."""
-    from outlast.trainers.attempt import check_unchanged
+    from outlast.trainers.checks.resume_checks import check_unchanged
 
     _storage(config)
-    check_unchanged(catalogue(open_storage(config.checkpoint.storage), config.name).declaration, config, None)
+    check_unchanged(read_catalog(open_storage(config.checkpoint.storage), config.name).declaration, config, None)
 
 
 def _prepared(config: RunConfig) -> None:

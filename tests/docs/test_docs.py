@@ -26,7 +26,7 @@ import pytest
 import yaml
 
 from outlast.cluster.config.run_config import RunConfig
-from outlast.trainers.models.build import train_bpe
+from outlast.trainers.data.tokenizer import train_bpe
 from tests.docs.test_reference import load_reference
 from tests.support.command import Command
 

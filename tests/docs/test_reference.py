@@ -29,7 +29,7 @@ def test_the_reference_is_what_the_code_says() -> None:
 def test_every_setting_and_every_verb_is_in_it() -> None:
     """By other ways than the generator's own."""
     from outlast.cluster.config.run_config import load_run
-    from outlast.trainers.tasks.registry import TASKS
+    from outlast.trainers.config.task_names import TASKS
 
     text = (DOCS / "reference.md").read_text()
     config, _ = load_run(str(DOCS.parent / "examples/own_task.yaml"))

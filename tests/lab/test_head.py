@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from outlast.checkpointing.format.layout import attempt_dir
-from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome

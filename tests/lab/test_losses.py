@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.run_store.catalog import list_attempts, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment

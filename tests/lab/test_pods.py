@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.run_store.catalog import list_attempts
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.kubernetes.client import Cluster

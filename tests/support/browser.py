@@ -65,7 +65,7 @@ class Page:
         answer = await self._call("Page.captureScreenshot", {"captureBeyondViewport": whole})
         path.write_bytes(base64.b64decode(answer["data"]))
 
-    def hear(self, method: str, told: dict[str, Any]) -> None:
+    def apply(self, method: str, told: dict[str, Any]) -> None:
         if method == "Runtime.exceptionThrown":
             self.complaints.append(str(told["exceptionDetails"]))
         elif method == "Runtime.consoleAPICalled" and told["type"] in ("warning", "error", "assert"):
@@ -102,7 +102,7 @@ async def _open(
                         assert "error" not in body, body
                         waiting[body["id"]].set_result(body["result"])
                     else:
-                        page.hear(body["method"], body["params"])
+                        page.apply(body["method"], body["params"])
                         if body["method"] == "Page.loadEventFired":
                             loaded.set()
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.tasks.base import CausalLM, Record
+from outlast.trainers.tasks.base import Record
+from outlast.trainers.tasks.causal_lm import CausalLM
 
 NUM_TOKENS = 2**20
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.tasks.base import Batch, CausalLM
+from outlast.trainers.tasks.base import Batch
+from outlast.trainers.tasks.causal_lm import CausalLM
 
 FOLDER = "OUTLAST_TEST_CONSUMED"
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from outlast.trainers.tasks.base import Batch, CausalLM
+from outlast.trainers.tasks.base import Batch
+from outlast.trainers.tasks.causal_lm import CausalLM
 
 TROUBLE, FOLDER = "OUTLAST_TEST_TROUBLE", "OUTLAST_TEST_FOLDER"
 SLOW_S = 0.02

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from outlast.checkpointing.format.safetensors import Spec, tensor_bytes
+from outlast.checkpointing.format.safetensors import TensorSpec, tensor_bytes
 from outlast.checkpointing.state.model_weights import check_weights, named_weights
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
 
@@ -40,7 +40,7 @@ def digests_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Strictly, as a resume does it."""
-    check_weights(model, {name: Spec.of(tensor) for name, tensor in weights.items()})
+    check_weights(model, {name: TensorSpec.of(tensor) for name, tensor in weights.items()})
     with torch.no_grad():
         for name, tensor in named_weights(model).items():
             tensor.copy_(weights[name])

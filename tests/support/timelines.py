@@ -8,8 +8,8 @@ from typing import Any
 
 from outlast.checkpointing.format.layout import CLAIM, AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.run_store.journal import EVENTS
-from outlast.checkpointing.storage.base import LocalStorage
-from outlast.cluster.monitoring.timeline import Story
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.monitoring.timeline import Timeline
 
 Event = dict[str, Any]
 
@@ -80,18 +80,18 @@ def attempt(
     return number, {"claimed_at": claimed_at, "launch": launch, "world_size": 2, **claim}, told
 
 
-def story(*parts: tuple[Any, Event, Any], run: str = "run") -> Story:
-    told = Story(run)
+def story(*parts: tuple[Any, Event, Any], run: str = "run") -> Timeline:
+    told = Timeline(run)
     for name, body, events in parts:
         if isinstance(name, str):
             told.launch(name).alive = body
             for event in events:
-                told.hear_launch(name, event)
+                told.apply_launch(name, event)
         else:
             item = told.attempt(AttemptId(name, f"{name:04x}"))
             item.claim = body
             for event in events:
-                item.hear(event)
+                item.apply(event)
     return told
 
 

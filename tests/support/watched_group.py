@@ -13,17 +13,17 @@ from typing import Any
 import torch.distributed as dist
 
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir
-from outlast.checkpointing.storage.base import open_storage
-from outlast.cluster.fault_tolerance.coordinator import Hub
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.cluster.fault_tolerance.coordinator import Coordinator
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
-from outlast.trainers.loop.progress import Phase, Pulse
+from outlast.trainers.loop.progress import StepPhase, StepProgress
 from tests.support.worker_group import Quiet
 
 
 @contextmanager
-def serve(address: Path) -> Iterator[Hub]:
+def serve(address: Path) -> Iterator[Coordinator]:
     """A hub at a socket, which goes with its last client."""
-    hub, lock = Hub(), threading.Lock()
+    hub, lock = Coordinator(), threading.Lock()
 
     def answer(line: Any) -> None:
         with suppress(EOFError, OSError):
@@ -64,7 +64,7 @@ class Watched(Quiet):
     url: str
     run: str
     hang_after_s: float | None
-    pulse: Pulse = field(default_factory=Pulse)
+    pulse: StepProgress = field(default_factory=StepProgress)
 
     def claimed(self, attempt: str) -> None:
         claimed = AttemptId.parse(attempt)
@@ -83,7 +83,7 @@ class Watched(Quiet):
             period_s=0.2,
         ).__enter__()
 
-    def at(self, phase: Phase, step: int) -> None:
+    def at(self, phase: StepPhase, step: int) -> None:
         self.pulse.at(phase, step)
 
     def worked(self, seconds: float) -> None:

@@ -22,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.fault_injection import Action, Fault, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec
 from outlast.checkpointing.format.layout import CheckpointRef, checkpoint_dir
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.restore.reader import tensor_digests
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage, Storage
+from outlast.checkpointing.restore.verify import tensor_digests
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.loop.progress import Phase
+from outlast.trainers.loop.progress import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
 
 _context = multiprocessing.get_context("forkserver")
@@ -38,8 +39,8 @@ _context.set_forkserver_preload(["tests.support.worker_group_rank"])
 
 GRACE_S = 60.0
 STOPPED_S = 1.0  #: long enough for the other ranks to come to wait
-ACTIONS = [action for action in Action if action is not Action.PAUSE]  # that one is for drills
-IN_TRAINING = (Point.ACCUMULATING, Point.STEP, Point.EVALUATING)
+ACTIONS = [action for action in FaultAction if action is not FaultAction.PAUSE]  # that one is for drills
+IN_TRAINING = (FaultPoint.ACCUMULATING, FaultPoint.STEP, FaultPoint.EVALUATING)
 
 
 class Quiet:
@@ -54,7 +55,7 @@ class Quiet:
     def claimed(self, attempt: str) -> None:
         pass
 
-    def at(self, phase: Phase, step: int) -> None:
+    def at(self, phase: StepPhase, step: int) -> None:
         pass
 
     def worked(self, seconds: float) -> None:
@@ -148,11 +149,11 @@ def start_script(path: Path, arguments: list[str], size: int) -> list[BaseProces
     return processes
 
 
-def fault(point: Point, step: int, rank: int, action: Action, folder: Path) -> Fault:
-    return Fault(point, step, rank, action, str(folder / f"fired-{point.value}-{step}-{rank}.json"))
+def fault(point: FaultPoint, step: int, rank: int, action: FaultAction, folder: Path) -> FaultSpec:
+    return FaultSpec(point, step, rank, action, str(folder / f"fired-{point.value}-{step}-{rank}.json"))
 
 
-def run_struck(assignment: Assignment, storage: Storage, size: int, strike: Fault) -> list[Ended]:
+def run_struck(assignment: Assignment, storage: Storage, size: int, strike: FaultSpec) -> list[Ended]:
     """As `run_group`, with a fault that must fire, and must end the group, or must not if the process only stopped.
 
     The process that stopped is woken after a while; the one that hangs is ended, as a watchdog would.
@@ -162,41 +163,41 @@ def run_struck(assignment: Assignment, storage: Storage, size: int, strike: Faul
         ended = run_group(replace(assignment, faults=(strike,)), storage, size)
         assert Path(strike.record).exists(), "the fault did not fire"
         watching.result()
-    if strike.action is Action.STOP:
+    if strike.action is FaultAction.STOP:
         assert [item.outcome for item in ended] == [Outcome.DONE] * size, "it was only slow"
     else:
-        assert ended[strike.rank].exit_code == (1 if strike.action is Action.EXCEPTION else -signal.SIGKILL)
+        assert ended[strike.rank].exit_code == (1 if strike.action is FaultAction.EXCEPTION else -signal.SIGKILL)
         assert all(item.outcome is None and item.exit_code != 0 for item in ended)
     return ended
 
 
-def _wake_or_end(strike: Fault) -> None:
-    if strike.action not in (Action.STOP, Action.HANG):
+def _wake_or_end(strike: FaultSpec) -> None:
+    if strike.action not in (FaultAction.STOP, FaultAction.HANG):
         return
     deadline = time.monotonic() + GRACE_S
     while (pid := _struck(strike)) is None:
         assert time.monotonic() < deadline, f"nobody struck by {strike}"
         time.sleep(0.02)
     time.sleep(STOPPED_S)
-    os.kill(pid, signal.SIGCONT if strike.action is Action.STOP else signal.SIGKILL)
+    os.kill(pid, signal.SIGCONT if strike.action is FaultAction.STOP else signal.SIGKILL)
 
 
-def _struck(strike: Fault) -> int | None:
+def _struck(strike: FaultSpec) -> int | None:
     """The process that was struck; None while there is none, or it is to stop and has not."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         pid = int(json.loads(Path(strike.record).read_text())["pid"])
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return pid if strike.action is Action.HANG or state == "T" else None
+        return pid if strike.action is FaultAction.HANG or state == "T" else None
     return None
 
 
 def newest(storage: LocalStorage, run: str) -> Manifest:
-    return catalogue(storage, run).accepted[0]
+    return read_catalog(storage, run).accepted[0]
 
 
 def digests(storage: Storage, run: str, ref: CheckpointRef | None = None) -> dict[str, str]:
     """SHA-256 of every tensor of a checkpoint, the newest accepted one by default."""
-    manifest = next(item for item in catalogue(storage, run).accepted if ref in (None, item.ref))
+    manifest = next(item for item in read_catalog(storage, run).accepted if ref in (None, item.ref))
     return tensor_digests(storage, checkpoint_dir(run, manifest.ref), manifest)
 
 

@@ -14,7 +14,7 @@ import transformers  # noqa: F401
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.trainers import attempt  # noqa: F401
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.distributed.world import World

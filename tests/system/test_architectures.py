@@ -19,17 +19,20 @@ from torch.nn import functional
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.state.model_weights import named_weights
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.model import DataSettings, ModelSettings
-from outlast.trainers.config.training_config import Exactness
-from outlast.trainers.distributed.world import World, seed_everything
+from outlast.trainers.config.data import DataSettings
+from outlast.trainers.config.model import ModelSettings
+from outlast.trainers.config.train import Exactness
+from outlast.trainers.data.tokenizer import train_bpe
+from outlast.trainers.distributed.determinism import seed_everything
+from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import build_model, naming_of, train_bpe
+from outlast.trainers.models.build import build_model, naming_of
 from outlast.trainers.models.weight_names import file_naming
-from outlast.trainers.tasks.base import CausalLM
+from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.checkpointing.state.test_shards import state_digests
 from tests.support.ranks import on_ranks
 from tests.support.worker_group import digests, fault, losses, newest, run_group
@@ -187,7 +190,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     config = {"model_type": kind, **ARCHITECTURES[kind][1]}
     sections = {"model": {"config": config}, "checkpoint": {"overlap": True}}
     assert run_group(assign(kind, sections=sections), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 6, 0, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, 0, FaultAction.SIGKILL, tmp_path)
     run_group(assign(f"{kind}-killed", sections=sections, faults=(strike,)), storage, 2)
     assert Path(strike.record).exists()
     again = run_group(assign(f"{kind}-killed", sections=sections, launch="second"), storage, 2)

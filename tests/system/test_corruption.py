@@ -20,15 +20,16 @@ from torch import nn
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.layout import CLAIM, MANIFEST, checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests, verify
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.restore.verify import tensor_digests, verify
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.loop.optimizer import make_optimizer
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
-from outlast.trainers.tasks.base import CausalLM
+from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
 from tests.support.small_model import digests_of
 from tests.support.worker_group import StopAt, digests, losses, resumed, run_group
@@ -102,7 +103,7 @@ def base(storage: LocalStorage, assign: Callable[..., Assignment]) -> str:
     """The undamaged run, stopped at step 7."""
     ended = run_group(assign(BASE), storage, 2, StopAt(6))
     assert [item.outcome for item in ended] == [Outcome.STOPPED] * 2
-    found = catalogue(storage, BASE)
+    found = read_catalog(storage, BASE)
     assert [item.ref.step for item in found.accepted] == STEPS
     assert sorted([entry.path for entry in found.accepted[0].files] + [MANIFEST]) == sorted(FILES), "FILES lacks one"
     return BASE
@@ -127,7 +128,7 @@ def model(base: str, storage: LocalStorage, assign: Callable[..., Assignment]) -
 
 def folder(storage: LocalStorage, run: str, index: int = 0) -> Path:
     """Where the newest checkpoint lies, or the one `index` places before it."""
-    return storage.path(checkpoint_dir(run, catalogue(storage, run).accepted[index].ref))
+    return storage.path(checkpoint_dir(run, read_catalog(storage, run).accepted[index].ref))
 
 
 def contents(storage: LocalStorage, run: str) -> dict[str, str]:
@@ -181,7 +182,7 @@ def test_damage_in_the_one_before_or_in_both(
 ) -> None:
     for place in [folder(storage, copied, index) for index in ((1,) if which == "previous" else (0, 1))]:
         damage(place / file)
-    whole = catalogue(storage, BASE).accepted[expected]
+    whole = read_catalog(storage, BASE).accepted[expected]
     step, loaded = resume_here(storage, copied, model, assign(BASE))
     assert step == whole.ref.step
     assert loaded == tensor_digests(storage, checkpoint_dir(BASE, whole.ref), whole)
@@ -204,7 +205,7 @@ def test_damage_is_found_named_and_passed_by(
     cover: Callable[..., None],
 ) -> None:
     damage(folder(storage, copied) / file)
-    found = catalogue(storage, copied)
+    found = read_catalog(storage, copied)
     if file == MANIFEST:
         assert [item.ref.step for item in found.rejected] == [7]
         assert found.rejected[0].reasons[0].startswith(f"{MANIFEST}: ")
@@ -214,7 +215,7 @@ def test_damage_is_found_named_and_passed_by(
         assert faults[0].startswith(f"{file}: ")
         assert SAID[damage] in faults[0]  # type: ignore[index]
 
-    previous = catalogue(storage, BASE).accepted[1]
+    previous = read_catalog(storage, BASE).accepted[1]
     step, loaded = resume_here(storage, copied, model, assign(BASE))
     assert step == 6
     assert loaded == tensor_digests(storage, checkpoint_dir(BASE, previous.ref), previous)
@@ -244,7 +245,7 @@ def test_a_file_of_another_checkpoint_is_found(
 
 def test_a_manifest_of_another_checkpoint_is_found(copied: str, storage: LocalStorage) -> None:
     shutil.copy(folder(storage, copied, 1) / MANIFEST, folder(storage, copied) / MANIFEST)
-    found = catalogue(storage, copied)
+    found = read_catalog(storage, copied)
     assert [item.ref.step for item in found.accepted] == [6, 3]
     assert "belongs to" in found.rejected[0].reasons[0]
 
@@ -262,7 +263,7 @@ def test_verify_names_each_bad_file(copied: str, storage: LocalStorage) -> None:
     remove(where / "config.json")
     cut_in_half(where / "training_state/state.json")
     (where / EXTRA).write_bytes(b"stale")
-    manifest = catalogue(storage, copied).accepted[0]
+    manifest = read_catalog(storage, copied).accepted[0]
     faults = dict(line.split(": ", 1) for line in verify(storage, checkpoint_dir(copied, manifest.ref), manifest))
     assert faults.keys() == {"model.safetensors", "config.json", "training_state/state.json", EXTRA}
     assert faults["config.json"] == "missing"
@@ -274,7 +275,7 @@ def test_verify_names_each_bad_file(copied: str, storage: LocalStorage) -> None:
 def test_a_commit_whose_manifest_has_gone_is_reported(copied: str, storage: LocalStorage) -> None:
     for index, steps in enumerate(([6, 3], [3], [])):
         remove(folder(storage, copied) / MANIFEST)
-        found = catalogue(storage, copied)
+        found = read_catalog(storage, copied)
         assert [item.ref.step for item in found.accepted] == steps
         assert [item.ref.step for item in found.rejected] == STEPS[: index + 1]
         assert all("never deleted" in item.reasons[0] for item in found.rejected)
@@ -433,14 +434,14 @@ def test_a_bit_in_a_claim_does_not_stop_the_run(
 def test_a_damaged_journal_costs_nothing_but_itself(copied: str, storage: LocalStorage) -> None:
     """Which checkpoints exist is decided by manifests; every single flipped bit in the commit journal is survived."""
     path = next(storage.path(copied).glob("attempts/*/commits-0-*.jsonl"))
-    whole, expected = path.read_bytes(), catalogue(storage, copied).accepted
+    whole, expected = path.read_bytes(), read_catalog(storage, copied).accepted
     crashed = []
     for position in range(len(whole)):
         data = bytearray(whole)
         data[position] ^= 1
         path.write_bytes(data)
         try:
-            assert catalogue(storage, copied).accepted == expected
+            assert read_catalog(storage, copied).accepted == expected
         except (KeyError, ValueError, TypeError) as error:
             crashed.append(f"byte {position}: {type(error).__name__}: {error}")
     assert not crashed, f"{len(crashed)} of {len(whole)} bits stop the run: {crashed[:3]}"

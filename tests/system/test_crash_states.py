@@ -21,7 +21,8 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import NoCheckpointError
 from outlast.checkpointing.format.layout import MANIFEST
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
+from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.crash_states import Disk, Effect, Effects, Tree, materialise, tree_of
 from tests.support.small_model import digests_of, small_model, train_step
 

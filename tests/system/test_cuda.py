@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.save.staging import Snapshot
-from outlast.checkpointing.state.shards import part_of
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.save.staging import StagingBuffer
+from outlast.checkpointing.state.shards import local_shard
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.small_model import digests_of
@@ -47,7 +47,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     size, sections, train = CASES[case]
     settings = {"sections": {**sections, **OVERLAPPED}, "eval_every": 3, **train}
     undisturbed, struck = f"cuda-{case}", f"cuda-{case}-struck"
-    strike = fault(Point.WHILE_WRITING, 6, size - 1, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, size - 1, FaultAction.SIGKILL, tmp_path)
     limit_s = 300.0
 
     def ended(run: str, **more: Any) -> list[Any]:
@@ -95,7 +95,7 @@ def test_the_next_step_does_not_reach_into_the_copy(tmp_path: Path) -> None:
         assert digests_of(other, fresh) == before
         checkpointer = Checkpointer(LocalStorage(tmp_path), "run")
         checkpointer.resume(model, optimizer)
-    assert len(catalogue(LocalStorage(tmp_path), "run").accepted) > 1
+    assert len(read_catalog(LocalStorage(tmp_path), "run").accepted) > 1
 
 
 def test_state_is_read_to_where_it_belongs(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_state_is_read_to_where_it_belongs(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_takes_no_more_host_memory_than_its_share() -> None:
-    share = {"weight": part_of(torch.ones(3 * 2**20 + 1, device="cuda"))}
-    snapshot = Snapshot()
+    share = {"weight": local_shard(torch.ones(3 * 2**20 + 1, device="cuda"))}
+    snapshot = StagingBuffer()
     snapshot.reserve(share)
     assert snapshot._buffer.is_pinned()
     assert snapshot._buffer.numel() == 12 * 2**20 + 64

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import Parallel
-from outlast.trainers.data.sampler import Plan
-from outlast.trainers.loop.train_loop import Outcome, make_plan
+from outlast.trainers.config.train import Parallel
+from outlast.trainers.data.sampler import Plan, make_plan
+from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.support.recording_task import FOLDER
 from tests.support.task_cases import CASES
@@ -52,18 +52,18 @@ class Case:
     def __str__(self) -> str:
         return f"{self.task}-{self.size}-{self.parallel.value}-{self.moment}-{self.kills}".replace(" ", "-")
 
-    def strikes(self, plan: Plan) -> list[tuple[Point, int]]:
+    def strikes(self, plan: Plan) -> list[tuple[FaultPoint, int]]:
         """Where to strike, in the order in which the run gets there: at the moment, and at random steps."""
         crossing = plan.num_samples // plan.batch  # the step, from 0, in which the first epoch ends
         moment = {
-            "mid-epoch": (Point.STEP, crossing // 2 + 1),
-            "epoch-end": (Point.STEP, crossing),
-            "evaluation": (Point.EVALUATING, 8),
-            "accumulation": (Point.ACCUMULATING, crossing - 1),
+            "mid-epoch": (FaultPoint.STEP, crossing // 2 + 1),
+            "epoch-end": (FaultPoint.STEP, crossing),
+            "evaluation": (FaultPoint.EVALUATING, 8),
+            "accumulation": (FaultPoint.ACCUMULATING, crossing - 1),
         }[self.moment]
         others = [step for step in range(1, plan.num_steps) if step != moment[1]]
         chosen = random.Random(str(self)).sample(others, self.kills - 1)
-        return sorted([moment, *((Point.STEP, step) for step in chosen)], key=lambda strike: strike[1])
+        return sorted([moment, *((FaultPoint.STEP, step) for step in chosen)], key=lambda strike: strike[1])
 
 
 def all_cases() -> list[Any]:
@@ -113,7 +113,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     plan = make_plan(plain.config, plain.prepared.num_samples, case.size)
     assert plan.num_samples < plan.num_steps * plan.batch, "the run must go through an epoch's end"
     for number, (point, step) in enumerate(case.strikes(plan)):
-        strike = fault(point, step, victim, Action.SIGKILL, tmp_path)
+        strike = fault(point, step, victim, FaultAction.SIGKILL, tmp_path)
         ended = run_group(replace(plain, faults=(strike,), launch=str(number)), storage, case.size)
         assert Path(strike.record).exists(), f"{point} at {step} did not fire"
         assert ended[victim].exit_code == -signal.SIGKILL
@@ -153,7 +153,7 @@ def test_every_sample_of_an_epoch_is_consumed_once(
     assert {key: whole[key] for key in trained} == trained
     assert set(trained.values()) == {1}
 
-    strike = fault(Point.STEP, 7, size - 1, Action.SIGKILL, tmp_path.parent)
+    strike = fault(FaultPoint.STEP, 7, size - 1, FaultAction.SIGKILL, tmp_path.parent)
     Path(strike.record).unlink(missing_ok=True)
     killed = consumed(assign(f"{run}-killed", sections=sections, faults=(strike,)))
     killed += consumed(assign(f"{run}-killed", sections=sections, launch="second"))

@@ -20,15 +20,15 @@ import pytest
 import torch
 from torch import nn
 
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.preflight import check_model
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.custom_model import make_importable
 from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.preparation.prepare import prepare
+from outlast.trainers.user_code import make_importable
 from tests.support.small_model import digests_of, small_model, train_step
 from tests.support.worker_group import digests, newest, resumed, run_group, start_script
 
@@ -50,7 +50,7 @@ def test_classify(tmp_path: Path) -> None:
     accuracies = [float(text) for text in re.findall(r"accuracy ([\d.]+)", done.stdout)]
     assert len(accuracies) == 4, "before the first step and after each epoch"
     assert max(accuracies) > 0.6, "four classes by chance would be about a third"
-    found = catalogue(LocalStorage(tmp_path / "it/runs"), "classify")
+    found = read_catalog(LocalStorage(tmp_path / "it/runs"), "classify")
     assert len(found.accepted) == 3
     best = max(found.accepted, key=lambda item: (item.metrics["eval_accuracy"], -item.ref.step))
     published = (tmp_path / "it/runs/classify/model/model.safetensors").read_bytes()
@@ -91,7 +91,7 @@ def test_own_task(tmp_path: Path) -> None:
 def after_first_commit(folder: Path, everyone: list[BaseProcess], number: signal.Signals) -> None:
     """Sends a signal to every rank as soon as the storage holds a commit."""
     storage, deadline = LocalStorage(folder), time.monotonic() + 120
-    while not catalogue(storage, "own-loop").accepted:
+    while not read_catalog(storage, "own-loop").accepted:
         assert all(process.is_alive() for process in everyone), "it ended before it saved"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -174,7 +174,7 @@ def test_ten_lines_of_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docs
         train_step(model, optimizer, step)
         if step in cuts:
             cuts.remove(step)
-            while catalogue(storage, "cut").accepted[0].ref.step < step // 100 * 100:  # the save in flight
+            while read_catalog(storage, "cut").accepted[0].ref.step < step // 100 * 100:  # the save in flight
                 time.sleep(0.01)
             raise Cut
 

@@ -14,12 +14,12 @@ import pytest
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import MANIFEST, checkpoint_dir
 from outlast.checkpointing.format.manifest import FORMAT
-from outlast.checkpointing.restore.reader import tensor_digests
-from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.restore.verify import tensor_digests
+from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.config.train import Parallel
 from tests.conftest import Reference
 from tests.support.small_model import small_model, train_step
 from tests.support.worker_group import run_group
@@ -46,7 +46,7 @@ def assert_same(reader: Any, storage: LocalStorage, run: str) -> None:
     """The accepted checkpoints, the newest whole one among them, and the digests of its tensors."""
     place = storage.path(run)
     said = [(item["attempt"], item["step"]) for item in reader.accepted(place)]
-    seen = {(str(item.ref.attempt), item.ref.step): item for item in catalogue(storage, run).accepted}
+    seen = {(str(item.ref.attempt), item.ref.step): item for item in read_catalog(storage, run).accepted}
     assert said == list(seen)
     manifest, _ = reader.resume_point(place)
     ours = seen[manifest["attempt"], manifest["step"]]

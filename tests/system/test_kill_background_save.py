@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
@@ -27,8 +27,8 @@ TRAIN = {"eval_every": 3}
 
 @dataclass(frozen=True)
 class Case:
-    point: Point
-    action: Action
+    point: FaultPoint
+    action: FaultAction
     rank: int
 
     def __str__(self) -> str:
@@ -36,16 +36,16 @@ class Case:
 
     @property
     def step(self) -> int:
-        return 9 if self.point is Point.AFTER_RETENTION else 6
+        return 9 if self.point is FaultPoint.AFTER_RETENTION else 6
 
     @property
     def is_fast(self) -> bool:
-        wanted = {Point.AFTER_SNAPSHOT: 0, Point.BEFORE_MANIFEST: 1}
-        return wanted.get(self.point) == self.rank and self.action is not Action.HANG
+        wanted = {FaultPoint.AFTER_SNAPSHOT: 0, FaultPoint.BEFORE_MANIFEST: 1}
+        return wanted.get(self.point) == self.rank and self.action is not FaultAction.HANG
 
 
 def all_cases() -> list[Any]:
-    points = [point for point in Point if point not in IN_TRAINING]
+    points = [point for point in FaultPoint if point not in IN_TRAINING]
     cases = [Case(point, action, rank) for point in points for action in ACTIONS for rank in (0, 1)]
     return [pytest.param(item, id=str(item), marks=() if item.is_fast else pytest.mark.faults) for item in cases]
 
@@ -55,7 +55,7 @@ def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> Refer
     run = "overlapped-reference"
     ended = run_group(assign(run, sections=SECTIONS, **TRAIN), storage, 2)
     assert [item.outcome for item in ended] == [Outcome.DONE] * 2
-    assert [item.ref.step for item in catalogue(storage, run).accepted] == [10, 9]
+    assert [item.ref.step for item in read_catalog(storage, run).accepted] == [10, 9]
     return Reference(run, digests(storage, run), losses(storage, run))
 
 
@@ -80,7 +80,7 @@ def test_struck_in_the_background_equals_undisturbed(
     run = f"overlapped-{case}"
     strike = fault(case.point, case.step, case.rank, case.action, tmp_path)
     run_struck(assign(run, sections=SECTIONS, **TRAIN), storage, 2, strike)
-    if case.action is not Action.STOP:
+    if case.action is not FaultAction.STOP:
         acknowledged = max(event["step"] for _, event in run_events(storage, run) if event["event"] == "commit")
         ended = run_group(assign(run, launch="second", sections=SECTIONS, **TRAIN), storage, 2)
         assert [item.outcome for item in ended] == [Outcome.DONE] * 2

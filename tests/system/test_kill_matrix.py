@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import MANIFEST, checkpoint_dir
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.restore.reader import verify
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts, run_events
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.restore.verify import verify
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
@@ -43,7 +45,9 @@ from tests.support.worker_group import (
 Assign = Callable[..., Assignment]
 MakeReference = Callable[[int], Reference]
 
-POINTS = [point for point in Point if point is not Point.AFTER_SNAPSHOT]  # that one is of saves in the background
+POINTS = [
+    point for point in FaultPoint if point is not FaultPoint.AFTER_SNAPSHOT
+]  # that one is of saves in the background
 #: Two checkpoints stay, so that retention has deleted something by the third save, at step 9.
 KEEP_TWO = {"checkpoint": {"keep_last": 2}}
 LLAMA = {
@@ -64,8 +68,8 @@ LLAMA = {
 @dataclass(frozen=True)
 class Case:
     size: int
-    point: Point
-    action: Action
+    point: FaultPoint
+    action: FaultAction
     rank: int
 
     def __str__(self) -> str:
@@ -74,18 +78,18 @@ class Case:
     @property
     def step(self) -> int:
         """That of the second save, unless the point is in training or something must have been deleted."""
-        in_training = {Point.ACCUMULATING: 7, Point.STEP: 7, Point.EVALUATING: 8}
-        return {**in_training, Point.AFTER_RETENTION: 9}.get(self.point, 6)
+        in_training = {FaultPoint.ACCUMULATING: 7, FaultPoint.STEP: 7, FaultPoint.EVALUATING: 8}
+        return {**in_training, FaultPoint.AFTER_RETENTION: 9}.get(self.point, 6)
 
     @property
     def resume_steps(self) -> set[int]:
         """Where the next attempt may go on."""
-        if self.point in (*IN_TRAINING, Point.AFTER_MANIFEST):
+        if self.point in (*IN_TRAINING, FaultPoint.AFTER_MANIFEST):
             return {6}
-        if self.point is Point.AFTER_RETENTION:
+        if self.point is FaultPoint.AFTER_RETENTION:
             return {9}
         # Rank 0 may have all it needs for the commit before it hears that another rank is dead.
-        return {3, 6} if self.point is Point.BEFORE_MANIFEST and self.rank else {3}
+        return {3, 6} if self.point is FaultPoint.BEFORE_MANIFEST and self.rank else {3}
 
     @property
     def is_last(self) -> bool:
@@ -93,12 +97,12 @@ class Case:
 
     @property
     def is_fast(self) -> bool:
-        if self.action in (Action.HANG, Action.STOP):
+        if self.action in (FaultAction.HANG, FaultAction.STOP):
             return str(self) in ("2-before-manifest-stop-rank0", "2-evaluating-hang-rank1")
         if self.point in IN_TRAINING:
             return str(self) == "2-step-sigkill-rank1"
-        in_the_middle = self.point in (Point.WHILE_WRITING, Point.BEFORE_MANIFEST)
-        if self.action is Action.EXCEPTION:
+        in_the_middle = self.point in (FaultPoint.WHILE_WRITING, FaultPoint.BEFORE_MANIFEST)
+        if self.action is FaultAction.EXCEPTION:
             return self.size == 2 and self.rank == 0 and in_the_middle
         if self.size == 2:
             return self.rank == 0 or in_the_middle
@@ -148,7 +152,7 @@ def test_struck_equals_undisturbed(
     run = f"kill-{case}"
     strike = fault(case.point, case.step, case.rank, case.action, tmp_path)
     run_struck(assign(run, sections=KEEP_TWO), storage, case.size, strike)
-    if case.action is not Action.STOP:
+    if case.action is not FaultAction.STOP:
         ended = run_group(assign(run, launch="second", sections=KEEP_TWO), storage, case.size)
         assert [item.outcome for item in ended] == [Outcome.DONE] * case.size
         assert resumed(storage, run)[-1]["step"] in case.resume_steps
@@ -163,9 +167,9 @@ def test_three_kills_in_one_launch(
 ) -> None:
     """The first kill is before there is any commit, so the second attempt starts from the beginning."""
     faults = (
-        fault(Point.WHILE_WRITING, 3, 1, Action.SIGKILL, tmp_path),
-        fault(Point.BEFORE_MANIFEST, 6, 0, Action.SIGKILL, tmp_path),
-        fault(Point.STEP, 8, 1, Action.SIGKILL, tmp_path),
+        fault(FaultPoint.WHILE_WRITING, 3, 1, FaultAction.SIGKILL, tmp_path),
+        fault(FaultPoint.BEFORE_MANIFEST, 6, 0, FaultAction.SIGKILL, tmp_path),
+        fault(FaultPoint.STEP, 8, 1, FaultAction.SIGKILL, tmp_path),
     )
     assignment = assign("kill-three", faults=faults)
     for strike in faults:
@@ -193,7 +197,7 @@ def test_other_models_and_precisions(
     assert run_group(assign(whole, sections=sections, **train), storage, 2)[0].outcome is Outcome.DONE
     expected = Reference(whole, digests(storage, whole), losses(storage, whole))
 
-    strike = fault(Point.WHILE_WRITING, 6, 0, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, 0, FaultAction.SIGKILL, tmp_path)
     ended = run_group(assign(cut, faults=(strike,), sections=sections, **train), storage, 2)
     assert Path(strike.record).exists()
     assert ended[0].exit_code == -signal.SIGKILL
@@ -293,13 +297,13 @@ def test_changed_mathematics_are_refused(
         other.write_text(Path(text_file).read_text() + "\nOne line more.\n")
         sections = {"data": {"train": str(other)}}
     run = stopped(f"changed-{request.node.callspec.id}")
-    before = catalogue(storage, run)
+    before = read_catalog(storage, run)
 
     error = run_group(assign(run, launch="second", sections=sections, **train), storage, 1)[0].error
     assert isinstance(error, ConfigError)
     assert key in error.message
     assert error.exit_code == 2
-    assert catalogue(storage, run) == before, "a refused attempt leaves the checkpoints as they were"
+    assert read_catalog(storage, run) == before, "a refused attempt leaves the checkpoints as they were"
 
     ended = run_group(assign(run, launch="third"), storage, 1)
     assert ended[0].outcome is Outcome.DONE, "with the settings put back the run goes on"
@@ -327,5 +331,5 @@ def test_settings_that_change_no_number_may_change(
     sections = {"checkpoint": {"keep_last": 2, "every": 2}}
     ended = run_group(assign(run, launch="second", sections=sections, eval_every=3), storage, 1)
     assert ended[0].outcome is Outcome.DONE
-    assert [item.ref.step for item in catalogue(storage, run).accepted] == [10, 8]
+    assert [item.ref.step for item in read_catalog(storage, run).accepted] == [10, 8]
     assert_finished_as(storage, run, reference(1), same_history=False)

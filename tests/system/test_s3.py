@@ -16,19 +16,24 @@ import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError
-from outlast.checkpointing.fault_injection import Action, Fault, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests
-from outlast.checkpointing.run_store.catalog import catalogue, list_pins, run_events
+from outlast.checkpointing.restore.verify import tensor_digests
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.pins import list_pins
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage, Storage, open_storage, read_bytes, walk
-from outlast.checkpointing.storage.multipart_uploads import _client, abort_orphans, abort_uploads
+from outlast.checkpointing.save.commit import abort_orphans
+from outlast.checkpointing.storage.base import Storage, read_bytes, walk
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.storage.multipart_uploads import _client, abort_uploads
 from outlast.checkpointing.storage.object_store import ObjectStorage
 from outlast.checkpointing.tools.export import export_directory, read_content
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
-from outlast.checkpointing.tools.query import find, verify_run
+from outlast.checkpointing.tools.query import resolve_checkpoint, verify_run
 from outlast.cluster.drills import demo
-from outlast.cluster.driver.launch import Launch, ray_session
+from outlast.cluster.driver.launch import Launch
+from outlast.cluster.driver.ray_session import ray_session
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import _find, prepare
@@ -61,17 +66,17 @@ def test_killed_damaged_and_resumed_on_s3(
         config = here.config.model_copy(update={"checkpoint": checkpoint})
         return replace(here, config=config, prepared=prepare(config, remote))
 
-    strike = fault(Point.WHILE_WRITING, 9, 1, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 9, 1, FaultAction.SIGKILL, tmp_path)
     ended = run_group(on_s3(strike), remote, 2, folder=tmp_path)
     assert Path(strike.record).exists()
     assert [end.exit_code for end in ended][1] == -9
-    newest = catalogue(remote, "on-s3").accepted[0]
+    newest = read_catalog(remote, "on-s3").accepted[0]
     assert newest.ref.step == 6
     weights = f"{checkpoint_dir('on-s3', newest.ref)}/model.safetensors"
     remote.put(weights, [read_bytes(remote, weights)[:-1]])  # the kind of damage that object stores really see
 
     assert run_group(on_s3(), remote, 2, folder=tmp_path)[0].outcome is Outcome.DONE
-    final = catalogue(remote, "on-s3").accepted[0]
+    final = read_catalog(remote, "on-s3").accepted[0]
     assert final.ref.step == 10
     assert tensor_digests(remote, checkpoint_dir("on-s3", final.ref), final) == digests(storage, "on-disk")
     assert (tmp_path / "cache/data").is_dir()
@@ -96,9 +101,9 @@ def test_pins_prunes_and_exports_on_s3(bucket: str, tmp_path: Path) -> None:
         assert checkpointer.save(step, model, optimizer, {})
     ref = pin(storage, "run", "2", Retention())
     assert list_pins(storage, "run") == {ref}
-    export_directory(read_content(find(storage, "run", "2", Retention())), tmp_path / "out")
+    export_directory(read_content(resolve_checkpoint(storage, "run", "2", Retention())), tmp_path / "out")
     prune(storage, "run", plan_prune(storage, "run", Retention(2)))
-    assert [item.ref.step for item in catalogue(storage, "run").accepted] == [5, 4, 2]
+    assert [item.ref.step for item in read_catalog(storage, "run").accepted] == [5, 4, 2]
     assert [verdict.faults for verdict in verify_run(storage, "run")] == [()] * 3
     assert not list(walk(storage, checkpoint_dir("run", replace(ref, step=3))))
     assert plan_prune(storage, "run", Retention(2)).remains == ()
@@ -264,7 +269,7 @@ def test_the_demo_on_an_object_store(bucket: str, tmp_path: Path) -> None:
     """A run of the demo's size on two Ray workers: one killed in a save to S3; equal to one on a disk. Two minutes."""
     demo.write_texts(tmp_path / "texts.jsonl")
     record = tmp_path / "kill.json"
-    strike = Fault(Point.WHILE_WRITING, demo.KILL_AT, demo.KILLED_RANK, Action.SIGKILL, str(record))
+    strike = FaultSpec(FaultPoint.WHILE_WRITING, demo.KILL_AT, demo.KILLED_RANK, FaultAction.SIGKILL, str(record))
     found = []
     with ray_session():
         for name, url, faults in (("killed", f"{bucket}/demo", [strike]), ("undisturbed", str(tmp_path / "runs"), [])):
@@ -272,7 +277,7 @@ def test_the_demo_on_an_object_store(bucket: str, tmp_path: Path) -> None:
             config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"storage": url})})
             assert Launch(config, demo._declared(config), faults=faults).run().outcome is Outcome.DONE
             storage = open_storage(url)
-            final = catalogue(storage, name).accepted[0]
+            final = read_catalog(storage, name).accepted[0]
             assert final.ref.step == demo.NUM_STEPS
             found.append(tensor_digests(storage, checkpoint_dir(name, final.ref), final))
     assert record.exists(), "the fault did not fire"

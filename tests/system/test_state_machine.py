@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import NoCheckpointError
-from outlast.checkpointing.fault_injection import Action, Fault, InjectedFault, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, InjectedFault
 from outlast.checkpointing.format.layout import (
     CLAIM,
     MANIFEST,
@@ -34,14 +34,16 @@ from outlast.checkpointing.format.layout import (
     checkpoint_dir,
     parse_checkpoint,
 )
-from outlast.checkpointing.restore.reader import tensor_digests, verify
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts
+from outlast.checkpointing.restore.verify import tensor_digests, verify
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import Buffer, LocalStorage
+from outlast.checkpointing.storage.base import Buffer
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.small_model import digests_of, small_model, train_step
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
-BEFORE_COMMIT = (Point.BEFORE_SNAPSHOT, Point.WHILE_WRITING, Point.BEFORE_MANIFEST)
+BEFORE_COMMIT = (FaultPoint.BEFORE_SNAPSHOT, FaultPoint.WHILE_WRITING, FaultPoint.BEFORE_MANIFEST)
 
 
 # -- what must come of it ----------------------------------------------------------------------------------------------
@@ -218,22 +220,25 @@ class Attempts(RuleBasedStateMachine):
             self.workers.remove(worker)
 
     @precondition(lambda self: self.workers)
-    @rule(back=st.integers(0, 2), point=st.sampled_from([*BEFORE_COMMIT, Point.AFTER_MANIFEST, Point.AFTER_RETENTION]))
-    def die_while_saving(self, back: int, point: Point) -> None:
+    @rule(
+        back=st.integers(0, 2),
+        point=st.sampled_from([*BEFORE_COMMIT, FaultPoint.AFTER_MANIFEST, FaultPoint.AFTER_RETENTION]),
+    )
+    def die_while_saving(self, back: int, point: FaultPoint) -> None:
         worker = self.workers[-1 - back % len(self.workers)]
         ref = worker.train()
         newest = worker.attempt == list_attempts(self.reader, "run")[-1]
         record = self.folder / f"fired-{worker.number}"
-        faults.arm([Fault(point, ref.step, 0, Action.EXCEPTION, str(record))], 0)
+        faults.arm([FaultSpec(point, ref.step, 0, FaultAction.EXCEPTION, str(record))], 0)
         if point not in BEFORE_COMMIT:
             self._commits(worker, ref)
-        if point is Point.AFTER_RETENTION and not newest:
+        if point is FaultPoint.AFTER_RETENTION and not newest:
             assert not worker.save(), "superseded before it gets there"
         else:
             with pytest.raises(InjectedFault):
                 worker.save()
             assert record.exists()
-            if point is Point.AFTER_RETENTION:
+            if point is FaultPoint.AFTER_RETENTION:
                 self._acknowledged(worker)
         faults.arm([], 0)
         self.workers.remove(worker)
@@ -313,7 +318,7 @@ class Attempts(RuleBasedStateMachine):
 
     @invariant()
     def a_reader_finds_what_counts(self) -> None:
-        found = catalogue(self.reader, "run")
+        found = read_catalog(self.reader, "run")
         assert [item.ref for item in found.accepted] == self.expected.accepted()
         for item in found.accepted:
             directory, saved = checkpoint_dir("run", item.ref), self.expected.saved[item.ref]

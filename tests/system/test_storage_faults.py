@@ -27,22 +27,24 @@ from typing import Any, BinaryIO, TypeVar, cast
 import boto3
 import pytest
 
-import outlast.checkpointing.storage.base as storage_module
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import CheckpointRef, attempt_dir, checkpoint_dir, parse_checkpoint
-from outlast.checkpointing.restore.reader import verify
-from outlast.checkpointing.run_store.catalog import catalogue, list_attempts
+from outlast.checkpointing.restore.verify import verify
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import FLUSH_S, Journal
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage import local, retry
 from outlast.checkpointing.storage import object_store as objects
-from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage, Storage, read_bytes, walk
+from outlast.checkpointing.storage.base import Buffer, Entry, Storage, read_bytes, walk
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.object_store import ObjectStorage
 from tests.support.s3_server import s3_server
 from tests.support.small_model import digests_of, small_model, train_step
 
 T = TypeVar("T")
-SLOW_S = storage_module._PAUSE_S + 0.1
+SLOW_S = retry._PAUSE_S + 0.1
 NUM_AT_ONCE = 8
 Written = dict[int, dict[str, str]]  #: digests of every state that may have been committed, by step
 
@@ -140,7 +142,7 @@ class Faulty:
     def _explained(self, verb: str, path: str) -> AbstractContextManager[None]:
         if isinstance(self.inner, ObjectStorage):
             return objects._explained(verb, self.inner.url, path)
-        return storage_module._explained(verb, Path(self.inner.url) / path)
+        return local._explained(verb, Path(self.inner.url) / path)
 
 
 @dataclass
@@ -181,12 +183,12 @@ def go_through(storage: Storage, written: Written, plan: Plan) -> Attempt:
         assert struck.acknowledged == 6
     assert struck.error is None or plan.trouble is not Trouble.SLOW
 
-    for item in catalogue(storage, "run").accepted[:2]:
+    for item in read_catalog(storage, "run").accepted[:2]:
         assert verify(storage, checkpoint_dir("run", item.ref), item) == []
     heir = Attempt(struck.written).run(storage, "heir", saves=2)
     assert heir.error is None
     assert heir.began >= max(struck.acknowledged, 2), "an acknowledged commit is lost"
-    accepted = [item.ref for item in catalogue(storage, "run").accepted]
+    accepted = [item.ref for item in read_catalog(storage, "run").accepted]
     assert [ref.step for ref in accepted] == [heir.began + 2, heir.began + 1]
     assert set(lying(storage)) == set(accepted), "litter stays"
     return struck
@@ -203,7 +205,7 @@ def lying(storage: Storage) -> Iterator[CheckpointRef]:
 @pytest.fixture(autouse=True)
 def without_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pause between two tries of a read, and as many operations on a slow machine as on a fast one."""
-    monkeypatch.setattr(storage_module, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(retry, "_PAUSE_S", 0.0)
     monkeypatch.setitem(cast(dict[str, Any], Journal.__init__.__kwdefaults__), "flush_s", math.inf)
 
 

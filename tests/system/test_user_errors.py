@@ -23,15 +23,16 @@ from outlast.checkpointing import errors
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format import manifest
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.run_store.liveness import Alive
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.liveness import LivenessFile
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_file import SettingsError
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import train_bpe
 from outlast.trainers.preparation.prepare import prepare
 from tests.cluster.jobs.test_ray_jobs import Cluster
 from tests.support.command import Command
@@ -181,7 +182,7 @@ def _runs(place: Path) -> None:
     )
     for name in ("begun", "damaged", "lost", "newer", "once"):
         shutil.copytree(storage.path("told"), storage.path(name), symlinks=True)
-    for ref in [item.ref for item in catalogue(storage, "told").accepted]:
+    for ref in [item.ref for item in read_catalog(storage, "told").accepted]:
         for name in ("damaged", "lost"):
             weights = storage.path(checkpoint_dir(name, ref)) / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1] + b"?")
@@ -250,7 +251,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def held(folder: Path) -> Iterator[None]:
     """This process is at the run `held`, as a launch is that trains it."""
-    launch = Alive(LocalStorage(folder / "runs"), "held/launches/another/alive.json")
+    launch = LivenessFile(LocalStorage(folder / "runs"), "held/launches/another/alive.json")
     yield
     launch.end(0)
 

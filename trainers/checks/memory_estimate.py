@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.format.layout import optimizer_shard
-from outlast.checkpointing.format.safetensors import Spec, encode
+from outlast.checkpointing.format.safetensors import TensorSpec, encode
 from outlast.checkpointing.save.writer import weight_files
-from outlast.checkpointing.state.model_weights import Naming, named_weights
-from outlast.checkpointing.state.optimizer_state import deal, optimizer_tensors
+from outlast.checkpointing.state.model_weights import WeightNaming, named_weights
+from outlast.checkpointing.state.optimizer_state import assign_to_ranks, optimizer_tensors
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.checks.preflight import check_model
-from outlast.trainers.config.training_config import Exactness, Parallel, TrainingConfig
-from outlast.trainers.data.sampler import share
+from outlast.trainers.config.train import Exactness, Parallel
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.sampler import make_plan, share
 from outlast.trainers.distributed.tree_allreduce import TreeSum
 from outlast.trainers.loop.optimizer import make_optimizer
-from outlast.trainers.loop.train_loop import make_plan
 from outlast.trainers.models.build import naming_of
 from outlast.trainers.preparation.prepare import Prepared
 
@@ -81,7 +81,7 @@ def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: 
     moments = _moments(model, config)
     weights = named_weights(model, naming)
     weight_bytes, moment_bytes = _num_bytes(weights), _num_bytes(moments)
-    dealt = deal(moments, size, weight_bytes)
+    dealt = assign_to_ranks(moments, size, weight_bytes)
     shares = [
         sum(moments[name].nbytes for name in names) + (0 if rank else weight_bytes) for rank, names in enumerate(dealt)
     ]
@@ -122,8 +122,8 @@ def _moments(model: nn.Module, config: TrainingConfig) -> dict[str, torch.Tensor
     return optimizer_tensors(model, optimizer)
 
 
-def _weight_files(weights: Mapping[str, torch.Tensor], config: TrainingConfig, naming: Naming) -> dict[str, int]:
-    specs = {name: Spec.of(tensor) for name, tensor in weights.items()}
+def _weight_files(weights: Mapping[str, torch.Tensor], config: TrainingConfig, naming: WeightNaming) -> dict[str, int]:
+    specs = {name: TensorSpec.of(tensor) for name, tensor in weights.items()}
     files = weight_files(specs, config.checkpoint.max_shard_bytes, naming.file)
     return {file: _encoded(weights, names) for file, names in files.items()}
 

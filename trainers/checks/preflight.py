@@ -17,8 +17,10 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import nearest
-from outlast.trainers.loop.mixed_precision import check_recomputes
-from outlast.trainers.models.build import Tokenizer, build_model, check_head, check_names, load_tokenizer
+from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer
+from outlast.trainers.loop.compilation import check_recomputes
+from outlast.trainers.loop.optimizer import resolve
+from outlast.trainers.models.build import build_model, check_head, check_names
 from outlast.trainers.models.lora import adapter_files, attach_lora
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import Task
@@ -32,10 +34,11 @@ def check_code(config: TrainingConfig) -> None:
     """Looks for everything that the settings name, data aside.
 
     Raises:
-        ConfigError: A class, task, or architecture is not there, or has no such setting.
+        ConfigError: A class, task, architecture or optimizer is not there, or has no such setting.
     """
     find_task(config.model.task)
     check_names(config.model)
+    resolve(config.train)
 
 
 def check_architecture(config: TrainingConfig) -> None:

@@ -16,7 +16,7 @@ Path = tuple[int | str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class SettingsFinding:
     """One thing that is wrong.
 
     Attributes:
@@ -40,7 +40,7 @@ class Finding:
         return f"{said}; {self.suggestion}" if self.suggestion else said
 
 
-def check(model: type[BaseModel], body: Mapping[str, Any]) -> list[Finding]:
+def check(model: type[BaseModel], body: Mapping[str, Any]) -> list[SettingsFinding]:
     """Everything that is wrong with a declaration; empty when nothing is.
 
     An unknown key hides what depends on it. So it is taken for the one that was probably meant, or left out, and what
@@ -55,7 +55,7 @@ def check(model: type[BaseModel], body: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def _validate(model: type[BaseModel], body: Mapping[str, Any]) -> list[Finding]:
+def _validate(model: type[BaseModel], body: Mapping[str, Any]) -> list[SettingsFinding]:
     try:
         model.model_validate(body)
     except ValidationError as error:
@@ -63,14 +63,16 @@ def _validate(model: type[BaseModel], body: Mapping[str, Any]) -> list[Finding]:
     return []
 
 
-def findings(error: ValidationError, model: type[BaseModel]) -> Iterator[Finding]:
+def findings(error: ValidationError, model: type[BaseModel]) -> Iterator[SettingsFinding]:
     """The findings of pydantic. What it says of each member of a union is one finding."""
-    merged: dict[Path, Finding] = {}
+    merged: dict[Path, SettingsFinding] = {}
     for found in error.errors():
         item = _finding(found, model)
         before = merged.get(item.path)
         if before is not None and before.message != item.message and item.path:
-            item = Finding(item.path, f"{before.message}, or: {item.message}", item.suggestion or before.suggestion)
+            item = SettingsFinding(
+                item.path, f"{before.message}, or: {item.message}", item.suggestion or before.suggestion
+            )
         merged[item.path if item.path else (len(merged),)] = item
     yield from merged.values()
 
@@ -78,7 +80,7 @@ def findings(error: ValidationError, model: type[BaseModel]) -> Iterator[Finding
 _UNKNOWN = "unknown key"
 
 
-def _finding(found: Any, model: type[BaseModel]) -> Finding:
+def _finding(found: Any, model: type[BaseModel]) -> SettingsFinding:
     path, given = _place(model, found["loc"]), found.get("input")
     if found["type"] == "extra_forbidden":
         return _unknown(model, path)
@@ -89,7 +91,7 @@ def _finding(found: Any, model: type[BaseModel]) -> Finding:
         message += f" (it is {given!r})"
     if found["type"] == "literal_error" and (near := nearest(str(given), _literals(found["ctx"]["expected"]))):
         suggestion = f"did you mean {near!r}?"
-    return Finding(path, message, suggestion)
+    return SettingsFinding(path, message, suggestion)
 
 
 def _literals(expected: str) -> list[str]:
@@ -102,22 +104,22 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
-def _unknown(model: type[BaseModel], path: Path) -> Finding:
+def _unknown(model: type[BaseModel], path: Path) -> SettingsFinding:
     """Of an unknown key: the nearest one in its block, or the block that has a key of this name."""
     *block, name = path
     known = sorted(_keys(model_at(model, tuple(block))))
     if near := nearest(str(name), known):
-        return Finding(path, _UNKNOWN, f"did you mean {near!r}?", (*block, near))
+        return SettingsFinding(path, _UNKNOWN, f"did you mean {near!r}?", (*block, near))
     elsewhere = [place for place in _places(model) if place[-1] == name]
     if len(elsewhere) == 1:
         where = ".".join(str(part) for part in elsewhere[0][:-1])
-        return Finding(
+        return SettingsFinding(
             path, _UNKNOWN, f"it belongs under {where}:" if where else "it belongs to no block", elsewhere[0]
         )
-    return Finding(path, _UNKNOWN, f"known: {known}")
+    return SettingsFinding(path, _UNKNOWN, f"known: {known}")
 
 
-def _repaired(body: Mapping[str, Any], unknown: Iterable[Finding]) -> dict[str, Any]:
+def _repaired(body: Mapping[str, Any], unknown: Iterable[SettingsFinding]) -> dict[str, Any]:
     """The declaration with unknown keys at the places that were probably meant, where these are free, or nowhere."""
     whole = copy.deepcopy(dict(body))
     for item in unknown:

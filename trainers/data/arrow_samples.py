@@ -49,7 +49,7 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class DatasetStats:
     """What a file of samples holds.
 
     Attributes:
@@ -65,7 +65,7 @@ class Written:
     num_dropped_tokens: int = 0
 
 
-def write_packed(samples: Iterable[Sample], length: int, path: Path) -> Written:
+def write_packed(samples: Iterable[Sample], length: int, path: Path) -> DatasetStats:
     """Joins the `input_ids` of all samples and writes them in pieces of `length`; the last one goes if it is short."""
     kind = pa.list_(pa.int32(), length)
     schema = pa.schema([("input_ids", kind)])
@@ -88,10 +88,10 @@ def write_packed(samples: Iterable[Sample], length: int, path: Path) -> Written:
         last = rest.size // length
         if last:
             write(rest[: last * length])
-    return Written(num_samples + last, num_tokens, length, rest.size - last * length)
+    return DatasetStats(num_samples + last, num_tokens, length, rest.size - last * length)
 
 
-def write_samples(samples: Iterable[Sample], path: Path) -> Written:
+def write_samples(samples: Iterable[Sample], path: Path) -> DatasetStats:
     """Writes every sample as it is: a list column for each name. An empty file for none."""
     num_tokens = num_samples = longest = 0
     writer: Any = None
@@ -109,7 +109,7 @@ def write_samples(samples: Iterable[Sample], path: Path) -> Written:
             )
         if writer is not None:
             writer.close()
-    return Written(num_samples, num_tokens, longest)
+    return DatasetStats(num_samples, num_tokens, longest)
 
 
 def _list_array(vectors: Sequence[npt.NDArray[Any]]) -> Any:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from outlast.trainers.config.model import DataSettings
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.readers import first_row, no_column
 from outlast.trainers.data.sources import find_sources
 
 
-class Kind(Enum):
+class ColumnType(Enum):
     """What a column holds."""
 
     TEXT = "text"
@@ -27,22 +27,22 @@ class Kind(Enum):
     def fits(self, value: Any) -> bool:
         """Whether one value will do."""
         match self:
-            case Kind.TEXT:
+            case ColumnType.TEXT:
                 return isinstance(value, str)
-            case Kind.TEXTS:
+            case ColumnType.TEXTS:
                 return _is_list_of(value, (str,))
-            case Kind.LABEL:
+            case ColumnType.LABEL:
                 return isinstance(value, (str, int))
-            case Kind.VALUE:
+            case ColumnType.VALUE:
                 return isinstance(value, (str, int, float)) or _is_list_of(value, (str, int))
-            case Kind.LABELS:
+            case ColumnType.LABELS:
                 return _is_list_of(value, (str, int))
-            case Kind.MESSAGES:
+            case ColumnType.MESSAGES:
                 return _is_list_of(value, (dict,)) and bool(value)
-            case Kind.ANSWERS:
+            case ColumnType.ANSWERS:
                 texts = value.get("text") if isinstance(value, dict) else value
                 return isinstance(texts, str) or _is_list_of(texts, (str,))
-            case Kind.ANY:
+            case ColumnType.ANY:
                 return True
 
 
@@ -62,13 +62,13 @@ class Column:
     """
 
     role: str
-    kind: Kind
+    kind: ColumnType
     is_target: bool = False
     is_optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ColumnMapping:
     """The columns of a data file that a task reads.
 
     Attributes:
@@ -99,7 +99,7 @@ def name_of(settings: DataSettings, role: str) -> str:
     return str(settings.columns.get(role) or getattr(settings, role, role))
 
 
-def choose_columns(columns: Sequence[Column], settings: DataSettings) -> Chosen:
+def choose_columns(columns: Sequence[Column], settings: DataSettings) -> ColumnMapping:
     """Finds a task's columns in the training data; one that was not named, and is not there, is guessed if it can be.
 
     Raises:
@@ -109,7 +109,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> Chosen:
     needed = tuple(column for column in columns if not column.is_optional)
     only_lines = len(needed) == 1 and {item.kind for item in find_sources(settings.train)} == {".txt"}
     if only_lines or not there:  # where nothing is there, reading tells what is wrong
-        return Chosen(needed, tuple(name_of(settings, column.role) for column in needed), ())
+        return ColumnMapping(needed, tuple(name_of(settings, column.role) for column in needed), ())
     found = {column: name for column in columns if (name := name_of(settings, column.role)) in there}
     notes, missing = [], dict[Column, str]()
     for column in columns:
@@ -129,7 +129,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> Chosen:
         example = " ".join(f"-s data.{column.role}={likely}" for column, likely in missing.items())
         raise no_column(str(settings.train), names, there, f"set {keys}, for example {example}")
     mine = tuple(column for column in columns if column in found)
-    return Chosen(mine, tuple(found[column] for column in mine), tuple(notes))
+    return ColumnMapping(mine, tuple(found[column] for column in mine), tuple(notes))
 
 
 def texts_in(value: Any) -> Iterator[str]:

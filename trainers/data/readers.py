@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.data.sources import Source, find_sources
 
 _BATCH_ROWS = 1024
@@ -185,7 +185,7 @@ def _read_jsonl(source: Source, columns: Sequence[str]) -> Iterator[_Found]:
     return _chosen(source, columns, lambda: ((_parsed(line), number) for number, line in _lines(source)))
 
 
-class _Fault(str):
+class _RowError(str):
     """What is wrong with a line; any other text is a value."""
 
 
@@ -193,15 +193,15 @@ def _parsed(line: bytes) -> Any:
     """What the line holds, or what is wrong with it."""
     text, fault = _decoded(line)
     if fault:
-        return _Fault(fault)
+        return _RowError(fault)
     try:
         item = json.loads(text)
         if "\\ud" in text.lower():
             json.dumps(item, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return _Fault("holds half a character (one of a surrogate pair)")
+        return _RowError("holds half a character (one of a surrogate pair)")
     except (ValueError, RecursionError) as error:
-        return _Fault(f"cannot be read as .jsonl: {error}")
+        return _RowError(f"cannot be read as .jsonl: {error}")
     return item
 
 
@@ -261,7 +261,7 @@ def _chosen(
         raise no_column(source.name, [name for name in columns if name in missing], there, _IN_EVERY_FILE)
     for item, line in items():
         if not isinstance(item, dict):
-            yield item if isinstance(item, _Fault) else "is not a JSON object", line
+            yield item if isinstance(item, _RowError) else "is not a JSON object", line
         elif lacking := [name for name in columns if name not in item]:
             yield f"has no column {lacking[0]!r}", line
         else:

@@ -8,11 +8,15 @@ domains", 2002). So step 10^9 costs what step 0 costs, and the world size never 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.training_config import TrainingConfig
 
 _ROUNDS = 6
 _BLOCK = 1024
@@ -155,3 +159,20 @@ def spread(count: int) -> list[int]:
 def share(count: int, rank: int, size: int) -> range:
     """The contiguous part of `range(count)` that falls to `rank` of `size`; parts differ by one at most."""
     return range(count * rank // size, count * (rank + 1) // size)
+
+
+def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan:
+    """The walk through the data.
+
+    Raises:
+        ConfigError: More ranks than micro-batches in a step.
+    """
+    train = config.train
+    if train.batch // train.micro_batch < world_size:
+        raise ConfigError(
+            f"{world_size} workers, but a batch of {train.batch} holds only {train.batch // train.micro_batch} "
+            f"micro-batches of {train.micro_batch}: some workers would have nothing to do",
+            hint="use fewer workers, a larger train.batch or a smaller train.micro_batch",
+        )
+    total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
+    return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)

@@ -22,7 +22,9 @@ import xxhash
 
 from outlast.checkpointing.errors import ConfigError, StorageError, first_line
 from outlast.checkpointing.format.manifest import BLOCK_BYTES
-from outlast.checkpointing.storage.base import Entry, LocalStorage, Storage, open_storage, read_bytes
+from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 
 _PLAIN = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 KINDS = (*_PLAIN, ".parquet", ".arrow", ".feather")

@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from outlast.trainers.config.training_config import Exactness
-from outlast.trainers.distributed.world import World, sum_of_parts
+from outlast.trainers.config.train import Exactness
+from outlast.trainers.distributed.ordered_allreduce import sum_of_parts
+from outlast.trainers.distributed.world import World
 
 
 def shard(model: nn.Module, world: World, exactness: Exactness) -> nn.Module:

@@ -8,29 +8,25 @@ round (all-gather). That moves as many bytes as a ring. Two terms have one sum, 
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from outlast.checkpointing.state.rank_group import Ranks
-from outlast.trainers.config.training_config import Exactness
-from outlast.trainers.data.sampler import mix, share
-from outlast.trainers.models.custom_model import carried_state
+from outlast.checkpointing.state.model_weights import carried_state
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.trainers.config.train import Exactness
+from outlast.trainers.data.sampler import share
+from outlast.trainers.distributed.ordered_allreduce import _sum_in_any_order, _sum_in_rank_order
 
 
-class World(Ranks):
+class World(RankGroup):
     """This process among the workers.
 
     Attributes:
@@ -109,54 +105,3 @@ class World(Ranks):
         hook = _sum_in_rank_order if is_ordered else _sum_in_any_order
         wrapped.register_comm_hook(None, lambda _, bucket: hook(bucket))  # DDP dislikes annotations as text
         return wrapped
-
-
-def ordered_sum_(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Replaces a one-dimensional tensor, on every rank, by the sum over the ranks, added in rank order."""
-    missing = -flat.numel() % dist.get_world_size(group)
-    padded = functional.pad(flat, (0, missing)) if missing else flat
-    dist.all_gather_into_tensor(padded, sum_of_parts(padded, group), group=group)
-    return flat.copy_(padded[: flat.numel()]) if missing else flat
-
-
-def sum_of_parts(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The sum over the ranks, added in rank order, of this rank's chunk; `flat` has one of equal size for each."""
-    received = torch.empty_like(flat)
-    dist.all_to_all_single(received, flat, group=group)
-    total, *others = received.chunk(dist.get_world_size(group))
-    for part in others:
-        total += part
-    return total
-
-
-def _sum_in_rank_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    done.set_result(ordered_sum_(bucket.buffer()))
-    return done
-
-
-def _sum_in_any_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
-    future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda result: result.value()[0])
-    return future
-
-
-def seed_everything(*parts: int) -> None:
-    """Seeds Python's, NumPy's and torch's generators (all devices). The rank must not be among the integers."""
-    key = mix(*parts)
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-    if torch.accelerator.is_available():
-        torch.manual_seed(key >> 1)
-    else:
-        torch.default_generator.manual_seed(key >> 1)  # the same, without a stack trace for a device that may come
-
-
-def make_deterministic(enabled: bool, num_threads: int) -> None:
-    """Fixes what changes bits: the number of intra-op threads and, if enabled, the choice of kernels."""
-    torch.set_num_threads(num_threads)
-    if enabled:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(enabled)
-    # Else torch writes NaN into every tensor before its first use, which only shows who reads what nobody wrote.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -16,11 +16,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.trainers.config.training_config import Exactness
-from outlast.trainers.models.custom_model import carried_state
+from outlast.checkpointing.state.model_weights import carried_state
+from outlast.trainers.config.train import Exactness
 
 
-class Still:
+class BufferGuard:
     """Watches buffers of a model.
 
     Args:
@@ -59,7 +59,7 @@ def _digest(buffer: torch.Tensor) -> str:
     return f"{buffer.dtype}{list(buffer.shape)}{xxhash.xxh3_128_hexdigest(tensor_bytes(buffer))}"
 
 
-def watch_buffers(model: nn.Module, exactness: Exactness, *, recomputes: bool) -> list[Still]:
+def watch_buffers(model: nn.Module, exactness: Exactness, *, recomputes: bool) -> list[BufferGuard]:
     """What the settings ask to be watched. To be called after resuming, which writes to buffers.
 
     Args:
@@ -71,14 +71,14 @@ def watch_buffers(model: nn.Module, exactness: Exactness, *, recomputes: bool) -
     if is_sharded or exactness is Exactness.ELASTIC:
         why = "scale.parallel: fsdp" if is_sharded else "exactness: elastic"
         hint = "use exactness: same-world and scale.parallel: ddp, which keep rank 0's buffers if they are persistent"
-        return [Still(model, why, hint)]
+        return [BufferGuard(model, why, hint)]
     saved, found = carried_state(model), []
     if exactness is Exactness.SAME_WORLD:
         hint = (
             "no checkpoint holds it: register it as persistent, or keep data.max_length to what the model is made for"
         )
-        found.append(Still(model, "exactness: same-world", hint, free=saved))
+        found.append(BufferGuard(model, "exactness: same-world", hint, free=saved))
     if recomputes:
         hint = "set train.gradient_checkpointing: false"
-        found.append(Still(model, "train.gradient_checkpointing", hint, only=saved))
+        found.append(BufferGuard(model, "train.gradient_checkpointing", hint, only=saved))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from outlast.trainers.loop.progress import Phase
+from outlast.trainers.loop.progress import StepPhase
 
 
 class Control(Protocol):
@@ -20,7 +20,7 @@ class Control(Protocol):
     def claimed(self, attempt: str) -> None:
         """Learns the attempt's name, once."""
 
-    def at(self, phase: Phase, step: int) -> None:
+    def at(self, phase: StepPhase, step: int) -> None:
         """Learns, on every rank, what it is at; `step` steps are done."""
 
     def worked(self, seconds: float) -> None:
@@ -30,7 +30,7 @@ class Control(Protocol):
         """Takes note of an event (rank 0 only)."""
 
 
-class Overheard:
+class TrackedControl:
     """A control whose events others hear too.
 
     Args:
@@ -44,5 +44,5 @@ class Overheard:
         self._hear = (*listeners, inner.progress)
 
     def progress(self, event: dict[str, Any]) -> None:
-        for hear in self._hear:
-            hear(event)
+        for apply in self._hear:
+            apply(event)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from outlast.trainers.config.training_config import EarlyStoppingSettings
+from outlast.trainers.config.train import EarlyStoppingSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class PatienceState:
     """Where the metric stands.
 
     Attributes:
@@ -24,12 +24,16 @@ class Patience:
     num_waited: int = 0
 
 
-def patience(settings: EarlyStoppingSettings, log_history: Sequence[Mapping[str, Any]]) -> Patience:
+def patience(settings: EarlyStoppingSettings, log_history: Sequence[Mapping[str, Any]]) -> PatienceState:
     """Judges the evaluations, oldest first. A value that is no number is never better."""
     sign = 1.0 if settings.mode == "min" else -1.0
-    now = Patience()
+    now = PatienceState()
     for entry in log_history:
         value = entry[settings.metric]
         better = value == value if now.best is None else sign * (now.best - value) > settings.min_delta
-        now = Patience(value, entry["step"]) if better else Patience(now.best, now.best_step, now.num_waited + 1)
+        now = (
+            PatienceState(value, entry["step"])
+            if better
+            else PatienceState(now.best, now.best_step, now.num_waited + 1)
+        )
     return now

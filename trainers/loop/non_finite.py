@@ -17,11 +17,11 @@ from torch import nn
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import attempt_dir
-from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
-from outlast.trainers.config.training_config import NonFinite
+from outlast.checkpointing.state.model_weights import carried_state
+from outlast.trainers.config.train import NonFinite
 from outlast.trainers.distributed.world import World
-from outlast.trainers.models.custom_model import carried_state
 
 #: So many steps in a row that had to be left out mean that the run is broken, not a batch.
 MAX_IN_A_ROW = 10
@@ -61,7 +61,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], clip: float | None) -> tor
     return torch.nn.utils.get_total_norm([item.grad for item in parameters if item.grad is not None])
 
 
-class Finite:
+class NonFiniteGuard:
     """Looks at each step before its update.
 
     Args:
@@ -84,7 +84,7 @@ class Finite:
     def restore(self, checkpointer: Checkpointer, left_out: list[int]) -> None:
         """Takes up what a checkpoint says, and what earlier attempts said since. Every rank calls it."""
         self.left_out = list(left_out)
-        self._told = self._world.from_rank_0(lambda: _left_out_before(checkpointer))
+        self._told = self._world.run_on_rank_0(lambda: _left_out_before(checkpointer))
 
     def begin(self) -> None:
         """Before a step: keeps what its forward passes may change."""

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.tasks.registry import imported
+from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.user_code import import_object
 
-if TYPE_CHECKING:
-    from outlast.trainers.config.training_config import TrainSettings
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+#: The classes of `config.train.OPTIMIZERS`.
+_CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "nadam": torch.optim.NAdam,
@@ -36,35 +34,6 @@ _FUSED = (torch.optim.AdamW, torch.optim.Adam)
 #: What has a setting of its own under `train`, and must not stand among the options.
 _NAMED = ("lr", "weight_decay")
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-#: Timescale of inverse_sqrt without a warm-up, as in transformers.
-_TIMESCALE = 10_000
-
-
-def learning_rate(train: TrainSettings, step: int, num_steps: int) -> float:
-    """The learning rate of `step` (from 0): linear warm-up to the peak, then as `schedule` says, down to `min_lr`.
-
-    From the end of the warm-up on it is that of transformers' schedules; the warm-up itself is a step ahead of theirs,
-    which spends the first step at a rate of zero.
-    """
-    warmup = _num_steps(train.warmup, num_steps)
-    if step < warmup:
-        return train.lr * (step + 1) / warmup
-    if train.schedule == "inverse_sqrt":
-        timescale = warmup or _TIMESCALE
-        return train.lr / math.sqrt((step - warmup + timescale) / timescale)
-    begin = warmup
-    if train.schedule == "wsd":
-        begin = max(warmup, num_steps - _num_steps(train.decay, num_steps))
-    done = min(1.0, max(0.0, (step - begin) / max(1, num_steps - begin)))
-    factor = 0.5 * (1 + math.cos(math.pi * done))
-    if train.schedule in ("constant", "linear", "polynomial"):
-        factor = {"constant": 1.0, "linear": 1 - done, "polynomial": math.pow(1 - done, train.power)}[train.schedule]
-    return train.min_lr + (train.lr - train.min_lr) * factor
-
-
-def _num_steps(given: float, num_steps: int) -> int:
-    """Steps, of a number of steps or, below 1, of a share of all."""
-    return math.ceil(given * num_steps) if given < 1 else int(given)
 
 
 def resolve(train: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -73,20 +42,22 @@ def resolve(train: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str
     Raises:
         ConfigError: It cannot be imported, is no optimizer, or does not take what is given.
     """
-    kind = OPTIMIZERS.get(train.optimizer) or _own_class(train.optimizer)
+    kind = _CLASSES.get(train.optimizer) or _own_class(train.optimizer)
     taken = inspect.signature(kind).parameters
     takes_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in taken.values())
     known = [name for name in list(taken)[1:] if name not in _NAMED]
     options = {name: _frozen(value) for name, value in train.optimizer_options.items()}
     for name in options:
         if name in _NAMED:
-            raise ConfigError(f"optimizer_options.{name}: set train.{name} instead")
+            raise ConfigError(f"train.optimizer_options.{name}: set train.{name} instead")
         if name not in known and not takes_any:
-            raise ConfigError(f"optimizer_options.{name}: {kind.__name__} has no such option{_meant(name, known)}")
+            raise ConfigError(
+                f"train.optimizer_options.{name}: {kind.__name__} has no such option{_meant(name, known)}"
+            )
     common = {"betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay or None}
     for name, value in common.items():
         if value is not None and name in options:
-            raise ConfigError(f"{name} is given twice: as train.{name} and in train.optimizer_options")
+            raise ConfigError(f"train.{name} is given twice: also in train.optimizer_options")
         if value is not None and name not in taken and not takes_any:
             raise ConfigError(f"train.{name}: {kind.__name__} has no such option{_meant(name, known)}")
         if value is not None and name != "weight_decay":
@@ -96,23 +67,17 @@ def resolve(train: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str
     try:
         kind([nn.Parameter(torch.zeros(2, 2))], **{"lr": train.lr, **options})
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optimizer {train.optimizer} refuses its options {options}: {error}") from error
+        raise ConfigError(f"train.optimizer: {train.optimizer} refuses its options {options}: {error}") from error
     return kind, options
 
 
 def _own_class(path: str) -> type[torch.optim.Optimizer]:
-    if ":" not in path:
-        known = ", ".join(OPTIMIZERS)
-        raise ConfigError(
-            f"optimizer {path!r} is not known{_meant(path, list(OPTIMIZERS))}",
-            hint=f"one of {known}, or a class of your own as package.module:Class",
-        )
-    kind = imported(path, "train.optimizer")
+    kind = import_object(path, "train.optimizer")
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise ConfigError(f"optimizer {path!r} is no torch.optim.Optimizer")
+        raise ConfigError(f"train.optimizer: {path!r} is not a torch.optim.Optimizer")
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(f"optimizer {path!r} wants to compute the loss several times in a step, and a step is one")
+        raise ConfigError(f"train.optimizer: {path!r} needs a closure (like LBFGS), which is not supported")
     own: type[torch.optim.Optimizer] = kind
     return own
 

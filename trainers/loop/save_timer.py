@@ -8,9 +8,9 @@ from contextlib import suppress
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import last_event_at
-from outlast.checkpointing.save.save_interval import Costs, Every, Unit
+from outlast.checkpointing.save.save_interval import IntervalUnit, SaveCosts, SaveInterval
 from outlast.checkpointing.storage.base import Storage
 
 #: What is assumed of machines of which nothing is known: one failure in four hours. It counts as one observation.
@@ -19,7 +19,7 @@ ASSUMED_BETWEEN_FAILURES_S = 4 * 3600.0
 LONGEST_RESTART_S = 600.0
 
 
-class Pace:
+class SaveTimer:
     """When to save by time.
 
     Args:
@@ -27,11 +27,11 @@ class Pace:
         checkpointer: Knows what saves cost.
     """
 
-    def __init__(self, every: Every, checkpointer: Checkpointer) -> None:
+    def __init__(self, every: SaveInterval, checkpointer: Checkpointer) -> None:
         self._every, self._checkpointer = every, checkpointer
         self._saved_at = self._began_at = time.monotonic()
         self._restart_s: float | None = None
-        self._costs: Costs | None = None
+        self._costs: SaveCosts | None = None
         self._ignores_next = False
         self._known: tuple[float, float] | None = None
         self._history: tuple[float, int] | None = None
@@ -43,13 +43,13 @@ class Pace:
 
     def first_step_is_done(self) -> None:
         """Takes note of how long it took to get going."""
-        if self._every.unit is Unit.AUTO:
+        if self._every.unit is IntervalUnit.AUTO:
             with suppress(StorageError):  # an estimate is no reason to end
                 self._restart_s = self._measure_restart()
 
     def is_due(self) -> bool:
         """Whether the interval has passed. Never while a save is in flight: it would be skipped."""
-        if self._every.unit is Unit.AUTO and self._checkpointer.last_save != self._known:
+        if self._every.unit is IntervalUnit.AUTO and self._checkpointer.last_save != self._known:
             self._known = self._checkpointer.last_save
             if not self._ignores_next:
                 with suppress(StorageError):
@@ -61,7 +61,7 @@ class Pace:
         """New costs give a new interval, which is told with its inputs when it moved by a tenth."""
         assert self._known is not None
         blocked_s, commit_s = self._known
-        costs = Costs(blocked_s, commit_s, self._restart_s or 0.0, self._between_failures())
+        costs = SaveCosts(blocked_s, commit_s, self._restart_s or 0.0, self._between_failures())
         before = self._costs.interval_s if self._costs else 0.0
         self._costs = costs
         if abs(costs.interval_s - before) > 0.1 * before and self._checkpointer.journal is not None:

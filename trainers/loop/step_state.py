@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 
 
-class Save(Enum):
+class PlannedSave(Enum):
     """What rank 0 says of a save after this step, as it rides in the all-reduce."""
 
     NO = 0
@@ -17,7 +17,7 @@ class Save(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Agreed:
+class StepConsensus:
     """What the ranks agreed on at the beginning of a step.
 
     Attributes:
@@ -31,12 +31,12 @@ class Agreed:
     count: float
     num_tokens: float
     stop: bool
-    save: Save
+    save: PlannedSave
     trouble: bool
 
 
 @dataclass(slots=True)
-class Pending:
+class DeferredMetrics:
     """A step whose losses are computed but not yet added over the ranks."""
 
     step: int

@@ -25,32 +25,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError
-from outlast.checkpointing.fault_injection import Point, reach
+from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format.layout import CheckpointRef
-from outlast.checkpointing.run_store.retention import Kept
-from outlast.trainers.config.training_config import Exactness, NonFinite, TrainingConfig
+from outlast.checkpointing.run_store.retention import RetentionCandidate
+from outlast.trainers.config.train import Exactness, NonFinite
+from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
-from outlast.trainers.data.sampler import Plan, share
+from outlast.trainers.data.sampler import make_plan, share
+from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.fsdp import whole
 from outlast.trainers.distributed.tree_allreduce import TreeReducer
-from outlast.trainers.distributed.world import World, seed_everything
+from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.buffer_guard import watch_buffers
+from outlast.trainers.loop.compilation import prepare_module
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.early_stopping import patience
 from outlast.trainers.loop.evaluation import evaluate
-from outlast.trainers.loop.mixed_precision import (
-    Stopwatch,
-    apply_gradients,
-    load_scaler,
-    make_scaler,
-    prepare_module,
-    scaler_state,
-)
-from outlast.trainers.loop.non_finite import Finite, NonFiniteError, RolledBack, gradient_norm, or_nan
-from outlast.trainers.loop.optimizer import group_numbers, learning_rate, load_group_numbers, make_optimizer, resolve
-from outlast.trainers.loop.progress import Phase
-from outlast.trainers.loop.save_timer import Pace
-from outlast.trainers.loop.step_state import Agreed, Pending, Save
+from outlast.trainers.loop.lr_schedule import learning_rate
+from outlast.trainers.loop.mixed_precision import apply_gradients, load_scaler, make_scaler, scaler_state
+from outlast.trainers.loop.non_finite import NonFiniteError, NonFiniteGuard, RolledBack, gradient_norm, or_nan
+from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer
+from outlast.trainers.loop.progress import StepPhase, Stopwatch
+from outlast.trainers.loop.save_timer import SaveTimer
+from outlast.trainers.loop.step_state import DeferredMetrics, PlannedSave, StepConsensus
 from outlast.trainers.tasks.base import Batch, Task
 
 
@@ -65,24 +62,6 @@ class Outcome(Enum):
     def exit_code(self) -> int:
         """0 done, 75 interrupted and resumable."""
         return 0 if self is Outcome.DONE else 75
-
-
-def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan:
-    """The walk through the data.
-
-    Raises:
-        ConfigError: More ranks than micro-batches in a step, or an optimizer that is not there.
-    """
-    train = config.train
-    resolve(train)
-    if train.batch // train.micro_batch < world_size:
-        raise ConfigError(
-            f"{world_size} workers, but a batch of {train.batch} holds only {train.batch // train.micro_batch} "
-            f"micro-batches of {train.micro_batch}: some workers would have nothing to do",
-            hint="use fewer workers, a larger train.batch or a smaller train.micro_batch",
-        )
-    total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
-    return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
 
 
 class Loop:
@@ -126,10 +105,10 @@ class Loop:
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.log_history: list[dict[str, Any]] = []
-        self._pending: Pending | None = None
-        self._finite = Finite(non_finite, world, model)
+        self._pending: DeferredMetrics | None = None
+        self._finite = NonFiniteGuard(non_finite, world, model)
         checkpointer.listener = control.progress
-        self._pace = Pace(config.checkpoint.interval, checkpointer)
+        self._pace = SaveTimer(config.checkpoint.interval, checkpointer)
         self._work = Stopwatch(world.device, control.worked)
 
     def run(self) -> Outcome:
@@ -161,9 +140,12 @@ class Loop:
             if last and self.step < self.plan.num_steps:
                 self._tell_early_stop()
             interval = self.config.checkpoint.interval
-            due = interval.due_at_step(self.step, self.plan.batch, self.plan.num_samples) or agreed.save is Save.DUE
+            due = (
+                interval.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
+                or agreed.save is PlannedSave.DUE
+            )
             best = evaluated and self.config.checkpoint.keep_best > 0
-            urgent = stop or last or agreed.save is Save.URGENT
+            urgent = stop or last or agreed.save is PlannedSave.URGENT
             if (urgent or best or due) and not self._save(urgent=urgent, skippable=not best):
                 return Outcome.SUPERSEDED
             if stop and not last:
@@ -174,11 +156,11 @@ class Loop:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _train_step(self) -> Agreed:
+    def _train_step(self) -> StepConsensus:
         """One optimizer update. Returns what all ranks agree to do after it."""
         plan, train, step = self.plan, self.config.train, self.step
         began = time.monotonic()
-        self.control.at(Phase.DATA, step)
+        self.control.at(StepPhase.DATA, step)
         num_micro = plan.num_micro_batches(step)
         mine = share(num_micro, self.world.rank, self.world.size)
         cut = self._cut(step)
@@ -187,7 +169,7 @@ class Loop:
         counts = [(self.task.count(batch), self.task.num_tokens(batch)) for batch in batches.values()]
         agree = self._agree(sum(count for count, _ in counts), sum(tokens for _, tokens in counts))
         self._work.tell(data_s, len(mine))
-        self.control.at(Phase.COMPUTE, step)
+        self.control.at(StepPhase.COMPUTE, step)
         losses: dict[int, torch.Tensor] = {}
         self._finite.begin()
         for micro, batch in batches.items():
@@ -195,19 +177,19 @@ class Loop:
             losses[micro] = self._forward_backward(batch, lambda: agree().count, sync=micro == mine[-1])
             if self._tree is not None:
                 self._tree.take(micro, num_micro)
-            reach(Point.ACCUMULATING, step)
+            fault_point(FaultPoint.ACCUMULATING, step)
         for _ in range(self.world.num_idle(num_micro, self.wrapped)):  # the others wait for gradients, which are zero
             seed_everything(plan.seed, step, 0)  # what it leaves in buffers may be what is saved
             self._forward_backward(self._batch(cut[0]), lambda: math.inf, sync=True)
         agreed = agree()
-        self.control.at(Phase.EXCHANGE, step)
+        self.control.at(StepPhase.EXCHANGE, step)
         if self._tree is not None:
             self._tree.finish(num_micro)
-        self.control.at(Phase.UPDATE, step)
+        self.control.at(StepPhase.UPDATE, step)
         for still in self._still:
             still.check()
 
-        reach(Point.STEP, step)
+        fault_point(FaultPoint.STEP, step)
         self.scaler.unscale_(self.optimizer)
         norm: torch.Tensor | None = whole(gradient_norm(self._trained, train.clip))
         is_left_out = self._finite.is_to_leave_out(step + 1, None if self.scaler.is_enabled() else norm, losses)
@@ -222,7 +204,7 @@ class Loop:
             self._tell("step-skipped", step=step + 1, reason="overflow", scale=self.scaler.get_scale())
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.monotonic() - began
-        self._pending = Pending(step, agreed.count, agreed.num_tokens, losses, norm, lr, seconds, time.time())
+        self._pending = DeferredMetrics(step, agreed.count, agreed.num_tokens, losses, norm, lr, seconds, time.time())
         return agreed
 
     def _leave_out(self, losses: dict[int, torch.Tensor], cut: list[npt.NDArray[np.int64]]) -> None:
@@ -270,30 +252,30 @@ class Loop:
                 still.check()
         loss = loss_sum / count()
         if sync and self._tree is None:
-            self.control.at(Phase.EXCHANGE, self.step)
+            self.control.at(StepPhase.EXCHANGE, self.step)
         self.scaler.scale(loss if self.scaler.is_enabled() else or_nan(loss)).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
-    def _agree(self, count: int, num_tokens: int) -> Callable[[], Agreed]:
+    def _agree(self, count: int, num_tokens: int) -> Callable[[], StepConsensus]:
         """Begins the step's one small all-reduce: its count, the ranks' flags, and the losses of the step before.
 
         What is returned waits for it when first called, raising ConfigError if the step has nothing to learn from.
         """
-        save = self._save_is_wanted() if self.world.rank == 0 else Save.NO
-        stop, trouble = self.control.stop_requested(), self.checkpointer.is_troubled
+        save = self._save_is_wanted() if self.world.rank == 0 else PlannedSave.NO
+        stop, trouble = self.control.stop_requested(), self.checkpointer.has_failed_or_superseded
         wait = self._add(count, num_tokens, float(stop), float(save.value), float(trouble))
 
         @cache
-        def agreed() -> Agreed:
-            self.control.at(Phase.AGREE, self.step)
+        def agreed() -> StepConsensus:
+            self.control.at(StepPhase.AGREE, self.step)
             count_sum, token_sum, stop_sum, save_sum, trouble_sum = wait()
-            self.control.at(Phase.COMPUTE, self.step)
+            self.control.at(StepPhase.COMPUTE, self.step)
             if not count_sum:
                 raise ConfigError(
                     f"step {self.step + 1} has nothing to learn from: none of its samples has a target",
                     hint="take such rows out of the data, or set a larger train.batch",
                 )
-            return Agreed(count_sum, token_sum, stop_sum > 0, Save(int(save_sum)), trouble_sum > 0)
+            return StepConsensus(count_sum, token_sum, stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0)
 
         return agreed
 
@@ -323,14 +305,14 @@ class Loop:
 
         return added
 
-    def _save_is_wanted(self) -> Save:
+    def _save_is_wanted(self) -> PlannedSave:
         """Rank 0: whether somebody outside or time asks for a save."""
         if reason := self.control.save_requested():
             self._tell("save-requested", step=self.step + 1, reason=reason)
-            return Save.URGENT
-        return Save.DUE if self._pace.is_due() else Save.NO
+            return PlannedSave.URGENT
+        return PlannedSave.DUE if self._pace.is_due() else PlannedSave.NO
 
-    def _log(self, done: Pending, loss_sum: float) -> None:
+    def _log(self, done: DeferredMetrics, loss_sum: float) -> None:
         loss = loss_sum / done.count
         if math.isfinite(loss):
             self.metrics["loss"] = loss
@@ -359,8 +341,8 @@ class Loop:
         train = self.config.train
         began = time.monotonic()
         self._settle()
-        self.control.at(Phase.EVALUATE, self.step)
-        reach(Point.EVALUATING, self.step)
+        self.control.at(StepPhase.EVALUATE, self.step)
+        fault_point(FaultPoint.EVALUATING, self.step)
         found = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
         self.metrics |= found
         self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **found})
@@ -394,7 +376,7 @@ class Loop:
             urgent: Go on only when it is committed.
             skippable: It may be left out while another save is in flight.
         """
-        self.control.at(Phase.SAVE, self.step)
+        self.control.at(StepPhase.SAVE, self.step)
         self._settle()
         metrics = dict(self.metrics)
         if not (self.log_history and self.log_history[-1]["step"] == self.step):
@@ -447,7 +429,7 @@ class Loop:
 
     def _finish(self) -> Outcome:
         """Publishes the model."""
-        self.control.at(Phase.FINISH, self.step)
+        self.control.at(StepPhase.FINISH, self.step)
         for source in self._candidates():
             try:
                 published = self.checkpointer.finish(source, self.step)
@@ -463,7 +445,7 @@ class Loop:
     def _candidates(self) -> list[CheckpointRef]:
         """What may be published: the best first if the best is wanted, then the newest first."""
         accepted = self.checkpointer.accepted
-        rated = [Kept(item.ref, item.metrics) for item in accepted]
+        rated = [RetentionCandidate(item.ref, item.metrics) for item in accepted]
         best = self.config.checkpoint.retention.best(rated) if self.config.checkpoint.load_best else []
         return list(dict.fromkeys([*(item.ref for item in best), *(item.ref for item in accepted)]))
 

@@ -3,134 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 import transformers
-from huggingface_hub import constants
 from torch import nn
 
-from outlast.checkpointing.errors import ConfigError, OutlastError, first_line
-from outlast.checkpointing.state.model_weights import Naming
-from outlast.trainers.blame import told
+from outlast.checkpointing.errors import ConfigError, OutlastError
+from outlast.checkpointing.state.model_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
-from outlast.trainers.distributed.world import seed_everything
+from outlast.trainers.data.tokenizer import Tokenizer, _read_all, files_of
+from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.models.weight_names import file_naming
 from outlast.trainers.tasks.base import Task
-
-_KNOCK_S = 5.0
-END_TOKEN = "<|endoftext|>"
-
-
-class Tokenizer:
-    """A fast tokenizer of transformers, seen as what packing needs."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        if inner.pad_token is None:
-            inner.pad_token = inner.eos_token
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token numbers of each text, its end token last, for packing.
-
-        Raises:
-            ConfigError: The tokenizer has no end-of-text token.
-        """
-        if self.inner.eos_token_id is None:
-            raise ConfigError(
-                "the tokenizer has no end-of-text token, which packing needs between documents",
-                hint="give it an eos_token in its tokenizer_config.json, or take another: model.tokenizer",
-            )
-        encoded = self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*ids, self.inner.eos_token_id] for ids in encoded]
-
-
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a directory or hub id.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise ConfigError(f"model directory {path} is not there", hint="set model.path to a directory or a hub id")
-    _knock_at_hub(path)
-    try:
-        return Tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
-    except (OSError, ValueError) as error:
-        hint = (
-            "name a directory that holds tokenizer.json, or a hub id that can be reached: model.path, model.tokenizer"
-        )
-        said = first_line(error)
-        if Path(path).is_dir() and not any(Path(path).glob("*token*")):
-            said = "it holds no tokenizer.json, and no other file of a tokenizer"
-        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {said}", hint=hint) from error
-
-
-def _knock_at_hub(path: str) -> None:
-    """Where nobody answers, the hub's client would ask for a minute, file by file. What is cached is used at once."""
-    hub = urlsplit(constants.ENDPOINT)
-    if Path(path).is_dir() or constants.HF_HUB_OFFLINE or getproxies():
-        return
-    try:
-        socket.create_connection((hub.hostname, hub.port or (443 if hub.scheme == "https" else 80)), _KNOCK_S).close()
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-
-
-def train_bpe(
-    texts: Iterator[str],
-    num_entries: int,
-    special_tokens: Mapping[str, str] = MappingProxyType({}),
-    template: tuple[str, str] | None = None,
-) -> Tokenizer:
-    """A byte-level BPE tokenizer with `num_entries` entries, trained on the texts.
-
-    Args:
-        texts: What it is trained on.
-        num_entries: Size of the vocabulary, special tokens included.
-        special_tokens: Special tokens besides that of the end of a text, by their names in transformers.
-        template: How one text and two are framed with special tokens.
-    """
-    import tokenizers
-    from tokenizers import decoders, pre_tokenizers, processors, trainers
-    from tokenizers.models import BPE
-
-    tokenizer = tokenizers.Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=num_entries,
-        special_tokens=[END_TOKEN, *special_tokens.values()],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    names = {"bos_token": END_TOKEN, "eos_token": END_TOKEN, "pad_token": END_TOKEN, **special_tokens}
-    if template is not None:
-        numbers = [(token, tokenizer.token_to_id(token)) for token in sorted(set(names.values()))]
-        tokenizer.post_processor = processors.TemplateProcessing(*template, special_tokens=numbers)
-    return Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names))
-
-
-def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The tokenizer's files by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.inner.save_pretrained(folder)
-        return _read_all(folder)
+from outlast.trainers.user_code import describe_error
 
 
 def build_model(
@@ -153,12 +45,15 @@ def build_model(
     if own is not None and not is_like_transformers(own):
         plain, files = build_plain(own, settings.config or {}, _special(tokenizer))
         return plain, {**files, **files_of(tokenizer)}
-    with _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"), _no_bars():
+    with (
+        _explained("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"),
+        _without_progress_bars(),
+    ):
         config = _given_config(settings, own, tokenizer)
         task.configure(config)
         model, new = _build(settings, own or model_class(task, config), config, fresh)
     if own is None and task.auto_class == "AutoModelForCausalLM":
-        _check_looks_back(model)
+        _check_is_causal(model)
     files = {**_config_files(model), **files_of(tokenizer)}
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new)
@@ -219,7 +114,7 @@ def load_saved(
     if base is not None:
         what, hint = f"the model beneath the adapter cannot be loaded from {base!r}", "name its place with --base"
     trust = {} if own else {"trust_remote_code": trusted}
-    with _explained(what, hint, "give --trust-remote-code"), _no_bars():
+    with _explained(what, hint, "give --trust-remote-code"), _without_progress_bars():
         config = (own.config_class if own else transformers.AutoConfig).from_pretrained(folder, **trust)
         builder = own or model_class(task, config)
         return builder.from_pretrained(base or folder, config=config, dtype=torch.float32, **trust)
@@ -235,11 +130,11 @@ def _explained(what: str, hint: str, trusting: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             hint = f"read that code; if you trust it, {trusting}"
-        raise ConfigError(f"{what}: {told(error)}", hint=hint) from error
+        raise ConfigError(f"{what}: {describe_error(error)}", hint=hint) from error
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def _without_progress_bars() -> Iterator[None]:
     """transformers draws a bar on stderr while it loads, across the lines that are there."""
     if not transformers.logging.is_progress_bar_enabled():
         yield
@@ -251,7 +146,7 @@ def _no_bars() -> Iterator[None]:
         transformers.logging.enable_progress_bar()
 
 
-def naming_of(model: nn.Module) -> Naming:
+def naming_of(model: nn.Module) -> WeightNaming:
     """Which of the model's weights a checkpoint holds, and under which names. To be asked before it is sharded.
 
     Raises:
@@ -373,14 +268,10 @@ def _meant(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _check_looks_back(model: Any) -> None:
+def _check_is_causal(model: Any) -> None:
     """An encoder sees the token that it is to predict, and learns nothing."""
     if getattr(model.config, "is_decoder", None) is False and not model.can_generate():
         raise ConfigError(
             f"{type(model).__name__} is an encoder as configured: it sees the tokens it is to predict",
             hint="set model.config.is_decoder: true, or take a decoder such as gpt2 or llama",
         )
-
-
-def _read_all(folder: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

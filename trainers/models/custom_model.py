@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,10 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import WEIGHTS
-from outlast.checkpointing.format.safetensors import Spec
-from outlast.checkpointing.state.model_weights import check_weights, named_weights, parameter_names
+from outlast.checkpointing.format.safetensors import TensorSpec
+from outlast.checkpointing.state.model_weights import check_weights, named_weights
 from outlast.checkpointing.tools.export import CONFIG
-from outlast.trainers.blame import told
-from outlast.trainers.tasks.registry import imported
-
-
-def make_importable(folder: str) -> None:
-    """Lets Python find modules in this directory, after all others: it must not hide what is installed."""
-    if folder and Path(folder).is_dir() and folder not in sys.path:
-        sys.path.append(folder)
+from outlast.trainers.user_code import describe_error, import_object
 
 
 def load_class(place: str) -> Any:
@@ -40,7 +32,7 @@ def load_class(place: str) -> Any:
     Raises:
         ConfigError: It cannot be found, or it is no model.
     """
-    found = imported(place, "model.class")
+    found = import_object(place, "model.class")
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigError(f"model.class {place!r} is not a torch.nn.Module", hint="derive the class from it")
     return found
@@ -70,7 +62,7 @@ def build_plain(
         model = model_class(**arguments)
     except Exception as error:
         raise ConfigError(
-            f"{model_class.__name__} cannot be built: {told(error)}", hint="check model.config"
+            f"{model_class.__name__} cannot be built: {describe_error(error)}", hint="check model.config"
         ) from error
     return model, {"config.json": json.dumps(arguments, indent=2, sort_keys=True).encode() + b"\n"}
 
@@ -83,15 +75,8 @@ def load_plain(model_class: Any, folder: Path) -> nn.Module:
     """
     model, _ = build_plain(model_class, json.loads((folder / CONFIG).read_bytes()), {})
     found = load_file(folder / WEIGHTS)
-    check_weights(model, {name: Spec.of(tensor) for name, tensor in found.items()})
+    check_weights(model, {name: TensorSpec.of(tensor) for name, tensor in found.items()})
     with torch.no_grad():
         for name, tensor in named_weights(model).items():
             tensor.copy_(found[name])
     return model
-
-
-def carried_state(model: nn.Module) -> list[str]:
-    """Names of what is saved and is no parameter: running means, memories. A forward pass may change it, and then what
-    a rank computes depends on the micro-batches that it had before.
-    """
-    return sorted(named_weights(model).keys() - parameter_names(model))

@@ -18,10 +18,9 @@ import xxhash
 
 from outlast.checkpointing.errors import ConfigError, first_line
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.checkpointing.state.model_weights import Naming, plain_name, unwrap
+from outlast.checkpointing.state.model_weights import WeightNaming, carried_state, plain_name, unwrap
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS
 from outlast.trainers.config.model import LoraSettings
-from outlast.trainers.models.custom_model import carried_state
 
 CONFIG = "adapter_config.json"
 
@@ -105,7 +104,7 @@ def base_digest(model: Any) -> str:
     return str(digest.hexdigest())
 
 
-def adapter_naming(model: Any) -> Naming:
+def adapter_naming(model: Any) -> WeightNaming:
     """Which of a peft model's weights are its adapter, and what peft calls them in a file.
 
     To be asked before the model is sharded.
@@ -123,7 +122,7 @@ def adapter_naming(model: Any) -> Naming:
         )
     own = {id(tensor): plain_name(name) for name, tensor in inner.state_dict(keep_vars=True).items()}
     saved = get_peft_model_state_dict(inner, state_dict=inner.state_dict(keep_vars=True))
-    return Naming(ADAPTER_WEIGHTS, {own[id(tensor)]: name for name, tensor in saved.items()})
+    return WeightNaming(ADAPTER_WEIGHTS, {own[id(tensor)]: name for name, tensor in saved.items()})
 
 
 def adapter_files(model: Any) -> dict[str, bytes]:

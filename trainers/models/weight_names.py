@@ -14,10 +14,10 @@ import torch
 import transformers
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.state.model_weights import ALL, Cut, Naming, named_weights
+from outlast.checkpointing.state.model_weights import ALL, Cut, WeightNaming, named_weights
 
 
-def file_naming(model: Any) -> Naming:
+def file_naming(model: Any) -> WeightNaming:
     """What the weights of a model of transformers are called in its files.
 
     Raises:
@@ -38,7 +38,7 @@ def file_naming(model: Any) -> Naming:
     if len(set(called)) != len(called):
         raise _refusal(model, next(item for item in called if called.count(item) > 1))
     changed = {name: parts for name, parts in cuts.items() if parts != {name: ()}}
-    return Naming(cuts=changed) if changed else ALL
+    return WeightNaming(cuts=changed) if changed else ALL
 
 
 def _cuts(model: Any, name: str, tensor: torch.Tensor, revert: Any) -> dict[str, Cut]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from outlast.checkpointing.errors import OutlastError
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Sample, in_batches
-from outlast.trainers.data.columns import Chosen
+from outlast.trainers.data.columns import ColumnMapping
 from outlast.trainers.data.readers import BadRows, Row, read_files
 from outlast.trainers.data.sampler import mix
 from outlast.trainers.data.sources import Source, find_sources
@@ -32,7 +32,7 @@ class Split:
 
     config: TrainingConfig
     name: str
-    chosen: Chosen
+    chosen: ColumnMapping
 
     @property
     def is_share(self) -> bool:
@@ -72,7 +72,7 @@ Piece = Encoded | OutlastError
 #: Encodes a split, in pieces, in order.
 Encoder = Callable[[Task, Split], Generator[Piece, None, None]]
 #: Where it is done: what it needs is there for as long as the context lasts.
-Place = Callable[[], AbstractContextManager[Encoder]]
+EncoderContext = Callable[[], AbstractContextManager[Encoder]]
 
 
 def with_error(rows: Iterator[Row]) -> Iterator[Row | OutlastError]:
@@ -83,7 +83,7 @@ def with_error(rows: Iterator[Row]) -> Iterator[Row | OutlastError]:
         yield error
 
 
-def encode_rows(task: Task, chosen: Chosen, rows: Sequence[Row | OutlastError]) -> list[Piece]:
+def encode_rows(task: Task, chosen: ColumnMapping, rows: Sequence[Row | OutlastError]) -> list[Piece]:
     """Judges rows up to an error, and encodes those that can be used."""
     faults, records = dict[int, str](), list[Record]()
     for place, row in enumerate(rows):
@@ -108,7 +108,7 @@ def encode_here(task: Task, split: Split) -> Generator[Piece, None, None]:
 
 
 @contextmanager
-def here() -> Iterator[Encoder]:
+def local_encoder() -> Iterator[Encoder]:
     """The place that is always there."""
     yield encode_here
 

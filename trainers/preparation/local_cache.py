@@ -17,7 +17,8 @@ from pathlib import Path
 
 from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry
-from outlast.checkpointing.storage.base import LocalStorage, Storage
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.local import LocalStorage
 
 DEFAULT_LIMIT = "50"
 #: One that was used so lately may be about to be mapped.

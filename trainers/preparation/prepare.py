@@ -22,16 +22,17 @@ import xxhash
 from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry
 from outlast.checkpointing.save.writer import write_file
-from outlast.checkpointing.storage.base import LocalStorage, Storage, read_bytes
+from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.multipart_uploads import abort_uploads
-from outlast.trainers.config.model import DataSettings
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.arrow_samples import Sample, Samples, Written, write_packed, write_samples
-from outlast.trainers.data.columns import Chosen, choose_columns, name_of, texts_in
+from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
+from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
 from outlast.trainers.data.readers import BadRows, usable
 from outlast.trainers.data.sources import digest_sources, find_sources
-from outlast.trainers.models.build import Tokenizer, files_of, load_tokenizer, train_bpe
-from outlast.trainers.preparation.encode import Piece, Place, Split, here, usable_pieces
+from outlast.trainers.data.tokenizer import Tokenizer, files_of, load_tokenizer, train_bpe
+from outlast.trainers.preparation.encode import EncoderContext, Piece, Split, local_encoder, usable_pieces
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
 from outlast.trainers.tasks.base import Record, Task
 from outlast.trainers.tasks.registry import find_task
@@ -93,7 +94,7 @@ class Prepared:
         return Samples(local_copy(storage, self.directory, self.fingerprint, entry))
 
 
-def prepare(config: TrainingConfig, storage: Storage, cluster: Place | None = None) -> Prepared:
+def prepare(config: TrainingConfig, storage: Storage, cluster: EncoderContext | None = None) -> Prepared:
     """The prepared data of a run: found if it was made before, verified; made now if not.
 
     Args:
@@ -111,7 +112,9 @@ def prepare(config: TrainingConfig, storage: Storage, cluster: Place | None = No
     if prepared is None:
         is_large = cluster is not None and _is_large(config.data)
         try:
-            prepared = _make(config, storage, fingerprint, directory, cluster if cluster and is_large else here)
+            prepared = _make(
+                config, storage, fingerprint, directory, cluster if cluster and is_large else local_encoder
+            )
         except StorageError:  # perhaps because somebody else has made it meanwhile, and aborted what was uploaded here
             prepared = _find(config, storage, directory)
             if prepared is None:
@@ -189,7 +192,9 @@ def _digest_file(path: Path) -> str:
     return str(digest.hexdigest())
 
 
-def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, place: Place) -> Prepared:
+def _make(
+    config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, place: EncoderContext
+) -> Prepared:
     kind, settings = find_task(config.model.task), config.data
     chosen = choose_columns(kind.columns, settings)
     facts = kind.survey(settings, _records(config, chosen))
@@ -229,7 +234,7 @@ def _make(config: TrainingConfig, storage: Storage, fingerprint: str, directory:
     return prepared
 
 
-def _records(config: TrainingConfig, chosen: Chosen) -> Iterator[Record]:
+def _records(config: TrainingConfig, chosen: ColumnMapping) -> Iterator[Record]:
     """The training rows whose columns hold what they should. Raises ConfigError when there are too many others."""
     split = Split(config, "train", chosen)
     for row in usable(split.rows(split.sources()), BadRows(config.data.max_bad_rows), chosen.fault):
@@ -243,7 +248,7 @@ def _samples(pieces: Iterator[Piece], bad: BadRows, name: str, num_rows: dict[st
         yield from piece.samples
 
 
-def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> Written:
+def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> DatasetStats:
     settings = split.config.data
     written = write_packed(samples, settings.max_length, path) if task.packs else write_samples(samples, path)
     if not written.num_samples:
@@ -256,7 +261,7 @@ def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> W
     return written
 
 
-def _tokenizer(config: TrainingConfig, kind: type[Task], chosen: Chosen) -> Tokenizer:
+def _tokenizer(config: TrainingConfig, kind: type[Task], chosen: ColumnMapping) -> Tokenizer:
     wanted = config.model.tokenizer
     if wanted is not None and wanted.train_bpe is not None:
         texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))

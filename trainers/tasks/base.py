@@ -16,13 +16,12 @@ from torch import nn
 from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.state.model_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample, in_batches
-from outlast.trainers.data.columns import Column, Kind
+from outlast.trainers.data.columns import Column
 
 if TYPE_CHECKING:
-    from outlast.trainers.config.model import DataSettings
-    from outlast.trainers.models.build import Tokenizer
+    from outlast.trainers.config.data import DataSettings
+    from outlast.trainers.data.tokenizer import Tokenizer
 
 #: A row of the data by role, such as {"text": "…", "label": 3}.
 Record = Mapping[str, Any]
@@ -33,7 +32,6 @@ Sums = dict[str, torch.Tensor]
 
 IGNORED = -100
 PREDICT_BATCH = 16
-NUM_NEW_TOKENS = 64
 
 
 class Task:
@@ -211,39 +209,6 @@ def ints(values: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     return np.asarray(values, dtype=np.int32)
 
 
-def write_on(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
-    """What the model writes, greedily, after the tokens given, or for them; at most `limit` tokens, as far as it has
-    places.
-    """
-    if not hasattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "generate"):
-        return _write_plainly(task, model, encoded["input_ids"], limit)
-    given, config = encoded["input_ids"].shape[1], model.config
-    places = None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
-    room = limit if places is None else min(limit, places - given)
-    if given < 1:
-        raise ConfigError("the text is empty: there is nothing to go on from", hint="write a word at least")
-    if room < 1:
-        begin = task.tokenizer.inner.decode(encoded["input_ids"][0, :8])
-        raise ConfigError(
-            f"{given} tokens leave no room: the model has {places} places, and the text is {begin!r}…",
-            hint="write a shorter text",
-        )
-    padding = task.tokenizer.inner.pad_token_id
-    tokens = model.generate(**encoded.to(model.device), max_new_tokens=room, do_sample=False, pad_token_id=padding)[0]
-    written: torch.Tensor = tokens if config.is_encoder_decoder else tokens[given:]
-    return written
-
-
-def _write_plainly(task: Task, model: nn.Module, tokens: torch.Tensor, limit: int) -> torch.Tensor:
-    """The same for a model that cannot write by itself: it reads no more than the `max_length` tokens it trained on."""
-    given, end = tokens.shape[1], task.tokenizer.inner.eos_token_id
-    while tokens.shape[1] < given + limit and (tokens.shape[1] == given or tokens[0, -1] != end):
-        seen = tokens[:, -task.settings.max_length :]
-        outputs = task.forward(model, {"input_ids": seen, "attention_mask": torch.ones_like(seen)})
-        tokens = torch.cat([tokens, outputs.logits[:, -1:].argmax(-1)], dim=1)
-    return tokens[0, given:]
-
-
 class TokenTask(Task):
     """A task with a label for each token, `IGNORED` where there is none, scored by the share of labels that are met."""
 
@@ -265,35 +230,8 @@ class TokenTask(Task):
         return {"accuracy": (sums["right"] / sums["count"]).item()}
 
 
-class CausalLM(Task):
-    """Predict the next token, in every place but the last. Documents are packed into samples of `max_length` tokens."""
+#: What frames texts for an encoder: one, and two.
+BERT_TEMPLATE = ("<|cls|> $A <|sep|>", "<|cls|> $A <|sep|> $B:1 <|sep|>:1")
 
-    auto_class = "AutoModelForCausalLM"
-    columns: ClassVar[tuple[Column, ...]] = (Column("text", Kind.TEXT),)
-    packs = True
 
-    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
-        for ids in self.tokenizer.encode([record["text"] for record in records]):
-            yield {"input_ids": ints(ids)}
-
-    def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
-        return {"input_ids": torch.from_numpy(np.stack([sample["input_ids"] for sample in samples]).astype(np.int64))}
-
-    def configure(self, config: Any) -> None:
-        """A language model needs no padding."""
-
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
-        return model(input_ids=batch["input_ids"], use_cache=False)
-
-    def count(self, batch: Batch) -> int:
-        samples, length = batch["input_ids"].shape
-        return int(samples * (length - 1))
-
-    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        return next_token_loss(outputs.logits, batch["input_ids"])
-
-    def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        inner = self.tokenizer.inner
-        for record in records:
-            tokens = write_on(self, unwrap(model), inner(record["text"], return_tensors="pt"), NUM_NEW_TOKENS)
-            yield {"text": record["text"], "continuation": inner.decode(tokens, skip_special_tokens=True)}
+BERT_TOKENS = {"pad_token": "<|pad|>", "cls_token": "<|cls|>", "sep_token": "<|sep|>", "mask_token": "<|mask|>"}

@@ -11,12 +11,13 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.model_weights import unwrap
-from outlast.trainers.config.model import DataSettings
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.chat_template import chat_template, encode_chat
-from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.models.build import Tokenizer
-from outlast.trainers.tasks.base import IGNORED, NUM_NEW_TOKENS, Batch, Record, Task, ints, next_token_loss, write_on
+from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.data.tokenizer import Tokenizer
+from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, ints, next_token_loss
+from outlast.trainers.tasks.generation import NUM_NEW_TOKENS, generate_continuation
 
 _Tokens = tuple[list[int], list[bool]]
 
@@ -25,7 +26,7 @@ class Chat(Task):
     """Predict the tokens of the assistant's answers. A conversation is one sample, cut off at `max_length`."""
 
     auto_class = "AutoModelForCausalLM"
-    columns: ClassVar[tuple[Column, ...]] = (Column("messages", Kind.MESSAGES),)
+    columns: ClassVar[tuple[Column, ...]] = (Column("messages", ColumnType.MESSAGES),)
     options = ("chat_template",)
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
@@ -76,5 +77,5 @@ class Chat(Task):
             prompt = inner.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
-            tokens = write_on(self, unwrap(model), prompt, NUM_NEW_TOKENS)
+            tokens = generate_continuation(self, unwrap(model), prompt, NUM_NEW_TOKENS)
             yield {"messages": messages, "answer": inner.decode(tokens, skip_special_tokens=True)}

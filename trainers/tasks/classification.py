@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, Kind, name_of
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, Sums, Task, TokenTask, ints
+from outlast.trainers.data.columns import Column, ColumnType, name_of
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, TokenTask, ints
 
 if TYPE_CHECKING:
-    from outlast.trainers.config.model import DataSettings
+    from outlast.trainers.config.data import DataSettings
 
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 _OF_TRANSFORMERS = {
@@ -23,9 +23,6 @@ _OF_TRANSFORMERS = {
     MULTI: "multi_label_classification",
     REGRESSION: "regression",
 }
-#: What frames texts for an encoder: one, and two.
-BERT_TEMPLATE = ("<|cls|> $A <|sep|>", "<|cls|> $A <|sep|> $B:1 <|sep|>:1")
-BERT_TOKENS = {"pad_token": "<|pad|>", "cls_token": "<|cls|>", "sep_token": "<|sep|>", "mask_token": "<|mask|>"}
 
 
 def sort_classes(settings: DataSettings, role: str, found: Iterable[str]) -> list[str]:
@@ -65,9 +62,9 @@ class SequenceClassification(Task):
 
     auto_class = "AutoModelForSequenceClassification"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("text", Kind.TEXT),
-        Column("label", Kind.VALUE, is_target=True),
-        Column("text_pair", Kind.TEXT, is_optional=True),
+        Column("text", ColumnType.TEXT),
+        Column("label", ColumnType.VALUE, is_target=True),
+        Column("text_pair", ColumnType.TEXT, is_optional=True),
     )
     options = ("problem",)
     template = ("$A", "$A <|endoftext|> $B")
@@ -202,7 +199,10 @@ class TokenClassification(TokenTask):
     """Name the tag of every word. The first token of a word carries its tag; the others have none."""
 
     auto_class = "AutoModelForTokenClassification"
-    columns: ClassVar[tuple[Column, ...]] = (Column("tokens", Kind.TEXTS), Column("tags", Kind.LABELS, is_target=True))
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("tokens", ColumnType.TEXTS),
+        Column("tags", ColumnType.LABELS, is_target=True),
+    )
     special_tokens = BERT_TOKENS
     template = BERT_TEMPLATE
 

@@ -11,9 +11,8 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, TokenTask, ints
-from outlast.trainers.tasks.classification import BERT_TEMPLATE, BERT_TOKENS
+from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, TokenTask, ints
 
 NUM_GUESSES = 5
 
@@ -26,7 +25,7 @@ class MaskedLM(TokenTask):
     """
 
     auto_class = "AutoModelForMaskedLM"
-    columns: ClassVar[tuple[Column, ...]] = (Column("text", Kind.TEXT),)
+    columns: ClassVar[tuple[Column, ...]] = (Column("text", ColumnType.TEXT),)
     options = ("mask_share",)
     special_tokens = BERT_TOKENS
     template = BERT_TEMPLATE

@@ -14,12 +14,11 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, Sums, Task, ints, mask, pad
-from outlast.trainers.tasks.classification import BERT_TEMPLATE, BERT_TOKENS
+from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, ints, mask, pad
 
 if TYPE_CHECKING:
-    from outlast.trainers.config.model import DataSettings
+    from outlast.trainers.config.data import DataSettings
 
 
 class MultipleChoice(Task):
@@ -27,9 +26,9 @@ class MultipleChoice(Task):
 
     auto_class = "AutoModelForMultipleChoice"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("text", Kind.TEXT),
-        Column("choices", Kind.TEXTS),
-        Column("label", Kind.LABEL, is_target=True),
+        Column("text", ColumnType.TEXT),
+        Column("choices", ColumnType.TEXTS),
+        Column("label", ColumnType.LABEL, is_target=True),
     )
     special_tokens = BERT_TOKENS
     template: ClassVar[tuple[str, str] | None] = BERT_TEMPLATE

@@ -11,13 +11,12 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.tasks.base import Batch, Record, Sums, Task, ints
-from outlast.trainers.tasks.classification import BERT_TEMPLATE, BERT_TOKENS
+from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, Batch, Record, Sums, Task, ints
 
 if TYPE_CHECKING:
-    from outlast.trainers.config.model import DataSettings
-    from outlast.trainers.models.build import Tokenizer
+    from outlast.trainers.config.data import DataSettings
+    from outlast.trainers.data.tokenizer import Tokenizer
 
 MAX_ANSWER_TOKENS = 30
 NUM_STARTS = 20
@@ -32,9 +31,9 @@ class QuestionAnswering(Task):
 
     auto_class = "AutoModelForQuestionAnswering"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("question", Kind.TEXT),
-        Column("context", Kind.TEXT),
-        Column("answers", Kind.ANSWERS, is_target=True),
+        Column("question", ColumnType.TEXT),
+        Column("context", ColumnType.TEXT),
+        Column("answers", ColumnType.ANSWERS, is_target=True),
     )
     options = ("stride",)
     targets = ("start", "end")

@@ -9,15 +9,19 @@ from torch import nn
 
 from outlast.checkpointing.state.model_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, Kind
-from outlast.trainers.tasks.base import Batch, Record, TokenTask, ints, write_on
+from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.tasks.base import Batch, Record, TokenTask, ints
+from outlast.trainers.tasks.generation import generate_continuation
 
 
 class Seq2SeqLM(TokenTask):
     """Write the target of a source. The decoder is given the target, shifted by one."""
 
     auto_class = "AutoModelForSeq2SeqLM"
-    columns: ClassVar[tuple[Column, ...]] = (Column("source", Kind.TEXT), Column("target", Kind.TEXT, is_target=True))
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("source", ColumnType.TEXT),
+        Column("target", ColumnType.TEXT, is_target=True),
+    )
     options = ("max_target_length",)
     special_tokens: ClassVar = {"pad_token": "<|pad|>"}  # the decoder begins with it, and must learn to end
     template = ("$A <|endoftext|>", "$A <|endoftext|> $B <|endoftext|>")
@@ -53,5 +57,5 @@ class Seq2SeqLM(TokenTask):
         inner, settings = self.tokenizer.inner, self.settings
         for record in records:
             given = inner(record["source"], truncation=True, max_length=settings.max_length, return_tensors="pt")
-            tokens = write_on(self, unwrap(model), given, settings.max_target_length)
+            tokens = generate_continuation(self, unwrap(model), given, settings.max_target_length)
             yield {"source": record["source"], "target": inner.decode(tokens, skip_special_tokens=True)}

@@ -15,15 +15,17 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import trackers_dir
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
-from outlast.trainers.tracking.follow import Name, Place, Seen, Sink
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.config.tracking import Name
+from outlast.trainers.tracking.base import TrackerBackend, TrackerContext, Watermark
 
 SEGMENT_BYTES = 2**20
 PUT_S = 30.0
 _WIDTH = 20
 
 
-def _folder(place: Place, directory: str) -> tuple[Path, bool]:
+def _folder(place: TrackerContext, directory: str) -> tuple[Path, bool]:
     """Where a tracker writes: in the storage if that is a file system, else on this machine; and whether it is."""
     if isinstance(place.storage, LocalStorage):
         return place.storage.path(directory), True
@@ -47,18 +49,18 @@ class TensorBoard:
 
     name = "tensorboard"
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: TrackerContext) -> None:
         self._place = place
         self._directory = f"{trackers_dir(place.run)}/tensorboard"
         self._folder, self._is_local = _folder(place, self._directory)
         self._put_at = 0.0
 
-    def open(self) -> Seen:
+    def open(self) -> Watermark:
         files = [entry.name for entry in self._place.storage.list(self._directory) if "tfevents" in entry.name]
-        seen = Seen()
+        seen = Watermark()
         for name in reversed(files):
             if found := list(_scalars(read_bytes(self._place.storage, f"{self._directory}/{name}"))):
-                seen = Seen(min(step for _, step in found) - 1, dict(sorted(found, key=lambda pair: pair[1])))
+                seen = Watermark(min(step for _, step in found) - 1, dict(sorted(found, key=lambda pair: pair[1])))
                 break
         self._num_files = len(files)
         self._begin()
@@ -114,10 +116,10 @@ class MLflow:
 
     name = "mlflow"
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: TrackerContext) -> None:
         self._place = place
 
-    def open(self) -> Seen:
+    def open(self) -> Watermark:
         from mlflow import MlflowClient
         from mlflow.tracking.context.registry import resolve_tags
 
@@ -140,7 +142,7 @@ class MLflow:
         if not run.data.params:
             self._tracker.store_init_configuration(dict(self._place.settings))
         history = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
-        return Seen(by_name={name: max(item.step for item in items) for name, items in history.items() if items})
+        return Watermark(by_name={name: max(item.step for item in items) for name, items in history.items() if items})
 
     def log(self, values: Mapping[str, float], step: int, at: float) -> None:
         self._tracker.log(dict(values), step=step, timestamp=int(at * 1000))
@@ -158,11 +160,11 @@ class WandB:
 
     name = "wandb"
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: TrackerContext) -> None:
         self._place = place
         self._folder, _ = _folder(place, trackers_dir(place.run))
 
-    def open(self) -> Seen:
+    def open(self) -> Watermark:
         self._folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_CONSOLE", "off")
@@ -173,9 +175,9 @@ class WandB:
         self._newest = os.open(self._folder / "wandb-step", os.O_RDWR | os.O_CREAT, 0o644)
         run = self._tracker.tracker
         if not run.offline:
-            return Seen(run.starting_step - 1)
+            return Watermark(run.starting_step - 1)
         said = os.pread(self._newest, _WIDTH, 0)
-        return Seen(int(said) if said else -1)
+        return Watermark(int(said) if said else -1)
 
     def log(self, values: Mapping[str, float], step: int, at: float) -> None:
         os.pwrite(self._newest, f"{step:{_WIDTH}}".encode(), 0)  # no truncation: it is whole at every instant
@@ -186,4 +188,8 @@ class WandB:
         os.close(self._newest)
 
 
-SINKS: Mapping[Name, Callable[[Place], Sink]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+BACKENDS: Mapping[Name, Callable[[TrackerContext], TrackerBackend]] = {
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+    "wandb": WandB,
+}

@@ -8,58 +8,31 @@ already is not sent again, and what a killed attempt had no time to send is take
 from __future__ import annotations
 
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
-
-from pydantic import Field, field_validator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError, first_line
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir
-from outlast.checkpointing.run_store.catalog import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.storage.base import Storage
-from outlast.trainers.config.model import Settings
+from outlast.trainers.config.tracking import Name, TrackSettings
+from outlast.trainers.tracking.base import TrackedEvent, TrackerBackend, TrackerContext, Watermark
 
 if TYPE_CHECKING:
     from outlast.checkpointing.checkpointer import Checkpointer
 
 T = TypeVar("T")
-Name = Literal["tensorboard", "mlflow", "wandb"]
-Event = Mapping[str, Any]
 
 QUEUE_EVENTS = 10_000
 CLOSE_S = 10.0
 _PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 _MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",), "wandb": ("wandb",)}
-_SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
-
-
-class TrackSettings(Settings):
-    """Which tools get the run's metrics, beside its own journal."""
-
-    to: list[Name] | None = None
-    """tensorboard, mlflow, wandb; [] for none. Default: tensorboard, where a worker has it."""
-    project: str = "outlast"
-    """The experiment in MLflow, the project in Weights & Biases."""
-    options: dict[Name, dict[str, Any]] = Field(default_factory=dict)
-    """What else a tracker is to know, by its name, such as `wandb: {entity: my-team}`: arguments of accelerate's
-    trackers. Places and credentials come from the environment alone (MLFLOW_TRACKING_URI, WANDB_API_KEY, …)."""
-
-    @field_validator("options")
-    @classmethod
-    def _holds_no_secret(cls, value: dict[Name, dict[str, Any]]) -> dict[Name, dict[str, Any]]:
-        for name, options in value.items():
-            for key in options:
-                if _SECRET.search(key):
-                    raise ValueError(f"{name}.{key} looks like a credential, which belongs into the environment")
-        return value
 
 
 def is_installed(name: str) -> bool:
@@ -75,7 +48,7 @@ def check_trackers(settings: TrackSettings) -> None:
             raise ConfigError(f"track.to names {name}, which is not installed", hint=hint)
 
 
-def values_of(event: Event) -> dict[str, float]:
+def values_of(event: TrackedEvent) -> dict[str, float]:
     """What an event tells in numbers, by name; nothing for one that tells of other things."""
     found: dict[str, float | None] = {}
     match event["event"]:
@@ -91,62 +64,7 @@ def values_of(event: Event) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-@dataclass(slots=True)
-class Seen:
-    """How far a tracker has come.
-
-    Attributes:
-        floor: The newest step of whatever is not in `by_name`.
-        by_name: The newest step of each value.
-    """
-
-    floor: int = -1
-    by_name: dict[str, int] = field(default_factory=dict)
-
-    def news(self, values: Mapping[str, float], step: int) -> dict[str, float]:
-        """Those of the values that the tracker has not got yet, which from now on it has."""
-        fresh = {name: value for name, value in values.items() if step > self.by_name.get(name, self.floor)}
-        self.by_name |= dict.fromkeys(fresh, step)
-        return fresh
-
-
-class Sink(Protocol):
-    """A tracker, as its thread uses it. All but `name` may raise anything, and take long."""
-
-    name: str
-
-    def open(self) -> Seen:
-        """Finds the run's tracker run, or begins it."""
-
-    def log(self, values: Mapping[str, float], step: int, at: float) -> None:
-        """Takes values of a step, which happened at `at`, in seconds since the epoch."""
-
-    def close(self) -> None:
-        """Hands everything over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What a tracker knows of the run.
-
-    Attributes:
-        storage: Where the run lies.
-        run: Its name.
-        id: Names it among all runs: another one of this name has another.
-        settings: Its settings as declared, flat.
-        project: The setting of that name.
-        options: Those of this tracker.
-    """
-
-    storage: Storage
-    run: str
-    id: str
-    settings: Mapping[str, Any]
-    project: str
-    options: Mapping[str, Any]
-
-
-class _GaveUp(Exception):
+class _BackendUnavailable(Exception):
     """The attempt has ended, or the tracker can never work here."""
 
 
@@ -160,17 +78,20 @@ class Follower:
     """
 
     def __init__(
-        self, sink: Callable[[], Sink], past: Callable[[int], Iterable[Event]], tell: Callable[[str], None]
+        self,
+        sink: Callable[[], TrackerBackend],
+        past: Callable[[int], Iterable[TrackedEvent]],
+        tell: Callable[[str], None],
     ) -> None:
         self._make, self._past, self._tell = sink, past, tell
-        self._queue: queue.Queue[Event | None] = queue.Queue(QUEUE_EVENTS)
+        self._queue: queue.Queue[TrackedEvent | None] = queue.Queue(QUEUE_EVENTS)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._closing = threading.Event()
         self._told = False
         self._is_behind = False
         self._step = 0
 
-    def hear(self, event: Event) -> None:
+    def apply(self, event: TrackedEvent) -> None:
         """Takes an event; returns at once."""
         if self._thread.ident is not None and not self._thread.is_alive():
             return  # it has given up, and has said so
@@ -198,7 +119,7 @@ class Follower:
             self._tell("has not taken everything in time; the journal has it all")
 
     def _run(self) -> None:
-        with suppress(_GaveUp):
+        with suppress(_BackendUnavailable):
             sink = self._patiently(self._make)
             seen = self._patiently(sink.open)
             newest = seen.by_name.get("train/loss", seen.floor)
@@ -208,7 +129,7 @@ class Follower:
                 self._send(sink, seen, event_or_end)
             self._patiently(sink.close)
 
-    def _send(self, sink: Sink, seen: Seen, event: Event) -> None:
+    def _send(self, sink: TrackerBackend, seen: Watermark, event: TrackedEvent) -> None:
         if event["event"] == "step":
             self._step = event["step"]
         step = self._step if event["event"] == "save" else int(event.get("step", 0))  # a save ends steps later
@@ -226,7 +147,7 @@ class Follower:
                     self._told = True
                     self._tell(f"{type(error).__name__}: {first_line(error)}")
                 if isinstance(error, ImportError | ConfigError) or self._closing.wait(pause_s):
-                    raise _GaveUp from error
+                    raise _BackendUnavailable from error
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
@@ -240,13 +161,13 @@ class Tracking:
         self.followers: list[Follower] = []
         self.base: int | None = None  #: the step that the attempt goes on from, once that is known
 
-    def hear(self, event: Event) -> None:
+    def apply(self, event: TrackedEvent) -> None:
         """Takes an event of rank 0; returns at once."""
         if event["event"] in ("start", "resume"):
             self.base = int(event.get("step", 0))
         if event["event"] in ("step", "eval", "save", "under-way"):
             for follower in self.followers:
-                follower.hear({"t": time.time(), **event})
+                follower.apply({"t": time.time(), **event})
 
     def __enter__(self) -> Tracking:
         return self
@@ -277,19 +198,19 @@ def follow(
         return tracking
     storage, run, attempt = checkpointer.storage, checkpointer.run, checkpointer.attempt
 
-    def make(name: Name) -> Sink:
-        from outlast.trainers.tracking.backends import SINKS  # brings accelerate
+    def make(name: Name) -> TrackerBackend:
+        from outlast.trainers.tracking.backends import BACKENDS  # brings accelerate
 
         first = list_attempts(storage, run)[0]  # never deleted
         options = settings.options.get(name, {})
-        return SINKS[name](Place(storage, run, f"{run}-{first.nonce}", declared, settings.project, options))
+        return BACKENDS[name](TrackerContext(storage, run, f"{run}-{first.nonce}", declared, settings.project, options))
 
     def tell(name: Name, text: str) -> None:
         with suppress(StorageError):
             journal.event("tracker", name=name, message=text)
         progress({"event": "note", "text": f"{name}: {text}"})
 
-    def past(newest: int) -> Iterator[Event]:
+    def past(newest: int) -> Iterator[TrackedEvent]:
         assert tracking.base is not None
         return past_events(storage, run, attempt, tracking.base, newest)
 
@@ -299,7 +220,7 @@ def follow(
     return tracking
 
 
-def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newest: int) -> Iterator[Event]:
+def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newest: int) -> Iterator[TrackedEvent]:
     """What earlier attempts told of the steps that an attempt stands on, oldest first, each step once.
 
     Args:
@@ -309,10 +230,10 @@ def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newes
         base: The step that it goes on from.
         newest: Of steps before this one nothing is wanted.
     """
-    parts: list[list[Event]] = []
+    parts: list[list[TrackedEvent]] = []
     for lower in reversed([item for item in list_attempts(storage, run) if item < attempt]):
         begin: int | None = None
-        part: list[Event] = []
+        part: list[TrackedEvent] = []
         for event in read_events(storage, attempt_dir(run, lower)):  # never all of it at once: it may be long
             if begin is None and event["event"] in ("start", "resume"):
                 begin = int(event.get("step", -1))

@@ -9,10 +9,17 @@ from typing import Any
 
 import yaml
 
-from outlast.cluster.kubernetes.accessors import Complaint, first_container, mapping, pod_templates, ray_groups, rows
+from outlast.cluster.kubernetes.accessors import (
+    LintComplaint,
+    first_container,
+    mapping,
+    pod_templates,
+    ray_groups,
+    rows,
+)
 
 
-def disagreements(job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str, Any]]) -> Iterator[Complaint]:
+def disagreements(job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str, Any]]) -> Iterator[LintComplaint]:
     """Where the RayJob is not what the run file in its ConfigMap asks for.
 
     Args:
@@ -55,7 +62,7 @@ def disagreements(job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str,
                 yield role, f"nothing is mounted at checkpoint.storage {storage}: checkpoints would go with the pod"
 
 
-def missing_config_maps(job: Mapping[str, Any], config_maps: Mapping[str, Any]) -> Iterator[Complaint]:
+def missing_config_maps(job: Mapping[str, Any], config_maps: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """ConfigMaps that a pod mounts and that are not at hand: without one the pod waits for it, and says so nowhere."""
     for role, pod in pod_templates(job):
         for volume in rows(mapping(pod, "spec"), "volumes"):

@@ -10,16 +10,16 @@ from typing import Any
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.kubernetes.accessors import Complaint, mapping
+from outlast.cluster.kubernetes.accessors import LintComplaint, mapping
 from outlast.cluster.kubernetes.lint.config_map_rules import disagreements, missing_config_maps
 from outlast.cluster.kubernetes.lint.operator_rules import operator_complaints
 from outlast.cluster.kubernetes.lint.placement_rules import placement_risks, unworkable
 from outlast.cluster.kubernetes.lint.pod_security_rules import security_complaints
 from outlast.cluster.kubernetes.lint.reliability_rules import budget_complaints, claim_complaints, risks
 from outlast.cluster.kubernetes.lint.secret_rules import config_map_complaints, secrets_written_down
-from outlast.cluster.preflight.doctor_rules import Finding, Level
+from outlast.cluster.preflight.finding import Finding, Level
 
-_RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[Complaint]]]]] = {
+_RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[LintComplaint]]]]] = {
     "RayJob": [
         (Level.FAILED, operator_complaints),
         (Level.FAILED, unworkable),
@@ -66,7 +66,7 @@ def _unpacked(document: Any) -> Iterator[dict[str, Any]]:
         yield from _unpacked(item)
 
 
-def not_looked_at(objects: Sequence[Mapping[str, Any]]) -> list[str]:
+def unchecked_objects(objects: Sequence[Mapping[str, Any]]) -> list[str]:
     """Objects of kinds for which there is no rule, as `kind/name`."""
     return [_name(item) for item in objects if str(item.get("kind")) not in (*_RULES, *_HARMLESS)]
 
@@ -101,5 +101,5 @@ def _said(name: str, item: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _findings(level, name, rule(item))
 
 
-def _findings(level: Level, name: str, complaints: Iterable[Complaint]) -> list[Finding]:
+def _findings(level: Level, name: str, complaints: Iterable[LintComplaint]) -> list[Finding]:
     return [Finding(level, name, f"{where}: {text}") for where, text in complaints]

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from outlast.cluster.kubernetes.accessors import Complaint, autoscales, first_container, mapping, rows, variables
+from outlast.cluster.kubernetes.accessors import LintComplaint, autoscales, first_container, mapping, rows, variables
 from outlast.cluster.kubernetes.settings import LABEL, MAX_NAME
 
 SUBMISSION_MODES = ("K8sJobMode", "SidecarMode", "HTTPMode", "InteractiveMode")
@@ -29,7 +29,7 @@ _TOKEN_SINCE = (2, 52, 0)
 _PRIORITY_SINCE = (2, 56, 0)
 
 
-def operator_complaints(job: Mapping[str, Any]) -> Iterator[Complaint]:
+def operator_complaints(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """Every finding, not only the first, as the operator would have it."""
     spec = mapping(job, "spec")
     cluster = mapping(spec, "rayClusterSpec")
@@ -46,7 +46,7 @@ def operator_complaints(job: Mapping[str, Any]) -> Iterator[Complaint]:
         yield f"spec.rayClusterSpec.{where}", text
 
 
-def _lifetime(spec: Mapping[str, Any]) -> Iterator[Complaint]:
+def _lifetime(spec: Mapping[str, Any]) -> Iterator[LintComplaint]:
     shuts_down = spec.get("shutdownAfterJobFinishes") is True
     if spec.get("suspend") and not shuts_down:
         yield "spec.suspend", "only a RayJob with shutdownAfterJobFinishes: true can be suspended"
@@ -64,7 +64,7 @@ def _lifetime(spec: Mapping[str, Any]) -> Iterator[Complaint]:
         yield "spec.runtimeEnvYAML", "is not YAML"
 
 
-def _submission(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[Complaint]:
+def _submission(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     mode, selector = spec.get("submissionMode", "K8sJobMode"), mapping(spec, "clusterSelector")
     retries = _number(spec.get("backoffLimit")) > 0
     if mode not in SUBMISSION_MODES:
@@ -90,7 +90,7 @@ def _submission(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator
         yield "spec.rayClusterSpec.authOptions", "a RayJob cannot use enableK8sTokenAuth"
 
 
-def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[Complaint]:
+def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     strategy = mapping(spec, "deletionStrategy")
     if "deletionStrategy" not in spec:
         return
@@ -126,7 +126,7 @@ def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[C
 _OLD_KEYS = ("onSuccess", "onFailure")
 
 
-def _cluster(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[Complaint]:
+def _cluster(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[LintComplaint]:
     head = mapping(cluster, "headGroupSpec")
     if not first_container(head):
         yield "headGroupSpec", "has no container"
@@ -143,7 +143,7 @@ def _cluster(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iter
     yield from _token(cluster)
 
 
-def _group_resources(where: str, group: Mapping[str, Any]) -> Iterator[Complaint]:
+def _group_resources(where: str, group: Mapping[str, Any]) -> Iterator[LintComplaint]:
     parameters = mapping(group, "rayStartParams")
     if mapping(group, "resources") and parameters.keys() & {"num-cpus", "num-gpus", "memory", "resources"}:
         yield where, "says its resources twice, in rayStartParams and in resources"
@@ -151,7 +151,7 @@ def _group_resources(where: str, group: Mapping[str, Any]) -> Iterator[Complaint
         yield where, "rayStartParams has labels; give the group's own labels"
 
 
-def _worker_group(where: str, group: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[Complaint]:
+def _worker_group(where: str, group: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if not first_container(group):
         yield where, "has no container"
     least, most = group.get("minReplicas"), group.get("maxReplicas")
@@ -169,7 +169,7 @@ def _worker_group(where: str, group: Mapping[str, Any], cluster: Mapping[str, An
         yield where, "cannot be suspended where the autoscaler is on"
 
 
-def _tables(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[Complaint]:
+def _tables(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """Fault tolerance of Ray's tables (GCS)."""
     options, head = mapping(cluster, "gcsFaultToleranceOptions"), mapping(cluster, "headGroupSpec")
     named = variables(first_container(head))
@@ -190,7 +190,7 @@ def _tables(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Itera
         )
 
 
-def _autoscaler(cluster: Mapping[str, Any]) -> Iterator[Complaint]:
+def _autoscaler(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     head, options = mapping(cluster, "headGroupSpec"), mapping(cluster, "autoscalerOptions")
     says = variables(first_container(head)).get(_AUTOSCALER_V2)
     if not autoscales(cluster) and says in ("1", "true"):
@@ -207,7 +207,7 @@ def _autoscaler(cluster: Mapping[str, Any]) -> Iterator[Complaint]:
         yield "autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is the operator's own"
 
 
-def _token(cluster: Mapping[str, Any]) -> Iterator[Complaint]:
+def _token(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if mapping(cluster, "authOptions").get("mode") == "token" and _release(cluster) < _TOKEN_SINCE:
         yield "authOptions", f"token needs a rayVersion of 2.52.0 or newer, and it is {cluster.get('rayVersion')!r}"
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from outlast.cluster.kubernetes.accessors import Complaint, mapping, pod_templates, rows, words
+from outlast.cluster.kubernetes.accessors import LintComplaint, mapping, pod_templates, rows, words
 from outlast.cluster.kubernetes.render import SPOT
 
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
@@ -17,7 +17,7 @@ _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 _TAINTED = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
 
-def unworkable(job: Mapping[str, Any]) -> Iterator[Complaint]:
+def unworkable(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """What the operator takes, and can make no pods of, or cannot tell apart."""
     for role, pod in pod_templates(job):
         for key in ("initContainers", "containers"):
@@ -29,7 +29,7 @@ def unworkable(job: Mapping[str, Any]) -> Iterator[Complaint]:
         yield "spec.rayClusterSpec.workerGroupSpecs", f"several groups are named {name}, and pods are counted by it"
 
 
-def placement_risks(job: Mapping[str, Any]) -> Iterator[Complaint]:
+def placement_risks(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """Pods that land where they should not, or nowhere."""
     groups = _groups(job)
     head = mapping(job, "spec", "rayClusterSpec", "headGroupSpec", "template", "spec")

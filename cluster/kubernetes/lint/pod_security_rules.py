@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from outlast.cluster.kubernetes.accessors import Complaint, containers, mapping, pod_templates, rows, words
+from outlast.cluster.kubernetes.accessors import LintComplaint, containers, mapping, pod_templates, rows, words
 
 _PROFILES = ("RuntimeDefault", "Localhost")
 _MAY_BE_ADDED = "NET_BIND_SERVICE"
 
 
-def security_complaints(job: Mapping[str, Any]) -> Iterator[Complaint]:
+def security_complaints(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """Pods and containers that a restricted namespace refuses."""
     for role, pod in pod_templates(job):
         spec = mapping(pod, "spec")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from outlast.cluster.kubernetes.accessors import (
-    Complaint,
+    LintComplaint,
     autoscales,
     containers,
     first_container,
@@ -33,7 +33,7 @@ _DRAIN_DEFAULT_S = 30
 _GRACE_DEFAULT_S = 30
 
 
-def risks(job: Mapping[str, Any]) -> Iterator[Complaint]:
+def risks(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """What costs a run more than it needs to, or its life."""
     spec = mapping(job, "spec")
     cluster = mapping(spec, "rayClusterSpec")
@@ -55,7 +55,7 @@ def risks(job: Mapping[str, Any]) -> Iterator[Complaint]:
         )
 
 
-def _giving_up(spec: Mapping[str, Any]) -> Iterator[Complaint]:
+def _giving_up(spec: Mapping[str, Any]) -> Iterator[LintComplaint]:
     retries = spec.get("backoffLimit", 0)
     if isinstance(retries, int) and retries < _FEW_RETRIES:
         yield "spec.backoffLimit", f"{retries} lost clusters end the run; outlast gives up by itself where it must"
@@ -73,7 +73,7 @@ def _giving_up(spec: Mapping[str, Any]) -> Iterator[Complaint]:
         yield "spec.entrypoint", "without --take-over a retry waits to see whether the try before still lives"
 
 
-def _head(cluster: Mapping[str, Any]) -> Iterator[Complaint]:
+def _head(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     head, where = mapping(cluster, "headGroupSpec"), "spec.rayClusterSpec.headGroupSpec"
     if not head:
         return
@@ -86,7 +86,7 @@ def _head(cluster: Mapping[str, Any]) -> Iterator[Complaint]:
         yield where, "a head that hangs is restarted after 10 minutes, and KubeRay gives the run up after 5"
 
 
-def _queue(job: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[Complaint]:
+def _queue(job: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if QUEUE_LABEL in mapping(job, "metadata", "labels") and autoscales(cluster):
         yield "metadata.labels", f"Kueue admits no RayJob whose pods change in number, and {QUEUE_LABEL} asks for it"
     for number, group in enumerate(rows(cluster, "workerGroupSpecs")):
@@ -98,7 +98,7 @@ def _queue(job: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[Compl
             )
 
 
-def _pod(role: str, pod: Mapping[str, Any]) -> Iterator[Complaint]:
+def _pod(role: str, pod: Mapping[str, Any]) -> Iterator[LintComplaint]:
     spec = mapping(pod, "spec")
     if "app.kubernetes.io/name" in mapping(pod, "metadata", "labels"):
         yield role, "label app.kubernetes.io/name: KubeRay's head service selects by its own value, and finds no head"
@@ -110,7 +110,7 @@ def _pod(role: str, pod: Mapping[str, Any]) -> Iterator[Complaint]:
         yield role, "has no /dev/shm of its own size (emptyDir, medium Memory): 64 MiB, or all of the pod's memory"
 
 
-def _container(where: str, container: Mapping[str, Any]) -> Iterator[Complaint]:
+def _container(where: str, container: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if "image" in container and not is_pinned(str(container["image"])):
         yield where, f"image {container['image']!r} may be another program tomorrow: give it a tag of its own"
     resources = mapping(container, "resources")
@@ -119,7 +119,7 @@ def _container(where: str, container: Mapping[str, Any]) -> Iterator[Complaint]:
         yield where, f"memory is {asked} asked for and {limit} allowed: make them equal, so that no neighbour kills it"
 
 
-def _leaving(role: str, group: Mapping[str, Any]) -> Iterator[Complaint]:
+def _leaving(role: str, group: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """The two times that a pod has after SIGTERM."""
     grace = mapping(group, "template", "spec").get("terminationGracePeriodSeconds", _GRACE_DEFAULT_S)
     given = variables(first_container(group)).get(_DRAIN)
@@ -132,12 +132,12 @@ def _leaving(role: str, group: Mapping[str, Any]) -> Iterator[Complaint]:
         )
 
 
-def claim_complaints(claim: Mapping[str, Any]) -> Iterator[Complaint]:
+def claim_complaints(claim: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if "ReadWriteMany" not in words(mapping(claim, "spec"), "accessModes"):
         yield "spec.accessModes", "head and workers write from several nodes: ReadWriteMany"
 
 
-def budget_complaints(budget: Mapping[str, Any]) -> Iterator[Complaint]:
+def budget_complaints(budget: Mapping[str, Any]) -> Iterator[LintComplaint]:
     spec = mapping(budget, "spec")
     chosen = mapping(spec, "selector", "matchLabels")
     if "maxUnavailable" in spec and any(str(key).startswith("ray.io/") for key in chosen):

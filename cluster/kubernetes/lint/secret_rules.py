@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from outlast.cluster.kubernetes.accessors import Complaint, containers, mapping, variables, words
+from outlast.cluster.kubernetes.accessors import LintComplaint, containers, mapping, variables, words
 
 _WORDS = frozenset({"SECRET", "PASSWORD", "PASSWD", "TOKEN", "CREDENTIAL", "CREDENTIALS", "APIKEY"})
 #: What makes a credential of the word KEY after it.
@@ -40,7 +40,7 @@ def is_credential(name: str, value: Any) -> bool:
     )
 
 
-def secrets_written_down(job: Mapping[str, Any]) -> Iterator[Complaint]:
+def secrets_written_down(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """Credentials whose value stands in the RayJob."""
     for where, _, container in containers(job):
         for name, value in variables(container).items():
@@ -56,7 +56,7 @@ def secrets_written_down(job: Mapping[str, Any]) -> Iterator[Complaint]:
             yield "spec.runtimeEnvYAML", f"{name} is written down; {_ADVICE}"
 
 
-def config_map_complaints(config_map: Mapping[str, Any]) -> Iterator[Complaint]:
+def config_map_complaints(config_map: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """What looks like a credential in a ConfigMap, or in the YAML that it holds: anybody may read it."""
     for key, value in mapping(config_map, "data").items():
         if is_credential(str(key), value):

@@ -17,11 +17,12 @@ import yaml
 
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store.catalog import Catalogue
-from outlast.checkpointing.tools.query import Verdict
-from outlast.cluster.monitoring.goodput import Kind, Ledger, Span
-from outlast.cluster.monitoring.summary import Overview, interruptions, verified
-from outlast.cluster.monitoring.timeline import Attempt, End, Evaluation, Story
+from outlast.checkpointing.run_store.catalog import Catalog
+from outlast.checkpointing.tools.query import VerificationResult
+from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
+from outlast.cluster.monitoring.summary import RunSummary, interruptions, verified
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_records import AttemptEnd, AttemptTimeline, EvaluationRecord
 
 MOST_POINTS = 3000
 MOST_EVALS = 600
@@ -52,11 +53,11 @@ def rounded(values: Iterable[float], digits: int = 6) -> list[float]:
 
 
 def page_data(
-    story: Story,
-    seen: Overview,
-    catalogue: Catalogue | None,
+    story: Timeline,
+    seen: RunSummary,
+    catalogue: Catalog | None,
     pinned: set[CheckpointRef],
-    verdicts: Sequence[Verdict] | None,
+    verdicts: Sequence[VerificationResult] | None,
     names: Mapping[CheckpointRef, str],
 ) -> dict[str, Any]:
     """Everything that the page shows.
@@ -82,7 +83,7 @@ def page_data(
         "redone": {"steps": _redone_steps(story), "time": _redone_time(ledger, begin)},
         "kinds": [
             {"name": kind.words, "meaning": kind.meaning, "seconds": ledger.seconds[kind] if ledger.spans else 0.0}
-            for kind in Kind
+            for kind in TimeCategory
         ],
         "spans": _spans(ledger, begin),
         **_attempts(story),
@@ -93,7 +94,7 @@ def page_data(
     }
 
 
-def _glance(seen: Overview) -> dict[str, Any]:
+def _glance(seen: RunSummary) -> dict[str, Any]:
     return {
         "run": seen.run,
         "now": seen.now,
@@ -128,14 +129,14 @@ def _thinned(items: Sequence[T], value: Callable[[T], float]) -> list[T]:
     return [items[index] for index in thin(_column([value(item) for item in items]), MOST_EVALS)]
 
 
-def _eval_losses(attempts: Iterable[Attempt]) -> Iterator[tuple[Evaluation, float]]:
+def _eval_losses(attempts: Iterable[AttemptTimeline]) -> Iterator[tuple[EvaluationRecord, float]]:
     """Each evaluation whose loss is finite."""
     for found in (found for item in attempts for found in item.evaluations):
         if isfinite(loss := found.scores.get("eval_loss", nan)):
             yield found, loss
 
 
-def _by_step(attempts: Sequence[Attempt]) -> dict[str, Any]:
+def _by_step(attempts: Sequence[AttemptTimeline]) -> dict[str, Any]:
     """The loss and the learning rate of each step, as it was made last; and the evaluations."""
     numbers = np.concatenate([_column(item.steps.number) for item in attempts] or [_column([])])
     columns = {
@@ -156,7 +157,7 @@ def _by_step(attempts: Sequence[Attempt]) -> dict[str, Any]:
     }
 
 
-def _in_time(story: Story) -> Iterator[tuple[Attempt, slice]]:
+def _in_time(story: Timeline) -> Iterator[tuple[AttemptTimeline, slice]]:
     """Each attempt with those of its steps that were made before the next one claimed."""
     for attempt, following in story.in_pairs:
         ended = _column(attempt.steps.ended_at)
@@ -165,7 +166,7 @@ def _in_time(story: Story) -> Iterator[tuple[Attempt, slice]]:
             yield attempt, slice(0, end)
 
 
-def _by_time(story: Story, begin: float) -> dict[str, Any]:
+def _by_time(story: Timeline, begin: float) -> dict[str, Any]:
     """The loss by seconds since the beginning; null between two attempts."""
     total = sum(len(item.steps) for item in story.in_order) or 1
     x: list[float] = []
@@ -192,7 +193,7 @@ def _by_time(story: Story, begin: float) -> dict[str, Any]:
     }
 
 
-def _speed(story: Story, begin: float) -> dict[str, Any]:
+def _speed(story: Timeline, begin: float) -> dict[str, Any]:
     """Tokens in a second, or steps where nobody counts tokens: the mean of each stretch."""
     total = sum(len(item.steps) for item in story.in_order) or 1
     tells_tokens = any(any(item.steps.tokens[-64:]) for item in story.in_order)
@@ -213,7 +214,7 @@ def _speed(story: Story, begin: float) -> dict[str, Any]:
     return {"x": x, "y": y, "unit": "tokens/s" if tells_tokens else "steps/s"}
 
 
-def _workers(story: Story, begin: float, now: float) -> dict[str, Any]:
+def _workers(story: Timeline, begin: float, now: float) -> dict[str, Any]:
     """How many workers were at work, by seconds since the beginning: each value holds until the next."""
     x: list[float] = []
     y: list[int] = []
@@ -235,7 +236,7 @@ def _workers(story: Story, begin: float, now: float) -> dict[str, Any]:
     return {"x": x, "y": y}
 
 
-def _marks(story: Story, begin: float) -> Iterator[dict[str, Any]]:
+def _marks(story: Timeline, begin: float) -> Iterator[dict[str, Any]]:
     """Where attempts ended, and where the next ones went on."""
     by_name, ends = {str(item.id): item for item in story.in_order}, story.ends
     for item in interruptions(story):
@@ -256,7 +257,7 @@ def _marks(story: Story, begin: float) -> Iterator[dict[str, Any]]:
             yield {"kind": "restore", "t": at, "step": attempt.base_step, "attempt": str(attempt.id), "cause": said}
 
 
-def _redone_steps(story: Story) -> list[list[int]]:
+def _redone_steps(story: Timeline) -> list[list[int]]:
     """Ranges of steps that were made more than once."""
     ranges: list[list[int]] = []
     position = 0
@@ -269,38 +270,38 @@ def _redone_steps(story: Story) -> list[list[int]]:
     return ranges[-MOST_ROWS:]
 
 
-def _redone_time(ledger: Ledger, begin: float) -> list[list[float]]:
-    found = [span for span in ledger.spans if span.kind is Kind.REDO]
+def _redone_time(ledger: GoodputReport, begin: float) -> list[list[float]]:
+    found = [span for span in ledger.spans if span.kind is TimeCategory.REDO]
     return [[round(span.begin - begin, 2), round(span.end - begin, 2)] for span in found[-MOST_ROWS:]]
 
 
-def _spans(ledger: Ledger, begin: float) -> list[list[float]]:
+def _spans(ledger: GoodputReport, begin: float) -> list[list[float]]:
     """The time line: from when to when, and which kind. In long ones what is too short to be seen is left out."""
-    spans: Sequence[Span] = ledger.spans
+    spans: Sequence[TimeSpan] = ledger.spans
     if len(spans) > MOST_SPANS:
         spans = _coarse(ledger)
-    kinds = list(Kind)
+    kinds = list(TimeCategory)
     return [[round(span.begin - begin, 2), round(span.end - begin, 2), kinds.index(span.kind)] for span in spans]
 
 
-def _coarse(ledger: Ledger) -> list[Span]:
+def _coarse(ledger: GoodputReport) -> list[TimeSpan]:
     """The time line in equal parts, each of the kind that has most of it; neighbours of a kind are one."""
     first, width = ledger.spans[0].begin, ledger.wall_s / MOST_SPANS
-    shares = np.zeros((MOST_SPANS, len(Kind)))
-    kinds = list(Kind)
+    shares = np.zeros((MOST_SPANS, len(TimeCategory)))
+    kinds = list(TimeCategory)
     for span in ledger.spans:
         begin, end = (span.begin - first) / width, (span.end - first) / width
         for part in range(int(begin), min(MOST_SPANS, int(end) + 1)):
             shares[part, kinds.index(span.kind)] += max(0.0, min(end, part + 1) - max(begin, part))
     most = shares.argmax(axis=1)
     cuts = [0, *(np.flatnonzero(np.diff(most)) + 1), MOST_SPANS]
-    return [Span(first + a * width, first + b * width, kinds[most[a]]) for a, b in pairwise(cuts)]
+    return [TimeSpan(first + a * width, first + b * width, kinds[most[a]]) for a, b in pairwise(cuts)]
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _attempts(story: Story) -> dict[str, Any]:
+def _attempts(story: Timeline) -> dict[str, Any]:
     """The newest attempts, and what they said."""
     attempts, ends, failures = story.in_order, story.ends, story.failures_of
     rows = [_attempt_row(item, ends[item.id], failures.get(str(item.id), {})) for item in attempts[-MOST_ROWS:]]
@@ -308,7 +309,7 @@ def _attempts(story: Story) -> dict[str, Any]:
     return {"attempts": rows, "notes": notes[-MOST_ROWS:]}
 
 
-def _attempt_row(attempt: Attempt, end: End, failure: Mapping[str, Any]) -> dict[str, Any]:
+def _attempt_row(attempt: AttemptTimeline, end: AttemptEnd, failure: Mapping[str, Any]) -> dict[str, Any]:
     claim = attempt.claim
     made = (attempt.steps.number[0], attempt.steps.number[-1]) if attempt.steps else None
     return {
@@ -333,10 +334,10 @@ def _attempt_row(attempt: Attempt, end: End, failure: Mapping[str, Any]) -> dict
 
 
 def _checkpoints(
-    story: Story,
-    catalogue: Catalogue | None,
+    story: Timeline,
+    catalogue: Catalog | None,
     pinned: set[CheckpointRef],
-    verdicts: Sequence[Verdict] | None,
+    verdicts: Sequence[VerificationResult] | None,
     names: Mapping[CheckpointRef, str],
 ) -> dict[str, Any]:
     """Those that count, newest first, with what is known of their bytes; those that do not; how many there were."""
@@ -370,7 +371,7 @@ def _row(manifest: Manifest, pinned: bool) -> dict[str, Any]:
     }
 
 
-def _health(verdict: Verdict | None, resumed_at: float | None) -> dict[str, Any]:
+def _health(verdict: VerificationResult | None, resumed_at: float | None) -> dict[str, Any]:
     """What is known of a checkpoint's bytes, and since when."""
     if verdict is not None:
         said = "; ".join(verdict.faults) or "every byte was read for this report"
@@ -380,13 +381,13 @@ def _health(verdict: Verdict | None, resumed_at: float | None) -> dict[str, Any]
     return {"health": "unread", "said": "digests were computed while it was written; nobody has read it back yet"}
 
 
-def _settings(attempts: Sequence[Attempt]) -> str:
+def _settings(attempts: Sequence[AttemptTimeline]) -> str:
     """The newest settings, as a run file has them."""
     found = next((item.claim["settings"] for item in reversed(attempts) if item.claim.get("settings")), None)
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True) if found else ""
 
 
-def _changes(attempts: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
+def _changes(attempts: Sequence[AttemptTimeline]) -> Iterator[dict[str, Any]]:
     """What differs between one attempt's settings and surroundings and the next one's."""
     for before, now in pairwise(item for item in attempts if item.claim.get("settings") is not None):
         old, new = _surroundings(before), _surroundings(now)
@@ -395,7 +396,7 @@ def _changes(attempts: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
                 yield {"attempt": now.id.number, "key": key, "before": old.get(key), "now": new.get(key)}
 
 
-def _surroundings(attempt: Attempt) -> dict[str, Any]:
+def _surroundings(attempt: AttemptTimeline) -> dict[str, Any]:
     claim = attempt.claim
     kept = {key: claim.get(key) for key in ("world_size", "device", "parallel", "num_threads", "data", "versions")}
     kept["hosts"] = ", ".join(sorted({str(worker.get("host", "")) for worker in claim.get("workers", [])}))
@@ -410,12 +411,12 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _is_news(note: Mapping[str, Any], end: End) -> bool:
+def _is_news(note: Mapping[str, Any], end: AttemptEnd) -> bool:
     """Whether it says more than how the attempt ended: the error of a rank that only lost the others does not."""
     return note["event"] != "failed" or not end.message
 
 
-def _note(attempt: Attempt, note: Mapping[str, Any]) -> dict[str, Any]:
+def _note(attempt: AttemptTimeline, note: Mapping[str, Any]) -> dict[str, Any]:
     """Something that an attempt said, in words."""
     said = {
         "changed": lambda: f"{note['what']} changed from {note['before']} to {note['now']}",

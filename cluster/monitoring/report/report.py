@@ -17,13 +17,13 @@ from importlib.resources import files
 from typing import Any
 
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.run_store.catalog import list_pins
+from outlast.checkpointing.run_store.pins import list_pins
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import look, verify_run
+from outlast.checkpointing.tools.query import load_catalog, verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.data import page_data
-from outlast.cluster.monitoring.summary import overview
-from outlast.cluster.monitoring.timeline_reader import StoryReader
+from outlast.cluster.monitoring.summary import summarize
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 _PLACES = re.compile(r"\{\{([A-Za-z.]+)\}\}")
 _HEIGHT_PX = 900
@@ -48,12 +48,12 @@ class Report:
             ConfigError: There is no such run.
             StorageError: The storage could not be read.
         """
-        story = StoryReader(storage, run).look()
-        catalogue = None if story.is_new else look(storage, run)
+        story = TimelineReader(storage, run).look()
+        catalogue = None if story.is_new else load_catalog(storage, run)
         verdicts = verify_run(storage, run) if verify and catalogue else None
         accepted = catalogue.accepted if catalogue else ()
         names = {item.ref: f"{storage.url}/{checkpoint_dir(run, item.ref)}" for item in accepted}
-        seen = overview(story, time.time())
+        seen = summarize(story, time.time())
         data = page_data(story, seen, catalogue, list_pins(storage, run), verdicts, names)
         return cls({**data, "version": _version()})
 
@@ -86,7 +86,7 @@ def run_report(run: str, storage: str = "./runs", *, verify: bool = False) -> Re
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    from outlast.cluster.cli.options import find_run
+    from outlast.cluster.config.run_reference import find_run
 
     place, name, _ = find_run(str(run), storage)
     return Report.of(place, name, verify=verify)

@@ -17,7 +17,7 @@ from torch import nn
 from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Fault, InjectedFault, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, InjectedFault
 from outlast.checkpointing.format.layout import (
     CLAIM,
     AttemptId,
@@ -27,18 +27,12 @@ from outlast.checkpointing.format.layout import (
     checkpoint_dir,
     parse_checkpoint,
 )
-from outlast.checkpointing.restore.reader import verify
-from outlast.checkpointing.run_store.catalog import (
-    catalogue,
-    claim,
-    higher_claim,
-    launch_is_superseded,
-    list_attempts,
-    read_claim,
-    run_events,
-)
+from outlast.checkpointing.restore.verify import verify
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.claims import claim, higher_claim, launch_is_superseded, list_attempts, read_claim
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import Buffer, LocalStorage
+from outlast.checkpointing.storage.base import Buffer
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.small_model import digests_of, small_model, train_step
 
 
@@ -169,7 +163,7 @@ def start(storage: LocalStorage, launch: str, *, keep_last: int = 2) -> Worker:
 
 
 def accepted(storage: LocalStorage) -> list[CheckpointRef]:
-    return [manifest.ref for manifest in catalogue(storage, "run").accepted]
+    return [manifest.ref for manifest in read_catalog(storage, "run").accepted]
 
 
 def test_a_zombie_is_told_and_its_commit_never_counts(storage: LocalStorage) -> None:
@@ -279,7 +273,7 @@ def test_a_deletion_that_dies_half_way_leaves_no_damage(survived: int, storage: 
     assert worker.save()
     with pytest.raises(InjectedFault):
         worker.save()
-    found = catalogue(storage, "run")
+    found = read_catalog(storage, "run")
     assert not found.rejected
     assert [item.ref.step for item in found.accepted] == ([3, 2, 1] if survived == 0 else [3, 2])
     for manifest in found.accepted:
@@ -289,7 +283,7 @@ def test_a_deletion_that_dies_half_way_leaves_no_damage(survived: int, storage: 
     assert heir.step == 3
     assert heir.save()
     assert heir.save()
-    assert [item.ref.step for item in catalogue(storage, "run").accepted] == [5, 4]
+    assert [item.ref.step for item in read_catalog(storage, "run").accepted] == [5, 4]
     assert storage.list(checkpoint_dir("run", replace(worker.ref, step=1))) == []
 
 
@@ -328,20 +322,20 @@ def test_the_resume_point_goes_through_an_attempt_without_commits(storage: Local
 
 def test_a_run_without_commits_starts(storage: LocalStorage) -> None:
     start(storage, "a")
-    assert catalogue(storage, "run").is_fresh
+    assert read_catalog(storage, "run").is_fresh
     assert start(storage, "b").step == 0
 
 
 def test_a_step_is_saved_once(storage: LocalStorage) -> None:
     worker = start(storage, "a")
     assert worker.save()
-    [before] = catalogue(storage, "run").accepted
+    [before] = read_catalog(storage, "run").accepted
     worker.step -= 1
     assert worker.save(), "there already"
     heir = start(storage, "b")
     heir.step -= 1
     assert heir.save(), "it is what it resumed from"
-    assert catalogue(storage, "run").accepted == (before,)
+    assert read_catalog(storage, "run").accepted == (before,)
 
 
 def test_optimizer_state_is_not_forgotten_silently(storage: LocalStorage) -> None:
@@ -356,11 +350,11 @@ def test_optimizer_state_is_not_forgotten_silently(storage: LocalStorage) -> Non
 # -- any order of claims, saves and crashes ----------------------------------------------------------------------------
 
 POINTS = [
-    Point.BEFORE_SNAPSHOT,
-    Point.WHILE_WRITING,
-    Point.BEFORE_MANIFEST,
-    Point.AFTER_MANIFEST,
-    Point.AFTER_RETENTION,
+    FaultPoint.BEFORE_SNAPSHOT,
+    FaultPoint.WHILE_WRITING,
+    FaultPoint.BEFORE_MANIFEST,
+    FaultPoint.AFTER_MANIFEST,
+    FaultPoint.AFTER_RETENTION,
 ]
 
 
@@ -383,13 +377,13 @@ class History:
             assert digests_of(worker.model, worker.optimizer) == self.written[resumed]  # type: ignore[arg-type]
         self.alive.append(worker)
 
-    def save(self, index: int, crash: Point | None) -> None:
+    def save(self, index: int, crash: FaultPoint | None) -> None:
         if not self.alive:
             return
         worker = self.alive[-1 - index % len(self.alive)]
         step, newest = worker.step + 1, worker.checkpointer.attempt == list_attempts(self.storage, "run")[-1]
         record = self.storage.path(f"fired-{len(self.written)}-{self.num_launches}-{step}-{id(worker)}")
-        faults.arm([Fault(crash, step, 0, Action.EXCEPTION, str(record))] if crash else [], 0)
+        faults.arm([FaultSpec(crash, step, 0, FaultAction.EXCEPTION, str(record))] if crash else [], 0)
         crashed = False
         try:
             said = worker.save()
@@ -406,7 +400,7 @@ class History:
             self.alive.remove(worker)
 
     def check(self) -> None:
-        found = catalogue(self.storage, "run")
+        found = read_catalog(self.storage, "run")
         assert not found.rejected
         if self.acknowledged is not None:
             assert self.acknowledged in [item.ref for item in found.accepted]
@@ -422,7 +416,7 @@ ACTIONS = st.one_of(
 
 @settings(max_examples=60)
 @given(actions=st.lists(ACTIONS, max_size=16))
-def test_an_acknowledged_commit_is_never_lost(actions: list[str | tuple[int, Point | None]]) -> None:
+def test_an_acknowledged_commit_is_never_lost(actions: list[str | tuple[int, FaultPoint | None]]) -> None:
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     try:
         history = History(LocalStorage(folder))

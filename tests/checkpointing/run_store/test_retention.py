@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.run_store.retention import Kept, Retention
+from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
 
 NAN, INF = math.nan, math.inf
 
 
-def kept(step: int, attempt: int = 1, **metrics: float) -> Kept:
-    return Kept(CheckpointRef(step, AttemptId(attempt, "aaaa")), metrics)
+def kept(step: int, attempt: int = 1, **metrics: float) -> RetentionCandidate:
+    return RetentionCandidate(CheckpointRef(step, AttemptId(attempt, "aaaa")), metrics)
 
 
 def steps(refs: set[CheckpointRef]) -> list[int]:
@@ -92,7 +92,7 @@ def test_one_of_every_so_many_steps_stays(keep_every: int, given_steps: Sequence
 def test_what_every_so_many_steps_keeps_is_the_same_whenever_one_asks(keep_every: int) -> None:
     """Asked after each save, as a run does, or once at the end."""
     policy = Retention(2, keep_every=keep_every)
-    there: list[Kept] = []
+    there: list[RetentionCandidate] = []
     for step in range(2, 60, 2):
         there.append(kept(step))
         stay = policy.keep(there)

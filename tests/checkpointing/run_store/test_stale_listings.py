@@ -11,7 +11,8 @@ import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import CLAIM
-from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
+from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.small_model import digests_of, small_model, train_step
 
 LAG_S = 0.5

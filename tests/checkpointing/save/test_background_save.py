@@ -15,11 +15,13 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimize
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
+from outlast.checkpointing.restore.verify import tensor_digests
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.save import staging as snapshot
-from outlast.checkpointing.save.staging import Copy
-from outlast.checkpointing.storage.base import Entry, LocalStorage, open_storage
+from outlast.checkpointing.save.staging import HostCopy
+from outlast.checkpointing.storage.base import Entry
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.small_model import digests_of, small_model, train_step
 
 
@@ -62,13 +64,13 @@ def held(tmp_path: Path) -> Iterator[Held]:
 def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Every copy begins only when some optimizer has come to its step, which is as late as a copy can begin."""
     at_step = threading.Event()
-    copy_now = Copy.run
+    copy_now = HostCopy.run
 
-    def run(self: Copy) -> None:
+    def run(self: HostCopy) -> None:
         assert at_step.wait(30)
         copy_now(self)
 
-    monkeypatch.setattr(Copy, "run", run)
+    monkeypatch.setattr(HostCopy, "run", run)
     hook = register_optimizer_step_pre_hook(lambda *_: at_step.set())
     yield at_step
     hook.remove()
@@ -76,7 +78,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 def saved(storage: LocalStorage, run: str = "run") -> dict[int, dict[str, str]]:
     """Digests of every accepted checkpoint by step."""
-    found = catalogue(storage, run).accepted
+    found = read_catalog(storage, run).accepted
     return {item.ref.step: tensor_digests(storage, checkpoint_dir(run, item.ref), item) for item in found}
 
 
@@ -175,9 +177,9 @@ def test_a_failure_in_the_background_is_raised_and_told(held: Held) -> None:
     held.failure = StorageError("the disk is gone", hint="look for it")
     assert saver.async_save(1, model, optimizer, {})
     assert held.arrived.wait(30)
-    assert not saver.is_troubled
+    assert not saver.has_failed_or_superseded
     held.go.set()
-    while not saver.is_troubled:
+    while not saver.has_failed_or_superseded:
         train_step(model, optimizer, 2)
     with pytest.raises(StorageError, match="the disk is gone") as caught:
         saver.async_save(2, model, optimizer, {})

@@ -10,10 +10,11 @@ import pytest
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir
-from outlast.checkpointing.run_store import catalog as lineage
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage import base as storage_module
-from outlast.checkpointing.storage.base import Buffer, LocalStorage
+from outlast.checkpointing.run_store import claims
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage import retry
+from outlast.checkpointing.storage.base import Buffer
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.checkpointing.run_store.test_catalog import Interrupted, start
 from tests.support.small_model import small_model
 
@@ -57,14 +58,14 @@ def test_one_checkpoint_that_cannot_be_deleted_keeps_no_other(storage: LocalStor
 def test_overtaken_while_it_claims(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = small_model()
     with monkeypatch.context() as patch:
-        patch.setattr(lineage, "higher_claim", lambda *_: AttemptId(9, "ffff"))
+        patch.setattr(claims, "higher_claim", lambda *_: AttemptId(9, "ffff"))
         saver = Checkpointer(storage, "run")
     assert saver.superseded
     assert saver.resume(model, optimizer) is None
     assert saver.wait() is False
     assert saver.async_save(1, model, optimizer, {}) is False
     assert saver.save(1, model, optimizer, {}) is False
-    assert catalogue(storage, "run").is_fresh
+    assert read_catalog(storage, "run").is_fresh
 
 
 def test_a_step_whose_commit_may_be_there_is_not_written_again(
@@ -76,7 +77,7 @@ def test_a_step_whose_commit_may_be_there_is_not_written_again(
             if path.endswith("checkpoint-1/manifest.json"):
                 raise StorageError("the answer was lost")
 
-    monkeypatch.setattr(storage_module, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(retry, "_PAUSE_S", 0.0)
     model, optimizer = small_model()
     saver = Checkpointer(Lossy(Path(storage.url)), "run")
     with pytest.raises(StorageError, match="the answer was lost"):

@@ -8,29 +8,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, Costs, Every, Unit
+from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, IntervalUnit, SaveCosts, SaveInterval
 
 
 @pytest.mark.parametrize(
     ("text", "amount", "unit"),
     [
-        (200, 200, Unit.STEPS),
-        ("200", 200, Unit.STEPS),
-        ("200 steps", 200, Unit.STEPS),
-        ("1 step", 1, Unit.STEPS),
-        (" 7 ", 7, Unit.STEPS),
-        ("90s", 90, Unit.SECONDS),
-        ("0.5s", 0.5, Unit.SECONDS),
-        ("10m", 600, Unit.SECONDS),
-        ("1.5 h", 5400, Unit.SECONDS),
-        ("1 epoch", 1, Unit.EPOCHS),
-        ("2 epochs", 2, Unit.EPOCHS),
-        ("2epochs", 2, Unit.EPOCHS),
-        ("3.0 steps", 3, Unit.STEPS),
+        (200, 200, IntervalUnit.STEPS),
+        ("200", 200, IntervalUnit.STEPS),
+        ("200 steps", 200, IntervalUnit.STEPS),
+        ("1 step", 1, IntervalUnit.STEPS),
+        (" 7 ", 7, IntervalUnit.STEPS),
+        ("90s", 90, IntervalUnit.SECONDS),
+        ("0.5s", 0.5, IntervalUnit.SECONDS),
+        ("10m", 600, IntervalUnit.SECONDS),
+        ("1.5 h", 5400, IntervalUnit.SECONDS),
+        ("1 epoch", 1, IntervalUnit.EPOCHS),
+        ("2 epochs", 2, IntervalUnit.EPOCHS),
+        ("2epochs", 2, IntervalUnit.EPOCHS),
+        ("3.0 steps", 3, IntervalUnit.STEPS),
     ],
 )
-def test_intervals(text: str | int, amount: float, unit: Unit) -> None:
-    assert Every.parse(text) == Every(amount, unit)
+def test_intervals(text: str | int, amount: float, unit: IntervalUnit) -> None:
+    assert SaveInterval.parse(text) == SaveInterval(amount, unit)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_intervals(text: str | int, amount: float, unit: Unit) -> None:
 )
 def test_what_is_no_interval(text: str | int) -> None:
     with pytest.raises(ValueError, match="is not an interval: write 200"):
-        Every.parse(text)
+        SaveInterval.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_is_no_interval(text: str | int) -> None:
     ],
 )
 def test_due_steps(text: str | int, batch: int, num_samples: int, due: list[int]) -> None:
-    every = Every.parse(text)
+    every = SaveInterval.parse(text)
     assert [step for step in range(1, 13) if every.due_at_step(step, batch, num_samples)] == due
 
 
@@ -82,7 +82,7 @@ def test_due_steps(text: str | int, batch: int, num_samples: int, due: list[int]
     [("10s", 9.9, False), ("10s", 10.0, True), ("10s", 1e9, True), ("1m", 59.0, False), (5, 1e9, False)],
 )
 def test_due_times(text: str | int, seconds: float, due: bool) -> None:
-    assert Every.parse(text).due_at_time(seconds) is due
+    assert SaveInterval.parse(text).due_at_time(seconds) is due
 
 
 @given(
@@ -90,7 +90,7 @@ def test_due_times(text: str | int, seconds: float, due: bool) -> None:
 )
 def test_epochs_are_counted_once_each(batch: int, num_samples: int, amount: int, num_steps: int) -> None:
     """As many saves as epochs were passed, unless several passed in one step."""
-    every = Every(amount, Unit.EPOCHS)
+    every = SaveInterval(amount, IntervalUnit.EPOCHS)
     due = [step for step in range(1, num_steps + 1) if every.due_at_step(step, batch, num_samples)]
     passed = num_steps * batch // (amount * num_samples)
     assert len(due) == passed if batch <= amount * num_samples else len(due) == num_steps
@@ -99,19 +99,19 @@ def test_epochs_are_counted_once_each(batch: int, num_samples: int, amount: int,
 @pytest.mark.parametrize(
     ("costs", "expected"),
     [
-        (Costs(2.0, 2.0, 0.0, 10_000.0), 200.0),
-        (Costs(2.0, 2.0, 10_000.0, 10_000.0), math.sqrt(2 * 2.0 * 20_000.0)),
-        (Costs(0.001, 30.0, 0.0, 10_000.0), 300.0),  # a tenth of the time, for storage's sake
-        (Costs(0.0, 0.0, 0.0, 10_000.0), 1.0),
+        (SaveCosts(2.0, 2.0, 0.0, 10_000.0), 200.0),
+        (SaveCosts(2.0, 2.0, 10_000.0, 10_000.0), math.sqrt(2 * 2.0 * 20_000.0)),
+        (SaveCosts(0.001, 30.0, 0.0, 10_000.0), 300.0),  # a tenth of the time, for storage's sake
+        (SaveCosts(0.0, 0.0, 0.0, 10_000.0), 1.0),
     ],
 )
-def test_the_interval_that_loses_least(costs: Costs, expected: float) -> None:
+def test_the_interval_that_loses_least(costs: SaveCosts, expected: float) -> None:
     assert costs.interval_s == pytest.approx(expected)
 
 
 def test_young_and_daly_are_right_about_what_is_lost() -> None:
     """Lost time per second: the saves, and half an interval and a restart for each failure."""
-    costs = Costs(5.0, 0.1, 60.0, 3600.0)
+    costs = SaveCosts(5.0, 0.1, 60.0, 3600.0)
 
     def lost(interval_s: float) -> float:
         return costs.blocked_s / interval_s + (interval_s / 2 + costs.restart_s) / costs.between_failures_s
@@ -122,10 +122,10 @@ def test_young_and_daly_are_right_about_what_is_lost() -> None:
 
 
 def test_auto_waits_for_the_first_costs() -> None:
-    every = Every.parse("auto")
+    every = SaveInterval.parse("auto")
     assert not every.due_at_step(10, 1, 10)
     assert not every.due_at_time(FIRST_AUTO_S - 1)
     assert every.due_at_time(FIRST_AUTO_S)
-    costs = Costs(2.0, 2.0, 0.0, 10_000.0)
+    costs = SaveCosts(2.0, 2.0, 0.0, 10_000.0)
     assert not every.due_at_time(199.0, costs)
     assert every.due_at_time(200.0, costs)

@@ -15,7 +15,7 @@ from transformers.optimization import Adafactor
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import decode, encode
 from outlast.checkpointing.state.model_weights import named_weights
-from outlast.checkpointing.state.optimizer_state import deal, load_optimizer, optimizer_tensors
+from outlast.checkpointing.state.optimizer_state import assign_to_ranks, load_optimizer, optimizer_tensors
 from tests.support.small_model import digests_of, load_weights, train_step
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -126,7 +126,7 @@ def test_state_that_no_file_can_hold_is_refused() -> None:
 @given(sizes=st.lists(st.integers(0, 1000), max_size=40), num_ranks=st.integers(1, 9))
 def test_dealing_gives_each_to_one_and_loads_evenly(sizes: list[int], num_ranks: int) -> None:
     tensors = {f"p{index}/exp_avg": torch.empty(size, dtype=torch.uint8) for index, size in enumerate(sizes)}
-    shares = deal(tensors, num_ranks)
+    shares = assign_to_ranks(tensors, num_ranks)
     assert len(shares) == num_ranks
     assert sorted(name for share in shares for name in share) == sorted(tensors)
     loads = [sum(tensors[name].nbytes for name in share) for share in shares]
@@ -139,4 +139,4 @@ def test_dealing_does_not_depend_on_the_order(seed: Any, num_ranks: int) -> None
     names = [f"p{index}" for index in range(12)]
     tensors = {name: torch.empty(index // 3) for index, name in enumerate(names)}
     seed.shuffle(names)
-    assert deal({name: tensors[name] for name in names}, num_ranks) == deal(tensors, num_ranks)
+    assert assign_to_ranks({name: tensors[name] for name in names}, num_ranks) == assign_to_ranks(tensors, num_ranks)

@@ -20,15 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.format.safetensors import Spec
-from outlast.checkpointing.restore.reader import tensor_digest, tensor_digests, verify
-from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.format.safetensors import TensorSpec
+from outlast.checkpointing.restore.verify import tensor_digest, tensor_digests, verify
+from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.save import writer
 from outlast.checkpointing.save.writer import weight_files
 from outlast.checkpointing.state.model_weights import named_weights
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
-from outlast.checkpointing.state.shards import Box
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.state.shards import Region
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.ranks import on_ranks
 
 KINDS = ["ddp", "fsdp", "fsdp-nested", "fsdp-compiled", "fsdp-mixed"]
@@ -144,7 +144,7 @@ def test_saved_on_some_ranks_and_loaded_on_others(
     saved = on_ranks(size, save, str(tmp_path), kind, 2**60)
     assert all(item == saved[0] for item in saved)
     storage = LocalStorage(tmp_path)
-    [manifest] = catalogue(storage, "run").accepted
+    [manifest] = read_catalog(storage, "run").accepted
     directory = checkpoint_dir("run", manifest.ref)
     assert tensor_digests(storage, directory, manifest) == saved[0]
     assert verify(storage, directory, manifest) == []
@@ -156,7 +156,7 @@ def test_saved_on_some_ranks_and_loaded_on_others(
 def test_weights_lie_whole_in_files_of_a_limited_size(tmp_path: Path) -> None:
     """As transformers names and indexes them, and the safetensors library reads them."""
     expected, _ = on_ranks(2, save, str(tmp_path), "fsdp", 300)
-    [manifest] = catalogue(LocalStorage(tmp_path), "run").accepted
+    [manifest] = read_catalog(LocalStorage(tmp_path), "run").accepted
     folder = tmp_path / checkpoint_dir("run", manifest.ref)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in folder.glob("model*.safetensors"))
@@ -230,16 +230,16 @@ def test_boxes_intersect_as_sets_do(data: st.DataObject) -> None:
     for _ in range(2):
         begin = [data.draw(st.integers(0, n - 1)) for n in shape]
         boxes.append(
-            Box(tuple(begin), tuple(data.draw(st.integers(0, n - b)) for n, b in zip(shape, begin, strict=True)))
+            Region(tuple(begin), tuple(data.draw(st.integers(0, n - b)) for n, b in zip(shape, begin, strict=True)))
         )
     marks = [torch.zeros(shape, dtype=torch.bool) for _ in boxes]
     for box, mark in zip(boxes, marks, strict=True):
-        box.of(mark, Box.whole(tuple(shape))).fill_(True)
+        box.of(mark, Region.whole(tuple(shape))).fill_(True)
     both = marks[0] & marks[1]
     shared = boxes[0].intersection(boxes[1])
     assert both.sum().item() == (prod(shared.shape) if shared else 0)
     if shared:
-        assert shared.of(both, Box.whole(tuple(shape))).all()
+        assert shared.of(both, Region.whole(tuple(shape))).all()
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,10 @@ def test_boxes_intersect_as_sets_do(data: st.DataObject) -> None:
     ],
 )
 def test_weights_are_split_in_order(limit: int, expected: dict[str, list[str]]) -> None:
-    specs = {"a": Spec(torch.float32, (2,)), "b": Spec(torch.float32, (3,)), "c": Spec(torch.float32, (40,))}
-    specs["c"] = Spec(torch.float16, (8,))
+    specs = {
+        "a": TensorSpec(torch.float32, (2,)),
+        "b": TensorSpec(torch.float32, (3,)),
+        "c": TensorSpec(torch.float32, (40,)),
+    }
+    specs["c"] = TensorSpec(torch.float16, (8,))
     assert weight_files(specs, limit) == expected

@@ -11,7 +11,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES
 from outlast.checkpointing.restore.reader import read_tensors
-from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.storage import object_store as objects
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.object_store import ObjectStorage
@@ -127,7 +127,7 @@ def test_a_slice_is_read_by_the_blocks_that_it_touches(rough: tuple[Proxy, Objec
     model, _ = small_model(width=3000)  # 36 MB
     saver = Checkpointer(storage, "sliced")
     assert saver.save(1, model, None, {})
-    [manifest] = catalogue(storage, "sliced").accepted
+    [manifest] = read_catalog(storage, "sliced").accepted
     assert max(len(entry.blocks) for entry in manifest.files) == 3
     assert 2 * BLOCK_BYTES < manifest.num_bytes < 3 * BLOCK_BYTES
     tensors = read_tensors(storage, f"sliced/attempts/{manifest.ref}", manifest)

@@ -16,9 +16,11 @@ import pytest
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.restore.reader import verify
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import Entry, LocalStorage, Storage, open_storage, read_bytes, walk
+from outlast.checkpointing.restore.verify import verify
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage.base import Entry, Storage, read_bytes, walk
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.object_store import ObjectStorage
 from tests.support.s3_server import BUCKET, s3_server
 from tests.support.small_model import digests_of, small_model, train_step
@@ -361,7 +363,7 @@ def test_a_checkpoint_on_a_full_disk_costs_no_earlier_one(tiny_disk: Path) -> No
     with pytest.raises(StorageRefused, match="No space left on device"):
         Checkpointer(storage, "full", launch="second")
 
-    accepted = catalogue(storage, "full").accepted
+    accepted = read_catalog(storage, "full").accepted
     assert [item.ref.step for item in accepted] == [2, 1]
     for manifest in accepted:
         assert verify(storage, checkpoint_dir("full", manifest.ref), manifest) == []
@@ -382,7 +384,7 @@ def test_a_read_only_disk_is_read_and_not_written(tiny_disk: Path) -> None:
     assert Checkpointer(storage, "frozen").save(1, model, optimizer, {"step": 1})
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
 
-    manifest = catalogue(storage, "frozen").accepted[0]
+    manifest = read_catalog(storage, "frozen").accepted[0]
     assert verify(storage, checkpoint_dir("frozen", manifest.ref), manifest) == []
     path = f"{checkpoint_dir('frozen', manifest.ref)}/model.safetensors"
     for act in (

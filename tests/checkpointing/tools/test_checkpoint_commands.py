@@ -25,13 +25,13 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import decode
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage
-from outlast.checkpointing.tools.diff import Change, compare_tensors
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.tools.diff import SettingChange, compare_tensors
 from outlast.checkpointing.tools.export import Content, Dtype, converted, export_directory, read_content
-from outlast.checkpointing.tools.query import find
-from outlast.checkpointing.tools.slow_tokenizer_files import old_vocabulary
+from outlast.checkpointing.tools.query import resolve_checkpoint
+from outlast.checkpointing.tools.slow_tokenizer_files import slow_tokenizer_files
 from outlast.cluster.cli.main import main
-from outlast.trainers.models.build import Tokenizer, files_of, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, files_of, train_bpe
 from outlast.trainers.models.torch_export import write_state_dict
 
 PAGE = Path(__file__).parents[3] / "docs/checkpoints.md"
@@ -212,24 +212,24 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("first", "second", "change", "distance", "largest"),
     [
-        (torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), Change.EQUAL, 0.0, 0.0),
-        (torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0]), Change.CHANGED, 5.0, 4.0),
-        (torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int32), Change.CHANGED, 0.0, 0.0),
-        (torch.tensor([1.0]), torch.tensor([[1.0]]), Change.CHANGED, None, None),
-        (torch.tensor(1.5), torch.tensor(1.0), Change.CHANGED, 0.5, 0.5),
-        (torch.zeros(0, 3), torch.zeros(0, 3), Change.EQUAL, 0.0, 0.0),
-        (torch.tensor([NAN]), torch.tensor([NAN]), Change.EQUAL, NAN, NAN),
-        (torch.tensor([0.0, NAN, 0.0]), torch.tensor([0.0, 1.0, 9.0]), Change.CHANGED, NAN, NAN),
-        (torch.tensor([0.0]), torch.tensor([-0.0]), Change.CHANGED, 0.0, 0.0),
-        (torch.tensor([True, False]), torch.tensor([True, True]), Change.CHANGED, 1.0, 1.0),
-        (None, torch.tensor([1.0]), Change.ADDED, None, None),
-        (torch.tensor([1.0]), None, Change.REMOVED, None, None),
+        (torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), SettingChange.EQUAL, 0.0, 0.0),
+        (torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0]), SettingChange.CHANGED, 5.0, 4.0),
+        (torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int32), SettingChange.CHANGED, 0.0, 0.0),
+        (torch.tensor([1.0]), torch.tensor([[1.0]]), SettingChange.CHANGED, None, None),
+        (torch.tensor(1.5), torch.tensor(1.0), SettingChange.CHANGED, 0.5, 0.5),
+        (torch.zeros(0, 3), torch.zeros(0, 3), SettingChange.EQUAL, 0.0, 0.0),
+        (torch.tensor([NAN]), torch.tensor([NAN]), SettingChange.EQUAL, NAN, NAN),
+        (torch.tensor([0.0, NAN, 0.0]), torch.tensor([0.0, 1.0, 9.0]), SettingChange.CHANGED, NAN, NAN),
+        (torch.tensor([0.0]), torch.tensor([-0.0]), SettingChange.CHANGED, 0.0, 0.0),
+        (torch.tensor([True, False]), torch.tensor([True, True]), SettingChange.CHANGED, 1.0, 1.0),
+        (None, torch.tensor([1.0]), SettingChange.ADDED, None, None),
+        (torch.tensor([1.0]), None, SettingChange.REMOVED, None, None),
     ],
 )
 def test_tensors_side_by_side(
     first: torch.Tensor | None,
     second: torch.Tensor | None,
-    change: Change,
+    change: SettingChange,
     distance: float | None,
     largest: float | None,
 ) -> None:
@@ -368,7 +368,7 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
     checkpointer = Checkpointer(storage, "run", files={"config.json": b"{}"})
     checkpointer.resume(model)
     checkpointer.save(1, model, None, {})
-    found = find(storage, "run", "newest", Retention())
+    found = resolve_checkpoint(storage, "run", "newest", Retention())
     with pytest.raises(ConfigError, match="weight holds values too large for fp16"):
         converted(read_content(found), Dtype.FP16)
     content = converted(read_content(found), Dtype.BF16)
@@ -384,7 +384,7 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
 def test_old_vocabulary_is_the_librarys_own(run: str, here: Path, tmp_path: Path) -> None:
     source = checkpoint(run, 200)
     saved = transformers.AutoTokenizer.from_pretrained(source)._tokenizer.model.save(str(tmp_path))
-    ours = old_vocabulary((source / "tokenizer.json").read_bytes())
+    ours = slow_tokenizer_files((source / "tokenizer.json").read_bytes())
     assert {Path(path).name for path in saved} == ours.keys()
     for path in map(Path, saved):
         if path.suffix == ".json":
@@ -397,7 +397,7 @@ def test_tokens_that_were_added_later_are_not_lost(here: Path, tmp_path: Path) -
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint("my-run", 200))
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(tmp_path / "new")
-    files = old_vocabulary((tmp_path / "new/tokenizer.json").read_bytes())
+    files = slow_tokenizer_files((tmp_path / "new/tokenizer.json").read_bytes())
     assert json.loads(files["added_tokens.json"]) == {"<pad>": 300}
     (tmp_path / "old").mkdir()
     for name, data in files.items():
@@ -414,4 +414,4 @@ def test_tokens_that_were_added_later_are_not_lost(here: Path, tmp_path: Path) -
 )
 def test_no_old_vocabulary(model: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        old_vocabulary(json.dumps({"model": model}).encode())
+        slow_tokenizer_files(json.dumps({"model": model}).encode())

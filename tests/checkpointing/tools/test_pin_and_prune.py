@@ -11,10 +11,13 @@ import pytest
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.layout import CheckpointRef, attempt_dir, checkpoint_dir, pin_path
-from outlast.checkpointing.run_store.catalog import catalogue, claim, is_being_deleted, list_pins
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.claims import claim
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
+from outlast.checkpointing.run_store.pins import is_being_deleted, list_pins
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
+from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
 from outlast.checkpointing.tools.query import list_checkpoints, verify_run
 from tests.support.small_model import digests_of, small_model, train_step
@@ -49,7 +52,7 @@ class Run:
 
 
 def steps(storage: LocalStorage) -> list[int]:
-    return [manifest.ref.step for manifest in catalogue(storage, "run").accepted]
+    return [manifest.ref.step for manifest in read_catalog(storage, "run").accepted]
 
 
 def whole(storage: LocalStorage) -> bool:
@@ -121,7 +124,7 @@ def test_a_pin_outlives_a_resume_from_an_older_checkpoint(storage: LocalStorage)
     heir = Run(storage, launch="b", retention=WIDE)
     assert heir.step == 2
     heir.save(3)
-    assert run.ref(3) not in [manifest.ref for manifest in catalogue(storage, "run").accepted]
+    assert run.ref(3) not in [manifest.ref for manifest in read_catalog(storage, "run").accepted]
     assert weights.is_file()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.worker_group import run_group

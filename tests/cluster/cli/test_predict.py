@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError, DamagedError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.data.tokenizer import files_of, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import files_of, train_bpe
-from outlast.trainers.models.custom_model import load_class, make_importable
-from outlast.trainers.tasks.base import NUM_NEW_TOKENS
+from outlast.trainers.models.custom_model import load_class
+from outlast.trainers.tasks.generation import NUM_NEW_TOKENS
+from outlast.trainers.user_code import make_importable
 from tests.support.task_cases import CASES
 from tests.support.worker_group import run_group
 from tests.trainers.models.test_custom_model import EXAMPLES, PLAIN

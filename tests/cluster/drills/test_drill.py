@@ -14,8 +14,8 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import read_record, write_record
-from outlast.checkpointing.storage.base import LocalStorage
-from outlast.cluster.drills.drill import FinalState, Kind, differences, kinds_of
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.drills.drill import FaultKind, FinalState, differences, kinds_of
 from tests.support.s3_server import s3_server
 from tests.support.worker_group import tiny_config
 
@@ -38,8 +38,8 @@ def test_every_difference_is_seen(other: FinalState, names: list[str]) -> None:
 
 
 def test_an_unknown_fault_is_refused() -> None:
-    assert kinds_of(None) == tuple(Kind)
-    assert kinds_of(["stop", "kill"]) == (Kind.STOP, Kind.KILL)
+    assert kinds_of(None) == tuple(FaultKind)
+    assert kinds_of(["stop", "kill"]) == (FaultKind.STOP, FaultKind.KILL)
     with pytest.raises(ConfigError, match="there is no fault 'flood'") as caught:
         kinds_of(["flood"])
     assert "kill-in-save" in caught.value.hint

@@ -11,12 +11,13 @@ import pytest
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.journal import Journal
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
+from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as hub_module
-from outlast.cluster.fault_tolerance.coordinator import Hub, Line, Wish
+from outlast.cluster.fault_tolerance.coordinator import Coordinator, SaveRequest
 from outlast.cluster.monitoring.status import read_status
-from outlast.trainers.loop.train_loop import make_plan
+from outlast.trainers.data.sampler import make_plan
 from tests.support.worker_group import tiny_config
 
 REASON = "the group is resized from 2 to 3 workers"
@@ -77,16 +78,16 @@ def test_even_the_largest_group_must_have_work(tmp_path: Path) -> None:
     ],
 )
 def test_a_wish_for_a_commit(is_training: bool, heard: list[dict[str, Any]], expected: bool) -> None:
-    wish = Wish(REASON)
+    wish = SaveRequest(REASON)
     assert wish.take(is_training=is_training) == (REASON if is_training else None)
     assert wish.take(is_training=True) is None
     for event in heard:
-        wish.hear(event)
+        wish.apply(event)
     assert wish.is_fulfilled is expected
 
 
 def test_nobody_waits_for_a_rank_0_that_is_gone() -> None:
-    hub = Hub()
+    hub = Coordinator()
     assert hub.is_saved(60)
     hub.want_save(REASON)
     assert not hub.is_saved(60)
@@ -94,14 +95,14 @@ def test_nobody_waits_for_a_rank_0_that_is_gone() -> None:
 
 
 def test_a_wish_and_an_announced_loss_at_once_are_both_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "find_hub", lambda launch: None)
-    line = Line("no-launch", 0, 1)
+    monkeypatch.setattr(hub_module, "find_coordinator", lambda launch: None)
+    line = CoordinatorClient("no-launch", 0, 1)
     line._saves.extend([REASON, "a node is about to be lost"])
     assert [line.save_requested() for _ in range(3)] == [REASON, "a node is about to be lost", None]
 
 
 def test_a_run_that_is_given_up_is_no_ranks_failure() -> None:
-    hub = Hub()
+    hub = Coordinator()
     hub.give_up(OutlastError("given up"))
     assert str(hub.failure()) == "given up"
     assert hub.fail(1, ConfigError("a wrong setting")) == 1
@@ -109,7 +110,7 @@ def test_a_run_that_is_given_up_is_no_ranks_failure() -> None:
 
 
 def test_a_verdict_that_progress_has_overtaken_is_void() -> None:
-    hub = Hub()
+    hub = Coordinator()
     hub.give_up(OutlastError("given up"))
     hub.exchange([{"event": "step", "step": 7}])
     assert hub.failure() is not None

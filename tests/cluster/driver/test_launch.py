@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from outlast.checkpointing.run_store.catalog import catalogue, read_claim, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.claims import read_claim
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
@@ -76,7 +77,7 @@ def wait_for_commit(storage: LocalStorage, after: int, process: subprocess.Popen
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
-        accepted = catalogue(storage, "run").accepted
+        accepted = read_catalog(storage, "run").accepted
         if accepted and accepted[0].ref.step > after:
             return accepted[0].ref.step
         time.sleep(0.05)
@@ -96,7 +97,7 @@ def test_signals_commit_first_and_the_same_command_goes_on(
         code, _, err = ended(process)
         assert code == 75, err
         assert "stopped, with a committed checkpoint" in err
-        step = catalogue(storage, "run").accepted[0].ref.step
+        step = read_catalog(storage, "run").accepted[0].ref.step
         assert step >= committed
     code, out, err = ended(start())
     assert code == 0, err
@@ -167,7 +168,7 @@ def test_a_setting_that_changes_the_mathematics_is_refused_at_once(
     assert code == 2
     assert "train.lr was 0.001, is 0.5" in err
     assert "name:" in err
-    assert catalogue(storage, "run").accepted[0].ref.step >= step
+    assert read_catalog(storage, "run").accepted[0].ref.step >= step
     assert len(list((tmp_path / "run/attempts").iterdir())) == 1
 
 

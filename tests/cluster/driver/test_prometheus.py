@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import ray
 
-from outlast.checkpointing.fault_injection import Action, Fault, Point
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.prometheus import GAUGES
@@ -58,7 +58,7 @@ def test_a_real_ray_exports_them(tmp_path: Path, text_file: str) -> None:
     body["checkpoint"]["every"] = 40
     config = RunConfig.model_validate(body)
     storage = LocalStorage(tmp_path / "runs")
-    fault = Fault(Point.STEP, 100, 1, Action.SIGKILL, str(tmp_path / "fired.json"))
+    fault = FaultSpec(FaultPoint.STEP, 100, 1, FaultAction.SIGKILL, str(tmp_path / "fired.json"))
     seen: dict[str, dict[str, float]] = {}
     over = threading.Event()
 

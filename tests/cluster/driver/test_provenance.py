@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import show_checkpoint
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.driver.provenance import CODE_FILE, DIFF, DIFF_BYTES, code_state, keep_record, packages, resolved
-from outlast.cluster.jobs.ray_jobs import bundle
+from outlast.cluster.driver.provenance import (
+    CODE_FILE,
+    DIFF,
+    DIFF_BYTES,
+    code_state,
+    packages,
+    record_provenance,
+    resolved,
+)
+from outlast.cluster.jobs.bundle import bundle
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
@@ -131,7 +139,7 @@ def test_a_checkpoint_names_the_record_of_its_launch(
     assignment = assign("recorded", steps=3)
     config = RunConfig.model_validate(dict(assignment.declared))
     (repository / "mine/model.py").write_text("WIDTH = 8\n")
-    thread = keep_record(storage, config, assignment.declared, "first", prepare(config, storage), str(repository))
+    thread = record_provenance(storage, config, assignment.declared, "first", prepare(config, storage), str(repository))
     assert run_group(assignment, storage, 1)[0].outcome is Outcome.DONE
     thread.join(60)
     place = show_checkpoint(storage, "recorded")["record"]

@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver import ray_data_encode as preparation
-from outlast.cluster.driver.launch import ray_session
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
+from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
-from outlast.trainers.models.custom_model import make_importable
 from outlast.trainers.preparation.encode import Encoder
 from outlast.trainers.preparation.prepare import prepare
+from outlast.trainers.user_code import make_importable
 from tests.support.worker_group import tiny_config
 from tests.trainers.preparation.test_prepare_faults import await_that, contents
 

@@ -15,8 +15,9 @@ import ray.train
 import yaml
 from ray.train.torch import TorchTrainer
 
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import _Trainer
 from outlast.cluster.driver.warm_standby import environment
@@ -47,7 +48,7 @@ def test_a_rehearsal_imports_what_a_model_needs_and_changes_nothing_else() -> No
 def test_what_cannot_be_rehearsed_is_left_to_the_attempt(
     task: str, model_type: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from outlast.cluster.driver.warm_standby import warm
+    from outlast.cluster.driver.prewarm_hook import warm
 
     config = tiny_config("run", "/runs", "/data.txt", sections={"model": {"task": task}})
     settings = RunConfig.model_validate(config.model_dump())
@@ -70,15 +71,16 @@ def test_an_attempt_starts_no_actor_for_datasets() -> None:
 
 
 def test_a_rehearsal_that_fails_keeps_no_worker_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from outlast.cluster.driver import prewarm_hook
     from outlast.cluster.driver import warm_standby as standby
     from outlast.trainers import prewarm as rehearsal
 
     def fail(task: str, model_type: str | None) -> None:
         raise KeyError(model_type)
 
-    monkeypatch.setattr(rehearsal, "rehearse", fail)
-    monkeypatch.setenv(standby._REHEARSED, '["causal-lm", "gpt2"]')
-    standby.warm()
+    monkeypatch.setattr(rehearsal, "prewarm", fail)
+    monkeypatch.setenv(standby._PREWARM, '["causal-lm", "gpt2"]')
+    prewarm_hook.warm()
 
 
 @pytest.mark.ray

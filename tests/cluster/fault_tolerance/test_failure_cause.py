@@ -15,14 +15,17 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.attempt_history import Ending, Limits, read_tries
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.attempt_history import AttemptOutcome, read_attempt_history
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as hub
 from outlast.cluster.fault_tolerance import failure_cause as failures
-from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, Recorder, classify
+from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, classify
+from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder, own_log
 from outlast.cluster.fault_tolerance.out_of_memory import was_killed_by_kernel
-from outlast.cluster.fault_tolerance.preemption import Watch
-from outlast.trainers.attempt import num_oom_kills
+from outlast.cluster.fault_tolerance.preemption import PreemptionWatch
+from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
+from outlast.trainers.host_info import num_oom_kills
 
 RESET = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer. gloo")
 BUG = ValueError("the user's own\nlabels are wrong")
@@ -89,7 +92,7 @@ def test_a_hundred_tracebacks_are_one_message() -> None:
     found = classify({rank: RESET if rank < 3 else CUDA for rank in range(100)}, [], drained=False)
     assert found is not None
     workers = [{"rank": rank, "host": f"gpu-{rank}", "log": f"/logs/worker-{rank}.err"} for rank in range(100)]
-    told = found.told
+    told = found.description
     assert told.startswith("torch.OutOfMemoryError: CUDA out of memory.")
     assert "; to mend it, spread the model" in told
     assert "halve train.micro_batch" in told
@@ -127,15 +130,15 @@ def test_preemptions_are_no_failures() -> None:
 
 
 def test_a_save_at_the_notice_and_one_at_the_end() -> None:
-    watch = Watch({"ours"}, margin_s=3)
+    watch = PreemptionWatch({"ours"}, margin_s=3)
     asked = [(now, watch.look({"ours": 130.0, "theirs": 101.0} if now >= 100 else {}, now)) for now in range(98, 132)]
     reasons = {now: reason for now, reason in asked if reason}
     assert reasons == {100: "a node is about to be lost", 127: "a node's last seconds"}
 
 
 def test_the_last_save_begins_the_earlier_the_longer_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "find_hub", lambda launch: None)
-    line = hub.Line("no-launch", 0, 1)
+    monkeypatch.setattr(hub, "find_coordinator", lambda launch: None)
+    line = CoordinatorClient("no-launch", 0, 1)
     line.watch(["ours"])
     assert line._watch is not None
     line.progress({"event": "commit", "step": 8, "seconds": 80.0})  # before the notice: the storage was slow
@@ -149,8 +152,8 @@ def test_the_last_save_begins_the_earlier_the_longer_saves_take(monkeypatch: pyt
 
 
 def test_a_deadline_that_nobody_told_and_one_too_near_for_two_saves() -> None:
-    assert [Watch({"a"}).look({"a": 0.0}, now) for now in (1, 2)] == ["a node is about to be lost"] * 2
-    watch = Watch({"a", "b"}, margin_s=3)
+    assert [PreemptionWatch({"a"}).look({"a": 0.0}, now) for now in (1, 2)] == ["a node is about to be lost"] * 2
+    watch = PreemptionWatch({"a", "b"}, margin_s=3)
     assert watch.look({"a": 11.0}, 10) == "a node is about to be lost"
     assert watch.look({"a": 11.0}, 10.5) == "a node's last seconds"
     assert watch.look({"a": 11.0, "b": 99.0}, 10.6) == "a node is about to be lost"
@@ -162,12 +165,12 @@ def test_the_log_of_a_rank_is_kept_where_it_would_go_with_its_driver(tmp_path: P
     here.parent.mkdir()
     here.write_text("terminate called after throwing\n")
     mine = [{"rank": 1, "host": "here", "log": str(here)}]
-    recorder = Recorder(str(tmp_path), "run", "one", Limits(), "")
+    recorder = FailureRecorder(str(tmp_path), "run", "one", RestartLimits(), "")
     log = recorder._write_log("0001-aaaa", {1: ActorDiedError()}, mine, 1)
     assert "terminate called" in Path(log).read_text()
     gone = Failure(Cause.WORKER_DIED, 1, "the worker died")
     assert (gone.where(mine, log), gone.where(mine)) == (f"rank 1, log {log}", "rank 1")
-    assert failures.own_log([{"rank": 1, "host": "far", "log": "/tmp/ray/worker.err"}], 1) == ""
+    assert own_log([{"rank": 1, "host": "far", "log": "/tmp/ray/worker.err"}], 1) == ""
 
 
 def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
@@ -177,7 +180,7 @@ def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     monkeypatch.setattr(failures, "find_deaths", lambda workers: [])
     storage, launch = LocalStorage(tmp_path), "20260101-000000-a"
     storage.put(f"{launch_dir('run', launch)}/alive.json", [b'{"settings": "now"}'])
-    recorder = Recorder(storage.url, "run", launch, Limits(), "now")
+    recorder = FailureRecorder(storage.url, "run", launch, RestartLimits(), "now")
     for number in range(3):
         recorder.after_worker_group_start(None)
         if number == 0:
@@ -187,6 +190,6 @@ def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     for thread in threading.enumerate():
         if thread.name.startswith("Thread-") and "_find_cause" in thread.name:
             thread.join()
-    tries = read_tries(storage, "run", live=launch)
-    assert [item.ending for item in tries] == [Ending.FAILED] * 3
+    tries = read_attempt_history(storage, "run", live=launch)
+    assert [item.ending for item in tries] == [AttemptOutcome.FAILED] * 3
     assert [item.attempt is not None for item in tries] == [True, False, False]

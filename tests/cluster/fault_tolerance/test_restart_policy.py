@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.attempt_history import settings_mark
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.attempt_history import settings_digest
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
@@ -44,7 +44,7 @@ def test_a_launch_obeys_what_others_have_left(tmp_path: Path, text_file: str) ->
     storage = LocalStorage(tmp_path)
     body = tiny_config("run", str(tmp_path), str(tmp_path / "gone.txt")).model_dump(mode="json", exclude_defaults=True)
     for number in range(4):
-        sign = {"ended": True, "exit_code": 1, "error": "no worker came up", "settings": settings_mark(body)}
+        sign = {"ended": True, "exit_code": 1, "error": "no worker came up", "settings": settings_digest(body)}
         storage.put(f"{launch_dir('run', f'2026010{number}')}/alive.json", [json.dumps(sign).encode()])
     with pytest.raises(RunFailed, match="given up: 4 failures without a new checkpoint") as caught:
         Launch(RunConfig.model_validate(body), body).run()

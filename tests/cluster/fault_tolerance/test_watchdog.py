@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim, run_events
-from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.storage.base import LocalStorage, open_storage
-from outlast.cluster.fault_tolerance.hang_detection import Beat, Group, find_hang, find_slow
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.fault_tolerance.hang_detection import GroupProgress, Heartbeat, find_hang, find_slow
 from outlast.cluster.fault_tolerance.watchdog import EXIT_CODE, Watchdog
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop.progress import Phase, Pulse
+from outlast.trainers.loop.progress import StepPhase, StepProgress
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.support.ranks import on_ranks
@@ -33,23 +35,25 @@ from tests.support.worker_group import digests, fault, losses, run_group
 LIMIT_S = 60.0
 
 
-def beat(rank: int, phase: Phase, step: int, seconds: float, limit_s: float = LIMIT_S) -> Beat:
-    return Beat(rank, 2, f"host-{rank}", phase, step, seconds, limit_s)
+def beat(rank: int, phase: StepPhase, step: int, seconds: float, limit_s: float = LIMIT_S) -> Heartbeat:
+    return Heartbeat(rank, 2, f"host-{rank}", phase, step, seconds, limit_s)
 
 
 @pytest.mark.parametrize(
     ("first", "second", "age", "expected"),
     [
-        pytest.param((Phase.EXCHANGE, 7, 59), (Phase.COMPUTE, 7, 59), 0, None, id="not-yet"),
-        pytest.param((Phase.EXCHANGE, 7, 61), (Phase.COMPUTE, 7, 61), 0, (1,), id="spins"),
-        pytest.param((Phase.EXCHANGE, 7, 61), (Phase.EXCHANGE, 7, 1), 61, (1,), id="stopped-while-it-waited"),
-        pytest.param((Phase.EXCHANGE, 7, 61), (Phase.EXCHANGE, 7, 61), 0, (0, 1), id="both-wait"),
-        pytest.param((Phase.AGREE, 7, 61), (Phase.DATA, 7, 61, 900), 0, None, id="waits-for-data"),
-        pytest.param((Phase.AGREE, 7, 61), (Phase.DATA, 7, 1, 900), 61, (1,), id="stopped-while-it-read"),
-        pytest.param((Phase.DATA, 7, 901, 900), (Phase.DATA, 7, 901, 900), 0, (0, 1), id="no-data-at-all"),
-        pytest.param((Phase.DATA, 8, 901, 900), (Phase.SAVE, 8, 100, 900), 0, None, id="the-other-saves"),
-        pytest.param((Phase.FINISH, 8, 300, 900), (Phase.UPDATE, 7, 0, inf), 300, None, id="the-other-has-ended"),
-        pytest.param((Phase.AGREE, 7, 70), (Phase.AGREE, 7, 1), 0, None, id="the-other-has-just-come"),
+        pytest.param((StepPhase.EXCHANGE, 7, 59), (StepPhase.COMPUTE, 7, 59), 0, None, id="not-yet"),
+        pytest.param((StepPhase.EXCHANGE, 7, 61), (StepPhase.COMPUTE, 7, 61), 0, (1,), id="spins"),
+        pytest.param((StepPhase.EXCHANGE, 7, 61), (StepPhase.EXCHANGE, 7, 1), 61, (1,), id="stopped-while-it-waited"),
+        pytest.param((StepPhase.EXCHANGE, 7, 61), (StepPhase.EXCHANGE, 7, 61), 0, (0, 1), id="both-wait"),
+        pytest.param((StepPhase.AGREE, 7, 61), (StepPhase.DATA, 7, 61, 900), 0, None, id="waits-for-data"),
+        pytest.param((StepPhase.AGREE, 7, 61), (StepPhase.DATA, 7, 1, 900), 61, (1,), id="stopped-while-it-read"),
+        pytest.param((StepPhase.DATA, 7, 901, 900), (StepPhase.DATA, 7, 901, 900), 0, (0, 1), id="no-data-at-all"),
+        pytest.param((StepPhase.DATA, 8, 901, 900), (StepPhase.SAVE, 8, 100, 900), 0, None, id="the-other-saves"),
+        pytest.param(
+            (StepPhase.FINISH, 8, 300, 900), (StepPhase.UPDATE, 7, 0, inf), 300, None, id="the-other-has-ended"
+        ),
+        pytest.param((StepPhase.AGREE, 7, 70), (StepPhase.AGREE, 7, 1), 0, None, id="the-other-has-just-come"),
     ],
 )
 def test_who_hangs(first: Any, second: Any, age: float, expected: tuple[int, ...] | None) -> None:
@@ -58,10 +62,10 @@ def test_who_hangs(first: Any, second: Any, age: float, expected: tuple[int, ...
 
 
 def test_a_hang_says_where_each_missing_rank_is() -> None:
-    group = Group()
-    assert group.hear(beat(0, Phase.EXCHANGE, 40, 10), now=100) is None
-    group.hear(beat(1, Phase.COMPUTE, 40, 10), now=100)
-    hang = group.hear(beat(0, Phase.EXCHANGE, 40, 70), now=160)
+    group = GroupProgress()
+    assert group.apply(beat(0, StepPhase.EXCHANGE, 40, 10), now=100) is None
+    group.apply(beat(1, StepPhase.COMPUTE, 40, 10), now=100)
+    hang = group.apply(beat(0, StepPhase.EXCHANGE, 40, 70), now=160)
     assert hang is not None
     assert hang.message == "no progress for 70 s: rank 1 on host-1 is in step 41, forward and backward, silent for 60 s"
     assert group.look(now=1000) is hang
@@ -83,20 +87,23 @@ def test_who_is_slow(work: dict[int, float], slow: dict[int, float]) -> None:
 
 
 def test_each_phase_has_its_time(tmp_path: Path) -> None:
-    pulse = Pulse()
+    pulse = StepProgress()
     dog = Watchdog(None, "group", 0, 1, pulse, 60, LocalStorage(tmp_path), str, print)  # type: ignore[arg-type]
-    assert [dog.limit_s(phase) for phase in (Phase.START, Phase.COMPUTE)] == [900, 900]  # steps are not known yet
+    assert [dog.limit_s(phase) for phase in (StepPhase.START, StepPhase.COMPUTE)] == [
+        900,
+        900,
+    ]  # steps are not known yet
     pulse._steps.extend([10.0, 10.0, 500.0])
-    assert [dog.limit_s(phase) for phase in (Phase.START, Phase.EVALUATE, Phase.COMPUTE)] == [900, 900, 200]
+    assert [dog.limit_s(phase) for phase in (StepPhase.START, StepPhase.EVALUATE, StepPhase.COMPUTE)] == [900, 900, 200]
 
 
 def wait_in_vain(address: str, storage: str) -> str:
     """Rank 1 does not come; what rank 0's time-out becomes."""
-    ranks = Ranks(timedelta(seconds=2))
-    pulse = Pulse()
+    ranks = RankGroup(timedelta(seconds=2))
+    pulse = StepProgress()
     dog = Watchdog(Post(address), "group", ranks.rank, 2, pulse, 60, open_storage(storage), str, print, period_s=0.1)
     with dog:
-        pulse.at(Phase.DATA if ranks.rank else Phase.AGREE, 40)
+        pulse.at(StepPhase.DATA if ranks.rank else StepPhase.AGREE, 40)
         if ranks.rank:
             time.sleep(4)  # a rank that is late, by more than the time-out
             return ""
@@ -117,13 +124,13 @@ def test_a_collective_that_times_out_names_who_did_not_come(tmp_path: Path, stor
 
 def test_other_errors_stay_as_they_are(tmp_path: Path, storage: LocalStorage) -> None:
     with serve(tmp_path / "hub"):
-        dog = Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, Pulse(), None, storage, str, print)
+        dog = Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, StepProgress(), None, storage, str, print)
         assert dog.explain(RuntimeError("Connection reset by peer")) is None
 
 
 def test_a_rank_that_has_ended_is_never_late(tmp_path: Path, storage: LocalStorage) -> None:
     with serve(tmp_path / "hub") as hub:
-        with Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, Pulse(), 60, storage, str, print):
+        with Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, StepProgress(), 60, storage, str, print):
             pass
         assert hub.beats("group")[0][0].limit_s == inf
 
@@ -177,7 +184,7 @@ def test_a_rank_is_stopped_and_comes_back(
     tmp_path: Path,
 ) -> None:
     """The others find out; when the stopped one goes on it finds that its group has ended, and ends too."""
-    stop = fault(Point.ACCUMULATING, 5, 1, Action.STOP, tmp_path)
+    stop = fault(FaultPoint.ACCUMULATING, 5, 1, FaultAction.STOP, tmp_path)
     _, control = watch("stopped", 2.0)
     assignment = assign("stopped", faults=(stop,))
     ended: list[Any] = []

@@ -24,9 +24,10 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.restore.reader import tensor_digests
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage, open_storage
+from outlast.checkpointing.restore.verify import tensor_digests
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.ray_jobs import check_reachable
 from outlast.trainers.attempt import Assignment
@@ -173,7 +174,7 @@ def test_submit_attach_stop_resume(
 
     assert outlast("submit", str(run_file), *at).stdout.strip() == "far-1"
     deadline = time.monotonic() + 120
-    while not catalogue(remote, "far").accepted and time.monotonic() < deadline:
+    while not read_catalog(remote, "far").accepted and time.monotonic() < deadline:
         time.sleep(0.1)
     outlast("stop", "far", *at, code=75)
     seen = json.loads(outlast("status", f"{url}/far", *at, "--json").stdout)
@@ -187,7 +188,7 @@ def test_submit_attach_stop_resume(
     assert again.stdout.strip() == "far-2"
     assert "attached" in again.stderr
     assert "resumed from" in again.stderr
-    final = catalogue(remote, "far").accepted[0]
+    final = read_catalog(remote, "far").accepted[0]
     assert final.ref.step == NUM_STEPS
     assert tensor_digests(remote, checkpoint_dir("far", final.ref), final) == digests(storage, "here")
     rows = json.loads(outlast("list", *at, "--json").stdout)

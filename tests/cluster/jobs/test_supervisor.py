@@ -16,12 +16,21 @@ from typing import Any
 import pytest
 import yaml
 
-from outlast.checkpointing.run_store.attempt_history import GivenUp, settings_mark
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.attempt_history import settings_digest
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.jobs.ray_jobs import Job
-from outlast.cluster.jobs.supervisor import LONGEST_PAUSE_S, SILENT_JOB_S, Next, Pulse, Supervisor, decide, pause_s
+from outlast.cluster.fault_tolerance.restart_policy import GiveUp
+from outlast.cluster.jobs.ray_jobs import SubmittedJob
+from outlast.cluster.jobs.supervisor import (
+    LONGEST_PAUSE_S,
+    SILENT_JOB_S,
+    NextAction,
+    StallDetector,
+    Supervisor,
+    decide,
+    pause_s,
+)
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
@@ -29,7 +38,7 @@ from tests.cluster.jobs.test_ray_jobs import BIN, Cluster
 from tests.support.timelines import attempt, launch, resume, start, write
 from tests.support.worker_group import digests, run_group, tiny_config
 
-GIVEN_UP = GivenUp("enough", ())
+GIVEN_UP = GiveUp("enough", ())
 NUM_STEPS = 500
 STALL_S = 30
 #: Takes its time, and hangs once, where the environment says so: time to kill something, on a busy machine too.
@@ -54,38 +63,38 @@ TRAIN: dict[str, Any] = {"steps": NUM_STEPS, "batch": 4, "micro_batch": 4, "eval
 MODEL = {"class": "slow:Slow", "config": {"width": 8}}
 
 
-def ended(status: str, code: int | None = None) -> Job:
-    return Job("run-1", "run", 1, status, driver_exit_code=code)
+def ended(status: str, code: int | None = None) -> SubmittedJob:
+    return SubmittedJob("run-1", "run", 1, status, driver_exit_code=code)
 
 
 @pytest.mark.parametrize(
     ("job", "given_up", "by_us", "has_worked", "expected"),
     [
-        (ended("SUCCEEDED", 0), None, False, True, Next.END),
-        (ended("STOPPED"), None, False, True, Next.END),
-        (ended("STOPPED"), None, True, True, Next.SUBMIT),
-        (ended("STOPPED"), GIVEN_UP, True, True, Next.END),
-        (ended("FAILED", 1), None, False, True, Next.SUBMIT),
-        (ended("FAILED", 1), GIVEN_UP, False, True, Next.END),
-        (ended("FAILED", -9), None, False, True, Next.SUBMIT),
-        (ended("FAILED"), None, False, False, Next.SUBMIT),
-        (ended("FAILED", 2), None, False, True, Next.END),
-        (ended("FAILED", 5), None, False, True, Next.END),
-        (ended("FAILED", 3), None, False, True, Next.SUBMIT),
-        (ended("FAILED", 3), None, False, False, Next.END),
-        (ended("FAILED", 75), None, False, True, Next.SUBMIT),
+        (ended("SUCCEEDED", 0), None, False, True, NextAction.END),
+        (ended("STOPPED"), None, False, True, NextAction.END),
+        (ended("STOPPED"), None, True, True, NextAction.SUBMIT),
+        (ended("STOPPED"), GIVEN_UP, True, True, NextAction.END),
+        (ended("FAILED", 1), None, False, True, NextAction.SUBMIT),
+        (ended("FAILED", 1), GIVEN_UP, False, True, NextAction.END),
+        (ended("FAILED", -9), None, False, True, NextAction.SUBMIT),
+        (ended("FAILED"), None, False, False, NextAction.SUBMIT),
+        (ended("FAILED", 2), None, False, True, NextAction.END),
+        (ended("FAILED", 5), None, False, True, NextAction.END),
+        (ended("FAILED", 3), None, False, True, NextAction.SUBMIT),
+        (ended("FAILED", 3), None, False, False, NextAction.END),
+        (ended("FAILED", 75), None, False, True, NextAction.SUBMIT),
     ],
 )
 def test_what_follows_the_end_of_a_job(
-    job: Job, given_up: GivenUp | None, by_us: bool, has_worked: bool, expected: Next
+    job: SubmittedJob, given_up: GiveUp | None, by_us: bool, has_worked: bool, expected: NextAction
 ) -> None:
     assert decide(job, given_up, by_us=by_us, has_worked=has_worked, has_rival=False) is expected
 
 
 def test_a_run_that_another_launch_has_is_left_alone() -> None:
     """Two supervisors on two clusters would else take it from each other in turn."""
-    assert decide(ended("FAILED", 75), None, by_us=False, has_worked=True, has_rival=True) is Next.END
-    assert decide(ended("STOPPED"), None, by_us=True, has_worked=True, has_rival=True) is Next.SUBMIT
+    assert decide(ended("FAILED", 75), None, by_us=False, has_worked=True, has_rival=True) is NextAction.END
+    assert decide(ended("STOPPED"), None, by_us=True, has_worked=True, has_rival=True) is NextAction.SUBMIT
 
 
 def test_pauses_grow_and_differ() -> None:
@@ -97,7 +106,7 @@ def test_pauses_grow_and_differ() -> None:
 def findings(stall_s: float, marks: dict[float, tuple[Any, Any]]) -> dict[float, str]:
     """What a pulse finds at which second, given what it sees from then on."""
     clock, found = [0.0], {}
-    pulse = Pulse(stall_s, lambda: clock[0])
+    pulse = StallDetector(stall_s, lambda: clock[0])
     for second, (beat, event) in marks.items():
         clock[0] = second
         if finding := pulse.finding(beat, event):
@@ -150,7 +159,7 @@ def test_jobs_that_never_began_a_launch_count_as_tries_in_vain(tmp_path: Path) -
     supervisor = Supervisor(RunConfig.model_validate(config.model_dump()), {}, None)
     assert [supervisor._num_in_vain([], ended("FAILED", 1)) for _ in range(3)] == [1, 2, 3]
     name, alive, events = launch("20260101-120000-a", 0, 9)
-    write(LocalStorage(tmp_path), "run", (name, {**alive, "settings": settings_mark({})}, events))
+    write(LocalStorage(tmp_path), "run", (name, {**alive, "settings": settings_digest({})}, events))
     assert supervisor._num_in_vain([], ended("FAILED", 1)) == 1
     assert supervisor._num_in_vain([name], ended("FAILED", 1)) == 2
     assert supervisor._num_in_vain([], ended("FAILED", 3)) == 3, "a cluster that was too small"
@@ -206,7 +215,7 @@ class Watched:
 def wait_for_commit(storage: LocalStorage, after: int) -> int:
     deadline = time.monotonic() + 280
     while time.monotonic() < deadline:
-        accepted = catalogue(storage, "far").accepted
+        accepted = read_catalog(storage, "far").accepted
         if accepted and accepted[0].ref.step > after:
             return accepted[0].ref.step
         time.sleep(0.1)
@@ -245,7 +254,7 @@ def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
         assert watched.process.wait(200) == 0, watched.process.stderr and watched.process.stderr.read()
     finally:
         watched.kill()
-    final = catalogue(place, "far").accepted[0]
+    final = read_catalog(place, "far").accepted[0]
     assert final.ref.step == NUM_STEPS
     assert digests(place, "far") == digests(storage, "supervised")
     done = subprocess.run([str(BIN / "outlast"), "supervise", str(run_file), *at], capture_output=True, text=True)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
 from outlast.cluster.cli.main import app
 from outlast.cluster.kubernetes.client import Cluster
-from outlast.cluster.kubernetes.rayjob_sequence import Phase, applied_last, consequences, next_name, phase, successor
+from outlast.cluster.kubernetes.rayjob_sequence import JobPhase, applied_last, consequences, next_name, phase, successor
 from outlast.cluster.kubernetes.render import to_yaml
 from tests.support.kubernetes import Objects, rendered
 from tests.support.kubernetes_api import Api, assets, real_api, small_api
@@ -362,17 +362,17 @@ def test_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("job", "expected"),
     [
-        ({}, Phase.LIVE),
-        ({"status": {"jobDeploymentStatus": "Retrying"}}, Phase.LIVE),
-        ({"spec": {"suspend": True}, "status": {"jobDeploymentStatus": "Suspending"}}, Phase.SUSPENDED),
-        ({"status": {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}}, Phase.DONE),
-        ({"status": {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}}, Phase.ENDED),
-        ({"status": {"jobDeploymentStatus": "ValidationFailed"}}, Phase.ENDED),
-        ({"spec": {"suspend": True}, "status": {"jobDeploymentStatus": "Failed"}}, Phase.ENDED),
-        ({"metadata": {"deletionTimestamp": "t"}, "status": {"jobDeploymentStatus": "Complete"}}, Phase.LEAVING),
+        ({}, JobPhase.LIVE),
+        ({"status": {"jobDeploymentStatus": "Retrying"}}, JobPhase.LIVE),
+        ({"spec": {"suspend": True}, "status": {"jobDeploymentStatus": "Suspending"}}, JobPhase.SUSPENDED),
+        ({"status": {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}}, JobPhase.DONE),
+        ({"status": {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}}, JobPhase.ENDED),
+        ({"status": {"jobDeploymentStatus": "ValidationFailed"}}, JobPhase.ENDED),
+        ({"spec": {"suspend": True}, "status": {"jobDeploymentStatus": "Failed"}}, JobPhase.ENDED),
+        ({"metadata": {"deletionTimestamp": "t"}, "status": {"jobDeploymentStatus": "Complete"}}, JobPhase.LEAVING),
     ],
 )
-def test_phases(job: dict[str, Any], expected: Phase) -> None:
+def test_phases(job: dict[str, Any], expected: JobPhase) -> None:
     assert phase(job) is expected
 
 

@@ -17,7 +17,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.main import app
 from outlast.cluster.kubernetes.lint.linter import lint, read_objects
 from outlast.cluster.kubernetes.lint.secret_rules import is_credential
-from outlast.cluster.preflight.doctor_rules import Level
+from outlast.cluster.preflight.finding import Level
 from tests.support.kubernetes import ROOT, rendered
 
 FILES = ROOT / "tests" / "golden" / "lint"

@@ -24,7 +24,7 @@ from outlast.cluster.kubernetes.kustomize import known_components, write_folder
 from outlast.cluster.kubernetes.lint.linter import lint, read_objects
 from outlast.cluster.kubernetes.render import render, to_yaml
 from outlast.cluster.kubernetes.settings import k8s_settings
-from outlast.cluster.preflight.doctor_rules import Level
+from outlast.cluster.preflight.finding import Level
 from tests.support.kubernetes import (
     KUBERNETES,
     RELEASE,

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from outlast.cluster.monitoring.goodput import Kind, Ledger, account
-from outlast.cluster.monitoring.timeline import LOST_AFTER_S, Story
+from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, account_time
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_records import LOST_AFTER_S
 from tests.support.timelines import (
     attempt,
     done,
@@ -28,7 +29,7 @@ from tests.support.timelines import (
 LATER = 10_000.0
 
 
-def check(ledger: Ledger, wall_s: float) -> None:
+def check(ledger: GoodputReport, wall_s: float) -> None:
     """What must hold for every account."""
     assert ledger.wall_s == pytest.approx(wall_s)
     assert sum(ledger.seconds.values()) == pytest.approx(wall_s)
@@ -226,7 +227,7 @@ PEACEFUL = (
 def test_every_second_is_in_one_category(
     parts: tuple[Any, ...], now: float, wall_s: float, expected: dict[str, float]
 ) -> None:
-    ledger = account(story(*parts), now)
+    ledger = account_time(story(*parts), now)
     check(ledger, wall_s)
     assert {kind.value: round(s, 6) for kind, s in ledger.seconds.items() if s} == expected
     assert ledger.goodput == (expected.get("train", 0.0) / wall_s if wall_s else None)
@@ -246,14 +247,14 @@ def test_torn_and_shuffled_stories_never_make_time_negative() -> None:
     """Any subset of the events, with clocks that are off by up to 20 s."""
     chance = random.Random(7)
     for _ in range(300):
-        told = Story("run")
+        told = Timeline("run")
         for name in ("a", "b"):
             began = chance.uniform(0, 50)
             code = chance.choice([None, 0, 1, 75])
             _, alive, _ = launch(name, began, began + chance.uniform(0, 100), code)
             told.launch(name).alive = alive if chance.random() < 0.8 else {}
-            told.hear_launch(name, failure(chance.randint(1, 4), chance.uniform(0, 200)))
-            told.hear_launch(name, {"event": "no-room", "t": 0, "since": chance.uniform(0, 200)})
+            told.apply_launch(name, failure(chance.randint(1, 4), chance.uniform(0, 200)))
+            told.apply_launch(name, {"event": "no-room", "t": 0, "since": chance.uniform(0, 200)})
         for number in range(1, chance.randint(2, 5)):
             at, first = number * 40 + chance.uniform(-20, 20), chance.randint(1, 30)
             events = [
@@ -265,9 +266,9 @@ def test_torn_and_shuffled_stories_never_make_time_negative() -> None:
             made = story(attempt(number, at, kept)).in_order[0]
             made.claim = claim
             told.attempts[made.id] = made
-        ledger = account(told, 210.0)
+        ledger = account_time(told, 210.0)
         check(ledger, ledger.wall_s)
 
 
 def test_every_kind_says_what_it_means() -> None:
-    assert len({kind.meaning for kind in Kind}) == len(Kind)
+    assert len({kind.meaning for kind in TimeCategory}) == len(TimeCategory)

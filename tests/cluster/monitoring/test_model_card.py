@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import RECORD, launch_dir
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content, read_content
-from outlast.checkpointing.tools.query import find
-from outlast.cluster.monitoring.model_card import card
+from outlast.checkpointing.tools.query import resolve_checkpoint
+from outlast.cluster.monitoring.model_card import model_card
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.worker_group import fault, run_group
@@ -34,7 +34,7 @@ SHARING = (Path(__file__).parents[3] / "docs/sharing.md").read_text()
 @pytest.fixture(scope="module")
 def carded(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that was killed once."""
-    killed = fault(Point.STEP, 8, 0, Action.SIGKILL, tmp_path_factory.mktemp("fired"))
+    killed = fault(FaultPoint.STEP, 8, 0, FaultAction.SIGKILL, tmp_path_factory.mktemp("fired"))
     assert run_group(assign("carded", faults=(killed,)), storage, 2)[0].outcome is None
     assert run_group(assign("carded", launch="second"), storage, 2)[0].outcome is Outcome.DONE
     return storage.path("carded")
@@ -72,7 +72,7 @@ def test_the_card_says_what_the_run_went_through(
     exported: Path, carded: Path, storage: LocalStorage, assign: Callable[..., Assignment]
 ) -> None:
     text = (exported / "README.md").read_text()
-    metrics = find(storage, "carded", "model", Retention()).manifest.metrics
+    metrics = resolve_checkpoint(storage, "carded", "model", Retention()).manifest.metrics
     assert f"| eval_loss | {metrics['eval_loss']:.4f} |" in text
     assert "restarts survived: 1 (1 × driver lost)" in text
     assert "2 workers (ddp, cpu)" in text
@@ -82,18 +82,18 @@ def test_the_card_says_what_the_run_went_through(
 
 
 def test_the_base_model_and_the_commit_are_the_records(carded: Path, storage: LocalStorage) -> None:
-    found = find(storage, "carded", "newest", Retention())
+    found = resolve_checkpoint(storage, "carded", "newest", Retention())
     content = read_content(found)
     place = f"{launch_dir('carded', found.manifest.launch)}/{RECORD}"
     for path, base in (("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"), ("/models/mine", None), ("gpt2", "gpt2")):
         body = {"settings": {"model": {"path": path}}, "code": {"git": "0123abcd", "num_changed": 2}}
         storage.put(place, [json.dumps(body).encode()])
-        said = ModelCard(card(found, content).decode())
+        said = ModelCard(model_card(found, content).decode())
         assert said.data.to_dict().get("base_model") == base
         assert "code at commit `0123abcd`, 2 files changed since" in said.content
         assert "/models/mine" not in said.content
     adapter = Content({}, {}, weights_name=ADAPTER_WEIGHTS)
-    assert ModelCard(card(found, adapter).decode()).data.to_dict()["library_name"] == "peft"
+    assert ModelCard(model_card(found, adapter).decode()).data.to_dict()["library_name"] == "peft"
     storage.delete(place)
 
 
@@ -111,7 +111,7 @@ def test_a_card_only_beside_a_directory_and_never_over_the_models_own(carded: Pa
 def test_a_card_that_the_model_brought_stays(carded: Path, storage: LocalStorage) -> None:
     from outlast.cluster.cli.checkpoints import _with_card
 
-    found = find(storage, "carded", "newest", Retention())
+    found = resolve_checkpoint(storage, "carded", "newest", Retention())
     content = read_content(found)
     own = replace(content, files={**content.files, "README.md": b"mine"})
     assert _with_card(found, own).files["README.md"] == b"mine"

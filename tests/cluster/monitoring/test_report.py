@@ -22,16 +22,16 @@ from hypothesis import strategies as st
 import outlast.cluster
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.catalog import list_attempts, read_claim
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import Journal
-from outlast.checkpointing.run_store.liveness import Alive
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.run_store.liveness import LivenessFile
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.report.data import MOST_POINTS, MOST_SPANS, page_data, thin
 from outlast.cluster.monitoring.report.report import Report, run_report
-from outlast.cluster.monitoring.summary import overview
-from outlast.cluster.monitoring.timeline import Story
+from outlast.cluster.monitoring.summary import summarize
+from outlast.cluster.monitoring.timeline import Timeline
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.browser import CHROMIUM, Browser, Page, chromium
@@ -65,9 +65,12 @@ def killed(
     assign: Callable[..., Assignment], storage: LocalStorage, tmp_path_factory: pytest.TempPathFactory
 ) -> LocalStorage:
     """A run that was killed twice and restored twice, with evaluations."""
-    alive, folder = Alive(storage, f"{launch_dir('killed', 'first')}/alive.json"), tmp_path_factory.mktemp("faults")
+    alive, folder = (
+        LivenessFile(storage, f"{launch_dir('killed', 'first')}/alive.json"),
+        tmp_path_factory.mktemp("faults"),
+    )
     for number, step in enumerate((10, 20), start=1):
-        deadly = fault(Point.STEP, step, 1, Action.SIGKILL, folder)
+        deadly = fault(FaultPoint.STEP, step, 1, FaultAction.SIGKILL, folder)
         assert run_group(assign("killed", steps=30, faults=(deadly,)), storage, 2)[1].exit_code == -9
         _note_failure(storage, "killed", number)
     assert run_group(assign("killed", steps=30), storage, 2)[0].outcome is Outcome.DONE
@@ -78,7 +81,7 @@ def killed(
 @pytest.fixture(scope="module")
 def empty(storage: LocalStorage) -> Iterator[LocalStorage]:
     """A run whose driver has just begun."""
-    alive = Alive(storage, f"{launch_dir('empty', 'first')}/alive.json")
+    alive = LivenessFile(storage, f"{launch_dir('empty', 'first')}/alive.json")
     yield storage
     alive.end(75)
 
@@ -86,7 +89,7 @@ def empty(storage: LocalStorage) -> Iterator[LocalStorage]:
 @pytest.fixture(scope="module")
 def elastic(assign: Callable[..., Assignment], storage: LocalStorage) -> LocalStorage:
     """A run on two workers, then one, then four."""
-    alive = Alive(storage, f"{launch_dir('elastic', 'first')}/alive.json")
+    alive = LivenessFile(storage, f"{launch_dir('elastic', 'first')}/alive.json")
     for size, stop in ((2, 8), (1, 16), (4, 99)):
         given = assign("elastic", steps=24, sections={"exactness": "elastic"})
         ended = run_group(given, storage, size, StopAt(stop))
@@ -168,8 +171,8 @@ def test_the_verb(killed: LocalStorage, tmp_path: Path) -> None:
 # -- what is made up ---------------------------------------------------------------------------------------------------
 
 
-def page_of(told: Story, now: float) -> str:
-    return Report({**page_data(told, overview(told, now), None, set(), None, {}), "version": "0"}).to_html()
+def page_of(told: Timeline, now: float) -> str:
+    return Report({**page_data(told, summarize(told, now), None, set(), None, {}), "version": "0"}).to_html()
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(2, 60))
@@ -182,7 +185,7 @@ def test_thinning_keeps_the_extremes_and_the_order(values: list[float], most: in
     assert column[kept].min() == column.min()
 
 
-def long_story(number: int) -> Story:
+def long_story(number: int) -> Timeline:
     """So many steps, a spike, an evaluation and a save every thousand, and a failure in the middle."""
     half = number // 2
     told = story(
@@ -203,7 +206,7 @@ def long_story(number: int) -> Story:
         for step in range(first + 999, last, 1000):
             at = columns.ended_at[step - first]
             for event in (evaluated(step, at, at + 0.1), *saved(step, at + 0.1)):
-                item.hear(event)
+                item.apply(event)
     return told
 
 
@@ -233,7 +236,7 @@ def test_an_evaluation_that_is_not_finite_is_left_out_of_the_charts(loss: float)
 NASTY = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\u2028&amp;'
 
 
-def nasty_story() -> Story:
+def nasty_story() -> Timeline:
     return story(
         launch("a", 0, 90, 1, {**failure(1, 30), "message": NASTY, "where": NASTY, "cause": NASTY}),
         attempt(

@@ -20,11 +20,12 @@ from rich.console import Console
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.status import status
-from outlast.cluster.monitoring.reporter import LOST_PATIENCE_S, WATCH_PERIOD_S, watch
 from outlast.cluster.monitoring.status import list_runs, read_status
-from outlast.cluster.monitoring.timeline import LOST_AFTER_S, State
+from outlast.cluster.monitoring.timeline import State
+from outlast.cluster.monitoring.timeline_records import LOST_AFTER_S
+from outlast.cluster.monitoring.watch import LOST_TIMEOUT_S, WATCH_PERIOD_S, watch
 from tests.support.small_model import small_model
 from tests.support.timelines import (
     attempt,
@@ -156,7 +157,7 @@ def test_json_knows_no_numbers_that_are_not_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("silent_s", "code", "expected"), [(1, 0, 0), (1, 75, 75), (1, 130, 75), (1, 3, 1), (LOST_PATIENCE_S + 1, None, 1)]
+    ("silent_s", "code", "expected"), [(1, 0, 0), (1, 75, 75), (1, 130, 75), (1, 3, 1), (LOST_TIMEOUT_S + 1, None, 1)]
 )
 def test_a_watch_ends_as_the_run_did(tmp_path: Path, silent_s: float, code: int | None, expected: int) -> None:
     last = time.time() - silent_s

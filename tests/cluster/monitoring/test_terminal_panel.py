@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.text import Text
 
 from outlast.cluster.formatting import clock, duration, share, short, size
-from outlast.cluster.monitoring.live_display import Foot
+from outlast.cluster.monitoring.live_display import LiveDisplay
 from outlast.cluster.monitoring.reporter import Reporter
-from outlast.cluster.monitoring.summary import Overview, overview
+from outlast.cluster.monitoring.summary import RunSummary, summarize
 from outlast.cluster.monitoring.terminal_panel import _apportion, panel, plain, sparkline
-from outlast.cluster.monitoring.timeline import Story
+from outlast.cluster.monitoring.timeline import Timeline
 from tests.support.timelines import (
     attempt,
     done,
@@ -42,7 +42,7 @@ WIDTHS = (30, 40, 60, 79, 80, 120)
 ROOT = Path(__file__).parents[3]
 
 
-def busy(run: str = "support-bot") -> Overview:
+def busy(run: str = "support-bot") -> RunSummary:
     """A run that was killed, hung, and is at work again."""
     told = story(
         launch("a", 0, NOW - 1, None, failure(1, 100), failure(2, 180, "hang")),
@@ -52,10 +52,10 @@ def busy(run: str = "support-bot") -> Overview:
         run=run,
     )
     told.in_order[-1].slow = [{"rank": 1, "host": "node-c", "times": 1.8}]
-    return overview(told, NOW)
+    return summarize(told, NOW)
 
 
-def shown(seen: Overview, width: int, *, colour: bool = False) -> str:
+def shown(seen: RunSummary, width: int, *, colour: bool = False) -> str:
     """What a terminal of that width would show."""
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=True, color_system="standard" if colour else None)
@@ -96,25 +96,25 @@ def test_no_line_is_wider_than_the_terminal_or_padded(width: int, run: str) -> N
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_run_of_which_little_is_known(width: int) -> None:
-    nothing = panel(overview(Story("run"), NOW), width)
+    nothing = panel(summarize(Timeline("run"), NOW), width)
     assert [line.plain for line in nothing] == ["run  unattended"]
-    begun = shown(overview(story(launch("a", NOW - 9, NOW)), NOW, "preparing data"), width)
+    begun = shown(summarize(story(launch("a", NOW - 9, NOW)), NOW, "preparing data"), width)
     assert begun.startswith("run  preparing data")
     assert "nothing yet" in begun
     finished = story(launch("a", 0, 32, 0), attempt(1, 10, plan(12, 10), steps(1, 10, 15), done(30, 10)))
-    assert "done, attempt 1" in shown(overview(finished, NOW), width)
-    assert " left" not in shown(overview(finished, NOW), width)
+    assert "done, attempt 1" in shown(summarize(finished, NOW), width)
+    assert " left" not in shown(summarize(finished, NOW), width)
 
 
 def test_a_group_that_was_lost_is_restarting_until_the_next_one_tells_something() -> None:
     lost = attempt(1, 20, start(21), plan(22, 1000), steps(1, 90, 26, 0.8), saved(60, 76))
     failed, killed = launch("a", 0, NOW - 1, None, failure(1, 100)), launch("a", 0, 100)
     for parts in ((failed, lost), (failed, lost, attempt(2, 115)), (killed, launch("b", 110, NOW - 1), lost)):
-        text = shown(overview(story(*parts), NOW), 120)
+        text = shown(summarize(story(*parts), NOW), 120)
         assert "restarting, attempt 1" in text
         assert " left" not in text
     stopping = attempt(1, 20, start(21), plan(22, 1000), steps(1, 90, 26, 0.8), stopped(100, 90))
-    assert "running, attempt 1" in shown(overview(story(launch("a", 0, NOW - 1), stopping), NOW), 120)
+    assert "running, attempt 1" in shown(summarize(story(launch("a", 0, NOW - 1), stopping), NOW), 120)
 
 
 def test_what_users_write_is_text() -> None:
@@ -122,7 +122,7 @@ def test_what_users_write_is_text() -> None:
         launch("a", 0, 290, None, {**failure(1, 100), "message": "[bold red]x[/] :smile:\n\x1b]0;t\x07 y"}),
         attempt(1, 9),
     )
-    text = shown(overview(told, NOW), 120, colour=True)
+    text = shown(summarize(told, NOW), 120, colour=True)
     assert "[bold red]x[/] :smile: " in text
     assert "\x1b]" not in text
 
@@ -137,7 +137,7 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_plain_line() -> None:
     expected = "step 220/1000  loss 0.045  eval loss 2.000  lr 0.001  100 tokens/s  10 min 24 s left"
     assert plain(busy()) == expected
-    assert plain(overview(Story("run"), NOW)) == "step 0/?"
+    assert plain(summarize(Timeline("run"), NOW)) == "step 0/?"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def flush(file: io.StringIO, screen: Screen) -> list[str]:
 def test_lines_change_in_place_and_others_scroll_by_above() -> None:
     console, file, screen = made(40)
     now = ["one", "two"]
-    foot = Foot(console, lambda width: [Text(line) for line in now])
+    foot = LiveDisplay(console, lambda width: [Text(line) for line in now])
     foot.refresh()
     assert flush(file, screen) == ["one", "two"]
     foot.write("a log line\nand a second one that is so long that it takes two rows\n")
@@ -266,7 +266,7 @@ def test_lines_change_in_place_and_others_scroll_by_above() -> None:
 
 def test_nothing_is_written_when_nothing_has_changed() -> None:
     console, file, _ = made(40)
-    foot = Foot(console, lambda width: [Text("one")])
+    foot = LiveDisplay(console, lambda width: [Text("one")])
     foot.refresh()
     written = file.getvalue()
     assert "\x1b[2J" not in written
@@ -278,7 +278,7 @@ def test_nothing_is_written_when_nothing_has_changed() -> None:
 @pytest.mark.parametrize("columns", [25, 12])
 def test_a_terminal_that_is_made_narrower(columns: int) -> None:
     console, file, screen = made(60)
-    foot = Foot(console, lambda width: [Text("x" * min(width, 50)), Text("y" * min(width, 20))])
+    foot = LiveDisplay(console, lambda width: [Text("x" * min(width, 50)), Text("y" * min(width, 20))])
     foot.write("a log line\n")
     foot.refresh()
     assert flush(file, screen) == ["a log line", "x" * 50, "y" * 20]
@@ -291,7 +291,7 @@ def test_a_terminal_that_is_made_narrower(columns: int) -> None:
 def test_a_terminal_with_few_rows() -> None:
     console, file, screen = made(40)
     console.height = 4
-    foot = Foot(console, lambda width: [Text(str(number)) for number in range(9)])
+    foot = LiveDisplay(console, lambda width: [Text(str(number)) for number in range(9)])
     foot.refresh()
     assert flush(file, screen) == ["0", "1", "2"]
 
@@ -299,7 +299,7 @@ def test_a_terminal_with_few_rows() -> None:
 @pytest.mark.parametrize(("keep", "left"), [(True, ["the end", ""]), (False, [""])])
 def test_it_stays_or_goes(keep: bool, left: list[str]) -> None:
     console, file, screen = made(40)
-    with Foot(console, lambda width: [Text("the end")], keep=keep):
+    with LiveDisplay(console, lambda width: [Text("the end")], keep=keep):
         pass
     assert flush(file, screen) == left
 

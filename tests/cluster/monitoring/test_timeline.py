@@ -12,20 +12,22 @@ from typing import Any, BinaryIO
 import pytest
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import attempt_dir, launch_dir
 from outlast.checkpointing.run_store import journal as journal_module
-from outlast.checkpointing.run_store.attempt_history import Limits
-from outlast.checkpointing.run_store.catalog import claim, run_events
-from outlast.checkpointing.run_store.journal import Journal, Tail, read_events
-from outlast.checkpointing.storage.base import Buffer, Entry, LocalStorage
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.claims import claim
+from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_events
+from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance import coordinator as hub
 from outlast.cluster.fault_tolerance import failure_cause as failures
-from outlast.cluster.fault_tolerance.failure_cause import Recorder
-from outlast.cluster.monitoring.goodput import Kind, account
-from outlast.cluster.monitoring.summary import overview
+from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder
+from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
+from outlast.cluster.monitoring.goodput import TimeCategory, account_time
+from outlast.cluster.monitoring.summary import summarize
 from outlast.cluster.monitoring.timeline import State
-from outlast.cluster.monitoring.timeline_reader import StoryReader
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.timelines import (
@@ -75,7 +77,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_segments")
 def test_each_event_is_given_once_and_old_segments_are_not_read_again(tmp_path: Path) -> None:
     storage = Counted(LocalStorage(tmp_path))
-    written, tail, heard = Journal(storage, "run/here", 0), Tail(storage), []
+    written, tail, heard = Journal(storage, "run/here", 0), JournalTail(storage), []
     for number in range(60):
         written.event("tick", number=number)
         if number % 7 == 6:
@@ -94,7 +96,7 @@ def test_each_event_is_given_once_and_old_segments_are_not_read_again(tmp_path: 
 def test_a_segment_that_is_torn_or_strange_is_passed_over(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.put("run/here/events-0-000000.jsonl", [b'{"t": 1, "event": "a"}\nnot json\n[1]\n{"no": "event"}\n'])
-    tail = Tail(storage)
+    tail = JournalTail(storage)
     assert [event["event"] for event in tail.new("run/here")] == ["a"]
     storage.put(
         "run/here/events-0-000000.jsonl", [b'{"t": 1, "event": "a"}\nnot json\n[1]\n{}\n{"t": 2, "event": "b"}\n']
@@ -105,7 +107,7 @@ def test_a_segment_that_is_torn_or_strange_is_passed_over(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small_segments")
 def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(tmp_path: Path) -> None:
     storage = Counted(LocalStorage(tmp_path))
-    follower = StoryReader(storage, "run")
+    follower = TimelineReader(storage, "run")
     for number in range(5):
         name = f"20250101-00000{number}-aaaaaa"
         body = {"began": 100.0 * number, "t": 100.0 * number + 90, "ended": True, "exit_code": 75}
@@ -124,15 +126,15 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
     before = len(storage.opened)
     told = follower.look()
     assert len(storage.opened) - before == 2, "the newest two launches' signs of life, and nothing else"
-    whole = StoryReader(storage, "run").look()
+    whole = TimelineReader(storage, "run").look()
     assert [len(item.steps) for item in told.in_order] == [30] * 5 == [len(item.steps) for item in whole.in_order]
-    assert account(told, 1000.0) == account(whole, 1000.0)
+    assert account_time(told, 1000.0) == account_time(whole, 1000.0)
 
 
 def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) -> None:
     storage, (a, b, c) = LocalStorage(tmp_path), (f"20250101-00000{number}-aaaaaa" for number in range(3))
     write(storage, "run", launch(a, 0, 40), attempt(1, 10, start(11), steps(1, 10, 15), launch=a))
-    follower = StoryReader(storage, "run")
+    follower = TimelineReader(storage, "run")
     assert follower.look().in_order[0].last_step == 10
     write(
         storage,
@@ -145,7 +147,7 @@ def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) ->
         attempt(3, 180, resume(181, 90), launch=c),
     )
     for told in (follower.look(), follower.look()):
-        assert overview(told, 200.0) == overview(StoryReader(storage, "run").look(), 200.0)
+        assert summarize(told, 200.0) == summarize(TimelineReader(storage, "run").look(), 200.0)
         assert (told.in_order[0].last_step, told.num_lost) == (100, 10)
         assert told.launches[a].has_ended
 
@@ -154,7 +156,7 @@ def test_a_launch_at_work_is_watched_though_others_were_refused_since(tmp_path: 
     storage, name = LocalStorage(tmp_path), "20250101-000000-aaaaaa"
     refused = [launch(f"20250101-00000{number}-bbbbbb", 20 + number, 30 + number, 3) for number in range(1, 5)]
     write(storage, "run", launch(name, 0, 40), attempt(1, 10, start(11), launch=name), *refused)
-    reader = StoryReader(storage, "run")
+    reader = TimelineReader(storage, "run")
     reader.look()
     write(storage, "run", launch(name, 0, 200))
     assert reader.look().state(201) is State.RUNNING
@@ -164,11 +166,11 @@ def test_a_killed_run_is_told_as_it_was(
     assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     """Real processes: rank 1 dies in step 8, another attempt goes on from step 6."""
-    deadly = fault(Point.STEP, 7, 1, Action.SIGKILL, tmp_path)
+    deadly = fault(FaultPoint.STEP, 7, 1, FaultAction.SIGKILL, tmp_path)
     run_group(assign("told", faults=(deadly,)), storage, 2)
     assert run_group(assign("told"), storage, 2)[0].outcome is Outcome.DONE
-    told = StoryReader(storage, "told").look()
-    seen = overview(told, told.in_order[-1].heard_at)
+    told = TimelineReader(storage, "told").look()
+    seen = summarize(told, told.in_order[-1].heard_at)
     first, second = told.in_order
     assert (first.base, second.base_step) == (None, 6)
     assert list(first.steps.number) == [*range(1, len(first.steps) + 1)]
@@ -194,7 +196,7 @@ def test_tokens_of_a_step_do_not_depend_on_the_number_of_ranks(
     run = f"counted-{size}"
     sections = {"model": {"task": "sequence-classification"}, "data": {"train": _labelled(storage), "eval": None}}
     assert run_group(assign(run, sections=sections, steps=2, eval_every=None), storage, size)[0].outcome is Outcome.DONE
-    told = StoryReader(storage, run).look()
+    told = TimelineReader(storage, run).look()
     counted = [event["tokens"] for _, event in run_events(storage, run) if event["event"] == "step"]
     assert list(told.in_order[0].steps.tokens) == counted
     _counts.setdefault("of one rank", counted)
@@ -213,7 +215,7 @@ def _labelled(storage: LocalStorage) -> str:
 
 
 def test_what_the_hub_has_heard_outlives_rank_0() -> None:
-    body = hub.Hub()
+    body = hub.Coordinator()
     body.exchange(
         [{"event": "step", "by": "0001-aaaa", "step": 4, "ended_at": 40.0}, {"event": "eval", "by": "0001-aaaa"}]
     )
@@ -224,7 +226,7 @@ def test_what_the_hub_has_heard_outlives_rank_0() -> None:
 
 def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "find_hub", lambda launch: None)
-    recorder = Recorder(str(tmp_path), "run", "one", Limits(), "")
+    recorder = FailureRecorder(str(tmp_path), "run", "one", RestartLimits(), "")
 
     def try_to_start(*, room: bool) -> None:
         with recorder.on_worker_group_start():
@@ -289,11 +291,11 @@ def calls_for(number: int) -> int:
     told, calls = story(launch("a", 0, 100.0 * number + 99, None, *events), *attempts), Counter[str]()
     sys.setprofile(lambda frame, event, argument: calls.update((event,)))
     try:
-        seen = overview(told, 100.0 * number + 99)
+        seen = summarize(told, 100.0 * number + 99)
     finally:
         sys.setprofile(None)
     assert len(seen.interruptions) == number
-    assert seen.ledger.seconds[Kind.WAIT] == pytest.approx(39 * number - 1)
+    assert seen.ledger.seconds[TimeCategory.WAIT] == pytest.approx(39 * number - 1)
     return calls["call"] + calls["c_call"]
 
 
@@ -331,7 +333,7 @@ def test_the_newest_launch_is_the_one_that_has_the_run_or_is_about_to(
 def test_speed_and_the_time_left_are_those_of_the_last_steps() -> None:
     slow, quick = steps(1, 100, 20, 3.0), steps(101, 200, 320, 0.5)
     told = story(launch("a", 0, 371), attempt(1, 10, start(11), plan(12, 1000), slow, quick))
-    seen = overview(told, 372)
+    seen = summarize(told, 372)
     assert seen.seconds_per_step == pytest.approx(0.5)
     assert seen.left_s == pytest.approx(400)
     assert seen.tokens_per_s == pytest.approx(160)
@@ -344,6 +346,6 @@ def test_the_newest_checkpoint_is_the_one_that_the_run_stands_on() -> None:
         attempt(1, 10, start(11), steps(1, 9, 12), saved(3, 15), saved(6, 18)),
         attempt(2, 40, resume(41, 3)),
     )
-    seen = overview(story(*parts), 60)
+    seen = summarize(story(*parts), 60)
     assert seen.newest is not None
     assert (seen.newest.step, seen.newest.committed_at, seen.newest.verified_at) == (3, 15, 41)

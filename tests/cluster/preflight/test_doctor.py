@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from outlast.cluster.preflight import doctor_rules as rules
-from outlast.cluster.preflight.doctor_rules import Level, Wanted
+from outlast.cluster.preflight.doctor_rules import Requirements
+from outlast.cluster.preflight.finding import Finding, Level
 from tests.cluster.jobs.test_ray_jobs import Cluster, free_ports
 from tests.support.worker_group import tiny_config
 
@@ -243,8 +244,8 @@ def test_a_cluster_that_asks_for_a_token(tmp_path: Path, text_file: str) -> None
 
 
 def test_lags() -> None:
-    def judged(lag: float | None, settle_s: float) -> rules.Finding:
-        [finding] = rules.judge_lag({("a", "b"): 0.001, ("b", "a"): lag}, Wanted(settle_s=settle_s))
+    def judged(lag: float | None, settle_s: float) -> Finding:
+        [finding] = rules.check_lag({("a", "b"): 0.001, ("b", "a"): lag}, Requirements(settle_s=settle_s))
         return finding
 
     assert judged(0.01, 0).level is Level.OK
@@ -266,7 +267,7 @@ def test_who_does_not_share() -> None:
     }
     facts: dict[str, dict[str, Any]] = {node: {"storage": {"kind": "nfs4", "source": "far:/runs"}} for node in words}
     facts["c"] = {"storage": {"kind": "ext4", "source": "/dev/sda1"}}
-    [finding] = rules.judge_shared(facts, Wanted(storage="/runs"), words, seen)
+    [finding] = rules.check_shared(facts, Requirements(storage="/runs"), words, seen)
     assert finding.text == "/runs is not shared: c does not see what a and b wrote (ext4 from /dev/sda1 on c)"
 
 
@@ -279,14 +280,14 @@ def test_a_loopback_name_is_found_before_gloo_hangs() -> None:
         "gloo_address": "127.0.1.1",
     }
     other = {**fact, "address": "10.0.0.2", "gloo_address": "10.0.0.2"}
-    [finding] = rules.judge_ports({"a": fact, "b": other}, {})
+    [finding] = rules.check_ports({"a": fact, "b": other}, {})
     assert finding.level is Level.FAILED
     assert "GLOO_SOCKET_IFNAME=eth0" in finding.hint
 
 
 def test_ports_that_are_closed_name_both_ends_once() -> None:
     facts = {node: {"address": "10.0.0.1", "gloo_address": "10.0.0.1"} for node in "abc"}
-    found = rules.judge_ports(facts, {"a": {"b": "10.0.0.2:4: timed out"}, "b": {"a": "…"}, "c": {"a": "refused"}})
+    found = rules.check_ports(facts, {"a": {"b": "10.0.0.2:4: timed out"}, "b": {"a": "…"}, "c": {"a": "refused"}})
     assert [finding.text for finding in found] == [
         "a and b cannot reach each other: 10.0.0.2:4: timed out",
         "c cannot reach a: refused",
@@ -294,7 +295,7 @@ def test_ports_that_are_closed_name_both_ends_once() -> None:
 
 
 def test_names_that_take_long() -> None:
-    [finding] = rules.judge_names({"a": 6.13, "b": 0.01, "c": {"fault": "no answer"}})
+    [finding] = rules.check_names({"a": 6.13, "b": 0.01, "c": {"fault": "no answer"}})
     assert (finding.level, finding.text.split(":")[0]) == (Level.WARNING, "a")
-    assert rules.judge_names({"a": 0.01})[0].level is Level.OK
-    assert rules.judge_names({"c": {"fault": "no answer"}}) == []
+    assert rules.check_names({"a": 0.01})[0].level is Level.OK
+    assert rules.check_names({"c": {"fault": "no answer"}}) == []

@@ -14,18 +14,19 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import header_bytes, parse_header
-from outlast.checkpointing.run_store.catalog import catalogue
-from outlast.checkpointing.save.save_interval import Costs
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.save.save_interval import SaveCosts
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig, load_run
 from outlast.cluster.config.run_file import SettingsError
 from outlast.cluster.config.starter_files import EXAMPLES, template
 from outlast.cluster.preflight.estimate import forecast, lines
 from outlast.cluster.preflight.validate import validate
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.config.task_names import TASKS
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
-from outlast.trainers.tasks.registry import TASKS
 from tests.support.task_cases import CASES, Case, paragraphs, text_only
 from tests.support.worker_group import run_group, tiny_config
 
@@ -328,7 +329,7 @@ def test_a_plan_is_what_the_run_then_does(
     config = RunConfig.model_validate({**assignment.declared, "scale": {"workers": 2}})
     found = forecast(config)
     assert run_group(assignment, storage, 2)[0].outcome is Outcome.DONE
-    newest = catalogue(storage, config.name).accepted[0]
+    newest = read_catalog(storage, config.name).accepted[0]
     assert newest.ref.step == found.walk.num_steps == 10
     assert found.walk.num_samples == prepare(config, storage).num_samples
     assert found.walk.tokens == 10 * 8 * 16
@@ -358,7 +359,7 @@ def test_a_plan_says_where_its_interval_comes_from(tmp_path: Path, body: dict[st
     path.write_text(yaml.safe_dump({**body, "checkpoint": {**body["checkpoint"], "every": "auto", "overlap": True}}))
     found = json.loads(outlast("plan", str(path), "--json").stdout)
     saving = found["saving"]
-    costs = Costs(saving["blocked_s"], saving["commit_s"], saving["restart_s"], saving["between_failures_s"])
+    costs = SaveCosts(saving["blocked_s"], saving["commit_s"], saving["restart_s"], saving["between_failures_s"])
     assert saving["auto_s"] == costs.interval_s
     assert saving["between_failures_s"] == pytest.approx(4 * 3600)
     assert saving["commit_s"] > found["size"]["checkpoint_bytes"] / saving["write_speed"]
@@ -373,7 +374,7 @@ def test_a_plan_says_where_its_interval_comes_from(tmp_path: Path, body: dict[st
 def test_an_adapter_trains_little_and_saves_little(tmp_path: Path, text_file: str) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from outlast.trainers.models.build import train_bpe
+    from outlast.trainers.data.tokenizer import train_bpe
 
     tokenizer = train_bpe(iter(Path(text_file).read_text().splitlines()), 400)
     tokenizer.inner.save_pretrained(tmp_path / "base")

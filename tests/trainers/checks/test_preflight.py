@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.ray_jobs import check_code as check_submission
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.preflight import check_code, check_model
-from outlast.trainers.models.custom_model import make_importable
+from outlast.trainers.user_code import make_importable
 from tests.support.worker_group import tiny_config
 from tests.trainers.models.test_lora import LORA, make_base
 

@@ -9,11 +9,12 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.save.save_interval import Every
+from outlast.checkpointing.save.save_interval import SaveInterval
 from outlast.cluster.config.run_config import RunConfig
-from outlast.trainers.attempt import check_unchanged
-from outlast.trainers.config.model import Settings
-from outlast.trainers.config.training_config import CheckpointSettings, TrainingConfig
+from outlast.trainers.checks.resume_checks import check_unchanged
+from outlast.trainers.config.base import Settings
+from outlast.trainers.config.checkpoint import CheckpointSettings
+from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import findings
 from tests.support.worker_group import tiny_config
 
@@ -41,7 +42,7 @@ def test_little_is_needed() -> None:
     assert config.train.steps is None
     assert (config.train.batch, config.train.micro_batch) == (8, 4)
     assert (config.checkpoint.storage, config.checkpoint.keep_last) == ("./runs", 3)
-    assert config.checkpoint.interval == Every.parse("10m")
+    assert config.checkpoint.interval == SaveInterval.parse("10m")
     assert config.exactness == "same-world"
     assert config.deterministic
 
@@ -89,7 +90,7 @@ def test_names_that_will_do(name: str) -> None:
 @pytest.mark.parametrize("every", [200, "200", "10m", "90s", "1 epoch", "2h"])
 def test_intervals(every: str | int) -> None:
     config = TrainingConfig.model_validate(body(checkpoint={"every": every}))
-    assert config.checkpoint.interval == Every.parse(every)
+    assert config.checkpoint.interval == SaveInterval.parse(every)
 
 
 @pytest.mark.parametrize("every", [0, -1, "often", "0.5 epoch", "10 min"])
@@ -216,9 +217,9 @@ def test_what_decides_the_numbers() -> None:
         {"deterministic": False},
     ]
     for sections in same:
-        assert TrainingConfig.model_validate(body(**sections)).mathematics() == config.mathematics()
+        assert TrainingConfig.model_validate(body(**sections)).numerics_settings() == config.numerics_settings()
     for sections in other:
-        assert TrainingConfig.model_validate(body(**sections)).mathematics() != config.mathematics()
+        assert TrainingConfig.model_validate(body(**sections)).numerics_settings() != config.numerics_settings()
 
 
 def test_settings_count_where_they_decide() -> None:
@@ -230,7 +231,7 @@ def test_settings_count_where_they_decide() -> None:
         ({"compile": True}, "gradient_checkpointing"),
     ):
         config, other = (
-            TrainingConfig.model_validate(body(train={**train, **more})).mathematics()
+            TrainingConfig.model_validate(body(train={**train, **more})).numerics_settings()
             for more in ({}, {key: True if key == "gradient_checkpointing" else 7})
         )
         assert config != other
@@ -238,13 +239,13 @@ def test_settings_count_where_they_decide() -> None:
 
 def test_settings_that_an_older_release_declared_and_that_say_nothing_do_not_hold_a_run_up() -> None:
     config = TrainingConfig.model_validate(body())
-    older = config.mathematics()
+    older = config.numerics_settings()
     older["train"] |= {"gradient_checkpointing": True, "loss_scale": 2.0, "power": 3.0, "decay": 0.5}
     check_unchanged({"mathematics": older, "data": "same"}, config, "same")
 
 
 def test_more_epochs_are_another_run_and_the_message_says_how() -> None:
-    base = {"mathematics": TrainingConfig.model_validate(body()).mathematics(), "data": "same"}
+    base = {"mathematics": TrainingConfig.model_validate(body()).numerics_settings(), "data": "same"}
     longer = TrainingConfig.model_validate(body(train={"steps": 99}, checkpoint={"storage": "/runs"}))
     with pytest.raises(ConfigError, match=r"train\.steps was 10, is 99") as caught:
         check_unchanged(base, longer, "same")
@@ -252,7 +253,10 @@ def test_more_epochs_are_another_run_and_the_message_says_how() -> None:
 
 
 def test_a_class_is_called_as_the_user_calls_it() -> None:
-    base = {"mathematics": TrainingConfig.model_validate(body(model={"class": "a:B"})).mathematics(), "data": "same"}
+    base = {
+        "mathematics": TrainingConfig.model_validate(body(model={"class": "a:B"})).numerics_settings(),
+        "data": "same",
+    }
     with pytest.raises(ConfigError, match=r"model\.class was 'a:B', is 'a:C'"):
         check_unchanged(base, TrainingConfig.model_validate(body(model={"class": "a:C"})), "same")
 
@@ -266,7 +270,7 @@ def test_a_run_of_an_older_release_goes_on() -> None:
         ({"model": lora}, [("model", "lora", "dropout"), ("model", "lora", "target_modules")]),
     ):
         config = TrainingConfig.model_validate(body(**sections))
-        base = {"mathematics": config.mathematics(), "data": "same"}
+        base = {"mathematics": config.numerics_settings(), "data": "same"}
         for *blocks, key in unknown:
             block: Any = base["mathematics"]
             for name in blocks:
@@ -287,12 +291,12 @@ def test_a_run_of_an_older_release_goes_on() -> None:
 def test_what_an_older_release_did_not_know_may_not_be_set(
     key: str, unknown: tuple[str, ...], sections: dict[str, Any]
 ) -> None:
-    mathematics = TrainingConfig.model_validate(body()).mathematics()
-    block = mathematics if len(unknown) == 1 else mathematics[unknown[0]]
+    numerics_settings = TrainingConfig.model_validate(body()).numerics_settings()
+    block = numerics_settings if len(unknown) == 1 else numerics_settings[unknown[0]]
     del block[unknown[-1]]
     with pytest.raises(ConfigError, match="was started with other settings") as caught:
         check_unchanged(
-            {"mathematics": mathematics, "data": "same"}, TrainingConfig.model_validate(body(**sections)), None
+            {"mathematics": numerics_settings, "data": "same"}, TrainingConfig.model_validate(body(**sections)), None
         )
     assert key in caught.value.message
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.chat_template import encode_chat
-from outlast.trainers.models.build import train_bpe
+from outlast.trainers.data.tokenizer import train_bpe
 
 PLAIN = """{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}\
 {{ raise_exception('a role of its own: ' + m.role) }}{% endif %}<{{ m.role }}>{{ m.content }}<end>

@@ -18,7 +18,7 @@ import pytest
 from pyarrow import feather
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.trainers.data.readers import BadRows, Row, first_row, read_rows, usable
 from outlast.trainers.data.sources import digest_sources, find_sources
 from tests.support.s3_server import s3_server

@@ -15,14 +15,14 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.restore.reader import read_tensors
 from outlast.checkpointing.run_store.catalog import run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import Exactness, Parallel
+from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.distributed.fsdp import blocks, shard, whole
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.train_loop import Outcome
@@ -66,8 +66,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     run_to_the_end(spread(calm, sections=sections, **train), storage, size)
     for launch, strike in enumerate(
         [
-            fault(Point.STEP, 4, size - 1, Action.SIGKILL, tmp_path),
-            fault(Point.WHILE_WRITING, 9, 0, Action.SIGKILL, tmp_path),
+            fault(FaultPoint.STEP, 4, size - 1, FaultAction.SIGKILL, tmp_path),
+            fault(FaultPoint.WHILE_WRITING, 9, 0, FaultAction.SIGKILL, tmp_path),
         ]
     ):
         assignment = spread(run, faults=(strike,), launch=f"{launch}", sections=sections, **train)
@@ -94,7 +94,7 @@ def test_fp16_and_clipping_are_those_of_ddp_and_come_back(
     assert skipped(storage, calm) == skipped(storage, f"ddp-fp16-{size}") != []
     assert norms(storage, calm) == pytest.approx(norms(storage, f"ddp-fp16-{size}"), rel=1e-2)
     assert losses(storage, calm) == pytest.approx(losses(storage, f"ddp-fp16-{size}"), rel=1e-3)
-    strike = fault(Point.STEP, 7, size - 1, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.STEP, 7, size - 1, FaultAction.SIGKILL, tmp_path)
     run_group(spread(run, faults=(strike,), **train), storage, size)
     assert Path(strike.record).exists(), "the fault did not fire"
     run_to_the_end(spread(run, launch="last", **train), storage, size)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from outlast.trainers.config.training_config import Exactness
+from outlast.trainers.config.train import Exactness
 from outlast.trainers.distributed.world import World
 from tests.support.ranks import on_ranks
 

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data.sampler import share
 from outlast.trainers.distributed import tree_allreduce as elastic
 from outlast.trainers.distributed.tree_allreduce import TreeReducer, TreeSum, subtrees
 from outlast.trainers.distributed.world import World
-from outlast.trainers.loop.buffer_guard import Still
+from outlast.trainers.loop.buffer_guard import BufferGuard
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.ranks import on_ranks
 from tests.support.worker_group import digests, fault, resumed, run_group
@@ -118,7 +118,7 @@ def test_the_reducer_leaves_the_same_bits_on_every_rank_of_any_number() -> None:
 def test_a_model_that_remembers_is_refused() -> None:
     """A running mean follows the order in which a rank sees its micro-batches; no tree can mend that."""
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    still = Still(model, "exactness: elastic", "")
+    still = BufferGuard(model, "exactness: elastic", "")
     model.eval()(torch.randn(4, 3))
     model.get_buffer("1.running_mean").copy_(model.get_buffer("1.running_mean").clone())  # as DDP does
     still.check()
@@ -176,8 +176,8 @@ def test_the_number_of_ranks_changes_through_kills(
     """4 → 2 → 3, each change a death: in a step, and in a save."""
     run = "elastic-4-2-3"
     strikes = [
-        (4, fault(Point.STEP, 4, 2, Action.SIGKILL, tmp_path)),
-        (2, fault(Point.WHILE_WRITING, 9, 1, Action.SIGKILL, tmp_path)),
+        (4, fault(FaultPoint.STEP, 4, 2, FaultAction.SIGKILL, tmp_path)),
+        (2, fault(FaultPoint.WHILE_WRITING, 9, 1, FaultAction.SIGKILL, tmp_path)),
     ]
     for launch, (size, strike) in enumerate(strikes):
         ended = run_group(elastic_run(assign, run, faults=(strike,), launch=f"{launch}"), storage, size)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import Exactness
+from outlast.trainers.config.train import Exactness
 from outlast.trainers.loop.buffer_guard import watch_buffers
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.worker_group import run_group

@@ -10,16 +10,17 @@ import pytest
 from pydantic import ValidationError
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import MANIFEST
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.preflight import check_metric
-from outlast.trainers.config.training_config import EarlyStoppingSettings
-from outlast.trainers.loop.early_stopping import Patience, patience
+from outlast.trainers.config.train import EarlyStoppingSettings
+from outlast.trainers.loop.early_stopping import PatienceState, patience
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.worker_group import digests, fault, losses, run_group, tiny_config
 
@@ -29,21 +30,21 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("settings", "values", "expected"),
     [
-        ({}, [], Patience()),
-        ({}, [3.0, 2.0, 1.0], Patience(1.0, 2, 0)),
-        ({}, [3.0, 2.0, 2.0, 2.5], Patience(2.0, 1, 2)),
-        ({}, [3.0, 4.0, 2.0, 4.0], Patience(2.0, 2, 1)),
-        ({"min_delta": 0.5}, [3.0, 2.6, 2.5, 2.4], Patience(2.4, 3, 0)),
-        ({"min_delta": 0.5}, [3.0, 2.6, 2.5], Patience(3.0, 0, 2)),
-        ({"mode": "max"}, [0.5, 0.7, 0.6], Patience(0.7, 1, 1)),
-        ({"mode": "max", "min_delta": 0.1}, [0.5, 0.55, 0.61], Patience(0.61, 2, 0)),
-        ({}, [NAN, NAN], Patience(None, 0, 2)),
-        ({}, [NAN, 3.0, NAN], Patience(3.0, 1, 1)),
-        ({}, [float("inf"), 3.0], Patience(3.0, 1, 0)),
+        ({}, [], PatienceState()),
+        ({}, [3.0, 2.0, 1.0], PatienceState(1.0, 2, 0)),
+        ({}, [3.0, 2.0, 2.0, 2.5], PatienceState(2.0, 1, 2)),
+        ({}, [3.0, 4.0, 2.0, 4.0], PatienceState(2.0, 2, 1)),
+        ({"min_delta": 0.5}, [3.0, 2.6, 2.5, 2.4], PatienceState(2.4, 3, 0)),
+        ({"min_delta": 0.5}, [3.0, 2.6, 2.5], PatienceState(3.0, 0, 2)),
+        ({"mode": "max"}, [0.5, 0.7, 0.6], PatienceState(0.7, 1, 1)),
+        ({"mode": "max", "min_delta": 0.1}, [0.5, 0.55, 0.61], PatienceState(0.61, 2, 0)),
+        ({}, [NAN, NAN], PatienceState(None, 0, 2)),
+        ({}, [NAN, 3.0, NAN], PatienceState(3.0, 1, 1)),
+        ({}, [float("inf"), 3.0], PatienceState(3.0, 1, 0)),
     ],
     ids=str,
 )
-def test_patience(settings: dict[str, Any], values: list[float], expected: Patience) -> None:
+def test_patience(settings: dict[str, Any], values: list[float], expected: PatienceState) -> None:
     history = [{"step": step, "epoch": 0.0, "eval_loss": value} for step, value in enumerate(values)]
     assert patience(EarlyStoppingSettings.model_validate(settings), history) == expected
 
@@ -58,8 +59,8 @@ def test_what_cannot_be_is_refused() -> None:
 
 def test_how_often_to_evaluate_decides_numbers_then() -> None:
     """Without early stopping it does not, and may be changed midway."""
-    assert "eval_every" not in tiny_config("run", "/runs", "/data.txt").mathematics()["train"]
-    early = tiny_config("run", "/runs", "/data.txt", early_stopping={}).mathematics()["train"]
+    assert "eval_every" not in tiny_config("run", "/runs", "/data.txt").numerics_settings()["train"]
+    early = tiny_config("run", "/runs", "/data.txt", early_stopping={}).numerics_settings()["train"]
     assert early["eval_every"] == 4
     assert early["early_stopping"]["patience"] == 3
 
@@ -100,7 +101,7 @@ def test_a_run_ends_early_with_its_best(assign: Callable[..., Assignment], stora
     assert found["reason"] == "3 evaluations without a better eval_loss"
     assert found["step"] == found["best_step"] + 6 < 30
     assert max(losses(storage, "early")) == found["step"]
-    accepted = catalogue(storage, "early").accepted
+    accepted = read_catalog(storage, "early").accepted
     assert accepted[0].ref.step == found["step"], "the end is saved, whatever the interval"
     rated = {item.ref.step: item.metrics["eval_loss"] for item in accepted if "eval_loss" in item.metrics}
     model = published(storage, "early")
@@ -113,15 +114,15 @@ def test_a_run_ends_early_with_its_best(assign: Callable[..., Assignment], stora
 
 
 def killed_equals_uninterrupted(
-    point: Point, back: int, size: int, assign: Callable[..., Assignment], storage: LocalStorage, folder: Path
+    point: FaultPoint, back: int, size: int, assign: Callable[..., Assignment], storage: LocalStorage, folder: Path
 ) -> None:
     """Kills `back` steps before the end, so that some of the patience was spent before and some after."""
     whole = f"early-whole-{size}"
-    if not catalogue(storage, whole).accepted:
+    if not read_catalog(storage, whole).accepted:
         run_group(assign(whole, **SPOILED), storage, size)
     end = ending(storage, whole)
     run = f"early-{point.value}-{back}-{size}"
-    strike = fault(point, end["step"] - back, size - 1 if point is Point.STEP else 0, Action.SIGKILL, folder)
+    strike = fault(point, end["step"] - back, size - 1 if point is FaultPoint.STEP else 0, FaultAction.SIGKILL, folder)
     run_group(assign(run, faults=(strike,), **SPOILED), storage, size)
     assert Path(strike.record).exists()
     assert run_group(assign(run, launch="second", **SPOILED), storage, size)[0].outcome is Outcome.DONE
@@ -132,16 +133,17 @@ def killed_equals_uninterrupted(
 
 
 def test_patience_survives_a_kill(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path) -> None:
-    killed_equals_uninterrupted(Point.STEP, 2, 2, assign, storage, tmp_path)
+    killed_equals_uninterrupted(FaultPoint.STEP, 2, 2, assign, storage, tmp_path)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
-    ("point", "back"), [(Point.STEP, 1), (Point.STEP, 4), (Point.BEFORE_SNAPSHOT, 0), (Point.AFTER_RETENTION, 0)]
+    ("point", "back"),
+    [(FaultPoint.STEP, 1), (FaultPoint.STEP, 4), (FaultPoint.BEFORE_SNAPSHOT, 0), (FaultPoint.AFTER_RETENTION, 0)],
 )
 def test_patience_survives_a_kill_anywhere(
-    point: Point, back: int, size: int, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+    point: FaultPoint, back: int, size: int, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     """Also at the very end: before its save, and between its commit and the model. About 5 s each."""
     killed_equals_uninterrupted(point, back, size, assign, storage, tmp_path)

@@ -12,23 +12,19 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import LOOP_STATE, checkpoint_dir
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.state.rank_group import Ranks
-from outlast.checkpointing.storage.base import LocalStorage, read_bytes
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import TrainSettings
-from outlast.trainers.loop.mixed_precision import (
-    apply_gradients,
-    load_scaler,
-    make_scaler,
-    prepare_module,
-    scaler_state,
-)
+from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.loop.compilation import prepare_module
+from outlast.trainers.loop.mixed_precision import apply_gradients, load_scaler, make_scaler, scaler_state
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
-from outlast.trainers.tasks.base import CausalLM
+from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
 from tests.support.worker_group import digests, fault, losses, newest, run_group
 
@@ -61,7 +57,7 @@ def killed_equals_uninterrupted(
 ) -> None:
     """`run` is the uninterrupted one."""
     killed = f"{run}-killed-{step}"
-    strike = fault(Point.STEP, step, size - 1, Action.SIGKILL, folder)
+    strike = fault(FaultPoint.STEP, step, size - 1, FaultAction.SIGKILL, folder)
     run_group(assign(killed, faults=(strike,), **train), storage, size, limit_s=240)
     assert Path(strike.record).exists()
     ended = run_group(assign(killed, launch="second", **train), storage, size, limit_s=240)
@@ -135,7 +131,7 @@ def test_overflows_are_exact_whatever_the_optimizer(
 ) -> None:
     """An unfused optimizer has no state at all before the first step that counts. About 5 s each."""
     run, train = f"fp16-{optimizer}-{size}", {**FP16, "optimizer": optimizer, "lr": 1e-3}
-    if not catalogue(storage, run).accepted:
+    if not read_catalog(storage, run).accepted:
         run_group(assign(run, **train), storage, size)
     assert 1 in skipped(storage, run)
     killed_equals_uninterrupted(run, size, step, assign, storage, tmp_path, **train)
@@ -164,7 +160,7 @@ def num_kept(run: str, recompute: bool, assign: Callable[..., Assignment], stora
     tokenizer = assignment.prepared.tokenizer(storage)
     task = CausalLM(assignment.config.data, tokenizer, assignment.prepared.facts)
     model, _ = build_model(assignment.config.model, task, tokenizer, 0, fresh=True)
-    prepare_module(model, assignment.config.train, Ranks(), CPU)
+    prepare_module(model, assignment.config.train, RankGroup(), CPU)
     kept: set[int] = set()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -178,7 +174,7 @@ def num_kept(run: str, recompute: bool, assign: Callable[..., Assignment], stora
 
 def test_a_model_that_cannot_recompute_is_refused() -> None:
     with pytest.raises(ConfigError, match="Linear cannot recompute its activations"):
-        prepare_module(nn.Linear(2, 2), settings(gradient_checkpointing=True), Ranks(), CPU)
+        prepare_module(nn.Linear(2, 2), settings(gradient_checkpointing=True), RankGroup(), CPU)
 
 
 # -- compiled kernels --------------------------------------------------------------------------------------------------
@@ -190,7 +186,7 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
     with pytest.raises(PreflightError, match=r"rank 0: torch\.compile does not work on this machine") as caught:
-        prepare_module(nn.Linear(2, 2), settings(compile=True), Ranks(), CPU)
+        prepare_module(nn.Linear(2, 2), settings(compile=True), RankGroup(), CPU)
     assert "train.compile: false" in caught.value.hint
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import NonFinite
+from outlast.trainers.config.train import NonFinite
+from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.world import World
-from outlast.trainers.loop.non_finite import MAX_IN_A_ROW, Finite, NonFiniteError, RolledBack
-from outlast.trainers.loop.train_loop import Outcome, make_plan
+from outlast.trainers.loop.non_finite import MAX_IN_A_ROW, NonFiniteError, NonFiniteGuard, RolledBack
+from outlast.trainers.loop.train_loop import Outcome
 from tests.support.worker_group import Ended, digests, fault, losses, newest, resumed, run_group
 
 SIZE = 2
@@ -103,7 +104,7 @@ def test_a_skipping_run_that_is_killed_ends_with_the_same_bits(
     reference = f"skip-reference-{step}-{overlap}"
     assert done(run_group(bring(reference, NonFinite.SKIP, overlap=overlap), storage, SIZE))
     name = f"skip-killed-{step}-{overlap}"
-    faults = (fault(Point.STEP, step, 0, Action.SIGKILL, tmp_path),)
+    faults = (fault(FaultPoint.STEP, step, 0, FaultAction.SIGKILL, tmp_path),)
     killed = bring(name, NonFinite.SKIP, overlap=overlap, faults=faults)
     assert not done(run_group(killed, storage, SIZE))
     assert done(run_group(killed, storage, SIZE))
@@ -118,7 +119,7 @@ def test_roll_back_goes_to_the_newest_checkpoint_and_ends_as_a_skip(
     bring: Bring, storage: LocalStorage, tmp_path: Path
 ) -> None:
     assert done(run_group(bring("roll-reference", NonFinite.SKIP), storage, SIZE))
-    faults = (fault(Point.STEP, BAD_STEP + 1, 0, Action.SIGKILL, tmp_path),)
+    faults = (fault(FaultPoint.STEP, BAD_STEP + 1, 0, FaultAction.SIGKILL, tmp_path),)
     rolling = bring("roll", NonFinite.ROLL_BACK, faults=faults)
     ended = run_group(rolling, storage, SIZE)
     assert all(isinstance(item.error, RolledBack) and not item.error.permanent for item in ended)
@@ -132,7 +133,7 @@ def test_roll_back_goes_to_the_newest_checkpoint_and_ends_as_a_skip(
 def test_what_was_left_out_once_stays_left_out(bring: Bring, storage: LocalStorage, tmp_path: Path) -> None:
     """Also where it would come out finite the second time, as after a fault of the machine."""
     assert done(run_group(bring("once-reference", NonFinite.SKIP), storage, SIZE))
-    faults = (fault(Point.STEP, BAD_STEP, 0, Action.SIGKILL, tmp_path),)
+    faults = (fault(FaultPoint.STEP, BAD_STEP, 0, FaultAction.SIGKILL, tmp_path),)
     healed = bring("once", NonFinite.SKIP, faults=faults)
     assert not done(run_group(healed, storage, SIZE))
     assert newest(storage, "finite-once").ref.step == 3
@@ -143,7 +144,7 @@ def test_what_was_left_out_once_stays_left_out(bring: Bring, storage: LocalStora
 
 
 def test_too_many_in_a_row_is_no_bad_batch() -> None:
-    finite = Finite(NonFinite.SKIP, World(), torch.nn.Linear(1, 1))
+    finite = NonFiniteGuard(NonFinite.SKIP, World(), torch.nn.Linear(1, 1))
     for step in range(1, MAX_IN_A_ROW + 1):
         assert finite.action(step) is NonFinite.SKIP
         finite.left_out.append(step)
@@ -161,4 +162,4 @@ def test_an_overflow_of_scaled_gradients_is_not_one(bring: Bring, storage: Local
     skipped = [event for _, event in run_events(storage, "finite-overflow") if event["event"] == "step-skipped"]
     assert BAD_STEP in [event["step"] for event in skipped]
     assert not told(storage, "finite-overflow")
-    assert len(catalogue(storage, "finite-overflow").accepted) == 3
+    assert len(read_catalog(storage, "finite-overflow").accepted) == 3

@@ -11,10 +11,11 @@ import pytest
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.catalog import run_events
-from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, Every
-from outlast.checkpointing.storage.base import Entry, LocalStorage
+from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveInterval
+from outlast.checkpointing.storage.base import Entry
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.loop import save_timer as pace_module
-from outlast.trainers.loop.save_timer import ASSUMED_BETWEEN_FAILURES_S, Pace
+from outlast.trainers.loop.save_timer import ASSUMED_BETWEEN_FAILURES_S, SaveTimer
 from tests.support.small_model import small_model, train_step
 
 
@@ -45,7 +46,7 @@ def test_the_interval_follows_from_costs_and_is_told(tmp_path: Path, clock: Cloc
     saver = Checkpointer(storage, "run", launch="c")
     model, optimizer = small_model()
     train_step(model, optimizer, 1)
-    pace = Pace(Every.parse("auto"), saver)
+    pace = SaveTimer(SaveInterval.parse("auto"), saver)
     pace.first_step_is_done()
     assert not pace.is_due()
     clock.now += FIRST_AUTO_S
@@ -68,7 +69,7 @@ def test_the_interval_follows_from_costs_and_is_told(tmp_path: Path, clock: Cloc
 
 def test_an_urgent_save_says_nothing_of_the_others(tmp_path: Path, clock: Clock) -> None:
     saver = Checkpointer(LocalStorage(tmp_path), "run")
-    pace = Pace(Every.parse("auto"), saver)
+    pace = SaveTimer(SaveInterval.parse("auto"), saver)
     pace.saved(urgent=True)
     saver.last_save = (300.0, 300.0)
     clock.now += FIRST_AUTO_S
@@ -87,7 +88,7 @@ def test_an_estimate_that_cannot_be_made_is_no_end(tmp_path: Path, clock: Clock)
     storage = Deaf(tmp_path)
     saver = Checkpointer(storage, "run")
     storage.deaf = True
-    pace = Pace(Every.parse("auto"), saver)
+    pace = SaveTimer(SaveInterval.parse("auto"), saver)
     pace.first_step_is_done()
     saver.last_save = (1.0, 1.0)
     clock.now += FIRST_AUTO_S

@@ -16,16 +16,22 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import MANIFEST, checkpoint_dir, model_dir
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.reader import read_tensors
-from outlast.checkpointing.run_store.catalog import catalogue, claim, list_attempts, run_events
-from outlast.checkpointing.storage.base import LocalStorage, open_storage, read_bytes
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.claims import claim, list_attempts
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import TrainSettings
+from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
-from outlast.trainers.loop.optimizer import learning_rate, make_optimizer
-from outlast.trainers.loop.train_loop import Outcome, make_plan
+from outlast.trainers.loop.lr_schedule import learning_rate
+from outlast.trainers.loop.optimizer import make_optimizer
+from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
-from outlast.trainers.tasks.base import CausalLM, Task
+from outlast.trainers.tasks.base import Task
+from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
 from tests.support.worker_group import Quiet, digests, losses, newest, resumed, run_group, tiny_config
 
@@ -256,7 +262,7 @@ def test_saves_by_the_clock_are_agreed_and_change_nothing(
     assert [item.outcome for item in ended] == [Outcome.DONE] * 2
     commits = [event["step"] for _, event in run_events(storage, "by-the-clock") if event["event"] == "commit"]
     assert commits == list(range(1, 11))
-    assert [item.ref.step for item in catalogue(storage, "by-the-clock").accepted] == [10, 9]
+    assert [item.ref.step for item in read_catalog(storage, "by-the-clock").accepted] == [10, 9]
     assert digests(storage, "by-the-clock") == reference(2).digests
 
 
@@ -265,7 +271,7 @@ def test_the_best_is_kept_and_published(assign: Callable[..., Assignment], stora
     best = {"every": 100, "keep_last": 2, "keep_best": 1, "metric_mode": "max", "load_best": True}
     ended = run_group(assign("best", sections={"checkpoint": best}, eval_every=2), storage, 2)
     assert [item.outcome for item in ended] == [Outcome.DONE] * 2
-    found = catalogue(storage, "best")
+    found = read_catalog(storage, "best")
     assert [item.ref.step for item in found.accepted] == [10, 8, 2], "each evaluation saves"
     measured = evaluations(storage, "best")
     assert [item.metrics["eval_loss"] for item in found.accepted] == [measured[10], measured[8], measured[2]]

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.models.lora import adapter_files, adapter_naming
 from tests.checkpointing.state.test_shards import state_digests
 from tests.support.ranks import on_ranks

@@ -15,18 +15,21 @@ import torch
 from safetensors.torch import load_file
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.model import DataSettings, ModelSettings
-from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.config.data import DataSettings
+from outlast.trainers.config.model import ModelSettings
+from outlast.trainers.config.train import Parallel
+from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import build_model, train_bpe
-from outlast.trainers.models.custom_model import load_class, make_importable
+from outlast.trainers.models.build import build_model
+from outlast.trainers.models.custom_model import load_class
 from outlast.trainers.predict import choose_checkpoint, load
-from outlast.trainers.tasks.base import CausalLM
+from outlast.trainers.tasks.causal_lm import CausalLM
+from outlast.trainers.user_code import make_importable
 from tests.support.worker_group import StopAt, digests, fault, losses, newest, resumed, run_group
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -67,7 +70,7 @@ def test_a_memory_is_part_of_what_comes_back(
 ) -> None:
     run = f"memory-{size}"
     assert run_group(bring(run), storage, size)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 9, 0, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 9, 0, FaultAction.SIGKILL, tmp_path)
     run_group(bring(f"{run}-killed", faults=(strike,)), storage, size)
     assert Path(strike.record).exists()
     again = run_group(bring(f"{run}-killed", launch="second"), storage, size)

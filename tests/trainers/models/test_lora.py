@@ -17,15 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.run_store.catalog import catalogue
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
+from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.training_config import Parallel
+from outlast.trainers.config.train import Parallel
+from outlast.trainers.data.tokenizer import files_of, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import files_of, train_bpe
 from outlast.trainers.predict import choose_checkpoint, load
 from tests.support.worker_group import digests, fault, losses, newest, run_group
 
@@ -79,7 +79,7 @@ def trained(adapt: Callable[..., Assignment], storage: LocalStorage) -> Path:
 def test_killed_and_resumed_equals_uninterrupted(
     adapt: Callable[..., Assignment], storage: LocalStorage, trained: Path, tmp_path: Path
 ) -> None:
-    strike = fault(Point.WHILE_WRITING, 6, 1, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
     assert run_group(adapt("adapter-killed", faults=(strike,)), storage, 2)[1].exit_code == -9
     assert Path(strike.record).exists()
     assert run_group(adapt("adapter-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
@@ -98,7 +98,7 @@ def test_spread_over_ranks_it_comes_back_too(
     def spread(name: str, **options: Any) -> Assignment:
         return replace(adapt(name, **options), parallel=Parallel.FSDP)
 
-    run, strike = "adapter-spread", fault(Point.WHILE_WRITING, 6, 1, Action.SIGKILL, tmp_path)
+    run, strike = "adapter-spread", fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
     assert run_group(spread(run), storage, 2)[0].outcome is Outcome.DONE
     run_group(spread(f"{run}-killed", faults=(strike,)), storage, 2)
     assert Path(strike.record).exists()
@@ -186,7 +186,7 @@ def test_without_peft_it_says_how_to_get_it(
     adapt: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from outlast.trainers.models.build import build_model
-    from outlast.trainers.tasks.base import CausalLM
+    from outlast.trainers.tasks.causal_lm import CausalLM
 
     assignment = adapt("adapter-without")
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -201,7 +201,7 @@ def test_modules_that_are_not_there(adapt: Callable[..., Assignment], storage: L
     [ended] = run_group(adapt("adapter-nowhere", model={"lora": {"target_modules": ["c_attn"]}}), storage, 1)
     assert isinstance(ended.error, ConfigError)
     assert "q_proj" in ended.error.hint
-    assert not catalogue(storage, "adapter-nowhere").accepted
+    assert not read_catalog(storage, "adapter-nowhere").accepted
 
 
 def test_an_adapter_needs_a_model(assign: Callable[..., Assignment]) -> None:

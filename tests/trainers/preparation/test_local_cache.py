@@ -11,7 +11,7 @@ import pytest
 from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.format.manifest import FileEntry
 from outlast.checkpointing.save.writer import write_file
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.preparation.local_cache import evict, limit_bytes, local_copy
 from tests.support.ranks import on_ranks
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Samples, write_samples
 from outlast.trainers.data.readers import read_rows

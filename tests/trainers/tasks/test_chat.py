@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import build_model, train_bpe
+from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.registry import find_task
 from tests.support.task_cases import GPT2, paragraphs
 from tests.support.worker_group import digests, fault, run_group
@@ -74,7 +75,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     sections: dict[str, Any], assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     assert run_group(assign("talk", sections=sections), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 6, 1, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
     run_group(assign("talk-killed", sections=sections, faults=(strike,)), storage, 2)
     assert Path(strike.record).exists()
     assert run_group(assign("talk-killed", sections=sections, launch="b"), storage, 2)[0].outcome is Outcome.DONE

@@ -23,18 +23,19 @@ from torchmetrics.functional.classification import (
 from transformers import AutoModelForSequenceClassification
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.fault_injection import Action, Point
-from outlast.checkpointing.run_store.catalog import catalogue, run_events
-from outlast.checkpointing.storage.base import LocalStorage
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.model import DataSettings
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample, Samples
-from outlast.trainers.data.columns import Column, Kind
+from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.data.sampler import Plan, mix
+from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import build_model, train_bpe
+from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared, prepare
 from outlast.trainers.tasks.base import Batch, Record, Task
 from outlast.trainers.tasks.classification import SequenceClassification
@@ -72,7 +73,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     classify: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     assert run_group(classify("kinds"), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 6, 1, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
     assert run_group(classify("kinds-killed", faults=(strike,)), storage, 2)[1].exit_code == -9
     assert Path(strike.record).exists()
     assert run_group(classify("kinds-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
@@ -200,7 +201,7 @@ def test_each_task_learns_and_is_killed_and_ends_equal(
 ) -> None:
     sections, run = CASES[name].sections(tmp_path), name.replace(" ", "-")
     assert run_group(assign(run, sections=sections), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 6, 1, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
     assert run_group(assign(f"{run}-killed", sections=sections, faults=(strike,)), storage, 2)[1].exit_code == -9
     assert Path(strike.record).exists()
     again = assign(f"{run}-killed", sections=sections, launch="second")
@@ -353,7 +354,7 @@ def test_padding_without_a_token_for_it() -> None:
 class Shouting(SequenceClassification):
     """A user's task: it reads columns of its own, and shouts."""
 
-    columns = (Column("said", Kind.TEXT), Column("mood", Kind.LABEL, is_target=True))
+    columns = (Column("said", ColumnType.TEXT), Column("mood", ColumnType.LABEL, is_target=True))
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
@@ -384,7 +385,7 @@ def test_a_task_of_ones_own_is_trained_killed_and_resumed(
     sections["model"] |= {"task": "tests.trainers.tasks.test_tasks:Shouting"}
     sections["data"] |= {"columns": {"said": "text", "mood": "label"}}
     assert run_group(assign("shouting", sections=sections), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(Point.WHILE_WRITING, 6, 0, Action.SIGKILL, tmp_path)
+    strike = fault(FaultPoint.WHILE_WRITING, 6, 0, FaultAction.SIGKILL, tmp_path)
     run_group(assign("shouting-killed", sections=sections, faults=(strike,)), storage, 2)
     assert Path(strike.record).exists()
     run_group(assign("shouting-killed", sections=sections, launch="second"), storage, 2)
@@ -412,9 +413,9 @@ def test_the_best_is_damaged_and_the_next_is_published(
     classify: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     """A run that is trained must not hang on one bad file for ever."""
-    strike = fault(Point.AFTER_RETENTION, 10, 0, Action.EXCEPTION, tmp_path)
+    strike = fault(FaultPoint.AFTER_RETENTION, 10, 0, FaultAction.EXCEPTION, tmp_path)
     run_group(classify("classes-damaged", faults=(strike,)), storage, 1)
-    accepted = catalogue(storage, "classes-damaged").accepted
+    accepted = read_catalog(storage, "classes-damaged").accepted
     rated = [item for item in accepted if "eval_accuracy" in item.metrics]
     best = max(rated, key=lambda item: (item.metrics["eval_accuracy"], -item.ref.step))
     directory = storage.path(f"classes-damaged/attempts/{best.ref.attempt}/checkpoint-{best.ref.step}")
@@ -448,4 +449,4 @@ def test_threads_are_those_that_the_run_began_with(assign: Callable[..., Assignm
     for launch, threads, stop in (("a", 2, 3), ("b", 1, 6), ("c", 1, 99)):
         assignment = replace(assign("threads", launch=launch), num_threads=threads)
         run_group(assignment, storage, 1, StopAt(stop))
-        assert catalogue(storage, "threads").declaration["num_threads"] == 2
+        assert read_catalog(storage, "threads").declaration["num_threads"] == 2

@@ -19,10 +19,14 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.run_store.catalog import run_events
-from outlast.checkpointing.storage.base import LocalStorage, open_storage, read_bytes
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.tracking.follow import Follower, Seen, TrackSettings, check_trackers, values_of
+from outlast.trainers.tracking.base import Watermark
+from outlast.trainers.tracking.follow import Follower, check_trackers, values_of
 from tests.conftest import Reference
 from tests.support.s3_server import s3_server
 from tests.support.worker_group import Quiet, digests, losses, resumed, run_group
@@ -252,8 +256,8 @@ def test_a_slow_tracker_loses_its_own_values_only(monkeypatch: pytest.MonkeyPatc
     class Slow:
         name = "slow"
 
-        def open(self) -> Seen:
-            return Seen()
+        def open(self) -> Watermark:
+            return Watermark()
 
         def log(self, values: Any, step: int, at: float) -> None:
             go.wait(LIMIT_S)
@@ -265,7 +269,7 @@ def test_a_slow_tracker_loses_its_own_values_only(monkeypatch: pytest.MonkeyPatc
     follower = Follower(Slow, lambda newest: [], said.append)
     for step in range(1, 30):
         event = {"event": "step", "step": step, "loss": 1.0, "lr": 1.0, "grad_norm": None, "count": 1, "seconds": 1.0}
-        follower.hear({**event, "t": 0.0})
+        follower.apply({**event, "t": 0.0})
     assert len(said) == 1
     assert "from step 6 on" in said[0]
     go.set()
