@@ -42,7 +42,8 @@ from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import FileEntry, Manifest
 from outlast.checkpointing.run_store import journal as journal_module
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
-from outlast.checkpointing.storage.base import Buffer, LocalStorage
+from outlast.checkpointing.storage.base import Buffer
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.browser import CHROMIUM, Page, chromium
 
 RUN, LAUNCH = "long", "20260101-000000-abcdef"
@@ -156,8 +157,7 @@ class _Attempt:
     def finish(self) -> None:
         self._journal.flush()
         self._commits.flush()
-        if wait := getattr(self._journal, "wait", None):
-            wait()
+        self._journal.wait()
 
 
 def build(folder: Path, num_steps: int) -> int:
@@ -166,7 +166,7 @@ def build(folder: Path, num_steps: int) -> int:
     driver = Journal(storage, layout.launch_dir(RUN, LAUNCH), 0, flush_s=0)
     interval, num_events = num_steps // NUM_CHECKPOINTS, 0
     kept: list[CheckpointRef] = []
-    with mock.patch.object(journal_module.time, "time", clock):
+    with mock.patch("time.time", clock):
         for number in range(1, NUM_ATTEMPTS + 1):
             clock.now += 20.0
             attempt = _Attempt(storage, number, clock, num_steps, draw)
@@ -204,7 +204,7 @@ def _commit(storage: LocalStorage, kept: Iterable[CheckpointRef], lineage: tuple
 @contextmanager
 def uncompacted() -> Iterator[None]:
     """The writer as 0.1.0 had it."""
-    with mock.patch.object(journal_module, "COMPACTED_SEGMENTS", sys.maxsize, create=True):
+    with mock.patch.object(journal_module, "COMPACTED_SEGMENTS", sys.maxsize):
         yield
 
 
@@ -262,7 +262,8 @@ def _rows(folder: Path, form: str, num_steps: int, rounds: int) -> Iterator[dict
 def measure(*, quick: bool = False) -> dict[str, Any]:
     """Runs the benchmark."""
     num_steps, rounds = (50_000, 3) if quick else (NUM_STEPS, 5)
-    folder, rows = Path(tempfile.mkdtemp(dir=".", prefix="long-")).absolute(), []
+    folder = Path(tempfile.mkdtemp(dir=".", prefix="long-")).absolute()
+    rows: list[dict[str, Any]] = []
     try:
         rows += _rows(folder / "new", "compacted", num_steps, rounds)
         with uncompacted():
