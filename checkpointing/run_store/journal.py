@@ -28,7 +28,7 @@ from outlast.checkpointing.run_store.segments import (
     read_if_there,
     segment_name,
 )
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.base import ReadableStorage, Storage
 
 if TYPE_CHECKING:
     from outlast.checkpointing.run_store.compaction import CompactedEvents, StepColumns
@@ -176,7 +176,7 @@ def last_event_at(storage: Storage, directory: str) -> float | None:
     return max((float(event["t"]) for event in newest if "t" in event), default=None)
 
 
-def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
+def read_events(storage: ReadableStorage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
     """The events of a directory, each rank's in the order written. Lines that are not JSON objects are passed over.
 
     Raises:
@@ -186,7 +186,7 @@ def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Itera
         yield from _parse(events) if isinstance(events, list) else events
 
 
-def read_first_and_last(storage: Storage, directory: str) -> Iterator[dict[str, Any]]:
+def read_first_and_last(storage: ReadableStorage, directory: str) -> Iterator[dict[str, Any]]:
     """Rank 0's events in the first and in the last segment of a directory: how it began, and how it ended.
 
     Raises:
@@ -196,13 +196,12 @@ def read_first_and_last(storage: Storage, directory: str) -> Iterator[dict[str, 
 
 
 def _read(
-    storage: Storage, directory: str, choose: Callable[[list[SegmentFile]], list[SegmentFile]]
+    storage: ReadableStorage, directory: str, choose: Callable[[list[SegmentFile]], list[SegmentFile]]
 ) -> Iterator[dict[str, Any]]:
     """The events of some of rank 0's segments."""
-    for _ in range(_TRIES):  # one that is compacted meanwhile is not the last one any more
-        found = [
-            read_if_there(storage, directory, file.name) for file in choose(list_segments(storage, directory, _MINE))
-        ]
+    for tries in range(_TRIES):  # one that is compacted meanwhile is not the last one any more
+        files = choose(list_segments(storage, directory, _MINE, again=tries > 0))
+        found = [read_if_there(storage, directory, file.name) for file in files]
         if None not in found:
             break
     for data in found:
@@ -217,7 +216,7 @@ class JournalTail:
         stream: Which stream; with it come those whose names begin so (`events` brings `events-watch`).
     """
 
-    def __init__(self, storage: Storage, stream: str = EVENTS) -> None:
+    def __init__(self, storage: ReadableStorage, stream: str = EVENTS) -> None:
         self._storage, self._stream = storage, stream
         self._readers: dict[str, SegmentReader] = {}
 

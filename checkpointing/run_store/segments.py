@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.base import ReadableStorage, read_bytes
 
 if TYPE_CHECKING:
     from outlast.checkpointing.run_store.compaction import CompactedEvents
@@ -75,7 +76,9 @@ def compacted_name(journal: str, first: int, last: int) -> str:
     return f"{journal}-{first:06d}-{last:06d}.parquet"
 
 
-def list_segments(storage: Storage, directory: str, stream: str, but: Iterable[str] = ()) -> list[SegmentFile]:
+def list_segments(
+    storage: ReadableStorage, directory: str, stream: str, but: Iterable[str] = (), *, again: bool = False
+) -> list[SegmentFile]:
     """The files of the journals whose names begin with `stream`, each journal's in order, and nothing twice.
 
     Args:
@@ -83,11 +86,14 @@ def list_segments(storage: Storage, directory: str, stream: str, but: Iterable[s
         directory: Their directory.
         stream: Such as `events`, which brings `events-watch` too, or `events-0`.
         but: Compacted files to leave out.
+        again: What the storage remembers of the directory has turned out to be old.
 
     Raises:
         StorageError: The listing failed.
     """
-    for _ in range(_TRIES):
+    for tries in range(_TRIES):
+        if isinstance(storage, RunStore) and (again or tries):
+            storage.forget(directory)
         found = list(_segment_files(storage, directory, stream, set(but)))
         wide = [file for file in found if file.is_compacted]
         kept = [file for file in found if not any(other.holds(file) for other in wide)]
@@ -96,7 +102,7 @@ def list_segments(storage: Storage, directory: str, stream: str, but: Iterable[s
     return kept
 
 
-def _segment_files(storage: Storage, directory: str, stream: str, but: set[str]) -> Iterator[SegmentFile]:
+def _segment_files(storage: ReadableStorage, directory: str, stream: str, but: set[str]) -> Iterator[SegmentFile]:
     files = []
     for entry in storage.list(directory):
         match = _NAME.fullmatch(entry.name) if entry.name.startswith(f"{stream}-") else None
@@ -118,7 +124,7 @@ class SegmentReader:
         stream: As in `list_segments`.
     """
 
-    def __init__(self, storage: Storage, directory: str, stream: str) -> None:
+    def __init__(self, storage: ReadableStorage, directory: str, stream: str) -> None:
         self._storage, self._directory, self._stream = storage, directory, stream
         self._sizes: dict[str, int] = {}
         self._given: dict[str, dict[tuple[int, int], int]] = {}  # events of each range of segments, by journal
@@ -134,7 +140,7 @@ class SegmentReader:
             if tries > 1:
                 time.sleep(_PAUSE_S)
             is_last, is_complete = tries == _TRIES - 1, True
-            files = list_segments(self._storage, self._directory, self._stream, self._unreadable)
+            files = list_segments(self._storage, self._directory, self._stream, self._unreadable, again=tries > 0)
             for file, data in self._read([file for file in files if not self._is_given(file)]):
                 events = self._parse(file, data)
                 if events is None:
@@ -186,7 +192,7 @@ class SegmentReader:
         return read_if_there(self._storage, self._directory, file.name)
 
 
-def read_if_there(storage: Storage, directory: str, name: str) -> bytes | None:
+def read_if_there(storage: ReadableStorage, directory: str, name: str) -> bytes | None:
     """The bytes of a file; None if it has gone, perhaps while it was read.
 
     Raises:
@@ -197,6 +203,8 @@ def read_if_there(storage: Storage, directory: str, name: str) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError:
+        if isinstance(storage, RunStore):
+            storage.forget(directory)
         if any(entry.name == name for entry in storage.list(directory)):
             raise
         return None

@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import load_run
-from outlast.cluster.status import read_status
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.config.run_config import load_run
+from outlast.cluster.monitoring.status import read_status
 from outlast.trainers import Assignment, prepare
-from outlast.trainers.loop import Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from tests.golden.make_run_0_1_0 import outlast, step_losses, tensor_digests
 from tests.golden.numerics import PINNED, numerics
-from tests.group import run_group
+from tests.support.groups.worker_group import run_group
 
-STORED = Path(__file__).parent / "golden/run_0_1_0"
+STORED = Path(__file__).parents[1] / "golden/run_0_1_0"
 UNDISTURBED = json.loads((STORED / "undisturbed.json").read_text())
 LOSSES = {int(step): loss for step, loss in UNDISTURBED["losses"].items()}
 NUM_STEPS, RESUMED_FROM = 60, 30
@@ -72,7 +73,7 @@ def continue_without_ray(folder: Path) -> None:
 def test_status_is_what_0_1_0_read(folder: Path) -> None:
     expected = stored("status.json", folder)
     assert (expected["state"], expected["attempts"], expected["lost_steps"]) == ("lost", 2, 3)
-    assert shared(read_status(LocalStorage(folder / "runs"), "golden"), expected) == expected
+    assert shared(read_status(RunStore(LocalStorage(folder / "runs"), "golden")), expected) == expected
 
 
 def test_commands_read_it(folder: Path) -> None:
