@@ -92,14 +92,19 @@ def list_segments(
         StorageError: The listing failed.
     """
     for tries in range(_TRIES):
-        if isinstance(storage, RunStore) and (again or tries):
-            storage.forget(directory)
+        if again or tries:
+            _forget(storage, directory)
         found = list(_segment_files(storage, directory, stream, set(but)))
         wide = [file for file in found if file.is_compacted]
         kept = [file for file in found if not any(other.holds(file) for other in wide)]
         if but or not any(b.first > a.last + 1 for a, b in pairwise(kept) if a.journal == b.journal):
             break  # a gap is a listing that was overtaken by a compaction, or the end of a file by other means
     return kept
+
+
+def _forget(storage: ReadableStorage, directory: str) -> None:
+    if isinstance(storage, RunStore):
+        storage.forget(directory)
 
 
 def _segment_files(storage: ReadableStorage, directory: str, stream: str, but: set[str]) -> Iterator[SegmentFile]:
@@ -203,8 +208,7 @@ def read_if_there(storage: ReadableStorage, directory: str, name: str) -> bytes 
     except FileNotFoundError:
         return None
     except OSError:
-        if isinstance(storage, RunStore):
-            storage.forget(directory)
+        _forget(storage, directory)
         if any(entry.name == name for entry in storage.list(directory)):
             raise
         return None
