@@ -291,7 +291,7 @@ class Moving:
         raise AssertionError("a reader deletes nothing")
 
 
-paces = st.tuples(st.integers(0, 400), st.integers(0, 999), st.sampled_from([1, 3, 20, 80]))
+paces = st.tuples(st.integers(0, 100), st.integers(0, 999), st.sampled_from([1, 3, 20, 80]))
 
 
 def _pace(seed: int, most: int) -> Iterator[int]:
