@@ -54,6 +54,10 @@ class RunStore:
             entries = self._listed[path] = self.storage.list(path)
         return entries
 
+    def forget(self, path: str) -> None:
+        """Forgets the listing of a directory, for who finds that it has changed."""
+        self._listed.pop(path, None)
+
     def open(self, path: str) -> BinaryIO:
         """A file, for reading. Raises as `Storage.open`.
 

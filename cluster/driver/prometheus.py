@@ -41,11 +41,11 @@ class PrometheusGauges:
         self._gauges = {name: Gauge(name, text, tag_keys=("run",)) for name, text in GAUGES.items()}
         self._tags = {"run": run}
 
-    def apply(self, event: Mapping[str, Any], attempt: str | None) -> None:
-        """Learns from an event of rank 0, whose attempt is called so."""
+    def apply(self, event: Mapping[str, Any]) -> None:
+        """Takes an event of rank 0."""
         match event["event"]:
             case "plan":
-                if known := AttemptId.parse(attempt or ""):
+                if known := AttemptId.parse(event.get("by") or ""):
                     self._set("attempt", known.number)
                 self._set("num_steps", event["num_steps"])
                 self._set("workers", event["world_size"])

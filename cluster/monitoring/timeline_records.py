@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import nan
 from time import strptime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+
+if TYPE_CHECKING:
+    from outlast.checkpointing.run_store.compaction import StepColumns
 
 #: A driver that has not been heard of for so long is lost.
 LOST_AFTER_S = 30.0
@@ -50,6 +53,20 @@ class StepSeries:
         self.lr.append(get("lr", nan))
         self.seconds.append(get("seconds", 0.0))
         self.ended_at.append(get("ended_at", get("t", 0.0)))
+
+    def extend(self, steps: StepColumns) -> None:
+        """Adds many at once, as `add` does one by one."""
+        new = steps.rising(self.number[-1] if self.number else None)
+        for column, name in (
+            (self.number, "step"),
+            (self.tokens, "tokens"),
+            (self.loss, "loss"),
+            (self.grad_norm, "grad_norm"),
+            (self.lr, "lr"),
+            (self.seconds, "seconds"),
+            (self.ended_at, "ended_at"),
+        ):
+            column.frombytes(new[name].tobytes())
 
     def began_at(self, index: int) -> float:
         return self.ended_at[index] - self.seconds[index]
@@ -206,6 +223,11 @@ class AttemptTimeline:
                 self.slow = event["ranks"]
             case "non-finite" | "early-stop" | "changed" | "save-failed" | "failed" | "hang" | "rejected":
                 self.notes.append(dict(event))
+
+    def apply_steps(self, steps: StepColumns) -> None:
+        """Takes many of its steps at once."""
+        self.heard_at = max(self.heard_at, float(steps["t"].max()))
+        self.steps.extend(steps)
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ from outlast.trainers.loop.event_log import EventLog
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.progress import StepPhase
 from outlast.trainers.loop.save_timer import SaveTimer
-from outlast.trainers.loop.step_state import PlannedSave, StepConsensus, StepRequests
+from outlast.trainers.loop.step_state import PlannedSave, StepRequests
 from outlast.trainers.loop.train_step import TrainStep
 from outlast.trainers.tasks.base import Task
 
@@ -110,8 +110,7 @@ class Loop:
                 is_first = False
             if agreed.trouble and not self.checkpointer.wait():
                 return Outcome.SUPERSEDED
-            is_evaluated = self._evaluation_is_due()
-            if is_evaluated:
+            if is_evaluated := self._evaluation_is_due():
                 self._evaluate()
             is_over = self._is_over()
             if is_over and self.step < self.plan.num_steps:
@@ -124,9 +123,7 @@ class Loop:
                 return Outcome.STOPPED
         return self._finish()
 
-    # -- stepping ------------------------------------------------------------------------------------------------------
-
-    def _update(self) -> StepConsensus:
+    def _update(self) -> StepRequests:
         """One step. One that ends the run because it is not finite leaves a checkpoint of the state before it."""
         try:
             agreed = self._train_step.update(self.step, self._requests)
@@ -138,16 +135,14 @@ class Loop:
         return agreed
 
     def _requests(self) -> StepRequests:
-        """What this rank wants to happen after the step that has begun."""
-        save = self._requested_save() if self.world.rank == 0 else PlannedSave.NO
-        return StepRequests(self.control.stop_requested(), save, self.checkpointer.has_failed_or_superseded)
-
-    def _requested_save(self) -> PlannedSave:
-        """Rank 0: whether a save is requested from outside, or due by time."""
-        if reason := self.control.save_requested():
+        """What this rank wants to happen after the step that has begun; of saves rank 0 decides."""
+        save = PlannedSave.NO
+        if self.world.rank == 0 and (reason := self.control.save_requested()):
             self._log.event("save-requested", step=self.step + 1, reason=reason)
-            return PlannedSave.URGENT
-        return PlannedSave.DUE if self._save_timer.is_due() else PlannedSave.NO
+            save = PlannedSave.URGENT
+        elif self.world.rank == 0 and self._save_timer.is_due():
+            save = PlannedSave.DUE
+        return StepRequests(self.control.stop_requested(), save, self.checkpointer.has_failed_or_superseded)
 
     def _first_step_is_done(self) -> None:
         """Now that the optimizer has its state: takes the memory that saves will need."""
@@ -170,8 +165,6 @@ class Loop:
         reason = f"{best.num_waited} evaluations without a better {stopping.metric}"
         self._log.event("early-stop", step=self.step, reason=reason, best=best.best, best_step=best.best_step)
 
-    # -- evaluating ----------------------------------------------------------------------------------------------------
-
     def _evaluation_is_due(self) -> bool:
         every = self.config.train.eval_every
         is_due = every is not None and every.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
@@ -189,9 +182,7 @@ class Loop:
         self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **found})
         self._log.event("eval", step=self.step, **found, seconds=round(time.monotonic() - began, 4))
 
-    # -- saving and restoring ------------------------------------------------------------------------------------------
-
-    def _save_if_due(self, agreed: StepConsensus, *, is_evaluated: bool, is_over: bool) -> bool:
+    def _save_if_due(self, agreed: StepRequests, *, is_evaluated: bool, is_over: bool) -> bool:
         """False when superseded."""
         is_due = self.config.checkpoint.every.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
         may_be_best = is_evaluated and self.config.checkpoint.keep_best > 0
@@ -254,8 +245,6 @@ class Loop:
         if state is not None:
             self.step, self.metrics, self.log_history = state["step"], state["metrics"], state["log_history"]
         return state is None
-
-    # -- finishing -----------------------------------------------------------------------------------------------------
 
     def _finish(self) -> Outcome:
         """Publishes the model."""

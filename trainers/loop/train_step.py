@@ -113,7 +113,7 @@ class TrainStep:
         self._buffers = watch_buffers(self._model, self._exactness, recomputes=recomputes)
         self._model.train()
 
-    def update(self, step: int, requests: Callable[[], StepRequests]) -> StepConsensus:
+    def update(self, step: int, requests: Callable[[], StepRequests]) -> StepRequests:
         """Makes the update number `step`, from 0.
 
         Args:
@@ -121,7 +121,7 @@ class TrainStep:
             requests: Asked once the step's data is there.
 
         Returns:
-            What all ranks agreed to do after it.
+            The requests of all ranks together.
 
         Raises:
             ConfigError: The step has nothing to learn from, or a buffer changed that must not.
@@ -150,14 +150,12 @@ class TrainStep:
         norm = self._apply(step, lr, losses, cut)
         seconds = time.monotonic() - began
         self._pending = DeferredMetrics(step, agreed.count, agreed.num_tokens, losses, norm, lr, seconds, time.time())
-        return agreed
+        return agreed.requests
 
     def settle(self) -> None:
         """Adds up and records the losses of the newest step now, not with the next one. Every rank calls it."""
         if self._pending is not None:
             self._add(0)()
-
-    # -- data ----------------------------------------------------------------------------------------------------------
 
     def _cut(self, step: int) -> list[Positions]:
         """Which positions each micro-batch of a step holds, the same on every rank."""
@@ -168,8 +166,6 @@ class TrainStep:
     def _batch(self, positions: Positions) -> Batch:
         """A micro-batch on the host."""
         return self._task.collate(self._data.take(self._plan.samples(positions)), self._plan.keys(positions))
-
-    # -- gradients -----------------------------------------------------------------------------------------------------
 
     def _compute_gradients(
         self, step: int, cut: list[Positions], batches: Mapping[int, Batch], count: Callable[[], float]
@@ -209,8 +205,6 @@ class TrainStep:
         self._scaler.scale(loss if self._scaler.is_enabled() else or_nan(loss)).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
-    # -- agreement -----------------------------------------------------------------------------------------------------
-
     def _agree(
         self, step: int, batches: Mapping[int, Batch], requests: Callable[[], StepRequests]
     ) -> Callable[[], StepConsensus]:
@@ -233,7 +227,8 @@ class TrainStep:
                     f"step {step + 1} has nothing to learn from: none of its samples has a target",
                     hint="take such rows out of the data, or set a larger train.batch",
                 )
-            return StepConsensus(count_sum, token_sum, stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0)
+            together = StepRequests(stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0)
+            return StepConsensus(count_sum, token_sum, together)
 
         return agreed
 
@@ -259,8 +254,6 @@ class TrainStep:
             return sums[: len(head)]
 
         return added
-
-    # -- update --------------------------------------------------------------------------------------------------------
 
     def _apply(
         self, step: int, lr: float, losses: Mapping[int, torch.Tensor], cut: list[Positions]

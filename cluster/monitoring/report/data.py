@@ -24,7 +24,7 @@ from outlast.cluster.monitoring.summary import RunSummary, interruptions, verifi
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptEnd, AttemptTimeline, EvaluationRecord
 
-MOST_POINTS = 3000
+MOST_POINTS = 2000
 MOST_EVALS = 600
 MOST_SPANS = 1200
 MOST_ROWS = 500

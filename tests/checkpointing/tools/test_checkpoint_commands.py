@@ -207,7 +207,7 @@ def test_diff_across_runs(here: Path, outlast: Outlast) -> None:
     assert re.search(r"tensors: 0 equal, 16 changed, 12 added, 0 removed", said)
     shutil.rmtree(checkpoint("my-other", 1000))
     said = outlast("checkpoints", "diff", "runs/my-run", "best", "model", "--with", "runs/my-other").out
-    assert "the settings cannot be told" in said
+    assert "the settings are not recorded" in said
     assert re.search(r"^added .* transformer\.h\.1\.attn\.c_attn\.weight float32 \[16, 48\]$", said, re.MULTILINE)
 
 
@@ -264,7 +264,7 @@ def test_pin_and_prune(here: Path, outlast: Outlast) -> None:
     assert ", pinned" in outlast("checkpoints", "show", "my-run", "400").out
     shown = outlast("checkpoints", "prune", "my-run", "--keep-last", "2")
     assert re.findall(r"^would delete  (\d+)@", shown.out, re.MULTILINE) == ["600"], "200 is best by the run's settings"
-    assert "--yes deletes" in shown.err
+    assert "with --yes to delete" in shown.err
     assert checkpoint("my-run", 600).is_dir()
     body = json.loads(
         outlast("checkpoints", "prune", "my-run", "--keep-last", "2", "--keep-best", "0", "--yes", "--json").out

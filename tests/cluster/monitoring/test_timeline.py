@@ -17,6 +17,7 @@ from outlast.checkpointing.format.layout import attempt_dir, launch_dir
 from outlast.checkpointing.run_store import journal as journal_module
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import claim
+from outlast.checkpointing.run_store.compaction import compact
 from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
@@ -185,8 +186,10 @@ def test_a_killed_run_is_told_as_it_was(
     assert seen.num_lost == first.last_step - 6
     assert seen.samples_per_s == pytest.approx(8 / seen.seconds_per_step if seen.seconds_per_step else 0)
     assert set(second.steps.tokens) == {8 * 16}, "packed samples of 16 tokens"
-    whole = [event for _, event in run_events(RunStore(storage, "told")) if event["event"] == "plan"]
-    assert {event["batch"] for event in whole} == {8}
+    whole = [event for _, event in run_events(RunStore(storage, "told"))]
+    assert {event["batch"] for event in whole if event["event"] == "plan"} == {8}
+    lines = compact([json.dumps(event).encode() for event in whole]).table["json"].drop_null().to_pylist()
+    assert len(lines) == sum(event["event"] != "step" for event in whole), "what the loop tells of a step has columns"
 
 
 @pytest.mark.parametrize("size", [1, 3])
