@@ -131,11 +131,12 @@ url, kind, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if kind == "x":
     sys.modules["tensorboard"] = None
 import os, signal
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.trainers.tracking import backends as sinks
 from outlast.trainers.tracking.base import TrackerContext
 sinks.SEGMENT_BYTES, sinks.PUT_S = 1000, 0
-sink = sinks.TensorBoard(TrackerContext(open_storage(url), "run", "run-1", {"a": 1}, "outlast", {}))
+sink = sinks.TensorBoard(TrackerContext(RunStore(open_storage(url), "run"), "run-1", {"a": 1}, "outlast", {}))
 seen = sink.open()
 newest = seen.by_name.get("train/loss", seen.floor)
 print(newest)
