@@ -37,6 +37,7 @@ from outlast.checkpointing.run_store.claims import launch_is_superseded
 from outlast.checkpointing.run_store.liveness import LivenessFile, find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.storage.retry import call_with_retries, every
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.elastic_resize import resizers, scaling
@@ -242,18 +243,16 @@ class Launch:
         """CPUs of a worker. Waits a while for nodes that are on their way, as after a restart of the whole cluster, and
         asks for them where they only come then."""
         patience = os.environ.get(WAIT_VARIABLE)
-        deadline = time.monotonic() + (float(patience or NODES_WAIT_S) if self.joined else 0)
+        limit_s = float(patience or NODES_WAIT_S) if self.joined else 0.0
         if patience:
             scale = self.config.scale
             bundle = {"CPU": scale.cpus_per_worker or 1.0, "GPU": scale.gpus_per_worker}
             request_resources(bundles=[{key: need for key, need in bundle.items() if need}] * scale.min_workers)
-        while True:
-            try:
-                return self._fit_in(ray.cluster_resources())
-            except PreflightError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(1)
+        return call_with_retries(
+            lambda: self._fit_in(ray.cluster_resources()),
+            every(1.0, limit_s),
+            lambda error: isinstance(error, PreflightError),
+        )
 
     def _fit_in(self, there: Mapping[str, float]) -> float:
         scale = self.config.scale

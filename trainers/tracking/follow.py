@@ -21,6 +21,7 @@ from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.retry import call_with_retries
 from outlast.trainers.config.tracking import Name, TrackSettings
 from outlast.trainers.tracking.base import TrackedEvent, TrackerBackend, TrackerContext, Watermark
 
@@ -120,35 +121,40 @@ class Follower:
 
     def _run(self) -> None:
         with suppress(_BackendUnavailable):
-            sink = self._patiently(self._make)
-            seen = self._patiently(sink.open)
+            sink = self._retry(self._make)
+            seen = self._retry(sink.open)
             newest = seen.by_name.get("train/loss", seen.floor)
-            for event in self._patiently(lambda: list(self._past(newest))):
+            for event in self._retry(lambda: list(self._past(newest))):
                 self._send(sink, seen, event)
             while (event_or_end := self._queue.get()) is not None:
                 self._send(sink, seen, event_or_end)
-            self._patiently(sink.close)
+            self._retry(sink.close)
 
     def _send(self, sink: TrackerBackend, seen: Watermark, event: TrackedEvent) -> None:
         if event["event"] == "step":
             self._step = event["step"]
         step = self._step if event["event"] == "save" else int(event.get("step", 0))  # a save ends steps later
         if fresh := seen.news(values_of(event), step):
-            self._patiently(lambda: sink.log(fresh, step, float(event.get("ended_at", event["t"]))))
+            self._retry(lambda: sink.log(fresh, step, float(event.get("ended_at", event["t"]))))
 
-    def _patiently(self, act: Callable[[], T]) -> T:
+    def _retry(self, act: Callable[[], T]) -> T:
         """Tries again, after longer and longer pauses, for as long as the attempt lasts."""
+        try:
+            return call_with_retries(act, self._pauses(), self._may_pass)
+        except Exception as error:  # whatever a tracker raises, training goes on
+            raise _BackendUnavailable from error
+
+    def _may_pass(self, error: Exception) -> bool:
+        if not self._told:
+            self._told = True
+            self._tell(f"{type(error).__name__}: {first_line(error)}")
+        return not isinstance(error, ImportError | ConfigError)
+
+    def _pauses(self) -> Iterator[float]:
         pause_s = _PAUSE_S
-        while True:
-            try:
-                return act()
-            except Exception as error:  # whatever a tracker raises, training goes on
-                if not self._told:
-                    self._told = True
-                    self._tell(f"{type(error).__name__}: {first_line(error)}")
-                if isinstance(error, ImportError | ConfigError) or self._closing.wait(pause_s):
-                    raise _BackendUnavailable from error
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        while not self._closing.wait(pause_s):
+            yield 0.0
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 class Tracking:
