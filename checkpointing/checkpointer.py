@@ -30,7 +30,6 @@ from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.format.safetensors import TensorSpec
 from outlast.checkpointing.restore.load import restore
 from outlast.checkpointing.restore.reader import read_blocks
 from outlast.checkpointing.run_store import attempt_history as history
@@ -43,10 +42,9 @@ from outlast.checkpointing.save.background_save import BackgroundSave, SaveState
 from outlast.checkpointing.save.commit import Committer
 from outlast.checkpointing.save.staging import HostCopy, StagingBuffer
 from outlast.checkpointing.save.writer import RankPayload, write_file
-from outlast.checkpointing.state.model_weights import ALL, WeightNaming, named_weights, parameter_names
-from outlast.checkpointing.state.optimizer_state import assign_to_ranks, optimizer_tensors
+from outlast.checkpointing.state.model_weights import ALL, WeightNaming
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.state.shards import LocalShard, local_shard
+from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import retry
 
@@ -167,8 +165,9 @@ class Checkpointer:
         if self.superseded:
             return None
         rejected = list(self.catalogue.rejected)
+        train_state = TrainState(model, optimizer, self.naming)
         for index, manifest in self.catalogue.candidates:
-            state, faults = restore(self._store, manifest, self.ranks, model, optimizer, self.naming)
+            state, faults = restore(self._store, manifest, self.ranks, train_state)
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
@@ -239,8 +238,8 @@ class Checkpointer:
             return not self.superseded
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
-        share, _ = self._share(step, model, optimizer, state, files)
-        self.superseded = not self._committer.commit(share, metrics or {}, self.declaration, began)
+        payload = self._payload(step, TrainState(model, optimizer, self.naming), state, files)
+        self.superseded = not self._committer.commit(payload, metrics or {}, self.declaration, began)
         seconds = time.monotonic() - began
         self._record_costs(step, seconds, seconds)
         return not self.superseded
@@ -286,10 +285,13 @@ class Checkpointer:
             return not self.superseded
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
-        share, changing = self._share(step, model, optimizer, state, files)
-        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts, self._num_sharing))
-        copy = self._snapshot.take(share.parts, now=changing if lazy and optimizer is not None else share.parts)
-        self._flight = BackgroundSave(step, copy, began, lambda: self._write(share, copy, metrics or {}, began))
+        train_state = TrainState(model, optimizer, self.naming)
+        payload = self._payload(step, train_state, state, files)
+        self.ranks.everybody(lambda: self._snapshot.reserve(payload.parts, self._num_sharing))
+        is_lazy = lazy and optimizer is not None
+        now = train_state.changed_by_forward(payload.weights) if is_lazy else payload.parts
+        copy = self._snapshot.take(payload.parts, now=now)
+        self._flight = BackgroundSave(step, copy, began, lambda: self._write(payload, copy, metrics or {}, began))
         self._flight.blocked_s = time.monotonic() - began
         return True
 
@@ -302,11 +304,11 @@ class Checkpointer:
         self.superseded = self.ranks.run_on_rank_0(self._is_superseded_while_waiting)
         return False
 
-    def _write(self, share: RankPayload, copy: HostCopy, metrics: Mapping[str, float], began: float) -> bool:
+    def _write(self, payload: RankPayload, copy: HostCopy, metrics: Mapping[str, float], began: float) -> bool:
         """In the background: the rest of the copy, and the commit."""
         copy.run()
-        fault_point(FaultPoint.AFTER_SNAPSHOT, share.step)
-        return self._committer.commit(share.on_host(copy.parts), metrics, self.declaration, began)
+        fault_point(FaultPoint.AFTER_SNAPSHOT, payload.step)
+        return self._committer.commit(payload.on_host(copy.parts), metrics, self.declaration, began)
 
     @property
     def is_busy(self) -> bool:
@@ -344,33 +346,20 @@ class Checkpointer:
         Raises:
             ConfigError: They do not fit into a rank's memory.
         """
-        share, _ = self._share(0, model, optimizer, {}, None)
-        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts, self._num_sharing))
+        parts = self._payload(0, TrainState(model, optimizer, self.naming)).parts
+        self.ranks.everybody(lambda: self._snapshot.reserve(parts, self._num_sharing))
 
-    def _share(
+    def _payload(
         self,
         step: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        state: Mapping[str, Any],
-        files: Mapping[str, bytes] | None,
-    ) -> tuple[RankPayload, set[str]]:
-        """What this rank writes, made of the model's own tensors; and the names of what a forward pass changes."""
-        rank, size = self.ranks.rank, self.ranks.size
-        all_weights = named_weights(model, self.naming)
-        weights = {name: local_shard(tensor) for name, tensor in all_weights.items()}
-        weights = {name: part for name, part in weights.items() if rank == 0 or part.is_sharded}
-        moments: dict[str, LocalShard] | None = None
-        if optimizer is not None:
-            found = {name: local_shard(tensor) for name, tensor in optimizer_tensors(model, optimizer).items()}
-            whole = {name: part.tensor for name, part in found.items() if not part.is_sharded}
-            laden = sum(tensor.nbytes for tensor in all_weights.values() if not local_shard(tensor).is_sharded)
-            mine = set(assign_to_ranks(whole, size, laden)[rank])
-            moments = {n: part for n, part in found.items() if n in mine or (part.is_sharded and not part.is_copy)}
-        small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(state)} if rank == 0 else {}
-        specs = {name: TensorSpec.of(tensor) for name, tensor in all_weights.items()}
-        share = RankPayload(step, specs, weights, moments, small, self.naming.file, self._max_shard_bytes)
-        return share, weights.keys() - parameter_names(model, self.naming)
+        train_state: TrainState,
+        loop_state: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> RankPayload:
+        """What this rank writes, made of the model's own tensors."""
+        small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(loop_state or {})}
+        small = small if self.ranks.rank == 0 else {}
+        return RankPayload.of(step, train_state, self.ranks, small, self._max_shard_bytes)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, OutlastError, PreflightError
+from outlast.checkpointing.save.save_interval import SaveInterval
 from outlast.cluster.cli.main import app
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import Interrupted
@@ -50,7 +52,15 @@ RUN is a run's directory or URI, its run file, or its name, which is looked for 
 `outlast --debug VERB …` shows tracebacks.
 """
 
-_PLAIN = {int: "integer", float: "number", str: "text", bool: "true, false", type(None): "null", Any: "anything"}
+_PLAIN = {
+    SaveInterval: "text or integer",
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true, false",
+    type(None): "null",
+    Any: "anything",
+}
 
 
 def type_of(annotation: Any) -> str:
@@ -70,6 +80,8 @@ def type_of(annotation: Any) -> str:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "block"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return ", ".join(f"`{item.value}`" for item in annotation)
     return _PLAIN[annotation]
 
 
@@ -88,7 +100,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "needed"
     said = "Default" in (field.description or "")
-    value = field.default
+    value = field.default.value if isinstance(field.default, Enum) else field.default
     if field.default_factory is not None or value is None or value == "" or (said and not isinstance(value, bool)):
         return ""
     shown = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -26,6 +26,7 @@ from outlast.cluster.drills import drill
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.reporter import Reporter
+from outlast.trainers.config.train import Precision
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.preparation.prepare import Prepared, prepare
@@ -151,7 +152,7 @@ def _load_plainly(model_dir: Path, config: RunConfig, prepared: Prepared) -> dic
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     storage = LocalStorage(Path(config.checkpoint.storage))
     task = CausalLM(config.data, prepared.tokenizer(storage), prepared.facts)
-    loss = evaluate(model, task, prepared.split(storage, "eval"), World(), 4, "fp32")["eval_loss"]
+    loss = evaluate(model, task, prepared.split(storage, "eval"), World(), 4, Precision.FP32)["eval_loss"]
     prompt = tokenizer("The class of an object", return_tensors="pt")
     torch.manual_seed(0)
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)

@@ -50,7 +50,7 @@ def scaling(scale: ScaleSettings, resources: Mapping[str, float]) -> ray.train.S
         num_workers=scale.workers,
         use_gpu=scale.gpus_per_worker > 0,
         resources_per_worker=dict(resources),
-        elastic_resize_monitor_interval_s=scale.resize_every_s,
+        elastic_resize_monitor_interval_s=scale.resize_every.amount,
     )
 
 

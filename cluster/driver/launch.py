@@ -56,7 +56,6 @@ from outlast.cluster.preflight.doctor import preflight
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.preflight import check_architecture, check_code, check_metric, check_model
 from outlast.trainers.checks.resume_checks import check_unchanged
-from outlast.trainers.config.train import NonFinite, Parallel
 from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.encode import Encoder
@@ -213,8 +212,6 @@ class Launch:
                 launch=self.id,
                 prepared=prepared,
                 num_threads=max(1, int(cpus)),
-                parallel=Parallel(self.config.scale.parallel),
-                non_finite=NonFinite(self.config.failure.non_finite),
                 code=self.code,
                 faults=tuple(self.faults),
                 track=self.config.track,

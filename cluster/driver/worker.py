@@ -41,7 +41,9 @@ def _watchdog(
         claimed = AttemptId.parse(line.attempt) if line.attempt else None
         return store.attempt_dir(claimed) if claimed else store.launch_dir(assignment.launch)
 
-    if assignment.parallel is Parallel.FSDP:  # a forward pass waits for the others, and tells nothing of this rank
+    if (
+        assignment.config.scale.parallel is Parallel.FSDP
+    ):  # a forward pass waits for the others, and tells nothing of this rank
         line.pulse.tells_work = False
     patience = COMPILING if assignment.config.train.compile else 1
     limit_s = None if hang_after_s is None else hang_after_s * patience

@@ -17,7 +17,6 @@ from outlast.cluster.formatting import size as shown
 from outlast.cluster.preflight.doctor_probe import Probe
 from outlast.trainers.checks.memory_estimate import Size, copy_speed, measure
 from outlast.trainers.checks.preflight import check_metric
-from outlast.trainers.config.train import Parallel
 from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.loop.save_timer import between_failures, history_of
 from outlast.trainers.preparation.prepare import prepare
@@ -122,12 +121,12 @@ def forecast(config: RunConfig) -> Forecast:
         tokens=round(plan.total_samples * per_sample),
         tokens_per_step=round(plan.batch * per_sample),
     )
-    size = measure(config, prepared, storage, workers, Parallel(config.scale.parallel))
+    size = measure(config, prepared, storage, workers)
     retention = config.checkpoint.retention
     return Forecast(
         run=config.name,
         workers=workers,
-        parallel=config.scale.parallel,
+        parallel=config.scale.parallel.value,
         every=str(config.checkpoint.every),
         kept=retention.keep_last + retention.keep_best,
         walk=walk,

@@ -25,7 +25,7 @@ from outlast.trainers.config.train import Parallel
 from outlast.trainers.data.sampler import Plan, make_plan
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
-from tests.support.groups.worker_group import digests, fault, losses, resumed, run_group
+from tests.support.groups.worker_group import digests, fault, losses, resumed, run_group, with_parallel
 from tests.support.tasks.cases import CASES
 from tests.support.tasks.recording import FOLDER
 
@@ -82,7 +82,7 @@ def make(assign: Callable[..., Assignment], tmp_path_factory: pytest.TempPathFac
         if case.task == "causal-lm":
             rows = CASES["masked-lm"].sections(folder, NUM_ROWS)["data"]
             sections = {"data": {**rows, "max_length": 32}, "train": {"steps": 12}}
-        return replace(assign(name, sections=sections, **options), parallel=case.parallel)
+        return with_parallel(assign(name, sections=sections, **options), case.parallel)
 
     return make
 

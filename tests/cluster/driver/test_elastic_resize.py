@@ -36,7 +36,7 @@ def load(tmp_path: Path, *overrides: str) -> Any:
 def test_one_number_of_workers_or_two(tmp_path: Path, written: str, least: int, most: int, is_elastic: bool) -> None:
     scale = load(tmp_path, f"scale.workers={written}", "scale.resize_every=90s").scale
     assert (scale.min_workers, scale.max_workers, scale.is_elastic) == (least, most, is_elastic)
-    assert scale.resize_every_s == 90
+    assert scale.resize_every.amount == 90
     assert (
         load(tmp_path, f"scale.workers={json.dumps(scale.model_dump(mode='json')['workers'])}").scale.workers
         == scale.workers

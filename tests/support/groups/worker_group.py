@@ -31,6 +31,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.config.train import Parallel, ParallelSettings
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.loop.progress import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
@@ -216,6 +217,12 @@ def losses(storage: Storage, run: str) -> dict[int, float]:
     return found
 
 
+def with_parallel(assignment: Assignment, parallel: Parallel) -> Assignment:
+    """The same with the model spread over the ranks in this way."""
+    scale = ParallelSettings(parallel=parallel)
+    return replace(assignment, config=assignment.config.model_copy(update={"scale": scale}))
+
+
 def tiny_config(
     name: str, storage: str, data: str, *, sections: Mapping[str, Any] | None = None, **train: Any
 ) -> TrainingConfig:
@@ -232,7 +239,7 @@ def tiny_config(
         "checkpoint": {"storage": storage, "every": 3, "overlap": False},
     }
     for key, value in (sections or {}).items():
-        body[key] = {**body[key], **value} if isinstance(value, Mapping) else value
+        body[key] = {**body.get(key, {}), **value} if isinstance(value, Mapping) else value
     return TrainingConfig.model_validate(body)
 
 

@@ -65,9 +65,9 @@ def bring(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Pa
         name: str, mode: NonFinite, *, spoil: str = "loss", overlap: bool = False, **options: object
     ) -> Assignment:
         model = {"class": "brittle:Brittle", "config": {"bad": bad, "spoil": spoil}}
-        sections = {"model": model, "checkpoint": {"overlap": overlap}}
-        made = assign(f"finite-{name}", sections=sections, **options)
-        return replace(made, code=str(tmp_path), non_finite=mode)
+        failure = {"non_finite": mode.value}
+        sections = {"model": model, "checkpoint": {"overlap": overlap}, "failure": failure}
+        return replace(assign(f"finite-{name}", sections=sections, **options), code=str(tmp_path))
 
     return make
 
@@ -97,7 +97,7 @@ def test_stop_keeps_the_state_before_the_step(precision: str, spoil: str, bring:
     assert newest(storage, f"finite-{name}").ref.step == BAD_STEP - 1
     skipping = bring(f"{name}-skipped", NonFinite.SKIP, spoil=spoil, precision=precision)
     assert done(run_group(skipping, storage, SIZE))
-    assert done(run_group(replace(stopped, non_finite=NonFinite.SKIP), storage, SIZE))
+    assert done(run_group(bring(name, NonFinite.SKIP, spoil=spoil, precision=precision), storage, SIZE))
     assert digests(storage, f"finite-{name}") == digests(storage, f"finite-{name}-skipped")
 
 

@@ -23,7 +23,7 @@ from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.config.train import Precision, TrainSettings
 from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
@@ -154,11 +154,12 @@ def test_evaluation_is_the_mean_over_every_token(
     with torch.no_grad():
         expected = model(input_ids=rows, labels=rows).loss.item()
     model.train()
-    found = [evaluate(model, task, data, World(), micro, "fp32")["eval_loss"] for micro in (1, 3, 64, 1000)]
+    found = [evaluate(model, task, data, World(), micro, Precision.FP32)["eval_loss"] for micro in (1, 3, 64, 1000)]
     assert model.training
     model.eval()
     assert found == pytest.approx([expected] * 4, rel=1e-6)
-    assert evaluate(model, task, data, World(), 4, "fp32") == evaluate(model, task, data, World(), 4, "fp32")
+    twice = [evaluate(model, task, data, World(), 4, Precision.FP32) for _ in range(2)]
+    assert twice[0] == twice[1]
 
 
 def test_only_matrices_decay() -> None:

@@ -31,7 +31,7 @@ from outlast.trainers.models.custom_model import load_class
 from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.tasks.causal_lm import CausalLM
 from outlast.trainers.user_code import make_importable
-from tests.support.groups.worker_group import StopAt, digests, fault, losses, newest, resumed, run_group
+from tests.support.groups.worker_group import StopAt, digests, fault, losses, newest, resumed, run_group, with_parallel
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 PLAIN = """
@@ -111,7 +111,7 @@ def test_a_buffer_that_stays_as_it_is_may_be_saved(
 
     def scaled(launch: str) -> Assignment:
         given = assign(f"scaled-{mode}", sections=sections, launch=launch)
-        return replace(given, code=str(tmp_path), parallel=parallel)
+        return replace(with_parallel(given, parallel), code=str(tmp_path))
 
     assert run_group(scaled("first"), storage, 2, StopAt(3))[0].outcome is Outcome.STOPPED
     assert "scale" in load_file(checkpoints(storage, f"scaled-{mode}", 4) / "model.safetensors")

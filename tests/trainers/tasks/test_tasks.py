@@ -29,6 +29,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
+from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Sample, Samples
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.data.sampler import Plan, mix
@@ -145,7 +146,7 @@ def test_scores_are_those_that_were_announced_whatever_the_micro_batch(
     name: str, tried: Callable[[str], Tried]
 ) -> None:
     it = tried(name)
-    found = [evaluate(it.model, it.task, it.data, World(), size, "fp32") for size in (1, 7, 1000)]
+    found = [evaluate(it.model, it.task, it.data, World(), size, Precision.FP32) for size in (1, 7, 1000)]
     announced = {f"eval_{score}" for score in ("loss", *it.task.score_names(it.prepared.facts))}
     assert all(item.keys() == announced for item in found)
     for item in found[1:]:
@@ -167,7 +168,7 @@ def test_f1_and_accuracy_are_those_of_torchmetrics(name: str, average: Any, trie
         given = (logits.argmax(-1).flatten(), labels.flatten())
         f1 = multiclass_f1_score(*given, size, average=average, ignore_index=-100)
         accuracy = multiclass_accuracy(*given, size, average="micro", ignore_index=-100)
-    found = evaluate(it.model, it.task, it.data, World(), 5, "fp32")
+    found = evaluate(it.model, it.task, it.data, World(), 5, Precision.FP32)
     assert found["eval_f1"] == pytest.approx(f1.item(), rel=1e-5)
     assert found["eval_accuracy"] == pytest.approx(accuracy.item(), rel=1e-5)
 
