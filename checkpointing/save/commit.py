@@ -1,6 +1,6 @@
 """One save after another, from the ranks' shares to an acknowledged commit, and the deletions that follow.
 
-The protocol's second half (claiming and choosing are `lineage` and `checkpointer`): every rank's files are durable,
+The protocol's second half (`claims`, `catalog` and `checkpointer` claim and choose): every rank's files are durable,
 then the manifest, then a look at the claims; only then is the commit acknowledged, and only after the second
 acknowledged commit may anything be deleted. Runs in the caller's thread or in the background, on ranks of its own.
 """
