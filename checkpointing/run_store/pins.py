@@ -1,11 +1,16 @@
-"""Pins: checkpoints that retention keeps."""
+"""Pins: checkpoints that retention keeps.
+
+A pin is made without knowing what the run's attempts are doing at that moment. Whoever deletes announces it first and
+lists the pins then; whoever pins writes the pin first and looks for such announcements then. So one of the two sees the
+other, and a pin that was granted holds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from outlast.checkpointing.format.layout import CheckpointRef, pins_dir
-from outlast.checkpointing.run_store.catalog import _journals
+from outlast.checkpointing.run_store.catalog import commit_journals
 from outlast.checkpointing.run_store.journal import COMMITS, Journal, read_events
 from outlast.checkpointing.run_store.store import RunStore
 
@@ -40,7 +45,7 @@ def is_being_deleted(store: RunStore, ref: CheckpointRef) -> bool:
     """True if somebody said that this checkpoint is about to go, and has not spared it since."""
     doomed: dict[str, bool] = {}
     now = store.fresh()
-    for directory in _journals(now):
+    for directory in commit_journals(now):
         for event in read_events(now, directory, COMMITS):
             if event.get("event") in ("deleting", "spared") and ref.name in event.get("checkpoints", ()):
                 doomed[directory] = event["event"] == "deleting"

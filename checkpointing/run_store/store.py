@@ -19,10 +19,6 @@ from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
 class RunStore:
     """One run in a storage. Paths are relative to the storage root.
 
-    Args:
-        storage: The storage.
-        run: Name of the run.
-
     Attributes:
         storage: The storage itself, which remembers nothing.
         run: Name of the run.

@@ -1,6 +1,6 @@
 """One save after another, from the ranks' shares to an acknowledged commit, and the deletions that follow.
 
-The protocol's second half (claiming and choosing are `lineage` and `checkpointer`): every rank's files are durable,
+The protocol's second half (`claims`, `catalog` and `checkpointer` claim and choose): every rank's files are durable,
 then the manifest, then a look at the claims; only then is the commit acknowledged, and only after the second
 acknowledged commit may anything be deleted. Runs in the caller's thread or in the background, on ranks of its own.
 """
@@ -18,12 +18,12 @@ from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store import claims, pins
+from outlast.checkpointing.run_store.catalog import delete_checkpoint
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.writer import RankPayload, write_payload
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.storage.base import walk
 from outlast.checkpointing.storage.multipart_uploads import abort_uploads
 from outlast.checkpointing.storage.retry import retry
 
@@ -211,12 +211,9 @@ class Committer:
                     yield CheckpointRef(step, attempt)
 
     def _delete(self, ref: CheckpointRef) -> None:
-        directory = self._store.checkpoint_dir(ref)
         self._journal.event("delete", step=ref.step, attempt=str(ref.attempt))
         self._tell("delete", step=ref.step, attempt=str(ref.attempt))
-        self._store.storage.delete(f"{directory}/{layout.MANIFEST}")
-        for entry in list(walk(self._store.storage, directory)):
-            self._store.storage.delete(f"{directory}/{entry.name}")
+        delete_checkpoint(self._store, ref)
 
 
 def abort_orphans(store: RunStore, below: AttemptId) -> int:

@@ -21,6 +21,7 @@ from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.retry import call_with_retries
 from outlast.trainers.config.tracking import Name, TrackSettings
 from outlast.trainers.tracking.base import TrackedEvent, TrackerBackend, TrackerContext, Watermark
 
@@ -141,17 +142,22 @@ class Follower:
 
     def _retry(self, action: Callable[[], T]) -> T:
         """Retry an action with increasing pauses until the attempt ends."""
+        try:
+            return call_with_retries(action, self._pauses(), self._is_transient)
+        except Exception as error:  # training continues, whatever a tracker raises
+            raise _BackendUnavailable from error
+
+    def _is_transient(self, error: Exception) -> bool:
+        if not self._error_reported:
+            self._error_reported = True
+            self._report(f"{type(error).__name__}: {first_line(error)}")
+        return not isinstance(error, ImportError | ConfigError)
+
+    def _pauses(self) -> Iterator[float]:
         pause_s = _PAUSE_S
-        while True:
-            try:
-                return action()
-            except Exception as error:  # training continues, whatever a tracker raises
-                if not self._error_reported:
-                    self._error_reported = True
-                    self._report(f"{type(error).__name__}: {first_line(error)}")
-                if isinstance(error, ImportError | ConfigError) or self._closing.wait(pause_s):
-                    raise _BackendUnavailable from error
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        while not self._closing.wait(pause_s):
+            yield 0.0
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 class Tracking:
