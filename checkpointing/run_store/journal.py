@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.run_store.events import Event
 from outlast.checkpointing.storage.base import ReadableStorage, Storage, read_bytes
 
 FLUSH_S = 5.0
@@ -50,13 +51,13 @@ class Journal:
         self._lock = threading.Lock()
         self._putting = threading.Lock()
 
-    def event(self, kind: str, /, **fields: Any) -> None:
-        """Adds an event. `fields` must be JSON; `t` (seconds since the epoch) is added.
+    def write(self, event: Event) -> None:
+        """Adds an event, with the time of now.
 
         Raises:
             StorageError: A flush was due and failed for good, or at all where each event is flushed.
         """
-        line = json.dumps({"t": round(time.time(), 4), "event": kind, **fields}).encode() + b"\n"
+        line = json.dumps({"t": round(time.time(), 4), **event.to_json()}).encode() + b"\n"
         with self._lock:
             self._lines.append(line)
             self._num_bytes += len(line)

@@ -12,6 +12,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.run_store.events import CommitEvent, SlowRank, StepEvent, UnderWayEvent, parse_event
 from outlast.cluster.driver.prometheus import PrometheusGauges
 from outlast.cluster.driver.warm_standby import Standbys
 from outlast.cluster.fault_tolerance.coordinator import _TIMEOUT_S, ask, find_coordinator
@@ -78,9 +79,9 @@ class CoordinatorClient:
     def worked(self, seconds: float) -> None:
         self.pulse.worked(seconds)
 
-    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[SlowRank]] | None:
         """As of `watchdog.Post`; so are the next two."""
-        answer: tuple[Hang | None, list[dict[str, Any]]] | None = self._ask("beat", group, beat)
+        answer: tuple[Hang | None, list[SlowRank]] | None = self._ask("beat", group, beat)
         return answer
 
     def last_report(self, group: str, rank: int) -> bool | None:
@@ -96,10 +97,13 @@ class CoordinatorClient:
 
     def progress(self, event: dict[str, Any]) -> None:
         self._events.append({"t": time.time(), "by": self.attempt, **event})
-        self._is_training = self._is_training or event["event"] == "step"
-        self._is_under_way = self._is_under_way or event["event"] == "under-way"
-        if event["event"] == "commit" and self._watch is not None:
-            self._watch.save_s = event["seconds"]
+        match parse_event(event):
+            case StepEvent():
+                self._is_training = True
+            case UnderWayEvent():
+                self._is_under_way = True
+            case CommitEvent(seconds=float(seconds)) if self._watch is not None:
+                self._watch.save_s = seconds
 
     def earlier_failure(self) -> OutlastError | None:
         """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
@@ -123,8 +127,8 @@ class CoordinatorClient:
             if self.meter is not None:
                 for event in events:
                     # Nothing depends on it.
-                    with contextlib.suppress(RayError, RuntimeError, ValueError, TypeError, LookupError):
-                        self.meter.apply(event, self.attempt)
+                    with contextlib.suppress(RayError, RuntimeError, ValueError):
+                        self.meter.apply(parse_event(event), self.attempt)
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()
             if reason := ask(self._hub.wanted.remote(is_training=self._is_training)):

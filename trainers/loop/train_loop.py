@@ -20,6 +20,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import DamagedError, NoCheckpointError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format.layout import CheckpointRef
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.retention import RetentionCandidate
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
@@ -99,7 +100,7 @@ class Loop:
             return Outcome.SUPERSEDED
         self._train_step.prepare()
         plan = {"num_steps": self.plan.num_steps, "batch": self.plan.batch}
-        self._log.event("plan", **plan, world_size=self.world.size, step=self.step)
+        self._log.write(events.PlanEvent(**plan, world_size=self.world.size, step=self.step))
         if is_fresh and self.eval_data is not None:
             self._evaluate()
         is_first = True
@@ -119,7 +120,7 @@ class Loop:
             if not self._save_if_due(agreed, is_evaluated=is_evaluated, is_over=is_over):
                 return Outcome.SUPERSEDED
             if agreed.stop and not is_over:
-                self._log.event("stop", step=self.step)
+                self._log.write(events.StopEvent(step=self.step))
                 self.checkpointer.flush()
                 return Outcome.STOPPED
         return self._finish()
@@ -145,7 +146,7 @@ class Loop:
     def _requested_save(self) -> PlannedSave:
         """Rank 0: whether a save is requested from outside, or due by time."""
         if reason := self.control.save_requested():
-            self._log.event("save-requested", step=self.step + 1, reason=reason)
+            self._log.write(events.SaveRequestedEvent(step=self.step + 1, reason=reason))
             return PlannedSave.URGENT
         return PlannedSave.DUE if self._save_timer.is_due() else PlannedSave.NO
 
@@ -155,7 +156,7 @@ class Loop:
             self.checkpointer.reserve(self.model, self._train_step.optimizer)
         if self.world.rank == 0:
             self._save_timer.first_step_is_done()
-        self._log.event("under-way", step=self.step, marks=self.world.mark("first_step"))
+        self._log.write(events.UnderWayEvent(step=self.step, marks=self.world.mark("first_step")))
 
     def _is_over(self) -> bool:
         """Whether no step is left to do; the same on all ranks and after a resume."""
@@ -168,7 +169,7 @@ class Loop:
         assert stopping is not None
         best = patience(stopping, self.log_history)
         reason = f"{best.num_waited} evaluations without a better {stopping.metric}"
-        self._log.event("early-stop", step=self.step, reason=reason, best=best.best, best_step=best.best_step)
+        self._log.write(events.EarlyStopEvent(step=self.step, reason=reason, best=best.best, best_step=best.best_step))
 
     # -- evaluating ----------------------------------------------------------------------------------------------------
 
@@ -187,7 +188,7 @@ class Loop:
         found = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
         self.metrics |= found
         self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **found})
-        self._log.event("eval", step=self.step, **found, seconds=round(time.monotonic() - began, 4))
+        self._log.write(events.EvalEvent(step=self.step, scores=found, seconds=round(time.monotonic() - began, 4)))
 
     # -- saving and restoring ------------------------------------------------------------------------------------------
 
@@ -264,7 +265,7 @@ class Loop:
             try:
                 published = self.checkpointer.finish(source, self.step)
             except DamagedError as error:
-                self._log.event("rejected", checkpoint=str(source), reasons=[error.message])
+                self._log.write(events.RejectedEvent(checkpoint=str(source), reasons=(error.message,)))
                 continue
             return Outcome.SUPERSEDED if published is None else Outcome.DONE
         raise NoCheckpointError(

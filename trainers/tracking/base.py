@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from outlast.checkpointing.run_store.events import EvalEvent, SaveEvent, StepEvent, UnderWayEvent
 from outlast.checkpointing.run_store.store import RunStore
 
-if TYPE_CHECKING:
-    pass
-
-
-TrackedEvent = Mapping[str, Any]
+TrackedEvent = StepEvent | EvalEvent | SaveEvent | UnderWayEvent
 
 
 @dataclass(slots=True)

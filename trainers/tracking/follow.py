@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError, first_line
 from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.run_store.store import RunStore
@@ -51,16 +52,14 @@ def check_trackers(settings: TrackSettings) -> None:
 def values_of(event: TrackedEvent) -> dict[str, float]:
     """What an event tells in numbers, by name; nothing for one that tells of other things."""
     found: dict[str, float | None] = {}
-    match event["event"]:
-        case "step":
-            found = {f"train/{name}": event[name] for name in ("loss", "lr", "grad_norm")}
-            num_tokens = event.get("tokens", event["count"])  # targets, where the journal does not count tokens
-            found["train/tokens_per_s"] = num_tokens / event["seconds"] if event["seconds"] else None
-        case "eval":
-            names = [name for name in event if name.startswith("eval_")]
-            found = {f"eval/{name.removeprefix('eval_')}": event[name] for name in names}
-        case "save":
-            found = {"save/waited_s": event["blocked_s"], "save/commit_s": event["commit_s"]}
+    match event:
+        case events.StepEvent():
+            found = {"train/loss": event.loss, "train/lr": event.lr, "train/grad_norm": event.grad_norm}
+            found["train/tokens_per_s"] = event.num_tokens / event.seconds if event.seconds else None
+        case events.EvalEvent():
+            found = {f"eval/{name.removeprefix('eval_')}": value for name, value in event.scores.items()}
+        case events.SaveEvent():
+            found = {"save/waited_s": event.blocked_s, "save/commit_s": event.commit_s}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -100,8 +99,8 @@ class Follower:
         except queue.Full:
             if not self._is_behind:
                 self._is_behind = True
-                self._tell(f"too slow or down; from step {event.get('step')} on it lacks what its queue cannot hold")
-        if event["event"] == "under-way":
+                self._tell(f"too slow or down; from step {event.step} on it lacks what its queue cannot hold")
+        if isinstance(event, events.UnderWayEvent):
             self.start()
 
     def start(self) -> None:
@@ -130,11 +129,12 @@ class Follower:
             self._patiently(sink.close)
 
     def _send(self, sink: TrackerBackend, seen: Watermark, event: TrackedEvent) -> None:
-        if event["event"] == "step":
-            self._step = event["step"]
-        step = self._step if event["event"] == "save" else int(event.get("step", 0))  # a save ends steps later
+        if isinstance(event, events.StepEvent):
+            self._step = event.step
+        step = self._step if isinstance(event, events.SaveEvent) else event.step  # a save ends steps later
+        at = (event.ended_at if isinstance(event, events.StepEvent) else None) or event.t
         if fresh := seen.news(values_of(event), step):
-            self._patiently(lambda: sink.log(fresh, step, float(event.get("ended_at", event["t"]))))
+            self._patiently(lambda: sink.log(fresh, step, at))
 
     def _patiently(self, act: Callable[[], T]) -> T:
         """Tries again, after longer and longer pauses, for as long as the attempt lasts."""
@@ -161,13 +161,14 @@ class Tracking:
         self.followers: list[Follower] = []
         self.base: int | None = None  #: the step that the attempt goes on from, once that is known
 
-    def apply(self, event: TrackedEvent) -> None:
+    def apply(self, body: Mapping[str, Any]) -> None:
         """Takes an event of rank 0; returns at once."""
-        if event["event"] in ("start", "resume"):
-            self.base = int(event.get("step", 0))
-        if event["event"] in ("step", "eval", "save", "under-way"):
+        event = events.parse_event({"t": time.time(), **body})
+        if isinstance(event, events.StartEvent | events.ResumeEvent):
+            self.base = event.step
+        if isinstance(event, TrackedEvent):
             for follower in self.followers:
-                follower.apply({"t": time.time(), **event})
+                follower.apply(event)
 
     def __enter__(self) -> Tracking:
         return self
@@ -207,8 +208,8 @@ def follow(
 
     def tell(name: Name, text: str) -> None:
         with suppress(StorageError):
-            journal.event("tracker", name=name, message=text)
-        progress({"event": "note", "text": f"{name}: {text}"})
+            journal.write(events.TrackerEvent(name=name, message=text))
+        progress(events.NoteEvent(text=f"{name}: {text}").to_json())
 
     def past(newest: int) -> Iterator[TrackedEvent]:
         assert tracking.base is not None
@@ -233,11 +234,17 @@ def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> 
     for lower in reversed([item for item in list_attempts(store) if item < attempt]):
         begin: int | None = None
         part: list[TrackedEvent] = []
-        for event in read_events(store, store.attempt_dir(lower)):  # never all of it at once: it may be long
-            if begin is None and event["event"] in ("start", "resume"):
-                begin = int(event.get("step", -1))
-            elif begin is not None and max(begin + 1, newest) <= event.get("step", -1) <= base:
-                part.append(event)
+        for body in read_events(store, store.attempt_dir(lower)):  # never all of it at once: it may be long
+            step = body.get("step")
+            if begin is None:
+                match events.parse_event(body):
+                    case events.StartEvent():
+                        begin = -1
+                    case events.ResumeEvent(step=base_step):
+                        begin = base_step
+            elif isinstance(step, int) and max(begin + 1, newest) <= step <= base:
+                event = events.parse_event(body)
+                part += [event] if isinstance(event, TrackedEvent) else []
         if begin is None:
             continue
         parts.append(part)

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from outlast.checkpointing.run_store.events import SlowRank
 from outlast.cluster.formatting import clock, duration, share, short, size
 from outlast.cluster.monitoring.live_display import LiveDisplay
 from outlast.cluster.monitoring.reporter import Reporter
@@ -51,7 +52,7 @@ def busy(run: str = "support-bot") -> RunSummary:
         attempt(3, 190, resume(192, 90, 2), plan(193, 1000), steps(91, 220, 195, 0.8), saved(200, 287, 0.1)),
         run=run,
     )
-    told.in_order[-1].slow = [{"rank": 1, "host": "node-c", "times": 1.8}]
+    told.in_order[-1].slow = [SlowRank(1, "node-c", 1.8)]
     return summarize(told, NOW)
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from outlast.checkpointing.format.layout import attempt_dir, launch_dir
 from outlast.checkpointing.run_store import journal as journal_module
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import claim
+from outlast.checkpointing.run_store.events import Reached, StartEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
@@ -80,7 +82,7 @@ def test_each_event_is_given_once_and_old_segments_are_not_read_again(tmp_path: 
     storage = Counted(LocalStorage(tmp_path))
     written, tail, heard = Journal(storage, "run/here", 0), JournalTail(storage), []
     for number in range(60):
-        written.event("tick", number=number)
+        written.write(parse_event({"event": "tick", "number": number}))
         if number % 7 == 6:
             written.flush()
             before = len(storage.opened)
@@ -115,10 +117,9 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
         storage.put(f"{launch_dir('run', name)}/alive.json", [json.dumps(body).encode()])
         mine = claim(RunStore(storage, "run"), {"launch": name, "claimed_at": 100.0 * number + 10})
         written = Journal(storage, attempt_dir("run", mine), 0)
-        written.event("start")
+        written.write(StartEvent())
         for event in steps(1, 30, 100.0 * number + 20):
-            fields = {key: value for key, value in event.items() if key not in ("event", "t")}
-            written.event("step", **fields)
+            written.write(replace(parse_event(event), t=0.0))
             written.flush()
             if event["step"] % 10 == 0:
                 before = len(storage.opened)
@@ -220,7 +221,7 @@ def test_what_the_hub_has_heard_outlives_rank_0() -> None:
     body.exchange(
         [{"event": "step", "by": "0001-aaaa", "step": 4, "ended_at": 40.0}, {"event": "eval", "by": "0001-aaaa"}]
     )
-    assert body.reached("0001-aaaa") == (4, 40.0)
+    assert body.reached("0001-aaaa") == Reached(4, 40.0)
     assert body.reached("0002-bbbb") is None
     assert all("t" in event for event in body.drain())
 
