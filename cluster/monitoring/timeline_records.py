@@ -46,25 +46,36 @@ class StepSeries:
         self.number, self.tokens = array("q"), array("q")
         self.loss, self.lr, self.grad_norm = array("d"), array("d"), array("d")
         self.seconds, self.ended_at = array("d"), array("d")
-        self._floats = (self.loss, self.grad_norm, self.lr, self.seconds, self.ended_at)
+        self.columns: tuple[array[Any], ...] = (
+            self.number,
+            self.tokens,
+            self.loss,
+            self.grad_norm,
+            self.lr,
+            self.seconds,
+            self.ended_at,
+        )
 
     def __len__(self) -> int:
         return len(self.number)
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Takes the JSON object of a `step` event; one without a usable number, or with a wrong type, is left out."""
-        get = event.get
-        loss, norm, lr = (nan if (value := get(name)) is None else value for name in ("loss", "grad_norm", "lr"))
+        get, size = event.get, len(self)
         try:
-            number, tokens = array("q", (event["step"], get("tokens", 0)))
-            floats = array("d", (loss, norm, lr, get("seconds", 0.0), get("ended_at", get("t", 0.0))))
+            if size and event["step"] <= self.number[-1]:
+                return
+            self.number.append(event["step"])
+            self.tokens.append(get("tokens", 0))
+            loss, norm, lr = get("loss"), get("grad_norm"), get("lr")
+            self.loss.append(nan if loss is None else loss)
+            self.grad_norm.append(nan if norm is None else norm)
+            self.lr.append(nan if lr is None else lr)
+            self.seconds.append(get("seconds", 0.0))
+            self.ended_at.append(get("ended_at", get("t", 0.0)))
         except (LookupError, TypeError, OverflowError):
-            return
-        if not self.number or number > self.number[-1]:
-            self.number.append(number)
-            self.tokens.append(tokens)
-            for column, value in zip(self._floats, floats, strict=True):
-                column.append(value)
+            for column in self.columns:
+                del column[size:]
 
     def began_at(self, index: int) -> float:
         return self.ended_at[index] - self.seconds[index]

@@ -6,11 +6,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
@@ -18,7 +20,7 @@ from outlast.checkpointing.format.layout import attempt_dir, launch_dir
 from outlast.checkpointing.run_store import journal as journal_module
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import claim
-from outlast.checkpointing.run_store.events import Reached, StartEvent, parse_event
+from outlast.checkpointing.run_store.events import KINDS, Reached, StartEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
@@ -244,6 +246,23 @@ def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkey
     told = list(read_events(LocalStorage(tmp_path), launch_dir("run", "one")))
     assert [event["event"] for event in told] == ["no-room", "no-room"]
     assert all(0 <= event["t"] - event["since"] + 0.001 < 10 for event in told)
+
+
+JSON: st.SearchStrategy[Any] = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3) | st.just([{}])
+)
+
+
+@given(st.sampled_from(sorted(KINDS)), st.data())
+def test_no_event_makes_a_timeline_raise(kind: str, data: st.DataObject) -> None:
+    """What a journal says is input."""
+    names = [each.name for each in fields(KINDS[kind])]
+    body = {**data.draw(st.dictionaries(st.sampled_from(names), JSON)), "event": kind}
+    told = story(launch("a", 0, 90), attempt(1, 10, start(11), steps(1, 3, 12)))
+    told.in_order[0].apply(body)
+    told.apply_launch("a", body)
+    assert len({len(column) for column in told.in_order[0].steps.columns}) == 1
+    assert told.ends
 
 
 def failed(error: str) -> dict[str, Any]:
