@@ -22,7 +22,7 @@ from outlast.checkpointing.run_store.typed_json import from_json, to_json
 
 Time = Annotated[float, "seconds since the epoch"]
 Seconds = Annotated[float, "seconds"]
-Step = Annotated[int, "number of the step, counted from 1; 0 is the state before the first"]
+Step = Annotated[int, "number of the step, counted from 1"]
 Attempt = Annotated[str, "name of the attempt"]
 Message = Annotated[str, "text for people"]
 
