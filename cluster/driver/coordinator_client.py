@@ -96,7 +96,7 @@ class CoordinatorClient:
         return None if self._hub is None else ask(getattr(self._hub, method).remote(*arguments))
 
     def progress(self, event: dict[str, Any]) -> None:
-        self._events.append({"t": time.time(), "by": self.attempt, **event})
+        self._events.append({"t": time.time(), "sender": self.attempt, **event})
         match parse_event(event):
             case StepEvent():
                 self._is_training = True

@@ -92,8 +92,8 @@ class Coordinator:
             match event:
                 case CommitEvent():  # progress: a verdict that came while the next group was at work is void
                     self._verdict = None
-                case StepEvent(step=step, ended_at=float(ended_at)) if "by" in body:
-                    self._reached[body["by"]] = Reached(step, ended_at)
+                case StepEvent(step=step, ended_at=float(ended_at)) if "sender" in body:
+                    self._reached[body["sender"]] = Reached(step, ended_at)
         return self._stop
 
     def reached(self, attempt: str) -> Reached | None:

@@ -129,7 +129,7 @@ class Reporter:
 
     def _hear(self, event: events.Event, body: dict[str, Any]) -> None:
         """Puts an event into the story."""
-        attempt = AttemptId.parse(str(body.get("by")))
+        attempt = AttemptId.parse(str(body.get("sender")))
         if isinstance(event, events.PhaseEvent):
             if not self._launch:
                 self._launch = str(event.launch)

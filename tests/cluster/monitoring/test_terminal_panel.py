@@ -419,6 +419,16 @@ def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
 # -- who tells ---------------------------------------------------------------------------------------------------------
 
 
+def test_that_an_attempt_was_superseded_ends_that_one_and_not_its_successor() -> None:
+    with Reporter("run", Console(file=io.StringIO(), width=200)) as reporter:
+        reporter({"event": "phase", "name": "data", "launch": "a", "t": 0.0})
+        reporter({"sender": "0001-0001", **start(2)})
+        reporter({"sender": "0001-0001", "event": "superseded", "t": 3.0, "step": 4, "by": "0002-0002"})
+        [attempt] = reporter._story.in_order
+    assert str(attempt.id) == "0001-0001"
+    assert attempt.final is not None
+
+
 def test_a_reporter_tells_in_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     file = io.StringIO()
@@ -426,13 +436,13 @@ def test_a_reporter_tells_in_plain_lines_where_there_is_no_terminal(monkeypatch:
         for event in (
             {"event": "phase", "name": "data", "launch": "a", "t": 0.0},
             {"event": "phase", "name": "ray", "launch": "a", "t": 1.0, "num_steps": 9},
-            {"by": "0001-0001", **start(2)},
-            {"by": "0001-0001", **plan(3, 9)},
-            *({"by": "0001-0001", **event} for event in steps(1, 5, 4)),
+            {"sender": "0001-0001", **start(2)},
+            {"sender": "0001-0001", **plan(3, 9)},
+            *({"sender": "0001-0001", **event} for event in steps(1, 5, 4)),
             {"event": "no-room", "t": 5.0},
             {**failure(1, 9), "number": 1, "limit": 3, "ends": False, "excerpt": ""},
-            {"by": "0002-0002", **resume(12, 3)},
-            {"by": "0002-0002", **done(20, 9)},
+            {"sender": "0002-0002", **resume(12, 3)},
+            {"sender": "0002-0002", **done(20, 9)},
         ):
             reporter(event)
     assert re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines() == [

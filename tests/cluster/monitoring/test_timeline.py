@@ -221,7 +221,10 @@ def _labelled(storage: LocalStorage) -> str:
 def test_what_the_hub_has_heard_outlives_rank_0() -> None:
     body = hub.Coordinator()
     body.exchange(
-        [{"event": "step", "by": "0001-aaaa", "step": 4, "ended_at": 40.0}, {"event": "eval", "by": "0001-aaaa"}]
+        [
+            {"event": "step", "sender": "0001-aaaa", "step": 4, "ended_at": 40.0},
+            {"event": "eval", "sender": "0001-aaaa"},
+        ]
     )
     assert body.reached("0001-aaaa") == Reached(4, 40.0)
     assert body.reached("0002-bbbb") is None
