@@ -41,6 +41,7 @@ from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import FileEntry, Manifest
 from outlast.checkpointing.run_store import journal as journal_module
+from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, DeletingEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.storage.base import Buffer
 from outlast.checkpointing.storage.local import LocalStorage
@@ -105,7 +106,7 @@ class _Attempt:
 
     def tell(self, kind: str, **fields: Any) -> None:
         self.num_events += 1
-        self._journal.event(kind, **fields)
+        self._journal.write(parse_event({"event": kind, **fields}))
 
     def begin(self, base: CheckpointRef | None) -> None:
         if base is None:
@@ -142,14 +143,14 @@ class _Attempt:
         self._clock.now += 2.0
         self.tell("eval", step=ref.step, eval_loss=2 + 8 / math.sqrt(ref.step), seconds=2.0)
         digest, num_bytes = f"{self._draw.getrandbits(128):032x}", 4 * 64 * MIB
-        self._commits.event("commit", step=ref.step, digest=digest, num_bytes=num_bytes)
+        self._commits.write(CommitEvent(step=ref.step, digest=digest, num_bytes=num_bytes))
         self.tell(
             "commit", step=ref.step, digest=digest, num_bytes=num_bytes, seconds=round(self._clock.now - began, 4)
         )
         self.tell("save", step=ref.step, blocked_s=0.01, fenced_s=0.005, commit_s=1.5)
         if dropped is not None:
-            self._commits.event("deleting", checkpoints=[dropped.name])
-            self._commits.event("delete", step=dropped.step, attempt=str(dropped.attempt))
+            self._commits.write(DeletingEvent(checkpoints=(dropped.name,)))
+            self._commits.write(DeleteEvent(step=dropped.step, attempt=str(dropped.attempt)))
             self.tell("delete", step=dropped.step, attempt=str(dropped.attempt))
         self._journal.flush()
         self._commits.flush()
@@ -180,8 +181,15 @@ def build(folder: Path, num_steps: int) -> int:
                     kept.append(CheckpointRef(step, attempt.id))
                     attempt.checkpoint(kept[-1], kept[-4] if len(kept) > 3 else None)
             if number < NUM_ATTEMPTS:
-                body = {"rank": 1, "message": "it was killed by signal 9", "where": "rank 1 on node-3"}
-                driver.event("failure", attempt=str(attempt.id), cause="worker died", noticed_at=clock.now + 1, **body)
+                body = {
+                    "event": "failure",
+                    "attempt": str(attempt.id),
+                    "cause": "worker died",
+                    "rank": 1,
+                    "message": "it was killed by signal 9",
+                    "where": "rank 1 on node-3",
+                }
+                driver.write(parse_event({**body, "noticed_at": clock.now + 1}))
                 clock.now += NOTICE_S
             else:
                 attempt.tell("done", step=last, model=str(kept[-1]))

@@ -21,6 +21,7 @@ from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
+from outlast.checkpointing.run_store.events import FailedEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import wait_for
@@ -167,7 +168,7 @@ def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
             if checkpointer.journal is not None:
                 message = f"{type(error).__name__}: {error}"[:500]
                 final = isinstance(error, NonFiniteError)
-                checkpointer.journal.event("failed", step=loop.step + 1, error=message, final=final)
+                checkpointer.journal.write(FailedEvent(step=loop.step + 1, error=message, final=final))
             checkpointer.flush()
         raise
     checkpointer.flush()

@@ -31,6 +31,7 @@ from outlast.checkpointing.format.layout import (
 )
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_bytes, walk
@@ -169,25 +170,22 @@ _MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committe
 def _standing_commits(store: RunStore, directory: str) -> set[int]:
     """Steps that the attempt's own journal says are committed and that it has not deleted since."""
     standing: set[int] = set()
-    for event in read_events(store, directory, COMMITS):
-        step = event.get("step")
-        if not isinstance(step, int):
-            continue
-        if event.get("event") == "commit":
-            standing.add(step)
-        elif event.get("event") == "delete" and event.get("attempt") == directory.rsplit("/", 1)[-1]:
-            standing.discard(step)
+    for event in map(parse_event, read_events(store, directory, COMMITS)):
+        match event:
+            case CommitEvent(step=step):
+                standing.add(step)
+            case DeleteEvent(step=step, attempt=attempt) if attempt == directory.rsplit("/", 1)[-1]:
+                standing.discard(step)
     return standing
 
 
 def deletions(store: RunStore) -> set[CheckpointRef]:
     """Every checkpoint that some attempt, or a prune from outside, says it deleted."""
     return {
-        CheckpointRef(event["step"], target)
+        CheckpointRef(event.step, target)
         for directory in commit_journals(store)
-        for event in read_events(store, directory, COMMITS)
-        if event.get("event") == "delete" and isinstance(event.get("step"), int)
-        if (target := AttemptId.parse(str(event.get("attempt")))) is not None
+        for event in map(parse_event, read_events(store, directory, COMMITS))
+        if isinstance(event, DeleteEvent) and (target := AttemptId.parse(event.attempt)) is not None
     }
 
 

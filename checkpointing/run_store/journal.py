@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.run_store.events import Event
 from outlast.checkpointing.run_store.segments import (
     SegmentFile,
     SegmentReader,
@@ -69,13 +70,13 @@ class Journal:
         self._putting = threading.Lock()
         self._compaction = _Compaction(storage, directory, f"{stream}-{rank}") if stream == EVENTS else None
 
-    def event(self, kind: str, /, **fields: Any) -> None:
-        """Adds an event. `fields` must be JSON; `t` (seconds since the epoch) is added.
+    def write(self, event: Event) -> None:
+        """Adds an event, with the time of now.
 
         Raises:
             StorageError: A flush was due and failed for good, or at all where each event is flushed.
         """
-        line = json.dumps({"t": round(time.time(), 4), "event": kind, **fields}).encode() + b"\n"
+        line = json.dumps({"t": round(time.time(), 4), **event.to_json()}).encode() + b"\n"
         with self._lock:
             self._lines.append(line)
             self._num_bytes += len(line)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from outlast.checkpointing.format.layout import CheckpointRef, pins_dir
 from outlast.checkpointing.run_store.catalog import commit_journals
+from outlast.checkpointing.run_store.events import DeletingEvent, SparedEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, Journal, read_events
 from outlast.checkpointing.run_store.store import RunStore
 
@@ -34,10 +35,10 @@ def exempt_pinned(
     """
     if not doomed:
         return [], set()
-    journal.event("deleting", checkpoints=[ref.name for ref in doomed])
+    journal.write(DeletingEvent(checkpoints=tuple(ref.name for ref in doomed)))
     spared = list_pins(store.fresh()) & set(doomed)
     if spared:
-        journal.event("spared", checkpoints=[ref.name for ref in sorted(spared)])
+        journal.write(SparedEvent(checkpoints=tuple(ref.name for ref in sorted(spared))))
     return [ref for ref in doomed if ref not in spared], spared
 
 
@@ -46,7 +47,7 @@ def is_being_deleted(store: RunStore, ref: CheckpointRef) -> bool:
     doomed: dict[str, bool] = {}
     now = store.fresh()
     for directory in commit_journals(now):
-        for event in read_events(now, directory, COMMITS):
-            if event.get("event") in ("deleting", "spared") and ref.name in event.get("checkpoints", ()):
-                doomed[directory] = event["event"] == "deleting"
+        for event in map(parse_event, read_events(now, directory, COMMITS)):
+            if isinstance(event, DeletingEvent | SparedEvent) and ref.name in event.checkpoints:
+                doomed[directory] = isinstance(event, DeletingEvent)
     return any(doomed.values())

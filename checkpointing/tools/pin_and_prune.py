@@ -23,6 +23,7 @@ from outlast.checkpointing.format.layout import (
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store.catalog import delete_checkpoint, deletions
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.events import DeleteEvent, SparedEvent
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.pins import exempt_pinned, is_being_deleted, list_pins
 from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention, RetentionCandidate
@@ -144,12 +145,12 @@ def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
     doomed, spared = exempt_pinned(store, journal, [manifest.ref for manifest in plan.doomed])
     for count, ref in enumerate(doomed):
         if list_attempts(store.fresh())[-1] != plan.highest:
-            journal.event("spared", checkpoints=[item.name for item in doomed[count:]])
+            journal.write(SparedEvent(checkpoints=tuple(item.name for item in doomed[count:])))
             raise StorageError(
                 f"run {store.run!r}: a new attempt began after {count} of {len(doomed)} deletions; the rest stays",
                 hint="prune again once it has saved twice",
             )
-        journal.event("delete", step=ref.step, attempt=str(ref.attempt))
+        journal.write(DeleteEvent(step=ref.step, attempt=str(ref.attempt)))
         delete_checkpoint(store, ref)
     for ref in plan.remains:
         delete_checkpoint(store, ref)

@@ -21,6 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.errors import OutlastError, PreflightError
 from outlast.checkpointing.run_store.attempt_history import settings_digest
+from outlast.checkpointing.run_store.events import PlanEvent, StoppingEvent, parse_event
 from outlast.checkpointing.storage.retry import call_with_retries, every
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import resizers, scaling
@@ -148,7 +149,7 @@ def _follow(thread: threading.Thread, coordinator: Any, tell: Callable[[dict[str
         while thread.is_alive():
             thread.join(0.25)
             for event in ask(coordinator.drain.remote(), []):
-                has_begun |= event["event"] == "plan"
+                has_begun |= isinstance(parse_event(event), PlanEvent)
                 tell(event)
             if stopping.is_set():
                 if not has_begun:  # there is nothing to commit, and nobody yet to do it
@@ -156,7 +157,7 @@ def _follow(thread: threading.Thread, coordinator: Any, tell: Callable[[dict[str
                 coordinator.stop.remote()  # each time, because one that was restarted has forgotten it
                 if not is_stopping:
                     is_stopping = True
-                    tell({"event": "stopping"})
+                    tell(StoppingEvent().to_json())
 
 
 def _explained(error: BaseException, config: RunConfig) -> OutlastError:

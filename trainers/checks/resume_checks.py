@@ -15,6 +15,7 @@ from torch import nn
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.restore.reader import read_verified
+from outlast.checkpointing.run_store.events import ChangedEvent
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.train import Exactness
 from outlast.trainers.config.training_config import TrainingConfig
@@ -128,4 +129,4 @@ def record_changes(checkpointer: Checkpointer, base: Mapping[str, Any], exactnes
         before, now = base.get(key), checkpointer.declaration[key]
         if before not in (None, now):
             same_bits = key == "world_size" and exactness is Exactness.ELASTIC
-            checkpointer.journal.event("changed", what=key, before=before, now=now, same_bits=same_bits)
+            checkpointer.journal.write(ChangedEvent(what=key, before=before, now=now, same_bits=same_bits))

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from outlast.checkpointing.run_store.events import EvalEvent, SaveEvent, StepEvent, UnderWayEvent
 from outlast.checkpointing.run_store.store import RunStore
 
-TrackedEvent = Mapping[str, Any]
+TrackedEvent = StepEvent | EvalEvent | SaveEvent | UnderWayEvent
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError, first_line
 from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.run_store.store import RunStore
@@ -52,16 +53,14 @@ def check_trackers(settings: TrackSettings) -> None:
 def metric_values(event: TrackedEvent) -> dict[str, float]:
     """Return the metrics of an event by name; an empty dict for an event without metrics."""
     values: dict[str, float | None] = {}
-    match event["event"]:
-        case "step":
-            values = {f"train/{name}": event[name] for name in ("loss", "lr", "grad_norm")}
-            num_tokens = event.get("tokens", event["count"])  # `count`: targets, in journals without token counts
-            values["train/tokens_per_s"] = num_tokens / event["seconds"] if event["seconds"] else None
-        case "eval":
-            names = [name for name in event if name.startswith("eval_")]
-            values = {f"eval/{name.removeprefix('eval_')}": event[name] for name in names}
-        case "save":
-            values = {"save/waited_s": event["blocked_s"], "save/commit_s": event["commit_s"]}
+    match event:
+        case events.StepEvent():
+            values = {"train/loss": event.loss, "train/lr": event.lr, "train/grad_norm": event.grad_norm}
+            values["train/tokens_per_s"] = event.num_tokens / event.seconds if event.seconds else None
+        case events.EvalEvent():
+            values = {f"eval/{name.removeprefix('eval_')}": value for name, value in event.scores.items()}
+        case events.SaveEvent():
+            values = {"save/waited_s": event.blocked_s, "save/commit_s": event.commit_s}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -101,10 +100,8 @@ class Follower:
         except queue.Full:
             if not self._is_dropping:
                 self._is_dropping = True
-                self._report(
-                    f"too slow or unreachable: its queue is full, steps from {event.get('step')} on are dropped"
-                )
-        if event["event"] == "under-way":
+                self._report(f"too slow or unreachable: its queue is full, steps from {event.step} on are dropped")
+        if isinstance(event, events.UnderWayEvent):
             self.start()
 
     def start(self) -> None:
@@ -133,12 +130,13 @@ class Follower:
             self._retry(backend.close)
 
     def _send(self, backend: TrackerBackend, watermark: Watermark, event: TrackedEvent) -> None:
-        if event["event"] == "step":
-            self._step = event["step"]
+        if isinstance(event, events.StepEvent):
+            self._step = event.step
         # A save ends some steps after its own step.
-        step = self._step if event["event"] == "save" else int(event.get("step", 0))
+        step = self._step if isinstance(event, events.SaveEvent) else event.step
+        at = (event.ended_at if isinstance(event, events.StepEvent) else None) or event.t
         if fresh := watermark.news(metric_values(event), step):
-            self._retry(lambda: backend.log(fresh, step, float(event.get("ended_at", event["t"]))))
+            self._retry(lambda: backend.log(fresh, step, at))
 
     def _retry(self, action: Callable[[], T]) -> T:
         """Retry an action with increasing pauses until the attempt ends."""
@@ -170,13 +168,14 @@ class Tracking:
         self.followers: list[Follower] = []
         self.base: int | None = None  #: the step that the attempt resumes from, once known
 
-    def apply(self, event: TrackedEvent) -> None:
+    def apply(self, body: Mapping[str, Any]) -> None:
         """Queue an event of rank 0 for all trackers, without blocking."""
-        if event["event"] in ("start", "resume"):
-            self.base = int(event.get("step", 0))
-        if event["event"] in ("step", "eval", "save", "under-way"):
+        event = events.parse_event({"t": time.time(), **body})
+        if isinstance(event, events.StartEvent | events.ResumeEvent):
+            self.base = event.step
+        if isinstance(event, TrackedEvent):
             for follower in self.followers:
-                follower.apply({"t": time.time(), **event})
+                follower.apply(event)
 
     def __enter__(self) -> Tracking:
         return self
@@ -216,8 +215,8 @@ def follow(
 
     def report(name: Name, text: str) -> None:
         with suppress(StorageError):
-            journal.event("tracker", name=name, message=text)
-        progress({"event": "note", "text": f"{name}: {text}"})
+            journal.write(events.TrackerEvent(name=name, message=text))
+        progress(events.NoteEvent(text=f"{name}: {text}").to_json())
 
     def past(newest: int) -> Iterator[TrackedEvent]:
         assert tracking.base is not None
@@ -241,15 +240,21 @@ def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> 
     by_attempt: list[list[TrackedEvent]] = []
     for lower in reversed([item for item in list_attempts(store) if item < attempt]):
         begin: int | None = None
-        events: list[TrackedEvent] = []
-        for event in read_events(store, store.attempt_dir(lower)):  # a journal may be long: never load all of it
-            if begin is None and event["event"] in ("start", "resume"):
-                begin = int(event.get("step", -1))
-            elif begin is not None and max(begin + 1, newest) <= event.get("step", -1) <= base:
-                events.append(event)
+        tracked: list[TrackedEvent] = []
+        for body in read_events(store, store.attempt_dir(lower)):  # a journal may be long: never load all of it
+            step = body.get("step")
+            if begin is None:
+                match events.parse_event(body):
+                    case events.StartEvent():
+                        begin = -1
+                    case events.ResumeEvent(step=base_step):
+                        begin = base_step
+            elif isinstance(step, int) and max(begin + 1, newest) <= step <= base:
+                event = events.parse_event(body)
+                tracked += [event] if isinstance(event, TrackedEvent) else []
         if begin is None:
             continue
-        by_attempt.append(events)
+        by_attempt.append(tracked)
         base = min(base, begin)
         if base <= newest:
             break

@@ -33,6 +33,7 @@ from outlast.checkpointing.run_store.compaction import (
     join,
     to_parquet,
 )
+from outlast.checkpointing.run_store.events import parse_event
 from outlast.checkpointing.run_store.journal import (
     Journal,
     JournalTail,
@@ -124,8 +125,8 @@ def test_a_timeline_of_compacted_events_is_that_of_the_events(events: list[Event
             many.apply(event_or_steps)
     for name in ("number", "tokens", "loss", "lr", "grad_norm", "seconds", "ended_at"):
         assert getattr(one.steps, name).tobytes() == getattr(many.steps, name).tobytes(), name
-    assert (one.heard_at, one.start, one.end, one.slow) == (many.heard_at, many.start, many.end, many.slow)
-    assert [text(note) for note in one.notes] == [text(note) for note in many.notes]
+    assert (one.heard_at, one.start, one.final, one.slow) == (many.heard_at, many.start, many.final, many.slow)
+    assert [text(note.to_json()) for note in one.notes] == [text(note.to_json()) for note in many.notes]
 
 
 def _can_be_told(event: Event) -> bool:
@@ -210,16 +211,16 @@ def _list(files: Files, path: str) -> list[Entry]:
 def write(storage: Storage, num_steps: int, *, directory: str = PLACE) -> list[Event]:
     """A journal of so many steps with other events among them, flushed now and then. Returns its events."""
     written = Journal(storage, directory, 0, flush_s=1e9)
-    written.event("start")
+    written.write(parse_event({"event": "start"}))
     for number in range(1, num_steps + 1):
         event = usual_step(number, loss=None if number % 7 == 0 else 1 / number)
-        written.event("step", **{key: value for key, value in event.items() if key not in ("t", "event")})
+        written.write(parse_event({key: value for key, value in event.items() if key != "t"}))
         if number % 5 == 0:
-            written.event("commit", step=number, digest="d" * 32, num_bytes=10)
+            written.write(parse_event({"event": "commit", "step": number, "digest": "d" * 32, "num_bytes": 10}))
         if number % 3 == 0:
             written.flush()
             written.wait()
-    written.event("done", step=num_steps)
+    written.write(parse_event({"event": "done", "step": num_steps}))
     written.flush()
     written.wait()
     return list(read_events(storage, directory))
@@ -397,7 +398,7 @@ def test_commits_are_not_compacted(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     written = Journal(storage, PLACE, 0, stream="commits", flush_s=0)
     for number in range(100):
-        written.event("commit", step=number, digest="d" * 32, num_bytes=1)
+        written.write(parse_event({"event": "commit", "step": number, "digest": "d" * 32, "num_bytes": 1}))
     written.wait()
     assert {entry.name.rsplit(".")[-1] for entry in storage.list(PLACE)} == {"jsonl"}
     assert len(list(read_events(storage, PLACE, "commits"))) == 100

@@ -19,6 +19,7 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.events import StepEvent, parse_event
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.factory import open_storage
@@ -26,7 +27,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.tracking.base import Watermark
+from outlast.trainers.tracking.base import TrackedEvent, Watermark
 from outlast.trainers.tracking.follow import Follower, check_trackers, metric_values
 from tests.conftest import Reference
 from tests.support.groups.worker_group import Quiet, digests, losses, resumed, run_group
@@ -71,8 +72,10 @@ def journal_values(storage: LocalStorage, run: str) -> dict[str, dict[int, float
     """The values of each step in the journal, by name."""
     values: dict[str, dict[int, float]] = {}
     for _, event in run_events(RunStore(storage, run)):
-        for name, value in metric_values(event).items():
-            values.setdefault(name, {})[event["step"]] = value
+        parsed = parse_event(event)
+        if isinstance(parsed, TrackedEvent):
+            for name, value in metric_values(parsed).items():
+                values.setdefault(name, {})[parsed.step] = value
     return values
 
 
@@ -270,8 +273,7 @@ def test_a_slow_tracker_loses_its_own_values_only(monkeypatch: pytest.MonkeyPatc
 
     follower = Follower(Slow, lambda newest: [], reported.append)
     for step in range(1, 30):
-        event = {"event": "step", "step": step, "loss": 1.0, "lr": 1.0, "grad_norm": None, "count": 1, "seconds": 1.0}
-        follower.apply({**event, "t": 0.0})
+        follower.apply(StepEvent(step=step, loss=1.0, lr=1.0, grad_norm=None, count=1, seconds=1.0))
     assert len(reported) == 1
     assert "steps from 6 on are dropped" in reported[0]
     go.set()
