@@ -18,6 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from outlast.checkpointing.run_store.events import StepEvent
+
 _FLOATS = ("t", "loss", "lr", "grad_norm", "seconds", "ended_at")
 _INTS = ("step", "count", "tokens")
 _NULLABLE = ("loss", "grad_norm")
@@ -80,7 +82,7 @@ class CompactedEvents:
     def by_column(self) -> Iterator[dict[str, Any] | StepColumns]:
         """All usual steps at once, then the other events; in their order if a step is among these."""
         others = [json.loads(line.as_py()) for line in self.table["json"].drop_null()]
-        if any(event["event"] == "step" for event in others):
+        if any(event["event"] == StepEvent.kind for event in others):
             yield from self
             return
         steps = self.table.drop(["json"]).filter(self.table["json"].is_null())
@@ -153,7 +155,7 @@ def _is_usual(event: Mapping[str, Any]) -> bool:
     """Whether columns hold all that a step event says, to the last bit."""
     return (
         len(event) == len(_FIELDS)
-        and event["event"] == "step"
+        and event["event"] == StepEvent.kind
         and tuple(type(event.get(name)) for name in _FIELDS) in _TYPES
         and isfinite(event["t"])
         and all(-(2**63) <= event[name] < 2**63 for name in _INTS)

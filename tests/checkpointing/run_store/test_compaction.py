@@ -435,12 +435,13 @@ _ENDLESS = """
 import sys
 from pathlib import Path
 from outlast.checkpointing.run_store import journal
+from outlast.checkpointing.run_store.events import parse_event
 from outlast.checkpointing.storage.local import LocalStorage
 journal.SEGMENT_BYTES, journal.COMPACTED_SEGMENTS, journal.JOINED_FILES = 600, 2, 3
 written = journal.Journal(LocalStorage(Path(sys.argv[1])), "run", 0, flush_s=1e9)
 for number in range(10**9):
     body = dict(loss=1 / (number + 1), lr=1e-5, grad_norm=0.5, count=1, tokens=1, seconds=0.1, ended_at=1.0)
-    written.event("step", step=number, **body)
+    written.write(parse_event({"event": "step", "step": number, **body}))
     written.flush()
     if number % 10 == 0:
         print(number, flush=True)
