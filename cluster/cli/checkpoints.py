@@ -111,7 +111,7 @@ def path(
     from outlast.checkpointing.tools import query as commands
 
     store, retention = find_run(run, storage)
-    print(commands.path_of(store, which, retention))
+    print(commands.resolve_checkpoint(store, which, retention).url)
 
 
 @checkpoints.command()

@@ -42,8 +42,8 @@ def try_(
     resolved = predict.choose_checkpoint(store, checkpoint, retention)
     config, _ = settings_of(declared_settings(store), run, overrides or ())
     task, model = predict.load(config, resolved, base, trusted=trusted)
-    inputs = [predict.record_of(task, _parsed(text)) for text in [*(texts or []), *(prompts or [])]]
-    rows = chain(inputs, *(predict.records_in(task, config, file) for file in files or []))
+    inputs = [predict.parse_record(task, _parsed(text)) for text in [*(texts or []), *(prompts or [])]]
+    rows = chain(inputs, *(predict.read_records(task, config, file) for file in files or []))
     if not inputs and not files:
         raise ConfigError("no input was given", hint=f"outlast try {run} --text '…', or --file rows.jsonl")
     for answer in predict.predict(task, model, rows):

@@ -20,7 +20,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from outlast.checkpointing.run_store.catalog import build_catalog, run_events
+from outlast.checkpointing.run_store.catalog import build_catalog
+from outlast.checkpointing.run_store.events import EvalEvent, ResumeEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
@@ -124,7 +125,7 @@ def _compare(copy: drill.RunCopy) -> dict[str, Any]:
     store = copy.store
     killed, undisturbed = drill.final_state(store), drill.final_state(RunStore(store.storage, "undisturbed"))
     result = drill.compare_with_reference(copy, drill.FaultKind.KILL_IN_SAVE, undisturbed)
-    losses, num_resumed = killed.losses, sum(event["event"] == "resume" for _, event in run_events(store))
+    losses, num_resumed = killed.losses, len(drill.events_of(store, ResumeEvent))
     return {
         "equal": {
             "weights": bool(killed.weights) and killed.weights == undisturbed.weights,
@@ -138,8 +139,8 @@ def _compare(copy: drill.RunCopy) -> dict[str, Any]:
         "resumed_from": result.resumed_from,
         "num_tensors": len(killed.weights) + len(killed.optimizer),
         "checkpoints": [item.ref.step for item in build_catalog(store).accepted],
-        "eval_loss": {event["step"]: event["eval_loss"] for _, event in run_events(store) if event["event"] == "eval"},
-        "loss": {step: min(losses[step]) for step in (1, NUM_STEPS) if step in losses},
+        "eval_loss": {e.step: e.scores["eval_loss"] for e in drill.events_of(store, EvalEvent)},
+        "loss": {step: min(filter(None, losses[step])) for step in (1, NUM_STEPS) if step in losses},
     }
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -26,6 +26,7 @@ from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, read_record, write_record
 from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import build_catalog, run_events
+from outlast.checkpointing.run_store.events import Event, ResumeEvent, StepEvent, parse_event
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes, walk
 from outlast.cluster.config.run_config import RunConfig, load_run
@@ -34,6 +35,8 @@ from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.reporter import Reporter
 from outlast.trainers.loop.train_loop import Outcome
+
+E = TypeVar("E", bound=Event)
 
 STEPS_MIN = 8
 
@@ -128,17 +131,21 @@ class FinalState:
 
     weights: dict[str, str]
     optimizer: dict[str, str]
-    losses: dict[int, set[float]]
+    losses: dict[int, set[float | None]]
+
+
+def events_of(store: RunStore, kind: type[E]) -> list[E]:
+    """All events of one kind, lowest attempt first."""
+    return [event for _, body in run_events(store) if isinstance(event := parse_event(body), kind)]
 
 
 def final_state(store: RunStore) -> FinalState:
     """Return the final state of a finished run."""
     newest = build_catalog(store).accepted[0]
     digests = tensor_digests(store.storage, store.checkpoint_dir(newest.ref), newest)
-    losses: dict[int, set[float]] = {}
-    for _, event in run_events(store):
-        if event["event"] == "step":
-            losses.setdefault(event["step"], set()).add(event["loss"])
+    losses: dict[int, set[float | None]] = {}
+    for event in events_of(store, StepEvent):
+        losses.setdefault(event.step, set()).add(event.loss)
     weights = {name: digest for name, digest in digests.items() if "/" not in name}
     return FinalState(weights, {name: digest for name, digest in digests.items() if "/" in name}, losses)
 
@@ -174,11 +181,12 @@ class _Interrupter:
         self._copy, self._number, self._tell = copy, number, tell
         self._is_sent = False
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        self._tell(event)
-        if not self._is_sent and event["event"] == "step" and event["step"] >= self._copy.at - 1:
+    def __call__(self, body: dict[str, Any]) -> None:
+        self._tell(body)
+        event = parse_event(body)
+        if not self._is_sent and isinstance(event, StepEvent) and event.step >= self._copy.at - 1:
             self._is_sent = True
-            write_record(self._copy.record, {"step": event["step"], "action": self._number.name.lower()})
+            write_record(self._copy.record, {"step": event.step, "action": self._number.name.lower()})
             os.kill(os.getpid(), self._number)
 
 
@@ -200,9 +208,8 @@ def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalSta
     """Compare a copy that has ended with the undisturbed one."""
     fault = read_record(copy.record)
     finding = DrillResult(kind.value, fault)
-    events = [event for _, event in run_events(copy.store)]
-    steps = sorted((event["ended_at"], event["step"]) for event in events if event["event"] == "step")
-    resumes = [event["step"] for event in events if event["event"] == "resume"]
+    steps = sorted((event.ended_at or event.t, event.step) for event in events_of(copy.store, StepEvent))
+    resumes = [event.step for event in events_of(copy.store, ResumeEvent)]
     if fault is not None:
         finding.resumed_from = resumes[0] if resumes else 0
         reached = max((step for ended_at, step in steps if ended_at <= fault["t"]), default=0)
@@ -318,8 +325,7 @@ def _last_rank(copy: RunCopy) -> int:
 
 
 def _seconds_per_step(copy: RunCopy) -> float:
-    events = [event for _, event in run_events(copy.store) if event["event"] == "step"]
-    ends = sorted(event["ended_at"] for event in events)
+    ends = sorted(event.ended_at or event.t for event in events_of(copy.store, StepEvent))
     return float(statistics.median(later - earlier for earlier, later in pairwise(ends)))
 
 

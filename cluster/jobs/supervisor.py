@@ -24,6 +24,7 @@ from outlast.checkpointing.errors import OutlastError, PreflightError, StorageEr
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
+from outlast.checkpointing.run_store.events import FailureEvent
 from outlast.checkpointing.run_store.journal import Journal, last_event_at
 from outlast.checkpointing.run_store.liveness import find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
@@ -271,7 +272,8 @@ class Supervisor:
         if launch is None:
             return  # the job has no launch yet
         journal = Journal(self.store.storage, self.store.launch_dir(launch.id), 1, flush_s=0)
-        journal.event("failure", attempt=str(attempt or "unclaimed"), cause=_STALLED, rank=0, message=finding)
+        name = str(attempt or "unclaimed")
+        journal.write(FailureEvent(attempt=name, cause=_STALLED, rank=0, message=finding))
 
     def _reason_to_give_up(self) -> GiveUp | None:
         records = read_attempt_history(self.store)

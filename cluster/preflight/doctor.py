@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, first_line
 from outlast.checkpointing.run_store.catalog import build_catalog
+from outlast.checkpointing.run_store.events import NoteEvent
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.preemption import draining_nodes
 from outlast.cluster.preflight import doctor_probe, doctor_rules
@@ -77,7 +78,7 @@ def _newest_bytes(config: RunConfig) -> int | None:
     return None
 
 
-def preflight(config: RunConfig, tell: Callable[[dict[str, Any]], None]) -> None:
+def preflight(config: RunConfig, tell: Callable[[NoteEvent], None]) -> None:
     """Run the quick part before a run; warnings go to `tell`.
 
     Raises:
@@ -88,7 +89,7 @@ def preflight(config: RunConfig, tell: Callable[[dict[str, Any]], None]) -> None
         if finding.level is Level.FAILED:
             failed.append(finding)
         elif finding.level is Level.WARNING:
-            tell({"event": "note", "text": f"{finding.check}: {finding.text} ({finding.hint})"})
+            tell(NoteEvent(text=f"{finding.check}: {finding.text} ({finding.hint})"))
     if failed:
         raise PreflightError(
             "; ".join(f"{finding.check}: {finding.text}" for finding in failed),

@@ -145,7 +145,7 @@ def _columns(config: RunConfig) -> None:
 def _eval_columns(config: RunConfig) -> None:
     """Check that the held-out rows have the columns chosen from the training rows."""
     from outlast.trainers.data.columns import choose_columns
-    from outlast.trainers.data.readers import first_row, no_column
+    from outlast.trainers.data.readers import first_row, missing_column_error
     from outlast.trainers.tasks.registry import find_task
 
     source = config.data.eval
@@ -155,7 +155,7 @@ def _eval_columns(config: RunConfig) -> None:
     chosen = choose_columns(find_task(config.model.task).columns, config.data)
     missing = [name for name in chosen.names if name not in row] if row else []
     if missing:
-        raise no_column(str(source), missing, row, "give it the columns of data.train")
+        raise missing_column_error(str(source), missing, row, "give it the columns of data.train")
 
 
 def _batch(config: RunConfig) -> None:

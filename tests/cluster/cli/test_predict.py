@@ -22,7 +22,7 @@ from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data.tokenizer import files_of, train_bpe
+from outlast.trainers.data.tokenizer import tokenizer_files, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.custom_model import load_class
 from outlast.trainers.tasks.generation import NUM_NEW_TOKENS
@@ -74,7 +74,7 @@ def test_hidden_words_are_guessed(finished: Callable[[str], str], tmp_path: Path
     plain = CliRunner().invoke(app, ["try", run, "--text", text], catch_exceptions=False).stdout
     best = f"{guesses[0]['token']!r} {guesses[0]['score']:.3f}"
     assert plain.startswith(f"text: {text}  guesses: [[{best}, ")
-    with pytest.raises(ConfigError, match=r"gone\.jsonl is not there") as caught:
+    with pytest.raises(ConfigError, match=r"gone\.jsonl does not exist") as caught:
         ask(run, "--file", str(tmp_path / "gone.jsonl"))
     assert caught.value.hint == "give --file rows with text"
 
@@ -181,7 +181,7 @@ def make_trusting(folder: Path) -> Path:
     where = {"AutoConfig": "recurrent_code.RecurrentConfig", "AutoModelForCausalLM": "recurrent_code.RecurrentLM"}
     body = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**body, "auto_map": where}))
-    for name, data in files_of(tokenizer).items():
+    for name, data in tokenizer_files(tokenizer).items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -199,14 +199,14 @@ def test_an_adapter_answers_upon_its_base(
     [answer] = ask(run, "--prompt", "The")
     assert answer["continuation"] == tokenizer.decode(written[given["input_ids"].shape[1] :], skip_special_tokens=True)
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(ConfigError, match="beneath the adapter cannot be loaded") as caught:
+    with pytest.raises(ConfigError, match="the adapter's base model cannot be loaded") as caught:
         ask(run, "--prompt", "The")
     assert "--base" in caught.value.hint
     assert ask(run, "--prompt", "The", "--base", str(moved)) == [answer]
     torch.manual_seed(0)
     other = LlamaForCausalLM(LlamaForCausalLM.from_pretrained(moved).config)
     other.save_pretrained(moved)
-    with pytest.raises(ConfigError, match="not hold the weights"):
+    with pytest.raises(ConfigError, match="does not have the weights"):
         ask(run, "--prompt", "The", "--base", str(moved))
 
 

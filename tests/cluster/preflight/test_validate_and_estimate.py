@@ -65,7 +65,7 @@ def test_a_template_is_valid_unchanged(task: str, tmp_path: Path) -> None:
     path.write_text(template(task))
     texts = [str(item) for item in validate(str(path))]
     assert len(texts) == 1
-    assert "rows.jsonl is not there" in texts[0], "nothing but the data is missing"
+    assert "rows.jsonl does not exist" in texts[0], "nothing but the data is missing"
     rows_of(task, tmp_path)
     assert validate(str(path)) == []
     new = ["model.path=null", f"model.config={EXAMPLES[task].new}", "model.tokenizer={train_bpe: 4096}"]
@@ -230,7 +230,7 @@ def test_an_invalid_setting_hides_no_other_errors(tmp_path: Path, body: dict[str
     for part in ("name: ", "train.lr: ", "did you mean 'gpt2'?", "checkpoint.storage"):
         assert part in texts
     path.write_text(yaml.safe_dump({**body, "data": {"train": "/no/such.txt"}}))
-    assert "/no/such.txt is not there" in "\n".join(str(item) for item in validate(str(path)))
+    assert "/no/such.txt does not exist" in "\n".join(str(item) for item in validate(str(path)))
     [found] = validate(str(path), ["model.task=causal", "checkpoint.storage=null", "train=null"])[:1]
     assert "task" in str(found)
 
@@ -238,13 +238,17 @@ def test_an_invalid_setting_hides_no_other_errors(tmp_path: Path, body: dict[str
 @pytest.mark.parametrize(
     ("change", "line_of", "texts"),
     [
-        ({"data": {"train": "/no/such.txt"}}, "train:", "data file /no/such.txt is not there"),
-        ({"data": {"eval": "/no/held-out.txt"}}, "eval:", "/no/held-out.txt is not there"),
+        ({"data": {"train": "/no/such.txt"}}, "train:", "data file /no/such.txt does not exist"),
+        ({"data": {"eval": "/no/held-out.txt"}}, "eval:", "/no/held-out.txt does not exist"),
         ({"model": {"config": {"model_type": "gpt2", "n_layers": 2}}}, "n_layers:", "did you mean 'n_layer'?"),
         ({"model": {"config": {"model_type": "gtp2"}}}, "model_type:", "did you mean 'gpt2'?"),
-        ({"model": {"config": {"model_type": "t5"}, "task": "causal-lm"}}, "task:", "no t5 model does it"),
+        (
+            {"model": {"config": {"model_type": "t5"}, "task": "causal-lm"}},
+            "task:",
+            "causal-lm is not supported for t5 models",
+        ),
         ({"model": {"class": "nowhere:Model"}}, "class:", "cannot be imported"),
-        ({"model": {"path": "/no/model", "config": None, "tokenizer": None}}, "path:", "/no/model is not there"),
+        ({"model": {"path": "/no/model", "config": None, "tokenizer": None}}, "path:", "/no/model does not exist"),
         ({"train": {"optimizer": "adamv"}}, None, "did you mean 'adam'?"),
         ({"scale": {"workers": 9}}, None, "9 workers, but a batch of 8"),
         (
