@@ -51,12 +51,7 @@ def list_(run: Run, storage: StorageRoot = "./runs", as_json: AsJson = False) ->
 
 
 @checkpoints.command()
-def show(
-    run: Run,
-    which: CheckpointName = "newest",
-    storage: StorageRoot = "./runs",
-    as_json: AsJson = False,
-) -> None:
+def show(run: Run, which: CheckpointName = "newest", storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
     """Show one checkpoint: its files, digests, metrics and lineage."""
     from outlast.checkpointing.tools import query as commands
 
@@ -263,15 +258,13 @@ def export(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as saved.")] = None,
     format_: Annotated[
-        str | None,
-        typer.Option("--format", help="safetensors, or pytorch: pytorch_model.bin, a raw state_dict."),
+        str | None, typer.Option("--format", help="safetensors, or pytorch: pytorch_model.bin, a raw state_dict.")
     ] = None,
     old_vocab: Annotated[
         bool, typer.Option("--old-vocab", help="Add vocab.txt, or vocab.json and merges.txt.")
     ] = False,
     weights: Annotated[
-        Path | None,
-        typer.Option(help="Write the weights to this file; as pytorch unless it ends with .safetensors."),
+        Path | None, typer.Option(help="Write the weights to this file; as pytorch unless it ends with .safetensors.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Write the configuration to this file.")] = None,
     vocab: Annotated[

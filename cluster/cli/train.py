@@ -9,12 +9,7 @@ from typing import Annotated
 
 import typer
 
-from outlast.cluster.cli.options import (
-    AsJson,
-    Overrides,
-    RunFile,
-    writing,
-)
+from outlast.cluster.cli.options import AsJson, Overrides, RunFile, writing
 
 
 def train(

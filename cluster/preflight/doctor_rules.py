@@ -94,7 +94,7 @@ def check_versions(facts: Facts) -> list[Finding]:
         nodes_by_version = _group_by(facts, lambda fact, name=name: fact["versions"].get(name))  # type: ignore[misc]
         label = "outlast's code" if name == "outlast" else name
         if missing := nodes_by_version.pop("missing", None):
-            report.fail(f"{label} is missing on {_join_nodes(missing)}", "install the same requirements on every node")
+            report.fail(f"{label} is missing on {_join_nodes(missing)}", "install the same packages on every node")
         if len(nodes_by_version) > 1:
             differing = "; ".join(f"{value} on {_join_nodes(nodes)}" for value, nodes in nodes_by_version.items())
             report.fail(f"{label} differs: {differing}", "install the same versions: start all nodes from one image")
@@ -102,26 +102,24 @@ def check_versions(facts: Facts) -> list[Finding]:
     return report.or_ok(f"{_count(facts)}: {versions}")
 
 
-def check_devices(
-    facts: Facts, resources: Mapping[str, Mapping[str, float]], requirements: Requirements
-) -> list[Finding]:
+def check_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], needs: Requirements) -> list[Finding]:
     """Check that the workers fit, and that processors are of one kind: else results differ in the last bits."""
     report = _Findings("devices")
     available = {key: sum(node.get(key, 0) for node in resources.values()) for key in ("CPU", "GPU")}
-    needed = {"CPU": (requirements.cpus or 0) * requirements.workers, "GPU": requirements.gpus * requirements.workers}
+    needed = {"CPU": (needs.cpus or 0) * needs.workers, "GPU": needs.gpus * needs.workers}
     for key, number in needed.items():
         if number > available[key] + 1e-6:
             report.fail(
-                f"{counted(requirements.workers, 'worker')} need {number:g} {key}s, the cluster has {available[key]:g}",
+                f"{counted(needs.workers, 'worker')} need {number:g} {key}s, the cluster has {available[key]:g}",
                 "add nodes, or lower scale.workers",
             )
     for node, fact in facts.items():
         offered, gpus = resources.get(node, {}).get("GPU", 0), fact["gpus"]
-        if requirements.gpus and offered and not gpus:
+        if needs.gpus and offered and not gpus:
             report.warn(
                 f"{node} offers {offered:g} GPUs, nvidia-smi finds none", "ignore this for GPUs of other vendors"
             )
-        elif requirements.gpus and offered > len(gpus):
+        elif needs.gpus and offered > len(gpus):
             report.fail(
                 f"{node} offers {offered:g} GPUs, nvidia-smi finds {len(gpus)}",
                 f"run nvidia-smi on {node}; start Ray there with --num-gpus={len(gpus)}",
@@ -141,11 +139,11 @@ def check_devices(
     )
 
 
-def check_memory(facts: Facts, requirements: Requirements) -> list[Finding]:
+def check_memory(facts: Facts, needs: Requirements) -> list[Finding]:
     """Check free memory within the control group's limit, and the size of /dev/shm."""
     report = _Findings("memory")
-    per_node = math.ceil(requirements.workers / max(1, len(facts)))
-    needed = (requirements.weights_bytes or 0) * 4 * per_node if not requirements.gpus else 0
+    per_node = math.ceil(needs.workers / max(1, len(facts)))
+    needed = (needs.weights_bytes or 0) * 4 * per_node if not needs.gpus else 0
     for node, fact in facts.items():
         memory, shm = fact["memory"], fact["shm"]
         free, limit = memory["available"], memory["limit"]
@@ -167,7 +165,7 @@ def check_memory(facts: Facts, requirements: Requirements) -> list[Finding]:
     return report.or_ok(f"at least {size(min_free)} free")
 
 
-def check_disk(facts: Facts, requirements: Requirements) -> list[Finding]:
+def check_disk(facts: Facts, needs: Requirements) -> list[Finding]:
     """Check the space for Ray on each node's disk, and for checkpoints in the storage."""
     report = _Findings("disk")
     for node, fact in facts.items():
@@ -178,17 +176,17 @@ def check_disk(facts: Facts, requirements: Requirements) -> list[Finding]:
                 f"at {FULL_SHARE:.0%}",
                 f"free some space on {node}, or start Ray there with --temp-dir on another disk",
             )
-    checkpoint_bytes = requirements.newest_bytes or 3 * (requirements.weights_bytes or 0)  # weights and two moments
+    checkpoint_bytes = needs.newest_bytes or 3 * (needs.weights_bytes or 0)  # weights and two moments
     spaces = {node: fact["storage"] for node, fact in facts.items() if fact["storage"] and "free" in fact["storage"]}
     for node, space in spaces.items():
-        where = f"{requirements.storage} has {size(space['free'])} free (seen from {node})"
+        where = f"{needs.storage} has {size(space['free'])} free (seen from {node})"
         if space["free"] < checkpoint_bytes:
             report.fail(
                 f"{where}; one checkpoint needs about {size(checkpoint_bytes)}",
                 "free some space, or use another storage",
             )
-        elif space["free"] < max(checkpoint_bytes * (requirements.keep_last + 1), MIN_DISK_BYTES):
-            num_kept = requirements.keep_last + 1
+        elif space["free"] < max(checkpoint_bytes * (needs.keep_last + 1), MIN_DISK_BYTES):
+            num_kept = needs.keep_last + 1
             need = f"{counted(num_kept, 'checkpoint')} need about {size(checkpoint_bytes * num_kept)}"
             report.warn(
                 f"{where}; {need if checkpoint_bytes else f'a run needs at least {size(MIN_DISK_BYTES)}'}",
@@ -202,20 +200,17 @@ def check_disk(facts: Facts, requirements: Requirements) -> list[Finding]:
 
 
 def check_shared(
-    facts: Facts,
-    requirements: Requirements,
-    writers: Mapping[str, Mapping[str, Any]],
-    seen: Mapping[str, Mapping[str, Any]],
+    facts: Facts, needs: Requirements, writers: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mapping[str, Any]]
 ) -> list[Finding]:
     """Check that each node can read what every other one wrote.
 
     Args:
         facts: Properties of the nodes.
-        requirements: The run's requirements.
+        needs: The run's requirements.
         writers: Results of `write`, by node; with `fault` if it failed.
         seen: Results of `watch`, by node; likewise.
     """
-    report, url = _Findings("storage"), requirements.storage
+    report, url = _Findings("storage"), needs.storage
     for verb, answers in (("write to", writers), ("read", seen)):
         for fault, nodes in _group_by(answers, lambda answer: answer.get("fault")).items():
             if fault is not None:
@@ -243,7 +238,7 @@ def check_shared(
     return report.or_ok(f"{url}: {_count(facts)} read what each wrote")
 
 
-def check_lag(lags: Mapping[tuple[str, str], float | None], requirements: Requirements) -> list[Finding]:
+def check_lag(lags: Mapping[tuple[str, str], float | None], needs: Requirements) -> list[Finding]:
     """Check the seconds that a listing on one node lags behind a write on another; None if it never appeared."""
     report = _Findings("listing lag")
     worst = max(lags.values(), key=lambda lag: math.inf if lag is None else lag, default=0.0)
@@ -251,10 +246,10 @@ def check_lag(lags: Mapping[tuple[str, str], float | None], requirements: Requir
     if worst is None:
         writer, reader = next(pair for pair, lag in lags.items() if lag is None)
         report.fail(f"a file of {writer} did not appear on {reader} in time", f"{mount}, or use an object store")
-    elif worst > max(LAG_NOISE_S, requirements.settle_s):
+    elif worst > max(LAG_NOISE_S, needs.settle_s):
         writer, reader = max(lags, key=lambda pair: lags[pair] or 0)
         report.fail(
-            f"a file of {writer} appears on {reader} {worst:.1f} s later, the run allows {requirements.settle_s:g} s",
+            f"a file of {writer} appears on {reader} {worst:.1f} s later, the run allows {needs.settle_s:g} s",
             f"set checkpoint.settle_s to {math.ceil(worst * 1.5)}, or {mount}",
         )
     return report.or_ok("none" if not worst or worst <= LAG_NOISE_S else f"{worst:.1f} s, which the run allows")

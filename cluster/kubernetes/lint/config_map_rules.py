@@ -43,10 +43,7 @@ def run_file_mismatches(
     )
     capacity = sum(number for group in groups if isinstance(number := group.get("maxReplicas"), int))
     if isinstance(max_workers, int) and capacity < max_workers:
-        yield (
-            "spec.rayClusterSpec.workerGroupSpecs",
-            f"maxReplicas allows {capacity} workers, the run file has {max_workers}",
-        )
+        yield ("spec.rayClusterSpec.workerGroupSpecs", f"maxReplicas allows {capacity} workers of {max_workers}")
     gpus, cpus = scale.get("gpus_per_worker", 0), scale.get("cpus_per_worker")
     for number, group in enumerate(groups):
         pod_cpus = _cpus(group)
@@ -66,10 +63,7 @@ def run_file_mismatches(
         for role, group in ray_groups(cluster):
             paths = [str(mount.get("mountPath")) for mount in mappings(first_container(group), "volumeMounts")]
             if not any(f"{storage}/".startswith(f"{path.rstrip('/')}/") for path in paths):
-                yield (
-                    role,
-                    f"nothing is mounted at checkpoint.storage {storage}: checkpoints would be lost with the pod",
-                )
+                yield (role, f"nothing is mounted at checkpoint.storage {storage}: checkpoints are lost with the pod")
 
 
 def missing_config_maps(job: Mapping[str, Any], config_maps: Mapping[str, Any]) -> Iterator[LintComplaint]:

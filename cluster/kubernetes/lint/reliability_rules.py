@@ -128,10 +128,7 @@ def _container(where: str, container: Mapping[str, Any]) -> Iterator[LintComplai
     resources = mapping(container, "resources")
     request, limit = mapping(resources, "requests").get("memory"), mapping(resources, "limits").get("memory")
     if where in ("head", "worker") and (limit is None or request != limit):
-        yield (
-            where,
-            f"memory request ({request}) and limit ({limit}) must be set and equal, or other pods can OOM-kill it",
-        )
+        yield (where, f"memory request ({request}) and limit ({limit}) must be set and equal, else OOM kills")
 
 
 def _termination_times(role: str, group: Mapping[str, Any]) -> Iterator[LintComplaint]:

@@ -232,7 +232,7 @@ def test_mismatch_with_the_run_file(tmp_path: Path) -> None:
     start = {(*WORKERS, "rayStartParams", "num-cpus"): "2"}
     assert "2 CPUs in each pod" in _found(tmp_path, "gpus", start, Level.FAILED)[-1]
     mount = {(*WORKER_POD, "containers", 0, "volumeMounts", 1): ...}
-    assert "would be lost with the pod" in _found(tmp_path, "claim", mount, Level.FAILED)[-1]
+    assert "are lost with the pod" in _found(tmp_path, "claim", mount, Level.FAILED)[-1]
 
 
 AFFINITY = (*HEAD_POD, "affinity")
