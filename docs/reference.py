@@ -1,4 +1,4 @@
-"""Writes `docs/reference.md` from the code: every setting, every verb, every exit code.
+"""Writes `docs/reference/settings.md` from the code: every setting, every verb, every exit code.
 
     python docs/reference.py
 
@@ -23,7 +23,7 @@ from outlast.cluster.k8s_settings import K8sSettings
 from outlast.cluster.launch import Interrupted
 from outlast.trainers.loop import Outcome
 
-PAGE = Path(__file__).with_name("reference.md")
+PAGE = Path(__file__).parent / "reference" / "settings.md"
 
 HEAD = """\
 # Reference
@@ -220,7 +220,7 @@ def page() -> str:
         "## Exit codes\n\nThe same for every verb; where a verb has more to say, it does so above.\n",
         exit_codes(),
         f"## Kubernetes\n\n{_prose(K8sSettings.__doc__)} Each is an option of `outlast k8s render`, or keeps its "
-        "default; [k8s/README.md](../k8s/README.md) gives the reasons.\n",
+        "default; [k8s/README.md](../../k8s/README.md) gives the reasons.\n",
         _settings_table(K8sSettings),
     ]
     return "\n".join(parts)

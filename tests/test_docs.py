@@ -31,7 +31,8 @@ from tests.command import Command
 from tests.test_reference import load_reference
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 MARKS = {
     "cluster": "a Ray or Kubernetes cluster",
     "hub": "an account and the network",
@@ -42,12 +43,20 @@ MARKS = {
 STARTS = {"console": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 #: What a tutorial must have printed in the end, beside having ended well: it was killed, and it came back.
 SAYS = {
-    "laptop.md": ("resumed from", "attempts: 2", " equal, 0 changed, 0 added, 0 removed"),
-    "own-loop.md": (r"from step 0\n(.*\n)*from step [1-9]\d*\ndone", " equal, 0 changed, 0 added, 0 removed"),
-    "hf-trainer.md": (r"from None\n(.*\n)*from \S+/checkpoint-[1-9]\d*\n(.*\n)*done at step 40",),
-    "from-ray-train.md": ("attempts: 2",),
+    "docs/tutorials/laptop.md": ("resumed from", "attempts: 2", " equal, 0 changed, 0 added, 0 removed"),
+    "docs/tutorials/own-loop.md": (
+        r"from step 0\n(.*\n)*from step [1-9]\d*\ndone",
+        " equal, 0 changed, 0 added, 0 removed",
+    ),
+    "docs/tutorials/hf-trainer.md": (r"from None\n(.*\n)*from \S+/checkpoint-[1-9]\d*\n(.*\n)*done at step 40",),
+    "docs/how-to/migrate-from-ray-train.md": ("attempts: 2",),
 }
 LANGUAGES = {"console", "python", "yaml", "json", "text"}
+
+
+def path_of(page: Path) -> str:
+    """A page's path in the repository."""
+    return page.relative_to(ROOT).as_posix()
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Block:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{path_of(self.page)}:{self.line}"
 
     @property
     def file(self) -> str | None:
@@ -93,7 +102,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
             language, _, mark = opened[1].partition(" ")
             yield Block(page, opened[0], language, mark, "\n".join(opened[2]) + "\n")
             opened = None
-    assert opened is None, f"{page.name}:{opened}: a block without an end"
+    assert opened is None, f"{path_of(page)}:{opened}: a block without an end"
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -148,7 +157,7 @@ def test_commands_have_verbs_and_options_that_exist(block: Block) -> None:
 
 
 def readme_run() -> dict[str, Any]:
-    [text] = [block.text for block in BLOCKS if block.page.name == "README.md" and block.language == "yaml"]
+    [text] = [block.text for block in BLOCKS if block.page == README and block.language == "yaml"]
     return yaml.safe_load(text)
 
 
@@ -165,7 +174,7 @@ def test_yaml_is_a_run_file_or_a_part_of_one(block: Block) -> None:
     RunConfig.model_validate(body)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=path_of)
 def test_settings_that_a_page_names_exist(page: Path) -> None:
     known = {name for name, *_ in load_reference().settings(RunConfig)}
     named = re.findall(r"`((?:model|data|train|scale|checkpoint|failure|track)\.[a-z_.]+)", page.read_text())
@@ -179,7 +188,7 @@ def test_settings_that_one_had_exist() -> None:
     from transformers import TrainingArguments
 
     def column(page: str) -> set[str]:
-        table = (ROOT / "docs" / page).read_text().split("|---|---|---|\n")[1].split("\n\n")[0]
+        table = (DOCS / "how-to" / page).read_text().split("|---|---|---|\n")[1].split("\n\n")[0]
         return {name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.split(" | ")[0])}
 
     trainer = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -188,8 +197,8 @@ def test_settings_that_one_had_exist() -> None:
         for block in (ScalingConfig, RunConfig, FailureConfig, CheckpointConfig)
         for field in dataclasses.fields(block)
     }
-    assert column("from-hf-trainer.md") - trainer == set()
-    assert column("from-ray-train.md") - ray == set()
+    assert column("migrate-from-hf-trainer.md") - trainer == set()
+    assert column("migrate-from-ray-train.md") - ray == set()
 
 
 # -- links and figures -------------------------------------------------------------------------------------------------
@@ -201,7 +210,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=path_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text())
     for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
@@ -214,8 +223,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+    readme = README.read_text()
+    assert [path_of(page) for page in PAGES[1:] if f"({path_of(page)})" not in readme] == []
 
 
 def test_the_numbers_of_cases_are_the_readmes() -> None:
@@ -223,7 +232,7 @@ def test_the_numbers_of_cases_are_the_readmes() -> None:
         table = page.read_text().split("| what happens |")[1].split("\n\n")[0]
         return [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
 
-    readme, whole = rows(ROOT / "README.md"), rows(ROOT / "docs/guarantee.md")
+    readme, whole = rows(README), rows(DOCS / "explanation/guarantees-and-limits.md")
     assert [(row[0], row[-1]) for row in readme] == [(row[0], row[1]) for row in whole]
 
 
@@ -273,7 +282,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=512, vocab_size=300, **ends)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "my-gpt2")
     tokenizer.inner.save_pretrained(folder / "my-gpt2")
-    walk(ROOT / "README.md", folder, command)
+    walk(README, folder, command)
     return folder
 
 
@@ -285,11 +294,11 @@ def ready(page: Path, world: Path, folder: Path) -> Path:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if runs(page, slow=False)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if runs(page, slow=False)], ids=path_of)
 def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
     said = walk(page, ready(page, world, tmp_path), command)
     if not any(block.mark == "slow" for block in blocks_of(page)):
-        assert [pattern for pattern in SAYS.get(page.name, ()) if not re.search(pattern, said)] == [], said
+        assert [pattern for pattern in SAYS.get(path_of(page), ()) if not re.search(pattern, said)] == [], said
 
 
 @pytest.mark.faults  # some minutes
@@ -298,11 +307,11 @@ def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path, comma
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.name, marks=pytest.mark.slice if page.name == "laptop.md" else ())
+        pytest.param(page, id=path_of(page), marks=pytest.mark.slice if page.stem == "laptop" else ())
         for page in PAGES
         if any(block.mark == "slow" for block in blocks_of(page))
     ],
 )
 def test_a_page_with_slow_blocks_does_what_it_says(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
     said = walk(page, ready(page, world, tmp_path), command, slow=True)
-    assert [pattern for pattern in SAYS.get(page.name, ()) if not re.search(pattern, said)] == [], said
+    assert [pattern for pattern in SAYS.get(path_of(page), ()) if not re.search(pattern, said)] == [], said

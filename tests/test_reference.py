@@ -1,4 +1,4 @@
-"""docs/reference.md says what the code says."""
+"""docs/reference/settings.md says what the code says."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def load_reference() -> ModuleType:
 
 
 def test_the_reference_is_what_the_code_says() -> None:
-    stale = "docs/reference.md differs from the code; make it anew: .venv/bin/python docs/reference.py"
-    assert (DOCS / "reference.md").read_text() == load_reference().page(), stale
+    stale = "docs/reference/settings.md differs from the code; make it anew: .venv/bin/python docs/reference.py"
+    assert (DOCS / "reference/settings.md").read_text() == load_reference().page(), stale
 
 
 def test_every_setting_and_every_verb_is_in_it() -> None:
@@ -31,7 +31,7 @@ def test_every_setting_and_every_verb_is_in_it() -> None:
     from outlast.cluster.config import load_run
     from outlast.trainers.registry import TASKS
 
-    text = (DOCS / "reference.md").read_text()
+    text = (DOCS / "reference/settings.md").read_text()
     config, _ = load_run(str(DOCS.parent / "examples/own_task.yaml"))
     for block, settings in config.model_dump(by_alias=True).items():
         names = [f"{block}.{name}" for name in settings] if isinstance(settings, dict) else [block]

@@ -37,7 +37,7 @@ from tests.group import run_group, tiny_config
 from tests.s3 import BUCKET, s3_server
 from tests.test_jobs import Cluster
 
-PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "errors.md"
 NOBODY = 65534
 STRANGER = {"AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "AWS_SECRET_ACCESS_KEY": "wrong"}
 MINE = """
