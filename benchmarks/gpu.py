@@ -39,11 +39,12 @@ from benchmarks.command import command
 from benchmarks.loops import Case, Laps, Loop, accelerate, bare, outlast, trainer
 from benchmarks.peers import DcpAsync, Memcpy, Outlast, Peer, RawWrite, TorchSave, dcp_group
 from benchmarks.training import Training, drop_cache
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.demo import write_texts
-from outlast.trainers.config import TrainingConfig
-from outlast.trainers.data import prepare
-from outlast.trainers.world import World, make_deterministic
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.drills.demo import write_texts
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.distributed.determinism import make_deterministic
+from outlast.trainers.distributed.world import World
+from outlast.trainers.preparation.prepare import prepare
 
 DEVICE = "cuda:0"
 #: Dense bf16, in FLOP/s, by their data sheets.

@@ -29,17 +29,21 @@ from torch import nn
 
 from benchmarks.command import command
 from benchmarks.training import drop_cache, sync
-from outlast.checkpointing import layout, lineage
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.journal import COMMITS, Journal
-from outlast.checkpointing.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.manifest import FileEntry, Manifest
-from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.reader import read_verified
-from outlast.checkpointing.safetensors import bytes_view
-from outlast.checkpointing.storage import Buffer, LocalStorage, open_storage
-from outlast.checkpointing.writer import write_file
-from tests.s3 import BUCKET, s3_server
+from outlast.checkpointing.format import layout
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.format.manifest import FileEntry, Manifest
+from outlast.checkpointing.format.safetensors import bytes_view
+from outlast.checkpointing.restore.reader import read_verified
+from outlast.checkpointing.run_store import catalog as lineage
+from outlast.checkpointing.run_store import claims
+from outlast.checkpointing.run_store.journal import COMMITS, Journal
+from outlast.checkpointing.save.writer import write_file
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.storage.base import Buffer
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
+from tests.support.s3_server import BUCKET, s3_server
 
 MIB = 2**20
 NUM_RANKS, FILES_PER_RANK = 1024, 8
@@ -137,14 +141,14 @@ def remote(url: str, num_mib: int, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-class ManyRanks(Ranks):
+class ManyRanks(RankGroup):
     """Rank 0 of many: every other rank sends as many files as it is told to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.size = NUM_RANKS
 
-    def another(self) -> Ranks:
+    def another(self) -> RankGroup:
         return ManyRanks()
 
     def gather(self, item: Any) -> list[Any]:
@@ -210,12 +214,12 @@ def growth_by_attempts(folder: Path, rounds: int) -> list[dict[str, Any]]:
     build_history(folder, "long")
     storage, attempt = LocalStorage(folder), AttemptId(NUM_ATTEMPTS + 1, "ffff")
     works: dict[str, Work] = {
-        "catalogue (start, ls)": lambda: lineage.catalogue(storage, "long"),
-        "look for a higher claim (each commit)": lambda: lineage.higher_claim(storage, "long", attempt),
-        "is my launch superseded (start)": lambda: lineage.launch_is_superseded(storage, "long", "two"),
-        "claim (start)": lambda: lineage.claim(storage, "long", {"launch": "one"}),
+        "catalogue (start, ls)": lambda: lineage.read_catalog(storage, "long"),
+        "look for a higher claim (each commit)": lambda: claims.higher_claim(storage, "long", attempt),
+        "is my launch superseded (start)": lambda: claims.launch_is_superseded(storage, "long", "two"),
+        "claim (start)": lambda: claims.claim(storage, "long", {"launch": "one"}),
     }
-    assert len(lineage.catalogue(storage, "long").accepted) == COMMITS_PER_ATTEMPT + 3
+    assert len(lineage.read_catalog(storage, "long").accepted) == COMMITS_PER_ATTEMPT + 3
     title = f"{NUM_ATTEMPTS:,} attempts × {COMMITS_PER_ATTEMPT} checkpoints: "
     return [row(title + name, [timed(work) for _ in range(rounds)]) for name, work in works.items()]
 

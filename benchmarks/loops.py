@@ -16,14 +16,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
-from outlast.checkpointing.storage import Storage
+from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.attempt import Assignment, run_attempt
-from outlast.trainers.config import TrainingConfig
-from outlast.trainers.data import Prepared
-from outlast.trainers.models import build_model
-from outlast.trainers.tasks import CausalLM
-from outlast.trainers.world import World, make_deterministic
-from tests.group import Quiet
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.distributed.determinism import make_deterministic
+from outlast.trainers.distributed.world import World
+from outlast.trainers.models.build import build_model
+from outlast.trainers.preparation.prepare import Prepared
+from outlast.trainers.tasks.causal_lm import CausalLM
+from tests.support.worker_group import Quiet
 
 #: Steps before the clock starts; as many go by after a save until it stops, so that it sees the whole of a save.
 WARM_STEPS = 10

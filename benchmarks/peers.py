@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from benchmarks.training import Training, sync, sync_tree
-from outlast.checkpointing import layout
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.layout import CheckpointRef
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.safetensors import bytes_view, tensor_bytes
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.format import layout
+from outlast.checkpointing.format.layout import CheckpointRef
+from outlast.checkpointing.format.safetensors import bytes_view, tensor_bytes
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.local import LocalStorage
 
 
 class Peer(Protocol):

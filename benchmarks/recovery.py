@@ -28,10 +28,10 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from benchmarks.command import command
-from outlast.checkpointing.journal import read_events
-from outlast.checkpointing.layout import launch_dir
-from outlast.checkpointing.lineage import run_events
-from outlast.cluster.demo import write_texts
+from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.journal import read_events
+from outlast.cluster.drills.demo import write_texts
 from tests.lab.hosts import HEAD, Lab, lab, why_not
 from tests.lab.runs import Run
 

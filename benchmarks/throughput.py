@@ -39,17 +39,17 @@ from torch.utils.data import DataLoader
 
 from benchmarks.command import command
 from benchmarks.loops import LOOPS, WARM_STEPS, Case, InMemory, timed
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.demo import write_texts
-from outlast.cluster.launch import ray_session
-from outlast.cluster.preparation import encode_on_ray
-from outlast.trainers.config import TrainingConfig
-from outlast.trainers.data import prepare
-from outlast.trainers.encoding import Encoder
-from outlast.trainers.models import Tokenizer
-from outlast.trainers.sampling import Plan
-from outlast.trainers.tasks import CausalLM
-from outlast.trainers.world import World
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.drills.demo import write_texts
+from outlast.cluster.driver.ray_data_encode import encode_on_ray
+from outlast.cluster.driver.ray_session import ray_session
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.sampler import Plan
+from outlast.trainers.data.tokenizer import Tokenizer
+from outlast.trainers.distributed.world import World
+from outlast.trainers.preparation.encode import Encoder
+from outlast.trainers.preparation.prepare import prepare
+from outlast.trainers.tasks.causal_lm import CausalLM
 
 BATCH, MICRO_BATCH, LENGTH = 8, 2, 128
 #: Steps between two saves, so that the clock sees as many saves as it should.

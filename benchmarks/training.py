@@ -13,9 +13,9 @@ import torch
 import xxhash
 from torch import nn
 
-from outlast.checkpointing.safetensors import tensor_bytes
-from outlast.checkpointing.state import optimizer_tensors
-from outlast.checkpointing.weights import named_weights
+from outlast.checkpointing.format.safetensors import tensor_bytes
+from outlast.checkpointing.state.model_weights import named_weights
+from outlast.checkpointing.state.optimizer_state import optimizer_tensors
 
 LAYERS = 10
 

@@ -7,33 +7,37 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Catalog": "run_store.catalog",
     "Checkpointer": "checkpointer",
-    "CheckpointRef": "layout",
+    "CheckpointRef": "format.layout",
     "ConfigError": "errors",
     "DamagedError": "errors",
-    "Every": "schedule",
-    "LocalStorage": "storage",
-    "Manifest": "manifest",
-    "Naming": "weights",
+    "LocalStorage": "storage.local",
+    "Manifest": "format.manifest",
     "NoCheckpointError": "errors",
     "OutlastError": "errors",
     "PreflightError": "errors",
-    "Ranks": "ranks",
-    "Retention": "retention",
-    "Storage": "storage",
+    "RankGroup": "state.rank_group",
+    "Retention": "run_store.retention",
+    "SaveInterval": "save.save_interval",
+    "Storage": "storage.base",
     "StorageError": "errors",
     "StorageRefused": "errors",
-    "catalogue": "lineage",
-    "newest_sealed": "seal",
-    "open_storage": "storage",
-    "seal": "seal",
-    "verify": "reader",
+    "WeightNaming": "state.model_weights",
+    "newest_sealed": "tools.trainer_seal",
+    "open_storage": "storage.factory",
+    "read_catalog": "run_store.catalog",
+    "seal": "tools.trainer_seal",
+    "verify": "restore.verify",
 }
+#: Names of 0.1.0, for code that was written with it.
+_RENAMED = {"Every": "SaveInterval", "Naming": "WeightNaming", "Ranks": "RankGroup", "catalogue": "read_catalog"}
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, *_RENAMED])
 
 
 def __getattr__(name: str) -> Any:
+    name = _RENAMED.get(name, name)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

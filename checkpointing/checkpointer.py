@@ -25,25 +25,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from outlast.checkpointing import history, layout, lineage
-from outlast.checkpointing.committer import Committer
 from outlast.checkpointing.errors import NoCheckpointError, StorageError
-from outlast.checkpointing.faults import Point, reach
-from outlast.checkpointing.flight import Flight, FlightState
-from outlast.checkpointing.journal import Journal
-from outlast.checkpointing.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.manifest import Manifest
-from outlast.checkpointing.ranks import Ranks
-from outlast.checkpointing.reader import read_blocks
-from outlast.checkpointing.restore import restore
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.safetensors import Spec
-from outlast.checkpointing.shards import Part, part_of
-from outlast.checkpointing.snapshot import Copy, Snapshot
-from outlast.checkpointing.state import deal, optimizer_tensors
-from outlast.checkpointing.storage import Storage, patiently
-from outlast.checkpointing.weights import ALL, Naming, named_weights, parameter_names
-from outlast.checkpointing.writer import Share, write_file
+from outlast.checkpointing.fault_injection import FaultPoint, fault_point
+from outlast.checkpointing.format import layout
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.format.safetensors import TensorSpec
+from outlast.checkpointing.restore.load import restore
+from outlast.checkpointing.restore.reader import read_blocks
+from outlast.checkpointing.run_store import attempt_history as history
+from outlast.checkpointing.run_store import claims
+from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, read_catalog
+from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.save.background_save import BackgroundSave, SaveState
+from outlast.checkpointing.save.commit import Committer
+from outlast.checkpointing.save.staging import HostCopy, StagingBuffer
+from outlast.checkpointing.save.writer import RankPayload, write_file
+from outlast.checkpointing.state.model_weights import ALL, WeightNaming, named_weights, parameter_names
+from outlast.checkpointing.state.optimizer_state import assign_to_ranks, optimizer_tensors
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.state.shards import LocalShard, local_shard
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.retry import retry
 
 
 class Checkpointer:
@@ -89,17 +93,17 @@ class Checkpointer:
         storage: Storage,
         run: str,
         *,
-        ranks: Ranks | None = None,
+        ranks: RankGroup | None = None,
         launch: str = "",
         declaration: Mapping[str, Any] | None = None,
         notes: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
         retention: Retention | None = None,
         max_shard_bytes: int = 50 * 10**9,
-        naming: Naming = ALL,
+        naming: WeightNaming = ALL,
         settle_s: float = 0.0,
     ) -> None:
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or RankGroup()
         self.run = layout.check_run_name(run)
         self.storage = storage
         self._launch, self._settle_s = launch, settle_s
@@ -108,15 +112,15 @@ class Checkpointer:
         self.journal: Journal | None = None
         self.listener: Callable[[dict[str, Any]], None] = lambda event: None
         self.declaration = dict(declaration or {})
-        claimed = self.ranks.from_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
+        claimed = self.ranks.run_on_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
         self.superseded = claimed is None
-        self.catalogue = lineage.Catalogue(None, (), ())
-        self._flight: Flight | None = None
+        self.catalogue = Catalog(None, (), ())
+        self._flight: BackgroundSave | None = None
         self.last_save: tuple[float, float] | None = None
         if claimed is None:
             return
         self.attempt, self.catalogue = claimed
-        self._snapshot = Snapshot()
+        self._snapshot = StagingBuffer()
         hosts = self.ranks.gather(socket.gethostname())
         self._num_sharing = hosts.count(hosts[self.ranks.rank])
         if self.ranks.rank == 0:
@@ -129,16 +133,16 @@ class Checkpointer:
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
-    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, lineage.Catalogue] | None:
-        if lineage.launch_is_superseded(self.storage, self.run, self._launch):
+    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, Catalog] | None:
+        if claims.launch_is_superseded(self.storage, self.run, self._launch):
             return None
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
-        mine = lineage.claim(self.storage, self.run, body)
+        mine = claims.claim(self.storage, self.run, body)
         time.sleep(2 * self._settle_s)
-        if lineage.higher_claim(self.storage, self.run, mine):
+        if claims.higher_claim(self.storage, self.run, mine):
             return None
-        tries = patiently(lambda: history.read_tries(self.storage, self.run, live=self._launch, below=mine))
-        return mine, patiently(lambda: lineage.catalogue(self.storage, self.run, mine, history.to_pass_over(tries)))
+        tries = retry(lambda: history.read_attempt_history(self.storage, self.run, live=self._launch, below=mine))
+        return mine, retry(lambda: read_catalog(self.storage, self.run, mine, history.checkpoints_to_skip(tries)))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -160,7 +164,7 @@ class Checkpointer:
         for index, manifest in self.catalogue.candidates:
             state, faults = restore(self.storage, self.run, manifest, self.ranks, model, optimizer, self.naming)
             if state is None:
-                rejected.append(lineage.Rejected(manifest.ref, tuple(faults)))
+                rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
             self._committer.lineage = list(self.catalogue.accepted[index:])
             passed = [str(ref) for ref in self.catalogue.doubtful if ref > manifest.ref]
@@ -173,7 +177,7 @@ class Checkpointer:
                 **told,
             )
             return state
-        if self.ranks.from_rank_0(self._is_overtaken):
+        if self.ranks.run_on_rank_0(self._is_superseded_while_waiting):
             self.superseded = True  # somebody newer may have cleared away what was here
         elif rejected:
             self._refuse(rejected)
@@ -181,10 +185,10 @@ class Checkpointer:
             self._tell("start")
         return None
 
-    def _is_overtaken(self) -> bool:
-        return lineage.higher_claim(self.storage, self.run, self.attempt) is not None
+    def _is_superseded_while_waiting(self) -> bool:
+        return claims.higher_claim(self.storage, self.run, self.attempt) is not None
 
-    def _refuse(self, rejected: list[lineage.Rejected]) -> None:
+    def _refuse(self, rejected: list[RejectedCheckpoint]) -> None:
         """Says that nothing whole is left."""
         self._tell("no-checkpoint", rejected=_as_json(rejected))
         self.flush()
@@ -228,11 +232,11 @@ class Checkpointer:
         if not self._is_to_write(step):
             return not self.superseded
         began = time.monotonic()
-        reach(Point.BEFORE_SNAPSHOT, step)
+        fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
         share, _ = self._share(step, model, optimizer, state, files)
         self.superseded = not self._committer.commit(share, metrics or {}, self.declaration, began)
         seconds = time.monotonic() - began
-        self._note_costs(step, seconds, seconds)
+        self._record_costs(step, seconds, seconds)
         return not self.superseded
 
     def async_save(
@@ -268,18 +272,18 @@ class Checkpointer:
         """
         if self.superseded:
             return False
-        flights = self.ranks.gather(self._flight.state if self._flight else FlightState.ACKNOWLEDGED)
-        if self._flight and FlightState.IN_FLIGHT in flights and FlightState.TROUBLED not in flights:
+        flights = self.ranks.gather(self._flight.state if self._flight else SaveState.ACKNOWLEDGED)
+        if self._flight and SaveState.IN_FLIGHT in flights and SaveState.FAILED_OR_SUPERSEDED not in flights:
             self._tell("save-skipped", step=step, in_flight=self._flight.step)
             return True
         if not self._is_to_write(step):
             return not self.superseded
         began = time.monotonic()
-        reach(Point.BEFORE_SNAPSHOT, step)
+        fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
         share, changing = self._share(step, model, optimizer, state, files)
         self.ranks.everybody(lambda: self._snapshot.reserve(share.parts, self._num_sharing))
         copy = self._snapshot.take(share.parts, now=changing if lazy and optimizer is not None else share.parts)
-        self._flight = Flight(step, copy, began, lambda: self._write(share, copy, metrics or {}, began))
+        self._flight = BackgroundSave(step, copy, began, lambda: self._write(share, copy, metrics or {}, began))
         self._flight.blocked_s = time.monotonic() - began
         return True
 
@@ -289,24 +293,24 @@ class Checkpointer:
             return False
         if not self.accepted or self.accepted[0].ref.step != step:
             return True
-        self.superseded = self.ranks.from_rank_0(self._is_overtaken)
+        self.superseded = self.ranks.run_on_rank_0(self._is_superseded_while_waiting)
         return False
 
-    def _write(self, share: Share, copy: Copy, metrics: Mapping[str, float], began: float) -> bool:
+    def _write(self, share: RankPayload, copy: HostCopy, metrics: Mapping[str, float], began: float) -> bool:
         """In the background: the rest of the copy, and the commit."""
         copy.run()
-        reach(Point.AFTER_SNAPSHOT, share.step)
+        fault_point(FaultPoint.AFTER_SNAPSHOT, share.step)
         return self._committer.commit(share.on_host(copy.parts), metrics, self.declaration, began)
 
     @property
     def is_busy(self) -> bool:
         """True while this rank has a save in flight."""
-        return self._flight is not None and self._flight.state is FlightState.IN_FLIGHT
+        return self._flight is not None and self._flight.state is SaveState.IN_FLIGHT
 
     @property
-    def is_troubled(self) -> bool:
+    def has_failed_or_superseded(self) -> bool:
         """True when the save in flight has failed or found itself superseded on this rank: time to `wait`."""
-        return self._flight is not None and self._flight.state is FlightState.TROUBLED
+        return self._flight is not None and self._flight.state is SaveState.FAILED_OR_SUPERSEDED
 
     def wait(self) -> bool:
         """Waits for the save in flight, if there is one. Raises its error; False when it was superseded."""
@@ -318,10 +322,10 @@ class Checkpointer:
         except StorageError as error:
             self._tell("save-failed", step=flight.step, error=error.message)
             raise
-        self._note_costs(flight.step, flight.blocked_s, flight.seconds, flight.copy.fenced_s)
+        self._record_costs(flight.step, flight.blocked_s, flight.seconds, flight.copy.fenced_s)
         return not self.superseded
 
-    def _note_costs(self, step: int, apart_s: float, commit_s: float, fenced_s: float = 0.0) -> None:
+    def _record_costs(self, step: int, apart_s: float, commit_s: float, fenced_s: float = 0.0) -> None:
         """Tells for how long training waited: between two steps, and in the next one for the copy."""
         blocked_s = apart_s + fenced_s
         self.last_save = (blocked_s, commit_s)
@@ -344,22 +348,22 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer | None,
         state: Mapping[str, Any],
         files: Mapping[str, bytes] | None,
-    ) -> tuple[Share, set[str]]:
+    ) -> tuple[RankPayload, set[str]]:
         """What this rank writes, made of the model's own tensors; and the names of what a forward pass changes."""
         rank, size = self.ranks.rank, self.ranks.size
         all_weights = named_weights(model, self.naming)
-        weights = {name: part_of(tensor) for name, tensor in all_weights.items()}
+        weights = {name: local_shard(tensor) for name, tensor in all_weights.items()}
         weights = {name: part for name, part in weights.items() if rank == 0 or part.is_sharded}
-        moments: dict[str, Part] | None = None
+        moments: dict[str, LocalShard] | None = None
         if optimizer is not None:
-            found = {name: part_of(tensor) for name, tensor in optimizer_tensors(model, optimizer).items()}
+            found = {name: local_shard(tensor) for name, tensor in optimizer_tensors(model, optimizer).items()}
             whole = {name: part.tensor for name, part in found.items() if not part.is_sharded}
-            laden = sum(tensor.nbytes for tensor in all_weights.values() if not part_of(tensor).is_sharded)
-            mine = set(deal(whole, size, laden)[rank])
+            laden = sum(tensor.nbytes for tensor in all_weights.values() if not local_shard(tensor).is_sharded)
+            mine = set(assign_to_ranks(whole, size, laden)[rank])
             moments = {n: part for n, part in found.items() if n in mine or (part.is_sharded and not part.is_copy)}
         small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(state)} if rank == 0 else {}
-        specs = {name: Spec.of(tensor) for name, tensor in all_weights.items()}
-        share = Share(step, specs, weights, moments, small, self.naming.file, self._max_shard_bytes)
+        specs = {name: TensorSpec.of(tensor) for name, tensor in all_weights.items()}
+        share = RankPayload(step, specs, weights, moments, small, self.naming.file, self._max_shard_bytes)
         return share, weights.keys() - parameter_names(model, self.naming)
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -385,7 +389,7 @@ class Checkpointer:
         """
         if not self.wait():
             return None
-        return self.ranks.from_rank_0(lambda: self._publish(source, final_step))
+        return self.ranks.run_on_rank_0(lambda: self._publish(source, final_step))
 
     def _publish(self, source: CheckpointRef, final_step: int) -> str | None:
         manifest = next(item for item in self.accepted if item.ref == source)
@@ -395,7 +399,7 @@ class Checkpointer:
             if not entry.path.startswith(layout.STATE_DIR):
                 blocks = read_blocks(self.storage, directory, entry)
                 files.append(write_file(self.storage, target, entry.path, blocks))
-        if self._is_overtaken():
+        if self._is_superseded_while_waiting():
             return None
         published = Manifest(
             ref=source,
@@ -421,7 +425,7 @@ class Checkpointer:
 
     def note(self, kind: str, **fields: Any) -> None:
         """Tells something that later attempts must know: durable when it returns. Every rank calls it."""
-        self.ranks.from_rank_0(lambda: self._committer.note(kind, **fields))
+        self.ranks.run_on_rank_0(lambda: self._committer.note(kind, **fields))
 
     def _tell(self, kind: str, /, **fields: Any) -> None:
         if self.journal is not None:
@@ -433,5 +437,5 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _as_json(rejected: list[lineage.Rejected]) -> list[dict[str, Any]]:
+def _as_json(rejected: list[RejectedCheckpoint]) -> list[dict[str, Any]]:
     return [{"checkpoint": str(item.ref), "reasons": list(item.reasons)} for item in rejected]

@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "Finished": "launch",
-    "Launch": "launch",
-    "Report": "report",
-    "RunConfig": "config",
-    "RunFailed": "failures",
-    "load_run": "config",
-    "run_report": "report",
+    "Finished": "driver.launch",
+    "Launch": "driver.launch",
+    "Report": "monitoring.report.report",
+    "RunConfig": "config.run_config",
+    "RunFailed": "fault_tolerance.failure_cause",
+    "load_run": "config.run_config",
+    "run_report": "monitoring.report.report",
 }
 
 __all__ = sorted(_HOME)

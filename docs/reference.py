@@ -17,11 +17,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, OutlastError, PreflightError
-from outlast.cluster.cli import app
-from outlast.cluster.config import RunConfig
-from outlast.cluster.k8s_settings import K8sSettings
-from outlast.cluster.launch import Interrupted
-from outlast.trainers.loop import Outcome
+from outlast.cluster.cli.main import app
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.driver.launch import Interrupted
+from outlast.cluster.kubernetes.settings import K8sSettings
+from outlast.trainers.loop.train_loop import Outcome
 
 PAGES = Path(__file__).parent / "reference"
 

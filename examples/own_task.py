@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from outlast.trainers import Task
-from outlast.trainers.columns import Column, Kind
+from outlast.trainers import Column, ColumnType, Task
 
 
 class Weighted(Task):
     auto_class = "AutoModelForSequenceClassification"
     columns = (
-        Column("text", Kind.TEXT),
-        Column("label", Kind.VALUE, is_target=True),
-        Column("weight", Kind.VALUE, is_target=True),
+        Column("text", ColumnType.TEXT),
+        Column("label", ColumnType.VALUE, is_target=True),
+        Column("weight", ColumnType.VALUE, is_target=True),
     )
     targets = ("labels", "weights")  # what the model is not given
 

@@ -1,1 +1,1 @@
-"""outlast.k8s: plain YAML, filled in by `outlast.cluster.manifests`. A package only so that installed code finds it."""
+"""outlast.k8s: plain YAML that `outlast.cluster.kubernetes.render` fills in. A package, so that installs find it."""

@@ -19,12 +19,12 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from outlast.checkpointing.faults import Fault
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.fault_injection import FaultSpec
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data import prepare
-from outlast.trainers.loop import Outcome
-from tests.group import digests, losses, run_group, tiny_config
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.preparation.prepare import prepare
+from tests.support.worker_group import digests, losses, run_group, tiny_config
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, for our processes too
 settings.register_profile("fast", deadline=None, database=None, derandomize=True, max_examples=60)
@@ -53,7 +53,7 @@ def assign(storage: LocalStorage, text_file: str) -> Callable[..., Assignment]:
     def make(
         name: str,
         *,
-        faults: tuple[Fault, ...] = (),
+        faults: tuple[FaultSpec, ...] = (),
         launch: str = "first",
         sections: Mapping[str, Any] | None = None,
         **train: Any,
@@ -70,7 +70,7 @@ def docs_block() -> Callable[[str], str]:
     """`docs_block(page)`: the Python block of a page in docs/ that names the test which runs it."""
 
     def block(page: str) -> str:
-        text = (Path(__file__).parent.parent / "docs" / page).read_text()
+        text = (Path(__file__).parents[1] / "docs" / page).read_text()
         return text.split("```python tests/")[1].split("\n", 1)[1].split("```")[0]
 
     return block

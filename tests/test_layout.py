@@ -1,4 +1,4 @@
-"""The shape of the code: three flat rooms, imports in one direction, a public face that is frozen, no pickle."""
+"""The shape of the code: three rooms, imports in one direction, a public face that is frozen, no pickle."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,13 +15,13 @@ import torch
 
 import outlast.checkpointing
 import outlast.trainers
-from outlast.checkpointing.layout import checkpoint_dir
-from outlast.checkpointing.lineage import catalogue
-from outlast.checkpointing.safetensors import decode
-from outlast.checkpointing.storage import LocalStorage
+from outlast.checkpointing.format.layout import checkpoint_dir
+from outlast.checkpointing.format.safetensors import decode
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage.local import LocalStorage
 from tests.conftest import Reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 ROOMS = ["checkpointing", "trainers", "cluster"]
 FORBIDDEN = {
     "checkpointing": ["outlast.trainers", "outlast.cluster", "transformers", "accelerate", "ray", "tests"],
@@ -31,7 +32,7 @@ MAX_LINES = 500
 
 
 def sources(room: str) -> list[Path]:
-    return sorted((ROOT / room).glob("*.py"))
+    return sorted((ROOT / room).rglob("*.py"))
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -65,10 +66,13 @@ def test_the_scan_sees_an_import(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_rooms_are_flat(room: str) -> None:
-    """A sub-package imports when editable and is silently missing from the wheel."""
-    folders = [path for path in (ROOT / room).iterdir() if path.is_dir() and path.name != "__pycache__"]
-    assert folders == []
+def test_every_folder_is_a_package_of_the_wheel(room: str) -> None:
+    """A sub-package that pyproject.toml does not list imports when editable and is silently missing from the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for path in sources(room)}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+    names = {"outlast." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert names == {name for name in listed if f"{name}.".startswith(f"outlast.{room}.")}
     assert (ROOT / room / "py.typed").is_file()
 
 
@@ -93,6 +97,7 @@ def test_every_module_says_what_it_is_for(room: str) -> None:
 
 def test_the_face_of_checkpointing_is_frozen() -> None:
     assert outlast.checkpointing.__all__ == [
+        "Catalog",
         "CheckpointRef",
         "Checkpointer",
         "ConfigError",
@@ -104,14 +109,18 @@ def test_the_face_of_checkpointing_is_frozen() -> None:
         "NoCheckpointError",
         "OutlastError",
         "PreflightError",
+        "RankGroup",
         "Ranks",
         "Retention",
+        "SaveInterval",
         "Storage",
         "StorageError",
         "StorageRefused",
+        "WeightNaming",
         "catalogue",
         "newest_sealed",
         "open_storage",
+        "read_catalog",
         "seal",
         "verify",
     ]
@@ -120,6 +129,8 @@ def test_the_face_of_checkpointing_is_frozen() -> None:
 def test_the_face_of_trainers_is_frozen() -> None:
     assert outlast.trainers.__all__ == [
         "Assignment",
+        "Column",
+        "ColumnType",
         "Control",
         "Loop",
         "Outcome",
@@ -199,7 +210,7 @@ def test_transformers_alone_opens_a_checkpoint(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = reference(2).run
-    accepted = catalogue(storage, run).accepted
+    accepted = read_catalog(storage, run).accepted
     folders = [storage.path(checkpoint_dir(run, item.ref)) for item in accepted]
     assert len(folders) == 3
     for folder in [*folders, folders[0].parent / "model"]:

@@ -8,12 +8,12 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from outlast.cluster.jobs import _package
+from outlast.cluster.jobs.bundle import _package
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("checkpointing", "trainers", "cluster")
-PAGE = {f"outlast/cluster/{name}" for name in ("report.html", "report.css", "report.js")} | {
-    f"outlast/cluster/uplot.{name}" for name in ("min.js", "min.css", "LICENSE")
+PAGE = {f"outlast/cluster/monitoring/report/{name}" for name in ("report.html", "report.css", "report.js")} | {
+    f"outlast/cluster/monitoring/report/uplot.{name}" for name in ("min.js", "min.css", "LICENSE")
 }
 
 
@@ -23,7 +23,7 @@ def test_wheel_contents(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     [wheel] = tmp_path.glob("outlast-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    sources = {f"outlast/{name}/{path.name}" for name in PACKAGES for path in (ROOT / name).glob("*.py")}
+    sources = {f"outlast/{path.relative_to(ROOT)}" for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     manifests = {
         f"outlast/{path.relative_to(ROOT)}"
         for path in (ROOT / "k8s").rglob("*")

@@ -8,15 +8,17 @@ from typing import Any
 
 _HOME = {
     "Assignment": "attempt",
-    "Control": "control",
-    "Loop": "loop",
-    "Outcome": "loop",
-    "Prepared": "data",
+    "Column": "data.columns",
+    "ColumnType": "data.columns",
+    "Control": "loop.control",
+    "Loop": "loop.train_loop",
+    "Outcome": "loop.train_loop",
+    "Prepared": "preparation.prepare",
     "SealCheckpoints": "hf_trainer",
-    "Task": "tasks",
-    "TrainingConfig": "config",
-    "World": "world",
-    "prepare": "data",
+    "Task": "tasks.base",
+    "TrainingConfig": "config.training_config",
+    "World": "distributed.world",
+    "prepare": "preparation.prepare",
     "run_attempt": "attempt",
 }
 

@@ -17,8 +17,8 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.layout import checkpoint_name
-from outlast.checkpointing.seal import newest_sealed, seal
+from outlast.checkpointing.format.layout import checkpoint_name
+from outlast.checkpointing.tools.trainer_seal import newest_sealed, seal
 
 __all__ = ["SealCheckpoints", "newest_sealed"]
 

@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from outlast.checkpointing.commands import Found, find
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError
-from outlast.checkpointing.export import ADAPTER_WEIGHTS, export_directory, read_content
-from outlast.checkpointing.retention import Retention
-from outlast.checkpointing.storage import Storage
-from outlast.trainers.columns import Column, choose_columns, name_of
-from outlast.trainers.config import TrainingConfig
-from outlast.trainers.merging import load_adapted
-from outlast.trainers.models import load_saved, load_tokenizer
-from outlast.trainers.registry import find_task
-from outlast.trainers.rows import BadRows, read_rows, usable
-from outlast.trainers.tasks import Record, Task
+from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, export_directory, read_content
+from outlast.checkpointing.tools.query import ResolvedCheckpoint, resolve_checkpoint
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.columns import Column, choose_columns, name_of
+from outlast.trainers.data.readers import BadRows, read_rows, usable
+from outlast.trainers.data.tokenizer import load_tokenizer
+from outlast.trainers.models.build import load_saved
+from outlast.trainers.models.merge_lora import load_adapted
+from outlast.trainers.tasks.base import Record, Task
+from outlast.trainers.tasks.registry import find_task
 
 
-def choose_checkpoint(storage: Storage, run: str, which: str | None, retention: Retention) -> Found:
+def choose_checkpoint(storage: Storage, run: str, which: str | None, retention: Retention) -> ResolvedCheckpoint:
     """The checkpoint that `which` names; without it the finished model, else the newest checkpoint.
 
     Raises:
@@ -32,15 +33,15 @@ def choose_checkpoint(storage: Storage, run: str, which: str | None, retention: 
         NoCheckpointError: There is no such checkpoint.
     """
     if which is not None:
-        return find(storage, run, which, retention)
+        return resolve_checkpoint(storage, run, which, retention)
     try:
-        return find(storage, run, "model", retention)
+        return resolve_checkpoint(storage, run, "model", retention)
     except NoCheckpointError:
-        return find(storage, run, "newest", retention)
+        return resolve_checkpoint(storage, run, "newest", retention)
 
 
 def load(
-    config: TrainingConfig, found: Found, base: str | None = None, *, trusted: bool = False
+    config: TrainingConfig, found: ResolvedCheckpoint, base: str | None = None, *, trusted: bool = False
 ) -> tuple[Task, nn.Module]:
     """The run's task and a model of it, ready to predict on the CPU.
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.k8s import pods as templates
 from tests.lab.hosts import BIN, HEAD, Lab
+from tests.support.kubernetes import pods as templates
 
 TOKEN = {"RAY_AUTH_TOKEN": "a-token-of-the-test-that-the-operator-would-make"}
 #: How long a Job waits before it makes another pod for one that failed; twice as long after each.

@@ -11,14 +11,16 @@ from typing import Any
 
 import yaml
 
-from outlast.checkpointing.journal import read_events
-from outlast.checkpointing.layout import attempt_dir
-from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim
-from outlast.checkpointing.storage import LocalStorage, Storage
-from outlast.cluster.failures import Cause
-from outlast.cluster.status import read_status
-from tests.group import tiny_config
+from outlast.checkpointing.format.layout import attempt_dir
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.journal import read_events
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.fault_tolerance.failure_cause import Cause
+from outlast.cluster.monitoring.status import read_status
 from tests.lab.hosts import Lab
+from tests.support.worker_group import tiny_config
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
@@ -57,7 +59,7 @@ class Run:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             assert follower.poll() is None, follower.communicate()
-            accepted = catalogue(self.storage, self.name).accepted
+            accepted = read_catalog(self.storage, self.name).accepted
             if accepted and accepted[0].ref.step > after:
                 return
             time.sleep(0.05)

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpointing.journal import read_events
-from outlast.checkpointing.layout import attempt_dir
-from outlast.checkpointing.lineage import list_attempts
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.failures import Cause
+from outlast.checkpointing.format.layout import attempt_dir
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.journal import read_events
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
-from tests.group import digests, losses, run_group
+from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import HEAD, Lab, lab
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
+from tests.support.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,

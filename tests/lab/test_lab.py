@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.lineage import catalogue, list_attempts, run_events
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.failures import Cause
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
-from tests.group import digests, losses, run_group
+from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import HEAD, Lab, lab, why_not
 from tests.lab.runs import OUTLAST, Run
+from tests.support.worker_group import digests, losses, run_group
 
 reason = why_not()
 pytestmark = [
@@ -135,7 +136,7 @@ def test_a_zombie_comes_back(cluster: Lab, make: Callable[..., Run], reference: 
     cluster.link(cut_off, up=True)
     finish(run, follower, expected)
     resumed = next(e for a, e in run_events(run.storage, run.name) if e["event"] == "resume" and a != first)
-    accepted = catalogue(run.storage, run.name).accepted
+    accepted = read_catalog(run.storage, run.name).accepted
     assert all(item.ref.attempt != first or item.ref.step <= resumed["step"] for item in accepted)
     run.assert_cause(Cause.NODE_LOST)
     cluster.wait_until_gone(cut_off)

@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.lineage import list_attempts, run_events
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.failures import Cause
-from outlast.cluster.status import read_status
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.fault_tolerance.failure_cause import Cause
+from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
-from tests.group import digests, losses, run_group
+from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import Lab, lab
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
+from tests.support.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,

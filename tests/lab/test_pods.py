@@ -16,22 +16,22 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.lineage import list_attempts
-from outlast.checkpointing.storage import LocalStorage
-from outlast.cluster.config import load_run
-from outlast.cluster.failures import Cause
-from outlast.cluster.k8s_client import Cluster
-from outlast.cluster.k8s_settings import k8s_settings
-from outlast.cluster.manifests import render
-from outlast.cluster.status import read_status
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.config.run_config import load_run
+from outlast.cluster.fault_tolerance.failure_cause import Cause
+from outlast.cluster.kubernetes.client import Cluster
+from outlast.cluster.kubernetes.render import render
+from outlast.cluster.kubernetes.settings import k8s_settings
+from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
-from tests.group import digests, losses, run_group
-from tests.k8s_api import Api, small_api
+from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import HEAD, Lab
 from tests.lab.pods import TOKEN, Pods
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
+from tests.support.kubernetes_api import Api, small_api
+from tests.support.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,

@@ -15,18 +15,20 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointing.lineage import catalogue, list_attempts, read_claim, run_events
-from outlast.checkpointing.storage import LocalStorage, open_storage
-from outlast.cluster.failures import Cause
-from outlast.cluster.status import read_status
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.fault_tolerance.failure_cause import Cause
+from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop import Outcome
-from tests.group import digests, losses, run_group
+from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import HEAD, Lab, lab
 from tests.lab.runs import Run
 from tests.lab.test_lab import finish, reason
-from tests.proxy import proxy_to
-from tests.s3 import s3_server
+from tests.support.s3_proxy import proxy_to
+from tests.support.s3_server import s3_server
+from tests.support.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,
@@ -62,7 +64,7 @@ def test_a_node_is_drained_at_short_notice(
     run = Run(tmp_path, "drain", text_file, STEPS, 2)
     follower = run.submit(cluster)
     run.wait_for_commit(follower)
-    leaving, before = run.host_of(1), catalogue(run.storage, run.name).accepted[0].ref.step
+    leaving, before = run.host_of(1), read_catalog(run.storage, run.name).accepted[0].ref.step
     cluster.evict(leaving)
     finish(run, follower, reference)
     [resumed] = [event for _, event in run_events(run.storage, run.name) if event["event"] == "resume"]

@@ -1,0 +1,167 @@
+"""The manifest: which files a checkpoint has, byte for byte, and what it stands on.
+
+Writing it is the commit. It carries a digest of itself, so a damaged manifest is told from a whole one; and it is plain
+JSON, so reading one runs no code. Digests are XXH3 (github.com/Cyan4973/xxHash, `xxh3_128` of the file and `xxh3_64` of
+each 16 MiB block): they catch every accident, and they are not meant against an attacker.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import xxhash
+
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.storage.base import Buffer
+
+FORMAT = 1
+BLOCK_BYTES = 16 * 2**20
+
+
+class ManifestError(ValueError):
+    """The bytes are not a whole manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a checkpoint: `path` relative to it, its size, and its digests in hexadecimal."""
+
+    path: str
+    num_bytes: int
+    xxh3_128: str
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What one commit says.
+
+    Attributes:
+        ref: The checkpoint itself.
+        lineage: The resume point and the older checkpoints that the attempt stands on; not its own commits.
+        files: Every file, sorted by path, the manifest itself excepted.
+        world_size: Number of ranks that wrote it.
+        metrics: What was known of the model at this step, such as `loss` and `eval_loss`.
+        committed_at: Seconds since the epoch, by rank 0's clock. For people; nothing is decided by it.
+        launch: The launch that wrote it.
+    """
+
+    ref: CheckpointRef
+    lineage: tuple[CheckpointRef, ...]
+    files: tuple[FileEntry, ...]
+    world_size: int
+    metrics: Mapping[str, float]
+    committed_at: float
+    launch: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.files)
+
+    @property
+    def digest(self) -> str:
+        """XXH3 of all the rest of it."""
+        return str(json.loads(self.to_json())["digest"])
+
+    def to_json(self) -> bytes:
+        """Canonical bytes, own digest included."""
+        body = {
+            "format": FORMAT,
+            "attempt": str(self.ref.attempt),
+            "step": self.ref.step,
+            "launch": self.launch,
+            "lineage": [{"attempt": str(ref.attempt), "step": ref.step} for ref in self.lineage],
+            "files": [asdict(entry) for entry in self.files],
+            "world_size": self.world_size,
+            "metrics": dict(self.metrics),
+            "committed_at": self.committed_at,
+            "extra": dict(self.extra),
+        }
+        body["digest"] = _digest(body)
+        return json.dumps(body, indent=1, sort_keys=True, allow_nan=True).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """The manifest in `data`.
+
+        Raises:
+            ManifestError: Not JSON, not complete, not of a known format, or its own digest does not match.
+        """
+        try:
+            body = json.loads(data)
+            digest = body.pop("digest")
+            if body["format"] != FORMAT:
+                raise ManifestError(f"format {body['format']!r} is not known to this version of outlast")
+            if digest != _digest(body):
+                raise ManifestError("its own digest does not match")
+            return cls(
+                ref=_ref(body),
+                lineage=tuple(_ref(item) for item in body["lineage"]),
+                files=tuple(FileEntry(**{**item, "blocks": tuple(item["blocks"])}) for item in body["files"]),
+                world_size=body["world_size"],
+                metrics=body["metrics"],
+                committed_at=body["committed_at"],
+                launch=body["launch"],
+                extra=body["extra"],
+            )
+        except ManifestError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ManifestError(f"it is not a manifest ({type(error).__name__}: {error})") from error
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=True)
+    return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def _ref(item: Mapping[str, Any]) -> CheckpointRef:
+    attempt = AttemptId.parse(item["attempt"])
+    if attempt is None:
+        raise ManifestError(f"{item['attempt']!r} is not the name of an attempt")
+    return CheckpointRef(step=int(item["step"]), attempt=attempt)
+
+
+class Digester:
+    """Digests of a stream of buffers, in the same pass that writes or reads them."""
+
+    def __init__(self) -> None:
+        self._whole = xxhash.xxh3_128()
+        self._block = xxhash.xxh3_64()
+        self._blocks: list[str] = []
+        self._in_block = 0
+        self.num_bytes = 0
+
+    def update(self, buffer: Buffer) -> None:
+        view = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else memoryview(b"")
+        self._whole.update(view)
+        self.num_bytes += view.nbytes
+        while view.nbytes:
+            part = view[: BLOCK_BYTES - self._in_block]
+            self._block.update(part)
+            self._in_block += part.nbytes
+            view = view[part.nbytes :]
+            if self._in_block == BLOCK_BYTES:
+                self._close_block()
+
+    def entry(self, path: str) -> FileEntry:
+        """What was seen so far, as the manifest's entry for `path`. Ends the stream."""
+        if self._in_block:
+            self._close_block()
+        return FileEntry(path, self.num_bytes, self._whole.hexdigest(), tuple(self._blocks))
+
+    def through(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
+        """Passes the chunks on unchanged, digesting each."""
+        for chunk in chunks:
+            self.update(chunk)
+            yield chunk
+            del chunk  # the next one may need its memory
+
+    def _close_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block = xxhash.xxh3_64()
+        self._in_block = 0

@@ -1,0 +1,1 @@
+"""Restoring: verified reads into a model and its optimizer."""

@@ -1,0 +1,1 @@
+"""A run's directory: claims, catalog, journal, pins, retention."""

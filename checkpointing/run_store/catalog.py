@@ -1,0 +1,217 @@
+"""Who may write, and from where to go on: claims, fencing by listing, the resume point.
+
+The danger is the zombie: a worker of an older attempt that was cut off, believes itself alive, and writes. So every
+attempt has a directory of its own, claimed before anything is read, and what counts as the run's checkpoints is decided
+by position alone:
+
+1. *Claim*: list `attempts/`, create `NNNN-nonce/claim.json` with the next number. Claims are totally ordered by
+   (number, nonce), never reused, never deleted.
+2. *Look again*: a higher claim than mine means superseded.
+3. *Base*: only now read. The highest lower attempt with a valid manifest; candidates are its checkpoints and the
+   lineage that its newest manifest names. Reading before the claim loses commits that are acknowledged in between.
+4. After each commit list claims once more, and acknowledge only if mine is still the highest.
+
+A zombie's commit is thus never acknowledged once its successor has claimed, and never accepted once the successor has
+committed. Being superseded is an outcome, not an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from outlast.checkpointing.format.layout import (
+    MANIFEST,
+    AttemptId,
+    CheckpointRef,
+    attempt_dir,
+    checkpoint_dir,
+    parse_checkpoint,
+    prune_dir,
+    prunes_dir,
+)
+from outlast.checkpointing.format.manifest import Manifest, ManifestError
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.journal import COMMITS, read_events
+from outlast.checkpointing.storage.base import Storage, read_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedCheckpoint:
+    """A checkpoint that does not count, and why."""
+
+    ref: CheckpointRef
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The checkpoints that count, as one look at the storage shows them.
+
+    Attributes:
+        owner: The attempt whose commits decide, or None when nothing was ever committed.
+        accepted: Manifests of the owner and of its lineage, newest first.
+        rejected: Commits whose manifest is damaged, or has gone although nobody deleted it; newest first.
+        doubtful: Those that are to be resumed from only if no other one is whole.
+    """
+
+    owner: AttemptId | None
+    accepted: tuple[Manifest, ...]
+    rejected: tuple[RejectedCheckpoint, ...]
+    doubtful: frozenset[CheckpointRef] = frozenset()
+
+    @property
+    def candidates(self) -> list[tuple[int, Manifest]]:
+        """The accepted ones, each with its place among them, in the order in which to resume from them."""
+        return sorted(enumerate(self.accepted), key=lambda item: item[1].ref in self.doubtful)
+
+    @property
+    def declaration(self) -> Mapping[str, Any]:
+        """What the newest accepted checkpoint says of the settings it was made with; empty when there is none."""
+        declared: Mapping[str, Any] = self.accepted[0].extra.get("declaration", {}) if self.accepted else {}
+        return declared
+
+    @property
+    def is_fresh(self) -> bool:
+        """True if no commit was ever made."""
+        return not self.accepted and not self.rejected
+
+
+def read_manifest(storage: Storage, run: str, ref: CheckpointRef) -> Manifest:
+    """The manifest of one checkpoint.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ManifestError: It is damaged, or belongs to another checkpoint.
+        StorageError: The read failed.
+    """
+    manifest = Manifest.parse(read_bytes(storage, f"{checkpoint_dir(run, ref)}/{MANIFEST}"))
+    if manifest.ref != ref:
+        raise ManifestError(f"it belongs to {manifest.ref}")
+    return manifest
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One attempt's own commits as found."""
+
+    valid: list[Manifest] = field(default_factory=list)
+    rejected: list[RejectedCheckpoint] = field(default_factory=list)
+
+
+def read_catalog(
+    storage: Storage, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
+) -> Catalog:
+    """What counts as the run's checkpoints.
+
+    Args:
+        storage: Where the run lies.
+        run: Name of the run.
+        below: Only look at lower attempts, as an attempt does that chooses its own resume point.
+        doubtful: The attribute of that name.
+
+    Raises:
+        StorageError: A listing or a read failed, which proves nothing.
+    """
+    rejected: list[RejectedCheckpoint] = []
+    for attempt in reversed(list_attempts(storage, run)):
+        if below is not None and attempt >= below:
+            continue
+        found = _read_attempt(storage, run, attempt)
+        rejected += found.rejected
+        if found.valid:
+            older, damaged, missing = _read_manifests(storage, run, found.valid[0].lineage)
+            rejected += damaged + _lost_commits(storage, run, missing)
+            refused = tuple(sorted(rejected, key=_newest_first))
+            return Catalog(attempt, (*found.valid, *older), refused, frozenset(doubtful))
+    return Catalog(None, (), tuple(sorted(rejected, key=_newest_first)))
+
+
+def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
+    return (-item.ref.step, -item.ref.attempt.number, item.ref.attempt.nonce)
+
+
+def _read_attempt(storage: Storage, run: str, attempt: AttemptId) -> _Attempt:
+    found = _Attempt()
+    directory = attempt_dir(run, attempt)
+    steps = {parse_checkpoint(entry.name) for entry in storage.list(directory) if entry.num_bytes is None} - {None}
+    committed = _standing_commits(storage, directory)
+    refs = [CheckpointRef(step, attempt) for step in {step for step in steps if step is not None} | committed]
+    found.valid, found.rejected, missing = _read_manifests(storage, run, refs)
+    found.rejected += _lost_commits(storage, run, [ref for ref in missing if ref.step in committed])
+    return found
+
+
+def _read_manifests(
+    storage: Storage, run: str, refs: Sequence[CheckpointRef]
+) -> tuple[list[Manifest], list[RejectedCheckpoint], list[CheckpointRef]]:
+    """Those that are whole, those that are damaged, and those that are not there; newest first."""
+    valid: list[Manifest] = []
+    damaged: list[RejectedCheckpoint] = []
+    missing: list[CheckpointRef] = []
+    for ref in sorted(refs, reverse=True):
+        try:
+            valid.append(read_manifest(storage, run, ref))
+        except FileNotFoundError:
+            missing.append(ref)
+        except ManifestError as error:
+            damaged.append(RejectedCheckpoint(ref, (f"{MANIFEST}: {error}",)))
+    return valid, damaged, missing
+
+
+def _lost_commits(storage: Storage, run: str, missing: Sequence[CheckpointRef]) -> list[RejectedCheckpoint]:
+    """Of the commits whose manifest is not there, those that nobody deleted."""
+    deleted = deletions(storage, run) if missing else set()
+    return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref not in deleted]
+
+
+_MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
+
+
+def _standing_commits(storage: Storage, directory: str) -> set[int]:
+    """Steps that the attempt's own journal says are committed and that it has not deleted since."""
+    standing: set[int] = set()
+    for event in read_events(storage, directory, COMMITS):
+        step = event.get("step")
+        if not isinstance(step, int):
+            continue
+        if event.get("event") == "commit":
+            standing.add(step)
+        elif event.get("event") == "delete" and event.get("attempt") == directory.rsplit("/", 1)[-1]:
+            standing.discard(step)
+    return standing
+
+
+def deletions(storage: Storage, run: str) -> set[CheckpointRef]:
+    """Every checkpoint that some attempt, or a prune from outside, says it deleted."""
+    return {
+        CheckpointRef(event["step"], target)
+        for directory in _journals(storage, run)
+        for event in read_events(storage, directory, COMMITS)
+        if event.get("event") == "delete" and isinstance(event.get("step"), int)
+        if (target := AttemptId.parse(str(event.get("attempt")))) is not None
+    }
+
+
+def _journals(storage: Storage, run: str) -> list[str]:
+    """The directories of all who may commit or delete: the attempts, and prunes from outside."""
+    prunes = [entry.name for entry in storage.list(prunes_dir(run)) if entry.num_bytes is None]
+    return [
+        *(attempt_dir(run, attempt) for attempt in list_attempts(storage, run)),
+        *(prune_dir(run, name) for name in prunes),
+    ]
+
+
+# -- pins --------------------------------------------------------------------------------------------------------------
+#
+# A pin is made by somebody who does not know what the run's attempts are doing at that moment. Whoever deletes says so
+# first and looks for pins then; whoever pins writes the pin first and looks for such words then. So one of the two
+# sees the other, and a pin that was granted holds.
+
+
+def run_events(storage: Storage, run: str) -> Iterator[tuple[AttemptId, dict[str, Any]]]:
+    """Every attempt's events, lowest attempt first. A step that was done again appears once for each time."""
+    for attempt in list_attempts(storage, run):
+        for event in read_events(storage, attempt_dir(run, attempt)):
+            yield attempt, event

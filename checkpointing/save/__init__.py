@@ -1,0 +1,1 @@
+"""Saving: staging, background writes, the commit."""

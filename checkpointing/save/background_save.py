@@ -1,0 +1,65 @@
+"""A save in flight: its thread, and what became of it. One at a time; whoever owns it must `join` it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from enum import Enum
+
+from outlast.checkpointing.save.staging import HostCopy
+
+
+class SaveState(Enum):
+    """How it stands, as this rank sees it."""
+
+    ACKNOWLEDGED = "acknowledged"
+    IN_FLIGHT = "in flight"
+    FAILED_OR_SUPERSEDED = "failed or superseded"
+
+
+class BackgroundSave:
+    """One save in the background.
+
+    Args:
+        step: The step that is saved.
+        copy: Its snapshot.
+        began: When the save began, by the monotonic clock.
+        work: What is to be done; True when the commit is acknowledged, False when superseded.
+
+    Attributes:
+        blocked_s: Seconds that training stood still for it, without those in the fence.
+        seconds: From its beginning to its end, once it has ended.
+    """
+
+    def __init__(self, step: int, copy: HostCopy, began: float, work: Callable[[], bool]) -> None:
+        self.step, self.copy = step, copy
+        self.blocked_s = self.seconds = 0.0
+        self._began, self._work = began, work
+        self._acknowledged: bool | None = None
+        self._failure: BaseException | None = None
+        # A daemon, because a process whose peers are gone must be able to end.
+        self._thread = threading.Thread(target=self._run, name=f"save-{step}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        time.sleep(0)  # the training thread, which has the next step to do, goes first
+        try:
+            self._acknowledged = self._work()
+            self.seconds = time.monotonic() - self._began
+        except BaseException as error:  # noqa: BLE001 - raised again by `join`
+            self._failure = error
+
+    @property
+    def state(self) -> SaveState:
+        if self._thread.is_alive():
+            return SaveState.IN_FLIGHT
+        return SaveState.ACKNOWLEDGED if self._acknowledged else SaveState.FAILED_OR_SUPERSEDED
+
+    def join(self) -> bool:
+        """Waits. True when acknowledged; raises what the thread raised."""
+        self._thread.join()
+        self.copy.close()
+        if self._failure is not None:
+            raise self._failure
+        return bool(self._acknowledged)

@@ -1,0 +1,84 @@
+"""How the ranks of one attempt talk about checkpoints: small objects, by way of rank 0.
+
+The group is a gloo group of its own, so that talk about checkpoints never stands in the queue of the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from outlast.checkpointing.errors import OutlastError
+
+T = TypeVar("T")
+
+
+class RankGroup:
+    """This process among the ranks of its attempt. Works without torch.distributed when there is one rank.
+
+    Attributes:
+        rank: 0 to `size` - 1.
+        size: World size.
+        group: The gloo group, or None for a single rank.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self.rank, self.size, self.group = 0, 1, None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def another(self) -> RankGroup:
+        """The same ranks with a group of their own, for another thread. Every rank calls it.
+
+        There a rank may wait for another's writing; one that is gone is noticed by its connection.
+        """
+        return RankGroup(timedelta(hours=12))
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's item in rank order, on every rank."""
+        if self.group is None:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    def broadcast(self, item: T | None) -> T:
+        """Rank 0's item, on every rank."""
+        box: list[Any] = [item]
+        if self.group is not None:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        result: T = box[0]
+        return result
+
+    def everybody(self, work: Callable[[], T]) -> list[T]:
+        """Everybody works, everybody learns every result; the first rank's error is raised by all."""
+        result: T | None = None
+        failure: OutlastError | None = None
+        try:
+            result = work()
+        except OutlastError as error:
+            failure = error
+        results = []
+        for rank, (item, other) in enumerate(self.gather((result, failure))):
+            if other is not None:
+                raise type(other)(f"rank {rank}: {other.message}", hint=other.hint) from failure
+            results.append(item)
+        return results  # type: ignore[return-value]
+
+    def run_on_rank_0(self, work: Callable[[], T]) -> T:
+        """Rank 0 works, everybody gets its result, or raises its error."""
+        result: T | None = None
+        failure: OutlastError | None = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except OutlastError as error:
+                failure = error
+        result, failure = self.broadcast((result, failure))
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Storage backends: local file systems and object stores, with retries."""

@@ -1,0 +1,161 @@
+"""Local and NFS-like file systems: rename and fsync make writes atomic and durable."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from outlast.checkpointing.errors import StorageError, StorageRefused
+from outlast.checkpointing.storage.base import Buffer, Entry
+
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
+
+class LocalStorage:
+    """A directory on a local disk or a shared file system (NFS, Lustre, a bind mount)."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.expanduser().absolute()
+
+    @property
+    def url(self) -> str:
+        return str(self._root)
+
+    def path(self, path: str) -> Path:
+        """Where `path` lies on this machine."""
+        return self._root / path
+
+    def put(self, path: str, chunks: Iterable[Buffer]) -> None:
+        target = self.path(path)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        with _explained("write", target):
+            _make_dirs(target.parent)
+            try:
+                with open(temporary, "xb", buffering=0) as file:
+                    for chunk in chunks:
+                        _write_all(file.fileno(), memoryview(chunk))
+                        del chunk  # the next one may need its memory
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+            _sync(target.parent)
+
+    def sync(self, path: str) -> None:
+        """Makes what others wrote below the directory `path` durable: each file, then its directory, from below.
+
+        Raises:
+            StorageError: The disk failed.
+        """
+        target = self.path(path)
+        with _explained("sync", target):
+            for folder, _, names in os.walk(target, topdown=False, onerror=_raise):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _sync(target.parent)
+
+    def open(self, path: str) -> BinaryIO:
+        target = self.path(path)
+        with _explained("read", target):
+            return open(target, "rb")
+
+    def list(self, path: str) -> list[Entry]:
+        target = self.path(path)
+        with _explained("list", target):
+            try:
+                with os.scandir(target) as found:
+                    entries = [_entry(item) for item in found if not item.name.endswith(".tmp")]
+            except FileNotFoundError:
+                return []
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
+
+    def delete(self, path: str) -> None:
+        target = self.path(path)
+        with _explained("delete", target):
+            target.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                _sync(target.parent)  # so that deletions become durable in their order
+            for parent in target.parents:
+                if parent == self._root or not parent.is_relative_to(self._root):
+                    break
+                try:
+                    _remove_litter(parent)
+                    parent.rmdir()
+                except OSError:  # not empty, or somebody else was quicker
+                    break
+
+
+def _entry(item: os.DirEntry[str]) -> Entry | None:
+    """The entry, or None for a file that was deleted since its name was read."""
+    try:
+        return Entry(item.name, None if item.is_dir() else item.stat().st_size)
+    except FileNotFoundError:
+        return None
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    view = view.cast("B") if view.nbytes else view[:0]
+    while view.nbytes:
+        view = view[os.write(fd, view) :]
+
+
+def _make_dirs(path: Path) -> None:
+    """mkdir -p whose every new directory survives a power cut."""
+    if path.is_dir():
+        return
+    _make_dirs(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _remove_litter(directory: Path) -> None:
+    """Drops what killed writers left, if nothing else is there: a directory of litter counts as empty."""
+    names = os.listdir(directory)
+    if all(name.startswith(".") and name.endswith(".tmp") for name in names):
+        for name in names:
+            (directory / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(verb: str, target: Path) -> Iterator[None]:
+    """Turns an OSError into a StorageError that says what to do; lets absence through as it is when reading."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and verb == "read":
+            raise
+        reason = f"cannot {verb} {target}: {os.strerror(error.errno) if error.errno else error}"
+        if error.errno not in _REFUSALS:
+            raise StorageError(reason, hint="check the disk or the mount, then run the same command again") from error
+        raise StorageRefused(reason, hint=_REFUSAL_HINTS.get(error.errno, _ACCESS_HINT)) from error
+
+
+_ACCESS_HINT = "give this user write access or set checkpoint.storage to another place, then run the same command again"
+
+
+_REFUSAL_HINTS = {
+    errno.ENOSPC: "free some space (`outlast checkpoints ls RUN` shows sizes), then run the same command again",
+    errno.EDQUOT: "free some space or raise the quota, then run the same command again",
+    errno.ENOTDIR: "a file stands where a directory is needed: move it or set checkpoint.storage to another place",
+}

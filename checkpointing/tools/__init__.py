@@ -1,0 +1,1 @@
+"""What the command line does with checkpoints: query, diff, pin, prune, export."""

@@ -1,0 +1,169 @@
+"""Two checkpoints side by side: which tensors differ and by how much, and which settings. Reads verified bytes only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from outlast.checkpointing.restore.reader import read_tensors
+from outlast.checkpointing.tools.query import ResolvedCheckpoint, reading
+
+_CHUNK = 1 << 22  # elements compared at a time: float64 copies of a whole embedding would not fit
+
+
+class SettingChange(Enum):
+    """How a tensor of the second checkpoint stands to that of the first."""
+
+    EQUAL = "equal"  #: bit for bit, a NaN to itself too
+    CHANGED = "changed"  #: other values, another shape or another dtype
+    ADDED = "added"
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChange:
+    """One tensor in both checkpoints. Pairs are (first, second); None where a checkpoint has no such tensor.
+
+    Attributes:
+        name: Its name.
+        change: What happened to it.
+        dtypes: Such as `float32`.
+        shapes: Lengths of the dimensions.
+        norms: Euclidean norms.
+        distance: Euclidean norm of the difference; None unless the shapes are equal.
+        largest: Largest absolute difference of one element; None unless the shapes are equal.
+    """
+
+    name: str
+    change: SettingChange
+    dtypes: tuple[str | None, str | None]
+    shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+    norms: tuple[float | None, float | None]
+    distance: float | None
+    largest: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; numbers that JSON does not know (NaN, infinite) as text."""
+        return {
+            "name": self.name,
+            "change": self.change.value,
+            "dtypes": list(self.dtypes),
+            "shapes": [None if shape is None else list(shape) for shape in self.shapes],
+            "norms": [_number(norm) for norm in self.norms],
+            "distance": _number(self.distance),
+            "largest": _number(self.largest),
+        }
+
+
+def _number(value: float | None) -> float | str | None:
+    return str(value) if value is not None and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDiff:
+    """All tensors by name, and the settings that differ: dotted name to (first, second), None where one has no such
+    setting. `settings` as a whole is None when one of the two does not tell its own.
+    """
+
+    tensors: tuple[TensorChange, ...]
+    settings: Mapping[str, tuple[Any, Any]] | None
+
+    def count(self, change: SettingChange) -> int:
+        return sum(item.change is change for item in self.tensors)
+
+
+def diff_checkpoints(
+    first: ResolvedCheckpoint, second: ResolvedCheckpoint, *, optimizer: bool = False
+) -> CheckpointDiff:
+    """The second checkpoint against the first: weights, with `optimizer` its state too, and what the manifests declare.
+
+    Both are held in memory.
+
+    Raises:
+        DamagedError: One of them is not whole.
+        NoCheckpointError: One of them was deleted meanwhile.
+        StorageError: The storage failed.
+    """
+    ours, theirs = _tensors(first, optimizer), _tensors(second, optimizer)
+    names = sorted(ours.keys() | theirs.keys())
+    return CheckpointDiff(
+        tuple(compare_tensors(name, ours.get(name), theirs.get(name)) for name in names),
+        _settings(first, second),
+    )
+
+
+def _tensors(found: ResolvedCheckpoint, optimizer: bool) -> dict[str, torch.Tensor]:
+    with reading(found):
+        return read_tensors(found.storage, found.directory, found.manifest, weights_only=not optimizer)
+
+
+def compare_tensors(name: str, first: torch.Tensor | None, second: torch.Tensor | None) -> TensorChange:
+    """One tensor against another of the same name; at least one is given."""
+    distance = largest = None
+    if first is None or second is None:
+        change = SettingChange.ADDED if first is None else SettingChange.REMOVED
+    else:
+        change = SettingChange.EQUAL if _same_bits(first, second) else SettingChange.CHANGED
+        if first.shape == second.shape:
+            distance, largest = _difference(first, second)
+    return TensorChange(
+        name,
+        change,
+        (_dtype(first), _dtype(second)),
+        (None if first is None else tuple(first.shape), None if second is None else tuple(second.shape)),
+        (_norm(first), _norm(second)),
+        distance,
+        largest,
+    )
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+
+
+def _difference(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
+    squares, largest = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for ours, theirs in zip(_chunks(first), _chunks(second), strict=True):
+        apart = (theirs - ours).abs()
+        squares += apart.square().sum()
+        largest = torch.maximum(largest, apart.max())
+    return float(squares.sqrt()), float(largest)
+
+
+def _norm(tensor: torch.Tensor | None) -> float | None:
+    if tensor is None:
+        return None
+    return math.sqrt(sum(chunk.square().sum().item() for chunk in _chunks(tensor)))
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        yield flat[start : start + _CHUNK].double()
+
+
+def _dtype(tensor: torch.Tensor | None) -> str | None:
+    return None if tensor is None else str(tensor.dtype).removeprefix("torch.")
+
+
+def _settings(first: ResolvedCheckpoint, second: ResolvedCheckpoint) -> dict[str, tuple[Any, Any]] | None:
+    if first.declaration is None or second.declaration is None:
+        return None
+    ours, theirs = dict(_flat(first.declaration)), dict(_flat(second.declaration))
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,179 @@
+"""Verbs of Ray jobs: `submit`, `list`, `logs`, `stop`, `resume`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outlast.cluster.cli.options import Address, AsJson, Overrides, Root, Run, RunFile, SentCode, Ship
+from outlast.cluster.config.run_reference import RUN_FILES, find_run
+
+if TYPE_CHECKING:
+    from outlast.cluster.config.run_config import RunConfig
+
+
+def submit(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
+    supervise: Annotated[bool, typer.Option("--supervise", help="Stay, and submit again when it dies.")] = False,
+    code: SentCode = None,
+    ship: Ship = True,
+) -> None:
+    """Submit the run to a Ray cluster; a run that is at work there already is attached to. Prints the job's id.
+
+    With --follow or --supervise the exit code is the run's.
+    """
+    from outlast.cluster.config.run_config import load_run
+
+    if follow and supervise:
+        raise typer.BadParameter("--follow shows one job, --supervise stays with all of them; give one of the two")
+    config, declared = load_run(str(run_file), overrides or [])
+    if supervise:
+        _supervise([(config, declared)], address, code, ship)
+    _submit(config, declared, address, follow, code, ship)
+
+
+def supervise_runs(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Run files, or runs that have begun.")],
+    overrides: Overrides = None,
+    address: Address = None,
+    code: SentCode = None,
+    ship: Ship = True,
+    storage: Root = "./runs",
+) -> None:
+    """Keep runs going on a Ray cluster: submit again when a job or the whole cluster has died.
+
+    Ends when all have ended, with the exit code of one that failed, if there is one.
+    """
+    from outlast.cluster.config.run_config import load_run
+
+    found = [
+        load_run(run, overrides or []) if run.endswith(RUN_FILES) else _remembered(run, storage, overrides or [])
+        for run in runs
+    ]
+    _supervise(found, address, code, ship)
+
+
+def _supervise(
+    found: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
+) -> None:
+    from outlast.cluster.jobs.ray_jobs import check_reachable
+    from outlast.cluster.jobs.supervisor import Supervisor, supervise
+
+    for config, _ in found:
+        check_reachable(config)
+    raise typer.Exit(supervise([Supervisor(config, declared, address, code, ship) for config, declared in found]))
+
+
+def _remembered(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
+    """A run's settings as its storage remembers them."""
+    from outlast.cluster.config.run_config import settings_of
+    from outlast.cluster.config.run_reference import declared_settings
+
+    place, name, _ = find_run(run, root)
+    return settings_of(declared_settings(place, name), run, overrides)
+
+
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
+    code: SentCode = None,
+    ship: Ship = True,
+    storage: Root = "./runs",
+) -> None:
+    """Submit a run again, with the settings that its storage remembers."""
+    config, declared = _remembered(run, storage, overrides or [])
+    _submit(config, declared, address, follow, code, ship)
+
+
+def _submit(
+    config: RunConfig, declared: dict[str, Any], address: str | None, follow: bool, code: Path | None, ship: bool
+) -> None:
+    from outlast.cluster.jobs import ray_jobs as jobs
+
+    jobs.check_reachable(config)
+    jobs.check_code(config, code)
+    client = jobs.connect(address)
+    for warning in jobs.check_server(client.get_address()):
+        if warning.hint:
+            print(f"outlast: {warning.text}; {warning.hint}", file=sys.stderr)
+    job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
+    print(f"{'submitted' if is_new else 'already at work; attached to'} {job.id}", file=sys.stderr)
+    print(job.id)
+    if follow:
+        from outlast.checkpointing.storage.factory import open_storage
+        from outlast.cluster.monitoring.reporter import terminal
+        from outlast.cluster.monitoring.watch import watching
+
+        with watching(open_storage(config.checkpoint.storage), config.name, terminal()):
+            ended = jobs.follow(client, job.id)
+        raise typer.Exit(ended.exit_code)
+
+
+def list_runs(address: Address = None, storage: Root = "./runs", as_json: AsJson = False) -> None:
+    """List the runs under --storage, or with --address the submissions that a cluster remembers."""
+    rows: list[dict[str, Any]]
+    if address is not None:
+        from dataclasses import asdict
+
+        from outlast.cluster.jobs import ray_jobs as jobs
+
+        rows = [asdict(job) for job in jobs.jobs_of(jobs.connect(address))]
+    else:
+        from outlast.checkpointing.storage.factory import open_storage
+        from outlast.cluster.monitoring.status import list_runs as runs_in
+
+        rows = runs_in(open_storage(storage))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        print(f"no run {'is remembered there' if address is not None else f'lies in {storage}'}", file=sys.stderr)
+    for row in rows:
+        state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
+        print(f"{row.get('id') or row['run']:32}  {state}")
+
+
+def logs(
+    run: Run,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+) -> None:
+    """Print the log of a run's newest job. With --follow the exit code is the job's."""
+    from outlast.cluster.jobs import ray_jobs as jobs
+
+    client = jobs.connect(address)
+    job = jobs.newest(client, _run_name(run))
+    if follow:
+        raise typer.Exit(jobs.follow(client, job.id).exit_code)
+    print(client.get_job_logs(job.id), end="")
+
+
+def stop(run: Run, address: Address = None) -> None:
+    """Ask a run's job to commit a checkpoint and end; wait until it has. The exit code is the job's."""
+    from outlast.cluster.jobs import ray_jobs as jobs
+
+    name = _run_name(run)
+    job = jobs.stop(jobs.connect(address), name)
+    if job is None:
+        print(f"run {name} has no live job", file=sys.stderr)
+        return
+    print(f"{job.id}: {job.status}; go on with: outlast resume {run}", file=sys.stderr)
+    raise typer.Exit(job.exit_code)
+
+
+def _run_name(text: str) -> str:
+    """The run's name alone, whichever way RUN is written."""
+    if text.endswith(RUN_FILES):
+        from outlast.cluster.config.run_config import load_run
+
+        return load_run(text)[0].name
+    return text.rstrip("/").rpartition("/")[2]

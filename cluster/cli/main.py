@@ -1,0 +1,122 @@
+"""The command line. Thin: every verb finds its run, calls one function, prints what comes back.
+
+Data goes to stdout, progress and errors to stderr. `outlast --help` must import neither torch nor ray, so everything
+heavy is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from outlast.checkpointing.errors import OutlastError, first_line
+from outlast.cluster.cli.checkpoints import checkpoints
+from outlast.cluster.cli.doctor import doctor
+from outlast.cluster.cli.jobs import list_runs, logs, resume, stop, submit, supervise_runs
+from outlast.cluster.cli.kubernetes import k8s
+from outlast.cluster.cli.options import AsJson
+from outlast.cluster.cli.predict import try_
+from outlast.cluster.cli.setup import init, plan, validate
+from outlast.cluster.cli.status import report, status
+from outlast.cluster.cli.train import demo, drill, train
+
+app = typer.Typer(
+    name="outlast",
+    help="Fine-tune Hugging Face models on Ray; outlast the machines the run is on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing boxes takes as long as all the rest
+    context_settings={"max_content_width": 120},
+)
+app.command()(init)
+app.command()(validate)
+app.command()(plan)
+app.add_typer(checkpoints, name="checkpoints")
+app.command("try")(try_)
+app.command()(doctor)
+app.command()(status)
+app.command()(report)
+app.add_typer(k8s, name="k8s")
+app.command()(train)
+app.command()(demo)
+app.command()(drill)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print versions, and end.")
+    ] = False,
+) -> None:
+    """Global options; `main` reads --debug itself."""
+
+
+@app.command()
+def version(as_json: AsJson = False) -> None:
+    """Versions, for a bug report."""
+    from outlast.cluster.preflight.versions import versions
+
+    found = versions()
+    print(json.dumps(found) if as_json else "\n".join(f"{name} {said or '-'}" for name, said in found.items()))
+
+
+app.command()(submit)
+app.command("supervise")(supervise_runs)
+app.command()(resume)
+app.command("list")(list_runs)
+app.command()(logs)
+app.command()(stop)
+
+for _group in (app, checkpoints, k8s):
+    for _command in _group.registered_commands:  # the whole first line, as far as its first sentence goes
+        _command.short_help = (_command.callback.__doc__ or "").partition("\n")[0].split(". ")[0].rstrip(".") + "."
+
+
+def main() -> None:
+    """Entry point: runs a verb, and turns every error into one message and an exit code."""
+    debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(prog_name="outlast")
+    except OutlastError as error:
+        _fail(error.message, error.hint, error.exit_code, debug)
+    except KeyboardInterrupt:
+        _fail(
+            "interrupted", "run the same command again to go on from the newest checkpoint, if there is one", 130, debug
+        )
+    except Exception as error:  # noqa: BLE001 - the last resort: say so, and how to see more
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            hint = "end what else needs memory here, or run the command on a machine with more"
+            _fail(f"this machine's memory ran out: {first_line(error)}", hint, 1, debug)
+        _fail(
+            f"unexpected {type(error).__name__}: {error}",
+            "run again as `outlast --debug …` for the traceback",
+            1,
+            debug,
+        )
+
+
+def _fail(message: str, hint: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"outlast: {message}", file=sys.stderr)
+    if hint:
+        print(f"  → {hint}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""`outlast status` and `outlast report`: how a run is doing, and what it has been through, from its storage alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outlast.cluster.cli.options import Address, AsJson, Root, Run, writing
+from outlast.cluster.config.run_reference import RUN_FILES, find_run
+from outlast.cluster.formatting import counted, when
+
+if TYPE_CHECKING:
+    from outlast.cluster.monitoring.summary import RunSummary
+
+
+def status(
+    run: Run,
+    address: Address = None,
+    storage: Root = "./runs",
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until the run has ended, and end as it did.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how a run is doing, from its own storage; with --address, its jobs too.
+
+    With --watch the exit code is 0 for a run that is done, 75 for one that was stopped, 1 for one that failed or whose
+    driver has been silent for ten minutes: a supervisor would have started it again. A loop of one's own has no driver
+    that could tell; it is shown until Ctrl-C.
+    """
+    import time
+    from dataclasses import asdict
+
+    from outlast.cluster.monitoring.status import as_values
+    from outlast.cluster.monitoring.summary import summarize
+    from outlast.cluster.monitoring.timeline import State
+    from outlast.cluster.monitoring.timeline_reader import TimelineReader
+
+    if watch and (as_json or address):
+        raise typer.BadParameter("--watch shows the run's storage to people; leave --json and --address out")
+    place, name, _ = find_run(run, storage)
+    if watch:
+        from outlast.cluster.monitoring import watch as watcher
+        from outlast.cluster.monitoring.reporter import terminal
+
+        found = watcher.watch(place, name, terminal())
+        raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(found.state, 1))
+    story = TimelineReader(place, name).look()
+    seen = summarize(story, time.time())
+    body = as_values(place, story, seen)
+    if address is not None:
+        from outlast.cluster.jobs import ray_jobs as jobs
+
+        body["jobs"] = [asdict(job) for job in jobs.jobs_of(jobs.connect(address), name)]
+    if as_json:
+        print(json.dumps(body, indent=1))
+        return
+    _print(run, seen, body)
+
+
+def _print(run: str, seen: RunSummary, body: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from outlast.cluster.monitoring.terminal_panel import panel
+    from outlast.cluster.monitoring.timeline import State
+
+    console = Console(highlight=False)
+    for line in panel(seen, console.width, num_interruptions=0):
+        console.print(line, soft_wrap=True)
+    if newest := body["newest_checkpoint"]:
+        print(f"newest checkpoint: step {newest['step']}, {when(newest['committed_at'])}, {newest['path']}")
+    print(f"attempts: {body['attempts']}")
+    for end in seen.interruptions:
+        rank = f" (rank {end.rank})" if end.rank is not None else ""
+        print(f"  {when(end.at)}  {end.cause}{rank}" + (f": {end.message[:160]}" if end.message else ""))
+        where = next((item.get("where") for item in body["failures"] if item.get("attempt") == end.attempt), None)
+        if where:
+            print(f"    {where}")
+    for change in body["sizes"]:
+        print(f"  {when(change['t'])}  {counted(change['before'], 'worker')} → {change['now']}: {change['cause']}")
+    for job in body.get("jobs", []):
+        print(f"job {job['id']}: {job['status']}")
+    for damaged in body["damaged"]:
+        print(f"damaged: {damaged}; `outlast checkpoints verify {run}` says more")
+    if seen.state in (State.STOPPED, State.LOST):
+        start = f"from step {newest['step']}" if newest else "from the beginning"
+        file = run if run.endswith(RUN_FILES) else "RUN.yaml"
+        print(f"→ outlast train {file} (or submit) goes on {start}")
+
+
+def report(
+    run: Run,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write; default: RUN-report.html.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of every checkpoint first.")] = False,
+    storage: Root = "./runs",
+) -> None:
+    """Write one page of HTML about a run: losses, failures, where the time went, checkpoints, settings."""
+    from outlast.cluster.monitoring.report.report import Report
+
+    place, name, _ = find_run(run, storage)
+    target = output or Path(f"{name}-report.html")
+    html = Report.of(place, name, verify=verify).to_html()
+    with writing(target):
+        target.write_text(html, encoding="utf-8")
+    print(target)

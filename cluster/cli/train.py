@@ -1,0 +1,98 @@
+"""Verbs that train here: `train`, `demo`, `drill`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from outlast.cluster.cli.options import (
+    AsJson,
+    Overrides,
+    RunFile,
+    writing,
+)
+
+
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: one of its own on this machine.")] = None,
+    take_over: Annotated[bool, typer.Option("--take-over", help="Take the run from another launch at once.")] = False,
+) -> None:
+    """Start the run, or resume it, or say that it is done. Prints where the finished model lies.
+
+    Ctrl-C and SIGTERM commit a checkpoint first (exit code 75).
+    """
+    from outlast.cluster.config.run_config import load_run
+
+    config, declared = load_run(str(run_file), overrides or [])
+    from outlast.checkpointing.storage.factory import open_storage
+    from outlast.cluster.driver.launch import Launch
+    from outlast.cluster.monitoring.reporter import Reporter
+    from outlast.trainers.loop.train_loop import Outcome
+
+    config = config.at_home(run_file.parent)
+    with Reporter(config.name, storage=open_storage(config.checkpoint.storage), keep=True) as reporter:
+        code = str(run_file.parent.absolute())
+        finished = Launch(config, declared, take_over=take_over, code=code, tell=reporter).run(address)
+    options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])
+    again = shlex.join(["outlast", "train", str(run_file), *options])
+    if finished.model is not None:
+        reporter.say("done")
+        print(f"{config.checkpoint.storage}/{finished.model}")
+    elif finished.outcome is Outcome.STOPPED:
+        reporter.say(f"stopped, with a committed checkpoint; go on with: {again}")
+    else:
+        reporter.say(f"another launch has this run; to take it over: {again} --take-over")
+    raise typer.Exit(finished.outcome.exit_code)
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Where to put it.")] = Path("outlast-demo"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON.")
+    ] = None,
+) -> None:
+    """Real text, two workers, one killed: come back, and compare with an uninterrupted run.
+
+    Exit code 1 if one bit differs.
+    """
+    from outlast.cluster.drills.demo import run_demo
+
+    findings = run_demo(folder)
+    if json_file is not None:
+        with writing(json_file):
+            json_file.write_text(json.dumps(findings, indent=1) + "\n")
+    raise typer.Exit(0 if all(findings["equal"].values()) else 1)
+
+
+def drill(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    faults: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fault", metavar="FAULT", help="kill, kill-in-save, error, stop, damage or driver; again for more. All."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each copy.")] = 12,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: one of its own on this machine.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the copies in the storage.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Injure short copies of your own run on purpose; see whether each comes back with the same bits, and how soon.
+
+    Exit code 1 if one does not.
+    """
+    from dataclasses import asdict
+
+    from outlast.cluster.drills.drill import kinds_of, run_drill
+
+    found = run_drill(run_file, overrides or [], kinds=kinds_of(faults), num_steps=steps, address=address, keep=keep)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    raise typer.Exit(0 if all(finding.is_good for finding in found) else 1)

@@ -1,0 +1,137 @@
+"""Run files to begin with, one for each task. What a setting means is said by its own docstring, so it stays true."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.cluster.config.run_config import RunConfig
+from outlast.trainers.config.task_names import TASKS, check_task_name
+from outlast.trainers.config.validation_errors import model_at
+
+_WIDTH, _COLUMN = 100, 34
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What is particular to a task.
+
+    Attributes:
+        path: A pretrained model that does it.
+        columns: The columns it reads.
+        lr: A usual peak learning rate.
+        more: Other settings under `data:` that matter to it.
+        new: A model from scratch.
+    """
+
+    path: str
+    columns: tuple[str, ...]
+    lr: float = 2e-5
+    more: tuple[str, ...] = ()
+    new: str = "{model_type: bert, num_hidden_layers: 4, num_attention_heads: 4, hidden_size: 128}"
+
+
+_GPT2 = "{model_type: gpt2, n_layer: 4, n_head: 4, n_embd: 128}"
+EXAMPLES = {
+    "causal-lm": Example("openai-community/gpt2", ("text",), 5e-5, new=_GPT2),
+    "chat": Example("Qwen/Qwen3-0.6B", ("messages",), 1e-5, ("chat_template",), _GPT2),
+    "masked-lm": Example("distilbert/distilroberta-base", ("text",), 5e-5, ("mask_share",)),
+    "sequence-classification": Example("distilbert/distilbert-base-uncased", ("text", "label"), more=("problem",)),
+    "token-classification": Example("distilbert/distilbert-base-cased", ("tokens", "tags")),
+    "question-answering": Example(
+        "distilbert/distilbert-base-cased", ("question", "context", "answers"), more=("stride",)
+    ),
+    "seq2seq-lm": Example(
+        "google-t5/t5-small",
+        ("source", "target"),
+        1e-4,
+        ("max_target_length",),
+        "{model_type: t5, num_layers: 2, num_heads: 4, d_model: 128, d_ff: 256, d_kv: 32}",
+    ),
+    "multiple-choice": Example("google-bert/bert-base-uncased", ("text", "choices", "label")),
+    "double-heads": Example("openai-community/gpt2", ("text", "choices", "label"), new=_GPT2),
+}
+
+
+def template(task: str, file: str = "run.yaml") -> str:
+    """A run file for a task, commented; `file` is what it will be called.
+
+    Raises:
+        ConfigError: There is no such task, or it is one of the user's own.
+    """
+    if task not in EXAMPLES:
+        try:
+            check_task_name(task)
+        except ValueError as error:
+            raise ConfigError(str(error), hint=f"begin with one of these: {', '.join(TASKS)}") from error
+        raise ConfigError(f"{task} is a task of your own", hint=f"begin with one of these: {', '.join(TASKS)}")
+    return "\n".join(_lines(task, EXAMPLES[task], file)) + "\n"
+
+
+def _lines(task: str, example: Example, file: str) -> Iterator[str]:
+    yield f"# A run of outlast that learns {task}. A setting behind a # is one more that there is, with its default."
+    yield f"#   outlast validate {file}    is everything there, and right?"
+    yield f"#   outlast plan {file}        steps, memory, checkpoints, before anything is held"
+    yield f"#   outlast train {file}       start, or go on where it was"
+    yield ""
+    yield from _setting("", "name", f"my-{task}")
+    yield from _setting("", "seed", 7)
+    yield from _block("model", {"path": example.path, "task": task}, ("lora", "trust_remote_code"))
+    yield "  # Or a new one, in the place of path:"
+    yield f"  # config: {example.new}"
+    yield "  # tokenizer: {train_bpe: 4096}"
+    columns = {name: name for name in example.columns}
+    data = {"train": "rows.jsonl", "eval": "2%", **columns, "max_length": 512}
+    yield from _block("data", data, (*example.more, "max_bad_rows", "prepare"))
+    train = {"epochs": 3, "batch": 32, "micro_batch": 4, "lr": example.lr, "schedule": "cosine", "warmup": 0.03}
+    more = ("steps", "optimizer", "weight_decay", "clip", "gradient_checkpointing", "compile")
+    yield from _block("train", {**train, "precision": "fp32", "eval_every": 200}, more)
+    yield from _block("scale", {"workers": 1, "gpus_per_worker": 0}, ("parallel", "cpus_per_worker"))
+    saving = {"storage": "./runs", "every": "10m", "keep_last": 3, "keep_best": 1, "load_best": True}
+    yield from _block("checkpoint", saving, ("metric", "metric_mode", "keep_every", "overlap"))
+    yield from _block("failure", {"max_failures": 3}, ("max_same_step", "non_finite", "hang_after"))
+    yield from _block("track", {"project": "outlast"}, ("to",))
+
+
+def _block(name: str, given: dict[str, Any], more: tuple[str, ...]) -> Iterator[str]:
+    yield ""
+    yield f"{name}:"
+    for key, value in given.items():
+        yield from _setting(name, key, value)
+    for key in more:
+        yield from _setting(name, key, _default(name, key), is_off=True)
+
+
+def _setting(block: str, key: str, value: Any, *, is_off: bool = False) -> Iterator[str]:
+    """A setting with the first sentence of what its docstring says, behind it or, if it is long, above it."""
+    indent = "  " if block else ""
+    shown = yaml.safe_dump(value, default_flow_style=True, sort_keys=False).removesuffix("...\n").strip()
+    text = f"{indent}{'# ' if is_off else ''}{key}: {shown}"
+    said = _meaning(block, key)
+    if len(text) < _COLUMN and _COLUMN + len(said) + 2 <= _WIDTH + 20:
+        yield f"{text:{_COLUMN}}# {said}"
+        return
+    yield from textwrap.wrap(said, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    yield text
+
+
+def _model(block: str) -> type[BaseModel]:
+    found = model_at(RunConfig, (block,) if block else ())
+    assert found is not None, block
+    return found
+
+
+def _meaning(block: str, key: str) -> str:
+    text = " ".join((_model(block).model_fields[key].description or "").split())
+    return re.split(r"(?<=[.])\s", text)[0]
+
+
+def _default(block: str, key: str) -> Any:
+    return _model(block).model_fields[key].get_default(call_default_factory=True)

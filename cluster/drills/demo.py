@@ -1,0 +1,191 @@
+"""`outlast demo`: kill a real worker in the middle of a real save, come back, and compare with a run left in peace."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pydoc_data.topics
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.tools.query import find_model
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.drills import drill
+from outlast.cluster.driver.ray_session import ray_session
+from outlast.cluster.formatting import counted
+from outlast.cluster.monitoring.reporter import Reporter
+from outlast.trainers.distributed.world import World
+from outlast.trainers.loop.evaluation import evaluate
+from outlast.trainers.preparation.prepare import Prepared, prepare
+from outlast.trainers.tasks.causal_lm import CausalLM
+
+NUM_STEPS = 100
+SAVE_EVERY = 10
+KILL_AT = 50
+KILLED_RANK = 1
+
+
+def run_demo(folder: Path) -> dict[str, Any]:
+    """Runs the demo in a new sub-directory of `folder`, prints a summary, and returns the findings."""
+    console = Console(stderr=True, highlight=False)
+    place = folder.absolute() / time.strftime("%Y%m%d-%H%M%S")
+    place.mkdir(parents=True)
+    parts: dict[str, float] = {}
+
+    console.print(
+        "[bold]outlast demo[/]: a small GPT-2, two workers, one of them about to be killed. About two minutes."
+    )
+    with _timed(parts, "text"):
+        num_texts = write_texts(place / "texts.jsonl")
+    killed, peaceful = _config(place, "killed"), _config(place, "undisturbed")
+    with _timed(parts, "data"):
+        prepared = prepare(killed, LocalStorage(place / "runs"))
+    console.print(f"  {num_texts:,} texts from Python's own documentation, {prepared.num_tokens['train']:,} tokens")
+    with _timed(parts, "ray"):
+        session = ray_session()
+        session.__enter__()
+    try:
+        with _timed(parts, "killed run"), Reporter("killed run") as reporter:
+            copy = drill.RunCopy(killed, _declared(killed), KILL_AT)
+            drill.inject(copy, drill.FaultKind.KILL_IN_SAVE, reporter, KILLED_RANK)
+        with _timed(parts, "undisturbed run"), Reporter("undisturbed run") as reporter:
+            drill.RunCopy(peaceful, _declared(peaceful), 0).launch(tell=reporter)
+    finally:
+        session.__exit__(None, None, None)
+    with _timed(parts, "comparison"):
+        findings = _compare(copy)
+    found = find_model(copy.storage, "killed")
+    assert found is not None
+    model = place / "runs" / found.path
+    with _timed(parts, "plain transformers"):
+        findings |= _load_plainly(model, killed, prepared)
+    findings |= {"parts_s": {name: round(s, 2) for name, s in parts.items()}, "run": str(place / "runs/killed")}
+    findings["model"] = str(model)
+    _summary(console, findings)
+    return findings
+
+
+def write_texts(path: Path) -> int:
+    """Writes the help topics and the docstrings of the standard library as JSON lines. Returns how many."""
+    texts = [topic for _, topic in sorted(pydoc_data.topics.topics.items())]
+    for source in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(source.read_bytes())
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+        texts += [text for text in found if text and len(text) > 80]
+    with path.open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    return len(texts)
+
+
+def _config(place: Path, name: str) -> RunConfig:
+    body = {
+        "name": name,
+        "seed": 7,
+        "model": {
+            "config": {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128},
+            "tokenizer": {"train_bpe": 1024},
+        },
+        "data": {"train": str(place / "texts.jsonl"), "eval": "2%", "max_length": 128},
+        "train": {"steps": NUM_STEPS, "batch": 16, "micro_batch": 4, "lr": 2e-3, "warmup": 0.2, "eval_every": 50},
+        "scale": {"workers": 2},
+        "checkpoint": {"storage": str(place / "runs"), "every": SAVE_EVERY},
+    }
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    return RunConfig.model_validate(body)
+
+
+def _declared(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_defaults=True)
+
+
+@contextmanager
+def _timed(parts: dict[str, float], name: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    parts[name] = time.monotonic() - began
+
+
+def _compare(copy: drill.RunCopy) -> dict[str, Any]:
+    storage = copy.storage
+    killed, undisturbed = drill.final_state(storage, "killed"), drill.final_state(storage, "undisturbed")
+    found = drill.compare_with_reference(copy, drill.FaultKind.KILL_IN_SAVE, undisturbed)
+    losses, num_resumed = killed.losses, sum(event["event"] == "resume" for _, event in run_events(storage, "killed"))
+    return {
+        "equal": {
+            "weights": bool(killed.weights) and killed.weights == undisturbed.weights,
+            "optimizer": bool(killed.optimizer) and killed.optimizer == undisturbed.optimizer,
+            "losses": len(losses) == NUM_STEPS and losses == undisturbed.losses,
+        },
+        "kills": num_resumed if found.fault else 0,
+        "recovery_s": found.seconds,
+        "lost_steps": found.redone,
+        "kill": found.fault,
+        "resumed_from": found.resumed_from,
+        "num_tensors": len(killed.weights) + len(killed.optimizer),
+        "checkpoints": [item.ref.step for item in read_catalog(storage, "killed").accepted],
+        "eval_loss": {
+            event["step"]: event["eval_loss"] for _, event in run_events(storage, "killed") if event["event"] == "eval"
+        },
+        "loss": {step: min(losses[step]) for step in (1, NUM_STEPS) if step in losses},
+    }
+
+
+def _load_plainly(model_dir: Path, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """Loads the model as anybody would, without outlast, and measures it again."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    storage = LocalStorage(Path(config.checkpoint.storage))
+    task = CausalLM(config.data, prepared.tokenizer(storage), prepared.facts)
+    loss = evaluate(model, task, prepared.split(storage, "eval"), World(), 4, "fp32")["eval_loss"]
+    prompt = tokenizer("The class of an object", return_tensors="pt")
+    torch.manual_seed(0)
+    tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return {"eval_loss_loaded": loss, "sample": tokenizer.decode(tokens[0])}
+
+
+def _summary(console: Console, found: dict[str, Any]) -> None:
+    kill, evals = found["kill"], found["eval_loss"]
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("trained", f"{NUM_STEPS} steps, loss {found['loss'][1]:.3f} → {found['loss'][NUM_STEPS]:.3f}")
+    if kill:
+        what = f"rank {kill['rank']} (pid {kill['pid']}) by SIGKILL, while it wrote checkpoint-{kill['step']}"
+        table.add_row("killed", what)
+        back = f"from checkpoint-{found['resumed_from']}; first new step {found['recovery_s']:.1f} s after the kill"
+        table.add_row("came back", back)
+        table.add_row("done again", counted(found["lost_steps"], "step"))
+    table.add_row("checkpoints kept", ", ".join(map(str, sorted(found["checkpoints"]))))
+    loss = (
+        f"{evals[0]:.3f} before, {evals[NUM_STEPS]:.3f} after; {found['eval_loss_loaded']:.3f} by plain from_pretrained"
+    )
+    table.add_row("evaluation loss", loss)
+    table.add_row("it says", f"{found['sample']!r} (gibberish: so small a model, so short a training)")
+    for name, same in found["equal"].items():
+        mark = "[green]equal[/]" if same else "[bold red]DIFFERENT[/]"
+        table.add_row(name, f"{mark} to the undisturbed run")
+    table.add_row("run", found["run"])
+    table.add_row("model", found["model"])
+    console.print()
+    console.print(table)
+    if all(found["equal"].values()):
+        digests = f"all {found['num_tensors']} SHA-256 digests and all {NUM_STEPS} losses agree"
+        console.print(f"\n[bold green]The killed run ended with the same bits[/]: {digests}.")
+    else:
+        console.print("\n[bold red]The two runs differ.[/] This is a bug; please report it with the folder above.")

@@ -1,0 +1,347 @@
+"""A restore drill: faults on purpose in a scaled-down copy of somebody's own run, and the proof that nothing changed.
+
+One copy runs undisturbed. Then, for each fault, another one meets it in the middle and comes back. All must end with
+the same bits. The copies lie beside the run in its storage, use the data that it uses, and go when all is well.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import secrets
+import signal
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from outlast.checkpointing.errors import ConfigError, OutlastError
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, read_record, write_record
+from outlast.checkpointing.format.layout import checkpoint_dir
+from outlast.checkpointing.restore.verify import tensor_digests
+from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.storage.base import Storage, read_bytes, walk
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.cluster.config.run_config import RunConfig, load_run
+from outlast.cluster.driver.launch import Launch
+from outlast.cluster.driver.ray_session import ray_session
+from outlast.cluster.formatting import counted
+from outlast.cluster.monitoring.reporter import Reporter
+from outlast.trainers.loop.train_loop import Outcome
+
+STEPS_MIN = 8
+
+
+class FaultKind(Enum):
+    """What a copy of the run meets."""
+
+    KILL = "kill"  #: SIGKILL of a worker, between a step's gradients and its weights
+    KILL_IN_SAVE = "kill-in-save"  #: SIGKILL of a worker while it writes a checkpoint
+    ERROR = "error"  #: an exception in a worker
+    STOP = "stop"  #: SIGTERM to the driver, then the same command again
+    DAMAGE = "damage"  #: the same, and one bit of the newest checkpoint's weights flips meanwhile
+    DRIVER = "driver"  #: SIGKILL of the driver, then the same command again
+
+    @property
+    def meaning(self) -> str:
+        """In words."""
+        return {
+            FaultKind.KILL: "a worker killed in a step",
+            FaultKind.KILL_IN_SAVE: "a worker killed while it wrote a checkpoint",
+            FaultKind.ERROR: "an exception in a worker",
+            FaultKind.STOP: "the driver stopped, and started again",
+            FaultKind.DAMAGE: "stopped, one bit of the newest checkpoint flipped, started again",
+            FaultKind.DRIVER: "the driver killed, and started again",
+        }[self]
+
+
+@dataclass(frozen=True, slots=True)
+class RunCopy:
+    """One run that a fault strikes, or none.
+
+    Attributes:
+        config: Its settings, local paths absolute.
+        declared: The same as written.
+        at: The step at which it is struck; for faults in a save, one that saves.
+        code: Directory of the user's Python files.
+        address: The Ray cluster; None for one of our own.
+    """
+
+    config: RunConfig
+    declared: Mapping[str, Any]
+    at: int
+    code: str = ""
+    address: str | None = None
+
+    @property
+    def storage(self) -> Storage:
+        return open_storage(self.config.checkpoint.storage)
+
+    @property
+    def record(self) -> str:
+        """Where the fault leaves its record."""
+        return f"{self.storage.url}/{self.config.name}/drill.json"
+
+    def launch(self, faults: Sequence[FaultSpec] = (), tell: Any = lambda event: None) -> Outcome:
+        launch = Launch(self.config, self.declared, take_over=True, code=self.code, faults=faults, tell=tell)
+        return launch.run(self.address).outcome
+
+
+@dataclass(slots=True)
+class DrillResult:
+    """What became of one copy.
+
+    Attributes:
+        kind: What it met.
+        fault: What the fault said when it struck; None if it never did.
+        resumed_from: The step of the checkpoint it went on from.
+        redone: Steps that were made again.
+        seconds: From the fault to the end of the first new step.
+        seconds_per_step: The median, undisturbed.
+        different: Tensors and losses that are not those of the undisturbed copy.
+        error: Why it did not come back.
+    """
+
+    kind: str
+    fault: Mapping[str, Any] | None = None
+    resumed_from: int | None = None
+    redone: int = 0
+    seconds: float | None = None
+    seconds_per_step: float | None = None
+    different: list[str] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        return self.fault is not None and not self.different and not self.error
+
+
+@dataclass(frozen=True, slots=True)
+class FinalState:
+    """SHA-256 of every weight and of every optimizer tensor, and every loss that each step ever had."""
+
+    weights: dict[str, str]
+    optimizer: dict[str, str]
+    losses: dict[int, set[float]]
+
+
+def final_state(storage: Storage, run: str) -> FinalState:
+    """Of a run that is done."""
+    newest = read_catalog(storage, run).accepted[0]
+    digests = tensor_digests(storage, checkpoint_dir(run, newest.ref), newest)
+    losses: dict[int, set[float]] = {}
+    for _, event in run_events(storage, run):
+        if event["event"] == "step":
+            losses.setdefault(event["step"], set()).add(event["loss"])
+    weights = {name: digest for name, digest in digests.items() if "/" not in name}
+    return FinalState(weights, {name: digest for name, digest in digests.items() if "/" in name}, losses)
+
+
+def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank: int = 0) -> None:
+    """Runs a copy into its fault, and on to its end. `rank` is the worker that is struck.
+
+    Raises:
+        OutlastError: It did not come back.
+    """
+    if kind in (FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
+        point = FaultPoint.WHILE_WRITING if kind is FaultKind.KILL_IN_SAVE else FaultPoint.STEP
+        action = FaultAction.EXCEPTION if kind is FaultKind.ERROR else FaultAction.SIGKILL
+        copy.launch([FaultSpec(point, copy.at, rank, action, copy.record)], tell)
+        return
+    # The copy may be over before its driver hears of the step: it waits there for a while.
+    pause = FaultSpec(FaultPoint.STEP, copy.at, rank, FaultAction.PAUSE, f"{copy.record}.pause")
+    if kind is FaultKind.DRIVER:
+        driver = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(copy, pause))
+        driver.start()
+        driver.join()
+    else:
+        copy.launch([pause], _Interrupter(copy, signal.SIGTERM, tell))
+        if kind is FaultKind.DAMAGE:
+            _flip_a_bit(copy)
+    copy.launch(tell=tell)
+
+
+class _Interrupter:
+    """Listens to a launch, and sends its own process a signal once the step has come."""
+
+    def __init__(self, copy: RunCopy, number: signal.Signals, tell: Any) -> None:
+        self._copy, self._number, self._tell = copy, number, tell
+        self._struck = False
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self._tell(event)
+        if not self._struck and event["event"] == "step" and event["step"] >= self._copy.at - 1:
+            self._struck = True
+            write_record(self._copy.record, {"step": event["step"], "action": self._number.name.lower()})
+            os.kill(os.getpid(), self._number)
+
+
+def _run_until_killed(copy: RunCopy, pause: FaultSpec) -> None:
+    copy.launch([pause], _Interrupter(copy, signal.SIGKILL, lambda event: None))
+
+
+def _flip_a_bit(copy: RunCopy) -> None:
+    newest = read_catalog(copy.storage, copy.config.name).accepted[0]
+    largest = max(newest.files, key=lambda entry: entry.num_bytes)
+    path = f"{checkpoint_dir(copy.config.name, newest.ref)}/{largest.path}"
+    body = bytearray(read_bytes(copy.storage, path))
+    body[len(body) // 2] ^= 1
+    copy.storage.put(path, [bytes(body)])
+
+
+def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalState) -> DrillResult:
+    """What became of a copy that has come to its end."""
+    storage, run = copy.storage, copy.config.name
+    fault = read_record(copy.record)
+    finding = DrillResult(kind.value, fault)
+    events = [event for _, event in run_events(storage, run)]
+    steps = sorted((event["ended_at"], event["step"]) for event in events if event["event"] == "step")
+    resumes = [event["step"] for event in events if event["event"] == "resume"]
+    if fault is not None:
+        finding.resumed_from = resumes[0] if resumes else 0
+        reached = max((step for ended_at, step in steps if ended_at <= fault["t"]), default=0)
+        finding.redone = max(0, reached - finding.resumed_from)
+        new = [ended_at for ended_at, step in steps if ended_at > fault["t"] and step > reached]
+        finding.seconds = round(min(new) - fault["t"], 2) if new else None
+    finding.different = differences(final_state(storage, run), undisturbed)
+    return finding
+
+
+def differences(one: FinalState, other: FinalState) -> list[str]:
+    """Names of tensors, and steps whose losses, are not the same in both."""
+    tensors, expected = one.weights | one.optimizer, other.weights | other.optimizer
+    named = sorted(name for name in tensors.keys() | expected.keys() if tensors.get(name) != expected.get(name))
+    steps = sorted(one.losses.keys() | other.losses.keys())
+    return named + [f"loss of step {step}" for step in steps if one.losses.get(step) != other.losses.get(step)]
+
+
+def kinds_of(names: Sequence[str] | None) -> tuple[FaultKind, ...]:
+    """The faults that a user named; all when none is.
+
+    Raises:
+        ConfigError: There is no such fault.
+    """
+    known = {kind.value: kind for kind in FaultKind}
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"there is no fault {name!r}", hint=f"give --fault one of: {', '.join(known)}")
+    return tuple(known[name] for name in names) if names else tuple(FaultKind)
+
+
+# -- a drill of somebody's own run -------------------------------------------------------------------------------------
+
+
+def run_drill(
+    run_file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    kinds: Sequence[FaultKind] = tuple(FaultKind),
+    num_steps: int = 12,
+    address: str | None = None,
+    keep: bool = False,
+) -> list[DrillResult]:
+    """Drills a run, and prints a table.
+
+    Args:
+        run_file: The run's own file.
+        overrides: As for `outlast train`.
+        kinds: The faults, each met by a copy of its own.
+        num_steps: Steps of a copy, 8 at least. It saves four times.
+        address: A Ray cluster; None for one of our own.
+        keep: Leave the copies. They stay in any case when something is not as it should be.
+
+    Raises:
+        OutlastError: The undisturbed copy failed; see `Launch.run`.
+    """
+    if num_steps < STEPS_MIN:
+        raise ConfigError(f"{num_steps} steps are too few for a drill", hint=f"give --steps {STEPS_MIN} or more")
+    console = Console(stderr=True, highlight=False)
+    stamp = f"{time.strftime('%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    copies: list[RunCopy] = []
+
+    def copy(word: str, at: int = 0) -> RunCopy:
+        copies.append(_scaled_down(run_file, overrides, f"{stamp}-{word}", num_steps, at, address))
+        return copies[-1]
+
+    findings = []
+    with ray_session(address):
+        peaceful = copy("undisturbed")
+        with Reporter("undisturbed") as reporter:
+            peaceful.launch(tell=reporter)
+        undisturbed = final_state(peaceful.storage, peaceful.config.name)
+        seconds_per_step = _seconds_per_step(peaceful)
+        for kind in kinds:
+            every = num_steps // 4
+            struck = copy(kind.value, 2 * every if kind is FaultKind.KILL_IN_SAVE else 2 * every + 1)
+            finding = DrillResult(kind.value)
+            try:
+                with Reporter(kind.value) as reporter:
+                    inject(struck, kind, reporter, rank=_last_rank(struck))
+                finding = compare_with_reference(struck, kind, undisturbed)
+            except OutlastError as error:
+                finding.error, finding.fault = error.message, read_record(struck.record)
+            finding.seconds_per_step = seconds_per_step
+            findings.append(finding)
+    _show(console, findings, len(undisturbed.weights) + len(undisturbed.optimizer), num_steps)
+    if keep or not all(finding.is_good for finding in findings):
+        console.print(f"\nThe copies are left in {peaceful.storage.url}: {', '.join(c.config.name for c in copies)}")
+    else:
+        for done in copies:
+            _remove(done)
+    return findings
+
+
+def _scaled_down(
+    run_file: Path, overrides: Sequence[str], word: str, num_steps: int, at: int, address: str | None
+) -> RunCopy:
+    name = load_run(str(run_file), overrides)[0].name
+    changed = {
+        "name": f"{name[: 62 - len(word)]}-{word}",
+        "train.steps": num_steps,
+        "train.epochs": "null",
+        "checkpoint.every": num_steps // 4,
+    }
+    config, declared = load_run(str(run_file), [*overrides, *(f"{key}={value}" for key, value in changed.items())])
+    return RunCopy(config.at_home(run_file.parent), declared, at, str(run_file.parent.absolute()), address)
+
+
+def _last_rank(copy: RunCopy) -> int:
+    return copy.config.scale.min_workers - 1
+
+
+def _seconds_per_step(copy: RunCopy) -> float:
+    events = [event for _, event in run_events(copy.storage, copy.config.name) if event["event"] == "step"]
+    ends = sorted(event["ended_at"] for event in events)
+    return float(statistics.median(later - earlier for earlier, later in pairwise(ends)))
+
+
+def _remove(copy: RunCopy) -> None:
+    copy.storage.delete(f"{copy.config.name}/model")  # the link, before what it leads to
+    for entry in list(walk(copy.storage, copy.config.name)):
+        copy.storage.delete(f"{copy.config.name}/{entry.name}")
+
+
+def _show(console: Console, findings: Sequence[DrillResult], num_tensors: int, num_steps: int) -> None:
+    console.print()
+    for finding in findings:
+        if finding.error:
+            ended = f"[bold red]did not come back[/]: {finding.error}"
+        elif finding.fault is None:
+            ended = "[bold red]the fault never struck[/]"
+        elif finding.different:
+            more = f" and {len(finding.different) - 3} more" if len(finding.different) > 3 else ""
+            ended = f"[bold red]DIFFERENT[/]: {', '.join(finding.different[:3])}{more}"
+        else:
+            source = f"step {finding.resumed_from}" if finding.resumed_from else "the beginning"
+            ended = f"went on from {source}, {counted(finding.redone, 'step')} again, "
+            ended += f"next new step after {finding.seconds:.1f} s: [green]the same bits[/]"
+        console.print(f"  {FaultKind(finding.kind).meaning}: {ended}", soft_wrap=True)
+    if all(finding.is_good for finding in findings):
+        proof = f"all {num_tensors} tensors and {num_steps} losses agree"
+        console.print(f"\n[bold green]This run comes back, exactly[/]: {len(findings)} of {len(findings)}, {proof}.")

@@ -1,0 +1,1 @@
+"""The driver: one launch, from the run file to the end."""

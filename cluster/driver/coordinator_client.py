@@ -1,0 +1,144 @@
+"""A worker's connection to the coordinator."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from ray.exceptions import RayError
+
+from outlast.checkpointing.errors import OutlastError
+from outlast.cluster.driver.prometheus import PrometheusGauges
+from outlast.cluster.driver.warm_standby import Standbys
+from outlast.cluster.fault_tolerance.coordinator import _TIMEOUT_S, ask, find_coordinator
+from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat
+from outlast.cluster.fault_tolerance.preemption import PreemptionWatch, draining_nodes
+from outlast.trainers.loop.progress import StepPhase, StepProgress
+
+_PERIOD_S = 0.5
+
+
+_AGREEMENT_S = 5.0
+
+
+class CoordinatorClient:
+    """A worker's line to the hub: the `Control` of its step loop. On rank 0 a thread keeps it alive."""
+
+    def __init__(self, launch: str, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self.pulse = StepProgress()
+        self._stop = False
+        self._saves: deque[str] = deque()
+        self._watch: PreemptionWatch | None = None
+        self.attempt: str | None = None
+        self.meter: PrometheusGauges | None = None
+        self._is_training = False
+        self._standbys: Standbys | None = None
+        self._is_under_way = False
+        self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._talk, daemon=True)
+        self._hub = find_coordinator(launch)
+
+    def __enter__(self) -> CoordinatorClient:
+        if self._rank == 0 and self._hub is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        if self._thread.ident is not None:
+            self._thread.join(_TIMEOUT_S)
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def save_requested(self) -> str | None:
+        return self._saves.popleft() if self._saves else None
+
+    def watch(self, nodes: Sequence[str]) -> None:
+        """From now on asks for a save when one of these nodes is about to be lost, and keeps standbys there (rank 0).
+
+        Args:
+            nodes: The node of each rank.
+        """
+        self._watch = PreemptionWatch(set(nodes))
+        self._standbys = Standbys(nodes)
+
+    def claimed(self, attempt: str) -> None:
+        self.attempt = attempt
+
+    def at(self, phase: StepPhase, step: int) -> None:
+        self.pulse.at(phase, step)
+
+    def worked(self, seconds: float) -> None:
+        self.pulse.worked(seconds)
+
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
+        """As of `watchdog.Post`; so are the next two."""
+        answer: tuple[Hang | None, list[dict[str, Any]]] | None = self._ask("beat", group, beat)
+        return answer
+
+    def last_report(self, group: str, rank: int) -> bool | None:
+        answer: bool | None = self._ask("last_report", group, rank)
+        return answer
+
+    def beats(self, group: str) -> dict[int, tuple[Heartbeat, float]] | None:
+        answer: dict[int, tuple[Heartbeat, float]] | None = self._ask("beats", group)
+        return answer
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return None if self._hub is None else ask(getattr(self._hub, method).remote(*arguments))
+
+    def progress(self, event: dict[str, Any]) -> None:
+        self._events.append({"t": time.time(), "by": self.attempt, **event})
+        self._is_training = self._is_training or event["event"] == "step"
+        self._is_under_way = self._is_under_way or event["event"] == "under-way"
+        if event["event"] == "commit" and self._watch is not None:
+            self._watch.save_s = event["seconds"]
+
+    def earlier_failure(self) -> OutlastError | None:
+        """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
+        failure: OutlastError | None = ask(self._hub.failure.remote()) if self._hub is not None else None
+        return failure
+
+    def all_fail(self, error: OutlastError) -> bool:
+        """Reports a permanent error. True once every rank has one: then all may return, and nobody is waited for."""
+        deadline = time.monotonic() + _AGREEMENT_S
+        while self._hub is not None and time.monotonic() < deadline:
+            if ask(self._hub.fail.remote(self._rank, error), 0) == self._size:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _talk(self) -> None:
+        while True:
+            closing = self._closing.wait(_PERIOD_S)
+            events = [self._events.popleft() for _ in range(len(self._events))]
+            self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
+            if self.meter is not None:
+                for event in events:
+                    # Nothing depends on it.
+                    with contextlib.suppress(RayError, RuntimeError, ValueError, TypeError, LookupError):
+                        self.meter.apply(event, self.attempt)
+            with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
+                self._look_for_drains()
+            if reason := ask(self._hub.wanted.remote(is_training=self._is_training)):
+                self._saves.append(reason)  # in a queue, because whoever wishes waits for the save of that name
+            if self._is_under_way and self._standbys is not None:  # earlier, the first step would wait for them
+                with contextlib.suppress(RayError, RuntimeError, OSError):  # asked last: dead nodes answer late
+                    self._standbys.look()
+            if closing:
+                return
+
+    def _look_for_drains(self) -> None:
+        if self._watch is None:
+            return
+        reason = self._watch.look(draining_nodes())
+        if reason is not None:
+            self._saves.append(reason)
+            ask(self._hub.drain_noticed.remote(self.attempt or "unclaimed"))

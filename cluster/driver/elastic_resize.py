@@ -1,0 +1,121 @@
+"""An elastic group: how Ray Train is told of it, and a checkpoint before it is resized on purpose.
+
+Ray Train resizes a group by ending it, without a word to the workers. `Resizer` sits in its controller: it hears of a
+resize before the group is ended, and holds it up until rank 0 has committed. After a loss there is nobody left to save;
+there it only makes Ray look at the cluster again, which otherwise goes by a picture of up to 20 s ago.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import ray
+import ray.train
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.exceptions import GetTimeoutError, RayError
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import (
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    TrainControllerState,
+)
+
+from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.cluster.config.run_config import RunConfig, ScaleSettings
+from outlast.cluster.fault_tolerance.coordinator import ask, find_coordinator
+from outlast.cluster.formatting import counted
+
+#: Room for the group is there at once or not at all; then a smaller group is tried.
+START_TIMEOUT_S = 5
+#: Rank 0 talks to the hub twice a second; one that is silent for so long will not save.
+QUIET_S = 20.0
+_LOOK_S = 0.2
+
+
+def scaling(scale: ScaleSettings, resources: Mapping[str, float]) -> ray.train.ScalingConfig:
+    """How many workers Ray Train is to start, with what each."""
+    if scale.is_elastic:
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(START_TIMEOUT_S))
+    return ray.train.ScalingConfig(
+        num_workers=scale.workers,
+        use_gpu=scale.gpus_per_worker > 0,
+        resources_per_worker=dict(resources),
+        elastic_resize_monitor_interval_s=scale.resize_every_s,
+    )
+
+
+def resizers(config: RunConfig, launch: str) -> list[Resizer]:
+    """The callbacks of an elastic run; none for another."""
+    return [Resizer(config.checkpoint.storage, config.name, launch)] if config.scale.is_elastic else []
+
+
+class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """Lives in Ray Train's controller. What it raised would end the run, so it raises nothing that it can foresee.
+
+    Args:
+        storage_url: Where the run lies.
+        run: Name of the run.
+        launch: The launch.
+    """
+
+    def __init__(self, storage_url: str, run: str, launch: str) -> None:
+        self._place = (storage_url, run, launch)
+        self._requester = ""
+        self._size = 0
+        self._is_planned = False
+        self._journal: Journal | None = None
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self._requester = f"train-{train_run_context.run_id}"
+
+    def after_controller_state_update(
+        self, previous_state: TrainControllerState, current_state: TrainControllerState
+    ) -> None:
+        if isinstance(current_state, ResizingState):
+            self._is_planned = True
+            self._request_save(current_state.scaling_decision.num_workers)
+        elif isinstance(current_state, RestartingState | ReschedulingState):
+            self._exempt_from_failures()
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        before, self._size = self._size, len(worker_group.get_workers())
+        is_planned, self._is_planned = self._is_planned, False
+        if before not in (0, self._size):
+            self._tell(before, self._size, is_planned)
+
+    def _request_save(self, size: int) -> None:
+        """Returns when rank 0 has committed, or cannot."""
+        hub = find_coordinator(self._place[2])
+        if hub is None:
+            return
+        ask(hub.want_save.remote(f"the group is resized from {self._size} to {counted(size, 'worker')}"))
+        while not ask(hub.is_saved.remote(QUIET_S), True):
+            time.sleep(_LOOK_S)
+
+    def _exempt_from_failures(self) -> None:
+        with suppress(RayError, GetTimeoutError):  # else Ray counts by itself, later
+            coordinator = get_or_create_autoscaling_coordinator()
+            ray.get(coordinator.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
+
+    def _tell(self, before: int, now: int, is_planned: bool) -> None:
+        url, run, launch = self._place
+        event: dict[str, Any] = {"before": before, "now": now, "planned": is_planned}
+        with suppress(StorageError):  # the story has a gap; the claims say how many workers there were
+            storage = open_storage(url)
+            if self._journal is None:
+                self._journal = Journal(storage, launch_dir(run, launch), 0, stream="events-resize", flush_s=0)
+            event["attempt"] = next((str(attempt) for attempt in list_attempts(storage, run)[-1:]), None)
+            self._journal.event("resize", **event)
+        hub = find_coordinator(launch)
+        if hub is not None:
+            ask(hub.exchange.remote([{"event": "resize", **event}]))

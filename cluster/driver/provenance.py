@@ -1,0 +1,170 @@
+"""What a launch was made of, for whoever wants to do it again: code, libraries, machine, data, settings.
+
+Written once a launch, by the driver, in a thread: no worker waits for it. The values of environment variables never
+get into it; in the code, those that look like credentials are replaced by their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.format.layout import RECORD, launch_dir
+from outlast.checkpointing.storage.base import Storage
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.preflight.doctor_probe import cpu_capability, find_gpus
+from outlast.trainers.host_info import machine
+from outlast.trainers.preparation.prepare import Prepared
+
+#: What a submission knows of the code, which it sends along without its repository.
+CODE_FILE = "outlast-code.json"
+DIFF = "code.diff"
+DIFF_BYTES = 256 * 1024
+_CODE = (".py", ".yaml", ".yml", ".toml")
+_GIT_S = 20
+_SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+_MOST_NAMES = 200
+
+
+def record_provenance(
+    storage: Storage, config: RunConfig, declared: Mapping[str, Any], launch: str, prepared: Prepared, code: str
+) -> threading.Thread:
+    """Begins to write the record of a launch. Returns the thread, which ends when it is written or cannot be."""
+
+    def write() -> None:
+        with suppress(StorageError, OSError):  # it is for people, and no run ends for want of it
+            of_code = code_state(Path(code)) if code else {}
+            diff = of_code.pop(DIFF, "")
+            body = {
+                "launch": launch,
+                "made_at": time.time(),
+                "code": of_code,
+                "packages": packages(),
+                "machine": {"host": socket.gethostname(), "platform": platform.platform(), **machine(None)}
+                | {"cpu_capability": cpu_capability(), "gpus": find_gpus()},
+                "data": {
+                    "fingerprint": prepared.fingerprint,
+                    "rows": prepared.num_rows,
+                    "samples": prepared.num_samples,
+                },
+                "settings": resolved(config, declared),
+            }
+            if diff:
+                storage.put(f"{launch_dir(config.name, launch)}/{DIFF}", [diff.encode()])
+            text = json.dumps(body, indent=1, sort_keys=True).encode()
+            storage.put(f"{launch_dir(config.name, launch)}/{RECORD}", [text + b"\n"])
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    return thread
+
+
+def packages() -> dict[str, str]:
+    """Every installed distribution and its version, as `pip freeze` would have it."""
+    found = {item.metadata["Name"]: item.version for item in distributions()}
+    return dict(sorted((name, version) for name, version in found.items() if name))
+
+
+def resolved(config: RunConfig, declared: Mapping[str, Any]) -> Any:
+    """The settings with all defaults; what came from the environment by its name."""
+    return _unexpanded(config.model_dump(mode="json", by_alias=True), declared)
+
+
+def _unexpanded(value: Any, declared: Any) -> Any:
+    if isinstance(declared, str) and "${env:" in declared:
+        return declared
+    if isinstance(value, dict) and isinstance(declared, Mapping):
+        return {key: _unexpanded(item, declared.get(key)) for key, item in value.items()}
+    if isinstance(value, list) and isinstance(declared, list) and len(value) == len(declared):
+        return [_unexpanded(item, other) for item, other in zip(value, declared, strict=True)]
+    return value
+
+
+def code_state(folder: Path) -> dict[str, Any]:
+    """Where a directory's code stands: commit, and under `code.diff` what differs from it, as text.
+
+    A directory that was submitted says what it was told at home.
+    """
+    with suppress(OSError, ValueError):
+        told: dict[str, Any] = json.loads((folder / CODE_FILE).read_text())
+        return told
+    found: dict[str, Any] = {"folder": str(folder.absolute())}
+    try:
+        root = Path(_git(folder, "rev-parse", "--show-toplevel").strip())
+        commit = _git(root, "rev-parse", "HEAD").strip()
+        names = [line[3:] for line in _git(root, "status", "--porcelain", "-z").split("\0") if line]
+        pieces = list(_changes(root))
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip()
+        return {**found, "git": None, "why": (said.splitlines() or ["?"])[0]}
+    diff = _redacted("".join(pieces))
+    cut = len(diff.encode()) > DIFF_BYTES
+    if cut:
+        diff = diff.encode()[:DIFF_BYTES].decode(errors="ignore")
+    found |= {"git": commit, "remote": _remote(root), "changed": names[:_MOST_NAMES], "num_changed": len(names)}
+    return {**found, "diff_cut": cut, DIFF: diff}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git says; it changes nothing, and asks nobody."""
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True, env=environment)
+    return done.stdout
+
+
+def _changes(root: Path) -> Iterator[str]:
+    """What differs from the commit, in files of code: those that git knows, then new ones."""
+    patterns = [f"*{suffix}" for suffix in _CODE]
+    yield _git(root, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--", *patterns)
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *patterns)
+    num_bytes = 0
+    for name in (name for name in new.split("\0") if name and not Path(name).name.startswith(".")):
+        path = root / name
+        num_bytes += path.stat().st_size
+        if num_bytes > 2 * DIFF_BYTES:  # it would be cut anyhow
+            return
+        with suppress(UnicodeDecodeError):
+            yield _added(name, path.read_text(encoding="utf-8"))
+
+
+def _added(name: str, text: str) -> str:
+    """A new file, as git writes it."""
+    head = f"diff --git a/{name} b/{name}\nnew file mode 100644\n"
+    if not text:
+        return head
+    lines = text.removesuffix("\n").split("\n")
+    body = "".join(f"+{line}\n" for line in lines) + ("" if text.endswith("\n") else "\\ No newline at end of file\n")
+    return f"{head}--- /dev/null\n+++ b/{name}\n@@ -0,0 +1,{len(lines)} @@\n{body}"
+
+
+def _redacted(text: str) -> str:
+    """The text without the values of environment variables that look like credentials."""
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= 6:
+            text = text.replace(value, f"<{name}>")
+    return text
+
+
+def _remote(root: Path) -> str:
+    """Where the repository came from, without a user's name or password."""
+    with suppress(subprocess.SubprocessError):
+        place = _git(root, "remote", "get-url", "origin").strip()
+        parts = urlsplit(place)
+        if parts.scheme and parts.hostname:
+            return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return place
+    return ""

@@ -1,0 +1,1 @@
+"""Failures: detection, causes, restart policy."""

@@ -1,0 +1,62 @@
+"""Announced losses: when to save because a node is about to go.
+
+Ray marks a node as draining and says when it will be gone. A save follows at once, because the notice may be shorter
+than promised; and another just before the deadline, because the group trains on until then and would do it all again.
+How long before is a matter of how long a save takes.
+Deciding is pure; asking Ray is one function.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import ray._private.state
+
+MARGIN_S = 3.0
+#: The second save may take so many times as long as the one before: others save to the same storage in such moments.
+LENIENCY = 1.5
+
+
+def draining_nodes() -> dict[str, float]:
+    """Nodes that Ray is about to lose, by id, with the time (seconds since the epoch; 0 if unknown) of their end."""
+    found: Mapping[str, int] = ray._private.state.state.get_draining_nodes() or {}
+    return {node: deadline_ms / 1000 for node, deadline_ms in found.items()}
+
+
+@dataclass(slots=True)
+class PreemptionWatch:
+    """Decides when to save, for one attempt.
+
+    Attributes:
+        nodes: Nodes that the attempt's workers are on; others do not matter.
+        margin_s: How long before the deadline the second save begins, if it takes no time.
+        save_s: How long the newest save since the notice took, from its beginning to its commit.
+    """
+
+    nodes: Collection[str]
+    margin_s: float = MARGIN_S
+    save_s: float = 0.0
+    _noticed: set[str] = field(default_factory=set)
+    _last_saves: set[str] = field(default_factory=set)
+
+    def look(self, draining: Mapping[str, float], now: float | None = None) -> str | None:
+        """Why to save now, or None.
+
+        Args:
+            draining: What `draining_nodes` said.
+            now: Seconds since the epoch.
+        """
+        now = time.time() if now is None else now
+        ours = {node: deadline for node, deadline in draining.items() if node in self.nodes}
+        if new := ours.keys() - self._noticed:
+            self._noticed |= new
+            self.save_s = 0.0  # the save that follows measures the storage as it is now
+            return "a node is about to be lost"
+        margin_s = self.margin_s + LENIENCY * self.save_s
+        due = {node for node, deadline in ours.items() if deadline and now >= deadline - margin_s}
+        if due := due - self._last_saves:
+            self._last_saves |= due
+            return "a node's last seconds"
+        return None

@@ -1,0 +1,158 @@
+"""The model card of an export: what the run's own record says of the model, in the form of the Hugging Face Hub.
+
+It says what is known, and leaves the rest to its owner: what the model is for, its limits, and its license.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from outlast.checkpointing.format.layout import RECORD, launch_dir
+from outlast.checkpointing.run_store.claims import read_claim
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
+from outlast.checkpointing.tools.query import ResolvedCheckpoint
+from outlast.cluster.formatting import counted
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
+from outlast.trainers.config.task_names import TASKS
+
+CARD = "README.md"
+#: What the Hub calls the tasks.
+PIPELINES = {
+    "causal-lm": "text-generation",
+    "chat": "text-generation",
+    "masked-lm": "fill-mask",
+    "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
+    "question-answering": "question-answering",
+    "seq2seq-lm": "text2text-generation",
+    "multiple-choice": "multiple-choice",
+}
+_HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_LICENSE = "# license: it is yours to choose; https://hf.co/docs/hub/repositories-licenses has the names\n"
+
+
+def model_card(found: ResolvedCheckpoint, content: Content) -> bytes:
+    """The card of a checkpoint, or of the finished model, as `README.md`.
+
+    Args:
+        found: What is exported.
+        content: What is written; an adapter's, unless it was merged.
+    """
+    known = _CardBuilder(found, content)
+    head = yaml.safe_dump(known.front_matter(), sort_keys=False, allow_unicode=True)
+    return f"---\n{_LICENSE}{head}---\n\n{''.join(known.body())}".encode()
+
+
+class _CardBuilder:
+    """What the run's storage says of a model."""
+
+    def __init__(self, found: ResolvedCheckpoint, content: Content) -> None:
+        self._found = found
+        self._is_adapter = content.weights_name == ADAPTER_WEIGHTS
+        attempt = found.manifest.ref.attempt
+        self._declaration: Mapping[str, Any] = found.declaration or {}
+        self._mathematics: Mapping[str, Any] = self._declaration.get("mathematics", {})
+        self._settings: Mapping[str, Any] = read_claim(found.storage, found.run, attempt).get("settings", {})
+        self._record: dict[str, Any] = {}
+        with suppress(FileNotFoundError, ValueError):
+            place = f"{launch_dir(found.run, found.manifest.launch)}/{RECORD}"
+            self._record = json.loads(read_bytes(found.storage, place))
+        story = TimelineReader(found.storage, found.run).look()
+        self._ends_before = Counter(end.cause for item, end in story.ends.items() if item < attempt)
+
+    @property
+    def _task(self) -> str:
+        return str(self._mathematics.get("model", {}).get("task", ""))
+
+    @property
+    def _base_model(self) -> str | None:
+        """The Hub's id of the model that the run began with; None for one from scratch, or from a directory."""
+        whole = self._record.get("settings", {})
+        path = (whole or self._settings).get("model", {}).get("path")
+        is_id = isinstance(path, str) and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
+        return path if is_id and (whole or "/" in path) else None
+
+    @property
+    def _metrics(self) -> dict[str, float]:
+        return {name: value for name, value in sorted(self._found.manifest.metrics.items()) if name.startswith("eval_")}
+
+    def front_matter(self) -> dict[str, Any]:
+        pipeline = PIPELINES.get(self._task)
+        dataset = {"name": self._data_names or self._found.run, "type": "outlast"}
+        if fingerprint := self._declaration.get("data"):
+            dataset["revision"] = fingerprint
+        metrics = [
+            {"type": name.removeprefix("eval_"), "name": name, "value": value} for name, value in self._metrics.items()
+        ]
+        result = {"task": {"type": pipeline or "other"}, "dataset": dataset, "metrics": metrics}
+        head: dict[str, Any] = {
+            "base_model": self._base_model,
+            "library_name": "peft" if self._is_adapter else "transformers" if self._is_of_transformers else None,
+            "pipeline_tag": pipeline,
+            "tags": ["outlast", *(["lora"] if "lora" in self._settings.get("model", {}) else [])],
+            "model-index": [{"name": self._found.run, "results": [result]}] if metrics else None,
+        }
+        return {key: value for key, value in head.items() if value is not None}
+
+    @property
+    def _is_of_transformers(self) -> bool:
+        return not self._mathematics.get("model", {}).get("class_")
+
+    @property
+    def _data_names(self) -> str:
+        """The files' names; where they lie is nobody's business."""
+        train = self._settings.get("data", {}).get("train", ())
+        return ", ".join(PurePosixPath(place).name for place in ([train] if isinstance(train, str) else train))
+
+    def body(self) -> Iterator[str]:
+        found = self._found
+        base = f"[{self._base_model}](https://hf.co/{self._base_model})" if self._base_model else None
+        kind = self._task if self._task in TASKS else "a task of its own"
+        origin = f"fine-tuned from {base}" if base else "trained"
+        yield f"# {found.run}\n\nA model {origin} for {kind}, after step {found.manifest.ref.step:,} of its run. "
+        yield "What it is for, and what it is not, is for its owner to say.\n"
+        if self._metrics:
+            yield "\n## Metrics\n\nOn rows that were held out of training.\n\n| | |\n|---|---|\n"
+            yield from (f"| {name} | {value:.4f} |\n" for name, value in self._metrics.items())
+        yield "\n## Data\n\n"
+        yield f"`{self._data_names}`" if self._data_names else "Not recorded."
+        if fingerprint := self._declaration.get("data"):
+            yield f", fingerprint `{fingerprint}`: of the bytes of the files, their order, and how they were cut"
+        yield ".\n"
+        yield from self._training()
+        if self._mathematics:
+            text = yaml.safe_dump(_said(self._mathematics), sort_keys=False, allow_unicode=True)
+            yield f"\n## Settings\n\nAll that decide its numbers, beside the data:\n\n```yaml\n{text}```\n"
+
+    def _training(self) -> Iterator[str]:
+        made = self._declaration
+        yield "\n## Training\n\n"
+        if made:
+            versions = ", ".join(f"{name} {number}" for name, number in made.get("versions", {}).items())
+            workers = counted(made["world_size"], "worker") if "world_size" in made else "workers"
+            yield f"- {workers} ({made.get('parallel')}, {made.get('device')}); {versions}\n"
+        code = self._record.get("code", {})
+        if code.get("git"):
+            changes = code.get("num_changed")
+            yield f"- code at commit `{code['git']}`" + (
+                f", {counted(changes, 'file')} changed since\n" if changes else "\n"
+            )
+        told = ", ".join(f"{count} × {cause}" for cause, count in sorted(self._ends_before.items()))
+        yield f"- restarts survived: {self._ends_before.total()}" + (f" ({told})\n" if told else "\n")
+        yield "- checkpoint verified against its digests when it was exported\n"
+
+
+def _said(value: Any) -> Any:
+    """The same without what says nothing."""
+    if isinstance(value, Mapping):
+        return {key.rstrip("_"): _said(item) for key, item in value.items() if item not in (None, {}, [])}
+    return value

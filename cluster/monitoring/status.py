@@ -1,0 +1,78 @@
+"""The state of a run as plain values, read from its own storage: works when the cluster that trained it has gone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
+from outlast.cluster.formatting import finite
+from outlast.cluster.monitoring.summary import RunSummary, summarize
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_reader import TimelineReader, list_launches
+
+
+def read_status(storage: Storage, run: str) -> dict[str, Any]:
+    """One run at a glance, as plain values.
+
+    Raises:
+        ConfigError: There is no such run.
+        StorageError: The storage could not be read.
+    """
+    story = TimelineReader(storage, run).look()
+    return as_values(storage, story, summarize(story, time.time()))
+
+
+def as_values(storage: Storage, story: Timeline, seen: RunSummary) -> dict[str, Any]:
+    """What `status --json` prints."""
+    run, launch = story.run, story.newest_launch(seen.now)
+    checkpoints = [] if story.is_new else list_checkpoints(storage, run)
+    newest = {**checkpoints[0], "verified_at": seen.newest and seen.newest.verified_at} if checkpoints else None
+    ledger, failures = seen.ledger, story.failures_of
+    body = {
+        "run": run,
+        "state": seen.state.value,
+        "step": seen.step or (checkpoints[0]["step"] if checkpoints else 0),
+        "num_steps": seen.num_steps,
+        "loss": seen.loss,
+        "world_size": seen.world_size,
+        "attempts": seen.num_attempts,
+        "failures": story.failures,
+        "slow": [] if story.current is None else story.current.slow,
+        "sizes": [_size_change(event, failures) for item in story.launches_in_order for event in item.resizes],
+        "launch": {"id": launch.id, **launch.alive} if launch else None,
+        "newest_checkpoint": newest,
+        "damaged": [] if story.is_new else [str(item.ref) for item in load_catalog(storage, run).rejected],
+        "storage": storage.url,
+        "lr": seen.lr,
+        "scores": dict(seen.scores),
+        "tokens_per_s": seen.tokens_per_s,
+        "samples_per_s": seen.samples_per_s,
+        "seconds_per_step": seen.seconds_per_step,
+        "left_s": seen.left_s,
+        "save": asdict(seen.save) if seen.save else None,
+        "interruptions": [asdict(item) for item in seen.interruptions],
+        "lost_steps": seen.num_lost,
+        "wall_s": round(ledger.wall_s, 3),
+        "goodput": ledger.goodput,
+        "ledger": {kind.value: round(seconds, 3) for kind, seconds in ledger.seconds.items()},
+    }
+    return dict(finite(body))
+
+
+def list_runs(storage: Storage) -> list[dict[str, Any]]:
+    """The state of every run in a storage, by name."""
+    names = [entry.name for entry in storage.list("") if entry.num_bytes is None and not entry.name.startswith(".")]
+    return [
+        read_status(storage, name) for name in names if list_attempts(storage, name) or list_launches(storage, name)
+    ]
+
+
+def _size_change(resize: Mapping[str, Any], failures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
+    cause = "resized" if resize["planned"] else failures.get(str(resize.get("attempt")), {}).get("cause", "unknown")
+    return {key: resize.get(key) for key in ("t", "attempt", "before", "now")} | {"cause": cause}

@@ -1,0 +1,1 @@
+"""Checks before any resources are allocated: validate, estimate, doctor."""

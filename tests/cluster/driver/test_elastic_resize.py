@@ -1,0 +1,131 @@
+"""An elastic group: its settings, the checkpoint that is asked for before a resize, and what `status` says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outlast.checkpointing.errors import ConfigError, OutlastError
+from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.config.run_config import load_run
+from outlast.cluster.driver.coordinator_client import CoordinatorClient
+from outlast.cluster.fault_tolerance import coordinator as hub_module
+from outlast.cluster.fault_tolerance.coordinator import Coordinator, SaveRequest
+from outlast.cluster.monitoring.status import read_status
+from outlast.trainers.data.sampler import make_plan
+from tests.support.worker_group import tiny_config
+
+REASON = "the group is resized from 2 to 3 workers"
+ASKED = {"event": "save-requested", "reason": REASON, "step": 40}
+
+
+def load(tmp_path: Path, *overrides: str) -> Any:
+    (tmp_path / "run.yaml").write_text("name: run\nmodel: {path: gpt2}\ndata: {train: texts.txt}\n")
+    return load_run(str(tmp_path / "run.yaml"), overrides)[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "least", "most", "is_elastic"), [("3", 3, 3, False), ("[2, 8]", 2, 8, True), ("[4, 4]", 4, 4, False)]
+)
+def test_one_number_of_workers_or_two(tmp_path: Path, written: str, least: int, most: int, is_elastic: bool) -> None:
+    scale = load(tmp_path, f"scale.workers={written}", "scale.resize_every=90s").scale
+    assert (scale.min_workers, scale.max_workers, scale.is_elastic) == (least, most, is_elastic)
+    assert scale.resize_every_s == 90
+    assert (
+        load(tmp_path, f"scale.workers={json.dumps(scale.model_dump(mode='json')['workers'])}").scale.workers
+        == scale.workers
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("scale.workers=0", "scale.workers: write a number of workers, such as 4, or the fewest and the most"),
+        ("scale.workers=two", "scale.workers: write a number"),
+        ("scale.workers=[1, 2, 3]", "scale.workers: write a number"),
+        ("scale.workers=[8, 2]", r"scale.workers: \[8, 2\] has the fewest after the most"),
+        ("scale.resize_every=20", "scale.resize_every: 20 is no time: write 90s, 2m or 1h"),
+        ("failure.hang_after=1 epoch", "failure.hang_after: '1 epoch' is no time"),
+    ],
+)
+def test_what_cannot_be(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, setting)
+
+
+def test_even_the_largest_group_must_have_work(tmp_path: Path) -> None:
+    config = tiny_config("run", str(tmp_path), "texts.txt")
+    with pytest.raises(ConfigError, match="9 workers, but a batch of 8 holds only 8 micro-batches"):
+        make_plan(config, 100, load(tmp_path, "scale.workers=[1, 9]").scale.max_workers)
+
+
+@pytest.mark.parametrize(
+    ("is_training", "heard", "expected"),
+    [
+        pytest.param(True, [], False, id="nothing-yet"),
+        pytest.param(True, [{"event": "commit", "step": 30}], False, id="an-older-save"),
+        pytest.param(True, [ASKED], False, id="under-way"),
+        pytest.param(True, [ASKED, {"event": "commit", "step": 39}], False, id="one-that-was-in-flight"),
+        pytest.param(True, [ASKED, {"event": "commit", "step": 40}], True, id="committed"),
+        pytest.param(True, [ASKED, {"event": "superseded"}], True, id="somebody-else-goes-on"),
+        pytest.param(True, [{"event": "done"}], True, id="the-run-has-ended"),
+        pytest.param(False, [], True, id="nothing-to-save"),
+    ],
+)
+def test_a_wish_for_a_commit(is_training: bool, heard: list[dict[str, Any]], expected: bool) -> None:
+    wish = SaveRequest(REASON)
+    assert wish.take(is_training=is_training) == (REASON if is_training else None)
+    assert wish.take(is_training=True) is None
+    for event in heard:
+        wish.apply(event)
+    assert wish.is_fulfilled is expected
+
+
+def test_nobody_waits_for_a_rank_0_that_is_gone() -> None:
+    hub = Coordinator()
+    assert hub.is_saved(60)
+    hub.want_save(REASON)
+    assert not hub.is_saved(60)
+    assert hub.is_saved(-1)
+
+
+def test_a_wish_and_an_announced_loss_at_once_are_both_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "find_coordinator", lambda launch: None)
+    line = CoordinatorClient("no-launch", 0, 1)
+    line._saves.extend([REASON, "a node is about to be lost"])
+    assert [line.save_requested() for _ in range(3)] == [REASON, "a node is about to be lost", None]
+
+
+def test_a_run_that_is_given_up_is_no_ranks_failure() -> None:
+    hub = Coordinator()
+    hub.give_up(OutlastError("given up"))
+    assert str(hub.failure()) == "given up"
+    assert hub.fail(1, ConfigError("a wrong setting")) == 1
+    assert str(hub.failure()) == "a wrong setting"
+
+
+def test_a_verdict_that_progress_has_overtaken_is_void() -> None:
+    hub = Coordinator()
+    hub.give_up(OutlastError("given up"))
+    hub.exchange([{"event": "step", "step": 7}])
+    assert hub.failure() is not None
+    hub.exchange([{"event": "commit", "step": 8}])
+    assert hub.failure() is None
+
+
+def test_status_tells_why_the_number_of_workers_changed(tmp_path: Path) -> None:
+    storage, place = LocalStorage(tmp_path), launch_dir("run", "one")
+    storage.put(f"{place}/alive.json", [json.dumps({"t": 0, "ended": True, "exit_code": 0}).encode()])
+    resizes = Journal(storage, place, 0, stream="events-resize", flush_s=0)
+    failures = Journal(storage, place, 0, flush_s=0)
+    resizes.event("resize", attempt="0001-aaaa", before=3, now=2, planned=False)
+    failures.event("failure", attempt="0001-aaaa", cause="node lost", rank=2, message="its node has died")
+    resizes.event("resize", attempt="0002-bbbb", before=2, now=3, planned=True)
+    failures.event("failure", attempt="0003-cccc", cause="hang", rank=0, message="and goes on with as many")
+    found = [(item["before"], item["now"], item["cause"]) for item in read_status(storage, "run")["sizes"]]
+    assert found == [(3, 2, "node lost"), (2, 3, "resized")]

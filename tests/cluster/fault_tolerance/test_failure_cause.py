@@ -1,0 +1,195 @@
+"""Finding the cause among what the ranks say, and deciding when to save before an announced loss: tables."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+
+from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.attempt_history import AttemptOutcome, read_attempt_history
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.driver.coordinator_client import CoordinatorClient
+from outlast.cluster.fault_tolerance import coordinator as hub
+from outlast.cluster.fault_tolerance import failure_cause as failures
+from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, classify
+from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder, own_log
+from outlast.cluster.fault_tolerance.out_of_memory import was_killed_by_kernel
+from outlast.cluster.fault_tolerance.preemption import PreemptionWatch
+from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
+from outlast.trainers.host_info import num_oom_kills
+
+RESET = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer. gloo")
+BUG = ValueError("the user's own\nlabels are wrong")
+DIED = Death(1, "The actor is dead because its worker process has died")
+NODE = Death(1, "The actor died because its node has died")
+CUDA = RuntimeError("Traceback …\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …")
+HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to …")
+ENDED = Death(1, "Memory on the node (IP: 10.0.0.4, ID: 7f) was 15.21GB used / 16.00GB limit (0.950625)")
+
+
+@pytest.mark.parametrize(
+    ("errors", "deaths", "drained", "expected"),
+    [
+        ({0: RESET}, [], False, None),
+        ({0: RESET}, [DIED], False, (Cause.WORKER_DIED, 1)),
+        ({0: RESET}, [NODE], False, (Cause.NODE_LOST, 1)),
+        ({0: RESET}, [NODE], True, (Cause.PREEMPTED, 1)),
+        ({0: RESET}, [DIED], True, (Cause.PREEMPTED, 1)),
+        ({0: RESET, 2: BUG}, [], False, (Cause.ERROR, 2)),
+        ({0: BUG}, [], True, (Cause.ERROR, 0)),
+        ({0: BUG, 1: BUG}, [], False, (Cause.ERROR, 0)),
+        ({0: BUG}, [DIED], False, (Cause.WORKER_DIED, 1)),
+        ({3: RESET}, [DIED, NODE], False, (Cause.NODE_LOST, 1)),
+        ({0: RESET, 3: CUDA, 5: CUDA}, [DIED], False, (Cause.OUT_OF_DEVICE_MEMORY, 3)),
+        ({0: RESET, 2: HOST}, [DIED], False, (Cause.OUT_OF_HOST_MEMORY, 2)),
+        ({0: RESET}, [ENDED], False, (Cause.OUT_OF_HOST_MEMORY, 1)),
+        ({0: CUDA}, [NODE], False, (Cause.NODE_LOST, 1)),
+        ({0: CUDA}, [], True, (Cause.OUT_OF_DEVICE_MEMORY, 0)),
+    ],
+)
+def test_the_cause_is_found_among_its_echoes(
+    errors: dict[int, BaseException], deaths: list[Death], drained: bool, expected: tuple[Cause, int] | None
+) -> None:
+    found = classify(errors, deaths, drained=drained)
+    assert (found and (found.cause, found.rank)) == expected
+
+
+def test_what_was_said_is_kept() -> None:
+    assert classify({2: BUG}, [], drained=False) == Failure(Cause.ERROR, 2, "labels are wrong")
+
+
+def raised(text: str, step: int) -> RankError:
+    """What a worker tells of an error that this file raised, out of a library, after so many steps."""
+    try:
+        json.loads(text)
+    except ValueError as error:
+        error.add_note(f"after step {step}")
+        return RankError.of(error)
+    raise AssertionError("it is no JSON")
+
+
+def test_an_error_of_the_users_code_is_told_by_their_lines() -> None:
+    error = UserExceptionWithTraceback(raised("{", 7), traceback_str="Ray's own\nwords")
+    found = classify({0: RESET, 1: pickle.loads(pickle.dumps(error))}, [], drained=False)
+    assert found is not None
+    assert (found.cause, found.rank) == (Cause.ERROR, 1)
+    assert re.fullmatch(rf"JSONDecodeError: Expecting .* \({__file__}, line \d+\) \(after step 7\)", found.message)
+    assert found.excerpt.splitlines()[-1].strip() == "json.loads(text)"
+    assert "json/decoder.py" not in found.excerpt
+    assert "json/decoder.py" in raised("{", 7).whole
+
+
+def test_a_hundred_tracebacks_are_one_message() -> None:
+    found = classify({rank: RESET if rank < 3 else CUDA for rank in range(100)}, [], drained=False)
+    assert found is not None
+    workers = [{"rank": rank, "host": f"gpu-{rank}", "log": f"/logs/worker-{rank}.err"} for rank in range(100)]
+    told = found.description
+    assert told.startswith("torch.OutOfMemoryError: CUDA out of memory.")
+    assert "; to mend it, spread the model" in told
+    assert "halve train.micro_batch" in told
+    assert found.where(workers) == "rank 3 and 96 more alike, log gpu-3:/logs/worker-3.err"
+    assert "\n" not in told
+
+
+def test_the_kernels_count_of_processes_killed_for_memory() -> None:
+    count = num_oom_kills()
+    assert count is None or count >= 0
+    assert not was_killed_by_kernel({"node": "here", "oom_kills": None})
+
+
+def test_rays_own_word_for_a_dead_actor() -> None:
+    found = classify({1: ActorDiedError()}, [], drained=False)
+    assert found is not None
+    assert found.cause is Cause.WORKER_DIED
+
+
+def test_a_worker_that_cannot_be_reached_just_now_is_no_cause_yet() -> None:
+    unreachable = ActorUnavailableError("The actor is temporarily unavailable", None)
+    for error in (unreachable, WorkerHealthCheckFailedError("failed its health check", failure=unreachable)):
+        assert classify({0: RESET, 1: error}, [], drained=False) is None
+        found = classify({0: RESET, 1: error}, [NODE], drained=False)
+        assert found is not None
+        assert found.cause is Cause.NODE_LOST
+    died = WorkerHealthCheckFailedError("failed its health check", failure=ActorDiedError())
+    found = classify({1: died}, [], drained=False)
+    assert found is not None
+    assert found.cause is Cause.WORKER_DIED
+
+
+def test_preemptions_are_no_failures() -> None:
+    assert [cause for cause in Cause if not cause.is_failure] == [Cause.PREEMPTED]
+
+
+def test_a_save_at_the_notice_and_one_at_the_end() -> None:
+    watch = PreemptionWatch({"ours"}, margin_s=3)
+    asked = [(now, watch.look({"ours": 130.0, "theirs": 101.0} if now >= 100 else {}, now)) for now in range(98, 132)]
+    reasons = {now: reason for now, reason in asked if reason}
+    assert reasons == {100: "a node is about to be lost", 127: "a node's last seconds"}
+
+
+def test_the_last_save_begins_the_earlier_the_longer_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "find_coordinator", lambda launch: None)
+    line = CoordinatorClient("no-launch", 0, 1)
+    line.watch(["ours"])
+    assert line._watch is not None
+    line.progress({"event": "commit", "step": 8, "seconds": 80.0})  # before the notice: the storage was slow
+    reasons = {}
+    for now in range(100, 222):
+        if reason := line._watch.look({"ours": 220.0}, now):
+            reasons[now] = reason
+        if now == 120:
+            line.progress({"event": "commit", "step": 9, "seconds": 20.0})
+    assert reasons == {100: "a node is about to be lost", 187: "a node's last seconds"}
+
+
+def test_a_deadline_that_nobody_told_and_one_too_near_for_two_saves() -> None:
+    assert [PreemptionWatch({"a"}).look({"a": 0.0}, now) for now in (1, 2)] == ["a node is about to be lost"] * 2
+    watch = PreemptionWatch({"a", "b"}, margin_s=3)
+    assert watch.look({"a": 11.0}, 10) == "a node is about to be lost"
+    assert watch.look({"a": 11.0}, 10.5) == "a node's last seconds"
+    assert watch.look({"a": 11.0, "b": 99.0}, 10.6) == "a node is about to be lost"
+    assert watch.look({"a": 11.0, "b": 99.0}, 10.7) is None
+
+
+def test_the_log_of_a_rank_is_kept_where_it_would_go_with_its_driver(tmp_path: Path) -> None:
+    here = tmp_path / f"{failures.OWN_RAY}x" / "worker.err"
+    here.parent.mkdir()
+    here.write_text("terminate called after throwing\n")
+    mine = [{"rank": 1, "host": "here", "log": str(here)}]
+    recorder = FailureRecorder(str(tmp_path), "run", "one", RestartLimits(), "")
+    log = recorder._write_log("0001-aaaa", {1: ActorDiedError()}, mine, 1)
+    assert "terminate called" in Path(log).read_text()
+    gone = Failure(Cause.WORKER_DIED, 1, "the worker died")
+    assert (gone.where(mine, log), gone.where(mine)) == (f"rank 1, log {log}", "rank 1")
+    assert own_log([{"rank": 1, "host": "far", "log": "/tmp/ray/worker.err"}], 1) == ""
+
+
+def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "find_hub", lambda launch: None)
+    monkeypatch.setattr(failures, "find_deaths", lambda workers: [])
+    storage, launch = LocalStorage(tmp_path), "20260101-000000-a"
+    storage.put(f"{launch_dir('run', launch)}/alive.json", [b'{"settings": "now"}'])
+    recorder = FailureRecorder(storage.url, "run", launch, RestartLimits(), "now")
+    for number in range(3):
+        recorder.after_worker_group_start(None)
+        if number == 0:
+            Checkpointer(storage, "run", launch=launch)
+        for _ in range(2):
+            recorder.after_worker_group_poll_status(SimpleNamespace(errors={0: RuntimeError("no such device")}))
+    for thread in threading.enumerate():
+        if thread.name.startswith("Thread-") and "_find_cause" in thread.name:
+            thread.join()
+    tries = read_attempt_history(storage, "run", live=launch)
+    assert [item.ending for item in tries] == [AttemptOutcome.FAILED] * 3
+    assert [item.attempt is not None for item in tries] == [True, False, False]

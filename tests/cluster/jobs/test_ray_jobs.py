@@ -1,0 +1,209 @@
+"""submit, list, status, logs, stop and resume against a real Ray cluster's job server, storage on a real S3 server.
+
+About 90 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.format.layout import checkpoint_dir
+from outlast.checkpointing.restore.verify import tensor_digests
+from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.jobs.ray_jobs import check_reachable
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.loop.train_loop import Outcome
+from tests.support.s3_server import s3_server
+from tests.support.worker_group import digests, run_group, tiny_config
+
+pytestmark = pytest.mark.ray
+BIN = Path(sys.executable).parent
+NUM_STEPS = 400
+
+
+def outlast(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([str(BIN / "outlast"), *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+def _parent(process: Path) -> int:
+    with contextlib.suppress(OSError):
+        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
+
+
+class Cluster:
+    """A head with two CPUs and a job server, started as an operator would.
+
+    Args:
+        environment: More variables for it.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.folder = tempfile.mkdtemp(prefix="outlast-ray-")
+        self.ports = free_ports(3)
+        self.address = f"http://127.0.0.1:{self.ports[1]}"
+        self.ray_address = f"127.0.0.1:{self.ports[0]}"
+        self._more = environment or {}
+        self.token = self._more.get("RAY_AUTH_TOKEN", "")
+        self.start()
+
+    def start(self) -> None:
+        """Also after `kill`: a new head at the same address, which remembers nothing."""
+        port, dashboard, agent = self.ports
+        options = {
+            "port": port,
+            "dashboard-port": dashboard,
+            "dashboard-agent-listen-port": agent,
+            "node-name": "head",
+            "num-cpus": 2,
+            "object-store-memory": 100 * 2**20,
+            "temp-dir": self.folder,
+        }
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        self.log = open(Path(self.folder) / "head.log", "w")  # noqa: SIM115 - lives as long as the cluster
+        self.environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **self._more}
+        self.environment["OUTLAST_CACHE"] = f"{self.folder}/cache"
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=self.environment)
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, Path(self.folder, "head.log").read_text()
+            try:
+                headers = {"Authorization": f"Bearer {self.token}"}
+                request = urllib.request.Request(f"{self.address}/api/jobs/", headers=headers)
+                urllib.request.urlopen(request, timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError("the cluster did not come up")
+
+    def kill(self) -> None:
+        """SIGKILL to the head and to everything that it has started."""
+        parents = {int(path.name): _parent(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
+        doomed = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+            doomed |= more
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+    def shut_down(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: str) -> Iterator[Cluster]:
+    made = Cluster()
+    yield made
+    made.shut_down()
+
+
+@pytest.mark.faults  # four minutes
+@pytest.mark.slice
+@pytest.mark.timeout(500)
+def test_submit_attach_stop_resume(
+    cluster: Cluster,
+    bucket: str,
+    assign: Callable[..., Assignment],
+    storage: LocalStorage,
+    text_file: str,
+    tmp_path: Path,
+) -> None:
+    undisturbed = assign("here", steps=NUM_STEPS, eval_every=200, sections={"checkpoint": {"every": 200}})
+    assert run_group(undisturbed, storage, 2)[0].outcome is Outcome.DONE
+    url = f"{bucket}/runs"
+    body = tiny_config("far", url, text_file, steps=NUM_STEPS, eval_every=200).model_dump(
+        mode="json", exclude_defaults=True
+    )
+    body["scale"] = {"workers": 2}
+    body["checkpoint"]["every"] = 20
+    run_file = tmp_path / "far.yaml"
+    run_file.write_text(yaml.safe_dump(body))
+    at = ("--address", cluster.address)
+    remote = open_storage(url)
+
+    assert outlast("submit", str(run_file), *at).stdout.strip() == "far-1"
+    deadline = time.monotonic() + 120
+    while not read_catalog(remote, "far").accepted and time.monotonic() < deadline:
+        time.sleep(0.1)
+    outlast("stop", "far", *at, code=75)
+    seen = json.loads(outlast("status", f"{url}/far", *at, "--json").stdout)
+    assert seen["state"] == "stopped"
+    assert [job["status"] for job in seen["jobs"]] == ["STOPPED"]
+    assert seen["newest_checkpoint"]["step"] == seen["step"] > 0
+    assert "asked to stop" in outlast("logs", "far", *at).stdout
+
+    assert outlast("resume", f"{url}/far", *at).stdout.strip() == "far-2"
+    again = outlast("submit", str(run_file), *at, "--follow")
+    assert again.stdout.strip() == "far-2"
+    assert "attached" in again.stderr
+    assert "resumed from" in again.stderr
+    final = read_catalog(remote, "far").accepted[0]
+    assert final.ref.step == NUM_STEPS
+    assert tensor_digests(remote, checkpoint_dir("far", final.ref), final) == digests(storage, "here")
+    rows = json.loads(outlast("list", *at, "--json").stdout)
+    assert [(row["id"], row["status"]) for row in rows] == [("far-1", "STOPPED"), ("far-2", "SUCCEEDED")]
+
+    cluster.shut_down()
+    assert json.loads(outlast("status", f"{url}/far", "--json").stdout)["state"] == "done"
+    assert "no job server answers" in outlast("logs", "far", *at, code=3).stderr
+
+
+@pytest.mark.parametrize(
+    ("train", "key"), [(["/shared/*.jsonl", "here.csv"], r"data\.train\[1\]"), ("parts/*.jsonl", r"data\.train")]
+)
+def test_sources_that_another_machine_cannot_find(train: str | list[str], key: str) -> None:
+    body = tiny_config("far", "/shared/runs", "/shared/*.jsonl").model_dump(mode="json", exclude_defaults=True)
+    check_reachable(RunConfig.model_validate(body))
+    with pytest.raises(ConfigError, match=f"{key} is '.*', which the cluster's machines would look for"):
+        check_reachable(RunConfig.model_validate({**body, "data": {**body["data"], "train": train}}))

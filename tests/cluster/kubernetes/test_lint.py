@@ -1,0 +1,434 @@
+"""`outlast k8s lint`: whole files with all that it says of them, one mutation for each rule, and nonsense."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.cluster.cli.main import app
+from outlast.cluster.kubernetes.lint.linter import lint, read_objects
+from outlast.cluster.kubernetes.lint.secret_rules import is_credential
+from outlast.cluster.preflight.finding import Level
+from tests.support.kubernetes import ROOT, rendered
+
+FILES = ROOT / "tests" / "golden" / "lint"
+CLUSTER = ("spec", "rayClusterSpec")
+HEAD = (*CLUSTER, "headGroupSpec")
+HEAD_POD = (*HEAD, "template", "spec")
+WORKERS = (*CLUSTER, "workerGroupSpecs", 0)
+WORKER_POD = (*WORKERS, "template", "spec")
+LOST = [
+    {"key": f"node.kubernetes.io/{key}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30}
+    for key in ("unreachable", "not-ready")
+]
+SUBMITTER = ("spec", "submitterPodTemplate", "spec")
+
+
+@pytest.mark.parametrize("path", sorted(FILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_bad_files(path: Path) -> None:
+    done = CliRunner().invoke(app, ["k8s", "lint", str(path)])
+    assert done.stdout == path.with_suffix(".txt").read_text()
+    assert done.exit_code == (2 if "failed" in done.stdout else 0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests" / "golden" / "manifests").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_good_files(path: Path) -> None:
+    done = CliRunner().invoke(app, ["k8s", "lint", str(path), "--json"])
+    assert [row["level"] for row in json.loads(done.stdout)] == ["ok"]
+    assert done.exit_code == 0
+
+
+def put(job: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Sets what lies at `path`; `...` takes it away."""
+    for key in path[:-1]:
+        job = job[key]
+    if value is ...:
+        del job[path[-1]]
+    else:
+        job[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({("spec", "submissionMode"): "K8SJobMode"}, "none of K8sJobMode, SidecarMode, HTTPMode, InteractiveMode"),
+        ({("spec", "submissionMode"): "SidecarMode"}, "refuses submitterPodTemplate, submitterConfig"),
+        ({("spec", "submissionMode"): "InteractiveMode"}, "InteractiveMode has none"),
+        ({("spec", "suspend"): True, ("spec", "shutdownAfterJobFinishes"): False}, "can be suspended"),
+        ({("spec", "shutdownAfterJobFinishes"): False}, "means nothing without shutdownAfterJobFinishes"),
+        ({("spec", "backoffLimit"): -1}, "must not be negative"),
+        ({("spec", "activeDeadlineSeconds"): 0}, "must be positive"),
+        ({("spec", "runtimeEnvYAML"): "pip: ["}, "is not YAML"),
+        ({("spec", "clusterSelector"): {"ray.io/cluster": ""}, ("spec", "backoffLimit"): 0}, "names no cluster"),
+        ({("spec", "clusterSelector"): {"ray.io/cluster": "c"}}, "has no backoffLimit"),
+        ({CLUSTER: ...}, "no clusterSelector says which"),
+        ({(*SUBMITTER, "restartPolicy"): "Always"}, "must be Never or OnFailure"),
+        ({(*CLUSTER, "authOptions"): {"mode": "token", "enableK8sTokenAuth": True}}, "cannot use enableK8sTokenAuth"),
+        ({(*CLUSTER, "rayVersion"): ""}, "token needs a rayVersion"),
+        ({(*CLUSTER, "rayVersion"): "2.51.9"}, "token needs a rayVersion"),
+        ({(*CLUSTER, "tlsOptions"): {}}, "RayClusterMTLS"),
+        ({(*CLUSTER, "upgradeStrategy"): {"type": "None"}}, "not for a cluster that a RayJob makes"),
+        ({("metadata", "name"): "x" * 48}, "at most 47"),
+        ({("metadata", "name"): "7b"}, "DNS-1035"),
+        ({(*WORKERS, "maxReplicas"): 0}, "not in this order of size"),
+        ({(*WORKERS, "minReplicas"): ...}, "needs minReplicas and maxReplicas"),
+        ({(*WORKERS, "minReplicas"): -1}, "not in this order of size"),
+        ({(*WORKERS, "idleTimeoutSeconds"): 5}, "is for autoscaler v2"),
+        ({(*WORKERS, "priority"): 5}, "is for autoscaler v2"),
+        ({(*WORKERS, "resources"): {"CPU": "1"}, (*WORKERS, "rayStartParams", "num-cpus"): "1"}, "resources twice"),
+        ({(*WORKERS, "rayStartParams", "labels"): "a=b"}, "rayStartParams has labels"),
+        ({(*HEAD_POD, "containers"): []}, "has no container"),
+        ({(*HEAD_POD, "containers", 0, "env", 1): {"name": "RAY_enable_autoscaler_v2", "value": "1"}}, "needs enable"),
+        ({(*HEAD_POD, "containers", 0, "env", 1): {"name": "RAY_REDIS_ADDRESS", "value": "r"}}, "turns fault tol"),
+        ({(*HEAD_POD, "containers", 0, "env", 1): {"name": "REDIS_USERNAME", "value": "r"}}, "redisUsername"),
+        ({("spec", "deletionStrategy"): {}}, "give deletionRules, or both"),
+        (
+            {
+                ("spec", "deletionStrategy"): {
+                    "onSuccess": {"policy": "DeleteNone"},
+                    "onFailure": {"policy": "DeleteSelf"},
+                }
+            },
+            "DeleteNone contradicts",
+        ),
+    ],
+)
+def test_what_the_operator_refuses(tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str) -> None:
+    failed = _found(tmp_path, "claim", changes, Level.FAILED)
+    assert any(said in text for text in failed), failed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {(*CLUSTER, "autoscalerOptions", "version"): "v1", (*WORKERS, "idleTimeoutSeconds"): 5},
+            "is for autoscaler v2",
+        ),
+        ({(*WORKERS, "suspend"): True}, "cannot be suspended"),
+        ({(*HEAD_POD, "restartPolicy"): "Always"}, "must be Never or unset with autoscaler v2"),
+        ({(*CLUSTER, "autoscalerOptions", "idleTimeoutSeconds"): -1}, "must not be negative"),
+        (
+            {
+                ("spec", "shutdownAfterJobFinishes"): False,
+                ("spec", "ttlSecondsAfterFinished"): 0,
+                ("spec", "deletionStrategy"): {
+                    "deletionRules": [{"policy": "DeleteWorkers", "condition": {"jobStatus": "FAILED"}}] * 2
+                },
+            },
+            "a second rule of DeleteWorkers",
+        ),
+    ],
+)
+def test_what_the_operator_refuses_of_elastic_runs(
+    tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str
+) -> None:
+    failed = _found(tmp_path, "elastic", changes, Level.FAILED)
+    assert any(said in text for text in failed), failed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({("spec", "backoffLimit"): 1}, "1 lost clusters end the run"),
+        ({("spec", "activeDeadlineSeconds"): 60}, "ends the run for good"),
+        ({("spec", "entrypoint"): "outlast train x --take-over"}, "without `exec`"),
+        ({("spec", "entrypoint"): "exec outlast train x"}, "without --take-over"),
+        ({(*CLUSTER, "gcsFaultToleranceOptions"): {"redisAddress": "r:6379"}}, "still knows the job"),
+        ({(*HEAD, "rayStartParams", "num-cpus"): "1"}, "a worker may land on the head"),
+        ({(*HEAD_POD, "nodeSelector"): {"karpenter.sh/capacity-type": "spot"}}, "runs on spot nodes"),
+        ({(*HEAD_POD, "containers", 0, "livenessProbe"): ...}, "restarted after 10 minutes"),
+        ({(*WORKERS, "minReplicas"): 0}, "submitted once all 1 pods run"),
+        ({(*WORKER_POD, "tolerations"): []}, "waits 300 s for a lost node"),
+        ({(*WORKER_POD, "volumes"): []}, "no /dev/shm"),
+        ({(*WORKER_POD, "hostPID"): True}, "hostPID"),
+        ({(*WORKER_POD, "terminationGracePeriodSeconds"): 115}, "never comes"),
+        ({(*WORKER_POD, "containers", 0, "image"): "registry:5000/outlast"}, "another program tomorrow"),
+        ({(*SUBMITTER, "containers", 0, "securityContext", "allowPrivilegeEscalation"): ...}, "lacks allowP"),
+        ({(*WORKER_POD, "containers", 0, "resources", "limits", "memory"): "17Gi"}, "make them equal"),
+        ({(*CLUSTER, "authOptions"): ...}, "whoever reaches the pods"),
+        ({(*HEAD, "template", "metadata", "labels", "app.kubernetes.io/name"): "x"}, "finds no head"),
+        ({("spec", "submitterPodTemplate"): ...}, "submitter: securityContext lacks"),
+        (
+            {(*WORKERS, "template", "metadata", "annotations"): {"karpenter.sh/do-not-disrupt": "true"}},
+            "worker: karpenter.sh/do-not-disrupt",
+        ),
+    ],
+)
+def test_what_costs_a_run(tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str) -> None:
+    warned = _found(tmp_path, "claim", changes, Level.WARNING)
+    assert any(said in text for text in warned), warned
+
+
+def _found(folder: Path, run: str, changes: dict[tuple[Any, ...], Any], level: Level) -> list[str]:
+    objects = rendered(folder, run)
+    for path, value in changes.items():
+        put(objects[-1], path, value)
+    return [finding.text for finding in lint(objects) if finding.level is level]
+
+
+CONTEXT = (*WORKER_POD, "containers", 0, "securityContext")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({(*CONTEXT, "seccompProfile"): {"type": "Unconfined"}}, "has seccompProfile Unconfined"),
+        ({(*CONTEXT, "runAsUser"): 0}, "has runAsUser 0"),
+        ({(*CONTEXT, "privileged"): True}, "has privileged: true"),
+        ({(*CONTEXT, "capabilities", "add"): ["SYS_ADMIN", "NET_BIND_SERVICE"]}, "has capabilities.add [SYS_ADMIN]:"),
+        ({(*WORKER_POD, "securityContext", "runAsUser"): 0}, "has runAsUser 0"),
+        ({(*CONTEXT, "runAsNonRoot"): False}, "lacks runAsNonRoot: true"),
+    ],
+)
+def test_what_a_restricted_namespace_refuses(tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str) -> None:
+    [text] = _found(tmp_path, "claim", changes, Level.WARNING)
+    assert text.startswith(f"worker: securityContext {said}")
+
+
+def test_what_a_pod_says_counts_for_its_containers(tmp_path: Path) -> None:
+    changes: dict[tuple[Any, ...], Any] = {(*CONTEXT, key): ... for key in ("runAsNonRoot", "runAsUser")}
+    changes |= {(*CONTEXT, "seccompProfile"): ..., (*CONTEXT, "capabilities", "add"): ["NET_BIND_SERVICE"]}
+    assert _found(tmp_path, "claim", changes, Level.WARNING) == []
+    changes[*WORKER_POD, "securityContext", "runAsNonRoot"] = ...
+    [text] = _found(tmp_path, "claim", changes, Level.WARNING)
+    assert "lacks runAsNonRoot: true:" in text
+
+
+def test_kueue_and_the_autoscaler(tmp_path: Path) -> None:
+    changes = {("metadata", "labels", "kueue.x-k8s.io/queue-name"): "research"}
+    [text] = _found(tmp_path, "elastic", changes, Level.WARNING)
+    assert "Kueue admits no RayJob whose pods change" in text
+
+
+def test_a_job_that_is_not_what_its_run_file_asks_for(tmp_path: Path) -> None:
+    assert "room for 1 workers" in _found(tmp_path, "gpus", {(*WORKERS, "maxReplicas"): 1}, Level.FAILED)[-1]
+    gpu = {(*WORKER_POD, "containers", 0, "resources", "limits", "nvidia.com/gpu"): ...}
+    assert "scale.gpus_per_worker is 1" in _found(tmp_path, "gpus", gpu, Level.FAILED)[-1]
+    cpu = {(*WORKER_POD, "containers", 0, "resources", "requests", "cpu"): "7500m"}
+    assert _found(tmp_path, "gpus", cpu, Level.FAILED) == []  # counted as 8
+    cpu = {(*WORKER_POD, "containers", 0, "resources", "requests", "cpu"): "4"}
+    assert "4 CPUs for each worker, and scale.cpus_per_worker is 8" in _found(tmp_path, "gpus", cpu, Level.FAILED)[-1]
+    start = {(*WORKERS, "rayStartParams", "num-cpus"): "2"}
+    assert "2 CPUs for each worker" in _found(tmp_path, "gpus", start, Level.FAILED)[-1]
+    mount = {(*WORKER_POD, "containers", 0, "volumeMounts", 1): ...}
+    assert "would go with the pod" in _found(tmp_path, "claim", mount, Level.FAILED)[-1]
+
+
+AFFINITY = (*HEAD_POD, "affinity")
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "said"),
+    [
+        ("spot, then others", {AFFINITY: ...}, "head: may land on a spot node"),
+        ("spot, then others", {AFFINITY: ..., (*HEAD_POD, "nodeSelector"): {"pool": "steady"}}, None),
+        ("claim", {AFFINITY: ...}, None),
+        ("claim", {(*WORKERS, "replicas"): 3}, "replicas 3 is above maxReplicas 1"),
+        (
+            "spot, then others",
+            {(*WORKER_POD, "tolerations"): LOST},
+            "does not tolerate their taint: cloud.google.com/gke-spot, kubernetes.azure.com/scalesetpriority",
+        ),
+        ("spot, then others", {(*WORKER_POD, "tolerations"): [*LOST, {"operator": "Exists"}]}, None),
+        (
+            "claim",
+            {(*WORKER_POD, "tolerations"): LOST, (*WORKER_POD, "nodeSelector"): {"karpenter.sh/capacity-type": "spot"}},
+            None,
+        ),
+        ("claim", {(*HEAD_POD, "volumes", 0, "configMap", "name"): "another"}, "head: mounts ConfigMap another"),
+        ("claim", {(*HEAD_POD, "volumes", 0, "configMap"): {"name": "another", "optional": True}}, None),
+    ],
+)
+def test_where_pods_land(tmp_path: Path, run: str, changes: dict[tuple[Any, ...], Any], said: str | None) -> None:
+    warned = _found(tmp_path, run, changes, Level.WARNING)
+    assert any(said in text for text in warned) if said else warned == []
+
+
+def test_a_config_map_may_be_in_the_cluster(tmp_path: Path) -> None:
+    assert [finding.level for finding in lint(rendered(tmp_path, "claim")[-1:])] == [Level.OK]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({(*WORKER_POD, "containers", 0, "image"): ...}, "worker: container ray-worker has no image"),
+        ({(*CLUSTER, "workerGroupSpecs", 1, "groupName"): "spot"}, "several groups are named spot"),
+    ],
+)
+def test_what_no_pod_can_be_made_of(tmp_path: Path, changes: dict[tuple[Any, ...], Any], said: str) -> None:
+    [text] = _found(tmp_path, "spot, then others", changes, Level.FAILED)
+    assert said in text
+
+
+def test_secrets_by_reference_are_no_secrets(tmp_path: Path) -> None:
+    reference = {"name": "API_TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}
+    path = (*WORKER_POD, "containers", 0, "env", 1)
+    assert _found(tmp_path, "object store", {path: reference}, Level.FAILED) == []
+    [text] = _found(tmp_path, "object store", {path: {"name": "API_TOKEN", "value": "abc"}}, Level.FAILED)
+    assert "API_TOKEN is written down" in text
+    assert "abc" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "abc", True),
+        ("AWS_ACCESS_KEY_ID", "AKIA", True),
+        ("HF_TOKEN", "hf_abc", True),
+        ("hf-token", "hf_abc", True),
+        ("WANDB_API_KEY", "abc", True),
+        ("PGPASSWORD_PASSWORD", "abc", True),
+        ("TOKENIZERS_PARALLELISM", "false", False),
+        ("MAX_NEW_TOKENS", "32", False),
+        ("MAX_TOKEN", "32", False),
+        ("USE_TOKEN", "true", False),
+        ("TOKENIZER_NAME", "gpt2", False),
+        ("pad_token", "<pad>", False),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token", False),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/key.json", False),
+        ("HF_TOKEN", "$(OTHER)", False),
+        ("HF_TOKEN", "${env:HF_TOKEN}", False),
+        ("HF_TOKEN", "", False),
+        ("HF_TOKEN", None, False),
+        ("PARTITION_KEY", "abc", False),
+    ],
+)
+def test_what_is_a_credential(name: str, value: Any, expected: bool) -> None:
+    assert is_credential(name, value) is expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({("spec", "runtimeEnvYAML"): "env_vars: {AWS_SECRET_ACCESS_KEY: abcd}"}, "spec.runtimeEnvYAML: AWS_SECRET_A"),
+        ({("spec", "entrypoint"): "exec env HF_TOKEN=abcd outlast train x --take-over"}, "spec.entrypoint: HF_TOKEN"),
+        ({("spec", "entrypoint"): 'HF_TOKEN="abcd" outlast train x --take-over'}, "spec.entrypoint: HF_TOKEN"),
+        ({("spec", "entrypoint"): "outlast train x --hf-token=abcd"}, "spec.entrypoint: hf-token"),
+        ({(*WORKER_POD, "containers", 0, "args"): ["-c", "export API_KEY=abcd; run"]}, "worker: API_KEY"),
+    ],
+)
+def test_credentials_outside_the_environment(tmp_path: Path, changes: dict[tuple[Any, ...], Any], where: str) -> None:
+    [text] = _found(tmp_path, "claim", changes, Level.FAILED)
+    assert text.startswith(where)
+    assert "abcd" not in text
+
+
+def test_what_is_no_credential_is_let_pass(tmp_path: Path) -> None:
+    changes = {
+        (*WORKER_POD, "containers", 0, "env", 1): {"name": "TOKENIZERS_PARALLELISM", "value": "false"},
+        ("spec", "runtimeEnvYAML"): "env_vars: {MAX_NEW_TOKENS: '32'}",
+        ("spec", "entrypoint"): "exec outlast train x --take-over -s model.tokenizer=gpt2 --key=$HF_TOKEN",
+    }
+    assert _found(tmp_path, "claim", changes, Level.FAILED) == []
+
+
+def test_credentials_in_a_config_map() -> None:
+    run = "name: r\nmodel: {options: {HF_TOKEN: hf_abcd, pad_token: <pad>}}\ntrack: {API_KEY: '${env:KEY}'}\n"
+    body = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "r"},
+        "data": {"run.yaml": run, "PASSWORD": "p"},
+    }
+    found = lint([body])
+    assert [finding.level for finding in found] == [Level.WARNING] * 2
+    assert found[0].text.startswith("data.run.yaml: model.options.HF_TOKEN looks like a credential")
+    assert found[1].text.startswith("data.PASSWORD")
+    assert "hf_abcd" not in str(found)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in an object."""
+    rows = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in rows:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+#: `...` for: the key is not there.
+ODD: tuple[Any, ...] = (None, 7, "x", [], {}, [None], ...)
+
+
+def test_nonsense_is_the_api_servers_to_refuse(tmp_path: Path) -> None:
+    """Whatever stands where, lint says something or nothing, and never falls over."""
+    objects = rendered(tmp_path, "spot, then others")
+    found = list(places(objects[-1]))
+    assert len(found) > 300
+    for path in found:
+        for value in ODD:
+            if value is ... and isinstance(path[-1], int):
+                continue
+            changed = copy.deepcopy(objects[-1])
+            put(changed, path, value)
+            lint([*objects[:-1], changed])
+
+
+def test_what_is_no_manifest() -> None:
+    for empty in ("", "---\n---\n", "{apiVersion: v1, kind: List, items: []}"):
+        with pytest.raises(ConfigError, match="there is no object"):
+            read_objects(empty)
+    with pytest.raises(ConfigError, match="not YAML"):
+        read_objects("a: 2026-13-45")
+    with pytest.raises(ConfigError, match="not YAML"):
+        read_objects("a: [")
+    with pytest.raises(ConfigError, match="no apiVersion, or no kind"):
+        read_objects("name: my-run\n")
+
+
+def test_lists_are_unpacked(tmp_path: Path) -> None:
+    objects = rendered(tmp_path, "claim")
+    nested = {"apiVersion": "v1", "kind": "List", "items": objects[1:]}
+    text = yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": [objects[0], nested]})
+    assert read_objects(text) == objects
+
+
+def test_a_binary_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"\xff\xfe\x00")
+    done = CliRunner().invoke(app, ["k8s", "lint", str(path)])
+    assert isinstance(done.exception, ConfigError)
+    assert "model.bin is no text" in done.exception.message
+
+
+def test_what_was_not_looked_at(tmp_path: Path) -> None:
+    service = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "serve"}}
+    text = yaml.safe_dump_all([*rendered(tmp_path, "claim"), service])
+    done = CliRunner().invoke(app, ["k8s", "lint", "-"], input=text)
+    assert done.stdout == "ok       rayjob/my-run  nothing wrong\n"
+    assert done.stderr == "outlast: not looked at, for want of rules: rayservice/serve\n"
+
+
+@pytest.mark.parametrize(("name", "is_right"), [("my-run-", True), ("x" * 42, True), ("x" * 43, False), ("7-", False)])
+def test_names_that_the_server_makes(tmp_path: Path, name: str, is_right: bool) -> None:
+    failed = _found(tmp_path, "claim", {("metadata", "name"): ..., ("metadata", "generateName"): name}, Level.FAILED)
+    assert (failed == []) is is_right
+
+
+@pytest.mark.parametrize("run", ["scale: {workers: [1, x]}", "scale: {workers: [x]}", "scale: {workers: {}}", 7])
+def test_nonsense_in_a_run_file(tmp_path: Path, run: Any) -> None:
+    [config_map, *rest] = rendered(tmp_path, "claim")
+    config_map["data"]["run.yaml"] = run
+    assert lint([config_map, *rest])
+
+
+def test_nonsense_in_a_deletion_rule(tmp_path: Path) -> None:
+    rule = {"policy": "DeleteCluster", "condition": {"jobStatus": {"a": 1}, "ttlSeconds": [1]}}
+    assert _found(tmp_path, "claim", {("spec", "deletionStrategy"): {"deletionRules": [rule]}}, Level.FAILED)
+
+
+def test_from_stdin(tmp_path: Path) -> None:
+    text = yaml.safe_dump_all(rendered(tmp_path, "claim"))
+    done = CliRunner().invoke(app, ["k8s", "lint", "-"], input=io.StringIO(text).read())
+    assert done.stdout == "ok       rayjob/my-run  nothing wrong\n"

@@ -1,0 +1,274 @@
+"""The ledger, on stories made by hand: every second in one category, whatever is missing or out of order."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, account_time
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_records import LOST_AFTER_S
+from tests.support.timelines import (
+    attempt,
+    done,
+    evaluated,
+    failure,
+    launch,
+    plan,
+    resized,
+    resume,
+    saved,
+    start,
+    steps,
+    stopped,
+    story,
+)
+
+LATER = 10_000.0
+
+
+def check(ledger: GoodputReport, wall_s: float) -> None:
+    """What must hold for every account."""
+    assert ledger.wall_s == pytest.approx(wall_s)
+    assert sum(ledger.seconds.values()) == pytest.approx(wall_s)
+    assert all(span.end > span.begin for span in ledger.spans)
+    assert all(a.end == b.begin and a.kind is not b.kind for a, b in zip(ledger.spans, ledger.spans[1:], strict=False))
+
+
+#: Ten steps, undisturbed: 10 s until the claim, 5 more until the first step, 5 from the last one to the end.
+PEACEFUL = (
+    launch("a", 0, 32, 0),
+    attempt(1, 10, start(11), plan(12), steps(1, 10, 15), done(30, 10)),
+)
+
+
+@pytest.mark.parametrize(
+    ("parts", "now", "wall_s", "expected"),
+    [
+        pytest.param((), LATER, 0, {}, id="nothing"),
+        pytest.param(
+            (launch("a", 0, 5),),
+            5 + LOST_AFTER_S / 2,
+            5 + LOST_AFTER_S / 2,
+            {"restart": 5 + LOST_AFTER_S / 2},
+            id="at-its-start",
+        ),
+        pytest.param((launch("a", 0, 5, 3),), LATER, 5, {"restart": 5}, id="refused-before-it-began"),
+        pytest.param(PEACEFUL, LATER, 32, {"restart": 15, "train": 10, "save_stall": 5, "wait": 2}, id="peaceful"),
+        pytest.param(
+            (
+                launch("a", 0, 40, 0),
+                attempt(
+                    1,
+                    10,
+                    start(11),
+                    evaluated(0, 12, 15),
+                    steps(1, 5, 15),
+                    evaluated(5, 20, 22),
+                    saved(5, 23),
+                    steps(6, 10, 25),
+                    evaluated(10, 30, 33),
+                    done(38, 10),
+                ),
+            ),
+            LATER,
+            40,
+            {"restart": 12, "evaluate": 8, "train": 10, "save_stall": 8, "wait": 2},
+            id="evaluations-and-a-save",
+        ),
+        pytest.param(
+            (launch("a", 0, 26, 0), attempt(1, 10, steps(1, 5, 10), saved(5, 17, 0.5), steps(6, 10, 16), done(26, 10))),
+            LATER,
+            26,
+            {"restart": 10, "train": 9.5, "save_stall": 6.5},
+            id="a-copy-that-the-next-step-waits-for",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 100, 0, failure(1, 30)),
+                attempt(1, 10, start(11), steps(1, 10, 15), saved(6, 24)),
+                attempt(2, 40, resume(45, 6), steps(7, 20, 50), done(70, 20)),
+            ),
+            LATER,
+            100,
+            {"restart": 25, "train": 20, "detect": 5, "restore": 10, "redo": 4, "save_stall": 6, "wait": 30},
+            id="a-worker-dies",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 60, 0, failure(1, 30, reached={"step": 12, "ended_at": 27})),
+                attempt(1, 10, steps(1, 10, 15)),
+                attempt(2, 40, resume(45, 6), steps(7, 16, 50), done(60, 16)),
+            ),
+            LATER,
+            60,
+            {"restart": 25, "train": 16, "detect": 3, "restore": 10, "redo": 6},
+            id="rank-0-took-its-journal-along",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 30),
+                launch("b", 100, 160, 0),
+                attempt(1, 10, steps(1, 10, 15), saved(6, 24)),
+                attempt(2, 110, resume(115, 6), steps(7, 20, 120), done(134, 20), launch="b"),
+            ),
+            LATER,
+            160,
+            {"restart": 25, "train": 20, "restore": 10, "redo": 4, "wait": 101},
+            id="the-driver-dies-with-all",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 32, 75),
+                launch("b", 100, 130, 0),
+                attempt(1, 10, steps(1, 10, 15), saved(10, 29), stopped(30, 10)),
+                attempt(2, 110, resume(112, 10), steps(11, 20, 115), done(125, 20), launch="b"),
+            ),
+            LATER,
+            130,
+            {"restart": 25, "train": 20, "save_stall": 5, "restore": 5, "wait": 75},
+            id="stopped-and-started-again",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 80, 0, resized(1, 30, 2, 3, planned=True)),
+                attempt(1, 10, steps(1, 10, 15), saved(10, 28)),
+                attempt(2, 40, resume(42, 10), steps(11, 20, 45), done(55, 20)),
+            ),
+            LATER,
+            80,
+            {"restart": 27, "train": 20, "save_stall": 3, "restore": 5, "wait": 25},
+            id="resized-on-purpose",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 90, 0, failure(1, 30), {"event": "no-room", "t": 36, "since": 31}),
+                attempt(1, 10, steps(1, 10, 15), saved(10, 26)),
+                attempt(
+                    2,
+                    70,
+                    {"event": "under-way", "t": 76, "marks": {"actor": 61, "claim": 70}},
+                    resume(72, 10),
+                    steps(11, 20, 75),
+                    done(85, 20),
+                ),
+            ),
+            LATER,
+            90,
+            {"restart": 25, "train": 20, "detect": 5, "wait": 35, "restore": 5},
+            id="no-room-for-half-a-minute",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 70, 75),
+                launch("b", 30, 80, 0),
+                attempt(1, 10, steps(1, 40, 15), saved(10, 26)),  # goes on until 55, though it lost the run at 45
+                attempt(2, 45, resume(47, 10), steps(11, 40, 48), done(78, 40), launch="b"),
+            ),
+            LATER,
+            80,
+            {"restart": 15, "train": 40, "restore": 3, "redo": 20, "wait": 2},
+            id="taken-over-and-a-zombie",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 90, 1, failure(1, 30), failure("unclaimed", 45), failure(2, 75)),
+                attempt(1, 10, start(11), steps(1, 10, 15), saved(6, 24)),
+                attempt(2, 60, resume(66, 6)),
+            ),
+            LATER,
+            90,
+            {"restart": 60, "train": 10, "detect": 14, "restore": 6},
+            id="given-up-before-a-new-step",
+        ),
+        pytest.param(
+            (launch("a", 0, 50), attempt(1, 10, start(11), steps(1, 10, 15))),
+            52,
+            52,
+            {"restart": 15, "train": 37},
+            id="at-work",
+        ),
+        pytest.param(
+            (launch("a", 0, 50, None, failure(1, 30)), attempt(1, 10, start(11), steps(1, 10, 15))),
+            52,
+            52,
+            {"restart": 37, "train": 10, "detect": 5},
+            id="about-to-come-back",
+        ),
+        pytest.param(
+            (launch("a", 0, 50), attempt(1, 10, start(11), steps(1, 10, 15))),
+            LATER,
+            50,
+            {"restart": 15, "train": 10, "wait": 25},
+            id="lost-without-a-word",
+        ),
+        pytest.param(
+            (attempt(1, 10, start(11), saved(5, 20), launch=""),),
+            LATER,
+            0,
+            {},
+            id="a-loop-of-ones-own",
+        ),
+        pytest.param(
+            (  # the driver's clock is 8 s behind the workers'
+                launch("a", 0, 60, 0, failure(1, 22)),
+                attempt(1, 18, start(19), steps(1, 10, 23)),
+                attempt(2, 48, resume(53, 6), steps(7, 12, 58), done(64, 12)),
+            ),
+            LATER,
+            60,
+            {"restart": 38, "train": 10, "restore": 10, "redo": 2},
+            id="clocks-that-differ",
+        ),
+    ],
+)
+def test_every_second_is_in_one_category(
+    parts: tuple[Any, ...], now: float, wall_s: float, expected: dict[str, float]
+) -> None:
+    ledger = account_time(story(*parts), now)
+    check(ledger, wall_s)
+    assert {kind.value: round(s, 6) for kind, s in ledger.seconds.items() if s} == expected
+    assert ledger.goodput == (expected.get("train", 0.0) / wall_s if wall_s else None)
+
+
+def test_steps_lost_are_counted_once_for_each_time_they_were_made() -> None:
+    parts = (
+        launch("a", 0, 90, 0, failure(1, 30), failure(2, 50)),
+        attempt(1, 10, start(11), steps(1, 50, 15, 0.2)),
+        attempt(2, 40, resume(41, 40), steps(41, 42, 42)),
+        attempt(3, 60, resume(61, 40), steps(41, 60, 62)),
+    )
+    assert story(*parts).num_lost == 12
+
+
+def test_torn_and_shuffled_stories_never_make_time_negative() -> None:
+    """Any subset of the events, with clocks that are off by up to 20 s."""
+    chance = random.Random(7)
+    for _ in range(300):
+        told = Timeline("run")
+        for name in ("a", "b"):
+            began = chance.uniform(0, 50)
+            code = chance.choice([None, 0, 1, 75])
+            _, alive, _ = launch(name, began, began + chance.uniform(0, 100), code)
+            told.launch(name).alive = alive if chance.random() < 0.8 else {}
+            told.apply_launch(name, failure(chance.randint(1, 4), chance.uniform(0, 200)))
+            told.apply_launch(name, {"event": "no-room", "t": 0, "since": chance.uniform(0, 200)})
+        for number in range(1, chance.randint(2, 5)):
+            at, first = number * 40 + chance.uniform(-20, 20), chance.randint(1, 30)
+            events = [
+                resume(at + 1, first - 1), *steps(first, first + 9, at + 5), evaluated(first + 4, at + 9, at + 11),
+                *saved(first + 4, at + 12, 0.3), stopped(at + 20, first + 9),
+            ]  # fmt: skip
+            kept = [event for event in events if chance.random() < 0.8]
+            _, claim, _ = attempt(number, at, launch=chance.choice(["a", "b"]))
+            made = story(attempt(number, at, kept)).in_order[0]
+            made.claim = claim
+            told.attempts[made.id] = made
+        ledger = account_time(told, 210.0)
+        check(ledger, ledger.wall_s)
+
+
+def test_every_kind_says_what_it_means() -> None:
+    assert len({kind.meaning for kind in TimeCategory}) == len(TimeCategory)

@@ -1,0 +1,301 @@
+"""`outlast doctor` on real Rays with real faults: two nodes, one of which has other mounts, another library and another
+clock; and one that asks for a token. Two minutes with the slow ones, most of it Ray's starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from outlast.cluster.preflight import doctor_rules as rules
+from outlast.cluster.preflight.doctor_rules import Requirements
+from outlast.cluster.preflight.finding import Finding, Level
+from tests.cluster.jobs.test_ray_jobs import Cluster, free_ports
+from tests.support.worker_group import tiny_config
+
+CLOCK_AHEAD_S = 100
+AHEAD = f"""import sys, time
+if any("default_worker" in part for part in sys.orig_argv):
+    real = time.time
+    time.time = lambda: real() + {CLOCK_AHEAD_S}
+"""
+
+
+def outlast(
+    *arguments: str, code: int, environment: dict[str, str] | None = None, wrapped: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    command = [*wrapped, sys.executable, "-m", "outlast.cluster.cli", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, **(environment or {})}, cwd="/"
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def checks(done: subprocess.CompletedProcess[str]) -> dict[str, list[tuple[str, str]]]:
+    """Level and text of each finding, by what was examined."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in json.loads(done.stdout)["checks"]:
+        assert row["level"] == "ok" or row["hint"]
+        found.setdefault(row["check"], []).append((row["level"], row["text"]))
+    return found
+
+
+# -- one node ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_a_healthy_machine(tmp_path: Path, text_file: str) -> None:
+    """Every line is there and well, and nothing is left in the storage."""
+    run_file = tmp_path / "run.yaml"
+    body = tiny_config("run", str(tmp_path / "runs"), text_file).model_dump(mode="json", exclude_defaults=True)
+    run_file.write_text(yaml.safe_dump(body))
+    found = checks(outlast("doctor", str(run_file), "--json", code=0))
+    every = {"versions", "devices", "memory", "disk", "clock", "storage", "speed", "ports", "names", "all-reduce"}
+    assert set(found) == every
+    assert all(level != "failed" for rows in found.values() for level, _ in rows)
+    assert found["all-reduce"][0][1].startswith("gloo, 2 ranks")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+# -- two nodes ---------------------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """A head and another node on this machine. The other one has a library, a clock and mounts of its own.
+
+    Args:
+        folder: Where the storages are that the two see differently, and what the other node brings along.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.head = folder, Cluster()
+        packages = folder / "packages"
+        (packages / "transformers").mkdir(parents=True)
+        (packages / "transformers/__init__.py").write_text('__version__ = "4.57.6"\n')
+        (packages / "transformers-4.57.6.dist-info").mkdir()
+        about = "Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.6\n"
+        (packages / "transformers-4.57.6.dist-info/METADATA").write_text(about)
+        (packages / "sitecustomize.py").write_text(AHEAD)
+        for name in ("shared", "apart", "readonly", "full"):
+            (folder / name).mkdir()
+        mounts = [
+            f"mount -t tmpfs none {folder}/apart",
+            f"mount -t tmpfs -o size=64k none {folder}/full",
+            f"(cat /dev/zero >{folder}/full/filler 2>/dev/null || true)",
+            f"mount --bind {folder}/readonly {folder}/readonly",
+            f"mount -o remount,ro,bind {folder}/readonly",
+        ]
+        [agent] = free_ports(1)
+        options = f"--address={self.head.ray_address} --node-name=other --num-cpus=2 --object-store-memory=100000000"
+        ray = f"exec ray start {options} --dashboard-agent-listen-port={agent} --disable-usage-stats --block"
+        path = f"{packages}:{os.environ.get('PYTHONPATH', '')}"
+        self.log = (folder / "other.log").open("w")
+        self.other = subprocess.Popen(
+            ["unshare", "--mount", "bash", "-c", " && ".join([*mounts, ray])],
+            env={**self.head.environment, "PYTHONPATH": path},
+            stdout=self.log,
+            stderr=self.log,
+        )
+
+    def storage(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def shut_down(self) -> None:
+        self.other.send_signal(signal.SIGTERM)
+        try:
+            self.other.wait(20)
+        except subprocess.TimeoutExpired:
+            self.other.kill()
+            self.other.wait()
+        self.log.close()
+        self.head.shut_down()
+
+
+def why_not() -> str | None:
+    if shutil.which("unshare") is None:
+        return "needs unshare (package util-linux)"
+    made = subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
+    return None if made.returncode == 0 else f"mount namespaces are not allowed here: {made.stderr.decode().strip()}"
+
+
+reason = why_not()
+needs_mounts = pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    made = Pair(tmp_path_factory.mktemp("pair"))
+    deadline = time.monotonic() + 90
+    code = f"import ray; ray.init('{made.head.ray_address}', logging_level='ERROR'); print(len(ray.nodes()))"
+    try:
+        while time.monotonic() < deadline:
+            assert made.other.poll() is None, (made.folder / "other.log").read_text()
+            said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            if said.stdout.strip() == "2":
+                break
+        yield made
+    finally:
+        made.shut_down()
+
+
+@needs_mounts
+@pytest.mark.ray
+@pytest.mark.faults  # two minutes together
+def test_two_nodes_that_differ(pair: Pair) -> None:
+    """Library and clock of the other node are named; what works is measured, through the wrong clock."""
+    storage = ("--storage", pair.storage("shared"))
+    found = checks(outlast("doctor", "--address", pair.head.ray_address, *storage, "--json", code=3))
+    [(level, text)] = found["versions"]
+    assert level == "failed"
+    assert text.startswith("transformers differs: ")
+    assert "4.57.6 on other" in text
+    [(level, text)] = found["clock"]
+    assert level == "warning"
+    assert text.startswith(f"other is {CLOCK_AHEAD_S}.0 s ahead")
+    assert found["storage"][0][0] == found["listing lag"][0][0] == "ok"
+    assert found["all-reduce"][0][0] == found["ports"][0][0] == "ok"
+    assert found["all-reduce"][0][1].startswith("gloo, 2 ranks")
+    assert list(Path(pair.storage("shared")).iterdir()) == []
+
+
+@needs_mounts
+@pytest.mark.ray
+@pytest.mark.faults  # two minutes together
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("apart", "is not shared: head and other do not see each other's files"),
+        ("readonly", "other cannot write to"),
+        ("full", "No space left on device"),
+    ],
+)
+def test_a_storage_that_will_not_do(pair: Pair, name: str, said: str) -> None:
+    place = pair.storage(name)
+    done = outlast("doctor", "--quick", "--address", pair.head.ray_address, "--storage", place, "--json", code=3)
+    failed = [text for level, text in checks(done)["storage"] if level == "failed"]
+    assert any(said in text for text in failed), failed
+    assert [path.name for path in Path(place).iterdir()] == []
+
+
+@needs_mounts
+@pytest.mark.ray
+@pytest.mark.faults  # two minutes together
+@pytest.mark.slice
+def test_train_refuses_a_storage_that_is_not_shared(pair: Pair, tmp_path: Path, text_file: str) -> None:
+    body = tiny_config("run", pair.storage("apart"), text_file).model_dump(mode="json", exclude_defaults=True)
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(body | {"scale": {"workers": 2}}))
+    done = outlast("train", str(run_file), "--address", pair.head.ray_address, code=3)
+    assert "is not shared: head and other do not see each other's files" in done.stderr
+    assert "`outlast doctor RUN.yaml` says more" in done.stderr
+    assert not Path(pair.storage("apart"), "run/attempts").exists()
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.faults  # a minute
+@pytest.mark.timeout(500)
+def test_a_cluster_that_asks_for_a_token(tmp_path: Path, text_file: str) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "the-token-of-this-test-and-of-nothing-else"}
+    cluster = Cluster(token)
+    try:
+        body = tiny_config("run", str(tmp_path / "runs"), text_file, steps=2).model_dump(
+            mode="json", exclude_defaults=True
+        )
+        run_file = tmp_path / "run.yaml"
+        run_file.write_text(yaml.safe_dump(body))
+        at = ("--address", cluster.address)
+        none = {"RAY_AUTH_MODE": "disabled"}
+        wrong = token | {"RAY_AUTH_TOKEN": "another-token-altogether"}
+        for verb in ("submit", "doctor"):
+            for given, said in ((none, "Missing authentication token"), (wrong, "Invalid authentication token")):
+                err = outlast(verb, str(run_file), *at, code=3, environment=given).stderr
+                assert "wants a token" in err
+                assert said in err
+                assert "RAY_AUTH_MODE=token" in err
+        err = outlast("doctor", "--address", cluster.ray_address, code=3, environment=wrong).stderr
+        assert "cannot be joined: it wants a token" in err
+        found = checks(outlast("doctor", str(run_file), *at, "--quick", "--json", code=0, environment=token))
+        assert found["storage"][0][0] == "ok"
+        [(level, text)] = found["job server"]
+        assert level == "ok"
+        assert "does not answer strangers" in text
+        followed = outlast("submit", str(run_file), *at, "--follow", code=0, environment=token)
+        assert followed.stdout.strip() == "run-1"
+    finally:
+        cluster.shut_down()
+
+
+# -- what it means -----------------------------------------------------------------------------------------------------
+
+
+def test_lags() -> None:
+    def judged(lag: float | None, settle_s: float) -> Finding:
+        [finding] = rules.check_lag({("a", "b"): 0.001, ("b", "a"): lag}, Requirements(settle_s=settle_s))
+        return finding
+
+    assert judged(0.01, 0).level is Level.OK
+    assert judged(3.2, 5).level is Level.OK
+    late = judged(3.2, 0)
+    assert late.level is Level.FAILED
+    assert "appears on a 3.2 s later" in late.text
+    assert "checkpoint.settle_s to 5" in late.hint
+    assert judged(None, 600).level is Level.FAILED
+
+
+def test_who_does_not_share() -> None:
+    """One of three is apart: it is named, not those that share."""
+    words = {node: {"word": node.upper()} for node in ("a", "b", "c")}
+    seen = {
+        "a": {"read": {"a": "A", "b": "B"}},
+        "b": {"read": {"a": "A", "b": "B"}},
+        "c": {"read": {"c": "C"}},
+    }
+    facts: dict[str, dict[str, Any]] = {node: {"storage": {"kind": "nfs4", "source": "far:/runs"}} for node in words}
+    facts["c"] = {"storage": {"kind": "ext4", "source": "/dev/sda1"}}
+    [finding] = rules.check_shared(facts, Requirements(storage="/runs"), words, seen)
+    assert finding.text == "/runs is not shared: c does not see what a and b wrote (ext4 from /dev/sda1 on c)"
+
+
+def test_a_loopback_name_is_found_before_gloo_hangs() -> None:
+    fact = {
+        "host": "h",
+        "address": "10.0.0.1",
+        "interface": "eth0",
+        "gloo_interface": None,
+        "gloo_address": "127.0.1.1",
+    }
+    other = {**fact, "address": "10.0.0.2", "gloo_address": "10.0.0.2"}
+    [finding] = rules.check_ports({"a": fact, "b": other}, {})
+    assert finding.level is Level.FAILED
+    assert "GLOO_SOCKET_IFNAME=eth0" in finding.hint
+
+
+def test_ports_that_are_closed_name_both_ends_once() -> None:
+    facts = {node: {"address": "10.0.0.1", "gloo_address": "10.0.0.1"} for node in "abc"}
+    found = rules.check_ports(facts, {"a": {"b": "10.0.0.2:4: timed out"}, "b": {"a": "…"}, "c": {"a": "refused"}})
+    assert [finding.text for finding in found] == [
+        "a and b cannot reach each other: 10.0.0.2:4: timed out",
+        "c cannot reach a: refused",
+    ]
+
+
+def test_names_that_take_long() -> None:
+    [finding] = rules.check_names({"a": 6.13, "b": 0.01, "c": {"fault": "no answer"}})
+    assert (finding.level, finding.text.split(":")[0]) == (Level.WARNING, "a")
+    assert rules.check_names({"a": 0.01})[0].level is Level.OK
+    assert rules.check_names({"c": {"fault": "no answer"}}) == []

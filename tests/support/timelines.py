@@ -1,0 +1,105 @@
+"""Hand-made stories: launches and attempts from a few numbers, as their journals would tell them. Times are seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from outlast.checkpointing.format.layout import CLAIM, AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.run_store.journal import EVENTS
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.monitoring.timeline import Timeline
+
+Event = dict[str, Any]
+
+
+def name_of(number: int) -> str:
+    return f"{number:04d}-{number:04x}"
+
+
+def start(t: float) -> Event:
+    return {"event": "start", "t": t}
+
+
+def resume(t: float, step: int, of: int = 1) -> Event:
+    return {"event": "resume", "t": t, "step": step, "source": f"{name_of(of)}/checkpoint-{step}", "rejected": []}
+
+
+def plan(t: float, num_steps: int = 100, world_size: int = 2) -> Event:
+    return {"event": "plan", "t": t, "num_steps": num_steps, "world_size": world_size, "batch": 8}
+
+
+def steps(first: int, last: int, begin: float, seconds: float = 1.0, t: float | None = None) -> list[Event]:
+    """Steps of equal length one after the other; the journal has each when the next one has begun."""
+    ends = [(step, begin + (step - first + 1) * seconds) for step in range(first, last + 1)]
+    body = {"lr": 0.001, "grad_norm": 1.0, "count": 70, "tokens": 80, "seconds": seconds, "event": "step"}
+    return [{**body, "step": step, "loss": 10 / step, "ended_at": end, "t": t or end + 0.1} for step, end in ends]
+
+
+def evaluated(step: int, begin: float, end: float) -> Event:
+    return {"event": "eval", "step": step, "eval_loss": 2.0, "seconds": end - begin, "t": end}
+
+
+def saved(step: int, t: float, fenced_s: float = 0.0) -> list[Event]:
+    """A commit and, later, what it cost."""
+    commit = {"event": "commit", "step": step, "t": t, "digest": "d1", "num_bytes": 1000, "seconds": 0.5}
+    costs = {"event": "save", "step": step, "t": t, "blocked_s": 0.1, "fenced_s": fenced_s, "commit_s": 0.5}
+    return [commit, costs]
+
+
+def done(t: float, step: int = 100) -> Event:
+    return {"event": "done", "t": t, "step": step, "model": f"0001-0001/checkpoint-{step}"}
+
+
+def stopped(t: float, step: int) -> Event:
+    return {"event": "stop", "t": t, "step": step}
+
+
+def failure(of: int | str, noticed: float, cause: str = "worker died", reached: Any = None) -> Event:
+    attempt = of if isinstance(of, str) else name_of(of)
+    event: Event = {"event": "failure", "t": noticed + 1, "noticed_at": noticed, "attempt": attempt}
+    event |= {"cause": cause, "rank": 1, "message": "it was killed", "where": "rank 1"}
+    return {**event, "reached": reached} if reached else event
+
+
+def resized(after: int, t: float, before: int, now: int, *, planned: bool) -> Event:
+    return {"event": "resize", "t": t, "attempt": name_of(after), "before": before, "now": now, "planned": planned}
+
+
+def launch(name: str, began: float, last: float, code: int | None = None, *events: Event) -> tuple[str, Event, Any]:
+    """A launch that was last heard of at `last`, which is its end if there is a `code`."""
+    alive = {"began": began, "t": last, "ended": code is not None, "exit_code": code, "error": ""}
+    return name, alive, events
+
+
+def attempt(
+    number: int, claimed_at: float, *events: Event | Sequence[Event], launch: str = "a", **claim: Any
+) -> tuple[int, Event, list[Event]]:
+    told = [event for item in events for event in ([item] if isinstance(item, Mapping) else item)]
+    return number, {"claimed_at": claimed_at, "launch": launch, "world_size": 2, **claim}, told
+
+
+def story(*parts: tuple[Any, Event, Any], run: str = "run") -> Timeline:
+    told = Timeline(run)
+    for name, body, events in parts:
+        if isinstance(name, str):
+            told.launch(name).alive = body
+            for event in events:
+                told.apply_launch(name, event)
+        else:
+            item = told.attempt(AttemptId(name, f"{name:04x}"))
+            item.claim = body
+            for event in events:
+                item.apply(event)
+    return told
+
+
+def write(storage: LocalStorage, run: str, *parts: tuple[Any, Event, Any]) -> None:
+    """Puts a story where a run's journals would lie."""
+    for name, body, events in parts:
+        is_launch = isinstance(name, str)
+        directory = launch_dir(run, name) if is_launch else attempt_dir(run, AttemptId(name, f"{name:04x}"))
+        storage.put(f"{directory}/{'alive.json' if is_launch else CLAIM}", [json.dumps(body).encode()])
+        lines = [json.dumps(event).encode() + b"\n" for event in events]
+        storage.put(f"{directory}/{EVENTS}-0-000000.jsonl", lines)

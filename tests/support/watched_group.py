@@ -1,0 +1,90 @@
+"""A group without Ray that is watched as it is under Ray: the hub answers on a socket of the test."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from outlast.checkpointing.format.layout import AttemptId, attempt_dir
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.cluster.fault_tolerance.coordinator import Coordinator
+from outlast.cluster.fault_tolerance.watchdog import Watchdog
+from outlast.trainers.loop.progress import StepPhase, StepProgress
+from tests.support.worker_group import Quiet
+
+
+@contextmanager
+def serve(address: Path) -> Iterator[Coordinator]:
+    """A hub at a socket, which goes with its last client."""
+    hub, lock = Coordinator(), threading.Lock()
+
+    def answer(line: Any) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                method, arguments = line.recv()
+                with lock:
+                    line.send(getattr(hub, method)(*arguments))
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept(),), daemon=True).start()
+
+    with Listener(str(address), family="AF_UNIX") as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield hub
+
+
+class Post:
+    """The way to it."""
+
+    def __init__(self, address: str) -> None:
+        self._line: Connection[Any, Any] = Client(address, family="AF_UNIX")
+
+    def __getattr__(self, method: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self._line.send((method, arguments))
+            return self._line.recv()
+
+        return call
+
+
+@dataclass
+class Watched(Quiet):
+    """A control whose ranks each have a watchdog from the claim on."""
+
+    address: str
+    url: str
+    run: str
+    hang_after_s: float | None
+    pulse: StepProgress = field(default_factory=StepProgress)
+
+    def claimed(self, attempt: str) -> None:
+        claimed = AttemptId.parse(attempt)
+        assert claimed is not None
+        directory = attempt_dir(self.run, claimed)
+        Watchdog(
+            Post(self.address),
+            attempt,
+            dist.get_rank(),
+            dist.get_world_size(),
+            self.pulse,
+            self.hang_after_s,
+            open_storage(self.url),
+            lambda: directory,
+            self.progress,
+            period_s=0.2,
+        ).__enter__()
+
+    def at(self, phase: StepPhase, step: int) -> None:
+        self.pulse.at(phase, step)
+
+    def worked(self, seconds: float) -> None:
+        self.pulse.worked(seconds)

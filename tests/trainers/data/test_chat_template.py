@@ -1,0 +1,108 @@
+"""Conversations: the template's own rendering, and loss on the answers and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.data.chat_template import encode_chat
+from outlast.trainers.data.tokenizer import train_bpe
+
+PLAIN = """{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}\
+{{ raise_exception('a role of its own: ' + m.role) }}{% endif %}<{{ m.role }}>{{ m.content }}<end>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+MARKED = """{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}\
+{% generation %}{{ m.content }}<end>{% endgeneration %}{% else %}{{ m.content }}<end>{% endif %}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+FORGETFUL = """{% for m in messages %}<{{ m.role }}>{% if loop.last %}<think>{% endif %}{{ m.content }}<end>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_bpe(iter(["user assistant system think end says hello world, how are you?"] * 20), 400).inner
+
+
+def chat(*turns: str) -> list[dict[str, Any]]:
+    """`chat("user: hi", "assistant: ho")`."""
+    return [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
+
+
+TWO = chat("system: be kind", "user: hello", "assistant: hello you", "user: how?", "assistant: wörld 🙂")
+
+
+def answers(tokenizer: Any, template: str, messages: Any) -> list[str]:
+    """What is learned, run by run; the tokens are those of the library's own rendering."""
+    tokenizer.chat_template = template
+    tokens, mask = encode_chat(tokenizer, messages)
+    assert tokens == list(tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"])
+    assert len(mask) == len(tokens)
+    runs: list[list[int]] = []
+    for place, (token, is_answer) in enumerate(zip(tokens, mask, strict=True)):
+        if is_answer:
+            if not place or not mask[place - 1]:
+                runs.append([])
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_loss_is_on_the_answers(tokenizer: Any) -> None:
+    assert answers(tokenizer, PLAIN, TWO) == ["hello you<end>\n", "wörld 🙂<end>\n"]
+
+
+def test_the_templates_own_marks_count(tokenizer: Any) -> None:
+    assert answers(tokenizer, MARKED, TWO) == ["hello you<end>", "wörld 🙂<end>"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(min_size=1)), min_size=1))
+def test_any_text_in_any_order(tokenizer: Any, turns: list[tuple[str, str]]) -> None:
+    messages = [*TWO[:1], *({"role": role, "content": content} for role, content in turns)]
+    wanted = "".join(f"{content}<end>\n" for role, content in turns if role == "assistant")
+    if wanted:
+        assert "".join(answers(tokenizer, PLAIN, messages)) == wanted
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = FORGETFUL
+    with pytest.raises(ConfigError, match="renders message 3 otherwise alone") as caught:
+        encode_chat(tokenizer, TWO)
+    assert "{% generation %}" in caught.value.hint
+
+
+def test_keys_without_a_value_are_absent(tokenizer: Any) -> None:
+    """As in parquet, where every message has every key."""
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls is defined %}TOOL{% endif %}")
+    tokenizer.chat_template = template
+    filled = [{**turn, "tool_calls": None} for turn in TWO]
+    assert encode_chat(tokenizer, filled) == encode_chat(tokenizer, TWO)
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("hello", "no list of"),
+        (["hello"], "no list of"),
+        (None, "no list of"),
+        ([], "nothing to learn"),
+        (chat("user: hello"), "nothing to learn"),
+        (chat("assistant: hello"), "begins with an answer"),
+        ([{"role": "user"}, *TWO], "message 1 has no role or no content"),
+        ([{"content": "hi"}], "message 1 has no role or no content"),
+        ([*TWO, {"role": "critic", "content": "no"}], "refuses the conversation: a role of its own: critic"),
+    ],
+)
+def test_what_is_no_conversation(messages: Any, said: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(ConfigError, match=said):
+        encode_chat(tokenizer, messages)
+
+
+def test_a_tokenizer_without_a_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template") as caught:
+        encode_chat(tokenizer, TWO)
+    assert "data.chat_template" in caught.value.hint

@@ -1,0 +1,108 @@
+"""Models whose buffers change in the forward pass, where the mode of training cannot keep what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.config.train import Exactness
+from outlast.trainers.loop.buffer_guard import watch_buffers
+from outlast.trainers.loop.train_loop import Outcome
+from tests.support.worker_group import run_group
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+REMEMBERING = """
+from recurrent import RecurrentLM
+
+class Remembering(RecurrentLM):
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+"""
+
+
+class Counts(nn.Module):
+    """Writes to a saved buffer, to one that is not saved, or with the value that is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("saved", torch.zeros(2))
+        self.register_buffer("lost", torch.zeros(2), persistent=False)
+        self.constant: torch.Tensor
+        self.register_buffer("constant", torch.ones(2), persistent=False)
+
+    def forward(self, name: str) -> None:
+        if name == "constant":
+            self.constant.copy_(torch.ones(2))
+        elif name == "replaced":
+            self.register_buffer("lost", torch.ones(2), persistent=False)
+        elif name == "new":
+            self.register_buffer("late", torch.ones(2), persistent=False)
+        else:
+            getattr(self, name).add_(1)
+
+
+@pytest.mark.parametrize(
+    ("exactness", "recomputes", "refused"),
+    [
+        (Exactness.FAST, False, []),
+        (Exactness.FAST, True, ["saved"]),
+        (Exactness.SAME_WORLD, False, ["lost", "replaced", "new"]),
+        (Exactness.SAME_WORLD, True, ["saved", "lost", "replaced", "new"]),
+        (Exactness.ELASTIC, False, ["saved", "lost", "replaced", "new"]),
+    ],
+)
+def test_which_buffers_may_change(exactness: Exactness, recomputes: bool, refused: list[str]) -> None:
+    found = []
+    for name in ("constant", "saved", "lost", "replaced", "new"):
+        model = Counts()
+        watched = watch_buffers(model, exactness, recomputes=recomputes)
+        model(name)
+        try:
+            for still in watched:
+                still.check()
+        except ConfigError:
+            found.append(name)
+    assert found == refused
+
+
+@pytest.mark.parametrize(
+    ("places", "rope_type", "refused"), [(8, "dynamic", True), (16, "dynamic", False), (16, "longrope", False)]
+)
+def test_frequencies_that_grow_with_the_longest_sequence_are_refused(
+    places: int, rope_type: str, refused: bool, assign: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    """Samples have 16 tokens. longrope writes its frequencies anew in each pass, and they are the same."""
+    rope: dict[str, Any] = {"rope_type": rope_type, "factor": 2.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": places}
+    config = {"model_type": "llama", **SIZES, "max_position_embeddings": places, "rope_parameters": rope}
+    run = f"grows-{rope_type}-{places}"
+    [ended] = run_group(assign(run, sections={"model": {"config": config}}, steps=2), storage, 1)
+    if not refused:
+        assert ended.outcome is Outcome.DONE
+        return
+    assert ended.error is not None
+    assert "inv_freq changes in the forward pass; exactness: same-world" in ended.error.message
+
+
+def test_a_memory_and_recomputed_activations_are_refused(
+    assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+) -> None:
+    (tmp_path / "remembering.py").write_text(REMEMBERING)
+    config = {"width": 32, "num_heads": 2, "segment": 8, "memory": 8, "carry": True}
+    model = {"class": "remembering:Remembering", "config": config}
+    assignment = assign("remembers", sections={"model": model}, gradient_checkpointing=True)
+    (tmp_path / "recurrent.py").symlink_to(EXAMPLES / "recurrent.py")
+    [ended] = run_group(replace(assignment, code=str(tmp_path)), storage, 1)
+    assert ended.error is not None
+    assert "buffer memory changes in the forward pass; train.gradient_checkpointing" in ended.error.message

@@ -1,0 +1,106 @@
+"""This machine's copies of prepared data: fetched once for all workers, verified, bounded."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from outlast.checkpointing.errors import ConfigError, DamagedError
+from outlast.checkpointing.format.manifest import FileEntry
+from outlast.checkpointing.save.writer import write_file
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.preparation.local_cache import evict, limit_bytes, local_copy
+from tests.support.ranks import on_ranks
+
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OUTLAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/data"
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[LocalStorage, FileEntry]:
+    storage = LocalStorage(tmp_path / "store")
+    return storage, write_file(storage, ".data/abc", "train.arrow", [CONTENT])
+
+
+def test_a_copy_is_used_again_and_mended(made: tuple[LocalStorage, FileEntry], cache: Path) -> None:
+    storage, entry = made
+    copy = local_copy(storage, ".data/abc", "abc", entry)
+    assert copy.read_bytes() == CONTENT
+    original = storage.path(".data/abc/train.arrow")
+    original.unlink()
+    assert local_copy(storage, ".data/abc", "abc", entry) == copy, "nothing is fetched twice"
+    original.write_bytes(CONTENT)
+    copy.write_bytes(CONTENT[:-1])
+    assert local_copy(storage, ".data/abc", "abc", entry).read_bytes() == CONTENT
+    original.write_bytes(CONTENT[:-1])
+    copy.unlink()
+    with pytest.raises(DamagedError, match="bytes changed since the data was prepared"):
+        local_copy(storage, ".data/abc", "abc", entry)
+    assert not copy.exists()
+
+
+def fetch(root: str, cache: str, entry: FileEntry) -> int:
+    """Returns how often this rank read the store."""
+    os.environ["OUTLAST_CACHE"] = cache
+    opened: list[str] = []
+
+    class Counting(LocalStorage):
+        def open(self, path: str):  # type: ignore[no-untyped-def]
+            opened.append(path)
+            time.sleep(0.2)
+            return super().open(path)
+
+    local_copy(Counting(Path(root)), ".data/abc", "abc", entry)
+    return len(opened)
+
+
+def test_one_worker_of_a_machine_fetches(made: tuple[LocalStorage, FileEntry], tmp_path: Path) -> None:
+    storage, entry = made
+    assert sorted(on_ranks(3, fetch, storage.url, str(tmp_path / "cache"), entry)) == [0, 0, 1]
+
+
+def fill(cache: Path, name: str, num_bytes: int, age_s: float) -> None:
+    (cache / name).mkdir(parents=True)
+    (cache / name / "train.arrow").write_bytes(bytes(num_bytes))
+    os.utime(cache / name, (time.time() - age_s,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        (400, {"old", "older", "oldest", "fresh"}),
+        (399, {"old", "older", "fresh"}),
+        (250, {"old", "fresh"}),
+        (0, {"fresh"}),
+    ],
+)
+def test_what_was_not_used_for_longest_goes_first(cache: Path, limit: int, left: set[str]) -> None:
+    for name, age_s in (("old", 1000), ("oldest", 3000), ("older", 2000), ("fresh", 10)):
+        fill(cache, name, 100, age_s)
+    evict(cache, limit, spared="none")
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == left
+
+
+def test_room_is_made_for_a_new_copy(
+    made: tuple[LocalStorage, FileEntry], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, entry = made
+    fill(cache, "old", 5000, 2000)
+    monkeypatch.setenv("OUTLAST_CACHE_GB", "0.0000148")
+    local_copy(storage, ".data/abc", "abc", entry)
+    assert not (cache / "old").exists()
+    assert (cache / "abc/train.arrow").exists()
+
+
+def test_a_limit_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTLAST_CACHE_GB", "much")
+    with pytest.raises(ConfigError, match="OUTLAST_CACHE_GB is 'much'"):
+        limit_bytes()

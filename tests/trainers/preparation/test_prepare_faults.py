@@ -1,0 +1,118 @@
+"""Preparation that is killed, done twice at once, given files that change, or given more than memory holds."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.preparation.prepare import Prepared, prepare
+from tests.support.worker_group import tiny_config
+
+PREPARE = """
+    import sys
+    from pathlib import Path
+    from outlast.checkpointing.storage.base import LocalStorage
+    from outlast.trainers.config.training_config import TrainingConfig
+    from outlast.trainers.preparation.prepare import prepare
+
+    config = TrainingConfig.model_validate_json(sys.argv[1])
+    prepared = prepare(config, LocalStorage(Path(config.checkpoint.storage)))
+    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    print(prepared.num_tokens["train"], int(peak) * 1024)
+"""
+
+
+def write_shards(folder: Path, num_rows: int) -> Path:
+    folder.mkdir()
+    for shard in range(2):
+        with (folder / f"part-{shard}.txt").open("w") as file:
+            for number in range(num_rows):
+                file.write(f"Row {number} of shard {shard}, " + "with words and more words " * 20 + "\n")
+    return folder
+
+
+def config_of(storage: Path, source: Path) -> TrainingConfig:
+    return tiny_config("run", str(storage), str(source), sections={"data": {"eval": "5%", "max_length": 64}})
+
+
+def start(config: TrainingConfig) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(PREPARE), config.model_dump_json()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def await_that(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def contents(storage: Path, prepared: Prepared) -> dict[str, bytes]:
+    """Every file but what a killed writer left half done."""
+    root = storage / prepared.directory
+    files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seen", ["tokenizer/tokenizer.json", "train.arrow"])
+def test_killed_in_the_middle_then_two_at_once(seen: str, tmp_path: Path) -> None:
+    """Killed as soon as a file is there. Two processes then make the same bytes as one that nothing happened to."""
+    source = write_shards(tmp_path / "shards", 2000)
+    expected = prepare(config_of(tmp_path / "calm", source), LocalStorage(tmp_path / "calm"))
+    storage = tmp_path / "stormy"
+    config = config_of(storage, source)
+    victim = start(config)
+    await_that(lambda: (storage / expected.directory / seen).exists())
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    assert not (storage / expected.directory / "data.json").exists(), "it was killed too late to tell"
+    both = [start(config), start(config)]
+    for process in both:
+        process.communicate()
+        assert process.returncode == 0
+    assert prepare(config, LocalStorage(storage)) == expected
+    assert contents(storage, expected) == contents(tmp_path / "calm", expected)
+
+
+@pytest.mark.faults
+def test_files_that_change_while_they_are_read(tmp_path: Path) -> None:
+    """What is written under a fingerprint is made of those bytes, or nothing counts."""
+    source = write_shards(tmp_path / "shards", 2000)
+    config, storage = config_of(tmp_path / "runs", source), LocalStorage(tmp_path / "runs")
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(prepare, config, storage)
+        await_that(lambda: any((tmp_path / "runs").rglob("tokenizer.json")))
+        with (source / "part-1.txt").open("a") as file:
+            file.write("one row more\n")
+        with pytest.raises(ConfigError, match="changed while they were read"):
+            made.result()
+    assert not list((tmp_path / "runs").rglob("data.json"))
+    assert prepare(config, storage).num_rows["train"] > 0
+
+
+@pytest.mark.faults
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    """Eight times the rows, 72 MB, take less than 40 MB more: two blocks of 16 MiB are held while a file is stored."""
+    peaks = []
+    for num_rows in (8_000, 64_000):
+        source = write_shards(tmp_path / f"shards-{num_rows}", num_rows)
+        process = start(config_of(tmp_path / f"runs-{num_rows}", source))
+        output, _ = process.communicate()
+        assert process.returncode == 0
+        num_tokens, peak = map(int, output.split())
+        assert num_tokens > num_rows * 100
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 40 * 2**20

@@ -1,0 +1,291 @@
+"""Trackers are copies of the journal: each step once, also after a kill; and one that is down stops nobody."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.config.tracking import TrackSettings
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.tracking.base import Watermark
+from outlast.trainers.tracking.follow import Follower, check_trackers, values_of
+from tests.conftest import Reference
+from tests.support.s3_server import s3_server
+from tests.support.worker_group import Quiet, digests, losses, resumed, run_group
+
+LIMIT_S = 60.0
+STEPS, EVALS = list(range(1, 11)), [0, 4, 8, 10]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+@dataclass
+class KillAt(Quiet):
+    """Kills rank 0's process in a step; with `folder`, once TensorBoard has written that step there."""
+
+    step: int
+    folder: Path | None = None
+
+    def progress(self, event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == self.step:
+            deadline = time.monotonic() + LIMIT_S
+            while self.folder is not None and time.monotonic() < deadline:
+                if self.folder.is_dir() and self.step in dict(scalars(self.folder).get("train/loss", [])):
+                    break
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Everything that TensorBoard would draw from a folder: (step, value) by name, in the order of the files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(item.step, item.value) for item in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def told(storage: LocalStorage, run: str) -> dict[str, dict[int, float]]:
+    """What the journal says: the values of each step by name."""
+    found: dict[str, dict[int, float]] = {}
+    for _, event in run_events(storage, run):
+        for name, value in values_of(event).items():
+            found.setdefault(name, {})[event["step"]] = value
+    return found
+
+
+def tracked(assignment: Assignment, *names: str) -> Assignment:
+    return replace(assignment, track=TrackSettings.model_validate({"to": list(names)}))
+
+
+def run(assignment: Assignment, storage: LocalStorage, control: Quiet | None = None) -> Outcome | None:
+    return run_group(assignment, storage, 2, control)[0].outcome
+
+
+def check_copy(copy: dict[str, list[tuple[int, float]]], storage: LocalStorage, run: str, single: bool = True) -> None:
+    """Each step once, none backwards, and the journal's values."""
+    journal = told(storage, run)
+    for name, steps in (("train/loss", STEPS), ("train/lr", STEPS), ("eval/loss", EVALS)):
+        assert [step for step, _ in copy[name]] == steps
+        said = [journal[name][step] for step in steps]
+        assert [value for _, value in copy[name]] == ([float(np.float32(value)) for value in said] if single else said)
+    for points in copy.values():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps))
+
+
+def test_tensorboard_after_a_kill(
+    assign: Callable[..., Assignment], storage: LocalStorage, reference: Callable[[int], Reference]
+) -> None:
+    """Killed at step 8 and resumed from 6: the tracker has had steps 7 and 8, which are done again."""
+    folder = storage.path("tracked/trackers/tensorboard")
+    first = tracked(assign("tracked"), "tensorboard")
+    assert run(first, storage, KillAt(8, folder)) is None
+    assert [step for step, _ in scalars(folder)["train/loss"]] == STEPS[:8]
+    assert run(replace(first, launch="second"), storage) is Outcome.DONE
+    assert resumed(storage, "tracked")[0]["step"] == 6
+    assert losses(storage, "tracked") == reference(2).losses
+    copy = scalars(folder)
+    check_copy(copy, storage, "tracked")
+    assert set(copy) >= {"train/grad_norm", "train/tokens_per_s", "save/waited_s", "save/commit_s", "eval/loss"}
+    with_settings = [path for path in folder.iterdir() if b"train.warmup" in path.read_bytes()]
+    assert len(with_settings) == 1, "the settings are written once"
+
+
+def test_what_a_tracker_missed_is_taken_from_the_journal(
+    assign: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    """Nobody tracked the first two attempts; the third sends what it stands on, each step as it was done last."""
+    assert run(assign("missed"), storage, KillAt(5)) is None
+    assert run(assign("missed", launch="second"), storage, KillAt(8)) is None
+    assert run(tracked(assign("missed", launch="third"), "tensorboard"), storage) is Outcome.DONE
+    assert [event["step"] for event in resumed(storage, "missed")] == [3, 6]
+    check_copy(scalars(storage.path("missed/trackers/tensorboard")), storage, "missed")
+
+
+_NINETY_STEPS = """
+import sys
+url, kind, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if kind == "x":
+    sys.modules["tensorboard"] = None
+import os, signal
+from outlast.checkpointing.storage.base import open_storage
+from outlast.trainers.tracking import backends as sinks
+from outlast.trainers.tracking.follow import Place
+sinks.SEGMENT_BYTES, sinks.PUT_S = 1000, 0
+sink = sinks.TensorBoard(Place(open_storage(url), "run", "run-1", {"a": 1}, "outlast", {}))
+seen = sink.open()
+newest = seen.by_name.get("train/loss", seen.floor)
+print(newest)
+for step in range(max(1, newest + 1), 92):
+    sink.log({"train/loss": float(step)}, step, 1.7e9 + step)
+    if step == dies_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+sink.close()
+"""
+
+
+@pytest.mark.parametrize("kind", ["torch", *(pytest.param(kind, marks=pytest.mark.faults) for kind in ("x", "s3"))])
+def test_event_files_in_pieces(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Cut, killed, gone on with; also with tensorboardX alone, and on an object store."""
+    url = request.getfixturevalue("bucket") if kind == "s3" else str(tmp_path / "runs")
+    for dies_at, code, least in ((41, -9, -1), (0, 0, 1)):  # tensorboardX writes in a thread of its own
+        command = [sys.executable, "-c", _NINETY_STEPS, url, kind, str(dies_at)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert done.stdout == "" or int(done.stdout) >= least
+    place, folder = open_storage(url), tmp_path / "copy"
+    files = [entry.name for entry in place.list("run/trackers/tensorboard")]
+    assert len(files) > 2
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_bytes(read_bytes(place, f"run/trackers/tensorboard/{name}"))
+    assert scalars(folder)["train/loss"] == [(step, float(step)) for step in range(1, 92)]
+
+
+def test_mlflow_after_a_kill(
+    assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="pip install 'outlast[mlflow]'")
+    from mlflow import MlflowClient
+
+    uri = f"file://{tmp_path}/mlruns"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    folder = storage.path("in-mlflow/trackers/tensorboard")  # with TensorBoard beside it, to know when to kill
+    first = tracked(assign("in-mlflow"), "mlflow", "tensorboard")
+    assert run(first, storage, KillAt(8, folder)) is None
+    assert run(replace(first, launch="second"), storage) is Outcome.DONE
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("outlast")
+    assert experiment is not None
+    [found] = client.search_runs([experiment.experiment_id])
+    assert found.info.run_name == "in-mlflow"
+    assert found.data.params["train.lr"] == "0.001"
+    history = {name: client.get_metric_history(found.info.run_id, name) for name in found.data.metrics}
+    check_copy({k: [(x.step, x.value) for x in items] for k, items in history.items()}, storage, "in-mlflow", False)
+    check_copy(scalars(folder), storage, "in-mlflow")
+
+
+def test_wandb_offline_after_a_kill(
+    assign: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="pip install 'outlast[wandb]'")
+    from tests.support.wandb_files import history
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = storage.path("in-wandb/trackers/tensorboard")
+    first = tracked(assign("in-wandb"), "wandb", "tensorboard")
+    assert run(first, storage, KillAt(8, folder)) is None
+    assert run(replace(first, launch="second"), storage) is Outcome.DONE
+    parts = sorted(storage.path("in-wandb/trackers/wandb").glob("offline-run-*"))
+    assert len({part.name.split("-", 3)[3] for part in parts}) == 1, "one id, so one run"
+    points: dict[str, list[tuple[int, float]]] = {}
+    for step, values in history(storage.path("in-wandb/trackers/wandb")):
+        for name, value in values.items():
+            points.setdefault(name, []).append((step, value))
+    check_copy(points, storage, "in-wandb", single=False)
+
+
+@pytest.fixture
+def deaf() -> Iterator[str]:
+    """A server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        kept: list[socket.socket] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    kept.append(server.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        for connection in kept:
+            connection.close()
+
+
+@pytest.mark.parametrize("answers", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["down", "deaf"])
+def test_a_tracker_that_is_down_stops_nobody(
+    answers: bool,
+    deaf: str,
+    assign: Callable[..., Assignment],
+    storage: LocalStorage,
+    reference: Callable[[int], Reference],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("mlflow", reason="pip install 'outlast[mlflow]'")
+    name = "deaf" if answers else "down"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", deaf if answers else "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert run(tracked(assign(name), "mlflow"), storage) is Outcome.DONE
+    assert digests(storage, name) == digests(storage, reference(2).run)
+    events = [event for _, event in run_events(storage, name) if event["event"] == "tracker"]
+    assert {event["name"] for event in events} == {"mlflow"}
+    assert len(events) <= 2, "once, and once more that it did not take everything"
+
+
+def test_a_slow_tracker_loses_its_own_values_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue is bounded, hearing returns at once, and the loss is told once."""
+    monkeypatch.setattr("outlast.trainers.tracking.follow.QUEUE_EVENTS", 5)
+    go, taken, said = threading.Event(), list[int](), list[str]()
+
+    class Slow:
+        name = "slow"
+
+        def open(self) -> Watermark:
+            return Watermark()
+
+        def log(self, values: Any, step: int, at: float) -> None:
+            go.wait(LIMIT_S)
+            taken.append(step)
+
+        def close(self) -> None:
+            pass
+
+    follower = Follower(Slow, lambda newest: [], said.append)
+    for step in range(1, 30):
+        event = {"event": "step", "step": step, "loss": 1.0, "lr": 1.0, "grad_norm": None, "count": 1, "seconds": 1.0}
+        follower.apply({**event, "t": 0.0})
+    assert len(said) == 1
+    assert "from step 6 on" in said[0]
+    go.set()
+    follower.close(time.monotonic() + LIMIT_S)
+    assert taken == [1, 2, 3, 4, 5]
+    assert len(said) == 1
+
+
+def test_what_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outlast.trainers.tracking.follow.find_spec", lambda name: None)
+    check_trackers(TrackSettings.model_validate({}))  # the default asks for nothing
+    with pytest.raises(ConfigError, match=r"track\.to names mlflow, which is not installed") as caught:
+        check_trackers(TrackSettings.model_validate({"to": ["mlflow"]}))
+    assert "pip install 'outlast[mlflow]'" in caught.value.hint
+
+
+def test_credentials_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"wandb\.api_key looks like a credential"):
+        TrackSettings.model_validate({"options": {"wandb": {"api_key": "x"}}})

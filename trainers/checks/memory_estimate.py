@@ -1,0 +1,157 @@
+"""How large a run's state is, before any of it exists: the model is built without memory, and so is its optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from outlast.checkpointing.format.layout import optimizer_shard
+from outlast.checkpointing.format.safetensors import TensorSpec, encode
+from outlast.checkpointing.save.writer import weight_files
+from outlast.checkpointing.state.model_weights import WeightNaming, named_weights
+from outlast.checkpointing.state.optimizer_state import assign_to_ranks, optimizer_tensors
+from outlast.checkpointing.storage.base import Storage
+from outlast.trainers.checks.preflight import check_model
+from outlast.trainers.config.train import Exactness, Parallel
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.sampler import make_plan, share
+from outlast.trainers.distributed.tree_allreduce import TreeSum
+from outlast.trainers.loop.optimizer import make_optimizer
+from outlast.trainers.models.build import naming_of
+from outlast.trainers.preparation.prepare import Prepared
+
+_COPY_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that a worker holds for the state, the fullest of them. Activations are not among them.
+
+    Attributes:
+        weights: Weights in float32.
+        gradients: Of what is trained, with the partial sums of `exactness: elastic`.
+        optimizer: What the optimizer keeps.
+        snapshot: The copy of the worker's share on the host, with `checkpoint.overlap`.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    snapshot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large the state is.
+
+    Attributes:
+        model: Name of the model's class.
+        num_parameters: Parameters, tied ones once.
+        num_trained: Those that are trained.
+        memory: Of a worker.
+        files: A checkpoint's files that are known beforehand, with their bytes.
+        share_bytes: What the worker with most to write writes of each checkpoint.
+    """
+
+    model: str
+    num_parameters: int
+    num_trained: int
+    memory: Memory
+    files: Mapping[str, int]
+    share_bytes: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int, parallel: Parallel) -> Size:
+    """The size of a run's state on `size` workers.
+
+    Raises:
+        ConfigError: The model cannot be built, or the optimizer cannot tell its state without memory.
+    """
+    model, small = check_model(config, prepared, storage)
+    naming = naming_of(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    moments = _moments(model, config)
+    weights = named_weights(model, naming)
+    weight_bytes, moment_bytes = _num_bytes(weights), _num_bytes(moments)
+    dealt = assign_to_ranks(moments, size, weight_bytes)
+    shares = [
+        sum(moments[name].nbytes for name in names) + (0 if rank else weight_bytes) for rank, names in enumerate(dealt)
+    ]
+    cut = size if parallel is Parallel.FSDP else 1
+    share_bytes = (weight_bytes + moment_bytes) // size if parallel is Parallel.FSDP else max(shares)
+    gradients = sum(parameter.nbytes for parameter in trained)
+    memory = Memory(
+        weights=sum(parameter.nbytes for parameter in model.parameters()) // cut,
+        gradients=gradients // cut * (1 + _num_partial_sums(config, prepared, size)),
+        optimizer=moment_bytes // cut,
+        snapshot=share_bytes if config.checkpoint.overlap else 0,
+    )
+    files = {name: len(data) for name, data in small.items()}
+    files |= _weight_files(weights, config, naming)
+    files |= {optimizer_shard(rank, size): _encoded(moments, names) for rank, names in enumerate(dealt)}
+    return Size(
+        model=type(model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_trained=sum(parameter.numel() for parameter in trained),
+        memory=memory,
+        files=files,
+        share_bytes=share_bytes,
+    )
+
+
+def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _moments(model: nn.Module, config: TrainingConfig) -> dict[str, torch.Tensor]:
+    """The optimizer's state after a step, without memory: plain kernels keep what fused ones keep."""
+    optimizer = make_optimizer(model, config.train)
+    for group in optimizer.param_groups:
+        group.update({name: False for name in ("fused", "foreach") if name in group})
+        for parameter in group["params"]:
+            parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    return optimizer_tensors(model, optimizer)
+
+
+def _weight_files(weights: Mapping[str, torch.Tensor], config: TrainingConfig, naming: WeightNaming) -> dict[str, int]:
+    specs = {name: TensorSpec.of(tensor) for name, tensor in weights.items()}
+    files = weight_files(specs, config.checkpoint.max_shard_bytes, naming.file)
+    return {file: _encoded(weights, names) for file, names in files.items()}
+
+
+def _encoded(tensors: Mapping[str, torch.Tensor], names: list[str]) -> int:
+    """Bytes of the file that holds these tensors."""
+    mine = {name: tensors[name] for name in names}
+    return len(next(encode(mine))) + _num_bytes(mine)
+
+
+def _num_partial_sums(config: TrainingConfig, prepared: Prepared, size: int) -> int:
+    """How many copies of the gradients a worker keeps at the most, for the fixed tree of `elastic`."""
+    if config.exactness != Exactness.ELASTIC.value:
+        return 0
+    num_micro = make_plan(config, prepared.num_samples, size).num_micro_batches(0)
+    most = 0
+    for rank in range(size):
+        tree = TreeSum(num_micro)
+        for micro in share(num_micro, rank, size):
+            tree.add(range(micro, micro + 1), torch.zeros(1))
+            most = max(most, len(tree.parts))
+    return most
+
+
+def copy_speed() -> float:
+    """Bytes a second that this machine's memory is copied with."""
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    began = time.perf_counter()
+    target.copy_(source)
+    return _COPY_BYTES / (time.perf_counter() - began)

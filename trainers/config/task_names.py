@@ -1,0 +1,40 @@
+"""Names of tasks."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+TASKS = {
+    "causal-lm": "outlast.trainers.tasks.causal_lm:CausalLM",
+    "chat": "outlast.trainers.tasks.chat:Chat",
+    "masked-lm": "outlast.trainers.tasks.masked_lm:MaskedLM",
+    "sequence-classification": "outlast.trainers.tasks.classification:SequenceClassification",
+    "token-classification": "outlast.trainers.tasks.classification:TokenClassification",
+    "question-answering": "outlast.trainers.tasks.question_answering:QuestionAnswering",
+    "seq2seq-lm": "outlast.trainers.tasks.seq2seq:Seq2SeqLM",
+    "multiple-choice": "outlast.trainers.tasks.multiple_choice:MultipleChoice",
+    "double-heads": "outlast.trainers.tasks.multiple_choice:DoubleHeads",
+}
+
+
+_DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_dotted(place: str) -> bool:
+    """Whether this is written as `package.module:Name`."""
+    return _DOTTED.fullmatch(place) is not None
+
+
+def check_task_name(name: str) -> str:
+    """The name, if it is in the table or a dotted path. Raises ValueError with the nearest one."""
+    if name in TASKS or is_dotted(name):
+        return name
+    near = difflib.get_close_matches(name, TASKS, n=1)
+    known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
+    raise ValueError(f"no task is called {name!r}; {known} (a task of your own is package.module:Class)")

@@ -1,0 +1,1 @@
+"""Rows, columns, tokenizers, samples and their order."""

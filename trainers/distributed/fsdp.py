@@ -1,0 +1,83 @@
+"""FSDP2: a model of which every rank holds a share, gathered block by block while it computes.
+
+Every pass through such a model is collective, so ranks with fewer micro-batches must run idle ones. Gradients are
+added in rank order, as under DDP; that order is ours, because no library promises one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from outlast.trainers.config.train import Exactness
+from outlast.trainers.distributed.ordered_allreduce import sum_of_parts
+from outlast.trainers.distributed.world import World
+
+
+def shard(model: nn.Module, world: World, exactness: Exactness) -> nn.Module:
+    """Spreads the model's parameters over the ranks, in place: each transformer block by itself, the rest together."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the loss is divided by the step's count already
+            module.set_force_sum_reduction_for_comms(True)
+            if exactness is Exactness.SAME_WORLD:
+                module.set_custom_reduce_scatter(_OrderedReduceScatter())  # type: ignore[arg-type]  # a private protocol
+    return model.to(world.device)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks: items of module lists that the model names as not to be split, else of its largest list.
+
+    A block that shares a parameter with the rest of the model is not one: the parameter can be in one place only.
+    """
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer, _ in lists):
+            lists.append((name, module))
+    unsplit = set(getattr(model, "_no_split_modules", None) or ())
+    found = [item for _, items in lists for item in items if type(item).__name__ in unsplit]
+    if not found and lists:
+        _, largest = max(lists, key=lambda named: sum(parameter.numel() for parameter in named[1].parameters()))
+        found = list(largest)
+    uses = _uses(model)
+    return [item for item in found if (own := _uses(item)) and all(uses[key] == own[key] for key in own)]
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, gathered from all ranks if it is spread over them. Every rank calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class _OrderedReduceScatter:
+    """The sum over the ranks, added in rank order, of the chunk that is this rank's."""
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        assert op == dist.ReduceOp.SUM
+        assert not async_op
+        output_tensor.copy_(sum_of_parts(input_tensor, group))

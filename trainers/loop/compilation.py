@@ -1,0 +1,65 @@
+"""torch.compile and recomputed activations."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
+from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.trainers.config.train import TrainSettings
+
+#: Shapes that one function may be compiled for, in training and in evaluation.
+_NUM_SHAPES = 4096
+
+
+def prepare_module(model: nn.Module, train: TrainSettings, ranks: RankGroup, device: torch.device) -> None:
+    """Makes the model compute as the settings say, in place, so that its names stay. Before it is parallelized.
+
+    Raises:
+        ConfigError: The model cannot recompute its activations.
+        PreflightError: Nothing can be compiled on some rank's machine.
+    """
+    check_recomputes(model, train)
+    if train.gradient_checkpointing:
+        inner: Any = model
+        enable = getattr(inner, "activation_checkpointing_enable", None)  # its name in newer transformers
+        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+    if train.compile:
+        _settle_compiler()
+        ranks.everybody(lambda: _check_compiler(device))
+        model.compile(dynamic=False)
+
+
+def check_recomputes(model: nn.Module, train: TrainSettings) -> None:
+    """Raises ConfigError if the model is to recompute its activations and cannot."""
+    if train.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{type(model).__name__} cannot recompute its activations", hint="set train.gradient_checkpointing: false"
+        )
+
+
+def _settle_compiler() -> None:
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = _NUM_SHAPES
+    dynamo.fail_on_recompile_limit_hit = True  # beyond it uncompiled kernels would go on, with other bits
+    if torch.are_deterministic_algorithms_enabled() and hasattr(inductor, "deterministic"):
+        inductor.deterministic = True  # no choice of kernels by the clock
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compiles a line that no cache holds."""
+    salt = time.time()
+    try:
+        torch.compile(lambda values: values * salt, dynamic=False)(torch.ones(8, device=device))
+    except (RuntimeError, OSError) as error:
+        needs = "a C++ compiler (g++, or CXX)" if device.type == "cpu" else "triton and a C compiler (gcc, or CC)"
+        raise PreflightError(
+            f"torch.compile does not work on this machine: {first_line(error)}",
+            hint=f"it needs {needs} on every worker; or set train.compile: false",
+        ) from error

@@ -1,0 +1,48 @@
+"""The step loop's line to the outside: whether to stop or save, and whom to tell. The loop knows nothing of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from outlast.trainers.loop.progress import StepPhase
+
+
+class Control(Protocol):
+    """The loop's line to the outside. Its methods must return at once."""
+
+    def stop_requested(self) -> bool:
+        """True once this rank was asked to end at the next step. Ranks need not agree: one is enough."""
+
+    def save_requested(self) -> str | None:
+        """Why to save after this step, asked once a step on rank 0; None for no reason."""
+
+    def claimed(self, attempt: str) -> None:
+        """Learns the attempt's name, once."""
+
+    def at(self, phase: StepPhase, step: int) -> None:
+        """Learns, on every rank, what it is at; `step` steps are done."""
+
+    def worked(self, seconds: float) -> None:
+        """Learns, on every rank, what a micro-batch took it without waiting for others: its data and forward pass."""
+
+    def progress(self, event: dict[str, Any]) -> None:
+        """Takes note of an event (rank 0 only)."""
+
+
+class TrackedControl:
+    """A control whose events others hear too.
+
+    Args:
+        inner: The control.
+        listeners: Whoever hears an event before it does.
+    """
+
+    def __init__(self, inner: Control, *listeners: Callable[[dict[str, Any]], None]) -> None:
+        self.stop_requested, self.save_requested = inner.stop_requested, inner.save_requested
+        self.claimed, self.at, self.worked = inner.claimed, inner.at, inner.worked
+        self._hear = (*listeners, inner.progress)
+
+    def progress(self, event: dict[str, Any]) -> None:
+        for apply in self._hear:
+            apply(event)

@@ -1,0 +1,1 @@
+"""Models: built, adapted, merged, named."""

@@ -1,0 +1,1 @@
+"""Preparation of data: encoded once, cached on each node."""

@@ -1,0 +1,1 @@
+"""Tasks: what is encoded, the loss, and the scores."""

@@ -1,0 +1,297 @@
+"""Tasks with classes: one text or two at once, and word by word. Regression is a sequence with a number for a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.data.arrow_samples import Sample
+from outlast.trainers.data.columns import Column, ColumnType, name_of
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, TokenTask, ints
+
+if TYPE_CHECKING:
+    from outlast.trainers.config.data import DataSettings
+
+SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
+_OF_TRANSFORMERS = {
+    SINGLE: "single_label_classification",
+    MULTI: "multi_label_classification",
+    REGRESSION: "regression",
+}
+
+
+def sort_classes(settings: DataSettings, role: str, found: Iterable[str]) -> list[str]:
+    """Names of the classes in the order of their numbers: whole numbers by size, and the rest by name.
+
+    Raises:
+        ConfigError: There are less than two.
+    """
+    classes = sorted(set(found), key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
+    if len(classes) < 2:
+        name = name_of(settings, role)
+        raise ConfigError(
+            f"{settings.train}: column {name!r} holds one class only: {classes}",
+            hint=f"give rows of two classes or more, or name another column: -s data.{role}=…",
+        )
+    return classes
+
+
+def name_classes(config: Any, classes: Sequence[str]) -> None:
+    """Puts the classes into a model's configuration."""
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {label: number for number, label in enumerate(classes)}
+
+
+def f1(hits: torch.Tensor) -> float:
+    """The macro F1 over the classes that occur, from true positives, false positives and false negatives, [classes, 3].
+
+    As scikit-learn and torchmetrics have it.
+    """
+    right, wrong = hits[:, 0], hits[:, 1:].sum(1)
+    occurs = right + wrong > 0
+    return (2 * right / (2 * right + wrong))[occurs].mean().item()
+
+
+class SequenceClassification(Task):
+    """Name the class of a text, or its classes, or the number that belongs to it. A row is one sample, cut off."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("text", ColumnType.TEXT),
+        Column("label", ColumnType.VALUE, is_target=True),
+        Column("text_pair", ColumnType.TEXT, is_optional=True),
+    )
+    options = ("problem",)
+    template = ("$A", "$A <|endoftext|> $B")
+
+    def __init__(self, settings: DataSettings, tokenizer: Any, facts: Mapping[str, Any]) -> None:
+        super().__init__(settings, tokenizer, facts)
+        self.problem, self.classes = facts["problem"], facts["classes"]
+        self._numbers = {name: number for number, name in enumerate(self.classes)}
+
+    @classmethod
+    def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
+        kinds, found = set(), set()
+        for record in records:
+            label = record["label"]
+            kinds.add(list if isinstance(label, list) else type(label))
+            if not isinstance(label, float):
+                found |= {str(item) for item in (label if isinstance(label, list) else [label])}
+        guess = MULTI if kinds == {list} else REGRESSION if float in kinds and str not in kinds else SINGLE
+        if guess is SINGLE and kinds == {str} and any("." in item for item in found) and all(map(_is_number, found)):
+            guess = REGRESSION  # a .csv file has only texts
+        problem = settings.problem or guess
+        numbers = kinds & {int, float, bool} or (str in kinds and any(map(_is_number, found)))
+        if kinds and not {SINGLE: kinds & {str, int, bool}, MULTI: kinds & {list}, REGRESSION: numbers}[problem]:
+            raise ConfigError(
+                f"data.problem is {problem}, and column {name_of(settings, 'label')!r} holds nothing of that kind",
+                hint=f"set data.problem: {guess}, or name another column as data.label",
+            )
+        facts: dict[str, Any] = {"problem": problem, "classes": []}
+        if problem != REGRESSION:
+            facts["classes"] = sort_classes(settings, "label", found)
+        if settings.problem is None and problem != SINGLE:
+            facts["notes"] = [f"column {name_of(settings, 'label')!r} is taken for {problem} (data.problem)"]
+        return facts
+
+    def fault(self, record: Record) -> str | None:
+        label, name = record["label"], name_of(self.settings, "label")
+        if self.problem == REGRESSION:
+            return None if _is_number(label) else f"column {name!r} holds {label!r}, not a number"
+        if isinstance(label, list) is not (self.problem == MULTI) or isinstance(label, float):
+            return f"column {name!r} holds {label!r}, not {'a list of classes' if self.problem == MULTI else 'a class'}"
+        strange = [item for item in map(str, label if isinstance(label, list) else [label]) if not self._knows(item)]
+        return f"label {strange[0]!r} is in the evaluation data, and not in the training data" if strange else None
+
+    def _knows(self, name: str) -> bool:
+        return name in self._numbers
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
+        texts = [[record["text"] for record in records]]
+        if records and "text_pair" in records[0]:
+            texts.append([record["text_pair"] for record in records])
+        encoded = self.tokenizer.inner(*texts, truncation=True, max_length=self.settings.max_length)
+        for place, record in enumerate(records):
+            sample = {"input_ids": ints(encoded["input_ids"][place] or [self.padding("input_ids")])}
+            if len(texts) > 1 and "token_type_ids" in encoded:
+                sample["token_type_ids"] = ints(encoded["token_type_ids"][place])
+            if "label" in record:
+                sample["labels"] = self._target(record["label"])
+            yield sample
+
+    def _target(self, label: Any) -> Any:
+        if self.problem == REGRESSION:
+            return np.asarray([float(label)], dtype=np.float32)
+        if self.problem == SINGLE:
+            return ints([self._numbers[str(label)]])
+        target = np.zeros(len(self.classes), dtype=np.float32)
+        target[[self._numbers[str(item)] for item in label]] = 1
+        return target
+
+    def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
+        batch = super().collate(samples, keys)
+        if "labels" in batch and self.problem != MULTI:
+            batch["labels"] = batch["labels"][:, 0]
+        return batch
+
+    def configure(self, config: Any) -> None:
+        super().configure(config)
+        config.problem_type = _OF_TRANSFORMERS[self.problem]
+        if self.classes:
+            name_classes(config, self.classes)
+        else:
+            config.num_labels = 1
+
+    def count(self, batch: Batch) -> int:
+        return batch["labels"].numel()
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        logits, labels = outputs.logits.float(), batch["labels"]
+        if self.problem == REGRESSION:
+            return functional.mse_loss(logits[:, 0], labels, reduction="sum")
+        if self.problem == MULTI:
+            return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return functional.cross_entropy(logits, labels, reduction="sum")
+
+    @classmethod
+    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("mse", "mae") if facts["problem"] == REGRESSION else ("accuracy", "f1")
+
+    def tally(self, outputs: Any, batch: Batch) -> Sums:
+        logits, labels = outputs.logits.float(), batch["labels"]
+        if self.problem == REGRESSION:
+            wrong = (logits[:, 0] - labels).double()
+            return {"squared": wrong.square().sum(), "absolute": wrong.abs().sum()}
+        from torchmetrics.functional.classification import multilabel_stat_scores
+
+        if self.problem == MULTI:
+            # Given logits, torchmetrics takes them for probabilities where all are in [0, 1].
+            said = (logits > 0).long()
+            return {"hits": _hits(multilabel_stat_scores(said, labels.long(), len(self.classes), average=None))}
+        return {"hits": count_hits(logits, labels)}
+
+    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        count = sums["count"].item()
+        if self.problem == REGRESSION:
+            return {"mse": sums["squared"].item() / count, "mae": sums["absolute"].item() / count}
+        right, wrong = sums["hits"][:, 0].sum().item(), sums["hits"][:, 1:].sum().item()
+        # With one class a sample, what is not right is wrong; with several, each class of each sample is.
+        accuracy = right / count if self.problem == SINGLE else 1 - wrong / count
+        return {"accuracy": accuracy, "f1": f1(sums["hits"])}
+
+    def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+        for record, logits in zip(records, outputs.logits.float().cpu(), strict=True):
+            if self.problem == REGRESSION:
+                yield {**record, "value": logits[0].item()}
+                continue
+            shares = (logits.sigmoid() if self.problem == MULTI else logits.softmax(-1)).tolist()
+            rated = dict(zip(self.classes, shares, strict=True))
+            best = [name for name, share in rated.items() if share > 0.5] if self.problem == MULTI else None
+            yield {**record, "label": max(rated, key=rated.__getitem__) if best is None else best, "scores": rated}
+
+
+class TokenClassification(TokenTask):
+    """Name the tag of every word. The first token of a word carries its tag; the others have none."""
+
+    auto_class = "AutoModelForTokenClassification"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("tokens", ColumnType.TEXTS),
+        Column("tags", ColumnType.LABELS, is_target=True),
+    )
+    special_tokens = BERT_TOKENS
+    template = BERT_TEMPLATE
+
+    def __init__(self, settings: DataSettings, tokenizer: Any, facts: Mapping[str, Any]) -> None:
+        super().__init__(settings, tokenizer, facts)
+        self.classes = facts["classes"]
+        self._numbers = {name: number for number, name in enumerate(self.classes)}
+
+    @classmethod
+    def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
+        return {"classes": sort_classes(settings, "tags", (str(tag) for record in records for tag in record["tags"]))}
+
+    def fault(self, record: Record) -> str | None:
+        words, tags = record["tokens"], record["tags"]
+        if not words or len(words) != len(tags):
+            return f"it has {len(words)} words and {len(tags)} tags"
+        strange = [tag for tag in map(str, tags) if tag not in self._numbers]
+        return f"tag {strange[0]!r} is in the evaluation data, and not in the training data" if strange else None
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
+        for record, _, encoded in self._encoded(records):
+            sample = {"input_ids": ints(encoded.ids)}
+            if "tags" in record:
+                firsts, labels = _first_tokens(encoded.word_ids), ints([IGNORED] * len(encoded.ids))
+                for word, place in firsts.items():
+                    labels[place] = self._numbers[str(record["tags"][word])]
+                sample["labels"] = labels
+            yield sample
+
+    def _encoded(self, records: Sequence[Record]) -> Iterator[tuple[Record, list[str], Any]]:
+        words = [_words(record["tokens"]) for record in records]
+        encoded = self.tokenizer.inner(
+            words, is_split_into_words=True, truncation=True, max_length=self.settings.max_length
+        )
+        yield from zip(records, words, encoded.encodings, strict=True)
+
+    def configure(self, config: Any) -> None:
+        super().configure(config)
+        name_classes(config, self.classes)
+
+    @classmethod
+    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("accuracy", "f1")
+
+    def tally(self, outputs: Any, batch: Batch) -> Sums:
+        return {"hits": count_hits(outputs.logits.flatten(0, 1), batch["labels"].flatten())}
+
+    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return {"accuracy": (sums["hits"][:, 0].sum() / sums["count"]).item(), "f1": f1(sums["hits"])}
+
+    def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+        chosen = outputs.logits.argmax(-1).tolist()
+        for (_, words, encoded), numbers in zip(self._encoded(records), chosen, strict=True):
+            tags = [None] * len(words)
+            for word, place in _first_tokens(encoded.word_ids).items():
+                tags[word] = self.classes[numbers[place]]
+            yield {"tokens": words, "tags": tags}
+
+
+def count_hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """True positives, false positives and false negatives of each class, shape [classes, 3]; -100 does not count."""
+    from torchmetrics.functional.classification import multiclass_stat_scores
+
+    num_classes = logits.shape[-1]
+    found = multiclass_stat_scores(logits.argmax(-1), labels, num_classes, average=None, ignore_index=IGNORED)
+    return _hits(found)
+
+
+def _hits(stat_scores: torch.Tensor) -> torch.Tensor:
+    return stat_scores[:, [0, 1, 3]]
+
+
+def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
+    """Where each word begins, by its number."""
+    firsts: dict[int, int] = {}
+    for place, word in enumerate(word_ids):
+        if word is not None:
+            firsts.setdefault(word, place)
+    return firsts
+
+
+def _words(given: list[str] | str) -> list[str]:
+    return given.split() if isinstance(given, str) else given
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, list):
+        return False
+    try:
+        return bool(np.isfinite(float(value)))
+    except ValueError:
+        return False

@@ -1,0 +1,164 @@
+"""Tasks that choose: which of several texts goes on best; with a language model's head as well, for GPT and GPT-2."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.data.arrow_samples import Sample
+from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, ints, mask, pad
+
+if TYPE_CHECKING:
+    from outlast.trainers.config.data import DataSettings
+
+
+class MultipleChoice(Task):
+    """Say which of the choices goes with the text. Every row has the same number of them."""
+
+    auto_class = "AutoModelForMultipleChoice"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("text", ColumnType.TEXT),
+        Column("choices", ColumnType.TEXTS),
+        Column("label", ColumnType.LABEL, is_target=True),
+    )
+    special_tokens = BERT_TOKENS
+    template: ClassVar[tuple[str, str] | None] = BERT_TEMPLATE
+
+    @classmethod
+    def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
+        numbers = Counter(len(record["choices"]) for record in records)
+        [(usual, _)] = numbers.most_common(1) or [(0, 0)]
+        if usual < 2:
+            raise ConfigError(f"{settings.train}: a row has {usual} choices, and two are the least")
+        return {"num_choices": usual}
+
+    def fault(self, record: Record) -> str | None:
+        choices, wanted = record["choices"], self.facts["num_choices"]
+        if len(choices) != wanted:
+            return f"it has {len(choices)} choices, not {wanted}"
+        return None if _right(record) is not None else f"label {record['label']!r} is none of the choices"
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
+        """The choices of a row one after the other, and how long each is."""
+        for record in records:
+            texts = [record["text"]] * len(record["choices"])
+            encoded = self.tokenizer.inner(
+                texts, list(record["choices"]), truncation=True, max_length=self.settings.max_length
+            )
+            yield self._sample(record, encoded["input_ids"], encoded.get("token_type_ids"))
+
+    def _sample(self, record: Record, ids: list[list[int]], types: list[list[int]] | None) -> Sample:
+        sample = {"input_ids": ints([*chain(*ids)]), "lengths": ints([len(choice) for choice in ids])}
+        if types is not None:
+            sample["token_type_ids"] = ints([*chain(*types)])
+        if "label" in record and (right := _right(record)) is not None:
+            sample["labels"] = ints([right])
+        return sample
+
+    def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
+        lengths = [length for sample in samples for length in sample["lengths"].tolist()]
+        shape = (len(samples), len(samples[0]["lengths"]), max(lengths))
+        batch = {"attention_mask": mask(lengths).view(shape)}
+        for name in ("input_ids", "token_type_ids"):
+            if name in samples[0]:
+                flat = np.concatenate([sample[name] for sample in samples])
+                batch[name] = pad(np.split(flat, np.cumsum(lengths)[:-1]), self.padding(name)).view(shape)
+        if "labels" in samples[0]:
+            batch["labels"] = torch.tensor([int(sample["labels"][0]) for sample in samples])
+        return batch
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        return functional.cross_entropy(self.choice_logits(outputs), batch["labels"], reduction="sum")
+
+    def choice_logits(self, outputs: Any) -> torch.Tensor:
+        """Of each choice, float32, shape [samples, choices]."""
+        logits: torch.Tensor = outputs.logits.float()
+        return logits
+
+    @classmethod
+    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("accuracy",)
+
+    def tally(self, outputs: Any, batch: Batch) -> Sums:
+        return {"right": (self.choice_logits(outputs).argmax(-1) == batch["labels"]).sum()}
+
+    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return {"accuracy": (sums["right"] / sums["count"]).item()}
+
+    def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+        for record, logits in zip(records, self.choice_logits(outputs).cpu(), strict=True):
+            shares = logits.softmax(-1).tolist()
+            best = max(range(len(shares)), key=shares.__getitem__)
+            yield {**record, "label": best, "choice": record["choices"][best], "scores": shares}
+
+
+class DoubleHeads(MultipleChoice):
+    """Choose, and learn to write the right choice: the double-heads models of GPT and GPT-2.
+
+    The loss of a sample is that of the choice, plus the mean over the tokens of the right text of the language model's.
+    So it does not depend on which samples share a batch; the model's own averages over the tokens of the batch.
+    """
+
+    auto_class = ""  # no Auto class maps them
+    exact_classes: ClassVar = {"gpt2": "GPT2DoubleHeadsModel", "openai-gpt": "OpenAIGPTDoubleHeadsModel"}
+    special_tokens: ClassVar = {}
+    template = None
+    targets = ("labels", "words")
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
+        """Text, choice and end token; the last one is where the choice is judged."""
+        inner = self.tokenizer.inner
+        end = inner.eos_token_id if inner.eos_token_id is not None else inner.pad_token_id
+        if end is None:
+            raise ConfigError("the tokenizer has no token to end a choice with", hint="give it an eos_token")
+        for record in records:
+            texts = [f"{record['text']} {choice}" for choice in record["choices"]]
+            length = self.settings.max_length - 1
+            encoded = inner(texts, truncation=True, max_length=length, add_special_tokens=False)["input_ids"]
+            yield self._sample(record, [[*ids, end] for ids in encoded], None)
+
+    def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
+        batch = super().collate(samples, keys)
+        batch["mc_token_ids"] = batch["attention_mask"].sum(-1) - 1
+        if "labels" in batch:
+            right = torch.arange(batch["input_ids"].shape[1]) == batch["labels"][:, None]
+            is_word = right[:, :, None] & (batch["attention_mask"] == 1)
+            batch["words"] = torch.where(is_word, batch["input_ids"], IGNORED)
+        return batch
+
+    def configure(self, config: Any) -> None:
+        super().configure(config)
+        config.num_labels = 1
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        flat = {**batch, "attention_mask": batch["attention_mask"].flatten(0, 1)}  # GPT takes it for all texts in a row
+        return super().forward(model, flat)
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        words = batch["words"][..., 1:]
+        logits = outputs.logits[..., :-1, :].float()
+        each = functional.cross_entropy(logits.flatten(0, 2), words.flatten(), reduction="none", ignore_index=IGNORED)
+        num_words = (words != IGNORED).sum((1, 2)).clamp(min=1)
+        return super().loss(outputs, batch) + (each.view(words.shape).sum((1, 2)) / num_words).sum()
+
+    def choice_logits(self, outputs: Any) -> torch.Tensor:
+        logits: torch.Tensor = outputs.mc_logits.float()
+        return logits
+
+
+def _right(record: Record) -> int | None:
+    """The number of the right choice."""
+    label, choices = record["label"], record["choices"]
+    if label in choices:
+        return list(choices).index(label)
+    text = str(label)
+    return int(text) if text.isdecimal() and int(text) < len(choices) else None

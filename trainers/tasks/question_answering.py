@@ -1,0 +1,173 @@
+"""Extractive question answering: the place in a context that answers a question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.data.arrow_samples import Sample
+from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, Batch, Record, Sums, Task, ints
+
+if TYPE_CHECKING:
+    from outlast.trainers.config.data import DataSettings
+    from outlast.trainers.data.tokenizer import Tokenizer
+
+MAX_ANSWER_TOKENS = 30
+NUM_STARTS = 20
+
+
+class QuestionAnswering(Task):
+    """Point at the first and the last token of the answer. A long context is several windows, each a sample.
+
+    A window without the answer points at its first token, which is none of the context. Of several answers the first
+    is learned.
+    """
+
+    auto_class = "AutoModelForQuestionAnswering"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("question", ColumnType.TEXT),
+        Column("context", ColumnType.TEXT),
+        Column("answers", ColumnType.ANSWERS, is_target=True),
+    )
+    options = ("stride",)
+    targets = ("start", "end")
+    special_tokens = BERT_TOKENS
+    template = BERT_TEMPLATE
+
+    def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
+        super().__init__(settings, tokenizer, facts)
+        if not tokenizer.inner.num_special_tokens_to_add(pair=True):
+            raise ConfigError("the tokenizer puts no special token before a question, which question-answering needs")
+
+    def fault(self, record: Record) -> str | None:
+        try:
+            span = _span(record)
+        except ValueError as error:
+            return str(error)
+        return "its answer is empty" if span and span[0] == span[1] else None
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
+        for record, windows in zip(records, self._windows(records), strict=True):
+            span = _span(record) if "answers" in record else None
+            for window in windows:
+                start, end = _tokens_of(window, span) if span else (0, 0)
+                sample = {"input_ids": ints(window.ids), "start": ints([start]), "end": ints([end])}
+                if "token_type_ids" in self.tokenizer.inner.model_input_names:
+                    sample["token_type_ids"] = ints(window.type_ids)
+                yield sample
+
+    def _windows(self, records: Sequence[Record]) -> list[list[Any]]:
+        """The windows of each row, as `tokenizers` encodes them."""
+        length = self.settings.max_length
+        encoded = self.tokenizer.inner(
+            [record["question"].strip() for record in records],
+            [record["context"] for record in records],
+            truncation="only_second",
+            max_length=length,
+            stride=min(self.settings.stride, length // 4),
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        windows: list[list[Any]] = [[] for _ in records]
+        for row, window in zip(encoded["overflow_to_sample_mapping"], encoded.encodings, strict=True):
+            windows[row].append(window)
+        return windows
+
+    def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
+        batch = super().collate(samples, keys)
+        return {**batch, "start": batch["start"][:, 0], "end": batch["end"][:, 0]}
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["start"])
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        start, end = _logits(outputs, batch)
+        first = functional.cross_entropy(start, batch["start"], reduction="sum")
+        return (first + functional.cross_entropy(end, batch["end"], reduction="sum")) / 2
+
+    @classmethod
+    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exact_match", "f1")
+
+    def tally(self, outputs: Any, batch: Batch) -> Sums:
+        """Exact spans, and the overlap of each span's tokens with the right one's, as SQuAD has it for words."""
+        start, end = (logits.argmax(-1) for logits in _logits(outputs, batch))
+        shared = (torch.minimum(end, batch["end"]) - torch.maximum(start, batch["start"]) + 1).clamp(min=0)
+        lengths = (end - start + 1).clamp(min=0) + batch["end"] - batch["start"] + 1
+        exact = ((start == batch["start"]) & (end == batch["end"])).sum()
+        return {"exact": exact, "overlap": (2 * shared / lengths).double().sum()}
+
+    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        count = sums["count"].item()
+        return {"exact_match": sums["exact"].item() / count, "f1": sums["overlap"].item() / count}
+
+    def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+        """The best span over all windows of a context, as text; empty where the model finds none."""
+        device = next(model.parameters()).device
+        for record in records:
+            [windows] = self._windows([record])
+            samples = list(self.encode([{name: record[name] for name in ("question", "context")}]))
+            best = (-float("inf"), 0, 0)
+            for window, sample in zip(windows, samples, strict=True):
+                batch = {name: value.to(device) for name, value in self.collate([sample], [0]).items()}
+                outputs = self.forward(model, batch)
+                starts, ends = outputs.start_logits[0].float().cpu(), outputs.end_logits[0].float().cpu()
+                best = max(best, *_spans(window, starts, ends))
+            score, start, end = best
+            answer = record["context"][start:end]
+            yield {"question": record["question"], "answer": answer, "start": start, "end": end, "score": score}
+
+
+def _logits(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of start and end, float32. Padding cannot be chosen, so that an answer does not depend on the batch's length."""
+    out = batch["attention_mask"] == 0
+    start, end = outputs.start_logits.float(), outputs.end_logits.float()
+    return start.masked_fill(out, -torch.inf), end.masked_fill(out, -torch.inf)
+
+
+def _span(record: Record) -> tuple[int, int] | None:
+    """First character of the answer in the context and the one after its last; None when it has no answer.
+
+    Raises:
+        ValueError: The answer is not where it should be.
+    """
+    given, context = record["answers"], record["context"]
+    texts = given["text"] if isinstance(given, dict) else given
+    starts = given.get("answer_start") if isinstance(given, dict) else None
+    texts = [texts] if isinstance(texts, str) else texts
+    starts = [starts] if isinstance(starts, int) else starts
+    if not texts:
+        return None
+    start = starts[0] if starts else context.find(texts[0])
+    if start < 0 or context[start : start + len(texts[0])] != texts[0]:
+        raise ValueError(f"its answer {texts[0][:60]!r} is not in the context{' at answer_start' if starts else ''}")
+    return start, start + len(texts[0])
+
+
+def _tokens_of(window: Any, span: tuple[int, int]) -> tuple[int, int]:
+    """First and last token of the span in a window; (0, 0) unless the window holds all of it."""
+    inside = [
+        place
+        for place, (part, (begin, end)) in enumerate(zip(window.sequence_ids, window.offsets, strict=True))
+        if part == 1 and begin < span[1] and end > span[0]
+    ]
+    if not inside or window.offsets[inside[0]][0] > span[0] or window.offsets[inside[-1]][1] < span[1]:
+        return 0, 0
+    return inside[0], inside[-1]
+
+
+def _spans(window: Any, starts: torch.Tensor, ends: torch.Tensor) -> list[tuple[float, int, int]]:
+    """The likeliest spans of a window: score, first character, the one after the last. (score, 0, 0) is no answer."""
+    context = [place for place, part in enumerate(window.sequence_ids) if part == 1]
+    found = [((starts[0] + ends[0]).item(), 0, 0)]
+    for start in sorted(context, key=lambda place: -starts[place].item())[:NUM_STARTS]:
+        reach = [place for place in context if start <= place < start + MAX_ANSWER_TOKENS]
+        end = max(reach, key=lambda place: ends[place].item())
+        found.append(((starts[start] + ends[end]).item(), window.offsets[start][0], window.offsets[end][1]))
+    return found
