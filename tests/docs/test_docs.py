@@ -234,6 +234,17 @@ def test_every_page_is_in_the_index() -> None:
     assert "docs/README.md" in links(README)
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=path_of)
+def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    rooms = "checkpointing|trainers|cluster"
+    files = re.findall(rf"`((?:{rooms}|tests|benchmarks|examples|k8s)/[\w/.-]+\.\w+)`", text)
+    modules = re.findall(rf"`outlast\.((?:{rooms})(?:\.[a-z_]+)*)`", text)
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+    places = [ROOT / name.replace(".", "/") for name in modules]
+    assert [place for place in places if not place.is_dir() and not place.with_suffix(".py").is_file()] == []
+
+
 # -- execution ---------------------------------------------------------------------------------------------------------
 
 
