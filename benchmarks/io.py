@@ -38,6 +38,7 @@ from outlast.checkpointing.restore.reader import read_verified
 from outlast.checkpointing.run_store import catalog as lineage
 from outlast.checkpointing.run_store import claims
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.storage.base import Buffer
@@ -213,11 +214,12 @@ def growth_by_attempts(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """What a start, a commit and a reader pay in a run with a long history."""
     build_history(folder, "long")
     storage, attempt = LocalStorage(folder), AttemptId(NUM_ATTEMPTS + 1, "ffff")
+    store = RunStore(storage, "long")
     works: dict[str, Work] = {
         "catalogue (start, ls)": lambda: lineage.read_catalog(storage, "long"),
-        "look for a higher claim (each commit)": lambda: claims.higher_claim(storage, "long", attempt),
-        "is my launch superseded (start)": lambda: claims.launch_is_superseded(storage, "long", "two"),
-        "claim (start)": lambda: claims.claim(storage, "long", {"launch": "one"}),
+        "look for a higher claim (each commit)": lambda: claims.higher_claim(store, attempt),
+        "is my launch superseded (start)": lambda: claims.launch_is_superseded(store, "two"),
+        "claim (start)": lambda: claims.claim(store, {"launch": "one"}),
     }
     assert len(lineage.read_catalog(storage, "long").accepted) == COMMITS_PER_ATTEMPT + 3
     title = f"{NUM_ATTEMPTS:,} attempts × {COMMITS_PER_ATTEMPT} checkpoints: "

@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSamp
 
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.attempt import Assignment, run_attempt
+from outlast.trainers.config.train import Precision
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.world import World
 from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.causal_lm import CausalLM
-from tests.support.worker_group import Quiet
+from tests.support.groups.worker_group import Quiet
 
 #: Steps before the clock starts; as many go by after a save until it stops, so that it sees the whole of a save.
 WARM_STEPS = 10
@@ -153,7 +154,7 @@ def accelerate(case: Case, laps: Laps) -> None:
     accelerator = Accelerator(
         cpu=case.is_on_cpu,
         gradient_accumulation_steps=case.num_micro,
-        mixed_precision="bf16" if case.config.train.precision == "bf16" else "no",
+        mixed_precision="bf16" if case.config.train.precision is Precision.BF16 else "no",
     )
     model, data = case.model(), case.data()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -194,7 +195,7 @@ def trainer(every: int) -> Loop:
             arguments = TrainingArguments(
                 output_dir=case.world.broadcast(folder),
                 use_cpu=case.is_on_cpu,
-                bf16=case.config.train.precision == "bf16",
+                bf16=case.config.train.precision is Precision.BF16,
                 max_steps=case.num_steps,
                 per_device_train_batch_size=case.config.train.micro_batch,
                 gradient_accumulation_steps=case.num_micro,

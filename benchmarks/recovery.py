@@ -28,8 +28,8 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from benchmarks.command import command
-from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.claims import list_launches
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.cluster.drills.demo import write_texts
 from tests.lab.hosts import HEAD, Lab, lab, why_not
@@ -58,15 +58,14 @@ class Ours:
 
         A rank 0 that is killed takes the last seconds of its journal along; the launch's knows how far it had come.
         """
-        events = [event for _, event in run_events(self._run.storage, self._run.name) if event["event"] == "step"]
+        events = [event for _, event in run_events(self._run.store) if event["event"] == "step"]
         events += [event["reached"] for event in self._told() if "reached" in event]
         return sorted({(event["ended_at"], event["step"]) for event in events})
 
     def _told(self) -> list[dict[str, Any]]:
         """The journals of the launches."""
-        storage, run = self._run.storage, self._run.name
-        launches = [entry.name for entry in storage.list(f"{run}/launches")]
-        return [event for name in launches for event in read_events(storage, launch_dir(run, name))]
+        store = self._run.store
+        return [e for name in list_launches(store) for e in read_events(store.storage, store.launch_dir(name))]
 
     def kill_worker(self) -> None:
         self._hosts.signal_inside(self._run.host_of(1), self._run.workers()[1]["pid"], signal.SIGKILL)
@@ -79,7 +78,7 @@ class Ours:
         noticed = min(
             (event["noticed_at"] for event in self._told() if event.get("noticed_at", 0) > struck), default=struck
         )
-        ways = [e["marks"] for _, e in run_events(self._run.storage, self._run.name) if e["event"] == "under-way"]
+        ways = [e["marks"] for _, e in run_events(self._run.store) if e["event"] == "under-way"]
         way = min((marks for marks in ways if marks["first_step"] > struck), key=lambda marks: marks["first_step"])
         parts, reached = {}, struck
         for name, at in {"detection": noticed, **way}.items():

@@ -30,22 +30,21 @@ from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.format.safetensors import TensorSpec
 from outlast.checkpointing.restore.load import restore
 from outlast.checkpointing.restore.reader import read_blocks
 from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store import claims
-from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, read_catalog
+from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.background_save import BackgroundSave, SaveState
 from outlast.checkpointing.save.commit import Committer
 from outlast.checkpointing.save.staging import HostCopy, StagingBuffer
 from outlast.checkpointing.save.writer import RankPayload, write_file
-from outlast.checkpointing.state.model_weights import ALL, WeightNaming, named_weights, parameter_names
-from outlast.checkpointing.state.optimizer_state import assign_to_ranks, optimizer_tensors
+from outlast.checkpointing.state.model_weights import ALL, WeightNaming
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.state.shards import LocalShard, local_shard
+from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import retry
 
@@ -104,8 +103,7 @@ class Checkpointer:
         settle_s: float = 0.0,
     ) -> None:
         self.ranks = ranks or RankGroup()
-        self.run = layout.check_run_name(run)
-        self.storage = storage
+        self._store = RunStore(storage, layout.check_run_name(run))
         self._launch, self._settle_s = launch, settle_s
         self.files = dict(files or {})
         self._max_shard_bytes, self.naming = max_shard_bytes, naming
@@ -124,25 +122,31 @@ class Checkpointer:
         hosts = self.ranks.gather(socket.gethostname())
         self._num_sharing = hosts.count(hosts[self.ranks.rank])
         if self.ranks.rank == 0:
-            self.journal = Journal(storage, layout.attempt_dir(run, self.attempt), 0)
+            self.journal = Journal(storage, self._store.attempt_dir(self.attempt), 0)
         # A group of its own, so that commits in flight and the step loop never wait in one queue.
         background = self.ranks.another()
         self._committer = Committer(
-            storage, run, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
+            self._store, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
         )
+
+    @property
+    def store(self) -> RunStore:
+        """The run as it is now."""
+        return self._store.fresh()
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
     def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, Catalog] | None:
-        if claims.launch_is_superseded(self.storage, self.run, self._launch):
+        if claims.launch_is_superseded(self._store, self._launch):
             return None
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
-        mine = claims.claim(self.storage, self.run, body)
+        mine = claims.claim(self._store, body)
         time.sleep(2 * self._settle_s)
-        if claims.higher_claim(self.storage, self.run, mine):
+        now = self.store  # nothing that was read before the claim counts
+        if max(claims.list_attempts(now), default=mine) > mine:
             return None
-        tries = retry(lambda: history.read_attempt_history(self.storage, self.run, live=self._launch, below=mine))
-        return mine, retry(lambda: read_catalog(self.storage, self.run, mine, history.checkpoints_to_skip(tries)))
+        tries = retry(lambda: history.read_attempt_history(now, live=self._launch, below=mine))
+        return mine, retry(lambda: build_catalog(now, mine, history.checkpoints_to_skip(tries)))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -161,8 +165,9 @@ class Checkpointer:
         if self.superseded:
             return None
         rejected = list(self.catalogue.rejected)
+        train_state = TrainState(model, optimizer, self.naming)
         for index, manifest in self.catalogue.candidates:
-            state, faults = restore(self.storage, self.run, manifest, self.ranks, model, optimizer, self.naming)
+            state, faults = restore(self._store, manifest, self.ranks, train_state)
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
@@ -186,7 +191,7 @@ class Checkpointer:
         return None
 
     def _is_superseded_while_waiting(self) -> bool:
-        return claims.higher_claim(self.storage, self.run, self.attempt) is not None
+        return claims.higher_claim(self._store, self.attempt) is not None
 
     def _refuse(self, rejected: list[RejectedCheckpoint]) -> None:
         """Says that nothing whole is left."""
@@ -194,8 +199,8 @@ class Checkpointer:
         self.flush()
         lines = "\n".join(f"  {item.ref}: {'; '.join(item.reasons)}" for item in rejected)
         raise NoCheckpointError(
-            f"run {self.run!r} has commits, but no checkpoint is whole; nothing was changed\n{lines}",
-            hint=f"`outlast checkpoints verify {self.storage.url}/{self.run}` reads every byte again; restore the "
+            f"run {self._store.run!r} has commits, but no checkpoint is whole; nothing was changed\n{lines}",
+            hint=f"`outlast checkpoints verify {self._store.url}` reads every byte again; restore the "
             "files from a copy, or start over under another name",
         )
 
@@ -233,8 +238,8 @@ class Checkpointer:
             return not self.superseded
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
-        share, _ = self._share(step, model, optimizer, state, files)
-        self.superseded = not self._committer.commit(share, metrics or {}, self.declaration, began)
+        payload = self._payload(step, TrainState(model, optimizer, self.naming), state, files)
+        self.superseded = not self._committer.commit(payload, metrics or {}, self.declaration, began)
         seconds = time.monotonic() - began
         self._record_costs(step, seconds, seconds)
         return not self.superseded
@@ -280,10 +285,13 @@ class Checkpointer:
             return not self.superseded
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
-        share, changing = self._share(step, model, optimizer, state, files)
-        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts, self._num_sharing))
-        copy = self._snapshot.take(share.parts, now=changing if lazy and optimizer is not None else share.parts)
-        self._flight = BackgroundSave(step, copy, began, lambda: self._write(share, copy, metrics or {}, began))
+        train_state = TrainState(model, optimizer, self.naming)
+        payload = self._payload(step, train_state, state, files)
+        self.ranks.everybody(lambda: self._snapshot.reserve(payload.parts, self._num_sharing))
+        is_lazy = lazy and optimizer is not None
+        now = train_state.changed_by_forward(payload.weights) if is_lazy else payload.parts
+        copy = self._snapshot.take(payload.parts, now=now)
+        self._flight = BackgroundSave(step, copy, began, lambda: self._write(payload, copy, metrics or {}, began))
         self._flight.blocked_s = time.monotonic() - began
         return True
 
@@ -296,11 +304,11 @@ class Checkpointer:
         self.superseded = self.ranks.run_on_rank_0(self._is_superseded_while_waiting)
         return False
 
-    def _write(self, share: RankPayload, copy: HostCopy, metrics: Mapping[str, float], began: float) -> bool:
+    def _write(self, payload: RankPayload, copy: HostCopy, metrics: Mapping[str, float], began: float) -> bool:
         """In the background: the rest of the copy, and the commit."""
         copy.run()
-        fault_point(FaultPoint.AFTER_SNAPSHOT, share.step)
-        return self._committer.commit(share.on_host(copy.parts), metrics, self.declaration, began)
+        fault_point(FaultPoint.AFTER_SNAPSHOT, payload.step)
+        return self._committer.commit(payload.on_host(copy.parts), metrics, self.declaration, began)
 
     @property
     def is_busy(self) -> bool:
@@ -338,33 +346,20 @@ class Checkpointer:
         Raises:
             ConfigError: They do not fit into a rank's memory.
         """
-        share, _ = self._share(0, model, optimizer, {}, None)
-        self.ranks.everybody(lambda: self._snapshot.reserve(share.parts, self._num_sharing))
+        parts = self._payload(0, TrainState(model, optimizer, self.naming)).parts
+        self.ranks.everybody(lambda: self._snapshot.reserve(parts, self._num_sharing))
 
-    def _share(
+    def _payload(
         self,
         step: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        state: Mapping[str, Any],
-        files: Mapping[str, bytes] | None,
-    ) -> tuple[RankPayload, set[str]]:
-        """What this rank writes, made of the model's own tensors; and the names of what a forward pass changes."""
-        rank, size = self.ranks.rank, self.ranks.size
-        all_weights = named_weights(model, self.naming)
-        weights = {name: local_shard(tensor) for name, tensor in all_weights.items()}
-        weights = {name: part for name, part in weights.items() if rank == 0 or part.is_sharded}
-        moments: dict[str, LocalShard] | None = None
-        if optimizer is not None:
-            found = {name: local_shard(tensor) for name, tensor in optimizer_tensors(model, optimizer).items()}
-            whole = {name: part.tensor for name, part in found.items() if not part.is_sharded}
-            laden = sum(tensor.nbytes for tensor in all_weights.values() if not local_shard(tensor).is_sharded)
-            mine = set(assign_to_ranks(whole, size, laden)[rank])
-            moments = {n: part for n, part in found.items() if n in mine or (part.is_sharded and not part.is_copy)}
-        small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(state)} if rank == 0 else {}
-        specs = {name: TensorSpec.of(tensor) for name, tensor in all_weights.items()}
-        share = RankPayload(step, specs, weights, moments, small, self.naming.file, self._max_shard_bytes)
-        return share, weights.keys() - parameter_names(model, self.naming)
+        train_state: TrainState,
+        loop_state: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> RankPayload:
+        """What this rank writes, made of the model's own tensors."""
+        small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(loop_state or {})}
+        small = small if self.ranks.rank == 0 else {}
+        return RankPayload.of(step, train_state, self.ranks, small, self._max_shard_bytes)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -393,12 +388,12 @@ class Checkpointer:
 
     def _publish(self, source: CheckpointRef, final_step: int) -> str | None:
         manifest = next(item for item in self.accepted if item.ref == source)
-        target, directory = layout.model_dir(self.run, self.attempt), layout.checkpoint_dir(self.run, source)
+        target, directory = self._store.model_dir(self.attempt), self._store.checkpoint_dir(source)
         files = []
         for entry in manifest.files:
             if not entry.path.startswith(layout.STATE_DIR):
-                blocks = read_blocks(self.storage, directory, entry)
-                files.append(write_file(self.storage, target, entry.path, blocks))
+                blocks = read_blocks(self._store.storage, directory, entry)
+                files.append(write_file(self._store.storage, target, entry.path, blocks))
         if self._is_superseded_while_waiting():
             return None
         published = Manifest(
@@ -411,7 +406,7 @@ class Checkpointer:
             launch=self._launch,
             extra={"final_step": final_step},
         )
-        self.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
+        self._store.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
         self._tell("done", step=final_step, model=str(source))
         self.flush()
         return target

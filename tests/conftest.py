@@ -24,7 +24,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
-from tests.support.worker_group import digests, losses, run_group, tiny_config
+from tests.support.groups.worker_group import digests, losses, run_group, tiny_config
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, for our processes too
 settings.register_profile("fast", deadline=None, database=None, derandomize=True, max_examples=60)

@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,80 @@ def test_every_folder_is_a_package_of_the_wheel(room: str) -> None:
     names = {"outlast." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert names == {name for name in listed if f"{name}.".startswith(f"outlast.{room}.")}
     assert (ROOT / room / "py.typed").is_file()
+
+
+def test_no_import_circle() -> None:
+    """Imports inside functions and for type checkers alone count too."""
+    assert circles(modules_imported()) == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_folders_of_a_room_form_a_dag(room: str) -> None:
+    """A module that stands beside the folders counts as a folder of its own."""
+    folders: dict[str, set[str]] = {}
+    for module, imported in modules_imported().items():
+        if module.split(".")[1] == room:
+            folders.setdefault(folder(module), set()).update(folder(name) for name in imported if f".{room}." in name)
+    assert circles({name: others - {name} for name, others in folders.items()}) == []
+
+
+def test_ray_is_imported_where_it_belongs() -> None:
+    allowed = ("driver/", "fault_tolerance/", "jobs/", "preflight/", "ray_internals.py")
+    found = {
+        str(path.relative_to(ROOT / "cluster"))
+        for path in sources("cluster")
+        if any(name == "ray" or name.startswith("ray.") for name in imports(path))
+    }
+    assert [path for path in sorted(found) if not path.startswith(allowed)] == []
+    assert len(found) > 5
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "tests"])
+def test_no_folder_holds_more_than_15_files(room: str) -> None:
+    counts = Counter(path.parent.relative_to(ROOT) for path in sources(room) if path.name != "__init__.py")
+    assert {str(place): count for place, count in counts.items() if count > 15} == {}
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    """So that a search for a class gives one answer."""
+    found = Counter(
+        node.name
+        for room in ROOMS
+        for path in sources(room)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in found.items() if count > 1] == []
+
+
+def modules_imported() -> dict[str, set[str]]:
+    """For each module of the three rooms, the others of them that it imports; packages are no modules here."""
+    paths = {
+        "outlast." + ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for room in ROOMS
+        for path in sources(room)
+        if path.name != "__init__.py"
+    }
+    return {name: {other for other in imports(path) if other in paths} - {name} for name, path in paths.items()}
+
+
+def folder(module: str) -> str:
+    """`outlast.room.folder[.folder]` of a module in a folder; the module itself where it stands beside them."""
+    parts = module.split(".")
+    return ".".join(parts[:-1]) if len(parts) > 3 else module
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """What is left when everything is taken away that imports nothing (more), again and again."""
+    left = {name: set(others) for name, others in graph.items()}
+    while leaves := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in leaves}
+    return [sorted(left)] if left else []
+
+
+def test_the_search_sees_a_circle() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == [["a", "b", "c"]]
 
 
 @pytest.mark.parametrize("room", [*ROOMS, "tests"])

@@ -16,7 +16,8 @@ import transformers
 from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.format.layout import RECORD, attempts_dir, launch_dir
+from outlast.checkpointing.format.layout import RECORD
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import wait_for
 from outlast.trainers.checks.preflight import check_metric
@@ -29,14 +30,14 @@ from outlast.trainers.checks.resume_checks import (
     check_unchanged,
 )
 from outlast.trainers.config.tracking import TrackSettings
-from outlast.trainers.config.train import Exactness, NonFinite, Parallel, check_parallel
+from outlast.trainers.config.train import Parallel
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
 from outlast.trainers.distributed.world import World
 from outlast.trainers.host_info import machine, num_oom_kills
-from outlast.trainers.loop.control import Control, TrackedControl
+from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, naming_of
@@ -57,8 +58,6 @@ class Assignment:
         launch: The launch that this attempt belongs to.
         prepared: The data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
-        parallel: How the model is spread.
-        non_finite: What becomes of a step whose loss or gradient is not finite.
         code: Directory of the user's Python files, importable where it is there.
         faults: Faults to arm.
         track: Which tools get the metrics; None for none.
@@ -69,8 +68,6 @@ class Assignment:
     launch: str
     prepared: Prepared
     num_threads: int = 1
-    parallel: Parallel = Parallel.DDP
-    non_finite: NonFinite = NonFinite.STOP
     code: str = ""
     faults: Sequence[faults.FaultSpec] = field(default_factory=tuple)
     track: TrackSettings | None = None
@@ -87,8 +84,6 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     config = assignment.config
     faults.arm(assignment.faults, world.rank)
     make_importable(assignment.code)
-    exactness = Exactness(config.exactness)
-    check_parallel(assignment.parallel, exactness)
     make_plan(config, assignment.prepared.num_samples, world.size)
     check_metric(config, assignment.prepared.facts)
     checkpointer = _claim(assignment, storage, world)
@@ -111,9 +106,9 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     _check_architecture(checkpointer)
     if is_adapted(model):
         _check_base(checkpointer, base, model)
-    _report_changes(checkpointer, base, exactness)
-    is_spread = assignment.parallel is Parallel.FSDP and world.size > 1
-    model = shard(model, world, exactness) if is_spread else model.to(world.device)
+    _report_changes(checkpointer, base, config.exactness)
+    is_spread = config.scale.parallel is Parallel.FSDP and world.size > 1
+    model = shard(model, world, config.exactness) if is_spread else model.to(world.device)
     world.mark("model")
     has_eval = assignment.prepared.num_eval_samples > 0
     track = assignment.track or TrackSettings(to=[])
@@ -126,8 +121,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         task,
         assignment.prepared.split(storage, "train"),
         assignment.prepared.split(storage, "eval") if has_eval else None,
-        TrackedControl(control, tracking.apply),
-        non_finite=assignment.non_finite,
+        control,
+        listeners=[tracking.apply],
     )
     world.mark("data")
     with tracking:
@@ -139,7 +134,8 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
     config = assignment.config
     place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills(), **machine(world.device)})
-    world.run_on_rank_0(lambda: wait_for(storage, attempts_dir(config.name)))
+    store = RunStore(storage, config.name)
+    world.run_on_rank_0(lambda: wait_for(storage, store.attempts_dir))
     return Checkpointer(
         storage,
         config.name,
@@ -149,7 +145,7 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
         notes={
             "settings": dict(assignment.declared),
             "workers": workers,
-            "record": f"{launch_dir(config.name, assignment.launch)}/{RECORD}",
+            "record": f"{store.launch_dir(assignment.launch)}/{RECORD}",
         },
         retention=config.checkpoint.retention,
         max_shard_bytes=config.checkpoint.max_shard_bytes,
@@ -184,7 +180,7 @@ def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
         "versions": _versions(),
         "world_size": world.size,
         "device": world.device.type,
-        "parallel": assignment.parallel.value,
+        "parallel": assignment.config.scale.parallel.value,
     }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError
 from outlast.checkpointing.run_store.retention import Retention
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, export_directory, read_content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint, resolve_checkpoint
 from outlast.trainers.config.training_config import TrainingConfig
@@ -25,7 +25,7 @@ from outlast.trainers.tasks.base import Record, Task
 from outlast.trainers.tasks.registry import find_task
 
 
-def choose_checkpoint(storage: Storage, run: str, which: str | None, retention: Retention) -> ResolvedCheckpoint:
+def choose_checkpoint(store: RunStore, which: str | None, retention: Retention) -> ResolvedCheckpoint:
     """The checkpoint that `which` names; without it the finished model, else the newest checkpoint.
 
     Raises:
@@ -33,11 +33,11 @@ def choose_checkpoint(storage: Storage, run: str, which: str | None, retention: 
         NoCheckpointError: There is no such checkpoint.
     """
     if which is not None:
-        return resolve_checkpoint(storage, run, which, retention)
+        return resolve_checkpoint(store, which, retention)
     try:
-        return resolve_checkpoint(storage, run, "model", retention)
+        return resolve_checkpoint(store, "model", retention)
     except NoCheckpointError:
-        return resolve_checkpoint(storage, run, "newest", retention)
+        return resolve_checkpoint(store, "newest", retention)
 
 
 def load(

@@ -21,10 +21,11 @@ from typing import Any
 
 import xxhash
 
-from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, attempt_dir, launch_dir
-from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.run_store.claims import list_attempts, list_launches, read_claim
 from outlast.checkpointing.run_store.journal import COMMITS, read_events, read_first_and_last
-from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.run_store.liveness import read_liveness
+from outlast.checkpointing.run_store.store import RunStore
 
 #: Exit codes of a launch after which the same store may simply be tried again, or the user was told what to do first.
 _SETTLED = frozenset({0, 2, 3, 5, 75, 130})
@@ -112,28 +113,25 @@ def is_secondary_error(said: str) -> bool:
     return any(word in said for word in _SECONDARY)
 
 
-def read_attempt_history(
-    storage: Storage, run: str, *, live: str = "", below: AttemptId | None = None
-) -> list[AttemptRecord]:
+def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | None = None) -> list[AttemptRecord]:
     """The tries of a run from its last progress on, oldest first.
 
     Args:
-        storage: Where it lies.
-        run: Name of the run.
+        store: The run.
         live: A launch that is at work, whose attempts have not ended until it says so.
         below: Leave out this attempt and higher ones.
 
     Raises:
         StorageError: A read failed.
     """
-    attempts = [item for item in list_attempts(storage, run) if below is None or item < below]
+    attempts = [item for item in list_attempts(store) if below is None or item < below]
     with ThreadPoolExecutor(16) as pool:
-        commits = list(pool.map(lambda item: _commits(storage, run, item), attempts))
+        commits = list(pool.map(lambda item: _commits(store, item), attempts))
     first, newest_step = 0, -1
     for number, steps in enumerate(commits):
         if max(steps, default=-1) > newest_step:
             first, newest_step = number, max(steps)
-    claims = {item: read_claim(storage, run, item) for item in attempts[first:]}
+    claims = {item: read_claim(store, item) for item in attempts[first:]}
     since, began_at = "", 0.0
     if newest_step >= 0:  # what was before the progress need not be read
         since = claims[attempts[first]].get("launch", "")
@@ -142,12 +140,11 @@ def read_attempt_history(
     for attempt, claim in claims.items():
         attempts_of.setdefault(claim.get("launch", ""), []).append(attempt)
     found: list[AttemptRecord] = []
-    names = [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]
-    for launch in launches_in_order(names, attempts_of):
+    for launch in launches_in_order(list_launches(store), attempts_of):
         if launch < since and launch not in attempts_of:
             continue
-        alive = _read_json(storage, f"{launch_dir(run, launch)}/alive.json")
-        failures = [e for e in read_events(storage, launch_dir(run, launch)) if e["event"] == "failure"]
+        alive = read_liveness(store, launch)
+        failures = [e for e in read_events(store, store.launch_dir(launch)) if e["event"] == "failure"]
         told = {str(event.get("attempt")): event for event in failures}
         dated: list[tuple[float, AttemptRecord]] = [
             (event["t"], replace(_told(event), settings=alive.get("settings", "")))
@@ -159,9 +156,7 @@ def read_attempt_history(
             claim, event = claims[attempt], told.get(str(attempt))
             steps = commits[attempts.index(attempt)]
             is_alone = attempt == mine[-1] and not alive.get("ended")
-            item = _read_try(
-                storage, run, attempt, claim, steps, event, alive, is_live=launch == live, is_alone=is_alone
-            )
+            item = _read_try(store, attempt, claim, steps, event, alive, is_live=launch == live, is_alone=is_alone)
             if item.ending is AttemptOutcome.SILENT and attempt != mine[-1]:  # its driver went on: resized, or drained
                 item = replace(item, ending=AttemptOutcome.SETTLED)
             dated.append((claim.get("claimed_at", 0.0), item))
@@ -181,14 +176,13 @@ def launches_in_order(launches: Iterable[str], attempts_of: Mapping[str, Sequenc
     return sorted(keys, key=keys.__getitem__)
 
 
-def _commits(storage: Storage, run: str, attempt: AttemptId) -> tuple[int, ...]:
-    events = read_events(storage, attempt_dir(run, attempt), COMMITS)
+def _commits(store: RunStore, attempt: AttemptId) -> tuple[int, ...]:
+    events = read_events(store, store.attempt_dir(attempt), COMMITS)
     return tuple(event["step"] for event in events if event.get("event") == "commit")
 
 
 def _read_try(
-    storage: Storage,
-    run: str,
+    store: RunStore,
     attempt: AttemptId,
     claim: Mapping[str, Any],
     commits: tuple[int, ...],
@@ -206,7 +200,7 @@ def _read_try(
         is_live: The launch is at work.
         is_alone: Nothing was heard of the launch later, so connections that broke may be all that its ranks tell.
     """
-    events = list(read_first_and_last(storage, attempt_dir(run, attempt)))
+    events = list(read_first_and_last(store, store.attempt_dir(attempt)))
     kinds = {event["event"] for event in events}
     resume = next((event for event in events if event["event"] == "resume"), {})
     failed: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "failed"), {})
@@ -256,11 +250,3 @@ def _ref(text: str | None) -> CheckpointRef | None:
     """The checkpoint that `str(ref)` stands for."""
     attempt, _, name = (text or "").partition("/checkpoint-")
     return CheckpointRef.parse(f"{name}@{attempt}")
-
-
-def _read_json(storage: Storage, path: str) -> dict[str, Any]:
-    try:
-        body = json.loads(read_bytes(storage, path))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}

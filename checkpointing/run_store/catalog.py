@@ -25,8 +25,6 @@ from outlast.checkpointing.format.layout import (
     MANIFEST,
     AttemptId,
     CheckpointRef,
-    attempt_dir,
-    checkpoint_dir,
     parse_checkpoint,
     prune_dir,
     prunes_dir,
@@ -34,6 +32,7 @@ from outlast.checkpointing.format.layout import (
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_bytes
 
 
@@ -78,7 +77,7 @@ class Catalog:
         return not self.accepted and not self.rejected
 
 
-def read_manifest(storage: Storage, run: str, ref: CheckpointRef) -> Manifest:
+def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
     """The manifest of one checkpoint.
 
     Raises:
@@ -86,7 +85,7 @@ def read_manifest(storage: Storage, run: str, ref: CheckpointRef) -> Manifest:
         ManifestError: It is damaged, or belongs to another checkpoint.
         StorageError: The read failed.
     """
-    manifest = Manifest.parse(read_bytes(storage, f"{checkpoint_dir(run, ref)}/{MANIFEST}"))
+    manifest = Manifest.parse(read_bytes(store, f"{store.checkpoint_dir(ref)}/{MANIFEST}"))
     if manifest.ref != ref:
         raise ManifestError(f"it belongs to {manifest.ref}")
     return manifest
@@ -103,11 +102,15 @@ class _Attempt:
 def read_catalog(
     storage: Storage, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
 ) -> Catalog:
+    """`build_catalog` of a run now."""
+    return build_catalog(RunStore(storage, run), below, doubtful)
+
+
+def build_catalog(store: RunStore, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()) -> Catalog:
     """What counts as the run's checkpoints.
 
     Args:
-        storage: Where the run lies.
-        run: Name of the run.
+        store: The run.
         below: Only look at lower attempts, as an attempt does that chooses its own resume point.
         doubtful: The attribute of that name.
 
@@ -115,14 +118,14 @@ def read_catalog(
         StorageError: A listing or a read failed, which proves nothing.
     """
     rejected: list[RejectedCheckpoint] = []
-    for attempt in reversed(list_attempts(storage, run)):
+    for attempt in reversed(list_attempts(store)):
         if below is not None and attempt >= below:
             continue
-        found = _read_attempt(storage, run, attempt)
+        found = _read_attempt(store, attempt)
         rejected += found.rejected
         if found.valid:
-            older, damaged, missing = _read_manifests(storage, run, found.valid[0].lineage)
-            rejected += damaged + _lost_commits(storage, run, missing)
+            older, damaged, missing = _read_manifests(store, found.valid[0].lineage)
+            rejected += damaged + _lost_commits(store, missing)
             refused = tuple(sorted(rejected, key=_newest_first))
             return Catalog(attempt, (*found.valid, *older), refused, frozenset(doubtful))
     return Catalog(None, (), tuple(sorted(rejected, key=_newest_first)))
@@ -132,19 +135,20 @@ def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
     return (-item.ref.step, -item.ref.attempt.number, item.ref.attempt.nonce)
 
 
-def _read_attempt(storage: Storage, run: str, attempt: AttemptId) -> _Attempt:
+def _read_attempt(store: RunStore, attempt: AttemptId) -> _Attempt:
     found = _Attempt()
-    directory = attempt_dir(run, attempt)
-    steps = {parse_checkpoint(entry.name) for entry in storage.list(directory) if entry.num_bytes is None} - {None}
-    committed = _standing_commits(storage, directory)
-    refs = [CheckpointRef(step, attempt) for step in {step for step in steps if step is not None} | committed]
-    found.valid, found.rejected, missing = _read_manifests(storage, run, refs)
-    found.rejected += _lost_commits(storage, run, [ref for ref in missing if ref.step in committed])
+    directory = store.attempt_dir(attempt)
+    folders = [entry.name for entry in store.list(directory) if entry.num_bytes is None]
+    steps = {step for step in map(parse_checkpoint, folders) if step is not None}
+    committed = _standing_commits(store, directory)
+    refs = [CheckpointRef(step, attempt) for step in steps | committed]
+    found.valid, found.rejected, missing = _read_manifests(store, refs)
+    found.rejected += _lost_commits(store, [ref for ref in missing if ref.step in committed])
     return found
 
 
 def _read_manifests(
-    storage: Storage, run: str, refs: Sequence[CheckpointRef]
+    store: RunStore, refs: Sequence[CheckpointRef]
 ) -> tuple[list[Manifest], list[RejectedCheckpoint], list[CheckpointRef]]:
     """Those that are whole, those that are damaged, and those that are not there; newest first."""
     valid: list[Manifest] = []
@@ -152,7 +156,7 @@ def _read_manifests(
     missing: list[CheckpointRef] = []
     for ref in sorted(refs, reverse=True):
         try:
-            valid.append(read_manifest(storage, run, ref))
+            valid.append(read_manifest(store, ref))
         except FileNotFoundError:
             missing.append(ref)
         except ManifestError as error:
@@ -160,19 +164,21 @@ def _read_manifests(
     return valid, damaged, missing
 
 
-def _lost_commits(storage: Storage, run: str, missing: Sequence[CheckpointRef]) -> list[RejectedCheckpoint]:
+def _lost_commits(store: RunStore, missing: Sequence[CheckpointRef]) -> list[RejectedCheckpoint]:
     """Of the commits whose manifest is not there, those that nobody deleted."""
-    deleted = deletions(storage, run) if missing else set()
-    return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref not in deleted]
+    lost = set(missing) - deletions(store) if missing else set()
+    if lost:  # or whose deletion the journal told after it was read
+        lost -= deletions(store.fresh())
+    return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref in lost]
 
 
 _MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
 
 
-def _standing_commits(storage: Storage, directory: str) -> set[int]:
+def _standing_commits(store: RunStore, directory: str) -> set[int]:
     """Steps that the attempt's own journal says are committed and that it has not deleted since."""
     standing: set[int] = set()
-    for event in read_events(storage, directory, COMMITS):
+    for event in read_events(store, directory, COMMITS):
         step = event.get("step")
         if not isinstance(step, int):
             continue
@@ -183,23 +189,23 @@ def _standing_commits(storage: Storage, directory: str) -> set[int]:
     return standing
 
 
-def deletions(storage: Storage, run: str) -> set[CheckpointRef]:
+def deletions(store: RunStore) -> set[CheckpointRef]:
     """Every checkpoint that some attempt, or a prune from outside, says it deleted."""
     return {
         CheckpointRef(event["step"], target)
-        for directory in _journals(storage, run)
-        for event in read_events(storage, directory, COMMITS)
+        for directory in _journals(store)
+        for event in read_events(store, directory, COMMITS)
         if event.get("event") == "delete" and isinstance(event.get("step"), int)
         if (target := AttemptId.parse(str(event.get("attempt")))) is not None
     }
 
 
-def _journals(storage: Storage, run: str) -> list[str]:
+def _journals(store: RunStore) -> list[str]:
     """The directories of all who may commit or delete: the attempts, and prunes from outside."""
-    prunes = [entry.name for entry in storage.list(prunes_dir(run)) if entry.num_bytes is None]
+    prunes = [entry.name for entry in store.list(prunes_dir(store.run)) if entry.num_bytes is None]
     return [
-        *(attempt_dir(run, attempt) for attempt in list_attempts(storage, run)),
-        *(prune_dir(run, name) for name in prunes),
+        *(store.attempt_dir(attempt) for attempt in list_attempts(store)),
+        *(prune_dir(store.run, name) for name in prunes),
     ]
 
 
@@ -210,8 +216,8 @@ def _journals(storage: Storage, run: str) -> list[str]:
 # sees the other, and a pin that was granted holds.
 
 
-def run_events(storage: Storage, run: str) -> Iterator[tuple[AttemptId, dict[str, Any]]]:
+def run_events(store: RunStore) -> Iterator[tuple[AttemptId, dict[str, Any]]]:
     """Every attempt's events, lowest attempt first. A step that was done again appears once for each time."""
-    for attempt in list_attempts(storage, run):
-        for event in read_events(storage, attempt_dir(run, attempt)):
+    for attempt in list_attempts(store):
+        for event in read_events(store, store.attempt_dir(attempt)):
             yield attempt, event

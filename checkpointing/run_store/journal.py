@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.base import ReadableStorage, Storage, read_bytes
 
 FLUSH_S = 5.0
 SEGMENT_BYTES = 256 * 1024
@@ -101,7 +101,7 @@ def last_event_at(storage: Storage, directory: str) -> float | None:
     return max((float(event["t"]) for event in _read(storage, directory, newest) if "t" in event), default=None)
 
 
-def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
+def read_events(storage: ReadableStorage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
     """The events of a directory, each rank's in the order written. Lines that are not JSON objects are passed over.
 
     Raises:
@@ -110,7 +110,7 @@ def read_events(storage: Storage, directory: str, stream: str = EVENTS) -> Itera
     return _read(storage, directory, _segments(storage, directory, stream))
 
 
-def read_first_and_last(storage: Storage, directory: str) -> Iterator[dict[str, Any]]:
+def read_first_and_last(storage: ReadableStorage, directory: str) -> Iterator[dict[str, Any]]:
     """Rank 0's events in the first and in the last segment of a directory: how it began, and how it ended.
 
     Raises:
@@ -131,7 +131,7 @@ class JournalTail:
         stream: Which stream; with it come those whose names begin so (`events` brings `events-watch`).
     """
 
-    def __init__(self, storage: Storage, stream: str = EVENTS) -> None:
+    def __init__(self, storage: ReadableStorage, stream: str = EVENTS) -> None:
         self._storage, self._stream = storage, stream
         self._seen: dict[str, tuple[int | None, int]] = {}
 
@@ -170,12 +170,12 @@ def _is_segment(name: str, stream: str) -> bool:
     return name.startswith(f"{stream}-") and name.endswith(".jsonl")
 
 
-def _segments(storage: Storage, directory: str, stream: str) -> list[str]:
+def _segments(storage: ReadableStorage, directory: str, stream: str) -> list[str]:
     names = (entry.name for entry in storage.list(directory))
     return [name for name in names if _is_segment(name, stream)]
 
 
-def _read(storage: Storage, directory: str, segments: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _read(storage: ReadableStorage, directory: str, segments: Iterable[str]) -> Iterator[dict[str, Any]]:
     for name in segments:
         try:
             data = read_bytes(storage, f"{directory}/{name}")

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_bytes
 
 HEARTBEAT_S = 5.0
 GRACE_PERIOD_S = 15.0
 
 
-def find_active_launch(storage: Storage, run: str) -> str | None:
+def find_active_launch(store: RunStore) -> str | None:
     """Another launch of the run that is still at work, or None. Takes up to 15 s when it cannot be told at once.
 
     This is courtesy: two launches cannot harm the run, but the second would stop the first.
@@ -31,19 +31,20 @@ def find_active_launch(storage: Storage, run: str) -> str | None:
     seen: dict[str, Any] = {}
     deadline = time.monotonic() + GRACE_PERIOD_S
     while True:
-        open_launches = dict(_open_launches(storage, run))
+        open_launches = dict(_open_launches(store))
         for launch, beat in open_launches.items():
             if seen.setdefault(launch, beat) != beat:
                 return launch
         if not open_launches or time.monotonic() > deadline:
             return None
         time.sleep(0.5)
+        store.refresh()  # whatever was read of the run is old now
 
 
-def _open_launches(storage: Storage, run: str) -> Iterator[tuple[str, Any]]:
-    for entry in storage.list(f"{run}/launches"):
+def _open_launches(store: RunStore) -> Iterator[tuple[str, Any]]:
+    for entry in store.storage.list(f"{store.run}/launches"):
         try:
-            body = json.loads(read_bytes(storage, f"{run}/launches/{entry.name}/alive.json"))
+            body = json.loads(read_bytes(store.storage, f"{store.launch_dir(entry.name)}/alive.json"))
         except (FileNotFoundError, ValueError):
             continue
         if not body["ended"] and not is_dead(body):
@@ -122,10 +123,10 @@ class LivenessFile:
             self._put(1 if exit_code is None else exit_code, error)
 
 
-def read_liveness(storage: Storage, run: str, launch: str) -> dict[str, Any]:
+def read_liveness(store: RunStore, launch: str) -> dict[str, Any]:
     """A launch's last sign of life; empty when there is none that can be read."""
     try:
-        body = json.loads(read_bytes(storage, f"{launch_dir(run, launch)}/alive.json"))
+        body = json.loads(read_bytes(store.storage, f"{store.launch_dir(launch)}/alive.json"))
     except (FileNotFoundError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}

@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
-from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, attempts_dir
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store import claims, pins
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.writer import RankPayload, write_payload
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.storage.base import Storage, walk
+from outlast.checkpointing.storage.base import walk
 from outlast.checkpointing.storage.multipart_uploads import abort_uploads
 from outlast.checkpointing.storage.retry import retry
 
@@ -34,8 +35,7 @@ class Committer:
     """The commits of one attempt.
 
     Args:
-        storage: The storage root.
-        run: Name of the run.
+        store: The run.
         attempt: The attempt, which is claimed.
         launch: Its launch.
         ranks: The ranks; nobody else may use this group while a save is under way.
@@ -50,8 +50,7 @@ class Committer:
 
     def __init__(
         self,
-        storage: Storage,
-        run: str,
+        store: RunStore,
         attempt: AttemptId,
         launch: str,
         ranks: RankGroup,
@@ -59,7 +58,7 @@ class Committer:
         tell: Tell,
         flush: Callable[[], None],
     ) -> None:
-        self._storage, self._run, self._attempt, self._launch = storage, run, attempt, launch
+        self._store, self._attempt, self._launch = store, attempt, launch
         self._ranks, self._retention, self._tell, self._flush = ranks, retention, tell, flush
         self.commits: list[Manifest] = []
         self.lineage: list[Manifest] = []
@@ -68,7 +67,7 @@ class Committer:
         self._orphans_collected = False
         self._begun: set[int] = set()
         if ranks.rank == 0:
-            self._journal = Journal(storage, layout.attempt_dir(run, attempt), 0, stream=COMMITS, flush_s=0)
+            self._journal = Journal(store.storage, store.attempt_dir(attempt), 0, stream=COMMITS, flush_s=0)
 
     def note(self, kind: str, **fields: Any) -> None:
         """Writes an event that must be known whatever happens next; durable when this returns (rank 0 only)."""
@@ -99,8 +98,8 @@ class Committer:
             )
         self._begun.add(share.step)
         ref = CheckpointRef(share.step, self._attempt)
-        directory = layout.checkpoint_dir(self._run, ref)
-        written = self._ranks.everybody(lambda: write_payload(self._storage, directory, self._ranks, share))
+        directory = self._store.checkpoint_dir(ref)
+        written = self._ranks.everybody(lambda: write_payload(self._store.storage, directory, self._ranks, share))
         fault_point(FaultPoint.BEFORE_MANIFEST, share.step)
         manifest = Manifest(
             ref=ref,
@@ -129,9 +128,9 @@ class Committer:
         ref, data = manifest.ref, manifest.to_json()
         self._flush()  # what led to a commit is told before it
         # Once more with the same bytes is harmless, also when the first time was a success that nobody heard of.
-        retry(lambda: self._storage.put(f"{layout.checkpoint_dir(self._run, ref)}/{layout.MANIFEST}", [data]))
+        retry(lambda: self._store.storage.put(f"{self._store.checkpoint_dir(ref)}/{layout.MANIFEST}", [data]))
         fault_point(FaultPoint.AFTER_MANIFEST, ref.step)
-        if higher := claims.higher_claim(self._storage, self._run, self._attempt):
+        if higher := claims.higher_claim(self._store, self._attempt):
             self._tell("superseded", step=ref.step, by=str(higher))
             self._flush()
             return False
@@ -149,7 +148,7 @@ class Committer:
         """
         kept = self.commits, self.lineage
         try:
-            pinned = pins.list_pins(self._storage, self._run)
+            pinned = pins.list_pins(self._store.fresh())
             kept = self._retain(pinned)
             if self._orphans_collected:
                 self._delete_pending()
@@ -186,7 +185,7 @@ class Committer:
         accepted = [*self.commits, *self.lineage]
         keep = self._retention.keep([RetentionCandidate(item.ref, item.metrics) for item in accepted], pinned)
         doomed = [item.ref for item in accepted if item.ref not in keep]
-        doomed, spared = pins.exempt_pinned(self._storage, self._run, self._journal, doomed)
+        doomed, spared = pins.exempt_pinned(self._store, self._journal, doomed)
         keep |= spared
         mine = [item for item in self.commits if item.ref in keep]
         left = [item for item in self.lineage if item.ref in keep]
@@ -195,7 +194,7 @@ class Committer:
 
     def _abort_uploads(self) -> None:
         try:
-            count = abort_orphans(self._storage, self._run, self._attempt)
+            count = abort_orphans(self._store, self._attempt)
         except StorageError as error:  # they count for nothing and only cost money: not worth another try
             self._tell("uploads-not-aborted", error=error.message)
         else:
@@ -203,24 +202,24 @@ class Committer:
                 self._tell("uploads-aborted", count=count)
 
     def _find_orphans(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
-        for attempt in claims.list_attempts(self._storage, self._run):
+        for attempt in claims.list_attempts(self._store.fresh()):
             if attempt >= self._attempt:
                 return
-            for entry in self._storage.list(layout.attempt_dir(self._run, attempt)):
+            for entry in self._store.storage.list(self._store.attempt_dir(attempt)):
                 step = layout.parse_checkpoint(entry.name) if entry.num_bytes is None else None
                 if step is not None and CheckpointRef(step, attempt) not in kept:
                     yield CheckpointRef(step, attempt)
 
     def _delete(self, ref: CheckpointRef) -> None:
-        directory = layout.checkpoint_dir(self._run, ref)
+        directory = self._store.checkpoint_dir(ref)
         self._journal.event("delete", step=ref.step, attempt=str(ref.attempt))
         self._tell("delete", step=ref.step, attempt=str(ref.attempt))
-        self._storage.delete(f"{directory}/{layout.MANIFEST}")
-        for entry in list(walk(self._storage, directory)):
-            self._storage.delete(f"{directory}/{entry.name}")
+        self._store.storage.delete(f"{directory}/{layout.MANIFEST}")
+        for entry in list(walk(self._store.storage, directory)):
+            self._store.storage.delete(f"{directory}/{entry.name}")
 
 
-def abort_orphans(storage: Storage, run: str, below: AttemptId) -> int:
+def abort_orphans(store: RunStore, below: AttemptId) -> int:
     """Aborts what attempts lower than `below` left unfinished, and returns how many uploads that were.
 
     A superseded attempt that is still at work loses its save by it, which could not have been acknowledged.
@@ -233,4 +232,4 @@ def abort_orphans(storage: Storage, run: str, below: AttemptId) -> int:
         attempt = AttemptId.parse(path.split("/")[0])
         return attempt is not None and attempt < below
 
-    return abort_uploads(storage, attempts_dir(run), is_orphan)
+    return abort_uploads(store.storage, store.attempts_dir, is_orphan)

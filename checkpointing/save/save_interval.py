@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 FIRST_AUTO_S = 60.0
@@ -54,10 +54,15 @@ class SaveInterval:
     Attributes:
         amount: Positive; whole for steps and epochs.
         unit: What `amount` counts.
+        written: What it was parsed from.
     """
 
     amount: float
     unit: IntervalUnit
+    written: str | int = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return str(self.written)
 
     @classmethod
     def parse(cls, text: str | int) -> SaveInterval:
@@ -67,14 +72,14 @@ class SaveInterval:
             ValueError: None of these.
         """
         if text == "auto":
-            return cls(1, IntervalUnit.AUTO)
+            return cls(1, IntervalUnit.AUTO, text)
         match = _TEXT.fullmatch(str(text).strip())
         amount = float(match[1]) if match else 0.0
         word = (match[2] or "steps") if match else ""
         if word in ("s", "m", "h"):
-            parsed = cls(amount * {"s": 1, "m": 60, "h": 3600}[word], IntervalUnit.SECONDS)
+            parsed = cls(amount * {"s": 1, "m": 60, "h": 3600}[word], IntervalUnit.SECONDS, text)
         else:
-            parsed = cls(amount, IntervalUnit.EPOCHS if word.startswith("epoch") else IntervalUnit.STEPS)
+            parsed = cls(amount, IntervalUnit.EPOCHS if word.startswith("epoch") else IntervalUnit.STEPS, text)
         if amount <= 0 or (parsed.unit is not IntervalUnit.SECONDS and amount != int(amount)):
             raise ValueError(f"{str(text)!r} is not an interval: write 200 (steps), 10m (or s, h), 1 epoch, or auto")
         return parsed

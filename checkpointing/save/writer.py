@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -23,6 +23,7 @@ from outlast.checkpointing.format.manifest import Digester, FileEntry
 from outlast.checkpointing.format.safetensors import TensorSpec, encode, order, stream
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.shards import LocalShard, Region, to_json
+from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Buffer, Storage
 
 
@@ -51,9 +52,17 @@ class RankPayload:
     specs: Mapping[str, TensorSpec]
     weights: Mapping[str, LocalShard]
     moments: Mapping[str, LocalShard] | None
-    small: Mapping[str, bytes] = field(default_factory=dict)
-    file: str = layout.WEIGHTS
-    max_shard_bytes: int = 2**63
+    small: Mapping[str, bytes]
+    file: str
+    max_shard_bytes: int
+
+    @classmethod
+    def of(
+        cls, step: int, state: TrainState, ranks: RankGroup, small: Mapping[str, bytes], max_shard_bytes: int
+    ) -> RankPayload:
+        """This rank's payload, made of the model's own tensors. Raises ConfigError for state that cannot be saved."""
+        weights, moments = state.weights_to_write(ranks.rank), state.moments_to_write(ranks.rank, ranks.size)
+        return cls(step, state.specs, weights, moments, small, state.naming.file, max_shard_bytes)
 
     @property
     def parts(self) -> dict[str, LocalShard]:

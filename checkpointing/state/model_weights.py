@@ -107,21 +107,21 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     return (*place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
-def check_weights(model: nn.Module, found: Mapping[str, TensorSpec], naming: WeightNaming = ALL) -> None:
-    """Refuses weights that are another model's, before they are read.
+def check_weights(model: nn.Module, found: Mapping[str, TensorSpec]) -> None:
+    """Refuses weights, by their own names, that are another model's. Raises as `compare_weights`."""
+    compare_weights({name: TensorSpec.of(tensor) for name, tensor in named_weights(model).items()}, found)
+
+
+def compare_weights(own: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
+    """Refuses a checkpoint's weights that are another model's, before they are read.
 
     Args:
-        model: The model, wrapped or not.
-        found: Type and whole shape of each weight, by name.
-        naming: What they are called.
+        own: Type and whole shape of each weight of the model.
+        found: The same, of the checkpoint.
 
     Raises:
         ConfigError: They do not fit.
     """
-    _compare({name: TensorSpec.of(tensor) for name, tensor in named_weights(model, naming).items()}, found)
-
-
-def _compare(own: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
     problems = [f"{name} is missing" for name in own.keys() - found.keys()]
     problems += [f"{name} is not in the model" for name in found.keys() - own.keys()]
     for name in own.keys() & found.keys():

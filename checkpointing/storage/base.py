@@ -27,20 +27,8 @@ class Entry:
     num_bytes: int | None
 
 
-class Storage(Protocol):
-    """A place for runs. Paths are relative to `url` and use `/`."""
-
-    @property
-    def url(self) -> str:
-        """What a user would write to name this place."""
-
-    def put(self, path: str, chunks: Iterable[Buffer]) -> None:
-        """Writes the chunks, one after the other, as the file `path`, creating directories and replacing what is
-        there. Durable and visible as a whole when it returns; when `chunks` raises, nothing appears.
-
-        Raises:
-            StorageError: The write failed.
-        """
+class ReadableStorage(Protocol):
+    """A place whose files can be listed and read."""
 
     def open(self, path: str) -> BinaryIO:
         """The file `path`, for reading and seeking.
@@ -57,6 +45,22 @@ class Storage(Protocol):
             StorageError: The listing failed.
         """
 
+
+class Storage(ReadableStorage, Protocol):
+    """A place for runs. Paths are relative to `url` and use `/`."""
+
+    @property
+    def url(self) -> str:
+        """What a user would write to name this place."""
+
+    def put(self, path: str, chunks: Iterable[Buffer]) -> None:
+        """Writes the chunks, one after the other, as the file `path`, creating directories and replacing what is
+        there. Durable and visible as a whole when it returns; when `chunks` raises, nothing appears.
+
+        Raises:
+            StorageError: The write failed.
+        """
+
     def delete(self, path: str) -> None:
         """Removes the file `path`; a missing one is fine. Directories are not kept once they are empty.
 
@@ -65,7 +69,7 @@ class Storage(Protocol):
         """
 
 
-def read_bytes(storage: Storage, path: str) -> bytes:
+def read_bytes(storage: ReadableStorage, path: str) -> bytes:
     """The whole file. Raises as `Storage.open`."""
     with storage.open(path) as file:
         return file.read()

@@ -99,7 +99,7 @@ def diff_checkpoints(
 
 def _tensors(found: ResolvedCheckpoint, optimizer: bool) -> dict[str, torch.Tensor]:
     with reading(found):
-        return read_tensors(found.storage, found.directory, found.manifest, weights_only=not optimizer)
+        return read_tensors(found.store.storage, found.directory, found.manifest, weights_only=not optimizer)
 
 
 def compare_tensors(name: str, first: torch.Tensor | None, second: torch.Tensor | None) -> TensorChange:

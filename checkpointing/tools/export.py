@@ -83,7 +83,7 @@ def read_content(found: ResolvedCheckpoint) -> Content:
     files: dict[str, bytes] = {}
     weights_name = WEIGHTS
     with reading(found):
-        weights = read_tensors(found.storage, found.directory, found.manifest, weights_only=True)
+        weights = read_tensors(found.store.storage, found.directory, found.manifest, weights_only=True)
         for entry in found.manifest.files:
             if entry.path.startswith(STATE_DIR) or entry.path in _OF_THE_RUN:
                 continue
@@ -91,7 +91,7 @@ def read_content(found: ResolvedCheckpoint) -> Content:
             if entry.path.startswith(ADAPTER):
                 weights_name = ADAPTER_WEIGHTS
             if not entry.path.endswith((".safetensors", ".safetensors.index.json")):
-                files[entry.path] = bytes(tensor_bytes(read_verified(found.storage, found.directory, entry)))
+                files[entry.path] = bytes(tensor_bytes(read_verified(found.store.storage, found.directory, entry)))
     return Content(weights, files, weights_name)
 
 

@@ -17,8 +17,6 @@ from outlast.checkpointing.format.layout import (
     MANIFEST,
     AttemptId,
     CheckpointRef,
-    attempt_dir,
-    checkpoint_dir,
     parse_checkpoint,
     pin_path,
     prune_dir,
@@ -29,47 +27,49 @@ from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.pins import exempt_pinned, is_being_deleted, list_pins
 from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention, RetentionCandidate
-from outlast.checkpointing.storage.base import Storage, walk
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.base import walk
 from outlast.checkpointing.tools.query import load_catalog, pick_manifest
 
 
-def pin(storage: Storage, run: str, which: str, retention: Retention) -> CheckpointRef:
+def pin(store: RunStore, which: str, retention: Retention) -> CheckpointRef:
     """Exempts a checkpoint from retention, until it is unpinned. `which` is as `pick_manifest` takes it.
 
     Raises:
         NoCheckpointError: There is no such checkpoint, or retention was about to delete it; it is not pinned then.
         StorageError: The storage failed.
     """
-    ref = pick_manifest(storage, run, which, retention).ref
-    if ref in list_pins(storage, run):
+    ref = pick_manifest(store, which, retention).ref
+    if ref in list_pins(store):
         return ref
-    storage.put(pin_path(run, ref), [json.dumps({"pinned_at": time.time()}).encode() + b"\n"])
-    going = is_being_deleted(storage, run, ref)
-    if going or ref not in {manifest.ref for manifest in load_catalog(storage, run).accepted}:
-        storage.delete(pin_path(run, ref))
+    store.storage.put(pin_path(store.run, ref), [json.dumps({"pinned_at": time.time()}).encode() + b"\n"])
+    going = is_being_deleted(store, ref)
+    if going or ref not in {manifest.ref for manifest in load_catalog(store.fresh()).accepted}:
+        store.storage.delete(pin_path(store.run, ref))
+        gone = "is being" if going else "was"
         raise NoCheckpointError(
-            f"{ref} of run {run!r} {'is being' if going else 'was'} deleted by retention just now; it is not pinned",
+            f"{ref} of run {store.run!r} {gone} deleted by retention just now; it is not pinned",
             hint="pin a newer one: `outlast checkpoints ls` lists them",
         )
     return ref
 
 
-def unpin(storage: Storage, run: str, which: str) -> CheckpointRef:
+def unpin(store: RunStore, which: str) -> CheckpointRef:
     """Takes a pin back; the checkpoint goes when retention next lets it. `which` is a step or step@attempt.
 
     Raises:
         ConfigError: No such checkpoint is pinned, or there is no such run.
         StorageError: The storage failed.
     """
-    load_catalog(storage, run)
-    pins = sorted(list_pins(storage, run), reverse=True)
+    load_catalog(store)
+    pins = sorted(list_pins(store), reverse=True)
     for ref in pins:
         if which in (str(ref.step), ref.name):
-            storage.delete(pin_path(run, ref))
+            store.storage.delete(pin_path(store.run, ref))
             return ref
     known = ", ".join(ref.name for ref in pins) or "none"
     raise ConfigError(
-        f"{which!r} is not a pinned checkpoint of run {run!r}; pinned: {known}",
+        f"{which!r} is not a pinned checkpoint of run {store.run!r}; pinned: {known}",
         hint="`outlast checkpoints ls RUN` marks those that are pinned",
     )
 
@@ -96,64 +96,64 @@ class PrunePlan:
         return sum(manifest.num_bytes for manifest in self.doomed)
 
 
-def plan_prune(storage: Storage, run: str, retention: Retention) -> PrunePlan:
+def plan_prune(store: RunStore, retention: Retention) -> PrunePlan:
     """What pruning to a policy would delete.
 
     Raises:
         ConfigError: The highest claim holds fewer than two commits, or there is no such run.
         StorageError: The storage failed.
     """
-    accepted = load_catalog(storage, run).accepted
-    highest = list_attempts(storage, run)[-1]
+    accepted = load_catalog(store).accepted
+    highest = list_attempts(store)[-1]
     own = [manifest.ref for manifest in accepted if manifest.ref.attempt == highest]
     if len(own) < KEEP_LAST_MIN:
         raise ConfigError(
-            f"run {run!r} cannot be pruned: its newest attempt {highest} holds {len(own)} of the {KEEP_LAST_MIN} "
+            f"run {store.run!r} cannot be pruned: its newest attempt {highest} holds {len(own)} of the {KEEP_LAST_MIN} "
             "commits that make it safe to delete older ones",
             hint="let the run go on until it has saved twice; one that is done keeps what it has",
         )
-    keep = retention.keep([RetentionCandidate(item.ref, item.metrics) for item in accepted], list_pins(storage, run))
+    keep = retention.keep([RetentionCandidate(item.ref, item.metrics) for item in accepted], list_pins(store))
     keep |= set(own[:KEEP_LAST_MIN])
     return PrunePlan(
         highest,
         tuple(item for item in accepted if item.ref not in keep),
         tuple(item for item in accepted if item.ref in keep),
-        _remains(storage, run, {item.ref for item in accepted}),
+        _remains(store, {item.ref for item in accepted}),
     )
 
 
-def _remains(storage: Storage, run: str, accepted: set[CheckpointRef]) -> tuple[CheckpointRef, ...]:
-    gone = deletions(storage, run) - accepted
+def _remains(store: RunStore, accepted: set[CheckpointRef]) -> tuple[CheckpointRef, ...]:
+    gone = deletions(store) - accepted
     found = {
         CheckpointRef(step, attempt)
         for attempt in {ref.attempt for ref in gone}
-        for entry in storage.list(attempt_dir(run, attempt))
+        for entry in store.list(store.attempt_dir(attempt))
         if entry.num_bytes is None and (step := parse_checkpoint(entry.name)) is not None
     }
     # Object stores may go on listing a directory that holds no file any more.
-    return tuple(sorted(ref for ref in found & gone if any(walk(storage, checkpoint_dir(run, ref)))))
+    return tuple(sorted(ref for ref in found & gone if any(walk(store.storage, store.checkpoint_dir(ref)))))
 
 
-def prune(storage: Storage, run: str, plan: PrunePlan) -> PrunePlan:
+def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
     """Carries a plan out. Returns what was done: checkpoints that were pinned meanwhile have moved to those kept.
 
     Raises:
         StorageError: The storage failed, or a new attempt began meanwhile; what is left is whole.
     """
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
-    journal = Journal(storage, prune_dir(run, name), 0, stream=COMMITS, flush_s=0)
-    doomed, spared = exempt_pinned(storage, run, journal, [manifest.ref for manifest in plan.doomed])
+    journal = Journal(store.storage, prune_dir(store.run, name), 0, stream=COMMITS, flush_s=0)
+    doomed, spared = exempt_pinned(store, journal, [manifest.ref for manifest in plan.doomed])
     for count, ref in enumerate(doomed):
-        if list_attempts(storage, run)[-1] != plan.highest:
+        if list_attempts(store.fresh())[-1] != plan.highest:
             journal.event("spared", checkpoints=[item.name for item in doomed[count:]])
             raise StorageError(
-                f"run {run!r}: a new attempt began after {count} of {len(doomed)} deletions; the rest stays",
+                f"run {store.run!r}: a new attempt began after {count} of {len(doomed)} deletions; the rest stays",
                 hint="prune again once it has saved twice",
             )
         journal.event("delete", step=ref.step, attempt=str(ref.attempt))
-        _delete(storage, run, ref)
+        _delete(store, ref)
     for ref in plan.remains:
-        _delete(storage, run, ref)
+        _delete(store, ref)
     every = sorted((*plan.doomed, *plan.kept), key=lambda manifest: manifest.ref, reverse=True)
     return PrunePlan(
         plan.highest,
@@ -163,8 +163,8 @@ def prune(storage: Storage, run: str, plan: PrunePlan) -> PrunePlan:
     )
 
 
-def _delete(storage: Storage, run: str, ref: CheckpointRef) -> None:
-    directory = checkpoint_dir(run, ref)
-    storage.delete(f"{directory}/{MANIFEST}")
-    for entry in list(walk(storage, directory)):
-        storage.delete(f"{directory}/{entry.name}")
+def _delete(store: RunStore, ref: CheckpointRef) -> None:
+    directory = store.checkpoint_dir(ref)
+    store.storage.delete(f"{directory}/{MANIFEST}")
+    for entry in list(walk(store.storage, directory)):
+        store.storage.delete(f"{directory}/{entry.name}")

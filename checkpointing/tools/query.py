@@ -18,16 +18,14 @@ from outlast.checkpointing.format.layout import (
     RECORD,
     AttemptId,
     CheckpointRef,
-    checkpoint_dir,
-    launch_dir,
-    model_dir,
 )
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.run_store.catalog import Catalog, read_catalog, read_manifest
-from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.catalog import Catalog, build_catalog, read_manifest
+from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.pins import list_pins
 from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
-from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.retry import retry
 
 _MAX_RESTARTS = 5
@@ -50,17 +48,13 @@ class VerificationResult:
 class ResolvedCheckpoint:
     """A checkpoint, or the finished model, that a user named: where it lies and what was committed there."""
 
-    storage: Storage
+    store: RunStore
     directory: str
     manifest: Manifest
 
     @property
     def url(self) -> str:
-        return f"{self.storage.url}/{self.directory}"
-
-    @property
-    def run(self) -> str:
-        return self.directory.partition("/")[0]
+        return f"{self.store.storage.url}/{self.directory}"
 
     @property
     def declaration(self) -> Mapping[str, Any] | None:
@@ -70,58 +64,57 @@ class ResolvedCheckpoint:
         manifest = self.manifest
         if "declaration" not in manifest.extra:
             try:
-                manifest = read_manifest(self.storage, self.run, manifest.ref)
+                manifest = read_manifest(self.store, manifest.ref)
             except (FileNotFoundError, ManifestError):
                 return None
         declared: Mapping[str, Any] | None = manifest.extra.get("declaration")
         return declared
 
 
-def load_catalog(storage: Storage, run: str) -> Catalog:
+def load_catalog(store: RunStore) -> Catalog:
     """The run's catalogue.
 
     Raises:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    existing_attempts(storage, run)
-    return retry(lambda: read_catalog(storage, run))
+    existing_attempts(store)
+    return retry(lambda: build_catalog(store))
 
 
-def existing_attempts(storage: Storage, run: str) -> list[AttemptId]:
+def existing_attempts(store: RunStore) -> list[AttemptId]:
     """The attempts of a run that has begun, oldest first. Raises as `load_catalog`."""
-    if not (found := retry(lambda: list_attempts(storage, run))):
-        names = [entry.name for entry in retry(lambda: storage.list("")) if entry.num_bytes is None]
-        if run in names and retry(lambda: storage.list(f"{run}/launches")):
+    if not (found := list_attempts(store)):
+        run, place = store.run, store.storage.url
+        names = [entry.name for entry in retry(lambda: store.storage.list("")) if entry.num_bytes is None]
+        if run in names and retry(lambda: list_launches(store)):
             raise NoCheckpointError(
-                f"run {run!r} in {storage.url} has begun, and no worker has claimed it: there is no checkpoint yet",
+                f"run {run!r} in {place} has begun, and no worker has claimed it: there is no checkpoint yet",
                 hint="start it again with `outlast train` and its run file",
             )
         near = difflib.get_close_matches(run, [name for name in names if name != run and not name.startswith(".")], 1)
         raise ConfigError(
-            f"there is no run {run!r} in {storage.url}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"there is no run {run!r} in {place}" + (f"; did you mean {near[0]!r}?" if near else ""),
             hint="name a run's directory, its run file, or its name with --storage; `outlast list` shows what there is",
         )
     return found
 
 
-def list_checkpoints(storage: Storage, run: str, retention: Retention | None = None) -> list[dict[str, Any]]:
-    """The accepted checkpoints, newest first, and which of them is the best one. Raises as `load_catalog`."""
-    accepted, pins = load_catalog(storage, run).accepted, list_pins(storage, run)
+def list_checkpoints(store: RunStore, catalog: Catalog, retention: Retention | None = None) -> list[dict[str, Any]]:
+    """The accepted checkpoints, newest first, and which of them is the best one. Raises StorageError."""
+    accepted, pins = catalog.accepted, list_pins(store)
     best = [kept.ref for kept in _rated(accepted, retention or Retention())[:1]]
-    return [
-        {**_row(storage, run, manifest, manifest.ref in pins), "best": manifest.ref in best} for manifest in accepted
-    ]
+    return [{**_row(store, manifest, manifest.ref in pins), "best": manifest.ref in best} for manifest in accepted]
 
 
 def _rated(accepted: Sequence[Manifest], retention: Retention) -> list[RetentionCandidate]:
     return retention.best([RetentionCandidate(item.ref, item.metrics) for item in accepted])
 
 
-def _row(storage: Storage, run: str, manifest: Manifest, pinned: bool) -> dict[str, Any]:
+def _row(store: RunStore, manifest: Manifest, pinned: bool) -> dict[str, Any]:
     return {
         "step": manifest.ref.step,
-        "path": f"{storage.url}/{checkpoint_dir(run, manifest.ref)}",
+        "path": store.checkpoint_url(manifest.ref),
         "attempt": str(manifest.ref.attempt),
         "committed_at": manifest.committed_at,
         "bytes": manifest.num_bytes,
@@ -130,29 +123,27 @@ def _row(storage: Storage, run: str, manifest: Manifest, pinned: bool) -> dict[s
     }
 
 
-def show_checkpoint(
-    storage: Storage, run: str, which: str = "newest", retention: Retention | None = None
-) -> dict[str, Any]:
+def show_checkpoint(store: RunStore, which: str = "newest", retention: Retention | None = None) -> dict[str, Any]:
     """One checkpoint whole: its row, its files with digests, its lineage. Raises as `pick_manifest`."""
-    manifest = pick_manifest(storage, run, which, retention)
+    manifest = pick_manifest(store, which, retention)
     return {
-        **_row(storage, run, manifest, manifest.ref in list_pins(storage, run)),
+        **_row(store, manifest, manifest.ref in list_pins(store)),
         "world_size": manifest.world_size,
         "launch": manifest.launch,
-        "record": _record(storage, run, manifest.launch),
+        "record": _record(store, manifest.launch),
         "lineage": [str(ref) for ref in manifest.lineage],
         "files": [asdict(entry) for entry in manifest.files],
     }
 
 
-def _record(storage: Storage, run: str, launch: str) -> str | None:
+def _record(store: RunStore, launch: str) -> str | None:
     """Where the record of a launch lies: what it was made of. None for a loop of one's own, or an older release's."""
-    folder = launch_dir(run, launch)
-    is_there = launch and any(entry.name == RECORD for entry in storage.list(folder))
-    return f"{storage.url}/{folder}/{RECORD}" if is_there else None
+    folder = store.launch_dir(launch)
+    is_there = launch and any(entry.name == RECORD for entry in store.list(folder))
+    return f"{store.storage.url}/{folder}/{RECORD}" if is_there else None
 
 
-def pick_manifest(storage: Storage, run: str, which: str, retention: Retention | None = None) -> Manifest:
+def pick_manifest(store: RunStore, which: str, retention: Retention | None = None) -> Manifest:
     """The accepted checkpoint that `which` names: `newest`, `best`, a step, or step@attempt.
 
     Raises:
@@ -162,12 +153,12 @@ def pick_manifest(storage: Storage, run: str, which: str, retention: Retention |
     retention = retention or Retention()
     if which not in ("newest", "best") and not which.isdecimal() and CheckpointRef.parse(which) is None:
         raise ConfigError(f"{which!r} names no checkpoint", hint="write newest, best, a step, or step@attempt")
-    accepted = load_catalog(storage, run).accepted
+    accepted = load_catalog(store).accepted
     if which == "best":
         rated = _rated(accepted, retention)
         if not rated:
             hint = "take another: `outlast checkpoints ls RUN` shows the metrics of each"
-            raise NoCheckpointError(f"no checkpoint of run {run!r} carries {retention.metric!r}", hint=hint)
+            raise NoCheckpointError(f"no checkpoint of run {store.run!r} carries {retention.metric!r}", hint=hint)
         which = rated[0].ref.name
     for manifest in accepted:
         if which in ("newest", str(manifest.ref.step), manifest.ref.name):
@@ -175,10 +166,10 @@ def pick_manifest(storage: Storage, run: str, which: str, retention: Retention |
     steps = ", ".join(str(manifest.ref.step) for manifest in accepted) or "none"
     wanted = "checkpoint" if which == "newest" else f"checkpoint {which}"
     hint = "name one of these" if accepted else "`outlast train` goes on until the first one is saved"
-    raise NoCheckpointError(f"run {run!r} has no {wanted}; it has: {steps}", hint=hint)
+    raise NoCheckpointError(f"run {store.run!r} has no {wanted}; it has: {steps}", hint=hint)
 
 
-def resolve_checkpoint(storage: Storage, run: str, which: str, retention: Retention) -> ResolvedCheckpoint:
+def resolve_checkpoint(store: RunStore, which: str, retention: Retention) -> ResolvedCheckpoint:
     """As `pick_manifest`, and `model` names the finished model.
 
     Raises:
@@ -186,29 +177,27 @@ def resolve_checkpoint(storage: Storage, run: str, which: str, retention: Retent
         NoCheckpointError: There is no such thing.
     """
     if which != "model":
-        manifest = pick_manifest(storage, run, which, retention)
-        return ResolvedCheckpoint(storage, checkpoint_dir(run, manifest.ref), manifest)
-    load_catalog(storage, run)
-    for attempt in reversed(list_attempts(storage, run)):
-        directory = model_dir(run, attempt)
+        manifest = pick_manifest(store, which, retention)
+        return ResolvedCheckpoint(store, store.checkpoint_dir(manifest.ref), manifest)
+    load_catalog(store)
+    for attempt in reversed(list_attempts(store)):
+        directory = store.model_dir(attempt)
         try:
-            return ResolvedCheckpoint(
-                storage, directory, Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
-            )
+            return ResolvedCheckpoint(store, directory, Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}")))
         except FileNotFoundError:
             continue
         except ManifestError as error:
-            raise DamagedError(f"{storage.url}/{directory}/{MANIFEST}: {error}") from error
-    raise NoCheckpointError(f"run {run!r} has no finished model yet", hint="run `outlast train` until it is done")
+            raise DamagedError(f"{store.storage.url}/{directory}/{MANIFEST}: {error}") from error
+    raise NoCheckpointError(f"run {store.run!r} has no finished model yet", hint="run `outlast train` until it is done")
 
 
-def path_of(storage: Storage, run: str, which: str, retention: Retention) -> str:
+def path_of(store: RunStore, which: str, retention: Retention) -> str:
     """Where a checkpoint lies: `newest`, `best`, `model` (the finished one), a step, or step@attempt.
 
     Raises:
         NoCheckpointError: There is no such thing.
     """
-    return resolve_checkpoint(storage, run, which, retention).url
+    return resolve_checkpoint(store, which, retention).url
 
 
 @contextmanager
@@ -223,17 +212,17 @@ def reading(found: ResolvedCheckpoint) -> Iterator[None]:
         yield
     except DamagedError as error:
         try:
-            read_bytes(found.storage, f"{found.directory}/{MANIFEST}")
+            read_bytes(found.store.storage, f"{found.directory}/{MANIFEST}")
         except FileNotFoundError:
             raise NoCheckpointError(
                 f"{found.url} was deleted while it was read", hint="choose a newer one, or pin it first"
             ) from error
-        hint = f"outlast checkpoints verify {found.storage.url}/{found.run} says which are whole; name one of these"
+        hint = f"outlast checkpoints verify {found.store.url} says which are whole; name one of these"
         raise DamagedError(f"{found.url}: {error.message}", hint=hint) from error
 
 
 def verify_run(
-    storage: Storage, run: str, which: str | None = None, retention: Retention | None = None
+    store: RunStore, which: str | None = None, retention: Retention | None = None
 ) -> list[VerificationResult]:
     """Reads every byte of each accepted checkpoint (or of one, named as for `resolve_checkpoint`) and of the model.
 
@@ -243,28 +232,29 @@ def verify_run(
         StorageError: The storage could not be read, or the run changed each time.
     """
     for _ in range(_MAX_RESTARTS):
-        seen = load_catalog(storage, run)
+        seen = load_catalog(store)
         wanted = which
         if which in ("newest", "best"):
-            wanted = pick_manifest(storage, run, which, retention).ref.name
+            wanted = pick_manifest(store, which, retention).ref.name
         verdicts = [
-            VerificationResult(f"{storage.url}/{checkpoint_dir(run, item.ref)}", item.ref.step, 0, item.reasons)
+            VerificationResult(store.checkpoint_url(item.ref), item.ref.step, 0, item.reasons)
             for item in seen.rejected
             if wanted in (None, str(item.ref.step), item.ref.name)
         ]
         try:
             for manifest in seen.accepted:
                 if wanted in (None, str(manifest.ref.step), manifest.ref.name):
-                    verdicts.append(_verify(storage, run, manifest, seen.owner))
+                    verdicts.append(_verify(store, manifest, seen.owner))
         except _ChangedWhileReading:
+            store = store.fresh()
             continue
-        if which in (None, "model") and (model := find_model(storage, run)):
-            verdicts.append(replace(model, path=f"{storage.url}/{model.path}"))
+        if which in (None, "model") and (model := find_model(store)):
+            verdicts.append(replace(model, path=f"{store.storage.url}/{model.path}"))
         if which is not None and not verdicts:
-            resolve_checkpoint(storage, run, which, retention or Retention())  # says what there is
+            resolve_checkpoint(store, which, retention or Retention())  # says what there is
         return verdicts
     raise StorageError(
-        f"run {run!r} is busy: it changed {_MAX_RESTARTS} times while it was read", hint="try again later"
+        f"run {store.run!r} is busy: it changed {_MAX_RESTARTS} times while it was read", hint="try again later"
     )
 
 
@@ -272,22 +262,23 @@ class _ChangedWhileReading(Exception):
     """The run changed under the reader."""
 
 
-def _verify(storage: Storage, run: str, manifest: Manifest, owner: AttemptId | None) -> VerificationResult:
+def _verify(store: RunStore, manifest: Manifest, owner: AttemptId | None) -> VerificationResult:
     from outlast.checkpointing.restore.verify import verify  # brings torch, which a listing does without
 
-    directory = checkpoint_dir(run, manifest.ref)
-    faults = verify(storage, directory, manifest)
+    directory = store.checkpoint_dir(manifest.ref)
+    faults = verify(store.storage, directory, manifest)
     if faults:
+        now = store.fresh()
         try:
-            read_manifest(storage, run, manifest.ref)
+            read_manifest(now, manifest.ref)
         except (FileNotFoundError, ManifestError) as error:
             raise _ChangedWhileReading from error
-        if read_catalog(storage, run).owner != owner:
+        if build_catalog(now).owner != owner:
             raise _ChangedWhileReading
-    return VerificationResult(f"{storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, tuple(faults))
+    return VerificationResult(f"{store.storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, tuple(faults))
 
 
-def find_model(storage: Storage, run: str) -> VerificationResult | None:
+def find_model(store: RunStore) -> VerificationResult | None:
     """The run's finished model, read whole, or None when there is none.
 
     It is the newest one, published by the attempt that owns the run's checkpoints or by a later one that found the last
@@ -298,18 +289,18 @@ def find_model(storage: Storage, run: str) -> VerificationResult | None:
     """
     from outlast.checkpointing.restore.verify import verify
 
-    owner = read_catalog(storage, run).owner
-    for attempt in reversed(list_attempts(storage, run)):
+    owner = build_catalog(store).owner
+    for attempt in reversed(list_attempts(store)):
         if owner is None or attempt < owner:
             break
-        directory = model_dir(run, attempt)
+        directory = store.model_dir(attempt)
         try:
-            manifest = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
+            manifest = Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}"))
         except FileNotFoundError:
             continue
         except ManifestError as error:
             return VerificationResult(directory, 0, 0, (f"{MANIFEST}: {error}",))
         return VerificationResult(
-            directory, manifest.ref.step, manifest.num_bytes, tuple(verify(storage, directory, manifest))
+            directory, manifest.ref.step, manifest.num_bytes, tuple(verify(store.storage, directory, manifest))
         )
     return None

@@ -17,7 +17,7 @@ from outlast.cluster.formatting import size, when
 
 if TYPE_CHECKING:
     from outlast.checkpointing.run_store.retention import Retention
-    from outlast.checkpointing.storage.base import Storage
+    from outlast.checkpointing.run_store.store import RunStore
     from outlast.checkpointing.tools.diff import CheckpointDiff
     from outlast.checkpointing.tools.export import Content, Dtype, WriteWeights
     from outlast.checkpointing.tools.pin_and_prune import PrunePlan
@@ -33,9 +33,10 @@ def list_(run: Run, storage: Root = "./runs", as_json: AsJson = False) -> None:
     """List the checkpoints that count, newest first."""
     from outlast.checkpointing.tools import query as commands
 
-    place, name, retention = find_run(run, storage)
-    rows = commands.list_checkpoints(place, name, retention)
-    for item in commands.load_catalog(place, name).rejected:
+    store, retention = find_run(run, storage)
+    catalog = commands.load_catalog(store)
+    rows = commands.list_checkpoints(store, catalog, retention)
+    for item in catalog.rejected:
         print(f"damaged: {item.ref}: {'; '.join(item.reasons)}", file=sys.stderr)
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -57,8 +58,8 @@ def show(
     """Show one checkpoint: its files, digests, metrics, and what it stands on."""
     from outlast.checkpointing.tools import query as commands
 
-    place, name, retention = find_run(run, storage)
-    body = commands.show_checkpoint(place, name, which, retention)
+    store, retention = find_run(run, storage)
+    body = commands.show_checkpoint(store, which, retention)
     if as_json:
         print(json.dumps(body, indent=1))
         return
@@ -87,8 +88,8 @@ def verify(
 
     from outlast.checkpointing.tools import query as commands
 
-    place, name, retention = find_run(run, storage)
-    verdicts = commands.verify_run(place, name, which, retention)
+    store, retention = find_run(run, storage)
+    verdicts = commands.verify_run(store, which, retention)
     if as_json:
         print(json.dumps([asdict(item) for item in verdicts], indent=1))
     else:
@@ -112,8 +113,8 @@ def path(
     """Print where a checkpoint lies, for `from_pretrained`."""
     from outlast.checkpointing.tools import query as commands
 
-    place, name, retention = find_run(run, storage)
-    print(commands.path_of(place, name, which, retention))
+    store, retention = find_run(run, storage)
+    print(commands.path_of(store, which, retention))
 
 
 @checkpoints.command()
@@ -130,11 +131,11 @@ def diff(
     from outlast.checkpointing.tools import query as commands
     from outlast.checkpointing.tools.diff import diff_checkpoints
 
-    place, name, retention = find_run(run, storage)
-    ours = commands.resolve_checkpoint(place, name, first, retention)
+    store, retention = find_run(run, storage)
+    ours = commands.resolve_checkpoint(store, first, retention)
     if other is not None:
-        place, name, retention = find_run(other, storage)
-    theirs = commands.resolve_checkpoint(place, name, second, retention)
+        store, retention = find_run(other, storage)
+    theirs = commands.resolve_checkpoint(store, second, retention)
     found = diff_checkpoints(ours, theirs, optimizer=optimizer)
     if as_json:
         body = {
@@ -174,8 +175,8 @@ def pin(run: Run, which: Which, storage: Root = "./runs", as_json: AsJson = Fals
     """Keep a checkpoint whatever retention says, also of a run that is at work."""
     from outlast.checkpointing.tools import pin_and_prune as keeping
 
-    place, name, retention = find_run(run, storage)
-    ref = keeping.pin(place, name, which, retention)
+    store, retention = find_run(run, storage)
+    ref = keeping.pin(store, which, retention)
     print(json.dumps({"pinned": ref.name}) if as_json else f"pinned {ref.name}")
 
 
@@ -189,8 +190,8 @@ def unpin(
     """Take a pin back; the checkpoint goes when retention next lets it."""
     from outlast.checkpointing.tools import pin_and_prune as keeping
 
-    place, name, _ = find_run(run, storage)
-    ref = keeping.unpin(place, name, which)
+    store, _ = find_run(run, storage)
+    ref = keeping.unpin(store, which)
     print(json.dumps({"unpinned": ref.name}) if as_json else f"unpinned {ref.name}")
 
 
@@ -209,16 +210,16 @@ def prune(
 
     from outlast.checkpointing.tools import pin_and_prune as keeping
 
-    place, name, retention = find_run(run, storage)
+    store, retention = find_run(run, storage)
     retention = replace(
         retention,
         keep_last=retention.keep_last if keep_last is None else keep_last,
         keep_best=retention.keep_best if keep_best is None else keep_best,
         keep_every=retention.keep_every if keep_every is None else keep_every,
     )
-    plan = keeping.plan_prune(place, name, retention)
+    plan = keeping.plan_prune(store, retention)
     if yes:
-        plan = keeping.prune(place, name, plan)
+        plan = keeping.prune(store, plan)
     if as_json:
         print(json.dumps(_prune_as_json(plan, yes), indent=1))
         return
@@ -304,7 +305,7 @@ def export(
 
 
 def _export(
-    found_run: tuple[Storage, str, Retention],
+    found_run: tuple[RunStore, Retention],
     which: str,
     out: Path | None,
     parts: dict[str, Path | None],
@@ -321,8 +322,8 @@ def _export(
 
     write, weights_name, caveat = form
     check_free([out] if out is not None else [path for path in (parts["weights"], parts["config"]) if path is not None])
-    place, name, retention = found_run
-    found = commands.resolve_checkpoint(place, name, which, retention)
+    store, retention = found_run
+    found = commands.resolve_checkpoint(store, which, retention)
     content = read_content(found)
     if merging is not None:
         from outlast.trainers.models.merge_lora import merge as merged

@@ -76,8 +76,8 @@ def _remembered(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, d
     from outlast.cluster.config.run_config import settings_of
     from outlast.cluster.config.run_reference import declared_settings
 
-    place, name, _ = find_run(run, root)
-    return settings_of(declared_settings(place, name), run, overrides)
+    store, _ = find_run(run, root)
+    return settings_of(declared_settings(store), run, overrides)
 
 
 def resume(
@@ -109,11 +109,10 @@ def _submit(
     print(f"{'submitted' if is_new else 'already at work; attached to'} {job.id}", file=sys.stderr)
     print(job.id)
     if follow:
-        from outlast.checkpointing.storage.factory import open_storage
         from outlast.cluster.monitoring.reporter import terminal
         from outlast.cluster.monitoring.watch import watching
 
-        with watching(open_storage(config.checkpoint.storage), config.name, terminal()):
+        with watching(config.store, terminal()):
             ended = jobs.follow(client, job.id)
         raise typer.Exit(ended.exit_code)
 

@@ -38,9 +38,9 @@ def try_(
     from outlast.trainers import predict
 
     bring_code(run, code)
-    place, name, retention = find_run(run, storage)
-    found = predict.choose_checkpoint(place, name, checkpoint, retention)
-    config, _ = settings_of(declared_settings(place, name), run, overrides or ())
+    store, retention = find_run(run, storage)
+    found = predict.choose_checkpoint(store, checkpoint, retention)
+    config, _ = settings_of(declared_settings(store), run, overrides or ())
     task, model = predict.load(config, found, base, trusted=trusted)
     given = [predict.record_of(task, _parsed(text)) for text in [*(texts or []), *(prompts or [])]]
     rows = chain(given, *(predict.records_in(task, config, file) for file in files or []))

@@ -39,20 +39,20 @@ def status(
 
     if watch and (as_json or address):
         raise typer.BadParameter("--watch shows the run's storage to people; leave --json and --address out")
-    place, name, _ = find_run(run, storage)
+    store, _ = find_run(run, storage)
     if watch:
         from outlast.cluster.monitoring import watch as watcher
         from outlast.cluster.monitoring.reporter import terminal
 
-        found = watcher.watch(place, name, terminal())
+        found = watcher.watch(store, terminal())
         raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(found.state, 1))
-    story = TimelineReader(place, name).look()
+    story = TimelineReader(store).look()
     seen = summarize(story, time.time())
-    body = as_values(place, story, seen)
+    body = as_values(store, story, seen)
     if address is not None:
         from outlast.cluster.jobs import ray_jobs as jobs
 
-        body["jobs"] = [asdict(job) for job in jobs.jobs_of(jobs.connect(address), name)]
+        body["jobs"] = [asdict(job) for job in jobs.jobs_of(jobs.connect(address), store.run)]
     if as_json:
         print(json.dumps(body, indent=1))
         return
@@ -100,9 +100,9 @@ def report(
     """Write one page of HTML about a run: losses, failures, where the time went, checkpoints, settings."""
     from outlast.cluster.monitoring.report.report import Report
 
-    place, name, _ = find_run(run, storage)
-    target = output or Path(f"{name}-report.html")
-    html = Report.of(place, name, verify=verify).to_html()
+    store, _ = find_run(run, storage)
+    target = output or Path(f"{store.run}-report.html")
+    html = Report.read(store, verify=verify).to_html()
     with writing(target):
         target.write_text(html, encoding="utf-8")
     print(target)

@@ -30,13 +30,12 @@ def train(
     from outlast.cluster.config.run_config import load_run
 
     config, declared = load_run(str(run_file), overrides or [])
-    from outlast.checkpointing.storage.factory import open_storage
     from outlast.cluster.driver.launch import Launch
     from outlast.cluster.monitoring.reporter import Reporter
     from outlast.trainers.loop.train_loop import Outcome
 
     config = config.at_home(run_file.parent)
-    with Reporter(config.name, storage=open_storage(config.checkpoint.storage), keep=True) as reporter:
+    with Reporter(config.name, store=config.store, keep=True) as reporter:
         code = str(run_file.parent.absolute())
         finished = Launch(config, declared, take_over=take_over, code=code, tell=reporter).run(address)
     options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from outlast.checkpointing.errors import ConfigError, first_line
-from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.save.save_interval import SaveInterval
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_file import Lines, parse, refused
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
-from outlast.trainers.config.base import Settings
+from outlast.trainers.config.base import Duration
 from outlast.trainers.config.tracking import TrackSettings
-from outlast.trainers.config.train import Exactness, Parallel, check_parallel
+from outlast.trainers.config.train import NonFiniteSettings, ParallelSettings
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import Path as Place
 from outlast.trainers.config.validation_errors import SettingsFinding, check, nearest
@@ -26,30 +27,19 @@ from outlast.trainers.config.validation_errors import SettingsFinding, check, ne
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
-def seconds_only(value: str | int) -> str | int:
-    """Checks an interval that must be one of time."""
-    with contextlib.suppress(ValueError):
-        if SaveInterval.parse(value).unit is IntervalUnit.SECONDS:
-            return value
-    raise ValueError(f"{value!r} is no time: write 90s, 2m or 1h")
-
-
-class ScaleSettings(Settings):
+class ScaleSettings(ParallelSettings):
     """How many workers, and what each holds."""
 
     workers: int | tuple[int, int] = 1
     """Worker processes, one rank each. [2, 8] takes as many as the cluster has room for: a lost node makes the group
     smaller, a new one makes it larger."""
-    resize_every: str | int = "1m"
+    resize_every: Duration = SaveInterval.parse("1m")
     """How often to look whether there is room for more workers. Each change of their number is a checkpoint and a
     restart of the group, so that nodes that come one after the other are better taken in together."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a worker; 0 trains on the CPU."""
     cpus_per_worker: float | None = Field(None, gt=0)
     """CPUs of a worker; fractions share one. Default: what fits this machine, or 1 on a cluster."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How the model is spread: every worker holds all of it (ddp), or a share, and gathers the rest block by block
-    while it computes (fsdp): less memory, more traffic."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -60,11 +50,6 @@ class ScaleSettings(Settings):
         if list(numbers) != sorted(numbers):
             raise ValueError(f"[{numbers[0]}, {numbers[1]}] has the fewest after the most")
         return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)
-
-    @field_validator("resize_every")
-    @classmethod
-    def _is_time(cls, value: str | int) -> str | int:
-        return seconds_only(value)
 
     @property
     def min_workers(self) -> int:
@@ -79,12 +64,8 @@ class ScaleSettings(Settings):
         """True where the number of workers may change while the run goes on."""
         return not isinstance(self.workers, int)
 
-    @property
-    def resize_every_s(self) -> float:
-        return SaveInterval.parse(self.resize_every).amount
 
-
-class FailureSettings(Settings):
+class FailureSettings(NonFiniteSettings):
     """When a run comes back by itself, and when it is given up.
 
     The counts are the run's, over all its launches, and stand in its storage. A new checkpoint sets them back, and so
@@ -99,16 +80,13 @@ class FailureSettings(Settings):
     """Announced losses of a node since the newest checkpoint that the run survives, counted apart; -1 for no limit."""
     note: str = ""
     """Say here what you mended when nothing else in the settings has changed: it sets the counts back."""
-    non_finite: Literal["stop", "skip", "roll-back"] = "stop"
-    """What becomes of a step whose loss or gradient is not finite: the run ends there, with a checkpoint (stop); it is
-    left out (skip); or all is read again from the newest checkpoint, and then it is left out (roll-back)."""
     stall_s: float = Field(1800.0, ge=1.0)
     """Seconds without any event of the workers after which a supervisor stops the job and submits it again. Longer than
     the longest step, evaluation or start."""
     survive_head: bool = False
     """`submit` lets the driver run on a worker's node, for 0.01 of a CPU; the head must offer none. If Ray's tables lie
     on a volume that stays (docs/failures.md, "When the head is lost"), the run goes on while the head is away."""
-    hang_after: str | int | None = "2m"
+    hang_after: Duration | None = SaveInterval.parse("2m")
     """A group that makes no progress for so long, and for 20 times the median step, is ended and started again. What
     does not take equally long each time (start, first steps, reading data, evaluation, saves) may take 15 times as
     long. null never ends a group."""
@@ -117,14 +95,9 @@ class FailureSettings(Settings):
     """Once training has gone on for so long, a process with all its imports done waits for each worker, and one on each
     of two spare nodes, and a restart takes these. Each takes some 400 MB of host memory, and no GPU; null: none."""
 
-    @field_validator("hang_after")
-    @classmethod
-    def _is_time(cls, value: str | int | None) -> str | int | None:
-        return None if value is None else seconds_only(value)
-
     @property
     def hang_after_s(self) -> float | None:
-        return None if self.hang_after is None else SaveInterval.parse(self.hang_after).amount
+        return None if self.hang_after is None else self.hang_after.amount
 
     @property
     def limits(self) -> RestartLimits:
@@ -137,11 +110,6 @@ class RunConfig(TrainingConfig):
     scale: ScaleSettings = Field(default_factory=lambda: ScaleSettings.model_validate({}))
     failure: FailureSettings = Field(default_factory=lambda: FailureSettings.model_validate({}))
     track: TrackSettings = Field(default_factory=lambda: TrackSettings.model_validate({}))
-
-    @model_validator(mode="after")
-    def _is_exact(self) -> RunConfig:
-        check_parallel(Parallel(self.scale.parallel), Exactness(self.exactness))
-        return self
 
     def at_home(self, folder: Path) -> RunConfig:
         """The same with local paths made absolute; relative ones begin at `folder`, where the run file lies.
@@ -169,6 +137,11 @@ class RunConfig(TrainingConfig):
             data = data.model_copy(update={"eval": all_absolute(data.eval)})
         checkpoint = self.checkpoint.model_copy(update={"storage": absolute(self.checkpoint.storage)})
         return self.model_copy(update={"model": model, "data": data, "checkpoint": checkpoint})
+
+    @property
+    def store(self) -> RunStore:
+        """The run in its storage."""
+        return RunStore(open_storage(self.checkpoint.storage), self.name)
 
 
 def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:

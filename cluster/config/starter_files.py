@@ -134,4 +134,4 @@ def _meaning(block: str, key: str) -> str:
 
 
 def _default(block: str, key: str) -> Any:
-    return _model(block).model_fields[key].get_default(call_default_factory=True)
+    return _model(block).model_construct().model_dump(mode="json")[key]

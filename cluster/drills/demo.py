@@ -17,7 +17,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.catalog import build_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
@@ -25,6 +26,7 @@ from outlast.cluster.drills import drill
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.reporter import Reporter
+from outlast.trainers.config.train import Precision
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.preparation.prepare import Prepared, prepare
@@ -65,7 +67,7 @@ def run_demo(folder: Path) -> dict[str, Any]:
         session.__exit__(None, None, None)
     with _timed(parts, "comparison"):
         findings = _compare(copy)
-    found = find_model(copy.storage, "killed")
+    found = find_model(copy.store)
     assert found is not None
     model = place / "runs" / found.path
     with _timed(parts, "plain transformers"):
@@ -118,10 +120,10 @@ def _timed(parts: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _compare(copy: drill.RunCopy) -> dict[str, Any]:
-    storage = copy.storage
-    killed, undisturbed = drill.final_state(storage, "killed"), drill.final_state(storage, "undisturbed")
+    store = copy.store
+    killed, undisturbed = drill.final_state(store), drill.final_state(RunStore(store.storage, "undisturbed"))
     found = drill.compare_with_reference(copy, drill.FaultKind.KILL_IN_SAVE, undisturbed)
-    losses, num_resumed = killed.losses, sum(event["event"] == "resume" for _, event in run_events(storage, "killed"))
+    losses, num_resumed = killed.losses, sum(event["event"] == "resume" for _, event in run_events(store))
     return {
         "equal": {
             "weights": bool(killed.weights) and killed.weights == undisturbed.weights,
@@ -134,10 +136,8 @@ def _compare(copy: drill.RunCopy) -> dict[str, Any]:
         "kill": found.fault,
         "resumed_from": found.resumed_from,
         "num_tensors": len(killed.weights) + len(killed.optimizer),
-        "checkpoints": [item.ref.step for item in read_catalog(storage, "killed").accepted],
-        "eval_loss": {
-            event["step"]: event["eval_loss"] for _, event in run_events(storage, "killed") if event["event"] == "eval"
-        },
+        "checkpoints": [item.ref.step for item in build_catalog(store).accepted],
+        "eval_loss": {event["step"]: event["eval_loss"] for _, event in run_events(store) if event["event"] == "eval"},
         "loss": {step: min(losses[step]) for step in (1, NUM_STEPS) if step in losses},
     }
 
@@ -152,7 +152,7 @@ def _load_plainly(model_dir: Path, config: RunConfig, prepared: Prepared) -> dic
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     storage = LocalStorage(Path(config.checkpoint.storage))
     task = CausalLM(config.data, prepared.tokenizer(storage), prepared.facts)
-    loss = evaluate(model, task, prepared.split(storage, "eval"), World(), 4, "fp32")["eval_loss"]
+    loss = evaluate(model, task, prepared.split(storage, "eval"), World(), 4, Precision.FP32)["eval_loss"]
     prompt = tokenizer("The class of an object", return_tensors="pt")
     torch.manual_seed(0)
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)

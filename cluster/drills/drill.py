@@ -23,11 +23,10 @@ from rich.console import Console
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, read_record, write_record
-from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.restore.verify import tensor_digests
-from outlast.checkpointing.run_store.catalog import read_catalog, run_events
-from outlast.checkpointing.storage.base import Storage, read_bytes, walk
-from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.run_store.catalog import build_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.base import read_bytes, walk
 from outlast.cluster.config.run_config import RunConfig, load_run
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.ray_session import ray_session
@@ -80,13 +79,13 @@ class RunCopy:
     address: str | None = None
 
     @property
-    def storage(self) -> Storage:
-        return open_storage(self.config.checkpoint.storage)
+    def store(self) -> RunStore:
+        return self.config.store
 
     @property
     def record(self) -> str:
         """Where the fault leaves its record."""
-        return f"{self.storage.url}/{self.config.name}/drill.json"
+        return f"{self.store.url}/drill.json"
 
     def launch(self, faults: Sequence[FaultSpec] = (), tell: Any = lambda event: None) -> Outcome:
         launch = Launch(self.config, self.declared, take_over=True, code=self.code, faults=faults, tell=tell)
@@ -131,12 +130,12 @@ class FinalState:
     losses: dict[int, set[float]]
 
 
-def final_state(storage: Storage, run: str) -> FinalState:
+def final_state(store: RunStore) -> FinalState:
     """Of a run that is done."""
-    newest = read_catalog(storage, run).accepted[0]
-    digests = tensor_digests(storage, checkpoint_dir(run, newest.ref), newest)
+    newest = build_catalog(store).accepted[0]
+    digests = tensor_digests(store.storage, store.checkpoint_dir(newest.ref), newest)
     losses: dict[int, set[float]] = {}
-    for _, event in run_events(storage, run):
+    for _, event in run_events(store):
         if event["event"] == "step":
             losses.setdefault(event["step"], set()).add(event["loss"])
     weights = {name: digest for name, digest in digests.items() if "/" not in name}
@@ -187,20 +186,20 @@ def _run_until_killed(copy: RunCopy, pause: FaultSpec) -> None:
 
 
 def _flip_a_bit(copy: RunCopy) -> None:
-    newest = read_catalog(copy.storage, copy.config.name).accepted[0]
+    store = copy.store
+    newest = build_catalog(store).accepted[0]
     largest = max(newest.files, key=lambda entry: entry.num_bytes)
-    path = f"{checkpoint_dir(copy.config.name, newest.ref)}/{largest.path}"
-    body = bytearray(read_bytes(copy.storage, path))
+    path = f"{store.checkpoint_dir(newest.ref)}/{largest.path}"
+    body = bytearray(read_bytes(store.storage, path))
     body[len(body) // 2] ^= 1
-    copy.storage.put(path, [bytes(body)])
+    store.storage.put(path, [bytes(body)])
 
 
 def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalState) -> DrillResult:
     """What became of a copy that has come to its end."""
-    storage, run = copy.storage, copy.config.name
     fault = read_record(copy.record)
     finding = DrillResult(kind.value, fault)
-    events = [event for _, event in run_events(storage, run)]
+    events = [event for _, event in run_events(copy.store)]
     steps = sorted((event["ended_at"], event["step"]) for event in events if event["event"] == "step")
     resumes = [event["step"] for event in events if event["event"] == "resume"]
     if fault is not None:
@@ -209,7 +208,7 @@ def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalSta
         finding.redone = max(0, reached - finding.resumed_from)
         new = [ended_at for ended_at, step in steps if ended_at > fault["t"] and step > reached]
         finding.seconds = round(min(new) - fault["t"], 2) if new else None
-    finding.different = differences(final_state(storage, run), undisturbed)
+    finding.different = differences(final_state(copy.store), undisturbed)
     return finding
 
 
@@ -274,7 +273,7 @@ def run_drill(
         peaceful = copy("undisturbed")
         with Reporter("undisturbed") as reporter:
             peaceful.launch(tell=reporter)
-        undisturbed = final_state(peaceful.storage, peaceful.config.name)
+        undisturbed = final_state(peaceful.store)
         seconds_per_step = _seconds_per_step(peaceful)
         for kind in kinds:
             every = num_steps // 4
@@ -290,7 +289,9 @@ def run_drill(
             findings.append(finding)
     _show(console, findings, len(undisturbed.weights) + len(undisturbed.optimizer), num_steps)
     if keep or not all(finding.is_good for finding in findings):
-        console.print(f"\nThe copies are left in {peaceful.storage.url}: {', '.join(c.config.name for c in copies)}")
+        console.print(
+            f"\nThe copies are left in {peaceful.store.storage.url}: {', '.join(c.config.name for c in copies)}"
+        )
     else:
         for done in copies:
             _remove(done)
@@ -316,15 +317,16 @@ def _last_rank(copy: RunCopy) -> int:
 
 
 def _seconds_per_step(copy: RunCopy) -> float:
-    events = [event for _, event in run_events(copy.storage, copy.config.name) if event["event"] == "step"]
+    events = [event for _, event in run_events(copy.store) if event["event"] == "step"]
     ends = sorted(event["ended_at"] for event in events)
     return float(statistics.median(later - earlier for earlier, later in pairwise(ends)))
 
 
 def _remove(copy: RunCopy) -> None:
-    copy.storage.delete(f"{copy.config.name}/model")  # the link, before what it leads to
-    for entry in list(walk(copy.storage, copy.config.name)):
-        copy.storage.delete(f"{copy.config.name}/{entry.name}")
+    storage, run = copy.store.storage, copy.config.name
+    storage.delete(f"{run}/model")  # the link, before what it leads to
+    for entry in list(walk(storage, run)):
+        storage.delete(f"{run}/{entry.name}")
 
 
 def _show(console: Console, findings: Sequence[DrillResult], num_tensors: int, num_steps: int) -> None:

@@ -27,9 +27,9 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.fault_tolerance.coordinator import ask, find_coordinator
@@ -50,7 +50,7 @@ def scaling(scale: ScaleSettings, resources: Mapping[str, float]) -> ray.train.S
         num_workers=scale.workers,
         use_gpu=scale.gpus_per_worker > 0,
         resources_per_worker=dict(resources),
-        elastic_resize_monitor_interval_s=scale.resize_every_s,
+        elastic_resize_monitor_interval_s=scale.resize_every.amount,
     )
 
 
@@ -111,10 +111,10 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         url, run, launch = self._place
         event: dict[str, Any] = {"before": before, "now": now, "planned": is_planned}
         with suppress(StorageError):  # the story has a gap; the claims say how many workers there were
-            storage = open_storage(url)
+            store = RunStore(open_storage(url), run)
             if self._journal is None:
-                self._journal = Journal(storage, launch_dir(run, launch), 0, stream="events-resize", flush_s=0)
-            event["attempt"] = next((str(attempt) for attempt in list_attempts(storage, run)[-1:]), None)
+                self._journal = Journal(store.storage, store.launch_dir(launch), 0, stream="events-resize", flush_s=0)
+            event["attempt"] = next((str(attempt) for attempt in list_attempts(store)[-1:]), None)
             self._journal.event("resize", **event)
         hub = find_coordinator(launch)
         if hub is not None:

@@ -31,13 +31,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.fault_injection import FaultSpec
-from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
-from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.claims import launch_is_superseded
 from outlast.checkpointing.run_store.liveness import LivenessFile, find_active_launch
-from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
@@ -57,7 +55,6 @@ from outlast.cluster.preflight.doctor import preflight
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.preflight import check_architecture, check_code, check_metric, check_model
 from outlast.trainers.checks.resume_checks import check_unchanged
-from outlast.trainers.config.train import NonFinite, Parallel
 from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.encode import Encoder
@@ -129,8 +126,8 @@ class Launch:
             self.tell({"t": time.time(), "launch": self.id, **event})
 
     @property
-    def storage(self) -> Storage:
-        return open_storage(self.config.checkpoint.storage)
+    def store(self) -> RunStore:
+        return self.config.store
 
     def run(self, address: str | None = None) -> Finished:
         """Starts or resumes the run, or finds it done.
@@ -144,18 +141,18 @@ class Launch:
             raise Interrupted("interrupted; nothing is saved", hint="run the same command again") from None
 
     def _run(self, address: str | None) -> Finished:
-        storage, name = self.storage, self.config.name
+        store, name = self.store, self.config.name
         make_importable(self.code)
         with _preflight():
-            storage.list(name)  # not with the patience that others have: the place may be wrong
-            base = read_catalog(storage, name).declaration
+            store.storage.list(name)  # not with the patience that others have: the place may be wrong
+            base = build_catalog(store).declaration
             check_unchanged(base, self.config, None)
-            model = find_model(storage, name)
+            model = find_model(store)
             if model is not None and not model.faults:
-                return Finished(Outcome.DONE, self.id, _published(storage, name, model.path))
+                return Finished(Outcome.DONE, self.id, _published(store, model.path))
             if model is not None:
                 self._tell({"event": "damaged-model", "model": model.path, "faults": model.faults})
-            rival = None if self.take_over else find_active_launch(storage, name)
+            rival = None if self.take_over else find_active_launch(store)
             if rival:
                 self._tell({"event": "rival", "launch": rival})
                 return Finished(Outcome.SUPERSEDED, self.id)
@@ -164,27 +161,27 @@ class Launch:
             make_plan(self.config, 1, self.config.scale.max_workers)
             check_trackers(self.config.track)
             mark = settings_digest(self.declared)
-            given_up = decide_give_up(read_attempt_history(storage, name), self.config.failure.limits, mark)
+            given_up = decide_give_up(read_attempt_history(store), self.config.failure.limits, mark)
             if given_up is not None:
                 raise gave_up(name, given_up)
             self._tell({"event": "phase", "name": "data"})
-            prepared = prepare(self.config, storage, partial(self._encoders, address))
+            prepared = prepare(self.config, store.storage, partial(self._encoders, address))
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
-            check_model(self.config, prepared, storage)
+            check_model(self.config, prepared, store.storage)
             for note in prepared.notes:
                 self._tell({"event": "note", "text": note})
-            storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
-            alive = LivenessFile(storage, f"{launch_dir(name, self.id)}/alive.json", mark, self.began)
-            record = record_provenance(storage, self.config, self.declared, self.id, prepared, self.code)
+            store.storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
+            alive = LivenessFile(store.storage, f"{store.launch_dir(self.id)}/alive.json", mark, self.began)
+            record = record_provenance(store, self.config, self.declared, self.id, prepared, self.code)
         ended: int | None = None
         said = ""
         try:
-            finished = self._train(storage, prepared, address)
+            finished = self._train(store, prepared, address)
             ended = finished.outcome.exit_code
             return finished
         except _INTERRUPTIONS:
-            if not read_catalog(storage, name).accepted:
+            if not build_catalog(store.fresh()).accepted:
                 ended = Interrupted.exit_code
                 raise
             ended = Outcome.STOPPED.exit_code
@@ -202,7 +199,7 @@ class Launch:
         with ray_session(address):
             yield partial(encode_on_ray, code=self.code)
 
-    def _train(self, storage: Storage, prepared: Prepared, address: str | None) -> Finished:
+    def _train(self, store: RunStore, prepared: Prepared, address: str | None) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.max_workers)
         self._tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
         with ray_session(address) as self.joined:
@@ -214,8 +211,6 @@ class Launch:
                 launch=self.id,
                 prepared=prepared,
                 num_threads=max(1, int(cpus)),
-                parallel=Parallel(self.config.scale.parallel),
-                non_finite=NonFinite(self.config.failure.non_finite),
                 code=self.code,
                 faults=tuple(self.faults),
                 track=self.config.track,
@@ -223,21 +218,21 @@ class Launch:
             try:
                 answer = self._fit(assignment, cpus)
             except RunFailed:
-                if self._is_superseded(storage):  # then it is no matter what its own workers came to
+                if self._is_superseded(store):  # then it is no matter what its own workers came to
                     return Finished(Outcome.SUPERSEDED, self.id)
                 raise
         if isinstance(answer.get("error"), OutlastError):
             raise answer["error"]
         outcome = Outcome(answer["outcome"])
-        found = find_model(storage, self.config.name) if outcome is Outcome.DONE else None
-        model = _published(storage, self.config.name, found.path) if found else None
-        if outcome is Outcome.STOPPED and self._is_superseded(storage):
+        found = find_model(store.fresh()) if outcome is Outcome.DONE else None
+        model = _published(store, found.path) if found else None
+        if outcome is Outcome.STOPPED and self._is_superseded(store):
             outcome = Outcome.SUPERSEDED
         return Finished(outcome, self.id, model)
 
-    def _is_superseded(self, storage: Storage) -> bool:
+    def _is_superseded(self, store: RunStore) -> bool:
         with contextlib.suppress(StorageError):
-            return launch_is_superseded(storage, self.config.name, self.id)
+            return launch_is_superseded(store, self.id)
         return False
 
     def _cpus_per_worker(self) -> float:
@@ -286,7 +281,7 @@ class Launch:
         hub = start_coordinator(self.id)
         resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
         mark = settings_digest(self.declared)
-        recorder = FailureRecorder(self.storage.url, self.config.name, self.id, self.config.failure.limits, mark)
+        recorder = FailureRecorder(self.store.storage.url, self.config.name, self.id, self.config.failure.limits, mark)
         trainer = _Trainer(
             train_worker,
             train_loop_config={"assignment": assignment, "hang_after_s": self.config.failure.hang_after_s},
@@ -294,7 +289,7 @@ class Launch:
             scaling_config=scaling(scale, resources),
             run_config=ray.train.RunConfig(
                 name=self.id,
-                storage_path=f"{self.storage.url}/{self.config.name}/launches",
+                storage_path=f"{self.store.url}/launches",
                 failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failures.py
                 callbacks=[recorder, *resizers(self.config, self.id)],
                 worker_runtime_env={"env_vars": environment(self.config)},
@@ -342,16 +337,16 @@ def _preflight() -> Iterator[None]:
         raise PreflightError(error.message, hint=error.hint) from error
 
 
-def _published(storage: Storage, run: str, model: str) -> str:
+def _published(store: RunStore, model: str) -> str:
     """Where the user finds the model: at `<run>/model`, a link to the attempt's, where the storage has links."""
-    if not isinstance(storage, LocalStorage):
+    if not isinstance(store.storage, LocalStorage):
         return model
-    link = storage.path(f"{run}/model")
+    link = store.storage.path(f"{store.run}/model")
     temporary = link.with_name(f".model.{secrets.token_hex(4)}.tmp")
     with contextlib.suppress(OSError):
-        temporary.symlink_to(Path(model).relative_to(run))
+        temporary.symlink_to(Path(model).relative_to(store.run))
         temporary.replace(link)
-        return f"{run}/model"
+        return f"{store.run}/model"
     return model
 
 

@@ -22,8 +22,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.format.layout import RECORD, launch_dir
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.format.layout import RECORD
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.preflight.doctor_probe import cpu_capability, find_gpus
 from outlast.trainers.host_info import machine
@@ -40,7 +40,7 @@ _MOST_NAMES = 200
 
 
 def record_provenance(
-    storage: Storage, config: RunConfig, declared: Mapping[str, Any], launch: str, prepared: Prepared, code: str
+    store: RunStore, config: RunConfig, declared: Mapping[str, Any], launch: str, prepared: Prepared, code: str
 ) -> threading.Thread:
     """Begins to write the record of a launch. Returns the thread, which ends when it is written or cannot be."""
 
@@ -63,9 +63,9 @@ def record_provenance(
                 "settings": resolved(config, declared),
             }
             if diff:
-                storage.put(f"{launch_dir(config.name, launch)}/{DIFF}", [diff.encode()])
+                store.storage.put(f"{store.launch_dir(launch)}/{DIFF}", [diff.encode()])
             text = json.dumps(body, indent=1, sort_keys=True).encode()
-            storage.put(f"{launch_dir(config.name, launch)}/{RECORD}", [text + b"\n"])
+            store.storage.put(f"{store.launch_dir(launch)}/{RECORD}", [text + b"\n"])
 
     thread = threading.Thread(target=write, daemon=True)
     thread.start()

@@ -12,8 +12,9 @@ import ray.train
 import ray.train.torch
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.liveness import process_start
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
@@ -33,13 +34,16 @@ COMPILING = 10
 def _watchdog(
     line: CoordinatorClient, world: World, storage: Storage, assignment: Assignment, hang_after_s: float | None
 ) -> Watchdog:
+    store = RunStore(storage, assignment.config.name)
+
     def directory() -> str:
         """The attempt's journal or, before the claim, the launch's."""
-        run = assignment.config.name
         claimed = AttemptId.parse(line.attempt) if line.attempt else None
-        return attempt_dir(run, claimed) if claimed else launch_dir(run, assignment.launch)
+        return store.attempt_dir(claimed) if claimed else store.launch_dir(assignment.launch)
 
-    if assignment.parallel is Parallel.FSDP:  # a forward pass waits for the others, and tells nothing of this rank
+    if (
+        assignment.config.scale.parallel is Parallel.FSDP
+    ):  # a forward pass waits for the others, and tells nothing of this rank
         line.pulse.tells_work = False
     patience = COMPILING if assignment.config.train.compile else 1
     limit_s = None if hang_after_s is None else hang_after_s * patience

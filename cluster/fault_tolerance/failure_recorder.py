@@ -18,6 +18,7 @@ from outlast.checkpointing.format.layout import AttemptId, launch_dir
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.retry import wait_for
 from outlast.cluster.fault_tolerance.coordinator import ask, find_coordinator
@@ -109,8 +110,9 @@ class FailureRecorder(WorkerGroupCallback):
 
     def _note(self, kind: str, **fields: Any) -> None:
         url, run, launch = self._place
+        store = RunStore(open_storage(url), run)
         with _MAKING_JOURNAL:  # two of them would write over each other's files
-            self._journal = self._journal or Journal(open_storage(url), launch_dir(run, launch), 0, flush_s=0)
+            self._journal = self._journal or Journal(store.storage, store.launch_dir(launch), 0, flush_s=0)
         self._journal.event(kind, **fields)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
@@ -123,12 +125,12 @@ class FailureRecorder(WorkerGroupCallback):
         if not worker_exceptions:
             return
         url, run, launch = self._place
-        storage = open_storage(url)
+        store = RunStore(open_storage(url), run)
         attempt: AttemptId | None = None
         workers: list[dict[str, Any]] = []
         with suppress(StorageError):
-            for newest in list_attempts(storage, run)[-1:]:
-                claim = read_claim(storage, run, newest)
+            for newest in list_attempts(store)[-1:]:
+                claim = read_claim(store, newest)
                 if claim.get("launch") == launch and newest != self._past:
                     attempt, workers = newest, claim.get("workers", [])
         said = frozenset((rank, str(error)) for rank, error in worker_exceptions.items())
@@ -197,7 +199,7 @@ class FailureRecorder(WorkerGroupCallback):
     def _judge(self, failure: Failure, hub: Any) -> tuple[int, int, bool]:
         """Ends the run if it has had enough. Returns how many failures of this kind count, how many may, and that."""
         url, run, launch = self._place
-        tries = read_attempt_history(open_storage(url), run, live=launch)
+        tries = read_attempt_history(RunStore(open_storage(url), run), live=launch)
         given_up = decide_give_up(tries, self._limits, self._settings)
         if given_up is not None and hub is not None:
             ask(hub.give_up.remote(gave_up(run, given_up)))

@@ -21,20 +21,19 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError, first_line
-from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
+from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
-from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.journal import Journal, last_event_at
 from outlast.checkpointing.run_store.liveness import find_active_launch
-from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.failure_recorder import gave_up
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, count_failures, decide_give_up
 from outlast.cluster.jobs import ray_jobs as jobs
 from outlast.cluster.jobs.ray_jobs import SubmittedJob
-from outlast.cluster.monitoring.timeline_reader import TimelineReader, list_launches
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
 from outlast.cluster.monitoring.timeline_records import LaunchTimeline
 
 POLL_S = 2.0
@@ -149,8 +148,8 @@ class Supervisor:
     _num_unbegun: int = 0
 
     @property
-    def storage(self) -> Storage:
-        return open_storage(self.config.checkpoint.storage)
+    def store(self) -> RunStore:
+        return self.config.store
 
     def run(self) -> int:
         """Returns the run's exit code, or 130 when told to leave.
@@ -197,10 +196,8 @@ class Supervisor:
             self.say("done")
             return 0
         given_up = self._verdict()
-        has_worked = bool(list_attempts(self.storage, self.config.name))
-        rival = (
-            find_active_launch(self.storage, self.config.name) if ended.exit_code == _RESUMABLE and not by_us else None
-        )
+        has_worked = bool(list_attempts(self.store))
+        rival = find_active_launch(self.store) if ended.exit_code == _RESUMABLE and not by_us else None
         end = decide(ended, given_up, by_us=by_us, has_worked=has_worked, has_rival=rival is not None)
         self.say(f"{ended.id} ended: {ended.status.lower()}, exit code {ended.exit_code}{_last_line(ended)}")
         if end is NextAction.SUBMIT:
@@ -241,14 +238,14 @@ class Supervisor:
         launch, attempt = self._at_work()
         if launch is None:
             return None, None
-        directory = attempt_dir(self.config.name, attempt) if attempt else ""
-        event = (str(attempt), last_event_at(self.storage, directory)) if attempt else None
+        store = self.store
+        event = (str(attempt), last_event_at(store.storage, store.attempt_dir(attempt))) if attempt else None
         return (launch.id, launch.alive.get("beat")), event
 
     def _at_work(self) -> tuple[LaunchTimeline | None, AttemptId | None]:
         """The launch at work, and its attempt if it has the run. Of several it is the one whose beat went on last."""
         if self._follower is None:
-            self._follower = TimelineReader(self.storage, self.config.name, journals=False)
+            self._follower = TimelineReader(self.store, journals=False)
         story = self._follower.look()
         launches = {launch.id: launch for launch in story.at_work}
         beats = {name: launch.alive.get("beat") for name, launch in launches.items()}
@@ -268,15 +265,15 @@ class Supervisor:
         launch, attempt = self._at_work()
         if launch is None:
             return  # the job has not come so far as to begin a launch of its own
-        journal = Journal(self.storage, launch_dir(self.config.name, launch.id), 1, flush_s=0)
+        journal = Journal(self.store.storage, self.store.launch_dir(launch.id), 1, flush_s=0)
         journal.event("failure", attempt=str(attempt or "unclaimed"), cause=_STALLED, rank=0, message=finding)
 
     def _verdict(self) -> GiveUp | None:
-        tries = read_attempt_history(self.storage, self.config.name)
+        tries = read_attempt_history(self.store)
         return decide_give_up(tries, self.config.failure.limits, settings_digest(self.declared))
 
     def _launches(self) -> list[str]:
-        return list_launches(self.storage, self.config.name)
+        return list_launches(self.store)
 
     def _num_in_vain(self, before: Sequence[str], ended: SubmittedJob) -> int:
         """How many tries have been in vain since the last progress, at least 1.
@@ -290,11 +287,11 @@ class Supervisor:
         """
         is_unbegun = self._launches() == list(before) or ended.exit_code == PreflightError.exit_code
         self._num_unbegun = self._num_unbegun + 1 if is_unbegun else 0
-        tries = count_failures(read_attempt_history(self.storage, self.config.name), settings_digest(self.declared))
+        tries = count_failures(read_attempt_history(self.store), settings_digest(self.declared))
         return max(1, len(tries) + self._num_unbegun)
 
     def _is_done(self) -> bool:
-        model = find_model(self.storage, self.config.name)
+        model = find_model(self.store)
         return model is not None and not model.faults
 
     def _wait(self, seconds: float, why: str) -> None:

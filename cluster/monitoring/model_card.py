@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from outlast.checkpointing.format.layout import RECORD, launch_dir
+from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.run_store.claims import read_claim
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
@@ -61,12 +61,12 @@ class _CardBuilder:
         attempt = found.manifest.ref.attempt
         self._declaration: Mapping[str, Any] = found.declaration or {}
         self._mathematics: Mapping[str, Any] = self._declaration.get("mathematics", {})
-        self._settings: Mapping[str, Any] = read_claim(found.storage, found.run, attempt).get("settings", {})
+        self._settings: Mapping[str, Any] = read_claim(found.store, attempt).get("settings", {})
         self._record: dict[str, Any] = {}
         with suppress(FileNotFoundError, ValueError):
-            place = f"{launch_dir(found.run, found.manifest.launch)}/{RECORD}"
-            self._record = json.loads(read_bytes(found.storage, place))
-        story = TimelineReader(found.storage, found.run).look()
+            place = f"{found.store.launch_dir(found.manifest.launch)}/{RECORD}"
+            self._record = json.loads(read_bytes(found.store.storage, place))
+        story = TimelineReader(found.store).look()
         self._ends_before = Counter(end.cause for item, end in story.ends.items() if item < attempt)
 
     @property
@@ -87,7 +87,7 @@ class _CardBuilder:
 
     def front_matter(self) -> dict[str, Any]:
         pipeline = PIPELINES.get(self._task)
-        dataset = {"name": self._data_names or self._found.run, "type": "outlast"}
+        dataset = {"name": self._data_names or self._found.store.run, "type": "outlast"}
         if fingerprint := self._declaration.get("data"):
             dataset["revision"] = fingerprint
         metrics = [
@@ -99,7 +99,7 @@ class _CardBuilder:
             "library_name": "peft" if self._is_adapter else "transformers" if self._is_of_transformers else None,
             "pipeline_tag": pipeline,
             "tags": ["outlast", *(["lora"] if "lora" in self._settings.get("model", {}) else [])],
-            "model-index": [{"name": self._found.run, "results": [result]}] if metrics else None,
+            "model-index": [{"name": self._found.store.run, "results": [result]}] if metrics else None,
         }
         return {key: value for key, value in head.items() if value is not None}
 
@@ -118,7 +118,7 @@ class _CardBuilder:
         base = f"[{self._base_model}](https://hf.co/{self._base_model})" if self._base_model else None
         kind = self._task if self._task in TASKS else "a task of its own"
         origin = f"fine-tuned from {base}" if base else "trained"
-        yield f"# {found.run}\n\nA model {origin} for {kind}, after step {found.manifest.ref.step:,} of its run. "
+        yield f"# {found.store.run}\n\nA model {origin} for {kind}, after step {found.manifest.ref.step:,} of its run. "
         yield "What it is for, and what it is not, is for its owner to say.\n"
         if self._metrics:
             yield "\n## Metrics\n\nOn rows that were held out of training.\n\n| | |\n|---|---|\n"

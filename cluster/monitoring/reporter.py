@@ -15,7 +15,7 @@ from rich.text import Text
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.live_display import LiveDisplay
 from outlast.cluster.monitoring.summary import RunSummary, summarize
@@ -43,14 +43,14 @@ class Reporter:
     Args:
         title: What stands before each line.
         console: Where to write; stderr by default.
-        storage: Where the run's past lies, which the panel counts in; without it only what is heard counts.
+        store: The run, whose past the panel counts in; without it only what is heard counts.
         keep: Leave the panel standing in the end, if there is anything to tell.
     """
 
     def __init__(
-        self, title: str, console: Console | None = None, storage: Storage | None = None, *, keep: bool = False
+        self, title: str, console: Console | None = None, store: RunStore | None = None, *, keep: bool = False
     ) -> None:
-        self._title, self._console, self._storage = title, console or terminal(), storage
+        self._title, self._console, self._store = title, console or terminal(), store
         self._foot = LiveDisplay(self._console, self._lines) if is_live(self._console) else None
         self._keep = keep
         self._story = Timeline(title)
@@ -133,8 +133,8 @@ class Reporter:
             if not self._launch:
                 self._launch = event["launch"]
                 self._story.launch(self._launch).alive = {"began": event["t"], "t": event["t"], "ended": False}
-            if event["name"] == "ray" and self._storage is not None and self._foot is not None:
-                threading.Thread(target=self._remember, args=(self._storage,), daemon=True).start()
+            if event["name"] == "ray" and self._store is not None and self._foot is not None:
+                threading.Thread(target=self._remember, args=(self._store,), daemon=True).start()
         elif attempt is not None:
             told = self._story.attempt(attempt)
             told.claim = told.claim or {"launch": self._launch}
@@ -144,10 +144,10 @@ class Reporter:
         words = {"failure": "starting again", "no-room": "waiting for room", "stopping": "stopping", "plan": ""}
         self._doing = words.get(kind, self._doing)
 
-    def _remember(self, storage: Storage) -> None:
+    def _remember(self, store: RunStore) -> None:
         """Reads what the run has been through before; beside the launch, which waits for nobody."""
         with suppress(OutlastError, OSError):
-            past = TimelineReader(storage, self._title, but=self._launch).look()
+            past = TimelineReader(store, but=self._launch).look()
             with self._lock:
                 self._story.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
                 self._story.attempts = past.attempts | self._story.attempts

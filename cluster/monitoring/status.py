@@ -7,34 +7,36 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts, list_launches
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.summary import RunSummary, summarize
 from outlast.cluster.monitoring.timeline import Timeline
-from outlast.cluster.monitoring.timeline_reader import TimelineReader, list_launches
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 
-def read_status(storage: Storage, run: str) -> dict[str, Any]:
+def read_status(store: RunStore) -> dict[str, Any]:
     """One run at a glance, as plain values.
 
     Raises:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    story = TimelineReader(storage, run).look()
-    return as_values(storage, story, summarize(story, time.time()))
+    story = TimelineReader(store).look()
+    return as_values(store, story, summarize(story, time.time()))
 
 
-def as_values(storage: Storage, story: Timeline, seen: RunSummary) -> dict[str, Any]:
+def as_values(store: RunStore, story: Timeline, seen: RunSummary) -> dict[str, Any]:
     """What `status --json` prints."""
-    run, launch = story.run, story.newest_launch(seen.now)
-    checkpoints = [] if story.is_new else list_checkpoints(storage, run)
+    launch = story.newest_launch(seen.now)
+    catalog = None if story.is_new else load_catalog(store)
+    checkpoints = list_checkpoints(store, catalog) if catalog else []
     newest = {**checkpoints[0], "verified_at": seen.newest and seen.newest.verified_at} if checkpoints else None
     ledger, failures = seen.ledger, story.failures_of
     body = {
-        "run": run,
+        "run": store.run,
         "state": seen.state.value,
         "step": seen.step or (checkpoints[0]["step"] if checkpoints else 0),
         "num_steps": seen.num_steps,
@@ -46,8 +48,8 @@ def as_values(storage: Storage, story: Timeline, seen: RunSummary) -> dict[str, 
         "sizes": [_size_change(event, failures) for item in story.launches_in_order for event in item.resizes],
         "launch": {"id": launch.id, **launch.alive} if launch else None,
         "newest_checkpoint": newest,
-        "damaged": [] if story.is_new else [str(item.ref) for item in load_catalog(storage, run).rejected],
-        "storage": storage.url,
+        "damaged": [str(item.ref) for item in catalog.rejected] if catalog else [],
+        "storage": store.storage.url,
         "lr": seen.lr,
         "scores": dict(seen.scores),
         "tokens_per_s": seen.tokens_per_s,
@@ -67,9 +69,8 @@ def as_values(storage: Storage, story: Timeline, seen: RunSummary) -> dict[str, 
 def list_runs(storage: Storage) -> list[dict[str, Any]]:
     """The state of every run in a storage, by name."""
     names = [entry.name for entry in storage.list("") if entry.num_bytes is None and not entry.name.startswith(".")]
-    return [
-        read_status(storage, name) for name in names if list_attempts(storage, name) or list_launches(storage, name)
-    ]
+    stores = [RunStore(storage, name) for name in names]
+    return [read_status(store) for store in stores if list_attempts(store) or list_launches(store)]
 
 
 def _size_change(resize: Mapping[str, Any], failures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from outlast.checkpointing.format.layout import AttemptId, attempt_dir, launch_dir
-from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store.claims import list_attempts, list_launches, read_claim
 from outlast.checkpointing.run_store.journal import JournalTail
 from outlast.checkpointing.run_store.liveness import is_dead, read_liveness
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.monitoring.timeline import Timeline
 
 #: A launch that is taken over, or an attempt, may still say something after the next one has begun.
@@ -24,8 +24,7 @@ class TimelineReader:
     """Follows one run: each look adds what is new to its story.
 
     Args:
-        storage: Where it lies.
-        run: Its name.
+        store: The run.
         but: A launch that is left out, because its story is told by itself.
         journals: Read them too, not only who has claimed and who is alive.
 
@@ -33,11 +32,12 @@ class TimelineReader:
         story: What is known so far.
     """
 
-    def __init__(self, storage: Storage, run: str, *, but: str = "", journals: bool = True) -> None:
-        self._storage, self._run, self._but, self._journals = storage, run, but, journals
-        self._tail = JournalTail(storage)
+    def __init__(self, store: RunStore, *, but: str = "", journals: bool = True) -> None:
+        self._store, self._but, self._journals = store, but, journals
+        self._tail = JournalTail(store)
         self._closed: set[AttemptId | str] = set()  # read once more after they had left the newest ones
-        self.story = Timeline(run)
+        self._has_looked = False
+        self.story = Timeline(store.run)
 
     def look(self) -> Timeline:
         """Reads what is new.
@@ -45,28 +45,31 @@ class TimelineReader:
         Raises:
             StorageError: The storage could not be read; the next look goes on where this one ended.
         """
+        if self._has_looked:
+            self._store.refresh()
+        self._has_looked = True
         self._look_at_attempts()  # first: their claims tell the order of the launches
         self._look_at_launches()
         return self.story
 
     def _look_at_attempts(self) -> None:
-        attempts = list_attempts(self._storage, self._run)
+        attempts = list_attempts(self._store)
         for number, attempt in enumerate(attempts):
             if attempt in self._closed:
                 continue
             known = self.story.attempts.get(attempt)
-            claim = (known.claim if known else {}) or read_claim(self._storage, self._run, attempt)
+            claim = (known.claim if known else {}) or read_claim(self._store, attempt)
             if self._but and claim.get("launch") == self._but:
                 continue
             told = self.story.attempt(attempt)
             told.claim = claim
-            for event in self._new(attempt_dir(self._run, attempt)):
+            for event in self._new(self._store.attempt_dir(attempt)):
                 told.apply(event)
             if claim and number < len(attempts) - _OPEN:
                 self._closed.add(attempt)
 
     def _look_at_launches(self) -> None:
-        for name in list_launches(self._storage, self._run):
+        for name in list_launches(self._store):
             if name != self._but:
                 self.story.launch(name)
         launches, superseded = self.story.launches_in_order, self.story.superseded
@@ -74,11 +77,11 @@ class TimelineReader:
             if launch.id in self._closed:
                 continue
             for _ in range(2):  # one that ended while its sign of life was read says so in the next
-                launch.alive = read_liveness(self._storage, self._run, launch.id) or launch.alive
+                launch.alive = read_liveness(self._store, launch.id) or launch.alive
                 launch.is_gone = not launch.has_ended and is_dead(launch.alive)
                 if not launch.is_gone:
                     break
-            for event in self._new(launch_dir(self._run, launch.id)):
+            for event in self._new(self._store.launch_dir(launch.id)):
                 self.story.apply_launch(launch.id, event)
             # One that has the run, or may be about to claim it, goes on, whatever its name says.
             if number < len(launches) - _OPEN and (launch.has_ended or launch.id in superseded):
@@ -86,8 +89,3 @@ class TimelineReader:
 
     def _new(self, directory: str) -> Iterator[dict[str, Any]]:
         return self._tail.new(directory) if self._journals else iter(())
-
-
-def list_launches(storage: Storage, run: str) -> list[str]:
-    """The run's launches, by name."""
-    return [entry.name for entry in storage.list(f"{run}/launches") if entry.num_bytes is None]

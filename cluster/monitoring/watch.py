@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.text import Text
 
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.run_store.claims import list_launches
 from outlast.checkpointing.run_store.journal import FLUSH_S
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import load_catalog
 from outlast.cluster.monitoring.live_display import LiveDisplay
 from outlast.cluster.monitoring.reporter import PLAIN_PERIOD_S, is_live
 from outlast.cluster.monitoring.summary import RunSummary, summarize
 from outlast.cluster.monitoring.terminal_panel import panel, plain
 from outlast.cluster.monitoring.timeline import State
-from outlast.cluster.monitoring.timeline_reader import TimelineReader, list_launches
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 WATCH_PERIOD_S = FLUSH_S / 2  # a journal says nothing new more often
 
@@ -30,8 +31,8 @@ LOST_TIMEOUT_S = 600.0  # a supervisor stops a job that is silent for 180 s, and
 class _RunWatch:
     """Looks at a run's storage again and again, no more often than once in `WATCH_PERIOD_S`."""
 
-    def __init__(self, storage: Storage, run: str) -> None:
-        self._follower = TimelineReader(storage, run)
+    def __init__(self, store: RunStore) -> None:
+        self._follower = TimelineReader(store)
         self._looked_at = 0.0
         self._trouble = ""
 
@@ -48,12 +49,12 @@ class _RunWatch:
 
 
 @contextmanager
-def watching(storage: Storage, run: str, console: Console, *, keep: bool = False) -> Iterator[Callable[[], RunSummary]]:
+def watching(store: RunStore, console: Console, *, keep: bool = False) -> Iterator[Callable[[], RunSummary]]:
     """A panel of a run at the foot of a terminal, read from its storage. Yields what looks at it once more.
 
     Whatever else is printed meanwhile scrolls by above. Where there is no terminal nothing is shown.
     """
-    watch, lock = _RunWatch(storage, run), threading.Lock()
+    watch, lock = _RunWatch(store), threading.Lock()
 
     def seen() -> RunSummary:
         with lock:
@@ -70,7 +71,7 @@ def watching(storage: Storage, run: str, console: Console, *, keep: bool = False
         yield seen
 
 
-def watch(storage: Storage, run: str, console: Console) -> RunSummary:
+def watch(store: RunStore, console: Console) -> RunSummary:
     """Shows a run until it has ended. Returns how it was then.
 
     One that is lost is waited for as long as a supervisor may take to start it again. A loop of one's own has nobody to
@@ -80,15 +81,15 @@ def watch(storage: Storage, run: str, console: Console) -> RunSummary:
         ConfigError: There is no such run.
         StorageError: The storage could not be read at the beginning.
     """
-    if not list_launches(storage, run):
-        load_catalog(storage, run)
+    if not list_launches(store):
+        load_catalog(store)
     said_at = 0.0
-    with watching(storage, run, console, keep=True) as seen:
+    with watching(store, console, keep=True) as seen:
         while True:
             found = seen()
             if not is_live(console) and time.monotonic() - said_at >= PLAIN_PERIOD_S:
                 said_at = time.monotonic()
-                console.print(f"{run}: {found.doing}, {plain(found)}", markup=False, soft_wrap=True)
+                console.print(f"{store.run}: {found.doing}, {plain(found)}", markup=False, soft_wrap=True)
             is_lost = found.state is State.LOST and found.now - found.heard_at >= LOST_TIMEOUT_S
             if is_lost or found.state in (State.DONE, State.FAILED, State.STOPPED):
                 return found

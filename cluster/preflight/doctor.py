@@ -22,8 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, first_line
-from outlast.checkpointing.run_store.catalog import read_catalog
-from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.preemption import draining_nodes
 from outlast.cluster.preflight import doctor_probe, doctor_rules
@@ -73,7 +72,7 @@ def _weights_bytes(path: str | None) -> int | None:
 def _newest_bytes(config: RunConfig) -> int | None:
     """Bytes of the run's newest checkpoint; None if there is none, or no storage, which is found out elsewhere."""
     with contextlib.suppress(OutlastError):
-        for manifest in read_catalog(open_storage(config.checkpoint.storage), config.name).accepted:
+        for manifest in build_catalog(config.store).accepted:
             return manifest.num_bytes
     return None
 

@@ -12,13 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveCosts
-from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.formatting import size as shown
 from outlast.cluster.preflight.doctor_probe import Probe
 from outlast.trainers.checks.memory_estimate import Size, copy_speed, measure
 from outlast.trainers.checks.preflight import check_metric
-from outlast.trainers.config.train import Parallel
 from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.loop.save_timer import between_failures, history_of
 from outlast.trainers.preparation.prepare import prepare
@@ -108,7 +106,7 @@ def forecast(config: RunConfig) -> Forecast:
         ConfigError: The run cannot be done as its settings say.
         StorageError: The storage failed.
     """
-    storage = open_storage(config.checkpoint.storage)
+    storage = config.store.storage
     prepared = prepare(config, storage)
     check_metric(config, prepared.facts)
     workers = config.scale.max_workers
@@ -123,12 +121,12 @@ def forecast(config: RunConfig) -> Forecast:
         tokens=round(plan.total_samples * per_sample),
         tokens_per_step=round(plan.batch * per_sample),
     )
-    size = measure(config, prepared, storage, workers, Parallel(config.scale.parallel))
+    size = measure(config, prepared, storage, workers)
     retention = config.checkpoint.retention
     return Forecast(
         run=config.name,
         workers=workers,
-        parallel=config.scale.parallel,
+        parallel=config.scale.parallel.value,
         every=str(config.checkpoint.every),
         kept=retention.keep_last + retention.keep_best,
         walk=walk,
@@ -149,7 +147,7 @@ def _saving(config: RunConfig, size: Size) -> Saving:
     copied = copy_speed()
     commit_s = size.checkpoint_bytes / written["write"] + (len(size.files) + _MORE_FILES) * written["put_s"]
     blocked_s = size.share_bytes / copied if config.checkpoint.overlap else commit_s
-    between = between_failures(*history_of(open_storage(config.checkpoint.storage), config.name))
+    between = between_failures(*history_of(config.store))
     costs = SaveCosts(blocked_s, commit_s, restart_s=0.0, between_failures_s=between)
     return Saving(
         measured_bytes=num_bytes,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig, expand, load_run, override, read_run_file
@@ -208,7 +208,7 @@ def check_begun(config: RunConfig) -> None:
     from outlast.trainers.checks.resume_checks import check_unchanged
 
     _storage(config)
-    check_unchanged(read_catalog(open_storage(config.checkpoint.storage), config.name).declaration, config, None)
+    check_unchanged(build_catalog(config.store).declaration, config, None)
 
 
 def _prepared(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.hosts import BIN, HEAD, Lab
-from tests.support.kubernetes import pods as templates
+from tests.support.kubernetes.manifests import pods as templates
 
 TOKEN = {"RAY_AUTH_TOKEN": "a-token-of-the-test-that-the-operator-would-make"}
 #: How long a Job waits before it makes another pod for one that failed; twice as long after each.

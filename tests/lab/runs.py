@@ -15,12 +15,13 @@ from outlast.checkpointing.format.layout import attempt_dir
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import read_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.monitoring.status import read_status
 from tests.lab.hosts import Lab
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
@@ -39,6 +40,7 @@ class Run:
         storage: Storage | None = None,
     ) -> None:
         self.storage, self.name = storage or LocalStorage(folder / "runs"), name
+        self.store = RunStore(self.storage, name)
         body = tiny_config(name, self.storage.url, text_file, steps=steps, eval_every=200).model_dump(
             mode="json", exclude_defaults=True
         )
@@ -67,8 +69,8 @@ class Run:
 
     def workers(self) -> list[dict[str, Any]]:
         """What the newest claim says of its workers: rank, host, node, pid."""
-        newest = list_attempts(self.storage, self.name)[-1]
-        return list(read_claim(self.storage, self.name, newest)["workers"])
+        newest = list_attempts(self.store)[-1]
+        return list(read_claim(self.store, newest)["workers"])
 
     def host_of(self, rank: int) -> int:
         return int(self.workers()[rank]["host"].rsplit("-h", 1)[1])
@@ -93,10 +95,10 @@ class Run:
         return min((event["ended_at"] for event in self._told(attempts) if event["event"] == "step"), default=None)
 
     def _told(self, attempts: int) -> list[dict[str, Any]]:
-        later = list_attempts(self.storage, self.name)[attempts:]
+        later = list_attempts(self.store)[attempts:]
         return [event for attempt in later for event in read_events(self.storage, attempt_dir(self.name, attempt))]
 
     def assert_cause(self, *causes: Cause) -> None:
         """So many failures, and the journal names their causes."""
-        failures = read_status(self.storage, self.name)["failures"]
+        failures = read_status(self.store)["failures"]
         assert [failure["cause"] for failure in failures] == [cause.value for cause in causes], failures

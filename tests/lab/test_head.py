@@ -26,7 +26,7 @@ from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import HEAD, Lab, lab
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
-from tests.support.worker_group import digests, losses, run_group
+from tests.support.groups.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,
@@ -82,7 +82,7 @@ def test_the_head_comes_back_and_the_run_never_stopped(
         follower.communicate()
         step_aside(cluster)
         start_head(cluster)
-        [attempt] = list_attempts(run.storage, run.name)
+        [attempt] = list_attempts(run.store)
         ended = [event["ended_at"] for event in _steps(run) if event["ended_at"] > gone]
         assert len(ended) > 100, "training went on without a head"
         follower = run.submit(cluster)  # finds the job at work, and follows it
@@ -91,11 +91,11 @@ def test_the_head_comes_back_and_the_run_never_stopped(
         assert follower.returncode == 0, out + err
         assert "already at work" in err
         run.assert_cause(Cause.WORKER_DIED)
-        assert list_attempts(run.storage, run.name)[0] == attempt
+        assert list_attempts(run.store)[0] == attempt
     assert digests(run.storage, run.name) == digests(storage, "lab-head")
     assert losses(run.storage, run.name) == losses(storage, "lab-head")
 
 
 def _steps(run: Run) -> list[dict[str, float]]:
-    [attempt] = list_attempts(run.storage, run.name)
+    [attempt] = list_attempts(run.store)
     return [event for event in read_events(run.storage, attempt_dir(run.name, attempt)) if event["event"] == "step"]

@@ -24,7 +24,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import HEAD, Lab, lab, why_not
 from tests.lab.runs import OUTLAST, Run
-from tests.support.worker_group import digests, losses, run_group
+from tests.support.groups.worker_group import digests, losses, run_group
 
 reason = why_not()
 pytestmark = [
@@ -109,7 +109,7 @@ def test_a_node_is_drained(cluster: Lab, make: Callable[..., Run], reference: Ca
     cluster.evict(leaving)
     finish(run, follower, expected)
     cluster.wait_until_gone(leaving)
-    reasons = [event["reason"] for _, event in run_events(run.storage, run.name) if event["event"] == "save-requested"]
+    reasons = [event["reason"] for _, event in run_events(run.store) if event["event"] == "save-requested"]
     assert reasons == ["a node is about to be lost", "a node's last seconds"]
     run.assert_cause(Cause.PREEMPTED)
     cluster.start(leaving)
@@ -123,19 +123,19 @@ def test_a_zombie_comes_back(cluster: Lab, make: Callable[..., Run], reference: 
     run, expected = make("zombie", DRAIN_STEPS, workers=1), reference(DRAIN_STEPS, 1)
     follower = run.submit(cluster)
     run.wait_for_commit(follower)
-    first, cut_off = list_attempts(run.storage, run.name)[0], run.host_of(0)
+    first, cut_off = list_attempts(run.store)[0], run.host_of(0)
     cluster.link(cut_off, up=False)
     deadline = time.monotonic() + 90
-    while len(list_attempts(run.storage, run.name)) < 2 and time.monotonic() < deadline:
+    while len(list_attempts(run.store)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    ends = [event["event"] for attempt, event in run_events(run.storage, run.name) if attempt == first]
+    ends = [event["event"] for attempt, event in run_events(run.store) if attempt == first]
     while "superseded" not in ends and time.monotonic() < deadline:
         time.sleep(0.5)
-        ends = [event["event"] for attempt, event in run_events(run.storage, run.name) if attempt == first]
+        ends = [event["event"] for attempt, event in run_events(run.store) if attempt == first]
     assert "superseded" in ends
     cluster.link(cut_off, up=True)
     finish(run, follower, expected)
-    resumed = next(e for a, e in run_events(run.storage, run.name) if e["event"] == "resume" and a != first)
+    resumed = next(e for a, e in run_events(run.store) if e["event"] == "resume" and a != first)
     accepted = read_catalog(run.storage, run.name).accepted
     assert all(item.ref.attempt != first or item.ref.step <= resumed["step"] for item in accepted)
     run.assert_cause(Cause.NODE_LOST)

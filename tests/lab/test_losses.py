@@ -25,7 +25,7 @@ from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import Lab, lab
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
-from tests.support.worker_group import digests, losses, run_group
+from tests.support.groups.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,
@@ -89,9 +89,9 @@ def test_shrinks_without_a_spare_and_grows_again(
     recovered("a node joins, from its start", "resized", run.wait_for_steps(follower, 2, 3, began))
     finish(run, follower, reference)
     run.assert_cause(Cause.NODE_LOST)
-    sizes = [(item["before"], item["now"], item["cause"]) for item in read_status(run.storage, run.name)["sizes"]]
+    sizes = [(item["before"], item["now"], item["cause"]) for item in read_status(run.store)["sizes"]]
     assert sizes == [(3, 2, "node lost"), (2, 3, "resized")]
-    told = [event for _, event in run_events(run.storage, run.name)]
+    told = [event for _, event in run_events(run.store)]
     [asked] = [event for event in told if event["event"] == "save-requested"]
     resumed = [event for event in told if event["event"] == "resume"][-1]
     assert resumed["step"] >= asked["step"], "the larger group begins with the checkpoint before the resize"
@@ -121,7 +121,7 @@ def test_a_node_is_lost_during_recovery(
     run.wait_for_commit(follower)
     lost, began = [run.host_of(2)], time.time()
     cluster.kill(lost[0])
-    while len(list_attempts(run.storage, run.name)) < 2 and time.time() < began + 120:
+    while len(list_attempts(run.store)) < 2 and time.time() < began + 120:
         time.sleep(0.02)
     lost.append(run.host_of(1))
     cluster.kill(lost[1])
@@ -162,9 +162,9 @@ def test_a_worker_is_stopped_for_longer_than_it_takes_to_notice(
         cluster.signal_inside(host, pid, signal.SIGCONT)
     finish(run, follower, reference)
     run.assert_cause(Cause.HANG)
-    [failure] = read_status(run.storage, run.name)["failures"]
+    [failure] = read_status(run.store)["failures"]
     assert failure["rank"] == 1
-    [hang] = [event for _, event in run_events(run.storage, run.name) if event["event"] == "hang"]
+    [hang] = [event for _, event in run_events(run.store) if event["event"] == "hang"]
     assert (hang["rank"], hang["missing"]) == (0, [1])
     assert any("loop.py" in line for stack in hang["threads"].values() for line in stack)
 

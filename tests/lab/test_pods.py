@@ -30,8 +30,8 @@ from tests.lab.hosts import HEAD, Lab
 from tests.lab.pods import TOKEN, Pods
 from tests.lab.runs import Run
 from tests.lab.test_lab import reason
-from tests.support.kubernetes_api import Api, small_api
-from tests.support.worker_group import digests, losses, run_group
+from tests.support.groups.worker_group import digests, losses, run_group
+from tests.support.kubernetes.api_server import Api, small_api
 
 pytestmark = [
     pytest.mark.lab,
@@ -111,10 +111,10 @@ class Rehearsal:
 
     def check(self, *causes: Cause) -> None:
         """The run has ended with the same bits, and so many failures."""
-        assert read_status(self.run.storage, self.run.name)["state"] == "done"
+        assert read_status(self.run.store)["state"] == "done"
         assert (digests(self.run.storage, self.run.name), losses(self.run.storage, self.run.name)) == self._expected
         self.run.assert_cause(*causes)
-        lost = read_status(self.run.storage, self.run.name)["lost_steps"]
+        lost = read_status(self.run.store)["lost_steps"]
         for case, seconds in self._seconds.items():
             self._recovered(case, f"{lost} steps done again", seconds)
 
@@ -175,7 +175,7 @@ def test_the_head_crashes(rehearsal: Rehearsal) -> None:
     failed = pods.see_through(submitter)
     rehearsal.until_steps(pods, f"the head crashed, {failed} submitters failed", began)
     assert failed >= 1
-    assert len(list_attempts(run.storage, run.name)) == 2
+    assert len(list_attempts(run.store)) == 2
     rehearsal.check()
 
 
@@ -187,7 +187,7 @@ def test_the_submitter_is_lost(rehearsal: Rehearsal) -> None:
     run.wait_for_commit(submitter)
     pods.lose_submitter()
     assert pods.see_through(submitter) == 1
-    assert len(list_attempts(run.storage, run.name)) == 1
+    assert len(list_attempts(run.store)) == 1
     rehearsal.check()
 
 
@@ -202,7 +202,7 @@ def test_suspended_and_resumed(rehearsal: Rehearsal) -> None:
     assert rehearsal.job()["spec"]["suspend"] is True
     pods.lose_submitter()
     pods.end()
-    assert read_status(run.storage, run.name)["state"] != "done"
+    assert read_status(run.store)["state"] != "done"
     assert rehearsal.cluster.resume(run.name) == "rayjob/my-run goes on"
     assert rehearsal.job()["spec"]["suspend"] is False
     began, again = time.time(), rehearsal.pods()

@@ -26,9 +26,9 @@ from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import HEAD, Lab, lab
 from tests.lab.runs import Run
 from tests.lab.test_lab import finish, reason
+from tests.support.groups.worker_group import digests, losses, run_group
 from tests.support.s3_proxy import proxy_to
 from tests.support.s3_server import s3_server
-from tests.support.worker_group import digests, losses, run_group
 
 pytestmark = [
     pytest.mark.lab,
@@ -67,7 +67,7 @@ def test_a_node_is_drained_at_short_notice(
     leaving, before = run.host_of(1), read_catalog(run.storage, run.name).accepted[0].ref.step
     cluster.evict(leaving)
     finish(run, follower, reference)
-    [resumed] = [event for _, event in run_events(run.storage, run.name) if event["event"] == "resume"]
+    [resumed] = [event for _, event in run_events(run.store) if event["event"] == "resume"]
     assert resumed["step"] >= before
     assert not resumed["rejected"]
     run.assert_cause(Cause.PREEMPTED)
@@ -90,7 +90,7 @@ def test_the_storage_server_is_down_for_a_while(
         time.sleep(DOWN_S)
         with proxy_to(server, at):
             finish(run, follower, reference)
-            failures = read_status(run.storage, run.name)["failures"]
+            failures = read_status(run.store)["failures"]
             assert [failure["cause"] for failure in failures] in ([], [Cause.ERROR.value]), failures
             assert all("onnect" in failure["message"] for failure in failures), failures
 
@@ -109,7 +109,7 @@ def test_clocks_are_wrong(tmp_path: Path, text_file: str, reference: tuple[Any, 
         run = Run(tmp_path, "clocks", text_file, STEPS, 2)
         follower = run.submit(hosts)
         run.wait_for_commit(follower)
-        claimed_at = read_claim(run.storage, run.name, list_attempts(run.storage, run.name)[-1])["claimed_at"]
+        claimed_at = read_claim(run.store, list_attempts(run.store)[-1])["claimed_at"]
         assert abs(claimed_at - time.time()) > 3000, "the clocks are right"
         hosts.signal_inside(run.host_of(1), run.workers()[1]["pid"], signal.SIGKILL)
         finish(run, follower, reference)

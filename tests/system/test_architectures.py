@@ -34,8 +34,8 @@ from outlast.trainers.models.build import build_model, naming_of
 from outlast.trainers.models.weight_names import file_naming
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.checkpointing.state.test_shards import state_digests
-from tests.support.ranks import on_ranks
-from tests.support.worker_group import digests, fault, losses, newest, run_group
+from tests.support.groups.ranks import on_ranks
+from tests.support.groups.worker_group import digests, fault, losses, newest, run_group
 
 COMMON = {
     "hidden_size": 32,

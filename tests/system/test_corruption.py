@@ -23,6 +23,7 @@ from outlast.checkpointing.format.layout import CLAIM, MANIFEST, checkpoint_dir
 from outlast.checkpointing.restore.verify import tensor_digests, verify
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.model import ModelSettings
@@ -31,8 +32,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
+from tests.support.groups.worker_group import StopAt, digests, losses, resumed, run_group
 from tests.support.small_model import digests_of
-from tests.support.worker_group import StopAt, digests, losses, resumed, run_group
 
 BASE = "corrupt-base"
 STEPS = [7, 6, 3]
@@ -414,7 +415,7 @@ def test_a_damaged_claim_does_not_let_settings_change(
     damage: Damage, copied: str, storage: LocalStorage, assign: Callable[..., Assignment]
 ) -> None:
     """The claim says with which settings the run was started; without it a changed one must not slip in."""
-    damage(storage.path(f"{copied}/attempts/{list_attempts(storage, copied)[0]}/{CLAIM}"))
+    damage(storage.path(f"{copied}/attempts/{list_attempts(RunStore(storage, copied))[0]}/{CLAIM}"))
     error = run_group(assign(copied, launch="second", lr=2e-3), storage, 1)[0].error
     assert isinstance(error, ConfigError)
 
@@ -423,7 +424,7 @@ def test_a_bit_in_a_claim_does_not_stop_the_run(
     copied: str, storage: LocalStorage, assign: Callable[..., Assignment]
 ) -> None:
     """The user changed nothing, so nobody may tell them that they did."""
-    path = storage.path(f"{copied}/attempts/{list_attempts(storage, copied)[0]}/{CLAIM}")
+    path = storage.path(f"{copied}/attempts/{list_attempts(RunStore(storage, copied))[0]}/{CLAIM}")
     body = json.loads(path.read_text())
     body["mathematics"]["train"]["lr"] *= 2
     path.write_text(json.dumps(body))

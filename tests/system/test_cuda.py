@@ -18,8 +18,8 @@ from outlast.checkpointing.state.shards import local_shard
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
+from tests.support.groups.worker_group import digests, fault, losses, resumed, run_group
 from tests.support.small_model import digests_of
-from tests.support.worker_group import digests, fault, losses, resumed, run_group
 from tests.system.test_kill_matrix import LLAMA
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

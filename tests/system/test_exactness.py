@@ -25,9 +25,9 @@ from outlast.trainers.config.train import Parallel
 from outlast.trainers.data.sampler import Plan, make_plan
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
-from tests.support.recording_task import FOLDER
-from tests.support.task_cases import CASES
-from tests.support.worker_group import digests, fault, losses, resumed, run_group
+from tests.support.groups.worker_group import digests, fault, losses, resumed, run_group, with_parallel
+from tests.support.tasks.cases import CASES
+from tests.support.tasks.recording import FOLDER
 
 NUM_ROWS = 56
 TASKS = ("causal-lm", *CASES)
@@ -82,7 +82,7 @@ def make(assign: Callable[..., Assignment], tmp_path_factory: pytest.TempPathFac
         if case.task == "causal-lm":
             rows = CASES["masked-lm"].sections(folder, NUM_ROWS)["data"]
             sections = {"data": {**rows, "max_length": 32}, "train": {"steps": 12}}
-        return replace(assign(name, sections=sections, **options), parallel=case.parallel)
+        return with_parallel(assign(name, sections=sections, **options), case.parallel)
 
     return make
 
@@ -132,7 +132,7 @@ def test_every_sample_of_an_epoch_is_consumed_once(
 ) -> None:
     """At any world size; and a killed run consumes again just the samples of the steps that it does again."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    sections = {"model": {"task": "tests.support.recording_task:Recording"}}
+    sections = {"model": {"task": "tests.support.tasks.recording:Recording"}}
 
     def consumed(assignment: Assignment) -> Counter[int]:
         run_group(assignment, storage, size)

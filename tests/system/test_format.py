@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Parallel
 from tests.conftest import Reference
+from tests.support.groups.worker_group import run_group, with_parallel
 from tests.support.small_model import small_model, train_step
-from tests.support.worker_group import run_group
 
 RUN = "run"
 ROOT = Path(__file__).parents[2]
@@ -66,7 +65,7 @@ def test_a_run_of_two_ranks(reader: Any, storage: LocalStorage, reference: Calla
 
 
 def test_state_that_is_spread_over_ranks(reader: Any, storage: LocalStorage, assign: Callable[..., Assignment]) -> None:
-    run_group(replace(assign("format-fsdp", steps=2), parallel=Parallel.FSDP), storage, 2)
+    run_group(with_parallel(assign("format-fsdp", steps=2), Parallel.FSDP), storage, 2)
     manifest, _ = reader.resume_point(storage.path("format-fsdp"))
     assert manifest["world_size"] == 2
     assert_same(reader, storage, "format-fsdp")

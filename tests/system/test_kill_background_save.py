@@ -15,11 +15,21 @@ import pytest
 
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
-from tests.support.worker_group import ACTIONS, IN_TRAINING, digests, fault, losses, resumed, run_group, run_struck
+from tests.support.groups.worker_group import (
+    ACTIONS,
+    IN_TRAINING,
+    digests,
+    fault,
+    losses,
+    resumed,
+    run_group,
+    run_struck,
+)
 
 SECTIONS = {"checkpoint": {"overlap": True, "keep_last": 2, "keep_best": 1}}
 TRAIN = {"eval_every": 3}
@@ -63,9 +73,9 @@ def test_overlapping_changes_no_bit(reference: Reference, assign: Callable[..., 
     run_group(assign("not-overlapped", **TRAIN), storage, 2)
     assert digests(storage, "not-overlapped") == reference.digests
     assert losses(storage, "not-overlapped") == reference.losses
-    saves = [event for _, event in run_events(storage, reference.run) if event["event"] == "save"]
+    saves = [event for _, event in run_events(RunStore(storage, reference.run)) if event["event"] == "save"]
     assert [event["step"] for event in saves] == [3, 6, 9, 10]
-    assert not [event for _, event in run_events(storage, reference.run) if event["event"] == "save-skipped"]
+    assert not [event for _, event in run_events(RunStore(storage, reference.run)) if event["event"] == "save-skipped"]
 
 
 @pytest.mark.parametrize("case", all_cases())
@@ -81,7 +91,9 @@ def test_struck_in_the_background_equals_undisturbed(
     strike = fault(case.point, case.step, case.rank, case.action, tmp_path)
     run_struck(assign(run, sections=SECTIONS, **TRAIN), storage, 2, strike)
     if case.action is not FaultAction.STOP:
-        acknowledged = max(event["step"] for _, event in run_events(storage, run) if event["event"] == "commit")
+        acknowledged = max(
+            event["step"] for _, event in run_events(RunStore(storage, run)) if event["event"] == "commit"
+        )
         ended = run_group(assign(run, launch="second", sections=SECTIONS, **TRAIN), storage, 2)
         assert [item.outcome for item in ended] == [Outcome.DONE] * 2
         assert resumed(storage, run)[-1]["step"] >= acknowledged >= 3

@@ -24,12 +24,13 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
-from tests.support.worker_group import (
+from tests.support.groups.worker_group import (
     ACTIONS,
     IN_TRAINING,
     StopAt,
@@ -134,7 +135,7 @@ def assert_finished_as(storage: LocalStorage, run: str, reference: Reference, *,
     if same_history:
         assert json_files(storage, run) == json_files(storage, reference.run)
     assert losses(storage, run) == reference.losses
-    directory = f"{run}/attempts/{list_attempts(storage, run)[-1]}/model"
+    directory = f"{run}/attempts/{list_attempts(RunStore(storage, run))[-1]}/model"
     published = Manifest.parse(read_bytes(storage, f"{directory}/{MANIFEST}"))
     assert published.extra == {"final_step": 10}
     assert verify(storage, directory, published) == []
@@ -180,7 +181,7 @@ def test_three_kills_in_one_launch(
 
     ended = run_group(assignment, storage, 2)
     assert [item.outcome for item in ended] == [Outcome.DONE] * 2
-    assert len(list_attempts(storage, "kill-three")) == 4
+    assert len(list_attempts(RunStore(storage, "kill-three"))) == 4
     assert [event["step"] for event in resumed(storage, "kill-three")] == [3, 6]
     assert_finished_as(storage, "kill-three", reference(2))
 
@@ -230,7 +231,7 @@ def test_a_stop_commits_where_it_stands(assign: Assign, storage: LocalStorage, r
     """Only rank 0 hears of the steps, so only rank 0 asks for the stop; both ranks end."""
     ended = run_group(assign("stop"), storage, 2, StopAt(4))
     assert [(item.outcome, item.exit_code) for item in ended] == [(Outcome.STOPPED, 0)] * 2
-    stops = [event["step"] for _, event in run_events(storage, "stop") if event["event"] == "stop"]
+    stops = [event["step"] for _, event in run_events(RunStore(storage, "stop")) if event["event"] == "stop"]
     assert stops == [5], "at the end of the step after the one that asked; steps 3 and 6 are the regular saves"
     manifest = newest(storage, "stop")
     assert manifest.ref.step == 5
@@ -258,7 +259,7 @@ def test_another_world_size_goes_on(assign: Assign, storage: LocalStorage, refer
     ended = run_group(assign("resize", launch="second"), storage, 3)
     assert [item.outcome for item in ended] == [Outcome.DONE] * 3
     assert losses(storage, "resize") == pytest.approx(reference(2).losses, rel=1e-5)
-    changed = [event for _, event in run_events(storage, "resize") if event["event"] == "changed"]
+    changed = [event for _, event in run_events(RunStore(storage, "resize")) if event["event"] == "changed"]
     assert [(event["what"], event["before"], event["now"]) for event in changed] == [("world_size", 2, 3)]
 
 

@@ -12,6 +12,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import CLAIM, MANIFEST, AttemptId, parse_checkpoint
 from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.protocol_model import Bounds, Rules, World, advance, explore, number_of, numbered
@@ -175,8 +176,8 @@ def test_the_product_does_what_the_model_does(tmp_path: Path, monkeypatch: pytes
     """
     storage, model = Recorded(tmp_path), Modelled()
 
-    def unrecorded(recorded: Recorded, run: str, **options: Any) -> list[history.AttemptRecord]:
-        return read_tries(LocalStorage(recorded.path("")), run, **options)
+    def unrecorded(recorded: RunStore, **options: Any) -> list[history.AttemptRecord]:
+        return read_tries(RunStore(LocalStorage(tmp_path), recorded.run), **options)
 
     read_tries = history.read_attempt_history
     monkeypatch.setattr(history, "read_attempt_history", unrecorded)

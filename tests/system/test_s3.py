@@ -22,6 +22,7 @@ from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.pins import list_pins
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.commit import abort_orphans
 from outlast.checkpointing.storage.base import Storage, read_bytes, walk
 from outlast.checkpointing.storage.factory import open_storage
@@ -37,9 +38,9 @@ from outlast.cluster.driver.ray_session import ray_session
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import _find, prepare
+from tests.support.groups.worker_group import digests, fault, resumed, run_group, tiny_config
 from tests.support.s3_server import s3_server
 from tests.support.small_model import small_model, train_step
-from tests.support.worker_group import digests, fault, resumed, run_group, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -99,23 +100,23 @@ def test_pins_prunes_and_exports_on_s3(bucket: str, tmp_path: Path) -> None:
     for step in range(1, 6):
         train_step(model, optimizer, step)
         assert checkpointer.save(step, model, optimizer, {})
-    ref = pin(storage, "run", "2", Retention())
-    assert list_pins(storage, "run") == {ref}
-    export_directory(read_content(resolve_checkpoint(storage, "run", "2", Retention())), tmp_path / "out")
-    prune(storage, "run", plan_prune(storage, "run", Retention(2)))
+    ref = pin(RunStore(storage, "run"), "2", Retention())
+    assert list_pins(RunStore(storage, "run")) == {ref}
+    export_directory(read_content(resolve_checkpoint(RunStore(storage, "run"), "2", Retention())), tmp_path / "out")
+    prune(RunStore(storage, "run"), plan_prune(RunStore(storage, "run"), Retention(2)))
     assert [item.ref.step for item in read_catalog(storage, "run").accepted] == [5, 4, 2]
-    assert [verdict.faults for verdict in verify_run(storage, "run")] == [()] * 3
+    assert [verdict.faults for verdict in verify_run(RunStore(storage, "run"))] == [()] * 3
     assert not list(walk(storage, checkpoint_dir("run", replace(ref, step=3))))
-    assert plan_prune(storage, "run", Retention(2)).remains == ()
+    assert plan_prune(RunStore(storage, "run"), Retention(2)).remains == ()
     weights = f"{checkpoint_dir('run', ref)}/model.safetensors"
     assert (tmp_path / "out/model.safetensors").read_bytes() == read_bytes(storage, weights)
-    unpin(storage, "run", "2")
-    assert list_pins(storage, "run") == set()
+    unpin(RunStore(storage, "run"), "2")
+    assert list_pins(RunStore(storage, "run")) == set()
 
 
 _WRITER = """
 import sys
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 
 def chunks():
     while True:
@@ -175,8 +176,10 @@ def test_what_killed_writers_began_to_upload_is_aborted(
         assert heir.save(step, model, optimizer, {})
     assert uploads() == others
     heir.flush()
-    assert abort_orphans(storage, "killed", AttemptId(10, "0" * 8)) == 1
-    assert [event["count"] for _, event in run_events(storage, "killed") if event["event"] == "uploads-aborted"] == [1]
+    assert abort_orphans(RunStore(storage, "killed"), AttemptId(10, "0" * 8)) == 1
+    assert [
+        event["count"] for _, event in run_events(RunStore(storage, "killed")) if event["event"] == "uploads-aborted"
+    ] == [1]
     assert abort_uploads(storage, "killed") == 1
 
 
@@ -203,7 +206,7 @@ def test_what_killed_preparers_began_to_upload_is_aborted(
 _STOPPING = """
 import os, signal, sys
 from outlast.checkpointing.storage import object_store as objects
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.trainers.preparation import prepare as data
 from outlast.trainers.config.training_config import TrainingConfig
 
@@ -229,7 +232,7 @@ def test_a_slower_preparer_whose_upload_is_aborted_takes_what_is_there(
     """It is stopped in the middle of its upload, and goes on when the other has made the data and aborted it."""
     rows = tmp_path / "rows.txt"
     rows.write_text("".join(f"row number {number} of a few\n" for number in range(11)))
-    sections = {"model": {"task": "tests.support.large_samples_task:Bulky"}, "data": {"eval": None}}
+    sections = {"model": {"task": "tests.support.tasks.large_samples:Bulky"}, "data": {"eval": None}}
     config = tiny_config("slower", f"{bucket}/slower", str(rows), sections=sections, eval_every=None)
     slower = subprocess.Popen(
         [sys.executable, "-c", _STOPPING, config.model_dump_json()], stdout=subprocess.PIPE, text=True

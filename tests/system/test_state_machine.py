@@ -38,6 +38,7 @@ from outlast.checkpointing.restore.verify import tensor_digests, verify
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer
 from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.small_model import digests_of, small_model, train_step
@@ -185,7 +186,7 @@ class Attempts(RuleBasedStateMachine):
 
         stage.before = before
         worker = Worker(stage, self.num_workers)
-        highest = list_attempts(self.reader, "run")[-1]
+        highest = list_attempts(RunStore(self.reader, "run"))[-1]
         if worker.checkpointer.superseded:
             assert meanwhile == self.claim
             return
@@ -216,7 +217,7 @@ class Attempts(RuleBasedStateMachine):
         if worker.save():
             self._acknowledged(worker)
         else:
-            assert worker.attempt != list_attempts(self.reader, "run")[-1]
+            assert worker.attempt != list_attempts(RunStore(self.reader, "run"))[-1]
             self.workers.remove(worker)
 
     @precondition(lambda self: self.workers)
@@ -227,7 +228,7 @@ class Attempts(RuleBasedStateMachine):
     def die_while_saving(self, back: int, point: FaultPoint) -> None:
         worker = self.workers[-1 - back % len(self.workers)]
         ref = worker.train()
-        newest = worker.attempt == list_attempts(self.reader, "run")[-1]
+        newest = worker.attempt == list_attempts(RunStore(self.reader, "run"))[-1]
         record = self.folder / f"fired-{worker.number}"
         faults.arm([FaultSpec(point, ref.step, 0, FaultAction.EXCEPTION, str(record))], 0)
         if point not in BEFORE_COMMIT:
@@ -255,7 +256,7 @@ class Attempts(RuleBasedStateMachine):
             if left[0] < 0:
                 raise InjectedFault(path)
 
-        if worker.attempt != list_attempts(self.reader, "run")[-1]:
+        if worker.attempt != list_attempts(RunStore(self.reader, "run"))[-1]:
             return
         self._commits(worker, worker.train())
         lay = dict(self.expected.saved)
@@ -279,7 +280,7 @@ class Attempts(RuleBasedStateMachine):
 
     def _acknowledged(self, worker: Worker) -> None:
         ref = CheckpointRef(worker.step, worker.attempt)
-        assert worker.attempt == list_attempts(self.reader, "run")[-1]
+        assert worker.attempt == list_attempts(RunStore(self.reader, "run"))[-1]
         self.expected.acknowledged.append(ref)
         worker.commits.append(ref)
         worker.num_acknowledged += 1
@@ -338,13 +339,17 @@ class Attempts(RuleBasedStateMachine):
         """Whatever happened: after two commits of a new attempt, only what counts lies there."""
         self.claim()
         worker = self.workers[-1] if self.workers else None
-        if worker is None or worker.num_acknowledged or worker.attempt != list_attempts(self.reader, "run")[-1]:
+        if (
+            worker is None
+            or worker.num_acknowledged
+            or worker.attempt != list_attempts(RunStore(self.reader, "run"))[-1]
+        ):
             return  # nothing whole is left, and the run refuses
         self.save(0)
         self.save(0)
         lying = {
             CheckpointRef(step, attempt)
-            for attempt in list_attempts(self.reader, "run")
+            for attempt in list_attempts(RunStore(self.reader, "run"))
             for entry in self.reader.list(f"run/attempts/{attempt}")
             if (step := parse_checkpoint(entry.name)) is not None
         }

@@ -35,6 +35,7 @@ from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import FLUSH_S, Journal
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage import local, retry
 from outlast.checkpointing.storage import object_store as objects
 from outlast.checkpointing.storage.base import Buffer, Entry, Storage, read_bytes, walk
@@ -196,7 +197,7 @@ def go_through(storage: Storage, written: Written, plan: Plan) -> Attempt:
 
 def lying(storage: Storage) -> Iterator[CheckpointRef]:
     """Every checkpoint of which a file lies there."""
-    for attempt in list_attempts(storage, "run"):
+    for attempt in list_attempts(RunStore(storage, "run")):
         for entry in walk(storage, attempt_dir("run", attempt)):
             if (step := parse_checkpoint(entry.name.split("/")[0])) is not None:
                 yield CheckpointRef(step, attempt)

@@ -36,8 +36,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
 from tests.cluster.jobs.test_ray_jobs import Cluster
 from tests.support.command import Command
+from tests.support.groups.worker_group import run_group, tiny_config
 from tests.support.s3_server import BUCKET, s3_server
-from tests.support.worker_group import run_group, tiny_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 NOBODY = 65534
@@ -174,8 +174,9 @@ def _runs(place: Path) -> None:
     """`told` is a finished run; the others are copies to which something has happened."""
     storage = LocalStorage(place / "runs")
     declared = yaml.safe_load((place / "told.yaml").read_text())
-    config = tiny_config("told", storage.url, str(place / "text.txt"), steps=4, eval_every=None).model_copy()
-    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 2})})
+    saving = {"checkpoint": {"every": 2}}
+    text = str(place / "text.txt")
+    config = tiny_config("told", storage.url, text, sections=saving, steps=4, eval_every=None)
     assert (
         run_group(Assignment(config, declared, "first", prepare(config, storage)), storage, 1)[0].outcome
         is Outcome.DONE

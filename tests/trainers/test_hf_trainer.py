@@ -24,8 +24,8 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.tools.trainer_seal import newest_sealed
 from outlast.trainers.hf_trainer import SealCheckpoints
+from tests.support.groups.worker_group import start_script
 from tests.support.hf_script import EXAMPLE
-from tests.support.worker_group import start_script
 
 SCRIPT = Path(__file__).parents[1] / "support" / "hf_script.py"
 STEPS = 40

@@ -69,7 +69,7 @@ class Size:
         return sum(self.files.values())
 
 
-def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int, parallel: Parallel) -> Size:
+def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int) -> Size:
     """The size of a run's state on `size` workers.
 
     Raises:
@@ -85,8 +85,9 @@ def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: 
     shares = [
         sum(moments[name].nbytes for name in names) + (0 if rank else weight_bytes) for rank, names in enumerate(dealt)
     ]
-    cut = size if parallel is Parallel.FSDP else 1
-    share_bytes = (weight_bytes + moment_bytes) // size if parallel is Parallel.FSDP else max(shares)
+    is_spread = config.scale.parallel is Parallel.FSDP
+    cut = size if is_spread else 1
+    share_bytes = (weight_bytes + moment_bytes) // size if is_spread else max(shares)
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(
         weights=sum(parameter.nbytes for parameter in model.parameters()) // cut,
@@ -136,7 +137,7 @@ def _encoded(tensors: Mapping[str, torch.Tensor], names: list[str]) -> int:
 
 def _num_partial_sums(config: TrainingConfig, prepared: Prepared, size: int) -> int:
     """How many copies of the gradients a worker keeps at the most, for the fixed tree of `elastic`."""
-    if config.exactness != Exactness.ELASTIC.value:
+    if config.exactness is not Exactness.ELASTIC:
         return 0
     num_micro = make_plan(config, prepared.num_samples, size).num_micro_batches(0)
     most = 0

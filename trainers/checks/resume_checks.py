@@ -11,7 +11,6 @@ from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError
-from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.restore.reader import read_verified
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.train import Exactness
@@ -91,16 +90,16 @@ def _check_architecture(checkpointer: Checkpointer) -> None:
         entry = next((entry for entry in manifest.files if entry.path == "config.json"), None)
         if entry is None:
             return
-        directory = checkpoint_dir(checkpointer.run, manifest.ref)
+        directory = checkpointer.store.checkpoint_dir(manifest.ref)
         try:
-            before = json.loads(read_verified(checkpointer.storage, directory, entry).numpy().tobytes())
+            before = json.loads(read_verified(checkpointer.store.storage, directory, entry).numpy().tobytes())
         except DamagedError:
             return  # the resume point is verified whole when it is read, and passed over
         now = json.loads(checkpointer.files["config.json"])
         changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
         if changed := changed - {"transformers_version"}:
             raise ConfigError(
-                f"the model's configuration is not what run {checkpointer.run!r} was started with: "
+                f"the model's configuration is not what run {checkpointer.store.run!r} was started with: "
                 f"{', '.join(sorted(changed))}",
                 hint="put the model directory back, or start a new run with another `name:`",
             )
@@ -111,7 +110,7 @@ def _check_base(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.M
     checkpointer.declaration["base"] = base_digest(model)
     if base.get("base", checkpointer.declaration["base"]) != checkpointer.declaration["base"]:
         raise ConfigError(
-            f"the model beneath the adapter has not the weights that run {checkpointer.run!r} was started with",
+            f"the model beneath the adapter has not the weights that run {checkpointer.store.run!r} was started with",
             hint="put the model directory back, or start a new run with another `name:`",
         )
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention
 from outlast.checkpointing.save.save_interval import SaveInterval
-from outlast.trainers.config.base import Settings
+from outlast.trainers.config.base import Interval, Settings
 from outlast.trainers.config.train import with_mode
 
 
@@ -26,7 +26,7 @@ class CheckpointSettings(Settings):
     storage: str = "./runs"
     """A directory that every machine of the run sees under this name, or an object store: `s3://bucket/prefix`, or any
     other that `pyarrow.fs` knows. Checkpoints, prepared data and the run's journal lie there."""
-    every: str | int = "10m"
+    every: Interval = SaveInterval.parse("10m")
     """Interval: 200 (steps), 10m (or s, h), 1 epoch; or auto, from the cost of a save and the failures so far."""
     overlap: bool = True
     """Copy the state while the next step computes, and write it in the background. It takes memory for one copy of each
@@ -51,12 +51,11 @@ class CheckpointSettings(Settings):
 
     @field_validator("every", mode="before")
     @classmethod
-    def _is_interval(cls, value: str | int) -> str | int:
+    def _is_not_zero(cls, value: Any) -> Any:
         if value == 0:
             raise ValueError(
                 "'0' is not an interval: write 200 (steps) or 10m; to save only at the end, more steps than it has"
             )
-        SaveInterval.parse(value)
         return value
 
     @field_validator("max_shard_size", mode="before")
@@ -87,10 +86,6 @@ class CheckpointSettings(Settings):
             rest = value[found.end() - (found[1] == "file") :]  # whose path begins with the slash
             raise ValueError(f"{value} is neither a path nor a URI; did you mean {found[1]}://{rest}?")
         return value
-
-    @property
-    def interval(self) -> SaveInterval:
-        return SaveInterval.parse(self.every)
 
     @property
     def retention(self) -> Retention:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from outlast.trainers.config.base import Settings
+
+
+class PrepareMode(Enum):
+    """Where rows become samples."""
+
+    AUTO = "auto"  #: on the cluster when the files are large
+    HERE = "here"
+    CLUSTER = "cluster"
 
 
 class DataSettings(Settings):
@@ -60,7 +69,7 @@ class DataSettings(Settings):
     """Whatever a task of your own needs to know."""
     max_bad_rows: int = Field(0, ge=0)
     """Rows that cannot be used are left out, up to so many; more are refused."""
-    prepare: Literal["auto", "here", "cluster"] = "auto"
+    prepare: PrepareMode = PrepareMode.AUTO
     """Where rows become samples: in the process that starts the run (here), or on Ray Data over the cluster. The bytes
     are the same. auto takes the cluster from 256 MiB of files on, as they lie there."""
     max_length: int = Field(512, ge=2)

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 TASKS = {
     "causal-lm": "outlast.trainers.tasks.causal_lm:CausalLM",

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from outlast.trainers.config.base import Settings
 
-if TYPE_CHECKING:
-    pass
-
-
 Name = Literal["tensorboard", "mlflow", "wandb"]
-
 
 _SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
-from outlast.trainers.config.base import Settings
+from outlast.trainers.config.base import Interval, Settings
 
 #: Optimizers by name; `loop.optimizer` has their classes.
 OPTIMIZERS = ("adamw", "adam", "nadam", "sgd", "rmsprop", "adafactor")
@@ -34,6 +34,25 @@ class Parallel(Enum):
     FSDP = "fsdp"  #: every worker holds a share, and gathers the rest block by block while it computes
 
 
+class Precision(Enum):
+    """In which precision operations compute. The weights are fp32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class Schedule(Enum):
+    """How the learning rate goes on after the warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+    POLYNOMIAL = "polynomial"
+    INVERSE_SQRT = "inverse_sqrt"
+    WSD = "wsd"
+
+
 class NonFinite(Enum):
     """What becomes of a step whose loss or gradient is not finite."""
 
@@ -42,18 +61,20 @@ class NonFinite(Enum):
     ROLL_BACK = "roll-back"  #: everything is read again from the newest checkpoint, and then the step is left out
 
 
-def check_parallel(parallel: Parallel, exactness: Exactness) -> None:
-    """Refuses what does not go together.
+class ParallelSettings(Settings):
+    """How the model is spread over the workers."""
 
-    Raises:
-        ConfigError: It does not.
-    """
-    if parallel is Parallel.FSDP and exactness is Exactness.ELASTIC:
-        raise ConfigError(
-            "exactness: elastic needs scale.parallel: ddp; with fsdp, gradients are added rank by rank, so the order "
-            "follows the number of workers",
-            hint="use exactness: same-world with fsdp, or scale.parallel: ddp",
-        )
+    parallel: Parallel = Parallel.DDP
+    """How the model is spread: every worker holds all of it (ddp), or a share, and gathers the rest block by block
+    while it computes (fsdp): less memory, more traffic."""
+
+
+class NonFiniteSettings(Settings):
+    """What becomes of a step that cannot be used."""
+
+    non_finite: NonFinite = NonFinite.STOP
+    """What becomes of a step whose loss or gradient is not finite: the run ends there, with a checkpoint (stop); it is
+    left out (skip); or all is read again from the newest checkpoint, and then it is left out (roll-back)."""
 
 
 def with_mode(body: Any, key: str) -> Any:
@@ -100,7 +121,7 @@ class TrainSettings(Settings):
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Where the schedule ends; of constant and inverse_sqrt, which have no end, 0."""
-    schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt", "wsd"] = "cosine"
+    schedule: Schedule = Schedule.COSINE
     """How the learning rate goes on after the warm-up: down to min_lr at the last step, or not. wsd
     (warm-up, stable, decay) stays at the peak until the last `decay` steps."""
     warmup: float = Field(0.0, ge=0)
@@ -122,7 +143,7 @@ class TrainSettings(Settings):
     """The optimizer's epsilon. Default: its own."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = Precision.FP32
     """fp32, or bf16 or fp16 by autocast. The weights are fp32 either way: what is saved is what is trained."""
     loss_scale: float = Field(65536.0, gt=0)
     """For fp16: what the loss is multiplied by at first, so that small gradients do not vanish. A step whose gradients
@@ -135,19 +156,20 @@ class TrainSettings(Settings):
     """torch.compile, one kernel set for each shape of batch. The first steps take long; it needs a compiler."""
     early_stopping: EarlyStoppingSettings | None = None
     """End before the last step when evaluations bring nothing better. Needs eval_every."""
-    eval_every: int | str | None = None
+    eval_every: Interval | None = None
     """Evaluate every so many steps (200) or epochs ("1 epoch"), and at the end. Default: only at the end."""
-
-    @property
-    def eval_interval(self) -> SaveInterval | None:
-        return None if self.eval_every is None else SaveInterval.parse(self.eval_every)
 
     @field_validator("eval_every", mode="before")
     @classmethod
-    def _counts_steps(cls, value: int | str | None) -> int | str | None:
+    def _is_not_zero(cls, value: Any) -> Any:
         if value == 0:
             raise ValueError("'0' is not an interval; leave it out to evaluate only at the end")
-        if value is not None and SaveInterval.parse(value).unit is IntervalUnit.SECONDS:
+        return value
+
+    @field_validator("eval_every")
+    @classmethod
+    def _counts_steps(cls, value: SaveInterval | None) -> SaveInterval | None:
+        if value is not None and value.unit is IntervalUnit.SECONDS:
             raise ValueError("evaluation goes by steps or epochs, because every worker must know when")
         return value
 
@@ -177,8 +199,8 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _is_known(self) -> TrainSettings:
-        if self.min_lr and self.schedule in ("constant", "inverse_sqrt"):
-            raise ValueError(f"min_lr: schedule {self.schedule} does not end anywhere")
+        if self.min_lr and self.schedule in (Schedule.CONSTANT, Schedule.INVERSE_SQRT):
+            raise ValueError(f"min_lr: schedule {self.schedule.value} does not end anywhere")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) is more than lr ({self.lr:g})")
         if ":" not in self.optimizer and self.optimizer not in OPTIMIZERS:  # or a user's class

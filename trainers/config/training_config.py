@@ -7,16 +7,25 @@ its default is what it is.
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import check_run_name
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.checkpoint import CheckpointSettings
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.model import ModelSettings
-from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.config.train import (
+    Exactness,
+    NonFiniteSettings,
+    Parallel,
+    ParallelSettings,
+    Precision,
+    Schedule,
+    TrainSettings,
+)
 
 
 class TrainingConfig(Settings):
@@ -30,11 +39,13 @@ class TrainingConfig(Settings):
     data: DataSettings
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings.model_validate({}))
-    exactness: Literal["same-world", "elastic", "fast"] = "same-world"
+    exactness: Exactness = Exactness.SAME_WORLD
     """What is promised of a resumed run: the same bits at the same world size (same-world) or at any (elastic), or the
     library's own speed (fast)."""
     deterministic: bool = True
     """torch's deterministic algorithms. Some GPU kernels get slower; the promise of the same bits rests on it."""
+    scale: ParallelSettings = Field(default_factory=ParallelSettings)
+    failure: NonFiniteSettings = Field(default_factory=NonFiniteSettings)
 
     @field_validator("name")
     @classmethod
@@ -46,6 +57,12 @@ class TrainingConfig(Settings):
         wants_eval = self.train.eval_every or self.checkpoint.keep_best
         if wants_eval and not self.data.eval:
             raise ValueError("evaluation needs data.eval: a file, or a share such as 2%")
+        if self.scale.parallel is Parallel.FSDP and self.exactness is Exactness.ELASTIC:
+            raise ConfigError(
+                "exactness: elastic needs scale.parallel: ddp; with fsdp, gradients are added rank by rank, so the "
+                "order follows the number of workers",
+                hint="use exactness: same-world with fsdp, or scale.parallel: ddp",
+            )
         return self
 
     def numerics_settings(self) -> dict[str, Any]:
@@ -57,10 +74,10 @@ class TrainingConfig(Settings):
         silent = {
             "eval_every": self.train.early_stopping is None,
             "gradient_checkpointing": not self.train.compile,  # computes the same bits twice, with the same kernels
-            "loss_scale": self.train.precision != "fp16",
-            "loss_scale_window": self.train.precision != "fp16",
-            "power": self.train.schedule != "polynomial",
-            "decay": self.train.schedule != "wsd",
+            "loss_scale": self.train.precision is not Precision.FP16,
+            "loss_scale_window": self.train.precision is not Precision.FP16,
+            "power": self.train.schedule is not Schedule.POLYNOMIAL,
+            "decay": self.train.schedule is not Schedule.WSD,
         }
         for name in silent:
             if silent[name]:

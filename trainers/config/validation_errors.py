@@ -89,7 +89,9 @@ def _finding(found: Any, model: type[BaseModel]) -> SettingsFinding:
     message = found["msg"].removeprefix("Value error, ")
     if cause is None and isinstance(given, str | int | float):
         message += f" (it is {given!r})"
-    if found["type"] == "literal_error" and (near := nearest(str(given), _literals(found["ctx"]["expected"]))):
+    if found["type"] in ("literal_error", "enum") and (
+        near := nearest(str(given), _literals(found["ctx"]["expected"]))
+    ):
         suggestion = f"did you mean {near!r}?"
     return SettingsFinding(path, message, suggestion)
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.state.model_weights import carried_state
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.trainers.config.train import Exactness
+from outlast.trainers.config.train import Exactness, Precision
 from outlast.trainers.data.sampler import share
 from outlast.trainers.distributed.ordered_allreduce import _sum_in_any_order, _sum_in_rank_order
 
@@ -72,10 +72,10 @@ class World(RankGroup):
 
         return wait
 
-    def autocast(self, precision: str) -> torch.autocast:
+    def autocast(self, precision: Precision) -> torch.autocast:
         """The context of a forward pass: bf16 or fp16 where an operation allows it, or nothing for fp32."""
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=precision != "fp32")
+        dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=precision is not Precision.FP32)
 
     def num_idle(self, num_micro: int, model: nn.Module) -> int:
         """How often this rank must run `model` besides its share of `num_micro`, lest the others wait for it for ever.

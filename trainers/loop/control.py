@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from outlast.trainers.loop.progress import StepPhase
@@ -28,21 +27,3 @@ class Control(Protocol):
 
     def progress(self, event: dict[str, Any]) -> None:
         """Takes note of an event (rank 0 only)."""
-
-
-class TrackedControl:
-    """A control whose events others hear too.
-
-    Args:
-        inner: The control.
-        listeners: Whoever hears an event before it does.
-    """
-
-    def __init__(self, inner: Control, *listeners: Callable[[dict[str, Any]], None]) -> None:
-        self.stop_requested, self.save_requested = inner.stop_requested, inner.save_requested
-        self.claimed, self.at, self.worked = inner.claimed, inner.at, inner.worked
-        self._hear = (*listeners, inner.progress)
-
-    def progress(self, event: dict[str, Any]) -> None:
-        for apply in self._hear:
-            apply(event)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from outlast.checkpointing.state.model_weights import unwrap
+from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.sampler import mix, share
 from outlast.trainers.distributed.determinism import seed_everything
@@ -16,7 +17,7 @@ from outlast.trainers.tasks.base import Sums, Task
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: Task, data: Samples, world: World, micro_batch: int, precision: str
+    model: nn.Module, task: Task, data: Samples, world: World, micro_batch: int, precision: Precision
 ) -> dict[str, float]:
     """The mean over all of `data` of the loss (`eval_loss`), and the task's scores (such as `eval_accuracy`).
 

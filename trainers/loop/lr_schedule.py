@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from outlast.trainers.config.train import TrainSettings
-
+from outlast.trainers.config.train import Schedule, TrainSettings
 
 #: Timescale of inverse_sqrt without a warm-up, as in transformers.
 _TIMESCALE = 10_000
@@ -22,16 +19,22 @@ def learning_rate(train: TrainSettings, step: int, num_steps: int) -> float:
     warmup = _num_steps(train.warmup, num_steps)
     if step < warmup:
         return train.lr * (step + 1) / warmup
-    if train.schedule == "inverse_sqrt":
+    if train.schedule is Schedule.INVERSE_SQRT:
         timescale = warmup or _TIMESCALE
         return train.lr / math.sqrt((step - warmup + timescale) / timescale)
     begin = warmup
-    if train.schedule == "wsd":
+    if train.schedule is Schedule.WSD:
         begin = max(warmup, num_steps - _num_steps(train.decay, num_steps))
     done = min(1.0, max(0.0, (step - begin) / max(1, num_steps - begin)))
-    factor = 0.5 * (1 + math.cos(math.pi * done))
-    if train.schedule in ("constant", "linear", "polynomial"):
-        factor = {"constant": 1.0, "linear": 1 - done, "polynomial": math.pow(1 - done, train.power)}[train.schedule]
+    match train.schedule:
+        case Schedule.CONSTANT:
+            factor = 1.0
+        case Schedule.LINEAR:
+            factor = 1 - done
+        case Schedule.POLYNOMIAL:
+            factor = math.pow(1 - done, train.power)
+        case _:
+            factor = 0.5 * (1 + math.cos(math.pi * done))
     return train.min_lr + (train.lr - train.min_lr) * factor
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.config.train import Precision, TrainSettings
 
 
 def make_scaler(train: TrainSettings, device: torch.device) -> torch.amp.GradScaler:
@@ -20,7 +20,7 @@ def make_scaler(train: TrainSettings, device: torch.device) -> torch.amp.GradSca
         device.type,
         init_scale=train.loss_scale,
         growth_interval=train.loss_scale_window,
-        enabled=train.precision == "fp16",
+        enabled=train.precision is Precision.FP16,
     )
 
 

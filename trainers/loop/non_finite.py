@@ -16,7 +16,6 @@ from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.format.layout import attempt_dir
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.state.model_weights import carried_state
@@ -139,11 +138,11 @@ class NonFiniteGuard:
 
 def _left_out_before(checkpointer: Checkpointer) -> frozenset[int]:
     """Steps that some earlier attempt of the run has decided to leave out."""
-    storage, run = checkpointer.storage, checkpointer.run
+    store = checkpointer.store
     return frozenset(
         event["step"]
-        for attempt in list_attempts(storage, run)
+        for attempt in list_attempts(store)
         if attempt < checkpointer.attempt
-        for event in read_events(storage, attempt_dir(run, attempt), COMMITS)
+        for event in read_events(store, store.attempt_dir(attempt), COMMITS)
         if event.get("event") == "left-out"
     )

@@ -7,11 +7,11 @@ from contextlib import suppress
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
-from outlast.checkpointing.format.layout import AttemptId, attempt_dir
+from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import last_event_at
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_interval import IntervalUnit, SaveCosts, SaveInterval
-from outlast.checkpointing.storage.base import Storage
 
 #: What is assumed of machines of which nothing is known: one failure in four hours. It counts as one observation.
 ASSUMED_BETWEEN_FAILURES_S = 4 * 3600.0
@@ -80,7 +80,7 @@ class SaveTimer:
         Pauses count as time, and stops as interruptions: nobody knows better.
         """
         if self._history is None:  # it does not change while this attempt lasts
-            self._history = history_of(self._checkpointer.storage, self._checkpointer.run, self._checkpointer.attempt)
+            self._history = history_of(self._checkpointer.store, self._checkpointer.attempt)
         return between_failures(*self._history)
 
     def _measure_restart(self) -> float:
@@ -88,21 +88,21 @@ class SaveTimer:
 
         Of the attempt before only its newest event is known, which is flushed every few seconds.
         """
-        saver = self._checkpointer
-        earlier = [item for item in list_attempts(saver.storage, saver.run) if item < saver.attempt]
-        last = last_event_at(saver.storage, attempt_dir(saver.run, earlier[-1])) if earlier else None
+        store = self._checkpointer.store
+        earlier = [item for item in list_attempts(store) if item < self._checkpointer.attempt]
+        last = last_event_at(store.storage, store.attempt_dir(earlier[-1])) if earlier else None
         gap = time.time() - last if last is not None else time.monotonic() - self._began_at
         return min(gap, LONGEST_RESTART_S)
 
 
-def history_of(storage: Storage, run: str, newest: AttemptId | None = None) -> tuple[float, int]:
+def history_of(store: RunStore, newest: AttemptId | None = None) -> tuple[float, int]:
     """When a run began, in seconds since the epoch, and how many attempts it has had, up to the newest.
 
     Raises:
         StorageError: A read failed.
     """
-    attempts = [item for item in list_attempts(storage, run) if newest is None or item <= newest]
-    claim = read_claim(storage, run, attempts[0]) if attempts else {}
+    attempts = [item for item in list_attempts(store) if newest is None or item <= newest]
+    claim = read_claim(store, attempts[0]) if attempts else {}
     return float(claim.get("claimed_at", time.time())), len(attempts)
 
 

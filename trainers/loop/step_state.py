@@ -1,4 +1,4 @@
-"""What passes from one step to the next: what the ranks agreed on, and the losses that are not added up yet."""
+"""What a step is asked, what it answers, and what it leaves to the next one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ import torch
 
 
 class PlannedSave(Enum):
-    """What rank 0 says of a save after this step, as it rides in the all-reduce."""
+    """Whether to save after a step, as it travels in the all-reduce."""
 
     NO = 0
     DUE = 1
     URGENT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequests:
+    """What one rank wants to happen after a step, before the ranks agree.
+
+    Attributes:
+        stop: End the attempt.
+        save: Save the state; rank 0 alone decides.
+        trouble: Wait for the save in flight, which failed or found the attempt superseded.
+    """
+
+    stop: bool
+    save: PlannedSave
+    trouble: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +39,7 @@ class StepConsensus:
         count: The step's global count.
         num_tokens: Tokens that the model read in it, on all ranks.
         stop: Some rank was asked to end.
-        save: What rank 0 says.
+        save: What rank 0 requested.
         trouble: On some rank the save in flight failed, or found the attempt superseded.
     """
 

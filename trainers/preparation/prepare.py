@@ -25,7 +25,7 @@ from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.multipart_uploads import abort_uploads
-from outlast.trainers.config.data import DataSettings
+from outlast.trainers.config.data import DataSettings, PrepareMode
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
@@ -136,8 +136,8 @@ def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared 
 
 def _is_large(settings: DataSettings) -> bool:
     """Whether the cluster is to encode the rows."""
-    if settings.prepare != "auto":
-        return settings.prepare == "cluster"
+    if settings.prepare is not PrepareMode.AUTO:
+        return settings.prepare is PrepareMode.CLUSTER
     return sum(source.num_bytes for source in find_sources(list(settings.places.values()))) >= LARGE_BYTES
 
 

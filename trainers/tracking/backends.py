@@ -27,8 +27,8 @@ _WIDTH = 20
 
 def _folder(place: TrackerContext, directory: str) -> tuple[Path, bool]:
     """Where a tracker writes: in the storage if that is a file system, else on this machine; and whether it is."""
-    if isinstance(place.storage, LocalStorage):
-        return place.storage.path(directory), True
+    if isinstance(place.store.storage, LocalStorage):
+        return place.store.storage.path(directory), True
     return Path(tempfile.mkdtemp(prefix="outlast-track-")), False
 
 
@@ -51,15 +51,15 @@ class TensorBoard:
 
     def __init__(self, place: TrackerContext) -> None:
         self._place = place
-        self._directory = f"{trackers_dir(place.run)}/tensorboard"
+        self._directory = f"{trackers_dir(place.store.run)}/tensorboard"
         self._folder, self._is_local = _folder(place, self._directory)
         self._put_at = 0.0
 
     def open(self) -> Watermark:
-        files = [entry.name for entry in self._place.storage.list(self._directory) if "tfevents" in entry.name]
+        files = [entry.name for entry in self._place.store.storage.list(self._directory) if "tfevents" in entry.name]
         seen = Watermark()
         for name in reversed(files):
-            if found := list(_scalars(read_bytes(self._place.storage, f"{self._directory}/{name}"))):
+            if found := list(_scalars(read_bytes(self._place.store.storage, f"{self._directory}/{name}"))):
                 seen = Watermark(min(step for _, step in found) - 1, dict(sorted(found, key=lambda pair: pair[1])))
                 break
         self._num_files = len(files)
@@ -85,7 +85,7 @@ class TensorBoard:
             self._put()
 
     def _put(self) -> None:
-        self._place.storage.put(f"{self._directory}/{self._file.name}", [self._file.read_bytes()])
+        self._place.store.storage.put(f"{self._directory}/{self._file.name}", [self._file.read_bytes()])
         self._put_at = time.monotonic()
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class MLflow:
         experiment = client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else client.create_experiment(name)
         known = client.search_runs([number], f"tags.`{tag}` = '{self._place.id}'", max_results=1)
-        options: dict[str, Any] = {"run_name": self._place.run, **self._place.options}
+        options: dict[str, Any] = {"run_name": self._place.store.run, **self._place.options}
         tags = {**options.pop("tags", {}), tag: self._place.id}
         if known:
             options["run_id"] = known[0].info.run_id
@@ -162,14 +162,14 @@ class WandB:
 
     def __init__(self, place: TrackerContext) -> None:
         self._place = place
-        self._folder, _ = _folder(place, trackers_dir(place.run))
+        self._folder, _ = _folder(place, trackers_dir(place.store.run))
 
     def open(self) -> Watermark:
         self._folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_CONSOLE", "off")
         place = self._place
-        given = {"id": place.id, "name": place.run, "resume": "allow", "dir": str(self._folder), **place.options}
+        given = {"id": place.id, "name": place.store.run, "resume": "allow", "dir": str(self._folder), **place.options}
         self._tracker = _started(WandBTracker(place.project, **given))
         self._tracker.store_init_configuration(dict(place.settings))
         self._newest = os.open(self._folder / "wandb-step", os.O_RDWR | os.O_CREAT, 0o644)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.run_store.store import RunStore
 
 if TYPE_CHECKING:
     pass
@@ -54,16 +54,14 @@ class TrackerContext:
     """What a tracker knows of the run.
 
     Attributes:
-        storage: Where the run lies.
-        run: Its name.
+        store: The run.
         id: Names it among all runs: another one of this name has another.
         settings: Its settings as declared, flat.
         project: The setting of that name.
         options: Those of this tracker.
     """
 
-    storage: Storage
-    run: str
+    store: RunStore
     id: str
     settings: Mapping[str, Any]
     project: str

@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError, first_line
-from outlast.checkpointing.format.layout import AttemptId, attempt_dir
+from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.trainers.config.tracking import Name, TrackSettings
 from outlast.trainers.tracking.base import TrackedEvent, TrackerBackend, TrackerContext, Watermark
 
@@ -196,14 +196,14 @@ def follow(
     tracking, journal = Tracking(), checkpointer.journal
     if journal is None:
         return tracking
-    storage, run, attempt = checkpointer.storage, checkpointer.run, checkpointer.attempt
+    store, attempt = checkpointer.store, checkpointer.attempt
 
     def make(name: Name) -> TrackerBackend:
         from outlast.trainers.tracking.backends import BACKENDS  # brings accelerate
 
-        first = list_attempts(storage, run)[0]  # never deleted
+        first = list_attempts(store)[0]  # never deleted
         options = settings.options.get(name, {})
-        return BACKENDS[name](TrackerContext(storage, run, f"{run}-{first.nonce}", declared, settings.project, options))
+        return BACKENDS[name](TrackerContext(store, f"{store.run}-{first.nonce}", declared, settings.project, options))
 
     def tell(name: Name, text: str) -> None:
         with suppress(StorageError):
@@ -212,7 +212,7 @@ def follow(
 
     def past(newest: int) -> Iterator[TrackedEvent]:
         assert tracking.base is not None
-        return past_events(storage, run, attempt, tracking.base, newest)
+        return past_events(store, attempt, tracking.base, newest)
 
     wanted: list[Name] = ["tensorboard"] if is_installed("tensorboard") else []
     for name in wanted if settings.to is None else settings.to:
@@ -220,21 +220,20 @@ def follow(
     return tracking
 
 
-def past_events(storage: Storage, run: str, attempt: AttemptId, base: int, newest: int) -> Iterator[TrackedEvent]:
+def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> Iterator[TrackedEvent]:
     """What earlier attempts told of the steps that an attempt stands on, oldest first, each step once.
 
     Args:
-        storage: Where the run lies.
-        run: Its name.
+        store: The run.
         attempt: The attempt.
         base: The step that it goes on from.
         newest: Of steps before this one nothing is wanted.
     """
     parts: list[list[TrackedEvent]] = []
-    for lower in reversed([item for item in list_attempts(storage, run) if item < attempt]):
+    for lower in reversed([item for item in list_attempts(store) if item < attempt]):
         begin: int | None = None
         part: list[TrackedEvent] = []
-        for event in read_events(storage, attempt_dir(run, lower)):  # never all of it at once: it may be long
+        for event in read_events(store, store.attempt_dir(lower)):  # never all of it at once: it may be long
             if begin is None and event["event"] in ("start", "resume"):
                 begin = int(event.get("step", -1))
             elif begin is not None and max(begin + 1, newest) <= event.get("step", -1) <= base:

@@ -16,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.run_store.pins import list_pins
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import load_catalog, verify_run
 from outlast.cluster.formatting import finite
@@ -37,24 +37,28 @@ class Report:
 
     @classmethod
     def of(cls, storage: Storage, run: str, *, verify: bool = False) -> Report:
+        """As `read`, of a run by its name."""
+        return cls.read(RunStore(storage, run), verify=verify)
+
+    @classmethod
+    def read(cls, store: RunStore, *, verify: bool = False) -> Report:
         """Reads a run.
 
         Args:
-            storage: Where it lies.
-            run: Its name.
+            store: The run.
             verify: Read every byte of every checkpoint first.
 
         Raises:
             ConfigError: There is no such run.
             StorageError: The storage could not be read.
         """
-        story = TimelineReader(storage, run).look()
-        catalogue = None if story.is_new else load_catalog(storage, run)
-        verdicts = verify_run(storage, run) if verify and catalogue else None
+        story = TimelineReader(store).look()
+        catalogue = None if story.is_new else load_catalog(store)
+        verdicts = verify_run(store) if verify and catalogue else None
         accepted = catalogue.accepted if catalogue else ()
-        names = {item.ref: f"{storage.url}/{checkpoint_dir(run, item.ref)}" for item in accepted}
+        names = {item.ref: store.checkpoint_url(item.ref) for item in accepted}
         seen = summarize(story, time.time())
-        data = page_data(story, seen, catalogue, list_pins(storage, run), verdicts, names)
+        data = page_data(story, seen, catalogue, list_pins(store), verdicts, names)
         return cls({**data, "version": _version()})
 
     def to_html(self) -> str:
@@ -88,8 +92,8 @@ def run_report(run: str, storage: str = "./runs", *, verify: bool = False) -> Re
     """
     from outlast.cluster.config.run_reference import find_run
 
-    place, name, _ = find_run(str(run), storage)
-    return Report.of(place, name, verify=verify)
+    store, _ = find_run(str(run), storage)
+    return Report.read(store, verify=verify)
 
 
 def _version() -> str:

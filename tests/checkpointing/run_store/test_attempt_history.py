@@ -21,6 +21,7 @@ from outlast.checkpointing.run_store.attempt_history import (
 )
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, RestartLimits, count_failures, decide_give_up
 from tests.support.small_model import digests_of, small_model, train_step
@@ -205,11 +206,11 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 
 def endings(storage: LocalStorage, live: str = "") -> list[AttemptOutcome]:
-    return [item.ending for item in read_attempt_history(storage, "run", live=live)]
+    return [item.ending for item in read_attempt_history(RunStore(storage, "run"), live=live)]
 
 
 def test_nothing_has_happened_yet(storage: LocalStorage) -> None:
-    assert read_attempt_history(storage, "run") == []
+    assert read_attempt_history(RunStore(storage, "run")) == []
 
 
 def test_how_tries_ended(storage: LocalStorage) -> None:
@@ -224,7 +225,7 @@ def test_how_tries_ended(storage: LocalStorage) -> None:
     assert endings(storage)[5:] == [SILENT]
     assert endings(storage, live=second.launch)[5:] == []
     second.sign(ended=True, exit_code=1, error="no workers")
-    assert read_attempt_history(storage, "run")[-1].message == "no workers"
+    assert read_attempt_history(RunStore(storage, "run"))[-1].message == "no workers"
     second.sign(ended=True, exit_code=3)
     assert endings(storage)[5:] == []
     second.attempt()
@@ -232,8 +233,8 @@ def test_how_tries_ended(storage: LocalStorage) -> None:
     second.sign(ended=False)
     assert endings(storage)[5:] == [SILENT]
     assert endings(storage, live=second.launch)[5:] == [OPEN]
-    assert {item.settings for item in read_attempt_history(storage, "run")} == {MARK}
-    assert read_attempt_history(storage, "run")[3].failed_step == 3
+    assert {item.settings for item in read_attempt_history(RunStore(storage, "run"))} == {MARK}
+    assert read_attempt_history(RunStore(storage, "run"))[3].failed_step == 3
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_a_rank_outlives_a_killed_driver_by_a_moment(
     life = Life(storage, "20260101-000000-a")
     life.attempt(then="failed", error=error)
     life.sign(ended=ended, exit_code=1)
-    assert [item.what for item in read_attempt_history(storage, "run")] == [expected]
+    assert [item.what for item in read_attempt_history(RunStore(storage, "run"))] == [expected]
 
 
 def test_an_attempt_that_its_launch_ended_on_purpose_is_no_failure(storage: LocalStorage) -> None:
@@ -268,7 +269,7 @@ def test_they_are_read_from_the_last_progress_on(storage: LocalStorage) -> None:
     life.failure(life.attempt())
     life.failure(life.attempt(1, 2))
     life.failure(life.attempt())
-    tries = read_attempt_history(storage, "run")
+    tries = read_attempt_history(RunStore(storage, "run"))
     assert [item.commits for item in tries] == [(1, 2), ()]
     assert tries[1].base == CheckpointRef(2, tries[0].attempt or AttemptId(0, ""))
 
@@ -282,7 +283,7 @@ def test_the_one_before_is_taken_and_then_the_newest_again(storage: LocalStorage
     for _ in range(4):
         attempt = life.attempt(steps=False)
         life.failure(attempt)
-        started.append(read_attempt_history(storage, "run")[-1])
+        started.append(read_attempt_history(RunStore(storage, "run"))[-1])
     one, two = (CheckpointRef(step, saver.attempt) for step in (1, 2))
     assert [item.base for item in started] == [two, two, one, two]
     assert [item.passed_over for item in started] == [(), (), (two,), ()]
@@ -301,7 +302,7 @@ def test_a_checkpoint_is_not_passed_over_for_nothing(storage: LocalStorage) -> N
     life.failure(life.attempt(1))
     for _ in range(3):
         life.failure(life.attempt(steps=False))
-    assert [item.base.step for item in read_attempt_history(storage, "run")[1:] if item.base] == [1, 1, 1]
+    assert [item.base.step for item in read_attempt_history(RunStore(storage, "run"))[1:] if item.base] == [1, 1, 1]
 
 
 def test_the_clocks_of_drivers_decide_nothing(storage: LocalStorage) -> None:
@@ -311,7 +312,7 @@ def test_the_clocks_of_drivers_decide_nothing(storage: LocalStorage) -> None:
     for number in range(3):
         late = Life(storage, f"19700101-00000{number}-b")
         late.failure(late.attempt())
-    assert [item.commits for item in read_attempt_history(storage, "run")] == [(1,), (), (), ()]
-    given_up = decide_give_up(read_attempt_history(storage, "run"), RestartLimits(max_failures=3), MARK)
+    assert [item.commits for item in read_attempt_history(RunStore(storage, "run"))] == [(1,), (), (), ()]
+    given_up = decide_give_up(read_attempt_history(RunStore(storage, "run")), RestartLimits(max_failures=3), MARK)
     assert given_up is not None
     assert given_up.reason.startswith("4 failures")

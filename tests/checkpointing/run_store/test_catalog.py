@@ -31,6 +31,7 @@ from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.claims import claim, higher_claim, launch_is_superseded, list_attempts, read_claim
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer
 from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.small_model import digests_of, small_model, train_step
@@ -53,11 +54,12 @@ def numbered(storage: LocalStorage, name: str) -> AttemptId:
 
 
 def test_claims_count_up_and_say_who(storage: LocalStorage) -> None:
-    assert list_attempts(storage, "run") == []
-    made = [claim(storage, "run", {"launch": f"launch-{number}"}) for number in range(3)]
+    assert list_attempts(RunStore(storage, "run")) == []
+    made = [claim(RunStore(storage, "run"), {"launch": f"launch-{number}"}) for number in range(3)]
     assert [attempt.number for attempt in made] == [1, 2, 3]
-    assert list_attempts(storage, "run") == made
-    assert [read_claim(storage, "run", attempt)["launch"] for attempt in made] == ["launch-0", "launch-1", "launch-2"]
+    assert list_attempts(RunStore(storage, "run")) == made
+    launches = [read_claim(RunStore(storage, "run"), attempt)["launch"] for attempt in made]
+    assert launches == ["launch-0", "launch-1", "launch-2"]
 
 
 def test_claims_are_ordered_by_number_then_nonce(storage: LocalStorage) -> None:
@@ -67,15 +69,15 @@ def test_claims_are_ordered_by_number_then_nonce(storage: LocalStorage) -> None:
     storage.put("run/attempts/notes/a.txt", [b"not a claim"])
     storage.put("run/attempts/0003-zzzz", [b"neither is a file"])
     ordered = ["0002-0000", "0002-ffff", "0009-bbbb", "0010-0000", "10000-aaaa"]
-    assert [str(attempt) for attempt in list_attempts(storage, "run")] == ordered
-    assert claim(storage, "run", {}).number == 10001
+    assert [str(attempt) for attempt in list_attempts(RunStore(storage, "run"))] == ordered
+    assert claim(RunStore(storage, "run"), {}).number == 10001
 
 
 def test_a_higher_claim_is_seen_by_all_below_it(storage: LocalStorage) -> None:
     low, same, high = (numbered(storage, name) for name in ("0001-aaaa", "0002-1111", "0002-2222"))
-    assert higher_claim(storage, "run", low) == high
-    assert higher_claim(storage, "run", same) == high
-    assert higher_claim(storage, "run", high) is None
+    assert higher_claim(RunStore(storage, "run"), low) == high
+    assert higher_claim(RunStore(storage, "run"), same) == high
+    assert higher_claim(RunStore(storage, "run"), high) is None
 
 
 def test_racing_claims_have_one_winner(storage: LocalStorage) -> None:
@@ -84,7 +86,7 @@ def test_racing_claims_have_one_winner(storage: LocalStorage) -> None:
 
     def race() -> None:
         barrier.wait()
-        made.append(claim(storage, "run", {}))
+        made.append(claim(RunStore(storage, "run"), {}))
 
     threads = [threading.Thread(target=race) for _ in range(8)]
     for thread in threads:
@@ -92,8 +94,8 @@ def test_racing_claims_have_one_winner(storage: LocalStorage) -> None:
     for thread in threads:
         thread.join()
     assert len(set(made)) == 8
-    assert list_attempts(storage, "run") == sorted(made)
-    assert [attempt for attempt in made if higher_claim(storage, "run", attempt) is None] == [max(made)]
+    assert list_attempts(RunStore(storage, "run")) == sorted(made)
+    assert [attempt for attempt in made if higher_claim(RunStore(storage, "run"), attempt) is None] == [max(made)]
 
 
 @pytest.mark.parametrize(
@@ -112,24 +114,24 @@ def test_racing_claims_have_one_winner(storage: LocalStorage) -> None:
 )
 def test_a_launch_takes_over_once(storage: LocalStorage, launches: list[str], asking: str, superseded: bool) -> None:
     for launch in launches:
-        claim(storage, "run", {"launch": launch})
-    assert launch_is_superseded(storage, "run", asking) is superseded
+        claim(RunStore(storage, "run"), {"launch": launch})
+    assert launch_is_superseded(RunStore(storage, "run"), asking) is superseded
 
 
 def test_a_claim_that_was_never_finished_belongs_to_nobody_else(storage: LocalStorage) -> None:
     """A worker group died between making its attempt's directory and writing the claim. The launch tries again, and
     nobody has taken over from it.
     """
-    claim(storage, "run", {"launch": "a"})
+    claim(RunStore(storage, "run"), {"launch": "a"})
     storage.path("run/attempts/0002-dead").mkdir()
-    assert not launch_is_superseded(storage, "run", "a")
+    assert not launch_is_superseded(RunStore(storage, "run"), "a")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff\xfe", b"\0" * 40])
 def test_a_damaged_claim_says_nothing(storage: LocalStorage, body: bytes) -> None:
-    attempt = claim(storage, "run", {"launch": "a"})
+    attempt = claim(RunStore(storage, "run"), {"launch": "a"})
     storage.put(f"{attempt_dir('run', attempt)}/{CLAIM}", [body])
-    assert read_claim(storage, "run", attempt) == {}
+    assert read_claim(RunStore(storage, "run"), attempt) == {}
 
 
 # -- attempts that overlap ---------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def test_a_zombie_is_told_and_its_commit_never_counts(storage: LocalStorage) -> 
     assert disowned not in accepted(storage)
     assert storage.list(checkpoint_dir("run", disowned)) == []
     assert accepted(storage) == [heir.ref, replace(heir.ref, step=2)]
-    superseded = [event for attempt, event in run_events(storage, "run") if event["event"] == "superseded"]
+    superseded = [event for attempt, event in run_events(RunStore(storage, "run")) if event["event"] == "superseded"]
     assert [(event["step"], event["by"]) for event in superseded] == [(2, str(heir.checkpointer.attempt))]
 
 
@@ -234,18 +236,20 @@ def test_an_attempt_that_was_overtaken_while_it_claimed_gives_way(storage: Local
     racing = Interrupted(Path(storage.url), lambda: numbered(storage, "0001-ffffffff"), before_put=CLAIM)
     late = Checkpointer(racing, "run", launch="late")
     assert late.superseded
-    assert len(list_attempts(storage, "run")) == 2
+    assert len(list_attempts(RunStore(storage, "run"))) == 2
 
 
 def test_a_claim_during_the_commit_takes_the_acknowledgement_away(storage: LocalStorage) -> None:
     """The manifest was on its way when the claim came: durable, perhaps, and not acknowledged."""
     racing = Interrupted(
-        Path(storage.url), lambda: claim(storage, "run", {"launch": "new"}), before_put="checkpoint-2/manifest.json"
+        Path(storage.url),
+        lambda: claim(RunStore(storage, "run"), {"launch": "new"}),
+        before_put="checkpoint-2/manifest.json",
     )
     worker = start(racing, "old")
     assert worker.save()
     assert not worker.save()
-    commits = [event["step"] for _, event in run_events(storage, "run") if event["event"] == "commit"]
+    commits = [event["step"] for _, event in run_events(RunStore(storage, "run")) if event["event"] == "commit"]
     assert commits == [1]
 
 
@@ -301,10 +305,10 @@ def test_two_launches_do_not_fence_each_other_in_turn(storage: LocalStorage) -> 
     older = start(storage, "older")
     assert older.save()
     newer = start(storage, "newer")
-    before = list_attempts(storage, "run")
+    before = list_attempts(RunStore(storage, "run"))
     again = Checkpointer(storage, "run", launch="older")
     assert again.superseded
-    assert list_attempts(storage, "run") == before, "the loser does not even claim"
+    assert list_attempts(RunStore(storage, "run")) == before, "the loser does not even claim"
     assert newer.save()
     assert start(storage, "newer").step == 2, "the newest launch may fail and come back"
 
@@ -381,7 +385,7 @@ class History:
         if not self.alive:
             return
         worker = self.alive[-1 - index % len(self.alive)]
-        step, newest = worker.step + 1, worker.checkpointer.attempt == list_attempts(self.storage, "run")[-1]
+        step, newest = worker.step + 1, worker.checkpointer.attempt == list_attempts(RunStore(self.storage, "run"))[-1]
         record = self.storage.path(f"fired-{len(self.written)}-{self.num_launches}-{step}-{id(worker)}")
         faults.arm([FaultSpec(crash, step, 0, FaultAction.EXCEPTION, str(record))] if crash else [], 0)
         crashed = False

@@ -17,6 +17,7 @@ from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save import staging as snapshot
 from outlast.checkpointing.save.staging import HostCopy
 from outlast.checkpointing.storage.base import Entry
@@ -83,7 +84,7 @@ def saved(storage: LocalStorage, run: str = "run") -> dict[int, dict[str, str]]:
 
 
 def events(storage: Any, kind: str) -> list[dict[str, Any]]:
-    return [event for _, event in run_events(storage, "run") if event["event"] == kind]
+    return [event for _, event in run_events(RunStore(storage, "run")) if event["event"] == kind]
 
 
 class WithNorm(nn.Module):

@@ -29,7 +29,7 @@ from outlast.checkpointing.state.model_weights import named_weights
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
 from outlast.checkpointing.state.shards import Region
 from outlast.checkpointing.storage.local import LocalStorage
-from tests.support.ranks import on_ranks
+from tests.support.groups.ranks import on_ranks
 
 KINDS = ["ddp", "fsdp", "fsdp-nested", "fsdp-compiled", "fsdp-mixed"]
 

@@ -25,6 +25,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import decode
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.diff import SettingChange, compare_tensors
 from outlast.checkpointing.tools.export import Content, Dtype, converted, export_directory, read_content
@@ -368,7 +369,7 @@ def test_weights_too_large_for_fp16(tmp_path: Path) -> None:
     checkpointer = Checkpointer(storage, "run", files={"config.json": b"{}"})
     checkpointer.resume(model)
     checkpointer.save(1, model, None, {})
-    found = resolve_checkpoint(storage, "run", "newest", Retention())
+    found = resolve_checkpoint(RunStore(storage, "run"), "newest", Retention())
     with pytest.raises(ConfigError, match="weight holds values too large for fp16"):
         converted(read_content(found), Dtype.FP16)
     content = converted(read_content(found), Dtype.BF16)

@@ -16,6 +16,7 @@ from outlast.checkpointing.run_store.claims import claim
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.pins import is_being_deleted, list_pins
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
@@ -56,7 +57,7 @@ def steps(storage: LocalStorage) -> list[int]:
 
 
 def whole(storage: LocalStorage) -> bool:
-    return all(not verdict.faults for verdict in verify_run(storage, "run"))
+    return all(not verdict.faults for verdict in verify_run(RunStore(storage, "run")))
 
 
 class Interrupted(LocalStorage):
@@ -101,24 +102,25 @@ class Interrupted(LocalStorage):
 
 def test_a_pin_holds_while_the_run_goes_on_and_over_attempts(storage: LocalStorage) -> None:
     run = Run(storage).save(2)
-    assert pin(storage, "run", "1", NARROW) == run.ref(1)
+    assert pin(RunStore(storage, "run"), "1", NARROW) == run.ref(1)
     run.save(3)
     assert steps(storage) == [5, 4, 1]
-    assert [row["pinned"] for row in list_checkpoints(storage, "run")] == [False, False, True]
+    rows = list_checkpoints(RunStore(storage, "run"), read_catalog(storage, "run"))
+    assert [row["pinned"] for row in rows] == [False, False, True]
     heir = Run(storage, launch="b").save(3)
     assert steps(storage) == [8, 7, 1]
     assert whole(storage)
-    assert unpin(storage, "run", run.ref(1).name) == run.ref(1)
+    assert unpin(RunStore(storage, "run"), run.ref(1).name) == run.ref(1)
     heir.save()
     assert steps(storage) == [9, 8]
-    assert list_pins(storage, "run") == set()
+    assert list_pins(RunStore(storage, "run")) == set()
     assert whole(storage)
 
 
 def test_a_pin_outlives_a_resume_from_an_older_checkpoint(storage: LocalStorage) -> None:
     """Step 3 was damaged and pinned; the next attempt goes on from step 2, and does not clear step 3 away."""
     run = Run(storage, retention=WIDE).save(3)
-    pin(storage, "run", "3", WIDE)
+    pin(RunStore(storage, "run"), "3", WIDE)
     weights = storage.path(checkpoint_dir("run", run.ref(3))) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     heir = Run(storage, launch="b", retention=WIDE)
@@ -130,16 +132,16 @@ def test_a_pin_outlives_a_resume_from_an_older_checkpoint(storage: LocalStorage)
 
 def test_what_cannot_be_pinned_or_unpinned(storage: LocalStorage) -> None:
     with pytest.raises(ConfigError, match="there is no run"):
-        pin(storage, "run", "1", NARROW)
+        pin(RunStore(storage, "run"), "1", NARROW)
     Run(storage).save(3)
     with pytest.raises(NoCheckpointError, match="has no checkpoint 1; it has: 3, 2"):
-        pin(storage, "run", "1", NARROW)
+        pin(RunStore(storage, "run"), "1", NARROW)
     with pytest.raises(ConfigError, match="names no checkpoint"):
-        pin(storage, "run", "3@nobody", NARROW)
-    assert list_pins(storage, "run") == set()
-    pin(storage, "run", "newest", NARROW)
+        pin(RunStore(storage, "run"), "3@nobody", NARROW)
+    assert list_pins(RunStore(storage, "run")) == set()
+    pin(RunStore(storage, "run"), "newest", NARROW)
     with pytest.raises(ConfigError, match=r"'2' is not a pinned checkpoint .* pinned: 3@0001-"):
-        unpin(storage, "run", "2")
+        unpin(RunStore(storage, "run"), "2")
 
 
 Retain = Callable[[Interrupted, Run], object]
@@ -150,7 +152,7 @@ def retain_in_a_save(storage: Interrupted, run: Run) -> None:
 
 
 def retain_in_a_prune(storage: Interrupted, run: Run) -> None:
-    prune(storage, "run", plan_prune(storage, "run", NARROW))
+    prune(RunStore(storage, "run"), plan_prune(RunStore(storage, "run"), NARROW))
 
 
 def ready(root: Path, retain: Retain) -> tuple[Interrupted, Run]:
@@ -162,9 +164,9 @@ def ready(root: Path, retain: Retain) -> tuple[Interrupted, Run]:
 
 def try_to_pin(storage: LocalStorage, granted: list[CheckpointRef]) -> None:
     try:
-        granted.append(pin(storage, "run", "1", NARROW))
+        granted.append(pin(RunStore(storage, "run"), "1", NARROW))
     except NoCheckpointError:
-        assert list_pins(storage, "run") == set(), "a refused pin is taken back"
+        assert list_pins(RunStore(storage, "run")) == set(), "a refused pin is taken back"
 
 
 @pytest.mark.parametrize("retain", [retain_in_a_save, retain_in_a_prune])
@@ -213,8 +215,8 @@ def test_a_checkpoint_that_was_spared_can_be_pinned_again(tmp_path: Path) -> Non
         if "spared" in [event["event"] for event in events]:
             break
         assert storage.fired, "no pin came between the announcement and the second look"
-    unpin(storage, "run", "1")
-    assert pin(storage, "run", "1", NARROW) == run.ref(1)
+    unpin(RunStore(storage, "run"), "1")
+    assert pin(RunStore(storage, "run"), "1", NARROW) == run.ref(1)
     run.save(2)
     assert steps(storage) == [5, 4, 1]
 
@@ -234,18 +236,18 @@ def test_names_of_checkpoints_among_attempts(name: str, step: int | None) -> Non
 
 def test_a_prune_shows_first_then_deletes_and_the_run_verifies(storage: LocalStorage) -> None:
     run = Run(storage, retention=WIDE).save(7)
-    pin(storage, "run", "2", WIDE)
-    plan = plan_prune(storage, "run", Retention(2, keep_every=4))
+    pin(RunStore(storage, "run"), "2", WIDE)
+    plan = plan_prune(RunStore(storage, "run"), Retention(2, keep_every=4))
     assert [manifest.ref.step for manifest in plan.doomed] == [5, 3, 1]
     assert [manifest.ref.step for manifest in plan.kept] == [7, 6, 4, 2]
     assert steps(storage) == [7, 6, 5, 4, 3, 2, 1], "a plan deletes nothing"
 
-    done = prune(storage, "run", plan)
+    done = prune(RunStore(storage, "run"), plan)
     assert done == plan
     assert steps(storage) == [7, 6, 4, 2]
     assert whole(storage)
     assert not storage.path(checkpoint_dir("run", run.ref(5))).exists()
-    assert plan_prune(storage, "run", Retention(2, keep_every=4)).doomed == ()
+    assert plan_prune(RunStore(storage, "run"), Retention(2, keep_every=4)).doomed == ()
 
     run.save(4)  # the run was at work all the while, and goes on
     assert steps(storage) == [11, 10, 9, 8, 7, 6, 4, 2]
@@ -257,7 +259,7 @@ def test_a_prune_reaches_the_attempts_that_the_newest_stands_on(storage: LocalSt
     Run(storage, retention=WIDE).save(3)
     heir = Run(storage, launch="b", retention=WIDE).save(2)
     before = digests_of(heir.model, heir.optimizer)
-    prune(storage, "run", plan_prune(storage, "run", NARROW))
+    prune(RunStore(storage, "run"), plan_prune(RunStore(storage, "run"), NARROW))
     assert steps(storage) == [5, 4]
     assert whole(storage)
     again = Run(storage, launch="c")
@@ -269,7 +271,7 @@ def test_no_prune_unless_the_highest_claim_holds_two_commits(commits: int, stora
     Run(storage, retention=WIDE).save(4)
     Run(storage, launch="b", retention=WIDE).save(commits)
     with pytest.raises(ConfigError, match=rf"newest attempt 0002-\w+ holds {commits} of the 2 commits"):
-        plan_prune(storage, "run", NARROW)
+        plan_prune(RunStore(storage, "run"), NARROW)
 
 
 def test_a_prune_never_touches_the_newest_two_of_the_highest_claim(storage: LocalStorage) -> None:
@@ -281,18 +283,18 @@ def test_a_prune_never_touches_the_newest_two_of_the_highest_claim(storage: Loca
 
     Run(storage, retention=WIDE).save(3)
     Run(storage, launch="b", retention=WIDE).save(3)
-    prune(storage, "run", plan_prune(storage, "run", Nothing()))
+    prune(RunStore(storage, "run"), plan_prune(RunStore(storage, "run"), Nothing()))
     assert steps(storage) == [6, 5]
 
 
 def test_a_prune_stops_when_a_new_attempt_begins(storage: LocalStorage) -> None:
     run = Run(storage, retention=WIDE).save(5)
-    plan = plan_prune(storage, "run", NARROW)
-    claim(storage, "run", {"launch": "b"})
+    plan = plan_prune(RunStore(storage, "run"), NARROW)
+    claim(RunStore(storage, "run"), {"launch": "b"})
     with pytest.raises(StorageError, match="a new attempt began after 0 of 3 deletions"):
-        prune(storage, "run", plan)
+        prune(RunStore(storage, "run"), plan)
     assert steps(storage) == [5, 4, 3, 2, 1]
-    assert not is_being_deleted(storage, "run", run.ref(1)), "it is said that the rest stays"
+    assert not is_being_deleted(RunStore(storage, "run"), run.ref(1)), "it is said that the rest stays"
 
 
 def test_an_interrupted_prune_is_no_damage_and_the_next_one_clears_up(tmp_path: Path) -> None:
@@ -306,18 +308,18 @@ def test_an_interrupted_prune_is_no_damage_and_the_next_one_clears_up(tmp_path: 
     for moment in range(500):
         storage = Interrupted(str(tmp_path / f"{moment}"))
         Run(storage, retention=WIDE).save(4)
-        plan = plan_prune(storage, "run", NARROW)
+        plan = plan_prune(RunStore(storage, "run"), NARROW)
         storage.arm(moment, die)
         try:
-            prune(storage, "run", plan)
+            prune(RunStore(storage, "run"), plan)
         except Killed:
             assert {4, 3} <= set(steps(storage))
             assert whole(storage)
         else:
             break
-        plan = plan_prune(storage, "run", NARROW)
+        plan = plan_prune(RunStore(storage, "run"), NARROW)
         remains += len(plan.remains)
-        prune(storage, "run", plan)
+        prune(RunStore(storage, "run"), plan)
         assert steps(storage) == [4, 3]
         [attempt] = storage.path("run/attempts").iterdir()
         assert sorted(path.name for path in attempt.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
@@ -327,8 +329,8 @@ def test_an_interrupted_prune_is_no_damage_and_the_next_one_clears_up(tmp_path: 
 
 def test_a_checkpoint_that_nobody_deleted_is_damage_even_after_a_prune(storage: LocalStorage) -> None:
     run = Run(storage, retention=WIDE).save(5)
-    prune(storage, "run", plan_prune(storage, "run", Retention(3)))
+    prune(RunStore(storage, "run"), plan_prune(RunStore(storage, "run"), Retention(3)))
     storage.path(f"{checkpoint_dir('run', run.ref(3))}/manifest.json").unlink()
-    faults = {verdict.step: verdict.faults for verdict in verify_run(storage, "run") if verdict.faults}
+    faults = {verdict.step: verdict.faults for verdict in verify_run(RunStore(storage, "run")) if verdict.faults}
     assert list(faults) == [3]
     assert "missing, although this checkpoint was committed" in faults[3][0]

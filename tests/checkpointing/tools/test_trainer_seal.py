@@ -13,7 +13,7 @@ import pytest
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.tools.trainer_seal import newest_sealed, seal
-from tests.support.worker_group import start_script
+from tests.support.groups.worker_group import start_script
 
 
 def save(output_dir: Path, step: int) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import run_group
+from tests.support.groups.worker_group import run_group
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 

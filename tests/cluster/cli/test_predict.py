@@ -27,8 +27,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.custom_model import load_class
 from outlast.trainers.tasks.generation import NUM_NEW_TOKENS
 from outlast.trainers.user_code import make_importable
-from tests.support.task_cases import CASES
-from tests.support.worker_group import run_group
+from tests.support.groups.worker_group import run_group
+from tests.support.tasks.cases import CASES
 from tests.trainers.models.test_custom_model import EXAMPLES, PLAIN
 from tests.trainers.models.test_lora import LORA, make_base
 
@@ -138,7 +138,9 @@ def by_hand(run: Path) -> str:
 def test_a_class_beside_the_run_file(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path) -> None:
     """It knows nothing of transformers, and cannot write by itself."""
     (tmp_path / "bigrams.py").write_text(PLAIN)
-    (tmp_path / "mine.py").write_text("from outlast.trainers.tasks.base import CausalLM\nclass Words(CausalLM): pass\n")
+    (tmp_path / "mine.py").write_text(
+        "from outlast.trainers.tasks.causal_lm import CausalLM\nclass Words(CausalLM): pass\n"
+    )
     sections = {"model": {"class": "bigrams:Bigrams", "config": {"width": 16}, "task": "mine:Words"}}
     sys.path.append(str(tmp_path))
     try:

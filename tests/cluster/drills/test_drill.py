@@ -16,8 +16,8 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import read_record, write_record
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.drills.drill import FaultKind, FinalState, differences, kinds_of
+from tests.support.groups.worker_group import tiny_config
 from tests.support.s3_server import s3_server
-from tests.support.worker_group import tiny_config
 
 STATE = FinalState({"w": "1"}, {"w/exp_avg": "2"}, {1: {0.5}, 2: {0.25}})
 

@@ -11,6 +11,7 @@ import pytest
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.journal import Journal
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
@@ -18,7 +19,7 @@ from outlast.cluster.fault_tolerance import coordinator as hub_module
 from outlast.cluster.fault_tolerance.coordinator import Coordinator, SaveRequest
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.data.sampler import make_plan
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 REASON = "the group is resized from 2 to 3 workers"
 ASKED = {"event": "save-requested", "reason": REASON, "step": 40}
@@ -35,7 +36,7 @@ def load(tmp_path: Path, *overrides: str) -> Any:
 def test_one_number_of_workers_or_two(tmp_path: Path, written: str, least: int, most: int, is_elastic: bool) -> None:
     scale = load(tmp_path, f"scale.workers={written}", "scale.resize_every=90s").scale
     assert (scale.min_workers, scale.max_workers, scale.is_elastic) == (least, most, is_elastic)
-    assert scale.resize_every_s == 90
+    assert scale.resize_every.amount == 90
     assert (
         load(tmp_path, f"scale.workers={json.dumps(scale.model_dump(mode='json')['workers'])}").scale.workers
         == scale.workers
@@ -127,5 +128,5 @@ def test_status_tells_why_the_number_of_workers_changed(tmp_path: Path) -> None:
     failures.event("failure", attempt="0001-aaaa", cause="node lost", rank=2, message="its node has died")
     resizes.event("resize", attempt="0002-bbbb", before=2, now=3, planned=True)
     failures.event("failure", attempt="0003-cccc", cause="hang", rank=0, message="and goes on with as many")
-    found = [(item["before"], item["now"], item["cause"]) for item in read_status(storage, "run")["sizes"]]
+    found = [(item["before"], item["now"], item["cause"]) for item in read_status(RunStore(storage, "run"))["sizes"]]
     assert found == [(3, 2, "node lost"), (2, 3, "resized")]

@@ -16,11 +16,12 @@ import yaml
 
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.claims import read_claim
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import digests, losses, run_group, tiny_config
+from tests.support.groups.worker_group import digests, losses, run_group, tiny_config
 
 pytestmark = pytest.mark.ray
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
@@ -149,8 +150,10 @@ def test_two_drivers_one_goes_on(
     (code, _, err), (code_2, _, err_2) = ended(first), ended(second)
     assert (code, code_2) == (75, 0), (err, err_2)
     assert digests(place, "run") == digests(storage, "long")
-    attempts = [attempt for attempt, event in run_events(place, "run") if event["event"] in ("start", "resume")]
-    launches = [read_claim(place, "run", attempt)["launch"] for attempt in attempts]
+    attempts = [
+        attempt for attempt, event in run_events(RunStore(place, "run")) if event["event"] in ("start", "resume")
+    ]
+    launches = [read_claim(RunStore(place, "run"), attempt)["launch"] for attempt in attempts]
     assert len(launches) == len(set(launches)) == 2, "the launches took over from each other in turn"
 
 
@@ -187,7 +190,7 @@ def test_a_signal_while_ray_starts_ends_it_at_once(
     assert (code, out) == (130, ""), err
     assert "interrupted; nothing is saved" in err
     assert "commit" not in err
-    assert read_status(LocalStorage(tmp_path), "run")["state"] == "stopped"
+    assert read_status(RunStore(LocalStorage(tmp_path), "run"))["state"] == "stopped"
 
 
 @pytest.mark.faults  # forty seconds
@@ -195,7 +198,7 @@ def test_a_bug_in_the_users_code_is_shown_once_and_tried_twice(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "late.py").write_text(
-        "from outlast.trainers.tasks.base import CausalLM\n\n\nclass Late(CausalLM):\n    calls = 0\n\n"
+        "from outlast.trainers.tasks.causal_lm import CausalLM\n\n\nclass Late(CausalLM):\n    calls = 0\n\n"
         "    def loss(self, *given):\n        Late.calls += 1\n        if Late.calls > 20:\n"
         '            raise KeyError("labels")\n        return super().loss(*given)\n'
     )
@@ -231,7 +234,7 @@ def test_demo(tmp_path: Path) -> None:
     assert "by SIGKILL, while it wrote checkpoint-50" in done.stderr
     claims = [json.loads(path.read_text()) for path in Path(findings["run"]).glob("attempts/*/claim.json")]
     assert len(claims) == 2
-    found = read_status(LocalStorage(Path(findings["run"]).parent), "killed")
+    found = read_status(RunStore(LocalStorage(Path(findings["run"]).parent), "killed"))
     wall_s, ledger = findings["parts_s"]["killed run"], found["ledger"]  # measured around the launch
     assert sum(ledger.values()) == pytest.approx(wall_s, rel=0.01)
     assert {name for name, seconds in ledger.items() if seconds > 0} == set(ledger)

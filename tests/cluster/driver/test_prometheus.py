@@ -22,7 +22,7 @@ from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.prometheus import GAUGES
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import losses, resumed, tiny_config
+from tests.support.groups.worker_group import losses, resumed, tiny_config
 from tests.trainers.tracking.test_follow import scalars
 
 EXPORTED = {f"ray_{name}" for name in GAUGES}

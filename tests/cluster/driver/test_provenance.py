@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import show_checkpoint
 from outlast.cluster.config.run_config import RunConfig
@@ -26,7 +27,7 @@ from outlast.cluster.jobs.bundle import bundle
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
-from tests.support.worker_group import run_group, tiny_config
+from tests.support.groups.worker_group import run_group, tiny_config
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -139,10 +140,11 @@ def test_a_checkpoint_names_the_record_of_its_launch(
     assignment = assign("recorded", steps=3)
     config = RunConfig.model_validate(dict(assignment.declared))
     (repository / "mine/model.py").write_text("WIDTH = 8\n")
-    thread = record_provenance(storage, config, assignment.declared, "first", prepare(config, storage), str(repository))
+    prepared, store = prepare(config, storage), RunStore(storage, "recorded")
+    thread = record_provenance(store, config, assignment.declared, "first", prepared, str(repository))
     assert run_group(assignment, storage, 1)[0].outcome is Outcome.DONE
     thread.join(60)
-    place = show_checkpoint(storage, "recorded")["record"]
+    place = show_checkpoint(RunStore(storage, "recorded"))["record"]
     assert place == f"{storage.url}/recorded/launches/first/record.json"
     body = json.loads(Path(place).read_text())
     assert body["code"]["git"] == git(repository, "rev-parse", "HEAD")
@@ -152,7 +154,7 @@ def test_a_checkpoint_names_the_record_of_its_launch(
     assert body["machine"]["memory"] > 10**8
     assert body["settings"]["train"]["steps"] == 3
     assert "WIDTH = 8" in Path(place).with_name(DIFF).read_text()
-    [attempt] = list_attempts(storage, "recorded")
-    claim = read_claim(storage, "recorded", attempt)
+    [attempt] = list_attempts(RunStore(storage, "recorded"))
+    claim = read_claim(RunStore(storage, "recorded"), attempt)
     assert claim["record"] == "recorded/launches/first/record.json"
     assert claim["workers"][0]["cpus"] >= 1

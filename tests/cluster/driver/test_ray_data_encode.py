@@ -26,7 +26,7 @@ from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.trainers.preparation.encode import Encoder
 from outlast.trainers.preparation.prepare import prepare
 from outlast.trainers.user_code import make_importable
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 from tests.trainers.preparation.test_prepare_faults import await_that, contents
 
 pytestmark = pytest.mark.ray
@@ -36,7 +36,7 @@ NUM_ROWS, PER_FILE = 6000, 2000  # 3.4 MB: several pieces
 TASK = """
     import os, signal, time
     from pathlib import Path
-    from outlast.trainers.tasks.base import CausalLM
+    from outlast.trainers.tasks.causal_lm import CausalLM
 
     class Eventful(CausalLM):
         def encode(self, records):
@@ -52,10 +52,10 @@ TASK = """
 DRIVER = """
     import sys
     from functools import partial
-    from outlast.checkpointing.storage.base import open_storage
+    from outlast.checkpointing.storage.factory import open_storage
     from outlast.cluster.config.run_config import RunConfig
     from outlast.cluster.driver.launch import Launch
-    from outlast.trainers.models.custom_model import make_importable
+    from outlast.trainers.user_code import make_importable
     from outlast.trainers.preparation.prepare import prepare
 
     config, code = RunConfig.model_validate_json(sys.argv[1]), sys.argv[2]

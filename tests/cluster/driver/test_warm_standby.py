@@ -17,11 +17,12 @@ from ray.train.torch import TorchTrainer
 
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import _Trainer
 from outlast.cluster.driver.warm_standby import environment
-from tests.support.worker_group import losses, tiny_config
+from tests.support.groups.worker_group import losses, tiny_config
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
@@ -33,8 +34,8 @@ def test_a_rehearsal_imports_what_a_model_needs_and_changes_nothing_else() -> No
         "state = lambda: (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),\n"
         "    torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype())\n"
         "before = state()\n"
-        "from outlast.trainers.prewarm import rehearse\n"
-        "rehearse('causal-lm', 'gpt2')\n"
+        "from outlast.trainers.prewarm import prewarm\n"
+        "prewarm('causal-lm', 'gpt2')\n"
         "assert state() == before\n"
         "print({'torch._dynamo', 'transformers.models.gpt2.modeling_gpt2'} - sys.modules.keys())\n"
     )
@@ -94,7 +95,8 @@ def test_a_restart_takes_the_workers_that_wait(tmp_path: Path, text_file: str) -
         [first] = ways(tmp_path, 1, driver)
         wait_for_waiting(driver.pid, 2)
         killed_at = time.time()
-        claim = read_claim(LocalStorage(tmp_path), "run", list_attempts(LocalStorage(tmp_path), "run")[-1])
+        store = RunStore(LocalStorage(tmp_path), "run")
+        claim = read_claim(store, list_attempts(store)[-1])
         os.kill(claim["workers"][1]["pid"], signal.SIGKILL)
         again = ways(tmp_path, 2, driver)[1]
     finally:
@@ -111,7 +113,7 @@ def ways(folder: Path, count: int, driver: subprocess.Popen[str]) -> list[dict[s
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         assert driver.poll() is None, driver.communicate()
-        found = [e["marks"] for _, e in run_events(LocalStorage(folder), "run") if e["event"] == "under-way"]
+        found = [e["marks"] for _, e in run_events(RunStore(LocalStorage(folder), "run")) if e["event"] == "under-way"]
         if len(found) >= count:
             return found[:count]
         time.sleep(0.2)

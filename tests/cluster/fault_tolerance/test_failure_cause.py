@@ -16,10 +16,12 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.attempt_history import AttemptOutcome, read_attempt_history
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as hub
 from outlast.cluster.fault_tolerance import failure_cause as failures
+from outlast.cluster.fault_tolerance import failure_recorder
 from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, classify
 from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder, own_log
 from outlast.cluster.fault_tolerance.out_of_memory import was_killed_by_kernel
@@ -176,8 +178,8 @@ def test_the_log_of_a_rank_is_kept_where_it_would_go_with_its_driver(tmp_path: P
 def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failures, "find_hub", lambda launch: None)
-    monkeypatch.setattr(failures, "find_deaths", lambda workers: [])
+    monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: None)
+    monkeypatch.setattr(failure_recorder, "find_deaths", lambda workers: [])
     storage, launch = LocalStorage(tmp_path), "20260101-000000-a"
     storage.put(f"{launch_dir('run', launch)}/alive.json", [b'{"settings": "now"}'])
     recorder = FailureRecorder(storage.url, "run", launch, RestartLimits(), "now")
@@ -190,6 +192,6 @@ def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     for thread in threading.enumerate():
         if thread.name.startswith("Thread-") and "_find_cause" in thread.name:
             thread.join()
-    tries = read_attempt_history(storage, "run", live=launch)
+    tries = read_attempt_history(RunStore(storage, "run"), live=launch)
     assert [item.ending for item in tries] == [AttemptOutcome.FAILED] * 3
     assert [item.attempt is not None for item in tries] == [True, False, False]

@@ -11,13 +11,14 @@ import yaml
 
 from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.attempt_history import settings_digest
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.monitoring.status import read_status
 from tests.cluster.jobs.test_ray_jobs import BIN
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 #: Fails at its third pass.
 BUGGY = """
@@ -72,7 +73,7 @@ def test_a_bug_ends_the_run_with_one_message_and_every_later_launch_at_once(tmp_
     command = [str(BIN / "outlast"), "train", str(run_file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 1, done.stderr
-    failures = read_status(LocalStorage(tmp_path), "run")["failures"]
+    failures = read_status(RunStore(LocalStorage(tmp_path), "run"))["failures"]
     assert [failure["cause"] for failure in failures] == ["error"] * 2
     assert "labels are out of range" in failures[0]["message"]
     assert "/failure-" in failures[0]["where"]

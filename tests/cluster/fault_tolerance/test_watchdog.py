@@ -18,6 +18,7 @@ import pytest
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
@@ -27,10 +28,10 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.progress import StepPhase, StepProgress
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
-from tests.support.ranks import on_ranks
-from tests.support.slow_rank_task import FOLDER, TROUBLE
-from tests.support.watched_group import Post, Watched, serve
-from tests.support.worker_group import digests, fault, losses, run_group
+from tests.support.groups.ranks import on_ranks
+from tests.support.groups.watched_group import Post, Watched, serve
+from tests.support.groups.worker_group import digests, fault, losses, run_group
+from tests.support.tasks.slow_rank import FOLDER, TROUBLE
 
 LIMIT_S = 60.0
 
@@ -142,7 +143,7 @@ def watch(storage: LocalStorage, tmp_path: Path) -> Any:
 
 
 def told(storage: LocalStorage, run: str, kind: str) -> list[dict[str, Any]]:
-    return [event for _, event in run_events(storage, run) if event["event"] == kind]
+    return [event for _, event in run_events(RunStore(storage, run)) if event["event"] == kind]
 
 
 def assert_goes_on(assignment: Assignment, storage: LocalStorage, reference: Reference) -> None:
@@ -163,7 +164,7 @@ def test_a_rank_spins(
     monkeypatch.setenv(TROUBLE, "spin:1")
     monkeypatch.setenv(FOLDER, str(tmp_path))
     hub, control = watch("spins", 2.0)
-    assignment = assign("spins", sections={"model": {"task": "tests.support.slow_rank_task:Troubled"}})
+    assignment = assign("spins", sections={"model": {"task": "tests.support.tasks.slow_rank:Troubled"}})
     first, second = run_group(assignment, storage, 2, control)
     assert second.exit_code == EXIT_CODE
     assert first.exit_code in (EXIT_CODE, 1), "it may hear first that the other has gone"
@@ -193,7 +194,8 @@ def test_a_rank_is_stopped_and_comes_back(
     deadline = time.monotonic() + 40
     while not told(storage, "stopped", "hang") and time.monotonic() < deadline:
         time.sleep(0.1)
-    [first, second] = read_claim(storage, "stopped", list_attempts(storage, "stopped")[0])["workers"]
+    store = RunStore(storage, "stopped")
+    [first, second] = read_claim(store, list_attempts(store)[0])["workers"]
     while Path(f"/proc/{first['pid']}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     hangs = told(storage, "stopped", "hang")
@@ -212,7 +214,7 @@ def test_a_rank_dawdles(
 ) -> None:
     monkeypatch.setenv(TROUBLE, "slow:1")
     _, control = watch("dawdles", 60.0)
-    assignment = assign("dawdles", sections={"model": {"task": "tests.support.slow_rank_task:Troubled"}}, steps=100)
+    assignment = assign("dawdles", sections={"model": {"task": "tests.support.tasks.slow_rank:Troubled"}}, steps=100)
     assert run_group(assignment, storage, 2, control)[0].outcome is Outcome.DONE
     [slow] = told(storage, "dawdles", "slow")
     assert [item["rank"] for item in slow["ranks"]] == [1]

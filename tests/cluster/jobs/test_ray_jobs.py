@@ -32,8 +32,8 @@ from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.ray_jobs import check_reachable
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
+from tests.support.groups.worker_group import digests, run_group, tiny_config
 from tests.support.s3_server import s3_server
-from tests.support.worker_group import digests, run_group, tiny_config
 
 pytestmark = pytest.mark.ray
 BIN = Path(sys.executable).parent

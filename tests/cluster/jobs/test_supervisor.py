@@ -18,6 +18,7 @@ import yaml
 
 from outlast.checkpointing.run_store.attempt_history import settings_digest
 from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp
@@ -35,8 +36,8 @@ from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.cluster.jobs.test_ray_jobs import BIN, Cluster
+from tests.support.groups.worker_group import digests, run_group, tiny_config
 from tests.support.timelines import attempt, launch, resume, start, write
-from tests.support.worker_group import digests, run_group, tiny_config
 
 GIVEN_UP = GiveUp("enough", ())
 NUM_STEPS = 500
@@ -238,7 +239,7 @@ def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
         assert float(watched.wait_for(r"far-1 is called running, but no step for (\d+) s")) >= STALL_S
         assert watched.wait_for("submitted (far-.*)") == "far-2"
         step = wait_for_commit(place, 0)
-        os.kill(read_status(place, "far")["launch"]["pid"], signal.SIGKILL)
+        os.kill(read_status(RunStore(place, "far"))["launch"]["pid"], signal.SIGKILL)
         assert watched.wait_for("(far-2) ended: failed")
         assert watched.wait_for("submitted (far-.*)") == "far-3"
         step = wait_for_commit(place, step)
@@ -259,4 +260,4 @@ def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
     assert digests(place, "far") == digests(storage, "supervised")
     done = subprocess.run([str(BIN / "outlast"), "supervise", str(run_file), *at], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [failure["cause"] for failure in read_status(place, "far")["failures"]] == ["stalled"]
+    assert [failure["cause"] for failure in read_status(RunStore(place, "far"))["failures"]] == ["stalled"]

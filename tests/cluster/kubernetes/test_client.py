@@ -20,8 +20,8 @@ from outlast.cluster.cli.main import app
 from outlast.cluster.kubernetes.client import Cluster
 from outlast.cluster.kubernetes.rayjob_sequence import JobPhase, applied_last, consequences, next_name, phase, successor
 from outlast.cluster.kubernetes.render import to_yaml
-from tests.support.kubernetes import Objects, rendered
-from tests.support.kubernetes_api import Api, assets, real_api, small_api
+from tests.support.kubernetes.api_server import Api, assets, real_api, small_api
+from tests.support.kubernetes.manifests import Objects, rendered
 
 
 @pytest.fixture(scope="module", params=["small", "real"])

@@ -14,7 +14,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.kubernetes.render import SPOT, render, to_yaml
 from outlast.cluster.kubernetes.settings import K8sSettings, k8s_settings
-from tests.support.kubernetes import RELEASE, ROOT, RUNS, Read, mounts, pods, read_run, rendered, variables
+from tests.support.kubernetes.manifests import RELEASE, ROOT, RUNS, Read, mounts, pods, read_run, rendered, variables
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from outlast.cluster.kubernetes.settings import k8s_settings
-from tests.support.kubernetes import ROOT
+from tests.support.kubernetes.manifests import ROOT
 
 LOCK = ROOT / "k8s" / "requirements.txt"
 NEEDED = ("buildah", "podman", "runc", "debootstrap")

@@ -18,7 +18,7 @@ from outlast.cluster.cli.main import app
 from outlast.cluster.kubernetes.lint.linter import lint, read_objects
 from outlast.cluster.kubernetes.lint.secret_rules import is_credential
 from outlast.cluster.preflight.finding import Level
-from tests.support.kubernetes import ROOT, rendered
+from tests.support.kubernetes.manifests import ROOT, rendered
 
 FILES = ROOT / "tests" / "golden" / "lint"
 CLUSTER = ("spec", "rayClusterSpec")

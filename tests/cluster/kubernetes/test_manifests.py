@@ -20,7 +20,17 @@ from outlast.cluster.kubernetes.lint.linter import lint
 from outlast.cluster.kubernetes.render import cautions, job_name, render, to_yaml
 from outlast.cluster.kubernetes.settings import K8sSettings, k8s_settings
 from outlast.cluster.preflight.finding import Level
-from tests.support.kubernetes import RELEASE, ROOT, RUNS, Read, check_core, crd_checker, mounts, pods, read_run
+from tests.support.kubernetes.manifests import (
+    RELEASE,
+    ROOT,
+    RUNS,
+    Read,
+    check_core,
+    crd_checker,
+    mounts,
+    pods,
+    read_run,
+)
 
 
 @pytest.fixture
@@ -276,7 +286,8 @@ def test_cautions(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom outlast.cluster.cli import kubernetes\nfrom outlast.cluster.kubernetes import client, render\n"
+        "import sys\nfrom outlast.cluster.cli import kubernetes\n"
+        "from outlast.cluster.kubernetes import client, render\n"
         "from outlast.cluster.kubernetes.lint import linter\n"
         "heavy = {'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)\nassert not heavy, heavy"
     )

@@ -25,7 +25,7 @@ from outlast.cluster.kubernetes.lint.linter import lint, read_objects
 from outlast.cluster.kubernetes.render import render, to_yaml
 from outlast.cluster.kubernetes.settings import k8s_settings
 from outlast.cluster.preflight.finding import Level
-from tests.support.kubernetes import (
+from tests.support.kubernetes.manifests import (
     KUBERNETES,
     RELEASE,
     ROOT,

@@ -19,13 +19,14 @@ from huggingface_hub import ModelCard
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import RECORD, launch_dir
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content, read_content
 from outlast.checkpointing.tools.query import resolve_checkpoint
 from outlast.cluster.monitoring.model_card import model_card
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import fault, run_group
+from tests.support.groups.worker_group import fault, run_group
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SHARING = (Path(__file__).parents[3] / "docs/sharing.md").read_text()
@@ -72,7 +73,7 @@ def test_the_card_says_what_the_run_went_through(
     exported: Path, carded: Path, storage: LocalStorage, assign: Callable[..., Assignment]
 ) -> None:
     text = (exported / "README.md").read_text()
-    metrics = resolve_checkpoint(storage, "carded", "model", Retention()).manifest.metrics
+    metrics = resolve_checkpoint(RunStore(storage, "carded"), "model", Retention()).manifest.metrics
     assert f"| eval_loss | {metrics['eval_loss']:.4f} |" in text
     assert "restarts survived: 1 (1 × driver lost)" in text
     assert "2 workers (ddp, cpu)" in text
@@ -82,7 +83,7 @@ def test_the_card_says_what_the_run_went_through(
 
 
 def test_the_base_model_and_the_commit_are_the_records(carded: Path, storage: LocalStorage) -> None:
-    found = resolve_checkpoint(storage, "carded", "newest", Retention())
+    found = resolve_checkpoint(RunStore(storage, "carded"), "newest", Retention())
     content = read_content(found)
     place = f"{launch_dir('carded', found.manifest.launch)}/{RECORD}"
     for path, base in (("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"), ("/models/mine", None), ("gpt2", "gpt2")):
@@ -111,7 +112,7 @@ def test_a_card_only_beside_a_directory_and_never_over_the_models_own(carded: Pa
 def test_a_card_that_the_model_brought_stays(carded: Path, storage: LocalStorage) -> None:
     from outlast.cluster.cli.checkpoints import _with_card
 
-    found = resolve_checkpoint(storage, "carded", "newest", Retention())
+    found = resolve_checkpoint(RunStore(storage, "carded"), "newest", Retention())
     content = read_content(found)
     own = replace(content, files={**content.files, "README.md": b"mine"})
     assert _with_card(found, own).files["README.md"] == b"mine"

@@ -27,6 +27,7 @@ from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.liveness import LivenessFile
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.report.data import MOST_POINTS, MOST_SPANS, page_data, thin
 from outlast.cluster.monitoring.report.report import Report, run_report
@@ -35,9 +36,9 @@ from outlast.cluster.monitoring.timeline import Timeline
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.browser import CHROMIUM, Browser, Page, chromium
+from tests.support.groups.worker_group import StopAt, fault, run_group
 from tests.support.small_model import small_model
 from tests.support.timelines import attempt, done, evaluated, failure, launch, plan, resume, saved, start, steps, story
-from tests.support.worker_group import StopAt, fault, run_group
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SIZES = {"phone": (390, 844), "tablet": (820, 1180), "desktop": (1440, 900)}
@@ -55,7 +56,7 @@ def data_of(page: str) -> dict[str, Any]:
 
 def _note_failure(storage: LocalStorage, run: str, number: int) -> None:
     """What the launch's recorder notes when a worker has died; these groups run without Ray."""
-    ended = list_attempts(storage, run)[-1]
+    ended = list_attempts(RunStore(storage, run))[-1]
     told = {key: value for key, value in failure(number, time.time()).items() if key not in ("event", "t", "attempt")}
     Journal(storage, launch_dir(run, "first"), number, flush_s=0).event("failure", attempt=str(ended), **told)
 
@@ -141,7 +142,7 @@ def test_a_loop_of_ones_own_began_with_its_first_claim(tmp_path: Path) -> None:
     model, optimizer = small_model()
     mine.save(1, model, optimizer, {"step": 1})
     mine.flush()
-    claimed = read_claim(storage, "own", mine.attempt)["claimed_at"]
+    claimed = read_claim(RunStore(storage, "own"), mine.attempt)["claimed_at"]
     assert data_of(Report.of(storage, "own").to_html())["begin"] == pytest.approx(claimed)
 
 

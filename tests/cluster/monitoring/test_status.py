@@ -20,6 +20,7 @@ from rich.console import Console
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.status import status
 from outlast.cluster.monitoring.status import list_runs, read_status
@@ -53,7 +54,7 @@ def outlast(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run 'run'"):
-        read_status(LocalStorage(tmp_path), "run")
+        read_status(RunStore(LocalStorage(tmp_path), "run"))
     assert list_runs(LocalStorage(tmp_path)) == []
 
 
@@ -62,14 +63,15 @@ def test_a_loop_of_ones_own_has_nobody_to_tell(tmp_path: Path) -> None:
     checkpointer = Checkpointer(storage, "run")
     checkpointer.resume(model, optimizer)
     assert checkpointer.save(3, model, optimizer, {})
-    found = read_status(storage, "run")
+    found = read_status(RunStore(storage, "run"))
     assert (found["state"], found["step"], found["attempts"]) == ("unattended", 3, 1)
     assert found["newest_checkpoint"]["step"] == 3
     assert found["newest_checkpoint"]["verified_at"] is None
     again = Checkpointer(storage, "run")
     assert again.resume(model, optimizer) is not None
     again.flush()
-    assert read_status(storage, "run")["newest_checkpoint"]["verified_at"] == pytest.approx(time.time(), abs=60)
+    newest = read_status(RunStore(storage, "run"))["newest_checkpoint"]
+    assert newest["verified_at"] == pytest.approx(time.time(), abs=60)
 
 
 @pytest.mark.parametrize(
@@ -88,15 +90,15 @@ def test_a_launch_that_no_worker_has_joined(tmp_path: Path, silent_s: float, cod
 def test_a_driver_that_was_killed_here_is_lost_at_once_and_the_next_command_is_told(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
-from outlast.checkpointing.storage.base import open_storage
-from outlast.checkpointing.run_store.liveness import Alive
+from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.run_store.liveness import LivenessFile
 
-Alive(open_storage(sys.argv[1]), "run/launches/20260101-000000-aa/alive.json")
+LivenessFile(open_storage(sys.argv[1]), "run/launches/20260101-000000-aa/alive.json")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert read_status(LocalStorage(tmp_path), "run")["state"] == "lost"
+    assert read_status(RunStore(LocalStorage(tmp_path), "run"))["state"] == "lost"
     text = outlast("status", str(tmp_path / "run")).stdout
     assert "→ outlast train RUN.yaml (or submit) goes on from the beginning" in text
     assert "there is no checkpoint yet" in outlast("checkpoints", "ls", str(tmp_path / "run"), code=5).stderr
@@ -171,7 +173,7 @@ def test_a_watch_waits_for_a_driver_that_a_supervisor_may_start_again(tmp_path: 
     storage, last = LocalStorage(tmp_path), time.time() - LOST_AFTER_S - 60
     write(storage, "run", launch("a", last - 90, last), attempt(1, last - 80, start(last - 79)))
     with ThreadPoolExecutor(1) as pool:
-        watching = pool.submit(watch, storage, "run", Console(file=io.StringIO()))
+        watching = pool.submit(watch, RunStore(storage, "run"), Console(file=io.StringIO()))
         with pytest.raises(TimeoutError):
             watching.result(WATCH_PERIOD_S)
         write(storage, "run", launch("b", last + 95, last + 99, 0))

@@ -308,7 +308,7 @@ NOISY = """
 import logging, os, subprocess, sys, threading, time
 from rich.console import Console
 from rich.text import Text
-from outlast.cluster.monitoring.live_display import Foot
+from outlast.cluster.monitoring.live_display import LiveDisplay
 logging.basicConfig(format="%(message)s")  # its handler holds the stream as it is now
 count = 0
 def lines(width):
@@ -324,7 +324,7 @@ writers = {
     "log": logging.warning,
     "raw": lambda text: os.write(2, text.encode() + b"\\n"),
 }
-with Foot(Console(stderr=True), lines, period_s=0.001):
+with LiveDisplay(Console(stderr=True), lines, period_s=0.001):
     def talk(name):
         for number in range(100):
             writers[name](f"{name} {number}")

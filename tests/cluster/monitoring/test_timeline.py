@@ -18,10 +18,11 @@ from outlast.checkpointing.run_store import journal as journal_module
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import claim
 from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance import coordinator as hub
-from outlast.cluster.fault_tolerance import failure_cause as failures
+from outlast.cluster.fault_tolerance import failure_recorder
 from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.cluster.monitoring.goodput import TimeCategory, account_time
@@ -30,6 +31,7 @@ from outlast.cluster.monitoring.timeline import State
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
+from tests.support.groups.worker_group import fault, run_group
 from tests.support.timelines import (
     attempt,
     done,
@@ -44,7 +46,6 @@ from tests.support.timelines import (
     story,
     write,
 )
-from tests.support.worker_group import fault, run_group
 
 
 class Counted:
@@ -107,12 +108,12 @@ def test_a_segment_that_is_torn_or_strange_is_passed_over(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small_segments")
 def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(tmp_path: Path) -> None:
     storage = Counted(LocalStorage(tmp_path))
-    follower = TimelineReader(storage, "run")
+    follower = TimelineReader(RunStore(storage, "run"))
     for number in range(5):
         name = f"20250101-00000{number}-aaaaaa"
         body = {"began": 100.0 * number, "t": 100.0 * number + 90, "ended": True, "exit_code": 75}
         storage.put(f"{launch_dir('run', name)}/alive.json", [json.dumps(body).encode()])
-        mine = claim(storage, "run", {"launch": name, "claimed_at": 100.0 * number + 10})
+        mine = claim(RunStore(storage, "run"), {"launch": name, "claimed_at": 100.0 * number + 10})
         written = Journal(storage, attempt_dir("run", mine), 0)
         written.event("start")
         for event in steps(1, 30, 100.0 * number + 20):
@@ -126,7 +127,7 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
     before = len(storage.opened)
     told = follower.look()
     assert len(storage.opened) - before == 2, "the newest two launches' signs of life, and nothing else"
-    whole = TimelineReader(storage, "run").look()
+    whole = TimelineReader(RunStore(storage, "run")).look()
     assert [len(item.steps) for item in told.in_order] == [30] * 5 == [len(item.steps) for item in whole.in_order]
     assert account_time(told, 1000.0) == account_time(whole, 1000.0)
 
@@ -134,7 +135,7 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
 def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) -> None:
     storage, (a, b, c) = LocalStorage(tmp_path), (f"20250101-00000{number}-aaaaaa" for number in range(3))
     write(storage, "run", launch(a, 0, 40), attempt(1, 10, start(11), steps(1, 10, 15), launch=a))
-    follower = TimelineReader(storage, "run")
+    follower = TimelineReader(RunStore(storage, "run"))
     assert follower.look().in_order[0].last_step == 10
     write(
         storage,
@@ -147,7 +148,7 @@ def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) ->
         attempt(3, 180, resume(181, 90), launch=c),
     )
     for told in (follower.look(), follower.look()):
-        assert summarize(told, 200.0) == summarize(TimelineReader(storage, "run").look(), 200.0)
+        assert summarize(told, 200.0) == summarize(TimelineReader(RunStore(storage, "run")).look(), 200.0)
         assert (told.in_order[0].last_step, told.num_lost) == (100, 10)
         assert told.launches[a].has_ended
 
@@ -156,7 +157,7 @@ def test_a_launch_at_work_is_watched_though_others_were_refused_since(tmp_path: 
     storage, name = LocalStorage(tmp_path), "20250101-000000-aaaaaa"
     refused = [launch(f"20250101-00000{number}-bbbbbb", 20 + number, 30 + number, 3) for number in range(1, 5)]
     write(storage, "run", launch(name, 0, 40), attempt(1, 10, start(11), launch=name), *refused)
-    reader = TimelineReader(storage, "run")
+    reader = TimelineReader(RunStore(storage, "run"))
     reader.look()
     write(storage, "run", launch(name, 0, 200))
     assert reader.look().state(201) is State.RUNNING
@@ -169,7 +170,7 @@ def test_a_killed_run_is_told_as_it_was(
     deadly = fault(FaultPoint.STEP, 7, 1, FaultAction.SIGKILL, tmp_path)
     run_group(assign("told", faults=(deadly,)), storage, 2)
     assert run_group(assign("told"), storage, 2)[0].outcome is Outcome.DONE
-    told = TimelineReader(storage, "told").look()
+    told = TimelineReader(RunStore(storage, "told")).look()
     seen = summarize(told, told.in_order[-1].heard_at)
     first, second = told.in_order
     assert (first.base, second.base_step) == (None, 6)
@@ -184,7 +185,7 @@ def test_a_killed_run_is_told_as_it_was(
     assert seen.num_lost == first.last_step - 6
     assert seen.samples_per_s == pytest.approx(8 / seen.seconds_per_step if seen.seconds_per_step else 0)
     assert set(second.steps.tokens) == {8 * 16}, "packed samples of 16 tokens"
-    whole = [event for _, event in run_events(storage, "told") if event["event"] == "plan"]
+    whole = [event for _, event in run_events(RunStore(storage, "told")) if event["event"] == "plan"]
     assert {event["batch"] for event in whole} == {8}
 
 
@@ -196,8 +197,8 @@ def test_tokens_of_a_step_do_not_depend_on_the_number_of_ranks(
     run = f"counted-{size}"
     sections = {"model": {"task": "sequence-classification"}, "data": {"train": _labelled(storage), "eval": None}}
     assert run_group(assign(run, sections=sections, steps=2, eval_every=None), storage, size)[0].outcome is Outcome.DONE
-    told = TimelineReader(storage, run).look()
-    counted = [event["tokens"] for _, event in run_events(storage, run) if event["event"] == "step"]
+    told = TimelineReader(RunStore(storage, run)).look()
+    counted = [event["tokens"] for _, event in run_events(RunStore(storage, run)) if event["event"] == "step"]
     assert list(told.in_order[0].steps.tokens) == counted
     _counts.setdefault("of one rank", counted)
     assert counted == _counts["of one rank"]
@@ -225,7 +226,7 @@ def test_what_the_hub_has_heard_outlives_rank_0() -> None:
 
 
 def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "find_hub", lambda launch: None)
+    monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: None)
     recorder = FailureRecorder(str(tmp_path), "run", "one", RestartLimits(), "")
 
     def try_to_start(*, room: bool) -> None:

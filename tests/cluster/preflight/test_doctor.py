@@ -22,7 +22,7 @@ from outlast.cluster.preflight import doctor_rules as rules
 from outlast.cluster.preflight.doctor_rules import Requirements
 from outlast.cluster.preflight.finding import Finding, Level
 from tests.cluster.jobs.test_ray_jobs import Cluster, free_ports
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 CLOCK_AHEAD_S = 100
 AHEAD = f"""import sys, time

@@ -27,8 +27,8 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.task_names import TASKS
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
-from tests.support.task_cases import CASES, Case, paragraphs, text_only
-from tests.support.worker_group import run_group, tiny_config
+from tests.support.groups.worker_group import run_group, tiny_config
+from tests.support.tasks.cases import CASES, Case, paragraphs, text_only
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 ROWS: dict[str, Case] = {case.task: case for case in CASES.values()} | {"causal-lm": Case("causal-lm", {}, text_only)}

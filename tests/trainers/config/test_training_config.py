@@ -14,9 +14,10 @@ from outlast.cluster.config.run_config import RunConfig
 from outlast.trainers.checks.resume_checks import check_unchanged
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.checkpoint import CheckpointSettings
+from outlast.trainers.config.train import Exactness
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import findings
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 
 def body(**sections: Any) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def test_little_is_needed() -> None:
     assert config.train.steps is None
     assert (config.train.batch, config.train.micro_batch) == (8, 4)
     assert (config.checkpoint.storage, config.checkpoint.keep_last) == ("./runs", 3)
-    assert config.checkpoint.interval == SaveInterval.parse("10m")
-    assert config.exactness == "same-world"
+    assert config.checkpoint.every == SaveInterval.parse("10m")
+    assert config.exactness is Exactness.SAME_WORLD
     assert config.deterministic
 
 
@@ -90,7 +91,7 @@ def test_names_that_will_do(name: str) -> None:
 @pytest.mark.parametrize("every", [200, "200", "10m", "90s", "1 epoch", "2h"])
 def test_intervals(every: str | int) -> None:
     config = TrainingConfig.model_validate(body(checkpoint={"every": every}))
-    assert config.checkpoint.interval == SaveInterval.parse(every)
+    assert config.checkpoint.every == SaveInterval.parse(every)
 
 
 @pytest.mark.parametrize("every", [0, -1, "often", "0.5 epoch", "10 min"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from outlast.trainers.config.train import Exactness
 from outlast.trainers.distributed.world import World
-from tests.support.ranks import on_ranks
+from tests.support.groups.ranks import on_ranks
 
 NUM_STEPS = 3
 SHAPES = ((300_000,), (7, 3), (300_000,), (1,), (300_000,))

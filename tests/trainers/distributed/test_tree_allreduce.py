@@ -20,6 +20,7 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data.sampler import share
@@ -28,8 +29,8 @@ from outlast.trainers.distributed.tree_allreduce import TreeReducer, TreeSum, su
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.buffer_guard import BufferGuard
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.ranks import on_ranks
-from tests.support.worker_group import digests, fault, resumed, run_group
+from tests.support.groups.ranks import on_ranks
+from tests.support.groups.worker_group import digests, fault, resumed, run_group
 
 Assign = Callable[..., Assignment]
 
@@ -144,7 +145,7 @@ def run_to_the_end(assignment: Assignment, storage: LocalStorage, size: int) -> 
 def course(storage: LocalStorage, run: str) -> dict[tuple[str, int], tuple[Any, ...]]:
     """What the journal tells of each step and each evaluation; what was done twice must have been the same."""
     found: dict[tuple[str, int], tuple[Any, ...]] = {}
-    for _, event in run_events(storage, run):
+    for _, event in run_events(RunStore(storage, run)):
         if event["event"] in ("step", "eval"):
             key, told = (event["event"], event["step"]), tuple(event.get(k) for k in ("loss", "grad_norm", "eval_loss"))
             assert found.setdefault(key, told) == told, key
@@ -189,7 +190,7 @@ def test_the_number_of_ranks_changes_through_kills(
     assert [event["step"] for event in resumed(storage, run)] == [3, 6]
     assert digests(storage, run) == digests(storage, alone)
     assert course(storage, run) == course(storage, alone)
-    changed = [event for _, event in run_events(storage, run) if event["event"] == "changed"]
+    changed = [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "changed"]
     assert [(item["what"], item["before"], item["now"], item["same_bits"]) for item in changed] == [
         ("world_size", 4, 2, True),
         ("world_size", 2, 3, True),

@@ -17,7 +17,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Exactness
 from outlast.trainers.loop.buffer_guard import watch_buffers
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import run_group
+from tests.support.groups.worker_group import run_group
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}

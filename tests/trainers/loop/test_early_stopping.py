@@ -14,6 +14,7 @@ from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import MANIFEST
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
@@ -22,7 +23,7 @@ from outlast.trainers.checks.preflight import check_metric
 from outlast.trainers.config.train import EarlyStoppingSettings
 from outlast.trainers.loop.early_stopping import PatienceState, patience
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import digests, fault, losses, run_group, tiny_config
+from tests.support.groups.worker_group import digests, fault, losses, run_group, tiny_config
 
 NAN = float("nan")
 
@@ -80,7 +81,7 @@ SPOILED = {
 
 def ending(storage: LocalStorage, run: str) -> dict[str, Any]:
     """The journal's last word on early stopping; every attempt that got so far must have said the same."""
-    said = [event for _, event in run_events(storage, run) if event["event"] == "early-stop"]
+    said = [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "early-stop"]
     facts = [{key: event[key] for key in ("step", "reason", "best", "best_step")} for event in said]
     assert facts
     assert all(item == facts[0] for item in facts)
@@ -88,7 +89,7 @@ def ending(storage: LocalStorage, run: str) -> dict[str, Any]:
 
 
 def published(storage: LocalStorage, run: str) -> Manifest:
-    model = find_model(storage, run)
+    model = find_model(RunStore(storage, run))
     assert model is not None
     assert not model.faults
     return Manifest.parse(read_bytes(storage, f"{model.path}/{MANIFEST}"))

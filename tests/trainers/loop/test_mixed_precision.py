@@ -15,6 +15,7 @@ from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import LOOP_STATE, checkpoint_dir
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
@@ -26,7 +27,7 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
-from tests.support.worker_group import digests, fault, losses, newest, run_group
+from tests.support.groups.worker_group import digests, fault, losses, newest, run_group
 
 #: The first scale overflows for some steps, the window makes it grow again and overflow again.
 FP16 = {"precision": "fp16", "loss_scale": 2.0**24, "loss_scale_window": 2}
@@ -40,7 +41,7 @@ def settings(**train: Any) -> TrainSettings:
 def skipped(storage: LocalStorage, run: str) -> dict[int, float]:
     """The scale after each step that was left out; a step that was done twice was left out twice."""
     found: dict[int, float] = {}
-    for _, event in run_events(storage, run):
+    for _, event in run_events(RunStore(storage, run)):
         if event["event"] == "step-skipped":
             assert found.setdefault(event["step"], event["scale"]) == event["scale"]
     return found

@@ -12,6 +12,7 @@ import torch
 
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import NonFinite
@@ -19,7 +20,7 @@ from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.non_finite import MAX_IN_A_ROW, NonFiniteError, NonFiniteGuard, RolledBack
 from outlast.trainers.loop.train_loop import Outcome
-from tests.support.worker_group import Ended, digests, fault, losses, newest, resumed, run_group
+from tests.support.groups.worker_group import Ended, digests, fault, losses, newest, resumed, run_group
 
 SIZE = 2
 BAD_STEP = 5  # checkpoints are at 3, 6, 9 and 10
@@ -64,15 +65,19 @@ def bring(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Pa
         name: str, mode: NonFinite, *, spoil: str = "loss", overlap: bool = False, **options: object
     ) -> Assignment:
         model = {"class": "brittle:Brittle", "config": {"bad": bad, "spoil": spoil}}
-        sections = {"model": model, "checkpoint": {"overlap": overlap}}
-        made = assign(f"finite-{name}", sections=sections, **options)
-        return replace(made, code=str(tmp_path), non_finite=mode)
+        failure = {"non_finite": mode.value}
+        sections = {"model": model, "checkpoint": {"overlap": overlap}, "failure": failure}
+        return replace(assign(f"finite-{name}", sections=sections, **options), code=str(tmp_path))
 
     return make
 
 
 def told(storage: LocalStorage, run: str) -> list[tuple[int, str]]:
-    return [(event["step"], event["action"]) for _, event in run_events(storage, run) if event["event"] == "non-finite"]
+    return [
+        (event["step"], event["action"])
+        for _, event in run_events(RunStore(storage, run))
+        if event["event"] == "non-finite"
+    ]
 
 
 def done(ended: list[Ended]) -> bool:
@@ -92,7 +97,7 @@ def test_stop_keeps_the_state_before_the_step(precision: str, spoil: str, bring:
     assert newest(storage, f"finite-{name}").ref.step == BAD_STEP - 1
     skipping = bring(f"{name}-skipped", NonFinite.SKIP, spoil=spoil, precision=precision)
     assert done(run_group(skipping, storage, SIZE))
-    assert done(run_group(replace(stopped, non_finite=NonFinite.SKIP), storage, SIZE))
+    assert done(run_group(bring(name, NonFinite.SKIP, spoil=spoil, precision=precision), storage, SIZE))
     assert digests(storage, f"finite-{name}") == digests(storage, f"finite-{name}-skipped")
 
 
@@ -159,7 +164,9 @@ def test_an_overflow_of_scaled_gradients_is_not_one(bring: Bring, storage: Local
     """fp16's loss scale deals with it, whatever the mode."""
     overflowing = bring("overflow", NonFinite.STOP, spoil="gradient", precision="fp16")
     assert done(run_group(overflowing, storage, SIZE))
-    skipped = [event for _, event in run_events(storage, "finite-overflow") if event["event"] == "step-skipped"]
+    skipped = [
+        event for _, event in run_events(RunStore(storage, "finite-overflow")) if event["event"] == "step-skipped"
+    ]
     assert BAD_STEP in [event["step"] for event in skipped]
     assert not told(storage, "finite-overflow")
     assert len(read_catalog(storage, "finite-overflow").accepted) == 3

@@ -22,8 +22,8 @@ from outlast.trainers.config.train import OPTIMIZERS, TrainSettings
 from outlast.trainers.loop.lr_schedule import learning_rate
 from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer, resolve
 from outlast.trainers.loop.train_loop import Outcome
+from tests.support.groups.worker_group import digests, fault, losses, run_group
 from tests.support.small_model import digests_of, train_step
-from tests.support.worker_group import digests, fault, losses, run_group
 
 MOMENTUM = {"optimizer": "sgd", "optimizer_options": {"momentum": 0.9}}
 OWN = {"optimizer": f"{__name__}:Drifting"}
@@ -128,7 +128,7 @@ def test_the_settings_of_docs_are_settings(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text((root / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
     commands = (root / "docs/training.md").read_text().split("```console slow\n")[1].split("```")[0].splitlines()
     found = [load_run(str(tmp_path / "run.yaml"), shlex.split(line)[4::2])[0].train for line in commands]
-    assert [item.precision for item in found] == ["bf16", "bf16", "fp16", "bf16", "bf16"]
+    assert [item.precision.value for item in found] == ["bf16", "bf16", "fp16", "bf16", "bf16"]
     assert [item.early_stopping is not None for item in found] == [False] * 4 + [True]
 
 

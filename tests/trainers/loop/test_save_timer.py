@@ -11,6 +11,7 @@ import pytest
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveInterval
 from outlast.checkpointing.storage.base import Entry
 from outlast.checkpointing.storage.local import LocalStorage
@@ -57,7 +58,7 @@ def test_the_interval_follows_from_costs_and_is_told(tmp_path: Path, clock: Cloc
     saver.last_save = (2.0, 3.0)
     assert not pace.is_due()
     saver.flush()
-    [told] = [event for _, event in run_events(storage, "run") if event["event"] == "interval"]
+    [told] = [event for _, event in run_events(RunStore(storage, "run")) if event["event"] == "interval"]
     assert told["between_failures_s"] == pytest.approx(ASSUMED_BETWEEN_FAILURES_S / 3, abs=60), "three attempts"
     expected = math.sqrt(2 * 2.0 * (told["between_failures_s"] + told["restart_s"]))
     assert told["seconds"] == pytest.approx(expected, abs=0.1)

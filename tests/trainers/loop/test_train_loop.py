@@ -18,11 +18,12 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.reader import read_tensors
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.claims import claim, list_attempts
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.train import TrainSettings
+from outlast.trainers.config.train import Precision, TrainSettings
 from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
@@ -33,7 +34,7 @@ from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.conftest import Reference
-from tests.support.worker_group import Quiet, digests, losses, newest, resumed, run_group, tiny_config
+from tests.support.groups.worker_group import Quiet, digests, losses, newest, resumed, run_group, tiny_config
 
 
 def train_settings(**settings: Any) -> TrainSettings:
@@ -153,11 +154,12 @@ def test_evaluation_is_the_mean_over_every_token(
     with torch.no_grad():
         expected = model(input_ids=rows, labels=rows).loss.item()
     model.train()
-    found = [evaluate(model, task, data, World(), micro, "fp32")["eval_loss"] for micro in (1, 3, 64, 1000)]
+    found = [evaluate(model, task, data, World(), micro, Precision.FP32)["eval_loss"] for micro in (1, 3, 64, 1000)]
     assert model.training
     model.eval()
     assert found == pytest.approx([expected] * 4, rel=1e-6)
-    assert evaluate(model, task, data, World(), 4, "fp32") == evaluate(model, task, data, World(), 4, "fp32")
+    twice = [evaluate(model, task, data, World(), 4, Precision.FP32) for _ in range(2)]
+    assert twice[0] == twice[1]
 
 
 def test_only_matrices_decay() -> None:
@@ -173,7 +175,9 @@ def test_only_matrices_decay() -> None:
 
 
 def evaluations(storage: LocalStorage, run: str) -> dict[int, float]:
-    return {event["step"]: event["eval_loss"] for _, event in run_events(storage, run) if event["event"] == "eval"}
+    return {
+        event["step"]: event["eval_loss"] for _, event in run_events(RunStore(storage, run)) if event["event"] == "eval"
+    }
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -210,7 +214,7 @@ def test_a_short_last_step_leaves_ranks_without_work(assign: Callable[..., Assig
         run = f"short-{size}"
         assignment = assign(run, steps=None, epochs=epochs, eval_every=None, sections={"checkpoint": {"every": 100}})
         assert run_group(assignment, storage, size)[0].outcome is Outcome.DONE
-        events = [event for _, event in run_events(storage, run) if event["event"] == "step"]
+        events = [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "step"]
         assert [event["count"] for event in events] == [8 * 15, 8 * 15, 15]
     assert losses(storage, "short-3") == pytest.approx(losses(storage, "short-1"), rel=1e-5)
     alone, together = weights(storage, "short-1"), weights(storage, "short-3")
@@ -260,7 +264,9 @@ def test_saves_by_the_clock_are_agreed_and_change_nothing(
     sections = {"checkpoint": {"every": "0.000001s", "keep_last": 2}}
     ended = run_group(assign("by-the-clock", sections=sections), storage, 2)
     assert [item.outcome for item in ended] == [Outcome.DONE] * 2
-    commits = [event["step"] for _, event in run_events(storage, "by-the-clock") if event["event"] == "commit"]
+    commits = [
+        event["step"] for _, event in run_events(RunStore(storage, "by-the-clock")) if event["event"] == "commit"
+    ]
     assert commits == list(range(1, 11))
     assert [item.ref.step for item in read_catalog(storage, "by-the-clock").accepted] == [10, 9]
     assert digests(storage, "by-the-clock") == reference(2).digests
@@ -276,7 +282,7 @@ def test_the_best_is_kept_and_published(assign: Callable[..., Assignment], stora
     measured = evaluations(storage, "best")
     assert [item.metrics["eval_loss"] for item in found.accepted] == [measured[10], measured[8], measured[2]]
 
-    attempt = list_attempts(storage, "best")[-1]
+    attempt = list_attempts(RunStore(storage, "best"))[-1]
     published = Manifest.parse(read_bytes(storage, f"{model_dir('best', attempt)}/{MANIFEST}"))
     assert published.ref.step == 2
     assert published.extra == {"final_step": 10}
@@ -297,7 +303,7 @@ class TakenOver(Quiet):
     def progress(self, event: dict[str, Any]) -> None:
         if event["event"] == "commit" and not self.done:
             self.done = True
-            claim(open_storage(self.url), self.run, {"launch": "newer"})
+            claim(RunStore(open_storage(self.url), self.run), {"launch": "newer"})
 
 
 def test_an_older_launch_gives_way_on_all_ranks(
@@ -307,7 +313,7 @@ def test_an_older_launch_gives_way_on_all_ranks(
     run = "gives-way"
     ended = run_group(assign(run, launch="older"), storage, 2, TakenOver(storage.url, run))
     assert [(item.outcome, item.exit_code) for item in ended] == [(Outcome.SUPERSEDED, 0)] * 2
-    events = [event for _, event in run_events(storage, run)]
+    events = [event for _, event in run_events(RunStore(storage, run))]
     assert [event["step"] for event in events if event["event"] == "commit"] == [3]
     assert [event["step"] for event in events if event["event"] == "superseded"] == [6]
     assert not [event for event in events if event["event"] == "delete"]

@@ -18,7 +18,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.models.lora import adapter_files, adapter_naming
 from tests.checkpointing.state.test_shards import state_digests
-from tests.support.ranks import on_ranks
+from tests.support.groups.ranks import on_ranks
 
 NUMBERS = torch.arange(12).reshape(2, 6)
 LORA = {"r": 2, "target_modules": ["c_attn"], "modules_to_save": ["ln_f"], "fan_in_fan_out": True}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
@@ -30,7 +31,7 @@ from outlast.trainers.models.custom_model import load_class
 from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.tasks.causal_lm import CausalLM
 from outlast.trainers.user_code import make_importable
-from tests.support.worker_group import StopAt, digests, fault, losses, newest, resumed, run_group
+from tests.support.groups.worker_group import StopAt, digests, fault, losses, newest, resumed, run_group, with_parallel
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 PLAIN = """
@@ -110,7 +111,7 @@ def test_a_buffer_that_stays_as_it_is_may_be_saved(
 
     def scaled(launch: str) -> Assignment:
         given = assign(f"scaled-{mode}", sections=sections, launch=launch)
-        return replace(given, code=str(tmp_path), parallel=parallel)
+        return replace(with_parallel(given, parallel), code=str(tmp_path))
 
     assert run_group(scaled("first"), storage, 2, StopAt(3))[0].outcome is Outcome.STOPPED
     assert "scale" in load_file(checkpoints(storage, f"scaled-{mode}", 4) / "model.safetensors")
@@ -154,7 +155,7 @@ def test_loaded_by_its_own_class(bring: Callable[..., Assignment], storage: Loca
     assert (
         newest(storage, "own-class").extra["declaration"]["mathematics"]["model"]["class_"] == "recurrent:RecurrentLM"
     )
-    _, tried = load(bring("own-class").config, choose_checkpoint(storage, "own-class", None, Retention()))
+    _, tried = load(bring("own-class").config, choose_checkpoint(RunStore(storage, "own-class"), None, Retention()))
     assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in weights.items())
 
 
@@ -178,7 +179,7 @@ def test_a_module_that_knows_nothing_of_transformers(
     make_importable(str(tmp_path))
     model = load_class("bigrams:Bigrams")(**json.loads((folder / "config.json").read_text()))
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    task, tried = load(brought("bigrams").config, choose_checkpoint(storage, "bigrams", None, Retention()))
+    task, tried = load(brought("bigrams").config, choose_checkpoint(RunStore(storage, "bigrams"), None, Retention()))
     assert isinstance(task, CausalLM)
     assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in model.state_dict().items())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
@@ -27,7 +27,7 @@ from outlast.trainers.config.train import Parallel
 from outlast.trainers.data.tokenizer import files_of, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.predict import choose_checkpoint, load
-from tests.support.worker_group import digests, fault, losses, newest, run_group
+from tests.support.groups.worker_group import digests, fault, losses, newest, run_group, with_parallel
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
 
@@ -95,14 +95,14 @@ def test_spread_over_ranks_it_comes_back_too(
 ) -> None:
     """Under FSDP2, where each rank holds a share of the frozen weights and of the adapter."""
 
-    def spread(name: str, **options: Any) -> Assignment:
-        return replace(adapt(name, **options), parallel=Parallel.FSDP)
+    def sharded(name: str, **options: Any) -> Assignment:
+        return with_parallel(adapt(name, **options), Parallel.FSDP)
 
     run, strike = "adapter-spread", fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
-    assert run_group(spread(run), storage, 2)[0].outcome is Outcome.DONE
-    run_group(spread(f"{run}-killed", faults=(strike,)), storage, 2)
+    assert run_group(sharded(run), storage, 2)[0].outcome is Outcome.DONE
+    run_group(sharded(f"{run}-killed", faults=(strike,)), storage, 2)
     assert Path(strike.record).exists()
-    assert run_group(spread(f"{run}-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
+    assert run_group(sharded(f"{run}-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
     assert digests(storage, f"{run}-killed") == digests(storage, run)
     assert losses(storage, f"{run}-killed") == losses(storage, run)
     assert losses(storage, run) == pytest.approx(losses(storage, "adapter"), rel=1e-4)
@@ -178,7 +178,7 @@ def test_a_new_head_is_trained_and_saved(
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(adapted))
     assert torch.equal(logits(merged), logits(adapted.merge_and_unload()))
-    _, tried = load(assignment.config, choose_checkpoint(storage, "adapter-head", None, Retention()))
+    _, tried = load(assignment.config, choose_checkpoint(RunStore(storage, "adapter-head"), None, Retention()))
     torch.testing.assert_close(logits(tried), logits(merged))  # `outlast try` takes adapter and head, not merged
 
 

@@ -13,7 +13,7 @@ from outlast.checkpointing.format.manifest import FileEntry
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.preparation.local_cache import evict, limit_bytes, local_copy
-from tests.support.ranks import on_ranks
+from tests.support.groups.ranks import on_ranks
 
 CONTENT = bytes(range(256)) * 40
 

@@ -25,7 +25,7 @@ from outlast.trainers.data.readers import read_rows
 from outlast.trainers.preparation import prepare as data
 from outlast.trainers.preparation.encode import Encoder, encode_here
 from outlast.trainers.preparation.prepare import Prepared, prepare
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 Write = Callable[[Path, Sequence[Any]], None]
 

@@ -17,12 +17,12 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.preparation.prepare import Prepared, prepare
-from tests.support.worker_group import tiny_config
+from tests.support.groups.worker_group import tiny_config
 
 PREPARE = """
     import sys
     from pathlib import Path
-    from outlast.checkpointing.storage.base import LocalStorage
+    from outlast.checkpointing.storage.local import LocalStorage
     from outlast.trainers.config.training_config import TrainingConfig
     from outlast.trainers.preparation.prepare import prepare
 

@@ -18,8 +18,8 @@ from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.registry import find_task
-from tests.support.task_cases import GPT2, paragraphs
-from tests.support.worker_group import digests, fault, run_group
+from tests.support.groups.worker_group import digests, fault, run_group
+from tests.support.tasks.cases import GPT2, paragraphs
 from tests.trainers.data.test_chat_template import PLAIN
 
 

@@ -25,9 +25,11 @@ from transformers import AutoModelForSequenceClassification
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
+from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Sample, Samples
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.data.sampler import Plan, mix
@@ -40,8 +42,8 @@ from outlast.trainers.preparation.prepare import Prepared, prepare
 from outlast.trainers.tasks.base import Batch, Record, Task
 from outlast.trainers.tasks.classification import SequenceClassification
 from outlast.trainers.tasks.registry import find_task
-from tests.support.task_cases import CASES, Case
-from tests.support.worker_group import digests, fault, losses, run_group
+from tests.support.groups.worker_group import digests, fault, losses, run_group
+from tests.support.tasks.cases import CASES, Case
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def test_scores_are_those_that_were_announced_whatever_the_micro_batch(
     name: str, tried: Callable[[str], Tried]
 ) -> None:
     it = tried(name)
-    found = [evaluate(it.model, it.task, it.data, World(), size, "fp32") for size in (1, 7, 1000)]
+    found = [evaluate(it.model, it.task, it.data, World(), size, Precision.FP32) for size in (1, 7, 1000)]
     announced = {f"eval_{score}" for score in ("loss", *it.task.score_names(it.prepared.facts))}
     assert all(item.keys() == announced for item in found)
     for item in found[1:]:
@@ -166,7 +168,7 @@ def test_f1_and_accuracy_are_those_of_torchmetrics(name: str, average: Any, trie
         given = (logits.argmax(-1).flatten(), labels.flatten())
         f1 = multiclass_f1_score(*given, size, average=average, ignore_index=-100)
         accuracy = multiclass_accuracy(*given, size, average="micro", ignore_index=-100)
-    found = evaluate(it.model, it.task, it.data, World(), 5, "fp32")
+    found = evaluate(it.model, it.task, it.data, World(), 5, Precision.FP32)
     assert found["eval_f1"] == pytest.approx(f1.item(), rel=1e-5)
     assert found["eval_accuracy"] == pytest.approx(accuracy.item(), rel=1e-5)
 
@@ -208,7 +210,7 @@ def test_each_task_learns_and_is_killed_and_ends_equal(
     assert run_group(again, storage, 2)[0].outcome is Outcome.DONE
     assert digests(storage, f"{run}-killed") == digests(storage, run)
     assert losses(storage, f"{run}-killed") == losses(storage, run)
-    evals = [event["eval_loss"] for _, event in run_events(storage, run) if event["event"] == "eval"]
+    evals = [event["eval_loss"] for _, event in run_events(RunStore(storage, run)) if event["event"] == "eval"]
     assert evals[-1] < 0.99 * evals[0]
 
 
@@ -444,7 +446,7 @@ def test_labels_that_will_not_do(
 @pytest.mark.faults
 def test_threads_are_those_that_the_run_began_with(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
     """Also after a resume on a machine that would have taken others."""
-    from tests.support.worker_group import StopAt
+    from tests.support.groups.worker_group import StopAt
 
     for launch, threads, stop in (("a", 2, 3), ("b", 1, 6), ("c", 1, 99)):
         assignment = replace(assign("threads", launch=launch), num_threads=threads)

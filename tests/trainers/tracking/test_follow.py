@@ -19,6 +19,7 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
@@ -28,8 +29,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.tracking.base import Watermark
 from outlast.trainers.tracking.follow import Follower, check_trackers, values_of
 from tests.conftest import Reference
+from tests.support.groups.worker_group import Quiet, digests, losses, resumed, run_group
 from tests.support.s3_server import s3_server
-from tests.support.worker_group import Quiet, digests, losses, resumed, run_group
 
 LIMIT_S = 60.0
 STEPS, EVALS = list(range(1, 11)), [0, 4, 8, 10]
@@ -69,7 +70,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def told(storage: LocalStorage, run: str) -> dict[str, dict[int, float]]:
     """What the journal says: the values of each step by name."""
     found: dict[str, dict[int, float]] = {}
-    for _, event in run_events(storage, run):
+    for _, event in run_events(RunStore(storage, run)):
         for name, value in values_of(event).items():
             found.setdefault(name, {})[event["step"]] = value
     return found
@@ -130,11 +131,11 @@ url, kind, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if kind == "x":
     sys.modules["tensorboard"] = None
 import os, signal
-from outlast.checkpointing.storage.base import open_storage
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.trainers.tracking import backends as sinks
-from outlast.trainers.tracking.follow import Place
+from outlast.trainers.tracking.base import TrackerContext
 sinks.SEGMENT_BYTES, sinks.PUT_S = 1000, 0
-sink = sinks.TensorBoard(Place(open_storage(url), "run", "run-1", {"a": 1}, "outlast", {}))
+sink = sinks.TensorBoard(TrackerContext(open_storage(url), "run", "run-1", {"a": 1}, "outlast", {}))
 seen = sink.open()
 newest = seen.by_name.get("train/loss", seen.floor)
 print(newest)
@@ -243,7 +244,7 @@ def test_a_tracker_that_is_down_stops_nobody(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert run(tracked(assign(name), "mlflow"), storage) is Outcome.DONE
     assert digests(storage, name) == digests(storage, reference(2).run)
-    events = [event for _, event in run_events(storage, name) if event["event"] == "tracker"]
+    events = [event for _, event in run_events(RunStore(storage, name)) if event["event"] == "tracker"]
     assert {event["name"] for event in events} == {"mlflow"}
     assert len(events) <= 2, "once, and once more that it did not take everything"
 

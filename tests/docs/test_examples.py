@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import load_run
 from outlast.trainers.attempt import Assignment
@@ -29,8 +30,8 @@ from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.preparation.prepare import prepare
 from outlast.trainers.user_code import make_importable
+from tests.support.groups.worker_group import digests, newest, resumed, run_group, start_script
 from tests.support.small_model import digests_of, small_model, train_step
-from tests.support.worker_group import digests, newest, resumed, run_group, start_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OWN_LOOP = EXAMPLES / "own_loop.py"
@@ -80,7 +81,7 @@ def test_own_task(tmp_path: Path) -> None:
     assignment = Assignment(config, declared, "first", prepared, code=str(EXAMPLES))
     assert [item.outcome for item in run_group(assignment, storage, 2)] == [Outcome.DONE] * 2
     assert 0.4 < newest(storage, "own-task").metrics["eval_accuracy"] < 0.6, "every text has both labels"
-    task, model = load(config, choose_checkpoint(storage, "own-task", None, config.checkpoint.retention))
+    task, model = load(config, choose_checkpoint(RunStore(storage, "own-task"), None, config.checkpoint.retention))
     answers = list(task.predict(model, [{"text": "a good one, 3"}, {"text": "a bad one, 7"}]))
     assert [answer["label"] for answer in answers] == [1, 0]
 

@@ -29,7 +29,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from tests.support.kubernetes import CRDS
+from tests.support.kubernetes.manifests import CRDS
 
 TOKEN = "a-token-of-the-test"
 KINDS = {

@@ -27,15 +27,17 @@ from outlast.checkpointing.format.layout import CheckpointRef, checkpoint_dir
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.config.train import Parallel, ParallelSettings
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.loop.progress import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.support.worker_group_rank"])
+_context.set_forkserver_preload(["tests.support.groups.worker_group_rank"])
 
 GRACE_S = 60.0
 STOPPED_S = 1.0  #: long enough for the other ranks to come to wait
@@ -101,7 +103,7 @@ def run_group(
 
     A rank that has not ended after `limit_s` hangs, and that is an error.
     """
-    from tests.support.worker_group_rank import work
+    from tests.support.groups.worker_group_rank import work
 
     rendezvous = (folder or Path(storage.url)) / f".rendezvous-{os.getpid()}-{time.monotonic_ns()}"
     pipes, processes = [], []
@@ -135,7 +137,7 @@ def run_group(
 
 def start_script(path: Path, arguments: list[str], size: int) -> list[BaseProcess]:
     """Starts a script on `size` ranks, with the environment that torchrun would give them."""
-    from tests.support.worker_group_rank import run_script
+    from tests.support.groups.worker_group_rank import run_script
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -203,16 +205,22 @@ def digests(storage: Storage, run: str, ref: CheckpointRef | None = None) -> dic
 
 def resumed(storage: LocalStorage, run: str) -> list[dict[str, Any]]:
     """The `resume` events of a run, oldest first."""
-    return [event for _, event in run_events(storage, run) if event["event"] == "resume"]
+    return [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "resume"]
 
 
 def losses(storage: Storage, run: str) -> dict[int, float]:
     """Every step's loss; a step that was done twice must have had the same loss both times."""
     found: dict[int, float] = {}
-    for _, event in run_events(storage, run):
+    for _, event in run_events(RunStore(storage, run)):
         if event["event"] == "step":
             assert found.setdefault(event["step"], event["loss"]) == event["loss"], f"step {event['step']} differs"
     return found
+
+
+def with_parallel(assignment: Assignment, parallel: Parallel) -> Assignment:
+    """The same with the model spread over the ranks in this way."""
+    scale = ParallelSettings(parallel=parallel)
+    return replace(assignment, config=assignment.config.model_copy(update={"scale": scale}))
 
 
 def tiny_config(
@@ -231,7 +239,7 @@ def tiny_config(
         "checkpoint": {"storage": storage, "every": 3, "overlap": False},
     }
     for key, value in (sections or {}).items():
-        body[key] = {**body[key], **value} if isinstance(value, Mapping) else value
+        body[key] = {**body.get(key, {}), **value} if isinstance(value, Mapping) else value
     return TrainingConfig.model_validate(body)
 
 

@@ -1,4 +1,4 @@
-"""A forked rank of `tests.support.worker_group`. Imported once by the fork server, so that ranks start at once."""
+"""A forked rank of `tests.support.groups.worker_group`, imported once by the fork server so that ranks start fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from outlast.checkpointing.storage.factory import open_storage
 from outlast.trainers import attempt  # noqa: F401
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.distributed.world import World
-from tests.support.worker_group import Ended
+from tests.support.groups.worker_group import Ended
 
 
 def work(

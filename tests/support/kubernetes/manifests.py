@@ -16,7 +16,7 @@ from outlast.cluster.config.run_config import RunConfig, load_run
 from outlast.cluster.kubernetes.render import render
 from outlast.cluster.kubernetes.settings import k8s_settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARED = Path(os.environ.get("OUTLAST_SHARED", ROOT.parent / "shared"))
 CRDS, TOOL = SHARED / "kuberay-crds", SHARED / "tools" / "validate_crd.py"
 KUBERNETES = ("1.29", "1.34")

@@ -17,7 +17,7 @@ from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.fault_tolerance.coordinator import Coordinator
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
 from outlast.trainers.loop.progress import StepPhase, StepProgress
-from tests.support.worker_group import Quiet
+from tests.support.groups.worker_group import Quiet
 
 
 @contextmanager

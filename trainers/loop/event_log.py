@@ -1,0 +1,53 @@
+"""Events of the step loop: rank 0 writes them into the attempt's journal and passes them on, live, to its listeners."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.trainers.loop.step_state import DeferredMetrics
+
+
+class EventLog:
+    """The journal of an attempt, and its live listeners.
+
+    Args:
+        checkpointer: Has the journal; its own events go to the same listeners.
+        listeners: Called with each event, in this order, on rank 0. They must return at once.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, *listeners: Callable[[dict[str, Any]], None]) -> None:
+        self._checkpointer, self._listeners = checkpointer, listeners
+        checkpointer.listener = self._publish
+
+    def event(self, kind: str, /, **fields: Any) -> None:
+        """Records an event; does nothing on ranks other than 0."""
+        if self._checkpointer.journal is not None:
+            self._checkpointer.journal.event(kind, **fields)
+            self._publish({"event": kind, **fields})
+
+    def durable_event(self, kind: str, /, **fields: Any) -> None:
+        """Records an event that later attempts depend on; durable when this returns. Every rank calls it."""
+        self._checkpointer.note(kind, **fields)
+
+    def step(self, done: DeferredMetrics, loss: float) -> None:
+        """Records a step, once its losses are added over the ranks."""
+        if self._checkpointer.journal is None:
+            return  # to read the norm is to wait for the device
+        self.event(
+            "step",
+            step=done.step + 1,
+            loss=loss if math.isfinite(loss) else None,
+            lr=done.lr,
+            grad_norm=done.grad_norm.item() if done.grad_norm is not None else None,
+            count=int(done.count),
+            tokens=int(done.num_tokens),
+            seconds=round(done.seconds, 4),
+            ended_at=round(done.ended_at, 4),
+        )
+
+    def _publish(self, event: dict[str, Any]) -> None:
+        for listener in self._listeners:
+            listener(event)

@@ -1,0 +1,303 @@
+"""One optimizer update: forward and backward passes, the ranks' agreement, the sum of gradients, clipping, the update.
+
+A step is a pure function of (seed, step). Its global batch is cut into micro-batches that the ranks share out; before
+each one every generator is seeded from (seed, step, micro-batch). So there is no generator state to save and no batch
+to skip: a run that resumes at step k computes what the uninterrupted run computed from step k on.
+
+When to evaluate, save or stop is not decided here: the step carries those requests in its all-reduce, and returns what
+the ranks agreed on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.fault_injection import FaultPoint, fault_point
+from outlast.trainers.config.train import Exactness, NonFinite
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.arrow_samples import Samples
+from outlast.trainers.data.sampler import Plan, share
+from outlast.trainers.distributed.determinism import seed_everything
+from outlast.trainers.distributed.fsdp import whole
+from outlast.trainers.distributed.tree_allreduce import TreeReducer
+from outlast.trainers.distributed.world import World
+from outlast.trainers.loop.buffer_guard import watch_buffers
+from outlast.trainers.loop.compilation import prepare_module
+from outlast.trainers.loop.control import Control
+from outlast.trainers.loop.event_log import EventLog
+from outlast.trainers.loop.lr_schedule import learning_rate
+from outlast.trainers.loop.mixed_precision import apply_gradients, load_scaler, make_scaler, scaler_state
+from outlast.trainers.loop.non_finite import NonFiniteError, NonFiniteGuard, RolledBack, gradient_norm, or_nan
+from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer
+from outlast.trainers.loop.progress import StepPhase, Stopwatch
+from outlast.trainers.loop.step_state import DeferredMetrics, PlannedSave, StepConsensus, StepRequests
+from outlast.trainers.tasks.base import Batch, Task
+
+Positions = npt.NDArray[np.int64]
+
+
+class TrainStep:
+    """The update of a model's weights, step by step.
+
+    Args:
+        config: The settings.
+        plan: The walk through the data.
+        world: This rank.
+        model: The unwrapped model, on `world.device`.
+        task: What the model learns.
+        data: Training samples.
+        control: Learns where the step is.
+        log: Records the steps.
+
+    Attributes:
+        optimizer: The optimizer.
+        loss: The newest finite loss that was added over the ranks; None before the first.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        plan: Plan,
+        world: World,
+        model: nn.Module,
+        task: Task,
+        data: Samples,
+        control: Control,
+        log: EventLog,
+    ) -> None:
+        self._train, self._plan, self._world, self._model = config.train, plan, world, model
+        self._task, self._data, self._control, self._log = task, data, control, log
+        self._exactness = config.exactness
+        is_elastic = config.exactness is Exactness.ELASTIC
+        self._tree = TreeReducer(model.parameters(), world.rank, world.size) if is_elastic else None
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(model, config.train)
+        self._scaler = make_scaler(config.train, world.device)
+        self._non_finite = NonFiniteGuard(config.failure.non_finite, world, model)
+        self._stopwatch = Stopwatch(world.device, control.worked)
+        self._pending: DeferredMetrics | None = None
+        self.loss: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What moves from step to step beside weights and optimizer tensors, JSON."""
+        return {
+            "scaler": scaler_state(self._scaler),
+            "groups": group_numbers(self.optimizer),
+            "left_out": self._non_finite.left_out,
+        }
+
+    def load(self, saved: Mapping[str, Any] | None, checkpointer: Checkpointer) -> None:
+        """Puts `state` back; None for a fresh start. Every rank calls it."""
+        if saved is not None:
+            load_scaler(self._scaler, saved["scaler"])
+            load_group_numbers(self.optimizer, saved["groups"])
+        self._non_finite.restore(checkpointer, (saved or {}).get("left_out", []))
+
+    def prepare(self) -> None:
+        """Compiles, spreads and watches the model, once its weights are restored. Raises as `prepare_module`."""
+        prepare_module(self._model, self._train, self._world, self._world.device)
+        self._wrapped = self._world.parallelize(self._model, self._exactness)
+        recomputes = self._train.gradient_checkpointing
+        self._buffers = watch_buffers(self._model, self._exactness, recomputes=recomputes)
+        self._model.train()
+
+    def update(self, step: int, requests: Callable[[], StepRequests]) -> StepConsensus:
+        """Makes the update number `step`, from 0.
+
+        Args:
+            step: Steps done so far.
+            requests: Asked once the step's data is there.
+
+        Returns:
+            What all ranks agreed to do after it.
+
+        Raises:
+            ConfigError: The step has nothing to learn from, or a buffer changed that must not.
+            NonFiniteError: The run ends here; weights, optimizer and buffers are those before this step.
+            RolledBack: The attempt ends here, to go on from the newest checkpoint without this step.
+        """
+        began = time.monotonic()
+        self._control.at(StepPhase.DATA, step)
+        cut = self._cut(step)
+        batches = {micro: self._batch(cut[micro]) for micro in share(len(cut), self._world.rank, self._world.size)}
+        data_s = time.monotonic() - began
+        agree = self._agree(step, batches, requests)
+        self._stopwatch.tell(data_s, len(batches))
+
+        losses = self._compute_gradients(step, cut, batches, lambda: agree().count)
+        agreed = agree()
+        self._control.at(StepPhase.EXCHANGE, step)
+        if self._tree is not None:
+            self._tree.finish(len(cut))
+        self._control.at(StepPhase.UPDATE, step)
+        for buffers in self._buffers:
+            buffers.check()
+        fault_point(FaultPoint.STEP, step)
+
+        lr = learning_rate(self._train, step, self._plan.num_steps)
+        norm = self._apply(step, lr, losses, cut)
+        seconds = time.monotonic() - began
+        self._pending = DeferredMetrics(step, agreed.count, agreed.num_tokens, losses, norm, lr, seconds, time.time())
+        return agreed
+
+    def settle(self) -> None:
+        """Adds up and records the losses of the newest step now, not with the next one. Every rank calls it."""
+        if self._pending is not None:
+            self._add(0)()
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _cut(self, step: int) -> list[Positions]:
+        """Which positions each micro-batch of a step holds, the same on every rank."""
+        positions = self._plan.positions(step)
+        by_length = self._train.group_by_length
+        return self._plan.cut(positions, self._data.lengths(self._plan.samples(positions)) if by_length else None)
+
+    def _batch(self, positions: Positions) -> Batch:
+        """A micro-batch on the host."""
+        return self._task.collate(self._data.take(self._plan.samples(positions)), self._plan.keys(positions))
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def _compute_gradients(
+        self, step: int, cut: list[Positions], batches: Mapping[int, Batch], count: Callable[[], float]
+    ) -> dict[int, torch.Tensor]:
+        """The forward and backward passes of this rank. Returns the loss sum of each of its micro-batches."""
+        self._control.at(StepPhase.COMPUTE, step)
+        losses: dict[int, torch.Tensor] = {}
+        self._non_finite.begin()
+        for micro, batch in batches.items():
+            seed_everything(self._plan.seed, step, micro)
+            losses[micro] = self._forward_backward(step, batch, count, is_last=len(losses) + 1 == len(batches))
+            if self._tree is not None:
+                self._tree.take(micro, len(cut))
+            fault_point(FaultPoint.ACCUMULATING, step)
+        for _ in range(self._world.num_idle(len(cut), self._wrapped)):  # the others wait for gradients, which are zero
+            seed_everything(self._plan.seed, step, 0)  # what it leaves in buffers may be what is saved
+            self._forward_backward(step, self._batch(cut[0]), lambda: math.inf, is_last=True)
+        return losses
+
+    def _forward_backward(self, step: int, batch: Batch, count: Callable[[], float], *, is_last: bool) -> torch.Tensor:
+        """Adds the gradient of `loss_sum / count`; the last pass adds it over the ranks too. Returns the loss sum.
+
+        The count is asked for once the loss is there.
+        """
+        if isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped.require_backward_grad_sync = is_last
+        with self._world.autocast(self._train.precision):
+            on_device = {key: value.to(self._world.device, non_blocking=True) for key, value in batch.items()}
+            with self._stopwatch.running():
+                loss_sum = self._task.loss_sum(self._wrapped, on_device)
+        if self._train.gradient_checkpointing:
+            for buffers in self._buffers:  # before the backward pass stumbles over it
+                buffers.check()
+        loss = loss_sum / count()
+        if is_last and self._tree is None:
+            self._control.at(StepPhase.EXCHANGE, step)
+        self._scaler.scale(loss if self._scaler.is_enabled() else or_nan(loss)).backward()  # type: ignore[no-untyped-call]
+        return loss_sum.detach()
+
+    # -- agreement -----------------------------------------------------------------------------------------------------
+
+    def _agree(
+        self, step: int, batches: Mapping[int, Batch], requests: Callable[[], StepRequests]
+    ) -> Callable[[], StepConsensus]:
+        """Begins the step's one small all-reduce: its count, the ranks' requests, and the losses of the step before.
+
+        What is returned waits for it when first called, raising ConfigError if the step has nothing to learn from.
+        """
+        count = sum(self._task.count(batch) for batch in batches.values())
+        num_tokens = sum(self._task.num_tokens(batch) for batch in batches.values())
+        mine = requests()
+        wait = self._add(count, num_tokens, float(mine.stop), float(mine.save.value), float(mine.trouble))
+
+        @cache
+        def agreed() -> StepConsensus:
+            self._control.at(StepPhase.AGREE, step)
+            count_sum, token_sum, stop_sum, save_sum, trouble_sum = wait()
+            self._control.at(StepPhase.COMPUTE, step)
+            if not count_sum:
+                raise ConfigError(
+                    f"step {step + 1} has nothing to learn from: none of its samples has a target",
+                    hint="take such rows out of the data, or set a larger train.batch",
+                )
+            return StepConsensus(count_sum, token_sum, stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0)
+
+        return agreed
+
+    def _add(self, *head: float) -> Callable[[], list[float]]:
+        """Begins to add `head` over the ranks, and the losses of the step before, which are then recorded.
+
+        Each micro-batch's loss has a place of its own, zero on every rank but one, so that adding over the ranks is
+        exact; they are then added up in micro-batch order.
+        """
+        values = torch.zeros(len(head) + self._plan.batch // self._plan.micro_batch, dtype=torch.float64)
+        values[: len(head)] = torch.tensor(head, dtype=torch.float64)
+        pending, self._pending = self._pending, None
+        for micro, loss_sum in (pending.micro_losses if pending else {}).items():
+            values[len(head) + micro] = loss_sum.double().cpu()
+        wait = self._world.add_meanwhile(values)
+
+        def added() -> list[float]:
+            sums: list[float] = wait().tolist()
+            if pending is not None:
+                loss = sum(sums[len(head) :]) / pending.count
+                self.loss = loss if math.isfinite(loss) else self.loss
+                self._log.step(pending, loss)
+            return sums[: len(head)]
+
+        return added
+
+    # -- update --------------------------------------------------------------------------------------------------------
+
+    def _apply(
+        self, step: int, lr: float, losses: Mapping[int, torch.Tensor], cut: list[Positions]
+    ) -> torch.Tensor | None:
+        """Clips the gradient and changes the weights. Returns the gradient's norm, None of a step that was left out."""
+        self._scaler.unscale_(self.optimizer)
+        norm: torch.Tensor | None = whole(gradient_norm(self._trained, self._train.clip))
+        checked = None if self._scaler.is_enabled() else norm
+        is_left_out = self._non_finite.is_to_leave_out(step + 1, checked, losses)
+        if is_left_out:
+            self._leave_out(step + 1, losses, cut)
+            norm = None
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if not is_left_out and not apply_gradients(self.optimizer, self._scaler):  # the data moves on all the same
+            norm = None
+            self._log.event("step-skipped", step=step + 1, reason="overflow", scale=self._scaler.get_scale())
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _leave_out(self, step: int, losses: Mapping[int, torch.Tensor], cut: list[Positions]) -> None:
+        """Deals with step `step`, from 1, which must not change the weights. Returns when training goes on without it.
+
+        Raises:
+            NonFiniteError: The run ends here.
+            RolledBack: The attempt ends here.
+        """
+        guard = self._non_finite
+        action = guard.action(step)
+        guard.undo()
+        message = guard.explain(step, losses, {micro: self._plan.samples(cut[micro]).tolist() for micro in losses})
+        self._log.event("non-finite", step=step, action=action.value, message=message)
+        if action is NonFinite.STOP:
+            raise NonFiniteError.of(message, is_one_too_many=guard.mode is not NonFinite.STOP)
+        if step not in guard.left_out:
+            self._log.durable_event("left-out", step=step, message=message)
+        if action is NonFinite.ROLL_BACK:
+            raise RolledBack(f"{message}; going back to the newest checkpoint, to go on without this step")
+        guard.left_out.append(step)
+        self._scaler.update(self._scaler.get_scale())  # forgets this step's gradients, and keeps the scale
