@@ -9,7 +9,7 @@
     └── NoCheckpointError           5   commits exist, and none of them is whole
 
 A message says what happened and where; `hint` is the next command or step. Losing a race is not an error: see
-`lineage.py` for "superseded". Errors cross process borders, so each one pickles with its fields.
+`run_store/catalog.py` for "superseded". Errors cross process borders, so each one pickles with its fields.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """What `word` was probably meant to be, or None."""
+    """Return the closest of the known words, or None."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the nearest known one, or nothing."""
+    """Return the end of a message about an unknown word: the nearest known one, or nothing."""
     return f"; did you mean {near!r}?" if (near := nearest(word, known)) else ""

@@ -1,15 +1,15 @@
-"""Private parts of torch: imported here alone. Tried on torch 2.13; `tests/checkpointing/test_torch_internals.py`."""
+"""Private parts of torch: imported here alone. Tried on torch 2.13."""
 
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-__all__ = ["compute_local_shape_and_global_offset", "limit_recompiles"]
+from torch.distributed.tensor._utils import (
+    compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
+)
 
 
 def limit_recompiles(num_shapes: int) -> None:
-    """Lets a function be compiled for so many shapes. Beyond them it fails: uncompiled kernels have other bits."""
+    """Limit for how many shapes a function is compiled. Beyond them it fails: uncompiled kernels have other bits."""
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 

@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 def actors(actor_id: str | None = None) -> dict[str, Any]:
-    """Rows of the actor table by actor id; with an id, the row of that actor."""
+    """Return the rows of the actor table by actor id; given an id, the row of that actor."""
     from ray._private import state
 
     table: dict[str, Any] = state.actors(actor_id)
@@ -50,7 +50,7 @@ def actors(actor_id: str | None = None) -> dict[str, Any]:
 
 
 def draining_nodes() -> dict[str, float]:
-    """Nodes that Ray is about to lose, by id, with the time (seconds since the epoch; 0 if unknown) of their end."""
+    """Return the nodes that Ray is about to lose, by id, and their deadline in seconds since the epoch (0: unknown)."""
     from ray._private.state import state
 
     found: dict[str, int] = state.get_draining_nodes() or {}
@@ -58,7 +58,7 @@ def draining_nodes() -> dict[str, float]:
 
 
 def dashboard_address() -> str | None:
-    """HOST:PORT of the dashboard of the cluster that this process is connected to."""
+    """Return HOST:PORT of the connected cluster's dashboard, or None."""
     from ray._private.worker import _global_node
 
     url: str | None = _global_node.webui_url
@@ -66,7 +66,7 @@ def dashboard_address() -> str | None:
 
 
 def temp_dir() -> str | None:
-    """The directory of this node's Ray; None where this process is connected to none. The doctor runs it by value."""
+    """Return the directory of this node's Ray; None without a connection. The doctor pickles this function by value."""
     from ray._private.worker import _global_node
 
     return str(_global_node.get_temp_dir_path()) if _global_node else None

@@ -16,6 +16,7 @@ from outlast.checkpointing.format.safetensors import TensorSpec
 from outlast.checkpointing.restore.reader import Index, merge, read_index, read_regions, read_verified
 from outlast.checkpointing.restore.verify import check_listing
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.state.model_weights import compare_weights
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.train_state import Targets, TrainState
 from outlast.checkpointing.storage.base import Storage
@@ -40,8 +41,8 @@ def restore(
     indexes = [mine for mine, _ in seen]
     weights = merge(index for mine in indexes for path, index in mine.items() if not _is_state(path))
     moments = merge(index for mine in indexes for path, index in mine.items() if _is_state(path))
-    train_state.check_weights(_specs(weights))
-    if train_state.has_optimizer and not any(_is_state(entry.path) for entry in manifest.files):
+    compare_weights(train_state.specs, _specs(weights))
+    if train_state.optimizer is not None and not any(_is_state(entry.path) for entry in manifest.files):
         raise ConfigError(
             f"{manifest.ref} was saved without an optimizer; going on with an empty one would be another run",
             hint="resume without an optimizer, or start a new run",

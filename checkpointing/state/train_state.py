@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.format.safetensors import TensorSpec
-from outlast.checkpointing.state.model_weights import ALL, WeightNaming, compare_weights, named_weights, parameter_names
+from outlast.checkpointing.state.model_weights import ALL, WeightNaming, named_weights, parameter_names
 from outlast.checkpointing.state.optimizer_state import (
     assign_to_ranks,
     devices_of_state,
@@ -33,21 +33,17 @@ class TrainState:
         naming: Which weights are saved, and under which names.
 
     Attributes:
-        naming: The argument.
+        optimizer: The argument; so is `naming`.
         specs: Type and whole shape of every weight, in the model's order; the same on every rank.
         weights: This rank's shard of every weight; shares the model's memory.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, naming: WeightNaming = ALL) -> None:
-        self._model, self._optimizer, self.naming = model, optimizer, naming
+        self._model, self.optimizer, self.naming = model, optimizer, naming
         tensors = named_weights(model, naming)
         self.specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         self.weights = {name: local_shard(tensor) for name, tensor in tensors.items()}
         self._regions: Mapping[str, Region] = {}
-
-    @property
-    def has_optimizer(self) -> bool:
-        return self._optimizer is not None
 
     def weights_to_write(self, rank: int) -> dict[str, LocalShard]:
         """The weights that a rank adds to a checkpoint: its part of sharded ones, and on rank 0 all others."""
@@ -59,9 +55,9 @@ class TrainState:
         Raises:
             ConfigError: State that cannot be saved.
         """
-        if self._optimizer is None:
+        if self.optimizer is None:
             return None
-        found = {name: local_shard(item) for name, item in optimizer_tensors(self._model, self._optimizer).items()}
+        found = {name: local_shard(item) for name, item in optimizer_tensors(self._model, self.optimizer).items()}
         whole = {name: part.tensor for name, part in found.items() if not part.is_sharded}
         rank_0_bytes = sum(self.specs[name].num_bytes for name, part in self.weights.items() if not part.is_sharded)
         mine = set(assign_to_ranks(whole, size, rank_0_bytes)[rank])
@@ -71,10 +67,6 @@ class TrainState:
         """Of these weights the ones that a forward pass may change, not the optimizer alone."""
         return set(names) - parameter_names(self._model, self.naming)
 
-    def check_weights(self, found: Mapping[str, TensorSpec]) -> None:
-        """Raises ConfigError if a checkpoint's weights are another model's."""
-        compare_weights(self.specs, found)
-
     def targets(self, moments: Mapping[str, TensorSpec]) -> Targets:
         """What this rank must read, and the memory it goes to: weights into the model's own, moments into new tensors.
 
@@ -82,7 +74,7 @@ class TrainState:
             moments: Type and whole shape of each tensor of optimizer state in the checkpoint.
         """
         targets = {name: (part.box, part.tensor) for name, part in self.weights.items()}
-        devices = devices_of_state(self._model, self._optimizer, moments) if self._optimizer is not None else {}
+        devices = devices_of_state(self._model, self.optimizer, moments) if self.optimizer is not None else {}
         self._regions = regions_of_state(self._model, {name: spec.shape for name, spec in moments.items()})
         for name, spec in moments.items():
             box = self._regions.get(name, Region.whole(spec.shape))
@@ -91,5 +83,5 @@ class TrainState:
 
     def load_moments(self, moments: Mapping[str, torch.Tensor]) -> None:
         """Gives the optimizer its state from the memory of `targets`, once that is filled."""
-        if self._optimizer is not None:
-            load_optimizer(self._model, self._optimizer, moments, sharded=self._regions.keys())
+        if self.optimizer is not None:
+            load_optimizer(self._model, self.optimizer, moments, sharded=self._regions.keys())

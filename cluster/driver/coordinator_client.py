@@ -6,14 +6,13 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.cluster.driver.prometheus import PrometheusGauges
-from outlast.cluster.driver.warm_standby import Standbys
+from outlast.checkpointing.run_store.events import CommitEvent, SlowRank, StepEvent, parse_event
 from outlast.cluster.fault_tolerance.coordinator import _TIMEOUT_S, ask, find_coordinator
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat
 from outlast.cluster.fault_tolerance.preemption import PreemptionWatch
@@ -21,13 +20,16 @@ from outlast.cluster.ray_internals import draining_nodes
 from outlast.trainers.loop.progress import StepPhase, StepProgress
 
 _PERIOD_S = 0.5
-
-
 _AGREEMENT_S = 5.0
 
 
 class CoordinatorClient:
-    """A worker's line to the hub: the `Control` of its step loop. On rank 0 a thread keeps it alive."""
+    """A worker's connection to the coordinator: the `Control` of its step loop. On rank 0 a thread keeps it alive.
+
+    Attributes:
+        attempt: Name of the attempt, once it is claimed.
+        listener: Called with each event on rank 0, in that thread.
+    """
 
     def __init__(self, launch: str, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -36,10 +38,8 @@ class CoordinatorClient:
         self._saves: deque[str] = deque()
         self._watch: PreemptionWatch | None = None
         self.attempt: str | None = None
-        self.meter: PrometheusGauges | None = None
+        self.listener: Callable[[dict[str, Any]], None] = lambda event: None
         self._is_training = False
-        self._standbys: Standbys | None = None
-        self._is_under_way = False
         self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._talk, daemon=True)
@@ -62,13 +62,8 @@ class CoordinatorClient:
         return self._saves.popleft() if self._saves else None
 
     def watch(self, nodes: Sequence[str]) -> None:
-        """From now on asks for a save when one of these nodes is about to be lost, and keeps standbys there (rank 0).
-
-        Args:
-            nodes: The node of each rank.
-        """
+        """From now on requests a save when one of these nodes is about to be lost (rank 0)."""
         self._watch = PreemptionWatch(set(nodes))
-        self._standbys = Standbys(nodes)
 
     def claimed(self, attempt: str) -> None:
         self.attempt = attempt
@@ -79,9 +74,9 @@ class CoordinatorClient:
     def worked(self, seconds: float) -> None:
         self.pulse.worked(seconds)
 
-    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[SlowRank]] | None:
         """As of `watchdog.Post`; so are the next two."""
-        answer: tuple[Hang | None, list[dict[str, Any]]] | None = self._ask("beat", group, beat)
+        answer: tuple[Hang | None, list[SlowRank]] | None = self._ask("beat", group, beat)
         return answer
 
     def last_report(self, group: str, rank: int) -> bool | None:
@@ -96,11 +91,12 @@ class CoordinatorClient:
         return None if self._hub is None else ask(getattr(self._hub, method).remote(*arguments))
 
     def progress(self, event: dict[str, Any]) -> None:
-        self._events.append({"t": time.time(), "by": self.attempt, **event})
-        self._is_training = self._is_training or event["event"] == "step"
-        self._is_under_way = self._is_under_way or event["event"] == "under-way"
-        if event["event"] == "commit" and self._watch is not None:
-            self._watch.save_s = event["seconds"]
+        self._events.append({"t": time.time(), "sender": self.attempt, **event})
+        match parse_event(event):
+            case StepEvent():
+                self._is_training = True
+            case CommitEvent(seconds=float(seconds)) if self._watch is not None:
+                self._watch.save_s = seconds
 
     def earlier_failure(self) -> OutlastError | None:
         """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
@@ -121,18 +117,12 @@ class CoordinatorClient:
             closing = self._closing.wait(_PERIOD_S)
             events = [self._events.popleft() for _ in range(len(self._events))]
             self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
-            if self.meter is not None:
-                for event in events:
-                    # Nothing depends on it.
-                    with contextlib.suppress(RayError, RuntimeError, ValueError, TypeError, LookupError):
-                        self.meter.apply(event, self.attempt)
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()
             if reason := ask(self._hub.wanted.remote(is_training=self._is_training)):
                 self._saves.append(reason)  # in a queue, because whoever wishes waits for the save of that name
-            if self._is_under_way and self._standbys is not None:  # earlier, the first step would wait for them
-                with contextlib.suppress(RayError, RuntimeError, OSError):  # asked last: dead nodes answer late
-                    self._standbys.look()
+            for event in events:  # last of all, because a listener may take its time
+                self.listener(event)
             if closing:
                 return
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import grpc
 import ray
 from ray.runtime_env import RuntimeEnv
 
+from outlast.checkpointing.run_store.events import Event, UnderWayEvent
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.ray_internals import (
     WORKER_PROCESS_SETUP_HOOK_ENV_VAR,
@@ -65,13 +67,13 @@ class Standbys:
     def __init__(self, nodes: Sequence[str]) -> None:
         self._wanted = Counter(nodes) if _PREWARM in os.environ else Counter()
         self._served: set[str] = set()
-        self._next_look: float | None = None
+        self._next_look = inf
 
-    def look(self) -> None:
-        """Asks the raylets of nodes that are new for what is missing there, some time after the first call and then
-        now and again; else returns at once."""
+    def apply(self, event: Event) -> None:
+        """Takes an event of rank 0. Some time after the first step, and then now and again, asks the raylets of nodes
+        that are new for what is missing there."""
         now = time.monotonic()
-        if self._next_look is None:
+        if isinstance(event, UnderWayEvent):  # earlier, the first step would wait for them
             self._next_look = now + float(os.environ.get(_AFTER_S, 0))
         if not self._wanted or now < self._next_look:
             return

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store.events import parse_event
 from outlast.checkpointing.run_store.liveness import process_start
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.driver.prometheus import PrometheusGauges
+from outlast.cluster.driver.warm_standby import Standbys
 from outlast.cluster.fault_tolerance.failure_cause import RankError
 from outlast.cluster.fault_tolerance.out_of_memory import log_of_this_process
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
@@ -52,6 +57,20 @@ def _watchdog(
     return Watchdog(line, group, world.rank, world.size, line.pulse, limit_s, storage, directory, line.progress)
 
 
+def _observers(run: str, nodes: Sequence[str]) -> Callable[[dict[str, Any]], None]:
+    """What rank 0 keeps up to date by its events: gauges and standbys. Nothing depends on them."""
+    gauges, standbys = PrometheusGauges(run), Standbys(nodes)
+
+    def apply(event: dict[str, Any]) -> None:
+        parsed = parse_event(event)
+        with suppress(RayError, RuntimeError, ValueError, TypeError, LookupError):
+            gauges.apply(parsed, event.get("sender"))
+        with suppress(RayError, RuntimeError, OSError):
+            standbys.apply(parsed)
+
+    return apply
+
+
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Runs one attempt. Returns `{"outcome": …}`, or `{"error": …}` for an error that trying again cannot mend.
 
@@ -69,9 +88,10 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             # One rank asks for all: a verdict that comes just now would be heard by some, and the others wait for them.
             if earlier := world.run_on_rank_0(line.earlier_failure):
                 return {"error": earlier}
-            line.watch(world.gather(world.node))
+            nodes = world.gather(world.node)
             if world.rank == 0:
-                line.meter = PrometheusGauges(assignment.config.name)
+                line.watch(nodes)
+                line.listener = _observers(assignment.config.name, nodes)
             with _watchdog(line, world, storage, assignment, payload["hang_after_s"]) as dog:
                 try:
                     return {"outcome": run_attempt(assignment, storage, world, line).value}

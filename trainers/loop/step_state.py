@@ -18,7 +18,7 @@ class PlannedSave(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepRequests:
-    """What one rank wants to happen after a step, before the ranks agree.
+    """What is to happen after a step: for one rank, or once they have agreed for all of them.
 
     Attributes:
         stop: End the attempt.
@@ -38,16 +38,12 @@ class StepConsensus:
     Attributes:
         count: The step's global count.
         num_tokens: Tokens that the model read in it, on all ranks.
-        stop: Some rank was asked to end.
-        save: What rank 0 requested.
-        trouble: On some rank the save in flight failed, or found the attempt superseded.
+        requests: Every rank's requests together.
     """
 
     count: float
     num_tokens: float
-    stop: bool
-    save: PlannedSave
-    trouble: bool
+    requests: StepRequests
 
 
 @dataclass(slots=True)

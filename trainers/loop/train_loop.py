@@ -20,6 +20,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import DamagedError, NoCheckpointError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format.layout import CheckpointRef
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.retention import RetentionCandidate
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
@@ -32,7 +33,7 @@ from outlast.trainers.loop.event_log import EventLog
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.progress import StepPhase
 from outlast.trainers.loop.save_timer import SaveTimer
-from outlast.trainers.loop.step_state import PlannedSave, StepConsensus, StepRequests
+from outlast.trainers.loop.step_state import PlannedSave, StepRequests
 from outlast.trainers.loop.train_step import TrainStep
 from outlast.trainers.tasks.base import Task
 
@@ -99,7 +100,7 @@ class Loop:
             return Outcome.SUPERSEDED
         self._train_step.prepare()
         plan = {"num_steps": self.plan.num_steps, "batch": self.plan.batch}
-        self._log.event("plan", **plan, world_size=self.world.size, step=self.step)
+        self._log.write(events.PlanEvent(**plan, world_size=self.world.size, step=self.step))
         if is_fresh and self.eval_data is not None:
             self._evaluate()
         is_first = True
@@ -110,8 +111,7 @@ class Loop:
                 is_first = False
             if agreed.trouble and not self.checkpointer.wait():
                 return Outcome.SUPERSEDED
-            is_evaluated = self._evaluation_is_due()
-            if is_evaluated:
+            if is_evaluated := self._evaluation_is_due():
                 self._evaluate()
             is_over = self._is_over()
             if is_over and self.step < self.plan.num_steps:
@@ -119,14 +119,12 @@ class Loop:
             if not self._save_if_due(agreed, is_evaluated=is_evaluated, is_over=is_over):
                 return Outcome.SUPERSEDED
             if agreed.stop and not is_over:
-                self._log.event("stop", step=self.step)
+                self._log.write(events.StopEvent(step=self.step))
                 self.checkpointer.flush()
                 return Outcome.STOPPED
         return self._finish()
 
-    # -- stepping ------------------------------------------------------------------------------------------------------
-
-    def _update(self) -> StepConsensus:
+    def _update(self) -> StepRequests:
         """One step. One that ends the run because it is not finite leaves a checkpoint of the state before it."""
         try:
             agreed = self._train_step.update(self.step, self._requests)
@@ -145,7 +143,7 @@ class Loop:
     def _requested_save(self) -> PlannedSave:
         """Rank 0: whether a save is requested from outside, or due by time."""
         if reason := self.control.save_requested():
-            self._log.event("save-requested", step=self.step + 1, reason=reason)
+            self._log.write(events.SaveRequestedEvent(step=self.step + 1, reason=reason))
             return PlannedSave.URGENT
         return PlannedSave.DUE if self._save_timer.is_due() else PlannedSave.NO
 
@@ -155,7 +153,7 @@ class Loop:
             self.checkpointer.reserve(self.model, self._train_step.optimizer)
         if self.world.rank == 0:
             self._save_timer.first_step_is_done()
-        self._log.event("under-way", step=self.step, marks=self.world.mark("first_step"))
+        self._log.write(events.UnderWayEvent(step=self.step, marks=self.world.mark("first_step")))
 
     def _is_over(self) -> bool:
         """Whether no step is left to do; the same on all ranks and after a resume."""
@@ -168,9 +166,7 @@ class Loop:
         assert stopping is not None
         best = patience(stopping, self.log_history)
         reason = f"{best.num_waited} evaluations without a better {stopping.metric}"
-        self._log.event("early-stop", step=self.step, reason=reason, best=best.best, best_step=best.best_step)
-
-    # -- evaluating ----------------------------------------------------------------------------------------------------
+        self._log.write(events.EarlyStopEvent(step=self.step, reason=reason, best=best.best, best_step=best.best_step))
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.train.eval_every
@@ -187,11 +183,9 @@ class Loop:
         found = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
         self.metrics |= found
         self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **found})
-        self._log.event("eval", step=self.step, **found, seconds=round(time.monotonic() - began, 4))
+        self._log.write(events.EvalEvent(step=self.step, scores=found, seconds=round(time.monotonic() - began, 4)))
 
-    # -- saving and restoring ------------------------------------------------------------------------------------------
-
-    def _save_if_due(self, agreed: StepConsensus, *, is_evaluated: bool, is_over: bool) -> bool:
+    def _save_if_due(self, agreed: StepRequests, *, is_evaluated: bool, is_over: bool) -> bool:
         """False when superseded."""
         is_due = self.config.checkpoint.every.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
         may_be_best = is_evaluated and self.config.checkpoint.keep_best > 0
@@ -255,8 +249,6 @@ class Loop:
             self.step, self.metrics, self.log_history = state["step"], state["metrics"], state["log_history"]
         return state is None
 
-    # -- finishing -----------------------------------------------------------------------------------------------------
-
     def _finish(self) -> Outcome:
         """Publishes the model."""
         self.control.at(StepPhase.FINISH, self.step)
@@ -264,7 +256,7 @@ class Loop:
             try:
                 published = self.checkpointer.finish(source, self.step)
             except DamagedError as error:
-                self._log.event("rejected", checkpoint=str(source), reasons=[error.message])
+                self._log.write(events.RejectedEvent(checkpoint=str(source), reasons=(error.message,)))
                 continue
             return Outcome.SUPERSEDED if published is None else Outcome.DONE
         raise NoCheckpointError(

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
+from outlast.checkpointing.run_store.events import LeftOutEvent, NonFiniteEvent, StepSkippedEvent
 from outlast.trainers.config.train import Exactness, NonFinite
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
@@ -113,7 +114,7 @@ class TrainStep:
         self._buffers = watch_buffers(self._model, self._exactness, recomputes=recomputes)
         self._model.train()
 
-    def update(self, step: int, requests: Callable[[], StepRequests]) -> StepConsensus:
+    def update(self, step: int, requests: Callable[[], StepRequests]) -> StepRequests:
         """Makes the update number `step`, from 0.
 
         Args:
@@ -121,7 +122,7 @@ class TrainStep:
             requests: Asked once the step's data is there.
 
         Returns:
-            What all ranks agreed to do after it.
+            The requests of all ranks together.
 
         Raises:
             ConfigError: The step has nothing to learn from, or a buffer changed that must not.
@@ -150,14 +151,12 @@ class TrainStep:
         norm = self._apply(step, lr, losses, cut)
         seconds = time.monotonic() - began
         self._pending = DeferredMetrics(step, agreed.count, agreed.num_tokens, losses, norm, lr, seconds, time.time())
-        return agreed
+        return agreed.requests
 
     def settle(self) -> None:
         """Adds up and records the losses of the newest step now, not with the next one. Every rank calls it."""
         if self._pending is not None:
             self._add(0)()
-
-    # -- data ----------------------------------------------------------------------------------------------------------
 
     def _cut(self, step: int) -> list[Positions]:
         """Which positions each micro-batch of a step holds, the same on every rank."""
@@ -168,8 +167,6 @@ class TrainStep:
     def _batch(self, positions: Positions) -> Batch:
         """A micro-batch on the host."""
         return self._task.collate(self._data.take(self._plan.samples(positions)), self._plan.keys(positions))
-
-    # -- gradients -----------------------------------------------------------------------------------------------------
 
     def _compute_gradients(
         self, step: int, cut: list[Positions], batches: Mapping[int, Batch], count: Callable[[], float]
@@ -209,8 +206,6 @@ class TrainStep:
         self._scaler.scale(loss if self._scaler.is_enabled() else or_nan(loss)).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
-    # -- agreement -----------------------------------------------------------------------------------------------------
-
     def _agree(
         self, step: int, batches: Mapping[int, Batch], requests: Callable[[], StepRequests]
     ) -> Callable[[], StepConsensus]:
@@ -233,7 +228,8 @@ class TrainStep:
                     f"step {step + 1} has nothing to learn from: none of its samples has a target",
                     hint="take such rows out of the data, or set a larger train.batch",
                 )
-            return StepConsensus(count_sum, token_sum, stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0)
+            together = StepRequests(stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0)
+            return StepConsensus(count_sum, token_sum, together)
 
         return agreed
 
@@ -260,8 +256,6 @@ class TrainStep:
 
         return added
 
-    # -- update --------------------------------------------------------------------------------------------------------
-
     def _apply(
         self, step: int, lr: float, losses: Mapping[int, torch.Tensor], cut: list[Positions]
     ) -> torch.Tensor | None:
@@ -277,7 +271,7 @@ class TrainStep:
             group["lr"] = lr
         if not is_left_out and not apply_gradients(self.optimizer, self._scaler):  # the data moves on all the same
             norm = None
-            self._log.event("step-skipped", step=step + 1, reason="overflow", scale=self._scaler.get_scale())
+            self._log.write(StepSkippedEvent(step=step + 1, reason="overflow", scale=self._scaler.get_scale()))
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -292,11 +286,11 @@ class TrainStep:
         action = guard.action(step)
         guard.undo()
         message = guard.explain(step, losses, {micro: self._plan.samples(cut[micro]).tolist() for micro in losses})
-        self._log.event("non-finite", step=step, action=action.value, message=message)
+        self._log.write(NonFiniteEvent(step=step, action=action.value, message=message))
         if action is NonFinite.STOP:
             raise NonFiniteError.of(message, is_one_too_many=guard.mode is not NonFinite.STOP)
         if step not in guard.left_out:
-            self._log.durable_event("left-out", step=step, message=message)
+            self._log.write_durably(LeftOutEvent(step=step, message=message))
         if action is NonFinite.ROLL_BACK:
             raise RolledBack(f"{message}; going back to the newest checkpoint, to go on without this step")
         guard.left_out.append(step)

@@ -20,7 +20,7 @@ from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.driver.launch import _Trainer
+from outlast.cluster.driver.ray_train import _Trainer
 from outlast.cluster.driver.warm_standby import environment
 from tests.support.groups.worker_group import losses, tiny_config
 
