@@ -37,6 +37,7 @@ from outlast.checkpointing.format.safetensors import bytes_view
 from outlast.checkpointing.restore.reader import read_verified
 from outlast.checkpointing.run_store import catalog as lineage
 from outlast.checkpointing.run_store import claims
+from outlast.checkpointing.run_store.events import CommitEvent
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.writer import write_file
@@ -204,7 +205,7 @@ def build_history(folder: Path, run: str) -> None:
             ref = CheckpointRef(step, attempt)
             manifest = Manifest(ref, lineage_, files, 1, {"loss": 1.0}, 0.0, "one")
             storage.put(f"{layout.checkpoint_dir(run, ref)}/{layout.MANIFEST}", [manifest.to_json()])
-            journal.event("commit", step=step, digest="0" * 32, num_bytes=manifest.num_bytes)
+            journal.write(CommitEvent(step=step, digest="0" * 32, num_bytes=manifest.num_bytes))
             mine.append(ref)
         journal.flush()
         standing = mine[-3:]

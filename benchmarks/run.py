@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes `benchmarks/RESULTS.md`, the machine named.
 
-    python -m benchmarks.run [--quick] [stall] [io] [throughput] [recovery]
+    python -m benchmarks.run [--quick] [stall] [io] [throughput] [recovery] [long_run]
 
 Each leaves its figures in `benchmarks/results/NAME.json`; those that are not run again are taken from there.
 """
@@ -18,6 +18,7 @@ PURPOSE = {
     "stall": "What one save costs training, in units of one memory copy of the state and of the raw disk",
     "io": "What outlast's bytes cost beside the bare disk or store, and how costs grow",
     "throughput": "Tokens per second, data preparation and resuming, side by side in one run",
+    "long_run": "What a look at a run of a million steps and a thousand checkpoints costs",
     "recovery": "From a fault to the next step, two workers on four hosts, beside bare Ray Train",
 }
 HERE = Path(__file__).parent

@@ -33,7 +33,7 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.load import restore
 from outlast.checkpointing.restore.reader import read_blocks
 from outlast.checkpointing.run_store import attempt_history as history
-from outlast.checkpointing.run_store import claims
+from outlast.checkpointing.run_store import claims, events
 from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.retention import Retention
@@ -172,22 +172,21 @@ class Checkpointer:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
             self._committer.lineage = list(self.catalogue.accepted[index:])
-            passed = [str(ref) for ref in self.catalogue.doubtful if ref > manifest.ref]
-            told = {"rejected": _as_json(rejected), "passed_over": passed}
-            self._tell(
-                "resume",
+            event = events.ResumeEvent(
                 step=manifest.ref.step,
-                source=str(manifest.ref),
+                source=manifest.ref,
                 committed_at=manifest.committed_at,
-                **told,
+                rejected=_as_told(rejected),
+                passed_over=tuple(ref for ref in self.catalogue.doubtful if ref > manifest.ref),
             )
+            self._tell(event)
             return state
         if self.ranks.run_on_rank_0(self._is_superseded_while_waiting):
             self.superseded = True  # somebody newer may have cleared away what was here
         elif rejected:
             self._refuse(rejected)
         else:
-            self._tell("start")
+            self._tell(events.StartEvent())
         return None
 
     def _is_superseded_while_waiting(self) -> bool:
@@ -195,7 +194,7 @@ class Checkpointer:
 
     def _refuse(self, rejected: list[RejectedCheckpoint]) -> None:
         """Says that nothing whole is left."""
-        self._tell("no-checkpoint", rejected=_as_json(rejected))
+        self._tell(events.NoCheckpointEvent(rejected=_as_told(rejected)))
         self.flush()
         lines = "\n".join(f"  {item.ref}: {'; '.join(item.reasons)}" for item in rejected)
         raise NoCheckpointError(
@@ -279,7 +278,7 @@ class Checkpointer:
             return False
         flights = self.ranks.gather(self._flight.state if self._flight else SaveState.ACKNOWLEDGED)
         if self._flight and SaveState.IN_FLIGHT in flights and SaveState.FAILED_OR_SUPERSEDED not in flights:
-            self._tell("save-skipped", step=step, in_flight=self._flight.step)
+            self._tell(events.SaveSkippedEvent(step=step, in_flight=self._flight.step))
             return True
         if not self._is_to_write(step):
             return not self.superseded
@@ -328,7 +327,7 @@ class Checkpointer:
         try:
             self.superseded = not flight.join()
         except StorageError as error:
-            self._tell("save-failed", step=flight.step, error=error.message)
+            self._tell(events.SaveFailedEvent(step=flight.step, error=error.message))
             raise
         self._record_costs(flight.step, flight.blocked_s, flight.seconds, flight.copy.fenced_s)
         return not self.superseded
@@ -337,8 +336,8 @@ class Checkpointer:
         """Tells for how long training waited: between two steps, and in the next one for the copy."""
         blocked_s = apart_s + fenced_s
         self.last_save = (blocked_s, commit_s)
-        costs = {"blocked_s": blocked_s, "fenced_s": fenced_s, "commit_s": commit_s}
-        self._tell("save", step=step, **{name: round(seconds, 4) for name, seconds in costs.items()})
+        blocked, fenced, commit = (round(seconds, 4) for seconds in (blocked_s, fenced_s, commit_s))
+        self._tell(events.SaveEvent(step=step, blocked_s=blocked, fenced_s=fenced, commit_s=commit))
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Allocates the host buffers of `async_save` ahead of the first one, best after the first optimizer step.
@@ -407,7 +406,7 @@ class Checkpointer:
             extra={"final_step": final_step},
         )
         self._store.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
-        self._tell("done", step=final_step, model=str(source))
+        self._tell(events.DoneEvent(step=final_step, model=str(source)))
         self.flush()
         return target
 
@@ -418,19 +417,19 @@ class Checkpointer:
         if self.journal is not None:
             self.journal.flush()
 
-    def note(self, kind: str, **fields: Any) -> None:
+    def note(self, event: events.Event) -> None:
         """Tells something that later attempts must know: durable when it returns. Every rank calls it."""
-        self.ranks.run_on_rank_0(lambda: self._committer.note(kind, **fields))
+        self.ranks.run_on_rank_0(lambda: self._committer.note(event))
 
-    def _tell(self, kind: str, /, **fields: Any) -> None:
+    def _tell(self, event: events.Event) -> None:
         if self.journal is not None:
-            self.journal.event(kind, **fields)
-            self.listener({"event": kind, **fields})
+            self.journal.write(event)
+            self.listener(event.to_json())
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _as_json(rejected: list[RejectedCheckpoint]) -> list[dict[str, Any]]:
-    return [{"checkpoint": str(item.ref), "reasons": list(item.reasons)} for item in rejected]
+def _as_told(rejected: list[RejectedCheckpoint]) -> tuple[events.Rejection, ...]:
+    return tuple(events.Rejection(str(item.ref), item.reasons) for item in rejected)

@@ -9,7 +9,7 @@
     └── NoCheckpointError           5   commits exist, and none of them is whole
 
 A message says what happened and where; `hint` is the next command or step. Losing a race is not an error: see
-`lineage.py` for "superseded". Errors cross process borders, so each one pickles with its fields.
+`run_store/catalog.py` for "superseded". Errors cross process borders, so each one pickles with its fields.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How numbers are shown: short enough for a line, and to programs as JSON has them."""
+"""Formatting of numbers, sizes and times for one line of text, and of values for JSON. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def finite(body: Any) -> Any:
-    """The same values with None for each number that is NaN or infinite, of which JSON knows nothing."""
+    """Replace NaN and infinite numbers by None, because JSON has none."""
     if isinstance(body, Mapping):
         return {key: finite(item) for key, item in body.items()}
     if isinstance(body, list | tuple):
@@ -25,9 +25,9 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things that make their plural with an s: 1 worker, 2 workers."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def counted(number: int, noun: str) -> str:
+    """Format a count, with a regular plural: 1 worker, 2 workers."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def when(seconds: float) -> str:
@@ -35,34 +35,34 @@ def when(seconds: float) -> str:
 
 
 def clock(seconds: float, now: float) -> str:
-    """A moment near `now`: the time of day, with the date where it is not the same day."""
+    """Format a time near `now`: the time of day, with the date on another day."""
     then, today = time.localtime(seconds), time.localtime(now)
     return time.strftime("%H:%M:%S" if then[:3] == today[:3] else "%Y-%m-%d %H:%M", then)
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units that say something: 0.04 s, 41 s, 3 min 20 s, 2 h 5 min, 4 d 1 h."""
+    """Format seconds in the two largest units: 0.04 s, 41 s, 3 min 20 s, 2 h 5 min, 4 d 1 h."""
     if seconds < 9.95:
         return f"{seconds:.2g} s" if seconds >= 0.0005 else "0 s"
-    whole = round(seconds)
+    total = round(seconds)
     for large, small, name, lesser in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
-        if whole >= large:
-            rest = whole % large // small
-            return f"{whole // large} {name}" + (f" {rest} {lesser}" if rest else "")
-    return f"{whole} s"
+        if total >= large:
+            rest = total % large // small
+            return f"{total // large} {name}" + (f" {rest} {lesser}" if rest else "")
+    return f"{total} s"
 
 
 def short(number: float) -> str:
-    """Three figures and a letter: 950, 12.3 k, 4.56 M."""
+    """Format a number with three digits and a unit prefix: 950, 12.3 k, 4.56 M."""
     for factor, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= 0.9995 * factor:
             return f"{number / factor:.3g}{letter}"
     return f"{number:.3g}"
 
 
-def share(part: float) -> str:
-    """A share of a whole as per cent; what is little is not nothing."""
-    percent = 100 * part
+def share(fraction: float) -> str:
+    """Format a fraction as per cent; neither a tiny fraction as 0 % nor one below 1 as 100 %."""
+    percent = 100 * fraction
     if 0 < percent < 0.1:
         return "<0.1 %"
     if 99.5 <= percent < 100:

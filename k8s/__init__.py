@@ -1,1 +1,1 @@
-"""outlast.k8s: plain YAML that `outlast.cluster.kubernetes.render` fills in. A package, so that installs find it."""
+"""The YAML templates that `outlast.cluster.kubernetes.render` fills in, as package data. It must hold no code."""

@@ -167,6 +167,63 @@ def test_every_module_says_what_it_is_for(room: str) -> None:
     assert silent == []
 
 
+# -- journal events ----------------------------------------------------------------------------------------------------
+
+
+def event_literals(path: Path) -> list[int]:
+    """Lines that make an event of a dict, or compare its kind with a string; `run_store/events.py` has the classes."""
+
+    def is_kind(node: ast.AST) -> bool:
+        found = node.slice if isinstance(node, ast.Subscript) else None
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "get"
+            and node.args
+        ):
+            found = node.args[0]
+        return isinstance(found, ast.Constant) and found.value == "event"
+
+    def is_text(node: ast.AST | None) -> bool:
+        return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+    def is_literal(node: ast.AST) -> bool:
+        match node:
+            case ast.Dict():
+                pairs = zip(node.keys, node.values, strict=True)
+                return any(isinstance(key, ast.Constant) and key.value == "event" and is_text(it) for key, it in pairs)
+            case ast.Compare():
+                compared = [node.left, *node.comparators]
+                texts = [item for side in compared for item in getattr(side, "elts", [side])]
+                return any(map(is_kind, compared)) and any(map(is_text, texts))
+            case ast.Match():
+                return is_kind(node.subject)
+        return False
+
+    return [getattr(node, "lineno", 0) for node in ast.walk(ast.parse(path.read_text())) if is_literal(node)]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_events_are_constructed_and_matched_as_classes(room: str) -> None:
+    assert {path.name: found for path in sources(room) if (found := event_literals(path))} == {}
+
+
+def test_the_scan_sees_an_event_literal(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    lines = [
+        'a = {"event": "step", "step": 1}',
+        'b = e["event"] == "step"',
+        'c = e.get("event") in ("step", "eval")',
+        'd = {"event": e.kind}',
+        'f = e["event"] == StepEvent.kind',
+        'match e["event"]:',
+        '    case "step":',
+        "        pass",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    assert sorted(event_literals(path)) == [1, 2, 3, 6]
+
+
 # -- the public face ---------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from outlast.cluster.jobs.bundle import _package
+from outlast.cluster.jobs.bundle import copy_package
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("checkpointing", "trainers", "cluster")
@@ -38,5 +38,5 @@ def test_wheel_contents(tmp_path: Path) -> None:
 
 
 def test_a_submission_carries_the_page_too(tmp_path: Path) -> None:
-    package = _package(tmp_path)
+    package = copy_package(tmp_path)
     assert {f"outlast/{path.relative_to(package)}" for path in package.rglob("*") if path.is_file()} >= PAGE

@@ -1,4 +1,8 @@
-"""One attempt, from claim to outcome: what every worker of a group runs, under Ray or not."""
+"""One attempt, from claim to outcome: the program of every worker of a group, with or without Ray.
+
+The order matters: claim first, then checks against the run's declaration, then the model, then training. An error is
+written to the journal before it is raised.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,18 @@ from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
+from outlast.checkpointing.run_store.events import FailedEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import wait_for
 from outlast.trainers.checks.preflight import check_metric
 from outlast.trainers.checks.resume_checks import (
-    _check_architecture,
-    _check_base,
-    _check_samples,
-    _flat,
-    _report_changes,
+    check_base_model,
+    check_model_config,
+    check_samples,
     check_unchanged,
+    flatten,
+    record_changes,
 )
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.config.train import Parallel
@@ -36,11 +41,11 @@ from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
 from outlast.trainers.distributed.world import World
-from outlast.trainers.host_info import machine, num_oom_kills
+from outlast.trainers.host_info import host_facts, num_oom_kills
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Loop, Outcome
-from outlast.trainers.models.build import build_model, naming_of
+from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.models.lora import is_adapted
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.registry import find_task
@@ -50,17 +55,17 @@ from outlast.trainers.user_code import make_importable
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a worker group is to do. Crosses process borders, so it holds plain values only.
+    """The work of a worker group. It is sent to other processes, so it holds plain values only.
 
     Attributes:
-        config: The settings, `${env:…}` expanded.
-        declared: The settings as the user wrote them, which the claim keeps.
+        config: The settings, with `${env:…}` expanded.
+        declared: The settings as the user wrote them, which the claim stores.
         launch: The launch that this attempt belongs to.
-        prepared: The data.
+        prepared: The prepared data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
-        code: Directory of the user's Python files, importable where it is there.
+        code: Directory of the user's Python files; made importable if it exists.
         faults: Faults to arm.
-        track: Which tools get the metrics; None for none.
+        track: Experiment trackers; None for none.
     """
 
     config: TrainingConfig
@@ -74,11 +79,11 @@ class Assignment:
 
 
 def run_attempt(assignment: Assignment, storage: Storage, world: World, control: Control) -> Outcome:
-    """Claims the run, restores its resume point, trains. Every rank calls it.
+    """Claim the run, restore its resume point, train. Every rank must call it.
 
     Raises:
         ConfigError: The settings differ from those that the run was started with.
-        NoCheckpointError: No checkpoint is whole.
+        NoCheckpointError: The run has commits, but all its checkpoints are damaged.
         StorageError: The storage failed.
     """
     config = assignment.config
@@ -93,7 +98,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     world.mark("claim")
     base = checkpointer.catalogue.declaration
     check_unchanged(base, config, assignment.prepared.fingerprint)
-    _check_samples(base, checkpointer.declaration)
+    check_samples(base, checkpointer.declaration)
     num_threads = int(base.get("num_threads", assignment.num_threads))
     checkpointer.declaration["num_threads"] = num_threads
     make_deterministic(config.deterministic, num_threads)
@@ -102,17 +107,17 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     task = find_task(config.model.task)(config.data, tokenizer, assignment.prepared.facts)
     fresh = checkpointer.catalogue.is_fresh
     model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
-    checkpointer.naming = naming_of(model)
-    _check_architecture(checkpointer)
+    checkpointer.naming = weight_naming(model)
+    check_model_config(checkpointer)
     if is_adapted(model):
-        _check_base(checkpointer, base, model)
-    _report_changes(checkpointer, base, config.exactness)
-    is_spread = config.scale.parallel is Parallel.FSDP and world.size > 1
-    model = shard(model, world, config.exactness) if is_spread else model.to(world.device)
+        check_base_model(checkpointer, base, model)
+    record_changes(checkpointer, base, config.exactness)
+    is_sharded = config.scale.parallel is Parallel.FSDP and world.size > 1
+    model = shard(model, world, config.exactness) if is_sharded else model.to(world.device)
     world.mark("model")
     has_eval = assignment.prepared.num_eval_samples > 0
     track = assignment.track or TrackSettings(to=[])
-    tracking = follow(track, checkpointer, _flat(dict(assignment.declared)), control.progress)
+    tracking = follow(track, checkpointer, flatten(dict(assignment.declared)), control.progress)
     loop = Loop(
         config,
         world,
@@ -130,10 +135,10 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
 
 
 def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpointer:
-    """Claims the run, once its storage answers, and says in the claim who the ranks are."""
+    """Claim the run once its storage answers; the claim lists the workers."""
     config = assignment.config
-    place = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
-    workers = world.gather({**place, "log": world.log, "oom_kills": num_oom_kills(), **machine(world.device)})
+    process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
+    workers = world.gather({**process, "log": world.log, "oom_kills": num_oom_kills(), **host_facts(world.device)})
     store = RunStore(storage, config.name)
     world.run_on_rank_0(lambda: wait_for(storage, store.attempts_dir))
     return Checkpointer(
@@ -154,16 +159,16 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
 
 
 def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
-    """Trains; an error stands in the journal before it is raised."""
+    """Train; an error is written to the journal before it is raised."""
     try:
         outcome = loop.run()
     except BaseException as error:
         error.add_note(f"after step {loop.step}")
         with suppress(StorageError):  # the first error is the one to report
             if checkpointer.journal is not None:
-                said = f"{type(error).__name__}: {error}"[:500]
+                message = f"{type(error).__name__}: {error}"[:500]
                 final = isinstance(error, NonFiniteError)
-                checkpointer.journal.event("failed", step=loop.step + 1, error=said, final=final)
+                checkpointer.journal.write(FailedEvent(step=loop.step + 1, error=message, final=final))
             checkpointer.flush()
         raise
     checkpointer.flush()

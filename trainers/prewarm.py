@@ -1,7 +1,7 @@
-"""What an attempt imports and sets up late, done early: in a process that waits, while others train.
+"""Prewarming of a standby process: the lazy imports and set-up of an attempt, done while other processes train.
 
-Libraries import most of themselves at their first use: transformers when it is asked for a class, torch when it makes
-an optimizer. Nothing here may change what is computed.
+Libraries import most of their code at first use: transformers when a class is looked up, torch when an optimizer is
+constructed. Nothing here may change what is computed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from outlast.trainers.tasks.registry import find_task
 
 
 def prewarm(task: str, model_type: str | None) -> None:
-    """Imports what a run of this task needs for a model of this type, if the type is one of transformers'."""
+    """Import what a run of this task needs for a model type of transformers; other types are ignored."""
     for name in ("AutoTokenizer", "PreTrainedTokenizerFast", "AutoConfig"):
         getattr(transformers, name)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    kind = find_task(task)
+    task_class = find_task(task)
     if model_type in transformers.CONFIG_MAPPING:
         config = transformers.AutoConfig.for_model(model_type)
-        builder = model_class(kind, config)
+        builder = model_class(task_class, config)
         if hasattr(builder, "_model_mapping"):
             builder._model_mapping[type(config)]
-    with suppress(ImportError):  # releases of transformers whose files hold what the model holds
+    with suppress(ImportError):  # releases of transformers without weight conversion
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         get_checkpoint_conversion_mapping(model_type)

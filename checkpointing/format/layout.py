@@ -62,6 +62,12 @@ class CheckpointRef:
         attempt = AttemptId.parse(match[2]) if match else None
         return cls(int(match[1]), attempt) if match and attempt else None
 
+    @classmethod
+    def from_path(cls, path: str) -> CheckpointRef | None:
+        """The checkpoint that `str(ref)` stands for, or None for any other text."""
+        attempt, _, step = path.partition("/checkpoint-")
+        return cls.parse(f"{step}@{attempt}")
+
 
 def check_run_name(name: str) -> str:
     """`name` itself if it can name a run.

@@ -15,13 +15,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import xxhash
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches, read_claim
 from outlast.checkpointing.run_store.journal import COMMITS, read_events, read_first_and_last
 from outlast.checkpointing.run_store.liveness import read_liveness
@@ -29,16 +30,18 @@ from outlast.checkpointing.run_store.store import RunStore
 
 #: Exit codes of a launch after which the same store may simply be tried again, or the user was told what to do first.
 _SETTLED = frozenset({0, 2, 3, 5, 75, 130})
+#: Those of a launch that ended as it should, or as somebody wanted.
+_ORDERLY = frozenset({0, 75, 130})
 _STARTS_BEFORE_SKIPPING = 2
 
 
 class AttemptOutcome(Enum):
-    """How a try ended."""
+    """How an attempt ended, as far as the restart policy counts it."""
 
-    SETTLED = "settled"  #: done, stopped, superseded, or refused for a reason that was told
+    SETTLED = "settled"  #: done, stopped, superseded, resized, or refused for a reason that was reported
     PREEMPTED = "preempted"  #: by a loss that had been announced
     FAILED = "failed"
-    SILENT = "silent"  #: without a word: its driver has gone too
+    SILENT = "silent"  #: without a reported error: its driver has gone too
     OPEN = "open"  #: at work, as far as its own launch knows
 
     @property
@@ -47,26 +50,107 @@ class AttemptOutcome(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptRecord:
-    """One try.
+class AttemptEnd:
+    """How an attempt ended.
 
     Attributes:
-        ending: How it ended.
+        outcome: What it counts as.
+        cause: In a word or three.
+        message: The error.
+        rank: Which rank it was, where that is known.
+        where: The same with its log, where that is known.
+        at: When that was noticed; None where it was not.
+        goes_on: Its launch starts, or has started, another group.
+        is_planned: Nothing had failed.
+    """
+
+    outcome: AttemptOutcome
+    cause: str = ""
+    message: str = ""
+    rank: int | None = None
+    where: str = ""
+    at: float | None = None
+    goes_on: bool = False
+    is_planned: bool = True
+
+    @property
+    def is_over(self) -> bool:
+        """It is not at work any more."""
+        return self.outcome is not AttemptOutcome.OPEN
+
+
+def end_of_attempt(
+    final: events.FinalEvent | None,
+    failed: events.FailedEvent | None,
+    failure: events.FailureEvent | None,
+    resize: events.ResizeEvent | None,
+    alive: Mapping[str, Any],
+    *,
+    goes_on: bool,
+    is_open: bool,
+) -> AttemptEnd:
+    """How an attempt ended, from what it and its launch have left.
+
+    Args:
+        final: Its last event, if it ended in order.
+        failed: The error that its rank 0 reported.
+        failure: What its launch's journal says of its end.
+        resize: The change of the number of workers that followed it.
+        alive: The launch's liveness file; empty where there is none.
+        goes_on: Its launch has started another group since.
+        is_open: Otherwise it counts as being at work.
+    """
+    if failure is not None:
+        outcome = AttemptOutcome.PREEMPTED if failure.cause == "preempted" else AttemptOutcome.FAILED
+        at, where = failure.noticed_at or failure.t, failure.where or ""
+        message, rank = failure.message, failure.rank
+        return AttemptEnd(outcome, failure.cause, message, rank, where, at, goes_on=True, is_planned=False)
+    if final is not None:
+        return AttemptEnd(AttemptOutcome.SETTLED, _ENDS[type(final)], at=final.t)
+    if is_open:
+        return AttemptEnd(AttemptOutcome.OPEN)
+    exit_code = alive.get("exit_code") if alive.get("ended") else None
+    # The ranks of a killed driver outlive it by a moment, and report broken connections or nothing.
+    is_alone = not goes_on and not alive.get("ended")
+    is_settled = exit_code in _SETTLED
+    if exit_code in _ORDERLY or (goes_on and (failed is None or is_settled)):
+        cause = ("resized" if resize and resize.planned else "restarted") if goes_on else "stopped"
+        return AttemptEnd(AttemptOutcome.SETTLED, cause, goes_on=goes_on)
+    settled = AttemptOutcome.SETTLED if is_settled else None
+    if failed is not None and not (is_alone and is_secondary_error(failed.error)):
+        outcome = settled or AttemptOutcome.FAILED
+        return AttemptEnd(outcome, "error", failed.error, at=failed.t, goes_on=goes_on, is_planned=False)
+    if is_alone:
+        message = failed.error if failed else ""
+        return AttemptEnd(AttemptOutcome.SILENT, "driver lost", message, is_planned=False)
+    return AttemptEnd(settled or AttemptOutcome.SILENT, "failed", str(alive.get("error", "")), is_planned=False)
+
+
+_ENDS: Mapping[type[events.Event], str] = {
+    events.DoneEvent: "done",
+    events.StopEvent: "stopped",
+    events.SupersededEvent: "taken over",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One attempt, or a launch that claimed none.
+
+    Attributes:
+        end: How it ended.
         settings: Which settings it had, see `settings_digest`.
         commits: Steps of its acknowledged commits.
         attempt: The attempt, if it came so far.
         base: The checkpoint that it resumed from.
         passed_over: Checkpoints that it left out on purpose.
-        has_begun: It did a step, or told why it could not.
+        has_begun: It did a step, or reported why it could not.
         failed_step: The step that failed, where that is known.
         is_final: It ended for a reason that only other settings mend.
         raised: What code raised, where, and after which step.
-        what: What happened, in a few words.
-        message: What was said of it.
-        where: Which rank it was, and its log, where that is known.
     """
 
-    ending: AttemptOutcome
+    end: AttemptEnd
     settings: str = ""
     commits: tuple[int, ...] = ()
     attempt: AttemptId | None = None
@@ -76,9 +160,6 @@ class AttemptRecord:
     failed_step: int | None = None
     is_final: bool = False
     raised: str = ""
-    what: str = ""
-    message: str = ""
-    where: str = ""
 
 
 def checkpoints_to_skip(tries: Iterable[AttemptRecord]) -> set[CheckpointRef]:
@@ -90,9 +171,11 @@ def checkpoints_to_skip(tries: Iterable[AttemptRecord]) -> set[CheckpointRef]:
     starts = Counter(
         item.base
         for item in tries
-        if item.ending in (AttemptOutcome.FAILED, AttemptOutcome.OPEN) and not item.has_begun and item.base is not None
+        if item.end.outcome in (AttemptOutcome.FAILED, AttemptOutcome.OPEN)
+        and not item.has_begun
+        and item.base is not None
     )
-    passed = {ref for item in tries if item.ending is not AttemptOutcome.PREEMPTED for ref in item.passed_over}
+    passed = {ref for item in tries if item.end.outcome is not AttemptOutcome.PREEMPTED for ref in item.passed_over}
     return {ref for ref, number in starts.items() if number >= _STARTS_BEFORE_SKIPPING} - passed
 
 
@@ -144,21 +227,20 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
         if launch < since and launch not in attempts_of:
             continue
         alive = read_liveness(store, launch)
-        failures = [e for e in read_events(store, store.launch_dir(launch)) if e["event"] == "failure"]
-        told = {str(event.get("attempt")): event for event in failures}
+        told = map(events.parse_event, read_events(store, store.launch_dir(launch)))
+        failures = [event for event in told if isinstance(event, events.FailureEvent)]
+        failure_of = {event.attempt: event for event in failures}
+        mark, mine = alive.get("settings", ""), attempts_of.get(launch, [])
         dated: list[tuple[float, AttemptRecord]] = [
-            (event["t"], replace(_told(event), settings=alive.get("settings", "")))
+            (event.t, AttemptRecord(end_of_attempt(None, None, event, None, alive, goes_on=True, is_open=False), mark))
             for event in failures
-            if event.get("attempt") == "unclaimed" and event["t"] >= began_at
+            if event.attempt == "unclaimed" and event.t >= began_at
         ]
-        mine = attempts_of.get(launch, [])
         for attempt in mine:
-            claim, event = claims[attempt], told.get(str(attempt))
+            claim, failure = claims[attempt], failure_of.get(str(attempt))
             steps = commits[attempts.index(attempt)]
-            is_alone = attempt == mine[-1] and not alive.get("ended")
-            item = _read_try(store, attempt, claim, steps, event, alive, is_live=launch == live, is_alone=is_alone)
-            if item.ending is AttemptOutcome.SILENT and attempt != mine[-1]:  # its driver went on: resized, or drained
-                item = replace(item, ending=AttemptOutcome.SETTLED)
+            goes_on, is_open = attempt != mine[-1], launch == live
+            item = _read_record(store, attempt, claim, steps, failure, alive, goes_on=goes_on, is_open=is_open)
             dated.append((claim.get("claimed_at", 0.0), item))
         if not dated and not failures and launch != live:
             found += _launch_alone(alive)
@@ -177,57 +259,50 @@ def launches_in_order(launches: Iterable[str], attempts_of: Mapping[str, Sequenc
 
 
 def _commits(store: RunStore, attempt: AttemptId) -> tuple[int, ...]:
-    events = read_events(store, store.attempt_dir(attempt), COMMITS)
-    return tuple(event["step"] for event in events if event.get("event") == "commit")
+    found = map(events.parse_event, read_events(store, store.attempt_dir(attempt), COMMITS))
+    return tuple(event.step for event in found if isinstance(event, events.CommitEvent))
 
 
-def _read_try(
+def _read_record(
     store: RunStore,
     attempt: AttemptId,
     claim: Mapping[str, Any],
     commits: tuple[int, ...],
-    failure: Mapping[str, Any] | None,
+    failure: events.FailureEvent | None,
     alive: Mapping[str, Any],
     *,
-    is_live: bool,
-    is_alone: bool,
+    goes_on: bool,
+    is_open: bool,
 ) -> AttemptRecord:
-    """What became of an attempt.
-
-    Args:
-        failure: What its launch's journal says of its end.
-        alive: The launch's sign of life.
-        is_live: The launch is at work.
-        is_alone: Nothing was heard of the launch later, so connections that broke may be all that its ranks tell.
-    """
-    events = list(read_first_and_last(store, store.attempt_dir(attempt)))
-    kinds = {event["event"] for event in events}
-    resume = next((event for event in events if event["event"] == "resume"), {})
-    failed: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "failed"), {})
-    ended = AttemptRecord(AttemptOutcome.SILENT, what="driver lost", message="it ended without a word")
-    if failure is not None:
-        ended = _told(failure)
-    elif kinds & {"done", "stop", "superseded"}:
-        ended = AttemptRecord(AttemptOutcome.SETTLED)
-    elif is_live:
-        ended = AttemptRecord(AttemptOutcome.OPEN)
-    elif alive.get("ended") and alive.get("exit_code") in _SETTLED:
-        ended = AttemptRecord(AttemptOutcome.SETTLED)
-    elif failed and not (is_alone and is_secondary_error(str(failed["error"]))):
-        ended = AttemptRecord(AttemptOutcome.FAILED, what="error", message=str(failed["error"]))
-    elif failed:
-        ended = replace(ended, message=str(failed["error"]))
-    return replace(
-        ended,
+    """What became of an attempt; the arguments are those of `end_of_attempt`."""
+    resume: events.ResumeEvent | None = None
+    final: events.FinalEvent | None = None
+    failed: events.FailedEvent | None = None
+    has_begun = bool(commits)
+    for body in read_first_and_last(store, store.attempt_dir(attempt)):
+        if body["event"] == events.StepEvent.kind:
+            has_begun = True
+            continue
+        match events.parse_event(body):
+            case events.ResumeEvent() as event:
+                resume = resume or event
+            case events.DoneEvent() | events.StopEvent() | events.SupersededEvent() as event:
+                final = event
+            case events.FailedEvent() as event:
+                failed = event
+            case events.NonFiniteEvent():
+                has_begun = True
+    return AttemptRecord(
+        end_of_attempt(final, failed, failure, None, alive, goes_on=goes_on, is_open=is_open),
         settings=settings_digest(claim.get("settings", {})),
         commits=commits,
         attempt=attempt,
-        base=_ref(resume.get("source")),
-        passed_over=tuple(ref for ref in map(_ref, resume.get("passed_over", ())) if ref is not None),
-        has_begun=bool(kinds & {"step", "non-finite"}) or bool(commits),
-        failed_step=failed.get("step"),
-        is_final=bool(failed.get("final")),
-        raised=(failure or {}).get("raised", ""),
+        base=resume.source if resume else None,
+        passed_over=resume.passed_over if resume else (),
+        has_begun=has_begun,
+        failed_step=failed.step if failed else None,
+        is_final=failed is not None and failed.final,
+        raised=(failure and failure.raised) or "",
     )
 
 
@@ -235,18 +310,8 @@ def _launch_alone(alive: Mapping[str, Any]) -> Iterator[AttemptRecord]:
     """A launch that left nothing but its sign of life."""
     mark = alive.get("settings", "")
     if not alive.get("ended"):
-        yield AttemptRecord(AttemptOutcome.SILENT, mark, what="driver lost", message="it ended before any worker began")
+        end = AttemptEnd(AttemptOutcome.SILENT, "driver lost", "it ended before any worker began", is_planned=False)
+        yield AttemptRecord(end, mark)
     elif alive.get("exit_code") not in _SETTLED:
-        yield AttemptRecord(AttemptOutcome.FAILED, mark, what="launch failed", message=alive.get("error") or "no word")
-
-
-def _told(failure: Mapping[str, Any]) -> AttemptRecord:
-    """What a launch's journal says of the end of an attempt."""
-    ending = AttemptOutcome.PREEMPTED if failure["cause"] == "preempted" else AttemptOutcome.FAILED
-    return AttemptRecord(ending, what=failure["cause"], message=failure["message"], where=failure.get("where", ""))
-
-
-def _ref(text: str | None) -> CheckpointRef | None:
-    """The checkpoint that `str(ref)` stands for."""
-    attempt, _, name = (text or "").partition("/checkpoint-")
-    return CheckpointRef.parse(f"{name}@{attempt}")
+        error = alive.get("error") or "no error message"
+        yield AttemptRecord(AttemptEnd(AttemptOutcome.FAILED, "launch failed", error, is_planned=False), mark)

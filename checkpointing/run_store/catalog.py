@@ -18,7 +18,7 @@ committed. Being superseded is an outcome, not an exception.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from outlast.checkpointing.format.layout import (
@@ -31,9 +31,10 @@ from outlast.checkpointing.format.layout import (
 )
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.base import Storage, read_bytes, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +92,6 @@ def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
     return manifest
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """One attempt's own commits as found."""
-
-    valid: list[Manifest] = field(default_factory=list)
-    rejected: list[RejectedCheckpoint] = field(default_factory=list)
-
-
 def read_catalog(
     storage: Storage, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
 ) -> Catalog:
@@ -121,13 +114,13 @@ def build_catalog(store: RunStore, below: AttemptId | None = None, doubtful: Col
     for attempt in reversed(list_attempts(store)):
         if below is not None and attempt >= below:
             continue
-        found = _read_attempt(store, attempt)
-        rejected += found.rejected
-        if found.valid:
-            older, damaged, missing = _read_manifests(store, found.valid[0].lineage)
+        valid, refused = _read_attempt(store, attempt)
+        rejected += refused
+        if valid:
+            older, damaged, missing = _read_manifests(store, valid[0].lineage)
             rejected += damaged + _lost_commits(store, missing)
-            refused = tuple(sorted(rejected, key=_newest_first))
-            return Catalog(attempt, (*found.valid, *older), refused, frozenset(doubtful))
+            refused = sorted(rejected, key=_newest_first)
+            return Catalog(attempt, (*valid, *older), tuple(refused), frozenset(doubtful))
     return Catalog(None, (), tuple(sorted(rejected, key=_newest_first)))
 
 
@@ -135,16 +128,15 @@ def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
     return (-item.ref.step, -item.ref.attempt.number, item.ref.attempt.nonce)
 
 
-def _read_attempt(store: RunStore, attempt: AttemptId) -> _Attempt:
-    found = _Attempt()
+def _read_attempt(store: RunStore, attempt: AttemptId) -> tuple[list[Manifest], list[RejectedCheckpoint]]:
+    """An attempt's own commits: the whole ones, newest first, and those that are damaged or lost."""
     directory = store.attempt_dir(attempt)
     folders = [entry.name for entry in store.list(directory) if entry.num_bytes is None]
     steps = {step for step in map(parse_checkpoint, folders) if step is not None}
     committed = _standing_commits(store, directory)
     refs = [CheckpointRef(step, attempt) for step in steps | committed]
-    found.valid, found.rejected, missing = _read_manifests(store, refs)
-    found.rejected += _lost_commits(store, [ref for ref in missing if ref.step in committed])
-    return found
+    valid, damaged, missing = _read_manifests(store, refs)
+    return valid, damaged + _lost_commits(store, [ref for ref in missing if ref.step in committed])
 
 
 def _read_manifests(
@@ -178,42 +170,40 @@ _MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committe
 def _standing_commits(store: RunStore, directory: str) -> set[int]:
     """Steps that the attempt's own journal says are committed and that it has not deleted since."""
     standing: set[int] = set()
-    for event in read_events(store, directory, COMMITS):
-        step = event.get("step")
-        if not isinstance(step, int):
-            continue
-        if event.get("event") == "commit":
-            standing.add(step)
-        elif event.get("event") == "delete" and event.get("attempt") == directory.rsplit("/", 1)[-1]:
-            standing.discard(step)
+    for event in map(parse_event, read_events(store, directory, COMMITS)):
+        match event:
+            case CommitEvent(step=step):
+                standing.add(step)
+            case DeleteEvent(step=step, attempt=attempt) if attempt == directory.rsplit("/", 1)[-1]:
+                standing.discard(step)
     return standing
 
 
 def deletions(store: RunStore) -> set[CheckpointRef]:
     """Every checkpoint that some attempt, or a prune from outside, says it deleted."""
     return {
-        CheckpointRef(event["step"], target)
-        for directory in _journals(store)
-        for event in read_events(store, directory, COMMITS)
-        if event.get("event") == "delete" and isinstance(event.get("step"), int)
-        if (target := AttemptId.parse(str(event.get("attempt")))) is not None
+        CheckpointRef(event.step, target)
+        for directory in commit_journals(store)
+        for event in map(parse_event, read_events(store, directory, COMMITS))
+        if isinstance(event, DeleteEvent) and (target := AttemptId.parse(event.attempt)) is not None
     }
 
 
-def _journals(store: RunStore) -> list[str]:
+def delete_checkpoint(store: RunStore, ref: CheckpointRef) -> None:
+    """Deletes the manifest first: from then on the checkpoint does not count. Raises StorageError."""
+    storage, directory = store.storage, store.checkpoint_dir(ref)
+    storage.delete(f"{directory}/{MANIFEST}")
+    for entry in list(walk(storage, directory)):
+        storage.delete(f"{directory}/{entry.name}")
+
+
+def commit_journals(store: RunStore) -> list[str]:
     """The directories of all who may commit or delete: the attempts, and prunes from outside."""
     prunes = [entry.name for entry in store.list(prunes_dir(store.run)) if entry.num_bytes is None]
     return [
         *(store.attempt_dir(attempt) for attempt in list_attempts(store)),
         *(prune_dir(store.run, name) for name in prunes),
     ]
-
-
-# -- pins --------------------------------------------------------------------------------------------------------------
-#
-# A pin is made by somebody who does not know what the run's attempts are doing at that moment. Whoever deletes says so
-# first and looks for pins then; whoever pins writes the pin first and looks for such words then. So one of the two
-# sees the other, and a pin that was granted holds.
 
 
 def run_events(store: RunStore) -> Iterator[tuple[AttemptId, dict[str, Any]]]:

@@ -43,17 +43,15 @@ def find_active_launch(store: RunStore) -> str | None:
 
 def _open_launches(store: RunStore) -> Iterator[tuple[str, Any]]:
     for entry in store.storage.list(f"{store.run}/launches"):
-        try:
-            body = json.loads(read_bytes(store.storage, f"{store.launch_dir(entry.name)}/alive.json"))
-        except (FileNotFoundError, ValueError):
-            continue
-        if not body["ended"] and not is_dead(body):
-            yield entry.name, body["beat"]
+        body = read_liveness(store, entry.name)
+        if body and not body.get("ended") and not is_dead(body):
+            yield entry.name, body.get("beat")
 
 
 def is_dead(alive: Mapping[str, Any]) -> bool:
     """Whether a driver of this machine, by its sign of life, is no process any more; of other machines nobody knows."""
-    return alive.get("host") == _host() and bool(alive["started"]) and process_start(alive["pid"]) != alive["started"]
+    started = alive.get("started")
+    return alive.get("host") == _host() and bool(started) and process_start(alive.get("pid", 0)) != started
 
 
 def _host() -> str:

@@ -1,11 +1,17 @@
-"""Pins: checkpoints that retention keeps."""
+"""Pins: checkpoints that retention keeps.
+
+A pin is made without knowing what the run's attempts are doing at that moment. Whoever deletes announces it first and
+lists the pins then; whoever pins writes the pin first and looks for such announcements then. So one of the two sees the
+other, and a pin that was granted holds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from outlast.checkpointing.format.layout import CheckpointRef, pins_dir
-from outlast.checkpointing.run_store.catalog import _journals
+from outlast.checkpointing.run_store.catalog import commit_journals
+from outlast.checkpointing.run_store.events import DeletingEvent, SparedEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, Journal, read_events
 from outlast.checkpointing.run_store.store import RunStore
 
@@ -29,10 +35,10 @@ def exempt_pinned(
     """
     if not doomed:
         return [], set()
-    journal.event("deleting", checkpoints=[ref.name for ref in doomed])
+    journal.write(DeletingEvent(checkpoints=tuple(ref.name for ref in doomed)))
     spared = list_pins(store.fresh()) & set(doomed)
     if spared:
-        journal.event("spared", checkpoints=[ref.name for ref in sorted(spared)])
+        journal.write(SparedEvent(checkpoints=tuple(ref.name for ref in sorted(spared))))
     return [ref for ref in doomed if ref not in spared], spared
 
 
@@ -40,8 +46,8 @@ def is_being_deleted(store: RunStore, ref: CheckpointRef) -> bool:
     """True if somebody said that this checkpoint is about to go, and has not spared it since."""
     doomed: dict[str, bool] = {}
     now = store.fresh()
-    for directory in _journals(now):
-        for event in read_events(now, directory, COMMITS):
-            if event.get("event") in ("deleting", "spared") and ref.name in event.get("checkpoints", ()):
-                doomed[directory] = event["event"] == "deleting"
+    for directory in commit_journals(now):
+        for event in map(parse_event, read_events(now, directory, COMMITS)):
+            if isinstance(event, DeletingEvent | SparedEvent) and ref.name in event.checkpoints:
+                doomed[directory] = isinstance(event, DeletingEvent)
     return any(doomed.values())

@@ -19,10 +19,6 @@ from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
 class RunStore:
     """One run in a storage. Paths are relative to the storage root.
 
-    Args:
-        storage: The storage.
-        run: Name of the run.
-
     Attributes:
         storage: The storage itself, which remembers nothing.
         run: Name of the run.
@@ -53,6 +49,10 @@ class RunStore:
         if entries is None:
             entries = self._listed[path] = self.storage.list(path)
         return entries
+
+    def forget(self, path: str) -> None:
+        """Forgets the listing of a directory, for who finds that it has changed."""
+        self._listed.pop(path, None)
 
     def open(self, path: str) -> BinaryIO:
         """A file, for reading. Raises as `Storage.open`.

@@ -1,6 +1,6 @@
 """One save after another, from the ranks' shares to an acknowledged commit, and the deletions that follow.
 
-The protocol's second half (claiming and choosing are `lineage` and `checkpointer`): every rank's files are durable,
+The protocol's second half (`claims`, `catalog` and `checkpointer` claim and choose): every rank's files are durable,
 then the manifest, then a look at the claims; only then is the commit acknowledged, and only after the second
 acknowledged commit may anything be deleted. Runs in the caller's thread or in the background, on ranks of its own.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError
@@ -17,18 +18,18 @@ from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store import claims, pins
+from outlast.checkpointing.run_store import claims, events, pins
+from outlast.checkpointing.run_store.catalog import delete_checkpoint
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.writer import RankPayload, write_payload
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.storage.base import walk
 from outlast.checkpointing.storage.multipart_uploads import abort_uploads
 from outlast.checkpointing.storage.retry import retry
 
 T = TypeVar("T")
-Tell = Callable[..., None]
+Tell = Callable[[events.Event], None]
 
 
 class Committer:
@@ -69,10 +70,10 @@ class Committer:
         if ranks.rank == 0:
             self._journal = Journal(store.storage, store.attempt_dir(attempt), 0, stream=COMMITS, flush_s=0)
 
-    def note(self, kind: str, **fields: Any) -> None:
+    def note(self, event: events.Event) -> None:
         """Writes an event that must be known whatever happens next; durable when this returns (rank 0 only)."""
         if self._ranks.rank == 0:
-            self._journal.event(kind, **fields)
+            self._journal.write(event)
 
     def commit(
         self, share: RankPayload, metrics: Mapping[str, float], declaration: Mapping[str, Any], began: float
@@ -131,13 +132,12 @@ class Committer:
         retry(lambda: self._store.storage.put(f"{self._store.checkpoint_dir(ref)}/{layout.MANIFEST}", [data]))
         fault_point(FaultPoint.AFTER_MANIFEST, ref.step)
         if higher := claims.higher_claim(self._store, self._attempt):
-            self._tell("superseded", step=ref.step, by=str(higher))
+            self._tell(events.SupersededEvent(step=ref.step, by=str(higher)))
             self._flush()
             return False
-        digest = manifest.digest
-        self._journal.event("commit", step=ref.step, digest=digest, num_bytes=manifest.num_bytes)
-        seconds = round(time.monotonic() - began, 4)
-        self._tell("commit", step=ref.step, digest=digest, num_bytes=manifest.num_bytes, seconds=seconds)
+        event = events.CommitEvent(step=ref.step, digest=manifest.digest, num_bytes=manifest.num_bytes)
+        self._journal.write(event)
+        self._tell(replace(event, seconds=round(time.monotonic() - began, 4)))
         self._flush()
         return True
 
@@ -161,7 +161,7 @@ class Committer:
                 self._orphans_collected = True
                 self._delete_pending()
         except StorageError as error:
-            self._tell("delete-failed", doomed=[str(ref) for ref in self._pending_deletions], error=error.message)
+            self._tell(events.DeleteFailedEvent(doomed=tuple(map(str, self._pending_deletions)), error=error.message))
         return kept
 
     def _delete_pending(self) -> None:
@@ -196,10 +196,10 @@ class Committer:
         try:
             count = abort_orphans(self._store, self._attempt)
         except StorageError as error:  # they count for nothing and only cost money: not worth another try
-            self._tell("uploads-not-aborted", error=error.message)
+            self._tell(events.UploadsNotAbortedEvent(error=error.message))
         else:
             if count:
-                self._tell("uploads-aborted", count=count)
+                self._tell(events.UploadsAbortedEvent(count=count))
 
     def _find_orphans(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
         for attempt in claims.list_attempts(self._store.fresh()):
@@ -211,12 +211,10 @@ class Committer:
                     yield CheckpointRef(step, attempt)
 
     def _delete(self, ref: CheckpointRef) -> None:
-        directory = self._store.checkpoint_dir(ref)
-        self._journal.event("delete", step=ref.step, attempt=str(ref.attempt))
-        self._tell("delete", step=ref.step, attempt=str(ref.attempt))
-        self._store.storage.delete(f"{directory}/{layout.MANIFEST}")
-        for entry in list(walk(self._store.storage, directory)):
-            self._store.storage.delete(f"{directory}/{entry.name}")
+        event = events.DeleteEvent(step=ref.step, attempt=str(ref.attempt))
+        self._journal.write(event)
+        self._tell(event)
+        delete_checkpoint(self._store, ref)
 
 
 def abort_orphans(store: RunStore, below: AttemptId) -> int:

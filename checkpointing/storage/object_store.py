@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import BinaryIO, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
 
@@ -24,6 +24,7 @@ from pyarrow import fs
 
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused, first_line
 from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.retry import call_with_retries
 
 T = TypeVar("T")
 
@@ -92,13 +93,21 @@ class ObjectStorage:
         more = next(rest, None)
         with _explained("write", self._url, path):
             if more is None:
-                data = b"".join(head)
-                self._patiently(lambda: self._put_once(path, [data]), lambda: self._holds(path, data))
+                self._put_small(path, b"".join(head))
             else:
                 chunks = _as_storage_errors([*head, more], rest)
                 del head, more
-                before = self._patiently(lambda: self._fs.get_file_info(self._path(path)))
+                before = self._retry(lambda: self._fs.get_file_info(self._path(path)))
                 self._put_once(path, chunks, before)
+
+    def _put_small(self, path: str, data: bytes) -> None:
+        tries = count()
+
+        def put() -> None:
+            if not (next(tries) and self._holds(path, data)):  # perhaps only the answer was lost
+                self._put_once(path, [data])
+
+        self._retry(put)
 
     def _put_once(self, path: str, chunks: Iterable[Buffer], before: fs.FileInfo | None = None) -> None:
         """Writes an object. `before` is what it replaces if it cannot be written again; nobody misses it until then."""
@@ -135,38 +144,35 @@ class ObjectStorage:
                 raise
 
     def _holds(self, path: str, data: bytes) -> bool:
-        with self._fs.open_input_file(self._path(path)) as file:
+        with contextlib.suppress(OSError), self._fs.open_input_file(self._path(path)) as file:
             return bool(file.read() == data)
+        return False
 
-    def _patiently(self, work: Callable[[], T], is_done: Callable[[], bool] = lambda: False) -> T | None:
-        """Tries again, with longer and longer pauses, what may be done twice. The last error is raised.
+    def _retry(self, work: Callable[[], T]) -> T:
+        """Tries again, after longer and longer pauses, what may be done twice. The last error is raised.
 
-        Where nobody has answered before, nobody is waited for but by the SDK: the address may be wrong.
+        Where nothing has answered before, only the SDK retries: the address may be wrong.
         """
-        for pause_s in (*_PAUSES_S, None):
-            try:
-                done = work()
-                self._has_answered = True
-                return done
-            except OSError as error:
-                is_nobody = not self._has_answered and _is_missing_credentials(error)
-                self._has_answered |= not is_nobody
-                if pause_s is None or is_nobody or isinstance(error, FileNotFoundError) or _is_refusal(error):
-                    raise
-            time.sleep(pause_s)
-            with contextlib.suppress(OSError):
-                if is_done():
-                    return None
-        raise AssertionError("unreachable")
+
+        def may_pass(error: Exception) -> bool:
+            if not isinstance(error, OSError):
+                return False
+            is_silent = not self._has_answered and _is_missing_credentials(error)
+            self._has_answered |= not is_silent
+            return not (is_silent or isinstance(error, FileNotFoundError) or _is_refusal(error))
+
+        done = call_with_retries(work, _PAUSES_S, may_pass)
+        self._has_answered = True
+        return done
 
     def open(self, path: str) -> BinaryIO:
         with _explained("read", self._url, path):
-            return cast(BinaryIO, self._patiently(lambda: self._fs.open_input_file(self._path(path))))
+            return cast(BinaryIO, self._retry(lambda: self._fs.open_input_file(self._path(path))))
 
     def list(self, path: str) -> list[Entry]:
         selector = fs.FileSelector(self._path(path), allow_not_found=True)
         with _explained("list", self._url, path):
-            found = self._patiently(lambda: self._fs.get_file_info(selector)) or []
+            found = self._retry(lambda: self._fs.get_file_info(selector)) or []
         files = (Entry(item.base_name, item.size if item.type == fs.FileType.File else None) for item in found)
         return sorted(files, key=lambda entry: entry.name)
 
@@ -176,7 +182,7 @@ class ObjectStorage:
 
     def _fs_delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._patiently(lambda: self._fs.delete_file(self._path(path)))
+            self._retry(lambda: self._fs.delete_file(self._path(path)))
 
 
 def _connect(url: str) -> tuple[fs.FileSystem, str, S3Place | None]:

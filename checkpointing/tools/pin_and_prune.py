@@ -1,6 +1,6 @@
 """What a person decides about keeping: pin, unpin, prune. The only verbs that write into a run from outside it.
 
-A run may be at work meanwhile. A pin that was granted holds (`lineage.py` says why). A prune keeps to the rules of an
+A run may be at work meanwhile. A pin that was granted holds (`pins.py` says why). A prune keeps to the rules of an
 attempt's own retention: only when the highest claim holds two commits, never its newest two, the manifest first; and
 its deletions are events in a journal of its own, so that a checkpoint that is not there is not taken for a damaged one.
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.layout import (
-    MANIFEST,
     AttemptId,
     CheckpointRef,
     parse_checkpoint,
@@ -22,8 +21,9 @@ from outlast.checkpointing.format.layout import (
     prune_dir,
 )
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store.catalog import deletions
+from outlast.checkpointing.run_store.catalog import delete_checkpoint, deletions
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.events import DeleteEvent, SparedEvent
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.pins import exempt_pinned, is_being_deleted, list_pins
 from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention, RetentionCandidate
@@ -145,15 +145,15 @@ def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
     doomed, spared = exempt_pinned(store, journal, [manifest.ref for manifest in plan.doomed])
     for count, ref in enumerate(doomed):
         if list_attempts(store.fresh())[-1] != plan.highest:
-            journal.event("spared", checkpoints=[item.name for item in doomed[count:]])
+            journal.write(SparedEvent(checkpoints=tuple(item.name for item in doomed[count:])))
             raise StorageError(
                 f"run {store.run!r}: a new attempt began after {count} of {len(doomed)} deletions; the rest stays",
                 hint="prune again once it has saved twice",
             )
-        journal.event("delete", step=ref.step, attempt=str(ref.attempt))
-        _delete(store, ref)
+        journal.write(DeleteEvent(step=ref.step, attempt=str(ref.attempt)))
+        delete_checkpoint(store, ref)
     for ref in plan.remains:
-        _delete(store, ref)
+        delete_checkpoint(store, ref)
     every = sorted((*plan.doomed, *plan.kept), key=lambda manifest: manifest.ref, reverse=True)
     return PrunePlan(
         plan.highest,
@@ -161,10 +161,3 @@ def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
         tuple(manifest for manifest in every if manifest.ref not in set(doomed)),
         plan.remains,
     )
-
-
-def _delete(store: RunStore, ref: CheckpointRef) -> None:
-    directory = store.checkpoint_dir(ref)
-    store.storage.delete(f"{directory}/{MANIFEST}")
-    for entry in list(walk(store.storage, directory)):
-        store.storage.delete(f"{directory}/{entry.name}")

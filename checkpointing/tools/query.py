@@ -7,7 +7,7 @@ still there afterwards and the run's owner is unchanged; else the look starts ov
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -179,25 +179,27 @@ def resolve_checkpoint(store: RunStore, which: str, retention: Retention) -> Res
     if which != "model":
         manifest = pick_manifest(store, which, retention)
         return ResolvedCheckpoint(store, store.checkpoint_dir(manifest.ref), manifest)
-    load_catalog(store)
-    for attempt in reversed(list_attempts(store)):
+    directory, model = _newest_model(store, existing_attempts(store))
+    if isinstance(model, ManifestError):
+        raise DamagedError(f"{store.storage.url}/{directory}/{MANIFEST}: {model}") from model
+    if model is None:
+        raise NoCheckpointError(
+            f"run {store.run!r} has no finished model yet", hint="run `outlast train` until it is done"
+        )
+    return ResolvedCheckpoint(store, directory, model)
+
+
+def _newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, Manifest | ManifestError | None]:
+    """The directory and the manifest of the model that the highest of some attempts published; None if none did."""
+    for attempt in sorted(attempts, reverse=True):
         directory = store.model_dir(attempt)
         try:
-            return ResolvedCheckpoint(store, directory, Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}")))
+            return directory, Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}"))
         except FileNotFoundError:
             continue
         except ManifestError as error:
-            raise DamagedError(f"{store.storage.url}/{directory}/{MANIFEST}: {error}") from error
-    raise NoCheckpointError(f"run {store.run!r} has no finished model yet", hint="run `outlast train` until it is done")
-
-
-def path_of(store: RunStore, which: str, retention: Retention) -> str:
-    """Where a checkpoint lies: `newest`, `best`, `model` (the finished one), a step, or step@attempt.
-
-    Raises:
-        NoCheckpointError: There is no such thing.
-    """
-    return resolve_checkpoint(store, which, retention).url
+            return directory, error
+    return "", None
 
 
 @contextmanager
@@ -275,7 +277,7 @@ def _verify(store: RunStore, manifest: Manifest, owner: AttemptId | None) -> Ver
             raise _ChangedWhileReading from error
         if build_catalog(now).owner != owner:
             raise _ChangedWhileReading
-    return VerificationResult(f"{store.storage.url}/{directory}", manifest.ref.step, manifest.num_bytes, tuple(faults))
+    return VerificationResult(store.checkpoint_url(manifest.ref), manifest.ref.step, manifest.num_bytes, tuple(faults))
 
 
 def find_model(store: RunStore) -> VerificationResult | None:
@@ -290,17 +292,11 @@ def find_model(store: RunStore) -> VerificationResult | None:
     from outlast.checkpointing.restore.verify import verify
 
     owner = build_catalog(store).owner
-    for attempt in reversed(list_attempts(store)):
-        if owner is None or attempt < owner:
-            break
-        directory = store.model_dir(attempt)
-        try:
-            manifest = Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}"))
-        except FileNotFoundError:
-            continue
-        except ManifestError as error:
-            return VerificationResult(directory, 0, 0, (f"{MANIFEST}: {error}",))
-        return VerificationResult(
-            directory, manifest.ref.step, manifest.num_bytes, tuple(verify(store.storage, directory, manifest))
-        )
-    return None
+    attempts = [attempt for attempt in list_attempts(store) if owner is not None and attempt >= owner]
+    directory, manifest = _newest_model(store, attempts)
+    if manifest is None:
+        return None
+    if isinstance(manifest, ManifestError):
+        return VerificationResult(directory, 0, 0, (f"{MANIFEST}: {manifest}",))
+    faults = verify(store.storage, directory, manifest)
+    return VerificationResult(directory, manifest.ref.step, manifest.num_bytes, tuple(faults))

@@ -1,4 +1,4 @@
-"""Entry point of `python -m outlast.cluster.cli`, which RayJobs and Ray jobs start."""
+"""Entry point of `python -m outlast.cluster.cli`. It must stay: applied RayJobs and submitted jobs start it."""
 
 from outlast.cluster.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The `checkpoints` verbs: each finds its run, calls one function, prints what comes back."""
+"""The `checkpoints` commands: each resolves its run, calls one function and prints the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Base, Code, Root, Run, Trusted, bring_code
+from outlast.cluster.cli.options import AsJson, Base, Code, Run, StorageRoot, Trusted, make_code_importable
 from outlast.cluster.config.run_reference import find_run
 from outlast.cluster.formatting import size, when
 
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from outlast.checkpointing.tools.pin_and_prune import PrunePlan
     from outlast.checkpointing.tools.query import ResolvedCheckpoint
 
-checkpoints = typer.Typer(help="Look at a run's checkpoints, keep them, take them elsewhere.", no_args_is_help=True)
+checkpoints = typer.Typer(
+    help="List, verify, compare, keep, delete and export a run's checkpoints.", no_args_is_help=True
+)
 
-Which = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="newest, best, a step, or step@attempt.")]
+CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="newest, best, a step, or step@attempt.")]
 
 
 @checkpoints.command("ls")
-def list_(run: Run, storage: Root = "./runs", as_json: AsJson = False) -> None:
-    """List the checkpoints that count, newest first."""
+def list_(run: Run, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
+    """List the accepted checkpoints, newest first."""
     from outlast.checkpointing.tools import query as commands
 
     store, retention = find_run(run, storage)
@@ -44,18 +46,13 @@ def list_(run: Run, storage: Root = "./runs", as_json: AsJson = False) -> None:
     print(f"{'step':>8}  {'size':>9}  {'committed':19}  metrics")
     for row in rows:
         metrics = "  ".join(f"{key} {value:.4f}" for key, value in sorted(row["metrics"].items()))
-        marks = "".join(f"  {mark}" for mark in ("best", "pinned") if row[mark])
-        print(f"{row['step']:>8}  {size(row['bytes']):>9}  {when(row['committed_at'])}  {metrics}{marks}")
+        flags = "".join(f"  {flag}" for flag in ("best", "pinned") if row[flag])
+        print(f"{row['step']:>8}  {size(row['bytes']):>9}  {when(row['committed_at'])}  {metrics}{flags}")
 
 
 @checkpoints.command()
-def show(
-    run: Run,
-    which: Which = "newest",
-    storage: Root = "./runs",
-    as_json: AsJson = False,
-) -> None:
-    """Show one checkpoint: its files, digests, metrics, and what it stands on."""
+def show(run: Run, which: CheckpointName = "newest", storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
+    """Show one checkpoint: its files, digests, metrics and lineage."""
     from outlast.checkpointing.tools import query as commands
 
     store, retention = find_run(run, storage)
@@ -66,9 +63,9 @@ def show(
     pinned = ", pinned" if body["pinned"] else ""
     print(f"checkpoint-{body['step']} by attempt {body['attempt']}, committed {when(body['committed_at'])}{pinned}")
     print(f"{body['path']}\n{size(body['bytes'])} by {body['world_size']} ranks; metrics {body['metrics']}")
-    print(f"stands on: {', '.join(body['lineage']) or 'nothing'}")
+    print(f"lineage: {', '.join(body['lineage']) or 'none'}")
     if body["record"]:
-        print(f"made of: {body['record']}")
+        print(f"record: {body['record']}")
     for entry in body["files"]:
         print(f"  {entry['xxh3_128']}  {size(entry['num_bytes']):>9}  {entry['path']}")
 
@@ -80,10 +77,10 @@ def verify(
         str | None,
         typer.Argument(metavar="CHECKPOINT", help="Only this one: newest, best, model, a step, or step@attempt."),
     ] = None,
-    storage: Root = "./runs",
+    storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte and compare with what was committed. Exit code 5 if anything is damaged."""
+    """Read every byte and compare it with the committed digests. Exit code 5 if anything is damaged."""
     from dataclasses import asdict
 
     from outlast.checkpointing.tools import query as commands
@@ -108,13 +105,13 @@ def path(
     which: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="newest, best, model, a step, or step@attempt.")
     ] = "newest",
-    storage: Root = "./runs",
+    storage: StorageRoot = "./runs",
 ) -> None:
-    """Print where a checkpoint lies, for `from_pretrained`."""
+    """Print the path of a checkpoint, for `from_pretrained`."""
     from outlast.checkpointing.tools import query as commands
 
     store, retention = find_run(run, storage)
-    print(commands.path_of(store, which, retention))
+    print(commands.resolve_checkpoint(store, which, retention).url)
 
 
 @checkpoints.command()
@@ -122,12 +119,14 @@ def diff(
     run: Run,
     first: Annotated[str, typer.Argument(metavar="A", help="newest, best, model, a step, or step@attempt.")],
     second: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
-    other: Annotated[str | None, typer.Option("--with", metavar="RUN", help="The run that B is of.")] = None,
-    optimizer: Annotated[bool, typer.Option("--optimizer", help="Compare the optimizer's state too.")] = False,
-    storage: Root = "./runs",
+    other: Annotated[
+        str | None, typer.Option("--with", metavar="RUN", help="The run of B, if it is another one.")
+    ] = None,
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="Compare the optimizer state too.")] = False,
+    storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
-    """Compare two checkpoints, tensor by tensor, and the settings that they were made with."""
+    """Compare two checkpoints tensor by tensor, and their settings."""
     from outlast.checkpointing.tools import query as commands
     from outlast.checkpointing.tools.diff import diff_checkpoints
 
@@ -136,43 +135,43 @@ def diff(
     if other is not None:
         store, retention = find_run(other, storage)
     theirs = commands.resolve_checkpoint(store, second, retention)
-    found = diff_checkpoints(ours, theirs, optimizer=optimizer)
+    result = diff_checkpoints(ours, theirs, optimizer=optimizer)
     if as_json:
         body = {
             "a": ours.url,
             "b": theirs.url,
-            "settings": found.settings,
-            "tensors": [item.as_json() for item in found.tensors],
+            "settings": result.settings,
+            "tensors": [item.as_json() for item in result.tensors],
         }
         print(json.dumps(body, indent=1))
         return
     print(f"a  {ours.url}\nb  {theirs.url}")
-    _print_comparison(found)
+    _print_diff(result)
 
 
-def _print_comparison(found: CheckpointDiff) -> None:
+def _print_diff(result: CheckpointDiff) -> None:
     from outlast.checkpointing.tools.diff import SettingChange
 
-    for key, pair in (found.settings or {}).items():
+    for key, pair in (result.settings or {}).items():
         print(f"{key}: {pair[0]!r} → {pair[1]!r}")
-    if not found.settings:
-        print("the settings cannot be told" if found.settings is None else "the settings are the same")
-    print("tensors: " + ", ".join(f"{found.count(change)} {change.value}" for change in SettingChange))
-    different = [item for item in found.tensors if item.change is not SettingChange.EQUAL]
+    if not result.settings:
+        print("the settings are not recorded" if result.settings is None else "the settings are the same")
+    print("tensors: " + ", ".join(f"{result.count(change)} {change.value}" for change in SettingChange))
+    different = [item for item in result.tensors if item.change is not SettingChange.EQUAL]
     if different:
         print(f"{'':8}  {'norm of a':>11}  {'norm of b':>11}  {'of b - a':>11}  {'largest':>11}  name")
     for item in different:
         numbers = (*item.norms, item.distance, item.largest)
         shown = "  ".join(f"{'-' if number is None else format(number, '.5g'):>11}" for number in numbers)
-        kinds = [
-            f"{kind} {list(shape)}" for kind, shape in zip(item.dtypes, item.shapes, strict=True) if shape is not None
+        specs = [
+            f"{dtype} {list(shape)}" for dtype, shape in zip(item.dtypes, item.shapes, strict=True) if shape is not None
         ]
-        print(f"{item.change.value:8}  {shown}  {item.name} {' → '.join(dict.fromkeys(kinds))}")
+        print(f"{item.change.value:8}  {shown}  {item.name} {' → '.join(dict.fromkeys(specs))}")
 
 
 @checkpoints.command()
-def pin(run: Run, which: Which, storage: Root = "./runs", as_json: AsJson = False) -> None:
-    """Keep a checkpoint whatever retention says, also of a run that is at work."""
+def pin(run: Run, which: CheckpointName, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
+    """Exempt a checkpoint from retention; also while the run is running."""
     from outlast.checkpointing.tools import pin_and_prune as keeping
 
     store, retention = find_run(run, storage)
@@ -184,10 +183,10 @@ def pin(run: Run, which: Which, storage: Root = "./runs", as_json: AsJson = Fals
 def unpin(
     run: Run,
     which: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A step, or step@attempt.")],
-    storage: Root = "./runs",
+    storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
-    """Take a pin back; the checkpoint goes when retention next lets it."""
+    """Remove a pin; retention may delete the checkpoint from then on."""
     from outlast.checkpointing.tools import pin_and_prune as keeping
 
     store, _ = find_run(run, storage)
@@ -198,14 +197,18 @@ def unpin(
 @checkpoints.command()
 def prune(
     run: Run,
-    keep_last: Annotated[int | None, typer.Option(min=2, help="The newest so many stay.")] = None,
-    keep_best: Annotated[int | None, typer.Option(min=0, help="The best so many by the run's metric stay.")] = None,
-    keep_every: Annotated[int | None, typer.Option(min=0, help="Of every so many steps the last stays.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show what would go.")] = False,
-    storage: Root = "./runs",
+    keep_last: Annotated[int | None, typer.Option(min=2, help="Number of newest checkpoints to keep.")] = None,
+    keep_best: Annotated[
+        int | None, typer.Option(min=0, help="Number of best checkpoints, by the run's metric, to keep.")
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(min=0, help="Keep the last checkpoint of every so many steps.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; default: only show what would be deleted.")] = False,
+    storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
-    """Delete checkpoints that nothing keeps. What is not given is as in the run's own settings; pins hold."""
+    """Delete checkpoints that retention does not keep. Defaults are the run's settings; pins are kept."""
     from dataclasses import replace
 
     from outlast.checkpointing.tools import pin_and_prune as keeping
@@ -221,18 +224,18 @@ def prune(
     if yes:
         plan = keeping.prune(store, plan)
     if as_json:
-        print(json.dumps(_prune_as_json(plan, yes), indent=1))
+        print(json.dumps(_plan_as_json(plan, yes), indent=1))
         return
     for manifest in plan.doomed:
         print(f"{'deleted' if yes else 'would delete'}  {manifest.ref.name}  {size(manifest.num_bytes)}")
     for ref in plan.remains:
-        print(f"{'deleted' if yes else 'would delete'}  {ref.name}  what an interrupted deletion left")
+        print(f"{'deleted' if yes else 'would delete'}  {ref.name}  rest of an interrupted deletion")
     print(f"{'kept' if yes else 'would keep'}  {', '.join(manifest.ref.name for manifest in plan.kept)}")
     if not yes and (plan.doomed or plan.remains):
-        print(f"{size(plan.num_bytes)} would be free; the same command with --yes deletes", file=sys.stderr)
+        print(f"{size(plan.num_bytes)} would be freed; repeat the command with --yes to delete", file=sys.stderr)
 
 
-def _prune_as_json(plan: PrunePlan, done: bool) -> dict[str, Any]:
+def _plan_as_json(plan: PrunePlan, done: bool) -> dict[str, Any]:
     return {
         "done": done,
         "deleted": [manifest.ref.name for manifest in plan.doomed],
@@ -245,49 +248,48 @@ def _prune_as_json(plan: PrunePlan, done: bool) -> dict[str, Any]:
 @checkpoints.command()
 def export(
     run: Run,
-    places: Annotated[
+    arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[CHECKPOINT] [OUT]",
-            help="Which (newest, best, model, a step, step@attempt; default: newest), and a directory to make. "
+            help="The checkpoint (newest, best, model, a step, step@attempt; default: newest), and a new directory. "
             "No OUT with --weights, --config or --vocab.",
         ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as it was saved.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as saved.")] = None,
     format_: Annotated[
-        str | None,
-        typer.Option("--format", help="safetensors, or pytorch: pytorch_model.bin, a raw state_dict."),
+        str | None, typer.Option("--format", help="safetensors, or pytorch: pytorch_model.bin, a raw state_dict.")
     ] = None,
     old_vocab: Annotated[
         bool, typer.Option("--old-vocab", help="Add vocab.txt, or vocab.json and merges.txt.")
     ] = False,
     weights: Annotated[
-        Path | None,
-        typer.Option(help="Write the weights to this file; pytorch unless it ends with .safetensors."),
+        Path | None, typer.Option(help="Write the weights to this file; as pytorch unless it ends with .safetensors.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Write the configuration to this file.")] = None,
     vocab: Annotated[
-        Path | None, typer.Option(help="Write old-style vocabulary to this directory; or file, where it is one.")
+        Path | None,
+        typer.Option(help="Write the old-style vocabulary to this directory, or to this file if it is a single one."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Of an adapter: add it to the model beneath, and write the whole.")
+        bool, typer.Option("--merge", help="For an adapter: merge it into its base model, and write the result.")
     ] = False,
-    card: Annotated[bool, typer.Option("--card/--no-card", help="Beside the model: README.md, its model card.")] = True,
+    card: Annotated[bool, typer.Option("--card/--no-card", help="Write a model card, README.md, too.")] = True,
     base: Base = None,
     code: Code = None,
     trusted: Trusted = False,
-    storage: Root = "./runs",
+    storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
-    """Copy a checkpoint, verified, as a plain Hugging Face directory, or its parts to paths of your choice."""
+    """Verify and copy a checkpoint as a plain Hugging Face directory, or parts of it to given paths."""
     parts = {"weights": weights, "config": config, "vocab": vocab}
-    which, out = _which_and_out(places or [], any(parts.values()))
+    which, out = _which_and_out(arguments or [], any(parts.values()))
     if base and not merge:
-        raise ConfigError("--base goes with --merge", hint="give both, or leave --base out")
+        raise ConfigError("--base needs --merge", hint="give both, or omit --base")
     if old_vocab and out is None:
-        raise ConfigError("--old-vocab goes with OUT", hint="--vocab PATH writes such files to a path of your choice")
+        raise ConfigError("--old-vocab needs OUT", hint="or give --vocab PATH, which writes the same files to PATH")
     if merge:
-        bring_code(run, code)
+        make_code_importable(run, code)
     merging = {"base": base, "trusted": trusted} if merge else None
     source, written = _export(
         find_run(run, storage),
@@ -305,7 +307,7 @@ def export(
 
 
 def _export(
-    found_run: tuple[RunStore, Retention],
+    resolved_run: tuple[RunStore, Retention],
     which: str,
     out: Path | None,
     parts: dict[str, Path | None],
@@ -316,67 +318,67 @@ def _export(
     *,
     with_card: bool,
 ) -> tuple[str, list[Path]]:
-    """Writes what `export` was asked for. Returns what it was made of, and what was written."""
+    """Export. Return the checkpoint's URL, and the paths written."""
     from outlast.checkpointing.tools import query as commands
     from outlast.checkpointing.tools.export import check_free, converted, export_directory, export_parts, read_content
 
     write, weights_name, caveat = form
     check_free([out] if out is not None else [path for path in (parts["weights"], parts["config"]) if path is not None])
-    store, retention = found_run
-    found = commands.resolve_checkpoint(store, which, retention)
-    content = read_content(found)
+    store, retention = resolved_run
+    checkpoint = commands.resolve_checkpoint(store, which, retention)
+    content = read_content(checkpoint)
     if merging is not None:
         from outlast.trainers.models.merge_lora import merge as merged
 
-        content = merged(content, found.declaration, **merging)
+        content = merged(content, checkpoint.declaration, **merging)
     if dtype is not None:
         content = converted(content, dtype)
     if out is not None:
         if with_card:
-            content = _with_card(found, content)
+            content = _add_card(checkpoint, content)
         export_directory(content, out, weights_name=weights_name, write_weights=write, old_vocab=old_vocab)
         written = [out]
     else:
         written = export_parts(content, **parts, write_weights=write)
     if caveat and (out is not None or parts["weights"] is not None):
         print(f"outlast: {caveat}", file=sys.stderr)
-    return found.url, written
+    return checkpoint.url, written
 
 
-def _with_card(found: ResolvedCheckpoint, content: Content) -> Content:
-    """The same with a model card, unless the model brought one."""
+def _add_card(checkpoint: ResolvedCheckpoint, content: Content) -> Content:
+    """Add a model card, unless the model has one."""
     from dataclasses import replace
 
     from outlast.cluster.monitoring.model_card import CARD
     from outlast.cluster.monitoring.model_card import model_card as write_card
 
-    return replace(content, files={CARD: write_card(found, content), **content.files})
+    return replace(content, files={CARD: write_card(checkpoint, content), **content.files})
 
 
-def _which_and_out(places: list[str], parts: bool) -> tuple[str, Path | None]:
-    most = 1 if parts else 2
-    if len(places) > most or not (places or parts):
-        wanted = "at most a CHECKPOINT, and no OUT," if parts else "OUT, or CHECKPOINT and OUT,"
+def _which_and_out(arguments: list[str], parts: bool) -> tuple[str, Path | None]:
+    limit = 1 if parts else 2
+    if len(arguments) > limit or not (arguments or parts):
+        expected = "at most a CHECKPOINT, and no OUT," if parts else "OUT, or CHECKPOINT and OUT,"
         raise ConfigError(
-            f"export takes {wanted} after RUN; given: {' '.join(places) or 'nothing'}",
+            f"export takes {expected} after RUN; given: {' '.join(arguments) or 'nothing'}",
             hint="outlast checkpoints export RUN best OUT",
         )
     if parts:
-        return (places[0] if places else "newest"), None
-    if "://" in places[-1]:
+        return (arguments[0] if arguments else "newest"), None
+    if "://" in arguments[-1]:
         raise ConfigError(
-            f"export writes to a local directory, not to {places[-1]}", hint="name a directory, then copy it"
+            f"export writes to a local directory, not to {arguments[-1]}", hint="name a directory, then copy it"
         )
-    if len(places) == 1 and re.fullmatch(r"newest|best|model|\d+(@[\w-]+)?", places[0]):
+    if len(arguments) == 1 and re.fullmatch(r"newest|best|model|\d+(@[\w-]+)?", arguments[0]):
         raise ConfigError(
-            f"{places[0]} names a checkpoint; a directory to make is missing",
-            hint=f"outlast checkpoints export RUN {places[0]} OUT, or ./{places[0]} for a directory of that name",
+            f"{arguments[0]} is a checkpoint; the directory OUT is missing",
+            hint=f"outlast checkpoints export RUN {arguments[0]} OUT, or ./{arguments[0]} for a directory of that name",
         )
-    return (places[0] if len(places) == 2 else "newest"), Path(places[-1])
+    return (arguments[0] if len(arguments) == 2 else "newest"), Path(arguments[-1])
 
 
 def _weights_format(name: str | None, weights: Path | None) -> tuple[WriteWeights, str | None, str]:
-    """Who writes the weights, their file's name in a directory (None: as it is), and what is to be said about them."""
+    """Return the function that writes the weights, their file name (None: unchanged), and a caveat to print."""
     if name not in (None, "safetensors", "pytorch"):
         raise ConfigError(f"--format {name} is not known", hint="write --format safetensors or --format pytorch")
     if name == "pytorch" or (name is None and weights is not None and weights.suffix != ".safetensors"):

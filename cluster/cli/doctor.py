@@ -1,4 +1,4 @@
-"""`outlast doctor`: what is wrong with a cluster, before a run finds out."""
+"""The `doctor` command: runs the checks on this machine, on a cluster, or as a job of its job server."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from outlast.cluster.preflight.doctor_rules import Requirements
     from outlast.cluster.preflight.finding import Finding
 
-#: How its report begins where it runs as a job, so that it is found in the job's log.
+#: Begin of the JSON report, by which it is found in a job's log.
 JSON_HEAD = '{"checks": '
 
 
 def doctor(
     run_file: Annotated[
-        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run file: what the cluster must be fit for.")
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run file, whose requirements to check.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")
@@ -30,56 +30,56 @@ def doctor(
         str | None,
         typer.Option(
             help="A Ray cluster, or its job server (http://HEAD:8265); default: RAY_ADDRESS, else "
-            "RAY_API_SERVER_ADDRESS, else a Ray of its own on this machine."
+            "RAY_API_SERVER_ADDRESS, else a new local one."
         ),
     ] = None,
-    storage: Annotated[str | None, typer.Option(help="Without a run file: a storage to try.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only what `train` looks at, too.")] = False,
+    storage: Annotated[str | None, typer.Option(help="Without a run file: a storage to test.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the checks that `train` runs too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Examine a cluster from every node: versions, devices, memory, disk, storage, clocks, ports, an all-reduce.
+    """Check a cluster from every node: versions, devices, memory, disk, storage, clocks, ports, an all-reduce.
 
-    Exit code 3 if anything failed; warnings are none of its business.
+    Exit code 3 if a check failed; warnings do not count.
     """
     import os
 
     from outlast.cluster.preflight.doctor_rules import Requirements
     from outlast.cluster.preflight.finding import Level
 
-    place = address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
-    if place and place.startswith(("http://", "https://")):
-        findings = _through_job_server(place, run_file, overrides or [], storage, quick)
+    target = address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if target and target.startswith(("http://", "https://")):
+        findings = _run_as_job(target, run_file, overrides or [], storage, quick)
     else:
-        wanted = Requirements(storage=storage and _absolute(storage))
+        requirements = Requirements(storage=storage and _absolute(storage))
         if run_file is not None:
             from outlast.cluster.config.run_config import load_run
             from outlast.cluster.preflight.doctor import requirements_of
 
-            wanted = requirements_of(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
-        findings = _here(place, wanted, quick)
+            requirements = requirements_of(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
+        findings = _run_here(target, requirements, quick)
     _print(findings, as_json)
     raise typer.Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
 
 
-def _absolute(place: str) -> str:
-    return place if "://" in place else str(Path(place).absolute())
+def _absolute(storage: str) -> str:
+    return storage if "://" in storage else str(Path(storage).absolute())
 
 
-def _here(address: str | None, wanted: Requirements, quick: bool) -> list[Finding]:
+def _run_here(address: str | None, requirements: Requirements, quick: bool) -> list[Finding]:
     from outlast.cluster.driver.ray_session import ray_session
     from outlast.cluster.jobs.ray_jobs import check_server
-    from outlast.cluster.preflight.doctor import examine, job_server_of
+    from outlast.cluster.preflight.doctor import examine, job_server_address
 
-    with ray_session(address) as joined:
-        server = job_server_of() if joined else None
-        found = examine(wanted, quick=quick)
-    return found + (check_server(server) if server else [])
+    with ray_session(address) as is_existing:
+        server = job_server_address() if is_existing else None
+        findings = examine(requirements, quick=quick)
+    return findings + (check_server(server) if server else [])
 
 
-def _through_job_server(
+def _run_as_job(
     address: str, run_file: Path | None, overrides: list[str], storage: str | None, quick: bool
 ) -> list[Finding]:
-    """The same, run on the cluster by its job server."""
+    """Run the checks on the cluster, as a job of its job server."""
     from outlast.checkpointing.errors import PreflightError
     from outlast.cluster.jobs import ray_jobs as jobs
     from outlast.cluster.preflight.finding import Finding, Level
@@ -94,17 +94,17 @@ def _through_job_server(
     elif storage is not None:
         arguments += ["--storage", storage]
     client = jobs.connect(address)
-    log = jobs.run_verb(client, arguments, declared)
+    log = jobs.run_command(client, arguments, declared)
     lines = [line for line in log.splitlines() if line.startswith(JSON_HEAD)]
     if not lines:
         print(log, file=sys.stderr, end="")
         raise PreflightError(
-            f"the examination at {address} ended without a report; its log is above",
-            hint="the cluster's image needs what outlast needs: `pip install outlast` there",
+            f"doctor at {address} ended without a report; its log is above",
+            hint="the cluster's image needs outlast's dependencies: `pip install outlast` there",
         )
     rows = [{**row, "level": Level(row["level"])} for row in json.loads(lines[-1])["checks"]]
-    found = [Finding(**row) for row in rows if row["check"] != "job server"]
-    return found + jobs.check_server(address)
+    findings = [Finding(**row) for row in rows if row["check"] != "job server"]
+    return findings + jobs.check_server(address)
 
 
 def _print(findings: list[Finding], as_json: bool) -> None:

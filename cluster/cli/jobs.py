@@ -1,4 +1,4 @@
-"""Verbs of Ray jobs: `submit`, `list`, `logs`, `stop`, `resume`."""
+"""The commands for Ray jobs: `submit`, `supervise`, `resume`, `list`, `logs` and `stop`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli.options import Address, AsJson, Overrides, Root, Run, RunFile, SentCode, Ship
+from outlast.cluster.cli.options import Address, AsJson, Overrides, Run, RunFile, Ship, ShippedCode, StorageRoot
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
 
 if TYPE_CHECKING:
@@ -20,19 +20,23 @@ def submit(
     run_file: RunFile,
     overrides: Overrides = None,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
-    supervise: Annotated[bool, typer.Option("--supervise", help="Stay, and submit again when it dies.")] = False,
-    code: SentCode = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show its log until it ends; exit with its exit code.")
+    ] = False,
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Keep running, and submit again when it fails.")
+    ] = False,
+    code: ShippedCode = None,
     ship: Ship = True,
 ) -> None:
-    """Submit the run to a Ray cluster; a run that is at work there already is attached to. Prints the job's id.
+    """Submit the run to a Ray cluster, or attach to its live job. Prints the job's id.
 
     With --follow or --supervise the exit code is the run's.
     """
     from outlast.cluster.config.run_config import load_run
 
     if follow and supervise:
-        raise typer.BadParameter("--follow shows one job, --supervise stays with all of them; give one of the two")
+        raise typer.BadParameter("--follow shows one job, --supervise all of them; give one of the two")
     config, declared = load_run(str(run_file), overrides or [])
     if supervise:
         _supervise([(config, declared)], address, code, ship)
@@ -40,39 +44,39 @@ def submit(
 
 
 def supervise_runs(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Run files, or runs that have begun.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Run files, or existing runs.")],
     overrides: Overrides = None,
     address: Address = None,
-    code: SentCode = None,
+    code: ShippedCode = None,
     ship: Ship = True,
-    storage: Root = "./runs",
+    storage: StorageRoot = "./runs",
 ) -> None:
-    """Keep runs going on a Ray cluster: submit again when a job or the whole cluster has died.
+    """Keep runs running on a Ray cluster: submit again when a job or the whole cluster has died.
 
-    Ends when all have ended, with the exit code of one that failed, if there is one.
+    Ends when all have ended, with the exit code of one that failed, if any.
     """
     from outlast.cluster.config.run_config import load_run
 
-    found = [
-        load_run(run, overrides or []) if run.endswith(RUN_FILES) else _remembered(run, storage, overrides or [])
+    settings = [
+        load_run(run, overrides or []) if run.endswith(RUN_FILES) else _load_from_storage(run, storage, overrides or [])
         for run in runs
     ]
-    _supervise(found, address, code, ship)
+    _supervise(settings, address, code, ship)
 
 
 def _supervise(
-    found: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
+    settings: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
 ) -> None:
     from outlast.cluster.jobs.ray_jobs import check_reachable
     from outlast.cluster.jobs.supervisor import Supervisor, supervise
 
-    for config, _ in found:
+    for config, _ in settings:
         check_reachable(config)
-    raise typer.Exit(supervise([Supervisor(config, declared, address, code, ship) for config, declared in found]))
+    raise typer.Exit(supervise([Supervisor(config, declared, address, code, ship) for config, declared in settings]))
 
 
-def _remembered(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
-    """A run's settings as its storage remembers them."""
+def _load_from_storage(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
+    """Load a run's settings from its storage."""
     from outlast.cluster.config.run_config import settings_of
     from outlast.cluster.config.run_reference import declared_settings
 
@@ -84,13 +88,15 @@ def resume(
     run: Run,
     overrides: Overrides = None,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Show its log, and end as it ends.")] = False,
-    code: SentCode = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show its log until it ends; exit with its exit code.")
+    ] = False,
+    code: ShippedCode = None,
     ship: Ship = True,
-    storage: Root = "./runs",
+    storage: StorageRoot = "./runs",
 ) -> None:
-    """Submit a run again, with the settings that its storage remembers."""
-    config, declared = _remembered(run, storage, overrides or [])
+    """Submit a run again, with the settings from its storage."""
+    config, declared = _load_from_storage(run, storage, overrides or [])
     _submit(config, declared, address, follow, code, ship)
 
 
@@ -106,7 +112,7 @@ def _submit(
         if warning.hint:
             print(f"outlast: {warning.text}; {warning.hint}", file=sys.stderr)
     job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
-    print(f"{'submitted' if is_new else 'already at work; attached to'} {job.id}", file=sys.stderr)
+    print(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", file=sys.stderr)
     print(job.id)
     if follow:
         from outlast.cluster.monitoring.reporter import terminal
@@ -117,8 +123,8 @@ def _submit(
         raise typer.Exit(ended.exit_code)
 
 
-def list_runs(address: Address = None, storage: Root = "./runs", as_json: AsJson = False) -> None:
-    """List the runs under --storage, or with --address the submissions that a cluster remembers."""
+def list_runs(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
+    """List the runs in --storage, or with --address a cluster's submissions."""
     rows: list[dict[str, Any]]
     if address is not None:
         from dataclasses import asdict
@@ -135,7 +141,7 @@ def list_runs(address: Address = None, storage: Root = "./runs", as_json: AsJson
         print(json.dumps(rows, indent=1))
         return
     if not rows:
-        print(f"no run {'is remembered there' if address is not None else f'lies in {storage}'}", file=sys.stderr)
+        print(f"no runs {'on this cluster' if address is not None else f'in {storage}'}", file=sys.stderr)
     for row in rows:
         state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
         print(f"{row.get('id') or row['run']:32}  {state}")
@@ -144,20 +150,20 @@ def list_runs(address: Address = None, storage: Root = "./runs", as_json: AsJson
 def logs(
     run: Run,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Print until the job ends.")] = False,
 ) -> None:
     """Print the log of a run's newest job. With --follow the exit code is the job's."""
     from outlast.cluster.jobs import ray_jobs as jobs
 
     client = jobs.connect(address)
-    job = jobs.newest(client, _run_name(run))
+    job = jobs.newest_job(client, _run_name(run))
     if follow:
         raise typer.Exit(jobs.follow(client, job.id).exit_code)
     print(client.get_job_logs(job.id), end="")
 
 
 def stop(run: Run, address: Address = None) -> None:
-    """Ask a run's job to commit a checkpoint and end; wait until it has. The exit code is the job's."""
+    """Have a run's job commit a checkpoint and end, and wait for it. The exit code is the job's."""
     from outlast.cluster.jobs import ray_jobs as jobs
 
     name = _run_name(run)
@@ -165,12 +171,12 @@ def stop(run: Run, address: Address = None) -> None:
     if job is None:
         print(f"run {name} has no live job", file=sys.stderr)
         return
-    print(f"{job.id}: {job.status}; go on with: outlast resume {run}", file=sys.stderr)
+    print(f"{job.id}: {job.status}; to resume: outlast resume {run}", file=sys.stderr)
     raise typer.Exit(job.exit_code)
 
 
 def _run_name(text: str) -> str:
-    """The run's name alone, whichever way RUN is written."""
+    """Return the run's name from any form of RUN."""
     if text.endswith(RUN_FILES):
         from outlast.cluster.config.run_config import load_run
 

@@ -1,7 +1,7 @@
-"""The command line. Thin: every verb finds its run, calls one function, prints what comes back.
+"""The command `outlast`: registers the commands, and turns each error into a message, a hint and an exit code.
 
-Data goes to stdout, progress and errors to stderr. `outlast --help` must import neither torch nor ray, so everything
-heavy is imported where it is used.
+Data goes to stdout, progress and errors to stderr. `outlast --help` must import neither torch nor ray, so large
+packages are imported where they are used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # drawing boxes takes as long as all the rest
+    rich_markup_mode=None,  # markup doubles the start-up time
     context_settings={"max_content_width": 120},
 )
 app.command()(init)
@@ -48,8 +48,8 @@ app.command()(demo)
 app.command()(drill)
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_set: bool) -> None:
+    if is_set:
         version()
         raise typer.Exit
 
@@ -57,8 +57,8 @@ def _say_version(asked: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    asked: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print versions, and end.")
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions, then exit.")
     ] = False,
 ) -> None:
     """Global options; `main` reads --debug itself."""
@@ -66,11 +66,11 @@ def _options(
 
 @app.command()
 def version(as_json: AsJson = False) -> None:
-    """Versions, for a bug report."""
+    """Print versions for a bug report."""
     from outlast.cluster.preflight.versions import versions
 
-    found = versions()
-    print(json.dumps(found) if as_json else "\n".join(f"{name} {said or '-'}" for name, said in found.items()))
+    numbers = versions()
+    print(json.dumps(numbers) if as_json else "\n".join(f"{name} {value or '-'}" for name, value in numbers.items()))
 
 
 app.command()(submit)
@@ -81,12 +81,12 @@ app.command()(logs)
 app.command()(stop)
 
 for _group in (app, checkpoints, k8s):
-    for _command in _group.registered_commands:  # the whole first line, as far as its first sentence goes
+    for _command in _group.registered_commands:  # the docstring's first sentence
         _command.short_help = (_command.callback.__doc__ or "").partition("\n")[0].split(". ")[0].rstrip(".") + "."
 
 
 def main() -> None:
-    """Entry point: runs a verb, and turns every error into one message and an exit code."""
+    """Run a command; turn every error into one message and an exit code."""
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -95,12 +95,15 @@ def main() -> None:
         _fail(error.message, error.hint, error.exit_code, debug)
     except KeyboardInterrupt:
         _fail(
-            "interrupted", "run the same command again to go on from the newest checkpoint, if there is one", 130, debug
+            "interrupted",
+            "run the same command again to resume from the newest checkpoint, if there is one",
+            130,
+            debug,
         )
-    except Exception as error:  # noqa: BLE001 - the last resort: say so, and how to see more
+    except Exception as error:  # noqa: BLE001 - last resort: report it, and how to get the traceback
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            hint = "end what else needs memory here, or run the command on a machine with more"
-            _fail(f"this machine's memory ran out: {first_line(error)}", hint, 1, debug)
+            hint = "stop other programs on this machine, or use a machine with more memory"
+            _fail(f"this machine is out of memory: {first_line(error)}", hint, 1, debug)
         _fail(
             f"unexpected {type(error).__name__}: {error}",
             "run again as `outlast --debug …` for the traceback",

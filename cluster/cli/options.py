@@ -1,4 +1,4 @@
-"""What the verbs share: how a run is named on the command line, and the options that mean the same everywhere."""
+"""Arguments and options that commands share. An option has one meaning in all commands."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ Address = Annotated[
     str | None, typer.Option(help="The cluster's job server, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
 ]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, its run file, or its name.")]
-Root = Annotated[str, typer.Option("--storage", help="Where runs named by name lie.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, run file or name.")]
+StorageRoot = Annotated[str, typer.Option("--storage", help="The storage of runs that are given by name.")]
 Code = Annotated[
     Path | None,
-    typer.Option(help="Where your own Python files lie; default: beside the run file, or here."),
+    typer.Option(help="The directory of your own Python files; default: the run file's, or the current one."),
 ]
-Base = Annotated[str | None, typer.Option(help="Of an adapter: where the model beneath lies; default: where it lay.")]
-Trusted = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that lies in the checkpoint run.")]
+Base = Annotated[
+    str | None, typer.Option(help="For an adapter: path of its base model; default: the path at training.")
+]
+Trusted = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the checkpoint.")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
 Ship = Annotated[bool, typer.Option(help="Send this outlast along, so that the cluster runs the same version.")]
-SentCode = Annotated[
+ShippedCode = Annotated[
     Path | None, typer.Option("--code", help="A directory of your own Python files, importable on the workers.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -34,15 +36,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises ConfigError if what was asked for cannot be written there."""
+    """Raise ConfigError if `path` cannot be written."""
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}", hint="name another place") from error
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", hint="name another path") from error
 
 
-def bring_code(run: str, code: Path | None) -> None:
-    """Makes the user's own modules importable: those in `code`, and those beside the run file, or here."""
+def make_code_importable(run: str, code: Path | None) -> None:
+    """Make the user's modules importable: those in `code`, and those in the run file's directory or the current one."""
     from outlast.trainers.user_code import make_importable
 
     for folder in (code, Path(run).parent if run.endswith(RUN_FILES) else Path()):

@@ -1,4 +1,4 @@
-"""The verbs before a run: `init` writes a run file, `validate` checks it, `plan` says what the run will take."""
+"""The commands before a run: `init` writes a run file, `validate` checks it, `plan` estimates the run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.
 
 
 def init(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path("run.yaml"),
-    task: Annotated[str, typer.Option(help=f"What the model is to learn: {', '.join(TASKS)}.")] = "causal-lm",
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path("run.yaml"),
+    task: Annotated[str, typer.Option(help=f"The model's task: {', '.join(TASKS)}.")] = "causal-lm",
 ) -> None:
-    """Write a commented run file to begin with. Never replaces one."""
+    """Write a commented starter run file. Never overwrites a file."""
     from outlast.cluster.config.starter_files import template
 
     text = template(task, str(file))
@@ -28,11 +28,11 @@ def init(
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text)
     except FileExistsError:
-        raise ConfigError(f"{file} is there already; nothing was written", hint="name another file") from None
+        raise ConfigError(f"{file} already exists; nothing was written", hint="name another file") from None
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}", hint="name another place") from error
+        raise ConfigError(f"{file} cannot be written: {error.strerror}", hint="name another path") from error
     print(file)
-    print(f"edit it, above all model.path and data.train; then: outlast validate {file}", file=sys.stderr)
+    print(f"set model.path and data.train in it, then: outlast validate {file}", file=sys.stderr)
 
 
 def validate(
@@ -40,43 +40,41 @@ def validate(
     overrides: Overrides = None,
     deep: Annotated[
         bool,
-        typer.Option(
-            "--deep", help="Also prepare the data (it stays, for the run), build the model, write to the storage."
-        ),
+        typer.Option("--deep", help="Also prepare the data (kept for the run), build the model, write to the storage."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say everything that is wrong with a run file, each with its line. Exit code 2 if anything is."""
-    from outlast.cluster.preflight.validate import unchecked
+    """List all errors of a run file, each with its line. Exit code 2 if there are any."""
+    from outlast.cluster.preflight.validate import unverified
     from outlast.cluster.preflight.validate import validate as findings_of
 
-    found = findings_of(str(run_file), overrides or [], deep=deep)
+    findings = findings_of(str(run_file), overrides or [], deep=deep)
     if as_json:
-        print(json.dumps([item.as_json() for item in found], indent=1))
+        print(json.dumps([item.as_json() for item in findings], indent=1))
     else:
-        for item in found:
+        for item in findings:
             print(f"{run_file}: {item}")
-        if not found:
-            print(f"{run_file}: nothing wrong was found" + ("" if deep else " (--deep looks at all rows too)"))
-    if not found and not deep:
-        for line in unchecked(str(run_file), overrides or []):
+        if not findings:
+            print(f"{run_file}: no errors found" + ("" if deep else " (--deep also reads all rows)"))
+    if not findings and not deep:
+        for line in unverified(str(run_file), overrides or []):
             print(f"{run_file}: {line}", file=sys.stderr)
-    raise typer.Exit(2 if found else 0)
+    raise typer.Exit(2 if findings else 0)
 
 
 def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a run will take: steps, memory, checkpoints, and what saves cost. Prepares the data, and keeps that."""
+    """Estimate a run: steps, memory, checkpoints, cost of saves. Prepares the data, which is kept for the run."""
     from outlast.cluster.config.run_config import load_run
-    from outlast.cluster.preflight.estimate import forecast, lines
-    from outlast.cluster.preflight.validate import check_begun
+    from outlast.cluster.preflight.estimate import describe, estimate_run
+    from outlast.cluster.preflight.validate import check_existing_run
     from outlast.trainers.user_code import make_importable
 
     config, _ = load_run(str(run_file), overrides or [])
     make_importable(str(run_file.parent.absolute()))
     config = config.at_home(run_file.parent)
-    found = forecast(config)
-    print(json.dumps(found.as_json(), indent=1) if as_json else "\n".join(lines(found)))
+    estimate = estimate_run(config)
+    print(json.dumps(estimate.as_json(), indent=1) if as_json else "\n".join(describe(estimate)))
     try:
-        check_begun(config)
+        check_existing_run(config)
     except ConfigError as error:
-        print(f"outlast train will refuse this: {error.message}\n  → {error.hint}", file=sys.stderr)
+        print(f"outlast train will fail: {error.message}\n  → {error.hint}", file=sys.stderr)

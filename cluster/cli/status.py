@@ -1,4 +1,4 @@
-"""`outlast status` and `outlast report`: how a run is doing, and what it has been through, from its storage alone."""
+"""The commands `status` and `report`. Both must read the run's storage only: its cluster may be gone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli.options import Address, AsJson, Root, Run, writing
+from outlast.cluster.cli.options import Address, AsJson, Run, StorageRoot, writing
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
 
@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 def status(
     run: Run,
     address: Address = None,
-    storage: Root = "./runs",
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until the run has ended, and end as it did.")] = False,
+    storage: StorageRoot = "./runs",
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Update until the run has ended; exit with its result.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how a run is doing, from its own storage; with --address, its jobs too.
+    """Show a run's progress, from its storage; with --address, its jobs too.
 
-    With --watch the exit code is 0 for a run that is done, 75 for one that was stopped, 1 for one that failed or whose
-    driver has been silent for ten minutes: a supervisor would have started it again. A loop of one's own has no driver
-    that could tell; it is shown until Ctrl-C.
+    With --watch the exit code is 0 for a finished run, 75 for a stopped one, 1 for one that failed or whose driver has
+    been silent for ten minutes: a supervisor would have restarted it. A custom loop has no driver; it is shown until
+    Ctrl-C.
     """
     import time
     from dataclasses import asdict
@@ -38,17 +40,17 @@ def status(
     from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
     if watch and (as_json or address):
-        raise typer.BadParameter("--watch shows the run's storage to people; leave --json and --address out")
+        raise typer.BadParameter("--watch shows the run's storage in the terminal; omit --json and --address")
     store, _ = find_run(run, storage)
     if watch:
         from outlast.cluster.monitoring import watch as watcher
         from outlast.cluster.monitoring.reporter import terminal
 
-        found = watcher.watch(store, terminal())
-        raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(found.state, 1))
-    story = TimelineReader(store).look()
-    seen = summarize(story, time.time())
-    body = as_values(store, story, seen)
+        summary = watcher.watch(store, terminal())
+        raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
+    timeline = TimelineReader(store).look()
+    summary = summarize(timeline, time.time())
+    body = as_values(store, timeline, summary)
     if address is not None:
         from outlast.cluster.jobs import ray_jobs as jobs
 
@@ -56,22 +58,22 @@ def status(
     if as_json:
         print(json.dumps(body, indent=1))
         return
-    _print(run, seen, body)
+    _print(run, summary, body)
 
 
-def _print(run: str, seen: RunSummary, body: dict[str, Any]) -> None:
+def _print(run: str, summary: RunSummary, body: dict[str, Any]) -> None:
     from rich.console import Console
 
     from outlast.cluster.monitoring.terminal_panel import panel
     from outlast.cluster.monitoring.timeline import State
 
     console = Console(highlight=False)
-    for line in panel(seen, console.width, num_interruptions=0):
+    for line in panel(summary, console.width, num_interruptions=0):
         console.print(line, soft_wrap=True)
     if newest := body["newest_checkpoint"]:
         print(f"newest checkpoint: step {newest['step']}, {when(newest['committed_at'])}, {newest['path']}")
     print(f"attempts: {body['attempts']}")
-    for end in seen.interruptions:
+    for end in summary.interruptions:
         rank = f" (rank {end.rank})" if end.rank is not None else ""
         print(f"  {when(end.at)}  {end.cause}{rank}" + (f": {end.message[:160]}" if end.message else ""))
         where = next((item.get("where") for item in body["failures"] if item.get("attempt") == end.attempt), None)
@@ -82,22 +84,22 @@ def _print(run: str, seen: RunSummary, body: dict[str, Any]) -> None:
     for job in body.get("jobs", []):
         print(f"job {job['id']}: {job['status']}")
     for damaged in body["damaged"]:
-        print(f"damaged: {damaged}; `outlast checkpoints verify {run}` says more")
-    if seen.state in (State.STOPPED, State.LOST):
+        print(f"damaged: {damaged}; for details: outlast checkpoints verify {run}")
+    if summary.state in (State.STOPPED, State.LOST):
         start = f"from step {newest['step']}" if newest else "from the beginning"
         file = run if run.endswith(RUN_FILES) else "RUN.yaml"
-        print(f"→ outlast train {file} (or submit) goes on {start}")
+        print(f"→ outlast train {file} (or submit) resumes {start}")
 
 
 def report(
     run: Run,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write; default: RUN-report.html.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The file to write; default: RUN-report.html.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte of every checkpoint first.")] = False,
-    storage: Root = "./runs",
+    storage: StorageRoot = "./runs",
 ) -> None:
-    """Write one page of HTML about a run: losses, failures, where the time went, checkpoints, settings."""
+    """Write an HTML report of a run: losses, failures, goodput, checkpoints, settings."""
     from outlast.cluster.monitoring.report.report import Report
 
     store, _ = find_run(run, storage)

@@ -1,4 +1,4 @@
-"""Verbs that train here: `train`, `demo`, `drill`."""
+"""The commands that train from this machine: `train`, `demo` and `drill`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from typing import Annotated
 
 import typer
 
-from outlast.cluster.cli.options import (
-    AsJson,
-    Overrides,
-    RunFile,
-    writing,
-)
+from outlast.cluster.cli.options import AsJson, Overrides, RunFile, writing
 
 
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: one of its own on this machine.")] = None,
-    take_over: Annotated[bool, typer.Option("--take-over", help="Take the run from another launch at once.")] = False,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: a new local one.")] = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Take the run over from another launch at once.")
+    ] = False,
 ) -> None:
-    """Start the run, or resume it, or say that it is done. Prints where the finished model lies.
+    """Start the run, or resume it, or report that it is done. Prints the path of the finished model.
 
     Ctrl-C and SIGTERM commit a checkpoint first (exit code 75).
     """
@@ -44,19 +41,19 @@ def train(
         reporter.say("done")
         print(f"{config.checkpoint.storage}/{finished.model}")
     elif finished.outcome is Outcome.STOPPED:
-        reporter.say(f"stopped, with a committed checkpoint; go on with: {again}")
+        reporter.say(f"stopped, with a committed checkpoint; to resume: {again}")
     else:
         reporter.say(f"another launch has this run; to take it over: {again} --take-over")
     raise typer.Exit(finished.outcome.exit_code)
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--dir", help="Where to put it.")] = Path("outlast-demo"),
+    folder: Annotated[Path, typer.Option("--dir", help="The folder to write to.")] = Path("outlast-demo"),
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON.")
     ] = None,
 ) -> None:
-    """Real text, two workers, one killed: come back, and compare with an uninterrupted run.
+    """Train on two workers, kill one during a save, resume, and compare with an undisturbed run.
 
     Exit code 1 if one bit differs.
     """
@@ -75,23 +72,25 @@ def drill(
     faults: Annotated[
         list[str] | None,
         typer.Option(
-            "--fault", metavar="FAULT", help="kill, kill-in-save, error, stop, damage or driver; again for more. All."
+            "--fault", metavar="FAULT", help="kill, kill-in-save, error, stop, damage or driver; repeatable. All."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of each copy.")] = 12,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: one of its own on this machine.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the copies in the storage.")] = False,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: a new local one.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the copies in the storage.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Injure short copies of your own run on purpose; see whether each comes back with the same bits, and how soon.
+    """Inject faults into short copies of your run; check that each resumes with the same bits, and how fast.
 
     Exit code 1 if one does not.
     """
     from dataclasses import asdict
 
-    from outlast.cluster.drills.drill import kinds_of, run_drill
+    from outlast.cluster.drills.drill import parse_faults, run_drill
 
-    found = run_drill(run_file, overrides or [], kinds=kinds_of(faults), num_steps=steps, address=address, keep=keep)
+    results = run_drill(
+        run_file, overrides or [], kinds=parse_faults(faults), num_steps=steps, address=address, keep=keep
+    )
     if as_json:
-        print(json.dumps([asdict(finding) for finding in found], indent=1))
-    raise typer.Exit(0 if all(finding.is_good for finding in found) else 1)
+        print(json.dumps([asdict(finding) for finding in results], indent=1))
+    raise typer.Exit(0 if all(finding.is_good for finding in results) else 1)

@@ -1,4 +1,4 @@
-"""Run files: YAML or TOML in, plain values out, and the line in which each of them stands."""
+"""Parsing of run files: YAML or TOML to plain values, with the line of each. It checks no settings."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Lines = dict[Path, int]
 
 @dataclass(frozen=True, slots=True)
 class LocatedFinding:
-    """A finding, and where it was written.
+    """A finding, and where its setting was given.
 
     Attributes:
-        finding: What is wrong.
-        line: Its line in the run file, or that of the block around it; None where there is none.
-        option: The -s option that says so, instead.
+        finding: The finding.
+        line: Its line in the run file, or that of the enclosing block; None if there is none.
+        option: The -s option, if the setting was given there.
     """
 
     finding: SettingsFinding
@@ -41,10 +41,10 @@ class LocatedFinding:
 
 
 class SettingsError(ConfigError):
-    """Settings that cannot be used; the message lists every finding.
+    """Settings are not valid; the message lists every finding.
 
     Attributes:
-        findings: What is wrong, in the order of the lines.
+        findings: The findings, in the order of their lines.
     """
 
     def __init__(self, message: str, *, hint: str = "", findings: Sequence[LocatedFinding] = ()) -> None:
@@ -52,24 +52,28 @@ class SettingsError(ConfigError):
         self.findings = tuple(findings)
 
 
-def refused(place: str, found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()) -> SettingsError:
-    """The error that tells of settings that were declared at `place`, a file or a run, and in -s options."""
-    located = located_in(found, lines, overrides)
-    told = "\n".join(f"  {item}" for item in located)
-    hint = f"edit {place}, or the -s options" if overrides else f"edit {place}"
-    return SettingsError(f"{place} has settings that cannot be used:\n{told}", hint=hint, findings=located)
+def settings_error(
+    source: str, found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()
+) -> SettingsError:
+    """Return the error for findings on settings from `source`, a file or a run, and from -s options."""
+    located = locate_findings(found, lines, overrides)
+    listing = "\n".join(f"  {item}" for item in located)
+    hint = f"edit {source}, or the -s options" if overrides else f"edit {source}"
+    return SettingsError(f"settings of {source} are not valid:\n{listing}", hint=hint, findings=located)
 
 
-def located_in(found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()) -> list[LocatedFinding]:
-    """The findings with the lines of their settings, or of the blocks around these, in that order."""
+def locate_findings(
+    found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()
+) -> list[LocatedFinding]:
+    """Add to each finding the line of its setting, or of the enclosing block; sort by line."""
     by_key = {item.partition("=")[0].strip(): item for item in overrides}
     located = []
     for item in found:
         keys = [".".join(str(part) for part in item.path[:end]) for end in range(len(item.path), 0, -1)]
         within = (key for key in by_key if key.startswith(f"{item.key}.") and key.rpartition(".")[2] in item.message)
         option = next((by_key[key] for key in (*keys, *within) if key in by_key), "")
-        places = (item.path[:end] for end in range(len(item.path), 0, -1))
-        line = None if option else next((lines[place] for place in places if place in lines), None)
+        paths = (item.path[:end] for end in range(len(item.path), 0, -1))
+        line = None if option else next((lines[path] for path in paths if path in lines), None)
         located.append(LocatedFinding(item, line, option))
     return sorted(located, key=lambda item: item.line or 0)
 
@@ -104,14 +108,14 @@ def parse(text: str, path: str) -> tuple[dict[str, Any], Lines]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key may stand once only; the library lets the last one win without a word."""
+    """YAML with unique keys; the library silently takes the last of several."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                problem = f"key {key!r} stands twice, again in line {key_node.start_mark.line + 1}"
+                problem = f"duplicate key {key!r}, again in line {key_node.start_mark.line + 1}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)

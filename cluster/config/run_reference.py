@@ -1,4 +1,4 @@
-"""References to runs: a directory, a URI, a run file or a bare name."""
+"""References to runs on the command line: a directory, a URI, a run file or a name. They must not create a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ RUN_FILES = (".yaml", ".yml", ".toml")
 
 
 def find_run(text: str, root: str) -> tuple[RunStore, Retention]:
-    """What RUN means: a run file, a run's directory or URI, or a name under `root`.
+    """Resolve RUN: a run file, a run's directory or URI, or a name under `root`.
 
     Returns:
-        The run, and what best means there.
+        The run, and its retention settings, which define its best checkpoint.
     """
     from outlast.checkpointing.format.layout import check_run_name
     from outlast.checkpointing.storage.factory import open_storage
@@ -35,18 +35,18 @@ def find_run(text: str, root: str) -> tuple[RunStore, Retention]:
     if Path(text, "config.json").is_file():
         raise ConfigError(
             f"{text} is a model, not a run",
-            hint="name the run that it is of, and the checkpoint by its step; `from_pretrained` reads the model itself",
+            hint="give the run and a checkpoint's step; `from_pretrained` reads the model itself",
         )
     if "/" in text or Path(text, "attempts").is_dir():
-        whole = text if "://" in text else str(Path(text).absolute())
-        root, _, text = whole.rpartition("/")
+        path = text if "://" in text else str(Path(text).absolute())
+        root, _, text = path.rpartition("/")
     store = RunStore(open_storage(root), check_run_name(text))
-    store.storage.list(store.run)  # not with the patience that others have: the place may be wrong
+    store.storage.list(store.run)  # no retries: the path may be mistyped
     return store, _retention_of(store)
 
 
 def _retention_of(store: RunStore) -> Retention:
-    """What best means to a run, by its newest claim; the default for a run that cannot say."""
+    """Return the retention settings of the run's newest claim; the default if they cannot be read."""
     from pydantic import ValidationError
 
     from outlast.checkpointing.run_store.retention import Retention
@@ -61,15 +61,15 @@ def _retention_of(store: RunStore) -> Retention:
 
 
 def declared_settings(store: RunStore) -> dict[str, Any]:
-    """The settings of the run's newest claim, as their user wrote them.
+    """Return the settings of the run's newest claim, as written.
 
     Raises:
-        ConfigError: There is no such run.
-        StorageError: No claim can be read.
+        ConfigError: The run does not exist.
+        StorageError: No claim with settings can be read.
     """
     for attempt in reversed(existing_attempts(store)):
         if settings := read_claim(store, attempt).get("settings"):
             return dict(settings)
     raise StorageError(
-        f"run {store.run!r} in {store.storage.url} holds no claim with settings", hint="give the run file instead"
+        f"run {store.run!r} in {store.storage.url} has no claim with settings", hint="give the run file instead"
     )

@@ -1,4 +1,4 @@
-"""Run files to begin with, one for each task. What a setting means is said by its own docstring, so it stays true."""
+"""Starter run files, one for each task. Comments must come from the settings' docstrings, so that they stay correct."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _WIDTH, _COLUMN = 100, 34
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What is particular to a task.
+    """The task's own part of a starter file.
 
     Attributes:
-        path: A pretrained model that does it.
+        path: A pretrained model for it.
         columns: The columns it reads.
         lr: A usual peak learning rate.
-        more: Other settings under `data:` that matter to it.
+        more: Other settings under `data:` that it uses.
         new: A model from scratch.
     """
 
@@ -61,30 +61,33 @@ EXAMPLES = {
 
 
 def template(task: str, file: str = "run.yaml") -> str:
-    """A run file for a task, commented; `file` is what it will be called.
+    """Return a commented run file for a task; `file` is its future name.
 
     Raises:
-        ConfigError: There is no such task, or it is one of the user's own.
+        ConfigError: The task is unknown, or is the user's own.
     """
     if task not in EXAMPLES:
         try:
             check_task_name(task)
         except ValueError as error:
             raise ConfigError(str(error), hint=f"begin with one of these: {', '.join(TASKS)}") from error
-        raise ConfigError(f"{task} is a task of your own", hint=f"begin with one of these: {', '.join(TASKS)}")
+        raise ConfigError(
+            f"{task} is a task of your own, which has no starter file",
+            hint=f"begin with one of these: {', '.join(TASKS)}",
+        )
     return "\n".join(_lines(task, EXAMPLES[task], file)) + "\n"
 
 
 def _lines(task: str, example: Example, file: str) -> Iterator[str]:
-    yield f"# A run of outlast that learns {task}. A setting behind a # is one more that there is, with its default."
-    yield f"#   outlast validate {file}    is everything there, and right?"
-    yield f"#   outlast plan {file}        steps, memory, checkpoints, before anything is held"
-    yield f"#   outlast train {file}       start, or go on where it was"
+    yield f"# A run of outlast for task {task}. Settings behind a # are optional, shown with their defaults."
+    yield f"#   outlast validate {file}    check it"
+    yield f"#   outlast plan {file}        estimate steps, memory and checkpoints"
+    yield f"#   outlast train {file}       start, or resume"
     yield ""
     yield from _setting("", "name", f"my-{task}")
     yield from _setting("", "seed", 7)
     yield from _block("model", {"path": example.path, "task": task}, ("lora", "trust_remote_code"))
-    yield "  # Or a new one, in the place of path:"
+    yield "  # Or a new model, instead of path:"
     yield f"  # config: {example.new}"
     yield "  # tokenizer: {train_bpe: 4096}"
     columns = {name: name for name in example.columns}
@@ -110,25 +113,25 @@ def _block(name: str, given: dict[str, Any], more: tuple[str, ...]) -> Iterator[
 
 
 def _setting(block: str, key: str, value: Any, *, is_off: bool = False) -> Iterator[str]:
-    """A setting with the first sentence of what its docstring says, behind it or, if it is long, above it."""
+    """Yield a setting with its docstring's first sentence, behind it or, if it is long, above it."""
     indent = "  " if block else ""
     shown = yaml.safe_dump(value, default_flow_style=True, sort_keys=False).removesuffix("...\n").strip()
     text = f"{indent}{'# ' if is_off else ''}{key}: {shown}"
-    said = _meaning(block, key)
-    if len(text) < _COLUMN and _COLUMN + len(said) + 2 <= _WIDTH + 20:
-        yield f"{text:{_COLUMN}}# {said}"
+    comment = _first_sentence(block, key)
+    if len(text) < _COLUMN and _COLUMN + len(comment) + 2 <= _WIDTH + 20:
+        yield f"{text:{_COLUMN}}# {comment}"
         return
-    yield from textwrap.wrap(said, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    yield from textwrap.wrap(comment, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
     yield text
 
 
 def _model(block: str) -> type[BaseModel]:
-    found = model_at(RunConfig, (block,) if block else ())
-    assert found is not None, block
-    return found
+    model = model_at(RunConfig, (block,) if block else ())
+    assert model is not None, block
+    return model
 
 
-def _meaning(block: str, key: str) -> str:
+def _first_sentence(block: str, key: str) -> str:
     text = " ".join((_model(block).model_fields[key].description or "").split())
     return re.split(r"(?<=[.])\s", text)[0]
 

@@ -1,1 +1,1 @@
-"""Fault drills: the demo and the drill."""
+"""Runs with injected faults, compared bit by bit with undisturbed ones: `outlast demo` and `outlast drill`."""

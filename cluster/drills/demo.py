@@ -1,4 +1,7 @@
-"""`outlast demo`: kill a real worker in the middle of a real save, come back, and compare with a run left in peace."""
+"""`outlast demo`: kills a worker during a save, resumes, and compares the result with that of an undisturbed run.
+
+Nothing is simulated, and nothing is downloaded. It must write only to its own folder.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from outlast.checkpointing.run_store.catalog import build_catalog, run_events
+from outlast.checkpointing.run_store.catalog import build_catalog
+from outlast.checkpointing.run_store.events import EvalEvent, ResumeEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
@@ -39,20 +43,18 @@ KILLED_RANK = 1
 
 
 def run_demo(folder: Path) -> dict[str, Any]:
-    """Runs the demo in a new sub-directory of `folder`, prints a summary, and returns the findings."""
+    """Run the demo in a new subdirectory of `folder`, print a summary, and return the findings."""
     console = Console(stderr=True, highlight=False)
-    place = folder.absolute() / time.strftime("%Y%m%d-%H%M%S")
-    place.mkdir(parents=True)
+    directory = folder.absolute() / time.strftime("%Y%m%d-%H%M%S")
+    directory.mkdir(parents=True)
     parts: dict[str, float] = {}
 
-    console.print(
-        "[bold]outlast demo[/]: a small GPT-2, two workers, one of them about to be killed. About two minutes."
-    )
+    console.print("[bold]outlast demo[/]: a small GPT-2 on two workers, one of which is killed. About two minutes.")
     with _timed(parts, "text"):
-        num_texts = write_texts(place / "texts.jsonl")
-    killed, peaceful = _config(place, "killed"), _config(place, "undisturbed")
+        num_texts = write_texts(directory / "texts.jsonl")
+    killed, undisturbed = _config(directory, "killed"), _config(directory, "undisturbed")
     with _timed(parts, "data"):
-        prepared = prepare(killed, LocalStorage(place / "runs"))
+        prepared = prepare(killed, LocalStorage(directory / "runs"))
     console.print(f"  {num_texts:,} texts from Python's own documentation, {prepared.num_tokens['train']:,} tokens")
     with _timed(parts, "ray"):
         session = ray_session()
@@ -62,36 +64,36 @@ def run_demo(folder: Path) -> dict[str, Any]:
             copy = drill.RunCopy(killed, _declared(killed), KILL_AT)
             drill.inject(copy, drill.FaultKind.KILL_IN_SAVE, reporter, KILLED_RANK)
         with _timed(parts, "undisturbed run"), Reporter("undisturbed run") as reporter:
-            drill.RunCopy(peaceful, _declared(peaceful), 0).launch(tell=reporter)
+            drill.RunCopy(undisturbed, _declared(undisturbed), 0).launch(tell=reporter)
     finally:
         session.__exit__(None, None, None)
     with _timed(parts, "comparison"):
         findings = _compare(copy)
-    found = find_model(copy.store)
-    assert found is not None
-    model = place / "runs" / found.path
+    model_info = find_model(copy.store)
+    assert model_info is not None
+    model = directory / "runs" / model_info.path
     with _timed(parts, "plain transformers"):
-        findings |= _load_plainly(model, killed, prepared)
-    findings |= {"parts_s": {name: round(s, 2) for name, s in parts.items()}, "run": str(place / "runs/killed")}
+        findings |= _load_without_outlast(model, killed, prepared)
+    findings |= {"parts_s": {name: round(s, 2) for name, s in parts.items()}, "run": str(directory / "runs/killed")}
     findings["model"] = str(model)
     _summary(console, findings)
     return findings
 
 
 def write_texts(path: Path) -> int:
-    """Writes the help topics and the docstrings of the standard library as JSON lines. Returns how many."""
+    """Write the help topics and docstrings of the standard library as JSON lines. Return their number."""
     texts = [topic for _, topic in sorted(pydoc_data.topics.topics.items())]
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(source.read_bytes())
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-        texts += [text for text in found if text and len(text) > 80]
+        node_types = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docstrings = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, node_types))
+        texts += [text for text in docstrings if text and len(text) > 80]
     with path.open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     return len(texts)
 
 
-def _config(place: Path, name: str) -> RunConfig:
+def _config(directory: Path, name: str) -> RunConfig:
     body = {
         "name": name,
         "seed": 7,
@@ -99,12 +101,12 @@ def _config(place: Path, name: str) -> RunConfig:
             "config": {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128},
             "tokenizer": {"train_bpe": 1024},
         },
-        "data": {"train": str(place / "texts.jsonl"), "eval": "2%", "max_length": 128},
+        "data": {"train": str(directory / "texts.jsonl"), "eval": "2%", "max_length": 128},
         "train": {"steps": NUM_STEPS, "batch": 16, "micro_batch": 4, "lr": 2e-3, "warmup": 0.2, "eval_every": 50},
         "scale": {"workers": 2},
-        "checkpoint": {"storage": str(place / "runs"), "every": SAVE_EVERY},
+        "checkpoint": {"storage": str(directory / "runs"), "every": SAVE_EVERY},
     }
-    (place / f"{name}.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    (directory / f"{name}.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
     return RunConfig.model_validate(body)
 
 
@@ -122,28 +124,28 @@ def _timed(parts: dict[str, float], name: str) -> Iterator[None]:
 def _compare(copy: drill.RunCopy) -> dict[str, Any]:
     store = copy.store
     killed, undisturbed = drill.final_state(store), drill.final_state(RunStore(store.storage, "undisturbed"))
-    found = drill.compare_with_reference(copy, drill.FaultKind.KILL_IN_SAVE, undisturbed)
-    losses, num_resumed = killed.losses, sum(event["event"] == "resume" for _, event in run_events(store))
+    result = drill.compare_with_reference(copy, drill.FaultKind.KILL_IN_SAVE, undisturbed)
+    losses, num_resumed = killed.losses, len(drill.events_of(store, ResumeEvent))
     return {
         "equal": {
             "weights": bool(killed.weights) and killed.weights == undisturbed.weights,
             "optimizer": bool(killed.optimizer) and killed.optimizer == undisturbed.optimizer,
             "losses": len(losses) == NUM_STEPS and losses == undisturbed.losses,
         },
-        "kills": num_resumed if found.fault else 0,
-        "recovery_s": found.seconds,
-        "lost_steps": found.redone,
-        "kill": found.fault,
-        "resumed_from": found.resumed_from,
+        "kills": num_resumed if result.fault else 0,
+        "recovery_s": result.seconds,
+        "lost_steps": result.redone,
+        "kill": result.fault,
+        "resumed_from": result.resumed_from,
         "num_tensors": len(killed.weights) + len(killed.optimizer),
         "checkpoints": [item.ref.step for item in build_catalog(store).accepted],
-        "eval_loss": {event["step"]: event["eval_loss"] for _, event in run_events(store) if event["event"] == "eval"},
-        "loss": {step: min(losses[step]) for step in (1, NUM_STEPS) if step in losses},
+        "eval_loss": {e.step: e.scores["eval_loss"] for e in drill.events_of(store, EvalEvent)},
+        "loss": {step: min(filter(None, losses[step])) for step in (1, NUM_STEPS) if step in losses},
     }
 
 
-def _load_plainly(model_dir: Path, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    """Loads the model as anybody would, without outlast, and measures it again."""
+def _load_without_outlast(model_dir: Path, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """Load the model with plain transformers, and evaluate it again."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -159,33 +161,35 @@ def _load_plainly(model_dir: Path, config: RunConfig, prepared: Prepared) -> dic
     return {"eval_loss_loaded": loss, "sample": tokenizer.decode(tokens[0])}
 
 
-def _summary(console: Console, found: dict[str, Any]) -> None:
-    kill, evals = found["kill"], found["eval_loss"]
+def _summary(console: Console, findings: dict[str, Any]) -> None:
+    kill, evals = findings["kill"], findings["eval_loss"]
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("trained", f"{NUM_STEPS} steps, loss {found['loss'][1]:.3f} → {found['loss'][NUM_STEPS]:.3f}")
+    table.add_row("trained", f"{NUM_STEPS} steps, loss {findings['loss'][1]:.3f} → {findings['loss'][NUM_STEPS]:.3f}")
     if kill:
-        what = f"rank {kill['rank']} (pid {kill['pid']}) by SIGKILL, while it wrote checkpoint-{kill['step']}"
-        table.add_row("killed", what)
-        back = f"from checkpoint-{found['resumed_from']}; first new step {found['recovery_s']:.1f} s after the kill"
-        table.add_row("came back", back)
-        table.add_row("done again", counted(found["lost_steps"], "step"))
-    table.add_row("checkpoints kept", ", ".join(map(str, sorted(found["checkpoints"]))))
+        victim = f"rank {kill['rank']} (pid {kill['pid']}) by SIGKILL, while writing checkpoint-{kill['step']}"
+        table.add_row("killed", victim)
+        resume = (
+            f"from checkpoint-{findings['resumed_from']}; first new step {findings['recovery_s']:.1f} s after the kill"
+        )
+        table.add_row("resumed", resume)
+        table.add_row("repeated", counted(findings["lost_steps"], "step"))
+    table.add_row("checkpoints kept", ", ".join(map(str, sorted(findings["checkpoints"]))))
     loss = (
-        f"{evals[0]:.3f} before, {evals[NUM_STEPS]:.3f} after; {found['eval_loss_loaded']:.3f} by plain from_pretrained"
+        f"{evals[0]:.3f} before, {evals[NUM_STEPS]:.3f} after; {findings['eval_loss_loaded']:.3f} with from_pretrained"
     )
     table.add_row("evaluation loss", loss)
-    table.add_row("it says", f"{found['sample']!r} (gibberish: so small a model, so short a training)")
-    for name, same in found["equal"].items():
-        mark = "[green]equal[/]" if same else "[bold red]DIFFERENT[/]"
-        table.add_row(name, f"{mark} to the undisturbed run")
-    table.add_row("run", found["run"])
-    table.add_row("model", found["model"])
+    table.add_row("sample", f"{findings['sample']!r} (gibberish: the model is small, the training short)")
+    for name, same in findings["equal"].items():
+        verdict = "[green]equal[/]" if same else "[bold red]DIFFERENT[/]"
+        table.add_row(name, f"{verdict} to the undisturbed run")
+    table.add_row("run", findings["run"])
+    table.add_row("model", findings["model"])
     console.print()
     console.print(table)
-    if all(found["equal"].values()):
-        digests = f"all {found['num_tensors']} SHA-256 digests and all {NUM_STEPS} losses agree"
+    if all(findings["equal"].values()):
+        digests = f"all {findings['num_tensors']} SHA-256 digests and all {NUM_STEPS} losses agree"
         console.print(f"\n[bold green]The killed run ended with the same bits[/]: {digests}.")
     else:
         console.print("\n[bold red]The two runs differ.[/] This is a bug; please report it with the folder above.")

@@ -1,7 +1,8 @@
-"""A restore drill: faults on purpose in a scaled-down copy of somebody's own run, and the proof that nothing changed.
+"""`outlast drill`: injects faults into scaled-down copies of a user's run, and checks that each resumes exactly.
 
-One copy runs undisturbed. Then, for each fault, another one meets it in the middle and comes back. All must end with
-the same bits. The copies lie beside the run in its storage, use the data that it uses, and go when all is well.
+One copy runs undisturbed; then one copy for each fault is interrupted in the middle and resumes. All must end with the
+same bits. The copies are stored beside the run, use its data, and are deleted on success. The run itself is never
+touched.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, read_record, write_record
 from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import build_catalog, run_events
+from outlast.checkpointing.run_store.events import Event, ResumeEvent, StepEvent, parse_event
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes, walk
 from outlast.cluster.config.run_config import RunConfig, load_run
@@ -34,11 +36,13 @@ from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.reporter import Reporter
 from outlast.trainers.loop.train_loop import Outcome
 
+E = TypeVar("E", bound=Event)
+
 STEPS_MIN = 8
 
 
 class FaultKind(Enum):
-    """What a copy of the run meets."""
+    """A fault to inject."""
 
     KILL = "kill"  #: SIGKILL of a worker, between a step's gradients and its weights
     KILL_IN_SAVE = "kill-in-save"  #: SIGKILL of a worker while it writes a checkpoint
@@ -49,27 +53,27 @@ class FaultKind(Enum):
 
     @property
     def meaning(self) -> str:
-        """In words."""
+        """Description."""
         return {
             FaultKind.KILL: "a worker killed in a step",
-            FaultKind.KILL_IN_SAVE: "a worker killed while it wrote a checkpoint",
+            FaultKind.KILL_IN_SAVE: "a worker killed while writing a checkpoint",
             FaultKind.ERROR: "an exception in a worker",
-            FaultKind.STOP: "the driver stopped, and started again",
-            FaultKind.DAMAGE: "stopped, one bit of the newest checkpoint flipped, started again",
-            FaultKind.DRIVER: "the driver killed, and started again",
+            FaultKind.STOP: "the driver stopped and restarted",
+            FaultKind.DAMAGE: "stopped, one bit of the newest checkpoint flipped, restarted",
+            FaultKind.DRIVER: "the driver killed and restarted",
         }[self]
 
 
 @dataclass(frozen=True, slots=True)
 class RunCopy:
-    """One run that a fault strikes, or none.
+    """A copy of the run, with a fault or without.
 
     Attributes:
-        config: Its settings, local paths absolute.
-        declared: The same as written.
-        at: The step at which it is struck; for faults in a save, one that saves.
+        config: The settings, local paths absolute.
+        declared: The settings as written.
+        at: The step of the fault; for faults in a save, one that saves.
         code: Directory of the user's Python files.
-        address: The Ray cluster; None for one of our own.
+        address: The Ray cluster; None for a local one.
     """
 
     config: RunConfig
@@ -84,7 +88,7 @@ class RunCopy:
 
     @property
     def record(self) -> str:
-        """Where the fault leaves its record."""
+        """Path of the fault's record."""
         return f"{self.store.url}/drill.json"
 
     def launch(self, faults: Sequence[FaultSpec] = (), tell: Any = lambda event: None) -> Outcome:
@@ -94,17 +98,17 @@ class RunCopy:
 
 @dataclass(slots=True)
 class DrillResult:
-    """What became of one copy.
+    """Result of one copy.
 
     Attributes:
-        kind: What it met.
-        fault: What the fault said when it struck; None if it never did.
-        resumed_from: The step of the checkpoint it went on from.
-        redone: Steps that were made again.
+        kind: The fault.
+        fault: The fault's record; None if it never occurred.
+        resumed_from: The step of the checkpoint it resumed from.
+        redone: Steps that were repeated.
         seconds: From the fault to the end of the first new step.
-        seconds_per_step: The median, undisturbed.
-        different: Tensors and losses that are not those of the undisturbed copy.
-        error: Why it did not come back.
+        seconds_per_step: The median of the undisturbed copy.
+        different: Tensors and losses that differ from the undisturbed copy's.
+        error: Why it did not resume.
     """
 
     kind: str
@@ -123,37 +127,41 @@ class DrillResult:
 
 @dataclass(frozen=True, slots=True)
 class FinalState:
-    """SHA-256 of every weight and of every optimizer tensor, and every loss that each step ever had."""
+    """SHA-256 of every weight and optimizer tensor, and all losses of each step over all attempts."""
 
     weights: dict[str, str]
     optimizer: dict[str, str]
-    losses: dict[int, set[float]]
+    losses: dict[int, set[float | None]]
+
+
+def events_of(store: RunStore, kind: type[E]) -> list[E]:
+    """All events of one kind, lowest attempt first."""
+    return [event for _, body in run_events(store) if isinstance(event := parse_event(body), kind)]
 
 
 def final_state(store: RunStore) -> FinalState:
-    """Of a run that is done."""
+    """Return the final state of a finished run."""
     newest = build_catalog(store).accepted[0]
     digests = tensor_digests(store.storage, store.checkpoint_dir(newest.ref), newest)
-    losses: dict[int, set[float]] = {}
-    for _, event in run_events(store):
-        if event["event"] == "step":
-            losses.setdefault(event["step"], set()).add(event["loss"])
+    losses: dict[int, set[float | None]] = {}
+    for event in events_of(store, StepEvent):
+        losses.setdefault(event.step, set()).add(event.loss)
     weights = {name: digest for name, digest in digests.items() if "/" not in name}
     return FinalState(weights, {name: digest for name, digest in digests.items() if "/" in name}, losses)
 
 
 def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank: int = 0) -> None:
-    """Runs a copy into its fault, and on to its end. `rank` is the worker that is struck.
+    """Run a copy to its end with a fault in worker `rank`.
 
     Raises:
-        OutlastError: It did not come back.
+        OutlastError: It did not resume.
     """
     if kind in (FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
         point = FaultPoint.WHILE_WRITING if kind is FaultKind.KILL_IN_SAVE else FaultPoint.STEP
         action = FaultAction.EXCEPTION if kind is FaultKind.ERROR else FaultAction.SIGKILL
         copy.launch([FaultSpec(point, copy.at, rank, action, copy.record)], tell)
         return
-    # The copy may be over before its driver hears of the step: it waits there for a while.
+    # The pause keeps the copy from ending before its driver receives the step's event.
     pause = FaultSpec(FaultPoint.STEP, copy.at, rank, FaultAction.PAUSE, f"{copy.record}.pause")
     if kind is FaultKind.DRIVER:
         driver = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(copy, pause))
@@ -167,17 +175,18 @@ def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank:
 
 
 class _Interrupter:
-    """Listens to a launch, and sends its own process a signal once the step has come."""
+    """Receives a launch's events, and sends its own process a signal at the step of the fault."""
 
     def __init__(self, copy: RunCopy, number: signal.Signals, tell: Any) -> None:
         self._copy, self._number, self._tell = copy, number, tell
-        self._struck = False
+        self._is_sent = False
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        self._tell(event)
-        if not self._struck and event["event"] == "step" and event["step"] >= self._copy.at - 1:
-            self._struck = True
-            write_record(self._copy.record, {"step": event["step"], "action": self._number.name.lower()})
+    def __call__(self, body: dict[str, Any]) -> None:
+        self._tell(body)
+        event = parse_event(body)
+        if not self._is_sent and isinstance(event, StepEvent) and event.step >= self._copy.at - 1:
+            self._is_sent = True
+            write_record(self._copy.record, {"step": event.step, "action": self._number.name.lower()})
             os.kill(os.getpid(), self._number)
 
 
@@ -196,12 +205,11 @@ def _flip_a_bit(copy: RunCopy) -> None:
 
 
 def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalState) -> DrillResult:
-    """What became of a copy that has come to its end."""
+    """Compare a copy that has ended with the undisturbed one."""
     fault = read_record(copy.record)
     finding = DrillResult(kind.value, fault)
-    events = [event for _, event in run_events(copy.store)]
-    steps = sorted((event["ended_at"], event["step"]) for event in events if event["event"] == "step")
-    resumes = [event["step"] for event in events if event["event"] == "resume"]
+    steps = sorted((event.ended_at or event.t, event.step) for event in events_of(copy.store, StepEvent))
+    resumes = [event.step for event in events_of(copy.store, ResumeEvent)]
     if fault is not None:
         finding.resumed_from = resumes[0] if resumes else 0
         reached = max((step for ended_at, step in steps if ended_at <= fault["t"]), default=0)
@@ -213,27 +221,27 @@ def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalSta
 
 
 def differences(one: FinalState, other: FinalState) -> list[str]:
-    """Names of tensors, and steps whose losses, are not the same in both."""
+    """Return the names of the tensors, and the steps of the losses, that differ."""
     tensors, expected = one.weights | one.optimizer, other.weights | other.optimizer
-    named = sorted(name for name in tensors.keys() | expected.keys() if tensors.get(name) != expected.get(name))
+    names = sorted(name for name in tensors.keys() | expected.keys() if tensors.get(name) != expected.get(name))
     steps = sorted(one.losses.keys() | other.losses.keys())
-    return named + [f"loss of step {step}" for step in steps if one.losses.get(step) != other.losses.get(step)]
+    return names + [f"loss of step {step}" for step in steps if one.losses.get(step) != other.losses.get(step)]
 
 
-def kinds_of(names: Sequence[str] | None) -> tuple[FaultKind, ...]:
-    """The faults that a user named; all when none is.
+def parse_faults(names: Sequence[str] | None) -> tuple[FaultKind, ...]:
+    """Return the faults that a user named; all if none is named.
 
     Raises:
-        ConfigError: There is no such fault.
+        ConfigError: A fault is unknown.
     """
     known = {kind.value: kind for kind in FaultKind}
     for name in names or ():
         if name not in known:
-            raise ConfigError(f"there is no fault {name!r}", hint=f"give --fault one of: {', '.join(known)}")
+            raise ConfigError(f"unknown fault {name!r}", hint=f"give --fault one of: {', '.join(known)}")
     return tuple(known[name] for name in names) if names else tuple(FaultKind)
 
 
-# -- a drill of somebody's own run -------------------------------------------------------------------------------------
+# -- a drill of a user's run -------------------------------------------------------------------------------------------
 
 
 def run_drill(
@@ -245,15 +253,15 @@ def run_drill(
     address: str | None = None,
     keep: bool = False,
 ) -> list[DrillResult]:
-    """Drills a run, and prints a table.
+    """Drill a run, and print a table.
 
     Args:
         run_file: The run's own file.
         overrides: As for `outlast train`.
-        kinds: The faults, each met by a copy of its own.
-        num_steps: Steps of a copy, 8 at least. It saves four times.
-        address: A Ray cluster; None for one of our own.
-        keep: Leave the copies. They stay in any case when something is not as it should be.
+        kinds: The faults, each injected into its own copy.
+        num_steps: Steps of a copy, at least 8. It saves four times.
+        address: A Ray cluster; None for a local one.
+        keep: Keep the copies. They are always kept after a failure.
 
     Raises:
         OutlastError: The undisturbed copy failed; see `Launch.run`.
@@ -264,33 +272,33 @@ def run_drill(
     stamp = f"{time.strftime('%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     copies: list[RunCopy] = []
 
-    def copy(word: str, at: int = 0) -> RunCopy:
-        copies.append(_scaled_down(run_file, overrides, f"{stamp}-{word}", num_steps, at, address))
+    def copy(suffix: str, at: int = 0) -> RunCopy:
+        copies.append(_scaled_down(run_file, overrides, f"{stamp}-{suffix}", num_steps, at, address))
         return copies[-1]
 
     findings = []
     with ray_session(address):
-        peaceful = copy("undisturbed")
+        reference = copy("undisturbed")
         with Reporter("undisturbed") as reporter:
-            peaceful.launch(tell=reporter)
-        undisturbed = final_state(peaceful.store)
-        seconds_per_step = _seconds_per_step(peaceful)
+            reference.launch(tell=reporter)
+        undisturbed = final_state(reference.store)
+        seconds_per_step = _seconds_per_step(reference)
         for kind in kinds:
             every = num_steps // 4
-            struck = copy(kind.value, 2 * every if kind is FaultKind.KILL_IN_SAVE else 2 * every + 1)
+            disturbed = copy(kind.value, 2 * every if kind is FaultKind.KILL_IN_SAVE else 2 * every + 1)
             finding = DrillResult(kind.value)
             try:
                 with Reporter(kind.value) as reporter:
-                    inject(struck, kind, reporter, rank=_last_rank(struck))
-                finding = compare_with_reference(struck, kind, undisturbed)
+                    inject(disturbed, kind, reporter, rank=_last_rank(disturbed))
+                finding = compare_with_reference(disturbed, kind, undisturbed)
             except OutlastError as error:
-                finding.error, finding.fault = error.message, read_record(struck.record)
+                finding.error, finding.fault = error.message, read_record(disturbed.record)
             finding.seconds_per_step = seconds_per_step
             findings.append(finding)
     _show(console, findings, len(undisturbed.weights) + len(undisturbed.optimizer), num_steps)
     if keep or not all(finding.is_good for finding in findings):
         console.print(
-            f"\nThe copies are left in {peaceful.store.storage.url}: {', '.join(c.config.name for c in copies)}"
+            f"\nThe copies are kept in {reference.store.storage.url}: {', '.join(c.config.name for c in copies)}"
         )
     else:
         for done in copies:
@@ -299,11 +307,11 @@ def run_drill(
 
 
 def _scaled_down(
-    run_file: Path, overrides: Sequence[str], word: str, num_steps: int, at: int, address: str | None
+    run_file: Path, overrides: Sequence[str], suffix: str, num_steps: int, at: int, address: str | None
 ) -> RunCopy:
     name = load_run(str(run_file), overrides)[0].name
     changed = {
-        "name": f"{name[: 62 - len(word)]}-{word}",
+        "name": f"{name[: 62 - len(suffix)]}-{suffix}",
         "train.steps": num_steps,
         "train.epochs": "null",
         "checkpoint.every": num_steps // 4,
@@ -317,14 +325,13 @@ def _last_rank(copy: RunCopy) -> int:
 
 
 def _seconds_per_step(copy: RunCopy) -> float:
-    events = [event for _, event in run_events(copy.store) if event["event"] == "step"]
-    ends = sorted(event["ended_at"] for event in events)
+    ends = sorted(event.ended_at or event.t for event in events_of(copy.store, StepEvent))
     return float(statistics.median(later - earlier for earlier, later in pairwise(ends)))
 
 
 def _remove(copy: RunCopy) -> None:
     storage, run = copy.store.storage, copy.config.name
-    storage.delete(f"{run}/model")  # the link, before what it leads to
+    storage.delete(f"{run}/model")  # the link, before its target
     for entry in list(walk(storage, run)):
         storage.delete(f"{run}/{entry.name}")
 
@@ -333,17 +340,17 @@ def _show(console: Console, findings: Sequence[DrillResult], num_tensors: int, n
     console.print()
     for finding in findings:
         if finding.error:
-            ended = f"[bold red]did not come back[/]: {finding.error}"
+            ended = f"[bold red]did not resume[/]: {finding.error}"
         elif finding.fault is None:
-            ended = "[bold red]the fault never struck[/]"
+            ended = "[bold red]the fault never occurred[/]"
         elif finding.different:
             more = f" and {len(finding.different) - 3} more" if len(finding.different) > 3 else ""
             ended = f"[bold red]DIFFERENT[/]: {', '.join(finding.different[:3])}{more}"
         else:
             source = f"step {finding.resumed_from}" if finding.resumed_from else "the beginning"
-            ended = f"went on from {source}, {counted(finding.redone, 'step')} again, "
+            ended = f"resumed from {source}, {counted(finding.redone, 'step')} repeated, "
             ended += f"next new step after {finding.seconds:.1f} s: [green]the same bits[/]"
         console.print(f"  {FaultKind(finding.kind).meaning}: {ended}", soft_wrap=True)
     if all(finding.is_good for finding in findings):
         proof = f"all {num_tensors} tensors and {num_steps} losses agree"
-        console.print(f"\n[bold green]This run comes back, exactly[/]: {len(findings)} of {len(findings)}, {proof}.")
+        console.print(f"\n[bold green]This run resumes exactly[/]: {len(findings)} of {len(findings)}, {proof}.")

@@ -12,6 +12,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.run_store.events import CommitEvent, SlowRank, StepEvent, parse_event
 from outlast.cluster.fault_tolerance.coordinator import _TIMEOUT_S, ask, find_coordinator
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat
 from outlast.cluster.fault_tolerance.preemption import PreemptionWatch, draining_nodes
@@ -72,9 +73,9 @@ class CoordinatorClient:
     def worked(self, seconds: float) -> None:
         self.pulse.worked(seconds)
 
-    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[SlowRank]] | None:
         """As of `watchdog.Post`; so are the next two."""
-        answer: tuple[Hang | None, list[dict[str, Any]]] | None = self._ask("beat", group, beat)
+        answer: tuple[Hang | None, list[SlowRank]] | None = self._ask("beat", group, beat)
         return answer
 
     def last_report(self, group: str, rank: int) -> bool | None:
@@ -89,10 +90,12 @@ class CoordinatorClient:
         return None if self._hub is None else ask(getattr(self._hub, method).remote(*arguments))
 
     def progress(self, event: dict[str, Any]) -> None:
-        self._events.append({"t": time.time(), "by": self.attempt, **event})
-        self._is_training = self._is_training or event["event"] == "step"
-        if event["event"] == "commit" and self._watch is not None:
-            self._watch.save_s = event["seconds"]
+        self._events.append({"t": time.time(), "sender": self.attempt, **event})
+        match parse_event(event):
+            case StepEvent():
+                self._is_training = True
+            case CommitEvent(seconds=float(seconds)) if self._watch is not None:
+                self._watch.save_s = seconds
 
     def earlier_failure(self) -> OutlastError | None:
         """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ from ray.train.v2._internal.execution.controller.state import (
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.events import ResizeEvent
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
@@ -109,13 +111,13 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
     def _tell(self, before: int, now: int, is_planned: bool) -> None:
         url, run, launch = self._place
-        event: dict[str, Any] = {"before": before, "now": now, "planned": is_planned}
+        event = ResizeEvent(before=before, now=now, planned=is_planned, attempt=None)
         with suppress(StorageError):  # the story has a gap; the claims say how many workers there were
             store = RunStore(open_storage(url), run)
             if self._journal is None:
                 self._journal = Journal(store.storage, store.launch_dir(launch), 0, stream="events-resize", flush_s=0)
-            event["attempt"] = next((str(attempt) for attempt in list_attempts(store)[-1:]), None)
-            self._journal.event("resize", **event)
+            event = replace(event, attempt=next((str(attempt) for attempt in list_attempts(store)[-1:]), None))
+            self._journal.write(event)
         hub = find_coordinator(launch)
         if hub is not None:
-            ask(hub.exchange.remote([{"event": "resize", **event}]))
+            ask(hub.exchange.remote([event.to_json()]))

@@ -21,6 +21,7 @@ import yaml
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.fault_injection import FaultSpec
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
 from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.claims import launch_is_superseded
@@ -94,9 +95,12 @@ class Launch:
     began: float = field(default_factory=time.time, init=False)
     id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3))
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _tell(self, event: events.Event) -> None:
+        self._pass_on(event.to_json())
+
+    def _pass_on(self, body: dict[str, Any]) -> None:
         with contextlib.redirect_stdout(self.stdout):  # `ray_session` keeps it shut
-            self.tell({"t": time.time(), "launch": self.id, **event})
+            self.tell({"t": time.time(), "launch": self.id, **body})
 
     @property
     def store(self) -> RunStore:
@@ -124,10 +128,10 @@ class Launch:
             if model is not None and not model.faults:
                 return Finished(Outcome.DONE, self.id, _published(store, model.path))
             if model is not None:
-                self._tell({"event": "damaged-model", "model": model.path, "faults": model.faults})
+                self._tell(events.DamagedModelEvent(model=model.path, faults=tuple(model.faults)))
             rival = None if self.take_over else find_active_launch(store)
             if rival:
-                self._tell({"event": "rival", "launch": rival})
+                self._tell(events.ActiveLaunchEvent(launch=rival))
                 return Finished(Outcome.SUPERSEDED, self.id)
             check_code(self.config)
             check_architecture(self.config)
@@ -137,13 +141,13 @@ class Launch:
             given_up = decide_give_up(read_attempt_history(store), self.config.failure.limits, mark)
             if given_up is not None:
                 raise gave_up(name, given_up)
-            self._tell({"event": "phase", "name": "data"})
+            self._tell(events.PhaseEvent(name="data"))
             prepared = prepare(self.config, store.storage, partial(self._encoders, address))
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
             check_model(self.config, prepared, store.storage)
             for note in prepared.notes:
-                self._tell({"event": "note", "text": note})
+                self._tell(events.NoteEvent(text=note))
             store.storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
             alive = LivenessFile(store.storage, f"{store.launch_dir(self.id)}/alive.json", mark, self.began)
             record = record_provenance(store, self.config, self.declared, self.id, prepared, self.code)
@@ -174,7 +178,7 @@ class Launch:
 
     def _train(self, store: RunStore, prepared: Prepared, address: str | None) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.max_workers)
-        self._tell({"event": "phase", "name": "ray", "num_steps": plan.num_steps, "num_samples": prepared.num_samples})
+        self._tell(events.PhaseEvent(name="ray", num_steps=plan.num_steps, num_samples=prepared.num_samples))
         with ray_session(address) as joined:
             cpus = cpus_per_worker(self.config.scale, is_joined=joined)
             preflight(self.config, self._tell)
@@ -189,7 +193,7 @@ class Launch:
                 track=self.config.track,
             )
             try:
-                answer = run_workers(self.config, assignment, cpus, self._tell)
+                answer = run_workers(self.config, assignment, cpus, self._pass_on)
             except RunFailed:
                 if self._is_superseded(store):  # then it is no matter what its own workers came to
                     return Finished(Outcome.SUPERSEDED, self.id)

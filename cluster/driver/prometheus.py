@@ -6,12 +6,11 @@ They are for charts and alerts, and nothing depends on them. The loss of rank 0 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from ray.util.metrics import Gauge
 
 from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store import events
 
 #: Name without Ray's prefix, and meaning. Each has the run's name as the tag `run`.
 GAUGES = {
@@ -41,36 +40,37 @@ class PrometheusGauges:
         self._gauges = {name: Gauge(name, text, tag_keys=("run",)) for name, text in GAUGES.items()}
         self._tags = {"run": run}
 
-    def apply(self, event: Mapping[str, Any]) -> None:
-        """Takes an event of rank 0."""
-        match event["event"]:
-            case "plan":
-                if known := AttemptId.parse(event.get("by") or ""):
+    def apply(self, event: events.Event, attempt: str | None) -> None:
+        """Set the gauges from an event of rank 0.
+
+        Args:
+            event: The event.
+            attempt: The name of its attempt.
+        """
+        match event:
+            case events.PlanEvent():
+                if known := AttemptId.parse(attempt or ""):
                     self._set("attempt", known.number)
-                self._set("num_steps", event["num_steps"])
-                self._set("workers", event["world_size"])
-                self._set("step", event["step"])
-            case "step":
-                self._step(event)
-            case "eval":
-                self._set("eval_loss", event["eval_loss"])
-            case "resume":
-                self._set("checkpoint_step", event["step"])
-                self._set("checkpoint_time_seconds", event["committed_at"])
-            case "commit":
-                self._set("checkpoint_step", event["step"])
-                self._set("checkpoint_time_seconds", event.get("t", time.time()))
-            case "save":
-                self._set("save_seconds", event["commit_s"])
-                self._set("save_wait_seconds", event["blocked_s"])
+                self._set("num_steps", event.num_steps)
+                self._set("workers", event.world_size)
+                self._set("step", event.step)
+            case events.StepEvent():
+                self._set("step", event.step)
+                self._set("step_seconds", event.seconds)
+                self._set("loss", event.loss)
+                self._set("tokens_per_second", event.num_tokens / event.seconds if event.seconds > 0 else None)
+            case events.EvalEvent(scores=scores):
+                self._set("eval_loss", scores.get("eval_loss"))
+            case events.ResumeEvent():
+                self._set("checkpoint_step", event.step)
+                self._set("checkpoint_time_seconds", event.committed_at)
+            case events.CommitEvent():
+                self._set("checkpoint_step", event.step)
+                self._set("checkpoint_time_seconds", event.t or time.time())
+            case events.SaveEvent():
+                self._set("save_seconds", event.commit_s)
+                self._set("save_wait_seconds", event.blocked_s)
 
-    def _step(self, event: Mapping[str, Any]) -> None:
-        self._set("step", event["step"])
-        self._set("step_seconds", event["seconds"])
-        if event["loss"] is not None:
-            self._set("loss", event["loss"])
-        if event["seconds"] > 0:
-            self._set("tokens_per_second", event.get("tokens", event["count"]) / event["seconds"])
-
-    def _set(self, name: str, value: float) -> None:
-        self._gauges[f"outlast_{name}"].set(value, tags=self._tags)
+    def _set(self, name: str, value: float | None) -> None:
+        if value is not None:
+            self._gauges[f"outlast_{name}"].set(value, tags=self._tags)

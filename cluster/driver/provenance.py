@@ -26,7 +26,7 @@ from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.preflight.doctor_probe import cpu_capability, find_gpus
-from outlast.trainers.host_info import machine
+from outlast.trainers.host_info import host_facts
 from outlast.trainers.preparation.prepare import Prepared
 
 #: What a submission knows of the code, which it sends along without its repository.
@@ -53,7 +53,7 @@ def record_provenance(
                 "made_at": time.time(),
                 "code": of_code,
                 "packages": packages(),
-                "machine": {"host": socket.gethostname(), "platform": platform.platform(), **machine(None)}
+                "machine": {"host": socket.gethostname(), "platform": platform.platform(), **host_facts(None)}
                 | {"cpu_capability": cpu_capability(), "gpus": find_gpus()},
                 "data": {
                     "fingerprint": prepared.fingerprint,

@@ -31,7 +31,7 @@ from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.readers import read_files
 from outlast.trainers.data.sources import Source
-from outlast.trainers.data.tokenizer import files_of, load_tokenizer
+from outlast.trainers.data.tokenizer import load_tokenizer, tokenizer_files
 from outlast.trainers.preparation.encode import Piece, Split, encode_rows, with_error
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.tasks.registry import find_task
@@ -91,7 +91,7 @@ def encode_on_ray(task: Task, split: Split, *, code: str = "") -> Generator[Piec
     Raises:
         RunFailed: Ray failed, or the same task of it again and again.
     """
-    job = EncodeJob(split, json.dumps(task.facts), tuple(files_of(task.tokenizer).items()), code)
+    job = EncodeJob(split, json.dumps(task.facts), tuple(tokenizer_files(task.tokenizer).items()), code)
     parts = _parts(split.sources())
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:

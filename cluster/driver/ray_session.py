@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ray.exceptions import AuthenticationError
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.checkpointing.run_store.liveness import is_process, process_start
+from outlast.checkpointing.storage.retry import call_with_retries, every
 from outlast.cluster.driver.signals import _signals, interrupt_on_sigterm
 from outlast.cluster.fault_tolerance.failure_cause import OWN_RAY
 from outlast.cluster.preflight.finding import TOKEN_HINT
@@ -86,7 +86,7 @@ def _init(address: str, **options: Any) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Asks at the door: Ray itself knocks for minutes where nobody is. Raises as `_init`."""
+    """Connects once: Ray itself tries for minutes where nothing answers. Raises as `_init`."""
     scheme, _, place = address.rpartition("://")
     host, _, port = place.rpartition(":")
     if scheme not in ("", "ray"):
@@ -94,16 +94,16 @@ def _check_answers(address: str) -> None:
         raise ConfigError(f"{address} is no address of a Ray cluster that a driver can join", hint=hint)
     if not port.isdecimal():
         return  # such as local or auto
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline or isinstance(error, socket.gaierror):
-                said = f"no Ray cluster answers at {address}: {error.strerror or error}"
-                raise PreflightError(said, hint="check the address, and that `ray start --head` runs there") from error
-        time.sleep(0.5)
+    target = (host.strip("[]"), int(port))
+    try:
+        call_with_retries(
+            lambda: socket.create_connection(target, CONNECT_TIMEOUT_S).close(),
+            every(0.5, CONNECT_TIMEOUT_S),
+            lambda error: isinstance(error, OSError) and not isinstance(error, socket.gaierror),
+        )
+    except OSError as error:
+        said = f"no Ray cluster answers at {address}: {error.strerror or error}"
+        raise PreflightError(said, hint="check the address, and that `ray start --head` runs there") from error
 
 
 def _ray_folder() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +21,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from outlast.checkpointing.errors import OutlastError, PreflightError
 from outlast.checkpointing.run_store.attempt_history import settings_digest
+from outlast.checkpointing.run_store.events import PlanEvent, StoppingEvent, parse_event
+from outlast.checkpointing.storage.retry import call_with_retries, every
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import resizers, scaling
 from outlast.cluster.driver.signals import _signals
@@ -53,18 +54,16 @@ def cpus_per_worker(scale: ScaleSettings, *, is_joined: bool) -> float:
     Raises:
         PreflightError: There is no room for the workers.
     """
-    patience = os.environ.get(WAIT_VARIABLE)
-    deadline = time.monotonic() + (float(patience or NODES_WAIT_S) if is_joined else 0)
-    if patience:
+    limit = os.environ.get(WAIT_VARIABLE)
+    limit_s = float(limit or NODES_WAIT_S) if is_joined else 0.0
+    if limit:
         bundle = {"CPU": scale.cpus_per_worker or 1.0, "GPU": scale.gpus_per_worker}
         request_resources(bundles=[{key: need for key, need in bundle.items() if need}] * scale.min_workers)
-    while True:
-        try:
-            return _fit_in(scale, ray.cluster_resources(), is_joined)
-        except PreflightError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(1)
+    return call_with_retries(
+        lambda: _fit_in(scale, ray.cluster_resources(), is_joined),
+        every(1.0, limit_s),
+        lambda error: isinstance(error, PreflightError),
+    )
 
 
 def _fit_in(scale: ScaleSettings, there: Mapping[str, float], is_joined: bool) -> float:
@@ -77,7 +76,7 @@ def _fit_in(scale: ScaleSettings, there: Mapping[str, float], is_joined: bool) -
     least = scale.min_workers
     wanted = {"CPU": cpus * least, "GPU": scale.gpus_per_worker * least}
     short = [
-        f"{key}: {need:g} wanted, {there.get(key, 0):g} there"
+        f"{need:g} {key}s needed, the cluster has {there.get(key, 0):g}"
         for key, need in wanted.items()
         if need > there.get(key, 0) + 1e-6
     ]
@@ -150,7 +149,7 @@ def _follow(thread: threading.Thread, coordinator: Any, tell: Callable[[dict[str
         while thread.is_alive():
             thread.join(0.25)
             for event in ask(coordinator.drain.remote(), []):
-                has_begun |= event["event"] == "plan"
+                has_begun |= isinstance(parse_event(event), PlanEvent)
                 tell(event)
             if stopping.is_set():
                 if not has_begun:  # there is nothing to commit, and nobody yet to do it
@@ -158,7 +157,7 @@ def _follow(thread: threading.Thread, coordinator: Any, tell: Callable[[dict[str
                 coordinator.stop.remote()  # each time, because one that was restarted has forgotten it
                 if not is_stopping:
                     is_stopping = True
-                    tell({"event": "stopping"})
+                    tell(StoppingEvent().to_json())
 
 
 def _explained(error: BaseException, config: RunConfig) -> OutlastError:

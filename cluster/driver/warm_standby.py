@@ -26,6 +26,7 @@ from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 from ray.core.generated.common_pb2 import Language, WorkerType
 from ray.runtime_env import RuntimeEnv
 
+from outlast.checkpointing.run_store.events import Event, UnderWayEvent
 from outlast.cluster.config.run_config import RunConfig
 from outlast.trainers.config.task_names import TASKS
 
@@ -64,11 +65,11 @@ class Standbys:
         self._served: set[str] = set()
         self._next_look = inf
 
-    def apply(self, event: Mapping[str, Any]) -> None:
+    def apply(self, event: Event) -> None:
         """Takes an event of rank 0. Some time after the first step, and then now and again, asks the raylets of nodes
         that are new for what is missing there."""
         now = time.monotonic()
-        if event["event"] == "under-way":  # earlier, the first step would wait for them
+        if isinstance(event, UnderWayEvent):  # earlier, the first step would wait for them
             self._next_look = now + float(os.environ.get(_AFTER_S, 0))
         if not self._wanted or now < self._next_look:
             return

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store.events import parse_event
 from outlast.checkpointing.run_store.liveness import process_start
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
@@ -60,10 +61,11 @@ def _observers(run: str, nodes: Sequence[str]) -> Callable[[dict[str, Any]], Non
     gauges, standbys = PrometheusGauges(run), Standbys(nodes)
 
     def apply(event: dict[str, Any]) -> None:
+        parsed = parse_event(event)
         with suppress(RayError, RuntimeError, ValueError, TypeError, LookupError):
-            gauges.apply(event)
+            gauges.apply(parsed, event.get("sender"))
         with suppress(RayError, RuntimeError, OSError):
-            standbys.apply(event)
+            standbys.apply(parsed)
 
     return apply
 

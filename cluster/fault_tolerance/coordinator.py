@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.run_store import events
 from outlast.cluster.fault_tolerance.hang_detection import GroupProgress, Hang, Heartbeat
 
 NAMESPACE = "outlast"
@@ -42,14 +43,14 @@ class SaveRequest:
         self._is_taken, self.is_fulfilled = True, not is_training
         return self._reason if is_training else None
 
-    def apply(self, event: dict[str, Any]) -> None:
+    def apply(self, event: events.Event) -> None:
         """Learns from an event of rank 0."""
-        match event["event"]:
-            case "save-requested" if event["reason"] == self._reason:
-                self._step = event["step"]
-            case "commit" if self._step is not None and event["step"] >= self._step:
+        match event:
+            case events.SaveRequestedEvent(step=step) if event.reason == self._reason:
+                self._step = step
+            case events.CommitEvent(step=step) if self._step is not None and step >= self._step:
                 self.is_fulfilled = True
-            case "done" | "stop" | "superseded":
+            case events.DoneEvent() | events.StopEvent() | events.SupersededEvent():
                 self.is_fulfilled = True  # no more steps will come
 
 
@@ -62,7 +63,7 @@ class Coordinator:
         self._failures: dict[int, OutlastError] = {}
         self._verdict: OutlastError | None = None
         self._drained: set[str] = set()
-        self._reached: dict[str, tuple[int, float]] = {}
+        self._reached: dict[str, events.Reached] = {}
         self._groups: dict[str, GroupProgress] = {}
         self._wish = SaveRequest()
         self._heard_at = time.monotonic()
@@ -71,18 +72,20 @@ class Coordinator:
         """Asks the workers to commit and end."""
         self._stop = True
 
-    def exchange(self, events: list[dict[str, Any]]) -> bool:
+    def exchange(self, bodies: list[dict[str, Any]]) -> bool:
         """Takes rank 0's events; tells it whether to stop."""
-        self._events.extend({"t": time.time(), **event} for event in events)
-        for event in events:
+        self._events.extend({"t": time.time(), **body} for body in bodies)
+        for body in bodies:
+            event = events.parse_event(body)
             self._wish.apply(event)
-            if event["event"] == "commit":  # progress: a verdict that came while the next group was at work is void
-                self._verdict = None
-            if event["event"] == "step" and "by" in event:
-                self._reached[event["by"]] = (event["step"], event["ended_at"])
+            match event:
+                case events.CommitEvent():  # progress: a verdict that came while the next group was at work is void
+                    self._verdict = None
+                case events.StepEvent(step=step, ended_at=float(ended_at)) if "sender" in body:
+                    self._reached[body["sender"]] = events.Reached(step, ended_at)
         return self._stop
 
-    def reached(self, attempt: str) -> tuple[int, float] | None:
+    def reached(self, attempt: str) -> events.Reached | None:
         """The last step that an attempt told of, and when it ended: a rank 0 that is killed takes the last seconds of
         its journal with it."""
         return self._reached.get(attempt)
@@ -104,8 +107,8 @@ class Coordinator:
 
     def drain(self) -> list[dict[str, Any]]:
         """Gives the driver the events that it has not seen."""
-        events, self._events = list(self._events), deque(maxlen=10_000)
-        return events
+        bodies, self._events = list(self._events), deque(maxlen=10_000)
+        return bodies
 
     def drain_noticed(self, attempt: str) -> None:
         """Takes note that a node of this attempt was announced to go."""
@@ -115,7 +118,7 @@ class Coordinator:
         """Whether a node of this attempt was announced to go."""
         return attempt in self._drained
 
-    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]]:
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[events.SlowRank]]:
         """Takes note of where a rank is. Tells it whether its group hangs, and rank 0 which ranks are slow."""
         known = self._groups.setdefault(group, GroupProgress())
         return known.apply(beat, time.monotonic()), known.slow() if beat.rank == 0 else []

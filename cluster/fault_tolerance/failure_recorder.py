@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayError
@@ -17,6 +18,7 @@ from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId, launch_dir
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.events import Event, FailureEvent, NoRoomEvent
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
@@ -102,18 +104,18 @@ class FailureRecorder(WorkerGroupCallback):
             if not self._is_waiting:
                 self._is_waiting = True
                 with suppress(StorageError):  # the wait then counts as part of the restart
-                    self._note("no-room", since=round(began_at, 3))
+                    self._write(NoRoomEvent(since=round(began_at, 3)))
                 if (hub := find_coordinator(self._place[2])) is not None:
-                    ask(hub.exchange.remote([{"event": "no-room"}]))
+                    ask(hub.exchange.remote([NoRoomEvent().to_json()]))
             raise
         self._is_waiting = False
 
-    def _note(self, kind: str, **fields: Any) -> None:
+    def _write(self, event: Event) -> None:
         url, run, launch = self._place
         store = RunStore(open_storage(url), run)
         with _MAKING_JOURNAL:  # two of them would write over each other's files
             self._journal = self._journal or Journal(store.storage, store.launch_dir(launch), 0, flush_s=0)
-        self._journal.event(kind, **fields)
+        self._journal.write(event)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """What is told from now on is another end, even in the same words, and no longer that of an earlier attempt."""
@@ -161,21 +163,24 @@ class FailureRecorder(WorkerGroupCallback):
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
         log = self._write_log(attempt, errors, workers, failure.rank)
-        event: dict[str, Any] = {"attempt": attempt, "noticed_at": round(noticed_at, 3)}
-        event |= {"cause": failure.cause.value, "rank": failure.rank, "message": failure.description}
-        event["where"] = failure.where(workers, log)
-        if failure.cause is Cause.ERROR and "after step" in failure.message:
-            event["raised"] = failure.message
-        if hub is not None and (reached := ask(hub.reached.remote(attempt))):
-            event["reached"] = {"step": reached[0], "ended_at": reached[1]}
+        event = FailureEvent(
+            attempt=attempt,
+            noticed_at=round(noticed_at, 3),
+            cause=failure.cause.value,
+            rank=failure.rank,
+            message=failure.description,
+            where=failure.where(workers, log),
+            raised=failure.message if failure.cause is Cause.ERROR and "after step" in failure.message else None,
+            reached=None if hub is None else ask(hub.reached.remote(attempt)),
+        )
         number, limit, ends = -1, -1, False
         with suppress(StorageError):  # the story has a gap, and the next failure is judged again
             wait_for(open_storage(self._place[0]), self._place[1])
-            self._note("failure", **event)
+            self._write(event)
             number, limit, ends = self._judge(failure, hub)
         if hub is not None:
-            numbers = {"number": number, "limit": limit, "ends": ends}
-            ask(hub.exchange.remote([{"event": "failure", **event, **numbers, "excerpt": failure.excerpt}]))
+            live = replace(event, number=number, limit=limit, ends=ends, excerpt=failure.excerpt)
+            ask(hub.exchange.remote([live.to_json()]))
 
     def _write_log(
         self, attempt: str, errors: Mapping[int, BaseException], workers: Sequence[Mapping[str, Any]], first: int
@@ -204,6 +209,6 @@ class FailureRecorder(WorkerGroupCallback):
         if given_up is not None and hub is not None:
             ask(hub.give_up.remote(gave_up(run, given_up)))
         is_failure = failure.cause.is_failure
-        alike = [item for item in count_failures(tries, self._settings) if item.ending.is_failure == is_failure]
+        alike = [item for item in count_failures(tries, self._settings) if item.end.outcome.is_failure == is_failure]
         limit = self._limits.max_failures if is_failure else self._limits.max_preemptions
         return len(alike), limit, given_up is not None

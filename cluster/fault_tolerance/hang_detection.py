@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
+from outlast.checkpointing.run_store.events import SlowRank
 from outlast.trainers.loop.progress import StepPhase
 
 #: A rank whose thread was not heard of for so long does not run.
@@ -88,11 +88,11 @@ class GroupProgress:
         """Every rank's last beat, and how many seconds ago it was."""
         return {rank: (beat, now - at) for rank, (beat, at) in self.beats.items()}
 
-    def slow(self) -> list[dict[str, Any]]:
-        """The slow ranks: rank, host, and how many times as slow as the others."""
+    def slow(self) -> list[SlowRank]:
+        """The slow ranks."""
         work = {rank: beat.work_s for rank, (beat, _) in self.beats.items() if beat.work_s is not None}
         slow = sorted(find_slow(work).items())
-        return [{"rank": rank, "host": self.beats[rank][0].host, "times": times} for rank, times in slow]
+        return [SlowRank(rank, self.beats[rank][0].host, times) for rank, times in slow]
 
 
 def find_hang(beats: Mapping[int, tuple[Heartbeat, float]]) -> Hang | None:

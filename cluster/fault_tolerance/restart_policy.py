@@ -39,8 +39,8 @@ class GiveUp:
     @property
     def diagnosis(self) -> str:
         """The reason, and what happened how often."""
-        told = Counter((_what(item), item.message.strip()) for item in self.tries)
-        last = {(_what(item), item.message.strip()): item.where for item in self.tries}
+        told = Counter(map(_what_and_message, self.tries))
+        last = {_what_and_message(item): item.end.where for item in self.tries}
         lines = (
             f"\n  {count} × {what}: {message}" + (f" (last: {last[what, message]})" if last[what, message] else "")
             for (what, message), count in told.items()
@@ -49,7 +49,11 @@ class GiveUp:
 
 
 def _what(item: AttemptRecord) -> str:
-    return item.what + (f" at step {item.failed_step}" if item.failed_step is not None else "")
+    return item.end.cause + (f" at step {item.failed_step}" if item.failed_step is not None else "")
+
+
+def _what_and_message(item: AttemptRecord) -> tuple[str, str]:
+    return _what(item), item.end.message.strip() or "no error message"
 
 
 def count_failures(tries: Iterable[AttemptRecord], settings: str) -> list[AttemptRecord]:
@@ -61,7 +65,7 @@ def count_failures(tries: Iterable[AttemptRecord], settings: str) -> list[Attemp
         if top > newest_step or item.settings != settings:
             found.clear()
         newest_step = max(newest_step, top)
-        if item.settings == settings and (item.ending.is_failure or item.ending is AttemptOutcome.PREEMPTED):
+        if item.settings == settings and (item.end.outcome.is_failure or item.end.outcome is AttemptOutcome.PREEMPTED):
             found.append(item)
     return found
 
@@ -75,8 +79,8 @@ def decide_give_up(tries: Iterable[AttemptRecord], limits: RestartLimits, settin
         settings: Which settings it would go on with.
     """
     found = count_failures(tries, settings)
-    failures = [item for item in found if item.ending.is_failure]
-    preempted = [item for item in found if not item.ending.is_failure]
+    failures = [item for item in found if item.end.outcome.is_failure]
+    preempted = [item for item in found if not item.end.outcome.is_failure]
     for item in failures[-1:]:
         if item.is_final:
             return GiveUp(f"{_what(item)}, and the same settings would lead there again", (item,))

@@ -22,6 +22,7 @@ from math import inf
 from typing import Any, Protocol
 
 from outlast.checkpointing.errors import OutlastError, StorageError
+from outlast.checkpointing.run_store.events import Event, HangEvent, SlowEvent, SlowRank
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.storage.base import Storage
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat, describe, missing
@@ -45,7 +46,7 @@ class StepTimedOut(OutlastError):
 class WatchdogTransport(Protocol):
     """The way to the hub. Each returns None when nobody answers."""
 
-    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[dict[str, Any]]] | None:
+    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[SlowRank]] | None:
         """Tells where a rank is; learns whether the group hangs, and which ranks are slow."""
 
     def last_report(self, group: str, rank: int) -> bool | None:
@@ -157,38 +158,38 @@ class Watchdog:
         faulthandler.dump_traceback_later(2 * LAST_REPORT_S, exit=True, file=2)  # the storage may be what hangs
         phase, step, _ = self._pulse.now
         with suppress(StorageError):  # the stacks then stand in the worker's log alone
-            self._event(
-                "hang", rank=self._rank, missing=list(hang.ranks), step=step, phase=phase.value, threads=stacks()
-            )
+            missed, threads = tuple(hang.ranks), stacks()
+            self._write(HangEvent(rank=self._rank, missing=missed, step=step, phase=phase.value, threads=threads))
         faulthandler.dump_traceback(2)
         deadline = time.monotonic() + LAST_REPORT_S
         while not self._post.last_report(self._group, self._rank) and time.monotonic() < deadline:
             time.sleep(0.1)
         os._exit(EXIT_CODE)
 
-    def _note(self, slow: list[dict[str, Any]]) -> None:
+    def _note(self, slow: list[SlowRank]) -> None:
         """A change of the slow ranks counts when it has been seen several times in a row."""
-        ranks = {item["rank"] for item in slow}
+        ranks = {item.rank for item in slow}
         self._num_seen = 0 if ranks == self._slow else self._num_seen + 1
         if self._num_seen < _CONFIRM:
             return
         self._slow, self._num_seen = ranks, 0
-        self._tell({"event": "slow", "ranks": slow})
+        event = SlowEvent(ranks=tuple(slow))
+        self._tell(event.to_json())
         with suppress(StorageError):  # `status` then knows less
-            self._event("slow", ranks=slow)
+            self._write(event)
 
-    def _event(self, kind: str, **fields: Any) -> None:
+    def _write(self, event: Event) -> None:
         if self._journal is None:
             stream = f"events-watch-{self._group[:8]}"  # before the claim, groups share a directory
             self._journal = Journal(self._storage, self._directory(), self._rank, stream=stream, flush_s=0)
-        self._journal.event(kind, **fields)
+        self._journal.write(event)
 
 
-def stacks() -> dict[str, list[str]]:
+def stacks() -> dict[str, tuple[str, ...]]:
     """The stack of every Python thread but the one that asks, outermost call first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return {
-        f"{names.get(ident, 'thread')} ({ident})": [line.rstrip() for line in traceback.format_stack(frame)]
+        f"{names.get(ident, 'thread')} ({ident})": tuple(line.rstrip() for line in traceback.format_stack(frame))
         for ident, frame in sys._current_frames().items()
         if ident != threading.get_ident()
     }

@@ -1,1 +1,1 @@
-"""Ray jobs and their supervisor."""
+"""Runs as jobs of a Ray cluster: submission through the job server, and a supervisor that submits them again."""

@@ -1,4 +1,4 @@
-"""The working directory that a job carries."""
+"""The files that are sent along with a job: the run file, the user's Python files and outlast itself. Never data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("checkpointing", "trainers", "cluster")
 
 @contextmanager
 def bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
-    """A folder with what travels: the run file and the user's Python files."""
+    """Create a temporary folder, whose `work` holds the run file and the user's Python files."""
     with tempfile.TemporaryDirectory(prefix="outlast-submit-") as name:
         folder = Path(name)
         work = folder / "work"
@@ -34,13 +34,13 @@ def bundle(declared: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
 
 
 def _not_python(folder: str, names: list[str]) -> set[str]:
-    """Data stays at home: of a user's folder only Python and its settings travel."""
+    """Return the files to leave out: of a user's folder only code and settings are sent, no data."""
     kept = (".py", ".json", ".yaml", ".yml", ".toml", ".txt")
     return {name for name in names if (Path(folder) / name).is_file() and not name.endswith(kept)}
 
 
-def _package(folder: Path) -> Path:
-    """outlast as a folder that can be imported, from wherever it is installed here."""
+def copy_package(folder: Path) -> Path:
+    """Copy the installed outlast to an importable folder."""
     from importlib import import_module
 
     package = folder / "outlast"

@@ -1,8 +1,8 @@
-"""Runs on somebody else's Ray cluster, through its job server: submit, list, logs, stop, and the state of a run.
+"""Runs as jobs of a Ray cluster, through its job server: submit, list, logs, stop.
 
-A submission carries the run file, the user's Python files and outlast itself, so that the cluster needs no more than
-Ray and the libraries. The n-th submission of a run is the job `<run>-<n>`; a run with a live job is attached to.
-Whether a run is done, and how far it is, is read from the run's own storage, which outlives the cluster.
+A submission includes the run file, the user's Python files and outlast itself, so that the cluster needs only Ray and
+the libraries. The n-th submission of a run is the job `<run>-<n>`; a run with a live job is attached to. A run's state
+must be read from its storage, which outlives the cluster, and never from its jobs.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.jobs.bundle import _package, bundle
+from outlast.cluster.jobs.bundle import bundle, copy_package
 from outlast.cluster.preflight.finding import TOKEN_HINT, Finding, Level
 from outlast.trainers.checks import preflight
 from outlast.trainers.config.task_names import is_dotted
 from outlast.trainers.user_code import make_importable
 
 STOP_WAIT_S = 600
-_PERIOD_S = 0.5
+_POLL_S = 0.5
 _DRIVER_CPUS = 0.01
 
 
@@ -46,9 +46,9 @@ class SubmittedJob:
         id: `<run>-<n>`.
         run: Name of the run.
         number: The n.
-        status: As the job server says: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        message: What the job server says besides.
-        driver_exit_code: What the driver ended with, if it ended by itself.
+        status: The job server's: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
+        message: The job server's message.
+        driver_exit_code: The driver's exit code, if it ended by itself.
     """
 
     id: str
@@ -60,7 +60,7 @@ class SubmittedJob:
 
     @property
     def exit_code(self) -> int:
-        """What `outlast train` ended with there; 75 for a job that was stopped, 1 where nobody knows."""
+        """Exit code of `outlast train` in the job; 75 for a stopped job, 1 if unknown."""
         if self.status == JobStatus.STOPPED.value:
             return 75
         if self.status == JobStatus.SUCCEEDED.value:
@@ -73,50 +73,50 @@ class SubmittedJob:
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """The job server at `address` (`http://head:8265`), or at RAY_API_SERVER_ADDRESS.
+    """Connect to the job server at `address` (`http://head:8265`), or at RAY_API_SERVER_ADDRESS.
 
     Raises:
-        PreflightError: Nobody answers there, or it is not a job server, or it asks for another token.
+        PreflightError: No job server answers there, or it requires another token.
     """
-    place = address or os.environ.get("RAY_API_SERVER_ADDRESS")
-    if not place:
+    server = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not server:
         raise PreflightError(
-            "no Ray cluster was named",
-            hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS; a run on this machine alone has no "
-            "job: `outlast train RUN.yaml` goes on with it, and Ctrl-C stops it",
+            "no Ray cluster was given",
+            hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS; a run on this machine only has no "
+            "job: `outlast train RUN.yaml` resumes it, and Ctrl-C stops it",
         )
     try:
-        return JobSubmissionClient(place)
+        return JobSubmissionClient(server)
     except AuthenticationError as error:
         raise PreflightError(
-            f"the job server at {place} wants a token: {error.message.splitlines()[0]}", hint=TOKEN_HINT
+            f"the job server at {server} requires a token: {error.message.splitlines()[0]}", hint=TOKEN_HINT
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         hint = "check the address (the dashboard's, usually port 8265)"
-        raise PreflightError(f"no job server answers at {place}: {first_line(error)}", hint=hint) from error
+        raise PreflightError(f"no job server answers at {server}: {first_line(error)}", hint=hint) from error
 
 
-def check_server(place: str) -> list[Finding]:
-    """Whether strangers may run code on the cluster: its job server takes requests without a token from elsewhere."""
-    host = urlsplit(place).hostname or ""
+def check_server(address: str) -> list[Finding]:
+    """Check whether other machines may run code on the cluster: its job server is reachable and needs no token."""
+    host = urlsplit(address).hostname or ""
     try:
-        is_near = all(ip_address(item[4][0]).is_loopback for item in socket.getaddrinfo(host, None))
-        requests.get(f"{place.rstrip('/')}/api/version", timeout=10).raise_for_status()
-    except (OSError, ValueError):  # it asks for a token, or it cannot be asked
-        return [Finding(Level.OK, "job server", f"{place} does not answer strangers")]
-    if is_near:
-        return [Finding(Level.OK, "job server", f"{place} is open, to this machine only")]
-    text = f"{place} is open: whoever reaches it may run anything on the cluster"
+        is_local = all(ip_address(item[4][0]).is_loopback for item in socket.getaddrinfo(host, None))
+        requests.get(f"{address.rstrip('/')}/api/version", timeout=10).raise_for_status()
+    except (OSError, ValueError):  # it requires a token, or does not answer
+        return [Finding(Level.OK, "job server", f"{address} requires a token")]
+    if is_local:
+        return [Finding(Level.OK, "job server", f"{address} is open to this machine only")]
+    text = f"{address} is open: any client that reaches it can run code on the cluster"
     return [
         Finding(Level.WARNING, "job server", text, "start every node with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN")
     ]
 
 
 def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[SubmittedJob]:
-    """Every submission of a run that the cluster remembers, or of every run; oldest first."""
-    found = [_job(details) for details in client.list_jobs()]
-    known = [job for job in found if job is not None and run in (None, job.run)]
-    return sorted(known, key=lambda job: (job.run, job.number))
+    """Return the submissions of a run, or of every run, in the cluster's records; oldest first."""
+    jobs = [_job(details) for details in client.list_jobs()]
+    ours = [job for job in jobs if job is not None and run in (None, job.run)]
+    return sorted(ours, key=lambda job: (job.run, job.number))
 
 
 def _job(details: JobDetails) -> SubmittedJob | None:
@@ -129,38 +129,38 @@ def _job(details: JobDetails) -> SubmittedJob | None:
 
 
 def check_reachable(config: RunConfig) -> None:
-    """Refuses places that mean nothing on another machine.
+    """Check that paths are valid on other machines.
 
     Raises:
-        ConfigError: The storage or the data is named by a relative path.
+        ConfigError: The path of the storage, the data or the model is relative.
     """
     tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
-    places = {
+    paths = {
         "checkpoint.storage": config.checkpoint.storage,
         **config.data.places,
         "model.path": config.model.path if (config.model.path or "").startswith(".") else None,  # else a hub id
         "model.tokenizer.path": tokenizer if (tokenizer or "").startswith(".") else None,
     }
-    for key, place in places.items():
-        if place and "://" not in place and not Path(place).is_absolute():
+    for key, path in paths.items():
+        if path and "://" not in path and not Path(path).is_absolute():
             raise ConfigError(
-                f"{key} is {place!r}, which the cluster's machines would look for in their own working directory",
-                hint=f"set {key} to a place that all of them see: a shared file system's absolute path, or s3://…",
+                f"{key} is {path!r}, which each machine of the cluster resolves in its own working directory",
+                hint=f"set {key} to a path that all machines share: a shared file system's absolute path, or s3://…",
             )
 
 
 def check_code(config: RunConfig, code: Path | None) -> None:
-    """Refuses names that mean nothing: of architectures, of their settings, of classes in `code`.
+    """Check names of architectures, of their settings, and of classes in `code`.
 
     Raises:
-        ConfigError: There is no such thing.
+        ConfigError: A name does not exist.
     """
     if code is not None:
         make_importable(str(code.absolute()))
-    named = (config.model.class_, config.model.task, config.train.optimizer)
-    own = [place for place in named if place and is_dotted(place)]
-    if code is not None or all(find_spec(place.partition(".")[0].partition(":")[0]) for place in own):
-        preflight.check_code(config)  # else the cluster has it installed, or says that it has not
+    paths = (config.model.class_, config.model.task, config.train.optimizer)
+    own = [path for path in paths if path and is_dotted(path)]
+    if code is not None or all(find_spec(path.partition(".")[0].partition(":")[0]) for path in own):
+        preflight.check_code(config)  # else the cluster may have it installed, or reports that it is missing
 
 
 def submit(
@@ -172,21 +172,21 @@ def submit(
     ship: bool = True,
     ignoring: Collection[str] = (),
 ) -> tuple[SubmittedJob, bool]:
-    """Submits a run, unless it has a live job already.
+    """Submit a run, unless it has a live job.
 
     Args:
         client: The job server.
         config: The settings.
-        declared: The settings as written; this is what travels, `${env:…}` unexpanded.
+        declared: The settings as written, `${env:…}` unexpanded; these are sent.
         code: A directory of the user's Python files, which become importable on every worker.
         ship: Send this outlast along, so that the cluster runs the same version.
-        ignoring: Ids of jobs that are called live and are not.
+        ignoring: Ids of jobs that are reported live but are not.
 
     Returns:
         The job, and whether it is new.
 
     Raises:
-        PreflightError: The job server refused.
+        PreflightError: The job server refused the job.
     """
     before = jobs_of(client, config.name)
     for job in before:
@@ -199,14 +199,14 @@ def submit(
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{stop_wait_s(config):g}"},
         }
         if ship:
-            runtime_env["py_modules"] = [str(_package(folder))]
+            runtime_env["py_modules"] = [str(copy_package(folder))]
         try:
-            client.submit_job(  # exec, because a stop waits until no process is left, and a shell leaves a zombie
+            client.submit_job(  # exec, because a stop waits for all processes, and a shell leaves a zombie
                 entrypoint="exec python -m outlast.cluster.cli train run.yaml --take-over",
                 submission_id=f"{config.name}-{number}",
                 metadata={"outlast_run": config.name},
                 runtime_env=runtime_env,
-                # What asks for nothing is put on the head; what asks for a CPU, wherever there is one.
+                # A driver without requirements runs on the head; one that needs a CPU, wherever one is free.
                 entrypoint_num_cpus=_DRIVER_CPUS if config.failure.survive_head else None,
             )
         except RuntimeError as error:
@@ -214,57 +214,57 @@ def submit(
     return SubmittedJob(f"{config.name}-{number}", config.name, number, JobStatus.PENDING.value), True
 
 
-def run_verb(client: JobSubmissionClient, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
-    """Runs a verb of the command line on the cluster, as a job of no run, with this outlast. Waits for it.
+def run_command(client: JobSubmissionClient, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
+    """Run a command of outlast on the cluster, as a job of no run, with this outlast, and wait for its end.
 
     Args:
         client: The job server.
-        arguments: The verb and its arguments.
-        declared: A run's settings as written, which the verb finds in `run.yaml`.
+        arguments: The command and its arguments.
+        declared: A run's settings as written, which the command finds in `run.yaml`.
 
     Returns:
-        Its log.
+        The job's log.
     """
     with bundle(declared or {}, None) as folder:
         job = client.submit_job(
             entrypoint=shlex.join(["exec", "python", "-m", "outlast.cluster.cli", *arguments]),
-            runtime_env={"working_dir": str(folder / "work"), "py_modules": [str(_package(folder))]},
+            runtime_env={"working_dir": str(folder / "work"), "py_modules": [str(copy_package(folder))]},
         )
     while not client.get_job_status(job).is_terminal():
-        time.sleep(_PERIOD_S)
+        time.sleep(_POLL_S)
     log: str = client.get_job_logs(job)
     client.delete_job(job)
     return log
 
 
 def stop_wait_s(config: RunConfig) -> float:
-    """How long a driver that was asked to stop may take: for a step and a commit, so no longer than a stall."""
+    """Return the seconds that a driver may take to stop: for a step and a commit, so no longer than a stall."""
     return min(STOP_WAIT_S, config.failure.stall_s)
 
 
-def find(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
-    """One job. Raises RuntimeError or OSError when the cluster has forgotten it or does not answer."""
+def find_job(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
+    """Return one job. Raises RuntimeError or OSError if the cluster does not know it or does not answer."""
     job = _job(client.get_job_info(job_id))
     assert job is not None
     return job
 
 
-def newest(client: JobSubmissionClient, run: str) -> SubmittedJob:
-    """A run's newest job.
+def newest_job(client: JobSubmissionClient, run: str) -> SubmittedJob:
+    """Return a run's newest job.
 
     Raises:
-        PreflightError: The cluster remembers none.
+        PreflightError: The cluster has no job of the run.
     """
-    if found := jobs_of(client, run):
-        return found[-1]
-    raise PreflightError(f"the cluster remembers no job of run {run!r}", hint="`outlast list --address …` shows all")
+    if jobs := jobs_of(client, run):
+        return jobs[-1]
+    raise PreflightError(f"the cluster has no job of run {run!r}", hint="`outlast list --address …` shows all jobs")
 
 
 def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
-    """Prints the job's log to stderr as it grows, until the job ends.
+    """Print the job's log to stderr as it grows, until the job ends.
 
     Raises:
-        PreflightError: The job server has gone, and the job with it.
+        PreflightError: The job server, and the job with it, was lost.
     """
     seen = 0
     while True:
@@ -273,9 +273,9 @@ def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
             log = client.get_job_logs(job_id)
         except (RuntimeError, OSError) as error:
             raise PreflightError(
-                f"the cluster has gone, or it has forgotten job {job_id}",
-                hint="the checkpoints are in the run's storage: submit the run again on any cluster to go on; but with "
-                "failure.survive_head it may be at work still (`outlast status` tells): then wait for the head",
+                f"the cluster does not answer, or does not know job {job_id}",
+                hint="the checkpoints are in the run's storage: submit the run on any cluster to resume it; but with "
+                "failure.survive_head it may still be running (see `outlast status`): then wait for the head",
             ) from error
         sys.stderr.write(log[seen:])
         sys.stderr.flush()
@@ -284,15 +284,15 @@ def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
             job = _job(details)
             assert job is not None
             return job
-        time.sleep(_PERIOD_S)
+        time.sleep(_POLL_S)
 
 
 def stop(client: JobSubmissionClient, run: str) -> SubmittedJob | None:
-    """Asks a run's live job to commit and end, and waits until it has. None when it has no live job."""
+    """Have a run's live job commit and end, and wait for its end. Return None if it has no live job."""
     for job in jobs_of(client, run):
         if job.is_live:
             client.stop_job(job.id)
             while not client.get_job_status(job.id).is_terminal():
-                time.sleep(_PERIOD_S)
-            return newest(client, run)
+                time.sleep(_POLL_S)
+            return newest_job(client, run)
     return None

@@ -1,1 +1,1 @@
-"""Kubernetes manifests: rendering, applying, reading."""
+"""Runs on Kubernetes with KubeRay: render manifests, apply them, follow RayJobs. Must import neither torch nor ray."""

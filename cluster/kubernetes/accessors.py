@@ -1,42 +1,42 @@
-"""Ways into a RayJob that may have any shape: what is not there, or is something else, counts as empty. Pure."""
+"""Accessors for a RayJob of any shape: a missing value, or one of another type, reads as empty. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-#: Where, and what is wrong there.
+#: Path of a problem, and its description.
 LintComplaint = tuple[str, str]
 
 
 def mapping(value: Any, *keys: str) -> Mapping[str, Any]:
-    """The mapping at the end of a path of keys; an empty one where there is none."""
+    """Return the mapping at a path of keys; an empty one if there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, Mapping) else {}
 
 
-def rows(value: Any, key: str) -> list[Mapping[str, Any]]:
-    """The mappings in the list at `key`; none where there is no list."""
-    found = mapping(value).get(key)
-    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
+def mappings(value: Any, key: str) -> list[Mapping[str, Any]]:
+    """Return the mappings in the list at `key`; none if there is no list."""
+    items = mapping(value).get(key)
+    return [item for item in items if isinstance(item, Mapping)] if isinstance(items, list) else []
 
 
-def words(value: Any, key: str) -> list[str]:
-    """The strings in the list at `key`."""
-    found = mapping(value).get(key)
-    return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []
+def strings(value: Any, key: str) -> list[str]:
+    """Return the strings in the list at `key`."""
+    items = mapping(value).get(key)
+    return [item for item in items if isinstance(item, str)] if isinstance(items, list) else []
 
 
-def variables(container: Mapping[str, Any]) -> dict[str, Any]:
-    """A container's environment as written, None for what comes from elsewhere."""
-    return {str(item.get("name")): item.get("value") for item in rows(container, "env")}
+def env_variables(container: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a container's environment as written; None for a value that is a reference."""
+    return {str(item.get("name")): item.get("value") for item in mappings(container, "env")}
 
 
 def first_container(group: Any) -> Mapping[str, Any]:
-    """The container of a head or worker group in which Ray runs."""
-    found = rows(mapping(group, "template", "spec"), "containers")
-    return found[0] if found else {}
+    """Return the container of a head or worker group that runs Ray."""
+    items = mappings(mapping(group, "template", "spec"), "containers")
+    return items[0] if items else {}
 
 
 def autoscales(cluster: Mapping[str, Any]) -> bool:
@@ -46,12 +46,12 @@ def autoscales(cluster: Mapping[str, Any]) -> bool:
 def ray_groups(cluster: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if head := mapping(cluster, "headGroupSpec"):
         yield "head", head
-    for group in rows(cluster, "workerGroupSpecs"):
+    for group in mappings(cluster, "workerGroupSpecs"):
         yield "worker", group
 
 
 def pod_templates(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every pod template, by role; the submitter too, which KubeRay makes for itself where none is given."""
+    """Yield every pod template with its role; the submitter too, for which KubeRay has a default template."""
     spec = mapping(job, "spec")
     if spec.get("submissionMode", "K8sJobMode") == "K8sJobMode":
         yield "submitter", mapping(spec, "submitterPodTemplate")
@@ -60,12 +60,12 @@ def pod_templates(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
 
 
 def containers(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Every container with the pod that it is in, by role; those that KubeRay adds only as far as the manifest says
-    something of them."""
+    """Yield every container with its role and pod spec; containers that KubeRay adds have only what the manifest sets
+    for them."""
     for role, pod in pod_templates(job):
         spec = mapping(pod, "spec")
-        yield from ((role, spec, item) for key in ("initContainers", "containers") for item in rows(spec, key))
-        if role == "submitter" and not rows(spec, "containers"):
+        yield from ((role, spec, item) for key in ("initContainers", "containers") for item in mappings(spec, key))
+        if role == "submitter" and not mappings(spec, "containers"):
             yield role, spec, {}
     cluster = mapping(job, "spec", "rayClusterSpec")
     head = mapping(cluster, "headGroupSpec", "template", "spec")

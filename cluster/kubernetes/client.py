@@ -1,7 +1,7 @@
 """A run's objects in a cluster, through Kubernetes' official client: apply, status, suspend, resume, delete.
 
-Thin: what an object should be is decided in `manifests.py`, what becomes of it by KubeRay. Everything of a run is found
-by its label, so that nothing has to be remembered here. What a RayJob is and which comes next, `k8s_chain.py` decides.
+A thin layer without state: `render.py` builds the objects, `rayjob_sequence.py` decides the phase of a RayJob and its
+successor, KubeRay does the rest. Objects of a run are found by its label; nothing else may be touched.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
-from outlast.cluster.kubernetes.accessors import mapping, rows
+from outlast.cluster.kubernetes.accessors import mapping, mappings
 from outlast.cluster.kubernetes.rayjob_sequence import (
     MANAGER,
     RAY,
     RESUMES,
     JobPhase,
-    applied_last,
-    consequences,
-    describe_state,
+    apply_notes,
+    event_sources,
+    last_applied,
     phase,
     successor,
 )
 from outlast.cluster.kubernetes.render import QUEUE_LABEL, RUN_LABEL
 
-#: What belongs to a run, in the order in which to delete it: first what makes pods.
+#: Kinds of a run's objects, in the order to delete them: first those that create pods.
 KINDS = {
     "RayJob": RAY,
     "NetworkPolicy": "networking.k8s.io/v1",
@@ -41,24 +41,24 @@ _CLAIM = "PersistentVolumeClaim"
 _MAX_EVENTS = 10
 
 
-class _Missing(PreflightError):
-    """There is no such object, or no such namespace."""
+class _NotFound(PreflightError):
+    """The object or the namespace does not exist."""
 
 
-def _check_owner(name: str, there: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises ConfigError if an object of this name belongs to another run."""
-    run, other = (mapping(meta, "labels").get(RUN_LABEL) for meta in (ours, there))
-    if run and other and run != other:
-        raise ConfigError(f"{name} is there already, and belongs to run {other}", hint="render with another --name")
+def _check_owner(name: str, existing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an object of this name belongs to another run."""
+    run, owner = (mapping(meta, "labels").get(RUN_LABEL) for meta in (ours, existing))
+    if run and owner and run != owner:
+        raise ConfigError(f"{name} already exists and belongs to run {owner}", hint="render with another --name")
 
 
 def _check_queue(job: Mapping[str, Any], verb: str) -> None:
-    """Raises PreflightError if Kueue says when a RayJob runs: it sets `suspend` itself, and sets it back."""
+    """Raise PreflightError if Kueue schedules the RayJob: Kueue owns `suspend` and would set it back."""
     meta = mapping(job, "metadata")
     if QUEUE_LABEL in mapping(meta, "labels"):
         active = str(verb == "resume").lower()
         raise PreflightError(
-            f"rayjob/{meta['name']} is in a queue of Kueue, which would undo this",
+            f"rayjob/{meta['name']} is in a Kueue queue, and Kueue would undo this change",
             hint=f"kubectl get workloads -l kueue.x-k8s.io/job-uid={meta.get('uid')} names its workload W; then "
             f"`kubectl kueue {verb} workload W`, or set spec.active: {active} of it",
         )
@@ -68,11 +68,11 @@ class Cluster:
     """One namespace of a cluster.
 
     Args:
-        context: A context of the kubeconfig; default: the current one. In a pod: its service account.
+        context: A context of the kubeconfig; default: the current one. In a pod, its service account is used.
         namespace: Default: the context's.
 
     Raises:
-        PreflightError: There is no client, no configuration, or no cluster that answers.
+        PreflightError: The client is not installed, nothing is configured, or the cluster does not answer.
     """
 
     def __init__(self, context: str | None = None, namespace: str | None = None) -> None:
@@ -85,90 +85,90 @@ class Cluster:
         settings = client.Configuration()
         settings.retries = 2
         try:
-            here = _configure(settings, context, config)
+            default_namespace = _configure(settings, context, config)
         except (config.ConfigException, OSError) as error:
             raise PreflightError(
                 f"no cluster is configured: {first_line(error)}", hint="set KUBECONFIG, or give --context"
             ) from error
-        self.namespace = namespace or here
-        self._asked = namespace
-        # By default the client keeps what it finds out in a file that anybody may write.
-        with _explained(), tempfile.TemporaryDirectory(prefix="outlast-k8s-") as folder:
+        self.namespace = namespace or default_namespace
+        self._given_namespace = namespace
+        # By default the client caches the API's resources in a file that every user may write.
+        with _api_errors(), tempfile.TemporaryDirectory(prefix="outlast-k8s-") as folder:
             cache = str(Path(folder, "resources.json"))
             self._client = dynamic.DynamicClient(client.ApiClient(settings), cache_file=cache)
 
     def apply(self, objects: Sequence[Mapping[str, Any]], *, force: bool = False) -> list[str]:
-        """Server-side apply, in the order given. Unknown fields are refused.
+        """Apply objects on the server's side, in the given order. Unknown fields are refused.
 
         Args:
-            objects: What to apply.
-            force: Take fields over that somebody else has set since.
+            objects: The objects.
+            force: Take over fields that another field manager has set.
 
         Returns:
-            One line for each object, and what else there is to say.
+            One line for each object, and notes on what applying a RayJob does not change.
 
         Raises:
-            ConfigError: The cluster refuses an object, or somebody else owns a field of it.
-            PreflightError: The cluster cannot be asked.
+            ConfigError: The cluster refuses an object, or another field manager owns a field of it.
+            PreflightError: The cluster does not answer, or denies access.
         """
         for item in objects:
             if not mapping(item, "metadata").get("name"):
                 raise ConfigError(
-                    f"an object of kind {item['kind']} has no metadata.name, and apply finds what is there by it",
+                    f"an object of kind {item['kind']} has no metadata.name, which apply needs",
                     hint="give it a name; generateName is for `kubectl create`",
                 )
-            theirs = mapping(item, "metadata").get("namespace")
-            if self._asked and theirs and theirs != self._asked:
+            target = mapping(item, "metadata").get("namespace")
+            if self._given_namespace and target and target != self._given_namespace:
                 raise ConfigError(
-                    f"{item['kind']}/{item['metadata']['name']} goes to namespace {theirs}, not {self._asked}".lower(),
-                    hint=f"leave out --namespace, or render with --namespace {self._asked}",
+                    f"{_name(item)} has namespace {target}, but --namespace is {self._given_namespace}",
+                    hint=f"omit --namespace, or render with --namespace {self._given_namespace}",
                 )
-        said = []
+        lines = []
         for item in objects:
             before = self._find(item)
-            name = f"{item['kind']}/{item['metadata']['name']}".lower()
+            name = _name(item)
             if before is not None:
                 _check_owner(name, mapping(before, "metadata"), mapping(item, "metadata"))
-            with _explained(name):
+            with _api_errors(name):
                 after = self._apply(item, force=force)
             changed = before is None or before["metadata"].get("generation") != after["metadata"].get("generation")
-            said.append(f"{name} {'created' if before is None else 'applied'}")
+            lines.append(f"{name} {'created' if before is None else 'applied'}")
             if item["kind"] == "RayJob" and before is not None:
                 run = mapping(item, "metadata", "labels").get(RUN_LABEL)
                 newest = self.jobs(run)[-1:] if run else []
-                said += consequences(after, newest[0] if newest else after, changed=changed)
-        return said
+                lines += apply_notes(after, newest[0] if newest else after, changed=changed)
+        return lines
 
     def jobs(self, run: str) -> list[dict[str, Any]]:
-        """The run's RayJobs, oldest first."""
+        """Return the run's RayJobs, oldest first."""
         return sorted(self._list("RayJob", RAY, run), key=lambda job: str(job["metadata"].get("creationTimestamp")))
 
     def newest(self, run: str) -> dict[str, Any]:
-        """The run's newest RayJob.
+        """Return the run's newest RayJob.
 
         Raises:
-            PreflightError: There is none.
+            PreflightError: The run has none.
         """
-        found = self.jobs(run)
-        if not found:
+        jobs = self.jobs(run)
+        if not jobs:
             raise PreflightError(
                 f"namespace {self.namespace} has no RayJob of run {run}",
                 hint="outlast k8s render RUN.yaml --image IMAGE | outlast k8s apply -",
             )
-        return found[-1]
+        return jobs[-1]
 
     def status(self, run: str) -> dict[str, Any]:
-        """The run's RayJobs, pods and warnings, as plain values."""
+        """Return the run's RayJobs, pods and warnings, as plain values."""
         self.newest(run)
         jobs = self.jobs(run)
         pods = [_pod_row(pod) for pod in self._list("Pod", "v1", run)]
-        names = {row["name"] for row in pods}.union(*(describe_state(job) for job in jobs))
-        with _explained():
-            told = self._resource("Event", "v1").get(namespace=self.namespace).to_dict()["items"]
+        names = {row["name"] for row in pods}.union(*(event_sources(job) for job in jobs))
+        with _api_errors():
+            events = self._resource("Event", "v1").get(namespace=self.namespace).to_dict()["items"]
         warnings = [
             {"t": event.get("lastTimestamp") or event.get("eventTime"), "of": event["involvedObject"].get("name")}
             | {key: event.get(key) for key in ("reason", "message", "count")}
-            for event in told
+            for event in events
             if event.get("type") == "Warning" and event["involvedObject"].get("name") in names
         ]
         return {
@@ -180,10 +180,13 @@ class Cluster:
         }
 
     def suspend(self, run: str) -> str:
-        """Frees the run's nodes; the workers commit first. Says what was done.
+        """Suspend the run, which frees its nodes; the workers commit first.
+
+        Returns:
+            A line that states what was done.
 
         Raises:
-            PreflightError: There is no such run, or Kueue suspends it.
+            PreflightError: The run has no RayJob, or Kueue schedules it.
         """
         job = self.newest(run)
         name = job["metadata"]["name"]
@@ -191,19 +194,22 @@ class Cluster:
             return f"rayjob/{name} is {phase(job).value}; nothing to suspend"
         _check_queue(job, "stop")
         self._set_suspend(name, True)
-        return f"rayjob/{name} suspended; go on with: outlast k8s resume {run}"
+        return f"rayjob/{name} suspended; to resume it: outlast k8s resume {run}"
 
     def resume(self, run: str) -> str:
-        """Goes on with a run that was suspended or has ended. Says what was done.
+        """Resume a run that was suspended or has ended.
+
+        Returns:
+            A line that states what was done.
 
         Raises:
-            PreflightError: There is no such run, it is being deleted, or Kueue lets it go on.
+            PreflightError: The run has no RayJob, its RayJob is being deleted, or Kueue schedules it.
         """
         job = self.newest(run)
         name = job["metadata"]["name"]
         match phase(job):
             case JobPhase.LIVE:
-                return f"rayjob/{name} is at work"
+                return f"rayjob/{name} is running"
             case JobPhase.DONE:
                 return f"rayjob/{name} is done"
             case JobPhase.LEAVING:
@@ -211,42 +217,45 @@ class Cluster:
             case JobPhase.SUSPENDED:
                 _check_queue(job, "resume")
                 self._set_suspend(name, False)
-                return f"rayjob/{name} goes on"
+                return f"rayjob/{name} resumed"
         taken = [item["metadata"]["name"] for item in self._list("RayJob", RAY)]
-        made = successor(job, taken, spec_of=applied_last(self.jobs(run)))
-        with _explained(f"rayjob/{made['metadata']['name']}"):
-            self._apply(made)
-        return f"rayjob/{made['metadata']['name']} created; it goes on where {name} ended"
+        new_job = successor(job, taken, spec_of=last_applied(self.jobs(run)))
+        with _api_errors(_name(new_job)):
+            self._apply(new_job)
+        return f"{_name(new_job)} created; it resumes where {name} ended"
 
     def delete(self, run: str, *, storage: bool = False) -> list[str]:
-        """Deletes the run's objects; the driver commits first. Says what went.
+        """Delete the run's objects; the driver commits first.
 
         Args:
             run: Name of the run.
-            storage: The claim too, and with it the checkpoints.
+            storage: Delete the volume claim too, and with it the checkpoints.
+
+        Returns:
+            One line for each object that was deleted or kept.
 
         Raises:
-            PreflightError: There is nothing of this run.
+            PreflightError: The run has no objects.
         """
         kinds = KINDS | ({_CLAIM: "v1"} if storage else {})
-        gone = []
+        deleted = []
         for kind, version in kinds.items():
             for item in self._list(kind, version, run, "app.kubernetes.io/name=outlast"):
                 name = item["metadata"]["name"]
-                with _explained(f"{kind}/{name}".lower()):
+                with _api_errors(f"{kind}/{name}".lower()):
                     self._resource(kind, version).delete(name=name, namespace=self.namespace)
-                gone.append(f"{kind}/{name} deleted".lower())
+                deleted.append(f"{kind}/{name} deleted".lower())
         kept = [] if storage else self._list(_CLAIM, "v1", run)
-        if not gone and not kept:
+        if not deleted and not kept:
             raise PreflightError(
                 f"namespace {self.namespace} has no objects of run {run}",
-                hint="kubectl get rayjobs --all-namespaces --show-labels; --namespace says where",
+                hint="find it with kubectl get rayjobs --all-namespaces --show-labels, then give --namespace",
             )
         names = [item["metadata"]["name"] for item in kept]
-        return gone + [f"claim {name} stays, with the checkpoints; --storage deletes it too" for name in names]
+        return deleted + [f"claim {name} kept, with the checkpoints; --storage deletes it too" for name in names]
 
     def _set_suspend(self, name: str, value: bool) -> None:
-        with _explained(f"rayjob/{name}"):
+        with _api_errors(f"rayjob/{name}"):
             self._resource("RayJob", RAY).patch(
                 name=name,
                 namespace=self.namespace,
@@ -256,31 +265,31 @@ class Cluster:
             )
 
     def _apply(self, item: Mapping[str, Any], *, force: bool = False) -> dict[str, Any]:
-        answer = self._resource(item["kind"], item["apiVersion"]).server_side_apply(
+        applied = self._resource(item["kind"], item["apiVersion"]).server_side_apply(
             body=dict(item),
             namespace=mapping(item, "metadata").get("namespace") or self.namespace,
             field_manager=MANAGER,
             force_conflicts=force,
             query_params=[("fieldValidation", "Strict")],
         )
-        body: dict[str, Any] = answer.to_dict()
+        body: dict[str, Any] = applied.to_dict()
         return body
 
     def _find(self, item: Mapping[str, Any]) -> dict[str, Any] | None:
         meta = mapping(item, "metadata")
         try:
-            with _explained(f"{item['kind']}/{meta['name']}".lower()):
+            with _api_errors(_name(item)):
                 found = self._resource(item["kind"], item["apiVersion"]).get(
                     name=meta["name"], namespace=meta.get("namespace") or self.namespace
                 )
-        except _Missing:
+        except _NotFound:
             return None
         body: dict[str, Any] = found.to_dict()
         return body
 
     def _list(self, kind: str, version: str, run: str | None = None, *more: str) -> list[dict[str, Any]]:
         labels = ",".join((f"{RUN_LABEL}={run}", *more)) if run else ""
-        with _explained(kind.lower()):
+        with _api_errors(kind.lower()):
             found = self._resource(kind, version).get(namespace=self.namespace, label_selector=labels)
         items: list[dict[str, Any]] = found.to_dict()["items"]
         return items
@@ -290,8 +299,8 @@ class Cluster:
 
 
 def _configure(settings: Any, context: str | None, config: Any) -> str:
-    """Fills in the client's settings, by the kubeconfig or by what a pod is given. Returns the namespace."""
-    file = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client looks at it once, when it is imported
+    """Fill in the client's settings, from the kubeconfig or a pod's service account. Return the namespace."""
+    file = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client reads the variable once, at import
     if not any(Path(part).expanduser().is_file() for part in file.split(os.pathsep)):
         config.load_incluster_config(client_configuration=settings)
         return Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text(encoding="utf-8").strip()
@@ -302,8 +311,8 @@ def _configure(settings: Any, context: str | None, config: Any) -> str:
 
 
 @contextmanager
-def _explained(name: str = "") -> Iterator[None]:
-    """Turns what the API server answers into outlast's errors."""
+def _api_errors(name: str = "") -> Iterator[None]:
+    """Translate errors of the API server into outlast's."""
     from kubernetes.client.exceptions import ApiException
     from kubernetes.dynamic.exceptions import NotFoundError, ResourceNotFoundError
     from urllib3.exceptions import HTTPError
@@ -311,24 +320,28 @@ def _explained(name: str = "") -> Iterator[None]:
     try:
         yield
     except NotFoundError as error:
-        said = f"{name}: {_message(error)}".removeprefix(": ")
-        raise _Missing(said, hint="kubectl get namespaces; --namespace takes one that is there") from error
+        message = f"{name}: {_message(error)}".removeprefix(": ")
+        raise _NotFound(message, hint="kubectl get namespaces; give an existing one with --namespace") from error
     except ResourceNotFoundError as error:
         raise PreflightError(
-            f"the cluster does not know this kind of object: {first_line(error)}",
-            hint="install KubeRay 1.7 (or the operator whose kind it is); see k8s/README.md",
+            f"the cluster has no such kind of object: {first_line(error)}",
+            hint="install KubeRay 1.7 (or the operator that defines the kind); see k8s/README.md",
         ) from error
     except ApiException as error:
-        said = f"{name}: {_message(error)}".removeprefix(": ")
+        message = f"{name}: {_message(error)}".removeprefix(": ")
         if error.status == 409:
-            raise ConfigError(said, hint="somebody else has set these fields; --force takes them over") from error
+            raise ConfigError(message, hint="another field manager set these fields; --force takes over") from error
         if error.status in (400, 422):
-            raise ConfigError(said, hint="outlast k8s lint FILE") from error
-        raise PreflightError(said, hint="kubectl auth can-i --list says what you may do") from error
+            raise ConfigError(message, hint="outlast k8s lint FILE") from error
+        raise PreflightError(message, hint="kubectl auth can-i --list shows your permissions") from error
     except HTTPError as error:
         raise PreflightError(
             f"the cluster does not answer: {first_line(error)}", hint="kubectl cluster-info"
         ) from error
+
+
+def _name(item: Mapping[str, Any]) -> str:
+    return f"{item['kind']}/{item['metadata']['name']}".lower()
 
 
 def _message(error: Any) -> str:
@@ -359,7 +372,7 @@ def _job_row(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pod_row(pod: Mapping[str, Any]) -> dict[str, Any]:
-    states = rows(mapping(pod, "status"), "containerStatuses")
+    states = mappings(mapping(pod, "status"), "containerStatuses")
     ended = [mapping(state, where, "terminated") for state in states for where in ("state", "lastState")]
     waits = [
         str(mapping(state, "state", "waiting").get("reason")) for state in states if mapping(state, "state", "waiting")

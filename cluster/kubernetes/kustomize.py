@@ -1,6 +1,6 @@
-"""A folder for `kubectl apply -k`: what is rendered, with parts of `k8s/components` upon it.
+"""A folder for `kubectl apply -k`: the rendered objects, with components from `k8s/components`.
 
-Rendering again replaces `rendered.yaml` alone; whatever else lies in the folder is its owner's to change.
+Rendering again replaces `rendered.yaml` only; every other file in the folder is the user's and must not be overwritten.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from outlast.cluster.kubernetes.render import to_yaml
 RENDERED = "rendered.yaml"
 
 
-def known_components() -> list[str]:
-    """The parts that there are."""
+def component_names() -> list[str]:
+    """Return the names of the components."""
     return sorted(item.name for item in _components().iterdir() if item.is_dir())
 
 
 def write_folder(folder: Path, objects: list[dict[str, Any]], components: Sequence[str]) -> list[Path]:
-    """Writes or renews the folder. Components that it has keep what was changed in them.
+    """Write or update the folder. Components that are already in it keep their changes.
 
     Args:
-        folder: Made if it is not there.
-        objects: What was rendered.
-        components: Parts to lay upon it, by name.
+        folder: The folder; created if it does not exist.
+        objects: The rendered objects.
+        components: Names of the components to add.
 
     Returns:
-        What was written.
+        The files and folders written.
 
     Raises:
-        ConfigError: There is no such part, it does not go with this run, or the folder's kustomization.yaml is not one.
+        ConfigError: A component is unknown or does not fit this run, or the folder's kustomization.yaml is not one.
     """
     for name in components:
-        if name not in known_components():
-            raise ConfigError(f"there is no part {name!r}", hint=f"there are: {', '.join(known_components())}")
+        if name not in component_names():
+            raise ConfigError(f"unknown component {name!r}", hint=f"known ones: {', '.join(component_names())}")
     _check_fit(objects, components)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RENDERED).write_text(to_yaml(objects), encoding="utf-8")
@@ -61,21 +61,21 @@ def write_folder(folder: Path, objects: list[dict[str, Any]], components: Sequen
 
 
 def _check_fit(objects: Sequence[Mapping[str, Any]], components: Sequence[str]) -> None:
-    """Raises ConfigError if a part would not go with what was rendered, or take away what it needs."""
+    """Raise ConfigError if a component does not fit the rendered objects, or removes one they need."""
     if "s3" in components:
         raise ConfigError(
-            "part s3 is for the overlays alone: what is rendered already follows the run file",
-            hint="set checkpoint.storage to s3://bucket/prefix, and give --secret NAME in place of --with s3",
+            "component s3 is only for the overlays: rendered objects already use the run file's storage",
+            hint="set checkpoint.storage to s3://bucket/prefix, and give --secret NAME instead of --with s3",
         )
     if "nfs" in components and not any(item["kind"] == "PersistentVolumeClaim" for item in objects):
         raise ConfigError(
-            "part nfs is a volume for the claim that a run makes, and this one makes none",
-            hint="leave out --with nfs, or set checkpoint.storage to a path and leave out --claim",
+            "component nfs is a volume for a run's own claim, and this run creates no claim",
+            hint="omit --with nfs, or set checkpoint.storage to a path and omit --claim",
         )
     if "kueue" in components and any(autoscales(mapping(item, "spec", "rayClusterSpec")) for item in objects):
         raise ConfigError(
-            "Kueue admits a RayJob with all its pods, and none whose number changes",
-            hint="give scale.workers as one number and leave out --fallback, or leave out --with kueue",
+            "Kueue admits only RayJobs with a fixed number of pods",
+            hint="give scale.workers as one number and omit --fallback, or omit --with kueue",
         )
 
 
@@ -84,7 +84,7 @@ def _body(index: Path) -> dict[str, Any]:
         return {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     body = yaml.safe_load(index.read_text(encoding="utf-8"))
     if not isinstance(body, dict) or body.get("kind") != "Kustomization":
-        raise ConfigError(f"{index} is no Kustomization", hint="give another folder")
+        raise ConfigError(f"{index} is not a Kustomization", hint="give another folder")
     return body
 
 

@@ -29,8 +29,10 @@ from enum import Enum
 from itertools import accumulate
 from math import inf
 
+from outlast.checkpointing.run_store.attempt_history import AttemptEnd
+from outlast.checkpointing.run_store.events import ResumeEvent
 from outlast.cluster.monitoring.timeline import Timeline
-from outlast.cluster.monitoring.timeline_records import AttemptEnd, AttemptTimeline
+from outlast.cluster.monitoring.timeline_records import AttemptTimeline
 
 
 class TimeCategory(Enum):
@@ -223,7 +225,7 @@ def _own(
         now: Seconds since the epoch; None if the run is not at work.
     """
     steps = attempt.steps
-    resumes = attempt.start is not None and attempt.start["event"] == "resume"
+    resumes = isinstance(attempt.start, ResumeEvent)
     starting = TimeCategory.RESTORE if resumes else TimeCategory.RESTART
     redone = _redone_until(attempt, reached)
 
@@ -241,8 +243,8 @@ def _own(
         book.put(min(until, limit), kind)
     known = attempt.last_step_at
     fill(attempt.heard_at if known is None else known)
-    if attempt.end is not None:
-        book.put(min(attempt.end["t"], limit), TimeCategory.SAVE if steps else starting)
+    if attempt.final is not None:
+        book.put(min(attempt.final.t, limit), TimeCategory.SAVE if steps else starting)
     elif end.at is not None:
         book.put(min(end.at, limit), TimeCategory.DETECT)
     elif end.is_planned and end.goes_on and (save := attempt.saves.get(attempt.last_step)):

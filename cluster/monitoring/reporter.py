@@ -15,6 +15,7 @@ from rich.text import Text
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.live_display import LiveDisplay
@@ -87,62 +88,71 @@ class Reporter:
                 self._story.launch(self._launch).alive |= {"t": now}
             return summarize(self._story, now, self._doing)
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, body: dict[str, Any]) -> None:
+        event = events.parse_event(body)
         with self._lock:
-            self._hear(event)
-        match event["event"]:
-            case "phase":
+            self._hear(event, body)
+        match event:
+            case events.PhaseEvent():
                 if self._foot is None:
-                    self.say(_PHASES[event["name"]])
-            case "note":
-                self.say(event["text"])
-            case "rival":
-                self.say(f"launch {event['launch']} is at work on this run; leaving it alone")
-            case "damaged-model":
-                self.say(f"the finished model is damaged ({'; '.join(event['faults'])}); making it again")
-            case "failure":
+                    self.say(_PHASES[event.name])
+            case events.NoteEvent():
+                self.say(event.text)
+            case events.ActiveLaunchEvent():
+                self.say(f"launch {event.launch} is at work on this run; leaving it alone")
+            case events.DamagedModelEvent():
+                self.say(f"the finished model is damaged ({'; '.join(event.faults)}); making it again")
+            case events.FailureEvent():
                 self._failed(event)
-            case "no-room":
+            case events.NoRoomEvent():
                 self.say("the cluster has no room for the workers yet; waiting")
-            case "resize":
-                self.say(f"going on with {counted(event['now'], 'worker')} instead of {event['before']}")
-            case "slow":
-                slow = [f"rank {at['rank']} ({at['host']}) is {at['times']} times as slow" for at in event["ranks"]]
+            case events.ResizeEvent():
+                self.say(f"going on with {counted(event.now, 'worker')} instead of {event.before}")
+            case events.SlowEvent():
+                slow = [f"rank {at.rank} ({at.host}) is {at.times} times as slow" for at in event.ranks]
                 self.say("; ".join(slow) or "no rank is slow any more")
-            case "non-finite":
-                self.say(f"{event['message']} ({event['action']})")
-            case "early-stop":
-                self.say(f"stopping early at step {event['step']}: {event['reason']}")
-            case "done":
+            case events.NonFiniteEvent():
+                self.say(f"{event.message} ({event.action})")
+            case events.EarlyStopEvent():
+                self.say(f"stopping early at step {event.step}: {event.reason}")
+            case events.DoneEvent():
                 self.say(plain(self._seen()))
-            case "stopping":
+            case events.StoppingEvent():
                 self.say("asked to stop; committing a checkpoint first (ask again to leave at once)")
-            case "resume":
+            case events.ResumeEvent():
                 self._resumed(event)
-            case "start":
+            case events.StartEvent():
                 self.say("the workers are there; beginning with step 1")
-            case "step" if self._foot is None and time.monotonic() - self._said_at >= PLAIN_PERIOD_S:
+            case events.StepEvent() if self._foot is None and time.monotonic() - self._said_at >= PLAIN_PERIOD_S:
                 self._said_at = time.monotonic()
                 self.say(plain(self._seen()))
 
-    def _hear(self, event: dict[str, Any]) -> None:
+    def _hear(self, event: events.Event, body: dict[str, Any]) -> None:
         """Puts an event into the story."""
-        kind, attempt = event["event"], AttemptId.parse(str(event.get("by")))
-        if kind == "phase":
-            self._doing = _PHASES[event["name"]]
+        attempt = AttemptId.parse(str(body.get("sender")))
+        if isinstance(event, events.PhaseEvent):
             if not self._launch:
-                self._launch = event["launch"]
-                self._story.launch(self._launch).alive = {"began": event["t"], "t": event["t"], "ended": False}
-            if event["name"] == "ray" and self._store is not None and self._foot is not None:
+                self._launch = str(event.launch)
+                self._story.launch(self._launch).alive = {"began": event.t, "t": event.t, "ended": False}
+            if event.name == "ray" and self._store is not None and self._foot is not None:
                 threading.Thread(target=self._remember, args=(self._store,), daemon=True).start()
         elif attempt is not None:
             told = self._story.attempt(attempt)
             told.claim = told.claim or {"launch": self._launch}
-            told.apply(event)
-        elif kind in ("failure", "resize", "no-room"):
-            self._story.apply_launch(self._launch, event)
-        words = {"failure": "starting again", "no-room": "waiting for room", "stopping": "stopping", "plan": ""}
-        self._doing = words.get(kind, self._doing)
+            told.apply(body)
+        elif isinstance(event, events.FailureEvent | events.ResizeEvent | events.NoRoomEvent):
+            self._story.apply_launch(self._launch, body)
+        match event:
+            case events.PhaseEvent(name=name):
+                self._doing = _PHASES[name]
+            case events.FailureEvent():
+                self._doing = "starting again"
+            case events.NoRoomEvent():
+                self._doing = "waiting for room"
+            case events.StoppingEvent():
+                self._doing = "stopping"
+            case events.PlanEvent():
+                self._doing = ""
 
     def _remember(self, store: RunStore) -> None:
         """Reads what the run has been through before; beside the launch, which waits for nobody."""
@@ -152,17 +162,18 @@ class Reporter:
                 self._story.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
                 self._story.attempts = past.attempts | self._story.attempts
 
-    def _failed(self, event: dict[str, Any]) -> None:
-        left = f"failure {event['number']} of {event['limit']}" if event["limit"] >= 0 else "no limit is set"
-        then = "" if event["ends"] else f"; starting again ({left})"
-        self.say(f"{event['cause']}, {event['where']}: {event['message']}{then}")
-        if event["excerpt"] and event["message"] not in self._explained:
-            self._explained.add(event["message"])
-            self._print(event["excerpt"])
+    def _failed(self, event: events.FailureEvent) -> None:
+        limit = -1 if event.limit is None else event.limit
+        left = f"failure {event.number} of {limit}" if limit >= 0 else "no limit is set"
+        then = "" if event.ends else f"; starting again ({left})"
+        self.say(f"{event.cause}, {event.where}: {event.message}{then}")
+        if event.excerpt and event.message not in self._explained:
+            self._explained.add(event.message)
+            self._print(event.excerpt)
 
-    def _resumed(self, event: dict[str, Any]) -> None:
-        for item in event["rejected"]:
-            self.say(f"passed over {item['checkpoint']}: {'; '.join(item['reasons'])}")
-        for item in event.get("passed_over", ()):
-            self.say(f"passed over {item}: the run failed to start from it twice")
-        self.say(f"resumed from {event['source']}")
+    def _resumed(self, event: events.ResumeEvent) -> None:
+        for item in event.rejected:
+            self.say(f"passed over {item.checkpoint}: {'; '.join(item.reasons)}")
+        for ref in event.passed_over:
+            self.say(f"passed over {ref}: the run failed to start from it twice")
+        self.say(f"resumed from {event.source}")

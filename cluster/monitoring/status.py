@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
+from outlast.checkpointing.run_store.events import FailureEvent, ResizeEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
@@ -43,8 +44,8 @@ def as_values(store: RunStore, story: Timeline, seen: RunSummary) -> dict[str, A
         "loss": seen.loss,
         "world_size": seen.world_size,
         "attempts": seen.num_attempts,
-        "failures": story.failures,
-        "slow": [] if story.current is None else story.current.slow,
+        "failures": [{**event.to_json(), "launch": launch.id} for launch, event in story.failures],
+        "slow": [] if story.current is None else [asdict(rank) for rank in story.current.slow],
         "sizes": [_size_change(event, failures) for item in story.launches_in_order for event in item.resizes],
         "launch": {"id": launch.id, **launch.alive} if launch else None,
         "newest_checkpoint": newest,
@@ -73,7 +74,8 @@ def list_runs(storage: Storage) -> list[dict[str, Any]]:
     return [read_status(store) for store in stores if list_attempts(store) or list_launches(store)]
 
 
-def _size_change(resize: Mapping[str, Any], failures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _size_change(resize: ResizeEvent, failures: Mapping[str, FailureEvent]) -> dict[str, Any]:
     """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
-    cause = "resized" if resize["planned"] else failures.get(str(resize.get("attempt")), {}).get("cause", "unknown")
-    return {key: resize.get(key) for key in ("t", "attempt", "before", "now")} | {"cause": cause}
+    failure = failures.get(str(resize.attempt))
+    cause = "resized" if resize.planned else failure.cause if failure else "unknown"
+    return {"t": resize.t, "attempt": resize.attempt, "before": resize.before, "now": resize.now, "cause": cause}

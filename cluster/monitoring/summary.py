@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isnan
-from typing import Any
 
 from outlast.checkpointing.format.layout import CheckpointRef
+from outlast.checkpointing.run_store.events import SlowRank
 from outlast.cluster.monitoring.goodput import GoodputReport, account_time
 from outlast.cluster.monitoring.timeline import State, Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, SaveRecord, StepSeries
@@ -109,7 +109,7 @@ class RunSummary:
     save: SaveRecord | None
     interruptions: tuple[Interruption, ...]
     num_lost: int
-    slow: tuple[Mapping[str, Any], ...]
+    slow: tuple[SlowRank, ...]
     ledger: GoodputReport
 
 
@@ -125,9 +125,10 @@ def summarize(story: Timeline, now: float, doing: str = "") -> RunSummary:
     is_restarting = state is State.RUNNING and current is not None and _is_between(story, current, now)
     steps = current.steps if current else StepSeries()
     seconds = _seconds_per_step(steps)
-    num_steps = current.plan.get("num_steps") if current else None
+    plan = current.plan if current else None
+    num_steps = plan.num_steps if plan else None
     step = current.last_step if current else 0
-    tokens, batch = _tokens_per_step(steps), (current.plan.get("batch") if current else None)
+    tokens, batch = _tokens_per_step(steps), plan.batch if plan else None
     scores = next((found.scores for item in reversed(attempts) for found in reversed(item.evaluations)), {})
     saves = (save for item in reversed(attempts) for save in reversed(item.saves.values()))
     return RunSummary(
@@ -191,7 +192,7 @@ def verified(story: Timeline) -> dict[CheckpointRef, float]:
     found: dict[CheckpointRef, float] = {}
     for attempt in story.in_order:
         if attempt.base is not None and attempt.start is not None:
-            found[attempt.base] = float(attempt.start["t"])
+            found[attempt.base] = attempt.start.t
     return found
 
 
@@ -218,9 +219,8 @@ def interruptions(story: Timeline) -> list[Interruption]:
         at = end.at or attempt.heard_at or attempt.claimed_at
         found.append(Interruption(at, str(attempt.id), end.cause, end.rank, end.message, base))
     known = {str(attempt.id) for attempt in story.in_order}
-    for failure in story.failures:
-        if failure.get("attempt") not in known:
-            at = float(failure.get("noticed_at", failure["t"]))
-            rank, said = failure.get("rank"), str(failure.get("message", ""))
-            found.append(Interruption(at, str(failure.get("attempt")), failure["cause"], rank, said, None))
+    for _, failure in story.failures:
+        if failure.attempt not in known:
+            at = failure.noticed_at or failure.t
+            found.append(Interruption(at, failure.attempt, failure.cause, failure.rank, failure.message, None))
     return sorted(found, key=lambda item: item.at)

@@ -50,7 +50,7 @@ def panel(seen: RunSummary, width: int, *, num_interruptions: int = 3) -> list[T
     lines += _goodput(seen.ledger, width)
     lines += _interrupted(seen, width, num_interruptions)
     for slow in seen.slow:
-        text = f"rank {slow['rank']} on {slow['host']}, {slow['times']} times as slow as the others"
+        text = f"rank {slow.rank} on {slow.host}, {slow.times} times as slow as the others"
         lines += _labelled("slow", [Text(text, "yellow")], width)
     return lines
 

@@ -15,8 +15,9 @@ from math import inf, isnan
 from typing import Any
 
 from outlast.checkpointing.format.layout import AttemptId
-from outlast.checkpointing.run_store.attempt_history import is_secondary_error, launches_in_order
-from outlast.cluster.monitoring.timeline_records import AttemptEnd, AttemptTimeline, LaunchTimeline
+from outlast.checkpointing.run_store.attempt_history import AttemptEnd, end_of_attempt, launches_in_order
+from outlast.checkpointing.run_store.events import DoneEvent, FailedEvent, FailureEvent, parse_event
+from outlast.cluster.monitoring.timeline_records import AttemptTimeline, LaunchTimeline
 
 
 class State(Enum):
@@ -33,9 +34,6 @@ class State(Enum):
     @property
     def is_live(self) -> bool:
         return self in (State.STARTING, State.RUNNING)
-
-
-_ENDINGS = {"done": "done", "stop": "stopped", "superseded": "taken over"}
 
 
 @dataclass(slots=True)
@@ -60,12 +58,12 @@ class Timeline:
         """An attempt, begun if it is new."""
         return self.attempts.setdefault(attempt, AttemptTimeline(attempt))
 
-    def apply_launch(self, name: str, event: Mapping[str, Any]) -> None:
+    def apply_launch(self, name: str, body: Mapping[str, Any]) -> None:
         """Takes an event of a launch's journal."""
+        event = parse_event(body)
         self.launch(name).apply(event)
-        attempt = AttemptId.parse(str(event.get("attempt")))
-        if attempt is not None and (reached := event.get("reached")):
-            self.attempt(attempt).reached = (reached["step"], reached["ended_at"])
+        if isinstance(event, FailureEvent) and event.reached and (attempt := AttemptId.parse(event.attempt)):
+            self.attempt(attempt).reached = event.reached
 
     @property
     def in_order(self) -> list[AttemptTimeline]:
@@ -87,9 +85,10 @@ class Timeline:
         return [self.launches[key] for key in launches_in_order(self.launches, claimed)]
 
     @property
-    def failures(self) -> list[dict[str, Any]]:
+    def failures(self) -> list[tuple[LaunchTimeline, FailureEvent]]:
         """Every end of a worker group that was not meant, launch by launch, oldest first."""
-        return [item for launch in self.launches_in_order for item in sorted(launch.failures, key=lambda e: e["t"])]
+        launches = self.launches_in_order
+        return [(launch, item) for launch in launches for item in sorted(launch.failures, key=lambda e: e.t)]
 
     @property
     def at_work(self) -> list[LaunchTimeline]:
@@ -131,7 +130,7 @@ class Timeline:
     def state(self, now: float) -> State:
         """What the run is doing."""
         current, launch = self.current, self.newest_launch(now)
-        if current is not None and current.end is not None and current.end["event"] == "done":
+        if current is not None and isinstance(current.final, DoneEvent):
             return State.DONE
         if launch is None:
             return State.UNATTENDED
@@ -142,48 +141,30 @@ class Timeline:
         return State.RUNNING if self.attempts else State.STARTING
 
     @property
-    def failures_of(self) -> dict[str, dict[str, Any]]:
+    def failures_of(self) -> dict[str, FailureEvent]:
         """By the name of the attempt that it ended, each failure; where two were told, the first."""
         told = [item for launch in self.launches.values() for item in launch.failures]
-        return {str(item.get("attempt")): item for item in reversed(told)}
+        return {item.attempt: item for item in reversed(told)}
 
     @property
     def ends(self) -> dict[AttemptId, AttemptEnd]:
         """How each attempt ended, or that it has not; all at once, for a run may have thousands."""
-        failures = self.failures_of
-        resizes = {str(e.get("attempt")): e for launch in self.launches.values() for e in reversed(launch.resizes)}
-        return {
-            item.id: self._end_of(item, following, failures.get(str(item.id)), resizes.get(str(item.id)))
-            for item, following in self.in_pairs
-        }
-
-    def _end_of(
-        self,
-        attempt: AttemptTimeline,
-        later: AttemptTimeline | None,
-        failure: Mapping[str, Any] | None,
-        resize: Mapping[str, Any] | None,
-    ) -> AttemptEnd:
-        launch = self.launches.get(attempt.launch)
-        if attempt.end is not None:
-            return AttemptEnd(_ENDINGS[attempt.end["event"]], at=attempt.end["t"])
-        if failure is not None:
-            at = float(failure.get("noticed_at", failure["t"]))
-            said = str(failure.get("message", ""))
-            return AttemptEnd(failure["cause"], said, failure.get("rank"), at, goes_on=True, is_planned=False)
-        if later is not None and later.launch == attempt.launch:
-            return AttemptEnd("resized" if resize and resize["planned"] else "restarted", goes_on=True)
-        if later is None and not (launch and launch.has_ended):
-            return AttemptEnd("", is_over=False)
-        failed = next((note for note in reversed(attempt.notes) if note["event"] == "failed"), None)
-        is_alone = launch is None or not launch.has_ended  # its workers then tell of broken connections, or nothing
-        if failed is not None and not (is_alone and is_secondary_error(failed["error"])):
-            return AttemptEnd("error", failed["error"], at=failed["t"], is_planned=False)
-        if launch is None or is_alone:
-            return AttemptEnd("driver lost", failed["error"] if failed else "", is_planned=False)
-        if launch.alive["exit_code"] in (0, 75, 130):
-            return AttemptEnd("stopped")
-        return AttemptEnd("failed", str(launch.alive.get("error", "")), is_planned=False)
+        failures, attempts = self.failures_of, self.in_order
+        resizes = {e.attempt: e for launch in self.launches.values() for e in reversed(launch.resizes)}
+        last_of = {item.launch: item.id for item in attempts}
+        ends = {}
+        for item in attempts:
+            alive = self.launches[item.launch].alive if item.launch in self.launches else {}
+            ends[item.id] = end_of_attempt(
+                item.final,
+                next((note for note in reversed(item.notes) if isinstance(note, FailedEvent)), None),
+                failures.get(str(item.id)),
+                resizes.get(str(item.id)),
+                alive,
+                goes_on=last_of[item.launch] != item.id,
+                is_open=item is attempts[-1] and not alive.get("ended"),
+            )
+        return ends
 
     @property
     def num_lost(self) -> int:

@@ -7,7 +7,7 @@ segment that grows is read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches, read_claim
@@ -15,6 +15,9 @@ from outlast.checkpointing.run_store.journal import JournalTail
 from outlast.checkpointing.run_store.liveness import is_dead, read_liveness
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.monitoring.timeline import Timeline
+
+if TYPE_CHECKING:
+    from outlast.checkpointing.run_store.compaction import StepColumns
 
 #: A launch that is taken over, or an attempt, may still say something after the next one has begun.
 _OPEN = 2
@@ -64,7 +67,7 @@ class TimelineReader:
             told = self.story.attempt(attempt)
             told.claim = claim
             for event in self._new(self._store.attempt_dir(attempt)):
-                told.apply(event)
+                told.apply(event) if isinstance(event, dict) else told.apply_steps(event)
             if claim and number < len(attempts) - _OPEN:
                 self._closed.add(attempt)
 
@@ -82,10 +85,11 @@ class TimelineReader:
                 if not launch.is_gone:
                     break
             for event in self._new(self._store.launch_dir(launch.id)):
-                self.story.apply_launch(launch.id, event)
+                if isinstance(event, dict):  # a driver makes no steps
+                    self.story.apply_launch(launch.id, event)
             # One that has the run, or may be about to claim it, goes on, whatever its name says.
             if number < len(launches) - _OPEN and (launch.has_ended or launch.id in superseded):
                 self._closed.add(launch.id)
 
-    def _new(self, directory: str) -> Iterator[dict[str, Any]]:
+    def _new(self, directory: str) -> Iterator[dict[str, Any] | StepColumns]:
         return self._tail.new(directory) if self._journals else iter(())

@@ -5,16 +5,31 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from calendar import timegm
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from time import strptime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.run_store import events
+
+if TYPE_CHECKING:
+    from outlast.checkpointing.run_store.compaction import StepColumns
 
 #: A driver that has not been heard of for so long is lost.
 LOST_AFTER_S = 30.0
+
+#: What a person may want to know of an attempt.
+NoteworthyEvent = (
+    events.NonFiniteEvent
+    | events.EarlyStopEvent
+    | events.ChangedEvent
+    | events.SaveFailedEvent
+    | events.FailedEvent
+    | events.HangEvent
+    | events.RejectedEvent
+)
 
 
 class StepSeries:
@@ -34,22 +49,50 @@ class StepSeries:
         self.number, self.tokens = array("q"), array("q")
         self.loss, self.lr, self.grad_norm = array("d"), array("d"), array("d")
         self.seconds, self.ended_at = array("d"), array("d")
+        self.columns: tuple[array[Any], ...] = (
+            self.number,
+            self.tokens,
+            self.loss,
+            self.grad_norm,
+            self.lr,
+            self.seconds,
+            self.ended_at,
+        )
 
     def __len__(self) -> int:
         return len(self.number)
 
     def add(self, event: Mapping[str, Any]) -> None:
-        if self.number and event["step"] <= self.number[-1]:
-            return
-        get = event.get
-        self.number.append(event["step"])
-        self.tokens.append(get("tokens", 0))
-        loss, norm = get("loss"), get("grad_norm")
-        self.loss.append(nan if loss is None else loss)
-        self.grad_norm.append(nan if norm is None else norm)
-        self.lr.append(get("lr", nan))
-        self.seconds.append(get("seconds", 0.0))
-        self.ended_at.append(get("ended_at", get("t", 0.0)))
+        """Takes the JSON object of a `step` event; one without a usable number, or with a wrong type, is left out."""
+        get, size = event.get, len(self)
+        try:
+            if size and event["step"] <= self.number[-1]:
+                return
+            self.number.append(event["step"])
+            self.tokens.append(get("tokens", 0))
+            loss, norm, lr = get("loss"), get("grad_norm"), get("lr")
+            self.loss.append(nan if loss is None else loss)
+            self.grad_norm.append(nan if norm is None else norm)
+            self.lr.append(nan if lr is None else lr)
+            self.seconds.append(get("seconds", 0.0))
+            self.ended_at.append(get("ended_at", get("t", 0.0)))
+        except (LookupError, TypeError, OverflowError):
+            for column in self.columns:
+                del column[size:]
+
+    def extend(self, steps: StepColumns) -> None:
+        """Adds many at once, as `add` does one by one."""
+        new = steps.rising(self.number[-1] if self.number else None)
+        for column, name in (
+            (self.number, "step"),
+            (self.tokens, "tokens"),
+            (self.loss, "loss"),
+            (self.grad_norm, "grad_norm"),
+            (self.lr, "lr"),
+            (self.seconds, "seconds"),
+            (self.ended_at, "ended_at"),
+        ):
+            column.frombytes(new[name].tobytes())
 
     def began_at(self, index: int) -> float:
         return self.ended_at[index] - self.seconds[index]
@@ -100,13 +143,13 @@ class AttemptTimeline:
     Attributes:
         id: Its number and nonce.
         claim: What it declared; empty where only its events are known.
-        start: Its `start` or `resume` event.
-        plan: Its `plan` event.
+        start: How it started.
+        plan: What it was to do.
         marks: When it reached what on its way to the first step.
         steps: Its steps.
         evaluations: In order.
         saves: By step.
-        end: Its `done`, `stop` or `superseded` event.
+        final: Its last event, if it ended in order.
         slow: The slow ranks, as last told.
         notes: What else it told that a person may want to know.
         reached: The last step that the hub heard of, and when it ended, where the journal may not hold it.
@@ -115,16 +158,16 @@ class AttemptTimeline:
 
     id: AttemptId
     claim: dict[str, Any] = field(default_factory=dict)
-    start: dict[str, Any] | None = None
-    plan: dict[str, Any] = field(default_factory=dict)
-    marks: dict[str, float] = field(default_factory=dict)
+    start: events.StartEvent | events.ResumeEvent | None = None
+    plan: events.PlanEvent | None = None
+    marks: Mapping[str, float] = field(default_factory=dict)
     steps: StepSeries = field(default_factory=StepSeries)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     saves: dict[int, SaveRecord] = field(default_factory=dict)
-    end: dict[str, Any] | None = None
-    slow: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[dict[str, Any]] = field(default_factory=list)
-    reached: tuple[int, float] | None = None
+    final: events.FinalEvent | None = None
+    slow: Sequence[events.SlowRank] = ()
+    notes: list[NoteworthyEvent] = field(default_factory=list)
+    reached: events.Reached | None = None
     heard_at: float = 0.0
 
     @property
@@ -134,28 +177,28 @@ class AttemptTimeline:
     @property
     def claimed_at(self) -> float:
         """When it began to own the run."""
-        return float(self.claim.get("claimed_at") or self.marks.get("claim") or (self.start or {}).get("t", 0.0))
+        started_at = self.start.t if self.start else 0.0
+        return float(self.claim.get("claimed_at") or self.marks.get("claim") or started_at)
 
     @property
     def world_size(self) -> int | None:
-        size = self.plan.get("world_size") or self.claim.get("world_size")
+        size = (self.plan and self.plan.world_size) or self.claim.get("world_size")
         return None if size is None else int(size)
 
     @property
     def base(self) -> CheckpointRef | None:
         """The checkpoint that it resumed from."""
-        attempt, _, name = str((self.start or {}).get("source", "")).partition("/checkpoint-")
-        return CheckpointRef.parse(f"{name}@{attempt}")
+        return self.start.source if isinstance(self.start, events.ResumeEvent) else None
 
     @property
     def base_step(self) -> int:
-        return int((self.start or {}).get("step", 0))
+        return self.start.step if self.start else 0
 
     @property
     def last_step(self) -> int:
         """The last step that it is known to have made, or that it began from. A loop of one's own tells its saves."""
         made = self.steps.number[-1] if self.steps else max(self.saves, default=self.base_step)
-        return max(made, self.reached[0] if self.reached else 0)
+        return max(made, self.reached.step if self.reached else 0)
 
     def last_step_by(self, at: float) -> int:
         """The last step that was done at some moment: what a zombie does later is nobody's."""
@@ -168,44 +211,45 @@ class AttemptTimeline:
     def last_step_at(self) -> float | None:
         """When that ended; None without any."""
         told = self.steps.ended_at[-1] if self.steps else None
-        if self.reached and (told is None or self.reached[0] > self.steps.number[-1]):
-            return self.reached[1]
+        if self.reached and (told is None or self.reached.step > self.steps.number[-1]):
+            return self.reached.ended_at
         return told
 
-    def apply(self, event: Mapping[str, Any]) -> None:
+    def apply(self, body: Mapping[str, Any]) -> None:
         """Takes one of its events. Those of a kind that is not known here change nothing."""
-        at = float(event.get("t", 0.0))
-        if at > self.heard_at:
+        at = body.get("t")
+        if isinstance(at, float | int) and at > self.heard_at:
             self.heard_at = at
-        match event["event"]:
-            case "step":
-                self.steps.add(event)
-            case "start" | "resume":
-                self.start = dict(event)
-            case "plan":
-                self.plan = dict(event)
-            case "under-way":
-                self.marks = dict(event["marks"])
-            case "eval":
-                scores = {name: value for name, value in event.items() if name.startswith("eval_")}
-                ended = float(event["t"])
-                self.evaluations.append(
-                    EvaluationRecord(event["step"], ended - event.get("seconds", 0.0), ended, scores)
-                )
-            case "commit":
-                save = self.saves.setdefault(event["step"], SaveRecord(event["step"]))
-                save.committed_at, save.num_bytes = event["t"], event.get("num_bytes", 0)
-                save.digest, save.commit_s = event.get("digest", ""), event.get("seconds")
-            case "save":
-                save = self.saves.setdefault(event["step"], SaveRecord(event["step"]))
-                save.blocked_s, save.commit_s = event["blocked_s"], event["commit_s"]
-                save.fenced_s = event.get("fenced_s", 0.0)
-            case "done" | "stop" | "superseded":
-                self.end = dict(event)
-            case "slow":
-                self.slow = event["ranks"]
-            case "non-finite" | "early-stop" | "changed" | "save-failed" | "failed" | "hang" | "rejected":
-                self.notes.append(dict(event))
+        if body["event"] == events.StepEvent.kind:  # without parsing it, for there may be millions
+            self.steps.add(body)
+            return
+        match events.parse_event(body):
+            case events.StartEvent() | events.ResumeEvent() as event:
+                self.start = event
+            case events.PlanEvent() as event:
+                self.plan = event
+            case events.UnderWayEvent(marks=marks):
+                self.marks = marks
+            case events.EvalEvent() as event:
+                self.evaluations.append(EvaluationRecord(event.step, event.t - event.seconds, event.t, event.scores))
+            case events.CommitEvent() as event:
+                save = self.saves.setdefault(event.step, SaveRecord(event.step))
+                save.committed_at, save.num_bytes = event.t, event.num_bytes
+                save.digest, save.commit_s = event.digest, event.seconds
+            case events.SaveEvent() as event:
+                save = self.saves.setdefault(event.step, SaveRecord(event.step))
+                save.blocked_s, save.commit_s, save.fenced_s = event.blocked_s, event.commit_s, event.fenced_s
+            case events.DoneEvent() | events.StopEvent() | events.SupersededEvent() as event:
+                self.final = event
+            case events.SlowEvent(ranks=ranks):
+                self.slow = ranks
+            case event if isinstance(event, NoteworthyEvent):
+                self.notes.append(event)
+
+    def apply_steps(self, steps: StepColumns) -> None:
+        """Takes many of its steps at once."""
+        self.heard_at = max(self.heard_at, float(steps["t"].max()))
+        self.steps.extend(steps)
 
 
 @dataclass(slots=True)
@@ -223,8 +267,8 @@ class LaunchTimeline:
 
     id: str
     alive: dict[str, Any] = field(default_factory=dict)
-    failures: list[dict[str, Any]] = field(default_factory=list)
-    resizes: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[events.FailureEvent] = field(default_factory=list)
+    resizes: list[events.ResizeEvent] = field(default_factory=list)
     no_room: list[float] = field(default_factory=list)
     is_gone: bool = False
 
@@ -247,36 +291,12 @@ class LaunchTimeline:
         beats = bool(self.alive) and not self.has_ended and now - self.alive["t"] < LOST_AFTER_S
         return beats and not self.is_gone
 
-    def apply(self, event: Mapping[str, Any]) -> None:
+    def apply(self, event: events.Event) -> None:
         """Takes one of its events."""
-        told = {**event, "launch": self.id}
-        match event["event"]:
-            case "failure":
-                self.failures.append(told)
-            case "resize":
-                self.resizes.append(told)
-            case "no-room":
-                self.no_room.append(float(event.get("since", event["t"])))
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptEnd:
-    """How an attempt ended.
-
-    Attributes:
-        cause: In a word or three.
-        message: What was said of it.
-        rank: Which rank it was, where that is known.
-        at: When that was noticed; None where nobody noticed.
-        is_over: It is not at work any more.
-        goes_on: Its launch starts, or has started, another group.
-        is_planned: Nothing had failed.
-    """
-
-    cause: str
-    message: str = ""
-    rank: int | None = None
-    at: float | None = None
-    is_over: bool = True
-    goes_on: bool = False
-    is_planned: bool = True
+        match event:
+            case events.FailureEvent():
+                self.failures.append(event)
+            case events.ResizeEvent():
+                self.resizes.append(event)
+            case events.NoRoomEvent():
+                self.no_room.append(event.since or event.t)

@@ -1,8 +1,8 @@
-"""`outlast doctor`: examines the Ray cluster that this process is connected to, from every node that a run may use.
+"""`outlast doctor`: checks the connected Ray cluster from every node that a run may use.
 
-The quick part is what `train` runs before anything is held: machines as they are, and a token in the storage that every
-node writes and all others read. The rest measures: how far listings lag, speeds, open ports, a real all-reduce.
-`doctor_probe.py` looks, `doctor_rules.py` judges; here is who is asked what, and for how long.
+The quick part is what `train` runs before any resources are allocated: the machines' properties, and a token in the
+storage that every node writes and all others read. The rest measures: listing lag, speeds, open ports, an all-reduce.
+`doctor_probe.py` measures, `doctor_rules.py` evaluates; this module decides which node runs what, with which timeout.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, first_line
 from outlast.checkpointing.run_store.catalog import build_catalog
+from outlast.checkpointing.run_store.events import NoteEvent
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.preemption import draining_nodes
 from outlast.cluster.preflight import doctor_probe, doctor_rules
@@ -30,19 +31,19 @@ from outlast.cluster.preflight.doctor_probe import Probe
 from outlast.cluster.preflight.doctor_rules import Facts, Requirements
 from outlast.cluster.preflight.finding import Finding, Level
 
-ANSWER_S = 60.0
-NAMES_S = 200.0  # three name servers that do not answer, asked twice
-STORAGE_S = 300.0
-#: How long a token may take to appear where nothing caches, where something may, and until NFS has forgotten (60 s).
-UNCACHED_S, QUICK_S, CACHED_S = 5.0, 10.0, 75.0
+CALL_TIMEOUT_S = 60.0
+LOOKUP_TIMEOUT_S = 200.0  # three name servers that do not answer, queried twice
+STORAGE_TIMEOUT_S = 300.0
+#: Time for a token to appear: without caches, with caches (quick part), and until NFS caches expire (60 s).
+UNCACHED_TIMEOUT_S, QUICK_TIMEOUT_S, CACHED_TIMEOUT_S = 5.0, 10.0, 75.0
 SPEED_BYTES = 64 * 2**20
 REDUCE_BYTES = 32 * 2**20
-REDUCE_S = 20.0
-PINGS = 3
+REDUCE_TIMEOUT_S = 20.0
+NUM_PINGS = 3
 
 
 def requirements_of(config: RunConfig) -> Requirements:
-    """What a run asks of a cluster."""
+    """Return the requirements of a run."""
     scale = config.scale
     return Requirements(
         storage=config.checkpoint.storage,
@@ -57,164 +58,171 @@ def requirements_of(config: RunConfig) -> Requirements:
 
 
 def _weights_bytes(path: str | None) -> int | None:
-    """Bytes in fp32 of the weights in a model's directory; None for what is not here."""
+    """Return the bytes in fp32 of the weights in a local model directory; None if there is none."""
     folder = Path(path) if path else None
     if folder is None or not folder.is_dir():
         return None
-    found = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     body: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         body = json.loads((folder / "config.json").read_text())
-    half = str(body.get("dtype") or body.get("torch_dtype")) in ("bfloat16", "float16")
-    return sum(file.stat().st_size for file in found) * (2 if half else 1) or None
+    is_half = str(body.get("dtype") or body.get("torch_dtype")) in ("bfloat16", "float16")
+    return sum(file.stat().st_size for file in files) * (2 if is_half else 1) or None
 
 
 def _newest_bytes(config: RunConfig) -> int | None:
-    """Bytes of the run's newest checkpoint; None if there is none, or no storage, which is found out elsewhere."""
+    """Return the bytes of the run's newest checkpoint; None if there is none, or no storage (checked elsewhere)."""
     with contextlib.suppress(OutlastError):
         for manifest in build_catalog(config.store).accepted:
             return manifest.num_bytes
     return None
 
 
-def preflight(config: RunConfig, tell: Callable[[dict[str, Any]], None]) -> None:
-    """The quick part, before a run. Tells warnings.
+def preflight(config: RunConfig, tell: Callable[[NoteEvent], None]) -> None:
+    """Run the quick part before a run; warnings go to `tell`.
 
     Raises:
-        PreflightError: Something failed.
+        PreflightError: A check failed.
     """
     failed = []
     for finding in examine(requirements_of(config), quick=True):
         if finding.level is Level.FAILED:
             failed.append(finding)
         elif finding.level is Level.WARNING:
-            tell({"event": "note", "text": f"{finding.check}: {finding.text} ({finding.hint})"})
+            tell(NoteEvent(text=f"{finding.check}: {finding.text} ({finding.hint})"))
     if failed:
         raise PreflightError(
             "; ".join(f"{finding.check}: {finding.text}" for finding in failed),
-            hint="; ".join(dict.fromkeys(finding.hint for finding in failed)) + "; `outlast doctor RUN.yaml` says more",
+            hint="; ".join(dict.fromkeys(finding.hint for finding in failed))
+            + "; for details: `outlast doctor RUN.yaml`",
         )
 
 
-def job_server_of() -> str | None:
-    """The job server of the cluster that this process is connected to."""
+def job_server_address() -> str | None:
+    """Return the job server's address of the connected cluster."""
     url: str | None = ray._private.worker._global_node.webui_url
     return f"http://{url.removeprefix('http://')}" if url else None
 
 
-def examine(wanted: Requirements, *, quick: bool) -> list[Finding]:
-    """Examines every node that could hold a worker of the run, and this one."""
+def examine(requirements: Requirements, *, quick: bool) -> list[Finding]:
+    """Examine every node that could run a worker, and this one."""
     folder = f".doctor/{secrets.token_hex(4)}"
-    with _Nodes(wanted, folder, in_process=quick) as nodes:
-        facts = nodes.ask("facts", gpus=wanted.gpus > 0)
-        nodes.forget(facts)
+    with _Nodes(requirements, folder, in_process=quick) as nodes:
+        facts = nodes.call("facts", gpus=requirements.gpus > 0)
+        nodes.drop_failed(facts)
         facts = {node: fact for node, fact in facts.items() if "fault" not in fact}
         if not facts:
-            return nodes.silent or [Finding(Level.WARNING, "nodes", "no node stays", "`ray status`; start some")]
-        found = [
+            return nodes.unresponsive or [
+                Finding(Level.WARNING, "nodes", "no usable node", "see `ray status`; start nodes")
+            ]
+        findings = [
             *doctor_rules.check_versions(facts),
-            *doctor_rules.check_devices(facts, nodes.resources, wanted),
-            *doctor_rules.check_memory(facts, wanted),
-            *doctor_rules.check_disk(facts, wanted),
+            *doctor_rules.check_devices(facts, nodes.resources, requirements),
+            *doctor_rules.check_memory(facts, requirements),
+            *doctor_rules.check_disk(facts, requirements),
             *doctor_rules.check_clock(nodes.clock_offsets()),
         ]
-        if wanted.storage is not None:
-            found += _storage(nodes, facts, wanted, quick=quick)
+        if requirements.storage is not None:
+            findings += _check_storage(nodes, facts, requirements, quick=quick)
         if not quick:
-            found += _network(nodes, facts, wanted)
-        return [*nodes.silent, *found]
+            findings += _check_network(nodes, facts, requirements)
+        return [*nodes.unresponsive, *findings]
 
 
 class _Nodes:
-    """The probes, by the name of their node. Use as a context manager; they clean up, and go with it.
+    """The probes, by the name of their node. A context manager: at its end they clean up and are killed.
 
     Args:
-        wanted: What the run asks.
-        folder: Where in the storage they write.
-        in_process: Where this node is the only one, ask it without a process of its own.
+        requirements: The run's requirements.
+        folder: Folder in the storage that the probes write to.
+        in_process: If this node is the only one, run its probe in this process.
     """
 
-    def __init__(self, wanted: Requirements, folder: str, *, in_process: bool) -> None:
+    def __init__(self, requirements: Requirements, folder: str, *, in_process: bool) -> None:
         here = ray.get_runtime_context().get_node_id()
-        rows = [node for node in _staying() if node["NodeID"] == here or _could_hold(node["Resources"], wanted)]
-        names = _names(rows)
+        rows = [
+            node for node in _usable_nodes() if node["NodeID"] == here or _fits_worker(node["Resources"], requirements)
+        ]
+        names = _node_names(rows)
         rows.sort(key=lambda row: names[row["NodeID"]])
         self.ids = {names[row["NodeID"]]: row["NodeID"] for row in rows}
         self.resources: dict[str, Mapping[str, float]] = {names[row["NodeID"]]: row["Resources"] for row in rows}
-        self.silent: list[Finding] = []
+        self.unresponsive: list[Finding] = []
         self.files = {node: str(number) for number, node in enumerate(self.ids)}
-        self._arguments = (wanted.storage, folder)
+        self._arguments = (requirements.storage, folder)
         self._local = in_process and len(rows) == 1
         ray.cloudpickle.register_pickle_by_value(doctor_probe)
         self._probes = {node: Probe(*self._arguments) if self._local else self.spawn(node) for node in self.ids}
 
     def spawn(self, node: str, num_gpus: float = 0) -> Any:
-        """One more probe on a node."""
-        there = NodeAffinitySchedulingStrategy(self.ids[node], soft=False)
-        return ray.remote(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=there)(Probe).remote(*self._arguments)
+        """Start a probe on a node."""
+        strategy = NodeAffinitySchedulingStrategy(self.ids[node], soft=False)
+        return ray.remote(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=strategy)(Probe).remote(*self._arguments)
 
     def __enter__(self) -> _Nodes:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         if self._arguments[0] is not None:
-            self.ask("clean", patience_s=STORAGE_S)
+            self.call("clean", timeout_s=STORAGE_TIMEOUT_S)
         if not self._local:
             ray.cloudpickle.unregister_pickle_by_value(doctor_probe)
             for probe in self._probes.values():
                 ray.kill(probe)
 
-    def ask(
+    def call(
         self,
         method: str,
         *,
         each: Mapping[str, tuple[Any, ...]] | None = None,
-        patience_s: float = ANSWER_S,
+        timeout_s: float = CALL_TIMEOUT_S,
         **same: Any,
     ) -> dict[str, Any]:
-        """Asks all nodes at once, or those in `each`, which holds their own arguments.
+        """Call a method of all probes at once, or of those in `each`, which holds arguments by node.
 
         Returns:
-            The answers; `{"fault": …, "hint": …}` for a question that failed. A node that does not answer at all is
-            noted in `silent`, and not asked again.
+            The answers; `{"fault": …, "hint": …}` for a call that failed. A node that does not answer is added to
+            `unresponsive` and not called again.
         """
         arguments = {node: (each or {}).get(node, ()) for node in self._probes if each is None or node in each}
         if self._local:
-            return {node: _tried(self._probes[node], method, given, same) for node, given in arguments.items()}
+            return {node: _call_locally(self._probes[node], method, given, same) for node, given in arguments.items()}
         calls = {node: getattr(self._probes[node], method).remote(*given, **same) for node, given in arguments.items()}
-        ray.wait(list(calls.values()), num_returns=len(calls), timeout=patience_s)
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s)
         answers = {}
         for node, call in calls.items():
             try:
                 answers[node] = ray.get(call, timeout=0.1)
             except RayTaskError as error:
-                answers[node] = _fault(error.cause)
+                answers[node] = _as_fault(error.cause)
             except (RayError, GetTimeoutError) as error:
-                what = f"not within {patience_s:.0f} s" if isinstance(error, GetTimeoutError) else first_line(error)
-                self._drop(node, what)
+                reason = f"no answer in {timeout_s:.0f} s" if isinstance(error, GetTimeoutError) else first_line(error)
+                self._drop(node, reason)
         return answers
 
-    def forget(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Goes on without the nodes whose answers are faults."""
+    def drop_failed(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Drop the nodes whose answers are faults."""
         for node, answer in answers.items():
             if "fault" in answer:
                 self._drop(node, answer["fault"])
 
-    def _drop(self, node: str, why: str) -> None:
+    def _drop(self, node: str, reason: str) -> None:
         del self._probes[node]
-        gone = all(row["NodeID"] != self.ids[node] for row in _staying())
-        level = Level.WARNING if gone else Level.FAILED  # a node may go at any time; Ray notices
-        hint = f"`ray status`, and Ray's logs on {node} (/tmp/ray/session_latest/logs)"
-        self.silent.append(Finding(level, "nodes", f"{node} does not answer: {why}", hint))
+        is_gone = all(row["NodeID"] != self.ids[node] for row in _usable_nodes())
+        level = Level.WARNING if is_gone else Level.FAILED  # a node may leave at any time; Ray notices
+        hint = f"see `ray status`, and Ray's logs on {node} (/tmp/ray/session_latest/logs)"
+        self.unresponsive.append(Finding(level, "nodes", f"{node} is not usable: {reason}", hint))
 
     def clock_offsets(self) -> dict[str, tuple[float, float]]:
-        """How far each node's clock is ahead of this process's, and how sure that is."""
+        """Return how far each node's clock is ahead of this process's, and the error bound, in seconds."""
         if self._local:
             return {}
         best: dict[str, tuple[float, float]] = {}
-        for node in [*self._probes] * PINGS:
+        for node in [*self._probes] * NUM_PINGS:
             began = time.time()
-            answer = self.ask("clock", each={node: ()}).get(node)
+            answer = self.call("clock", each={node: ()}).get(node)
             ended = time.time()
             if isinstance(answer, float):
                 measured = (answer - (began + ended) / 2, (ended - began) / 2)
@@ -222,19 +230,19 @@ class _Nodes:
         return best
 
 
-def _staying() -> list[dict[str, Any]]:
-    """Nodes that are alive and not about to go: on those nothing may be started."""
-    leaving = draining_nodes()
-    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+def _usable_nodes() -> list[dict[str, Any]]:
+    """Return the nodes that are alive and not draining: Ray starts nothing on a draining node."""
+    draining = draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
-def _could_hold(resources: Mapping[str, float], wanted: Requirements) -> bool:
-    cpus = 1e-3 if wanted.cpus is None else wanted.cpus
-    return resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= wanted.gpus
+def _fits_worker(resources: Mapping[str, float], requirements: Requirements) -> bool:
+    cpus = 1e-3 if requirements.cpus is None else requirements.cpus
+    return resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= requirements.gpus
 
 
-def _names(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Names of nodes by id: the host's, if that tells them apart, else Ray's, else with the id."""
+def _node_names(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return names of nodes by id: the host name if unique, else Ray's, else with the id appended."""
     hosts = Counter(row["NodeManagerHostname"] for row in rows)
     names = {
         row["NodeID"]: row["NodeManagerHostname"] if hosts[row["NodeManagerHostname"]] == 1 else row["NodeName"]
@@ -244,58 +252,62 @@ def _names(rows: list[dict[str, Any]]) -> dict[str, str]:
     return {node: name if count[name] == 1 else f"{name}-{node[:6]}" for node, name in names.items()}
 
 
-def _tried(probe: Probe, method: str, given: tuple[Any, ...], same: Mapping[str, Any]) -> Any:
+def _call_locally(probe: Probe, method: str, given: tuple[Any, ...], same: Mapping[str, Any]) -> Any:
     try:
         return getattr(probe, method)(*given, **same)
     except OutlastError as error:
-        return _fault(error)
+        return _as_fault(error)
 
 
-def _fault(error: BaseException) -> dict[str, str]:
+def _as_fault(error: BaseException) -> dict[str, str]:
     if isinstance(error, OutlastError):
         return {"fault": error.message, "hint": error.hint}
-    return {"fault": f"{type(error).__name__}: {first_line(error)}", "hint": "`outlast --debug` shows more"}
+    return {"fault": f"{type(error).__name__}: {first_line(error)}", "hint": "for details: `outlast --debug`"}
 
 
-def _storage(nodes: _Nodes, facts: Facts, wanted: Requirements, *, quick: bool) -> list[Finding]:
-    """Every node writes a token, all read all; then how late a listing shows a write, and how fast it is."""
-    may_lag = doctor_rules.shares_files(facts)
-    limit_s = (QUICK_S if quick else CACHED_S) if may_lag else UNCACHED_S
-    writers = nodes.ask("write", each={node: (nodes.files[node],) for node in facts}, patience_s=STORAGE_S)
-    able = [node for node, answer in writers.items() if "word" in answer]
-    files = {nodes.files[node]: node for node in able}
-    seen = nodes.ask(
-        "watch", names=list(files), limit_s=limit_s, each=dict.fromkeys(able, ()), patience_s=limit_s + ANSWER_S
+def _check_storage(nodes: _Nodes, facts: Facts, requirements: Requirements, *, quick: bool) -> list[Finding]:
+    """Have every node write a token and read all others; then measure listing lag and speed."""
+    may_lag = doctor_rules.uses_network_file_system(facts)
+    limit_s = (QUICK_TIMEOUT_S if quick else CACHED_TIMEOUT_S) if may_lag else UNCACHED_TIMEOUT_S
+    writers = nodes.call("write", each={node: (nodes.files[node],) for node in facts}, timeout_s=STORAGE_TIMEOUT_S)
+    working = [node for node, answer in writers.items() if "token" in answer]
+    files = {nodes.files[node]: node for node in working}
+    seen = nodes.call(
+        "watch", names=list(files), limit_s=limit_s, each=dict.fromkeys(working, ()), timeout_s=limit_s + CALL_TIMEOUT_S
     )
-    seen = {node: _renamed(answer, files) for node, answer in seen.items()}
-    found = doctor_rules.check_shared(facts, wanted, writers, seen)
-    if quick or any(finding.level is Level.FAILED for finding in found) or not able:
-        return found
-    if len(able) > 1:
-        found += _lag(nodes, able, wanted, CACHED_S if may_lag else UNCACHED_S)
-    large = {node: f"{nodes.files[node]}-large" for node in able}
+    seen = {node: _by_node(answer, files) for node, answer in seen.items()}
+    findings = doctor_rules.check_shared(facts, requirements, writers, seen)
+    if quick or any(finding.level is Level.FAILED for finding in findings) or not working:
+        return findings
+    if len(working) > 1:
+        findings += _measure_lag(nodes, working, requirements, CACHED_TIMEOUT_S if may_lag else UNCACHED_TIMEOUT_S)
+    large = {node: f"{nodes.files[node]}-large" for node in working}
     speeds: dict[str, Any] = {}
-    written = nodes.ask("write_speed", each={node: (large[node], SPEED_BYTES) for node in able}, patience_s=STORAGE_S)
-    next_one = dict(zip(able, [*able[1:], able[0]], strict=True))
-    read = nodes.ask("read_speed", each={node: (large[next_one[node]],) for node in able}, patience_s=STORAGE_S)
-    for node in able:
+    written = nodes.call(
+        "write_speed", each={node: (large[node], SPEED_BYTES) for node in working}, timeout_s=STORAGE_TIMEOUT_S
+    )
+    next_node = dict(zip(working, [*working[1:], working[0]], strict=True))
+    read = nodes.call(
+        "read_speed", each={node: (large[next_node[node]],) for node in working}, timeout_s=STORAGE_TIMEOUT_S
+    )
+    for node in working:
         both = {**written.get(node, {"fault": "no answer"}), **read.get(node, {"fault": "no answer"})}
         if "fault" in both:
-            found.append(Finding(Level.FAILED, "speed", f"{node}: {both['fault']}", both.get("hint", "")))
+            findings.append(Finding(Level.FAILED, "speed", f"{node}: {both['fault']}", both.get("hint", "")))
         else:
             speeds[node] = both
-    return found + (doctor_rules.check_speed(speeds) if speeds else [])
+    return findings + (doctor_rules.check_speed(speeds) if speeds else [])
 
 
-def _lag(nodes: _Nodes, able: list[str], wanted: Requirements, limit_s: float) -> list[Finding]:
-    """Looks in vain first, as a reader would whose cache must then forget, and then writes on all nodes at once."""
-    mine = {node: f"{nodes.files[node]}-late" for node in able}
-    by_file = {file: node for node, file in mine.items()}
-    nodes.ask("watch", names=list(by_file), limit_s=0.0)
-    answers = nodes.ask(
+def _measure_lag(nodes: _Nodes, working: list[str], requirements: Requirements, limit_s: float) -> list[Finding]:
+    """Look for the files before they exist, which fills negative caches; then write on all nodes at once."""
+    own_file = {node: f"{nodes.files[node]}-late" for node in working}
+    by_file = {file: node for node, file in own_file.items()}
+    nodes.call("watch", names=list(by_file), limit_s=0.0)
+    answers = nodes.call(
         "write_and_watch",
-        each={node: (mine[node], list(by_file), limit_s) for node in able},
-        patience_s=limit_s + ANSWER_S,
+        each={node: (own_file[node], list(by_file), limit_s) for node in working},
+        timeout_s=limit_s + CALL_TIMEOUT_S,
     )
     offsets = {node: offset for node, (offset, _) in nodes.clock_offsets().items()}
     lags: dict[tuple[str, str], float | None] = {}
@@ -306,57 +318,61 @@ def _lag(nodes: _Nodes, able: list[str], wanted: Requirements, limit_s: float) -
             written = answers[writer]["written"] - offsets.get(writer, 0.0)
             missed = answer["missed"].get(file, 0.0) - offsets.get(reader, 0.0)
             lags[writer, reader] = max(0.0, missed - written) if file in answer["read"] else None
-    return doctor_rules.check_lag(lags, wanted)
+    return doctor_rules.check_lag(lags, requirements)
 
 
-def _renamed(answer: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+def _by_node(answer: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
     if "fault" in answer:
         return answer
     return {"read": {files[name]: text for name, text in answer["read"].items()}}
 
 
-def _network(nodes: _Nodes, facts: Facts, wanted: Requirements) -> list[Finding]:
-    """Doors between all nodes that may hold workers; and if those are open, a sum."""
+def _check_network(nodes: _Nodes, facts: Facts, requirements: Requirements) -> list[Finding]:
+    """Connect all nodes that may run workers with each other; if that works, run an all-reduce."""
     working = [node for node in facts if nodes.resources[node].get("CPU", 0) or nodes.resources[node].get("GPU", 0)]
-    answers = nodes.ask("listen", each=dict.fromkeys(working, ()))
-    nodes.forget(answers)
-    doors = {node: tuple(door) for node, door in answers.items() if "fault" not in door}
-    others = {here: ({there: door for there, door in doors.items() if there != here},) for here in doors}
-    faults = nodes.ask("check_connection", each=others)
-    found = doctor_rules.check_ports({node: facts[node] for node in doors}, faults)
-    ends = {node: ({facts[node]["address"], facts[next(iter(doors))]["address"]},) for node in doors}
-    found += doctor_rules.check_names(nodes.ask("look_up", each=ends, patience_s=NAMES_S))
-    if any(finding.level is Level.FAILED for finding in found) or not doors:
-        return found
-    return found + _all_reduce(nodes, facts, list(doors), wanted)
+    answers = nodes.call("listen", each=dict.fromkeys(working, ()))
+    nodes.drop_failed(answers)
+    endpoints = {node: tuple(answer) for node, answer in answers.items() if "fault" not in answer}
+    others = {node: ({peer: endpoints[peer] for peer in endpoints if peer != node},) for node in endpoints}
+    faults = nodes.call("check_connection", each=others)
+    findings = doctor_rules.check_ports({node: facts[node] for node in endpoints}, faults)
+    addresses = {node: ({facts[node]["address"], facts[next(iter(endpoints))]["address"]},) for node in endpoints}
+    findings += doctor_rules.check_name_lookup(nodes.call("look_up", each=addresses, timeout_s=LOOKUP_TIMEOUT_S))
+    if any(finding.level is Level.FAILED for finding in findings) or not endpoints:
+        return findings
+    return findings + _all_reduce(nodes, facts, list(endpoints), requirements)
 
 
-def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], wanted: Requirements) -> list[Finding]:
-    """One rank on each node, or two if there is just one; each with a GPU where the run wants some."""
-    backend, cards = ("nccl", [node for node in working if facts[node]["gpus"]]) if wanted.gpus else ("gloo", working)
-    if not cards:
-        return []  # `devices` has said so
-    ranks = cards if len(cards) > 1 else cards * 2
-    if wanted.gpus and len(cards) == 1:
-        ranks = cards * min(2, len(facts[cards[0]]["gpus"]))
-    probes = [nodes.spawn(node, num_gpus=1 if wanted.gpus else 0) for node in ranks]
+def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], requirements: Requirements) -> list[Finding]:
+    """Run an all-reduce with one rank on each node, or two on a single one; each with a GPU if the run needs GPUs."""
+    backend, hosts = (
+        ("nccl", [node for node in working if facts[node]["gpus"]]) if requirements.gpus else ("gloo", working)
+    )
+    if not hosts:
+        return []  # reported by `devices`
+    ranks = hosts if len(hosts) > 1 else hosts * 2
+    if requirements.gpus and len(hosts) == 1:
+        ranks = hosts * min(2, len(facts[hosts[0]]["gpus"]))
+    probes = [nodes.spawn(node, num_gpus=1 if requirements.gpus else 0) for node in ranks]
     try:
-        meeting = ray.get(probes[0].free_port.remote(), timeout=ANSWER_S)
+        rendezvous = ray.get(probes[0].free_port.remote(), timeout=CALL_TIMEOUT_S)
         calls = [
-            probe.all_reduce.remote(rank, len(ranks), meeting, backend, REDUCE_BYTES, REDUCE_S)
+            probe.all_reduce.remote(rank, len(ranks), rendezvous, backend, REDUCE_BYTES, REDUCE_TIMEOUT_S)
             for rank, probe in enumerate(probes)
         ]
-        answers = dict(zip(_ranks(ranks), ray.get(calls, timeout=ANSWER_S + 2 * REDUCE_S), strict=True))
+        answers = dict(
+            zip(_rank_names(ranks), ray.get(calls, timeout=CALL_TIMEOUT_S + 2 * REDUCE_TIMEOUT_S), strict=True)
+        )
     except (RayError, GetTimeoutError) as error:
-        busy = "the GPUs may be in use: run it while no run is at work" if wanted.gpus else "`ray status` says more"
-        text = f"{backend} was not tried: {first_line(error)}"
-        return [Finding(Level.WARNING, "all-reduce", text, busy)]
+        hint = "the GPUs may be in use: repeat it while nothing runs" if requirements.gpus else "see `ray status`"
+        text = f"{backend} was not tested: {first_line(error)}"
+        return [Finding(Level.WARNING, "all-reduce", text, hint)]
     finally:
         for probe in probes:
             ray.kill(probe)
     return doctor_rules.check_all_reduce(answers, backend, facts, REDUCE_BYTES)
 
 
-def _ranks(nodes: list[str]) -> list[str]:
-    """Names of ranks: their node's, with a number where a node has two."""
+def _rank_names(nodes: list[str]) -> list[str]:
+    """Return the ranks' names: their node's, with a number if a node has two."""
     return nodes if len(set(nodes)) == len(nodes) else [f"{node} #{number}" for number, node in enumerate(nodes)]

@@ -1,8 +1,8 @@
-"""What `outlast doctor` does on each node: looks at the machine, and tries storage and network for real.
+"""The measurements of `outlast doctor` on one node: properties of the machine, and tests of storage and network.
 
-It travels by value, so that a node with another outlast, or none, can be asked all the same: what is not in the
-standard library is imported where it is used. It tells what it saw, as plain dictionaries, and judges nothing. It must
-leave nothing behind.
+The module is pickled by value, so that it also runs on a node with another outlast, or none: packages other than the
+standard library are imported where they are used. It returns plain dictionaries, must evaluate nothing, and must leave
+no file behind.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("ray", "torch", "transformers")
-CONNECT_S = 3.0
+CONNECT_TIMEOUT_S = 3.0
 _BLOCK = 8 * 2**20
-_NUM_SMALL = 16
+_NUM_SMALL_FILES = 16
 
 
 class Probe:
-    """One node's side of the examination.
+    """The measurements of one node.
 
     Args:
-        place: The run's storage, or None.
-        folder: Where in it this examination writes.
+        storage_url: The run's storage, or None.
+        folder: Folder in the storage for the files of these measurements.
     """
 
-    def __init__(self, place: str | None = None, folder: str = "") -> None:
-        self._place, self._folder = place, folder
-        self._door: socket.socket | None = None
+    def __init__(self, storage_url: str | None = None, folder: str = "") -> None:
+        self._storage_url, self._folder = storage_url, folder
+        self._server: socket.socket | None = None
         self._written: set[str] = set()
 
     def facts(self, *, gpus: bool) -> dict[str, Any]:
-        """The machine as it is: versions, devices, memory, disk, addresses, and the storage's file system."""
+        """Return versions, devices, memory, disk, addresses, and the storage's file system."""
         return {
             "host": socket.gethostname(),
             "versions": _versions(),
@@ -55,7 +55,7 @@ class Probe:
             "memory": _memory(),
             "shm": _space("/dev/shm"),
             "disk": _space(_ray_folder()),
-            "storage": _file_system(self._place),
+            "storage": _file_system(self._storage_url),
             **_addresses(),
         }
 
@@ -68,20 +68,20 @@ class Probe:
     def _storage(self) -> Any:
         from outlast.checkpointing.storage.factory import open_storage
 
-        assert self._place is not None
-        return open_storage(self._place)
+        assert self._storage_url is not None
+        return open_storage(self._storage_url)
 
     def write(self, name: str) -> dict[str, Any]:
-        """Writes a token. Returns it, and when it was written."""
-        word = secrets.token_hex(16)
-        self._put(name, [word.encode()])
-        return {"word": word, "written": time.time()}
+        """Write a random token. Return it, and the time of the write."""
+        token = secrets.token_hex(16)
+        self._put(name, [token.encode()])
+        return {"token": token, "written": time.time()}
 
     def watch(self, names: Iterable[str], limit_s: float) -> dict[str, Any]:
-        """Looks for files, by listing and reading, until all are there or `limit_s` is over.
+        """List and read files until all are visible, or `limit_s` has passed.
 
         Returns:
-            The text of each that was found, and when each was last looked for in vain.
+            The text of each visible file, and the time of the last attempt that missed each.
         """
         from outlast.checkpointing.storage.base import read_bytes
 
@@ -110,18 +110,18 @@ class Probe:
         return {**self.write(name), **self.watch(others, limit_s)}
 
     def write_speed(self, name: str, num_bytes: int) -> dict[str, float]:
-        """Writes a large file and several small ones. Bytes a second, and seconds for a small one."""
+        """Write a large file and several small ones. Return bytes per second, and seconds per small file."""
         block = os.urandom(min(_BLOCK, num_bytes))
         began = time.perf_counter()
         self._put(name, [block] * (num_bytes // len(block)))
         large = time.perf_counter()
-        for number in range(_NUM_SMALL):
+        for number in range(_NUM_SMALL_FILES):
             self._put(f"{name}-{number}", [b"small"])
         small = time.perf_counter()
-        return {"write": num_bytes / (large - began), "put_s": (small - large) / _NUM_SMALL}
+        return {"write": num_bytes / (large - began), "put_s": (small - large) / _NUM_SMALL_FILES}
 
     def read_speed(self, name: str) -> dict[str, float]:
-        """Reads a large file (past the page cache, where one may), lists, and deletes its own small files."""
+        """Read a large file (past the page cache if allowed), list, and delete the small files of this probe."""
         num_bytes, storage = 0, self._storage
         began = time.perf_counter()
         with storage.open(f"{self._folder}/{name}") as file:
@@ -143,7 +143,7 @@ class Probe:
         }
 
     def clean(self) -> None:
-        """Deletes what it wrote."""
+        """Delete all files of this probe."""
         for name in sorted(self._written):
             self._delete(name)
 
@@ -158,44 +158,44 @@ class Probe:
     # -- network ------------------------------------------------------------------------------------------------------
 
     def listen(self) -> tuple[str, int, str]:
-        """Opens a port that tells everyone who comes a word. Returns address, port and word."""
+        """Open a port that sends a token to every client. Return address, port and token."""
         import ray
 
-        word = secrets.token_hex(8)
-        self._door = socket.create_server(("", 0), backlog=512)
-        threading.Thread(target=_greet, args=(self._door, word.encode()), daemon=True).start()
-        return ray.util.get_node_ip_address(), self._door.getsockname()[1], word
+        token = secrets.token_hex(8)
+        self._server = socket.create_server(("", 0), backlog=512)
+        threading.Thread(target=_serve_token, args=(self._server, token.encode()), daemon=True).start()
+        return ray.util.get_node_ip_address(), self._server.getsockname()[1], token
 
-    def check_connection(self, doors: Mapping[str, tuple[str, int, str]]) -> dict[str, str]:
-        """Goes to each door. Returns what was wrong, by the name of the door."""
+    def check_connection(self, endpoints: Mapping[str, tuple[str, int, str]]) -> dict[str, str]:
+        """Connect to each endpoint (address, port, token). Return the faults by the endpoint's name."""
         with ThreadPoolExecutor(16) as pool:
-            found = pool.map(_check_connection, doors.values())
-            return {name: fault for name, fault in zip(doors, found, strict=True) if fault}
+            faults = pool.map(_check_connection, endpoints.values())
+            return {name: fault for name, fault in zip(endpoints, faults, strict=True) if fault}
 
     def look_up(self, addresses: Iterable[str]) -> float:
-        """Seconds of the slowest search for an address's name; torch makes such a search when it joins a group."""
+        """Return the seconds of the slowest reverse name lookup; torch does one when it joins a group."""
         slowest = 0.0
         for address in addresses:
             began = time.perf_counter()
-            with contextlib.suppress(OSError):  # no name is no harm
+            with contextlib.suppress(OSError):  # a missing name is harmless
                 socket.getnameinfo((address, 0), 0)
             slowest = max(slowest, time.perf_counter() - began)
         return slowest
 
     def free_port(self) -> tuple[str, int]:
-        """This node's address, and a port that nobody has."""
+        """Return this node's address, and a free port."""
         import ray
 
         with socket.create_server(("", 0)) as server:
             return ray.util.get_node_ip_address(), server.getsockname()[1]
 
     def all_reduce(
-        self, rank: int, size: int, meeting: tuple[str, int], backend: str, num_bytes: int, limit_s: float
+        self, rank: int, size: int, rendezvous: tuple[str, int], backend: str, num_bytes: int, limit_s: float
     ) -> dict[str, Any]:
-        """Adds a tensor up over all ranks, twice: once to connect, once to measure.
+        """Run an all-reduce over all ranks twice: once to connect, once to measure.
 
         Returns:
-            Bytes a second, or `fault`, what the library said.
+            `rate` in bytes per second, or `fault` with the library's message.
         """
         import torch
         import torch.distributed as dist
@@ -204,7 +204,7 @@ class Probe:
         try:
             dist.init_process_group(
                 backend,
-                init_method=f"tcp://{meeting[0]}:{meeting[1]}",
+                init_method=f"tcp://{rendezvous[0]}:{rendezvous[1]}",
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=limit_s),
@@ -213,44 +213,44 @@ class Probe:
             tensor = torch.full((num_bytes // 4,), float(rank + 1), device=device)
             began = time.perf_counter()
             dist.all_reduce(tensor)
-            right = bool((tensor == size * (size + 1) / 2).all())
+            is_correct = bool((tensor == size * (size + 1) / 2).all())
             rate = num_bytes / (time.perf_counter() - began)
             dist.destroy_process_group()
-        except RuntimeError as error:  # what every backend raises
+        except RuntimeError as error:  # raised by every backend
             return {"fault": " ".join(str(error).split())[:300]}
-        return {"rate": rate} if right else {"fault": "the sum is wrong"}
+        return {"rate": rate} if is_correct else {"fault": "the sum is wrong"}
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "missing"
-    return found | {"outlast": _code_digest()}
+            versions[name] = "missing"
+    return versions | {"outlast": _code_digest()}
 
 
 def _code_digest() -> str:
-    """Says which outlast this is: of one that travelled with a job there is no version to ask for."""
+    """Return a digest of outlast's code: a copy that was sent along with a job has no version."""
     digest = hashlib.sha256()
-    for room in ("checkpointing", "trainers", "cluster"):
+    for package in ("checkpointing", "trainers", "cluster"):
         try:
-            spec = find_spec(f"outlast.{room}")
+            spec = find_spec(f"outlast.{package}")
         except ModuleNotFoundError:
             spec = None
-        for place in (spec.submodule_search_locations if spec else None) or ():
-            for path in sorted(Path(place).glob("*.py")):
-                digest.update(path.name.encode() + path.read_bytes())
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
         if spec is None:
             return "missing"
     return digest.hexdigest()[:8]
 
 
 def cpu_capability() -> str:
-    """Which of torch's kernels this processor runs; they differ in the last bits."""
-    if chosen := os.environ.get("ATEN_CPU_CAPABILITY"):
-        return chosen.upper()
+    """Return which of torch's CPU kernels this processor runs; they differ in the last bits."""
+    if override := os.environ.get("ATEN_CPU_CAPABILITY"):
+        return override.upper()
     with contextlib.suppress(OSError):
         flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
         has = set(flags.split())
@@ -274,7 +274,7 @@ def find_gpus() -> list[dict[str, Any]]:
 
 
 def _memory() -> dict[str, int | None]:
-    """Bytes of memory: of the machine, free for us, and what the control groups allow."""
+    """Return bytes of memory: the machine's total, the available part, and the control groups' limit."""
     import psutil
 
     machine = psutil.virtual_memory()
@@ -292,7 +292,7 @@ def _memory() -> dict[str, int | None]:
 
 
 def _control_groups() -> Iterable[Path]:
-    """The memory control groups of this process, and those around them, of both versions."""
+    """Yield this process's memory control groups and their parents, of both cgroup versions."""
     root = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -318,60 +318,60 @@ def _space(path: str) -> dict[str, Any] | None:
     return {"path": path, "total": usage.total, "free": usage.free}
 
 
-def _file_system(place: str | None) -> dict[str, Any] | None:
-    """Where a local storage lies on this node: kind and source of its file system, and the space there."""
-    if place is None or ("://" in place and not place.startswith("file://")):
+def _file_system(storage_url: str | None) -> dict[str, Any] | None:
+    """Return type, source and space of a local storage's file system on this node; None for an object store."""
+    if storage_url is None or ("://" in storage_url and not storage_url.startswith("file://")):
         return None
-    path = Path(place.removeprefix("file://"))
-    there = next(parent for parent in (path, *path.parents) if parent.exists()).resolve()
+    path = Path(storage_url.removeprefix("file://"))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists()).resolve()
     best = ("", "", "unknown")
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mounts").read_text().splitlines():
             source, mount, kind, *_ = line.split()
             mount = mount.replace("\\040", " ")
-            if there.is_relative_to(mount) and len(mount) >= len(best[0]):
+            if existing.is_relative_to(mount) and len(mount) >= len(best[0]):
                 best = (mount, source, kind)
-    return {"mount": best[0], "source": best[1], "kind": best[2], **(_space(str(there)) or {})}
+    return {"mount": best[0], "source": best[1], "kind": best[2], **(_space(str(existing)) or {})}
 
 
 def _addresses() -> dict[str, Any]:
-    """This node's address in the cluster and its interface, and the address that gloo would offer to the others."""
+    """Return this node's address and interface in the cluster, and the address that gloo would announce."""
     import psutil
     import ray
 
-    mine = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
+    own = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
     by_name = {
         name: [item.address for item in items if item.family == socket.AF_INET]
         for name, items in psutil.net_if_addrs().items()
     }
-    wanted = os.environ.get("GLOO_SOCKET_IFNAME")
-    if wanted:
-        offered = next((address for name in wanted.split(",") for address in by_name.get(name, [])), "")
+    configured = os.environ.get("GLOO_SOCKET_IFNAME")
+    if configured:
+        announced = next((address for name in configured.split(",") for address in by_name.get(name, [])), "")
     else:
         try:
-            offered = socket.gethostbyname(socket.gethostname())
+            announced = socket.gethostbyname(socket.gethostname())
         except OSError:
-            offered = "127.0.0.1"  # so says gloo, to its own log
-    interface = next((name for name, addresses in by_name.items() if mine in addresses), "")
-    return {"address": mine, "interface": interface, "gloo_interface": wanted, "gloo_address": offered}
+            announced = "127.0.0.1"  # gloo's own fallback
+    interface = next((name for name, addresses in by_name.items() if own in addresses), "")
+    return {"address": own, "interface": interface, "gloo_interface": configured, "gloo_address": announced}
 
 
-def _greet(door: socket.socket, word: bytes) -> None:
+def _serve_token(server: socket.socket, token: bytes) -> None:
     while True:
         try:
-            visitor, _ = door.accept()
+            connection, _ = server.accept()
         except OSError:
             return
-        with visitor, contextlib.suppress(OSError):
-            visitor.sendall(word)
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(token)
 
 
-def _check_connection(door: tuple[str, int, str]) -> str:
-    address, port, word = door
+def _check_connection(endpoint: tuple[str, int, str]) -> str:
+    address, port, token = endpoint
     try:
-        with socket.create_connection((address, port), timeout=CONNECT_S) as visit:
-            visit.settimeout(CONNECT_S)
-            heard = visit.recv(64).decode(errors="replace")
+        with socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S) as connection:
+            connection.settimeout(CONNECT_TIMEOUT_S)
+            received = connection.recv(64).decode(errors="replace")
     except OSError as error:
         return f"{address}:{port}: {error}"
-    return "" if heard == word else f"{address}:{port}: somebody else answers there"
+    return "" if received == token else f"{address}:{port}: another program answers there"

@@ -1,4 +1,4 @@
-"""What the examination of a cluster means: from what the nodes saw to findings, each with what to do. Pure."""
+"""Rules of `outlast doctor`: they turn the nodes' measurements into findings, each with what to do. Pure."""
 
 from __future__ import annotations
 
@@ -11,37 +11,50 @@ from outlast.cluster.formatting import counted, size
 from outlast.cluster.preflight.finding import Finding, Level
 
 GIB = 2**30
-#: Ray puts nothing more on a disk that is fuller than this.
+#: Ray stops writing to a disk that is fuller than this.
 FULL_SHARE = 0.95
 MIN_SHM_BYTES = 2**28
 MIN_MEMORY_BYTES = 2**29
-#: Without a run file: what a small run needs.
+#: Space for a small run, if no run file is given.
 MIN_DISK_BYTES = GIB
 CLOCK_WARNING_S = 1.0
-#: A lag below this is the time that a call takes.
+#: A lag below this is the duration of a call.
 LAG_NOISE_S = 0.05
-SLOW_WRITE = 20e6
+SLOW_WRITE_BYTES_PER_S = 20e6
 SLOW_PUT_S = 0.5
-SLOW_LINK = 10e6
-#: A name server that answers takes milliseconds; one that does not, several seconds.
-SLOW_NAME_S = 1.0
-#: File systems that several machines mount; only there can a listing lag behind.
-NETWORKED = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "gpfs", "beegfs", "9p", "glusterfs", "virtiofs", "afs")
+SLOW_LINK_BYTES_PER_S = 10e6
+#: A name server answers within milliseconds, or a lookup takes several seconds.
+SLOW_LOOKUP_S = 1.0
+#: File systems that several machines mount; only their listings can lag.
+NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "cifs",
+    "smb",
+    "fuse",
+    "ceph",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "9p",
+    "glusterfs",
+    "virtiofs",
+    "afs",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """What a run asks of a cluster.
+    """Requirements of a run on a cluster.
 
     Attributes:
-        storage: Where it keeps its checkpoints; None if nothing is known of a run.
-        workers: Worker processes.
-        cpus: CPUs of each; None for what fits.
+        storage: URL or path of the run's storage; None without a run.
+        workers: Number of worker processes.
+        cpus: CPUs of each; None for an equal share.
         gpus: GPUs of each.
-        settle_s: How far the run allows listings to lag.
-        weights_bytes: Size of its weights in fp32, if that is known beforehand.
-        newest_bytes: Size of its newest checkpoint, if it has one.
-        keep_last: Checkpoints that stay.
+        settle_s: Listing lag that the run allows.
+        weights_bytes: Size of the weights in fp32, if durations.
+        newest_bytes: Size of the newest checkpoint, if there is one.
+        keep_last: Number of checkpoints kept.
     """
 
     storage: str | None = None
@@ -59,183 +72,197 @@ Facts = Mapping[str, Mapping[str, Any]]
 
 @dataclass
 class _Findings:
-    """Collects the findings of one check, and says that all is well if there are none."""
+    """Findings of one check; a single OK if there are none."""
 
     check: str
-    found: list[Finding] = field(default_factory=list)
+    items: list[Finding] = field(default_factory=list)
 
     def warn(self, text: str, hint: str) -> None:
-        self.found.append(Finding(Level.WARNING, self.check, text, hint))
+        self.items.append(Finding(Level.WARNING, self.check, text, hint))
 
     def fail(self, text: str, hint: str) -> None:
-        self.found.append(Finding(Level.FAILED, self.check, text, hint))
+        self.items.append(Finding(Level.FAILED, self.check, text, hint))
 
     def or_ok(self, text: str) -> list[Finding]:
-        return self.found or [Finding(Level.OK, self.check, text)]
+        return self.items or [Finding(Level.OK, self.check, text)]
 
 
 def check_versions(facts: Facts) -> list[Finding]:
-    """Every node has every library, all have the same."""
+    """Check that every node has the same version of every library."""
     report, names = _Findings("versions"), next(iter(facts.values()))["versions"]
     for name in names:
-        having = _by_value(facts, lambda fact, name=name: fact["versions"].get(name))  # type: ignore[misc]
-        what = "outlast's code" if name == "outlast" else name
-        if missing := having.pop("missing", None):
-            report.fail(f"{what} is missing on {_nodes(missing)}", "install the same requirements on every node")
-        if len(having) > 1:
-            said = "; ".join(f"{value} on {_nodes(nodes)}" for value, nodes in having.items())
-            report.fail(f"{what} differs: {said}", "install the same versions on every node: start all from one image")
-    all_of = ", ".join(f"{name} {text}" for name, text in names.items())
-    return report.or_ok(f"{_count(facts)}: {all_of}")
+        nodes_by_version = _group_by(facts, lambda fact, name=name: fact["versions"].get(name))  # type: ignore[misc]
+        label = "outlast's code" if name == "outlast" else name
+        if missing := nodes_by_version.pop("missing", None):
+            report.fail(f"{label} is missing on {_join_nodes(missing)}", "install the same packages on every node")
+        if len(nodes_by_version) > 1:
+            differing = "; ".join(f"{value} on {_join_nodes(nodes)}" for value, nodes in nodes_by_version.items())
+            report.fail(f"{label} differs: {differing}", "install the same versions: start all nodes from one image")
+    versions = ", ".join(f"{name} {text}" for name, text in names.items())
+    return report.or_ok(f"{_count(facts)}: {versions}")
 
 
-def check_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], wanted: Requirements) -> list[Finding]:
-    """The workers fit, and the processors are of one kind: else the bits differ from node to node."""
+def check_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], needs: Requirements) -> list[Finding]:
+    """Check that the workers fit, and that processors are of one kind: else results differ in the last bits."""
     report = _Findings("devices")
-    there = {key: sum(node.get(key, 0) for node in resources.values()) for key in ("CPU", "GPU")}
-    need = {"CPU": (wanted.cpus or 0) * wanted.workers, "GPU": wanted.gpus * wanted.workers}
-    for key, number in need.items():
-        if number > there[key] + 1e-6:
+    available = {key: sum(node.get(key, 0) for node in resources.values()) for key in ("CPU", "GPU")}
+    needed = {"CPU": (needs.cpus or 0) * needs.workers, "GPU": needs.gpus * needs.workers}
+    for key, number in needed.items():
+        if number > available[key] + 1e-6:
             report.fail(
-                f"{counted(wanted.workers, 'worker')} would take {number:g} {key}s, there are {there[key]:g}",
-                "add nodes, or use fewer scale.workers",
+                f"{counted(needs.workers, 'worker')} need {number:g} {key}s, the cluster has {available[key]:g}",
+                "add nodes, or lower scale.workers",
             )
     for node, fact in facts.items():
-        offered, found = resources.get(node, {}).get("GPU", 0), fact["gpus"]
-        if wanted.gpus and offered and not found:
-            report.warn(f"{node} offers {offered:g} GPUs, and nvidia-smi finds none", "fine for GPUs of another maker")
-        elif wanted.gpus and offered > len(found):
-            report.fail(
-                f"{node} offers {offered:g} GPUs, and nvidia-smi finds {len(found)}",
-                f"run nvidia-smi on {node}; start Ray there with --num-gpus={len(found)}",
+        offered, gpus = resources.get(node, {}).get("GPU", 0), fact["gpus"]
+        if needs.gpus and offered and not gpus:
+            report.warn(
+                f"{node} offers {offered:g} GPUs, nvidia-smi finds none", "ignore this for GPUs of other vendors"
             )
-    same = "exact resume holds between equal ones only: use nodes of one kind, or expect other last bits"
-    working = {node: fact for node, fact in facts.items() if resources.get(node, {}).get("CPU", 0)}
-    cpus = _by_value(working, lambda fact: fact["cpu"])
-    gpus = _by_value({node: fact for node, fact in facts.items() if fact["gpus"]}, lambda fact: fact["gpus"][0]["name"])
-    for having in (cpus, gpus):
-        if len(having) > 1:
-            report.warn("; ".join(f"{kind} on {_nodes(nodes)}" for kind, nodes in having.items()), same)
-    cards = "".join(f" ({name})" for name in gpus)
-    return report.or_ok(f"{there['CPU']:g} CPUs ({', '.join(cpus) or 'none'}), {there['GPU']:g} GPUs{cards}")
+        elif needs.gpus and offered > len(gpus):
+            report.fail(
+                f"{node} offers {offered:g} GPUs, nvidia-smi finds {len(gpus)}",
+                f"run nvidia-smi on {node}; start Ray there with --num-gpus={len(gpus)}",
+            )
+    hint = "exact resume needs equal processors: use nodes of one kind, or expect differences in the last bits"
+    worker_nodes = {node: fact for node, fact in facts.items() if resources.get(node, {}).get("CPU", 0)}
+    cpu_kinds = _group_by(worker_nodes, lambda fact: fact["cpu"])
+    gpu_kinds = _group_by(
+        {node: fact for node, fact in facts.items() if fact["gpus"]}, lambda fact: fact["gpus"][0]["name"]
+    )
+    for kinds in (cpu_kinds, gpu_kinds):
+        if len(kinds) > 1:
+            report.warn("; ".join(f"{kind} on {_join_nodes(nodes)}" for kind, nodes in kinds.items()), hint)
+    gpu_names = "".join(f" ({name})" for name in gpu_kinds)
+    return report.or_ok(
+        f"{available['CPU']:g} CPUs ({', '.join(cpu_kinds) or 'none'}), {available['GPU']:g} GPUs{gpu_names}"
+    )
 
 
-def check_memory(facts: Facts, wanted: Requirements) -> list[Finding]:
-    """Memory that is free within the control group, and /dev/shm."""
+def check_memory(facts: Facts, needs: Requirements) -> list[Finding]:
+    """Check free memory within the control group's limit, and the size of /dev/shm."""
     report = _Findings("memory")
-    each = math.ceil(wanted.workers / max(1, len(facts)))
-    need = (wanted.weights_bytes or 0) * 4 * each if not wanted.gpus else 0
+    per_node = math.ceil(needs.workers / max(1, len(facts)))
+    needed = (needs.weights_bytes or 0) * 4 * per_node if not needs.gpus else 0
     for node, fact in facts.items():
         memory, shm = fact["memory"], fact["shm"]
         free, limit = memory["available"], memory["limit"]
         within = f" of the {size(limit)} that its control group allows" if limit else f" of {size(memory['total'])}"
         if free < MIN_MEMORY_BYTES:
-            report.warn(f"{node} has {size(free)} free{within}", "end what else runs there, or raise the limit")
-        elif free < need:
+            report.warn(f"{node} has {size(free)} free{within}", "stop other programs there, or raise the limit")
+        elif free < needed:
             report.warn(
-                f"{node} has {size(free)} free{within}; weights, gradients and moments of {counted(each, 'worker')} "
-                f"take about {size(need)}",
-                "use fewer workers a node, more nodes, or scale.parallel: fsdp",
+                f"{node} has {size(free)} free{within}; weights, gradients and moments of {per_node} workers "
+                f"need about {size(needed)}",
+                "use fewer workers per node, more nodes, or scale.parallel: fsdp",
             )
         if shm is not None and shm["total"] < MIN_SHM_BYTES:
             report.warn(
                 f"{node}: /dev/shm has {size(shm['total'])}, too little for Ray's objects and NCCL",
                 "docker run --shm-size=1g, or an emptyDir with medium: Memory on /dev/shm",
             )
-    least = min(fact["memory"]["available"] for fact in facts.values())
-    return report.or_ok(f"at least {size(least)} free")
+    min_free = min(fact["memory"]["available"] for fact in facts.values())
+    return report.or_ok(f"at least {size(min_free)} free")
 
 
-def check_disk(facts: Facts, wanted: Requirements) -> list[Finding]:
-    """Room for Ray on each node's disk, and for checkpoints in the storage."""
+def check_disk(facts: Facts, needs: Requirements) -> list[Finding]:
+    """Check the space for Ray on each node's disk, and for checkpoints in the storage."""
     report = _Findings("disk")
     for node, fact in facts.items():
         disk = fact["disk"]
         if disk is not None and disk["free"] < disk["total"] * (1 - FULL_SHARE):
             report.warn(
-                f"{node}: {disk['path']} is {1 - disk['free'] / disk['total']:.0%} full; Ray puts nothing more there "
-                f"from {FULL_SHARE:.0%}",
+                f"{node}: {disk['path']} is {1 - disk['free'] / disk['total']:.0%} full; Ray stops writing there "
+                f"at {FULL_SHARE:.0%}",
                 f"free some space on {node}, or start Ray there with --temp-dir on another disk",
             )
-    one = wanted.newest_bytes or 3 * (wanted.weights_bytes or 0)  # weights and two moments
+    checkpoint_bytes = needs.newest_bytes or 3 * (needs.weights_bytes or 0)  # weights and two moments
     spaces = {node: fact["storage"] for node, fact in facts.items() if fact["storage"] and "free" in fact["storage"]}
     for node, space in spaces.items():
-        where = f"{wanted.storage} has {size(space['free'])} left (as {node} sees it)"
-        if space["free"] < one:
-            report.fail(f"{where}; one checkpoint takes about {size(one)}", "free some space, or use another storage")
-        elif space["free"] < max(one * (wanted.keep_last + 1), MIN_DISK_BYTES):
-            takes = f"{counted(wanted.keep_last + 1, 'checkpoint')} take about {size(one * (wanted.keep_last + 1))}"
-            report.warn(f"{where}; {takes if one else 'that is little'}", "free some space, or lower keep_last")
-        if report.found and len({(item["kind"], item["source"]) for item in spaces.values()}) == 1:
+        where = f"{needs.storage} has {size(space['free'])} free (seen from {node})"
+        if space["free"] < checkpoint_bytes:
+            report.fail(
+                f"{where}; one checkpoint needs about {size(checkpoint_bytes)}",
+                "free some space, or use another storage",
+            )
+        elif space["free"] < max(checkpoint_bytes * (needs.keep_last + 1), MIN_DISK_BYTES):
+            num_kept = needs.keep_last + 1
+            need = f"{counted(num_kept, 'checkpoint')} need about {size(checkpoint_bytes * num_kept)}"
+            report.warn(
+                f"{where}; {need if checkpoint_bytes else f'a run needs at least {size(MIN_DISK_BYTES)}'}",
+                "free some space, or lower keep_last",
+            )
+        if report.items and len({(item["kind"], item["source"]) for item in spaces.values()}) == 1:
             break  # the same everywhere
-    least = min((fact["disk"]["free"] for fact in facts.values() if fact["disk"]), default=0)
-    left = f"; {size(min(space['free'] for space in spaces.values()))} in the storage" if spaces else ""
-    return report.or_ok(f"at least {size(least)} free for Ray{left}")
+    min_free = min((fact["disk"]["free"] for fact in facts.values() if fact["disk"]), default=0)
+    storage_free = f"; {size(min(space['free'] for space in spaces.values()))} in the storage" if spaces else ""
+    return report.or_ok(f"at least {size(min_free)} free for Ray{storage_free}")
 
 
 def check_shared(
-    facts: Facts, wanted: Requirements, writers: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mapping[str, Any]]
+    facts: Facts, needs: Requirements, writers: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mapping[str, Any]]
 ) -> list[Finding]:
-    """Each node sees what every other one wrote.
+    """Check that each node can read what every other one wrote.
 
     Args:
-        facts: What the nodes are.
-        wanted: What the run asks.
-        writers: What `write` answered, by node; with `fault` where it failed.
-        seen: What `watch` answered, by node; likewise.
+        facts: Properties of the nodes.
+        needs: The run's requirements.
+        writers: Results of `write`, by node; with `fault` if it failed.
+        seen: Results of `watch`, by node; likewise.
     """
-    report, place = _Findings("storage"), wanted.storage
+    report, url = _Findings("storage"), needs.storage
     for verb, answers in (("write to", writers), ("read", seen)):
-        for fault, nodes in _by_value(answers, lambda answer: answer.get("fault")).items():
+        for fault, nodes in _group_by(answers, lambda answer: answer.get("fault")).items():
             if fault is not None:
                 hint = next(str(answers[node].get("hint", "")) for node in nodes)
-                report.fail(f"{_nodes(nodes)} cannot {verb} {place}: {fault}", hint)
-    words = {node: answer["word"] for node, answer in writers.items() if "word" in answer}
-    blind: dict[str, list[str]] = {}
+                report.fail(f"{_join_nodes(nodes)} cannot {verb} {url}: {fault}", hint)
+    tokens = {node: answer["token"] for node, answer in writers.items() if "token" in answer}
+    unseen: dict[str, list[str]] = {}
     for node, answer in seen.items():
         if "read" in answer:
-            unseen = [other for other, word in words.items() if answer["read"].get(other) != word]
-            if unseen:
-                blind[node] = unseen
-    if blind:
-        lonely = [node for node in blind if len(blind[node]) == len(words.keys() - {node})]
-        odd = lonely if len(lonely) < len(seen) else list(blind)
-        unseen_by_odd = sorted({other for node in odd for other in blind[node]})
-        what = f"what {_nodes(unseen_by_odd)} wrote" if len(odd) < len(seen) else "each other's files"
-        where = "; ".join(f"{_kind(facts, node)} on {node}" for node in odd)
+            missing = [peer for peer, token in tokens.items() if answer["read"].get(peer) != token]
+            if missing:
+                unseen[node] = missing
+    if unseen:
+        isolated = [node for node in unseen if len(unseen[node]) == len(tokens.keys() - {node})]
+        outliers = isolated if len(isolated) < len(seen) else list(unseen)
+        writers_missed = sorted({peer for node in outliers for peer in unseen[node]})
+        what = f"files of {_join_nodes(writers_missed)}" if len(outliers) < len(seen) else "each other's files"
+        where = "; ".join(f"{_file_system(facts, node)} on {node}" for node in outliers)
+        verb = "does" if len(outliers) == 1 else "do"
         report.fail(
-            f"{place} is not shared: {_nodes(odd)} {'does' if len(odd) == 1 else 'do'} not see {what} ({where})",
+            f"{url} is not shared: {_join_nodes(outliers)} {verb} not see {what} ({where})",
             "mount the same file system there on every node, or set checkpoint.storage to an object store; "
-            "`outlast doctor` tells whether it only lags",
+            "`outlast doctor` shows whether it only lags",
         )
-    return report.or_ok(f"{place}: what each of {_count(facts)} wrote, all read")
+    return report.or_ok(f"{url}: {_count(facts)} read what each wrote")
 
 
-def check_lag(lags: Mapping[tuple[str, str], float | None], wanted: Requirements) -> list[Finding]:
-    """How long a listing on one node lags behind a write on another; None for one that never came."""
+def check_lag(lags: Mapping[tuple[str, str], float | None], needs: Requirements) -> list[Finding]:
+    """Check the seconds that a listing on one node lags behind a write on another; None if it never appeared."""
     report = _Findings("listing lag")
     worst = max(lags.values(), key=lambda lag: math.inf if lag is None else lag, default=0.0)
-    mount = "mount with noac,lookupcache=none (NFS), which makes it 0"
+    mount = "mount with noac,lookupcache=none (NFS), which removes the lag"
     if worst is None:
         writer, reader = next(pair for pair, lag in lags.items() if lag is None)
-        report.fail(f"what {writer} wrote had not appeared on {reader} in time", f"{mount}, or use an object store")
-    elif worst > max(LAG_NOISE_S, wanted.settle_s):
+        report.fail(f"a file of {writer} did not appear on {reader} in time", f"{mount}, or use an object store")
+    elif worst > max(LAG_NOISE_S, needs.settle_s):
         writer, reader = max(lags, key=lambda pair: lags[pair] or 0)
         report.fail(
-            f"what {writer} writes appears on {reader} {worst:.1f} s later; the run allows {wanted.settle_s:g} s",
+            f"a file of {writer} appears on {reader} {worst:.1f} s later, the run allows {needs.settle_s:g} s",
             f"set checkpoint.settle_s to {math.ceil(worst * 1.5)}, or {mount}",
         )
-    return report.or_ok("none" if not worst or worst <= LAG_NOISE_S else f"{worst:.1f} s, as the run allows")
+    return report.or_ok("none" if not worst or worst <= LAG_NOISE_S else f"{worst:.1f} s, which the run allows")
 
 
 def check_speed(speeds: Mapping[str, Mapping[str, float]]) -> list[Finding]:
-    """Bytes a second, all nodes at once, and the time of small operations."""
+    """Check bytes per second, with all nodes at once, and the time of small operations."""
     report = _Findings("speed")
     for node, speed in speeds.items():
-        if speed["write"] < SLOW_WRITE or speed["put_s"] > SLOW_PUT_S:
+        if speed["write"] < SLOW_WRITE_BYTES_PER_S or speed["put_s"] > SLOW_PUT_S:
             report.warn(
                 f"{node} writes {size(speed['write'])}/s, a small file in {speed['put_s'] * 1000:.0f} ms",
-                "save less often (checkpoint.every: auto weighs the cost), or use a quicker storage",
+                "save less often (checkpoint.every: auto considers the cost), or use a faster storage",
             )
     slowest = {key: min(speed[key] for speed in speeds.values()) for key in ("write", "read")}
     longest = {key: max(speed[key] for speed in speeds.values()) * 1000 for key in ("put_s", "list_s", "delete_s")}
@@ -246,65 +273,70 @@ def check_speed(speeds: Mapping[str, Mapping[str, float]]) -> list[Finding]:
 
 
 def check_clock(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:
-    """How far clocks differ from the one here. It is never a reason not to start: no order follows from a clock.
+    """Check how far clocks differ from this node's. Never a failure: nothing is ordered by clocks.
 
     Args:
-        offsets: Seconds ahead, and how sure that is, by node.
+        offsets: Seconds ahead, and their error bound, by node.
     """
     report = _Findings("clock")
     for node, (offset, error) in offsets.items():
         if abs(offset) - error > CLOCK_WARNING_S:
-            side = "ahead of" if offset > 0 else "behind"
+            direction = "ahead of" if offset > 0 else "behind"
             report.warn(
-                f"{node} is {abs(offset):.1f} s {side} this node: saves before an announced loss come at the wrong "
-                "time, and an object store refuses requests that are a quarter of an hour off",
-                f"let a time service (chrony, systemd-timesyncd) set the clock of {node}",
+                f"{node} is {abs(offset):.1f} s {direction} this node: saves before an announced loss run at the "
+                "wrong time, and object stores refuse requests that are 15 minutes off",
+                f"run a time service (chrony, systemd-timesyncd) on {node}",
             )
     worst = max((abs(offset) for offset, _ in offsets.values()), default=0.0)
     return report.or_ok(f"within {max(0.01, worst):.2f} s")
 
 
 def check_ports(facts: Facts, faults: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Each node reaches each other one at a port that nobody agreed on beforehand, as gloo and NCCL use them.
+    """Check that each node reaches each other one at an arbitrary port, as gloo and NCCL use them.
 
     Args:
-        facts: What the nodes are.
-        faults: What was wrong, by the node that knocked and the one that it knocked at.
+        facts: Properties of the nodes.
+        faults: Connection errors, by the connecting node and its peer.
     """
     report = _Findings("ports")
-    pairs = {(here, there): fault for here, found in faults.items() for there, fault in found.items()}
-    for (here, there), fault in pairs.items():
-        both = (there, here) in pairs
-        if both and here > there:
-            continue  # told the other way round
+    pairs = {(node, peer): fault for node, by_peer in faults.items() for peer, fault in by_peer.items()}
+    for (node, peer), fault in pairs.items():
+        is_mutual = (peer, node) in pairs
+        if is_mutual and node > peer:
+            continue  # reported for the reverse pair
         report.fail(
-            f"{here} and {there} cannot reach each other: {fault}" if both else f"{here} cannot reach {there}: {fault}",
-            "let the cluster's nodes talk to each other on all ports: firewall, security group, network policy",
+            f"{node} and {peer} cannot reach each other: {fault}"
+            if is_mutual
+            else f"{node} cannot reach {peer}: {fault}",
+            "open all ports between the nodes: firewall, security group, network policy",
         )
     for node, fact in facts.items():
-        elsewhere = any(other["address"] != fact["address"] for other in facts.values())
-        if elsewhere and (not fact["gloo_address"] or fact["gloo_address"].startswith("127.")):
+        has_peers = any(other["address"] != fact["address"] for other in facts.values())
+        if has_peers and (not fact["gloo_address"] or fact["gloo_address"].startswith("127.")):
             report.fail(
-                f"{node}: gloo would offer the others {fact['gloo_address'] or 'no address'}, going by "
+                f"{node}: gloo would announce {fact['gloo_address'] or 'no address'}, because of "
                 f"{fact['gloo_interface'] or 'the host name ' + fact['host']}",
-                f"set GLOO_SOCKET_IFNAME={fact['interface'] or 'its interface'} where Ray starts on {node}, or let the "
-                f"name mean {fact['address']} (/etc/hosts)",
+                f"set GLOO_SOCKET_IFNAME={fact['interface'] or 'its interface'} where Ray starts on {node}, or make "
+                f"the name resolve to {fact['address']} (/etc/hosts)",
             )
-    return report.or_ok(f"{_count(facts)} reach each other" if len(facts) > 1 else "one node: nothing to reach")
+    return report.or_ok(f"{_count(facts)} reach each other" if len(facts) > 1 else "one node: nothing to test")
 
 
-def check_names(seconds: Mapping[str, float | Mapping[str, str]]) -> list[Finding]:
-    """How long each node searches for the name of an address, as torch does in each worker that joins a group."""
-    report, known = _Findings("names"), {node: took for node, took in seconds.items() if isinstance(took, float)}
-    if slow := [node for node, took in known.items() if took > SLOW_NAME_S]:
+def check_name_lookup(seconds: Mapping[str, float | Mapping[str, str]]) -> list[Finding]:
+    """Check each node's time for a reverse name lookup, which torch does in each worker that joins a group."""
+    report, durations = (
+        _Findings("names"),
+        {node: duration for node, duration in seconds.items() if isinstance(duration, float)},
+    )
+    if slow := [node for node, duration in durations.items() if duration > SLOW_LOOKUP_S]:
         report.warn(
-            f"{_nodes(slow)}: the name of an address takes up to {max(known.values()):.1f} s, which each start of the "
-            "workers waits for",
-            "let the DNS server in /etc/resolv.conf answer for the nodes' addresses, or list them in /etc/hosts",
+            f"{_join_nodes(slow)}: a reverse name lookup takes up to {max(durations.values()):.1f} s and delays each "
+            "start of the workers",
+            "add the nodes' addresses to the DNS server in /etc/resolv.conf, or list them in /etc/hosts",
         )
     return (
-        report.or_ok(f"each search for an address's name ends within {max(known.values()) * 1000:.0f} ms")
-        if known
+        report.or_ok(f"each reverse name lookup ends within {max(durations.values()) * 1000:.0f} ms")
+        if durations
         else []
     )
 
@@ -312,9 +344,9 @@ def check_names(seconds: Mapping[str, float | Mapping[str, str]]) -> list[Findin
 def check_all_reduce(
     answers: Mapping[str, Mapping[str, Any]], backend: str, facts: Facts, num_bytes: int
 ) -> list[Finding]:
-    """A real sum over the nodes."""
+    """Check the results of an all-reduce over the nodes."""
     report = _Findings("all-reduce")
-    faults = _by_value(answers, lambda answer: answer.get("fault"))
+    faults = _group_by(answers, lambda answer: answer.get("fault"))
     rates = [answer["rate"] for answer in answers.values() if "rate" in answer]
     for fault, nodes in faults.items():
         if fault is not None:
@@ -324,35 +356,37 @@ def check_all_reduce(
                 if node in facts
             )
             report.fail(
-                f"{backend} failed on {_nodes(nodes)} ({where}): {fault}",
-                f"name the interface that joins the nodes: {backend.upper()}_SOCKET_IFNAME, where Ray starts",
+                f"{backend} failed on {_join_nodes(nodes)} ({where}): {fault}",
+                f"set {backend.upper()}_SOCKET_IFNAME, where Ray starts, to the interface that connects the nodes",
             )
-    if rates and not report.found and min(rates) < SLOW_LINK:
-        report.warn(f"{backend}: {size(min(rates))}/s", "put the nodes on one network; each step adds all gradients up")
+    if rates and not report.items and min(rates) < SLOW_LINK_BYTES_PER_S:
+        report.warn(
+            f"{backend}: {size(min(rates))}/s", "put the nodes on one network; each step all-reduces the gradients"
+        )
     speed = f": {size(num_bytes)} at {size(min(rates))}/s" if rates else ""
     return report.or_ok(f"{backend}, {len(answers)} ranks{speed}")
 
 
-def shares_files(facts: Facts) -> bool:
-    """Whether a listing may lag: some node's storage is a file system of the network."""
+def uses_network_file_system(facts: Facts) -> bool:
+    """Return whether a listing may lag: some node's storage is a network file system."""
     kinds = [fact["storage"]["kind"] for fact in facts.values() if fact["storage"]]
-    return any(kind.startswith(NETWORKED) for kind in kinds)
+    return any(kind.startswith(NETWORK_FILE_SYSTEMS) for kind in kinds)
 
 
-def _kind(facts: Facts, node: str) -> str:
+def _file_system(facts: Facts, node: str) -> str:
     space = facts[node]["storage"] if node in facts else None
     return f"{space['kind']} from {space['source']}" if space else "an object store"
 
 
-def _by_value(answers: Facts, key: Callable[[Mapping[str, Any]], Any]) -> dict[Any, list[str]]:
-    """Nodes by what they say, the most frequent answer first."""
-    found: dict[Any, list[str]] = {}
+def _group_by(answers: Facts, key: Callable[[Mapping[str, Any]], Any]) -> dict[Any, list[str]]:
+    """Group nodes by a value of their answers, the most frequent value first."""
+    groups: dict[Any, list[str]] = {}
     for node, answer in answers.items():
-        found.setdefault(key(answer), []).append(node)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+        groups.setdefault(key(answer), []).append(node)
+    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
-def _nodes(nodes: Iterable[str]) -> str:
+def _join_nodes(nodes: Iterable[str]) -> str:
     names = list(nodes)
     if len(names) <= 4:
         return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

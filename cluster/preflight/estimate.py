@@ -1,7 +1,7 @@
-"""What a run will take, before anything is held: `outlast plan`.
+"""`outlast plan`: estimates of a run before any resources are allocated.
 
-Steps and tokens follow from the prepared data, sizes from the model as it is built without memory, and seconds from
-what the storage and this machine's memory do when they are tried. Nothing is guessed without being called so.
+Steps and tokens follow from the prepared data, sizes from the model built without memory, seconds from measurements of
+the storage and of this machine's memory. An assumption must be named as one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveCosts
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.formatting import size as shown
+from outlast.cluster.formatting import size as format_size
 from outlast.cluster.preflight.doctor_probe import Probe
 from outlast.trainers.checks.memory_estimate import Size, copy_speed, measure
 from outlast.trainers.checks.preflight import check_metric
@@ -21,23 +21,23 @@ from outlast.trainers.data.sampler import make_plan
 from outlast.trainers.loop.save_timer import between_failures, history_of
 from outlast.trainers.preparation.prepare import prepare
 
-_LEAST_BYTES, _MOST_BYTES = 2**20, 64 * 2**20
-#: Files of a checkpoint beside those that are known beforehand: two of the loop's state, the manifest, the journal.
-_MORE_FILES = 4
+_MIN_BYTES, _MAX_BYTES = 2**20, 64 * 2**20
+#: Other files of a checkpoint: two of the loop's state, the manifest, the journal.
+_OTHER_FILES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
-    """The way through the data.
+class DataPlan:
+    """Amount of data of a run.
 
     Attributes:
         num_steps: Optimizer updates.
         num_samples: Samples of an epoch.
         num_eval_samples: Held-out samples.
-        eval_share: The share of rows that were held out; None where evaluation has data of its own, or none.
+        eval_share: Share of the rows held out; None if evaluation has its own data, or none.
         epochs: Passes over the data.
         tokens: Tokens of all steps.
-        tokens_per_step: Tokens of a step, in the mean.
+        tokens_per_step: Mean tokens of a step.
     """
 
     num_steps: int
@@ -50,21 +50,21 @@ class Walk:
 
 
 @dataclass(frozen=True, slots=True)
-class Saving:
-    """What saves cost, as measured here and now.
+class SaveEstimate:
+    """Cost of saves, from measurements on this machine.
 
     Attributes:
-        measured_bytes: How much was written and read to measure it.
-        write_speed: Bytes a second that one process writes to the storage, durably.
-        read_speed: Bytes a second that it reads back.
+        measured_bytes: Bytes written and read for the measurement.
+        write_speed: Bytes per second that one process writes durably to the storage.
+        read_speed: Bytes per second that it reads back.
         put_s: Seconds for a small file.
-        copy_speed: Bytes a second that memory is copied with.
+        copy_speed: Bytes per second of a copy in memory.
         commit_s: Seconds from the beginning of a save to its commit, if all workers together write no faster.
-        blocked_s: Seconds that training waits at the most.
-        restart_s: Seconds from a failure to the next step; 0 because nobody knows before a run.
-        between_failures_s: Mean time between interruptions: of this run so far, and one more that is assumed.
-        auto_s: The interval that `every: auto` would choose from these.
-        first_s: When it would save first.
+        blocked_s: Seconds that training waits at most.
+        restart_s: Seconds from a failure to the next step; 0, because it is unknown before a run.
+        between_failures_s: Mean time between interruptions: of this run so far, and an assumed one.
+        auto_s: The interval that `every: auto` chooses from these.
+        first_s: Seconds until its first save.
     """
 
     measured_bytes: int
@@ -81,17 +81,17 @@ class Saving:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """The plan of a run."""
+class RunEstimate:
+    """Estimates of a run; the fields are the keys of `outlast plan --json`."""
 
     run: str
     workers: int
     parallel: str
     every: str
     kept: int
-    walk: Walk
+    walk: DataPlan
     size: Size
-    saving: Saving
+    saving: SaveEstimate
 
     def as_json(self) -> dict[str, Any]:
         body = asdict(self)
@@ -99,11 +99,11 @@ class Forecast:
         return body
 
 
-def forecast(config: RunConfig) -> Forecast:
-    """Prepares the data, builds the model without memory, and tries the storage.
+def estimate_run(config: RunConfig) -> RunEstimate:
+    """Prepare the data, build the model without memory, measure the storage.
 
     Raises:
-        ConfigError: The run cannot be done as its settings say.
+        ConfigError: The run cannot be done with its settings.
         StorageError: The storage failed.
     """
     storage = config.store.storage
@@ -112,7 +112,7 @@ def forecast(config: RunConfig) -> Forecast:
     workers = config.scale.max_workers
     plan = make_plan(config, prepared.num_samples, workers)
     per_sample = (prepared.num_tokens["train"] - prepared.num_dropped_tokens["train"]) / prepared.num_samples
-    walk = Walk(
+    walk = DataPlan(
         num_steps=plan.num_steps,
         num_samples=prepared.num_samples,
         num_eval_samples=prepared.num_eval_samples,
@@ -123,7 +123,7 @@ def forecast(config: RunConfig) -> Forecast:
     )
     size = measure(config, prepared, storage, workers)
     retention = config.checkpoint.retention
-    return Forecast(
+    return RunEstimate(
         run=config.name,
         workers=workers,
         parallel=config.scale.parallel.value,
@@ -131,13 +131,13 @@ def forecast(config: RunConfig) -> Forecast:
         kept=retention.keep_last + retention.keep_best,
         walk=walk,
         size=size,
-        saving=_saving(config, size),
+        saving=_estimate_saves(config, size),
     )
 
 
-def _saving(config: RunConfig, size: Size) -> Saving:
-    """Tries the storage with a file as large as a checkpoint, within reason."""
-    num_bytes = min(max(size.checkpoint_bytes, _LEAST_BYTES), _MOST_BYTES)
+def _estimate_saves(config: RunConfig, size: Size) -> SaveEstimate:
+    """Measure the storage with a file of a checkpoint's size, within limits."""
+    num_bytes = min(max(size.checkpoint_bytes, _MIN_BYTES), _MAX_BYTES)
     probe = Probe(config.checkpoint.storage, f".plan-{secrets.token_hex(4)}")
     try:
         written = probe.write_speed("file", num_bytes)
@@ -145,11 +145,11 @@ def _saving(config: RunConfig, size: Size) -> Saving:
     finally:
         probe.clean()
     copied = copy_speed()
-    commit_s = size.checkpoint_bytes / written["write"] + (len(size.files) + _MORE_FILES) * written["put_s"]
+    commit_s = size.checkpoint_bytes / written["write"] + (len(size.files) + _OTHER_FILES) * written["put_s"]
     blocked_s = size.share_bytes / copied if config.checkpoint.overlap else commit_s
     between = between_failures(*history_of(config.store))
     costs = SaveCosts(blocked_s, commit_s, restart_s=0.0, between_failures_s=between)
-    return Saving(
+    return SaveEstimate(
         measured_bytes=num_bytes,
         write_speed=written["write"],
         read_speed=read["read"],
@@ -163,32 +163,33 @@ def _saving(config: RunConfig, size: Size) -> Saving:
     )
 
 
-def lines(found: Forecast) -> Iterator[str]:
-    """The plan for people."""
-    walk, size, saving = found.walk, found.size, found.saving
+def describe(estimate: RunEstimate) -> Iterator[str]:
+    """Yield the estimates as lines of text."""
+    walk, size, saving = estimate.walk, estimate.size, estimate.saving
     memory = size.memory
     of_rows = f" (from {100 * walk.eval_share:g} % of the rows)" if walk.eval_share and walk.num_eval_samples else ""
     yield (
-        f"{found.run}: {walk.num_steps:,} steps, {walk.epochs:.2f} epochs of {walk.num_samples:,} samples; "
-        f"{walk.tokens:,} tokens, {walk.tokens_per_step:,} a step; {walk.num_eval_samples:,} samples held out{of_rows}"
+        f"{estimate.run}: {walk.num_steps:,} steps, {walk.epochs:.2f} epochs of {walk.num_samples:,} samples; "
+        f"{walk.tokens:,} tokens, {walk.tokens_per_step:,} per step; {walk.num_eval_samples:,} samples held out"
+        f"{of_rows}"
     )
     yield f"model: {size.model}, {size.num_parameters:,} parameters, {size.num_trained:,} of them trained"
     yield (
-        f"memory of a worker ({found.workers} of them, {found.parallel}): weights {shown(memory.weights)}, gradients "
-        f"{shown(memory.gradients)}, optimizer {shown(memory.optimizer)}; on the host a snapshot of "
-        f"{shown(memory.snapshot)}; activations are not counted"
+        f"memory per worker ({estimate.workers} workers, {estimate.parallel}): weights {format_size(memory.weights)}, "
+        f"gradients {format_size(memory.gradients)}, optimizer {format_size(memory.optimizer)}; "
+        f"host snapshot {format_size(memory.snapshot)}; activations are not counted"
     )
     yield (
-        f"a checkpoint: {shown(size.checkpoint_bytes)} in {len(size.files) + _MORE_FILES - 1} files; "
-        f"up to {found.kept} stay: {shown(found.kept * size.checkpoint_bytes)}"
+        f"a checkpoint: {format_size(size.checkpoint_bytes)} in {len(size.files) + _OTHER_FILES - 1} files; "
+        f"up to {estimate.kept} are kept: {format_size(estimate.kept * size.checkpoint_bytes)}"
     )
     yield (
-        f"storage: writes {shown(saving.write_speed)}/s, reads {shown(saving.read_speed)}/s, a small file takes "
-        f"{saving.put_s * 1000:.1f} ms (measured with {shown(saving.measured_bytes)})"
+        f"storage: writes {format_size(saving.write_speed)}/s, reads {format_size(saving.read_speed)}/s, a small file "
+        f"takes {saving.put_s * 1000:.1f} ms (measured with {format_size(saving.measured_bytes)})"
     )
     yield f"a save: {saving.commit_s:.2f} s until its commit; training waits up to {saving.blocked_s:.2f} s of it"
     yield (
-        f"every: auto would save after {saving.first_s:.0f} s, then every {saving.auto_s:.0f} s (from these, a restart "
-        f"of {saving.restart_s:.0f} s, which nobody knows yet, and an interruption every "
-        f"{saving.between_failures_s / 3600:.1f} h, which is assumed); this run says every: {found.every}"
+        f"every: auto would save after {saving.first_s:.0f} s, then every {saving.auto_s:.0f} s (from these costs, "
+        f"assuming a restart of {saving.restart_s:.0f} s and an interruption every "
+        f"{saving.between_failures_s / 3600:.1f} h); this run has every: {estimate.every}"
     )

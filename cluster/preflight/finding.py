@@ -1,4 +1,4 @@
-"""One finding of a check."""
+"""The result line that `doctor` and `k8s lint` share: a level, the text, and what to do. Imports nothing of outlast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PAT
 
 
 class Level(Enum):
-    """How bad it is."""
+    """Severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
@@ -18,12 +18,12 @@ class Level(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report.
+    """One result of a check.
 
     Attributes:
-        level: How bad it is.
-        check: What was examined.
-        text: What was found, and on which node.
+        level: Its severity.
+        check: The check, or the object that was checked.
+        text: What was found, and where.
         hint: What to do.
     """
 

@@ -1,8 +1,8 @@
-"""Everything that can be known to be wrong with a run before anything is held: `outlast validate`.
+"""`outlast validate`: all errors of a run that can be found before any resources are allocated.
 
-By default nothing is written and nothing is read through: the first row of the data, the model's configuration, the
-names in the storage. The deep check prepares the data and builds the model, as `outlast train` does before it starts
-workers; what it prepares stays and is found there.
+By default it must write nothing, and reads little: the first row of the data, the model's configuration, a listing of
+the storage. The deep check prepares the data and builds the model, as `outlast train` does before it starts workers;
+the prepared data is kept for the run.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig, expand, load_run, override, read_run_file
-from outlast.cluster.config.run_file import LocatedFinding, SettingsError, located_in
+from outlast.cluster.config.run_file import LocatedFinding, SettingsError, locate_findings
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.task_names import is_dotted
-from outlast.trainers.config.validation_errors import Path as Place
+from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Something to look at.
+    """One check.
 
     Attributes:
-        key: The setting that is at fault unless the error names another.
-        look: Raises the error.
-        blocks: What it goes by; a fault there has been found already, or would be blamed on the wrong setting.
+        key: The setting to report unless the error names another.
+        run: The check; it raises OutlastError.
+        blocks: Blocks of settings that it reads; it is skipped if one of them is invalid.
     """
 
     key: str
-    look: Callable[[RunConfig], None]
+    run: Callable[[RunConfig], None]
     blocks: frozenset[str]
 
 
@@ -46,7 +46,7 @@ _KEY = re.compile(r"\b(?:model|data|train|checkpoint|scale|failure|track)(?:\.[a
 
 
 def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) -> list[LocatedFinding]:
-    """What is wrong with a run file; empty when nothing is.
+    """Return all errors of a run file.
 
     Args:
         path: The run file.
@@ -58,63 +58,61 @@ def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) ->
     """
     try:
         config: RunConfig | None = load_run(path, overrides)[0]
-        wrong = list[LocatedFinding]()
+        invalid = list[LocatedFinding]()
     except SettingsError as error:
-        wrong = list(error.findings)
-        config = _without(path, overrides, [item.finding.path for item in wrong])
+        invalid = list(error.findings)
+        config = _load_without(path, overrides, [item.finding.path for item in invalid])
     if config is None:
-        return wrong
+        return invalid
     from outlast.trainers.user_code import make_importable
 
     make_importable(str(Path(path).parent.absolute()))
     config = config.at_home(Path(path).parent)
-    doubtful = {str(item.finding.path[0]) for item in wrong}
-    found = list(_findings(config, [check for check in _CHEAP if not check.blocks & doubtful]))
-    if deep and not wrong and not found:
+    invalid_blocks = {str(item.finding.path[0]) for item in invalid}
+    found = list(_findings(config, [check for check in _CHEAP if not check.blocks & invalid_blocks]))
+    if deep and not invalid and not found:
         found = list(_findings(config, _DEEP))
-    seen = [*wrong, *located_in(found, read_run_file(path)[1], overrides)]
-    return sorted(seen, key=lambda item: item.line or 0)
+    located = [*invalid, *locate_findings(found, read_run_file(path)[1], overrides)]
+    return sorted(located, key=lambda item: item.line or 0)
 
 
-def unchecked(path: str, overrides: Sequence[str] = ()) -> list[str]:
-    """What a check of a run file without faults leaves open, in words."""
+def unverified(path: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Return what `validate` does not verify of a valid run file, one sentence each."""
     config = load_run(path, overrides)[0].at_home(Path(path).parent)
-    given = config.model.path or ""
-    if is_hub_id(given):
-        return [
-            f"model.path {given} is taken for a name on the hub, which nobody was asked for (a directory: ./{given})"
-        ]
+    path_or_id = config.model.path or ""
+    if is_hub_id(path_or_id):
+        return [f"model.path {path_or_id} is taken for a hub id and was not checked (a directory: ./{path_or_id})"]
     return []
 
 
-def _without(path: str, overrides: Sequence[str], wrong: Sequence[Place]) -> RunConfig | None:
-    """The settings but for the wrong ones, so that the others can be looked at; None where that makes no run."""
+def _load_without(path: str, overrides: Sequence[str], invalid: Sequence[KeyPath]) -> RunConfig | None:
+    """Load the settings without the invalid ones, to check the rest; None if too little is left."""
     try:
         declared = read_run_file(path)[0]
         for item in overrides:
             override(declared, item)
-        for *block, key in wrong:
+        for *block, key in invalid:
             inner: Any = declared
             for part in block:
                 inner = inner[part]
             inner.pop(key, None)
         declared.setdefault("name", "unnamed")
         return RunConfig.model_validate(expand(declared))
-    except (ConfigError, ValueError, LookupError, TypeError):  # too little is left
+    except (ConfigError, ValueError, LookupError, TypeError):
         return None
 
 
 def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[SettingsFinding]:
-    said = set()
+    reported = set()
     for check in checks:
         try:
-            check.look(config)
+            check.run(config)
         except OutlastError as error:
-            named = _KEY.search(error.message) if isinstance(error, ConfigError) else None
-            place = named[0] if named else check.key
-            if error.message not in said:  # one mistake may be in the way of several checks
-                said.add(error.message)
-                yield SettingsFinding(tuple(place.split(".")), error.message, error.hint)
+            match = _KEY.search(error.message) if isinstance(error, ConfigError) else None
+            key = match[0] if match else check.key
+            if error.message not in reported:  # one mistake may fail several checks
+                reported.add(error.message)
+                yield SettingsFinding(tuple(key.split(".")), error.message, error.hint)
 
 
 def _code(config: RunConfig) -> None:
@@ -135,29 +133,29 @@ def _columns(config: RunConfig) -> None:
     from outlast.trainers.tasks.registry import find_task
 
     chosen = choose_columns(find_task(config.model.task).columns, config.data)
-    there = first_row(config.data.train)
-    values = [there.get(name) for name in chosen.names]
-    fault = chosen.fault(values) if there and any(value is not None for value in values) else None
+    row = first_row(config.data.train)
+    values = [row.get(name) for name in chosen.names]
+    fault = chosen.fault(values) if row and any(value is not None for value in values) else None
     if fault and not config.data.max_bad_rows:
         raise ConfigError(
-            f"the first row of data.train cannot be used: {fault}", hint="mend it, or set data.max_bad_rows"
+            f"the first row of data.train cannot be used: {fault}", hint="fix it, or set data.max_bad_rows"
         )
 
 
 def _eval_columns(config: RunConfig) -> None:
-    """That the held-out rows have the columns that were found in the training rows."""
+    """Check that the held-out rows have the columns chosen from the training rows."""
     from outlast.trainers.data.columns import choose_columns
-    from outlast.trainers.data.readers import first_row, no_column
+    from outlast.trainers.data.readers import first_row, missing_column_error
     from outlast.trainers.tasks.registry import find_task
 
     source = config.data.eval
     if not source or config.data.eval_share:
         return
-    there = first_row(source)
+    row = first_row(source)
     chosen = choose_columns(find_task(config.model.task).columns, config.data)
-    missing = [name for name in chosen.names if name not in there] if there else []
+    missing = [name for name in chosen.names if name not in row] if row else []
     if missing:
-        raise no_column(str(source), missing, there, "give it the columns of data.train")
+        raise missing_column_error(str(source), missing, row, "give it the columns of data.train")
 
 
 def _batch(config: RunConfig) -> None:
@@ -167,20 +165,20 @@ def _batch(config: RunConfig) -> None:
 
 
 def _metric(config: RunConfig) -> None:
-    """Without having read the rows, from which alone sequence-classification may know what it predicts."""
+    """Check the metric without the rows; sequence-classification may find its problem type only there."""
     from outlast.trainers.checks.preflight import check_metric
 
     if is_dotted(config.model.task):
-        return  # its scores may follow from anything in the rows
+        return  # its metrics may depend on the rows
     problems = [config.data.problem] if config.data.problem else ["single-label", "regression"]
-    refused = list[ConfigError]()
+    errors = list[ConfigError]()
     for problem in problems:
         try:
             check_metric(config, {"problem": problem})
         except ConfigError as error:
-            refused.append(error)
-    if len(refused) == len(problems):
-        raise refused[0]
+            errors.append(error)
+    if len(errors) == len(problems):
+        raise errors[0]
 
 
 def _trackers(config: RunConfig) -> None:
@@ -193,25 +191,23 @@ def _storage(config: RunConfig) -> None:
     storage = open_storage(config.checkpoint.storage)
     storage.list(config.name)
     if isinstance(storage, LocalStorage):
-        place = Path(storage.url)
-        there = next(folder for folder in (place, *place.parents) if folder.exists())
-        if not there.is_dir():
-            raise ConfigError(
-                f"checkpoint.storage {place}: {there} is a file, where a directory is needed", hint="name another place"
-            )
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigError(f"checkpoint.storage {place}: {there} is not writable", hint="name another place")
+        path = Path(storage.url)
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"checkpoint.storage {path}: {existing} is not a directory", hint="name another path")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"checkpoint.storage {path}: {existing} is not writable", hint="name another path")
 
 
-def check_begun(config: RunConfig) -> None:
-    """Raises ConfigError if a run of this name has begun in the storage, and with other settings."""
+def check_existing_run(config: RunConfig) -> None:
+    """Raise ConfigError if a run of this name exists in the storage with other settings."""
     from outlast.trainers.checks.resume_checks import check_unchanged
 
     _storage(config)
     check_unchanged(build_catalog(config.store).declaration, config, None)
 
 
-def _prepared(config: RunConfig) -> None:
+def _prepare(config: RunConfig) -> None:
     from outlast.trainers.checks.preflight import check_metric, check_model
     from outlast.trainers.preparation.prepare import prepare
 
@@ -221,7 +217,7 @@ def _prepared(config: RunConfig) -> None:
     check_model(config, prepared, storage)
 
 
-def _writable(config: RunConfig) -> None:
+def _write(config: RunConfig) -> None:
     storage = open_storage(config.checkpoint.storage)
     name = f".validate-{secrets.token_hex(4)}"
     storage.put(name, [b"outlast"])
@@ -238,6 +234,6 @@ _CHEAP = (
     Check("checkpoint.metric", _metric, frozenset({"model", "data", "train", "checkpoint"})),
     Check("track.to", _trackers, frozenset({"track"})),
     Check("checkpoint.storage", _storage, frozenset({"checkpoint"})),
-    Check("name", check_begun, _ALL),
+    Check("name", check_existing_run, _ALL),
 )
-_DEEP = (Check("data", _prepared, _ALL), Check("checkpoint.storage", _writable, _ALL))
+_DEEP = (Check("data", _prepare, _ALL), Check("checkpoint.storage", _write, _ALL))

@@ -1,4 +1,4 @@
-"""What a bug report needs to say of this installation. Imports none of what it names."""
+"""Versions for a bug report. Must import none of the packages that it reports: one of them may be broken."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from outlast.cluster.preflight.doctor_probe import find_gpus
 
-_ALWAYS = ("outlast", "ray", "torch", "transformers", "accelerate", "pyarrow", "numpy", "pydantic", "tokenizers")
-_PERHAPS = ("safetensors", "peft", "datasets", "boto3", "tensorboard", "mlflow", "mlflow-skinny", "wandb")
+_REQUIRED = ("outlast", "ray", "torch", "transformers", "accelerate", "pyarrow", "numpy", "pydantic", "tokenizers")
+_OPTIONAL = ("safetensors", "peft", "datasets", "boto3", "tensorboard", "mlflow", "mlflow-skinny", "wandb")
 
 
 def versions() -> dict[str, Any]:
-    """Versions, the platform, torch's build and the GPUs; of what is not installed, None."""
-    libraries = {name: _version(name) for name in (*_ALWAYS, *_PERHAPS)}
+    """Return versions (None if not installed), the platform, torch's build and the GPUs."""
+    libraries = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -35,9 +35,9 @@ def _version(name: str) -> str | None:
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA release that torch was built for; None for a build without."""
+    """Return the CUDA release that torch was built for; None for a CPU build."""
     spec = find_spec("torch")
     for folder in (spec.submodule_search_locations if spec else None) or ():
-        found: str | None = runpy.run_path(str(Path(folder) / "version.py")).get("cuda")
-        return found
+        release: str | None = runpy.run_path(str(Path(folder) / "version.py")).get("cuda")
+        return release
     return None

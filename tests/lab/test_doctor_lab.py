@@ -61,11 +61,11 @@ def test_a_host_that_does_not_share_the_storage(cluster: Lab, folder: Path, text
     [(level, text)] = found["storage"]
     assert level == "failed"
     here, one, two = (cluster.name(host) for host in range(3))
-    assert f"is not shared: {two} does not see what {here} and {one} wrote" in text
+    assert f"is not shared: {two} does not see files of {here} and {one}" in text
     assert found["versions"][0][0] == "ok"
     [(level, text)] = found["job server"]
     assert level == "warning"
-    assert "is open: whoever reaches it may run anything" in text
+    assert "is open: any client that reaches it can run code" in text
 
 
 def test_two_hosts_that_cannot_reach_each_other(cluster: Lab, folder: Path, text_file: str) -> None:
@@ -99,4 +99,4 @@ def test_a_host_whose_name_server_does_not_answer(cluster: Lab, folder: Path, te
         cluster.kill(3)
     [(level, text)] = found["names"]
     assert level == "warning"
-    assert text.startswith(f"{cluster.name(3)}: the name of an address takes up to")
+    assert text.startswith(f"{cluster.name(3)}: a reverse name lookup takes up to")

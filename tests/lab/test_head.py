@@ -89,7 +89,7 @@ def test_the_head_comes_back_and_the_run_never_stopped(
         cluster.signal_inside(run.host_of(1), run.workers()[1]["pid"], signal.SIGKILL)
         out, err = follower.communicate(timeout=400)
         assert follower.returncode == 0, out + err
-        assert "already at work" in err
+        assert "already running" in err
         run.assert_cause(Cause.WORKER_DIED)
         assert list_attempts(run.store)[0] == attempt
     assert digests(run.storage, run.name) == digests(storage, "lab-head")

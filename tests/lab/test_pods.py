@@ -203,7 +203,7 @@ def test_suspended_and_resumed(rehearsal: Rehearsal) -> None:
     pods.lose_submitter()
     pods.end()
     assert read_status(run.store)["state"] != "done"
-    assert rehearsal.cluster.resume(run.name) == "rayjob/my-run goes on"
+    assert rehearsal.cluster.resume(run.name) == "rayjob/my-run resumed"
     assert rehearsal.job()["spec"]["suspend"] is False
     began, again = time.time(), rehearsal.pods()
     submitter = again.submit()
@@ -222,7 +222,7 @@ def test_the_cluster_is_gone(rehearsal: Rehearsal) -> None:
         pods.lose(host)
     pods.lose_submitter()
     rehearsal.give_up()
-    assert rehearsal.cluster.resume(run.name) == "rayjob/my-run-2 created; it goes on where my-run ended"
+    assert rehearsal.cluster.resume(run.name) == "rayjob/my-run-2 created; it resumes where my-run ended"
     began, again = time.time(), rehearsal.pods("my-run-2")
     submitter = again.submit()
     rehearsal.until_steps(again, "all nodes lost, and resumed: from the new pods", began)

@@ -154,13 +154,8 @@ def operate(me: Attempt, world: World, rules: Rules, saves: int) -> Step | None:
         case "claim":
             claimed = world._replace(claims=tuple(sorted([*world.claims, me.key])))
             return "put claim", me.key, me._replace(next="look"), claimed
-        case "look":
-            after = me._replace(next="lower" if rules.claim_before_reading else rules.order[0])
-            gives_way = rules.look_again and is_superseded(world, me.key, rules)
-            return "list claims", None, ended(me) if gives_way else after, world
-        case "lower":
-            lower = tuple(key for key in reversed(world.claims) if key < me.key)
-            return "list claims", None, go_down(me._replace(todo=lower), rules), world
+        case "look" | "lower":
+            return "list claims", None, look(me, world, rules), world
         case "list":
             refs = tuple(item.ref for item in reversed(world.disk) if item.ref[1] == me.todo[0])
             after = me._replace(next="read", todo=me.todo[1:], refs=refs)
@@ -177,6 +172,16 @@ def operate(me: Attempt, world: World, rules: Rules, saves: int) -> Step | None:
         case "strays":
             return "list strays", None, sweep(me, world, rules), world
     return save(me, world, rules, saves)
+
+
+def look(me: Attempt, world: World, rules: Rules) -> Attempt:
+    """One listing after the claim: who is above me, and the lower attempts that I go on from."""
+    if me.next == "look":
+        if rules.look_again and is_superseded(world, me.key, rules):
+            return ended(me)
+        if not rules.claim_before_reading:
+            return me._replace(next=rules.order[0])
+    return go_down(me._replace(todo=tuple(key for key in reversed(world.claims) if key < me.key)), rules)
 
 
 def ended(me: Attempt, how: str = "over") -> Attempt:

@@ -30,7 +30,7 @@ from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.models.build import build_model, naming_of
+from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.models.weight_names import file_naming
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.checkpointing.state.test_shards import state_digests
@@ -106,7 +106,7 @@ def train(folder: str, run: str, num_steps: int) -> dict[str, dict[str, str]]:
     found = {}
     for kind in ARCHITECTURES:
         model, files = new_model(kind, fresh=not (Path(folder) / f"{run}-{kind}").exists())
-        naming, world = naming_of(model), World()
+        naming, world = weight_naming(model), World()
         saver = Checkpointer(LocalStorage(Path(folder)), f"{run}-{kind}", ranks=world, naming=naming, files=files)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         state = saver.resume(model, optimizer)
@@ -163,7 +163,7 @@ def test_resumed_and_loaded_to_the_last_bit(kind: str, trained: Path, one_thread
 def test_files_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     model: Any = new_model(kind)[0]
     model.save_pretrained(tmp_path)
-    theirs, ours = load_file(tmp_path / "model.safetensors"), named_weights(model, naming_of(model))
+    theirs, ours = load_file(tmp_path / "model.safetensors"), named_weights(model, weight_naming(model))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 

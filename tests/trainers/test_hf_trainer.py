@@ -1,5 +1,5 @@
-"""`transformers.Trainer` killed in the middle of a save: alone it never comes back, with seals it ends with the same
-bits. About 30 s."""
+"""`transformers.Trainer` killed in the middle of a save: without seals it cannot resume, with seals it ends with the
+same bits. About 30 s."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEPS = 40
 
 
 def run(folder: Path, *, size: int = 1, steps: int = STEPS) -> None:
-    """Trains to the end, from the newest sealed checkpoint."""
+    """Train to the end, from the newest sealed checkpoint."""
     processes = start_script(SCRIPT, [str(folder), "sealed", str(steps), "0"], size)
     for process in processes:
         process.join(120)
@@ -40,7 +40,7 @@ def run(folder: Path, *, size: int = 1, steps: int = STEPS) -> None:
 
 
 def end_of(folder: Path) -> dict[str, Any]:
-    """What a run ended with: weights and optimizer to the last bit, every loss that was logged."""
+    """The final state of a run: digests of weights and optimizer, and all logged losses."""
     last = folder / f"checkpoint-{STEPS}"
     moments = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
@@ -63,7 +63,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with sealed checkpoints 10 and 20 that got a SIGKILL when half of the optimizer was in checkpoint-30."""
+    """A run with sealed checkpoints 10 and 20, killed when half of the optimizer was written to checkpoint-30."""
     folder = tmp_path_factory.mktemp("killed")
     (process,) = start_script(SCRIPT, [str(folder), "sealed", str(STEPS), "30"], 1)
     deadline = time.monotonic() + 120
@@ -78,10 +78,10 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_trainer_alone_does_not_come_back(killed: Path, tmp_path: Path) -> None:
+def test_trainer_without_seals_does_not_resume(killed: Path, tmp_path: Path) -> None:
     shutil.copytree(killed, tmp_path / "run")
     command = [sys.executable, "-m", "tests.support.hf_script", str(tmp_path / "run"), "plain", str(STEPS), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=SCRIPT.parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=SCRIPT.parents[2])
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(r"FileNotFoundError: .*checkpoint-30/trainer_state\.json", last), done.stderr
@@ -91,7 +91,7 @@ def test_trainer_alone_does_not_come_back(killed: Path, tmp_path: Path) -> None:
 def test_with_seals_it_ends_with_the_same_bits(
     damage: str, killed: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    """A flipped bit in checkpoint-20 sends it back to checkpoint-10."""
+    """With a flipped bit in checkpoint-20 it resumes from checkpoint-10."""
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
     if damage:
@@ -105,7 +105,7 @@ def test_with_seals_it_ends_with_the_same_bits(
 
 
 def test_a_seal_waits_for_every_process(tmp_path: Path) -> None:
-    """Process 1 writes its generator state late, when process 0 has saved all of its own; the seal covers it."""
+    """Process 1 writes its generator state after process 0 has saved all of its own; the seal covers both."""
     run(tmp_path, size=2, steps=10)
     assert newest_sealed(tmp_path) == str(tmp_path / "checkpoint-10")
     manifest = Manifest.parse((tmp_path / "checkpoint-10" / "manifest.json").read_bytes())

@@ -1,1 +1,1 @@
-"""Checks before training: preflight, resume, memory."""
+"""Checks before training: of the settings, of a resume, of memory."""

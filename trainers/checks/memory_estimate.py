@@ -1,4 +1,4 @@
-"""How large a run's state is, before any of it exists: the model is built without memory, and so is its optimizer."""
+"""Estimate of a run's state in bytes: model and optimizer are built on the meta device, which allocates no memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.sampler import make_plan, share
 from outlast.trainers.distributed.tree_allreduce import TreeSum
 from outlast.trainers.loop.optimizer import make_optimizer
-from outlast.trainers.models.build import naming_of
+from outlast.trainers.models.build import weight_naming
 from outlast.trainers.preparation.prepare import Prepared
 
 _COPY_BYTES = 64 * 2**20
@@ -29,13 +29,13 @@ _COPY_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that a worker holds for the state, the fullest of them. Activations are not among them.
+    """Bytes of state in the memory of the worker that has most. Activations are not included.
 
     Attributes:
         weights: Weights in float32.
-        gradients: Of what is trained, with the partial sums of `exactness: elastic`.
-        optimizer: What the optimizer keeps.
-        snapshot: The copy of the worker's share on the host, with `checkpoint.overlap`.
+        gradients: Gradients, including the partial sums of `exactness: elastic`.
+        optimizer: State of the optimizer.
+        snapshot: Copy of the worker's share on the host, with `checkpoint.overlap`.
     """
 
     weights: int
@@ -46,15 +46,15 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large the state is.
+    """Size of the state.
 
     Attributes:
         model: Name of the model's class.
-        num_parameters: Parameters, tied ones once.
-        num_trained: Those that are trained.
-        memory: Of a worker.
-        files: A checkpoint's files that are known beforehand, with their bytes.
-        share_bytes: What the worker with most to write writes of each checkpoint.
+        num_parameters: Number of parameters, tied ones counted once.
+        num_trained: Number of trained parameters.
+        memory: Memory of a worker.
+        files: Bytes of each file of a checkpoint, as far as they are known before training.
+        share_bytes: Bytes of each checkpoint that the worker with the largest share writes.
     """
 
     model: str
@@ -70,34 +70,35 @@ class Size:
 
 
 def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int) -> Size:
-    """The size of a run's state on `size` workers.
+    """Compute the size of a run's state on `size` workers.
 
     Raises:
-        ConfigError: The model cannot be built, or the optimizer cannot tell its state without memory.
+        ConfigError: The model cannot be built, or the optimizer cannot make its state on the meta device.
     """
-    model, small = check_model(config, prepared, storage)
-    naming = naming_of(model)
+    model, small_files = check_model(config, prepared, storage)
+    naming = weight_naming(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = _moments(model, config)
     weights = named_weights(model, naming)
     weight_bytes, moment_bytes = _num_bytes(weights), _num_bytes(moments)
-    dealt = assign_to_ranks(moments, size, weight_bytes)
+    assigned = assign_to_ranks(moments, size, weight_bytes)
     shares = [
-        sum(moments[name].nbytes for name in names) + (0 if rank else weight_bytes) for rank, names in enumerate(dealt)
+        sum(moments[name].nbytes for name in names) + (0 if rank else weight_bytes)
+        for rank, names in enumerate(assigned)
     ]
-    is_spread = config.scale.parallel is Parallel.FSDP
-    cut = size if is_spread else 1
-    share_bytes = (weight_bytes + moment_bytes) // size if is_spread else max(shares)
+    is_sharded = config.scale.parallel is Parallel.FSDP
+    num_shards = size if is_sharded else 1
+    share_bytes = (weight_bytes + moment_bytes) // size if is_sharded else max(shares)
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(
-        weights=sum(parameter.nbytes for parameter in model.parameters()) // cut,
-        gradients=gradients // cut * (1 + _num_partial_sums(config, prepared, size)),
-        optimizer=moment_bytes // cut,
+        weights=sum(parameter.nbytes for parameter in model.parameters()) // num_shards,
+        gradients=gradients // num_shards * (1 + _num_partial_sums(config, prepared, size)),
+        optimizer=moment_bytes // num_shards,
         snapshot=share_bytes if config.checkpoint.overlap else 0,
     )
-    files = {name: len(data) for name, data in small.items()}
+    files = {name: len(data) for name, data in small_files.items()}
     files |= _weight_files(weights, config, naming)
-    files |= {optimizer_shard(rank, size): _encoded(moments, names) for rank, names in enumerate(dealt)}
+    files |= {optimizer_shard(rank, size): _file_bytes(moments, names) for rank, names in enumerate(assigned)}
     return Size(
         model=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -113,7 +114,7 @@ def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def _moments(model: nn.Module, config: TrainingConfig) -> dict[str, torch.Tensor]:
-    """The optimizer's state after a step, without memory: plain kernels keep what fused ones keep."""
+    """Return the optimizer's state after a step on the meta device. Plain kernels have the state of fused ones."""
     optimizer = make_optimizer(model, config.train)
     for group in optimizer.param_groups:
         group.update({name: False for name in ("fused", "foreach") if name in group})
@@ -126,17 +127,17 @@ def _moments(model: nn.Module, config: TrainingConfig) -> dict[str, torch.Tensor
 def _weight_files(weights: Mapping[str, torch.Tensor], config: TrainingConfig, naming: WeightNaming) -> dict[str, int]:
     specs = {name: TensorSpec.of(tensor) for name, tensor in weights.items()}
     files = weight_files(specs, config.checkpoint.max_shard_bytes, naming.file)
-    return {file: _encoded(weights, names) for file, names in files.items()}
+    return {file: _file_bytes(weights, names) for file, names in files.items()}
 
 
-def _encoded(tensors: Mapping[str, torch.Tensor], names: list[str]) -> int:
-    """Bytes of the file that holds these tensors."""
-    mine = {name: tensors[name] for name in names}
-    return len(next(encode(mine))) + _num_bytes(mine)
+def _file_bytes(tensors: Mapping[str, torch.Tensor], names: list[str]) -> int:
+    """Return the size of a file with these tensors."""
+    selected = {name: tensors[name] for name in names}
+    return len(next(encode(selected))) + _num_bytes(selected)
 
 
 def _num_partial_sums(config: TrainingConfig, prepared: Prepared, size: int) -> int:
-    """How many copies of the gradients a worker keeps at the most, for the fixed tree of `elastic`."""
+    """Return the largest number of partial gradient sums that a worker holds for the tree of `elastic`."""
     if config.exactness is not Exactness.ELASTIC:
         return 0
     num_micro = make_plan(config, prepared.num_samples, size).num_micro_batches(0)
@@ -150,9 +151,9 @@ def _num_partial_sums(config: TrainingConfig, prepared: Prepared, size: int) -> 
 
 
 def copy_speed() -> float:
-    """Bytes a second that this machine's memory is copied with."""
+    """Measure the speed of a memory copy on this machine, in bytes per second."""
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8)
     target = torch.zeros_like(source)
-    began = time.perf_counter()
+    start = time.perf_counter()
     target.copy_(source)
-    return _COPY_BYTES / (time.perf_counter() - began)
+    return _COPY_BYTES / (time.perf_counter() - start)

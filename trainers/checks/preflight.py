@@ -1,6 +1,7 @@
-"""What can be known of a run's model before any worker is started: it is built once, without memory.
+"""Checks of a run's model before any worker is started: the model is built once on the meta device.
 
-So a wrong name, a setting that does not fit or an adapter that finds nothing to adapt is one error within seconds.
+So a wrong name, an invalid setting or an adapter without target modules is one error within seconds. Nothing here may
+allocate the model's memory or read its weights.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.tasks.registry import find_task
 
-#: What architectures call the embedding of a token's absolute position.
+#: Names of the embedding of absolute positions in architectures of transformers.
 _POSITIONS = ("wpe", "position_embeddings", "embed_positions")
 
 
 def check_code(config: TrainingConfig) -> None:
-    """Looks for everything that the settings name, data aside.
+    """Check that everything that the settings name exists, except data.
 
     Raises:
-        ConfigError: A class, task, architecture or optimizer is not there, or has no such setting.
+        ConfigError: A class, task, architecture or optimizer does not exist, or has no such setting.
     """
     find_task(config.model.task)
     check_names(config.model)
@@ -42,10 +43,10 @@ def check_code(config: TrainingConfig) -> None:
 
 
 def check_architecture(config: TrainingConfig) -> None:
-    """Looks at the model's configuration, and at the tokenizer of a directory; nobody is asked over the network.
+    """Check the model's configuration and the tokenizer of a directory. A hub id is not checked: no network access.
 
     Raises:
-        ConfigError: There is no such model, or none of its architecture does the task.
+        ConfigError: The model does not exist, or its architecture does not support the task.
     """
     settings, own = config.model, check_names(config.model)
     given = settings.path or ""
@@ -58,10 +59,10 @@ def check_architecture(config: TrainingConfig) -> None:
 
 
 def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) -> tuple[nn.Module, dict[str, bytes]]:
-    """Builds the model as the workers will, but without its weights. Returns it, and a checkpoint's small files.
+    """Build the model as the workers will, but without weights. Returns it, and the small files of its checkpoints.
 
     Raises:
-        ConfigError: It cannot be built, adapted or trained as the settings say.
+        ConfigError: The model cannot be built, adapted or trained with these settings.
     """
     tokenizer = prepared.tokenizer(storage)
     task = find_task(config.model.task)(config.data, tokenizer, prepared.facts)
@@ -71,16 +72,18 @@ def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) ->
             return _build(config, task, tokenizer, longest)
     except Exception:
         if own is None or issubclass(own, transformers.PreTrainedModel):
-            raise  # transformers itself builds them so
+            raise  # all models of transformers can be built on the meta device
         return _build(config, task, tokenizer, longest)
 
 
 def _build(
     config: TrainingConfig, task: Task, tokenizer: Tokenizer, longest: int
 ) -> tuple[nn.Module, dict[str, bytes]]:
-    bare = config.model.model_copy(update={"lora": None})  # whose weights are then not read
+    bare = config.model.model_copy(
+        update={"lora": None}
+    )  # with an adapter, build_model would read the base model's weights
     model, files = build_model(bare, task, tokenizer, config.seed, fresh=False)
-    _check_places(model, longest)
+    _check_positions(model, longest)
     if config.model.lora is not None:
         model = attach_lora(model, config.model.lora, task.auto_class)
         files |= adapter_files(model)
@@ -88,23 +91,24 @@ def _build(
     return model, files
 
 
-def _check_places(model: nn.Module, longest: int) -> None:
-    """Raises ConfigError if a sample has more tokens than a model of transformers has learned positions for."""
+def _check_positions(model: nn.Module, longest: int) -> None:
+    """Raise ConfigError if a sample has more tokens than a transformers model has positions."""
     if not isinstance(model, transformers.PreTrainedModel):
         return
     for name, table in model.named_modules():
         if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
             first = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
             if longest > table.num_embeddings - first:
+                limit = table.num_embeddings - first
                 raise ConfigError(
-                    f"the longest sample has {longest} tokens, and {type(model).__name__} has places for "
-                    f"{table.num_embeddings - first} ({name})",
-                    hint=f"-s data.max_length={table.num_embeddings - first}, or take a model with more places",
+                    f"the longest sample has {longest} tokens, but {type(model).__name__} has only {limit} positions "
+                    f"({name})",
+                    hint=f"-s data.max_length={limit}, or use a model with more positions",
                 )
 
 
 def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
-    """Raises ConfigError if checkpoints or early stopping go by a metric that the task does not measure."""
+    """Raise ConfigError if checkpoints or early stopping use a metric that the task does not measure."""
     metric, scores = config.checkpoint.metric, find_task(config.model.task).score_names(facts)
     known = ["loss", "eval_loss", *(f"eval_{name}" for name in scores)]
     near = nearest(metric, known) or known[-1]
@@ -117,7 +121,7 @@ def check_metric(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
     if stopping is not None and stopping.metric not in known[1:]:
         near = nearest(stopping.metric, known[1:]) or known[-1]
         raise ConfigError(
-            f"train.early_stopping.metric {stopping.metric!r} is not what an evaluation of task "
-            f"{config.model.task} measures: {', '.join(known[1:])}",
+            f"train.early_stopping.metric {stopping.metric!r} is not measured by task {config.model.task}; it measures "
+            f"{', '.join(known[1:])}",
             hint=f"set it, for example -s train.early_stopping.metric={near}",
         )

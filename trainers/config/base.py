@@ -1,4 +1,4 @@
-"""What all settings are made of: their base class, and intervals, which are parsed when the settings are built."""
+"""Base of all settings: their class, which is frozen and refuses unknown keys, and intervals, parsed at validation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
 
 
 class Settings(BaseModel):
-    """Base of every block of settings."""
+    """Base class of a block of settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -24,11 +24,11 @@ def _duration(value: Any) -> SaveInterval:
     with suppress(ValueError):
         if (interval := _interval(value)).unit is IntervalUnit.SECONDS:
             return interval
-    raise ValueError(f"{value!r} is no time: write 90s, 2m or 1h")
+    raise ValueError(f"{value!r} is not a duration: write 90s, 2m or 1h")
 
 
 _AS_WRITTEN = PlainSerializer(lambda interval: interval.written)
-#: Steps, epochs, a time, or auto. It is dumped as it was written.
+#: Steps, epochs, a duration, or auto. It is dumped as it was written.
 Interval = Annotated[SaveInterval, BeforeValidator(_interval), _AS_WRITTEN]
-#: A time alone.
+#: A duration only.
 Duration = Annotated[SaveInterval, BeforeValidator(_duration), _AS_WRITTEN]

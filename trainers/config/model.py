@@ -1,4 +1,4 @@
-"""The settings of what a run reads: its model, its tokenizer and its data."""
+"""Settings under `model:`: the pretrained or new model, its adapter, its tokenizer and its task."""
 
 from __future__ import annotations
 
@@ -12,70 +12,71 @@ from outlast.trainers.config.task_names import check_task_name, is_dotted
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a `model.path` (made absolute, if it is a directory) is a name on the Hugging Face hub."""
+    """Check whether a `model.path` (absolute, if it is a directory) is an id on the Hugging Face hub."""
     return bool(model) and not model.startswith(("/", ".", "~")) and not Path(model).is_dir()
 
 
 class TokenizerSettings(Settings):
-    """A tokenizer for a model that is built from scratch: give one of the two."""
+    """The tokenizer of a model built from scratch: set one of the two."""
 
     train_bpe: int | None = Field(None, ge=257)
     """Train a byte-level BPE tokenizer with this many entries on the training text."""
     path: str | None = None
-    """Take the tokenizer of this local directory or hub id."""
+    """Use the tokenizer of this local directory or hub id."""
 
     @model_validator(mode="after")
-    def _one(self) -> TokenizerSettings:
+    def _exactly_one(self) -> TokenizerSettings:
         if (self.train_bpe is None) == (self.path is None):
             raise ValueError("give either train_bpe or path")
         return self
 
 
 class LoraSettings(Settings):
-    """An adapter of peft: small matrices beside the frozen weights are trained and saved, nothing else."""
+    """A LoRA adapter of peft: only low-rank matrices beside the frozen weights are trained and saved."""
 
     r: int = Field(8, ge=1)
     """Rank of the matrices."""
     alpha: float = Field(16, gt=0)
-    """What they add is scaled by alpha / r."""
+    """Scale of the update: alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of their input that is dropped in training."""
+    """Dropout on the matrices' input in training."""
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = None
-    """Names of the modules that get one, or all-linear; default: what peft takes for this architecture."""
+    """Names of the modules to adapt, or all-linear. Default: peft's choice for this architecture."""
 
 
 class ModelSettings(Settings):
-    """Which model: a pretrained one (`path`), or one from scratch (`config` and `tokenizer`)."""
+    """The model: a pretrained one (`path`), or a new one (`config` and `tokenizer`)."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     path: str | None = None
     """A local directory in the Hugging Face layout, or a hub id."""
     config: dict[str, Any] | None = None
-    """Settings of a new model, `model_type` among them; vocabulary size and special tokens follow the tokenizer."""
+    """Configuration of a new model, including `model_type`; vocabulary size and special tokens come from the tokenizer.
+    """
     class_: str | None = Field(None, alias="class")
-    """`package.module:Class`, a model class of your own; Python must find it, also on the workers. Default: what
-    transformers has for the task."""
+    """`package.module:Class`, a model class of your own; it must be importable on the workers too. Default: the
+    transformers class for the task."""
     trust_remote_code: bool = False
-    """Whether code that lies beside the weights in `path` may run. It does what it likes, so not by default."""
+    """Whether Python code beside the weights in `path` may run. Off by default, because such code can do anything."""
     lora: LoraSettings | None = None
-    """Train an adapter instead of the model. Needs peft, and `path`: what is saved is the adapter alone."""
+    """Train an adapter instead of the model. Needs peft, and `path`: checkpoints hold the adapter only."""
     tokenizer: TokenizerSettings | None = None
-    """Needed with `config`; with `path` the model's own tokenizer is taken."""
+    """Required with `config`; with `path` the model's own tokenizer is the default."""
     task: str = "causal-lm"
-    """What the model learns to do. One of causal-lm, chat, masked-lm, sequence-classification, token-classification,
+    """The training task. One of causal-lm, chat, masked-lm, sequence-classification, token-classification,
     question-answering, seq2seq-lm, multiple-choice, double-heads, or a class of your own, `package.module:Class`."""
 
     @field_validator("class_")
     @classmethod
     def _is_dotted(cls, value: str | None) -> str | None:
         if value is not None and not is_dotted(value):
-            raise ValueError(f"{value!r} is no class: write package.module:Class, such as my_models:MyModel")
+            raise ValueError(f"{value!r} is not a class path: write package.module:Class, such as my_models:MyModel")
         return value
 
     @field_validator("task")
     @classmethod
-    def _is_a_task(cls, value: str) -> str:
+    def _is_task(cls, value: str) -> str:
         return check_task_name(value)
 
     @model_validator(mode="after")
@@ -83,7 +84,7 @@ class ModelSettings(Settings):
         if (self.path is None) == (self.config is None):
             raise ValueError("give either path (a pretrained model) or config (a new one)")
         if self.lora is not None and self.path is None:
-            raise ValueError("lora needs path: an adapter is of no use without the model that it was trained on")
+            raise ValueError("lora needs path: an adapter can only be used with the pretrained model it was trained on")
         if self.config is not None and "model_type" not in self.config and self.class_ is None:
             raise ValueError("config needs a model_type, such as gpt2 or llama")
         if self.config is not None and self.tokenizer is None:

@@ -1,4 +1,4 @@
-"""Names of tasks."""
+"""Names of the built-in tasks and their classes. Imports no task: settings are checked before torch is loaded."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ TASKS = {
     "multiple-choice": "outlast.trainers.tasks.multiple_choice:MultipleChoice",
     "double-heads": "outlast.trainers.tasks.multiple_choice:DoubleHeads",
 }
-
-
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def is_dotted(place: str) -> bool:
-    """Whether this is written as `package.module:Name`."""
+    """Check whether this has the form `package.module:Name`."""
     return _DOTTED.fullmatch(place) is not None
 
 
 def check_task_name(name: str) -> str:
-    """The name, if it is in the table or a dotted path. Raises ValueError with the nearest one."""
+    """Return the name if it is in the table or a dotted path. Raises ValueError with the nearest name otherwise."""
     if name in TASKS or is_dotted(name):
         return name
     near = difflib.get_close_matches(name, TASKS, n=1)
     known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
-    raise ValueError(f"no task is called {name!r}; {known} (a task of your own is package.module:Class)")
+    raise ValueError(f"unknown task {name!r}; {known} (a task of your own is package.module:Class)")

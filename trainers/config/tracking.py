@@ -1,4 +1,4 @@
-"""Settings of trackers."""
+"""Settings under `track:`: which experiment trackers receive the metrics. They must not hold credentials."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from pydantic import Field, field_validator
 from outlast.trainers.config.base import Settings
 
 Name = Literal["tensorboard", "mlflow", "wandb"]
-
 _SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
 
 
 class TrackSettings(Settings):
-    """Which tools get the run's metrics, beside its own journal."""
+    """Experiment trackers that receive the run's metrics, besides its own journal."""
 
     to: list[Name] | None = None
-    """tensorboard, mlflow, wandb; [] for none. Default: tensorboard, where a worker has it."""
+    """tensorboard, mlflow, wandb; [] for none. Default: tensorboard, if it is installed on the worker of rank 0."""
     project: str = "outlast"
     """The experiment in MLflow, the project in Weights & Biases."""
     options: dict[Name, dict[str, Any]] = Field(default_factory=dict)
-    """What else a tracker is to know, by its name, such as `wandb: {entity: my-team}`: arguments of accelerate's
-    trackers. Places and credentials come from the environment alone (MLFLOW_TRACKING_URI, WANDB_API_KEY, …)."""
+    """Further arguments of accelerate's trackers, by tracker, such as `wandb: {entity: my-team}`. Addresses and
+    credentials come from the environment only (MLFLOW_TRACKING_URI, WANDB_API_KEY, …)."""
 
     @field_validator("options")
     @classmethod
@@ -31,5 +30,5 @@ class TrackSettings(Settings):
         for name, options in value.items():
             for key in options:
                 if _SECRET.search(key):
-                    raise ValueError(f"{name}.{key} looks like a credential, which belongs into the environment")
+                    raise ValueError(f"{name}.{key} looks like a credential: set it in the environment instead")
         return value

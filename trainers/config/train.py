@@ -1,4 +1,4 @@
-"""Settings of training."""
+"""Settings under `train:` and enums. A resumed run may not change settings that determine its numbers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ OPTIMIZERS = ("adamw", "adam", "nadam", "sgd", "rmsprop", "adafactor")
 
 
 class Exactness(Enum):
-    """What is promised about the order in which gradients are added."""
+    """Guarantee about the order in which gradients are added."""
 
     SAME_WORLD = "same-world"  #: the same bits at the same world size
     ELASTIC = "elastic"  #: the same bits at any world size
-    FAST = "fast"  #: the library's own order; a resumed run may differ in the last bits
+    FAST = "fast"  #: the communication library's order; a resumed run may differ in the last bits
 
 
 class Parallel(Enum):
-    """How the model is spread over the workers."""
+    """How the model is distributed over the workers."""
 
-    DDP = "ddp"  #: every worker holds all of it
-    FSDP = "fsdp"  #: every worker holds a share, and gathers the rest block by block while it computes
+    DDP = "ddp"  #: every worker holds the full model
+    FSDP = "fsdp"  #: every worker holds a shard, and gathers the others block by block while it computes
 
 
 class Precision(Enum):
-    """In which precision operations compute. The weights are fp32."""
+    """Precision of operations in forward and backward. The weights are fp32."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -43,7 +43,7 @@ class Precision(Enum):
 
 
 class Schedule(Enum):
-    """How the learning rate goes on after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
 
     COSINE = "cosine"
     LINEAR = "linear"
@@ -54,31 +54,31 @@ class Schedule(Enum):
 
 
 class NonFinite(Enum):
-    """What becomes of a step whose loss or gradient is not finite."""
+    """Handling of a step whose loss or gradient is not finite."""
 
-    STOP = "stop"  #: the run ends there, with a checkpoint of the step before
-    SKIP = "skip"  #: the step changes nothing, and the data moves on
-    ROLL_BACK = "roll-back"  #: everything is read again from the newest checkpoint, and then the step is left out
+    STOP = "stop"  #: end the run, with a checkpoint of the step before
+    SKIP = "skip"  #: change nothing in this step, and continue with the next batch
+    ROLL_BACK = "roll-back"  #: restore the newest checkpoint, and leave this step out when it is reached again
 
 
 class ParallelSettings(Settings):
-    """How the model is spread over the workers."""
+    """How the model is distributed over the workers."""
 
     parallel: Parallel = Parallel.DDP
-    """How the model is spread: every worker holds all of it (ddp), or a share, and gathers the rest block by block
-    while it computes (fsdp): less memory, more traffic."""
+    """How the model is distributed. ddp: every worker holds the full model. fsdp: every worker holds a shard, and
+    gathers the others block by block while it computes, which takes less memory and more communication."""
 
 
 class NonFiniteSettings(Settings):
-    """What becomes of a step that cannot be used."""
+    """Handling of steps with non-finite numbers."""
 
     non_finite: NonFinite = NonFinite.STOP
-    """What becomes of a step whose loss or gradient is not finite: the run ends there, with a checkpoint (stop); it is
-    left out (skip); or all is read again from the newest checkpoint, and then it is left out (roll-back)."""
+    """Handling of a step whose loss or gradient is not finite: end the run with a checkpoint (stop), skip the step
+    (skip), or restore the newest checkpoint and skip the step when it is reached again (roll-back)."""
 
 
-def with_mode(body: Any, key: str) -> Any:
-    """A block that names a metric, but not by `key` whether less or more of it is better, with what its name says."""
+def with_default_mode(body: Any, key: str) -> Any:
+    """Fill in `key`, whether a smaller or larger metric is better, from the metric's name. For "before" validators."""
     if not isinstance(body, Mapping) or key in body or not isinstance(body.get("metric"), str):
         return body
     is_less_better = any(word in body["metric"] for word in ("loss", "error", "mse", "mae", "perplexity"))
@@ -86,78 +86,78 @@ def with_mode(body: Any, key: str) -> Any:
 
 
 class EarlyStoppingSettings(Settings):
-    """When to end before the last step: after `patience` evaluations without a better `metric`."""
+    """Early stopping after `patience` evaluations without a better `metric`."""
 
     metric: str = "eval_loss"
-    """What is watched, one of those that an evaluation measures."""
+    """Metric to watch: one that an evaluation measures."""
     patience: int = Field(3, ge=1)
-    """Evaluations in a row that may bring nothing better; after so many the run ends."""
+    """Number of consecutive evaluations without improvement after which the run ends."""
     min_delta: float = Field(0.0, ge=0)
-    """Better means better by more than this."""
+    """Smallest change that counts as an improvement; it must be exceeded."""
     mode: Literal["min", "max"] = "min"
-    """Whether less or more is better. Where it is not given: min for a loss or an error, max for other scores."""
+    """Whether a smaller or a larger metric is better. Default: min for a loss or an error, max for other scores."""
 
     @model_validator(mode="before")
     @classmethod
-    def _knows_its_mode(cls, body: Any) -> Any:
-        return with_mode(body, "mode")
+    def _default_mode(cls, body: Any) -> Any:
+        return with_default_mode(body, "mode")
 
 
 class TrainSettings(Settings):
-    """How long, in which batches, and by which rule the weights change."""
+    """Length, batches, optimizer and learning rate of the run."""
 
     steps: int | None = Field(None, ge=1)
-    """Optimizer updates in the run. Give steps or epochs."""
+    """Optimizer updates in the run. Set steps or epochs."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the data in the run. Default 3 when steps is not given."""
+    """Passes over the data in the run. Default 3 when steps is not set."""
     batch: int = Field(8, ge=1)
     """Samples in one step, over all workers and micro-batches. The world size never changes it."""
     micro_batch: int = Field(0, ge=0)
     """Samples in one forward and backward; divides batch. Default: the greatest common divisor of batch and 4."""
     group_by_length: bool = True
-    """Put samples of about one length of a step into one micro-batch, so that less is padding. Which samples a step has
-    does not change."""
+    """Group samples of similar length within a step into micro-batches, to reduce padding. The samples of a step do not
+    change."""
     lr: float = Field(5e-5, ge=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
-    """Where the schedule ends; of constant and inverse_sqrt, which have no end, 0."""
+    """Learning rate at the end of the schedule; must be 0 for constant and inverse_sqrt, which have no end."""
     schedule: Schedule = Schedule.COSINE
-    """How the learning rate goes on after the warm-up: down to min_lr at the last step, or not. wsd
+    """Learning-rate schedule after the warm-up. All but constant and inverse_sqrt end at min_lr at the last step; wsd
     (warm-up, stable, decay) stays at the peak until the last `decay` steps."""
     warmup: float = Field(0.0, ge=0)
     """Steps of linear warm-up; below 1, a share of all steps."""
     decay: float = Field(0.1, gt=0)
     """For wsd: steps of the decay, along a cosine, at the end; below 1, a share of all steps."""
     power: float = Field(1.0, gt=0)
-    """For polynomial: its power."""
+    """For polynomial: the exponent."""
     optimizer: str = "adamw"
     """adamw, adam, nadam, sgd, rmsprop, adafactor (torch's), or a class of your own as package.module:Class."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)
-    """What else the optimizer's constructor takes, such as momentum: 0.9."""
+    """Further arguments of the optimizer's constructor, such as momentum: 0.9."""
     weight_decay: float = Field(0.01, ge=0)
-    """Weight decay as the optimizer understands it (AdamW decouples it); biases and norms are exempt. Default 0.01 for
+    """Weight decay as the optimizer defines it (AdamW decouples it); biases and norms are exempt. Default 0.01 for
     adamw, 0 for others."""
     betas: tuple[float, float] | None = None
     """Averaging coefficients of optimizers that have them. Default: the optimizer's own."""
     eps: float | None = Field(None, gt=0)
     """The optimizer's epsilon. Default: its own."""
     clip: float = Field(1.0, ge=0)
-    """Largest norm of the gradient; 0 does not clip."""
+    """Maximum norm of the gradient; 0 turns clipping off."""
     precision: Precision = Precision.FP32
-    """fp32, or bf16 or fp16 by autocast. The weights are fp32 either way: what is saved is what is trained."""
+    """fp32, or bf16 or fp16 by autocast. Weights are trained and saved in fp32 in each case."""
     loss_scale: float = Field(65536.0, gt=0)
-    """For fp16: what the loss is multiplied by at first, so that small gradients do not vanish. A step whose gradients
-    overflow changes nothing but the scale, which halves."""
+    """For fp16: initial factor on the loss, so that small gradients do not underflow. A step whose gradients overflow
+    only halves the scale."""
     loss_scale_window: int = Field(2000, ge=1)
-    """For fp16: after so many steps without overflow the scale doubles."""
+    """For fp16: number of steps without overflow after which the scale doubles."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile, one kernel set for each shape of batch. The first steps take long; it needs a compiler."""
+    """torch.compile, one set of kernels for each batch shape. The first steps are slow; it needs a compiler."""
     early_stopping: EarlyStoppingSettings | None = None
-    """End before the last step when evaluations bring nothing better. Needs eval_every."""
+    """End the run before the last step when evaluations stop improving. Needs eval_every."""
     eval_every: Interval | None = None
-    """Evaluate every so many steps (200) or epochs ("1 epoch"), and at the end. Default: only at the end."""
+    """Evaluation interval in steps (200) or epochs ("1 epoch"); the end is always evaluated. Default: only the end."""
 
     @field_validator("eval_every", mode="before")
     @classmethod
@@ -170,7 +170,9 @@ class TrainSettings(Settings):
     @classmethod
     def _counts_steps(cls, value: SaveInterval | None) -> SaveInterval | None:
         if value is not None and value.unit is IntervalUnit.SECONDS:
-            raise ValueError("evaluation goes by steps or epochs, because every worker must know when")
+            raise ValueError(
+                "evaluation needs an interval in steps or epochs: all workers must evaluate at the same step"
+            )
         return value
 
     @model_validator(mode="before")
@@ -181,7 +183,7 @@ class TrainSettings(Settings):
             if data.get("steps") is None and data.get("epochs") is None:
                 data["epochs"] = 3
             if not data.get("micro_batch"):
-                with suppress(TypeError, ValueError):  # a batch that is no number is reported as such
+                with suppress(TypeError, ValueError):  # a batch that is not a number is reported by its own field
                     data["micro_batch"] = gcd(int(data.get("batch", 8)), 4) or 1
             if data.get("weight_decay") is None:
                 data["weight_decay"] = 0.01 if data.get("optimizer", "adamw") == "adamw" else 0.0
@@ -200,14 +202,14 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _is_known(self) -> TrainSettings:
         if self.min_lr and self.schedule in (Schedule.CONSTANT, Schedule.INVERSE_SQRT):
-            raise ValueError(f"min_lr: schedule {self.schedule.value} does not end anywhere")
+            raise ValueError(f"min_lr must be 0 with schedule {self.schedule.value}, which has no end")
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr:g}) is more than lr ({self.lr:g})")
+            raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g})")
         if ":" not in self.optimizer and self.optimizer not in OPTIMIZERS:  # or a user's class
             near = difflib.get_close_matches(self.optimizer, OPTIMIZERS, n=1)
             guess = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"optimizer {self.optimizer!r} is not known{guess}",
+                f"unknown optimizer {self.optimizer!r}{guess}",
                 hint=f"one of {', '.join(OPTIMIZERS)}, or a class of your own as package.module:Class",
             )
         return self

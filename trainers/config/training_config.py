@@ -1,7 +1,6 @@
-"""The settings of a training run, checked when they are built, before anything is held.
+"""Settings of a training run, validated when they are built, before any resources are allocated.
 
-Every model refuses keys that it does not know. The docstring under a field says what it means, in which unit, and why
-its default is what it is.
+Every block refuses unknown keys. The docstring under a field gives its meaning, its unit and why its default is so.
 """
 
 from __future__ import annotations
@@ -29,33 +28,33 @@ from outlast.trainers.config.train import (
 
 
 class TrainingConfig(Settings):
-    """Everything that the step loop needs to know."""
+    """All settings of the training loop."""
 
     name: str
-    """Name of the run; one run, one directory."""
+    """Name of the run, and of its directory in the storage."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Everything random follows from it."""
+    """The only source of randomness: order of samples, new weights, dropout, masks."""
     model: ModelSettings
     data: DataSettings
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings.model_validate({}))
     exactness: Exactness = Exactness.SAME_WORLD
-    """What is promised of a resumed run: the same bits at the same world size (same-world) or at any (elastic), or the
-    library's own speed (fast)."""
+    """Guarantee for a resumed run: the same bits at the same world size (same-world) or at any world size (elastic), or
+    no guarantee at the communication library's speed (fast)."""
     deterministic: bool = True
-    """torch's deterministic algorithms. Some GPU kernels get slower; the promise of the same bits rests on it."""
+    """Use torch's deterministic algorithms. Some GPU kernels get slower; identical bits require it."""
     scale: ParallelSettings = Field(default_factory=ParallelSettings)
     failure: NonFiniteSettings = Field(default_factory=NonFiniteSettings)
 
     @field_validator("name")
     @classmethod
-    def _is_usable(cls, value: str) -> str:
+    def _is_run_name(cls, value: str) -> str:
         return check_run_name(value)
 
     @model_validator(mode="after")
-    def _can_be_done(self) -> TrainingConfig:
-        wants_eval = self.train.eval_every or self.checkpoint.keep_best
-        if wants_eval and not self.data.eval:
+    def _has_eval_data(self) -> TrainingConfig:
+        needs_eval = self.train.eval_every or self.checkpoint.keep_best
+        if needs_eval and not self.data.eval:
             raise ValueError("evaluation needs data.eval: a file, or a share such as 2%")
         if self.scale.parallel is Parallel.FSDP and self.exactness is Exactness.ELASTIC:
             raise ConfigError(
@@ -66,24 +65,24 @@ class TrainingConfig(Settings):
         return self
 
     def numerics_settings(self) -> dict[str, Any]:
-        """The settings that decide which numbers come out, the data excepted (its fingerprint speaks for it).
+        """Return the settings that determine the run's numbers, except the data, which its fingerprint covers.
 
-        Two runs that agree in these, in the data and in the world size, end with the same bits.
+        Two runs with equal settings here, equal data and equal world size end with the same bits.
         """
-        whole = self.model_dump(mode="json", include={"seed", "model", "train", "exactness", "deterministic"})
-        silent = {
+        settings = self.model_dump(mode="json", include={"seed", "model", "train", "exactness", "deterministic"})
+        has_no_effect = {
             "eval_every": self.train.early_stopping is None,
-            "gradient_checkpointing": not self.train.compile,  # computes the same bits twice, with the same kernels
+            "gradient_checkpointing": not self.train.compile,  # recomputes the same bits with the same kernels
             "loss_scale": self.train.precision is not Precision.FP16,
             "loss_scale_window": self.train.precision is not Precision.FP16,
             "power": self.train.schedule is not Schedule.POLYNOMIAL,
             "decay": self.train.schedule is not Schedule.WSD,
         }
-        for name in silent:
-            if silent[name]:
-                whole["train"].pop(name)
-        whole["model"].pop("tokenizer")  # the data's fingerprint covers it
-        whole["model"].pop("trust_remote_code")
+        for name in has_no_effect:
+            if has_no_effect[name]:
+                settings["train"].pop(name)
+        settings["model"].pop("tokenizer")  # the data's fingerprint covers it
+        settings["model"].pop("trust_remote_code")
         if self.model.path:
-            whole["model"]["path"] = PurePath(self.model.path).name  # a directory may move
-        return whole
+            settings["model"]["path"] = PurePath(self.model.path).name  # a directory may move
+        return settings

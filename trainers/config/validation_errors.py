@@ -1,4 +1,4 @@
-"""What is wrong with settings, for people: every finding at once, where it is, and what was probably meant."""
+"""Errors of settings for users: all findings at once, each with its key and the probably intended key or value."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Path = tuple[int | str, ...]
 
 @dataclass(frozen=True, slots=True)
 class SettingsFinding:
-    """One thing that is wrong.
+    """One error of the settings.
 
     Attributes:
-        path: The setting's place in the run file; empty where it is not one setting.
+        path: The setting's path in the run file; empty if the error is not of one setting.
         message: What is wrong.
         suggestion: What to write instead, or what to do.
-        meant: The place of the setting that was probably meant, of a key that is not known.
+        meant: For an unknown key, the path of the setting that was probably meant.
     """
 
     path: Path
@@ -36,23 +36,23 @@ class SettingsFinding:
         return ".".join(str(part) for part in self.path)
 
     def __str__(self) -> str:
-        said = self.message if self.message.startswith(self.key) else f"{self.key}: {self.message}"
-        return f"{said}; {self.suggestion}" if self.suggestion else said
+        text = self.message if self.message.startswith(self.key) else f"{self.key}: {self.message}"
+        return f"{text}; {self.suggestion}" if self.suggestion else text
 
 
 def check(model: type[BaseModel], body: Mapping[str, Any]) -> list[SettingsFinding]:
-    """Everything that is wrong with a declaration; empty when nothing is.
+    """Return all errors of a declaration.
 
-    An unknown key hides what depends on it. So it is taken for the one that was probably meant, or left out, and what
-    that shows counts too.
+    An unknown key may hide other errors. So the declaration is checked again with each unknown key replaced by the one
+    that was probably meant, or removed.
     """
-    found = _validate(model, body)
-    unknown = [item for item in found if item.message == _UNKNOWN]
+    errors = _validate(model, body)
+    unknown = [item for item in errors if item.message == _UNKNOWN]
     if unknown:
-        known = {(item.path, item.message) for item in found}
-        repaired = _repaired(body, unknown)
-        found += [item for item in _validate(model, repaired) if (item.path, item.message) not in known]
-    return found
+        reported = {(item.path, item.message) for item in errors}
+        repaired = _repair(body, unknown)
+        errors += [item for item in _validate(model, repaired) if (item.path, item.message) not in reported]
+    return errors
 
 
 def _validate(model: type[BaseModel], body: Mapping[str, Any]) -> list[SettingsFinding]:
@@ -64,10 +64,10 @@ def _validate(model: type[BaseModel], body: Mapping[str, Any]) -> list[SettingsF
 
 
 def findings(error: ValidationError, model: type[BaseModel]) -> Iterator[SettingsFinding]:
-    """The findings of pydantic. What it says of each member of a union is one finding."""
+    """Convert pydantic's errors to findings. The errors of all members of a union are one finding."""
     merged: dict[Path, SettingsFinding] = {}
-    for found in error.errors():
-        item = _finding(found, model)
+    for detail in error.errors():
+        item = _finding(detail, model)
         before = merged.get(item.path)
         if before is not None and before.message != item.message and item.path:
             item = SettingsFinding(
@@ -80,82 +80,81 @@ def findings(error: ValidationError, model: type[BaseModel]) -> Iterator[Setting
 _UNKNOWN = "unknown key"
 
 
-def _finding(found: Any, model: type[BaseModel]) -> SettingsFinding:
-    path, given = _place(model, found["loc"]), found.get("input")
-    if found["type"] == "extra_forbidden":
+def _finding(detail: Any, model: type[BaseModel]) -> SettingsFinding:
+    path, given = _path_in_file(model, detail["loc"]), detail.get("input")
+    if detail["type"] == "extra_forbidden":
         return _unknown(model, path)
-    cause = found.get("ctx", {}).get("error")
+    cause = detail.get("ctx", {}).get("error")
     suggestion = cause.hint if isinstance(cause, ConfigError) else ""
-    message = found["msg"].removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ")
     if cause is None and isinstance(given, str | int | float):
         message += f" (it is {given!r})"
-    if found["type"] in ("literal_error", "enum") and (
-        near := nearest(str(given), _literals(found["ctx"]["expected"]))
+    if detail["type"] in ("literal_error", "enum") and (
+        near := nearest(str(given), _literals(detail["ctx"]["expected"]))
     ):
         suggestion = f"did you mean {near!r}?"
     return SettingsFinding(path, message, suggestion)
 
 
 def _literals(expected: str) -> list[str]:
-    """The values in pydantic's "'a', 'b' or 'c'"."""
+    """Parse the values of pydantic's "'a', 'b' or 'c'"."""
     return [part.strip("' ") for part in expected.replace(" or ", ", ").split(",")]
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """What `word` was probably meant to be, or None."""
+    """Return the closest of the known words, or None."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def _unknown(model: type[BaseModel], path: Path) -> SettingsFinding:
-    """Of an unknown key: the nearest one in its block, or the block that has a key of this name."""
+    """Make the finding of an unknown key: it suggests the nearest key of its block, or the block with such a key."""
     *block, name = path
     known = sorted(_keys(model_at(model, tuple(block))))
     if near := nearest(str(name), known):
         return SettingsFinding(path, _UNKNOWN, f"did you mean {near!r}?", (*block, near))
-    elsewhere = [place for place in _places(model) if place[-1] == name]
+    elsewhere = [path_elsewhere for path_elsewhere in _all_paths(model) if path_elsewhere[-1] == name]
     if len(elsewhere) == 1:
-        where = ".".join(str(part) for part in elsewhere[0][:-1])
-        return SettingsFinding(
-            path, _UNKNOWN, f"it belongs under {where}:" if where else "it belongs to no block", elsewhere[0]
-        )
+        block_name = ".".join(str(part) for part in elsewhere[0][:-1])
+        suggestion = f"it belongs under {block_name}:" if block_name else "it belongs at the top level"
+        return SettingsFinding(path, _UNKNOWN, suggestion, elsewhere[0])
     return SettingsFinding(path, _UNKNOWN, f"known: {known}")
 
 
-def _repaired(body: Mapping[str, Any], unknown: Iterable[SettingsFinding]) -> dict[str, Any]:
-    """The declaration with unknown keys at the places that were probably meant, where these are free, or nowhere."""
-    whole = copy.deepcopy(dict(body))
+def _repair(body: Mapping[str, Any], unknown: Iterable[SettingsFinding]) -> dict[str, Any]:
+    """Move unknown keys to the paths that were probably meant, if those are not set; remove the others."""
+    repaired = copy.deepcopy(dict(body))
     for item in unknown:
         *block, name = item.path
-        value = _at(whole, block).pop(name)
+        value = _at(repaired, block).pop(name)
         if item.meant is not None:
             *target, meant = item.meant
-            place = whole
+            section = repaired
             for part in target:
-                inner = place.setdefault(str(part), {})
-                place = inner if isinstance(inner, dict) else {}
-            place.setdefault(str(meant), value)
-    return whole
+                inner = section.setdefault(str(part), {})
+                section = inner if isinstance(inner, dict) else {}
+            section.setdefault(str(meant), value)
+    return repaired
 
 
-def _at(whole: Any, path: Iterable[int | str]) -> Any:
+def _at(body: Any, path: Iterable[int | str]) -> Any:
     for part in path:
-        whole = whole[part]
-    return whole
+        body = body[part]
+    return body
 
 
-def _place(model: type[BaseModel], location: Path) -> Path:
-    """Where in a run file pydantic means; it also names the members of a union there."""
-    place: list[int | str] = []
+def _path_in_file(model: type[BaseModel], location: Path) -> Path:
+    """Convert pydantic's location to a path in the run file: without the members of a union."""
+    path: list[int | str] = []
     inner: type[BaseModel] | None = model
-    is_free = False
+    in_mapping = False
     for part in location:
         if inner is not None:
-            place.append(part)
+            path.append(part)
             annotation = _annotation(inner, str(part))
-            inner, is_free = _model_in(annotation), _has_keys(annotation)
-        elif isinstance(part, int) or is_free:
-            place.append(part)
-    return tuple(place)
+            inner, in_mapping = _model_in(annotation), _is_mapping(annotation)
+        elif isinstance(part, int) or in_mapping:
+            path.append(part)
+    return tuple(path)
 
 
 def _annotation(model: type[BaseModel], key: str) -> Any:
@@ -163,12 +162,15 @@ def _annotation(model: type[BaseModel], key: str) -> Any:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    kinds = [annotation, *get_args(annotation)]
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    annotations = [annotation, *get_args(annotation)]
+    return next(
+        (candidate for candidate in annotations if isinstance(candidate, type) and issubclass(candidate, BaseModel)),
+        None,
+    )
 
 
-def _has_keys(annotation: Any) -> bool:
-    return any(get_origin(kind) is dict for kind in (annotation, *get_args(annotation)))
+def _is_mapping(annotation: Any) -> bool:
+    return any(get_origin(candidate) is dict for candidate in (annotation, *get_args(annotation)))
 
 
 def _keys(model: type[BaseModel] | None) -> list[str]:
@@ -176,15 +178,16 @@ def _keys(model: type[BaseModel] | None) -> list[str]:
 
 
 def model_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
+    """Return the model of the block at a path; None if there is no such block."""
     inner: type[BaseModel] | None = model
     for part in path:
         inner = _model_in(_annotation(inner, str(part))) if inner is not None else None
     return inner
 
 
-def _places(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
-    """Every setting's place."""
+def _all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
+    """Iterate over the paths of all settings."""
     for key in _keys(model):
         yield (*path, key)
         if inner := _model_in(_annotation(model, key)):
-            yield from _places(inner, (*path, key))
+            yield from _all_paths(inner, (*path, key))

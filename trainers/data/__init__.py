@@ -1,1 +1,1 @@
-"""Rows, columns, tokenizers, samples and their order."""
+"""Data: source files, rows, columns, tokenizers, sample files and the order of samples."""

@@ -1,4 +1,4 @@
-"""Samples in an Arrow file: written once, in constant memory; read by number, memory-mapped."""
+"""Arrow files of samples: written once, in constant memory; read by index, memory-mapped."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pyarrow as pa
 
 T = TypeVar("T")
 
-#: Named vectors of int32 or float32, each as long as it likes. The samples of a file all have the same names.
+#: Named vectors of int32 or float32, of any length. All samples of a file have the same names.
 Sample = Mapping[str, npt.NDArray[Any]]
 
 ROWS_PER_BATCH = 1024
 
 
 class Samples:
-    """The samples of an Arrow file, memory-mapped: opening costs nothing, reading costs what is read."""
+    """Samples of an Arrow file, memory-mapped: only what is accessed is read."""
 
     def __init__(self, path: Path) -> None:
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -31,32 +31,32 @@ class Samples:
     def __len__(self) -> int:
         return self._length
 
-    def take(self, numbers: Iterable[int] | npt.NDArray[np.int64]) -> list[Sample]:
-        """The samples with these numbers."""
-        return [self._sample(int(number)) for number in numbers]
+    def take(self, indices: Iterable[int] | npt.NDArray[np.int64]) -> list[Sample]:
+        """Read the samples at these indices."""
+        return [self._sample(int(index)) for index in indices]
 
-    def lengths(self, numbers: Iterable[int] | npt.NDArray[np.int64]) -> list[int] | None:
-        """How many `input_ids` these samples have; None when all samples have equally many."""
-        at = self._names.index("input_ids")
-        if pa.types.is_fixed_size_list(self._reader.schema.field(at).type):
+    def lengths(self, indices: Iterable[int] | npt.NDArray[np.int64]) -> list[int] | None:
+        """Return the number of `input_ids` of these samples; None when all samples have the same length."""
+        column = self._names.index("input_ids")
+        if pa.types.is_fixed_size_list(self._reader.schema.field(column).type):
             return None
-        where = (divmod(int(number), ROWS_PER_BATCH) for number in numbers)
-        return [len(self._reader.get_batch(batch).column(at)[place]) for batch, place in where]
+        places = (divmod(int(index), ROWS_PER_BATCH) for index in indices)
+        return [len(self._reader.get_batch(batch).column(column)[row]) for batch, row in places]
 
-    def _sample(self, number: int) -> Sample:
-        batch, place = self._reader.get_batch(number // ROWS_PER_BATCH), number % ROWS_PER_BATCH
-        return {name: batch.column(at)[place].values.to_numpy() for at, name in enumerate(self._names)}
+    def _sample(self, index: int) -> Sample:
+        batch, row = self._reader.get_batch(index // ROWS_PER_BATCH), index % ROWS_PER_BATCH
+        return {name: batch.column(column)[row].values.to_numpy() for column, name in enumerate(self._names)}
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """What a file of samples holds.
+    """Counts of a file of samples.
 
     Attributes:
-        num_samples: Samples in it.
-        num_tokens: Tokens that were made, also those that were dropped.
-        longest: Tokens of its longest sample, or choice of one.
-        num_dropped_tokens: Tokens of the last, short piece of a packed file.
+        num_samples: Samples in the file.
+        num_tokens: Tokens encoded, dropped ones included.
+        longest: Tokens of the longest sample, or of the longest choice.
+        num_dropped_tokens: Tokens of the last, incomplete sample of a packed file.
     """
 
     num_samples: int
@@ -66,20 +66,20 @@ class DatasetStats:
 
 
 def write_packed(samples: Iterable[Sample], length: int, path: Path) -> DatasetStats:
-    """Joins the `input_ids` of all samples and writes them in pieces of `length`; the last one goes if it is short."""
-    kind = pa.list_(pa.int32(), length)
-    schema = pa.schema([("input_ids", kind)])
+    """Concatenate the `input_ids` of all samples and write samples of `length`; an incomplete last one is dropped."""
+    column_type = pa.list_(pa.int32(), length)
+    schema = pa.schema([("input_ids", column_type)])
     num_tokens = num_samples = 0
     rest = np.empty(0, dtype=np.int32)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
 
         def write(tokens: npt.NDArray[np.int32]) -> None:
-            column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), type=kind)
+            column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), type=column_type)
             writer.write_batch(pa.record_batch([column], schema=schema))
 
         full = ROWS_PER_BATCH * length
-        for part in in_batches(samples, ROWS_PER_BATCH):
-            pieces = [sample["input_ids"] for sample in part]
+        for group in in_batches(samples, ROWS_PER_BATCH):
+            pieces = [sample["input_ids"] for sample in group]
             num_tokens += sum(piece.size for piece in pieces)
             rest = np.concatenate([rest, *pieces])
             while rest.size >= full:
@@ -92,20 +92,23 @@ def write_packed(samples: Iterable[Sample], length: int, path: Path) -> DatasetS
 
 
 def write_samples(samples: Iterable[Sample], path: Path) -> DatasetStats:
-    """Writes every sample as it is: a list column for each name. An empty file for none."""
+    """Write samples of any length, one list column for each name. Without samples the file is empty."""
     num_tokens = num_samples = longest = 0
     writer: Any = None
     with pa.OSFile(str(path), "wb") as sink:
-        for part in in_batches(samples, ROWS_PER_BATCH):
-            columns = {name: _list_array([sample[name] for sample in part]) for name in part[0]}
+        for group in in_batches(samples, ROWS_PER_BATCH):
+            columns = {name: _list_array([sample[name] for sample in group]) for name in group[0]}
             table = pa.record_batch(list(columns.values()), names=list(columns))
             writer = writer or pa.ipc.new_file(sink, table.schema)
             writer.write_batch(table)
-            num_samples += len(part)
-            num_tokens += sum(sample["input_ids"].size for sample in part)
+            num_samples += len(group)
+            num_tokens += sum(sample["input_ids"].size for sample in group)
             longest = max(
                 longest,
-                *(int(sample["lengths"].max()) if "lengths" in sample else sample["input_ids"].size for sample in part),
+                *(
+                    int(sample["lengths"].max()) if "lengths" in sample else sample["input_ids"].size
+                    for sample in group
+                ),
             )
         if writer is not None:
             writer.close()
@@ -119,7 +122,7 @@ def _list_array(vectors: Sequence[npt.NDArray[Any]]) -> Any:
 
 
 def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The items in lists of `size`, the last one perhaps shorter."""
+    """Group items into lists of `size`; the last one may be shorter."""
     batch: list[T] = []
     for item in items:
         batch.append(item)

@@ -1,4 +1,4 @@
-"""Which columns of a data file a task reads: what each must hold, and which is meant when none was named."""
+"""Columns of a data file that a task reads: their types, their names, and the guess when none was named."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from enum import Enum
 from typing import Any
 
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.data.readers import first_row, no_column
+from outlast.trainers.data.readers import first_row, missing_column_error
 from outlast.trainers.data.sources import find_sources
 
 
 class ColumnType(Enum):
-    """What a column holds."""
+    """Type of the values of a column."""
 
     TEXT = "text"
     TEXTS = "a list of texts"
@@ -25,7 +25,7 @@ class ColumnType(Enum):
     ANY = "anything"
 
     def fits(self, value: Any) -> bool:
-        """Whether one value will do."""
+        """Check whether a value has this type."""
         match self:
             case ColumnType.TEXT:
                 return isinstance(value, str)
@@ -46,8 +46,8 @@ class ColumnType(Enum):
                 return True
 
 
-def _is_list_of(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
+def _is_list_of(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(item, types) for item in value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,10 @@ class Column:
     """A column that a task reads.
 
     Attributes:
-        role: What it is to the task; the run file names the column as `data.<role>` (or in `data.columns`).
-        kind: What it holds.
-        is_target: It is what the model learns to say: prediction does without.
-        is_optional: The task does without, if it is neither named nor there.
+        role: The column's role in the task; `data.<role>` (or `data.columns`) in the run file gives its name.
+        kind: Type of its values.
+        is_target: Whether the model learns to predict it; prediction does not need it.
+        is_optional: Whether the task works without it, when it is neither named nor in the data.
     """
 
     role: str
@@ -72,9 +72,9 @@ class ColumnMapping:
     """The columns of a data file that a task reads.
 
     Attributes:
-        columns: The task's columns, without the optional ones that are not there.
+        columns: The task's columns, without optional ones that the data does not have.
         names: Their names in the file, in the same order.
-        notes: What was guessed, to be told.
+        notes: Guesses to report to the user.
     """
 
     columns: tuple[Column, ...]
@@ -82,58 +82,61 @@ class ColumnMapping:
     notes: tuple[str, ...]
 
     def record(self, values: Sequence[Any]) -> dict[str, Any]:
-        """A row by role."""
+        """Map the values of a row to roles."""
         return {column.role: value for column, value in zip(self.columns, values, strict=True)}
 
     def fault(self, values: Sequence[Any]) -> str | None:
-        """Why a row will not do, as far as its columns by themselves tell."""
+        """Return the first value of the wrong type as an error text; None if all types are right."""
         for column, name, value in zip(self.columns, self.names, values, strict=True):
             if not column.kind.fits(value):
-                said = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}…"
-                return f"column {name!r} holds {said}, not {column.kind.value}"
+                shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}…"
+                return f"column {name!r} holds {shown}, not {column.kind.value}"
         return None
 
 
 def name_of(settings: DataSettings, role: str) -> str:
-    """The column's name as the run file has it; the role's own name by default."""
+    """Return the column's name for a role from the run file; the role's own name by default."""
     return str(settings.columns.get(role) or getattr(settings, role, role))
 
 
 def choose_columns(columns: Sequence[Column], settings: DataSettings) -> ColumnMapping:
-    """Finds a task's columns in the training data; one that was not named, and is not there, is guessed if it can be.
+    """Find a task's columns in the training data.
+
+    A column that is neither named in the settings nor in the data under its role's name is guessed, if exactly one
+    column of the data has the right type.
 
     Raises:
-        ConfigError: Columns are not there, and there is no single one that could be meant; all are named.
+        ConfigError: Columns are missing and cannot be guessed; the message names all of them.
     """
-    there = first_row(settings.train)
+    available = first_row(settings.train)
     needed = tuple(column for column in columns if not column.is_optional)
     only_lines = len(needed) == 1 and {item.kind for item in find_sources(settings.train)} == {".txt"}
-    if only_lines or not there:  # where nothing is there, reading tells what is wrong
+    if only_lines or not available:  # without any column, reading the rows reports the error
         return ColumnMapping(needed, tuple(name_of(settings, column.role) for column in needed), ())
-    found = {column: name for column in columns if (name := name_of(settings, column.role)) in there}
+    found = {column: name for column in columns if (name := name_of(settings, column.role)) in available}
     notes, missing = [], dict[Column, str]()
     for column in columns:
         is_named = column.role in settings.model_fields_set | settings.columns.keys()
         if column in found or (column.is_optional and not is_named):
             continue
         taken = {*found.values(), *missing.values()}
-        free = [name for name, value in there.items() if name not in taken and column.kind.fits(value)]
+        free = [name for name, value in available.items() if name not in taken and column.kind.fits(value)]
         if is_named or len(free) != 1:
             missing[column] = next(iter(free), "NAME")
             continue
         found[column] = free[0]
-        notes.append(f"no column {name_of(settings, column.role)!r}; taking {free[0]!r} as data.{column.role}")
+        notes.append(f"no column {name_of(settings, column.role)!r}; using {free[0]!r} as data.{column.role}")
     if missing:
         names = [name_of(settings, column.role) for column in missing]
         keys = " and ".join(f"data.{column.role}" for column in missing)
         example = " ".join(f"-s data.{column.role}={likely}" for column, likely in missing.items())
-        raise no_column(str(settings.train), names, there, f"set {keys}, for example {example}")
-    mine = tuple(column for column in columns if column in found)
-    return ColumnMapping(mine, tuple(found[column] for column in mine), tuple(notes))
+        raise missing_column_error(str(settings.train), names, available, f"set {keys}, for example {example}")
+    used = tuple(column for column in columns if column in found)
+    return ColumnMapping(used, tuple(found[column] for column in used), tuple(notes))
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a value, whatever it is nested in."""
+    """Iterate over all texts in a value of nested lists and dicts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

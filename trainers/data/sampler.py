@@ -1,9 +1,9 @@
-"""From a position in the run to a sample, and to the seeds of its randomness: pure, O(1), no state to lose.
+"""Order of samples and seeds of their randomness: pure O(1) functions of the position in the run, without state.
 
-Sample `i` of step `s` has the global position `g = s * batch + i`; its epoch is `g // N`, its place in it `p = g % N`,
-and the sample is a pseudo-random permutation of `[0, N)` at `p`, keyed by (seed, epoch). The permutation is a Feistel
-network over the next power of four, walked until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite
-domains", 2002). So step 10^9 costs what step 0 costs, and the world size never enters.
+Sample `i` of step `s` has the global position `g = s * batch + i`; its epoch is `g // N`, its position there is
+`p = g % N`, and the sample is a pseudo-random permutation of `[0, N)` at `p`, keyed by (seed, epoch). The permutation
+is a Feistel network over the next power of four, walked until the result is in range (Black and Rogaway, "Ciphers with
+arbitrary finite domains", 2002). So step 10^9 costs the same as step 0. The result must never depend on the world size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ U64 = npt.NDArray[np.uint64]
 
 
 def mix(*parts: int) -> int:
-    """64 well-mixed bits of the integers (SplitMix64, Steele et al. 2014, chained). The run's only source of seeds."""
+    """Hash integers to 64 bits (SplitMix64, Steele et al. 2014, chained). It is the run's only source of seeds."""
     state = 0x6F75746C61737400
     for part in parts:
         state = (state ^ (part & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
@@ -36,16 +36,16 @@ def mix(*parts: int) -> int:
 
 
 def permute(seed: int, epoch: int, positions: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:
-    """The samples at `positions` of an epoch.
+    """Return the samples at `positions` of an epoch.
 
     Args:
         seed: The run's seed.
         epoch: Number of the epoch, from 0.
-        positions: Places in the epoch, each in [0, size). Any shape.
+        positions: Positions in the epoch, each in [0, size). Any shape.
         size: Number of samples, 1 to 2^62.
 
     Returns:
-        Sample numbers in [0, size), of the shape of `positions`. Over all positions, each exactly once.
+        Sample indices in [0, size), of the shape of `positions`. Over all positions, each exactly once.
     """
     assert 1 <= size <= 1 << 62
     values = np.array(positions, dtype=np.uint64, ndmin=1)
@@ -74,26 +74,26 @@ def _scramble(x: U64) -> U64:
 
 @lru_cache(maxsize=4)
 def _samples_of_block(seed: int, num_samples: int, block: int) -> npt.NDArray[np.int64]:
-    """Sample numbers at `_BLOCK` global positions: a walk goes forward, and one sample costs as much as they all."""
-    where = np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.int64)
-    epochs = where // num_samples
-    chosen = np.empty_like(where)
+    """Return the sample indices of a block of positions: a run reads forward, and a block costs as much as a sample."""
+    positions = np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.int64)
+    epochs = positions // num_samples
+    indices = np.empty_like(positions)
     for epoch in np.unique(epochs):
-        mine = epochs == epoch
-        chosen[mine] = permute(seed, int(epoch), where[mine] % num_samples, num_samples)
-    return chosen
+        in_epoch = epochs == epoch
+        indices[in_epoch] = permute(seed, int(epoch), positions[in_epoch] % num_samples, num_samples)
+    return indices
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a run walks through its samples.
+    """Batches of a run: which samples each step and micro-batch has.
 
     Attributes:
         seed: The run's seed.
         num_samples: Samples in an epoch.
         batch: Samples in a global batch.
         micro_batch: Samples in a micro-batch; divides `batch`.
-        total_samples: Samples in the whole run, over all epochs; the last step may be short.
+        total_samples: Samples in the run, over all epochs; the last step may be short.
     """
 
     seed: int
@@ -107,71 +107,71 @@ class Plan:
         return -(-self.total_samples // self.batch)
 
     def num_micro_batches(self, step: int) -> int:
-        """Micro-batches of a step; fewer in a short last step."""
+        """Count the micro-batches of a step; a short last step has fewer."""
         return -(-self._num_in_step(step) // self.micro_batch)
 
     def _num_in_step(self, step: int) -> int:
         return min(self.batch, self.total_samples - step * self.batch)
 
     def positions(self, step: int) -> npt.NDArray[np.int64]:
-        """Global positions of the samples of `step` (from 0), shape [at most batch]."""
+        """Return the global positions of the samples of `step` (from 0), shape [at most batch]."""
         begin = step * self.batch
         return np.arange(begin, begin + self._num_in_step(step), dtype=np.int64)
 
     def cut(
         self, positions: npt.NDArray[np.int64], lengths: npt.ArrayLike | None = None
     ) -> list[npt.NDArray[np.int64]]:
-        """The positions of a step in micro-batches; with `lengths`, samples of about one length together.
+        """Split the positions of a step into micro-batches; with `lengths`, samples of similar length go together.
 
-        Which samples are in a step does not change. The micro-batches are not in the order of their lengths but spread,
-        so that every rank's contiguous share holds long ones and short ones, however many ranks there are.
+        The samples of a step do not change. The micro-batches are not sorted by length but spread, so that every
+        rank's contiguous share has long and short ones, for any number of ranks.
         """
         if lengths is None:
             return [positions[at : at + self.micro_batch] for at in range(0, len(positions), self.micro_batch)]
         by_length = self.cut(positions[np.argsort(lengths, kind="stable")])
         return [by_length[number] for number in spread(len(by_length))]
 
-    def samples(self, where: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sample numbers at global positions."""
-        blocks = where // _BLOCK
-        chosen = np.empty_like(where)
+    def samples(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the sample indices at global positions."""
+        blocks = positions // _BLOCK
+        indices = np.empty_like(positions)
         for block in set(blocks.tolist()):
-            mine = blocks == block
-            chosen[mine] = _samples_of_block(self.seed, self.num_samples, block)[where[mine] % _BLOCK]
-        return chosen
+            in_block = blocks == block
+            indices[in_block] = _samples_of_block(self.seed, self.num_samples, block)[positions[in_block] % _BLOCK]
+        return indices
 
-    def keys(self, where: npt.NDArray[np.int64]) -> list[int]:
-        """For each position 64 bits that follow from (seed, epoch, sample), for masks and the like."""
-        epochs, numbers = where // self.num_samples, self.samples(where)
-        return [mix(self.seed, epoch, number) for epoch, number in zip(epochs.tolist(), numbers.tolist(), strict=True)]
+    def keys(self, positions: npt.NDArray[np.int64]) -> list[int]:
+        """Return 64 bits for each position, a function of (seed, epoch, sample): seeds of masks and the like."""
+        epochs, indices = positions // self.num_samples, self.samples(positions)
+        return [mix(self.seed, epoch, index) for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)]
 
     def epoch(self, step: int) -> float:
-        """Epochs done after `step` steps."""
+        """Return the epochs done after `step` steps."""
         return min(step * self.batch, self.total_samples) / self.num_samples
 
 
 def spread(count: int) -> list[int]:
-    """`range(count)` in the order of the reversed bits: neighbours go far apart, and every stretch is a fair sample."""
+    """Return `range(count)` in bit-reversed order: neighbours move apart, so every slice is a fair sample."""
     num_bits = max(1, (count - 1).bit_length())
     return sorted(range(count), key=lambda number: int(f"{number:0{num_bits}b}"[::-1], 2))
 
 
 def share(count: int, rank: int, size: int) -> range:
-    """The contiguous part of `range(count)` that falls to `rank` of `size`; parts differ by one at most."""
+    """Return the contiguous slice of `range(count)` for `rank` of `size`; slice lengths differ by at most one."""
     return range(count * rank // size, count * (rank + 1) // size)
 
 
 def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan:
-    """The walk through the data.
+    """Make the plan of a run.
 
     Raises:
-        ConfigError: More ranks than micro-batches in a step.
+        ConfigError: There are more ranks than micro-batches in a step.
     """
     train = config.train
     if train.batch // train.micro_batch < world_size:
         raise ConfigError(
-            f"{world_size} workers, but a batch of {train.batch} holds only {train.batch // train.micro_batch} "
-            f"micro-batches of {train.micro_batch}: some workers would have nothing to do",
+            f"{world_size} workers, but a batch of {train.batch} has only {train.batch // train.micro_batch} "
+            f"micro-batches of {train.micro_batch}: some workers would be idle",
             hint="use fewer workers, a larger train.batch or a smaller train.micro_batch",
         )
     total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)

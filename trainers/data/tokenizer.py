@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a directory or the hub, or trained on the spot."""
+"""Tokenizers: loaded from a directory or the hub, or trained on the run's data."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from huggingface_hub import constants
 from outlast.checkpointing.errors import ConfigError, first_line
 
 _CONNECT_TIMEOUT_S = 5.0
-
-
 END_TOKEN = "<|endoftext|>"
 
 
 class Tokenizer:
-    """A fast tokenizer of transformers, seen as what packing needs."""
+    """A fast tokenizer of transformers (`inner`) with a padding token and the encoding for packing."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -34,7 +32,7 @@ class Tokenizer:
         return len(self.inner)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token numbers of each text, its end token last, for packing.
+        """Encode texts for packing. Returns the token ids of each text, ending with the end token.
 
         Raises:
             ConfigError: The tokenizer has no end-of-text token.
@@ -42,35 +40,33 @@ class Tokenizer:
         if self.inner.eos_token_id is None:
             raise ConfigError(
                 "the tokenizer has no end-of-text token, which packing needs between documents",
-                hint="give it an eos_token in its tokenizer_config.json, or take another: model.tokenizer",
+                hint="set an eos_token in its tokenizer_config.json, or use another tokenizer: model.tokenizer",
             )
         encoded = self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [[*ids, self.inner.eos_token_id] for ids in encoded]
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a directory or hub id.
+    """Load the tokenizer of a directory or hub id.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The directory does not exist, or no tokenizer can be loaded from it or from the hub.
     """
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise ConfigError(f"model directory {path} is not there", hint="set model.path to a directory or a hub id")
+        raise ConfigError(f"model directory {path} does not exist", hint="set model.path to a directory or a hub id")
     _check_hub_connection(path)
     try:
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError) as error:
-        hint = (
-            "name a directory that holds tokenizer.json, or a hub id that can be reached: model.path, model.tokenizer"
-        )
-        said = first_line(error)
+        hint = "name a directory that has tokenizer.json, or a hub id that can be reached: model.path, model.tokenizer"
+        reason = first_line(error)
         if Path(path).is_dir() and not any(Path(path).glob("*token*")):
-            said = "it holds no tokenizer.json, and no other file of a tokenizer"
-        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {said}", hint=hint) from error
+            reason = "it has no tokenizer.json and no other tokenizer file"
+        raise ConfigError(f"no tokenizer can be loaded from {path!r}: {reason}", hint=hint) from error
 
 
 def _check_hub_connection(path: str) -> None:
-    """Where nobody answers, the hub's client would ask for a minute, file by file. What is cached is used at once."""
+    """Go offline, using cached files only, if the hub is unreachable: its client would retry each file for a minute."""
     hub = urlsplit(constants.ENDPOINT)
     if Path(path).is_dir() or constants.HF_HUB_OFFLINE or getproxies():
         return
@@ -88,13 +84,13 @@ def train_bpe(
     special_tokens: Mapping[str, str] = MappingProxyType({}),
     template: tuple[str, str] | None = None,
 ) -> Tokenizer:
-    """A byte-level BPE tokenizer with `num_entries` entries, trained on the texts.
+    """Train a byte-level BPE tokenizer with `num_entries` entries.
 
     Args:
-        texts: What it is trained on.
+        texts: Training texts.
         num_entries: Size of the vocabulary, special tokens included.
-        special_tokens: Special tokens besides that of the end of a text, by their names in transformers.
-        template: How one text and two are framed with special tokens.
+        special_tokens: Special tokens besides the end token, by their names in transformers.
+        template: Templates of `tokenizers` for one text and for a pair.
     """
     import tokenizers
     from tokenizers import decoders, pre_tokenizers, processors, trainers
@@ -113,17 +109,17 @@ def train_bpe(
     tokenizer.train_from_iterator(texts, trainer)
     names = {"bos_token": END_TOKEN, "eos_token": END_TOKEN, "pad_token": END_TOKEN, **special_tokens}
     if template is not None:
-        numbers = [(token, tokenizer.token_to_id(token)) for token in sorted(set(names.values()))]
-        tokenizer.post_processor = processors.TemplateProcessing(*template, special_tokens=numbers)
+        token_ids = [(token, tokenizer.token_to_id(token)) for token in sorted(set(names.values()))]
+        tokenizer.post_processor = processors.TemplateProcessing(*template, special_tokens=token_ids)
     return Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names))
 
 
-def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The tokenizer's files by name."""
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the contents of the tokenizer's files by name."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.inner.save_pretrained(folder)
-        return _read_all(folder)
+        return read_folder(folder)
 
 
-def _read_all(folder: str) -> dict[str, bytes]:
+def read_folder(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

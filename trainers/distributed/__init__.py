@@ -1,1 +1,1 @@
-"""Process groups, deterministic reductions, FSDP."""
+"""Distributed training: the world of ranks, reductions in a fixed order, FSDP, seeds."""

@@ -1,4 +1,4 @@
-"""Deterministic algorithms and seeds."""
+"""Deterministic kernels, and seeds of all random generators. A seed must never depend on the rank."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from outlast.trainers.data.sampler import mix
 
 
 def seed_everything(*parts: int) -> None:
-    """Seeds Python's, NumPy's and torch's generators (all devices). The rank must not be among the integers."""
+    """Seed the generators of Python, NumPy and torch (all devices). The rank must not be among the integers."""
     key = mix(*parts)
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     if torch.accelerator.is_available():
         torch.manual_seed(key >> 1)
     else:
-        torch.default_generator.manual_seed(key >> 1)  # the same, without a stack trace for a device that may come
+        torch.default_generator.manual_seed(
+            key >> 1
+        )  # the same, without the stack trace that torch records for a later device
 
 
 def make_deterministic(enabled: bool, num_threads: int) -> None:
-    """Fixes what changes bits: the number of intra-op threads and, if enabled, the choice of kernels."""
+    """Fix what may change bits: the number of intra-op threads and, if enabled, the choice of kernels."""
     torch.set_num_threads(num_threads)
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
-    # Else torch writes NaN into every tensor before its first use, which only shows who reads what nobody wrote.
+    # By default torch would fill each new tensor with NaN, which only helps to find reads of uninitialized memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""FSDP2: a model of which every rank holds a share, gathered block by block while it computes.
+"""FSDP2: every rank holds a shard of the model, and gathers the others block by block while it computes.
 
-Every pass through such a model is collective, so ranks with fewer micro-batches must run idle ones. Gradients are
-added in rank order, as under DDP; that order is ours, because no library promises one.
+Each pass through a sharded model is collective, so ranks with fewer micro-batches must run idle passes. Gradients are
+added in rank order, as under DDP; this module enforces the order, because no library guarantees one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outlast.trainers.distributed.world import World
 
 
 def shard(model: nn.Module, world: World, exactness: Exactness) -> nn.Module:
-    """Spreads the model's parameters over the ranks, in place: each transformer block by itself, the rest together."""
+    """Shard the model's parameters over the ranks, in place: each transformer block by itself, the rest together."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
@@ -38,21 +38,21 @@ def shard(model: nn.Module, world: World, exactness: Exactness) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: items of module lists that the model names as not to be split, else of its largest list.
+    """Return the transformer blocks: module-list items of a class in `_no_split_modules`, else of the largest list.
 
-    A block that shares a parameter with the rest of the model is not one: the parameter can be in one place only.
+    A block that shares a parameter with the rest of the model is left out: a parameter can be in one shard group only.
     """
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer, _ in lists):
             lists.append((name, module))
-    unsplit = set(getattr(model, "_no_split_modules", None) or ())
-    found = [item for _, items in lists for item in items if type(item).__name__ in unsplit]
-    if not found and lists:
+    no_split = set(getattr(model, "_no_split_modules", None) or ())
+    candidates = [item for _, items in lists for item in items if type(item).__name__ in no_split]
+    if not candidates and lists:
         _, largest = max(lists, key=lambda named: sum(parameter.numel() for parameter in named[1].parameters()))
-        found = list(largest)
+        candidates = list(largest)
     uses = _uses(model)
-    return [item for item in found if (own := _uses(item)) and all(uses[key] == own[key] for key in own)]
+    return [item for item in candidates if (own := _uses(item)) and all(uses[key] == own[key] for key in own)]
 
 
 def _uses(module: nn.Module) -> Counter[int]:
@@ -60,12 +60,12 @@ def _uses(module: nn.Module) -> Counter[int]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, gathered from all ranks if it is spread over them. Every rank calls it."""
+    """Return the full tensor, gathered from all ranks if it is sharded. Every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class _OrderedReduceScatter:
-    """The sum over the ranks, added in rank order, of the chunk that is this rank's."""
+    """Reduce-scatter in rank order: the sum over the ranks of this rank's chunk."""
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)

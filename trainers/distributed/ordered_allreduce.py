@@ -1,4 +1,10 @@
-"""All-reduce in rank order."""
+"""All-reduce in rank order, and the communication hooks of DDP.
+
+Stock DDP adds in an order that depends on its buckets, and rebuilds them after the first step: with three or more ranks
+a resumed run differs in the last bits from an uninterrupted one. Here each rank owns one chunk, receives all ranks'
+parts of it (all-to-all), adds them in rank order and distributes the sum (all-gather), independent of the buckets. This
+moves as many bytes as a ring. Addition of two terms is commutative, so two ranks do not need it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ from torch.nn import functional
 
 
 def ordered_sum_(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Replaces a one-dimensional tensor, on every rank, by the sum over the ranks, added in rank order."""
+    """Replace a one-dimensional tensor on every rank by the sum over the ranks, added in rank order."""
     missing = -flat.numel() % dist.get_world_size(group)
     padded = functional.pad(flat, (0, missing)) if missing else flat
     dist.all_gather_into_tensor(padded, sum_of_parts(padded, group), group=group)
@@ -19,7 +25,7 @@ def ordered_sum_(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
 
 
 def sum_of_parts(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The sum over the ranks, added in rank order, of this rank's chunk; `flat` has one of equal size for each."""
+    """Return the sum over the ranks, added in rank order, of this rank's chunk of `flat`: one equal chunk per rank."""
     received = torch.empty_like(flat)
     dist.all_to_all_single(received, flat, group=group)
     total, *others = received.chunk(dist.get_world_size(group))
@@ -28,13 +34,13 @@ def sum_of_parts(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
     return total
 
 
-def _sum_in_rank_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def rank_order_hook(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(ordered_sum_(bucket.buffer()))
     return done
 
 
-def _sum_in_any_order(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def any_order_hook(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda result: result.value()[0])
     return future

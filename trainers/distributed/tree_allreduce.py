@@ -1,11 +1,11 @@
-"""Gradients added in the order of one binary tree over a step's micro-batches, whoever computed which.
+"""Gradients added in the order of one binary tree over a step's micro-batches, for any assignment to ranks.
 
 Floating-point sums depend on their order, so the order must not depend on the number of ranks. The leaves of the tree
 are the micro-batches; a node is the sum of its left and its right child, or its left child where the step ends before
-the right one begins. Each rank adds the largest aligned subtrees of its contiguous share as it goes, like a binary
-counter, so it holds about twice log2(micro-batches) partial sums at the most. Then, piece by piece, each rank owns a
-chunk, receives every subtree's part of it (all-to-all), finishes the tree, and hands the sum round (all-gather). One
-rank goes the same way with nobody to talk to.
+the right one begins. Each rank adds the largest aligned subtrees of its contiguous share as it computes, like a binary
+counter, so it holds at most about twice log2(micro-batches) partial sums. Then, piece by piece, each rank owns a chunk,
+receives every subtree's part of it (all-to-all), finishes the tree, and distributes the sum (all-gather). A single rank
+adds in the same order without communication.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import nn
 
 from outlast.trainers.data.sampler import share
 
-#: Elements that are summed over the ranks at a time. It bounds the memory, and changes no bit.
+#: Elements summed over the ranks at a time. It bounds the memory, and does not affect the result.
 _PIECE = 2**23
 
 
 def subtrees(leaves: range, num_leaves: int) -> list[range]:
-    """The largest aligned subtrees that lie within `leaves`, from left to right, of a tree of `num_leaves`."""
-    found, begin = [], leaves.start
+    """Return the largest aligned subtrees within `leaves` of a tree of `num_leaves`, from left to right."""
+    ranges, begin = [], leaves.start
     while begin < leaves.stop:
         length = 1
         while (
@@ -33,16 +33,16 @@ def subtrees(leaves: range, num_leaves: int) -> list[range]:
             and min(begin + 2 * length, num_leaves) <= leaves.stop
         ):
             length *= 2
-        found.append(range(begin, min(begin + length, num_leaves)))
+        ranges.append(range(begin, min(begin + length, num_leaves)))
         begin += length
-    return found
+    return ranges
 
 
 class TreeSum:
-    """Adds subtrees that arrive from left to right. What is added last goes into the memory of what was there first.
+    """Accumulator of subtrees that arrive from left to right. Sums are computed in the memory of the left operand.
 
     Attributes:
-        parts: The subtrees that wait for their siblings, with their sums, from left to right.
+        parts: Subtrees without their sibling yet, with their sums, from left to right.
     """
 
     def __init__(self, num_leaves: int) -> None:
@@ -50,7 +50,7 @@ class TreeSum:
         self._num_leaves = num_leaves
 
     def add(self, leaves: range, value: torch.Tensor) -> list[torch.Tensor]:
-        """Adds the next subtree. Returns the tensors that are no longer needed."""
+        """Add the next subtree. Returns the tensors that are no longer needed."""
         spent = []
         while self.parts and self._are_siblings(self.parts[-1][0], leaves):
             left, total = self.parts.pop()
@@ -66,10 +66,10 @@ class TreeSum:
 
 
 class TreeReducer:
-    """Takes each micro-batch's gradient out of `.grad`, and puts the sum over all of them there at the step's end.
+    """Moves each micro-batch's gradient out of `.grad`, and stores the sum over all of them there at the step's end.
 
     Args:
-        parameters: What is trained, in the same order on every rank.
+        parameters: The model's parameters, in the same order on every rank.
         rank: This rank.
         size: World size.
     """
@@ -77,14 +77,14 @@ class TreeReducer:
     def __init__(self, parameters: Iterable[nn.Parameter], rank: int, size: int) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._rank, self._size = rank, size
-        # One more element a parameter tells whether any micro-batch gave it a gradient.
+        # One more element per parameter: whether any micro-batch gave it a gradient.
         num_elements = sum(parameter.numel() for parameter in self._parameters) + len(self._parameters)
         self._num_padded = -(-num_elements // size) * size
         self._spare: list[torch.Tensor] = []
         self._sum: TreeSum | None = None
 
     def take(self, micro: int, num_micro: int) -> None:
-        """After micro-batch `micro` of `num_micro`, which come in ascending order: its gradient leaves `.grad`."""
+        """Take the gradient of micro-batch `micro` of `num_micro` out of `.grad`. Micro-batches come in order."""
         if self._sum is None:
             self._sum = TreeSum(num_micro)
         flat = self._buffer()
@@ -99,7 +99,7 @@ class TreeReducer:
         self._spare += self._sum.add(range(micro, micro + 1), flat)
 
     def finish(self, num_micro: int) -> None:
-        """Puts the sum over all micro-batches of all ranks into `.grad`, until the next step's first `take`."""
+        """Store the sum over all micro-batches of all ranks in `.grad`, valid until the next step's first `take`."""
         parts = self._sum.parts if self._sum else []
         self._sum = None
         assert [leaves for leaves, _ in parts] == subtrees(share(num_micro, self._rank, self._size), num_micro)
@@ -112,7 +112,7 @@ class TreeReducer:
         self._spare += flats
 
     def _add_over_ranks(self, target: torch.Tensor, mine: list[torch.Tensor], num_micro: int) -> None:
-        """Finishes the tree over all ranks' subtrees, and leaves the sum in `target`, which may be one of mine."""
+        """Finish the tree over all ranks' subtrees, and store the sum in `target`, which may be one of `mine`."""
         size = self._size
         held = [subtrees(share(num_micro, rank, size), num_micro) for rank in range(size)]
         piece = -(-_PIECE // size) * size
@@ -140,7 +140,7 @@ class TreeReducer:
         return torch.zeros(self._num_padded, dtype=dtype, device=device)
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The gradients within `flat`, in their shapes, and last of all the elements that tell which there are."""
+        """Return views of the gradients in `flat`, in their shapes; the last one has the flags of its gradients."""
         sizes = [parameter.numel() for parameter in self._parameters]
         *parts, given, _ = torch.split(flat, [*sizes, len(sizes), flat.numel() - sum(sizes) - len(sizes)])
         return [*(part.view(p.shape) for part, p in zip(parts, self._parameters, strict=True)), given]

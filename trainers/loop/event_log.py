@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.run_store.events import Event, StepEvent
 from outlast.trainers.loop.step_state import DeferredMetrics
 
 
@@ -22,22 +23,21 @@ class EventLog:
         self._checkpointer, self._listeners = checkpointer, listeners
         checkpointer.listener = self._publish
 
-    def event(self, kind: str, /, **fields: Any) -> None:
+    def write(self, event: Event) -> None:
         """Records an event; does nothing on ranks other than 0."""
         if self._checkpointer.journal is not None:
-            self._checkpointer.journal.event(kind, **fields)
-            self._publish({"event": kind, **fields})
+            self._checkpointer.journal.write(event)
+            self._publish(event.to_json())
 
-    def durable_event(self, kind: str, /, **fields: Any) -> None:
+    def write_durably(self, event: Event) -> None:
         """Records an event that later attempts depend on; durable when this returns. Every rank calls it."""
-        self._checkpointer.note(kind, **fields)
+        self._checkpointer.note(event)
 
     def step(self, done: DeferredMetrics, loss: float) -> None:
         """Records a step, once its losses are added over the ranks."""
         if self._checkpointer.journal is None:
             return  # to read the norm is to wait for the device
-        self.event(
-            "step",
+        event = StepEvent(
             step=done.step + 1,
             loss=loss if math.isfinite(loss) else None,
             lr=done.lr,
@@ -47,6 +47,7 @@ class EventLog:
             seconds=round(done.seconds, 4),
             ended_at=round(done.ended_at, 4),
         )
+        self.write(event)
 
     def _publish(self, event: dict[str, Any]) -> None:
         for listener in self._listeners:

@@ -17,6 +17,7 @@ from torch import nn
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.events import LeftOutEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.state.model_weights import carried_state
 from outlast.trainers.config.train import NonFinite
@@ -140,9 +141,9 @@ def _left_out_before(checkpointer: Checkpointer) -> frozenset[int]:
     """Steps that some earlier attempt of the run has decided to leave out."""
     store = checkpointer.store
     return frozenset(
-        event["step"]
+        event.step
         for attempt in list_attempts(store)
         if attempt < checkpointer.attempt
-        for event in read_events(store, store.attempt_dir(attempt), COMMITS)
-        if event.get("event") == "left-out"
+        for event in map(parse_event, read_events(store, store.attempt_dir(attempt), COMMITS))
+        if isinstance(event, LeftOutEvent)
     )

@@ -9,6 +9,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.events import IntervalEvent
 from outlast.checkpointing.run_store.journal import last_event_at
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_interval import IntervalUnit, SaveCosts, SaveInterval
@@ -65,14 +66,14 @@ class SaveTimer:
         before = self._costs.interval_s if self._costs else 0.0
         self._costs = costs
         if abs(costs.interval_s - before) > 0.1 * before and self._checkpointer.journal is not None:
-            self._checkpointer.journal.event(
-                "interval",
+            event = IntervalEvent(
                 seconds=round(costs.interval_s, 2),
                 blocked_s=round(costs.blocked_s, 4),
                 commit_s=round(costs.commit_s, 4),
                 restart_s=round(costs.restart_s, 2),
                 between_failures_s=round(costs.between_failures_s, 1),
             )
+            self._checkpointer.journal.write(event)
 
     def _between_failures(self) -> float:
         """Seconds since the run began, by how often it was interrupted; the assumption counts as one more.

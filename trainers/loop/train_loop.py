@@ -20,6 +20,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import DamagedError, NoCheckpointError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format.layout import CheckpointRef
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.retention import RetentionCandidate
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
@@ -99,7 +100,7 @@ class Loop:
             return Outcome.SUPERSEDED
         self._train_step.prepare()
         plan = {"num_steps": self.plan.num_steps, "batch": self.plan.batch}
-        self._log.event("plan", **plan, world_size=self.world.size, step=self.step)
+        self._log.write(events.PlanEvent(**plan, world_size=self.world.size, step=self.step))
         if is_fresh and self.eval_data is not None:
             self._evaluate()
         is_first = True
@@ -118,7 +119,7 @@ class Loop:
             if not self._save_if_due(agreed, is_evaluated=is_evaluated, is_over=is_over):
                 return Outcome.SUPERSEDED
             if agreed.stop and not is_over:
-                self._log.event("stop", step=self.step)
+                self._log.write(events.StopEvent(step=self.step))
                 self.checkpointer.flush()
                 return Outcome.STOPPED
         return self._finish()
@@ -135,14 +136,16 @@ class Loop:
         return agreed
 
     def _requests(self) -> StepRequests:
-        """What this rank wants to happen after the step that has begun; of saves rank 0 decides."""
-        save = PlannedSave.NO
-        if self.world.rank == 0 and (reason := self.control.save_requested()):
-            self._log.event("save-requested", step=self.step + 1, reason=reason)
-            save = PlannedSave.URGENT
-        elif self.world.rank == 0 and self._save_timer.is_due():
-            save = PlannedSave.DUE
+        """What this rank wants to happen after the step that has begun."""
+        save = self._requested_save() if self.world.rank == 0 else PlannedSave.NO
         return StepRequests(self.control.stop_requested(), save, self.checkpointer.has_failed_or_superseded)
+
+    def _requested_save(self) -> PlannedSave:
+        """Rank 0: whether a save is requested from outside, or due by time."""
+        if reason := self.control.save_requested():
+            self._log.write(events.SaveRequestedEvent(step=self.step + 1, reason=reason))
+            return PlannedSave.URGENT
+        return PlannedSave.DUE if self._save_timer.is_due() else PlannedSave.NO
 
     def _first_step_is_done(self) -> None:
         """Now that the optimizer has its state: takes the memory that saves will need."""
@@ -150,7 +153,7 @@ class Loop:
             self.checkpointer.reserve(self.model, self._train_step.optimizer)
         if self.world.rank == 0:
             self._save_timer.first_step_is_done()
-        self._log.event("under-way", step=self.step, marks=self.world.mark("first_step"))
+        self._log.write(events.UnderWayEvent(step=self.step, marks=self.world.mark("first_step")))
 
     def _is_over(self) -> bool:
         """Whether no step is left to do; the same on all ranks and after a resume."""
@@ -163,7 +166,7 @@ class Loop:
         assert stopping is not None
         best = patience(stopping, self.log_history)
         reason = f"{best.num_waited} evaluations without a better {stopping.metric}"
-        self._log.event("early-stop", step=self.step, reason=reason, best=best.best, best_step=best.best_step)
+        self._log.write(events.EarlyStopEvent(step=self.step, reason=reason, best=best.best, best_step=best.best_step))
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.train.eval_every
@@ -180,7 +183,7 @@ class Loop:
         found = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
         self.metrics |= found
         self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **found})
-        self._log.event("eval", step=self.step, **found, seconds=round(time.monotonic() - began, 4))
+        self._log.write(events.EvalEvent(step=self.step, scores=found, seconds=round(time.monotonic() - began, 4)))
 
     def _save_if_due(self, agreed: StepRequests, *, is_evaluated: bool, is_over: bool) -> bool:
         """False when superseded."""
@@ -253,7 +256,7 @@ class Loop:
             try:
                 published = self.checkpointer.finish(source, self.step)
             except DamagedError as error:
-                self._log.event("rejected", checkpoint=str(source), reasons=[error.message])
+                self._log.write(events.RejectedEvent(checkpoint=str(source), reasons=(error.message,)))
                 continue
             return Outcome.SUPERSEDED if published is None else Outcome.DONE
         raise NoCheckpointError(

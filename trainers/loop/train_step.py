@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
+from outlast.checkpointing.run_store.events import LeftOutEvent, NonFiniteEvent, StepSkippedEvent
 from outlast.trainers.config.train import Exactness, NonFinite
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
@@ -270,7 +271,7 @@ class TrainStep:
             group["lr"] = lr
         if not is_left_out and not apply_gradients(self.optimizer, self._scaler):  # the data moves on all the same
             norm = None
-            self._log.event("step-skipped", step=step + 1, reason="overflow", scale=self._scaler.get_scale())
+            self._log.write(StepSkippedEvent(step=step + 1, reason="overflow", scale=self._scaler.get_scale()))
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -285,11 +286,11 @@ class TrainStep:
         action = guard.action(step)
         guard.undo()
         message = guard.explain(step, losses, {micro: self._plan.samples(cut[micro]).tolist() for micro in losses})
-        self._log.event("non-finite", step=step, action=action.value, message=message)
+        self._log.write(NonFiniteEvent(step=step, action=action.value, message=message))
         if action is NonFinite.STOP:
             raise NonFiniteError.of(message, is_one_too_many=guard.mode is not NonFinite.STOP)
         if step not in guard.left_out:
-            self._log.durable_event("left-out", step=step, message=message)
+            self._log.write_durably(LeftOutEvent(step=step, message=message))
         if action is NonFinite.ROLL_BACK:
             raise RolledBack(f"{message}; going back to the newest checkpoint, to go on without this step")
         guard.left_out.append(step)

@@ -1,1 +1,1 @@
-"""Models: built, adapted, merged, named."""
+"""Models: building, adapters, merging, names of weights, export."""

@@ -1,9 +1,9 @@
-"""Model classes that the user brings: `model.class: package.module:Class`.
+"""The user's model classes: `model.class: package.module:Class`.
 
 A class like those of transformers (it has a `config_class`) is built from its configuration, or loaded by its own
 `from_pretrained`. Any other `nn.Module` is called with the settings under `model.config` as keyword arguments, and
-`config.json` holds just these: `Class(**json.load(open("config.json")))` builds it again. Either is called as the task
-calls a model of transformers, and answers with something that has `.logits`.
+`config.json` holds exactly these: `Class(**json.load(open("config.json")))` rebuilds it. The forward of either takes
+the arguments of a transformers model and returns an object with `.logits`.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from outlast.checkpointing.tools.export import CONFIG
 from outlast.trainers.user_code import describe_error, import_object
 
 
-def load_class(place: str) -> Any:
-    """The class that `package.module:Class` names.
+def load_class(path: str) -> Any:
+    """Import the class at `package.module:Class`.
 
     Raises:
-        ConfigError: It cannot be found, or it is no model.
+        ConfigError: The class cannot be imported, or is not a torch.nn.Module.
     """
-    found = import_object(place, "model.class")
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"model.class {place!r} is not a torch.nn.Module", hint="derive the class from it")
-    return found
+    model_class = import_object(path, "model.class")
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        raise ConfigError(f"model.class {path!r} is not a torch.nn.Module", hint="derive the class from it")
+    return model_class
 
 
 def is_like_transformers(model_class: Any) -> bool:
-    """Whether it has a configuration class and loads itself."""
+    """Check whether a class has a configuration class and a `from_pretrained`."""
     return getattr(model_class, "config_class", None) is not None and hasattr(model_class, "from_pretrained")
 
 
 def build_plain(
     model_class: Any, given: Mapping[str, Any], special: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, bytes]]:
-    """A module that knows nothing of transformers, and the `config.json` that builds it again.
+    """Build a plain `nn.Module`. Returns it, and the `config.json` that rebuilds it.
 
     Args:
         model_class: The class.
-        given: What the user set, as keyword arguments.
+        given: The settings under `model.config`, passed as keyword arguments.
         special: Vocabulary size and special tokens; those that are parameters of the class are passed.
 
     Raises:
-        ConfigError: The class wants other arguments.
+        ConfigError: The constructor failed, such as for wrong arguments.
     """
-    wanted = inspect.signature(model_class).parameters
-    arguments = {**{key: value for key, value in special.items() if key in wanted}, **given}
+    parameters = inspect.signature(model_class).parameters
+    arguments = {**{key: value for key, value in special.items() if key in parameters}, **given}
     try:
         model = model_class(**arguments)
     except Exception as error:
@@ -68,15 +68,15 @@ def build_plain(
 
 
 def load_plain(model_class: Any, folder: Path) -> nn.Module:
-    """The module that a directory holds, built again as its `config.json` says.
+    """Load the plain `nn.Module` of a directory: built from its `config.json`, with its weights.
 
     Raises:
-        ConfigError: The class wants other arguments, or has other weights than it had.
+        ConfigError: The constructor failed, or the class has other weights than the file.
     """
     model, _ = build_plain(model_class, json.loads((folder / CONFIG).read_bytes()), {})
-    found = load_file(folder / WEIGHTS)
-    check_weights(model, {name: TensorSpec.of(tensor) for name, tensor in found.items()})
+    weights = load_file(folder / WEIGHTS)
+    check_weights(model, {name: TensorSpec.of(tensor) for name, tensor in weights.items()})
     with torch.no_grad():
         for name, tensor in named_weights(model).items():
-            tensor.copy_(found[name])
+            tensor.copy_(weights[name])
     return model

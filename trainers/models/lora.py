@@ -1,9 +1,9 @@
-"""Adapters of peft in the layout of peft: the adapter's weights and configuration, nothing of the model beneath.
+"""Adapters of peft in peft's layout: the adapter's weights and configuration, nothing of the base model.
 
     checkpointer = Checkpointer(storage, "run", naming=adapter_naming(model), files=adapter_files(model))
 
-Every checkpoint is then what `PeftModel.from_pretrained(base, checkpoint)` loads. The model beneath is in no
-checkpoint, so it must be the same each time: its digest says so.
+`PeftModel.from_pretrained(base, checkpoint)` loads every such checkpoint. No checkpoint holds the base model, so it
+must be the same at each start: its digest is compared.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from outlast.trainers.config.model import LoraSettings
 
 CONFIG = "adapter_config.json"
 
-
-#: What peft calls the tasks for which it has more than the plain wrapper.
+#: Task types of peft that have a wrapper of their own, by Auto class.
 _TASKS = {
     "AutoModelForCausalLM": "CAUSAL_LM",
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
@@ -33,11 +32,11 @@ _TASKS = {
     "AutoModelForTokenClassification": "TOKEN_CLS",
     "AutoModelForQuestionAnswering": "QUESTION_ANS",
 }
-_WRITING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_GENERATIVE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def need_peft() -> Any:
-    """The library. Raises ConfigError where it is not installed."""
+    """Import peft. Raises ConfigError if it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -46,22 +45,22 @@ def need_peft() -> Any:
 
 
 def attach_lora(model: Any, settings: LoraSettings, auto_class: str, new: Collection[str] = ()) -> Any:
-    """The model with an adapter, which alone is trained; its weights follow from torch's seed.
+    """Attach a LoRA adapter, the only part that is trained. Torch's seed determines its weights.
 
     Args:
         model: A pretrained model.
-        settings: Which adapter.
-        auto_class: Name of the Auto class that the task asks for.
-        new: Names of weights that the pretrained files do not hold, such as those of a new head: trained and saved.
+        settings: The settings under `model.lora`.
+        auto_class: Name of the task's Auto class.
+        new: Names of weights that the pretrained files lack, such as those of a new head: trained and saved too.
 
     Raises:
-        ConfigError: peft is missing, or it finds no such modules.
+        ConfigError: peft is not installed, or the model has no such modules, or it has state besides its weights.
     """
     peft, carried = need_peft(), carried_state(model)
     modules = sorted({name.rpartition(".")[0] for name in new})
     targets, wrapper = settings.target_modules, _TASKS.get(auto_class)
-    if wrapper in _WRITING and not hasattr(model, "prepare_inputs_for_generation"):
-        wrapper = None  # peft's own would ask the model to write
+    if wrapper in _GENERATIVE and not hasattr(model, "prepare_inputs_for_generation"):
+        wrapper = None  # peft's wrapper requires a model that can generate
     try:
         config = peft.LoraConfig(
             task_type=wrapper,
@@ -80,20 +79,20 @@ def attach_lora(model: Any, settings: LoraSettings, auto_class: str, new: Collec
         ) from error
     if carried:
         raise ConfigError(
-            f"{type(model).__name__} has state besides its weights ({carried[0]}), which an adapter's checkpoints "
-            "would not hold",
-            hint="train the whole model: leave model.lora out",
+            f"{type(model).__name__} has state besides its weights ({carried[0]}), which checkpoints of an adapter "
+            "do not hold",
+            hint="train all weights: leave model.lora out",
         )
     return adapted
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether this is a model of peft, wrapped or not."""
+    """Check whether this is a peft model, wrapped by DDP or not."""
     return hasattr(unwrap(model), "peft_config") and hasattr(unwrap(model), "get_base_model")
 
 
 def base_digest(model: Any) -> str:
-    """The digest of the model beneath an adapter, of all that is not trained: equal weights, equal digest."""
+    """Digest the base model of an adapter, all that is not trained: equal weights, equal digest."""
     inner: Any = unwrap(model)
     trained = adapter_naming(inner).names or {}
     digest = xxhash.xxh3_128()
@@ -105,12 +104,10 @@ def base_digest(model: Any) -> str:
 
 
 def adapter_naming(model: Any) -> WeightNaming:
-    """Which of a peft model's weights are its adapter, and what peft calls them in a file.
-
-    To be asked before the model is sharded.
+    """Return which weights of a peft model belong to its adapter, and their names in a file. Call it before sharding.
 
     Raises:
-        ConfigError: It has several adapters, and a checkpoint holds one.
+        ConfigError: The model has several adapters; a checkpoint holds one.
     """
     from peft import get_peft_model_state_dict
 
@@ -126,7 +123,7 @@ def adapter_naming(model: Any) -> WeightNaming:
 
 
 def adapter_files(model: Any) -> dict[str, bytes]:
-    """The adapter's configuration as peft writes it, by file name, the names in it sorted."""
+    """Return the adapter's configuration file as peft writes it, by file name, with sorted module names."""
     inner: Any = unwrap(model)
     with tempfile.TemporaryDirectory() as folder:
         inner.peft_config["default"].save_pretrained(folder)

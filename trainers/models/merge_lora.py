@@ -1,4 +1,4 @@
-"""An adapter and the model beneath it, made one: what `checkpoints export --merge` writes. peft does the adding."""
+"""Adapters loaded with their base model, or merged into it, by peft. The base model must match the run's digest."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from outlast.trainers.tasks.registry import find_task
 def load_adapted(
     folder: Path, declaration: Mapping[str, Any], base: str | None = None, *, trusted: bool = False
 ) -> Any:
-    """The model of peft that an adapter's checkpoint makes of the model beneath, whose weights are proven by digest.
+    """Load the peft model of an adapter's checkpoint; the base model's digest is verified.
 
     Args:
-        folder: The checkpoint's files.
-        declaration: What the run declared: its task, and the digest of the model beneath.
-        base: Where the model beneath lies; by default where it lay in training.
-        trusted: Whether code that lies among the files may run.
+        folder: Directory of the checkpoint's files.
+        declaration: The run's declaration: its task, and the digest of the base model.
+        base: Directory or hub id of the base model; by default that of training.
+        trusted: Whether code among the files may run.
 
     Raises:
-        ConfigError: The model beneath is not there or is another one.
+        ConfigError: The base model does not exist or has other weights.
     """
     peft, settings = need_peft(), declaration["mathematics"]["model"]
-    place = base or json.loads((folder / CONFIG).read_bytes())["base_model_name_or_path"]
-    model = load_saved(folder, find_task(settings["task"]), settings.get("class_"), base=place, trusted=trusted)
+    base = base or str(json.loads((folder / CONFIG).read_bytes())["base_model_name_or_path"])
+    model = load_saved(folder, find_task(settings["task"]), settings.get("class_"), base=base, trusted=trusted)
     adapted = peft.PeftModel.from_pretrained(model, folder)
-    adapted.peft_config["default"].base_model_name_or_path = str(place)  # peft looks there again
+    adapted.peft_config["default"].base_model_name_or_path = base  # peft reads the base model's configuration there
     if base_digest(adapted) != declaration["base"]:
         raise ConfigError(
-            f"{place} does not hold the weights that the adapter was trained on", hint="name the right one with --base"
+            f"{base} does not have the weights that the adapter was trained on", hint="name the right one with --base"
         )
     return adapted
 
@@ -48,17 +48,17 @@ def load_adapted(
 def merge(
     content: Content, declaration: Mapping[str, Any] | None, base: str | None = None, *, trusted: bool = False
 ) -> Content:
-    """The whole model of an adapter's checkpoint, as plain Hugging Face files. The arguments are `load_adapted`'s.
+    """Merge an adapter's checkpoint and its base model to plain Hugging Face files. Arguments as in `load_adapted`.
 
     Raises:
-        ConfigError: It is no adapter's checkpoint, or the model beneath is not there or is another one.
+        ConfigError: This is not an adapter's checkpoint, or the base model does not exist or has other weights.
     """
     if content.weights_name != ADAPTER_WEIGHTS or declaration is None:
-        raise ConfigError("--merge is for checkpoints of adapters, and this is not one", hint="leave --merge out")
+        raise ConfigError("--merge is for checkpoints of adapters; this is not one", hint="leave --merge out")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         export_directory(content, folder)
-        whole = load_adapted(folder, declaration, base, trusted=trusted).merge_and_unload()
-    weights = {name: tensor.contiguous() for name, tensor in named_weights(whole, file_naming(whole)).items()}
+        merged = load_adapted(folder, declaration, base, trusted=trusted).merge_and_unload()
+    weights = {name: tensor.contiguous() for name, tensor in named_weights(merged, file_naming(merged)).items()}
     files = {name: data for name, data in content.files.items() if name != CONFIG}
     return replace(content, weights=weights, files=files, weights_name=WEIGHTS)

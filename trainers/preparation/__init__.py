@@ -1,1 +1,1 @@
-"""Preparation of data: encoded once, cached on each node."""
+"""Preparation of data: rows encoded to samples once, and cached on each machine."""

@@ -1,7 +1,7 @@
-"""From the rows of a split to encoded samples, here or elsewhere: the same ones, in the same order, whoever does it.
+"""Encoding of a split's rows to samples, in this process or on a cluster: the same samples in the same order.
 
-What is done elsewhere is told in plain values (`Split`), and comes back in pieces (`Encoded`) that say which rows
-cannot be used, so that whoever puts the pieces together refuses what one process would have refused.
+A remote encoder gets plain values (`Split`) and returns pieces (`Encoded`) that list unusable rows, so that the process
+that collects the pieces raises the same errors as if it had encoded the rows itself.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from outlast.trainers.tasks.base import Record, Task
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Whose rows are read, and how.
+    """A split of the data, and the columns to read.
 
     Attributes:
         config: The run's settings.
         name: `train` or `eval`.
-        chosen: What is read of a row.
+        chosen: The columns to read.
     """
 
     config: TrainingConfig
@@ -36,30 +36,30 @@ class Split:
 
     @property
     def is_share(self) -> bool:
-        """Whether the number of a row, from the first file on, decides if it is in the split."""
+        """Whether splits share the same files, and a row's number, counted from the first file, selects its split."""
         return self.config.data.eval_share is not None
 
     def sources(self) -> list[Source]:
-        """The files, in order. Raises as `find_sources`."""
+        """Return the split's files, in order. Raises as `find_sources`."""
         data = self.config.data
         return find_sources(data.eval or [] if self.name == "eval" and not self.is_share else data.train)
 
     def rows(self, sources: Sequence[Source], first: int = 0) -> Iterator[Row]:
-        """The split's rows in some of its files, the first of which has the number `first`. Raises as `read_files`."""
-        border = int((self.config.data.eval_share or 0.0) * 2**64)
+        """Read the split's rows from these files; their first row has the number `first`. Raises as `read_files`."""
+        threshold = int((self.config.data.eval_share or 0.0) * 2**64)
         for number, row in enumerate(read_files(sources, self.chosen.names), first):
-            if not self.is_share or (mix(self.config.seed, number) < border) is (self.name == "eval"):
+            if not self.is_share or (mix(self.config.seed, number) < threshold) is (self.name == "eval"):
                 yield row
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What became of some rows.
+    """Result of encoding a batch of rows.
 
     Attributes:
-        num_rows: How many they were.
-        faults: Those that cannot be used, by their place among them: where they are and why.
-        samples: Of the others, in order.
+        num_rows: Number of rows.
+        faults: Location and fault of each unusable row, by its index in the batch.
+        samples: Samples of the other rows, in order.
     """
 
     num_rows: int
@@ -67,16 +67,16 @@ class Encoded:
     samples: Sequence[Sample]
 
 
-#: A piece of a split; or why there is no more of it, in the place where it ends.
+#: A piece of a split; or, as the last piece, the error that ended it.
 Piece = Encoded | OutlastError
-#: Encodes a split, in pieces, in order.
+#: Encodes a split in pieces, in order.
 Encoder = Callable[[Task, Split], Generator[Piece, None, None]]
-#: Where it is done: what it needs is there for as long as the context lasts.
+#: Context of an encoder: its resources exist while the context is open.
 EncoderContext = Callable[[], AbstractContextManager[Encoder]]
 
 
 def with_error(rows: Iterator[Row]) -> Iterator[Row | OutlastError]:
-    """The rows, and at their end why they end there if something is wrong."""
+    """Iterate over rows; an error while reading them becomes the last item."""
     try:
         yield from rows
     except OutlastError as error:
@@ -84,15 +84,15 @@ def with_error(rows: Iterator[Row]) -> Iterator[Row | OutlastError]:
 
 
 def encode_rows(task: Task, chosen: ColumnMapping, rows: Sequence[Row | OutlastError]) -> list[Piece]:
-    """Judges rows up to an error, and encodes those that can be used."""
+    """Check the rows up to the first error, and encode the usable ones."""
     faults, records = dict[int, str](), list[Record]()
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if isinstance(row, OutlastError):
-            return [*encode_rows(task, chosen, rows[:place]), row]
+            return [*encode_rows(task, chosen, rows[:index]), row]
         fault = row.fault or chosen.fault(row.values)
         record = {} if fault else chosen.record(row.values)
         if fault := fault or task.fault(record):
-            faults[place] = f"{row.where}: {fault}"
+            faults[index] = f"{row.where}: {fault}"
         else:
             records.append(record)
     try:
@@ -102,23 +102,23 @@ def encode_rows(task: Task, chosen: ColumnMapping, rows: Sequence[Row | OutlastE
 
 
 def encode_here(task: Task, split: Split) -> Generator[Piece, None, None]:
-    """Encodes a split in this process."""
+    """Encode a split in this process."""
     for rows in in_batches(with_error(split.rows(split.sources())), ROWS_PER_BATCH):
         yield from encode_rows(task, split.chosen, rows)
 
 
 @contextmanager
 def local_encoder() -> Iterator[Encoder]:
-    """The place that is always there."""
+    """Context of the encoder in this process."""
     yield encode_here
 
 
 def usable_pieces(pieces: Iterator[Piece], bad: BadRows) -> Iterator[Encoded]:
-    """The pieces, as long as not too many rows cannot be used.
+    """Iterate over the encoded pieces while counting unusable rows in `bad`.
 
     Raises:
-        ConfigError: There are too many.
-        OutlastError: What went wrong, where it did.
+        ConfigError: There are more unusable rows than `bad.limit`.
+        OutlastError: A piece is an error.
     """
     for piece in pieces:
         if isinstance(piece, OutlastError):

@@ -1,7 +1,7 @@
-"""This machine's copies of prepared data that lies in an object store: made once for all its workers, and bounded.
+"""Local cache of prepared data from an object store: one copy per machine for all its workers, of bounded size.
 
-A copy is used by name and verified, so any of them may go at any time; one that is mapped stays readable until its
-readers have ended. Those that were not used for longest go first.
+Copies are verified at each use, so any of them may be deleted at any time; a mapped one stays readable until its
+readers end. The least recently used are evicted first.
 """
 
 from __future__ import annotations
@@ -21,44 +21,45 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.local import LocalStorage
 
 DEFAULT_LIMIT = "50"
-#: One that was used so lately may be about to be mapped.
+#: A copy used within this time may be about to be mapped.
 _FRESH_S = 600.0
 
 
 def cache_dir() -> Path:
-    """Where the copies lie: `$OUTLAST_CACHE`, or `~/.cache/outlast`."""
+    """Return the directory of the copies, in `$OUTLAST_CACHE` or `~/.cache/outlast`."""
     return Path(os.environ.get("OUTLAST_CACHE", "~/.cache/outlast")).expanduser() / "data"
 
 
 def limit_bytes() -> int:
-    """How much all copies together may take: `$OUTLAST_CACHE_GB`, or 50 GB.
+    """Return the limit of all copies together in bytes: `$OUTLAST_CACHE_GB`, or 50 GB.
 
     Raises:
-        ConfigError: That is no number.
+        ConfigError: The variable is not a number.
     """
-    said = os.environ.get("OUTLAST_CACHE_GB", DEFAULT_LIMIT)
+    limit = os.environ.get("OUTLAST_CACHE_GB", DEFAULT_LIMIT)
     try:
-        return int(float(said) * 10**9)
+        return int(float(limit) * 10**9)
     except ValueError:
-        raise ConfigError(f"OUTLAST_CACHE_GB is {said!r}, which is no number", hint="set it to gigabytes") from None
+        hint = "set it to a number of gigabytes, such as 50"
+        raise ConfigError(f"OUTLAST_CACHE_GB is {limit!r}, not a number", hint=hint) from None
 
 
 def local_copy(storage: Storage, directory: str, fingerprint: str, entry: FileEntry) -> Path:
-    """Where this machine has a whole copy of a file of prepared data; it is fetched if there is none.
+    """Return the path of this machine's verified copy of a file of prepared data; it is fetched if there is none.
 
     Args:
-        storage: Where the data lies.
-        directory: Its directory there.
-        fingerprint: Names it.
+        storage: Storage of the data.
+        directory: Directory of the data there.
+        fingerprint: Fingerprint of the data.
         entry: The file.
 
     Raises:
-        DamagedError: The file in the storage is not what was prepared.
-        StorageError: It could not be read, or the copy not written.
+        DamagedError: The file in the storage was damaged after preparation.
+        StorageError: The file cannot be read, or the copy cannot be written.
     """
     root = cache_dir()
     cache, path, lock = LocalStorage(root), f"{fingerprint}/{entry.path}", root / f"{fingerprint}.lock"
-    with _locked(lock, fcntl.LOCK_SH):  # the workers of a machine verify side by side
+    with _locked(lock, fcntl.LOCK_SH):  # the workers of a machine verify concurrently
         if _is_whole(root, fingerprint, entry):
             return cache.path(path)
     with _locked(lock, fcntl.LOCK_EX):  # one of them fetches, the others wait for it
@@ -69,7 +70,7 @@ def local_copy(storage: Storage, directory: str, fingerprint: str, entry: FileEn
 
 
 def _is_whole(root: Path, fingerprint: str, entry: FileEntry) -> bool:
-    """Whether the copy is what was prepared. From now on it counts as just used."""
+    """Check that the copy is undamaged, and mark it as used now."""
     try:
         os.utime(root / fingerprint)
         for _ in verified_chunks(LocalStorage(root), fingerprint, entry):
@@ -80,7 +81,7 @@ def _is_whole(root: Path, fingerprint: str, entry: FileEntry) -> bool:
 
 
 def verified_chunks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[bytes]:
-    """The file's bytes. Raises DamagedError after the last of them if they are not what was written."""
+    """Read the file's bytes. Raises DamagedError after the last chunk if the digest does not match."""
     digester = Digester()
     with storage.open(f"{directory}/{entry.path}") as file:
         for chunk in iter(partial(file.read, BLOCK_BYTES), b""):
@@ -91,34 +92,34 @@ def verified_chunks(storage: Storage, directory: str, entry: FileEntry) -> Itera
 
 
 def evict(root: Path, limit: int, *, spared: str) -> None:
-    """Removes what was not used for longest, until the rest takes `limit` bytes or everything left is in use.
+    """Remove the least recently used copies, until the rest takes `limit` bytes or all of it is in use.
 
     Args:
         root: The cache.
-        limit: Bytes that may stay.
-        spared: The directory that must stay.
+        limit: Bytes that may remain.
+        spared: Name of a directory that must not be removed.
     """
     with _locked(root / "evict.lock", fcntl.LOCK_EX):
-        found: list[tuple[float, Path, int]] = []
+        copies: list[tuple[float, Path, int]] = []
         for path in root.iterdir():
-            with suppress(OSError):  # it is being written
+            with suppress(OSError):  # another process is writing it
                 if path.is_dir():
                     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                    found.append((path.stat().st_mtime, path, size))
-        left = sum(size for _, _, size in found)
-        for used_at, path, size in sorted(found):
-            if left <= limit or time.time() - used_at < _FRESH_S:
+                    copies.append((path.stat().st_mtime, path, size))
+        num_bytes = sum(size for _, _, size in copies)
+        for used_at, path, size in sorted(copies):
+            if num_bytes <= limit or time.time() - used_at < _FRESH_S:
                 return
             if path.name != spared:
                 shutil.rmtree(path, ignore_errors=True)
-                left -= size
+                num_bytes -= size
 
 
 @contextmanager
-def _locked(lock: Path, how: int) -> Iterator[None]:
-    """Holds a lock of this machine, alone or beside other readers; it goes with its process."""
+def _locked(lock: Path, mode: int) -> Iterator[None]:
+    """Hold a file lock of this machine, exclusive or shared; the kernel releases it when the process ends."""
     with suppress(FileExistsError):
         lock.parent.mkdir(parents=True)
     with lock.open("w") as file:
-        fcntl.flock(file, how)
+        fcntl.flock(file, mode)
         yield

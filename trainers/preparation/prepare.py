@@ -1,9 +1,9 @@
-"""From raw rows to Arrow files of samples, once.
+"""Preparation of data: raw rows to Arrow files of samples, once for all attempts and runs with the same data.
 
-Prepared data lies under `<storage>/.data/<fingerprint>/`, its own manifest written last, so that a crash leaves nothing
-that counts and two preparers at once are harmless: both write the same bytes. Once the manifest is there, no upload
-below it is needed, and whoever sees it aborts those that are unfinished: their writers are dead, or will find the data
-made. The fingerprint covers the bytes of the sources and every setting that changes what comes out.
+Prepared data is stored under `<storage>/.data/<fingerprint>/`. Its manifest is written last, so a crash leaves no
+invalid data, and concurrent preparers are harmless: both write the same bytes. Once the manifest exists, unfinished
+uploads below it are aborted: their writers are dead, or will find the prepared data. The fingerprint must cover the
+bytes of the sources and every setting that changes the samples.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from outlast.trainers.config.data import DataSettings, PrepareMode
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
-from outlast.trainers.data.readers import BadRows, usable
+from outlast.trainers.data.readers import BadRows, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_sources
-from outlast.trainers.data.tokenizer import Tokenizer, files_of, load_tokenizer, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_bpe
 from outlast.trainers.preparation.encode import EncoderContext, Piece, Split, local_encoder, usable_pieces
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
 from outlast.trainers.tasks.base import Record, Task
@@ -46,21 +46,21 @@ _DATA_MANIFEST = "data.json"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What preparation made.
+    """Prepared data of a run.
 
     Attributes:
-        fingerprint: Names it.
-        directory: Where it lies, relative to the storage root.
+        fingerprint: Identifies sources and settings.
+        directory: Directory of its files, relative to the storage root.
         num_samples: Training samples.
         num_eval_samples: Evaluation samples.
         num_rows: Rows used, by split.
-        num_bad_rows: Rows left out because they could not be used.
-        num_tokens: Tokens made, end tokens included, by split.
-        num_dropped_tokens: Tokens in the last, short piece of each packed split.
-        facts: What the task found in the training rows, such as the names of the classes.
-        notes: What was guessed or left out, to be told.
-        files: Every file with its digests.
-        longest: Tokens of the longest sample (or choice of one), by split; earlier releases did not tell.
+        num_bad_rows: Unusable rows that were skipped.
+        num_tokens: Tokens encoded, end tokens included, by split.
+        num_dropped_tokens: Tokens in the last, incomplete sample of each packed split.
+        facts: The task's facts about the training rows, such as the names of the classes.
+        notes: Guesses and skipped rows to report to the user.
+        files: All files with their digests.
+        longest: Tokens of the longest sample (or choice), by split; empty in data of earlier releases.
     """
 
     fingerprint: str
@@ -77,7 +77,7 @@ class Prepared:
     longest: Mapping[str, int] = field(default_factory=dict)
 
     def tokenizer(self, storage: Storage) -> Tokenizer:
-        """The run's tokenizer, as it was when the data was made."""
+        """Load the run's tokenizer as it was when the data was prepared."""
         prefix = "tokenizer/"
         names = [entry.path for entry in self.files if entry.path.startswith(prefix)]
         with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ class Prepared:
             return load_tokenizer(folder)
 
     def split(self, storage: Storage, name: str) -> Samples:
-        """The samples of `train` or `eval`; from a copy on this machine when the storage is not a file system."""
+        """Open the samples of `train` or `eval`; from a local copy when the storage is not a file system."""
         file = f"{name}.arrow"
         if isinstance(storage, LocalStorage):
             return Samples(storage.path(f"{self.directory}/{file}"))
@@ -95,15 +95,15 @@ class Prepared:
 
 
 def prepare(config: TrainingConfig, storage: Storage, cluster: EncoderContext | None = None) -> Prepared:
-    """The prepared data of a run: found if it was made before, verified; made now if not.
+    """Return the prepared data of a run: the existing one after verification, or else prepare it.
 
     Args:
         config: The run's settings.
-        storage: Where it lies.
-        cluster: Where rows are encoded when `data.prepare` says so; without it, here.
+        storage: Storage of the prepared data.
+        cluster: Remote encoder for `data.prepare: cluster` (or auto); without it, rows are encoded in this process.
 
     Raises:
-        ConfigError: A file or column is missing, a row is not text, or there is less text than one sample.
+        ConfigError: A file or column is missing, too many rows are unusable, or there is less text than one sample.
         StorageError: Reading or writing failed.
     """
     fingerprint = _fingerprint(config)
@@ -115,17 +115,17 @@ def prepare(config: TrainingConfig, storage: Storage, cluster: EncoderContext | 
             prepared = _make(
                 config, storage, fingerprint, directory, cluster if cluster and is_large else local_encoder
             )
-        except StorageError:  # perhaps because somebody else has made it meanwhile, and aborted what was uploaded here
+        except StorageError:  # another preparer may have finished first, and aborted the uploads of this one
             prepared = _find(config, storage, directory)
             if prepared is None:
                 raise
-    with suppress(StorageError):  # what is left there costs money and nothing else
+    with suppress(StorageError):  # leftover uploads cost storage and nothing else
         abort_uploads(storage, directory)
     return prepared
 
 
 def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared | None:
-    """What was made before, verified; None if it is not there, not whole, or made of fewer rows than it may be."""
+    """Return existing prepared data; None if there is none, it is damaged, or more rows were skipped than allowed."""
     try:
         prepared = _from_json(json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
         _verify(storage, prepared)
@@ -135,7 +135,7 @@ def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared 
 
 
 def _is_large(settings: DataSettings) -> bool:
-    """Whether the cluster is to encode the rows."""
+    """Decide whether the cluster encodes the rows."""
     if settings.prepare is not PrepareMode.AUTO:
         return settings.prepare is PrepareMode.CLUSTER
     return sum(source.num_bytes for source in find_sources(list(settings.places.values()))) >= LARGE_BYTES
@@ -168,14 +168,14 @@ def _fingerprint(config: TrainingConfig) -> str:
             if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
                 digest.update(f"{file.name}{_digest_file(file)}".encode())
         tokenizer = {"files": "digested"}
-    kind = find_task(config.model.task)
+    task = find_task(config.model.task)
     settings = {
         "format": FORMAT,
         "tokenizer": tokenizer,
-        "task": [config.model.task, kind.version],
-        "columns": {column.role: name_of(config.data, column.role) for column in kind.columns},
-        # 0: earlier releases had the limit here, though it does not change what comes out
-        "options": {"max_bad_rows": 0, **{name: getattr(config.data, name) for name in ("options", *kind.options)}},
+        "task": [config.model.task, task.version],
+        "columns": {column.role: name_of(config.data, column.role) for column in task.columns},
+        # 0: earlier releases included the limit, although it does not change the samples
+        "options": {"max_bad_rows": 0, **{name: getattr(config.data, name) for name in ("options", *task.options)}},
         "max_length": config.data.max_length,
         "eval": config.data.eval_share,
         "seed": config.seed if config.data.eval_share else 0,
@@ -193,41 +193,43 @@ def _digest_file(path: Path) -> str:
 
 
 def _make(
-    config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, place: EncoderContext
+    config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, encoder: EncoderContext
 ) -> Prepared:
-    kind, settings = find_task(config.model.task), config.data
-    chosen = choose_columns(kind.columns, settings)
-    facts = kind.survey(settings, _records(config, chosen))
-    tokenizer = _tokenizer(config, kind, chosen)
-    task = kind(settings, tokenizer, facts)
-    files = [write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in files_of(tokenizer).items()]
-    bad, num_rows, written = BadRows(settings.max_bad_rows), dict[str, int](), {}
-    with tempfile.TemporaryDirectory() as folder, place() as encode:
+    task_class, settings = find_task(config.model.task), config.data
+    chosen = choose_columns(task_class.columns, settings)
+    facts = task_class.survey(settings, _records(config, chosen))
+    tokenizer = _tokenizer(config, task_class, chosen)
+    task = task_class(settings, tokenizer, facts)
+    files = [
+        write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in tokenizer_files(tokenizer).items()
+    ]
+    bad, num_rows, stats = BadRows(settings.max_bad_rows), dict[str, int](), {}
+    with tempfile.TemporaryDirectory() as folder, encoder() as encode:
         for name in ["train", "eval"] if settings.eval else ["train"]:
             path = Path(folder) / f"{name}.arrow"
             split = Split(config, name, chosen)
             with closing(encode(task, split)) as pieces:
-                written[name] = _write(task, _samples(pieces, bad, name, num_rows), split, path)
+                stats[name] = _write(task, _samples(pieces, bad, name, num_rows), split, path)
             with path.open("rb") as file:
                 chunks = iter(partial(file.read, BLOCK_BYTES), b"")
                 files.append(write_file(storage, directory, f"{name}.arrow", chunks))
-    notes = [f"rows that cannot be used and are left out: {bad.count}, the first: {'; '.join(bad.first)}"]
+    notes = [f"skipped {bad.count} unusable rows, the first: {'; '.join(bad.first)}"]
     prepared = Prepared(
         fingerprint=fingerprint,
         directory=directory,
-        num_samples=written["train"].num_samples,
-        num_eval_samples=written["eval"].num_samples if "eval" in written else 0,
+        num_samples=stats["train"].num_samples,
+        num_eval_samples=stats["eval"].num_samples if "eval" in stats else 0,
         num_rows=num_rows,
         num_bad_rows=bad.count,
-        num_tokens={name: item.num_tokens for name, item in written.items()},
-        num_dropped_tokens={name: item.num_dropped_tokens for name, item in written.items()},
+        num_tokens={name: item.num_tokens for name, item in stats.items()},
+        num_dropped_tokens={name: item.num_dropped_tokens for name, item in stats.items()},
         facts=facts,
         notes=(*chosen.notes, *facts.get("notes", ()), *(notes if bad.count else ())),
         files=tuple(files),
-        longest={name: item.longest for name, item in written.items()},
+        longest={name: item.longest for name, item in stats.items()},
     )
     if _fingerprint(config) != fingerprint:
-        hint = "run the same command again when nothing writes to them"
+        hint = "run the same command again when no process writes to them"
         raise ConfigError("the data files changed while they were read", hint=hint)
     body = asdict(prepared)
     storage.put(f"{directory}/{_DATA_MANIFEST}", [json.dumps({**body, "digest": _digest(body)}, indent=1).encode()])
@@ -235,9 +237,9 @@ def _make(
 
 
 def _records(config: TrainingConfig, chosen: ColumnMapping) -> Iterator[Record]:
-    """The training rows whose columns hold what they should. Raises ConfigError when there are too many others."""
+    """Read the training rows whose columns have the right types. Raises ConfigError for too many other rows."""
     split = Split(config, "train", chosen)
-    for row in usable(split.rows(split.sources()), BadRows(config.data.max_bad_rows), chosen.fault):
+    for row in usable_rows(split.rows(split.sources()), BadRows(config.data.max_bad_rows), chosen.fault):
         yield chosen.record(row.values)
 
 
@@ -250,20 +252,20 @@ def _samples(pieces: Iterator[Piece], bad: BadRows, name: str, num_rows: dict[st
 
 def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> DatasetStats:
     settings = split.config.data
-    written = write_packed(samples, settings.max_length, path) if task.packs else write_samples(samples, path)
-    if not written.num_samples:
+    stats = write_packed(samples, settings.max_length, path) if task.packs else write_samples(samples, path)
+    if not stats.num_samples:
         source = settings.eval if split.name == "eval" and not split.is_share else settings.train
         raise ConfigError(
-            f"{source}: the {split.name} split has {written.num_tokens:,} tokens, less than one sample "
+            f"{source}: the {split.name} split has {stats.num_tokens:,} tokens, less than one sample "
             f"(data.max_length {settings.max_length})",
-            hint="give more text, or a smaller data.max_length",
+            hint="provide more text, or set a smaller data.max_length",
         )
-    return written
+    return stats
 
 
-def _tokenizer(config: TrainingConfig, kind: type[Task], chosen: ColumnMapping) -> Tokenizer:
-    wanted = config.model.tokenizer
-    if wanted is not None and wanted.train_bpe is not None:
+def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping) -> Tokenizer:
+    settings = config.model.tokenizer
+    if settings is not None and settings.train_bpe is not None:
         texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))
-        return train_bpe(texts, wanted.train_bpe, kind.special_tokens, kind.template)
-    return load_tokenizer(wanted.path if wanted and wanted.path else str(config.model.path))
+        return train_bpe(texts, settings.train_bpe, task.special_tokens, task.template)
+    return load_tokenizer(settings.path if settings and settings.path else str(config.model.path))

@@ -1,1 +1,1 @@
-"""Tasks: what is encoded, the loss, and the scores."""
+"""Tasks: how rows are encoded, the loss, the scores and the predictions."""

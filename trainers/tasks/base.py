@@ -1,7 +1,7 @@
-"""Tasks: from a row to samples, from samples to a batch, and from logits to `(loss_sum, count)` and scores.
+"""Base class of tasks: rows to samples, samples to a batch, logits to `(loss_sum, count)` and scores.
 
-The model's own `outputs.loss` is not used: most heads average over the micro-batch, and an average of averages is not
-the average over the global batch when counts differ.
+A task never uses the model's own `outputs.loss`: most heads average over the micro-batch, and an average of averages is
+not the average over the global batch when counts differ.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from outlast.trainers.config.data import DataSettings
     from outlast.trainers.data.tokenizer import Tokenizer
 
-#: A row of the data by role, such as {"text": "…", "label": 3}.
+#: A row of the data, keyed by role, such as {"text": "…", "label": 3}.
 Record = Mapping[str, Any]
-#: Tensors on the host, the first dimension counting samples.
+#: Tensors on the host; the first dimension is the sample.
 Batch = dict[str, torch.Tensor]
-#: Sums over samples. Those of whole numbers are exact in any order; floating-point ones are added in a fixed order.
+#: Sums over samples. Integer sums are exact in any order; floating-point sums are added in a fixed order.
 Sums = dict[str, torch.Tensor]
 
 IGNORED = -100
@@ -35,33 +35,33 @@ PREDICT_BATCH = 16
 
 
 class Task:
-    """What the model learns to do. Derive from it for a task of your own, and name that as `package.module:Class`.
+    """Base class of tasks. Derive a task of your own from it and set `model.task: package.module:Class`.
 
-    The least that a task says: `auto_class`, `columns`, `encode`, `count`, `loss`, and `decode` for `outlast try`.
+    A task defines at least `auto_class`, `columns`, `encode`, `count` and `loss`; `outlast try` also needs `decode`.
 
     Args:
         settings: The run's settings under `data:`.
         tokenizer: The run's tokenizer.
-        facts: What `survey` found in the training data.
+        facts: The result of `survey` on the training data.
     """
 
-    #: Name of the class in transformers that carries the head: an Auto class, or that of a model.
+    #: Name of the transformers class with the task's head: an Auto class or a model class.
     auto_class: ClassVar[str]
-    #: Classes for model types that no Auto class maps, by `model_type`.
+    #: Model classes for types that no Auto class maps, by `model_type`.
     exact_classes: ClassVar[Mapping[str, str]] = {}
-    #: What is read of a row.
+    #: Columns read from each row.
     columns: ClassVar[tuple[Column, ...]]
-    #: Settings under `data:`, besides columns and `max_length`, that decide samples or batches.
+    #: Settings under `data:`, besides columns and `max_length`, that affect samples or batches.
     options: ClassVar[tuple[str, ...]] = ()
-    #: What of a batch the model is not given.
+    #: Names in a batch that are not passed to the model.
     targets: ClassVar[tuple[str, ...]] = ("labels",)
-    #: Whether the samples of all rows are joined and cut into pieces of `max_length`. They hold `input_ids` only.
+    #: Whether the samples of all rows are joined and cut into pieces of `max_length`; they then have `input_ids` only.
     packs: ClassVar[bool] = False
-    #: Special tokens of a tokenizer that is trained on the data, by their names in transformers.
+    #: Special tokens for a tokenizer trained on the data, by their names in transformers.
     special_tokens: ClassVar[Mapping[str, str]] = {}
-    #: How such a tokenizer frames one text and two, as `tokenizers` writes templates; none for bare text.
+    #: Templates of `tokenizers` for one text and for a pair, for such a tokenizer; None adds no special tokens.
     template: ClassVar[tuple[str, str] | None] = None
-    #: Raise it when `encode` changes: prepared data of another version is not taken.
+    #: Increase it when `encode` changes: prepared data of another version is not reused.
     version: ClassVar[int] = 1
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
@@ -71,86 +71,87 @@ class Task:
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        """What must be known of all training rows before the first is encoded, such as the classes. Plain JSON."""
+        """Collect facts about all training rows that encoding needs, such as the classes. Returns plain JSON."""
         return {}
 
     def fault(self, record: Record) -> str | None:
-        """Why a row cannot be used though each of its columns holds what it should."""
+        """Return why a row is unusable although each of its columns has the right type; None if it is usable."""
         return None
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
-        """The samples of some rows, in order; those of a row follow from that row alone. Rows that are to be predicted
-        lack their targets.
+        """Encode rows to samples, in order. The samples of a row must depend on that row only.
+
+        Rows for prediction have no targets.
         """
         raise NotImplementedError
 
     def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
-        """Samples as one batch, padded to the longest.
+        """Collate samples to one batch, padded to the longest.
 
         Args:
-            samples: As `encode` made them.
-            keys: For each sample 64 bits that follow from (seed, epoch, sample), and from nothing else.
+            samples: Samples from `encode`.
+            keys: 64 bits for each sample, a function of (seed, epoch, sample) only: the seed of its randomness.
         """
         batch = {name: pad([sample[name] for sample in samples], self.padding(name)) for name in samples[0]}
         batch["attention_mask"] = mask([len(sample["input_ids"]) for sample in samples])
         return batch
 
     def padding(self, name: str) -> int:
-        """What the vectors of this name are padded with."""
+        """Return the padding value of the vectors of this name."""
         if name == "input_ids":
-            number = self.tokenizer.inner.pad_token_id
-            if number is None:
-                hint = "give it one: tokenizer.pad_token = …, then save_pretrained into model.path (or tokenizer.path)"
+            token_id = self.tokenizer.inner.pad_token_id
+            if token_id is None:
+                hint = "set tokenizer.pad_token = …, then save_pretrained into model.path (or tokenizer.path)"
                 raise ConfigError("the tokenizer has neither a padding token nor an end token", hint=hint)
-            return int(number)
+            return int(token_id)
         return IGNORED if name == "labels" else 0
 
     # -- the head ------------------------------------------------------------------------------------------------------
 
     def configure(self, config: Any) -> None:
-        """Puts into the model's configuration what its head follows from, such as the number of classes."""
-        if config.pad_token_id is None:  # GPT-2 reads the last token that is no padding
+        """Set what the head needs in the model's configuration, such as the number of classes."""
+        if config.pad_token_id is None:  # GPT-2 classifies from the last token that is not padding
             config.pad_token_id = self.tokenizer.inner.pad_token_id
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
-        """The model's outputs; it is given everything but the targets."""
+        """Run the model on the batch without its targets. Returns the model's outputs."""
         return model(**{name: value for name, value in batch.items() if name not in self.targets})
 
     def count(self, batch: Batch) -> int:
-        """How many terms the loss of this batch sums over."""
+        """Count the terms in the loss sum of this batch."""
         return len(batch["labels"])
 
     def num_tokens(self, batch: Batch) -> int:
-        """How many tokens the model reads in this batch, without padding; 0 where that means nothing. For people."""
+        """Count the tokens of this batch without padding; 0 where there are none. For throughput figures only."""
         if (mask := batch.get("attention_mask")) is not None:
             return int(mask.sum())
         return batch["input_ids"].numel() if "input_ids" in batch else 0
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        """The sum (not the mean) of the loss over the batch, a float32 scalar."""
+        """Compute the sum (not the mean) of the loss over the batch, a float32 scalar."""
         raise NotImplementedError
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The loss of a forward pass."""
+        """Run a forward pass and return its loss sum."""
         return self.loss(self.forward(model, batch), batch)
 
     # -- scores --------------------------------------------------------------------------------------------------------
 
     @classmethod
     def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
-        """What `scores` finds besides the loss."""
+        """Return the names of the metrics that `scores` computes besides the loss."""
         return ()
 
     def tally(self, outputs: Any, batch: Batch) -> Sums:
-        """Sums that the scores follow from. Of the same names and shapes for every batch."""
+        """Compute the sums that the scores are made from; names and shapes are the same for every batch."""
         return {}
 
     def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """The scores of a whole data set, from the sums over it."""
+        """Compute the scores of a data set from the sums over it."""
         return {}
 
     def measure(self, model: nn.Module, batch: Batch) -> Sums:
-        """The sums of a batch: `loss`, `count` and the tally."""
+        """Evaluate a batch. Returns the sums `loss`, `count` and those of `tally`."""
         outputs = self.forward(model, batch)
         return {
             "loss": self.loss(outputs, batch).double(),
@@ -161,43 +162,44 @@ class Task:
     # -- prediction ----------------------------------------------------------------------------------------------------
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        """What the model makes of rows without targets, one answer each, as plain JSON."""
-        for part in in_batches(records, PREDICT_BATCH):
-            batch = self.collate(list(self.encode(part)), [0] * len(part))
+        """Predict rows without targets. Yields one plain JSON object for each row."""
+        for rows in in_batches(records, PREDICT_BATCH):
+            batch = self.collate(list(self.encode(rows)), [0] * len(rows))
             device = next(model.parameters()).device
             outputs = self.forward(model, {name: value.to(device) for name, value in batch.items()})
-            yield from self.decode(outputs, batch, part)
+            yield from self.decode(outputs, batch, rows)
 
     def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
-        """The answers to a batch, one for each row. Raises ConfigError in a task that does not define it."""
+        """Decode the outputs of a batch, one prediction for each row. Raises ConfigError unless the task defines it."""
         raise ConfigError(
-            f"{type(self).__name__} cannot answer: it has no decode", hint="define `decode`; see outlast.trainers.Task"
+            f"task {type(self).__name__} cannot predict: it has no decode method",
+            hint="define `decode`; see outlast.trainers.Task",
         )
 
 
 def pad(vectors: Sequence[npt.NDArray[Any]], value: float) -> torch.Tensor:
-    """The vectors as rows of a matrix, of int64 or float32, shape [vectors, longest]."""
+    """Pad vectors to a matrix of int64 or float32, shape [vectors, longest]."""
     longest = max(map(len, vectors))
-    whole = np.issubdtype(vectors[0].dtype, np.integer)
-    matrix = np.full((len(vectors), longest), value, dtype=np.int64 if whole else np.float32)
+    is_integer = np.issubdtype(vectors[0].dtype, np.integer)
+    matrix = np.full((len(vectors), longest), value, dtype=np.int64 if is_integer else np.float32)
     for row, vector in zip(matrix, vectors, strict=True):
         row[: len(vector)] = vector
     return torch.from_numpy(matrix)
 
 
 def mask(lengths: Sequence[int]) -> torch.Tensor:
-    """1 for the first so many of each row, then 0; int64, shape [lengths, longest]."""
+    """Make an attention mask: row `i` has `lengths[i]` ones, then zeros; int64, shape [lengths, longest]."""
     return torch.from_numpy((np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64))
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The sum of the loss of each place's logits for the label in the next place.
+    """Compute the loss sum of predicting each next token.
 
     Args:
         logits: Shape [samples, length, vocabulary].
-        labels: Shape [samples, length]; the first place is nobody's next, and IGNORED ones do not count.
+        labels: Shape [samples, length]; the first position is not predicted, and IGNORED labels do not count.
     """
-    # The labels move, not the logits: cutting off the last place would copy what is often the step's largest tensor.
+    # Shift the labels, not the logits: slicing the logits would copy what is often the largest tensor of the step.
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED
@@ -205,12 +207,12 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def ints(values: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """The numbers as a column of a sample."""
+    """Convert values to an int32 vector of a sample."""
     return np.asarray(values, dtype=np.int32)
 
 
 class TokenTask(Task):
-    """A task with a label for each token, `IGNORED` where there is none, scored by the share of labels that are met."""
+    """Base class of tasks with one label per token (`IGNORED` where there is none), scored by accuracy."""
 
     def count(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
@@ -230,8 +232,6 @@ class TokenTask(Task):
         return {"accuracy": (sums["right"] / sums["count"]).item()}
 
 
-#: What frames texts for an encoder: one, and two.
+#: Templates of an encoder's tokenizer for one text and for a pair.
 BERT_TEMPLATE = ("<|cls|> $A <|sep|>", "<|cls|> $A <|sep|> $B:1 <|sep|>:1")
-
-
 BERT_TOKENS = {"pad_token": "<|pad|>", "cls_token": "<|cls|>", "sep_token": "<|sep|>", "mask_token": "<|mask|>"}

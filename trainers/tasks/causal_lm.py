@@ -1,9 +1,12 @@
-"""Causal language modelling."""
+"""Causal language modelling: predict the next token of packed documents, with no padding.
+
+Samples have `input_ids` only, all of one length; a task with padding or masked labels is `chat`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,15 +15,12 @@ from torch import nn
 from outlast.checkpointing.state.model_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
-
-if TYPE_CHECKING:
-    pass
 from outlast.trainers.tasks.base import Batch, Record, Task, ints, next_token_loss
 from outlast.trainers.tasks.generation import NUM_NEW_TOKENS, generate_continuation
 
 
 class CausalLM(Task):
-    """Predict the next token, in every place but the last. Documents are packed into samples of `max_length` tokens."""
+    """Predict the next token at every position but the last. Samples are documents packed to `max_length` tokens."""
 
     auto_class = "AutoModelForCausalLM"
     columns: ClassVar[tuple[Column, ...]] = (Column("text", ColumnType.TEXT),)
@@ -34,7 +34,7 @@ class CausalLM(Task):
         return {"input_ids": torch.from_numpy(np.stack([sample["input_ids"] for sample in samples]).astype(np.int64))}
 
     def configure(self, config: Any) -> None:
-        """A language model needs no padding."""
+        """Change nothing: packed samples need no padding token."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(input_ids=batch["input_ids"], use_cache=False)

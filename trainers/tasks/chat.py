@@ -1,4 +1,4 @@
-"""Chat: learn to give the answers of a conversation, as the tokenizer's chat template writes it."""
+"""Chat: train on the assistant's answers of conversations, rendered by the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Tokens = tuple[list[int], list[bool]]
 
 
 class Chat(Task):
-    """Predict the tokens of the assistant's answers. A conversation is one sample, cut off at `max_length`."""
+    """Predict the tokens of the assistant's answers. A conversation is one sample, truncated to `max_length`."""
 
     auto_class = "AutoModelForCausalLM"
     columns: ClassVar[tuple[Column, ...]] = (Column("messages", ColumnType.MESSAGES),)
@@ -33,31 +33,28 @@ class Chat(Task):
         super().__init__(settings, tokenizer, facts)
         if settings.chat_template is not None:
             tokenizer.inner.chat_template = settings.chat_template
-        self._judged: dict[int, tuple[Record, _Tokens]] = {}
-        chat_template(tokenizer.inner)  # a run without one ends here, not at its first row
+        self._encoded: dict[int, tuple[Record, _Tokens]] = {}
+        chat_template(tokenizer.inner)  # a missing template must fail here, not at the first row
 
     def fault(self, record: Record) -> str | None:
         try:
-            found = encode_chat(self.tokenizer.inner, record["messages"])
+            encoded = encode_chat(self.tokenizer.inner, record["messages"])
         except ConfigError as error:
             return error.message
-        if not any(found[1][1 : self.settings.max_length]):
+        if not any(encoded[1][1 : self.settings.max_length]):
             return "its answers begin after data.max_length"
-        self._judged[id(record)] = record, found  # the record too, so that no other has its id
+        self._encoded[id(record)] = record, encoded  # holding the record keeps its id from being reused
         return None
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         for record in records:
-            _, found = self._judged.pop(id(record), (record, None))
-            tokens, is_answer = found or encode_chat(self.tokenizer.inner, record["messages"])
-            kept = slice(self.settings.max_length)
-            yield {
-                "input_ids": ints(tokens[kept]),
-                "labels": ints(np.where(is_answer[kept], tokens[kept], IGNORED)),
-            }
+            _, cached = self._encoded.pop(id(record), (record, None))
+            tokens, is_answer = cached or encode_chat(self.tokenizer.inner, record["messages"])
+            tokens, is_answer = tokens[: self.settings.max_length], is_answer[: self.settings.max_length]
+            yield {"input_ids": ints(tokens), "labels": ints(np.where(is_answer, tokens, IGNORED))}
 
     def configure(self, config: Any) -> None:
-        """The mask tells what is padding."""
+        """Change nothing: the attention mask marks the padding."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -69,7 +66,7 @@ class Chat(Task):
         return next_token_loss(outputs.logits, batch["labels"])
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        """The answer to a conversation, or to a single question given as a text."""
+        """Answer conversations, each a list of messages or one question as a text."""
         inner = self.tokenizer.inner
         for record in records:
             given = record["messages"]

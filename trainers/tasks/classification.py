@@ -1,4 +1,4 @@
-"""Tasks with classes: one text or two at once, and word by word. Regression is a sequence with a number for a class."""
+"""Classification of texts, text pairs and tokens. Regression is sequence classification with one number as target."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ if TYPE_CHECKING:
     from outlast.trainers.config.data import DataSettings
 
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
-_OF_TRANSFORMERS = {
+_PROBLEM_TYPES = {
     SINGLE: "single_label_classification",
     MULTI: "multi_label_classification",
     REGRESSION: "regression",
 }
 
 
-def sort_classes(settings: DataSettings, role: str, found: Iterable[str]) -> list[str]:
-    """Names of the classes in the order of their numbers: whole numbers by size, and the rest by name.
+def sort_classes(settings: DataSettings, role: str, names: Iterable[str]) -> list[str]:
+    """Order class names by their class index: whole numbers by value, all others by name.
 
     Raises:
-        ConfigError: There are less than two.
+        ConfigError: There are fewer than two classes.
     """
-    classes = sorted(set(found), key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
+    classes = sorted(set(names), key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
     if len(classes) < 2:
         name = name_of(settings, role)
         raise ConfigError(
-            f"{settings.train}: column {name!r} holds one class only: {classes}",
-            hint=f"give rows of two classes or more, or name another column: -s data.{role}=…",
+            f"{settings.train}: column {name!r} has only one class: {classes}; classification needs at least two",
+            hint=f"add rows of another class, or name another column: -s data.{role}=…",
         )
     return classes
 
 
 def name_classes(config: Any, classes: Sequence[str]) -> None:
-    """Puts the classes into a model's configuration."""
+    """Set the class names in a model's configuration."""
     config.id2label = dict(enumerate(classes))
-    config.label2id = {label: number for number, label in enumerate(classes)}
+    config.label2id = {label: index for index, label in enumerate(classes)}
 
 
-def f1(hits: torch.Tensor) -> float:
-    """The macro F1 over the classes that occur, from true positives, false positives and false negatives, [classes, 3].
+def macro_f1(hits: torch.Tensor) -> float:
+    """Compute the macro F1 over the classes that occur, as scikit-learn and torchmetrics do.
 
-    As scikit-learn and torchmetrics have it.
+    Args:
+        hits: True positives, false positives and false negatives, shape [classes, 3].
     """
     right, wrong = hits[:, 0], hits[:, 1:].sum(1)
     occurs = right + wrong > 0
@@ -58,7 +59,7 @@ def f1(hits: torch.Tensor) -> float:
 
 
 class SequenceClassification(Task):
-    """Name the class of a text, or its classes, or the number that belongs to it. A row is one sample, cut off."""
+    """Predict the class, the classes or the number of a text or text pair. A row is one sample, truncated."""
 
     auto_class = "AutoModelForSequenceClassification"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -72,31 +73,31 @@ class SequenceClassification(Task):
     def __init__(self, settings: DataSettings, tokenizer: Any, facts: Mapping[str, Any]) -> None:
         super().__init__(settings, tokenizer, facts)
         self.problem, self.classes = facts["problem"], facts["classes"]
-        self._numbers = {name: number for number, name in enumerate(self.classes)}
+        self._indices = {name: index for index, name in enumerate(self.classes)}
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        kinds, found = set(), set()
+        kinds, labels = set(), set()
         for record in records:
             label = record["label"]
             kinds.add(list if isinstance(label, list) else type(label))
             if not isinstance(label, float):
-                found |= {str(item) for item in (label if isinstance(label, list) else [label])}
+                labels |= {str(item) for item in (label if isinstance(label, list) else [label])}
         guess = MULTI if kinds == {list} else REGRESSION if float in kinds and str not in kinds else SINGLE
-        if guess is SINGLE and kinds == {str} and any("." in item for item in found) and all(map(_is_number, found)):
-            guess = REGRESSION  # a .csv file has only texts
+        if guess is SINGLE and kinds == {str} and any("." in item for item in labels) and all(map(_is_number, labels)):
+            guess = REGRESSION  # values of a .csv file are all texts
         problem = settings.problem or guess
-        numbers = kinds & {int, float, bool} or (str in kinds and any(map(_is_number, found)))
+        numbers = kinds & {int, float, bool} or (str in kinds and any(map(_is_number, labels)))
         if kinds and not {SINGLE: kinds & {str, int, bool}, MULTI: kinds & {list}, REGRESSION: numbers}[problem]:
             raise ConfigError(
-                f"data.problem is {problem}, and column {name_of(settings, 'label')!r} holds nothing of that kind",
+                f"data.problem is {problem}, but column {name_of(settings, 'label')!r} has no such labels",
                 hint=f"set data.problem: {guess}, or name another column as data.label",
             )
         facts: dict[str, Any] = {"problem": problem, "classes": []}
         if problem != REGRESSION:
-            facts["classes"] = sort_classes(settings, "label", found)
+            facts["classes"] = sort_classes(settings, "label", labels)
         if settings.problem is None and problem != SINGLE:
-            facts["notes"] = [f"column {name_of(settings, 'label')!r} is taken for {problem} (data.problem)"]
+            facts["notes"] = [f"column {name_of(settings, 'label')!r} is used for {problem} (data.problem)"]
         return facts
 
     def fault(self, record: Record) -> str | None:
@@ -105,21 +106,19 @@ class SequenceClassification(Task):
             return None if _is_number(label) else f"column {name!r} holds {label!r}, not a number"
         if isinstance(label, list) is not (self.problem == MULTI) or isinstance(label, float):
             return f"column {name!r} holds {label!r}, not {'a list of classes' if self.problem == MULTI else 'a class'}"
-        strange = [item for item in map(str, label if isinstance(label, list) else [label]) if not self._knows(item)]
-        return f"label {strange[0]!r} is in the evaluation data, and not in the training data" if strange else None
-
-    def _knows(self, name: str) -> bool:
-        return name in self._numbers
+        labels = map(str, label if isinstance(label, list) else [label])
+        unknown = [item for item in labels if item not in self._indices]
+        return f"label {unknown[0]!r} is in the evaluation data but not in the training data" if unknown else None
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         texts = [[record["text"] for record in records]]
         if records and "text_pair" in records[0]:
             texts.append([record["text_pair"] for record in records])
         encoded = self.tokenizer.inner(*texts, truncation=True, max_length=self.settings.max_length)
-        for place, record in enumerate(records):
-            sample = {"input_ids": ints(encoded["input_ids"][place] or [self.padding("input_ids")])}
+        for index, record in enumerate(records):
+            sample = {"input_ids": ints(encoded["input_ids"][index] or [self.padding("input_ids")])}
             if len(texts) > 1 and "token_type_ids" in encoded:
-                sample["token_type_ids"] = ints(encoded["token_type_ids"][place])
+                sample["token_type_ids"] = ints(encoded["token_type_ids"][index])
             if "label" in record:
                 sample["labels"] = self._target(record["label"])
             yield sample
@@ -128,9 +127,9 @@ class SequenceClassification(Task):
         if self.problem == REGRESSION:
             return np.asarray([float(label)], dtype=np.float32)
         if self.problem == SINGLE:
-            return ints([self._numbers[str(label)]])
+            return ints([self._indices[str(label)]])
         target = np.zeros(len(self.classes), dtype=np.float32)
-        target[[self._numbers[str(item)] for item in label]] = 1
+        target[[self._indices[str(item)] for item in label]] = 1
         return target
 
     def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
@@ -141,7 +140,7 @@ class SequenceClassification(Task):
 
     def configure(self, config: Any) -> None:
         super().configure(config)
-        config.problem_type = _OF_TRANSFORMERS[self.problem]
+        config.problem_type = _PROBLEM_TYPES[self.problem]
         if self.classes:
             name_classes(config, self.classes)
         else:
@@ -165,14 +164,14 @@ class SequenceClassification(Task):
     def tally(self, outputs: Any, batch: Batch) -> Sums:
         logits, labels = outputs.logits.float(), batch["labels"]
         if self.problem == REGRESSION:
-            wrong = (logits[:, 0] - labels).double()
-            return {"squared": wrong.square().sum(), "absolute": wrong.abs().sum()}
+            error = (logits[:, 0] - labels).double()
+            return {"squared": error.square().sum(), "absolute": error.abs().sum()}
         from torchmetrics.functional.classification import multilabel_stat_scores
 
         if self.problem == MULTI:
-            # Given logits, torchmetrics takes them for probabilities where all are in [0, 1].
-            said = (logits > 0).long()
-            return {"hits": _hits(multilabel_stat_scores(said, labels.long(), len(self.classes), average=None))}
+            # torchmetrics would take logits that are all in [0, 1] for probabilities.
+            predicted = (logits > 0).long()
+            return {"hits": _hits(multilabel_stat_scores(predicted, labels.long(), len(self.classes), average=None))}
         return {"hits": count_hits(logits, labels)}
 
     def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -180,23 +179,25 @@ class SequenceClassification(Task):
         if self.problem == REGRESSION:
             return {"mse": sums["squared"].item() / count, "mae": sums["absolute"].item() / count}
         right, wrong = sums["hits"][:, 0].sum().item(), sums["hits"][:, 1:].sum().item()
-        # With one class a sample, what is not right is wrong; with several, each class of each sample is.
+        # With one class per sample, count is the samples; with several, it is the classes of all samples.
         accuracy = right / count if self.problem == SINGLE else 1 - wrong / count
-        return {"accuracy": accuracy, "f1": f1(sums["hits"])}
+        return {"accuracy": accuracy, "f1": macro_f1(sums["hits"])}
 
     def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
         for record, logits in zip(records, outputs.logits.float().cpu(), strict=True):
             if self.problem == REGRESSION:
                 yield {**record, "value": logits[0].item()}
                 continue
-            shares = (logits.sigmoid() if self.problem == MULTI else logits.softmax(-1)).tolist()
-            rated = dict(zip(self.classes, shares, strict=True))
-            best = [name for name, share in rated.items() if share > 0.5] if self.problem == MULTI else None
-            yield {**record, "label": max(rated, key=rated.__getitem__) if best is None else best, "scores": rated}
+            probabilities = (logits.sigmoid() if self.problem == MULTI else logits.softmax(-1)).tolist()
+            scores = dict(zip(self.classes, probabilities, strict=True))
+            best = (
+                [name for name, probability in scores.items() if probability > 0.5] if self.problem == MULTI else None
+            )
+            yield {**record, "label": max(scores, key=scores.__getitem__) if best is None else best, "scores": scores}
 
 
 class TokenClassification(TokenTask):
-    """Name the tag of every word. The first token of a word carries its tag; the others have none."""
+    """Predict the tag of every word. The first token of a word has the word's tag as label; the others have none."""
 
     auto_class = "AutoModelForTokenClassification"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -209,7 +210,7 @@ class TokenClassification(TokenTask):
     def __init__(self, settings: DataSettings, tokenizer: Any, facts: Mapping[str, Any]) -> None:
         super().__init__(settings, tokenizer, facts)
         self.classes = facts["classes"]
-        self._numbers = {name: number for number, name in enumerate(self.classes)}
+        self._indices = {name: index for index, name in enumerate(self.classes)}
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
@@ -218,17 +219,17 @@ class TokenClassification(TokenTask):
     def fault(self, record: Record) -> str | None:
         words, tags = record["tokens"], record["tags"]
         if not words or len(words) != len(tags):
-            return f"it has {len(words)} words and {len(tags)} tags"
-        strange = [tag for tag in map(str, tags) if tag not in self._numbers]
-        return f"tag {strange[0]!r} is in the evaluation data, and not in the training data" if strange else None
+            return f"it has {len(words)} words but {len(tags)} tags"
+        unknown = [tag for tag in map(str, tags) if tag not in self._indices]
+        return f"tag {unknown[0]!r} is in the evaluation data but not in the training data" if unknown else None
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         for record, _, encoded in self._encoded(records):
             sample = {"input_ids": ints(encoded.ids)}
             if "tags" in record:
                 firsts, labels = _first_tokens(encoded.word_ids), ints([IGNORED] * len(encoded.ids))
-                for word, place in firsts.items():
-                    labels[place] = self._numbers[str(record["tags"][word])]
+                for word, position in firsts.items():
+                    labels[position] = self._indices[str(record["tags"][word])]
                 sample["labels"] = labels
             yield sample
 
@@ -251,24 +252,24 @@ class TokenClassification(TokenTask):
         return {"hits": count_hits(outputs.logits.flatten(0, 1), batch["labels"].flatten())}
 
     def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        return {"accuracy": (sums["hits"][:, 0].sum() / sums["count"]).item(), "f1": f1(sums["hits"])}
+        return {"accuracy": (sums["hits"][:, 0].sum() / sums["count"]).item(), "f1": macro_f1(sums["hits"])}
 
     def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
-        chosen = outputs.logits.argmax(-1).tolist()
-        for (_, words, encoded), numbers in zip(self._encoded(records), chosen, strict=True):
+        predicted = outputs.logits.argmax(-1).tolist()
+        for (_, words, encoded), indices in zip(self._encoded(records), predicted, strict=True):
             tags = [None] * len(words)
-            for word, place in _first_tokens(encoded.word_ids).items():
-                tags[word] = self.classes[numbers[place]]
+            for word, position in _first_tokens(encoded.word_ids).items():
+                tags[word] = self.classes[indices[position]]
             yield {"tokens": words, "tags": tags}
 
 
 def count_hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """True positives, false positives and false negatives of each class, shape [classes, 3]; -100 does not count."""
+    """Count true positives, false positives and false negatives, shape [classes, 3]. Labels of -100 do not count."""
     from torchmetrics.functional.classification import multiclass_stat_scores
 
     num_classes = logits.shape[-1]
-    found = multiclass_stat_scores(logits.argmax(-1), labels, num_classes, average=None, ignore_index=IGNORED)
-    return _hits(found)
+    stat_scores = multiclass_stat_scores(logits.argmax(-1), labels, num_classes, average=None, ignore_index=IGNORED)
+    return _hits(stat_scores)
 
 
 def _hits(stat_scores: torch.Tensor) -> torch.Tensor:
@@ -276,11 +277,11 @@ def _hits(stat_scores: torch.Tensor) -> torch.Tensor:
 
 
 def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
-    """Where each word begins, by its number."""
+    """Return the position of each word's first token, by the word's index."""
     firsts: dict[int, int] = {}
-    for place, word in enumerate(word_ids):
+    for position, word in enumerate(word_ids):
         if word is not None:
-            firsts.setdefault(word, place)
+            firsts.setdefault(word, position)
     return firsts
 
 

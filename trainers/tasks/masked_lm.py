@@ -1,4 +1,4 @@
-"""Masked language modelling: guess the tokens that were hidden. Which ones follows from (seed, epoch, sample)."""
+"""Masked language modelling. Which tokens are masked is a function of (seed, epoch, sample) only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NUM_GUESSES = 5
 
 
 class MaskedLM(TokenTask):
-    """Guess hidden tokens from both sides. A long text is several samples of `max_length` tokens.
+    """Predict masked tokens. A long text is split into several samples of `max_length` tokens.
 
-    Of the `data.mask_share` chosen tokens, at least one in a sample, 80 % are replaced by the mask token, 10 % by any
-    token, and 10 % stay (Devlin et al., "BERT", 2018).
+    A share `data.mask_share` of the tokens is selected, at least one per sample: 80 % of these become the mask token,
+    10 % a random token, and 10 % stay as they are (Devlin et al., "BERT", 2018).
     """
 
     auto_class = "AutoModelForMaskedLM"
@@ -33,7 +33,7 @@ class MaskedLM(TokenTask):
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         inner = self.tokenizer.inner
         if inner.mask_token_id is None:
-            raise ConfigError("the tokenizer has no mask token", hint="masked-lm needs a model such as BERT")
+            raise ConfigError("the tokenizer has no mask token", hint="use a model such as BERT for masked-lm")
         texts = [record["text"] for record in records]
         encoded = inner(
             texts, truncation=True, max_length=self.settings.max_length, return_overflowing_tokens=True, verbose=False
@@ -47,35 +47,35 @@ class MaskedLM(TokenTask):
         return super().collate([{"input_ids": ids, "labels": labels} for ids, labels in masked], keys)
 
     def _mask(self, ids: npt.NDArray[np.int32], key: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """What the model sees, and what it is to say."""
+        """Return the input ids with masked tokens, and the labels."""
         inner = self.tokenizer.inner
-        chance, kind, other = np.random.Philox(key=key).random_raw(3 * len(ids)).reshape(3, -1)
-        hideable = ~np.isin(ids, inner.all_special_ids)
-        if not hideable.any():
-            hideable[:] = True
-        chance = np.where(hideable, chance, np.uint64(2**64 - 1))
-        chosen = hideable & (chance < np.uint64(int(self.settings.mask_share * 2**64)))
-        chosen[chance.argmin()] = True
-        tenths = kind % np.uint64(10)
-        seen = np.where(chosen & (tenths < 8), inner.mask_token_id, ids)
-        seen = np.where(chosen & (tenths == 8), other % np.uint64(len(inner)), seen)
-        return ints(seen), ints(np.where(chosen, ids, IGNORED))
+        chance, replacement, random_ids = np.random.Philox(key=key).random_raw(3 * len(ids)).reshape(3, -1)
+        maskable = ~np.isin(ids, inner.all_special_ids)
+        if not maskable.any():
+            maskable[:] = True
+        chance = np.where(maskable, chance, np.uint64(2**64 - 1))
+        selected = maskable & (chance < np.uint64(int(self.settings.mask_share * 2**64)))
+        selected[chance.argmin()] = True
+        tenths = replacement % np.uint64(10)
+        masked = np.where(selected & (tenths < 8), inner.mask_token_id, ids)
+        masked = np.where(selected & (tenths == 8), random_ids % np.uint64(len(inner)), masked)
+        return ints(masked), ints(np.where(selected, ids, IGNORED))
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        """The likeliest tokens for each mask token in a text."""
+        """Predict the most likely tokens for each mask token in a text."""
         inner, device = self.tokenizer.inner, next(model.parameters()).device
         for record in records:
             encoded = inner(record["text"], truncation=True, max_length=self.settings.max_length, return_tensors="pt")
             [ids] = encoded["input_ids"]
-            places = (ids == inner.mask_token_id).nonzero().flatten()
-            if not len(places):
+            positions = (ids == inner.mask_token_id).nonzero().flatten()
+            if not len(positions):
                 raise ConfigError(
-                    f"{record['text']!r} hides nothing", hint=f"write {inner.mask_token} for a hidden word"
+                    f"{record['text']!r} has no mask token", hint=f"write {inner.mask_token} for a masked word"
                 )
-            shares = model(**encoded.to(device)).logits[0].float().softmax(-1).cpu()
+            probabilities = model(**encoded.to(device)).logits[0].float().softmax(-1).cpu()
             guesses = []
-            for place in places.tolist():
-                best = shares[place].topk(NUM_GUESSES)
-                numbers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                guesses.append([{"token": inner.decode([number]), "score": share} for number, share in numbers])
+            for position in positions.tolist():
+                best = probabilities[position].topk(NUM_GUESSES)
+                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                guesses.append([{"token": inner.decode([token]), "score": score} for token, score in pairs])
             yield {"text": record["text"], "guesses": guesses}

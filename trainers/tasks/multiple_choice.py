@@ -1,4 +1,4 @@
-"""Tasks that choose: which of several texts goes on best; with a language model's head as well, for GPT and GPT-2."""
+"""Multiple choice: which of several texts fits best; with a language-model head as well for GPT and GPT-2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.data.columns import Column, ColumnType, name_of
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, ints, mask, pad
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class MultipleChoice(Task):
-    """Say which of the choices goes with the text. Every row has the same number of them."""
+    """Predict which of the choices fits the text. Every row has the same number of choices."""
 
     auto_class = "AutoModelForMultipleChoice"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -35,20 +35,24 @@ class MultipleChoice(Task):
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        numbers = Counter(len(record["choices"]) for record in records)
-        [(usual, _)] = numbers.most_common(1) or [(0, 0)]
-        if usual < 2:
-            raise ConfigError(f"{settings.train}: a row has {usual} choices, and two are the least")
-        return {"num_choices": usual}
+        counts = Counter(len(record["choices"]) for record in records)
+        [(num_choices, _)] = counts.most_common(1) or [(0, 0)]
+        if num_choices < 2:
+            name = name_of(settings, "choices")
+            raise ConfigError(
+                f"{settings.train}: column {name!r} has {num_choices} choices in most rows; at least two are needed",
+                hint="give rows with two or more choices, or name another column: -s data.choices=…",
+            )
+        return {"num_choices": num_choices}
 
     def fault(self, record: Record) -> str | None:
-        choices, wanted = record["choices"], self.facts["num_choices"]
-        if len(choices) != wanted:
-            return f"it has {len(choices)} choices, not {wanted}"
-        return None if _right(record) is not None else f"label {record['label']!r} is none of the choices"
+        choices, num_choices = record["choices"], self.facts["num_choices"]
+        if len(choices) != num_choices:
+            return f"it has {len(choices)} choices, not {num_choices}"
+        return None if _right(record) is not None else f"label {record['label']!r} is not one of the choices"
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
-        """The choices of a row one after the other, and how long each is."""
+        """Encode the choices of a row one after the other, with the length of each."""
         for record in records:
             texts = [record["text"]] * len(record["choices"])
             encoded = self.tokenizer.inner(
@@ -80,7 +84,7 @@ class MultipleChoice(Task):
         return functional.cross_entropy(self.choice_logits(outputs), batch["labels"], reduction="sum")
 
     def choice_logits(self, outputs: Any) -> torch.Tensor:
-        """Of each choice, float32, shape [samples, choices]."""
+        """Return the logit of each choice, float32, shape [samples, choices]."""
         logits: torch.Tensor = outputs.logits.float()
         return logits
 
@@ -96,30 +100,33 @@ class MultipleChoice(Task):
 
     def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
         for record, logits in zip(records, self.choice_logits(outputs).cpu(), strict=True):
-            shares = logits.softmax(-1).tolist()
-            best = max(range(len(shares)), key=shares.__getitem__)
-            yield {**record, "label": best, "choice": record["choices"][best], "scores": shares}
+            probabilities = logits.softmax(-1).tolist()
+            best = max(range(len(probabilities)), key=probabilities.__getitem__)
+            yield {**record, "label": best, "choice": record["choices"][best], "scores": probabilities}
 
 
 class DoubleHeads(MultipleChoice):
-    """Choose, and learn to write the right choice: the double-heads models of GPT and GPT-2.
+    """Multiple choice plus language modelling of the right choice: the double-heads models of GPT and GPT-2.
 
-    The loss of a sample is that of the choice, plus the mean over the tokens of the right text of the language model's.
-    So it does not depend on which samples share a batch; the model's own averages over the tokens of the batch.
+    The loss of a sample is the choice loss plus the mean language-model loss over the tokens of the right text. So it
+    does not depend on the other samples of the batch; the model's own loss averages over the tokens of the batch.
     """
 
-    auto_class = ""  # no Auto class maps them
+    auto_class = ""  # no Auto class maps these models
     exact_classes: ClassVar = {"gpt2": "GPT2DoubleHeadsModel", "openai-gpt": "OpenAIGPTDoubleHeadsModel"}
     special_tokens: ClassVar = {}
     template = None
     targets = ("labels", "words")
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
-        """Text, choice and end token; the last one is where the choice is judged."""
+        """Encode text, choice and end token; the choice is classified at the end token."""
         inner = self.tokenizer.inner
         end = inner.eos_token_id if inner.eos_token_id is not None else inner.pad_token_id
         if end is None:
-            raise ConfigError("the tokenizer has no token to end a choice with", hint="give it an eos_token")
+            raise ConfigError(
+                "the tokenizer has neither an end token nor a padding token, which double-heads needs after a choice",
+                hint="set an eos_token in its tokenizer_config.json",
+            )
         for record in records:
             texts = [f"{record['text']} {choice}" for choice in record["choices"]]
             length = self.settings.max_length - 1
@@ -140,15 +147,15 @@ class DoubleHeads(MultipleChoice):
         config.num_labels = 1
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
-        flat = {**batch, "attention_mask": batch["attention_mask"].flatten(0, 1)}  # GPT takes it for all texts in a row
+        flat = {**batch, "attention_mask": batch["attention_mask"].flatten(0, 1)}  # GPT expects one row for each text
         return super().forward(model, flat)
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         words = batch["words"][..., 1:]
         logits = outputs.logits[..., :-1, :].float()
-        each = functional.cross_entropy(logits.flatten(0, 2), words.flatten(), reduction="none", ignore_index=IGNORED)
+        losses = functional.cross_entropy(logits.flatten(0, 2), words.flatten(), reduction="none", ignore_index=IGNORED)
         num_words = (words != IGNORED).sum((1, 2)).clamp(min=1)
-        return super().loss(outputs, batch) + (each.view(words.shape).sum((1, 2)) / num_words).sum()
+        return super().loss(outputs, batch) + (losses.view(words.shape).sum((1, 2)) / num_words).sum()
 
     def choice_logits(self, outputs: Any) -> torch.Tensor:
         logits: torch.Tensor = outputs.mc_logits.float()
@@ -156,7 +163,7 @@ class DoubleHeads(MultipleChoice):
 
 
 def _right(record: Record) -> int | None:
-    """The number of the right choice."""
+    """Return the index of the right choice; None if the label is not one of the choices."""
     label, choices = record["label"], record["choices"]
     if label in choices:
         return list(choices).index(label)

@@ -1,4 +1,4 @@
-"""Extractive question answering: the place in a context that answers a question."""
+"""Extractive question answering: the span of a context that answers a question."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NUM_STARTS = 20
 
 
 class QuestionAnswering(Task):
-    """Point at the first and the last token of the answer. A long context is several windows, each a sample.
+    """Predict the first and the last token of the answer. A long context is split into windows, each a sample.
 
-    A window without the answer points at its first token, which is none of the context. Of several answers the first
-    is learned.
+    The target of a window without the answer is its first token, which is not part of the context. If a row has several
+    answers, the first one is the target.
     """
 
     auto_class = "AutoModelForQuestionAnswering"
@@ -43,7 +43,10 @@ class QuestionAnswering(Task):
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
         super().__init__(settings, tokenizer, facts)
         if not tokenizer.inner.num_special_tokens_to_add(pair=True):
-            raise ConfigError("the tokenizer puts no special token before a question, which question-answering needs")
+            raise ConfigError(
+                "the tokenizer adds no special token before a question, which question-answering needs",
+                hint="use the tokenizer of a model such as BERT",
+            )
 
     def fault(self, record: Record) -> str | None:
         try:
@@ -63,7 +66,7 @@ class QuestionAnswering(Task):
                 yield sample
 
     def _windows(self, records: Sequence[Record]) -> list[list[Any]]:
-        """The windows of each row, as `tokenizers` encodes them."""
+        """Return the windows of each row, encodings of `tokenizers`."""
         length = self.settings.max_length
         encoded = self.tokenizer.inner(
             [record["question"].strip() for record in records],
@@ -96,7 +99,7 @@ class QuestionAnswering(Task):
         return ("exact_match", "f1")
 
     def tally(self, outputs: Any, batch: Batch) -> Sums:
-        """Exact spans, and the overlap of each span's tokens with the right one's, as SQuAD has it for words."""
+        """Count exact spans, and sum the F1 overlap of predicted and right span over tokens (SQuAD: over words)."""
         start, end = (logits.argmax(-1) for logits in _logits(outputs, batch))
         shared = (torch.minimum(end, batch["end"]) - torch.maximum(start, batch["start"]) + 1).clamp(min=0)
         lengths = (end - start + 1).clamp(min=0) + batch["end"] - batch["start"] + 1
@@ -108,7 +111,7 @@ class QuestionAnswering(Task):
         return {"exact_match": sums["exact"].item() / count, "f1": sums["overlap"].item() / count}
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        """The best span over all windows of a context, as text; empty where the model finds none."""
+        """Predict the best span over all windows of a context, as text; empty where the model finds no answer."""
         device = next(model.parameters()).device
         for record in records:
             [windows] = self._windows([record])
@@ -125,21 +128,21 @@ class QuestionAnswering(Task):
 
 
 def _logits(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of start and end, float32. Padding cannot be chosen, so that an answer does not depend on the batch's length."""
-    out = batch["attention_mask"] == 0
+    """Return start and end logits, float32. Padding is masked: the answer must not depend on the batch's length."""
+    is_padding = batch["attention_mask"] == 0
     start, end = outputs.start_logits.float(), outputs.end_logits.float()
-    return start.masked_fill(out, -torch.inf), end.masked_fill(out, -torch.inf)
+    return start.masked_fill(is_padding, -torch.inf), end.masked_fill(is_padding, -torch.inf)
 
 
 def _span(record: Record) -> tuple[int, int] | None:
-    """First character of the answer in the context and the one after its last; None when it has no answer.
+    """Return the character span [start, stop) of the answer in the context; None for a row without an answer.
 
     Raises:
-        ValueError: The answer is not where it should be.
+        ValueError: The answer is not in the context, or not at `answer_start`.
     """
-    given, context = record["answers"], record["context"]
-    texts = given["text"] if isinstance(given, dict) else given
-    starts = given.get("answer_start") if isinstance(given, dict) else None
+    answers, context = record["answers"], record["context"]
+    texts = answers["text"] if isinstance(answers, dict) else answers
+    starts = answers.get("answer_start") if isinstance(answers, dict) else None
     texts = [texts] if isinstance(texts, str) else texts
     starts = [starts] if isinstance(starts, int) else starts
     if not texts:
@@ -151,11 +154,11 @@ def _span(record: Record) -> tuple[int, int] | None:
 
 
 def _tokens_of(window: Any, span: tuple[int, int]) -> tuple[int, int]:
-    """First and last token of the span in a window; (0, 0) unless the window holds all of it."""
+    """Return the first and last token of the span in a window; (0, 0) unless the window contains all of it."""
     inside = [
-        place
-        for place, (part, (begin, end)) in enumerate(zip(window.sequence_ids, window.offsets, strict=True))
-        if part == 1 and begin < span[1] and end > span[0]
+        position
+        for position, (sequence, (begin, end)) in enumerate(zip(window.sequence_ids, window.offsets, strict=True))
+        if sequence == 1 and begin < span[1] and end > span[0]
     ]
     if not inside or window.offsets[inside[0]][0] > span[0] or window.offsets[inside[-1]][1] < span[1]:
         return 0, 0
@@ -163,11 +166,11 @@ def _tokens_of(window: Any, span: tuple[int, int]) -> tuple[int, int]:
 
 
 def _spans(window: Any, starts: torch.Tensor, ends: torch.Tensor) -> list[tuple[float, int, int]]:
-    """The likeliest spans of a window: score, first character, the one after the last. (score, 0, 0) is no answer."""
-    context = [place for place, part in enumerate(window.sequence_ids) if part == 1]
-    found = [((starts[0] + ends[0]).item(), 0, 0)]
-    for start in sorted(context, key=lambda place: -starts[place].item())[:NUM_STARTS]:
-        reach = [place for place in context if start <= place < start + MAX_ANSWER_TOKENS]
-        end = max(reach, key=lambda place: ends[place].item())
-        found.append(((starts[start] + ends[end]).item(), window.offsets[start][0], window.offsets[end][1]))
-    return found
+    """Return the most likely spans of a window as (score, start, stop) in characters; (score, 0, 0) is no answer."""
+    context = [position for position, sequence in enumerate(window.sequence_ids) if sequence == 1]
+    spans = [((starts[0] + ends[0]).item(), 0, 0)]
+    for start in sorted(context, key=lambda position: -starts[position].item())[:NUM_STARTS]:
+        in_reach = [position for position in context if start <= position < start + MAX_ANSWER_TOKENS]
+        end = max(in_reach, key=lambda position: ends[position].item())
+        spans.append(((starts[start] + ends[end]).item(), window.offsets[start][0], window.offsets[end][1]))
+    return spans

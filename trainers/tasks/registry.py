@@ -1,4 +1,4 @@
-"""The tasks by name, and tasks of a user's own by dotted path. Imports nothing heavy: a run file is checked with it."""
+"""Lookup of a task's class by name or dotted path. Importing this module must not import torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ if TYPE_CHECKING:
 
 
 def find_task(name: str) -> type[Task]:
-    """The class of a task.
+    """Return the class of a task.
 
     Raises:
-        ConfigError: There is no such module or class, or it is no task.
+        ConfigError: The module or class does not exist, is not a subclass of Task, or lacks a required attribute.
     """
     from outlast.trainers.tasks.base import Task
 
-    found = import_object(TASKS.get(name, name), "model.task")
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ConfigError(f"model.task {name!r} is no task", hint="derive the class from outlast.trainers.Task")
-    needed = {attribute: hasattr(found, attribute) for attribute in ("auto_class", "columns")}
-    needed |= {method: getattr(found, method) is not getattr(Task, method) for method in ("encode", "loss")}
-    if missing := [part for part, is_there in needed.items() if not is_there]:
-        raise ConfigError(f"model.task {name} does not say its {', '.join(missing)}", hint="see outlast.trainers.Task")
-    return found
+    task = import_object(TASKS.get(name, name), "model.task")
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        hint = "derive the class from outlast.trainers.Task"
+        raise ConfigError(f"model.task {name!r} is not a subclass of Task", hint=hint)
+    defined = {attribute: hasattr(task, attribute) for attribute in ("auto_class", "columns")}
+    defined |= {method: getattr(task, method) is not getattr(Task, method) for method in ("encode", "loss")}
+    if missing := [attribute for attribute, is_defined in defined.items() if not is_defined]:
+        raise ConfigError(f"model.task {name} does not define {', '.join(missing)}", hint="see outlast.trainers.Task")
+    return task

@@ -1,4 +1,4 @@
-"""Sequence to sequence: read one text, write another."""
+"""Sequence to sequence: read a source text, generate a target text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outlast.trainers.tasks.generation import generate_continuation
 
 
 class Seq2SeqLM(TokenTask):
-    """Write the target of a source. The decoder is given the target, shifted by one."""
+    """Generate the target of a source. In training the decoder reads the target shifted by one."""
 
     auto_class = "AutoModelForSeq2SeqLM"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -23,7 +23,9 @@ class Seq2SeqLM(TokenTask):
         Column("target", ColumnType.TEXT, is_target=True),
     )
     options = ("max_target_length",)
-    special_tokens: ClassVar = {"pad_token": "<|pad|>"}  # the decoder begins with it, and must learn to end
+    special_tokens: ClassVar = {
+        "pad_token": "<|pad|>"
+    }  # not the end token: the decoder starts with it, and must learn to predict the end token
     template = ("$A <|endoftext|>", "$A <|endoftext|> $B <|endoftext|>")
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:

@@ -1,1 +1,1 @@
-"""Metrics trackers."""
+"""Experiment trackers: metrics sent to TensorBoard, MLflow and Weights & Biases."""

@@ -1,64 +1,61 @@
-"""What trackers are given, and what a backend implements."""
+"""Interface of tracker backends, and the data they receive."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from outlast.checkpointing.run_store.events import EvalEvent, SaveEvent, StepEvent, UnderWayEvent
 from outlast.checkpointing.run_store.store import RunStore
 
-if TYPE_CHECKING:
-    pass
-
-
-TrackedEvent = Mapping[str, Any]
+TrackedEvent = StepEvent | EvalEvent | SaveEvent | UnderWayEvent
 
 
 @dataclass(slots=True)
 class Watermark:
-    """How far a tracker has come.
+    """Newest steps that a tracker has.
 
     Attributes:
-        floor: The newest step of whatever is not in `by_name`.
-        by_name: The newest step of each value.
+        floor: Newest step of values that are not in `by_name`.
+        by_name: Newest step of each value.
     """
 
     floor: int = -1
     by_name: dict[str, int] = field(default_factory=dict)
 
     def news(self, values: Mapping[str, float], step: int) -> dict[str, float]:
-        """Those of the values that the tracker has not got yet, which from now on it has."""
+        """Return the values that the tracker does not have yet, and mark them as sent."""
         fresh = {name: value for name, value in values.items() if step > self.by_name.get(name, self.floor)}
         self.by_name |= dict.fromkeys(fresh, step)
         return fresh
 
 
 class TrackerBackend(Protocol):
-    """A tracker, as its thread uses it. All but `name` may raise anything, and take long."""
+    """Interface of a tracker, called from its own thread. Its methods may raise any exception and may block."""
 
     name: str
 
     def open(self) -> Watermark:
-        """Finds the run's tracker run, or begins it."""
+        """Find the tracker's record of the run, or create it."""
 
     def log(self, values: Mapping[str, float], step: int, at: float) -> None:
-        """Takes values of a step, which happened at `at`, in seconds since the epoch."""
+        """Log the values of a step that took place at `at`, in seconds since the epoch."""
 
     def close(self) -> None:
-        """Hands everything over."""
+        """Flush all values and close the tracker."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackerContext:
-    """What a tracker knows of the run.
+    """The run as a tracker sees it.
 
     Attributes:
-        store: The run.
-        id: Names it among all runs: another one of this name has another.
-        settings: Its settings as declared, flat.
-        project: The setting of that name.
-        options: Those of this tracker.
+        store: Storage and name of the run.
+        id: Unique id: another run of the same name has another id.
+        settings: Declared settings, flattened.
+        project: The setting `track.project`.
+        options: The tracker's entry of `track.options`.
     """
 
     store: RunStore

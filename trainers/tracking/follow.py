@@ -1,8 +1,8 @@
-"""Metrics in people's own tools, such as TensorBoard. Each tool has a thread on rank 0 that follows the run's events.
+"""Experiment tracking: on rank 0, one thread for each tracker sends the run's events to it.
 
-The journal is the truth, and a tracker a copy of it. So a tracker that fails or is slow never holds training up: what
-it cannot take in time is left out, and that is told once. A restart goes on with the same tracker run: what that has
-already is not sent again, and what a killed attempt had no time to send is taken from the journal.
+The journal is the source of truth, a tracker is a copy. So a tracker that fails or is slow must never delay training:
+what it cannot take in time is dropped, and that is reported once. A restart continues the same tracker run: steps that
+it has are not sent again, and steps that a killed attempt did not send are taken from the journal.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError, first_line
 from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.retry import call_with_retries
 from outlast.trainers.config.tracking import Name, TrackSettings
 from outlast.trainers.tracking.base import TrackedEvent, TrackerBackend, TrackerContext, Watermark
 
@@ -36,72 +38,70 @@ _MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",
 
 
 def is_installed(name: str) -> bool:
-    """Whether a tracker can be used here."""
+    """Check whether a tracker is installed here."""
     return any(find_spec(module) is not None for module in _MODULES[name])
 
 
 def check_trackers(settings: TrackSettings) -> None:
-    """Raises ConfigError if a tracker that was asked for is not installed."""
+    """Raise ConfigError if a tracker that the settings name is not installed."""
     for name in settings.to or ():
         if not is_installed(name):
             hint = f"pip install 'outlast[{name}]', here and on the workers"
             raise ConfigError(f"track.to names {name}, which is not installed", hint=hint)
 
 
-def values_of(event: TrackedEvent) -> dict[str, float]:
-    """What an event tells in numbers, by name; nothing for one that tells of other things."""
-    found: dict[str, float | None] = {}
-    match event["event"]:
-        case "step":
-            found = {f"train/{name}": event[name] for name in ("loss", "lr", "grad_norm")}
-            num_tokens = event.get("tokens", event["count"])  # targets, where the journal does not count tokens
-            found["train/tokens_per_s"] = num_tokens / event["seconds"] if event["seconds"] else None
-        case "eval":
-            names = [name for name in event if name.startswith("eval_")]
-            found = {f"eval/{name.removeprefix('eval_')}": event[name] for name in names}
-        case "save":
-            found = {"save/waited_s": event["blocked_s"], "save/commit_s": event["commit_s"]}
-    return {name: float(value) for name, value in found.items() if value is not None}
+def metric_values(event: TrackedEvent) -> dict[str, float]:
+    """Return the metrics of an event by name; an empty dict for an event without metrics."""
+    values: dict[str, float | None] = {}
+    match event:
+        case events.StepEvent():
+            values = {"train/loss": event.loss, "train/lr": event.lr, "train/grad_norm": event.grad_norm}
+            values["train/tokens_per_s"] = event.num_tokens / event.seconds if event.seconds else None
+        case events.EvalEvent():
+            values = {f"eval/{name.removeprefix('eval_')}": value for name, value in event.scores.items()}
+        case events.SaveEvent():
+            values = {"save/waited_s": event.blocked_s, "save/commit_s": event.commit_s}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 class _BackendUnavailable(Exception):
-    """The attempt has ended, or the tracker can never work here."""
+    """The attempt has ended, or the tracker cannot work here at all."""
 
 
 class Follower:
-    """One tracker's thread. Events wait in its queue until the first step is done, lest that waits for imports.
+    """The thread of one tracker. It starts after the first step, which must not wait for the tracker's imports.
 
     Args:
-        sink: Makes the tracker, in the thread.
-        past: Events of earlier attempts that the run stands on, given the newest step that the tracker has.
-        tell: Tells people something, once.
+        make_backend: Creates the backend, in the thread.
+        past: Returns events of earlier attempts that the run builds on, given the newest step that the tracker has.
+        report: Reports a problem to the user.
     """
 
     def __init__(
         self,
-        sink: Callable[[], TrackerBackend],
+        make_backend: Callable[[], TrackerBackend],
         past: Callable[[int], Iterable[TrackedEvent]],
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
-        self._make, self._past, self._tell = sink, past, tell
+        self._make_backend, self._past, self._report = make_backend, past, report
         self._queue: queue.Queue[TrackedEvent | None] = queue.Queue(QUEUE_EVENTS)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._closing = threading.Event()
-        self._told = False
-        self._is_behind = False
+        self._error_reported = False
+        self._is_dropping = False
         self._step = 0
 
     def apply(self, event: TrackedEvent) -> None:
-        """Takes an event; returns at once."""
+        """Queue an event without blocking."""
         if self._thread.ident is not None and not self._thread.is_alive():
-            return  # it has given up, and has said so
+            return  # the thread has given up, and has reported it
         try:
             self._queue.put_nowait(event)
         except queue.Full:
-            if not self._is_behind:
-                self._is_behind = True
-                self._tell(f"too slow or down; from step {event.get('step')} on it lacks what its queue cannot hold")
-        if event["event"] == "under-way":
+            if not self._is_dropping:
+                self._is_dropping = True
+                self._report(f"too slow or unreachable: its queue is full, steps from {event.step} on are dropped")
+        if isinstance(event, events.UnderWayEvent):
             self.start()
 
     def start(self) -> None:
@@ -109,65 +109,73 @@ class Follower:
             self._thread.start()
 
     def close(self, deadline: float) -> None:
-        """Lets the tracker take what is in the queue, until `deadline` (of `time.monotonic`)."""
+        """Wait until the tracker has the queued events, at most until `deadline` (of `time.monotonic`)."""
         self.start()
         self._closing.set()
         with suppress(queue.Full):
             self._queue.put(None, timeout=max(0.0, deadline - time.monotonic()))
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._tell("has not taken everything in time; the journal has it all")
+            self._report("did not take all events in time; the journal has all of them")
 
     def _run(self) -> None:
         with suppress(_BackendUnavailable):
-            sink = self._patiently(self._make)
-            seen = self._patiently(sink.open)
-            newest = seen.by_name.get("train/loss", seen.floor)
-            for event in self._patiently(lambda: list(self._past(newest))):
-                self._send(sink, seen, event)
+            backend = self._retry(self._make_backend)
+            watermark = self._retry(backend.open)
+            newest = watermark.by_name.get("train/loss", watermark.floor)
+            for event in self._retry(lambda: list(self._past(newest))):
+                self._send(backend, watermark, event)
             while (event_or_end := self._queue.get()) is not None:
-                self._send(sink, seen, event_or_end)
-            self._patiently(sink.close)
+                self._send(backend, watermark, event_or_end)
+            self._retry(backend.close)
 
-    def _send(self, sink: TrackerBackend, seen: Watermark, event: TrackedEvent) -> None:
-        if event["event"] == "step":
-            self._step = event["step"]
-        step = self._step if event["event"] == "save" else int(event.get("step", 0))  # a save ends steps later
-        if fresh := seen.news(values_of(event), step):
-            self._patiently(lambda: sink.log(fresh, step, float(event.get("ended_at", event["t"]))))
+    def _send(self, backend: TrackerBackend, watermark: Watermark, event: TrackedEvent) -> None:
+        if isinstance(event, events.StepEvent):
+            self._step = event.step
+        # A save ends some steps after its own step.
+        step = self._step if isinstance(event, events.SaveEvent) else event.step
+        at = (event.ended_at if isinstance(event, events.StepEvent) else None) or event.t
+        if fresh := watermark.news(metric_values(event), step):
+            self._retry(lambda: backend.log(fresh, step, at))
 
-    def _patiently(self, act: Callable[[], T]) -> T:
-        """Tries again, after longer and longer pauses, for as long as the attempt lasts."""
+    def _retry(self, action: Callable[[], T]) -> T:
+        """Retry an action with increasing pauses until the attempt ends."""
+        try:
+            return call_with_retries(action, self._pauses(), self._is_transient)
+        except Exception as error:  # training continues, whatever a tracker raises
+            raise _BackendUnavailable from error
+
+    def _is_transient(self, error: Exception) -> bool:
+        if not self._error_reported:
+            self._error_reported = True
+            self._report(f"{type(error).__name__}: {first_line(error)}")
+        return not isinstance(error, ImportError | ConfigError)
+
+    def _pauses(self) -> Iterator[float]:
         pause_s = _PAUSE_S
-        while True:
-            try:
-                return act()
-            except Exception as error:  # whatever a tracker raises, training goes on
-                if not self._told:
-                    self._told = True
-                    self._tell(f"{type(error).__name__}: {first_line(error)}")
-                if isinstance(error, ImportError | ConfigError) or self._closing.wait(pause_s):
-                    raise _BackendUnavailable from error
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        while not self._closing.wait(pause_s):
+            yield 0.0
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 class Tracking:
-    """The trackers of an attempt. A context: when it is left without an error, they get a while to take the rest.
+    """The trackers of an attempt. A context: on exit without an error it waits a while for them to send the rest.
 
-    After an error nobody waits for them: the next attempt sends what is missing.
+    After an error it does not wait: the next attempt sends what is missing.
     """
 
     def __init__(self) -> None:
         self.followers: list[Follower] = []
-        self.base: int | None = None  #: the step that the attempt goes on from, once that is known
+        self.base: int | None = None  #: the step that the attempt resumes from, once known
 
-    def apply(self, event: TrackedEvent) -> None:
-        """Takes an event of rank 0; returns at once."""
-        if event["event"] in ("start", "resume"):
-            self.base = int(event.get("step", 0))
-        if event["event"] in ("step", "eval", "save", "under-way"):
+    def apply(self, body: Mapping[str, Any]) -> None:
+        """Queue an event of rank 0 for all trackers, without blocking."""
+        event = events.parse_event({"t": time.time(), **body})
+        if isinstance(event, events.StartEvent | events.ResumeEvent):
+            self.base = event.step
+        if isinstance(event, TrackedEvent):
             for follower in self.followers:
-                follower.apply({"t": time.time(), **event})
+                follower.apply(event)
 
     def __enter__(self) -> Tracking:
         return self
@@ -185,13 +193,13 @@ def follow(
     declared: Mapping[str, Any],
     progress: Callable[[dict[str, Any]], None],
 ) -> Tracking:
-    """The trackers that the settings ask for; none on ranks other than 0.
+    """Create the trackers of the settings; none on ranks other than 0.
 
     Args:
-        settings: Which.
-        checkpointer: Holds the claim.
-        declared: The run's settings as written, flat.
-        progress: Whom to tell what goes wrong, beside the journal.
+        settings: The settings under `track:`.
+        checkpointer: The checkpointer that has claimed the run.
+        declared: The run's settings as written, flattened.
+        progress: Receives notes about problems, besides the journal.
     """
     tracking, journal = Tracking(), checkpointer.journal
     if journal is None:
@@ -199,49 +207,55 @@ def follow(
     store, attempt = checkpointer.store, checkpointer.attempt
 
     def make(name: Name) -> TrackerBackend:
-        from outlast.trainers.tracking.backends import BACKENDS  # brings accelerate
+        from outlast.trainers.tracking.backends import BACKENDS  # imports accelerate
 
         first = list_attempts(store)[0]  # never deleted
         options = settings.options.get(name, {})
         return BACKENDS[name](TrackerContext(store, f"{store.run}-{first.nonce}", declared, settings.project, options))
 
-    def tell(name: Name, text: str) -> None:
+    def report(name: Name, text: str) -> None:
         with suppress(StorageError):
-            journal.event("tracker", name=name, message=text)
-        progress({"event": "note", "text": f"{name}: {text}"})
+            journal.write(events.TrackerEvent(name=name, message=text))
+        progress(events.NoteEvent(text=f"{name}: {text}").to_json())
 
     def past(newest: int) -> Iterator[TrackedEvent]:
         assert tracking.base is not None
         return past_events(store, attempt, tracking.base, newest)
 
-    wanted: list[Name] = ["tensorboard"] if is_installed("tensorboard") else []
-    for name in wanted if settings.to is None else settings.to:
-        tracking.followers.append(Follower(partial(make, name), past, partial(tell, name)))
+    default: list[Name] = ["tensorboard"] if is_installed("tensorboard") else []
+    for name in default if settings.to is None else settings.to:
+        tracking.followers.append(Follower(partial(make, name), past, partial(report, name)))
     return tracking
 
 
 def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> Iterator[TrackedEvent]:
-    """What earlier attempts told of the steps that an attempt stands on, oldest first, each step once.
+    """Return the events of earlier attempts for the steps that an attempt builds on, oldest first, each step once.
 
     Args:
         store: The run.
         attempt: The attempt.
-        base: The step that it goes on from.
-        newest: Of steps before this one nothing is wanted.
+        base: The step that it resumes from.
+        newest: Steps before this one are left out.
     """
-    parts: list[list[TrackedEvent]] = []
+    by_attempt: list[list[TrackedEvent]] = []
     for lower in reversed([item for item in list_attempts(store) if item < attempt]):
         begin: int | None = None
-        part: list[TrackedEvent] = []
-        for event in read_events(store, store.attempt_dir(lower)):  # never all of it at once: it may be long
-            if begin is None and event["event"] in ("start", "resume"):
-                begin = int(event.get("step", -1))
-            elif begin is not None and max(begin + 1, newest) <= event.get("step", -1) <= base:
-                part.append(event)
+        tracked: list[TrackedEvent] = []
+        for body in read_events(store, store.attempt_dir(lower)):  # a journal may be long: never load all of it
+            step = body.get("step")
+            if begin is None:
+                match events.parse_event(body):
+                    case events.StartEvent():
+                        begin = -1
+                    case events.ResumeEvent(step=base_step):
+                        begin = base_step
+            elif isinstance(step, int) and max(begin + 1, newest) <= step <= base:
+                event = events.parse_event(body)
+                tracked += [event] if isinstance(event, TrackedEvent) else []
         if begin is None:
             continue
-        parts.append(part)
+        by_attempt.append(tracked)
         base = min(base, begin)
         if base <= newest:
             break
-    return (event for part in reversed(parts) for event in part)
+    return (event for events in reversed(by_attempt) for event in events)

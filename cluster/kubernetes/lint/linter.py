@@ -1,5 +1,5 @@
-"""`outlast k8s lint`: what is wrong with manifests before a cluster takes them. Not what their schemas say: for that,
-`kubectl apply --server-side --dry-run=server --validate=strict` asks the cluster itself. Pure.
+"""`outlast k8s lint`: problems of manifests, found before they are applied. It does not check their schemas: for that,
+`kubectl apply --server-side --dry-run=server --validate=strict` has the cluster check them. Pure.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.kubernetes.accessors import LintComplaint, mapping
-from outlast.cluster.kubernetes.lint.config_map_rules import disagreements, missing_config_maps
+from outlast.cluster.kubernetes.lint.config_map_rules import missing_config_maps, run_file_mismatches
 from outlast.cluster.kubernetes.lint.operator_rules import operator_complaints
-from outlast.cluster.kubernetes.lint.placement_rules import placement_risks, unworkable
+from outlast.cluster.kubernetes.lint.placement_rules import invalid_groups, placement_risks
 from outlast.cluster.kubernetes.lint.pod_security_rules import security_complaints
-from outlast.cluster.kubernetes.lint.reliability_rules import budget_complaints, claim_complaints, risks
-from outlast.cluster.kubernetes.lint.secret_rules import config_map_complaints, secrets_written_down
+from outlast.cluster.kubernetes.lint.reliability_rules import budget_complaints, claim_complaints, reliability_risks
+from outlast.cluster.kubernetes.lint.secret_rules import config_map_complaints, inline_secrets
 from outlast.cluster.preflight.finding import Finding, Level
 
 _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[LintComplaint]]]]] = {
     "RayJob": [
         (Level.FAILED, operator_complaints),
-        (Level.FAILED, unworkable),
-        (Level.FAILED, secrets_written_down),
-        (Level.WARNING, risks),
+        (Level.FAILED, invalid_groups),
+        (Level.FAILED, inline_secrets),
+        (Level.WARNING, reliability_risks),
         (Level.WARNING, placement_risks),
         (Level.WARNING, security_complaints),
     ],
@@ -33,62 +33,62 @@ _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[LintC
     "PodDisruptionBudget": [(Level.WARNING, budget_complaints)],
 }
 
-#: Kinds with which nothing can be wrong that would be known here.
-_HARMLESS = ("NetworkPolicy", "ServiceAccount")
+#: Kinds that need no rule.
+_KINDS_WITHOUT_RULES = ("NetworkPolicy", "ServiceAccount")
 
 _HINT = "give what `outlast k8s render` prints"
 
 
 def read_objects(text: str) -> list[dict[str, Any]]:
-    """The objects of a YAML stream, and those in a `List` of it.
+    """Return the objects of a YAML stream, those in a `List` included.
 
     Raises:
-        ConfigError: It is no YAML, holds something else, or nothing.
+        ConfigError: The text is not YAML, holds other things, or nothing.
     """
     try:
-        found = [item for item in yaml.safe_load_all(text) if item is not None]
+        documents = [item for item in yaml.safe_load_all(text) if item is not None]
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}", hint=_HINT) from error
-    objects = [item for document in found for item in _unpacked(document)]
+    objects = [item for document in documents for item in _objects_in(document)]
     if not objects:
-        raise ConfigError("there is no object in it", hint=_HINT)
+        raise ConfigError("the input holds no objects", hint=_HINT)
     return objects
 
 
-def _unpacked(document: Any) -> Iterator[dict[str, Any]]:
+def _objects_in(document: Any) -> Iterator[dict[str, Any]]:
     if not isinstance(document, dict) or not document.get("kind") or not document.get("apiVersion"):
-        raise ConfigError("a document is no Kubernetes object: it has no apiVersion, or no kind", hint=_HINT)
+        raise ConfigError("a document is not a Kubernetes object: apiVersion or kind is missing", hint=_HINT)
     if document["kind"] != "List":
         yield document
         return
     items = document.get("items")
     for item in items if isinstance(items, list) else []:
-        yield from _unpacked(item)
+        yield from _objects_in(item)
 
 
 def unchecked_objects(objects: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Objects of kinds for which there is no rule, as `kind/name`."""
-    return [_name(item) for item in objects if str(item.get("kind")) not in (*_RULES, *_HARMLESS)]
+    """Return the objects of kinds that have no rules, as `kind/name`."""
+    return [_name(item) for item in objects if str(item.get("kind")) not in (*_RULES, *_KINDS_WITHOUT_RULES)]
 
 
 def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """What is wrong, or `OK` for each RayJob with nothing wrong. `FAILED` is what the operator refuses."""
+    """Return all findings, and `OK` for each RayJob without one. `FAILED` means that the operator refuses it."""
     config_maps = {
         str(mapping(item, "metadata").get("name")): mapping(item, "data")
         for item in objects
         if item.get("kind") == "ConfigMap"
     }
-    found = []
+    findings = []
     for item in objects:
         kind, name = str(item.get("kind")), _name(item)
-        said = list(_said(name, item))
+        own = list(_rule_findings(name, item))
         if kind == "RayJob":
-            said += _findings(Level.FAILED, name, disagreements(item, config_maps))
-            if any(other.get("kind") != "RayJob" for other in objects):  # else it may well be in the cluster
-                said += _findings(Level.WARNING, name, missing_config_maps(item, config_maps))
-            said = said or [Finding(Level.OK, name, "nothing wrong")]
-        found += said
-    return found
+            own += _findings(Level.FAILED, name, run_file_mismatches(item, config_maps))
+            if any(other.get("kind") != "RayJob" for other in objects):  # else it may be in the cluster already
+                own += _findings(Level.WARNING, name, missing_config_maps(item, config_maps))
+            own = own or [Finding(Level.OK, name, "no problems found")]
+        findings += own
+    return findings
 
 
 def _name(item: Mapping[str, Any]) -> str:
@@ -96,7 +96,7 @@ def _name(item: Mapping[str, Any]) -> str:
     return f"{item.get('kind')}/{meta.get('name') or meta.get('generateName')}".lower()
 
 
-def _said(name: str, item: Mapping[str, Any]) -> Iterator[Finding]:
+def _rule_findings(name: str, item: Mapping[str, Any]) -> Iterator[Finding]:
     for level, rule in _RULES.get(str(item.get("kind")), []):
         yield from _findings(level, name, rule(item))
 

@@ -1,7 +1,7 @@
-"""What KubeRay 1.7's operator refuses in a RayJob that its CRD lets pass: the rules of its `validation.go`.
+"""What KubeRay 1.7's operator refuses in a RayJob although its CRD allows it: the rules of its `validation.go`.
 
-The API server has taken such an object, and the operator then only writes `ValidationFailed` into its status, which is
-easily overlooked. Pure; no rule trusts the shape of what it reads.
+The API server accepts such an object, and the operator only writes `ValidationFailed` into its status, which is easily
+overlooked. Pure; no rule trusts the shape of what it reads.
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ from typing import Any
 
 import yaml
 
-from outlast.cluster.kubernetes.accessors import LintComplaint, autoscales, first_container, mapping, rows, variables
+from outlast.cluster.kubernetes.accessors import (
+    LintComplaint,
+    autoscales,
+    env_variables,
+    first_container,
+    mapping,
+    mappings,
+)
 from outlast.cluster.kubernetes.settings import LABEL, MAX_NAME
 
 SUBMISSION_MODES = ("K8sJobMode", "SidecarMode", "HTTPMode", "InteractiveMode")
-#: Fields of a RayCluster that the operator takes only with a feature gate, which is off unless somebody turned it on.
+#: Fields of a RayCluster that need a feature gate of the operator, which is off by default.
 GATED = {
     "networkPolicy": "RayClusterNetworkPolicy",
     "tlsOptions": "RayClusterMTLS",
@@ -30,7 +37,7 @@ _PRIORITY_SINCE = (2, 56, 0)
 
 
 def operator_complaints(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    """Every finding, not only the first, as the operator would have it."""
+    """Yield every finding; the operator reports only the first."""
     spec = mapping(job, "spec")
     cluster = mapping(spec, "rayClusterSpec")
     meta = mapping(job, "metadata")
@@ -49,9 +56,9 @@ def operator_complaints(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
 def _lifetime(spec: Mapping[str, Any]) -> Iterator[LintComplaint]:
     shuts_down = spec.get("shutdownAfterJobFinishes") is True
     if spec.get("suspend") and not shuts_down:
-        yield "spec.suspend", "only a RayJob with shutdownAfterJobFinishes: true can be suspended"
+        yield "spec.suspend", "is allowed only with shutdownAfterJobFinishes: true"
     if not shuts_down and _number(spec.get("ttlSecondsAfterFinished")) > 0:
-        yield "spec.ttlSecondsAfterFinished", "means nothing without shutdownAfterJobFinishes: true, and is refused"
+        yield "spec.ttlSecondsAfterFinished", "is allowed only with shutdownAfterJobFinishes: true"
     for key in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
         if key in spec and _number(spec[key]) <= 0:
             yield f"spec.{key}", "must be positive"
@@ -68,33 +75,33 @@ def _submission(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator
     mode, selector = spec.get("submissionMode", "K8sJobMode"), mapping(spec, "clusterSelector")
     retries = _number(spec.get("backoffLimit")) > 0
     if mode not in SUBMISSION_MODES:
-        yield "spec.submissionMode", f"{mode!r} is none of {', '.join(SUBMISSION_MODES)}"
+        yield "spec.submissionMode", f"{mode!r} is not one of {', '.join(SUBMISSION_MODES)}"
     if not cluster and not selector:
-        yield "spec.rayClusterSpec", "is missing, and no clusterSelector says which cluster instead"
+        yield "spec.rayClusterSpec", "is missing, and so is clusterSelector"
     if selector and not selector.get("ray.io/cluster"):
-        yield "spec.clusterSelector", "names no cluster under ray.io/cluster"
+        yield "spec.clusterSelector", "has no ray.io/cluster"
     if selector and (retries or spec.get("suspend")):
-        yield "spec.clusterSelector", "a RayJob on a cluster of somebody else's has no backoffLimit and no suspend"
+        yield "spec.clusterSelector", "excludes backoffLimit and suspend"
     if mode == "InteractiveMode" and retries:
-        yield "spec.backoffLimit", "InteractiveMode has none"
+        yield "spec.backoffLimit", "must be 0 in InteractiveMode"
     if mode == "SidecarMode":
-        taken = [key for key in ("submitterPodTemplate", "submitterConfig", "clusterSelector") if key in spec]
-        if taken:
-            yield "spec.submissionMode", f"SidecarMode refuses {', '.join(taken)}"
+        excluded = [key for key in ("submitterPodTemplate", "submitterConfig", "clusterSelector") if key in spec]
+        if excluded:
+            yield "spec.submissionMode", f"SidecarMode excludes {', '.join(excluded)}"
         if mapping(cluster, "headGroupSpec", "template", "spec").get("restartPolicy", "Never") != "Never":
             yield "spec.rayClusterSpec.headGroupSpec", "restartPolicy must be Never or unset in SidecarMode"
     submitter = mapping(spec, "submitterPodTemplate", "spec")
     if submitter and submitter.get("restartPolicy") not in ("Never", "OnFailure"):
-        yield "spec.submitterPodTemplate", "restartPolicy must be Never or OnFailure: it becomes a Job's pod"
+        yield "spec.submitterPodTemplate", "restartPolicy must be Never or OnFailure, because a Job runs the pod"
     if mapping(cluster, "authOptions").get("enableK8sTokenAuth"):
-        yield "spec.rayClusterSpec.authOptions", "a RayJob cannot use enableK8sTokenAuth"
+        yield "spec.rayClusterSpec.authOptions", "enableK8sTokenAuth is not allowed in a RayJob"
 
 
 def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     strategy = mapping(spec, "deletionStrategy")
     if "deletionStrategy" not in spec:
         return
-    rules, where = rows(strategy, "deletionRules"), "spec.deletionStrategy"
+    rules, where = mappings(strategy, "deletionRules"), "spec.deletionStrategy"
     policies = [mapping(strategy, key).get("policy") for key in ("onSuccess", "onFailure")]
     shuts_down, is_old = spec.get("shutdownAfterJobFinishes") is True, any(key in strategy for key in _OLD_KEYS)
     if rules and (shuts_down or is_old):
@@ -104,23 +111,23 @@ def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[L
     if shuts_down and "DeleteNone" in policies:
         yield where, "DeleteNone contradicts shutdownAfterJobFinishes: true"
     if autoscales(cluster) and "DeleteWorkers" in (*policies, *(rule.get("policy") for rule in rules)):
-        yield where, "DeleteWorkers does not go with the autoscaler"
+        yield where, "DeleteWorkers is not allowed with the autoscaler"
     times: dict[tuple[str, str], dict[str, int]] = {}
     for number, rule in enumerate(rules):
         condition = mapping(rule, "condition")
         if len(condition.keys() & {"jobStatus", "jobDeploymentStatus"}) != 1:
-            yield f"{where}.deletionRules[{number}]", "needs jobStatus or jobDeploymentStatus, and not both"
+            yield f"{where}.deletionRules[{number}]", "needs either jobStatus or jobDeploymentStatus"
             continue
         status = f"{condition.get('jobStatus', '')}", f"{condition.get('jobDeploymentStatus', '')}"
-        known = times.setdefault(status, {})
+        seconds = times.setdefault(status, {})
         policy = str(rule.get("policy"))
-        if policy in known:
+        if policy in seconds:
             yield f"{where}.deletionRules[{number}]", f"a second rule of {policy} for the same status"
-        known[policy] = _number(condition.get("ttlSeconds"))
-    for status, known in times.items():
-        waits = [known[policy] for policy in _DELETION_ORDER if policy in known]
+        seconds[policy] = _number(condition.get("ttlSeconds"))
+    for status, seconds in times.items():
+        waits = [seconds[policy] for policy in _DELETION_ORDER if policy in seconds]
         if waits != sorted(waits):
-            yield where, f"for {status[0] or status[1]}, ttlSeconds must not fall from workers to cluster to RayJob"
+            yield where, f"for {status[0] or status[1]}, ttlSeconds must not decrease from workers to cluster to RayJob"
 
 
 _OLD_KEYS = ("onSuccess", "onFailure")
@@ -131,10 +138,10 @@ def _cluster(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iter
     if not first_container(head):
         yield "headGroupSpec", "has no container"
     yield from _group_resources("headGroupSpec", head)
-    for number, group in enumerate(rows(cluster, "workerGroupSpecs")):
+    for number, group in enumerate(mappings(cluster, "workerGroupSpecs")):
         yield from _worker_group(f"workerGroupSpecs[{number}]", group, cluster)
     if "upgradeStrategy" in cluster:
-        yield "upgradeStrategy", "is not for a cluster that a RayJob makes"
+        yield "upgradeStrategy", "is not allowed in a RayJob's cluster"
     for key, gate in GATED.items():
         if key in cluster:
             yield key, f"needs the operator's feature gate {gate}, which is off by default"
@@ -146,85 +153,85 @@ def _cluster(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iter
 def _group_resources(where: str, group: Mapping[str, Any]) -> Iterator[LintComplaint]:
     parameters = mapping(group, "rayStartParams")
     if mapping(group, "resources") and parameters.keys() & {"num-cpus", "num-gpus", "memory", "resources"}:
-        yield where, "says its resources twice, in rayStartParams and in resources"
+        yield where, "sets its resources twice, in rayStartParams and in resources"
     if "labels" in parameters:
-        yield where, "rayStartParams has labels; give the group's own labels"
+        yield where, "rayStartParams must not set labels; set the group's labels"
 
 
 def _worker_group(where: str, group: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if not first_container(group):
         yield where, "has no container"
-    least, most = group.get("minReplicas"), group.get("maxReplicas")
-    if not autoscales(cluster) and (least is None or most is None):
-        yield where, "needs minReplicas and maxReplicas where nothing scales it"
-    if _number(least) < 0 or (most is not None and _number(most) < _number(least)):
-        yield where, f"minReplicas {least} and maxReplicas {most} are not in this order of size"
+    low, high = group.get("minReplicas"), group.get("maxReplicas")
+    if not autoscales(cluster) and (low is None or high is None):
+        yield where, "needs minReplicas and maxReplicas without the autoscaler"
+    if _number(low) < 0 or (high is not None and _number(high) < _number(low)):
+        yield where, f"needs 0 <= minReplicas ({low}) <= maxReplicas ({high})"
     yield from _group_resources(where, group)
     is_v2 = _is_v2(cluster)
     if "idleTimeoutSeconds" in group and not (is_v2 and _number(group["idleTimeoutSeconds"]) >= 0):
-        yield where, "idleTimeoutSeconds is for autoscaler v2, and not negative"
+        yield where, "idleTimeoutSeconds needs autoscaler v2, and must not be negative"
     if _number(group.get("priority")) and not (is_v2 and _release(cluster) >= _PRIORITY_SINCE):
-        yield where, "priority is for autoscaler v2, and for a rayVersion of 2.56.0 or newer"
+        yield where, "priority needs autoscaler v2, and rayVersion 2.56.0 or newer"
     if group.get("suspend") and autoscales(cluster):
-        yield where, "cannot be suspended where the autoscaler is on"
+        yield where, "suspend is not allowed with the autoscaler"
 
 
 def _tables(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    """Fault tolerance of Ray's tables (GCS)."""
+    """Yield findings on GCS fault tolerance."""
     options, head = mapping(cluster, "gcsFaultToleranceOptions"), mapping(cluster, "headGroupSpec")
-    named = variables(first_container(head))
-    wanted = "gcsFaultToleranceOptions" in cluster
-    if wanted and annotations.get("ray.io/ft-enabled"):
-        yield "gcsFaultToleranceOptions", "the annotation ray.io/ft-enabled says it too; one of them is enough"
-    if not wanted and annotations.get("ray.io/ft-enabled") != "true" and "RAY_REDIS_ADDRESS" in named:
-        yield "headGroupSpec", "RAY_REDIS_ADDRESS turns fault tolerance on; say gcsFaultToleranceOptions"
-    owned = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD"} & named.keys() if wanted else set()
-    if owned or (wanted and mapping(head, "rayStartParams").get("redis-password")):
-        yield "headGroupSpec", "gcsFaultToleranceOptions says where Redis is, and its password"
+    named = env_variables(first_container(head))
+    is_on = "gcsFaultToleranceOptions" in cluster
+    if is_on and annotations.get("ray.io/ft-enabled"):
+        yield "gcsFaultToleranceOptions", "is also set by the annotation ray.io/ft-enabled; remove one"
+    if not is_on and annotations.get("ray.io/ft-enabled") != "true" and "RAY_REDIS_ADDRESS" in named:
+        yield "headGroupSpec", "RAY_REDIS_ADDRESS enables fault tolerance; set gcsFaultToleranceOptions instead"
+    owned = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD"} & named.keys() if is_on else set()
+    if owned or (is_on and mapping(head, "rayStartParams").get("redis-password")):
+        yield "headGroupSpec", "set Redis' address and password in gcsFaultToleranceOptions only"
     if "REDIS_USERNAME" in named or mapping(head, "rayStartParams").get("redis-username"):
-        yield "headGroupSpec", "the name for Redis belongs into gcsFaultToleranceOptions.redisUsername"
+        yield "headGroupSpec", "set Redis' user in gcsFaultToleranceOptions.redisUsername"
     if options.get("backend") == "rocksdb":
         yield (
             "gcsFaultToleranceOptions",
-            "rocksdb needs the feature gate GCSFaultToleranceEmbeddedStorage, which is off by default",
+            "rocksdb needs the operator's feature gate GCSFaultToleranceEmbeddedStorage, which is off by default",
         )
 
 
 def _autoscaler(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     head, options = mapping(cluster, "headGroupSpec"), mapping(cluster, "autoscalerOptions")
-    says = variables(first_container(head)).get(_AUTOSCALER_V2)
-    if not autoscales(cluster) and says in ("1", "true"):
+    version_variable = env_variables(first_container(head)).get(_AUTOSCALER_V2)
+    if not autoscales(cluster) and version_variable in ("1", "true"):
         yield "headGroupSpec", f"{_AUTOSCALER_V2} needs enableInTreeAutoscaling: true"
-    if autoscales(cluster) and "version" in options and says is not None:
-        yield "autoscalerOptions.version", f"{_AUTOSCALER_V2} says it too; leave that out"
+    if autoscales(cluster) and "version" in options and version_variable is not None:
+        yield "autoscalerOptions.version", f"is also set by {_AUTOSCALER_V2}; remove that variable"
     if autoscales(cluster) and options.get("version") == "v2":
         for where, group in (("headGroupSpec", head), *(("workerGroupSpecs", g) for g in _groups(cluster))):
             if mapping(group, "template", "spec").get("restartPolicy", "Never") != "Never":
                 yield where, "restartPolicy must be Never or unset with autoscaler v2"
     if _number(options.get("idleTimeoutSeconds")) < 0:
         yield "autoscalerOptions.idleTimeoutSeconds", "must not be negative"
-    if "KUBERAY_GEN_AUTOSCALER_START_CMD" in variables(options):
-        yield "autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is the operator's own"
+    if "KUBERAY_GEN_AUTOSCALER_START_CMD" in env_variables(options):
+        yield "autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is reserved for the operator"
 
 
 def _token(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if mapping(cluster, "authOptions").get("mode") == "token" and _release(cluster) < _TOKEN_SINCE:
-        yield "authOptions", f"token needs a rayVersion of 2.52.0 or newer, and it is {cluster.get('rayVersion')!r}"
+        yield "authOptions", f"token needs rayVersion 2.52.0 or newer (it is {cluster.get('rayVersion')!r})"
 
 
 def _groups(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return rows(cluster, "workerGroupSpecs")
+    return mappings(cluster, "workerGroupSpecs")
 
 
 def _is_v2(cluster: Mapping[str, Any]) -> bool:
-    named = variables(first_container(mapping(cluster, "headGroupSpec")))
+    named = env_variables(first_container(mapping(cluster, "headGroupSpec")))
     return mapping(cluster, "autoscalerOptions").get("version") == "v2" or named.get(_AUTOSCALER_V2) in ("1", "true")
 
 
 def _release(cluster: Mapping[str, Any]) -> tuple[int, ...]:
-    """rayVersion as numbers; (0,) for one that is missing or none."""
-    found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", str(cluster.get("rayVersion") or ""))
-    return tuple(int(part or 0) for part in found.groups()) if found else (0,)
+    """Return rayVersion as numbers; (0,) if it is missing or not a version."""
+    match = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", str(cluster.get("rayVersion") or ""))
+    return tuple(int(part or 0) for part in match.groups()) if match else (0,)
 
 
 def _number(value: Any) -> int:

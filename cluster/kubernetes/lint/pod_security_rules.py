@@ -1,6 +1,6 @@
 """What a namespace under the restricted Pod Security standard refuses in a pod. Pure.
 
-A pod's own security context counts for each of its containers, as far as a container says nothing else.
+A pod's security context applies to each of its containers, unless the container overrides it.
 """
 
 from __future__ import annotations
@@ -8,44 +8,47 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from outlast.cluster.kubernetes.accessors import LintComplaint, containers, mapping, pod_templates, rows, words
+from outlast.cluster.kubernetes.accessors import LintComplaint, containers, mapping, mappings, pod_templates, strings
 
 _PROFILES = ("RuntimeDefault", "Localhost")
-_MAY_BE_ADDED = "NET_BIND_SERVICE"
+_ALLOWED_CAPABILITY = "NET_BIND_SERVICE"
 
 
 def security_complaints(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    """Pods and containers that a restricted namespace refuses."""
+    """Yield pods and containers that a restricted namespace refuses."""
     for role, pod in pod_templates(job):
         spec = mapping(pod, "spec")
         for flag in ("hostNetwork", "hostPID", "hostIPC"):
             if spec.get(flag):
-                yield role, f"{flag} is not for a restricted namespace"
-        if any("hostPath" in volume for volume in rows(spec, "volumes")):
-            yield role, "a hostPath volume is not for a restricted namespace"
+                yield role, f"{flag} is not allowed in a restricted namespace"
+        if any("hostPath" in volume for volume in mappings(spec, "volumes")):
+            yield role, "a hostPath volume is not allowed in a restricted namespace"
     for where, pod, container in containers(job):
-        whole, own = _said(pod), _said(container)
-        for verb, found in (("lacks", _lacks({**whole, **own}, own)), ("has", [*_wrong(whole), *_wrong(own)])):
-            if found:
-                named = ", ".join(dict.fromkeys(found))
-                yield where, f"securityContext {verb} {named}: a restricted namespace refuses the pod"
+        inherited, own = _security_context(pod), _security_context(container)
+        for verb, settings in (
+            ("lacks", _missing({**inherited, **own}, own)),
+            ("has", [*_forbidden(inherited), *_forbidden(own)]),
+        ):
+            if settings:
+                names = ", ".join(dict.fromkeys(settings))
+                yield where, f"securityContext {verb} {names}: a restricted namespace refuses the pod"
 
 
-def _said(value: Mapping[str, Any]) -> dict[str, Any]:
+def _security_context(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: item for key, item in mapping(value, "securityContext").items() if item is not None}
 
 
-def _lacks(merged: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    holds = {
+def _missing(merged: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    requirements = {
         "runAsNonRoot: true": merged.get("runAsNonRoot") is True,
         "allowPrivilegeEscalation: false": own.get("allowPrivilegeEscalation") is False,
-        "capabilities: {drop: [ALL]}": "ALL" in words(mapping(own, "capabilities"), "drop"),
+        "capabilities: {drop: [ALL]}": "ALL" in strings(mapping(own, "capabilities"), "drop"),
         "seccompProfile": bool(mapping(merged, "seccompProfile").get("type")),
     }
-    return [name for name, is_there in holds.items() if not is_there]
+    return [name for name, is_met in requirements.items() if not is_met]
 
 
-def _wrong(context: Mapping[str, Any]) -> Iterator[str]:
+def _forbidden(context: Mapping[str, Any]) -> Iterator[str]:
     profile, user = mapping(context, "seccompProfile").get("type"), context.get("runAsUser")
     if profile and profile not in _PROFILES:
         yield f"seccompProfile {profile}"
@@ -53,6 +56,6 @@ def _wrong(context: Mapping[str, Any]) -> Iterator[str]:
         yield "runAsUser 0"
     if context.get("privileged"):
         yield "privileged: true"
-    added = [name for name in words(mapping(context, "capabilities"), "add") if name != _MAY_BE_ADDED]
+    added = [name for name in strings(mapping(context, "capabilities"), "add") if name != _ALLOWED_CAPABILITY]
     if added:
         yield f"capabilities.add [{', '.join(added)}]"

@@ -1,4 +1,4 @@
-"""Credentials that are written down where they should only be named. Pure; nothing here repeats a value."""
+"""Credentials written in a manifest where only their secret should be named. Pure; no message repeats a value."""
 
 from __future__ import annotations
 
@@ -8,81 +8,82 @@ from typing import Any
 
 import yaml
 
-from outlast.cluster.kubernetes.accessors import LintComplaint, containers, mapping, variables, words
+from outlast.cluster.kubernetes.accessors import LintComplaint, containers, env_variables, mapping, strings
 
-_WORDS = frozenset({"SECRET", "PASSWORD", "PASSWD", "TOKEN", "CREDENTIAL", "CREDENTIALS", "APIKEY"})
-#: What makes a credential of the word KEY after it.
-_KEYS = frozenset({"ACCESS", "API", "PRIVATE", "SECRET"})
-_PLACES = frozenset({"PATH", "FILE", "DIR"})
-#: What makes an entry of a vocabulary of the word TOKEN after it, as in `pad_token`.
-_VOCABULARY = frozenset({"BOS", "CLS", "EOS", "IMAGE", "MASK", "PAD", "SEP", "UNK"})
+_SECRET_WORDS = frozenset({"SECRET", "PASSWORD", "PASSWD", "TOKEN", "CREDENTIAL", "CREDENTIALS", "APIKEY"})
+#: Words that make the word KEY after them a credential.
+_KEY_PREFIXES = frozenset({"ACCESS", "API", "PRIVATE", "SECRET"})
+_PATH_WORDS = frozenset({"PATH", "FILE", "DIR"})
+#: Words that make the word TOKEN after them a vocabulary entry, as in `pad_token`.
+_TOKEN_PREFIXES = frozenset({"BOS", "CLS", "EOS", "IMAGE", "MASK", "PAD", "SEP", "UNK"})
 _PLAIN = re.compile(r"true|false|yes|no|on|off|null|none|[-+]?[\d._]+(e[-+]?\d+)?", re.IGNORECASE)
 _INLINE = re.compile(r"""(?:^|[\s;&|("'])(?:-{1,2})?([A-Za-z][\w-]*)=["']?([^\s"';&|)]+)""")
 _ADVICE = "name a secret instead (envFrom, or valueFrom.secretKeyRef)"
 
 
 def is_credential(name: str, value: Any) -> bool:
-    """Whether a variable is written down that should not be.
+    """Return whether a variable holds a credential in plain text.
 
     Args:
-        name: Its name; whole words of it count, so `MAX_NEW_TOKENS` is none.
-        value: Its value as written. A number, a word such as `true`, and a reference to another variable are none.
+        name: Its name; only whole words count, so `MAX_NEW_TOKENS` is not a credential.
+        value: Its value as written. A number, a word such as `true`, or a reference to another variable is not one.
     """
     parts = [part for part in re.split(r"[^A-Z0-9]+", name.upper()) if part]
     if not isinstance(value, str) or not value or value.startswith("$") or _PLAIN.fullmatch(value):
         return False
-    if _PLACES & set(parts) or (parts[-1:] == ["CREDENTIALS"] and value.startswith("/")):
+    if _PATH_WORDS & set(parts) or (parts[-1:] == ["CREDENTIALS"] and value.startswith("/")):
         return False
     pairs = [*zip(["", *parts], parts, strict=False)]
     return any(
-        (word in _WORDS and not (word == "TOKEN" and before in _VOCABULARY)) or (word == "KEY" and before in _KEYS)
+        (word in _SECRET_WORDS and not (word == "TOKEN" and before in _TOKEN_PREFIXES))
+        or (word == "KEY" and before in _KEY_PREFIXES)
         for before, word in pairs
     )
 
 
-def secrets_written_down(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    """Credentials whose value stands in the RayJob."""
+def inline_secrets(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
+    """Yield credentials whose value is in the RayJob."""
     for where, _, container in containers(job):
-        for name, value in variables(container).items():
+        for name, value in env_variables(container).items():
             if is_credential(name, value):
-                yield where, f"{name} is written down; {_ADVICE}"
-        for name in _inline(" ".join([*words(container, "command"), *words(container, "args")])):
-            yield where, f"{name} is written down in the command; {_ADVICE}"
+                yield where, f"{name} is in plain text; {_ADVICE}"
+        for name in _inline(" ".join([*strings(container, "command"), *strings(container, "args")])):
+            yield where, f"{name} is in plain text in the command; {_ADVICE}"
     spec = mapping(job, "spec")
     for name in _inline(str(spec.get("entrypoint", ""))):
-        yield "spec.entrypoint", f"{name} is written down; {_ADVICE}"
+        yield "spec.entrypoint", f"{name} is in plain text; {_ADVICE}"
     for name, value in mapping(_parsed(spec.get("runtimeEnvYAML")), "env_vars").items():
         if is_credential(str(name), value):
-            yield "spec.runtimeEnvYAML", f"{name} is written down; {_ADVICE}"
+            yield "spec.runtimeEnvYAML", f"{name} is in plain text; {_ADVICE}"
 
 
 def config_map_complaints(config_map: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    """What looks like a credential in a ConfigMap, or in the YAML that it holds: anybody may read it."""
+    """Yield apparent credentials in a ConfigMap, or in the YAML that it holds: it is not protected."""
     for key, value in mapping(config_map, "data").items():
         if is_credential(str(key), value):
-            yield f"data.{key}", "looks like a credential; a ConfigMap is no place for one, a Secret is"
+            yield f"data.{key}", "looks like a credential, which belongs in a Secret, not in a ConfigMap"
         if str(key).endswith((".yaml", ".yml")):
-            for place in _places(_parsed(value)):
+            for path in _credential_paths(_parsed(value)):
                 yield (
                     f"data.{key}",
-                    f"{place} looks like a credential; write ${{env:NAME}} there, and give NAME by a secret",
+                    f"{path} looks like a credential; write ${{env:NAME}} instead, and set NAME by a secret",
                 )
 
 
 def _inline(command: str) -> list[str]:
-    """Names of credentials that a command line sets, as in `KEY=value`."""
+    """Return the names of credentials that a command line sets, as in `KEY=value`."""
     return [name for name, value in _INLINE.findall(command) if is_credential(name, value)]
 
 
-def _places(value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Where in nested settings something looks like a credential."""
+def _credential_paths(value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the key paths of apparent credentials in nested settings."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if is_credential(str(key), item):
                 yield ".".join((*path, str(key)))
-            yield from _places(item, (*path, str(key)))
+            yield from _credential_paths(item, (*path, str(key)))
     for number, item in enumerate(value if isinstance(value, list) else []):
-        yield from _places(item, (*path, str(number)))
+        yield from _credential_paths(item, (*path, str(number)))
 
 
 def _parsed(text: Any) -> Any:

@@ -17,14 +17,16 @@ import yaml
 
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.run_store import events
+from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
 from outlast.checkpointing.tools.query import VerificationResult
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
 from outlast.cluster.monitoring.summary import RunSummary, interruptions, verified
 from outlast.cluster.monitoring.timeline import Timeline
-from outlast.cluster.monitoring.timeline_records import AttemptEnd, AttemptTimeline, EvaluationRecord
+from outlast.cluster.monitoring.timeline_records import AttemptTimeline, EvaluationRecord, NoteworthyEvent
 
-MOST_POINTS = 3000
+MOST_POINTS = 2000
 MOST_EVALS = 600
 MOST_SPANS = 1200
 MOST_ROWS = 500
@@ -253,7 +255,7 @@ def _marks(story: Timeline, begin: float) -> Iterator[dict[str, Any]]:
         }
     for attempt in story.in_order:
         if attempt.start is not None and attempt.base is not None:
-            at, said = round(attempt.start["t"] - begin, 2), f"attempt {attempt.id.number} goes on"
+            at, said = round(attempt.start.t - begin, 2), f"attempt {attempt.id.number} goes on"
             yield {"kind": "restore", "t": at, "step": attempt.base_step, "attempt": str(attempt.id), "cause": said}
 
 
@@ -303,13 +305,13 @@ def _coarse(ledger: GoodputReport) -> list[TimeSpan]:
 
 def _attempts(story: Timeline) -> dict[str, Any]:
     """The newest attempts, and what they said."""
-    attempts, ends, failures = story.in_order, story.ends, story.failures_of
-    rows = [_attempt_row(item, ends[item.id], failures.get(str(item.id), {})) for item in attempts[-MOST_ROWS:]]
+    attempts, ends = story.in_order, story.ends
+    rows = [_attempt_row(item, ends[item.id]) for item in attempts[-MOST_ROWS:]]
     notes = [_note(item, note) for item in attempts for note in item.notes if _is_news(note, ends[item.id])]
     return {"attempts": rows, "notes": notes[-MOST_ROWS:]}
 
 
-def _attempt_row(attempt: AttemptTimeline, end: AttemptEnd, failure: Mapping[str, Any]) -> dict[str, Any]:
+def _attempt_row(attempt: AttemptTimeline, end: AttemptEnd) -> dict[str, Any]:
     claim = attempt.claim
     made = (attempt.steps.number[0], attempt.steps.number[-1]) if attempt.steps else None
     return {
@@ -329,7 +331,7 @@ def _attempt_row(attempt: AttemptTimeline, end: AttemptEnd, failure: Mapping[str
         "cause": end.cause,
         "is_planned": end.is_planned,
         "message": end.message[:1000],
-        "where": str(failure.get("where", "")),
+        "where": end.where,
     }
 
 
@@ -411,18 +413,24 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _is_news(note: Mapping[str, Any], end: AttemptEnd) -> bool:
+def _is_news(note: NoteworthyEvent, end: AttemptEnd) -> bool:
     """Whether it says more than how the attempt ended: the error of a rank that only lost the others does not."""
-    return note["event"] != "failed" or not end.message
+    return not isinstance(note, events.FailedEvent) or not end.message
 
 
-def _note(attempt: AttemptTimeline, note: Mapping[str, Any]) -> dict[str, Any]:
+def _note(attempt: AttemptTimeline, note: NoteworthyEvent) -> dict[str, Any]:
     """Something that an attempt said, in words."""
-    said = {
-        "changed": lambda: f"{note['what']} changed from {note['before']} to {note['now']}",
-        "hang": lambda: f"rank {note['rank']} gave up waiting for rank {', '.join(map(str, note['missing']))}",
-        "rejected": lambda: f"{note['checkpoint']}: {'; '.join(note['reasons'])}",
-        "early-stop": lambda: f"stopped early: {note['reason']}",
-    }
-    text = said[note["event"]]() if note["event"] in said else str(note.get("message") or note.get("error") or "")
-    return {"t": note["t"], "attempt": attempt.id.number, "event": note["event"], "text": text[:1000]}
+    match note:
+        case events.ChangedEvent():
+            text = f"{note.what} changed from {note.before} to {note.now}"
+        case events.HangEvent():
+            text = f"rank {note.rank} gave up waiting for rank {', '.join(map(str, note.missing))}"
+        case events.RejectedEvent():
+            text = f"{note.checkpoint}: {'; '.join(note.reasons)}"
+        case events.EarlyStopEvent():
+            text = f"stopped early: {note.reason}"
+        case events.NonFiniteEvent():
+            text = note.message
+        case events.SaveFailedEvent() | events.FailedEvent():
+            text = note.error
+    return {"t": note.t, "attempt": attempt.id.number, "event": note.kind, "text": text[:1000]}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, launch_dir
 from outlast.checkpointing.run_store.attempt_history import (
+    AttemptEnd,
     AttemptOutcome,
     AttemptRecord,
     checkpoints_to_skip,
@@ -20,6 +21,7 @@ from outlast.checkpointing.run_store.attempt_history import (
     settings_digest,
 )
 from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.events import FailureEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
@@ -39,9 +41,8 @@ FAILED, SILENT, PREEMPTED, SETTLED, OPEN = (
 def one(
     ending: AttemptOutcome, *commits: int, step: int | None = None, settings: str = NOW, final: bool = False
 ) -> AttemptRecord:
-    return AttemptRecord(
-        ending, settings, commits, failed_step=step, is_final=final, what="worker died", message="killed"
-    )
+    end = AttemptEnd(ending, "worker died", "killed")
+    return AttemptRecord(end, settings, commits, failed_step=step, is_final=final)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_progress_forgets_what_was_before(before: list[AttemptRecord], after: li
 
 @given(tries_of_a_run)
 def test_preemptions_never_count_as_failures(tries: list[AttemptRecord]) -> None:
-    without = [item for item in tries if item.ending is not PREEMPTED or item.settings != NOW]
+    without = [item for item in tries if item.end.outcome is not PREEMPTED or item.settings != NOW]
     assert decide_give_up(tries, RestartLimits(), NOW) == decide_give_up(without, RestartLimits(), NOW)
 
 
@@ -131,7 +132,7 @@ def test_preemptions_never_count_as_failures(tries: list[AttemptRecord]) -> None
 def test_only_failures_bring_the_end_nearer(tries: list[AttemptRecord]) -> None:
     if decide_give_up(tries, RestartLimits(max_failures=2), NOW) is None:
         assert decide_give_up([*tries, one(PREEMPTED)], RestartLimits(max_failures=2), NOW) is None
-        assert len([item for item in count_failures(tries, NOW) if item.ending.is_failure]) <= 2
+        assert len([item for item in count_failures(tries, NOW) if item.end.outcome.is_failure]) <= 2
 
 
 FIRST, SECOND = CheckpointRef(10, AttemptId(1, "aaaa")), CheckpointRef(20, AttemptId(1, "aaaa"))
@@ -139,7 +140,7 @@ FIRST, SECOND = CheckpointRef(10, AttemptId(1, "aaaa")), CheckpointRef(20, Attem
 
 def start(ending: AttemptOutcome, *, begun: bool = False, over: CheckpointRef | None = None) -> AttemptRecord:
     passed = (over,) if over else ()
-    return AttemptRecord(ending, NOW, base=FIRST if over else SECOND, passed_over=passed, has_begun=begun)
+    return AttemptRecord(AttemptEnd(ending), NOW, base=FIRST if over else SECOND, passed_over=passed, has_begun=begun)
 
 
 @pytest.mark.parametrize(
@@ -186,18 +187,18 @@ class Life:
         assert made.journal
         for step in saved:
             train_step(model, optimizer, step)
-            made.journal.event("step", step=step)
+            made.journal.write(parse_event({"event": "step", "step": step}))
             assert made.save(step, model, optimizer, {"step": step})
         if steps:
-            made.journal.event("step", step=99)
+            made.journal.write(parse_event({"event": "step", "step": 99}))
         if then:
-            made.journal.event(then, step=3, error=error)
+            made.journal.write(parse_event({"event": then, "step": 3, "error": error}))
         made.flush()
         return made
 
     def failure(self, attempt: Checkpointer | None, cause: str = "worker died") -> None:
         name = str(attempt.attempt) if attempt else "unclaimed"
-        self.failures.event("failure", attempt=name, cause=cause, rank=1, message="gone")
+        self.failures.write(FailureEvent(attempt=name, cause=cause, rank=1, message="gone"))
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 
 def endings(storage: LocalStorage, live: str = "") -> list[AttemptOutcome]:
-    return [item.ending for item in read_attempt_history(RunStore(storage, "run"), live=live)]
+    return [item.end.outcome for item in read_attempt_history(RunStore(storage, "run"), live=live)]
 
 
 def test_nothing_has_happened_yet(storage: LocalStorage) -> None:
@@ -225,7 +226,7 @@ def test_how_tries_ended(storage: LocalStorage) -> None:
     assert endings(storage)[5:] == [SILENT]
     assert endings(storage, live=second.launch)[5:] == []
     second.sign(ended=True, exit_code=1, error="no workers")
-    assert read_attempt_history(RunStore(storage, "run"))[-1].message == "no workers"
+    assert read_attempt_history(RunStore(storage, "run"))[-1].end.message == "no workers"
     second.sign(ended=True, exit_code=3)
     assert endings(storage)[5:] == []
     second.attempt()
@@ -251,7 +252,7 @@ def test_a_rank_outlives_a_killed_driver_by_a_moment(
     life = Life(storage, "20260101-000000-a")
     life.attempt(then="failed", error=error)
     life.sign(ended=ended, exit_code=1)
-    assert [item.what for item in read_attempt_history(RunStore(storage, "run"))] == [expected]
+    assert [item.end.cause for item in read_attempt_history(RunStore(storage, "run"))] == [expected]
 
 
 def test_an_attempt_that_its_launch_ended_on_purpose_is_no_failure(storage: LocalStorage) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -237,6 +238,23 @@ def test_an_attempt_that_was_overtaken_while_it_claimed_gives_way(storage: Local
     late = Checkpointer(racing, "run", launch="late")
     assert late.superseded
     assert len(list_attempts(RunStore(storage, "run"))) == 2
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_for_is_not_lost(storage: LocalStorage) -> None:
+    """Its deletion is told after the reader has read that journal: it looks once more before it calls that damage."""
+
+    class Deleting(LocalStorage):
+        def open(self, path: str) -> BinaryIO:
+            if path.endswith("checkpoint-1/manifest.json"):
+                assert worker.save(), "this deletes step 1"
+            return super().open(path)
+
+    worker = start(storage, "a")
+    assert worker.save()
+    assert worker.save()
+    found = read_catalog(Deleting(Path(storage.url)), "run")
+    assert worker.step == 3
+    assert ([item.ref.step for item in found.accepted], found.rejected) == ([2], ())
 
 
 def test_a_claim_during_the_commit_takes_the_acknowledgement_away(storage: LocalStorage) -> None:

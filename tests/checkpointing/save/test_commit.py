@@ -9,13 +9,12 @@ import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
-from outlast.checkpointing.format.layout import AttemptId, attempt_dir
-from outlast.checkpointing.run_store import claims
+from outlast.checkpointing.format.layout import CLAIM, attempt_dir
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.storage import retry
 from outlast.checkpointing.storage.base import Buffer
 from outlast.checkpointing.storage.local import LocalStorage
-from tests.checkpointing.run_store.test_catalog import Interrupted, start
+from tests.checkpointing.run_store.test_catalog import Interrupted, numbered, start
 from tests.support.small_model import small_model
 
 
@@ -55,11 +54,11 @@ def test_one_checkpoint_that_cannot_be_deleted_keeps_no_other(storage: LocalStor
     assert lying == {"checkpoint-1", "checkpoint-5", "checkpoint-6"}
 
 
-def test_overtaken_while_it_claims(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overtaken_while_it_claims(storage: LocalStorage) -> None:
     model, optimizer = small_model()
-    with monkeypatch.context() as patch:
-        patch.setattr(claims, "higher_claim", lambda *_: AttemptId(9, "ffff"))
-        saver = Checkpointer(storage, "run")
+    saver = Checkpointer(
+        Interrupted(Path(storage.url), lambda: numbered(storage, "0009-ffffffff"), before_put=CLAIM), "run"
+    )
     assert saver.superseded
     assert saver.resume(model, optimizer) is None
     assert saver.wait() is False

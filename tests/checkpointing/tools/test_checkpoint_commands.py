@@ -32,7 +32,7 @@ from outlast.checkpointing.tools.export import Content, Dtype, converted, export
 from outlast.checkpointing.tools.query import resolve_checkpoint
 from outlast.checkpointing.tools.slow_tokenizer_files import slow_tokenizer_files
 from outlast.cluster.cli.main import main
-from outlast.trainers.data.tokenizer import Tokenizer, files_of, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, tokenizer_files, train_bpe
 from outlast.trainers.models.torch_export import write_state_dict
 
 PAGE = Path(__file__).parents[3] / "docs/checkpoints.md"
@@ -74,7 +74,11 @@ def outlast(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def small_files(model: Any, tokenizer: Tokenizer, folder: Path) -> dict[str, bytes]:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    return {"config.json": (folder / "config.json").read_bytes(), **files_of(tokenizer), "trainer_state.json": b"{}"}
+    return {
+        "config.json": (folder / "config.json").read_bytes(),
+        **tokenizer_files(tokenizer),
+        "trainer_state.json": b"{}",
+    }
 
 
 def save_run(storage: LocalStorage, name: str, model: nn.Module, files: dict[str, bytes], steps: Sequence[int]) -> None:
@@ -203,7 +207,7 @@ def test_diff_across_runs(here: Path, outlast: Outlast) -> None:
     assert re.search(r"tensors: 0 equal, 16 changed, 12 added, 0 removed", said)
     shutil.rmtree(checkpoint("my-other", 1000))
     said = outlast("checkpoints", "diff", "runs/my-run", "best", "model", "--with", "runs/my-other").out
-    assert "the settings cannot be told" in said
+    assert "the settings are not recorded" in said
     assert re.search(r"^added .* transformer\.h\.1\.attn\.c_attn\.weight float32 \[16, 48\]$", said, re.MULTILINE)
 
 
@@ -260,7 +264,7 @@ def test_pin_and_prune(here: Path, outlast: Outlast) -> None:
     assert ", pinned" in outlast("checkpoints", "show", "my-run", "400").out
     shown = outlast("checkpoints", "prune", "my-run", "--keep-last", "2")
     assert re.findall(r"^would delete  (\d+)@", shown.out, re.MULTILINE) == ["600"], "200 is best by the run's settings"
-    assert "--yes deletes" in shown.err
+    assert "with --yes to delete" in shown.err
     assert checkpoint("my-run", 600).is_dir()
     body = json.loads(
         outlast("checkpoints", "prune", "my-run", "--keep-last", "2", "--keep-best", "0", "--yes", "--json").out
@@ -348,9 +352,9 @@ def test_export_as_older_guides_describe(here: Path, outlast: Outlast) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"architectures": ["Mine"], "model_type": "gpt2"}, "no model class 'Mine'"),
-        ({"model_type": "gpt2"}, "no model class None"),
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 1}, "holds no transformer.wte.weight"),
+        ({"architectures": ["Mine"], "model_type": "gpt2"}, "model class 'Mine' is not one of transformers"),
+        ({"model_type": "gpt2"}, "model class None is not one of transformers"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 1}, "has no transformer.wte.weight"),
     ],
 )
 def test_a_state_dict_that_cannot_be_whole_is_not_written(config: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line without Ray: help, versions, and the `checkpoints` verbs. Its errors: `test_user_errors.py`."""
+"""The command line without Ray: help, versions, and the `checkpoints` commands. Errors: `test_user_errors.py`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_ls_and_show_and_path(finished: Path) -> None:
     assert [row["best"] for row in rows] == [row is best for row in rows]
 
 
-def test_verify_names_what_is_wrong(finished: Path, tmp_path: Path) -> None:
+def test_verify_names_the_damage(finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy, symlinks=True)
     assert outlast("checkpoints", "verify", str(copy)).stdout.count("whole") == 4  # three checkpoints and the model

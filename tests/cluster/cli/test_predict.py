@@ -1,4 +1,4 @@
-"""`outlast try`: a run's model answers by its task, with nothing but what the run's directory holds."""
+"""`outlast try`: predictions of a run's model by its task, from the run's directory alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data.tokenizer import files_of, train_bpe
+from outlast.trainers.data.tokenizer import tokenizer_files, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.custom_model import load_class
 from outlast.trainers.tasks.generation import NUM_NEW_TOKENS
@@ -35,7 +35,7 @@ from tests.trainers.models.test_lora import LORA, make_base
 
 @pytest.fixture
 def finished(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path) -> Callable[[str], str]:
-    """`finished(case)`: the directory of a short run of that case; its data is gone."""
+    """`finished(case)`: the directory of a short run of that case, whose data is deleted."""
 
     def make(name: str) -> str:
         sections = CASES[name].sections(tmp_path)
@@ -67,14 +67,14 @@ def test_classes_of_texts_and_of_a_file(finished: Callable[[str], str], tmp_path
 
 
 def test_hidden_words_are_guessed(finished: Callable[[str], str], tmp_path: Path) -> None:
-    """With the mask token of a tokenizer that was trained here, as the README has it."""
+    """With the mask token of a tokenizer trained here, as in the README."""
     run, text = finished("masked-lm"), "The <|mask|> is here."
     [answer] = ask(run, "--text", text)
     [guesses] = answer["guesses"]
     plain = CliRunner().invoke(app, ["try", run, "--text", text], catch_exceptions=False).stdout
     best = f"{guesses[0]['token']!r} {guesses[0]['score']:.3f}"
     assert plain.startswith(f"text: {text}  guesses: [[{best}, ")
-    with pytest.raises(ConfigError, match=r"gone\.jsonl is not there") as caught:
+    with pytest.raises(ConfigError, match=r"gone\.jsonl does not exist") as caught:
         ask(run, "--file", str(tmp_path / "gone.jsonl"))
     assert caught.value.hint == "give --file rows with text"
 
@@ -111,7 +111,7 @@ def test_a_language_model_goes_on(assign: Callable[..., Assignment], storage: Lo
 
 
 def outlast(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, which has imported nothing of the user's yet."""
+    """In a new process, which has not imported the user's modules."""
     program = "from outlast.cluster.cli.main import main; main()"
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
 
@@ -124,7 +124,7 @@ def train(assignment: Assignment, storage: LocalStorage, code: Path) -> str:
 
 
 def by_hand(run: Path) -> str:
-    """What the bigrams go on with after "The", from the files alone."""
+    """The bigram model's continuation of "The", from the files alone."""
     [folder] = run.glob("attempts/*/model")
     weights, tokenizer = load_file(folder / "model.safetensors"), AutoTokenizer.from_pretrained(folder)
     last: int = tokenizer("The")["input_ids"][-1]
@@ -136,7 +136,7 @@ def by_hand(run: Path) -> str:
 
 
 def test_a_class_beside_the_run_file(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path) -> None:
-    """It knows nothing of transformers, and cannot write by itself."""
+    """A model without transformers, which cannot generate by itself."""
     (tmp_path / "bigrams.py").write_text(PLAIN)
     (tmp_path / "mine.py").write_text(
         "from outlast.trainers.tasks.causal_lm import CausalLM\nclass Words(CausalLM): pass\n"
@@ -162,7 +162,7 @@ def test_a_class_beside_the_run_file(assign: Callable[..., Assignment], storage:
 def test_code_in_the_checkpoint_runs_only_when_it_is_trusted(
     assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
-    """A model like those of transformers, whose own code lies in every checkpoint."""
+    """A custom transformers model, whose code is stored in every checkpoint."""
     brought = make_trusting(tmp_path / "source")
     model = {"path": str(brought), "trust_remote_code": True, "config": None, "tokenizer": None}
     run = train(assign("try-trusted", sections={"model": model}, steps=2, eval_every=None), storage, tmp_path)
@@ -181,7 +181,7 @@ def make_trusting(folder: Path) -> Path:
     where = {"AutoConfig": "recurrent_code.RecurrentConfig", "AutoModelForCausalLM": "recurrent_code.RecurrentLM"}
     body = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**body, "auto_map": where}))
-    for name, data in files_of(tokenizer).items():
+    for name, data in tokenizer_files(tokenizer).items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -199,14 +199,14 @@ def test_an_adapter_answers_upon_its_base(
     [answer] = ask(run, "--prompt", "The")
     assert answer["continuation"] == tokenizer.decode(written[given["input_ids"].shape[1] :], skip_special_tokens=True)
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(ConfigError, match="beneath the adapter cannot be loaded") as caught:
+    with pytest.raises(ConfigError, match="the adapter's base model cannot be loaded") as caught:
         ask(run, "--prompt", "The")
     assert "--base" in caught.value.hint
     assert ask(run, "--prompt", "The", "--base", str(moved)) == [answer]
     torch.manual_seed(0)
     other = LlamaForCausalLM(LlamaForCausalLM.from_pretrained(moved).config)
     other.save_pretrained(moved)
-    with pytest.raises(ConfigError, match="not hold the weights"):
+    with pytest.raises(ConfigError, match="does not have the weights"):
         ask(run, "--prompt", "The", "--base", str(moved))
 
 

@@ -1,4 +1,4 @@
-"""`outlast drill` on a real Ray: it sees that runs come back, and it would see it if one did not."""
+"""`outlast drill` on real Ray: runs resume exactly, and every difference is detected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import read_record, write_record
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.drills.drill import FaultKind, FinalState, differences, kinds_of
+from outlast.cluster.drills.drill import FaultKind, FinalState, differences, parse_faults
 from tests.support.groups.worker_group import tiny_config
 from tests.support.s3_server import s3_server
 
@@ -29,23 +29,23 @@ STATE = FinalState({"w": "1"}, {"w/exp_avg": "2"}, {1: {0.5}, 2: {0.25}})
         (replace(STATE, weights={"w": "3"}), ["w"]),
         (replace(STATE, weights={}), ["w"]),
         (replace(STATE, optimizer={"w/exp_avg": "2", "x": "1"}), ["x"]),
-        (replace(STATE, losses={1: {0.5}, 2: {0.25, 0.26}}), ["loss of step 2"]),  # made again, with another loss
+        (replace(STATE, losses={1: {0.5}, 2: {0.25, 0.26}}), ["loss of step 2"]),  # repeated, with another loss
         (replace(STATE, losses={1: {0.5}}), ["loss of step 2"]),
     ],
 )
-def test_every_difference_is_seen(other: FinalState, names: list[str]) -> None:
+def test_every_difference_is_detected(other: FinalState, names: list[str]) -> None:
     assert differences(other, STATE) == differences(STATE, other) == names
 
 
 def test_an_unknown_fault_is_refused() -> None:
-    assert kinds_of(None) == tuple(FaultKind)
-    assert kinds_of(["stop", "kill"]) == (FaultKind.STOP, FaultKind.KILL)
-    with pytest.raises(ConfigError, match="there is no fault 'flood'") as caught:
-        kinds_of(["flood"])
+    assert parse_faults(None) == tuple(FaultKind)
+    assert parse_faults(["stop", "kill"]) == (FaultKind.STOP, FaultKind.KILL)
+    with pytest.raises(ConfigError, match="unknown fault 'flood'") as caught:
+        parse_faults(["flood"])
     assert "kill-in-save" in caught.value.hint
 
 
-def test_a_record_is_written_once_wherever_it_lies(tmp_path: Path) -> None:
+def test_a_record_is_written_once_on_any_storage(tmp_path: Path) -> None:
     with s3_server() as bucket:
         for record in (str(tmp_path / "drill.json"), f"{bucket}/runs/drill.json"):
             assert read_record(record) is None
@@ -75,9 +75,9 @@ def test_a_drill_of_ones_own_run(tmp_path: Path, text_file: str) -> None:
     assert all(item["fault"] and item["seconds"] > 0 and not item["different"] for item in found.values())
     assert found["kill-in-save"]["fault"]["action"] == "sigkill"
     assert found["kill-in-save"]["resumed_from"] == 3
-    # It stopped with a commit of the step it was at, which is damaged; the one before is of an earlier step.
+    # It stopped with a commit of its current step, which is damaged; the commit before is of an earlier step.
     assert 3 <= found["damage"]["resumed_from"] <= 6
     assert found["damage"]["redone"] > 0
-    assert "This run comes back, exactly" in ended.stderr
+    assert "This run resumes exactly" in ended.stderr
     left = [entry.name for entry in LocalStorage(tmp_path / "runs").list("")]
-    assert left == [".data"], "the copies stay"
+    assert left == [".data"], "the copies are deleted"

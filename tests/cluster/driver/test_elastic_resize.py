@@ -10,6 +10,7 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.format.layout import launch_dir
+from outlast.checkpointing.run_store.events import FailureEvent, ResizeEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
@@ -46,12 +47,12 @@ def test_one_number_of_workers_or_two(tmp_path: Path, written: str, least: int, 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("scale.workers=0", "scale.workers: write a number of workers, such as 4, or the fewest and the most"),
+        ("scale.workers=0", r"scale.workers: write a number of workers, such as 4, or \[min, max\]"),
         ("scale.workers=two", "scale.workers: write a number"),
         ("scale.workers=[1, 2, 3]", "scale.workers: write a number"),
-        ("scale.workers=[8, 2]", r"scale.workers: \[8, 2\] has the fewest after the most"),
-        ("scale.resize_every=20", "scale.resize_every: 20 is no time: write 90s, 2m or 1h"),
-        ("failure.hang_after=1 epoch", "failure.hang_after: '1 epoch' is no time"),
+        ("scale.workers=[8, 2]", r"scale.workers: min workers \(8\) must not exceed max \(2\)"),
+        ("scale.resize_every=20", "scale.resize_every: 20 is not a duration: write 90s, 2m or 1h"),
+        ("failure.hang_after=1 epoch", "failure.hang_after: '1 epoch' is not a duration"),
     ],
 )
 def test_what_cannot_be(tmp_path: Path, setting: str, message: str) -> None:
@@ -61,7 +62,7 @@ def test_what_cannot_be(tmp_path: Path, setting: str, message: str) -> None:
 
 def test_even_the_largest_group_must_have_work(tmp_path: Path) -> None:
     config = tiny_config("run", str(tmp_path), "texts.txt")
-    with pytest.raises(ConfigError, match="9 workers, but a batch of 8 holds only 8 micro-batches"):
+    with pytest.raises(ConfigError, match="9 workers, but a batch of 8 has only 8 micro-batches"):
         make_plan(config, 100, load(tmp_path, "scale.workers=[1, 9]").scale.max_workers)
 
 
@@ -83,7 +84,7 @@ def test_a_wish_for_a_commit(is_training: bool, heard: list[dict[str, Any]], exp
     assert wish.take(is_training=is_training) == (REASON if is_training else None)
     assert wish.take(is_training=True) is None
     for event in heard:
-        wish.apply(event)
+        wish.apply(parse_event(event))
     assert wish.is_fulfilled is expected
 
 
@@ -124,9 +125,9 @@ def test_status_tells_why_the_number_of_workers_changed(tmp_path: Path) -> None:
     storage.put(f"{place}/alive.json", [json.dumps({"t": 0, "ended": True, "exit_code": 0}).encode()])
     resizes = Journal(storage, place, 0, stream="events-resize", flush_s=0)
     failures = Journal(storage, place, 0, flush_s=0)
-    resizes.event("resize", attempt="0001-aaaa", before=3, now=2, planned=False)
-    failures.event("failure", attempt="0001-aaaa", cause="node lost", rank=2, message="its node has died")
-    resizes.event("resize", attempt="0002-bbbb", before=2, now=3, planned=True)
-    failures.event("failure", attempt="0003-cccc", cause="hang", rank=0, message="and goes on with as many")
+    resizes.write(ResizeEvent(attempt="0001-aaaa", before=3, now=2, planned=False))
+    failures.write(FailureEvent(attempt="0001-aaaa", cause="node lost", rank=2, message="its node has died"))
+    resizes.write(ResizeEvent(attempt="0002-bbbb", before=2, now=3, planned=True))
+    failures.write(FailureEvent(attempt="0003-cccc", cause="hang", rank=0, message="and goes on with as many"))
     found = [(item["before"], item["now"], item["cause"]) for item in read_status(RunStore(storage, "run"))["sizes"]]
     assert found == [(3, 2, "node lost"), (2, 3, "resized")]

@@ -193,5 +193,5 @@ def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
         if thread.name.startswith("Thread-") and "_find_cause" in thread.name:
             thread.join()
     tries = read_attempt_history(RunStore(storage, "run"), live=launch)
-    assert [item.ending for item in tries] == [AttemptOutcome.FAILED] * 3
+    assert [item.end.outcome for item in tries] == [AttemptOutcome.FAILED] * 3
     assert [item.attempt is not None for item in tries] == [True, False, False]

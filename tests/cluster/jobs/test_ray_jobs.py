@@ -48,11 +48,11 @@ def outlast(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    for item in sockets:
+        item.bind(("127.0.0.1", 0))
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
     return ports
 
 
@@ -72,7 +72,7 @@ class Cluster:
     """A head with two CPUs and a job server, started as an operator would.
 
     Args:
-        environment: More variables for it.
+        environment: Additional environment variables.
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
@@ -85,7 +85,7 @@ class Cluster:
         self.start()
 
     def start(self) -> None:
-        """Also after `kill`: a new head at the same address, which remembers nothing."""
+        """Start a head; after `kill` a new one at the same address, without any state."""
         port, dashboard, agent = self.ports
         options = {
             "port": port,
@@ -118,12 +118,12 @@ class Cluster:
         raise AssertionError("the cluster did not come up")
 
     def kill(self) -> None:
-        """SIGKILL to the head and to everything that it has started."""
+        """Kill the head and all its descendants with SIGKILL."""
         parents = {int(path.name): _parent(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
-        doomed = {self.process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
-            doomed |= more
-        for pid in doomed:
+        descendants = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in descendants} - descendants:
+            descendants |= more
+        for pid in descendants:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -202,8 +202,8 @@ def test_submit_attach_stop_resume(
 @pytest.mark.parametrize(
     ("train", "key"), [(["/shared/*.jsonl", "here.csv"], r"data\.train\[1\]"), ("parts/*.jsonl", r"data\.train")]
 )
-def test_sources_that_another_machine_cannot_find(train: str | list[str], key: str) -> None:
+def test_paths_that_other_machines_cannot_resolve(train: str | list[str], key: str) -> None:
     body = tiny_config("far", "/shared/runs", "/shared/*.jsonl").model_dump(mode="json", exclude_defaults=True)
     check_reachable(RunConfig.model_validate(body))
-    with pytest.raises(ConfigError, match=f"{key} is '.*', which the cluster's machines would look for"):
+    with pytest.raises(ConfigError, match=f"{key} is '.*', which each machine of the cluster resolves"):
         check_reachable(RunConfig.model_validate({**body, "data": {**body["data"], "train": train}}))

@@ -1,4 +1,4 @@
-"""Supervision: what to do next, as tables; and a real job server whose drivers and whose head are killed."""
+"""Supervision: decisions as tables; and a real job server whose drivers and whose head are killed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp
 from outlast.cluster.jobs.ray_jobs import SubmittedJob
 from outlast.cluster.jobs.supervisor import (
-    LONGEST_PAUSE_S,
-    SILENT_JOB_S,
+    MAX_PAUSE_S,
+    SILENCE_TIMEOUT_S,
     NextAction,
     StallDetector,
     Supervisor,
@@ -42,7 +42,7 @@ from tests.support.timelines import attempt, launch, resume, start, write
 GIVEN_UP = GiveUp("enough", ())
 NUM_STEPS = 500
 STALL_S = 30
-#: Takes its time, and hangs once, where the environment says so: time to kill something, on a busy machine too.
+#: Slow, and hangs once, as set by environment variables: time to kill something, on a busy machine too.
 SLOW = """
 import os, time
 from types import SimpleNamespace
@@ -86,31 +86,31 @@ def ended(status: str, code: int | None = None) -> SubmittedJob:
         (ended("FAILED", 75), None, False, True, NextAction.SUBMIT),
     ],
 )
-def test_what_follows_the_end_of_a_job(
+def test_action_after_the_end_of_a_job(
     job: SubmittedJob, given_up: GiveUp | None, by_us: bool, has_worked: bool, expected: NextAction
 ) -> None:
-    assert decide(job, given_up, by_us=by_us, has_worked=has_worked, has_rival=False) is expected
+    assert decide(job, given_up, by_us=by_us, has_worked=has_worked, has_active_launch=False) is expected
 
 
-def test_a_run_that_another_launch_has_is_left_alone() -> None:
-    """Two supervisors on two clusters would else take it from each other in turn."""
-    assert decide(ended("FAILED", 75), None, by_us=False, has_worked=True, has_rival=True) is NextAction.END
-    assert decide(ended("STOPPED"), None, by_us=True, has_worked=True, has_rival=True) is NextAction.SUBMIT
+def test_a_run_of_another_active_launch_is_not_submitted() -> None:
+    """Two supervisors on two clusters would otherwise take it from each other in turn."""
+    assert decide(ended("FAILED", 75), None, by_us=False, has_worked=True, has_active_launch=True) is NextAction.END
+    assert decide(ended("STOPPED"), None, by_us=True, has_worked=True, has_active_launch=True) is NextAction.SUBMIT
 
 
 def test_pauses_grow_and_differ() -> None:
     assert [pause_s(number, 1.0) for number in (1, 2, 3, 4)] == [2, 4, 8, 16]
     assert pause_s(3, 0.0) == 4
-    assert pause_s(10_000, 1.0) == LONGEST_PAUSE_S
+    assert pause_s(10_000, 1.0) == MAX_PAUSE_S
 
 
-def findings(stall_s: float, marks: dict[float, tuple[Any, Any]]) -> dict[float, str]:
-    """What a pulse finds at which second, given what it sees from then on."""
+def findings(stall_s: float, inputs: dict[float, tuple[Any, Any]]) -> dict[float, str]:
+    """Return a detector's findings by second, given heartbeat and event by second."""
     clock, found = [0.0], {}
-    pulse = StallDetector(stall_s, lambda: clock[0])
-    for second, (beat, event) in marks.items():
+    detector = StallDetector(stall_s, lambda: clock[0])
+    for second, (beat, event) in inputs.items():
         clock[0] = second
-        if finding := pulse.finding(beat, event):
+        if finding := detector.finding(beat, event):
             found[second] = finding
     return found
 
@@ -122,14 +122,14 @@ def test_a_job_without_a_step_is_stalled() -> None:
     assert not findings(300, {0: (0, "step 7"), 250: (1, "step 7"), 299: (2, "step 8"), 590: (3, "step 8")})
 
 
-def test_a_job_that_is_silent_altogether_is_found_earlier() -> None:
+def test_a_silent_job_is_found_earlier() -> None:
     found = findings(1800, dict.fromkeys(range(0, 300, 60), (5, "step 7")))
-    assert min(found) == SILENT_JOB_S
-    assert "neither its driver nor its workers" in found[SILENT_JOB_S]
-    assert not findings(1800, {t: (5, f"step {t}") for t in range(0, 300, 60)}), "workers go on without their driver"
+    assert min(found) == SILENCE_TIMEOUT_S
+    assert "its driver and its workers have been silent" in found[SILENCE_TIMEOUT_S]
+    assert not findings(1800, {t: (5, f"step {t}") for t in range(0, 300, 60)}), "workers continue without their driver"
 
 
-#: Named by the clock of a laptop, which is an hour ahead; it was stopped. The cluster's own comes after it.
+#: Named by a laptop's clock, an hour ahead, and stopped. The cluster's own launch follows.
 LAPTOP = launch("20260101-130000-laptop", 3600, 3700, 75)
 
 
@@ -139,31 +139,29 @@ def beating(beat: int) -> tuple[str, dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize("has_claimed", [False, True], ids=["preparing", "claimed"])
-def test_a_job_is_healthy_whatever_the_clock_said_that_named_the_launch_before(
-    tmp_path: Path, has_claimed: bool
-) -> None:
+def test_a_wrong_clock_of_an_earlier_launch_does_not_matter(tmp_path: Path, has_claimed: bool) -> None:
     storage, config = LocalStorage(tmp_path), tiny_config("run", str(tmp_path), "text")
     supervisor = Supervisor(RunConfig.model_validate(config.model_dump()), {}, None)
-    dead = launch("20251231-120000-killed", 0, 9)  # while it prepared its data; it says for ever that it goes on
+    dead = launch("20251231-120000-killed", 0, 9)  # killed while it prepared data: recorded as running for ever
     write(storage, "run", dead, LAPTOP, attempt(1, 3610, start(3611), launch=LAPTOP[0]))
     claimed = [attempt(2, 330, resume(331, 9), launch=beating(0)[0])] if has_claimed else []
     found = []
     for beat in range(3):
         write(storage, "run", beating(beat), *claimed)
-        found.append(supervisor._marks())
-    assert [mark for mark, _ in found[1:]] == [(beating(0)[0], 1), (beating(0)[0], 2)]
+        found.append(supervisor._progress())
+    assert [beat for beat, _ in found[1:]] == [(beating(0)[0], 1), (beating(0)[0], 2)]
     assert {event for _, event in found[1:]} == {("0002-0002", 331.0) if has_claimed else None}
 
 
-def test_jobs_that_never_began_a_launch_count_as_tries_in_vain(tmp_path: Path) -> None:
+def test_jobs_without_a_launch_count_as_failures(tmp_path: Path) -> None:
     config = tiny_config("run", str(tmp_path), "text")
     supervisor = Supervisor(RunConfig.model_validate(config.model_dump()), {}, None)
-    assert [supervisor._num_in_vain([], ended("FAILED", 1)) for _ in range(3)] == [1, 2, 3]
+    assert [supervisor._num_failed([], ended("FAILED", 1)) for _ in range(3)] == [1, 2, 3]
     name, alive, events = launch("20260101-120000-a", 0, 9)
     write(LocalStorage(tmp_path), "run", (name, {**alive, "settings": settings_digest({})}, events))
-    assert supervisor._num_in_vain([], ended("FAILED", 1)) == 1
-    assert supervisor._num_in_vain([name], ended("FAILED", 1)) == 2
-    assert supervisor._num_in_vain([], ended("FAILED", 3)) == 3, "a cluster that was too small"
+    assert supervisor._num_failed([], ended("FAILED", 1)) == 1
+    assert supervisor._num_failed([name], ended("FAILED", 1)) == 2
+    assert supervisor._num_failed([], ended("FAILED", 3)) == 3, "a cluster that was too small"
 
 
 # -- a real job server -------------------------------------------------------------------------------------------------
@@ -190,23 +188,23 @@ def run_file(tmp_path: Path, text_file: str) -> Path:
     return path
 
 
-class Watched:
-    """`outlast supervise` as a user would start it."""
+class SuperviseProcess:
+    """A process of `outlast submit --supervise` or `outlast supervise`."""
 
     def __init__(self, *arguments: str) -> None:
         command = [str(BIN / "outlast"), *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        self.said: list[str] = []
+        self.lines: list[str] = []
 
     def wait_for(self, pattern: str) -> str:
-        """Reads on until a line fits, and returns what its group matched."""
+        """Read until a line matches, and return its first group."""
         assert self.process.stderr
         for line in self.process.stderr:
             sys.stdout.write(line)
-            self.said.append(line)
+            self.lines.append(line)
             if match := re.search(pattern, line):
                 return match[1]
-        raise AssertionError(f"it ended with {self.process.wait()} and never said {pattern!r}")
+        raise AssertionError(f"it ended with {self.process.wait()} without a line like {pattern!r}")
 
     def kill(self) -> None:
         self.process.kill()
@@ -233,28 +231,28 @@ def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
     undisturbed = replace(assign("supervised", sections={"model": MODEL}, **TRAIN), code=code)
     assert run_group(undisturbed, storage, 1, limit_s=200)[0].outcome is Outcome.DONE
     place, at = LocalStorage(tmp_path), ("--address", cluster.address, "--code", code)
-    watched = Watched("submit", str(run_file), *at, "--supervise")
+    supervise = SuperviseProcess("submit", str(run_file), *at, "--supervise")
     try:
-        assert watched.wait_for("submitted (far-.*)") == "far-1"
-        assert float(watched.wait_for(r"far-1 is called running, but no step for (\d+) s")) >= STALL_S
-        assert watched.wait_for("submitted (far-.*)") == "far-2"
+        assert supervise.wait_for("submitted (far-.*)") == "far-1"
+        assert float(supervise.wait_for(r"far-1 is running, but no step for (\d+) s")) >= STALL_S
+        assert supervise.wait_for("submitted (far-.*)") == "far-2"
         step = wait_for_commit(place, 0)
         os.kill(read_status(RunStore(place, "far"))["launch"]["pid"], signal.SIGKILL)
-        assert watched.wait_for("(far-2) ended: failed")
-        assert watched.wait_for("submitted (far-.*)") == "far-3"
+        assert supervise.wait_for("(far-2) ended: failed")
+        assert supervise.wait_for("submitted (far-.*)") == "far-3"
         step = wait_for_commit(place, step)
 
-        watched.kill()
-        watched = Watched("supervise", str(tmp_path / "far"), *at)
-        assert watched.wait_for("attached to (far-.*)") == "far-3"
+        supervise.kill()
+        supervise = SuperviseProcess("supervise", str(tmp_path / "far"), *at)
+        assert supervise.wait_for("attached to (far-.*)") == "far-3"
 
         cluster.kill()
-        assert watched.wait_for("(.*); trying again in")
+        assert supervise.wait_for("(.*); trying again in")
         cluster.start()
-        assert watched.wait_for("submitted (far-.*)") == "far-1"
-        assert watched.process.wait(200) == 0, watched.process.stderr and watched.process.stderr.read()
+        assert supervise.wait_for("submitted (far-.*)") == "far-1"
+        assert supervise.process.wait(200) == 0, supervise.process.stderr and supervise.process.stderr.read()
     finally:
-        watched.kill()
+        supervise.kill()
     final = read_catalog(place, "far").accepted[0]
     assert final.ref.step == NUM_STEPS
     assert digests(place, "far") == digests(storage, "supervised")

@@ -1,7 +1,7 @@
 """apply, status, suspend, resume and delete, through Kubernetes' official client and a real HTTP server.
 
-Each case runs against the small API server of `k8s_api.py`, and against a real one where `KUBEBUILDER_ASSETS` has it.
-No operator is there: what it would write into a RayJob's status, the tests write.
+Each case runs against the small API server of `tests/support/kubernetes`, and a real one if `KUBEBUILDER_ASSETS`
+is set. No operator runs: the tests write a RayJob's status in its place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
 from outlast.cluster.cli.main import app
 from outlast.cluster.kubernetes.client import Cluster
-from outlast.cluster.kubernetes.rayjob_sequence import JobPhase, applied_last, consequences, next_name, phase, successor
+from outlast.cluster.kubernetes.rayjob_sequence import JobPhase, apply_notes, last_applied, next_name, phase, successor
 from outlast.cluster.kubernetes.render import to_yaml
 from tests.support.kubernetes.api_server import Api, assets, real_api, small_api
 from tests.support.kubernetes.manifests import Objects, rendered
@@ -38,7 +38,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def api(server: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    """The server, empty of this run's objects again afterwards."""
+    """The server; this run's objects are deleted afterwards."""
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
     yield server
     with suppress(PreflightError):  # a test may have left nothing
@@ -73,20 +73,20 @@ def test_apply_creates_everything(api: Api, objects: Objects) -> None:
     assert api.names("v1", "persistentvolumeclaims") == ["my-run-storage"]
 
 
-def test_apply_again_changes_what_is_ours(api: Api, objects: Objects) -> None:
+def test_apply_again_changes_our_fields(api: Api, objects: Objects) -> None:
     cluster = Cluster()
     cluster.apply(objects)
     assert cluster.apply(objects)[-1] == "rayjob/my-run applied"
     objects[-1]["spec"]["ttlSecondsAfterFinished"] = 600
-    said = cluster.apply(objects)
-    assert "at work: its pods change when it is suspended and resumed" in said[-1]
+    lines = cluster.apply(objects)
+    assert "running: pods change only after suspend and resume" in lines[-1]
     assert api.get("my-run")["spec"]["ttlSecondsAfterFinished"] == 600
 
 
-def test_what_somebody_else_has_set_is_kept(api: Api, objects: Objects) -> None:
+def test_fields_of_another_manager_are_kept(api: Api, objects: Objects) -> None:
     cluster = Cluster()
     cluster.apply(objects)
-    api.patch("my-run", "somebody", backoffLimit=5)
+    api.patch("my-run", "another", backoffLimit=5)
     with pytest.raises(ConfigError, match="conflict") as caught:
         cluster.apply(objects)
     assert "--force" in caught.value.hint
@@ -95,7 +95,7 @@ def test_what_somebody_else_has_set_is_kept(api: Api, objects: Objects) -> None:
     assert api.get("my-run")["spec"]["backoffLimit"] == 20
 
 
-def test_what_the_schema_refuses(api: Api, objects: Objects) -> None:
+def test_schema_errors(api: Api, objects: Objects) -> None:
     objects[-1]["spec"]["backoffLimit"] = "many"
     with pytest.raises(ConfigError, match="backoffLimit") as caught:
         Cluster().apply(objects)
@@ -103,11 +103,11 @@ def test_what_the_schema_refuses(api: Api, objects: Objects) -> None:
     assert api.names("ray.io/v1", "rayjobs") == []
 
 
-def test_apply_looks_first(api: Api, objects: Objects) -> None:
+def test_apply_lints_first(api: Api, objects: Objects) -> None:
     objects[-1]["spec"]["submissionMode"] = "K8SJobMode"
     done = outlast("apply", "-", given=to_yaml(objects))
     assert done.exit_code == 2
-    assert "none of K8sJobMode" in done.output
+    assert "not one of K8sJobMode" in done.output
     assert api.names("v1", "configmaps") in ([], ["kube-root-ca.crt"])
 
 
@@ -141,7 +141,7 @@ def test_status(api: Api, objects: Objects) -> None:
     assert done.exit_code == 0, done.output
     first, cluster, worker, warning = done.stdout.splitlines()
     assert first == "rayjob/my-run  live: Running RUNNING"
-    assert cluster == "  cluster ready, workers 1 of 1; 2 of 21 tries failed"
+    assert cluster == "  cluster ready, workers 1 of 1; 2 of 21 job attempts failed"
     assert worker.split()[:2] == ["worker", "my-run-x7k2p-worker-a"]
     assert "node-b" in worker
     assert warning == "  warning: my-run: FailedToCreateRayCluster: quota exceeded"
@@ -153,7 +153,7 @@ def test_status(api: Api, objects: Objects) -> None:
     ("kind", "name"),
     [("RayCluster", "my-run-x7k2p"), ("Job", "my-run"), ("PersistentVolumeClaim", "my-run-storage")],
 )
-def test_a_refused_pod_is_told_of_by_what_was_to_have_it(api: Api, objects: Objects, kind: str, name: str) -> None:
+def test_events_of_a_refused_pod_are_those_of_its_owner(api: Api, objects: Objects, kind: str, name: str) -> None:
     Cluster().apply(objects)
     api.set_status("my-run", jobDeploymentStatus="Initializing", rayClusterName="my-run-x7k2p")
     for number, of in enumerate([name, "another-run-b2b2b"]):
@@ -174,24 +174,24 @@ def test_a_refused_pod_is_told_of_by_what_was_to_have_it(api: Api, objects: Obje
 
 def test_suspend_and_resume(api: Api, objects: Objects) -> None:
     Cluster().apply(objects)
-    assert outlast("suspend", "my-run").stdout == "rayjob/my-run suspended; go on with: outlast k8s resume my-run\n"
+    assert outlast("suspend", "my-run").stdout == "rayjob/my-run suspended; to resume it: outlast k8s resume my-run\n"
     assert api.get("my-run")["spec"]["suspend"] is True
     assert "nothing to suspend" in outlast("suspend", "my-run").stdout
-    assert outlast("resume", "my-run").stdout == "rayjob/my-run goes on\n"
+    assert outlast("resume", "my-run").stdout == "rayjob/my-run resumed\n"
     assert api.get("my-run")["spec"]["suspend"] is False
-    assert outlast("resume", "my-run").stdout == "rayjob/my-run is at work\n"
+    assert outlast("resume", "my-run").stdout == "rayjob/my-run is running\n"
 
 
-def test_kueue_suspends_what_is_in_its_queue(api: Api, objects: Objects) -> None:
+def test_queued_runs_are_suspended_by_kueue_only(api: Api, objects: Objects) -> None:
     objects[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "research"
     Cluster().apply(objects)
-    with pytest.raises(PreflightError, match="in a queue of Kueue") as caught:
+    with pytest.raises(PreflightError, match="in a Kueue queue") as caught:
         Cluster().suspend("my-run")
     assert "kubectl kueue stop workload" in caught.value.hint
     assert "spec.active: false" in caught.value.hint
     assert not api.get("my-run")["spec"].get("suspend")
     api.patch("my-run", "kueue", suspend=True)
-    with pytest.raises(PreflightError, match="in a queue of Kueue") as caught:
+    with pytest.raises(PreflightError, match="in a Kueue queue") as caught:
         Cluster().resume("my-run")
     assert "spec.active: true" in caught.value.hint
     assert api.get("my-run")["spec"]["suspend"] is True
@@ -203,49 +203,49 @@ def test_a_job_that_has_ended_is_followed_by_another(api: Api, objects: Objects)
     cluster = Cluster()
     cluster.apply(objects)
     api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED", reason="JobStatusCheckTimeoutExceeded")
-    assert "go on with: outlast k8s resume my-run" in cluster.apply(objects)[-1]
-    assert cluster.resume("my-run") == "rayjob/my-run-2 created; it goes on where my-run ended"
+    assert "to resume: outlast k8s resume my-run" in cluster.apply(objects)[-1]
+    assert cluster.resume("my-run") == "rayjob/my-run-2 created; it resumes where my-run ended"
     first, second = api.get("my-run"), api.get("my-run-2")
     assert second["spec"] == first["spec"]
     assert second["metadata"]["annotations"]["outlast/resumes"] == "my-run"
     assert second["metadata"]["labels"]["outlast/run"] == "my-run"
     assert "status" not in second or not second["status"].get("jobDeploymentStatus")
-    assert cluster.resume("my-run") == "rayjob/my-run-2 is at work"
+    assert cluster.resume("my-run") == "rayjob/my-run-2 is running"
     api.set_status("my-run-2", jobDeploymentStatus="Complete", jobStatus="STOPPED")
     assert cluster.resume("my-run").startswith("rayjob/my-run-3 created")
     api.set_status("my-run-3", jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
     assert cluster.resume("my-run") == "rayjob/my-run-3 is done"
 
 
-def test_a_mended_job_is_what_goes_on(api: Api, objects: Objects) -> None:
-    """It fails, goes on, fails again, and is mended: apply writes to the first RayJob, the newest is the second."""
+def test_resume_uses_the_spec_applied_last(api: Api, objects: Objects) -> None:
+    """It fails, resumes, fails again, and is fixed: apply writes to the first RayJob, the newest is the second."""
     cluster = Cluster()
     cluster.apply(objects)
     api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED")
     cluster.resume("my-run")
     api.set_status("my-run-2", jobDeploymentStatus="Failed", jobStatus="FAILED")
-    objects[-1]["spec"]["entrypoint"] = "exec mended"
-    assert "rayjob/my-run-2 is ended, and stays so; go on with" in cluster.apply(objects)[-1]
-    assert cluster.resume("my-run") == "rayjob/my-run-3 created; it goes on where my-run-2 ended"
+    objects[-1]["spec"]["entrypoint"] = "exec fixed"
+    assert "rayjob/my-run-2 is ended and never runs again; to resume" in cluster.apply(objects)[-1]
+    assert cluster.resume("my-run") == "rayjob/my-run-3 created; it resumes where my-run-2 ended"
     third = api.get("my-run-3")
-    assert third["spec"]["entrypoint"] == "exec mended"
+    assert third["spec"]["entrypoint"] == "exec fixed"
     assert third["metadata"]["annotations"]["outlast/resumes"] == "my-run-2"
 
 
-def test_apply_while_a_later_job_is_at_work(api: Api, objects: Objects) -> None:
+def test_apply_while_a_later_job_runs(api: Api, objects: Objects) -> None:
     cluster = Cluster()
     cluster.apply(objects)
     api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED")
     cluster.resume("my-run")
-    objects[-1]["spec"]["entrypoint"] = "exec mended"
+    objects[-1]["spec"]["entrypoint"] = "exec fixed"
     last = cluster.apply(objects)[-1]
-    assert "rayjob/my-run-2 goes on for it, and is live" in last
+    assert "rayjob/my-run-2 succeeds it and keeps its old spec (live)" in last
     assert "kubectl delete rayjob my-run-2" in last
     assert "is ended" not in last
 
 
 def test_the_cluster_was_lost_with_everything(api: Api, objects: Objects) -> None:
-    """What is left is the storage: the same objects again go on from it."""
+    """Only the storage is left: applying the same objects resumes from it."""
     with pytest.raises(PreflightError, match="no RayJob of run my-run") as caught:
         Cluster().resume("my-run")
     assert "outlast k8s apply" in caught.value.hint
@@ -255,16 +255,16 @@ def test_the_cluster_was_lost_with_everything(api: Api, objects: Objects) -> Non
 def test_delete_keeps_the_checkpoints(api: Api, objects: Objects) -> None:
     cluster = Cluster()
     cluster.apply(objects)
-    said = cluster.delete("my-run")
-    assert said[0] == "rayjob/my-run deleted"
-    assert said[-1] == "claim my-run-storage stays, with the checkpoints; --storage deletes it too"
+    lines = cluster.delete("my-run")
+    assert lines[0] == "rayjob/my-run deleted"
+    assert lines[-1] == "claim my-run-storage kept, with the checkpoints; --storage deletes it too"
     assert api.names("ray.io/v1", "rayjobs") == []
     assert "my-run" not in api.names("v1", "configmaps")
     assert api.names("v1", "persistentvolumeclaims") == ["my-run-storage"]
     assert "persistentvolumeclaim/my-run-storage deleted" in cluster.delete("my-run", storage=True)
 
 
-def test_delete_of_what_is_not_there(api: Api) -> None:
+def test_delete_of_an_unknown_run(api: Api) -> None:
     done = outlast("delete", "nope")
     assert done.stdout == ""
     assert isinstance(done.exception, PreflightError)
@@ -279,11 +279,11 @@ def test_apply_needs_names(api: Api, objects: Objects) -> None:
     assert "my-run" not in api.names("v1", "configmaps")
 
 
-def test_a_render_that_failed_is_no_apply_of_nothing(api: Api) -> None:
+def test_apply_refuses_empty_input(api: Api) -> None:
     assert isinstance(outlast("apply", "-", given="").exception, ConfigError)
 
 
-def test_others_are_left_alone(api: Api, objects: Objects, tmp_path: Path) -> None:
+def test_delete_keeps_objects_of_others(api: Api, objects: Objects, tmp_path: Path) -> None:
     Cluster().apply(objects)
     api.make("v1", "configmaps", {"metadata": {"name": "theirs", "labels": {"outlast/run": "my-run"}}, "data": {}})
     Cluster().delete("my-run", storage=True)
@@ -296,7 +296,7 @@ def test_another_run_of_the_same_name_is_not_replaced(api: Api, objects: Objects
     theirs = copy.deepcopy(objects)
     for item in theirs:
         item["metadata"]["labels"]["outlast/run"] = "My_Run"
-    with pytest.raises(ConfigError, match="is there already, and belongs to run my-run"):
+    with pytest.raises(ConfigError, match="already exists and belongs to run my-run"):
         Cluster().apply(theirs)
     assert api.get("my-run")["metadata"]["labels"]["outlast/run"] == "my-run"
 
@@ -308,7 +308,7 @@ def test_kuberay_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     objects = rendered(tmp_path, "claim")
     with small_api(tmp_path, without="ray.io/v1") as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
-        with pytest.raises(PreflightError, match="does not know this kind") as caught:
+        with pytest.raises(PreflightError, match="no such kind of object") as caught:
             Cluster().apply(objects)
     assert "install KubeRay" in caught.value.hint
 
@@ -321,7 +321,7 @@ def test_no_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             Cluster()
 
 
-def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_api(tmp_path) as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
     with pytest.raises(PreflightError, match="does not answer"):
@@ -341,7 +341,7 @@ def test_an_object_of_another_namespace(tmp_path: Path, monkeypatch: pytest.Monk
         item["metadata"]["namespace"] = "theirs"
     with small_api(tmp_path) as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
-        with pytest.raises(ConfigError, match="goes to namespace theirs, not other") as caught:
+        with pytest.raises(ConfigError, match="has namespace theirs, but --namespace is other") as caught:
             Cluster(namespace="other").apply(objects)
         assert "render with --namespace other" in caught.value.hint
         assert Cluster(namespace="theirs").apply(objects)
@@ -353,7 +353,7 @@ def test_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert Cluster().namespace == "ml"
         assert Cluster(namespace="other").namespace == "other"
         with pytest.raises(OutlastError):
-            Cluster(context="of-nobody")
+            Cluster(context="unknown")
 
 
 # -- decisions ---------------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_next_names(name: str, taken: list[str], expected: str) -> None:
     assert len(expected) <= 47
 
 
-def test_a_number_at_the_end_of_a_name_counts_only_what_went_on() -> None:
+def test_a_number_at_the_end_of_a_name_counts_only_successors() -> None:
     job: dict[str, Any] = {"metadata": {"name": "sweep-1"}, "spec": {}}
     assert successor(job, [])["metadata"]["name"] == "sweep-1-2"
     job["metadata"] = {"name": "sweep-1-2", "annotations": {"outlast/resumes": "sweep-1"}}
@@ -401,8 +401,8 @@ def test_a_number_at_the_end_of_a_name_counts_only_what_went_on() -> None:
 
 def _job(name: str, *entries: tuple[str, str, str], resumes: bool = False) -> dict[str, Any]:
     rows = [{"manager": manager, "operation": operation, "time": at} for manager, operation, at in entries]
-    notes = {"outlast/resumes": "r"} if resumes else {}
-    return {"metadata": {"name": name, "managedFields": rows, "annotations": notes}}
+    annotations = {"outlast/resumes": "r"} if resumes else {}
+    return {"metadata": {"name": name, "managedFields": rows, "annotations": annotations}}
 
 
 @pytest.mark.parametrize(
@@ -419,13 +419,13 @@ def _job(name: str, *entries: tuple[str, str, str], resumes: bool = False) -> di
 def test_which_was_applied_last(
     first: list[tuple[str, str, str]], second: list[tuple[str, str, str]], expected: str
 ) -> None:
-    """To suspend a job is no apply, and neither is what the operator writes."""
-    assert applied_last([_job("r", *first), _job("r-2", *second, resumes=True)])["metadata"]["name"] == expected
+    """Suspending a job is not an apply, and neither is a write by the operator."""
+    assert last_applied([_job("r", *first), _job("r-2", *second, resumes=True)])["metadata"]["name"] == expected
 
 
-def test_a_job_that_is_being_deleted_is_no_reason_to_warn() -> None:
+def test_no_note_about_a_job_being_deleted() -> None:
     leaving = {"metadata": {"name": "r-2", "deletionTimestamp": "t"}}
-    assert consequences({"metadata": {"name": "r"}}, leaving, changed=True) == []
+    assert apply_notes({"metadata": {"name": "r"}}, leaving, changed=True) == []
 
 
 def test_a_successor_is_not_suspended_and_has_no_job_id() -> None:

@@ -1,4 +1,4 @@
-"""Right by default: what a rendered run has so that it survives nodes that vanish, and does nobody harm."""
+"""Defaults of a rendered run: settings that let it survive lost nodes, and that restrict its pods."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_container_is_restricted(run: tuple[RunConfig, dict[str, Any], K8s
             assert container["securityContext"] == RESTRICTED, role
 
 
-def test_what_keeps_a_run_alive(run: tuple[RunConfig, dict[str, Any], K8sSettings]) -> None:
+def test_reliability_defaults(run: tuple[RunConfig, dict[str, Any], K8sSettings]) -> None:
     config, _, settings = run
     job = render(*run)[-1]
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
@@ -91,15 +91,15 @@ def test_defaults_of_grace_and_drain(read: Read) -> None:
     assert variables(head)["RAY_JOB_STOP_WAIT_TIME_S"] == "100"
 
 
-def test_a_short_notice_is_what_ray_is_told_of_workers(read: Read) -> None:
-    """The kubelet of a spot node does not wait for the grace period; the head is on none."""
+def test_a_short_notice_is_announced_to_ray_for_workers(read: Read) -> None:
+    """The kubelet of a spot node does not wait for the grace period; the head is never on one."""
     found = pods(render(*read("/data/runs"), k8s_settings(**RELEASE, notice_s=12))[-1])
-    told = {role: variables(found[role])["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] for role in ("head", "worker")}
-    assert told == {"head": "115", "worker": "12"}
+    timeouts = {role: variables(found[role])["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] for role in ("head", "worker")}
+    assert timeouts == {"head": "115", "worker": "12"}
     assert found["worker"]["spec"]["terminationGracePeriodSeconds"] == 120
 
 
-def test_workers_get_what_scale_says(read: Read) -> None:
+def test_workers_get_the_resources_of_scale(read: Read) -> None:
     scale = {"workers": 3, "gpus_per_worker": 2, "cpus_per_worker": 12}
     worker = pods(render(*read("/data/runs", scale=scale), k8s_settings(**RELEASE, worker_memory="64Gi"))[-1])["worker"]
     assert worker["spec"]["containers"][0]["resources"] == {
@@ -127,7 +127,7 @@ def test_head_and_workers_go_to_nodes_of_their_own(read: Read) -> None:
 
 
 def spot_terms(pod: dict[str, Any]) -> list[list[tuple[str, str]]]:
-    """What a pod's affinity says of nodes: alternatives, each a list of (key, operator)."""
+    """Return the node terms of a pod's affinity: alternatives, each a list of (key, operator)."""
     node = pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     return [
         [(item["key"], item["operator"]) for item in term["matchExpressions"]] for term in node["nodeSelectorTerms"]
@@ -147,7 +147,7 @@ def test_the_head_is_never_on_spot_nodes_and_workers_are_if_asked(read: Read) ->
 
 
 def test_karpenter_leaves_the_head_alone_and_evicts_workers(read: Read) -> None:
-    """It does not evict a pod with this word from a spot node that is called back: no SIGTERM, no save."""
+    """It does not evict a pod with this annotation from a reclaimed spot node: no SIGTERM, no save."""
     found = pods(render(*read("/data/runs"), k8s_settings(**RELEASE, spot=True))[-1])
     keeps = {role for role, pod in found.items() if "karpenter.sh/do-not-disrupt" in str(pod["metadata"])}
     assert keeps == {"head"}
@@ -162,14 +162,14 @@ def test_spot_nodes_first_then_others(read: Read) -> None:
     assert spot["priority"] > other["priority"]
     assert spot_terms(spot["template"]) == [[(key, "In")] for key in SPOT]
     assert spot_terms(other["template"]) == [[(key, "NotIn") for key in SPOT]]
-    # KubeRay submits once all pods are there that are asked for, and either group may wait for ever.
+    # KubeRay submits once all requested pods run, and either group may wait for ever.
     assert [group["replicas"] for group in (spot, other)] == [0, 0]
     assert variables(pods(job)["head"])["OUTLAST_WAIT_FOR_NODES_S"] == "3600"
-    [patience] = cluster["autoscalerOptions"]["env"]
-    assert patience == {"name": "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S", "value": "120"}
+    [timeout] = cluster["autoscalerOptions"]["env"]
+    assert timeout == {"name": "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S", "value": "120"}
 
 
-def test_only_the_autoscaler_may_speak_to_the_api_server(read: Read) -> None:
+def test_only_the_autoscaler_may_reach_the_api_server(read: Read) -> None:
     elastic = render(*read("/data/runs", scale={"workers": [2, 8]}), k8s_settings(**RELEASE))[-1]
     cluster = elastic["spec"]["rayClusterSpec"]
     [volume] = [item for item in pods(elastic)["head"]["spec"]["volumes"] if "projected" in item]
@@ -201,8 +201,8 @@ def test_pods_reach_what_the_run_needs(
     settings = k8s_settings(**RELEASE, **options)
     [policy] = [item for item in render(*read(storage, **sections), settings) if item["kind"] == "NetworkPolicy"]
     assert policy["spec"]["podSelector"] == {"matchLabels": {"outlast/run": "my-run"}}
-    among_us, dns, *others = policy["spec"]["egress"]
-    assert among_us == {"to": [{"podSelector": {"matchLabels": {"outlast/run": "my-run"}}}]}
+    between_pods, dns, *others = policy["spec"]["egress"]
+    assert between_pods == {"to": [{"podSelector": {"matchLabels": {"outlast/run": "my-run"}}}]}
     assert {row["port"] for row in dns["ports"]} == {53}
     assert [row["port"] for rule in others for row in rule["ports"]] == ports
 
@@ -227,7 +227,7 @@ def test_queues_and_labels_are_passed_on(read: Read) -> None:
     assert (labels["volcano.sh/queue-name"], labels["team"]) == ("q", "nlp")
 
 
-#: What needs no reason, or has one under another name.
+#: Fields that need no reason, or have one under another name.
 _PLAIN = {"containers", "volumes", "serviceAccountName", "securityContext", "restartPolicy"}
 
 
@@ -248,7 +248,7 @@ REPRESENTATIVE = ("claim", "object store", "gpus", "elastic", "spot, then others
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_golden_files(tmp_path: Path, name: str) -> None:
-    """What is rendered, to be read as a whole in a review. `OUTLAST_GOLDEN=write` writes the files anew."""
+    """Rendered objects, complete for review. `OUTLAST_GOLDEN=write` rewrites the files."""
     path = GOLDEN / f"{name.replace(', ', '-').replace(' ', '-')}.yaml"
     text = to_yaml(rendered(tmp_path, name))
     if os.environ.get("OUTLAST_GOLDEN") == "write":
@@ -257,18 +257,18 @@ def test_golden_files(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
-        ({"worker_memory": "16GB"}, "--worker-memory: '16GB' is no size as Kubernetes writes it: 16Gi"),
-        ({"worker_memory": "0"}, "--worker-memory: '0' is no size"),
+        ({"worker_memory": "16GB"}, "--worker-memory: '16GB' is not a Kubernetes quantity such as 16Gi"),
+        ({"worker_memory": "0"}, "--worker-memory: '0' is not a Kubernetes quantity"),
         ({"egress_ports": [443, 99999]}, "--egress-port: "),
-        ({"worker_taints": ["a b"]}, "--worker-taint: 'a b' is no taint"),
-        ({"name": "My_Run"}, "--name: not a name of lower-case letters, digits and dashes, at most 47"),
-        ({"secret": "AWS_SECRET_ACCESS_KEY=abc"}, "--secret: not a name of lower-case letters"),
+        ({"worker_taints": ["a b"]}, "--worker-taint: 'a b' is not a taint"),
+        ({"name": "My_Run"}, "--name: not a name: use lower-case letters, digits and dashes, at most 47"),
+        ({"secret": "AWS_SECRET_ACCESS_KEY=abc"}, "--secret: not a name: use lower-case letters"),
     ],
 )
-def test_errors_name_the_option(given: dict[str, Any], said: str) -> None:
+def test_errors_name_the_option(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         k8s_settings(image="outlast:1", **given)
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert "abc" not in caught.value.message

@@ -51,7 +51,7 @@ def test_the_lock_pins_what_outlast_needs() -> None:
 
 
 def test_the_pins_agree_with_each_other() -> None:
-    """As far as these releases are installed here, and so tell what they need."""
+    """As far as these releases are installed here: only an installed package has its requirements."""
     known = {name: release_of(pin) for name, pin in pins().items()}
     asked = 0
     for name, pin in pins().items():
@@ -86,7 +86,7 @@ def test_the_dockerfile_is_pinned_and_has_no_root() -> None:
 
 
 def why_not() -> str | None:
-    """Why no image can be built here, or None."""
+    """Return why no image can be built here, or None."""
     if os.geteuid() != 0:
         return "building needs root"
     missing = [name for name in NEEDED if shutil.which(name) is None]
@@ -100,21 +100,21 @@ def run(*command: str, timeout_s: float = 60, **options: Any) -> subprocess.Comp
 
 
 def pip_settings(folder: Path) -> list[str]:
-    """Options that give pip inside what this machine's pip is set to: a file, and the places that it names."""
-    told = run(sys.executable, "-m", "pip", "config", "list").stdout
-    found = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", told, re.MULTILINE))
+    """Return options that give pip in a build this machine's settings: a file, and the paths that it names."""
+    listing = run(sys.executable, "-m", "pip", "config", "list").stdout
+    found = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listing, re.MULTILINE))
     file = folder / "pip.conf"
     file.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in found.items()))
     words = [word for value in found.values() for word in value.split()]
-    places = [word for word in words if Path(word).is_absolute()]
-    places += [str(Path(urlsplit(word).path).parent) for word in words if word.startswith("file:")]  # an index's files
-    binds = [f"{place}:{place}:ro" for place in dict.fromkeys(places) if Path(place).exists()]
+    paths = [word for word in words if Path(word).is_absolute()]
+    paths += [str(Path(urlsplit(word).path).parent) for word in words if word.startswith("file:")]  # an index's files
+    binds = [f"{path}:{path}:ro" for path in dict.fromkeys(paths) if Path(path).exists()]
     return [part for bind in (f"{file}:/etc/pip.conf:ro", *binds) for part in ("--volume", bind)]
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Options of buildah and podman: a store of our own, that goes again."""
+    """Options of buildah and podman: a temporary store of our own."""
     if reason := why_not():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("containers")
@@ -146,7 +146,7 @@ def image(engine: list[str], base: str, tmp_path_factory: pytest.TempPathFactory
 
 
 def inside(engine: list[str], image: str, *command: str, timeout_s: float = 120) -> str:
-    """Runs a command as a restricted pod would: no capability, nothing to gain, no network beyond itself."""
+    """Run a command as in a restricted pod: no capabilities, no new privileges, no network."""
     podman = ["podman", *engine, "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
     limits = ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "none", "--shm-size", "1g"]
     # podman would raise these two, which root may not everywhere.
@@ -161,9 +161,9 @@ def test_it_is_built_and_a_demo_runs_in_it(engine: list[str], image: str) -> Non
     assert inside(engine, image, "bash", "-c", "echo $HOME && touch $HOME/mine").strip() == "/home/ray"
     ray = release_of(pins()["ray"])
     assert inside(engine, image, "python", "-c", "import ray; print(ray.__version__)").strip() == ray
-    # What KubeRay puts before `ray start`, and asks a dashboard with.
-    told = inside(engine, image, "bash", "-c", "ulimit -n 65536; ray --version && which python")
-    assert told.split()[-1] == "/opt/outlast/bin/python"
+    # The commands that KubeRay runs before `ray start`, and to probe a dashboard.
+    output = inside(engine, image, "bash", "-c", "ulimit -n 65536; ray --version && which python")
+    assert output.split()[-1] == "/opt/outlast/bin/python"
     demo = "outlast demo --json demo.json && cat demo.json"
     found = json.loads(inside(engine, image, "bash", "-c", demo, timeout_s=600))
     assert found["resumed_from"] > 0

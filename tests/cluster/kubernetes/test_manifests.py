@@ -1,4 +1,4 @@
-"""Manifests against KubeRay's CRDs and Kubernetes' own schemas, and what the schemas cannot say."""
+"""Manifests against KubeRay's CRDs and Kubernetes' own schemas, and properties that schemas cannot express."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_config import RunConfig, load_run
 from outlast.cluster.kubernetes.lint.linter import lint
-from outlast.cluster.kubernetes.render import cautions, job_name, render, to_yaml
+from outlast.cluster.kubernetes.render import job_name, render, to_yaml, warnings_for
 from outlast.cluster.kubernetes.settings import K8sSettings, k8s_settings
 from outlast.cluster.preflight.finding import Level
 from tests.support.kubernetes.manifests import (
@@ -82,7 +82,7 @@ def test_templates_are_valid_by_themselves(crd: Callable[[str], list[str]]) -> N
     assert [finding.level for finding in lint(objects)] == [Level.OK]
 
 
-def test_nothing_is_wrong_with_what_is_rendered(run: tuple[RunConfig, dict[str, Any], K8sSettings]) -> None:
+def test_rendered_objects_pass_lint(run: tuple[RunConfig, dict[str, Any], K8sSettings]) -> None:
     assert [finding for finding in lint(render(*run)) if finding.level is not Level.OK] == []
 
 
@@ -132,12 +132,12 @@ def test_an_object_store_is_a_secret_by_name(read: Read) -> None:
 
 
 def test_nothing_secret_is_written(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BUCKET", "bucket-nobody-may-see")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key-nobody-may-see")
+    monkeypatch.setenv("BUCKET", "bucket-must-stay-secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key-must-stay-secret")
     config, declared = read("s3://${env:BUCKET}/runs", data={"train": "s3://${env:BUCKET}/a.jsonl"})
-    assert "nobody-may-see" in config.checkpoint.storage
+    assert "must-stay-secret" in config.checkpoint.storage
     objects = render(config, declared, k8s_settings(**RELEASE, secret="store"))
-    assert "nobody-may-see" not in to_yaml(objects)
+    assert "must-stay-secret" not in to_yaml(objects)
     written = yaml.safe_load(objects[0]["data"]["run.yaml"])
     assert written == {**declared, "scale": {"cpus_per_worker": 4}}
     assert written["checkpoint"]["storage"] == "s3://${env:BUCKET}/runs"
@@ -170,7 +170,7 @@ def test_the_config_map_is_the_run_file(read: Read, tmp_path: Path) -> None:
 
 
 def test_a_worker_asks_for_all_that_its_pod_has(read: Read) -> None:
-    """Or Ray, which packs, would put all workers into one pod and leave the others idle."""
+    """Else Ray, which packs, puts all workers into one pod and leaves the others idle."""
     config, declared = read("/data/runs", scale={"workers": 4})
     objects = render(config, declared, k8s_settings(**RELEASE, worker_cpus=6))
     asked = yaml.safe_load(objects[0]["data"]["run.yaml"])["scale"]
@@ -196,91 +196,91 @@ def test_names(run_name: str, name: str) -> None:
     assert job_name(run_name, k8s_settings(**RELEASE, name="other")) == "other"
 
 
-@pytest.mark.parametrize(("run_name", "said"), [("a" * 48, "48 characters"), ("7b.sft", "begins with a letter")])
-def test_names_that_cannot_be(run_name: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
+@pytest.mark.parametrize(("run_name", "message"), [("a" * 48, "48 characters"), ("7b.sft", "must begin with a letter")])
+def test_names_that_cannot_be(run_name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         job_name(run_name, k8s_settings(**RELEASE))
     assert "--name" in caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("storage", "sections", "options", "said"),
+    ("storage", "sections", "options", "message"),
     [
-        ("./runs", {}, {}, "is relative, and a pod has no home"),
-        ("~/runs", {}, {}, "is relative, and a pod has no home"),
-        ("file:runs", {}, {}, "is relative, and a pod has no home"),
+        ("./runs", {}, {}, "is relative, but pods need an absolute path"),
+        ("~/runs", {}, {}, "is relative, but pods need an absolute path"),
+        ("file:runs", {}, {}, "is relative, but pods need an absolute path"),
         ("/", {}, {}, "cannot be mounted"),
         ("/home/ray", {}, {}, "cannot be mounted"),
         ("/tmp/runs", {}, {}, "cannot be mounted"),
         ("/data/../etc/outlast", {}, {}, "cannot be mounted"),
         ("/data/runs", {}, {"claim": "team", "mount": "/dat"}, "is not under /dat"),
-        ("s3://bucket/runs", {}, {"claim": "team"}, "give both --claim and --mount"),
-        ("s3://bucket/runs", {}, {"mount": "/data"}, "give both --claim and --mount"),
+        ("s3://bucket/runs", {}, {"claim": "team"}, "needs both --claim and --mount"),
+        ("s3://bucket/runs", {}, {"mount": "/data"}, "needs both --claim and --mount"),
         ("/data/runs", {"scale": {"gpus_per_worker": 0.5}}, {}, "scale.gpus_per_worker is 0.5"),
         ("/data/runs", {"scale": {"cpus_per_worker": 0.5}}, {}, "scale.cpus_per_worker is 0.5"),
-        ("/data/runs", {"scale": {"workers": [1, 2]}}, {"queue": "research"}, "none whose number changes"),
-        ("/data/runs", {}, {"queue": "research", "spot": True, "fallback": True}, "none whose number changes"),
+        ("/data/runs", {"scale": {"workers": [1, 2]}}, {"queue": "research"}, "a fixed number of pods"),
+        ("/data/runs", {}, {"queue": "research", "spot": True, "fallback": True}, "a fixed number of pods"),
     ],
 )
 def test_runs_that_cannot_be(
-    read: Read, storage: str, sections: dict[str, Any], options: dict[str, Any], said: str
+    read: Read, storage: str, sections: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         render(*read(storage, **sections), k8s_settings(**RELEASE, **options))
     assert caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"name": "My-Run"}, "name"),
         ({"name": "a" * 48}, "name"),
         ({"namespace": "a_b"}, "namespace"),
         ({"claim_size": "lots"}, "--claim-size"),
         ({"worker_nodes": ["spot"]}, "--worker-node: 'spot' is not a label"),
-        ({"image": "registry.example:5000/outlast"}, "give it a tag of its own, or a digest"),
-        ({"image": "outlast:latest"}, "may be another program tomorrow"),
-        ({"fallback": True}, "--fallback is from spot nodes to others: give --spot too"),
+        ({"image": "registry.example:5000/outlast"}, "give it a tag other than latest, or a digest"),
+        ({"image": "outlast:latest"}, "can change between pods"),
+        ({"fallback": True}, "--fallback needs --spot"),
         ({"egress_ports": [0]}, "--egress-port"),
         ({"worker_taints": ["spot=true:Never"]}, "--worker-taint"),
         ({"mount": "data"}, "mount 'data' is relative"),
         ({"ray_version": "latest"}, "--ray-version"),
         ({"imagee": "x"}, "--imagee: unknown key; did you mean 'image'"),
         ({"notice_s": 9}, "--notice-s"),
-        ({"notice_s": 60, "grace_s": 60}, "--notice-s 60 is not below --grace-s 60"),
-        ({"shm": "16Gi"}, "--shm 16Gi is part of --worker-memory 16Gi"),
-        ({"shm": "9G", "worker_memory": "20Gi"}, "--shm 9G is part of --head-memory 8Gi"),
+        ({"notice_s": 60, "grace_s": 60}, r"--notice-s \(60\) must be less than --grace-s \(60\)"),
+        ({"shm": "16Gi"}, r"--shm \(16Gi\) must be less than --worker-memory \(16Gi\)"),
+        ({"shm": "9G", "worker_memory": "20Gi"}, r"--shm \(9G\) must be less than --head-memory \(8Gi\)"),
     ],
 )
-def test_settings_that_cannot_be(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         k8s_settings(**RELEASE | options)
 
 
-def test_cautions(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHERE", "/elsewhere")
     sections = {
         "data": {"train": "${env:WHERE}/train.jsonl", "eval": "/data/eval.jsonl"},
         "model": {"path": "./my-gpt2"},
     }
-    found = cautions(*read("/data/runs", **sections), k8s_settings(**RELEASE))
+    found = warnings_for(*read("/data/runs", **sections), k8s_settings(**RELEASE))
     assert [line.split(":")[0] for line in found[:3]] == ["data.train", "data.eval", "model.path"]
     assert "put it under /data/runs" in found[0]
     assert "WHERE" in found[3]
     assert "--secret" in found[3]
     assert "kubectl delete -f" in found[4]
     good = {"data": {"train": "/data/train.jsonl", "eval": "2%"}}
-    assert cautions(*read("/data/runs", **good), k8s_settings(**RELEASE, claim="team", mount="/data")) == []
+    assert warnings_for(*read("/data/runs", **good), k8s_settings(**RELEASE, claim="team", mount="/data")) == []
     several = {"data": {"train": ["s3://b/*.jsonl", "/data/part-*.csv", "/elsewhere/a.csv"]}}
-    [left] = cautions(*read("/data/runs", **several), k8s_settings(**RELEASE, claim="team", mount="/data"))
-    assert left.startswith("data.train[2]: no volume brings /elsewhere/a.csv")
-    assert cautions(*read("s3://b/runs"), k8s_settings(**RELEASE, secret="store")) == []
-    [closed] = cautions(*read("/data/runs", track={"to": ["mlflow"]}), k8s_settings(**RELEASE, claim="team"))
+    [left] = warnings_for(*read("/data/runs", **several), k8s_settings(**RELEASE, claim="team", mount="/data"))
+    assert left.startswith("data.train[2]: no volume provides /elsewhere/a.csv")
+    assert warnings_for(*read("s3://b/runs"), k8s_settings(**RELEASE, secret="store")) == []
+    [closed] = warnings_for(*read("/data/runs", track={"to": ["mlflow"]}), k8s_settings(**RELEASE, claim="team"))
     assert "--egress-port PORT" in closed
     release = {key: value for key, value in RELEASE.items() if key != "image"}
-    [local] = cautions(*read("s3://b/runs"), k8s_settings(**release, secret="store"))
+    [local] = warnings_for(*read("s3://b/runs"), k8s_settings(**release, secret="store"))
     assert "--image" in local
-    [access] = cautions(*read("s3://b/runs"), k8s_settings(**RELEASE))
+    [access] = warnings_for(*read("s3://b/runs"), k8s_settings(**RELEASE))
     assert "--service-account" in access
 
 

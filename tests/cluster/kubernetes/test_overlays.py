@@ -1,4 +1,4 @@
-"""Overlays: each is built by a real kubectl, satisfies the schemas, has nothing wrong. Alerts, by a real promtool."""
+"""Overlays: each is built by a real kubectl, satisfies the schemas and passes lint. Alerts, by a real promtool."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.main import app
 from outlast.cluster.config.run_config import load_run
 from outlast.cluster.driver.prometheus import GAUGES
-from outlast.cluster.kubernetes.kustomize import known_components, write_folder
+from outlast.cluster.kubernetes.kustomize import component_names, write_folder
 from outlast.cluster.kubernetes.lint.linter import lint, read_objects
 from outlast.cluster.kubernetes.render import render, to_yaml
 from outlast.cluster.kubernetes.settings import k8s_settings
@@ -72,7 +72,7 @@ def test_the_base_is_what_is_rendered() -> None:
 
 
 def test_every_component_has_an_overlay() -> None:
-    assert known_components() == OVERLAYS == ["dev", "gpu", "kueue", "monitoring", "nfs", "s3", "spot"]
+    assert component_names() == OVERLAYS == ["dev", "gpu", "kueue", "monitoring", "nfs", "s3", "spot"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -142,7 +142,7 @@ def test_kueue_has_its_label() -> None:
 
 
 def test_the_script_for_a_real_cluster(crd: Callable[[str], list[str]]) -> None:
-    """What can be known of `make k8s-e2e` without a cluster: its shell, and what it would apply."""
+    """The parts of `make k8s-e2e` that need no cluster: its shell code, and the objects that it applies."""
     script = K8S / "e2e.sh"
     shellcheck = shutil.which("shellcheck", path=TOOLS)
     assert shellcheck, "shellcheck is missing: `make setup` installs it"
@@ -194,11 +194,11 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("part", ["dev", "gpu"])
-def test_parts_leave_a_worker_the_cpus_of_its_run_file(tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize("component", ["dev", "gpu"])
+def test_components_keep_the_cpus_of_the_run_file(tmp_path: Path, component: str) -> None:
     run, declared = read_run(tmp_path, "/data/runs", scale={"workers": 2, "cpus_per_worker": 12, "gpus_per_worker": 1})
     folder = tmp_path / "deploy"
-    write_folder(folder, render(run, declared, k8s_settings(**RELEASE)), [part])
+    write_folder(folder, render(run, declared, k8s_settings(**RELEASE)), [component])
     objects = read_objects(kustomize(folder))
     resources = pods(job_of(objects))["worker"]["spec"]["containers"][0]["resources"]
     assert resources["requests"]["cpu"] == "12"
@@ -207,28 +207,30 @@ def test_parts_leave_a_worker_the_cpus_of_its_run_file(tmp_path: Path, part: str
 
 
 @pytest.mark.parametrize(
-    ("storage", "workers", "part", "hint"),
+    ("storage", "workers", "component", "hint"),
     [
         ("/data/runs", 2, "s3", "set checkpoint.storage to s3://"),
         ("s3://bucket/runs", 2, "s3", "give --secret NAME"),
-        ("s3://bucket/runs", 2, "nfs", "leave out --with nfs"),
-        ("/data/runs", [1, 4], "kueue", "leave out --with kueue"),
+        ("s3://bucket/runs", 2, "nfs", "omit --with nfs"),
+        ("/data/runs", [1, 4], "kueue", "omit --with kueue"),
     ],
 )
-def test_parts_that_do_not_go_with_a_run(tmp_path: Path, storage: str, workers: Any, part: str, hint: str) -> None:
+def test_components_that_do_not_fit_a_run(
+    tmp_path: Path, storage: str, workers: Any, component: str, hint: str
+) -> None:
     run, declared = read_run(tmp_path, storage, scale={"workers": workers})
     with pytest.raises(ConfigError) as caught:
-        write_folder(tmp_path / "deploy", render(run, declared, k8s_settings(**RELEASE)), [part])
+        write_folder(tmp_path / "deploy", render(run, declared, k8s_settings(**RELEASE)), [component])
     assert hint in caught.value.hint
     assert not (tmp_path / "deploy").exists()
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no part 'helm'") as caught:
+    with pytest.raises(ConfigError, match="unknown component 'helm'") as caught:
         write_folder(tmp_path, [], ["helm"])
     assert "monitoring" in caught.value.hint
     (tmp_path / "kustomization.yaml").write_text("kind: Component\n")
-    with pytest.raises(ConfigError, match="is no Kustomization"):
+    with pytest.raises(ConfigError, match="is not a Kustomization"):
         write_folder(tmp_path, [], [])
     run = K8S / "base" / "run.yaml"
     done = CliRunner().invoke(app, ["k8s", "render", str(run), "--with", "spot"])
@@ -241,7 +243,7 @@ RULES = K8S / "components" / "monitoring" / "rules.yaml"
 POD = 'namespace="ml",outlast_run="my-run"'
 
 
-def test_rules_ask_for_metrics_that_there_are() -> None:
+def test_rules_use_existing_metrics() -> None:
     asked = set(re.findall(r"\bray_(outlast_\w+)", RULES.read_text()))
     assert asked
     assert asked <= set(GAUGES)
@@ -257,7 +259,7 @@ def promtool() -> str:
 
 #: Two hours of a run, in minutes: step, seconds of a step, when the newest checkpoint was made, attempt; and what it
 #: must raise at the end. A step takes 6 s when all is well, so a minute has ten.
-STORIES: dict[str, tuple[dict[str, str], set[str]]] = {
+SCENARIOS: dict[str, tuple[dict[str, str], set[str]]] = {
     "all is well": (
         {"step": "0+10x120", "step_seconds": "6x120", "checkpoint_time_seconds": "0+60x120", "attempt": "1x120"},
         set(),
@@ -291,14 +293,14 @@ STORIES: dict[str, tuple[dict[str, str], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("story", STORIES)
-def test_alerts(tmp_path: Path, promtool: str, story: str) -> None:
-    series, expected = STORIES[story]
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_alerts(tmp_path: Path, promtool: str, scenario: str) -> None:
+    series, expected = SCENARIOS[scenario]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(yaml.safe_load(RULES.read_text())["spec"]))
     given = [
         {"series": f'ray_outlast_{name}{{run="my-run",{POD}}}', "values": values} for name, values in series.items()
     ]
-    given.append({"series": f"up{{{POD}}}", "values": "1x29" if story == "no pod is left" else "1x120"})
+    given.append({"series": f"up{{{POD}}}", "values": "1x29" if scenario == "no pod is left" else "1x120"})
     alerts = ["OutlastCheckpointStale", "OutlastCrashLoop", "OutlastLowGoodput"]
     test = {
         "rule_files": ["rules.yaml"],

@@ -110,12 +110,12 @@ def test_a_card_only_beside_a_directory_and_never_over_the_models_own(carded: Pa
 
 
 def test_a_card_that_the_model_brought_stays(carded: Path, storage: LocalStorage) -> None:
-    from outlast.cluster.cli.checkpoints import _with_card
+    from outlast.cluster.cli.checkpoints import _add_card
 
     found = resolve_checkpoint(RunStore(storage, "carded"), "newest", Retention())
     content = read_content(found)
     own = replace(content, files={**content.files, "README.md": b"mine"})
-    assert _with_card(found, own).files["README.md"] == b"mine"
+    assert _add_card(found, own).files["README.md"] == b"mine"
 
 
 def code_of(heading: str) -> str:

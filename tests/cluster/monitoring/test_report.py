@@ -10,6 +10,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.events import parse_event
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.liveness import LivenessFile
 from outlast.checkpointing.run_store.store import RunStore
@@ -57,8 +59,8 @@ def data_of(page: str) -> dict[str, Any]:
 def _note_failure(storage: LocalStorage, run: str, number: int) -> None:
     """What the launch's recorder notes when a worker has died; these groups run without Ray."""
     ended = list_attempts(RunStore(storage, run))[-1]
-    told = {key: value for key, value in failure(number, time.time()).items() if key not in ("event", "t", "attempt")}
-    Journal(storage, launch_dir(run, "first"), number, flush_s=0).event("failure", attempt=str(ended), **told)
+    told = parse_event(failure(str(ended), time.time()))
+    Journal(storage, launch_dir(run, "first"), number, flush_s=0).write(replace(told, t=0.0))
 
 
 @pytest.fixture(scope="module")

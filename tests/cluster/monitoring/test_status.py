@@ -100,7 +100,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     assert read_status(RunStore(LocalStorage(tmp_path), "run"))["state"] == "lost"
     text = outlast("status", str(tmp_path / "run")).stdout
-    assert "→ outlast train RUN.yaml (or submit) goes on from the beginning" in text
+    assert "→ outlast train RUN.yaml (or submit) resumes from the beginning" in text
     assert "there is no checkpoint yet" in outlast("checkpoints", "ls", str(tmp_path / "run"), code=5).stderr
 
 

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from outlast.checkpointing.run_store.events import SlowRank
 from outlast.cluster.formatting import clock, duration, share, short, size
 from outlast.cluster.monitoring.live_display import LiveDisplay
 from outlast.cluster.monitoring.reporter import Reporter
@@ -51,7 +52,7 @@ def busy(run: str = "support-bot") -> RunSummary:
         attempt(3, 190, resume(192, 90, 2), plan(193, 1000), steps(91, 220, 195, 0.8), saved(200, 287, 0.1)),
         run=run,
     )
-    told.in_order[-1].slow = [{"rank": 1, "host": "node-c", "times": 1.8}]
+    told.in_order[-1].slow = [SlowRank(1, "node-c", 1.8)]
     return summarize(told, NOW)
 
 
@@ -418,6 +419,16 @@ def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
 # -- who tells ---------------------------------------------------------------------------------------------------------
 
 
+def test_that_an_attempt_was_superseded_ends_that_one_and_not_its_successor() -> None:
+    with Reporter("run", Console(file=io.StringIO(), width=200)) as reporter:
+        reporter({"event": "phase", "name": "data", "launch": "a", "t": 0.0})
+        reporter({"sender": "0001-0001", **start(2)})
+        reporter({"sender": "0001-0001", "event": "superseded", "t": 3.0, "step": 4, "by": "0002-0002"})
+        [attempt] = reporter._story.in_order
+    assert str(attempt.id) == "0001-0001"
+    assert attempt.final is not None
+
+
 def test_a_reporter_tells_in_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     file = io.StringIO()
@@ -425,13 +436,13 @@ def test_a_reporter_tells_in_plain_lines_where_there_is_no_terminal(monkeypatch:
         for event in (
             {"event": "phase", "name": "data", "launch": "a", "t": 0.0},
             {"event": "phase", "name": "ray", "launch": "a", "t": 1.0, "num_steps": 9},
-            {"by": "0001-0001", **start(2)},
-            {"by": "0001-0001", **plan(3, 9)},
-            *({"by": "0001-0001", **event} for event in steps(1, 5, 4)),
+            {"sender": "0001-0001", **start(2)},
+            {"sender": "0001-0001", **plan(3, 9)},
+            *({"sender": "0001-0001", **event} for event in steps(1, 5, 4)),
             {"event": "no-room", "t": 5.0},
             {**failure(1, 9), "number": 1, "limit": 3, "ends": False, "excerpt": ""},
-            {"by": "0002-0002", **resume(12, 3)},
-            {"by": "0002-0002", **done(20, 9)},
+            {"sender": "0002-0002", **resume(12, 3)},
+            {"sender": "0002-0002", **done(20, 9)},
         ):
             reporter(event)
     assert re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines() == [

@@ -6,10 +6,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
@@ -17,6 +20,8 @@ from outlast.checkpointing.format.layout import attempt_dir, launch_dir
 from outlast.checkpointing.run_store import journal as journal_module
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import claim
+from outlast.checkpointing.run_store.compaction import compact
+from outlast.checkpointing.run_store.events import KINDS, Reached, StartEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
@@ -80,7 +85,7 @@ def test_each_event_is_given_once_and_old_segments_are_not_read_again(tmp_path: 
     storage = Counted(LocalStorage(tmp_path))
     written, tail, heard = Journal(storage, "run/here", 0), JournalTail(storage), []
     for number in range(60):
-        written.event("tick", number=number)
+        written.write(parse_event({"event": "tick", "number": number}))
         if number % 7 == 6:
             written.flush()
             before = len(storage.opened)
@@ -115,10 +120,9 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
         storage.put(f"{launch_dir('run', name)}/alive.json", [json.dumps(body).encode()])
         mine = claim(RunStore(storage, "run"), {"launch": name, "claimed_at": 100.0 * number + 10})
         written = Journal(storage, attempt_dir("run", mine), 0)
-        written.event("start")
+        written.write(StartEvent())
         for event in steps(1, 30, 100.0 * number + 20):
-            fields = {key: value for key, value in event.items() if key not in ("event", "t")}
-            written.event("step", **fields)
+            written.write(replace(parse_event(event), t=0.0))
             written.flush()
             if event["step"] % 10 == 0:
                 before = len(storage.opened)
@@ -185,8 +189,10 @@ def test_a_killed_run_is_told_as_it_was(
     assert seen.num_lost == first.last_step - 6
     assert seen.samples_per_s == pytest.approx(8 / seen.seconds_per_step if seen.seconds_per_step else 0)
     assert set(second.steps.tokens) == {8 * 16}, "packed samples of 16 tokens"
-    whole = [event for _, event in run_events(RunStore(storage, "told")) if event["event"] == "plan"]
-    assert {event["batch"] for event in whole} == {8}
+    whole = [event for _, event in run_events(RunStore(storage, "told"))]
+    assert {event["batch"] for event in whole if event["event"] == "plan"} == {8}
+    lines = compact([json.dumps(event).encode() for event in whole]).table["json"].drop_null().to_pylist()
+    assert len(lines) == sum(event["event"] != "step" for event in whole), "what the loop tells of a step has columns"
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -218,9 +224,12 @@ def _labelled(storage: LocalStorage) -> str:
 def test_what_the_hub_has_heard_outlives_rank_0() -> None:
     body = hub.Coordinator()
     body.exchange(
-        [{"event": "step", "by": "0001-aaaa", "step": 4, "ended_at": 40.0}, {"event": "eval", "by": "0001-aaaa"}]
+        [
+            {"event": "step", "sender": "0001-aaaa", "step": 4, "ended_at": 40.0},
+            {"event": "eval", "sender": "0001-aaaa"},
+        ]
     )
-    assert body.reached("0001-aaaa") == (4, 40.0)
+    assert body.reached("0001-aaaa") == Reached(4, 40.0)
     assert body.reached("0002-bbbb") is None
     assert all("t" in event for event in body.drain())
 
@@ -243,6 +252,23 @@ def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkey
     told = list(read_events(LocalStorage(tmp_path), launch_dir("run", "one")))
     assert [event["event"] for event in told] == ["no-room", "no-room"]
     assert all(0 <= event["t"] - event["since"] + 0.001 < 10 for event in told)
+
+
+JSON: st.SearchStrategy[Any] = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3) | st.just([{}])
+)
+
+
+@given(st.sampled_from(sorted(KINDS)), st.data())
+def test_no_event_makes_a_timeline_raise(kind: str, data: st.DataObject) -> None:
+    """What a journal says is input."""
+    names = [each.name for each in fields(KINDS[kind])]
+    body = {**data.draw(st.dictionaries(st.sampled_from(names), JSON)), "event": kind}
+    told = story(launch("a", 0, 90), attempt(1, 10, start(11), steps(1, 3, 12)))
+    told.in_order[0].apply(body)
+    told.apply_launch("a", body)
+    assert len({len(column) for column in told.in_order[0].steps.columns}) == 1
+    assert told.ends
 
 
 def failed(error: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""`outlast doctor` on real Rays with real faults: two nodes, one of which has other mounts, another library and another
-clock; and one that asks for a token. Two minutes with the slow ones, most of it Ray's starts.
+"""`outlast doctor` on real Ray clusters with real faults: two nodes, one with other mounts, another library and another
+clock; and a cluster that requires a token. Two minutes with the slow tests, most of it Ray's starts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def outlast(
 
 
 def checks(done: subprocess.CompletedProcess[str]) -> dict[str, list[tuple[str, str]]]:
-    """Level and text of each finding, by what was examined."""
+    """Return level and text of each finding, by check."""
     found: dict[str, list[tuple[str, str]]] = {}
     for row in json.loads(done.stdout)["checks"]:
         assert row["level"] == "ok" or row["hint"]
@@ -57,13 +57,13 @@ def checks(done: subprocess.CompletedProcess[str]) -> dict[str, list[tuple[str, 
 
 @pytest.mark.ray
 def test_a_healthy_machine(tmp_path: Path, text_file: str) -> None:
-    """Every line is there and well, and nothing is left in the storage."""
+    """Every check is reported and passes, and nothing is left in the storage."""
     run_file = tmp_path / "run.yaml"
     body = tiny_config("run", str(tmp_path / "runs"), text_file).model_dump(mode="json", exclude_defaults=True)
     run_file.write_text(yaml.safe_dump(body))
     found = checks(outlast("doctor", str(run_file), "--json", code=0))
-    every = {"versions", "devices", "memory", "disk", "clock", "storage", "speed", "ports", "names", "all-reduce"}
-    assert set(found) == every
+    expected = {"versions", "devices", "memory", "disk", "clock", "storage", "speed", "ports", "names", "all-reduce"}
+    assert set(found) == expected
     assert all(level != "failed" for rows in found.values() for level, _ in rows)
     assert found["all-reduce"][0][1].startswith("gloo, 2 ranks")
     assert list((tmp_path / "runs").iterdir()) == []
@@ -73,10 +73,10 @@ def test_a_healthy_machine(tmp_path: Path, text_file: str) -> None:
 
 
 class Pair:
-    """A head and another node on this machine. The other one has a library, a clock and mounts of its own.
+    """A head and a second node on this machine, which has its own library, clock and mounts.
 
     Args:
-        folder: Where the storages are that the two see differently, and what the other node brings along.
+        folder: Folder of the storages that the two nodes see differently, and of the second node's packages.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -142,8 +142,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     try:
         while time.monotonic() < deadline:
             assert made.other.poll() is None, (made.folder / "other.log").read_text()
-            said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-            if said.stdout.strip() == "2":
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            if done.stdout.strip() == "2":
                 break
         yield made
     finally:
@@ -154,7 +154,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 @pytest.mark.ray
 @pytest.mark.faults  # two minutes together
 def test_two_nodes_that_differ(pair: Pair) -> None:
-    """Library and clock of the other node are named; what works is measured, through the wrong clock."""
+    """Library and clock of the second node are reported; the rest is measured, despite the wrong clock."""
     storage = ("--storage", pair.storage("shared"))
     found = checks(outlast("doctor", "--address", pair.head.ray_address, *storage, "--json", code=3))
     [(level, text)] = found["versions"]
@@ -174,19 +174,19 @@ def test_two_nodes_that_differ(pair: Pair) -> None:
 @pytest.mark.ray
 @pytest.mark.faults  # two minutes together
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [
         ("apart", "is not shared: head and other do not see each other's files"),
         ("readonly", "other cannot write to"),
         ("full", "No space left on device"),
     ],
 )
-def test_a_storage_that_will_not_do(pair: Pair, name: str, said: str) -> None:
-    place = pair.storage(name)
-    done = outlast("doctor", "--quick", "--address", pair.head.ray_address, "--storage", place, "--json", code=3)
+def test_an_unusable_storage(pair: Pair, name: str, expected: str) -> None:
+    storage = pair.storage(name)
+    done = outlast("doctor", "--quick", "--address", pair.head.ray_address, "--storage", storage, "--json", code=3)
     failed = [text for level, text in checks(done)["storage"] if level == "failed"]
-    assert any(said in text for text in failed), failed
-    assert [path.name for path in Path(place).iterdir()] == []
+    assert any(expected in text for text in failed), failed
+    assert [path.name for path in Path(storage).iterdir()] == []
 
 
 @needs_mounts
@@ -199,7 +199,7 @@ def test_train_refuses_a_storage_that_is_not_shared(pair: Pair, tmp_path: Path, 
     run_file.write_text(yaml.safe_dump(body | {"scale": {"workers": 2}}))
     done = outlast("train", str(run_file), "--address", pair.head.ray_address, code=3)
     assert "is not shared: head and other do not see each other's files" in done.stderr
-    assert "`outlast doctor RUN.yaml` says more" in done.stderr
+    assert "for details: `outlast doctor RUN.yaml`" in done.stderr
     assert not Path(pair.storage("apart"), "run/attempts").exists()
 
 
@@ -209,7 +209,7 @@ def test_train_refuses_a_storage_that_is_not_shared(pair: Pair, tmp_path: Path, 
 @pytest.mark.ray
 @pytest.mark.faults  # a minute
 @pytest.mark.timeout(500)
-def test_a_cluster_that_asks_for_a_token(tmp_path: Path, text_file: str) -> None:
+def test_a_cluster_that_requires_a_token(tmp_path: Path, text_file: str) -> None:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "the-token-of-this-test-and-of-nothing-else"}
     cluster = Cluster(token)
     try:
@@ -221,11 +221,11 @@ def test_a_cluster_that_asks_for_a_token(tmp_path: Path, text_file: str) -> None
         at = ("--address", cluster.address)
         none = {"RAY_AUTH_MODE": "disabled"}
         wrong = token | {"RAY_AUTH_TOKEN": "another-token-altogether"}
-        for verb in ("submit", "doctor"):
-            for given, said in ((none, "Missing authentication token"), (wrong, "Invalid authentication token")):
-                err = outlast(verb, str(run_file), *at, code=3, environment=given).stderr
-                assert "wants a token" in err
-                assert said in err
+        for name in ("submit", "doctor"):
+            for given, expected in ((none, "Missing authentication token"), (wrong, "Invalid authentication token")):
+                err = outlast(name, str(run_file), *at, code=3, environment=given).stderr
+                assert "requires a token" in err
+                assert expected in err
                 assert "RAY_AUTH_MODE=token" in err
         err = outlast("doctor", "--address", cluster.ray_address, code=3, environment=wrong).stderr
         assert "cannot be joined: it wants a token" in err
@@ -233,45 +233,45 @@ def test_a_cluster_that_asks_for_a_token(tmp_path: Path, text_file: str) -> None
         assert found["storage"][0][0] == "ok"
         [(level, text)] = found["job server"]
         assert level == "ok"
-        assert "does not answer strangers" in text
+        assert "requires a token" in text
         followed = outlast("submit", str(run_file), *at, "--follow", code=0, environment=token)
         assert followed.stdout.strip() == "run-1"
     finally:
         cluster.shut_down()
 
 
-# -- what it means -----------------------------------------------------------------------------------------------------
+# -- rules -------------------------------------------------------------------------------------------------------------
 
 
 def test_lags() -> None:
-    def judged(lag: float | None, settle_s: float) -> Finding:
+    def lag_finding(lag: float | None, settle_s: float) -> Finding:
         [finding] = rules.check_lag({("a", "b"): 0.001, ("b", "a"): lag}, Requirements(settle_s=settle_s))
         return finding
 
-    assert judged(0.01, 0).level is Level.OK
-    assert judged(3.2, 5).level is Level.OK
-    late = judged(3.2, 0)
+    assert lag_finding(0.01, 0).level is Level.OK
+    assert lag_finding(3.2, 5).level is Level.OK
+    late = lag_finding(3.2, 0)
     assert late.level is Level.FAILED
     assert "appears on a 3.2 s later" in late.text
     assert "checkpoint.settle_s to 5" in late.hint
-    assert judged(None, 600).level is Level.FAILED
+    assert lag_finding(None, 600).level is Level.FAILED
 
 
-def test_who_does_not_share() -> None:
-    """One of three is apart: it is named, not those that share."""
-    words = {node: {"word": node.upper()} for node in ("a", "b", "c")}
+def test_unshared_storage_names_the_outlier() -> None:
+    """One of three nodes sees another storage: it is named, not the other two."""
+    tokens = {node: {"token": node.upper()} for node in ("a", "b", "c")}
     seen = {
         "a": {"read": {"a": "A", "b": "B"}},
         "b": {"read": {"a": "A", "b": "B"}},
         "c": {"read": {"c": "C"}},
     }
-    facts: dict[str, dict[str, Any]] = {node: {"storage": {"kind": "nfs4", "source": "far:/runs"}} for node in words}
+    facts: dict[str, dict[str, Any]] = {node: {"storage": {"kind": "nfs4", "source": "far:/runs"}} for node in tokens}
     facts["c"] = {"storage": {"kind": "ext4", "source": "/dev/sda1"}}
-    [finding] = rules.check_shared(facts, Requirements(storage="/runs"), words, seen)
-    assert finding.text == "/runs is not shared: c does not see what a and b wrote (ext4 from /dev/sda1 on c)"
+    [finding] = rules.check_shared(facts, Requirements(storage="/runs"), tokens, seen)
+    assert finding.text == "/runs is not shared: c does not see files of a and b (ext4 from /dev/sda1 on c)"
 
 
-def test_a_loopback_name_is_found_before_gloo_hangs() -> None:
+def test_a_loopback_address_fails_the_ports_check() -> None:
     fact = {
         "host": "h",
         "address": "10.0.0.1",
@@ -285,7 +285,7 @@ def test_a_loopback_name_is_found_before_gloo_hangs() -> None:
     assert "GLOO_SOCKET_IFNAME=eth0" in finding.hint
 
 
-def test_ports_that_are_closed_name_both_ends_once() -> None:
+def test_closed_ports_are_reported_once_per_pair() -> None:
     facts = {node: {"address": "10.0.0.1", "gloo_address": "10.0.0.1"} for node in "abc"}
     found = rules.check_ports(facts, {"a": {"b": "10.0.0.2:4: timed out"}, "b": {"a": "…"}, "c": {"a": "refused"}})
     assert [finding.text for finding in found] == [
@@ -294,8 +294,8 @@ def test_ports_that_are_closed_name_both_ends_once() -> None:
     ]
 
 
-def test_names_that_take_long() -> None:
-    [finding] = rules.check_names({"a": 6.13, "b": 0.01, "c": {"fault": "no answer"}})
+def test_slow_name_lookups() -> None:
+    [finding] = rules.check_name_lookup({"a": 6.13, "b": 0.01, "c": {"fault": "no answer"}})
     assert (finding.level, finding.text.split(":")[0]) == (Level.WARNING, "a")
-    assert rules.check_names({"a": 0.01})[0].level is Level.OK
-    assert rules.check_names({"c": {"fault": "no answer"}}) == []
+    assert rules.check_name_lookup({"a": 0.01})[0].level is Level.OK
+    assert rules.check_name_lookup({"c": {"fault": "no answer"}}) == []

@@ -1,4 +1,4 @@
-"""The verbs before a run: files to begin with, everything wrong at once with its line, and what the run will take."""
+"""The commands before a run: starter files, all errors at once with their lines, and estimates of the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig, load_run
 from outlast.cluster.config.run_file import SettingsError
 from outlast.cluster.config.starter_files import EXAMPLES, template
-from outlast.cluster.preflight.estimate import forecast, lines
+from outlast.cluster.preflight.estimate import describe, estimate_run
 from outlast.cluster.preflight.validate import validate
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.task_names import TASKS
@@ -41,7 +41,7 @@ def outlast(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 
 def rows_of(task: str, folder: Path) -> None:
-    """The rows that a template's run file names, beside it."""
+    """Write the rows that a template's run file names, beside it."""
     texts = list(paragraphs())[:40]
     (folder / "rows.jsonl").write_text("".join(json.dumps(ROWS[task].row(text)) + "\n" for text in texts))
 
@@ -59,21 +59,21 @@ def test_every_task_has_a_template() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_template_is_valid_as_it_is(task: str, tmp_path: Path) -> None:
-    """With the pretrained model that it names, and with the new one that it offers."""
+def test_a_template_is_valid_unchanged(task: str, tmp_path: Path) -> None:
+    """Both with its pretrained model and with its alternative, a new model."""
     path = tmp_path / "run.yaml"
     path.write_text(template(task))
-    said = [str(item) for item in validate(str(path))]
-    assert len(said) == 1
-    assert "rows.jsonl is not there" in said[0], "nothing but the data is missing"
+    texts = [str(item) for item in validate(str(path))]
+    assert len(texts) == 1
+    assert "rows.jsonl does not exist" in texts[0], "nothing but the data is missing"
     rows_of(task, tmp_path)
     assert validate(str(path)) == []
     new = ["model.path=null", f"model.config={EXAMPLES[task].new}", "model.tokenizer={train_bpe: 4096}"]
     assert validate(str(path), new) == []
 
 
-def test_what_is_commented_out_is_the_default(tmp_path: Path) -> None:
-    """Taking the comment signs away changes nothing, and every setting is there under its name."""
+def test_commented_settings_are_the_defaults(tmp_path: Path) -> None:
+    """Uncommenting changes nothing, and every setting has its own name."""
     path = tmp_path / "run.yaml"
     for task in TASKS:
         text = template(task)
@@ -91,13 +91,13 @@ def test_what_is_commented_out_is_the_default(tmp_path: Path) -> None:
 _KEYS = {name for block in RunConfig.model_fields.values() for name in getattr(block.annotation, "model_fields", {})}
 
 
-def test_init_never_replaces(tmp_path: Path) -> None:
+def test_init_never_overwrites(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     done = outlast("init", "--task", "chat", str(path))
     assert done.stdout.strip() == str(path)
     assert f"outlast validate {path}" in done.stderr
     assert path.read_text() == template("chat", str(path))
-    assert "there already; nothing was written" in outlast("init", str(path), code=2).stderr
+    assert "already exists; nothing was written" in outlast("init", str(path), code=2).stderr
     assert path.read_text() == template("chat", str(path))
     assert "did you mean 'chat'" in outlast("init", "--task", "chatt", str(tmp_path / "other.yaml"), code=2).stderr
     assert not (tmp_path / "other.yaml").exists()
@@ -138,7 +138,7 @@ FOUND = [
 ]
 
 
-def test_everything_wrong_is_said_at_once_with_its_line(
+def test_all_errors_are_listed_with_their_lines(
     tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.yaml"
@@ -155,38 +155,38 @@ def test_everything_wrong_is_said_at_once_with_its_line(
     shown = outlast("validate", str(path), code=2).stdout.splitlines()
     assert len(shown) == len(FOUND)
     assert f"{path}: line 11: train.stepz: unknown key; did you mean 'steps'?" in shown
-    refused = outlast("train", str(path), code=2).stderr  # the other verbs say the same
+    refused = outlast("train", str(path), code=2).stderr  # other commands report the same
     assert "line 11: train.stepz: unknown key; did you mean 'steps'?" in refused
     assert "line 15: checkpoint.keep_last" in refused
 
 
-def test_what_an_unknown_key_hides_is_said_too(tmp_path: Path, body: dict[str, Any]) -> None:
-    """Beside the misspelt key, what is wrong once it is taken for the right one."""
+def test_errors_behind_an_unknown_key_are_listed_too(tmp_path: Path, body: dict[str, Any]) -> None:
+    """The misspelt key, and the errors once it is read as the intended one."""
     body["train"]["step"] = body["train"].pop("steps")
     body["train"]["epochs"] = 2
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(body))
-    said = [str(item) for item in validate(str(path))]
-    assert len(said) == 2
-    assert any("did you mean 'steps'" in line for line in said)
-    assert any("give steps or epochs, not both" in line for line in said)
+    texts = [str(item) for item in validate(str(path))]
+    assert len(texts) == 2
+    assert any("did you mean 'steps'" in line for line in texts)
+    assert any("give steps or epochs, not both" in line for line in texts)
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "said"),
+    ("text", "line", "texts"),
     [
         ("name: [", 1, "expected the node content"),
-        ("name: a\nseed: 1\nseed: 2\n", 3, "key 'seed' stands twice"),
+        ("name: a\nseed: 1\nseed: 2\n", 3, "duplicate key 'seed'"),
         ("name: a\n\tseed: 1\n", 2, "cannot start any token"),
         ("- a\n", None, "holds no settings"),
     ],
 )
-def test_files_that_are_no_run_files(tmp_path: Path, text: str, line: int | None, said: str) -> None:
+def test_invalid_run_files(tmp_path: Path, text: str, line: int | None, texts: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     [found] = validate(str(path))
     assert found.line == line
-    assert said in found.finding.message
+    assert texts in found.finding.message
 
 
 def test_lines_of_toml(tmp_path: Path, text_file: str) -> None:
@@ -206,45 +206,49 @@ def test_a_finding_in_an_option_names_the_option(tmp_path: Path, body: dict[str,
     path.write_text(yaml.safe_dump(body))
     [found] = validate(str(path), ["train.lr=fast"])
     assert str(found).startswith("-s train.lr=fast: train.lr: Input should be a valid number")
-    with pytest.raises(SettingsError, match="settings that cannot be used"):
+    with pytest.raises(SettingsError, match="are not valid"):
         load_run(str(path), ["train.lr=fast"])
     [found] = validate(str(path), ["train.micro_batch=3"])
     assert str(found).startswith("-s train.micro_batch=3: train: micro_batch (3) must divide batch (8)")
 
 
-def test_a_file_of_nearly_this_name(tmp_path: Path) -> None:
+def test_a_similar_file_name_is_suggested(tmp_path: Path) -> None:
     (tmp_path / "train-long.yaml").write_text("")
     with pytest.raises(ConfigError) as caught:
         load_run(str(tmp_path / "train_long.yaml"))
     assert f"did you mean {tmp_path / 'train-long.yaml'}?" in caught.value.hint
 
 
-def test_a_wrong_setting_hides_nothing(tmp_path: Path, body: dict[str, Any]) -> None:
-    """What is right is looked at all the same: the model, the data, the place; but not by settings in doubt."""
+def test_an_invalid_setting_hides_no_other_errors(tmp_path: Path, body: dict[str, Any]) -> None:
+    """Valid blocks are still checked: the model, the data, the storage; checks of an invalid block are not run."""
     storage = tmp_path / "taken"
     storage.write_text("")
     path = tmp_path / "run.yaml"
     body = {**body, "name": "my run", "train": {"lr": "fast"}, "checkpoint": {"storage": str(storage)}}
     path.write_text(yaml.safe_dump({**body, "model": {**body["model"], "config": {"model_type": "gtp2"}}}))
-    said = "\n".join(str(item) for item in validate(str(path)))
+    texts = "\n".join(str(item) for item in validate(str(path)))
     for part in ("name: ", "train.lr: ", "did you mean 'gpt2'?", "checkpoint.storage"):
-        assert part in said
+        assert part in texts
     path.write_text(yaml.safe_dump({**body, "data": {"train": "/no/such.txt"}}))
-    assert "/no/such.txt is not there" in "\n".join(str(item) for item in validate(str(path)))
+    assert "/no/such.txt does not exist" in "\n".join(str(item) for item in validate(str(path)))
     [found] = validate(str(path), ["model.task=causal", "checkpoint.storage=null", "train=null"])[:1]
     assert "task" in str(found)
 
 
 @pytest.mark.parametrize(
-    ("change", "line_of", "said"),
+    ("change", "line_of", "texts"),
     [
-        ({"data": {"train": "/no/such.txt"}}, "train:", "data file /no/such.txt is not there"),
-        ({"data": {"eval": "/no/held-out.txt"}}, "eval:", "/no/held-out.txt is not there"),
+        ({"data": {"train": "/no/such.txt"}}, "train:", "data file /no/such.txt does not exist"),
+        ({"data": {"eval": "/no/held-out.txt"}}, "eval:", "/no/held-out.txt does not exist"),
         ({"model": {"config": {"model_type": "gpt2", "n_layers": 2}}}, "n_layers:", "did you mean 'n_layer'?"),
         ({"model": {"config": {"model_type": "gtp2"}}}, "model_type:", "did you mean 'gpt2'?"),
-        ({"model": {"config": {"model_type": "t5"}, "task": "causal-lm"}}, "task:", "no t5 model does it"),
+        (
+            {"model": {"config": {"model_type": "t5"}, "task": "causal-lm"}},
+            "task:",
+            "causal-lm is not supported for t5 models",
+        ),
         ({"model": {"class": "nowhere:Model"}}, "class:", "cannot be imported"),
-        ({"model": {"path": "/no/model", "config": None, "tokenizer": None}}, "path:", "/no/model is not there"),
+        ({"model": {"path": "/no/model", "config": None, "tokenizer": None}}, "path:", "/no/model does not exist"),
         ({"train": {"optimizer": "adamv"}}, None, "did you mean 'adam'?"),
         ({"scale": {"workers": 9}}, None, "9 workers, but a batch of 8"),
         (
@@ -255,8 +259,8 @@ def test_a_wrong_setting_hides_nothing(tmp_path: Path, body: dict[str, Any]) -> 
         ({"checkpoint": {"storage": "/proc/version/runs"}}, "storage:", "a file stands where a directory is needed"),
     ],
 )
-def test_what_can_be_seen_without_training(
-    tmp_path: Path, body: dict[str, Any], change: dict[str, Any], line_of: str | None, said: str
+def test_errors_found_without_training(
+    tmp_path: Path, body: dict[str, Any], change: dict[str, Any], line_of: str | None, texts: str
 ) -> None:
     for block, values in change.items():
         body[block] = {**body.get(block, {}), **values}
@@ -264,14 +268,14 @@ def test_what_can_be_seen_without_training(
     path.write_text(yaml.safe_dump(body, default_flow_style=False))
     found = validate(str(path))
     assert len(found) == 1, [str(item) for item in found]
-    assert said in str(found[0])
+    assert texts in str(found[0])
     if line_of is not None:
         assert found[0].line is not None
         assert line_of in path.read_text().splitlines()[found[0].line - 1]
     assert not (tmp_path / "runs").exists(), "it writes nothing"
 
 
-def test_columns_are_looked_for(tmp_path: Path) -> None:
+def test_missing_columns_are_found(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(template("sequence-classification"))
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "kind": 1, "other": 2}\n')
@@ -295,7 +299,7 @@ def test_the_deep_check_reads_every_row(tmp_path: Path, body: dict[str, Any]) ->
     assert validate(str(path), ["data.max_bad_rows=1"], deep=True) == []
 
 
-def test_a_run_that_has_begun_with_other_settings(
+def test_an_existing_run_with_other_settings(
     assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     assignment = assign("begun", steps=3)
@@ -305,7 +309,7 @@ def test_a_run_that_has_begun_with_other_settings(
     assert validate(str(path)) == []
     [found] = validate(str(path), ["train.lr=0.5"])
     assert "train.lr was 0.001, is 0.5" in found.finding.message
-    assert "train will refuse this" not in outlast("plan", str(path)).stderr
+    assert "train will fail" not in outlast("plan", str(path)).stderr
     assert "train.lr was 0.001, is 0.5" in outlast("plan", str(path), "-s", "train.lr=0.5").stderr
 
 
@@ -321,13 +325,13 @@ def test_a_run_that_has_begun_with_other_settings(
         ("elastic", {"exactness": "elastic"}),
     ],
 )
-def test_a_plan_is_what_the_run_then_does(
+def test_a_plan_matches_the_run(
     name: str, sections: dict[str, Any], assign: Callable[..., Assignment], storage: LocalStorage
 ) -> None:
     """Parameters, steps and the checkpoint's size against a real run of two workers."""
     assignment = assign(f"planned-{name}", sections=sections)
     config = RunConfig.model_validate({**assignment.declared, "scale": {"workers": 2}})
-    found = forecast(config)
+    found = estimate_run(config)
     assert run_group(assignment, storage, 2)[0].outcome is Outcome.DONE
     newest = read_catalog(storage, config.name).accepted[0]
     assert newest.ref.step == found.walk.num_steps == 10
@@ -354,7 +358,7 @@ def test_a_plan_is_what_the_run_then_does(
 
 
 @pytest.mark.faults
-def test_a_plan_says_where_its_interval_comes_from(tmp_path: Path, body: dict[str, Any]) -> None:
+def test_a_plan_shows_the_costs_behind_its_interval(tmp_path: Path, body: dict[str, Any]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**body, "checkpoint": {**body["checkpoint"], "every": "auto", "overlap": True}}))
     found = json.loads(outlast("plan", str(path), "--json").stdout)
@@ -363,7 +367,7 @@ def test_a_plan_says_where_its_interval_comes_from(tmp_path: Path, body: dict[st
     assert saving["auto_s"] == costs.interval_s
     assert saving["between_failures_s"] == pytest.approx(4 * 3600)
     assert saving["commit_s"] > found["size"]["checkpoint_bytes"] / saving["write_speed"]
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".data"], "what was tried in the storage is gone"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".data"], "the measurement's files are deleted"
     assert found["size"]["memory"]["snapshot"] > found["size"]["memory"]["weights"]
     text = outlast("plan", str(path)).stdout
     assert "10 steps" in text
@@ -371,7 +375,7 @@ def test_a_plan_says_where_its_interval_comes_from(tmp_path: Path, body: dict[st
     assert "every: auto would save after 60 s, then every" in text
 
 
-def test_an_adapter_trains_little_and_saves_little(tmp_path: Path, text_file: str) -> None:
+def test_a_plan_of_an_adapter(tmp_path: Path, text_file: str) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from outlast.trainers.data.tokenizer import train_bpe
@@ -383,8 +387,8 @@ def test_an_adapter_trains_little_and_saves_little(tmp_path: Path, text_file: st
     model.save_pretrained(tmp_path / "base")
     whole = tiny_config("run", str(tmp_path / "runs"), text_file).model_dump(mode="json", exclude_defaults=True)
     whole["model"] = {"path": str(tmp_path / "base"), "lora": {"r": 4}}
-    found = forecast(RunConfig.model_validate(whole))
+    found = estimate_run(RunConfig.model_validate(whole))
     assert 0 < found.size.num_trained < found.size.num_parameters / 10
     assert set(found.size.files) >= {"adapter_model.safetensors", "adapter_config.json"}
     assert found.size.files["adapter_model.safetensors"] == pytest.approx(4 * found.size.num_trained, abs=3000)
-    assert any("of them trained" in line for line in lines(found))
+    assert any("of them trained" in line for line in describe(found))

@@ -1,4 +1,4 @@
-"""Mistakes in what a run file says of the model are found by the driver, before any worker is started."""
+"""Errors in the model settings are found by the driver, before any worker is started."""
 
 from __future__ import annotations
 
@@ -54,25 +54,25 @@ def gpt2(**config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
-        (gpt2(n_layers=2), "model.config.n_layers: a gpt2 model has no such setting; did you mean 'n_layer'"),
-        ({"config": {"model_type": "gpt22"}}, "'gpt22' is not known to transformers .*; did you mean 'gpt2'"),
+        (gpt2(n_layers=2), "model.config.n_layers: gpt2 models have no such setting; did you mean 'n_layer'"),
+        ({"config": {"model_type": "gpt22"}}, "'gpt22' is unknown to transformers .*; did you mean 'gpt2'"),
         ({"class": "no_such_module:Model", "config": {}}, "No module named 'no_such_module'"),
         ({"class": "sinking:Model", "config": {}}, "name 'nothing' is not defined .*sinking.py, line 3"),
         (own(8, "Rizing"), "has no 'Rizing'; did you mean 'Rising'"),
-        ({"task": "rising:Rising"}, "model.task 'rising:Rising' is no task"),
+        ({"task": "rising:Rising"}, "model.task 'rising:Rising' is not a subclass of Task"),
     ],
     ids=str,
 )
-def test_before_the_data_is_read(own_code: str, model: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_errors_found_before_the_data_is_read(own_code: str, model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         check_code(tiny_config("run", "none", "none", sections={"model": model}))
     assert caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("model", "train", "said"),
+    ("model", "train", "message"),
     [
         (gpt2(n_head=5), {}, "`embed_dim` must be divisible by num_heads"),
         (gpt2(n_layer="two"), {}, "expected int"),
@@ -82,24 +82,24 @@ def test_before_the_data_is_read(own_code: str, model: dict[str, Any], said: str
     ],
     ids=str,
 )
-def test_before_a_worker_is_started(
+def test_errors_found_before_a_worker_is_started(
     own_code: str,
     assign: Callable[..., Assignment],
     storage: LocalStorage,
     model: dict[str, Any],
     train: dict[str, Any],
-    said: str,
+    message: str,
 ) -> None:
     assignment = assign("preflight", sections={"model": model}, **train)
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         check_model(assignment.config, assignment.prepared, storage)
     assert caught.value.hint
 
 
-def test_what_can_be_trained_is_let_through(
+def test_valid_models_pass(
     own_code: str, assign: Callable[..., Assignment], storage: LocalStorage, text_file: str, tmp_path: Path
 ) -> None:
-    """Also a class that cannot be built without memory, and a base whose weights are not there to be read."""
+    """Also a class that cannot be built on the meta device, and a base model without weights."""
     base = make_base(tmp_path / "base", text_file)
     (base / "model.safetensors").unlink()
     adapted = {"path": str(base), "config": None, "tokenizer": None}
@@ -112,8 +112,8 @@ def test_what_can_be_trained_is_let_through(
     assert "q_proj" in caught.value.hint
 
 
-def test_a_submission_is_looked_at_where_its_code_is_known(own_code: str) -> None:
-    """A class that is nowhere here may be installed on the cluster."""
+def test_a_submission_is_checked_where_its_code_is_importable(own_code: str) -> None:
+    """A class that is not importable here may be installed on the cluster."""
     for model in (own(8, "Rizing"), gpt2(n_layers=2)):
         with pytest.raises(ConfigError, match=r"Rizing|n_layers"):
             check_submission(RunConfig.model_validate(body_of(model)), Path(own_code))
@@ -128,11 +128,11 @@ def body_of(model: dict[str, Any]) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_defaults=True, by_alias=True)
 
 
-def test_the_command_says_so_at_once(own_code: str, tmp_path: Path, text_file: str) -> None:
-    """With one error and exit code 2; no Ray is started, and nothing but the data is left behind."""
+def test_the_command_fails_at_once(own_code: str, tmp_path: Path, text_file: str) -> None:
+    """With one error and exit code 2; Ray is not started, and only the prepared data is written."""
     run_file, place = tmp_path / "run.yaml", {"checkpoint": {"storage": str(tmp_path / "runs")}}
     run_file.write_text(yaml.safe_dump({**body_of(own(7)), **place, "data": {"train": text_file, "eval": "5%"}}))
-    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}  # where nobody is, so that starting it would fail
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}  # no cluster there: starting Ray would fail
     command = [OUTLAST, "train", str(run_file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2, done.stderr

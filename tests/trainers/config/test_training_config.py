@@ -1,4 +1,4 @@
-"""Settings are checked when they are built, and what is wrong is said in words."""
+"""Settings are validated when they are built, and errors are reported in plain words."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from tests.support.groups.worker_group import tiny_config
 
 
 def body(**sections: Any) -> dict[str, Any]:
-    """A valid configuration with some sections merged in."""
-    whole = tiny_config("run", "/runs", "/data.txt").model_dump(mode="json", exclude_defaults=True)
+    """A valid declaration with these sections merged in."""
+    declared = tiny_config("run", "/runs", "/data.txt").model_dump(mode="json", exclude_defaults=True)
     for key, value in sections.items():
-        whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
-    return whole
+        declared[key] = {**declared.get(key, {}), **value} if isinstance(value, dict) else value
+    return declared
 
 
-def refused(whole: dict[str, Any]) -> str:
-    """What a user reads about a configuration that will not do."""
+def error_text(declared: dict[str, Any]) -> str:
+    """Return the error text of an invalid declaration."""
     with pytest.raises(ValidationError) as caught:
-        TrainingConfig.model_validate(whole)
+        TrainingConfig.model_validate(declared)
     return "\n".join(str(item) for item in findings(caught.value, TrainingConfig))
 
 
-def test_little_is_needed() -> None:
+def test_required_settings_are_few() -> None:
     config = TrainingConfig.model_validate(
         {"name": "a", "model": {"path": "gpt2"}, "data": {"train": "a.txt"}},
     )
@@ -48,7 +48,7 @@ def test_little_is_needed() -> None:
     assert config.deterministic
 
 
-def test_what_is_dumped_reads_back() -> None:
+def test_a_dump_can_be_loaded() -> None:
     config = TrainingConfig.model_validate(body())
     for exclude in (False, True):
         dumped = config.model_dump(mode="json", exclude_defaults=exclude)
@@ -74,7 +74,7 @@ def test_enums_are_dumped_as_they_are_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"sed": 1}, "sed: unknown key; did you mean 'seed'?"),
         ({"train": {"learning": 1}}, "train.learning: unknown key; known: ['batch', 'betas',"),
@@ -87,22 +87,22 @@ def test_enums_are_dumped_as_they_are_written() -> None:
         ({"data": {"max_len": 9}}, "data.max_len: unknown key; did you mean 'max_length'?"),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_nearest(sections: dict[str, Any], said: str) -> None:
-    assert said in refused(body(**sections))
+def test_an_unknown_key_suggests_the_nearest(sections: dict[str, Any], message: str) -> None:
+    assert message in error_text(body(**sections))
 
 
-def test_all_findings_are_said_at_once() -> None:
-    said = refused(body(train={"lr": -1, "clip": -1}, checkpoint={"keep_last": 1}, sed=1)).splitlines()
-    assert [line.split(":")[0] for line in said] == ["train.lr", "train.clip", "checkpoint.keep_last", "sed"]
+def test_all_findings_are_reported_at_once() -> None:
+    lines = error_text(body(train={"lr": -1, "clip": -1}, checkpoint={"keep_last": 1}, sed=1)).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["train.lr", "train.clip", "checkpoint.keep_last", "sed"]
 
 
 @pytest.mark.parametrize("name", ["..", "/", "", "x" * 64, "a/b", ".a", "a b", "a..b"])
 def test_names_that_could_leave_the_storage_are_refused(name: str) -> None:
-    assert refused(body(name=name)).startswith(f"name: run name {name!r} is not usable")
+    assert error_text(body(name=name)).startswith(f"name: run name {name!r} is not usable")
 
 
 @pytest.mark.parametrize("name", ["a", "x" * 63, "support-bot.v2_final"])
-def test_names_that_will_do(name: str) -> None:
+def test_valid_names(name: str) -> None:
     assert TrainingConfig.model_validate(body(name=name)).name == name
 
 
@@ -113,8 +113,8 @@ def test_intervals(every: str | int) -> None:
 
 
 @pytest.mark.parametrize("every", [0, -1, "often", "0.5 epoch", "10 min"])
-def test_what_is_no_interval(every: str | int) -> None:
-    assert "is not an interval: write 200" in refused(body(checkpoint={"every": every}))
+def test_invalid_intervals(every: str | int) -> None:
+    assert "is not an interval: write 200" in error_text(body(checkpoint={"every": every}))
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def test_what_is_no_interval(every: str | int) -> None:
     ],
 )
 def test_micro_batch_has_a_default(train: dict[str, Any], micro_batch: int) -> None:
-    """Also when YAML or an override gave the batch as text or as a fraction that is whole."""
-    whole = {**body(), "train": {"steps": 1, **train}}
-    assert TrainingConfig.model_validate(whole).train.micro_batch == micro_batch
+    """Also when YAML or an override gives the batch as a text or as a float without a fraction."""
+    declared = {**body(), "train": {"steps": 1, **train}}
+    assert TrainingConfig.model_validate(declared).train.micro_batch == micro_batch
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"train": {"batch": 8, "micro_batch": 3}}, "train: micro_batch (3) must divide batch (8)"),
         ({"train": {"batch": 4, "micro_batch": 8}}, "train: micro_batch (8) must divide batch (4)"),
@@ -166,15 +166,18 @@ def test_micro_batch_has_a_default(train: dict[str, Any], micro_batch: int) -> N
         ({"model": {"tokenizer": {}}}, "model.tokenizer: give either train_bpe or path"),
         ({"model": {"tokenizer": {"train_bpe": 300, "path": "gpt2"}}}, "model.tokenizer: give either"),
         ({"model": {"tokenizer": {"train_bpe": 256}}}, "model.tokenizer.train_bpe: Input should be greater than or"),
-        ({"model": {"class": "mine.Model"}}, "model.class: 'mine.Model' is no class: write package.module:Class"),
-        ({"model": {"task": "masked-ml"}}, "model.task: no task is called 'masked-ml'; did you mean 'masked-lm'"),
+        (
+            {"model": {"class": "mine.Model"}},
+            "model.class: 'mine.Model' is not a class path: write package.module:Class",
+        ),
+        ({"model": {"task": "masked-ml"}}, "model.task: unknown task 'masked-ml'; did you mean 'masked-lm'"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"seed": 2**63}, "seed: Input should be less than"),
         ({"name": None}, "name: Input should be a valid string"),
     ],
 )
-def test_what_cannot_be_is_refused_in_words(sections: dict[str, Any], said: str) -> None:
-    assert said in refused(body(**sections))
+def test_invalid_settings(sections: dict[str, Any], message: str) -> None:
+    assert message in error_text(body(**sections))
 
 
 @pytest.mark.parametrize(
@@ -185,10 +188,10 @@ def test_a_share_of_the_rows(text: str | None, share: float | None) -> None:
     assert config.data.eval_share == share
 
 
-def test_relative_sources_begin_at_the_run_file() -> None:
+def test_relative_sources_are_relative_to_the_run_file() -> None:
     sources = ["part-*.jsonl", "/shared/more", "s3://bucket/a.csv"]
-    whole = {**body(data={"train": sources, "eval": "held/out"}), "scale": {"workers": 1}}
-    data = RunConfig.model_validate(whole).at_home(Path("/home/runs")).data
+    declared = {**body(data={"train": sources, "eval": "held/out"}), "scale": {"workers": 1}}
+    data = RunConfig.model_validate(declared).at_home(Path("/home/runs")).data
     assert data.train == ["/home/runs/part-*.jsonl", "/shared/more", "s3://bucket/a.csv"]
     assert data.eval == "/home/runs/held/out"
     assert list(data.places) == ["data.train[0]", "data.train[1]", "data.train[2]", "data.eval"]
@@ -202,11 +205,11 @@ def test_what_stays_is_what_was_set() -> None:
 
 
 def test_keeping_the_best_needs_evaluation() -> None:
-    said = refused(body(data={"eval": None}, train={"eval_every": None}, checkpoint={"keep_best": 1}))
-    assert "evaluation needs data.eval" in said
+    message = error_text(body(data={"eval": None}, train={"eval_every": None}, checkpoint={"keep_best": 1}))
+    assert "evaluation needs data.eval" in message
 
 
-def test_every_field_says_what_it_means() -> None:
+def test_every_field_has_a_docstring() -> None:
     def undocumented(model: type[BaseModel]) -> list[str]:
         return [
             f"{model.__name__}.{name}"
@@ -219,8 +222,8 @@ def test_every_field_says_what_it_means() -> None:
     assert [line for block in blocks for line in undocumented(block)] == []
 
 
-def test_what_decides_the_numbers() -> None:
-    """Settings that change no number are left out of what must stay the same, and no others."""
+def test_numerics_settings() -> None:
+    """Exactly the settings that affect no number are left out."""
     config = TrainingConfig.model_validate(body())
     same: list[dict[str, Any]] = [
         {"name": "other"},
@@ -241,7 +244,7 @@ def test_what_decides_the_numbers() -> None:
         assert TrainingConfig.model_validate(body(**sections)).numerics_settings() != config.numerics_settings()
 
 
-def test_settings_count_where_they_decide() -> None:
+def test_settings_count_where_they_have_an_effect() -> None:
     for train, key in (
         ({"precision": "fp16"}, "loss_scale"),
         ({"precision": "fp16"}, "loss_scale_window"),
@@ -256,14 +259,14 @@ def test_settings_count_where_they_decide() -> None:
         assert config != other
 
 
-def test_settings_that_an_older_release_declared_and_that_say_nothing_do_not_hold_a_run_up() -> None:
+def test_declared_settings_without_effect_do_not_prevent_a_resume() -> None:
     config = TrainingConfig.model_validate(body())
     older = config.numerics_settings()
     older["train"] |= {"gradient_checkpointing": True, "loss_scale": 2.0, "power": 3.0, "decay": 0.5}
     check_unchanged({"mathematics": older, "data": "same"}, config, "same")
 
 
-def test_more_epochs_are_another_run_and_the_message_says_how() -> None:
+def test_more_steps_are_another_run_and_the_hint_names_the_way() -> None:
     base = {"mathematics": TrainingConfig.model_validate(body()).numerics_settings(), "data": "same"}
     longer = TrainingConfig.model_validate(body(train={"steps": 99}, checkpoint={"storage": "/runs"}))
     with pytest.raises(ConfigError, match=r"train\.steps was 10, is 99") as caught:
@@ -271,7 +274,7 @@ def test_more_epochs_are_another_run_and_the_message_says_how() -> None:
     assert f"model: {{path: /runs/{longer.name}/model}}" in caught.value.hint
 
 
-def test_a_class_is_called_as_the_user_calls_it() -> None:
+def test_a_changed_class_is_reported_under_its_alias() -> None:
     base = {
         "mathematics": TrainingConfig.model_validate(body(model={"class": "a:B"})).numerics_settings(),
         "data": "same",
@@ -280,8 +283,8 @@ def test_a_class_is_called_as_the_user_calls_it() -> None:
         check_unchanged(base, TrainingConfig.model_validate(body(model={"class": "a:C"})), "same")
 
 
-def test_a_run_of_an_older_release_goes_on() -> None:
-    """Settings that it did not know count as what they are by default."""
+def test_a_run_of_an_older_release_resumes() -> None:
+    """Settings that the older release did not have count as their defaults."""
     lora = {"config": None, "tokenizer": None, "path": "/model", "lora": {"r": 4}}
     for sections, unknown in (
         ({}, [("deterministic",), ("train", "precision"), ("train", "betas"), ("train", "optimizer_options")]),
@@ -307,7 +310,7 @@ def test_a_run_of_an_older_release_goes_on() -> None:
         ("train.lr was 5e-05", ("train", "lr"), {"train": {"lr": 1e-2}}),
     ],
 )
-def test_what_an_older_release_did_not_know_may_not_be_set(
+def test_settings_unknown_to_an_older_release_may_not_change(
     key: str, unknown: tuple[str, ...], sections: dict[str, Any]
 ) -> None:
     numerics_settings = TrainingConfig.model_validate(body()).numerics_settings()
@@ -330,5 +333,5 @@ def test_what_an_older_release_did_not_know_may_not_be_set(
         ({"metric": "eval_accuracy", "metric_mode": "min"}, "min"),
     ],
 )
-def test_what_better_means_follows_from_the_metrics_name(body: dict[str, str], mode: str) -> None:
+def test_the_metrics_name_determines_its_mode(body: dict[str, str], mode: str) -> None:
     assert CheckpointSettings.model_validate(body).retention.metric_mode == mode

@@ -1,4 +1,4 @@
-"""Conversations: the template's own rendering, and loss on the answers and nothing else."""
+"""Conversations: tokens equal the template's own rendering, and only answers have loss."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ TWO = chat("system: be kind", "user: hello", "assistant: hello you", "user: how?
 
 
 def answers(tokenizer: Any, template: str, messages: Any) -> list[str]:
-    """What is learned, run by run; the tokens are those of the library's own rendering."""
+    """The texts that have loss; the tokens must equal the library's own rendering."""
     tokenizer.chat_template = template
     tokens, mask = encode_chat(tokenizer, messages)
     assert tokens == list(tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"])
     assert len(mask) == len(tokens)
     runs: list[list[int]] = []
-    for place, (token, is_answer) in enumerate(zip(tokens, mask, strict=True)):
+    for position, (token, is_answer) in enumerate(zip(tokens, mask, strict=True)):
         if is_answer:
-            if not place or not mask[place - 1]:
+            if not position or not mask[position - 1]:
                 runs.append([])
             runs[-1].append(token)
     return [tokenizer.decode(run) for run in runs]
@@ -54,21 +54,21 @@ def test_loss_is_on_the_answers(tokenizer: Any) -> None:
     assert answers(tokenizer, PLAIN, TWO) == ["hello you<end>\n", "wörld 🙂<end>\n"]
 
 
-def test_the_templates_own_marks_count(tokenizer: Any) -> None:
+def test_generation_marks_of_the_template_are_used(tokenizer: Any) -> None:
     assert answers(tokenizer, MARKED, TWO) == ["hello you<end>", "wörld 🙂<end>"]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(min_size=1)), min_size=1))
 def test_any_text_in_any_order(tokenizer: Any, turns: list[tuple[str, str]]) -> None:
     messages = [*TWO[:1], *({"role": role, "content": content} for role, content in turns)]
-    wanted = "".join(f"{content}<end>\n" for role, content in turns if role == "assistant")
-    if wanted:
-        assert "".join(answers(tokenizer, PLAIN, messages)) == wanted
+    expected = "".join(f"{content}<end>\n" for role, content in turns if role == "assistant")
+    if expected:
+        assert "".join(answers(tokenizer, PLAIN, messages)) == expected
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = FORGETFUL
-    with pytest.raises(ConfigError, match="renders message 3 otherwise alone") as caught:
+    with pytest.raises(ConfigError, match="up to message 3 differently from the full") as caught:
         encode_chat(tokenizer, TWO)
     assert "{% generation %}" in caught.value.hint
 
@@ -82,22 +82,22 @@ def test_keys_without_a_value_are_absent(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "message"),
     [
-        ("hello", "no list of"),
-        (["hello"], "no list of"),
-        (None, "no list of"),
+        ("hello", "not a list of"),
+        (["hello"], "not a list of"),
+        (None, "not a list of"),
         ([], "nothing to learn"),
         (chat("user: hello"), "nothing to learn"),
-        (chat("assistant: hello"), "begins with an answer"),
+        (chat("assistant: hello"), "answers nothing"),
         ([{"role": "user"}, *TWO], "message 1 has no role or no content"),
         ([{"content": "hi"}], "message 1 has no role or no content"),
-        ([*TWO, {"role": "critic", "content": "no"}], "refuses the conversation: a role of its own: critic"),
+        ([*TWO, {"role": "critic", "content": "no"}], "rejects the conversation: a role of its own: critic"),
     ],
 )
-def test_what_is_no_conversation(messages: Any, said: str, tokenizer: Any) -> None:
+def test_malformed_conversations(messages: Any, message: str, tokenizer: Any) -> None:
     tokenizer.chat_template = PLAIN
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         encode_chat(tokenizer, messages)
 
 

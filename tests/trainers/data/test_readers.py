@@ -1,4 +1,4 @@
-"""Any kind of file, any way to name several: the same rows in the same order; of a broken row, a clear word."""
+"""Readers: the same rows in the same order from every file type and every way to name files; bad rows are named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyarrow import feather
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.factory import open_storage
-from outlast.trainers.data.readers import BadRows, Row, first_row, read_rows, usable
+from outlast.trainers.data.readers import BadRows, Row, first_row, read_rows, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_sources
 from tests.support.s3_server import s3_server
 
@@ -61,15 +61,15 @@ def arrow_file(path: Path) -> None:
         writer.write_table(table())
 
 
-def squeezed(write: Callable[[Path], None], codec: str) -> Callable[[Path], None]:
-    def squeeze(path: Path) -> None:
+def compressed(write: Callable[[Path], None], codec: str) -> Callable[[Path], None]:
+    def compress(path: Path) -> None:
         write(path)
         data = path.read_bytes()
         half = len(data) // 2  # two members, as from `cat a.gz b.gz`
         pack: Callable[[bytes], bytes] = gzip.compress if codec == "gzip" else lambda part: pa.compress(part, codec)
         path.write_bytes(bytes(pack(data[:half])) + bytes(pack(data[half:])))
 
-    return squeeze
+    return compress
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def squeezed(write: Callable[[Path], None], codec: str) -> Callable[[Path], None
         ("a.arrow", arrow_stream),
         ("b.arrow", arrow_file),
         ("a.feather", lambda path: feather.write_feather(table(), str(path))),
-        ("a.jsonl.gz", squeezed(jsonl, "gzip")),
-        ("a.csv.zst", squeezed(separated(","), "zstd")),
-        ("b.json.gz", squeezed(json_list, "gzip")),
+        ("a.jsonl.gz", compressed(jsonl, "gzip")),
+        ("a.csv.zst", compressed(separated(","), "zstd")),
+        ("b.json.gz", compressed(json_list, "gzip")),
     ],
 )
-def test_every_kind_gives_the_same_rows(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+def test_every_file_type_gives_the_same_rows(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
     write(tmp_path / name)
     rows = list(read_rows(str(tmp_path / name), ["text", "id"]))
     assert [row.values[0] for row in rows] == [record["text"] for record in RECORDS]
@@ -107,8 +107,8 @@ def test_values_are_raw(tmp_path: Path) -> None:
     assert [row.values[0] for row in read_rows(str(tmp_path / "a.parquet"), ["value"])] == values[:1]
 
 
-def test_json_in_pieces(tmp_path: Path) -> None:
-    """Values longer than what is read at once, and numbers that a piece may cut in two."""
+def test_json_in_chunks(tmp_path: Path) -> None:
+    """Values longer than a chunk, and numbers that a chunk may split."""
     records = [{"text": "long " * 500_000, "number": 1.5}, {"text": "short", "number": 12345678}] * 3
     json_list(tmp_path / "a.json", records)
     assert [row.values for row in read_rows(str(tmp_path / "a.json"), ["text", "number"])] == [
@@ -155,7 +155,7 @@ def test_ways_to_name_files(places: str | list[str], expected: str, shards: Path
     assert texts(source) == expected
 
 
-def test_a_name_that_is_there_is_no_pattern(shards: Path) -> None:
+def test_a_literal_name_takes_precedence_over_a_pattern(shards: Path) -> None:
     (shards / "a[1]").mkdir()
     jsonl(shards / "a[1]/b*.jsonl", [{"text": "literal"}])
     jsonl(shards / "a[1]/bb.jsonl", [{"text": "other"}])
@@ -164,39 +164,39 @@ def test_a_name_that_is_there_is_no_pattern(shards: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "message"),
     [
-        ("z*.jsonl", r"no data file fits the pattern .*z\*\.jsonl"),
-        ("gone/a.jsonl", "is not there"),
+        ("z*.jsonl", r"no data file matches the pattern .*z\*\.jsonl"),
+        ("gone/a.jsonl", "does not exist"),
         ("README.md", "not '.md'"),
         ("R*", "not '.md'"),
         ("empty.jsonl", "is empty"),
-        ("bare", "holds no file of a kind"),
-        ("mixed", r"files of several kinds: .csv, .txt"),
+        ("bare", "has no file of a type"),
+        ("mixed", r"files of several types: .csv, .txt"),
     ],
 )
-def test_places_that_will_not_do(place: str, said: str, shards: Path) -> None:
+def test_unusable_sources(place: str, message: str, shards: Path) -> None:
     (shards / "bare/deep").mkdir(parents=True)
     (shards / "mixed").mkdir()
     (shards / "mixed/a.csv").write_text("text\na\n")
     (shards / "mixed/license.txt").write_text("MIT\n")
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         find_sources(f"{shards}/{place}")
     assert caught.value.hint
 
 
-def test_of_several_kinds_one_is_proposed_compressed_or_not(tmp_path: Path) -> None:
+def test_of_several_types_one_is_proposed_compressed_or_not(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}'))
     (tmp_path / "notes.txt").write_text("c")
-    with pytest.raises(ConfigError, match=r"several kinds: \.jsonl, \.txt") as caught:
+    with pytest.raises(ConfigError, match=r"several types: \.jsonl, \.txt") as caught:
         find_sources(str(tmp_path))
     proposed = caught.value.hint.split("[")[1].rstrip("]").split(", ")
     assert [row.values[0] for row in read_rows(proposed, ["text"])] == ["a", "b"]
 
 
 def test_a_data_set_that_was_saved_by_the_datasets_library(tmp_path: Path) -> None:
-    """It names its parts itself, and says how many data sets lie in one directory."""
+    """Its metadata names its files, and the data sets of a directory."""
     split = tmp_path / "saved/train"
     split.mkdir(parents=True)
     for number in range(2):
@@ -211,11 +211,11 @@ def test_a_data_set_that_was_saved_by_the_datasets_library(tmp_path: Path) -> No
         find_sources(str(tmp_path / "saved"))
     assert caught.value.hint.endswith("saved/train")
     (split / "data-00000-of-00002.arrow").unlink()
-    with pytest.raises(ConfigError, match=r"names data-00000-of-00002\.arrow, which is not there"):
+    with pytest.raises(ConfigError, match=r"lacks its file data-00000-of-00002\.arrow"):
         find_sources(str(split))
 
 
-def test_the_digest_is_of_bytes_kinds_and_order(shards: Path) -> None:
+def test_the_digest_covers_bytes_types_and_order(shards: Path) -> None:
     before = digest_sources(str(shards))
     elsewhere = shards.with_name("elsewhere")
     shards.rename(elsewhere)
@@ -233,7 +233,7 @@ def test_on_an_object_store(shards: Path) -> None:
         remote = open_storage(bucket)
         pq.write_table(table(), shards / "t.parquet")
         arrow_file(shards / "t.arrow")
-        squeezed(jsonl, "gzip")(shards / "t.jsonl.gz")
+        compressed(jsonl, "gzip")(shards / "t.jsonl.gz")
         for path in shards.rglob("*.*"):
             remote.put(f"data/{path.relative_to(shards)}", [path.read_bytes()])
         assert texts(f"{bucket}/data/*.jsonl") == texts(f"{bucket}/data/[ab].jsonl") == "012345"
@@ -243,11 +243,11 @@ def test_on_an_object_store(shards: Path) -> None:
         for name in ("t.parquet", "t.arrow", "t.jsonl.gz"):
             assert texts(f"{bucket}/data/{name}") == "".join(str(record["text"]) for record in RECORDS), name
         assert next(read_rows(f"{bucket}/data/a.jsonl", ["text"])).where == f"{bucket}/data/a.jsonl, row 1"
-        with pytest.raises(ConfigError, match=r"nothing\.jsonl is not there"):
+        with pytest.raises(ConfigError, match=r"nothing\.jsonl does not exist"):
             find_sources(f"{bucket}/data/nothing.jsonl")
 
 
-def test_a_url_with_credentials_is_refused_and_not_repeated() -> None:
+def test_a_url_with_credentials_is_refused_and_not_printed() -> None:
     with pytest.raises(ConfigError, match="must not carry credentials") as caught:
         find_sources("s3://key:secret@bucket/data.jsonl")
     assert "secret@" not in str(caught.value)
@@ -260,10 +260,10 @@ def test_a_url_with_credentials_is_refused_and_not_repeated() -> None:
     ("name", "body", "faults"),
     [
         ("a.jsonl", b'{"text": "1"}\n\n{"text"\n[1]\n{"id": 1}\n{"text": "\xff"}\n{"text": "\\udc00"}\n{"text": "2"}',
-         {2: "cannot be read as .jsonl", 3: "not a JSON object", 4: "no column 'text'", 5: "not UTF-8", 6: "half"}),
+         {2: "cannot be read as .jsonl", 3: "not a JSON object", 4: "no column 'text'", 5: "not UTF-8", 6: "unpaired"}),
         ("a.json", b'[{"text": "1"}, 7, {"id": 1}, {"text": "2"}]', {2: "not a JSON object", 3: "no column 'text'"}),
         ("a.csv", b'id,text\n1,1\n\n1\n1,2,3\n1,"a"b\n1,\xff\n1,2\n',
-         {2: "has 1 fields, and the header has 2", 3: "has 3 fields", 4: "expected after", 5: "not UTF-8"}),
+         {2: "has 1 fields but the header has 2", 3: "has 3 fields", 4: "expected after", 5: "not UTF-8"}),
         ("a.txt", b"1\n\xff\n2\n", {2: "not UTF-8"}),
     ],
 )  # fmt: skip
@@ -273,10 +273,10 @@ def test_a_broken_row_is_a_fault_and_the_rest_is_read(
     (tmp_path / name).write_bytes(body)
     rows = list(read_rows(str(tmp_path / name), ["text"]))
     assert [row.values for row in rows if not row.fault] == [("1",), ("2",)]
-    found = {number: row.fault for number, row in enumerate(rows, 1) if row.fault}
-    assert found.keys() == faults.keys()
-    for number, said in faults.items():
-        assert said in str(found[number])
+    actual = {number: row.fault for number, row in enumerate(rows, 1) if row.fault}
+    assert actual.keys() == faults.keys()
+    for number, message in faults.items():
+        assert message in str(actual[number])
         assert rows[number - 1].values == ()
         assert f"{name}, row {number}" in rows[number - 1].where
     if name in ("a.jsonl", "a.csv"):
@@ -287,20 +287,20 @@ def test_a_broken_row_is_a_fault_and_the_rest_is_read(
     ("name", "write", "cut"),
     [
         ("a.json", json_list, 2),
-        ("a.jsonl.gz", squeezed(jsonl, "gzip"), 9),
-        ("a.csv.zst", squeezed(separated(","), "zstd"), 9),
+        ("a.jsonl.gz", compressed(jsonl, "gzip"), 9),
+        ("a.csv.zst", compressed(separated(","), "zstd"), 9),
         ("a.parquet", lambda path: pq.write_table(table(), path), 9),
         ("a.arrow", arrow_stream, 500),
     ],
 )
-def test_a_file_cut_short_is_refused(name: str, write: Callable[[Path], None], cut: int, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(name: str, write: Callable[[Path], None], cut: int, tmp_path: Path) -> None:
     write(tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-cut])
     with pytest.raises(ConfigError, match=r"cannot be read as \.(json|csv|parquet|arrow)"):
         texts(str(tmp_path / name))
 
 
-def test_a_column_that_some_rows_lack_is_none_that_is_missing(tmp_path: Path) -> None:
+def test_a_column_that_some_rows_lack_is_not_missing(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", [{"id": 1}, {"id": 2}, {"text": "3"}])
     assert [bool(row.fault) for row in read_rows(str(tmp_path / "a.jsonl"), ["text"])] == [True, True, False]
     jsonl(tmp_path / "a.jsonl", [{"id": 1}, {"id": 2}])
@@ -312,25 +312,25 @@ def rows_with(faults: dict[int, str], count: int = 10) -> list[Row]:
     return [Row((number,), f"a.jsonl, row {number}", faults.get(number)) for number in range(1, count + 1)]
 
 
-def test_bad_rows_are_counted_and_left_out() -> None:
+def test_bad_rows_are_counted_and_skipped() -> None:
     bad = BadRows(limit=2)
-    found = list(usable(rows_with({3: "torn"}), bad, lambda values: "is nine" if values[0] == 9 else None))
-    assert [row.values[0] for row in found] == [1, 2, 4, 5, 6, 7, 8, 10]
+    rows = list(usable_rows(rows_with({3: "torn"}), bad, lambda values: "is nine" if values[0] == 9 else None))
+    assert [row.values[0] for row in rows] == [1, 2, 4, 5, 6, 7, 8, 10]
     assert (bad.count, bad.first) == (2, ["a.jsonl, row 3: torn", "a.jsonl, row 9: is nine"])
-    with pytest.raises(ConfigError, match=r"more rows cannot be used than the 2 that may be left out"):
-        list(usable(rows_with({1: "torn"}), bad))
+    with pytest.raises(ConfigError, match=r"more than 2 rows \(data\.max_bad_rows\) are unusable"):
+        list(usable_rows(rows_with({1: "torn"}), bad))
 
 
 def test_too_many_bad_rows_name_the_first_three() -> None:
     faults = dict.fromkeys([2, 4, 8, 9], "torn")
     taken: list[Row] = []
     with pytest.raises(ConfigError) as caught:
-        taken.extend(usable(rows_with(faults), BadRows(limit=0)))
+        taken.extend(usable_rows(rows_with(faults), BadRows(limit=0)))
     assert [row.values[0] for row in taken] == [1], "nothing is given after the one that is too many"
     assert [f"row {number}: torn" in str(caught.value) for number in (2, 4, 8, 9)] == [True, True, True, False]
     assert "data.max_bad_rows" in caught.value.message + caught.value.hint
     with pytest.raises(ConfigError, match=r"^a.jsonl, row 2: torn") as caught:
-        list(usable(rows_with({2: "torn"}), BadRows(limit=0)))
+        list(usable_rows(rows_with({2: "torn"}), BadRows(limit=0)))
     assert "data.max_bad_rows" in caught.value.hint
 
 

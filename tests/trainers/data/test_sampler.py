@@ -1,4 +1,4 @@
-"""From position to sample: every sample once an epoch, whoever asks and however the batches fall."""
+"""Order of samples: every sample once per epoch, for any world size and any batches."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_permute_is_a_bijection(seed: int, epoch: int, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025])
 def test_permute_is_a_bijection_at_the_borders_of_its_domain(size: int) -> None:
-    """Sizes around powers of two and four, where the domain that is walked through changes."""
+    """Sizes around powers of two and four, where the domain of the Feistel network changes."""
     assert sorted(permute(1, 2, np.arange(size), size)) == list(range(size))
 
 
 @given(seed=SEEDS, epoch=EPOCHS, size=st.integers(1, 10**12), data=st.data())
-def test_permute_of_huge_sizes_stays_inside_and_repeats_nothing(
+def test_permute_of_huge_sizes_stays_in_range_and_repeats_nothing(
     seed: int, epoch: int, size: int, data: st.DataObject
 ) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), unique=True, min_size=1, max_size=200))
@@ -38,9 +38,7 @@ def test_permute_of_huge_sizes_stays_inside_and_repeats_nothing(
 
 
 @given(seed=SEEDS, epoch=EPOCHS, size=st.integers(1, 10**12), data=st.data())
-def test_permute_does_not_depend_on_what_is_asked_together(
-    seed: int, epoch: int, size: int, data: st.DataObject
-) -> None:
+def test_permute_does_not_depend_on_the_other_positions(seed: int, epoch: int, size: int, data: st.DataObject) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20))
     together = permute(seed, epoch, positions, size).tolist()
     assert together == [int(permute(seed, epoch, position, size)) for position in positions]
@@ -52,7 +50,7 @@ def test_permute_keeps_the_shape() -> None:
 
 
 def test_permute_is_frozen() -> None:
-    """These numbers are a promise: a run that was started with them goes on with them."""
+    """These numbers must never change: a run that started with them resumes with them."""
     assert permute(7, 0, np.arange(10), 10).tolist() == [6, 2, 1, 8, 3, 7, 9, 5, 0, 4]
     assert permute(7, 1, np.arange(10), 10).tolist() == [1, 3, 8, 5, 0, 7, 6, 9, 4, 2]
     assert mix(7, 1) == 0x59D93D537B5FA822
@@ -60,7 +58,7 @@ def test_permute_is_frozen() -> None:
 
 @given(seed=SEEDS, other=SEEDS, epoch=st.integers(0, 100))
 def test_seeds_and_epochs_differ(seed: int, other: int, epoch: int) -> None:
-    """Of 200! orders two are the same by chance never."""
+    """Two of 200! orders are never equal by chance."""
     size = 200
     here = permute(seed, epoch, np.arange(size), size).tolist()
     assert here != permute(seed, epoch + 1, np.arange(size), size).tolist()
@@ -70,7 +68,7 @@ def test_seeds_and_epochs_differ(seed: int, other: int, epoch: int) -> None:
 
 
 def test_permute_looks_random() -> None:
-    """Each place sees every sample about equally often over many epochs (chi-square, far inside 6 sigma)."""
+    """Each position gets every sample about equally often over many epochs (chi-square, well within 6 sigma)."""
     size, epochs = 10, 4000
     table = np.zeros((size, size))
     for epoch in range(epochs):
@@ -82,7 +80,7 @@ def test_permute_looks_random() -> None:
 
 
 @given(parts=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4), bit=st.integers(0, 63))
-def test_mix_tells_every_bit_apart(parts: list[int], bit: int) -> None:
+def test_mix_depends_on_every_bit(parts: list[int], bit: int) -> None:
     changed = [parts[0] ^ (1 << bit), *parts[1:]]
     assert 0 <= mix(*parts) < 2**64
     assert mix(*parts) != mix(*changed)
@@ -102,7 +100,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def consumed(plan: Plan, size: int) -> list[int]:
-    """What all ranks together take, in the order of the run."""
+    """The samples of all ranks, in the order of the run."""
     taken: list[int] = []
     for step in range(plan.num_steps):
         cut = plan.cut(plan.positions(step))
@@ -118,7 +116,7 @@ def test_every_sample_exactly_once_an_epoch_at_any_world_size(plan: Plan, size: 
     assert len(taken) == plan.total_samples
     for begin in range(0, len(taken), plan.num_samples):
         assert sorted(taken[begin : begin + plan.num_samples]) == list(range(plan.num_samples))
-    assert taken == consumed(plan, 1), "the world size decides who computes, never what"
+    assert taken == consumed(plan, 1), "the world size must not change the samples"
 
 
 @given(plan=plans())
@@ -127,8 +125,8 @@ def test_batches_are_full_but_for_the_last(plan: Plan) -> None:
     for step in range(plan.num_steps):
         sizes = [part.size for part in plan.cut(plan.positions(step))]
         assert len(sizes) == plan.num_micro_batches(step)
-        whole = step < plan.num_steps - 1 or plan.total_samples % plan.batch == 0
-        assert sum(sizes) == (plan.batch if whole else plan.total_samples % plan.batch)
+        is_full = step < plan.num_steps - 1 or plan.total_samples % plan.batch == 0
+        assert sum(sizes) == (plan.batch if is_full else plan.total_samples % plan.batch)
         assert all(item == plan.micro_batch for item in sizes[:-1])
         assert 0 < sizes[-1] <= plan.micro_batch
 
@@ -149,31 +147,31 @@ def test_a_fraction_of_an_epoch_ends_in_a_short_step() -> None:
     assert plan.epoch(4) == 1.5
 
 
-def test_a_far_position_is_as_near_as_the_first() -> None:
+def test_a_position_far_into_the_run_costs_the_same() -> None:
     plan = Plan(seed=5, num_samples=10**12, batch=4, micro_batch=4, total_samples=3 * 10**12)
     assert plan.samples(plan.positions(10**11)).size == 4
     assert plan.num_steps == 75 * 10**10
 
 
 @given(plan=plans(), data=st.data())
-def test_samples_of_about_one_length_are_together(plan: Plan, data: st.DataObject) -> None:
+def test_samples_of_similar_length_are_together(plan: Plan, data: st.DataObject) -> None:
     positions = plan.positions(0)
     lengths = data.draw(st.lists(st.integers(1, 99), min_size=positions.size, max_size=positions.size))
     cut = plan.cut(positions, lengths)
     assert sorted(np.concatenate(cut).tolist()) == positions.tolist()
-    found = sorted([lengths[place] for place in part.tolist()] for part in cut)
-    assert [item for part in found for item in part] == sorted(lengths)
+    lengths_of_parts = sorted([lengths[position] for position in part.tolist()] for part in cut)
+    assert [item for part in lengths_of_parts for item in part] == sorted(lengths)
     if positions.size % plan.micro_batch == 0:  # a short one can be worse off
-        in_order = sum(part.size * max(lengths[place] for place in part.tolist()) for part in plan.cut(positions))
-        assert sum(len(part) * max(part) for part in found) <= in_order
+        in_order = sum(part.size * max(lengths[position] for position in part.tolist()) for part in plan.cut(positions))
+        assert sum(len(part) * max(part) for part in lengths_of_parts) <= in_order
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_every_rank_gets_long_ones_and_short_ones(size: int) -> None:
+def test_every_rank_gets_long_and_short_samples(size: int) -> None:
     plan = Plan(seed=5, num_samples=64, batch=64, micro_batch=2, total_samples=64)
     cut = plan.cut(plan.positions(0), list(range(64)))
     means = [np.concatenate([cut[micro] for micro in share(32, rank, size)]).mean() for rank in range(size)]
-    assert max(means) < 1.4 * min(means), "in the order of their lengths it would be several times as much"
+    assert max(means) < 1.4 * min(means), "sorted by length, the ratio would be several times as large"
 
 
 @given(count=st.integers(0, 200), size=st.integers(1, 16))
@@ -186,8 +184,8 @@ def test_shares_are_contiguous_and_even(count: int, size: int) -> None:
 
 @given(plan=plans(), begin=st.integers(0, 3000), count=st.integers(1, 40))
 def test_samples_are_the_permutation_of_each_epoch(plan: Plan, begin: int, count: int) -> None:
-    where = np.arange(begin, begin + count, dtype=np.int64)
-    epochs, places = np.divmod(where, plan.num_samples)
-    pairs = zip(epochs.tolist(), places.tolist(), strict=True)
-    expected = [int(permute(plan.seed, epoch, place, plan.num_samples)) for epoch, place in pairs]
-    assert plan.samples(where).tolist() == expected
+    global_positions = np.arange(begin, begin + count, dtype=np.int64)
+    epochs, positions = np.divmod(global_positions, plan.num_samples)
+    pairs = zip(epochs.tolist(), positions.tolist(), strict=True)
+    expected = [int(permute(plan.seed, epoch, position, plan.num_samples)) for epoch, position in pairs]
+    assert plan.samples(global_positions).tolist() == expected

@@ -1,4 +1,4 @@
-"""`scale.parallel: fsdp`: a sharded model trains, dies, resumes exactly, and is published whole."""
+"""`scale.parallel: fsdp`: a sharded model trains, is killed, resumes exactly, and is published as full weights."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ Assign = Callable[..., Assignment]
 
 
 @pytest.fixture
-def spread(assign: Assign) -> Assign:
-    """As `assign`, with the model spread over the ranks."""
+def shard_assignment(assign: Assign) -> Assign:
+    """As `assign`, with the model sharded over the ranks."""
     return lambda name, **options: with_parallel(assign(name, **options), Parallel.FSDP)
 
 
@@ -71,22 +71,22 @@ def evaluations(storage: LocalStorage, run: str) -> dict[int, float]:
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(
-    size: int, train: dict[str, Any], overlap: bool, spread: Assign, storage: LocalStorage, tmp_path: Path
+    size: int, train: dict[str, Any], overlap: bool, shard_assignment: Assign, storage: LocalStorage, tmp_path: Path
 ) -> None:
     calm, run = f"fsdp-{tmp_path.name}", f"fsdp-{tmp_path.name}-killed"
     sections = {"checkpoint": {"overlap": overlap}}
-    run_to_the_end(spread(calm, sections=sections, **train), storage, size)
-    for launch, strike in enumerate(
+    run_to_the_end(shard_assignment(calm, sections=sections, **train), storage, size)
+    for launch, injected in enumerate(
         [
             fault(FaultPoint.STEP, 4, size - 1, FaultAction.SIGKILL, tmp_path),
             fault(FaultPoint.WHILE_WRITING, 9, 0, FaultAction.SIGKILL, tmp_path),
         ]
     ):
-        assignment = spread(run, faults=(strike,), launch=f"{launch}", sections=sections, **train)
+        assignment = shard_assignment(run, faults=(injected,), launch=f"{launch}", sections=sections, **train)
         ended = run_group(assignment, storage, size)
-        assert Path(strike.record).exists(), "the fault did not fire"
-        assert ended[strike.rank].exit_code == -signal.SIGKILL
-    run_to_the_end(spread(run, launch="last", sections=sections, **train), storage, size)
+        assert Path(injected.record).exists(), "the fault did not fire"
+        assert ended[injected.rank].exit_code == -signal.SIGKILL
+    run_to_the_end(shard_assignment(run, launch="last", sections=sections, **train), storage, size)
     assert [event["step"] for event in resumed(storage, run)] == [3, 6]
     assert digests(storage, run) == digests(storage, calm)
     assert losses(storage, run) == losses(storage, calm)
@@ -95,21 +95,21 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("size", [2, 3])
-def test_fp16_and_clipping_are_those_of_ddp_and_come_back(
-    size: int, spread: Assign, assign: Assign, storage: LocalStorage, tmp_path: Path
+def test_fp16_and_clipping_equal_those_of_ddp_and_resume(
+    size: int, shard_assignment: Assign, assign: Assign, storage: LocalStorage, tmp_path: Path
 ) -> None:
-    """Each rank sees the gradients of its share alone, yet all must find the same overflows and the same norm."""
+    """A rank has the gradients of its shard only, but all must detect the same overflows and compute the same norm."""
     train = {"precision": "fp16", "loss_scale": 2.0**24, "loss_scale_window": 2, "clip": 0.1}
     calm, run = f"fsdp-fp16-{size}", f"fsdp-fp16-{size}-killed"
-    run_to_the_end(spread(calm, **train), storage, size)
+    run_to_the_end(shard_assignment(calm, **train), storage, size)
     run_to_the_end(assign(f"ddp-fp16-{size}", **train), storage, size)
     assert skipped(storage, calm) == skipped(storage, f"ddp-fp16-{size}") != []
     assert norms(storage, calm) == pytest.approx(norms(storage, f"ddp-fp16-{size}"), rel=1e-2)
     assert losses(storage, calm) == pytest.approx(losses(storage, f"ddp-fp16-{size}"), rel=1e-3)
-    strike = fault(FaultPoint.STEP, 7, size - 1, FaultAction.SIGKILL, tmp_path)
-    run_group(spread(run, faults=(strike,), **train), storage, size)
-    assert Path(strike.record).exists(), "the fault did not fire"
-    run_to_the_end(spread(run, launch="last", **train), storage, size)
+    injected = fault(FaultPoint.STEP, 7, size - 1, FaultAction.SIGKILL, tmp_path)
+    run_group(shard_assignment(run, faults=(injected,), **train), storage, size)
+    assert Path(injected.record).exists(), "the fault did not fire"
+    run_to_the_end(shard_assignment(run, launch="last", **train), storage, size)
     assert digests(storage, run) == digests(storage, calm)
     assert losses(storage, run) == losses(storage, calm)
 
@@ -123,16 +123,16 @@ def skipped(storage: LocalStorage, run: str) -> list[tuple[int, float]]:
 
 
 def norms(storage: LocalStorage, run: str) -> dict[int, float]:
-    """The gradient's norm before clipping, of the steps that were not left out."""
+    """The gradient's norm before clipping, of the steps that were not skipped."""
     steps = [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "step"]
     return {event["step"]: event["grad_norm"] for event in steps if event["grad_norm"] is not None}
 
 
-def test_the_numbers_are_those_of_ddp(
-    spread: Assign, storage: LocalStorage, reference: Callable[[int], Reference]
+def test_the_numbers_equal_those_of_ddp(
+    shard_assignment: Assign, storage: LocalStorage, reference: Callable[[int], Reference]
 ) -> None:
-    """Nearly: gradients are added in another order. The checkpoint is whole, and so is the published model."""
-    run_to_the_end(spread("fsdp-as-ddp"), storage, 3)
+    """Up to rounding: gradients are added in another order. Checkpoint and published model have the full weights."""
+    run_to_the_end(shard_assignment("fsdp-as-ddp"), storage, 3)
     assert losses(storage, "fsdp-as-ddp") == pytest.approx(reference(3).losses, rel=1e-4)
     assert evaluations(storage, "fsdp-as-ddp") == pytest.approx(evaluations(storage, reference(3).run), rel=1e-4)
     assert digests(storage, "fsdp-as-ddp").keys() == reference(3).digests.keys()
@@ -147,13 +147,13 @@ def test_the_numbers_are_those_of_ddp(
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_another_number_of_ranks_and_ddp_go_on(
-    spread: Assign, assign: Assign, storage: LocalStorage, reference: Callable[[int], Reference]
+def test_another_number_of_ranks_and_ddp_resume(
+    shard_assignment: Assign, assign: Assign, storage: LocalStorage, reference: Callable[[int], Reference]
 ) -> None:
-    """The samples are the same ones, so the losses agree up to rounding; the journal says what changed."""
+    """The samples are the same, so the losses agree up to rounding; the journal records what changed."""
     run = "fsdp-resize"
-    run_group(spread(run), storage, 2, StopAt(3))
-    run_group(spread(run, launch="second"), storage, 3, StopAt(6))
+    run_group(shard_assignment(run), storage, 2, StopAt(3))
+    run_group(shard_assignment(run, launch="second"), storage, 3, StopAt(6))
     run_to_the_end(assign(run, launch="third"), storage, 1)
     assert losses(storage, run) == pytest.approx(reference(2).losses, rel=1e-4)
     changed = [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "changed"]
@@ -165,11 +165,11 @@ def test_another_number_of_ranks_and_ddp_go_on(
 
 
 @pytest.mark.faults
-def test_a_short_last_step_leaves_ranks_without_work(spread: Assign, storage: LocalStorage) -> None:
+def test_a_short_last_step_leaves_ranks_idle(shard_assignment: Assign, storage: LocalStorage) -> None:
     """17 samples in batches of 8: the last step is one micro-batch for three ranks."""
-    epochs = 16.5 / spread("fsdp-short").prepared.num_samples
+    epochs = 16.5 / shard_assignment("fsdp-short").prepared.num_samples
     for parallel in Parallel:
-        assignment = spread(f"{parallel.value}-short", steps=None, epochs=epochs, eval_every=None)
+        assignment = shard_assignment(f"{parallel.value}-short", steps=None, epochs=epochs, eval_every=None)
         run_to_the_end(with_parallel(assignment, parallel), storage, 3)
     assert losses(storage, "fsdp-short") == pytest.approx(losses(storage, "ddp-short"), rel=1e-5)
 
@@ -180,7 +180,7 @@ def test_elastic_is_refused() -> None:
         tiny_config("fsdp-elastic", "runs", "text.txt", sections=sections)
 
 
-def test_a_run_file_is_refused_before_anything_is_held(tmp_path: Path) -> None:
+def test_a_run_file_is_refused_before_resources_are_allocated(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: a\nmodel: {path: gpt2}\ndata: {train: a.txt}\nscale: {parallel: fsdp}\n")
     config, _ = load_run(str(tmp_path / "run.yaml"))
     assert config.scale.parallel is Parallel.FSDP
@@ -192,7 +192,7 @@ def test_a_run_file_is_refused_before_anything_is_held(tmp_path: Path) -> None:
 
 
 def test_blocks_are_found() -> None:
-    """By the model's own word, or the largest list; never one that shares a parameter with the rest."""
+    """By `_no_split_modules`, or else the largest list; never a block that shares a parameter with the rest."""
     model: Any = nn.Module()
     model.embed = nn.Embedding(9, 4)
     model.small = nn.ModuleList([nn.Linear(2, 2)])
@@ -221,7 +221,7 @@ class Net(nn.Module):
 
 
 def gradients(exactness: Exactness) -> tuple[int, list[Any], list[Any]]:
-    """How many modules were spread, this rank's own gradients, and their sums as FSDP leaves them."""
+    """Return the number of sharded modules, this rank's own gradients, and their sums as FSDP leaves them."""
     found, world = [], World()
     for is_spread in (False, True):
         torch.manual_seed(1)
@@ -236,7 +236,7 @@ def gradients(exactness: Exactness) -> tuple[int, list[Any], list[Any]]:
 
 @pytest.mark.parametrize("exactness", [Exactness.SAME_WORLD, Exactness.FAST])
 def test_gradients_are_added_in_rank_order(exactness: Exactness) -> None:
-    """Or in whichever the library likes, if that is asked for."""
+    """Or in the library's order for `exactness: fast`."""
     answers = on_ranks(3, gradients, exactness)
     own = [answer[1] for answer in answers]
     for number_of_spread, _, sums in answers:

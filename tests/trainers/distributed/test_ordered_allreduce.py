@@ -1,4 +1,4 @@
-"""How gradients are added under DDP: what `.grad` holds is the sum in rank order, bit for bit, whatever the buckets."""
+"""Addition of gradients under DDP: `.grad` is the sum in rank order, bit for bit, for any buckets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPES = ((300_000,), (7, 3), (300_000,), (1,), (300_000,))
 
 
 class Dot(nn.Module):
-    """Its gradients are its input, split up. Large enough for several buckets, which DDP rebuilds after one step."""
+    """A model whose gradients are parts of its input, with several buckets, which DDP rebuilds after a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class Dot(nn.Module):
 
 
 def gradients(rank: int, step: int) -> list[torch.Tensor]:
-    """Of all magnitudes, so that the order of a sum shows."""
+    """Numbers of all magnitudes, so that the order of a sum matters."""
     generator = torch.Generator().manual_seed(100 * rank + step)
     exponents = [torch.randint(-4, 4, shape, generator=generator) for shape in SHAPES]
     return [torch.randn(item.shape, generator=generator) * 10.0**item for item in exponents]
 
 
 def train() -> list[list[torch.Tensor]]:
-    """What is in `.grad` after each step. Two micro-batches a step, the first added on the rank alone."""
+    """Return `.grad` after each step. A step has two micro-batches; the first is added on the rank only."""
     world = World()
     wrapped = world.parallelize(Dot(), Exactness.SAME_WORLD)
     found = []
@@ -48,7 +48,7 @@ def train() -> list[list[torch.Tensor]]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_same_world_adds_in_rank_order(size: int) -> None:
-    """Also at two ranks, where the library's own sum is taken, because two terms have only one."""
+    """Also with two ranks, which use the library's sum, because two terms have one sum only."""
     expected = []
     for step in range(NUM_STEPS):
         by_rank = []

@@ -38,7 +38,7 @@ Assign = Callable[..., Assignment]
 
 
 def whole_tree(leaves: range) -> Any:
-    """The tree itself, drawn from its definition: a pair is a node, a number is a leaf."""
+    """The tree by its definition: a pair is a node, a number is a leaf."""
     if len(leaves) == 1:
         return leaves.start
     half = 1 << (len(leaves) - 1).bit_length() - 1
@@ -46,7 +46,7 @@ def whole_tree(leaves: range) -> Any:
 
 
 class Term:
-    """A value that remembers how it was added."""
+    """A value that records how it was added."""
 
     def __init__(self, term: Any) -> None:
         self.term = term
@@ -57,7 +57,7 @@ class Term:
 
 
 @given(st.integers(1, 80), st.integers(1, 9))
-def test_every_way_of_sharing_adds_along_one_tree(num_leaves: int, size: int) -> None:
+def test_any_assignment_to_ranks_adds_along_one_tree(num_leaves: int, size: int) -> None:
     whole: Any = TreeSum(num_leaves)
     for rank in range(size):
         mine = share(num_leaves, rank, size)
@@ -77,7 +77,7 @@ COUNTS = (1, 2, 5, 8)
 
 
 def reduce_all() -> list[list[Any]]:
-    """What the reducer leaves in `.grad` on this rank, for each number of micro-batches."""
+    """Return the reducer's results in `.grad` on this rank, for each number of micro-batches."""
     elastic._PIECE = 20  # so that several are needed
     world = World()
     return [reduce_one(count, world) for count in COUNTS]
@@ -106,7 +106,7 @@ def reduce_one(count: int, world: World) -> list[Any]:
 
 
 def test_the_reducer_leaves_the_same_bits_on_every_rank_of_any_number() -> None:
-    """Ranks without work, parameters without gradients, negative zeros, sums in several pieces."""
+    """Idle ranks, parameters without gradients, negative zeros, sums in several pieces."""
     alone = reduce_all()
     for count, (*_, third, frozen, unused, _, _, _, third_again, _, _) in zip(COUNTS, alone, strict=True):
         assert (frozen, unused) == (None, None)
@@ -116,16 +116,16 @@ def test_the_reducer_leaves_the_same_bits_on_every_rank_of_any_number() -> None:
         assert on_ranks(size, reduce_all) == [alone] * size
 
 
-def test_a_model_that_remembers_is_refused() -> None:
-    """A running mean follows the order in which a rank sees its micro-batches; no tree can mend that."""
+def test_a_model_with_carried_state_is_refused() -> None:
+    """A running mean depends on the order of a rank's micro-batches, which no reduction order can fix."""
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    still = BufferGuard(model, "exactness: elastic", "")
+    guard = BufferGuard(model, "exactness: elastic", "")
     model.eval()(torch.randn(4, 3))
     model.get_buffer("1.running_mean").copy_(model.get_buffer("1.running_mean").clone())  # as DDP does
-    still.check()
+    guard.check()
     model.train()(torch.randn(4, 3))
     with pytest.raises(ConfigError, match=r"buffer 1\.\w+ changes in the forward pass; exactness: elastic"):
-        still.check()
+        guard.check()
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
@@ -143,12 +143,15 @@ def run_to_the_end(assignment: Assignment, storage: LocalStorage, size: int) -> 
 
 
 def course(storage: LocalStorage, run: str) -> dict[tuple[str, int], tuple[Any, ...]]:
-    """What the journal tells of each step and each evaluation; what was done twice must have been the same."""
+    """The journal's numbers of each step and each evaluation; what was computed twice must be equal."""
     found: dict[tuple[str, int], tuple[Any, ...]] = {}
     for _, event in run_events(RunStore(storage, run)):
         if event["event"] in ("step", "eval"):
-            key, told = (event["event"], event["step"]), tuple(event.get(k) for k in ("loss", "grad_norm", "eval_loss"))
-            assert found.setdefault(key, told) == told, key
+            key, numbers = (
+                (event["event"], event["step"]),
+                tuple(event.get(k) for k in ("loss", "grad_norm", "eval_loss")),
+            )
+            assert found.setdefault(key, numbers) == numbers, key
     return found
 
 
@@ -171,19 +174,19 @@ def test_any_number_of_ranks_ends_with_the_same_bits(
     assert course(storage, run) == course(storage, alone)
 
 
-def test_the_number_of_ranks_changes_through_kills(
+def test_the_number_of_ranks_changes_after_kills(
     assign: Assign, storage: LocalStorage, alone: str, tmp_path: Path
 ) -> None:
-    """4 → 2 → 3, each change a death: in a step, and in a save."""
+    """4 → 2 → 3, each change after a kill: in a step, and in a save."""
     run = "elastic-4-2-3"
-    strikes = [
+    injected_faults = [
         (4, fault(FaultPoint.STEP, 4, 2, FaultAction.SIGKILL, tmp_path)),
         (2, fault(FaultPoint.WHILE_WRITING, 9, 1, FaultAction.SIGKILL, tmp_path)),
     ]
-    for launch, (size, strike) in enumerate(strikes):
-        ended = run_group(elastic_run(assign, run, faults=(strike,), launch=f"{launch}"), storage, size)
-        assert Path(strike.record).exists(), "the fault did not fire"
-        assert ended[strike.rank].exit_code == -signal.SIGKILL
+    for launch, (size, injected) in enumerate(injected_faults):
+        ended = run_group(elastic_run(assign, run, faults=(injected,), launch=f"{launch}"), storage, size)
+        assert Path(injected.record).exists(), "the fault did not fire"
+        assert ended[injected.rank].exit_code == -signal.SIGKILL
     assert [item.outcome for item in run_group(elastic_run(assign, run, launch="last"), storage, 3)] == [
         Outcome.DONE
     ] * 3
@@ -208,7 +211,7 @@ def test_the_number_of_ranks_changes_through_kills(
     ],
 )
 def test_other_shapes_of_a_step(name: str, options: dict[str, Any], assign: Assign, storage: LocalStorage) -> None:
-    """Among them a short last step that leaves a rank without work, and one micro-batch a rank."""
+    """Including a short last step that leaves a rank idle, and one micro-batch per rank."""
     first = None
     for size in (1, 2, 3, 4):
         run = f"elastic-{name}-{size}"

@@ -54,7 +54,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValidationError, match="early_stopping needs eval_every"):
         tiny_config("run", "/runs", "/data.txt", eval_every=None, early_stopping={})
     config = tiny_config("run", "/runs", "/data.txt", early_stopping={"metric": "eval_accuracy"})
-    with pytest.raises(ConfigError, match="'eval_accuracy' is not what an evaluation of task causal-lm measures"):
+    with pytest.raises(ConfigError, match="'eval_accuracy' is not measured by task causal-lm; it measures"):
         check_metric(config, {})
 
 

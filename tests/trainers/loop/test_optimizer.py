@@ -91,10 +91,10 @@ def test_rates_are_those_of_transformers(
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        ({"schedule": "constant", "min_lr": 0.01}, "schedule constant does not end anywhere"),
-        ({"min_lr": 0.2}, "min_lr .0.2. is more than lr .0.1."),
+        ({"schedule": "constant", "min_lr": 0.01}, "min_lr must be 0 with schedule constant"),
+        ({"min_lr": 0.2}, "min_lr .0.2. must not exceed lr .0.1."),
         ({"schedule": "cosinus"}, "Input should be 'cosine'"),
-        ({"optimizer": "adam_w"}, "'adam_w' is not known; did you mean 'adamw'"),
+        ({"optimizer": "adam_w"}, "unknown optimizer 'adam_w'; did you mean 'adamw'"),
         ({"optimizer": "sgd", "optimizer_options": {"momentun": 0.9}}, "SGD has no such option; did you mean 'mom"),
         ({"optimizer_options": {"lr": 1}}, "set train.lr instead"),
         ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "train.betas: SGD has no such option"),

@@ -79,7 +79,7 @@ def test_the_learning_rate_ends_at_the_last_step(schedule: str, end: float) -> N
 def test_more_ranks_than_micro_batches_are_refused() -> None:
     config = tiny_config("run", "/runs", "/data.txt", batch=8, micro_batch=2)
     assert make_plan(config, 100, 4).num_steps == 10
-    with pytest.raises(ConfigError, match="5 workers, but a batch of 8 holds only 4 micro-batches of 2") as caught:
+    with pytest.raises(ConfigError, match="5 workers, but a batch of 8 has only 4 micro-batches of 2") as caught:
         make_plan(config, 100, 5)
     assert "fewer workers" in caught.value.hint
 

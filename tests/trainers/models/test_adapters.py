@@ -1,4 +1,4 @@
-"""Adapters of peft: saved by some number of ranks in peft's layout, loaded by another, the same to the last bit."""
+"""Adapters of peft: saved in peft's layout by some number of ranks, loaded by another number, bit for bit the same."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_saved_in_the_layout_of_peft(kind: str, size: int, other: str, other_siz
     names = set(load_file(folder / "adapter_model.safetensors"))
     assert len(names) == 2 * 2 + 2
     assert all(name.startswith("base_model.model.") and "default" not in name for name in names)
-    assert not (folder / "model.safetensors").exists(), "the model beneath is not written again"
+    assert not (folder / "model.safetensors").exists(), "the base model must not be written"
     model = PeftModel.from_pretrained(base(), folder).eval()
     with torch.no_grad():
         assert torch.equal(model(input_ids=NUMBERS).logits, torch.load(tmp_path / "logits.pt"))

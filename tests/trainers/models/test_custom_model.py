@@ -1,4 +1,4 @@
-"""Model classes that the user brings: found beside the run file, saved, resumed, loaded; with state and without."""
+"""The user's model classes: found beside the run file, saved, resumed, loaded; with carried state and without."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def checkpoints(storage: LocalStorage, run: str, step: int) -> Path:
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.faults), 2])
-def test_a_memory_is_part_of_what_comes_back(
+def test_carried_state_is_restored(
     size: int, bring: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     run = f"memory-{size}"
     assert run_group(bring(run), storage, size)[0].outcome is Outcome.DONE
-    strike = fault(FaultPoint.WHILE_WRITING, 9, 0, FaultAction.SIGKILL, tmp_path)
-    run_group(bring(f"{run}-killed", faults=(strike,)), storage, size)
-    assert Path(strike.record).exists()
+    injected = fault(FaultPoint.WHILE_WRITING, 9, 0, FaultAction.SIGKILL, tmp_path)
+    run_group(bring(f"{run}-killed", faults=(injected,)), storage, size)
+    assert Path(injected.record).exists()
     again = run_group(bring(f"{run}-killed", launch="second"), storage, size)
     assert again[0].outcome is Outcome.DONE
     assert [event["step"] for event in resumed(storage, f"{run}-killed")] == [6]
@@ -89,7 +89,7 @@ def test_a_memory_is_part_of_what_comes_back(
 
 
 def test_elastic_is_not_promised_of_carried_state(bring: Callable[..., Assignment], storage: LocalStorage) -> None:
-    """What a rank computes then hangs on the micro-batches that it had before."""
+    """A rank's results depend on its earlier micro-batches."""
     [ended] = run_group(bring("carried-elastic", exactness="elastic"), storage, 1)
     assert isinstance(ended.error, ConfigError)
     assert "buffer memory changes in the forward pass; exactness: elastic" in ended.error.message
@@ -97,10 +97,10 @@ def test_elastic_is_not_promised_of_carried_state(bring: Callable[..., Assignmen
 
 
 @pytest.mark.parametrize("mode", ["elastic", "fsdp"])
-def test_a_buffer_that_stays_as_it_is_may_be_saved(
+def test_a_constant_buffer_may_be_saved(
     mode: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
-    """Restoring a checkpoint writes to it, which is no forward pass."""
+    """Restoring a checkpoint writes to the buffer, but that is not a forward pass."""
     line = "        self.register_buffer('scale', torch.ones(width))\n"
     (tmp_path / f"scaled_{mode}.py").write_text(
         "import torch\n" + PLAIN.replace("\n    def forward", f"{line}\n    def forward")
@@ -118,10 +118,10 @@ def test_a_buffer_that_stays_as_it_is_may_be_saved(
     assert run_group(scaled("second"), storage, 2)[0].outcome is Outcome.DONE
 
 
-def test_a_rank_without_work_leaves_the_same_memory_after_a_resume(
+def test_carried_state_of_an_idle_rank_resumes_the_same(
     bring: Callable[..., Assignment], storage: LocalStorage
 ) -> None:
-    """The last step has one micro-batch, which is rank 1's: what is saved is rank 0's memory, of an idle pass."""
+    """The last step has one micro-batch, on rank 1: the saved memory is that of rank 0, from an idle pass."""
     short = {"batch": 8, "micro_batch": 4, "steps": None, "eval_every": None}
 
     def brought(run: str, **options: Any) -> Assignment:
@@ -159,7 +159,7 @@ def test_loaded_by_its_own_class(bring: Callable[..., Assignment], storage: Loca
     assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in weights.items())
 
 
-def test_a_module_that_knows_nothing_of_transformers(
+def test_a_module_without_transformers(
     assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     (tmp_path / "bigrams.py").write_text(PLAIN)
@@ -185,20 +185,20 @@ def test_a_module_that_knows_nothing_of_transformers(
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "message"),
     [
         ("nowhere.at_all:Model", "No module named 'nowhere'"),
         ("outlast.trainers.models.custom_model:Model", "has no 'Model'"),
         ("outlast.trainers.config.training_config:ModelSettings", "is not a torch.nn.Module"),
     ],
 )
-def test_classes_that_cannot_be_had(place: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_unusable_classes(place: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_class(place)
     assert caught.value.hint
 
 
-def test_what_is_installed_comes_first(tmp_path: Path) -> None:
+def test_installed_modules_come_first(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("raise AssertionError('taken')")
     (tmp_path / "torch.py").write_text("raise AssertionError('taken')")
     make_importable(str(tmp_path))
@@ -206,7 +206,7 @@ def test_what_is_installed_comes_first(tmp_path: Path) -> None:
 
 
 def test_code_beside_the_weights_runs_only_when_it_is_trusted(tmp_path: Path) -> None:
-    """And then it lies in every checkpoint, so that the checkpoint can be loaded alone."""
+    """Trusted code is saved in every checkpoint, so that the checkpoint can be loaded without the model directory."""
     tokenizer, config = train_bpe(iter(["a text"]), 300), json.dumps({"vocab_size": 300, "width": 16})
     make_importable(str(EXAMPLES))
     source = load_class("recurrent:RecurrentLM")
@@ -227,7 +227,7 @@ def test_code_beside_the_weights_runs_only_when_it_is_trusted(tmp_path: Path) ->
 
 
 def test_checkpoints_need_no_transformers(tmp_path: Path) -> None:
-    """So that a script may use whichever release its model needs, or none."""
+    """A script may use any release of transformers, or none."""
     script = tmp_path / "own.py"
     script.write_text(
         "import sys\n"
@@ -244,11 +244,11 @@ def test_checkpoints_need_no_transformers(tmp_path: Path) -> None:
         "assert saver.save(step, model, optimizer, {'step': step})\n"
         "print(step)\n"
     )
-    said = [
+    message = [
         subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True).stdout
         for _ in range(2)
     ]
-    assert said == ["1\n", "2\n"]
+    assert message == ["1\n", "2\n"]
 
 
 def test_the_run_file_of_the_example() -> None:

@@ -24,7 +24,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Parallel
-from outlast.trainers.data.tokenizer import files_of, train_bpe
+from outlast.trainers.data.tokenizer import tokenizer_files, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.predict import choose_checkpoint, load
 from tests.support.groups.worker_group import digests, fault, losses, newest, run_group, with_parallel
@@ -39,7 +39,7 @@ def make_base(folder: Path, text_file: str) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model("llama", vocab_size=400, pad_token_id=0, eos_token_id=0, bos_token_id=0, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for name, data in files_of(tokenizer).items():
+    for name, data in tokenizer_files(tokenizer).items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -79,9 +79,9 @@ def trained(adapt: Callable[..., Assignment], storage: LocalStorage) -> Path:
 def test_killed_and_resumed_equals_uninterrupted(
     adapt: Callable[..., Assignment], storage: LocalStorage, trained: Path, tmp_path: Path
 ) -> None:
-    strike = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
-    assert run_group(adapt("adapter-killed", faults=(strike,)), storage, 2)[1].exit_code == -9
-    assert Path(strike.record).exists()
+    injected = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
+    assert run_group(adapt("adapter-killed", faults=(injected,)), storage, 2)[1].exit_code == -9
+    assert Path(injected.record).exists()
     assert run_group(adapt("adapter-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
     assert digests(storage, "adapter-killed") == digests(storage, "adapter")
     assert losses(storage, "adapter-killed") == losses(storage, "adapter")
@@ -90,7 +90,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     ).read_bytes()
 
 
-def test_spread_over_ranks_it_comes_back_too(
+def test_a_sharded_adapter_resumes(
     adapt: Callable[..., Assignment], storage: LocalStorage, trained: Path, tmp_path: Path
 ) -> None:
     """Under FSDP2, where each rank holds a share of the frozen weights and of the adapter."""
@@ -98,10 +98,10 @@ def test_spread_over_ranks_it_comes_back_too(
     def sharded(name: str, **options: Any) -> Assignment:
         return with_parallel(adapt(name, **options), Parallel.FSDP)
 
-    run, strike = "adapter-spread", fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
+    run, injected = "adapter-spread", fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
     assert run_group(sharded(run), storage, 2)[0].outcome is Outcome.DONE
-    run_group(sharded(f"{run}-killed", faults=(strike,)), storage, 2)
-    assert Path(strike.record).exists()
+    run_group(sharded(f"{run}-killed", faults=(injected,)), storage, 2)
+    assert Path(injected.record).exists()
     assert run_group(sharded(f"{run}-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
     assert digests(storage, f"{run}-killed") == digests(storage, run)
     assert losses(storage, f"{run}-killed") == losses(storage, run)
@@ -112,7 +112,7 @@ def test_spread_over_ranks_it_comes_back_too(
 
 
 def test_the_layout_is_that_of_peft(trained: Path, base: Path) -> None:
-    assert not (trained / "model.safetensors").exists(), "the model beneath is not saved again"
+    assert not (trained / "model.safetensors").exists(), "the base model must not be saved"
     names = load_file(trained / "adapter_model.safetensors")
     assert len(names) == 2 * 2 * 2, "two layers, two projections, two matrices"
     assert any(tensor.any() for name, tensor in names.items() if "lora_B" in name), "it was trained"
@@ -127,36 +127,36 @@ def export(*arguments: object, code: int = 0) -> str:
     return str(done.exception) if done.exception else done.output
 
 
-def test_merged_it_is_what_peft_makes_of_it(storage: LocalStorage, trained: Path, base: Path, tmp_path: Path) -> None:
+def test_merging_equals_that_of_peft(storage: LocalStorage, trained: Path, base: Path, tmp_path: Path) -> None:
     run = storage.path("adapter")
     export(run, "newest", tmp_path / "merged", "--merge")
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trained)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(adapted))
-    theirs = logits(adapted.merge_and_unload())
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), theirs)
+    expected = logits(adapted.merge_and_unload())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
     assert not (tmp_path / "merged/adapter_config.json").exists()
     assert (tmp_path / "merged/tokenizer.json").exists()
 
     export(run, "newest", tmp_path / "alone")
     alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "alone")
-    assert torch.equal(logits(alone.merge_and_unload()), theirs)
+    assert torch.equal(logits(alone.merge_and_unload()), expected)
 
     export(run, "newest", tmp_path / "half", "--merge", "--dtype", "bf16")
     assert load_file(tmp_path / "half/model.safetensors")["lm_head.weight"].dtype is torch.bfloat16
 
 
-def test_what_lies_beneath_must_be_the_same(
+def test_another_base_model_is_refused(
     adapt: Callable[..., Assignment], storage: LocalStorage, trained: Path, base: Path, tmp_path: Path, text_file: str
 ) -> None:
     other = make_base(tmp_path / base.name, text_file)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    said = export(storage.path("adapter"), "newest", tmp_path / "merged", "--merge", "--base", other, code=1)
-    assert "not hold the weights" in said
+    message = export(storage.path("adapter"), "newest", tmp_path / "merged", "--merge", "--base", other, code=1)
+    assert "does not have the weights" in message
     [ended] = run_group(adapt("adapter", launch="third", model={"path": str(other)}, steps=10), storage, 1)
     assert isinstance(ended.error, ConfigError)
-    assert "beneath the adapter" in ended.error.message
+    assert "the base model's weights differ" in ended.error.message
 
 
 def test_a_new_head_is_trained_and_saved(
@@ -172,7 +172,7 @@ def test_a_new_head_is_trained_and_saved(
     assert "base_model.model.score.weight" in load_file(place / "adapter_model.safetensors")
     config = AutoConfig.from_pretrained(place)
     assert config.id2label == {0: "even", 1: "odd"}
-    torch.manual_seed(1)  # whatever the new head begins with
+    torch.manual_seed(1)  # the initial weights of the head must not matter
     adapted = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, config=config), place)
     export(storage.path("adapter-head"), "newest", tmp_path / "merged", "--merge")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -182,7 +182,7 @@ def test_a_new_head_is_trained_and_saved(
     torch.testing.assert_close(logits(tried), logits(merged))  # `outlast try` takes adapter and head, not merged
 
 
-def test_without_peft_it_says_how_to_get_it(
+def test_without_peft_the_error_names_the_extra(
     adapt: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from outlast.trainers.models.build import build_model
@@ -197,7 +197,7 @@ def test_without_peft_it_says_how_to_get_it(
     assert caught.value.hint == "pip install 'outlast[lora]'"
 
 
-def test_modules_that_are_not_there(adapt: Callable[..., Assignment], storage: LocalStorage) -> None:
+def test_unknown_target_modules(adapt: Callable[..., Assignment], storage: LocalStorage) -> None:
     [ended] = run_group(adapt("adapter-nowhere", model={"lora": {"target_modules": ["c_attn"]}}), storage, 1)
     assert isinstance(ended.error, ConfigError)
     assert "q_proj" in ended.error.hint

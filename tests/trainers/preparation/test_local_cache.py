@@ -1,4 +1,4 @@
-"""This machine's copies of prepared data: fetched once for all workers, verified, bounded."""
+"""Local cache of prepared data: fetched once for all workers, verified, bounded."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> tuple[LocalStorage, FileEntry]:
+def stored(tmp_path: Path) -> tuple[LocalStorage, FileEntry]:
     storage = LocalStorage(tmp_path / "store")
     return storage, write_file(storage, ".data/abc", "train.arrow", [CONTENT])
 
 
-def test_a_copy_is_used_again_and_mended(made: tuple[LocalStorage, FileEntry], cache: Path) -> None:
-    storage, entry = made
+def test_a_copy_is_reused_and_replaced_when_damaged(stored: tuple[LocalStorage, FileEntry], cache: Path) -> None:
+    storage, entry = stored
     copy = local_copy(storage, ".data/abc", "abc", entry)
     assert copy.read_bytes() == CONTENT
     original = storage.path(".data/abc/train.arrow")
@@ -48,7 +48,7 @@ def test_a_copy_is_used_again_and_mended(made: tuple[LocalStorage, FileEntry], c
 
 
 def fetch(root: str, cache: str, entry: FileEntry) -> int:
-    """Returns how often this rank read the store."""
+    """Return how often this rank read the store."""
     os.environ["OUTLAST_CACHE"] = cache
     opened: list[str] = []
 
@@ -62,8 +62,8 @@ def fetch(root: str, cache: str, entry: FileEntry) -> int:
     return len(opened)
 
 
-def test_one_worker_of_a_machine_fetches(made: tuple[LocalStorage, FileEntry], tmp_path: Path) -> None:
-    storage, entry = made
+def test_one_worker_of_a_machine_fetches(stored: tuple[LocalStorage, FileEntry], tmp_path: Path) -> None:
+    storage, entry = stored
     assert sorted(on_ranks(3, fetch, storage.url, str(tmp_path / "cache"), entry)) == [0, 0, 1]
 
 
@@ -82,17 +82,17 @@ def fill(cache: Path, name: str, num_bytes: int, age_s: float) -> None:
         (0, {"fresh"}),
     ],
 )
-def test_what_was_not_used_for_longest_goes_first(cache: Path, limit: int, left: set[str]) -> None:
+def test_the_least_recently_used_is_evicted_first(cache: Path, limit: int, left: set[str]) -> None:
     for name, age_s in (("old", 1000), ("oldest", 3000), ("older", 2000), ("fresh", 10)):
         fill(cache, name, 100, age_s)
     evict(cache, limit, spared="none")
     assert {path.name for path in cache.iterdir() if path.is_dir()} == left
 
 
-def test_room_is_made_for_a_new_copy(
-    made: tuple[LocalStorage, FileEntry], cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_new_copy_evicts_old_ones(
+    stored: tuple[LocalStorage, FileEntry], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage, entry = made
+    storage, entry = stored
     fill(cache, "old", 5000, 2000)
     monkeypatch.setenv("OUTLAST_CACHE_GB", "0.0000148")
     local_copy(storage, ".data/abc", "abc", entry)
@@ -100,7 +100,7 @@ def test_room_is_made_for_a_new_copy(
     assert (cache / "abc/train.arrow").exists()
 
 
-def test_a_limit_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTLAST_CACHE_GB", "much")
     with pytest.raises(ConfigError, match="OUTLAST_CACHE_GB is 'much'"):
         limit_bytes()

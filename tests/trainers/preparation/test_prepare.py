@@ -1,4 +1,4 @@
-"""Text becomes samples: the same ones from any format, made once, found again, and made again when damaged."""
+"""Preparation: the same samples from any format, prepared once, reused, and prepared again when damaged."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ WRITERS: dict[str, Write] = {"txt": write_txt, "jsonl": write_jsonl, "csv": writ
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> LocalStorage:
-    """A storage of its own, so that nothing was prepared before."""
+def storage(tmp_path: Path) -> LocalStorage:
+    """A storage of the test's own, without prepared data."""
     return LocalStorage(tmp_path / "runs")
 
 
-def config_of(place: LocalStorage, train: Path, *, seed: int = 11, **data: Any) -> TrainingConfig:
-    return tiny_config("run", place.url, str(train), sections={"data": data, "seed": seed})
+def config_of(storage: LocalStorage, train: Path, *, seed: int = 11, **data: Any) -> TrainingConfig:
+    return tiny_config("run", storage.url, str(train), sections={"data": data, "seed": seed})
 
 
-def samples(prepared: Prepared, place: LocalStorage, split: str = "train") -> npt.NDArray[np.int32]:
-    data = prepared.split(place, split)
+def samples(prepared: Prepared, storage: LocalStorage, split: str = "train") -> npt.NDArray[np.int32]:
+    data = prepared.split(storage, split)
     return ids(data, range(len(data)))
 
 
@@ -70,8 +70,8 @@ def ids(data: Samples, numbers: Sequence[int]) -> npt.NDArray[np.int32]:
     return np.stack([sample["input_ids"] for sample in data.take(numbers)])
 
 
-def contents(prepared: Prepared, place: LocalStorage) -> dict[str, bytes]:
-    root = place.path(prepared.directory)
+def contents(prepared: Prepared, storage: LocalStorage) -> dict[str, bytes]:
+    root = storage.path(prepared.directory)
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
@@ -82,21 +82,21 @@ def read_texts(source: Path) -> list[str]:
 DOCUMENTS = [f'Document number {number}, "quoted", with a comma, a tab\tand ünïcödé.' for number in range(120)]
 
 
-def test_every_format_gives_the_same_samples(tmp_path: Path, place: LocalStorage) -> None:
+def test_every_format_gives_the_same_samples(tmp_path: Path, storage: LocalStorage) -> None:
     made = {}
     for name, write in WRITERS.items():
         write(tmp_path / f"train.{name}", DOCUMENTS)
-        made[name] = prepare(config_of(place, tmp_path / f"train.{name}"), place)
+        made[name] = prepare(config_of(storage, tmp_path / f"train.{name}"), storage)
     assert len({item.fingerprint for item in made.values()}) == len(WRITERS), "other bytes, another fingerprint"
     for name, item in made.items():
         for split in ("train", "eval"):
-            assert np.array_equal(samples(item, place, split), samples(made["txt"], place, split)), (name, split)
+            assert np.array_equal(samples(item, storage, split), samples(made["txt"], storage, split)), (name, split)
         assert item.num_rows == made["txt"].num_rows
 
 
 @pytest.mark.parametrize("name", ["jsonl", "csv", "parquet"])
 def test_documents_of_several_lines(name: str, tmp_path: Path) -> None:
-    """More than a reader's block of them, so that a document lies across two blocks."""
+    """More of them than a reader's block, so that a document spans two blocks."""
     documents = [f"line one of {number}\n\nline three, " + "word " * 100 for number in range(5000)]
     WRITERS[name](tmp_path / f"train.{name}", documents)
     assert read_texts(tmp_path / f"train.{name}") == documents
@@ -112,7 +112,7 @@ def test_one_very_long_document(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("documents", [["12", "13"], ["2020-01-01", "2020-01-02"], ["true", "false"]], ids=str)
-def test_text_that_looks_like_something_else_is_text(name: str, documents: list[str], tmp_path: Path) -> None:
+def test_text_that_looks_like_another_type_stays_text(name: str, documents: list[str], tmp_path: Path) -> None:
     WRITERS[name](tmp_path / f"train.{name}", documents)
     assert read_texts(tmp_path / f"train.{name}") == documents
 
@@ -123,7 +123,7 @@ def test_other_columns_may_hold_anything(tmp_path: Path) -> None:
     assert read_texts(tmp_path / "train.jsonl") == ["a", "b", "c"]
 
 
-def test_empty_lines_of_a_text_file_are_no_documents(tmp_path: Path) -> None:
+def test_empty_lines_of_a_text_file_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("one\n\n  \ntwo\r\nthree")
     assert read_texts(tmp_path / "train.txt") == ["one", "two", "three"]
 
@@ -132,31 +132,31 @@ def test_empty_lines_of_a_text_file_are_no_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["jsonl", "csv", "parquet"])
-def test_a_missing_column_is_answered_with_those_there(name: str, tmp_path: Path, place: LocalStorage) -> None:
+def test_a_missing_column_is_reported_with_the_available_ones(name: str, tmp_path: Path, storage: LocalStorage) -> None:
     WRITERS[name](tmp_path / f"train.{name}", DOCUMENTS)
     with pytest.raises(ConfigError, match=r"has no column 'body'; it has id, text") as caught:
-        prepare(config_of(place, tmp_path / f"train.{name}", text="body"), place)
+        prepare(config_of(storage, tmp_path / f"train.{name}", text="body"), storage)
     assert "-s data.text=" in caught.value.hint
-    assert place.list(".data") == []
+    assert storage.list(".data") == []
 
 
 @pytest.mark.parametrize(
-    ("row", "said"), [(None, "None"), (5, "5"), (["a"], r"\['a'\]")], ids=["null", "number", "list"]
+    ("row", "message"), [(None, "None"), (5, "5"), (["a"], r"\['a'\]")], ids=["null", "number", "list"]
 )
-def test_a_row_that_is_not_text_is_named(row: Any, said: str, tmp_path: Path, place: LocalStorage) -> None:
+def test_a_row_that_is_not_text_is_named(row: Any, message: str, tmp_path: Path, storage: LocalStorage) -> None:
     write_jsonl(tmp_path / "train.jsonl", ["one", "two", row, "four"])
-    with pytest.raises(ConfigError, match=rf"train.jsonl, row 3: column 'text' holds {said}, not text"):
-        prepare(config_of(place, tmp_path / "train.jsonl"), place)
+    with pytest.raises(ConfigError, match=rf"train.jsonl, row 3: column 'text' holds {message}, not text"):
+        prepare(config_of(storage, tmp_path / "train.jsonl"), storage)
 
 
-def test_a_parquet_row_without_text_is_named(tmp_path: Path, place: LocalStorage) -> None:
+def test_a_parquet_row_without_text_is_named(tmp_path: Path, storage: LocalStorage) -> None:
     write_parquet(tmp_path / "train.parquet", [*DOCUMENTS, None])
     with pytest.raises(ConfigError, match=r"row 121: column 'text' holds None, not text"):
-        prepare(config_of(place, tmp_path / "train.parquet"), place)
+        prepare(config_of(storage, tmp_path / "train.parquet"), storage)
 
 
 @pytest.mark.parametrize(
-    ("name", "body", "said"),
+    ("name", "body", "message"),
     [
         ("train.txt", b"good\n\xff\xfe\n", "is not UTF-8 text"),
         ("train.jsonl", b"{", "cannot be read as .jsonl"),
@@ -165,73 +165,73 @@ def test_a_parquet_row_without_text_is_named(tmp_path: Path, place: LocalStorage
         ("train.doc", b"", "not '.doc'"),
     ],
 )
-def test_a_file_that_is_not_what_it_says(
-    name: str, body: bytes, said: str, tmp_path: Path, place: LocalStorage
+def test_a_file_of_another_type_than_its_name(
+    name: str, body: bytes, message: str, tmp_path: Path, storage: LocalStorage
 ) -> None:
     (tmp_path / name).write_bytes(body)
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        prepare(config_of(place, tmp_path / name), place)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        prepare(config_of(storage, tmp_path / name), storage)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path, place: LocalStorage) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.txt is not there"):
-        prepare(config_of(place, tmp_path / "nowhere.txt"), place)
+def test_a_missing_file(tmp_path: Path, storage: LocalStorage) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.txt does not exist"):
+        prepare(config_of(storage, tmp_path / "nowhere.txt"), storage)
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    with pytest.raises(ConfigError, match=r"nowhere\.txt is not there"):
-        prepare(config_of(place, tmp_path / "train.txt", eval=str(tmp_path / "nowhere.txt")), place)
+    with pytest.raises(ConfigError, match=r"nowhere\.txt does not exist"):
+        prepare(config_of(storage, tmp_path / "train.txt", eval=str(tmp_path / "nowhere.txt")), storage)
 
 
-def test_too_little_text(tmp_path: Path, place: LocalStorage) -> None:
+def test_too_little_text(tmp_path: Path, storage: LocalStorage) -> None:
     write_txt(tmp_path / "train.txt", ["few words"] * 40)
     with pytest.raises(ConfigError, match=r"the train split has .* tokens, less than one sample .*4096") as caught:
-        prepare(config_of(place, tmp_path / "train.txt", max_length=4096), place)
+        prepare(config_of(storage, tmp_path / "train.txt", max_length=4096), storage)
     assert "smaller data.max_length" in caught.value.hint
     write_txt(tmp_path / "train.txt", ["word " * 30] * 6)
     with pytest.raises(ConfigError, match="the eval split has 0 tokens"):
-        prepare(config_of(place, tmp_path / "train.txt", eval="0.001%"), place)
+        prepare(config_of(storage, tmp_path / "train.txt", eval="0.001%"), storage)
 
 
 # -- packing and splitting ---------------------------------------------------------------------------------------------
 
 
-def test_packing_loses_nothing_but_the_tail(tmp_path: Path, place: LocalStorage) -> None:
+def test_packing_loses_nothing_but_the_tail(tmp_path: Path, storage: LocalStorage) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    prepared = prepare(config_of(place, tmp_path / "train.txt", eval=str(tmp_path / "train.txt")), place)
-    tokenizer = prepared.tokenizer(place)
+    prepared = prepare(config_of(storage, tmp_path / "train.txt", eval=str(tmp_path / "train.txt")), storage)
+    tokenizer = prepared.tokenizer(storage)
     expected = [token for tokens in tokenizer.encode(DOCUMENTS) for token in tokens]
     assert expected.count(tokenizer.inner.eos_token_id) == len(DOCUMENTS)
     for split in ("train", "eval"):
-        found = samples(prepared, place, split)
-        assert found.shape[1] == 16
-        assert found.ravel().tolist() == expected[: found.size]
+        packed = samples(prepared, storage, split)
+        assert packed.shape[1] == 16
+        assert packed.ravel().tolist() == expected[: packed.size]
         assert prepared.num_tokens[split] == len(expected)
-        assert prepared.num_dropped_tokens[split] == len(expected) - found.size < 16
+        assert prepared.num_dropped_tokens[split] == len(expected) - packed.size < 16
         assert prepared.num_rows[split] == len(DOCUMENTS)
     assert prepared.num_samples == prepared.num_eval_samples == len(expected) // 16
 
 
-def test_rows_of_any_number_over_several_batches(tmp_path: Path, place: LocalStorage) -> None:
+def test_rows_of_any_number_over_several_batches(tmp_path: Path, storage: LocalStorage) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS * 6)
-    prepared = prepare(config_of(place, tmp_path / "train.txt", max_length=4), place)
-    data = prepared.split(place, "train")
+    prepared = prepare(config_of(storage, tmp_path / "train.txt", max_length=4), storage)
+    data = prepared.split(storage, "train")
     assert len(data) == prepared.num_samples > 2 * ROWS_PER_BATCH
-    whole = ids(data, range(len(data)))
-    wanted = [len(data) - 1, 0, ROWS_PER_BATCH, ROWS_PER_BATCH - 1, 5, 5]
-    assert np.array_equal(ids(data, wanted), whole[wanted])
+    everything = ids(data, range(len(data)))
+    indices = [len(data) - 1, 0, ROWS_PER_BATCH, ROWS_PER_BATCH - 1, 5, 5]
+    assert np.array_equal(ids(data, indices), everything[indices])
     assert ids(data, [3]).dtype == np.int32
 
 
-def held_out(prepared: Prepared, place: LocalStorage) -> tuple[set[int], set[int]]:
-    """Numbers of the documents in the train and in the eval split, read from their text."""
-    tokenizer, found = prepared.tokenizer(place), []
+def held_out(prepared: Prepared, storage: LocalStorage) -> tuple[set[int], set[int]]:
+    """Numbers of the documents in the train and in the eval split, parsed from their text."""
+    tokenizer, splits = prepared.tokenizer(storage), []
     for split in ("train", "eval"):
-        text = tokenizer.inner.decode(samples(prepared, place, split).ravel().tolist())
-        found.append({int(number) for number in re.findall(r"number (\d+),", text)})
-    return found[0], found[1]
+        text = tokenizer.inner.decode(samples(prepared, storage, split).ravel().tolist())
+        splits.append({int(number) for number in re.findall(r"number (\d+),", text)})
+    return splits[0], splits[1]
 
 
 def test_samples_of_any_length_and_name(tmp_path: Path) -> None:
-    """Read by number, from any batch, each as it was written; also an empty one."""
+    """Samples are read by index, from any batch, exactly as written; also an empty file."""
     random = np.random.default_rng(3)
     lengths = [0, 1, *random.integers(0, 40, 2 * ROWS_PER_BATCH + 5).tolist()]
     wanted = [
@@ -257,76 +257,76 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def test_a_single_column_that_fits_is_taken_and_told(tmp_path: Path, place: LocalStorage) -> None:
+def test_a_single_column_of_the_right_type_is_used_and_noted(tmp_path: Path, storage: LocalStorage) -> None:
     rows = [{"id": number, "body": document} for number, document in enumerate(DOCUMENTS)]
-    prepared = prepare(config_of(place, write_rows(tmp_path / "train.jsonl", rows)), place)
-    assert prepared.notes == ("no column 'text'; taking 'body' as data.text",)
+    prepared = prepare(config_of(storage, write_rows(tmp_path / "train.jsonl", rows)), storage)
+    assert prepared.notes == ("no column 'text'; using 'body' as data.text",)
     write_jsonl(tmp_path / "plain.jsonl", DOCUMENTS)
     assert np.array_equal(
-        samples(prepared, place), samples(prepare(config_of(place, tmp_path / "plain.jsonl"), place), place)
+        samples(prepared, storage), samples(prepare(config_of(storage, tmp_path / "plain.jsonl"), storage), storage)
     )
 
 
-def test_two_that_fit_are_not_guessed_between(tmp_path: Path, place: LocalStorage) -> None:
+def test_two_columns_of_the_right_type_are_ambiguous(tmp_path: Path, storage: LocalStorage) -> None:
     path = write_rows(tmp_path / "train.jsonl", [{"body": document, "title": "t"} for document in DOCUMENTS])
     with pytest.raises(ConfigError, match="has no column 'text'; it has body, title") as caught:
-        prepare(config_of(place, path), place)
+        prepare(config_of(storage, path), storage)
     assert "-s data.text=body" in caught.value.hint
-    assert prepare(config_of(place, path, text="body"), place).notes == ()
+    assert prepare(config_of(storage, path, text="body"), storage).notes == ()
 
 
-def test_bad_rows_are_left_out_counted_and_named(tmp_path: Path, place: LocalStorage) -> None:
+def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, storage: LocalStorage) -> None:
     rows = [{"text": document} for document in DOCUMENTS]
     path = write_rows(tmp_path / "train.jsonl", [*rows[:50], {"text": 5}, {"text": None}, *rows[50:]])
     with pytest.raises(ConfigError, match="row 51: column 'text' holds 5"):
-        prepare(config_of(place, path), place)
-    prepared = prepare(config_of(place, path, eval=str(path), max_bad_rows=4), place)
+        prepare(config_of(storage, path), storage)
+    prepared = prepare(config_of(storage, path, eval=str(path), max_bad_rows=4), storage)
     assert prepared.num_bad_rows == 4, "two in each split"
     assert prepared.num_rows == {"train": len(DOCUMENTS), "eval": len(DOCUMENTS)}
     assert "row 51: column 'text' holds 5" in prepared.notes[0]
     write_rows(tmp_path / "good.jsonl", rows)
-    good = prepare(config_of(place, tmp_path / "good.jsonl", eval=str(tmp_path / "good.jsonl")), place)
-    assert np.array_equal(samples(prepared, place), samples(good, place))
+    good = prepare(config_of(storage, tmp_path / "good.jsonl", eval=str(tmp_path / "good.jsonl")), storage)
+    assert np.array_equal(samples(prepared, storage), samples(good, storage))
 
 
-def test_the_limit_of_bad_rows_is_no_part_of_what_comes_out(tmp_path: Path, place: LocalStorage) -> None:
-    """So it may be raised while a run goes on; data with more of them than may be is refused as if it were new."""
+def test_the_limit_of_bad_rows_does_not_affect_the_fingerprint(tmp_path: Path, storage: LocalStorage) -> None:
+    """So it may be raised for a resume. Prepared data with more bad rows than allowed is refused like new data."""
     path = write_rows(tmp_path / "train.jsonl", [*({"text": document} for document in DOCUMENTS), {"text": 5}])
-    first = prepare(config_of(place, path, max_bad_rows=1), place)
-    assert prepare(config_of(place, path, max_bad_rows=7, prepare="cluster"), place) == first
+    first = prepare(config_of(storage, path, max_bad_rows=1), storage)
+    assert prepare(config_of(storage, path, max_bad_rows=7, prepare="cluster"), storage) == first
     with pytest.raises(ConfigError, match="row 121: column 'text' holds 5"):
-        prepare(config_of(place, path), place)
-    assert prepare(config_of(place, path, max_bad_rows=1), place) == first
+        prepare(config_of(storage, path), storage)
+    assert prepare(config_of(storage, path, max_bad_rows=1), storage) == first
 
 
-def test_no_row_is_in_both_splits(tmp_path: Path, place: LocalStorage) -> None:
+def test_no_row_is_in_both_splits(tmp_path: Path, storage: LocalStorage) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    train, evaluation = held_out(prepare(config_of(place, tmp_path / "train.txt", eval="20%"), place), place)
+    train, evaluation = held_out(prepare(config_of(storage, tmp_path / "train.txt", eval="20%"), storage), storage)
     assert not train & evaluation
     assert len(train | evaluation) >= len(DOCUMENTS) - 2, "the tails lose one each at most"
     assert 8 <= len(evaluation) <= 40
 
 
-def test_more_rows_change_nobodys_split_and_another_seed_does(tmp_path: Path, place: LocalStorage) -> None:
+def test_more_rows_keep_the_split_of_each_row_and_another_seed_does_not(tmp_path: Path, storage: LocalStorage) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS[:100])
     write_txt(tmp_path / "more.txt", DOCUMENTS)
-    before = held_out(prepare(config_of(place, tmp_path / "train.txt", eval="20%"), place), place)
-    after = held_out(prepare(config_of(place, tmp_path / "more.txt", eval="20%"), place), place)
+    before = held_out(prepare(config_of(storage, tmp_path / "train.txt", eval="20%"), storage), storage)
+    after = held_out(prepare(config_of(storage, tmp_path / "more.txt", eval="20%"), storage), storage)
     assert before[0] <= after[0]
     assert before[1] <= after[1]
-    other = held_out(prepare(config_of(place, tmp_path / "more.txt", seed=12, eval="20%"), place), place)
+    other = held_out(prepare(config_of(storage, tmp_path / "more.txt", seed=12, eval="20%"), storage), storage)
     assert other[1] != after[1]
 
 
 # -- made once ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_second_time_it_is_found(tmp_path: Path, place: LocalStorage) -> None:
+def test_the_second_time_it_is_reused(tmp_path: Path, storage: LocalStorage) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    config = config_of(place, tmp_path / "train.txt")
-    first = prepare(config, place)
-    files = {path: path.stat().st_ino for path in place.path(first.directory).rglob("*") if path.is_file()}
-    assert prepare(config, place) == first
+    config = config_of(storage, tmp_path / "train.txt")
+    first = prepare(config, storage)
+    files = {path: path.stat().st_ino for path in storage.path(first.directory).rglob("*") if path.is_file()}
+    assert prepare(config, storage) == first
     assert {path: path.stat().st_ino for path in files} == files, "nothing was written again"
 
 
@@ -339,10 +339,10 @@ def test_large_data_is_encoded_on_the_cluster(
     num_bytes: int,
     is_elsewhere: bool,
     tmp_path: Path,
-    place: LocalStorage,
+    storage: LocalStorage,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By the bytes of all files, the evaluation's too. Where it is done is no part of what comes out."""
+    """The size is that of all files, those of the evaluation included. The encoder does not affect the result."""
     for name in ("train", "eval"):
         write_txt(tmp_path / f"{name}.txt", DOCUMENTS)  # 8 kB
     monkeypatch.setattr(data, "LARGE_BYTES", num_bytes)
@@ -353,20 +353,20 @@ def test_large_data_is_encoded_on_the_cluster(
         asked.append(True)
         yield encode_here
 
-    config = config_of(place, tmp_path / "train.txt", eval=str(tmp_path / "eval.txt"), prepare=where)
-    made = prepare(config, place, elsewhere)
+    config = config_of(storage, tmp_path / "train.txt", eval=str(tmp_path / "eval.txt"), prepare=where)
+    made = prepare(config, storage, elsewhere)
     assert asked == [True] * is_elsewhere
-    other = config_of(place, tmp_path / "train.txt", eval=str(tmp_path / "eval.txt"))
-    assert prepare(other, place, elsewhere) == made
-    assert asked == [True] * is_elsewhere, "it is found, and nobody is asked"
+    other = config_of(storage, tmp_path / "train.txt", eval=str(tmp_path / "eval.txt"))
+    assert prepare(other, storage, elsewhere) == made
+    assert asked == [True] * is_elsewhere, "existing data needs no encoder"
 
 
-def test_the_files_place_and_date_do_not_matter(tmp_path: Path, place: LocalStorage) -> None:
+def test_location_and_date_of_files_do_not_matter(tmp_path: Path, storage: LocalStorage) -> None:
     (tmp_path / "elsewhere").mkdir()
     for folder in (tmp_path, tmp_path / "elsewhere"):
         write_txt(folder / "train.txt", DOCUMENTS)
     here, there = (
-        prepare(config_of(place, folder / "train.txt"), place) for folder in (tmp_path, tmp_path / "elsewhere")
+        prepare(config_of(storage, folder / "train.txt"), storage) for folder in (tmp_path, tmp_path / "elsewhere")
     )
     assert here == there
 
@@ -377,11 +377,11 @@ def test_the_files_place_and_date_do_not_matter(tmp_path: Path, place: LocalStor
     ids=lambda change: next(iter(change)),
 )
 def test_what_changes_the_samples_changes_the_fingerprint(
-    change: dict[str, Any], tmp_path: Path, place: LocalStorage
+    change: dict[str, Any], tmp_path: Path, storage: LocalStorage
 ) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    before = prepare(config_of(place, tmp_path / "train.txt"), place)
-    assert prepare(config_of(place, tmp_path / "train.txt", **change), place).fingerprint != before.fingerprint
+    before = prepare(config_of(storage, tmp_path / "train.txt"), storage)
+    assert prepare(config_of(storage, tmp_path / "train.txt", **change), storage).fingerprint != before.fingerprint
 
 
 def flip(path: Path) -> None:
@@ -396,49 +396,49 @@ def empty(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, empty, Path.unlink], ids=["flip", "empty", "unlink"])
 @pytest.mark.parametrize("file", ["train.arrow", "eval.arrow", "tokenizer/tokenizer.json", "data.json"])
-def test_damage_is_found_and_the_data_made_again(
-    file: str, damage: Callable[[Path], None], tmp_path: Path, place: LocalStorage
+def test_damaged_data_is_prepared_again(
+    file: str, damage: Callable[[Path], None], tmp_path: Path, storage: LocalStorage
 ) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    config = config_of(place, tmp_path / "train.txt")
-    first = prepare(config, place)
-    before = contents(first, place)
-    damage(place.path(first.directory) / file)
-    assert prepare(config, place) == first
-    assert contents(first, place) == before
+    config = config_of(storage, tmp_path / "train.txt")
+    first = prepare(config, storage)
+    before = contents(first, storage)
+    damage(storage.path(first.directory) / file)
+    assert prepare(config, storage) == first
+    assert contents(first, storage) == before
 
 
-def test_a_wrong_number_in_the_data_manifest_is_found(tmp_path: Path, place: LocalStorage) -> None:
-    """It still is JSON, and the run would walk through other samples."""
+def test_a_wrong_number_in_the_manifest_is_detected(tmp_path: Path, storage: LocalStorage) -> None:
+    """It is still valid JSON, but the run would read other samples."""
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    config = config_of(place, tmp_path / "train.txt")
-    first = prepare(config, place)
-    path = place.path(first.directory) / "data.json"
+    config = config_of(storage, tmp_path / "train.txt")
+    first = prepare(config, storage)
+    path = storage.path(first.directory) / "data.json"
     body = json.loads(path.read_text())
     path.write_text(json.dumps({**body, "num_samples": body["num_samples"] - 1}))
-    assert prepare(config, place) == first
+    assert prepare(config, storage) == first
 
 
-def test_two_preparers_at_once_are_harmless(tmp_path: Path, place: LocalStorage) -> None:
+def test_two_preparers_at_once_are_harmless(tmp_path: Path, storage: LocalStorage) -> None:
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    config = config_of(place, tmp_path / "train.txt")
+    config = config_of(storage, tmp_path / "train.txt")
     with ThreadPoolExecutor(3) as pool:
-        made = list(pool.map(lambda _: prepare(config, place), range(3)))
+        made = list(pool.map(lambda _: prepare(config, storage), range(3)))
     assert made[0] == made[1] == made[2]
-    assert len(Samples(place.path(f"{made[0].directory}/train.arrow"))) == made[0].num_samples
-    files = contents(made[0], place)
-    assert prepare(config, place) == made[0]
-    assert contents(made[0], place) == files
+    assert len(Samples(storage.path(f"{made[0].directory}/train.arrow"))) == made[0].num_samples
+    files = contents(made[0], storage)
+    assert prepare(config, storage) == made[0]
+    assert contents(made[0], storage) == files
     assert not [name for name in files if name.endswith(".tmp")]
 
 
-def test_a_preparation_that_died_leaves_nothing_that_counts(tmp_path: Path, place: LocalStorage) -> None:
-    """The manifest is written last: without it the files are made again."""
+def test_a_preparation_that_died_leaves_no_valid_data(tmp_path: Path, storage: LocalStorage) -> None:
+    """The manifest is written last: without it the files are written again."""
     write_txt(tmp_path / "train.txt", DOCUMENTS)
-    config = config_of(place, tmp_path / "train.txt")
-    first = prepare(config, place)
-    before = contents(first, place)
-    place.delete(f"{first.directory}/data.json")
-    place.put(f"{first.directory}/train.arrow", [b"half"])
-    assert prepare(config, place) == first
-    assert contents(first, place) == before
+    config = config_of(storage, tmp_path / "train.txt")
+    first = prepare(config, storage)
+    before = contents(first, storage)
+    storage.delete(f"{first.directory}/data.json")
+    storage.put(f"{first.directory}/train.arrow", [b"half"])
+    assert prepare(config, storage) == first
+    assert contents(first, storage) == before

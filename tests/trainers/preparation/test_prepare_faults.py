@@ -1,4 +1,4 @@
-"""Preparation that is killed, done twice at once, given files that change, or given more than memory holds."""
+"""Preparation that is killed, runs twice at once, reads changing files, or reads more data than the memory bound."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def start(config: TrainingConfig) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def await_that(happened: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not happened():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
 def contents(storage: Path, prepared: Prepared) -> dict[str, bytes]:
-    """Every file but what a killed writer left half done."""
+    """All files, except incomplete ones of a killed writer."""
     root = storage / prepared.directory
     files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".tmp"]
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
@@ -67,18 +67,18 @@ def contents(storage: Path, prepared: Prepared) -> dict[str, bytes]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seen", ["tokenizer/tokenizer.json", "train.arrow"])
-def test_killed_in_the_middle_then_two_at_once(seen: str, tmp_path: Path) -> None:
-    """Killed as soon as a file is there. Two processes then make the same bytes as one that nothing happened to."""
+def test_killed_midway_then_two_at_once(seen: str, tmp_path: Path) -> None:
+    """Killed as soon as a file exists. Two processes then write the same bytes as an undisturbed one."""
     source = write_shards(tmp_path / "shards", 2000)
     expected = prepare(config_of(tmp_path / "calm", source), LocalStorage(tmp_path / "calm"))
     storage = tmp_path / "stormy"
     config = config_of(storage, source)
     victim = start(config)
-    await_that(lambda: (storage / expected.directory / seen).exists())
+    wait_until(lambda: (storage / expected.directory / seen).exists())
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     assert victim.returncode == -signal.SIGKILL
-    assert not (storage / expected.directory / "data.json").exists(), "it was killed too late to tell"
+    assert not (storage / expected.directory / "data.json").exists(), "it was killed after it had finished"
     both = [start(config), start(config)]
     for process in both:
         process.communicate()
@@ -89,23 +89,23 @@ def test_killed_in_the_middle_then_two_at_once(seen: str, tmp_path: Path) -> Non
 
 @pytest.mark.faults
 def test_files_that_change_while_they_are_read(tmp_path: Path) -> None:
-    """What is written under a fingerprint is made of those bytes, or nothing counts."""
+    """Data under a fingerprint is made of the bytes that it covers; otherwise no manifest is written."""
     source = write_shards(tmp_path / "shards", 2000)
     config, storage = config_of(tmp_path / "runs", source), LocalStorage(tmp_path / "runs")
     with ThreadPoolExecutor(1) as pool:
-        made = pool.submit(prepare, config, storage)
-        await_that(lambda: any((tmp_path / "runs").rglob("tokenizer.json")))
+        prepared = pool.submit(prepare, config, storage)
+        wait_until(lambda: any((tmp_path / "runs").rglob("tokenizer.json")))
         with (source / "part-1.txt").open("a") as file:
             file.write("one row more\n")
         with pytest.raises(ConfigError, match="changed while they were read"):
-            made.result()
+            prepared.result()
     assert not list((tmp_path / "runs").rglob("data.json"))
     assert prepare(config, storage).num_rows["train"] > 0
 
 
 @pytest.mark.faults
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    """Eight times the rows, 72 MB, take less than 40 MB more: two blocks of 16 MiB are held while a file is stored."""
+    """Eight times the rows, 72 MB, need less than 40 MB more: two blocks of 16 MiB are held while a file is stored."""
     peaks = []
     for num_rows in (8_000, 64_000):
         source = write_shards(tmp_path / f"shards-{num_rows}", num_rows)

@@ -1,4 +1,4 @@
-"""The chat task: the model's own loss on the answers, bad conversations named, killed and resumed."""
+"""The chat task: loss on the answers equals the model's own, bad conversations are named, killed and resumed."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_the_loss_is_the_models_own_on_the_answers(
     model.eval()
     torch.testing.assert_close(task.loss_sum(model, batch) / task.count(batch), model(**batch).loss)
     with torch.no_grad():
-        [said] = task.predict(model, [{"messages": "Hello"}])
-    assert said["messages"] == [{"role": "user", "content": "Hello"}]
+        [prediction] = task.predict(model, [{"messages": "Hello"}])
+    assert prediction["messages"] == [{"role": "user", "content": "Hello"}]
 
 
 def test_a_conversation_without_an_answer_is_named(
@@ -75,8 +75,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     sections: dict[str, Any], assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     assert run_group(assign("talk", sections=sections), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
-    run_group(assign("talk-killed", sections=sections, faults=(strike,)), storage, 2)
-    assert Path(strike.record).exists()
+    injected = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
+    run_group(assign("talk-killed", sections=sections, faults=(injected,)), storage, 2)
+    assert Path(injected.record).exists()
     assert run_group(assign("talk-killed", sections=sections, launch="b"), storage, 2)[0].outcome is Outcome.DONE
     assert digests(storage, "talk-killed") == digests(storage, "talk")

@@ -1,4 +1,4 @@
-"""Tasks: loss sums that are the model's own loss, scores, predictions, and each task killed and resumed."""
+"""Tasks: loss sums equal the model's own loss, scores, predictions, and each task killed and resumed."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def test_killed_and_resumed_equals_uninterrupted(
     classify: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     assert run_group(classify("kinds"), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
-    assert run_group(classify("kinds-killed", faults=(strike,)), storage, 2)[1].exit_code == -9
-    assert Path(strike.record).exists()
+    injected = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
+    assert run_group(classify("kinds-killed", faults=(injected,)), storage, 2)[1].exit_code == -9
+    assert Path(injected.record).exists()
     assert run_group(classify("kinds-killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
     assert digests(storage, "kinds-killed") == digests(storage, "kinds")
     assert losses(storage, "kinds-killed") == losses(storage, "kinds")
@@ -91,8 +91,8 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A case with its data prepared and a fresh model."""
+class PreparedCase:
+    """A case with prepared data and a new model."""
 
     case: Case
     prepared: Prepared
@@ -105,57 +105,57 @@ class Tried:
 
 
 @pytest.fixture(scope="module")
-def tried(
+def prepare_case(
     assign: Callable[..., Assignment], storage: LocalStorage, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Tried]:
+) -> Callable[[str], PreparedCase]:
     folder = tmp_path_factory.mktemp("cases")
 
     @cache
-    def make(name: str) -> Tried:
+    def make(name: str) -> PreparedCase:
         assignment = assign("tried", sections=CASES[name].sections(folder))
         config, prepared = assignment.config, assignment.prepared
         tokenizer = prepared.tokenizer(storage)
         task = find_task(config.model.task)(config.data, tokenizer, prepared.facts)
         model, _ = build_model(config.model, task, tokenizer, 3, fresh=True)
-        return Tried(CASES[name], prepared, task, model.eval(), prepared.split(storage, "eval"))
+        return PreparedCase(CASES[name], prepared, task, model.eval(), prepared.split(storage, "eval"))
 
     return make
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_loss_is_the_models_own(name: str, tried: Callable[[str], Tried]) -> None:
-    it = tried(name)
+def test_the_loss_is_the_models_own(name: str, prepare_case: Callable[[str], PreparedCase]) -> None:
+    it = prepare_case(name)
     batch = it.batch(range(it.case.own_batch))
     torch.testing.assert_close(it.task.loss_sum(it.model, batch) / it.task.count(batch), it.case.own(it.model, batch))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_depends_on_who_shares_a_batch(name: str, tried: Callable[[str], Tried]) -> None:
-    """Padding changes no loss and no score, and the sums add up."""
-    it = tried(name)
-    whole, parts = it.batch(range(9)), [it.batch([number]) for number in range(9)]
-    assert sum(it.task.count(part) for part in parts) == it.task.count(whole)
+def test_loss_and_scores_do_not_depend_on_the_batch(name: str, prepare_case: Callable[[str], PreparedCase]) -> None:
+    """Padding changes no loss and no score, and the sums of single samples add up to the sum of a batch."""
+    it = prepare_case(name)
+    batch, parts = it.batch(range(9)), [it.batch([number]) for number in range(9)]
+    assert sum(it.task.count(part) for part in parts) == it.task.count(batch)
     assert len({part["input_ids"].shape[-1] for part in parts}) > 1, "they differ in length"
-    sums, apart = it.task.measure(it.model, whole), [it.task.measure(it.model, part) for part in parts]
+    sums, apart = it.task.measure(it.model, batch), [it.task.measure(it.model, part) for part in parts]
     for key, value in sums.items():
         torch.testing.assert_close(torch.stack([part[key] for part in apart]).sum(0), value, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_scores_are_those_that_were_announced_whatever_the_micro_batch(
-    name: str, tried: Callable[[str], Tried]
-) -> None:
-    it = tried(name)
-    found = [evaluate(it.model, it.task, it.data, World(), size, Precision.FP32) for size in (1, 7, 1000)]
-    announced = {f"eval_{score}" for score in ("loss", *it.task.score_names(it.prepared.facts))}
-    assert all(item.keys() == announced for item in found)
-    for item in found[1:]:
-        assert item == pytest.approx(found[0], rel=1e-4)
+def test_scores_match_score_names_for_any_micro_batch(name: str, prepare_case: Callable[[str], PreparedCase]) -> None:
+    it = prepare_case(name)
+    scores = [evaluate(it.model, it.task, it.data, World(), size, Precision.FP32) for size in (1, 7, 1000)]
+    expected = {f"eval_{score}" for score in ("loss", *it.task.score_names(it.prepared.facts))}
+    assert all(item.keys() == expected for item in scores)
+    for item in scores[1:]:
+        assert item == pytest.approx(scores[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("name", "average"), [("classes", "macro"), ("multi-label", "macro"), ("tags", "macro")])
-def test_f1_and_accuracy_are_those_of_torchmetrics(name: str, average: Any, tried: Callable[[str], Tried]) -> None:
-    it = tried(name)
+def test_f1_and_accuracy_are_those_of_torchmetrics(
+    name: str, average: Any, prepare_case: Callable[[str], PreparedCase]
+) -> None:
+    it = prepare_case(name)
     batch = it.batch(range(len(it.data)))
     with torch.no_grad():
         logits = it.task.forward(it.model, batch).logits
@@ -168,19 +168,19 @@ def test_f1_and_accuracy_are_those_of_torchmetrics(name: str, average: Any, trie
         given = (logits.argmax(-1).flatten(), labels.flatten())
         f1 = multiclass_f1_score(*given, size, average=average, ignore_index=-100)
         accuracy = multiclass_accuracy(*given, size, average="micro", ignore_index=-100)
-    found = evaluate(it.model, it.task, it.data, World(), 5, Precision.FP32)
-    assert found["eval_f1"] == pytest.approx(f1.item(), rel=1e-5)
-    assert found["eval_accuracy"] == pytest.approx(accuracy.item(), rel=1e-5)
+    scores = evaluate(it.model, it.task, it.data, World(), 5, Precision.FP32)
+    assert scores["eval_f1"] == pytest.approx(f1.item(), rel=1e-5)
+    assert scores["eval_accuracy"] == pytest.approx(accuracy.item(), rel=1e-5)
 
 
-def without_targets(it: Tried, text: str) -> dict[str, Any]:
+def without_targets(it: PreparedCase, text: str) -> dict[str, Any]:
     roles = {column.role for column in it.task.columns if not column.is_target}
     return {role: value for role, value in it.case.row(text).items() if role in roles}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_task_answers_for_rows_without_targets(name: str, tried: Callable[[str], Tried]) -> None:
-    it = tried(name)
+def test_every_task_predicts_rows_without_targets(name: str, prepare_case: Callable[[str], PreparedCase]) -> None:
+    it = prepare_case(name)
     rows = [without_targets(it, text) for text in ("A short <|mask|> text of few words.", "Another one. " * 30)]
     with torch.no_grad():
         both = list(it.task.predict(it.model, rows[:1] if name == "masked-lm" else rows))
@@ -198,14 +198,14 @@ def test_every_task_answers_for_rows_without_targets(name: str, tried: Callable[
         *(pytest.param(name, marks=pytest.mark.faults) for name in CASES if name not in ("masked-lm", "seq2seq-lm")),
     ],
 )
-def test_each_task_learns_and_is_killed_and_ends_equal(
+def test_each_task_learns_and_a_killed_run_ends_equal(
     name: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     sections, run = CASES[name].sections(tmp_path), name.replace(" ", "-")
     assert run_group(assign(run, sections=sections), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
-    assert run_group(assign(f"{run}-killed", sections=sections, faults=(strike,)), storage, 2)[1].exit_code == -9
-    assert Path(strike.record).exists()
+    injected = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
+    assert run_group(assign(f"{run}-killed", sections=sections, faults=(injected,)), storage, 2)[1].exit_code == -9
+    assert Path(injected.record).exists()
     again = assign(f"{run}-killed", sections=sections, launch="second")
     assert run_group(again, storage, 2)[0].outcome is Outcome.DONE
     assert digests(storage, f"{run}-killed") == digests(storage, run)
@@ -217,8 +217,8 @@ def test_each_task_learns_and_is_killed_and_ends_equal(
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
-def test_masks_follow_from_the_key_alone(tried: Callable[[str], Tried]) -> None:
-    it = tried("masked-lm")
+def test_masks_follow_from_the_key_alone(prepare_case: Callable[[str], PreparedCase]) -> None:
+    it = prepare_case("masked-lm")
     samples = it.data.take(range(6))
     first, again = it.task.collate(samples, [1, 2, 3, 4, 5, 6]), it.task.collate(samples[::-1], [6, 5, 4, 3, 2, 1])
     assert torch.equal(first["input_ids"], again["input_ids"].flip(0))
@@ -227,8 +227,8 @@ def test_masks_follow_from_the_key_alone(tried: Callable[[str], Tried]) -> None:
     assert (other["labels"] != first["labels"]).any(1).tolist() == [True, *[False] * 5]
 
 
-def test_about_a_seventh_is_masked_and_never_a_special_token(tried: Callable[[str], Tried]) -> None:
-    it = tried("masked-lm")
+def test_about_a_seventh_is_masked_and_never_a_special_token(prepare_case: Callable[[str], PreparedCase]) -> None:
+    it = prepare_case("masked-lm")
     inner, seen = it.task.tokenizer.inner, Counter[str]()
     for key in range(40):
         batch = it.task.collate(it.data.take(range(len(it.data))), [mix(key, number) for number in range(len(it.data))])
@@ -261,8 +261,8 @@ def test_keys_change_with_the_epoch_and_with_nothing_else() -> None:
 # -- words, and answers ------------------------------------------------------------------------------------------------
 
 
-def test_tags_lie_on_the_first_token_of_each_word(tried: Callable[[str], Tried]) -> None:
-    it = tried("tags")
+def test_tags_are_on_the_first_token_of_each_word(prepare_case: Callable[[str], PreparedCase]) -> None:
+    it = prepare_case("tags")
     words = ["Internationalization", "is", "Long"]
     [sample] = it.task.encode([{"tokens": words, "tags": ["name", "word", "name"]}])
     labels = [number for number in sample["labels"].tolist() if number != -100]
@@ -272,9 +272,9 @@ def test_tags_lie_on_the_first_token_of_each_word(tried: Callable[[str], Tried])
     assert len(sample["labels"]) == len(sample["input_ids"]) > 5
 
 
-def test_answers_are_found_in_their_windows(tried: Callable[[str], Tried]) -> None:
-    """The tokens between start and end spell the answer, in each window that holds it, and only there."""
-    it = tried("answers")
+def test_answers_are_found_in_their_windows(prepare_case: Callable[[str], PreparedCase]) -> None:
+    """The tokens from start to end decode to the answer in each window that contains it; other windows have no span."""
+    it = prepare_case("answers")
     context = " ".join(f"filler{number}" for number in range(40)) + " the treasure lies here " + "and more " * 20
     row = {"question": "Where?", "context": context, "answers": ["treasure lies"]}
     samples = list(it.task.encode([row]))
@@ -288,37 +288,42 @@ def test_answers_are_found_in_their_windows(tried: Callable[[str], Tried]) -> No
     assert all(len(sample["input_ids"]) <= 40 for sample in samples)
 
 
-# -- what will not do --------------------------------------------------------------------------------------------------
+# -- unusable rows and settings ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "said"),
+    ("name", "row", "message"),
     [
         ("classes", {"text": "a", "label": ["long"]}, r"row 1: column 'label' holds \['long'\], not a class"),
         ("multi-label", {"text": "a", "label": "class"}, "row 1: column 'label' holds 'class', not a list of classes"),
         ("regression", {"text": "a", "label": "x"}, "row 1: column 'label' holds 'x', not a number"),
-        ("tags", {"tokens": ["a", "b"], "tags": ["name"]}, "row 1: it has 2 words and 1 tags"),
+        ("tags", {"tokens": ["a", "b"], "tags": ["name"]}, "row 1: it has 2 words but 1 tags"),
         ("seq2seq-lm", {"source": "a", "target": ""}, "row 1: its source or target is empty"),
         ("answers", {"question": "q", "context": "c", "answers": "d"}, "row 1: its answer 'd' is not in the context"),
         ("choices", {"text": "a", "choices": ["b"], "label": 0}, "row 1: it has 1 choices, not 2"),
-        ("choices", {"text": "a", "choices": ["b", "c"], "label": 2}, "row 1: label 2 is none of the choices"),
+        ("choices", {"text": "a", "choices": ["b", "c"], "label": 2}, "row 1: label 2 is not one of the choices"),
     ],
 )
-def test_rows_that_will_not_do_are_named(
-    name: str, row: dict[str, Any], said: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+def test_unusable_rows_are_named(
+    name: str,
+    row: dict[str, Any],
+    message: str,
+    assign: Callable[..., Assignment],
+    storage: LocalStorage,
+    tmp_path: Path,
 ) -> None:
     sections = CASES[name].sections(tmp_path)
     path = Path(sections["data"]["train"])
     path.write_text(json.dumps(row) + "\n" + path.read_text())
     sections["data"] |= {"eval": None, "problem": name if name in ("multi-label", "regression") else None}
     sections |= {"train": {"eval_every": None}}
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         assign("bad", sections=sections)
     sections["data"] |= {"max_bad_rows": 1}
     prepared = assign("bad", sections=sections).prepared
     assert prepared.num_bad_rows == 1
-    [note] = [note for note in prepared.notes if "cannot be used" in note]
-    assert re.search(said, note)
+    [note] = [note for note in prepared.notes if "unusable rows" in note]
+    assert re.search(message, note)
 
 
 @pytest.mark.parametrize(
@@ -332,12 +337,14 @@ def test_rows_that_will_not_do_are_named(
         ("regression", "multi-label", "regression"),
     ],
 )
-def test_a_problem_that_no_row_has_is_the_settings_fault(
+def test_a_problem_that_fits_no_row_is_an_error_of_the_setting(
     name: str, problem: str, right: str, assign: Callable[..., Assignment], tmp_path: Path
 ) -> None:
     sections = CASES[name].sections(tmp_path)
     sections["data"] |= {"problem": problem}
-    with pytest.raises(ConfigError, match=f"data.problem is {problem}, and column 'label'") as caught:
+    with pytest.raises(
+        ConfigError, match=f"data.problem is {problem}, but column 'label' has no such labels"
+    ) as caught:
         assign("bad", sections=sections)
     assert caught.value.hint.startswith(f"set data.problem: {right}")
 
@@ -354,7 +361,7 @@ def test_padding_without_a_token_for_it() -> None:
 
 
 class Shouting(SequenceClassification):
-    """A user's task: it reads columns of its own, and shouts."""
+    """A user's task with its own columns; it upper-cases the text."""
 
     columns = (Column("said", ColumnType.TEXT), Column("mood", ColumnType.LABEL, is_target=True))
 
@@ -374,7 +381,7 @@ class Shouting(SequenceClassification):
 
 
 class Unfinished(Task):
-    """A beginner's task."""
+    """A task that defines only `encode`."""
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         yield from ()
@@ -387,24 +394,24 @@ def test_a_task_of_ones_own_is_trained_killed_and_resumed(
     sections["model"] |= {"task": "tests.trainers.tasks.test_tasks:Shouting"}
     sections["data"] |= {"columns": {"said": "text", "mood": "label"}}
     assert run_group(assign("shouting", sections=sections), storage, 2)[0].outcome is Outcome.DONE
-    strike = fault(FaultPoint.WHILE_WRITING, 6, 0, FaultAction.SIGKILL, tmp_path)
-    run_group(assign("shouting-killed", sections=sections, faults=(strike,)), storage, 2)
-    assert Path(strike.record).exists()
+    injected = fault(FaultPoint.WHILE_WRITING, 6, 0, FaultAction.SIGKILL, tmp_path)
+    run_group(assign("shouting-killed", sections=sections, faults=(injected,)), storage, 2)
+    assert Path(injected.record).exists()
     run_group(assign("shouting-killed", sections=sections, launch="second"), storage, 2)
     assert digests(storage, "shouting-killed") == digests(storage, "shouting")
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         ("nowhere.at_all:Task", "No module named 'nowhere'"),
         ("tests.trainers.tasks.test_tasks:Shooting", "has no 'Shooting'; did you mean 'Shouting'"),
-        ("json:JSONDecoder", "is no task"),
-        ("tests.trainers.tasks.test_tasks:Unfinished", "does not say its auto_class, columns, loss"),
+        ("json:JSONDecoder", "is not a subclass of Task"),
+        ("tests.trainers.tasks.test_tasks:Unfinished", "does not define auto_class, columns, loss"),
     ],
 )
-def test_a_task_that_is_not_there(task: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_task_that_cannot_be_found(task: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         find_task(task)
 
 
@@ -414,9 +421,9 @@ def test_a_task_that_is_not_there(task: str, said: str) -> None:
 def test_the_best_is_damaged_and_the_next_is_published(
     classify: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
-    """A run that is trained must not hang on one bad file for ever."""
-    strike = fault(FaultPoint.AFTER_RETENTION, 10, 0, FaultAction.EXCEPTION, tmp_path)
-    run_group(classify("classes-damaged", faults=(strike,)), storage, 1)
+    """A finished run must not fail to publish because of one damaged file."""
+    injected = fault(FaultPoint.AFTER_RETENTION, 10, 0, FaultAction.EXCEPTION, tmp_path)
+    run_group(classify("classes-damaged", faults=(injected,)), storage, 1)
     accepted = read_catalog(storage, "classes-damaged").accepted
     rated = [item for item in accepted if "eval_accuracy" in item.metrics]
     best = max(rated, key=lambda item: (item.metrics["eval_accuracy"], -item.ref.step))
@@ -426,26 +433,26 @@ def test_the_best_is_damaged_and_the_next_is_published(
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
-        ([{"text": "a", "kind": "x"}, {"text": "b", "kind": "x"}], "holds one class only"),
+        ([{"text": "a", "kind": "x"}, {"text": "b", "kind": "x"}], "has only one class"),
         ([{"text": "a"}], "has no column 'kind'"),
         ([{"text": "a", "kind": None}], "row 1: column 'kind' holds None"),
     ],
 )
-def test_labels_that_will_not_do(
-    rows: list[dict[str, Any]], said: str, classify: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+def test_unusable_labels(
+    rows: list[dict[str, Any]], message: str, classify: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = classify("classes-bad").config
     data = config.data.model_copy(update={"train": str(tmp_path / "bad.jsonl"), "eval": None})
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         prepare(config.model_copy(update={"data": data}), storage)
 
 
 @pytest.mark.faults
-def test_threads_are_those_that_the_run_began_with(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
-    """Also after a resume on a machine that would have taken others."""
+def test_a_resumed_run_keeps_its_number_of_threads(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
+    """Also after a resume on a machine with another default."""
     from tests.support.groups.worker_group import StopAt
 
     for launch, threads, stop in (("a", 2, 3), ("b", 1, 6), ("c", 1, 99)):

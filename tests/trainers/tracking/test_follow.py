@@ -1,4 +1,4 @@
-"""Trackers are copies of the journal: each step once, also after a kill; and one that is down stops nobody."""
+"""Trackers are copies of the journal: each step once, also after a kill; an unreachable one does not stop training."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.events import StepEvent, parse_event
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.factory import open_storage
@@ -26,8 +27,8 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.tracking.base import Watermark
-from outlast.trainers.tracking.follow import Follower, check_trackers, values_of
+from outlast.trainers.tracking.base import TrackedEvent, Watermark
+from outlast.trainers.tracking.follow import Follower, check_trackers, metric_values
 from tests.conftest import Reference
 from tests.support.groups.worker_group import Quiet, digests, losses, resumed, run_group
 from tests.support.s3_server import s3_server
@@ -44,7 +45,7 @@ def bucket() -> Iterator[str]:
 
 @dataclass
 class KillAt(Quiet):
-    """Kills rank 0's process in a step; with `folder`, once TensorBoard has written that step there."""
+    """Kills rank 0's process in a step; with `folder`, only after TensorBoard has written that step there."""
 
     step: int
     folder: Path | None = None
@@ -60,20 +61,22 @@ class KillAt(Quiet):
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Everything that TensorBoard would draw from a folder: (step, value) by name, in the order of the files."""
+    """All points that TensorBoard draws from a folder: (step, value) by name, in the order of the files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [(item.step, item.value) for item in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
-def told(storage: LocalStorage, run: str) -> dict[str, dict[int, float]]:
-    """What the journal says: the values of each step by name."""
-    found: dict[str, dict[int, float]] = {}
+def journal_values(storage: LocalStorage, run: str) -> dict[str, dict[int, float]]:
+    """The values of each step in the journal, by name."""
+    values: dict[str, dict[int, float]] = {}
     for _, event in run_events(RunStore(storage, run)):
-        for name, value in values_of(event).items():
-            found.setdefault(name, {})[event["step"]] = value
-    return found
+        parsed = parse_event(event)
+        if isinstance(parsed, TrackedEvent):
+            for name, value in metric_values(parsed).items():
+                values.setdefault(name, {})[parsed.step] = value
+    return values
 
 
 def tracked(assignment: Assignment, *names: str) -> Assignment:
@@ -85,12 +88,14 @@ def run(assignment: Assignment, storage: LocalStorage, control: Quiet | None = N
 
 
 def check_copy(copy: dict[str, list[tuple[int, float]]], storage: LocalStorage, run: str, single: bool = True) -> None:
-    """Each step once, none backwards, and the journal's values."""
-    journal = told(storage, run)
+    """Check that a copy has each step once, in order, with the journal's values."""
+    journal = journal_values(storage, run)
     for name, steps in (("train/loss", STEPS), ("train/lr", STEPS), ("eval/loss", EVALS)):
         assert [step for step, _ in copy[name]] == steps
-        said = [journal[name][step] for step in steps]
-        assert [value for _, value in copy[name]] == ([float(np.float32(value)) for value in said] if single else said)
+        expected = [journal[name][step] for step in steps]
+        assert [value for _, value in copy[name]] == (
+            [float(np.float32(value)) for value in expected] if single else expected
+        )
     for points in copy.values():
         steps = [step for step, _ in points]
         assert steps == sorted(set(steps))
@@ -99,7 +104,7 @@ def check_copy(copy: dict[str, list[tuple[int, float]]], storage: LocalStorage, 
 def test_tensorboard_after_a_kill(
     assign: Callable[..., Assignment], storage: LocalStorage, reference: Callable[[int], Reference]
 ) -> None:
-    """Killed at step 8 and resumed from 6: the tracker has had steps 7 and 8, which are done again."""
+    """Killed at step 8 and resumed from 6: the tracker already has steps 7 and 8, which are computed again."""
     folder = storage.path("tracked/trackers/tensorboard")
     first = tracked(assign("tracked"), "tensorboard")
     assert run(first, storage, KillAt(8, folder)) is None
@@ -114,10 +119,8 @@ def test_tensorboard_after_a_kill(
     assert len(with_settings) == 1, "the settings are written once"
 
 
-def test_what_a_tracker_missed_is_taken_from_the_journal(
-    assign: Callable[..., Assignment], storage: LocalStorage
-) -> None:
-    """Nobody tracked the first two attempts; the third sends what it stands on, each step as it was done last."""
+def test_missing_steps_are_taken_from_the_journal(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
+    """Two attempts have no tracker; the third sends the steps that it builds on, each of the last attempt."""
     assert run(assign("missed"), storage, KillAt(5)) is None
     assert run(assign("missed", launch="second"), storage, KillAt(8)) is None
     assert run(tracked(assign("missed", launch="third"), "tensorboard"), storage) is Outcome.DONE
@@ -132,36 +135,37 @@ if kind == "x":
     sys.modules["tensorboard"] = None
 import os, signal
 from outlast.checkpointing.storage.factory import open_storage
-from outlast.trainers.tracking import backends as sinks
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.trainers.tracking import backends
 from outlast.trainers.tracking.base import TrackerContext
-sinks.SEGMENT_BYTES, sinks.PUT_S = 1000, 0
-sink = sinks.TensorBoard(TrackerContext(open_storage(url), "run", "run-1", {"a": 1}, "outlast", {}))
-seen = sink.open()
-newest = seen.by_name.get("train/loss", seen.floor)
+backends.SEGMENT_BYTES, backends.PUT_S = 1000, 0
+tracker = backends.TensorBoard(TrackerContext(RunStore(open_storage(url), "run"), "run-1", {"a": 1}, "outlast", {}))
+watermark = tracker.open()
+newest = watermark.by_name.get("train/loss", watermark.floor)
 print(newest)
 for step in range(max(1, newest + 1), 92):
-    sink.log({"train/loss": float(step)}, step, 1.7e9 + step)
+    tracker.log({"train/loss": float(step)}, step, 1.7e9 + step)
     if step == dies_at:
         os.kill(os.getpid(), signal.SIGKILL)
-sink.close()
+tracker.close()
 """
 
 
 @pytest.mark.parametrize("kind", ["torch", *(pytest.param(kind, marks=pytest.mark.faults) for kind in ("x", "s3"))])
-def test_event_files_in_pieces(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Cut, killed, gone on with; also with tensorboardX alone, and on an object store."""
+def test_event_files_in_segments(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Written in segments, killed, continued; also with tensorboardX only, and on an object store."""
     url = request.getfixturevalue("bucket") if kind == "s3" else str(tmp_path / "runs")
     for dies_at, code, least in ((41, -9, -1), (0, 0, 1)):  # tensorboardX writes in a thread of its own
         command = [sys.executable, "-c", _NINETY_STEPS, url, kind, str(dies_at)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         assert done.stdout == "" or int(done.stdout) >= least
-    place, folder = open_storage(url), tmp_path / "copy"
-    files = [entry.name for entry in place.list("run/trackers/tensorboard")]
+    source, folder = open_storage(url), tmp_path / "copy"
+    files = [entry.name for entry in source.list("run/trackers/tensorboard")]
     assert len(files) > 2
     folder.mkdir()
     for name in files:
-        (folder / name).write_bytes(read_bytes(place, f"run/trackers/tensorboard/{name}"))
+        (folder / name).write_bytes(read_bytes(source, f"run/trackers/tensorboard/{name}"))
     assert scalars(folder)["train/loss"] == [(step, float(step)) for step in range(1, 92)]
 
 
@@ -181,10 +185,10 @@ def test_mlflow_after_a_kill(
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("outlast")
     assert experiment is not None
-    [found] = client.search_runs([experiment.experiment_id])
-    assert found.info.run_name == "in-mlflow"
-    assert found.data.params["train.lr"] == "0.001"
-    history = {name: client.get_metric_history(found.info.run_id, name) for name in found.data.metrics}
+    [tracked_run] = client.search_runs([experiment.experiment_id])
+    assert tracked_run.info.run_name == "in-mlflow"
+    assert tracked_run.data.params["train.lr"] == "0.001"
+    history = {name: client.get_metric_history(tracked_run.info.run_id, name) for name in tracked_run.data.metrics}
     check_copy({k: [(x.step, x.value) for x in items] for k, items in history.items()}, storage, "in-mlflow", False)
     check_copy(scalars(folder), storage, "in-mlflow")
 
@@ -230,7 +234,7 @@ def deaf() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("answers", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["down", "deaf"])
-def test_a_tracker_that_is_down_stops_nobody(
+def test_an_unreachable_tracker_does_not_stop_training(
     answers: bool,
     deaf: str,
     assign: Callable[..., Assignment],
@@ -246,13 +250,13 @@ def test_a_tracker_that_is_down_stops_nobody(
     assert digests(storage, name) == digests(storage, reference(2).run)
     events = [event for _, event in run_events(RunStore(storage, name)) if event["event"] == "tracker"]
     assert {event["name"] for event in events} == {"mlflow"}
-    assert len(events) <= 2, "once, and once more that it did not take everything"
+    assert len(events) <= 2, "one report of the error, and one that it did not take all events"
 
 
 def test_a_slow_tracker_loses_its_own_values_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queue is bounded, hearing returns at once, and the loss is told once."""
+    """The queue is bounded, `apply` returns at once, and the loss is reported once."""
     monkeypatch.setattr("outlast.trainers.tracking.follow.QUEUE_EVENTS", 5)
-    go, taken, said = threading.Event(), list[int](), list[str]()
+    go, taken, reported = threading.Event(), list[int](), list[str]()
 
     class Slow:
         name = "slow"
@@ -267,19 +271,18 @@ def test_a_slow_tracker_loses_its_own_values_only(monkeypatch: pytest.MonkeyPatc
         def close(self) -> None:
             pass
 
-    follower = Follower(Slow, lambda newest: [], said.append)
+    follower = Follower(Slow, lambda newest: [], reported.append)
     for step in range(1, 30):
-        event = {"event": "step", "step": step, "loss": 1.0, "lr": 1.0, "grad_norm": None, "count": 1, "seconds": 1.0}
-        follower.apply({**event, "t": 0.0})
-    assert len(said) == 1
-    assert "from step 6 on" in said[0]
+        follower.apply(StepEvent(step=step, loss=1.0, lr=1.0, grad_norm=None, count=1, seconds=1.0))
+    assert len(reported) == 1
+    assert "steps from 6 on are dropped" in reported[0]
     go.set()
     follower.close(time.monotonic() + LIMIT_S)
     assert taken == [1, 2, 3, 4, 5]
-    assert len(said) == 1
+    assert len(reported) == 1
 
 
-def test_what_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_tracker_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outlast.trainers.tracking.follow.find_spec", lambda name: None)
     check_trackers(TrackSettings.model_validate({}))  # the default asks for nothing
     with pytest.raises(ConfigError, match=r"track\.to names mlflow, which is not installed") as caught:

@@ -1,0 +1,169 @@
+"""Compacted segments: the events of consecutive journal segments as one Parquet table, one row an event, in order.
+
+A `step` event with the usual fields is a row of numbers, at full precision; every other event stands in the column
+`json` as the line that it was. So nothing is lost, a million steps take 30 MB instead of 220 and are read by column in
+a tenth of a second, and any program that reads Parquet reads them. Pages have checksums: damage is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from outlast.checkpointing.run_store.events import StepEvent
+
+_FLOATS = ("t", "loss", "lr", "grad_norm", "seconds", "ended_at")
+_INTS = ("step", "count", "tokens")
+_NULLABLE = ("loss", "grad_norm")
+#: A step event's fields in the order written.
+_FIELDS = ("t", "event", "step", "loss", "lr", "grad_norm", "count", "tokens", "seconds", "ended_at")
+_SCHEMA = pa.schema(
+    [
+        *((name, pa.float64() if name in _FLOATS else pa.int64()) for name in _FIELDS if name != "event"),
+        ("json", pa.string()),
+    ]
+)
+_ENCODINGS = dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT") | dict.fromkeys(_INTS, "DELTA_BINARY_PACKED")
+
+
+class CompactionError(ValueError):
+    """The bytes are not a whole compacted segment."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepColumns:
+    """Step events by column, in order; the columns are the event's fields. NaN stands for a loss or norm of null."""
+
+    columns: Mapping[str, npt.NDArray[Any]]
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self.columns[name]
+
+    def rising(self, after: int | None) -> StepColumns:
+        """The steps whose number is above `after` and above all before them."""
+        number = self.columns["step"]
+        floor = np.iinfo(np.int64).min if after is None else after
+        highest = np.maximum.accumulate(np.concatenate([[floor], number]))[:-1]
+        kept = number > highest
+        return self if kept.all() else StepColumns({name: column[kept] for name, column in self.columns.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class CompactedEvents:
+    """The events of consecutive segments."""
+
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def after(self, number: int) -> CompactedEvents:
+        """All but the first `number` events."""
+        return CompactedEvents(self.table.slice(number))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The events in order, as they were written."""
+        columns = [self.table[name].to_pylist() for name in self.table.column_names]
+        for *numbers, line in zip(*columns, strict=True):
+            if line is None:
+                t, *rest = numbers
+                yield dict(zip(_FIELDS, (t, "step", *rest), strict=True))
+            else:
+                yield json.loads(line)
+
+    def by_column(self) -> Iterator[dict[str, Any] | StepColumns]:
+        """All usual steps at once, then the other events; in their order if a step is among these."""
+        others = [json.loads(line.as_py()) for line in self.table["json"].drop_null()]
+        if any(event["event"] == StepEvent.kind for event in others):
+            yield from self
+            return
+        steps = self.table.drop(["json"]).filter(self.table["json"].is_null())
+        if steps.num_rows:
+            yield StepColumns({name: _to_numpy(steps[name]) for name in steps.column_names})
+        yield from others
+
+
+def compact(lines: Sequence[bytes]) -> CompactedEvents:
+    """The events of a writer's own lines."""
+    events = json.loads(b"[" + b",".join(lines) + b"]")
+    usual = [_is_usual(event) for event in events]
+    columns = {
+        name: [event[name] if is_usual else None for event, is_usual in zip(events, usual, strict=True)]
+        for name in _FIELDS
+        if name != "event"
+    }
+    texts = [None if is_usual else line.decode() for line, is_usual in zip(lines, usual, strict=True)]
+    return CompactedEvents(pa.table({**columns, "json": texts}, schema=_SCHEMA))
+
+
+def join(parts: Sequence[CompactedEvents]) -> CompactedEvents:
+    return CompactedEvents(pa.concat_tables([part.table for part in parts]))
+
+
+def to_parquet(events: CompactedEvents) -> bytes:
+    """The file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        events.table,
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        column_encoding=_ENCODINGS | {"json": "PLAIN"},
+        write_page_checksum=True,
+    )
+    return bytes(sink.getvalue())
+
+
+def from_parquet(data: bytes) -> CompactedEvents:
+    """Reads a file.
+
+    Raises:
+        CompactionError: It is torn, damaged, or something else.
+    """
+    try:
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+            table = file.read(columns=_SCHEMA.names, use_threads=False)
+        table = table.select(_SCHEMA.names).cast(_SCHEMA)
+        for name in _FIELDS:
+            if name not in ("event", *_NULLABLE) and table[name].is_valid() != table["json"].is_null():
+                raise CompactionError(f"column {name} has holes")
+        for line in table["json"].drop_null():
+            if "event" not in json.loads(line.as_py()):
+                raise CompactionError("a line holds no event")
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise CompactionError(str(error)) from error
+    return CompactedEvents(table)
+
+
+def _to_numpy(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """A column whose nulls become NaN. pyarrow's own `to_numpy` imports pandas, which takes 0.2 s."""
+    return np.from_dlpack((column.fill_null(_NAN) if column.null_count else column).combine_chunks())
+
+
+_NAN = pa.Array.from_buffers(pa.float64(), 1, [None, pa.py_buffer(np.array([np.nan]))])[0]
+
+
+def _is_usual(event: Mapping[str, Any]) -> bool:
+    """Whether columns hold all that a step event says, to the last bit."""
+    return (
+        len(event) == len(_FIELDS)
+        and event["event"] == StepEvent.kind
+        and tuple(type(event.get(name)) for name in _FIELDS) in _TYPES
+        and isfinite(event["t"])
+        and all(-(2**63) <= event[name] < 2**63 for name in _INTS)
+    )
+
+
+def _types(loss: type, grad_norm: type) -> tuple[type, ...]:
+    return float, str, int, loss, float, grad_norm, int, int, float, float
+
+
+_TYPES = {_types(loss, norm) for loss in (float, type(None)) for norm in (float, type(None))}

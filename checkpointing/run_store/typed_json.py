@@ -1,0 +1,100 @@
+"""Dataclasses from JSON objects and back. A value of a wrong type is replaced by a default or refused, never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache, partial
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from outlast.checkpointing.format.layout import CheckpointRef
+
+T = TypeVar("T")
+
+
+def from_json(cls: type[T], body: Mapping[str, Any]) -> T:
+    """An instance from a JSON object.
+
+    A field that is missing or of a wrong type takes its default, or None where its type allows that.
+
+    Raises:
+        TypeError: Such a field has neither.
+    """
+    values = {}
+    for name, read, default, _ in _fields(cls):
+        try:
+            values[name] = read(body[name])
+        except (KeyError, TypeError):
+            if default is MISSING:
+                raise TypeError(f"{cls.__name__}.{name}") from None
+            values[name] = default
+    return cls(**values)
+
+
+def to_json(item: Any) -> dict[str, Any]:
+    """The JSON object of an instance. A field whose default is None is left out when it is None."""
+    return {
+        name: value if type(value) in (int, float, str) else _plain(value)
+        for name, _, _, is_optional in _fields(type(item))
+        if (value := getattr(item, name)) is not None or not is_optional
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, CheckpointRef):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return to_json(value) if is_dataclass(value) else value
+
+
+def _find_fields(cls: Any) -> list[tuple[str, Callable[[Any], Any], Any, bool]]:
+    """Of each field: name, how to read it, its default, and whether None is left out."""
+    found, hints = [], get_type_hints(cls)
+    for each in fields(cls):
+        hint = hints[each.name]
+        is_nullable = hint is Any or NoneType in get_args(hint)
+        default = None if each.default is MISSING and is_nullable else each.default
+        found.append((each.name, _reader(hint), default, each.default is None))
+    return found
+
+
+_fields: Callable[[Any], list[tuple[str, Callable[[Any], Any], Any, bool]]] = cache(_find_fields)
+
+
+@cache
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """What turns a JSON value into a type. It raises TypeError for a value of another type, or out of range."""
+    if hint is Any:
+        return lambda value: value
+    if hint in (int, float):
+        return _number(hint)
+    inner = [_reader(part) for part in get_args(hint) if part not in (NoneType, Ellipsis)]
+    if get_origin(hint) is UnionType:
+        return lambda value: None if value is None else inner[0](value)
+    if get_origin(hint) is tuple:
+        return lambda value: tuple(map(inner[0], _of(list, value)))
+    if get_origin(hint) is Mapping:
+        return lambda value: {key: inner[1](item) for key, item in _of(dict, value).items()}
+    if hint is CheckpointRef:
+        return lambda value: _of(CheckpointRef, CheckpointRef.from_path(_of(str, value)))
+    is_record = is_dataclass(hint)
+    return (lambda value: from_json(hint, _of(dict, value))) if is_record else partial(_of, hint)
+
+
+def _of(expected: type, value: Any) -> Any:
+    if type(value) is not expected:
+        raise TypeError(f"{value!r} is no {expected.__name__}")
+    return value
+
+
+def _number(expected: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is expected is float or (type(value) is int and -(2**63) <= value < 2**63):
+            return expected(value)
+        raise TypeError(f"{value!r} is no {expected.__name__}")
+
+    return read
