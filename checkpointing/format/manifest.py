@@ -37,25 +37,16 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of one commit.
+    """The content of one commit."""
 
-    Attributes:
-        ref: The checkpoint itself.
-        lineage: The resume point of the attempt and the older checkpoints kept with it; not its own commits.
-        files: Every file, sorted by path, the manifest itself excepted.
-        world_size: Number of ranks that wrote it.
-        metrics: Metrics at this step, such as `loss` and `eval_loss`.
-        committed_at: Seconds since the epoch, by rank 0's clock. Informational only.
-        launch: The launch that wrote it.
-    """
-
-    ref: CheckpointRef
+    ref: CheckpointRef  #: the checkpoint itself
+    #: The resume point of the attempt and the older checkpoints kept with it; not its own commits
     lineage: tuple[CheckpointRef, ...]
-    files: tuple[FileEntry, ...]
-    world_size: int
-    metrics: Mapping[str, float]
-    committed_at: float
-    launch: str
+    files: tuple[FileEntry, ...]  #: every file, sorted by path, the manifest itself excepted
+    world_size: int  #: number of ranks that wrote it
+    metrics: Mapping[str, float]  #: metrics at this step, such as `loss` and `eval_loss`
+    committed_at: float  #: seconds since the epoch, by rank 0's clock. Informational only.
+    launch: str  #: the launch that wrote it
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -107,10 +107,7 @@ def header_bytes(data: Buffer) -> int:
 
 
 def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str, str]]:
-    """Parse the start of a file, `header_bytes` of it at least.
-
-    Returns:
-        Of each tensor its spec and its first byte in the file; and the metadata.
+    """Parse the start of a file, at least `header_bytes`; return each tensor's spec and first byte, and the metadata.
 
     Raises:
         SafetensorsError: The header does not describe a file of `num_bytes`.

@@ -132,8 +132,8 @@ class ObjectStorage:
         try:
             stream.close()
         except OSError:
-            # The response was lost, perhaps after the store had published the object. Objects appear as a whole, so a new
-            # one of this size is ours. Small objects are compared by content instead.
+            # The response was lost, perhaps after the store had published the object. Objects appear at once, so a
+            # new one of this size is ours. Small objects are compared by content instead.
             if before is None:
                 raise
             now = self._fs.get_file_info(target)
