@@ -8,8 +8,8 @@
             break                                            # superseded: a newer attempt continues
     checkpointer.save(1000, model, optimizer, {"step": 1000})    # waits, also for the save in flight
 
-Every rank calls every method, in the same order. A checkpoint is a directory of the attempt that wrote it; rank 0 writes
-the manifest last, after every rank's files are durable. `save` returns True only when the commit is acknowledged:
+Every rank calls every method, in the same order. A checkpoint is a directory of the attempt that wrote it. Rank 0
+writes the manifest last, after every rank's files are durable. `save` returns True only when the commit is acknowledged:
 durable, and this attempt's claim is still the highest. `async_save` returns at once: the state is copied to the host
 while the next step computes its gradients, and written in the background, one save at a time.
 """
@@ -20,6 +20,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,31 +53,27 @@ from outlast.checkpointing.storage.retry import retry
 class Checkpointer:
     """Checkpoints of one attempt of one run.
 
-    Building it claims the run. If a later launch has claimed it already, `superseded` is True; then `resume` returns None,
-    and nothing is saved.
+    Building it claims the run. If a later launch has claimed it already, `superseded` is True: `resume` returns None, and
+    nothing is saved.
 
     Args:
         storage: The storage root.
         run: Name of the run.
         ranks: The ranks of this attempt; by default those of torch.distributed.
-        launch: The launch of this attempt. Attempts of one launch follow each other; a later launch supersedes an earlier
-            one, never the reverse.
-        declaration: What determines the run's numbers: settings, fingerprints, versions. JSON. Written into the claim and,
-            under the manifest's digest, into every checkpoint.
+        launch: The launch of this attempt. Later launches supersede earlier ones, never the reverse.
+        declaration: What determines the run's numbers: settings, fingerprints, versions. JSON. Written into the claim
+            and, under the manifest's digest, into every checkpoint; may be replaced until the first save.
         notes: More information for the claim. JSON.
-        files: The attribute of that name, such as `config.json` and the tokenizer, by name.
+        files: Small files of every checkpoint by name, such as `config.json`; may be replaced until the first save.
         retention: What to keep.
-        max_shard_bytes: Weights beyond this size continue in another file, with an index, as transformers reads them.
-        naming: Which weights are saved, and their names; by default all, unchanged.
-        settle_s: Seconds by which a listing of this storage may lag behind, as on NFS with its attribute cache. After the
-            claim the attempt waits twice as long before it reads: then all attempts see its claim, and it sees what was
-            acknowledged by an attempt that did not.
+        max_shard_bytes: Weights beyond this size continue in another file, with an index as in transformers.
+        naming: Which weights are saved, and their names; by default all. May be replaced until the first `resume`.
+        settle_s: Seconds by which a listing of this storage may lag behind, as on NFS with its attribute cache. After
+            the claim the attempt waits twice as long before it reads: then all attempts see its claim, and it sees
+            what was acknowledged by an attempt that did not.
 
     Attributes:
-        naming: The argument; may be replaced until the first `resume` or `save`.
         last_save: Of the last save that ended: seconds that training waited for it, and seconds until its commit.
-        files: Small files of every checkpoint; may be replaced until the first save.
-        declaration: The argument; may be replaced until the first save.
         superseded: Whether another launch has superseded this one.
         attempt: This attempt.
         catalogue: The checkpoints that counted when this attempt began.
@@ -157,8 +154,7 @@ class Checkpointer:
             The loop state saved with it, or None when the run has no commit yet and starts from step 0.
 
         Raises:
-            NoCheckpointError: There are commits, but none is intact. The storage is unchanged; the model's weights may be a
-                mixture and must not be used.
+            NoCheckpointError: There are commits, but none is intact. The storage is unchanged, the weights may be a mixture.
             ConfigError: The checkpoint is of another model.
             StorageError: The storage could not be read.
         """
@@ -262,8 +258,8 @@ class Checkpointer:
             state: The loop state.
             metrics: Metrics of the model at this step.
             files: Small files for this checkpoint only.
-            lazy: Copy the state during the next forward and backward pass; the next step of any optimizer waits for the copy.
-                Use False for loops that change weights in another way between steps: it copies before this returns.
+            lazy: Copy during the next forward and backward pass; the next step of any optimizer waits for the copy.
+                False copies before this returns, for loops that change weights in another way between steps.
 
         Returns:
             True to continue, False when the previous save found that the attempt is superseded.
@@ -338,7 +334,7 @@ class Checkpointer:
         self._emit(events.SaveEvent(step=step, blocked_s=blocked, fenced_s=fenced, commit_s=commit))
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Allocate the host buffers of `async_save` in advance, best after the first optimizer step. Raises ConfigError."""
+        """Allocate the buffers of `async_save` in advance, best after the first optimizer step. Raises ConfigError."""
         parts = self._payload(0, TrainState(model, optimizer, self.naming)).parts
         self.ranks.run_on_all(lambda: self._staging.reserve(parts, self._num_sharing))
 
@@ -389,15 +385,9 @@ class Checkpointer:
                 files.append(write_file(self._store.storage, target, entry.path, blocks))
         if self._is_superseded_while_waiting():
             return None
-        published = Manifest(
-            ref=source,
-            lineage=(),
-            files=tuple(files),
-            world_size=manifest.world_size,
-            metrics=manifest.metrics,
-            committed_at=time.time(),
-            launch=self._launch,
-            extra={"final_step": final_step},
+        now, extra = time.time(), {"final_step": final_step}
+        published = replace(
+            manifest, lineage=(), files=tuple(files), committed_at=now, launch=self._launch, extra=extra
         )
         self._store.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
         self._emit(events.DoneEvent(step=final_step, model=str(source)))
@@ -407,7 +397,6 @@ class Checkpointer:
     # -- events -------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Make the journal durable."""
         if self.journal is not None:
             self.journal.flush()
 

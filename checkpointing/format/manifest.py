@@ -142,7 +142,6 @@ class Digester:
         return FileEntry(path, self.num_bytes, self._file.hexdigest(), tuple(self._blocks))
 
     def through(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
-        """Digest and yield each chunk."""
         for chunk in chunks:
             self.update(chunk)
             yield chunk

@@ -57,7 +57,6 @@ def restore(
 
 
 def _specs(index: Index) -> dict[str, TensorSpec]:
-    """Return type and full shape of each tensor."""
     return {name: TensorSpec(parts[0].spec.dtype, parts[0].shape) for name, parts in index.items()}
 
 
@@ -94,7 +93,6 @@ def _read_state(
 
 
 def _merged(faults: Iterable[list[str]]) -> list[str]:
-    """Merge the faults of all ranks."""
     return sorted({line for lines in faults for line in lines})
 
 

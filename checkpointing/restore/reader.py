@@ -150,7 +150,6 @@ def _fill(file: BinaryIO, position: int, into: Sequence[memoryview]) -> int:
 
 
 def merge(indexes: Iterable[Index]) -> Index:
-    """Merge the indexes of several files."""
     merged: Index = {}
     for index in indexes:
         for name, parts in index.items():
@@ -224,7 +223,6 @@ def _rows(part: StoredTensor, shared: Region) -> tuple[int, int, Region]:
 
 
 def _plan(copies: dict[tuple[str, int], list[_Copy]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
-    """Split a range of bytes by blocks."""
     for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
         first, last = max(begin, number * BLOCK_BYTES), min(end, (number + 1) * BLOCK_BYTES)
         copy = _Copy(first - number * BLOCK_BYTES, target[first - begin : last - begin])

@@ -64,7 +64,6 @@ class AttemptEnd:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended."""
         return self.outcome is not AttemptOutcome.OPEN
 
 

@@ -25,7 +25,6 @@ def list_attempts(store: RunStore) -> list[AttemptId]:
 
 
 def list_launches(store: RunStore) -> list[str]:
-    """Return the names of the run's launches."""
     return [entry.name for entry in store.list(f"{store.run}/launches") if entry.num_bytes is None]
 
 

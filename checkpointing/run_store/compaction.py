@@ -66,11 +66,9 @@ class CompactedEvents:
         return int(self.table.num_rows)
 
     def after(self, number: int) -> CompactedEvents:
-        """Return all but the first `number` events."""
         return CompactedEvents(self.table.slice(number))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the events in order, as they were written."""
         columns = [self.table[name].to_pylist() for name in self.table.column_names]
         for *numbers, line in zip(*columns, strict=True):
             if line is None:
@@ -92,7 +90,6 @@ class CompactedEvents:
 
 
 def compact(lines: Sequence[bytes]) -> CompactedEvents:
-    """Compact a writer's own lines."""
     events = json.loads(b"[" + b",".join(lines) + b"]")
     usual = [_is_usual(event) for event in events]
     columns = {
@@ -109,7 +106,6 @@ def join(parts: Sequence[CompactedEvents]) -> CompactedEvents:
 
 
 def to_parquet(events: CompactedEvents) -> bytes:
-    """Encode the file."""
     sink = pa.BufferOutputStream()
     pq.write_table(
         events.table,

@@ -113,7 +113,6 @@ class Journal:
                     self._num_bytes, self._dirty = sum(map(len, rest)), bool(rest)
 
     def wait(self) -> None:
-        """Wait for a running compaction."""
         if self._compaction is not None:
             self._compaction.wait()
 
@@ -187,7 +186,6 @@ def read_first_and_last(storage: ReadableStorage, directory: str) -> Iterator[di
 def _read(
     storage: ReadableStorage, directory: str, choose: Callable[[list[SegmentFile]], list[SegmentFile]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the events of some of rank 0's segments."""
     for attempt in range(_ATTEMPTS):  # a segment that is compacted meanwhile is no longer the last one
         files = choose(list_segments(storage, directory, _RANK_0, again=attempt > 0))
         contents = [read_if_exists(storage, directory, file.name) for file in files]

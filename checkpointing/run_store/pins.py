@@ -16,7 +16,6 @@ from outlast.checkpointing.run_store.store import RunStore
 
 
 def list_pins(store: RunStore) -> set[CheckpointRef]:
-    """Return the pinned checkpoints."""
     entries = store.list(pins_dir(store.run))
     names = (CheckpointRef.parse(entry.name) for entry in entries if entry.num_bytes is not None)
     return {ref for ref in names if ref is not None}

@@ -46,7 +46,7 @@ class Committer:
 
     Attributes:
         commits: This attempt's acknowledged commits that are still kept.
-        lineage: The checkpoint that the attempt resumed from and the older ones of its lineage, as far as they are kept.
+        lineage: The checkpoint that the attempt resumed from and the older ones kept with it.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Staging: the host copy of a step's state, taken while training continues.
 
-The state only changes in the optimizer's step, so the copy may overlap the next forward and backward pass: a pre-hook of
-the optimizer step waits for it, which is the only fence. Buffers are allocated once and reused, because fresh pages cost
-more than the copy (`StateDictStager` of github.com/pytorch/pytorch does the same).
+The state only changes in the optimizer's step, so the copy may overlap the next forward and backward pass: a pre-hook
+of the optimizer step waits for it, which is the only fence. Buffers are allocated once and reused, because fresh pages
+cost more than the copy (`StateDictStager` of github.com/pytorch/pytorch does the same).
 """
 
 from __future__ import annotations

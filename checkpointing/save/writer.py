@@ -61,7 +61,6 @@ class RankPayload:
         return {**self.weights, **(self.moments or {})}
 
     def on_host(self, parts: Mapping[str, LocalShard]) -> RankPayload:
-        """Return the same payload with the copies of a snapshot."""
         moments = None if self.moments is None else {name: parts[name] for name in self.moments}
         weights = {name: parts[name] for name in self.weights}
         return replace(self, weights=weights, moments=moments)
@@ -117,7 +116,7 @@ def _pick(specs: Mapping[str, TensorSpec], names: Sequence[str]) -> dict[str, Te
 
 
 def weight_files(specs: Mapping[str, TensorSpec], max_bytes: int, file: str = layout.WEIGHTS) -> dict[str, list[str]]:
-    """Distribute weights over files with the names that transformers uses: `file`, or `model-00001-of-00003.safetensors`.
+    """Distribute weights over files, named as in transformers: `file`, or `model-00001-of-00003.safetensors`.
 
     A file has up to `max_bytes` of tensors; a larger tensor has a file of its own.
     """

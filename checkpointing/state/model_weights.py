@@ -62,7 +62,7 @@ ALL = WeightNaming()
 
 
 def named_weights(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, torch.Tensor]:
-    """Return parameters and persistent buffers by name, in the order of `state_dict`; tied ones once, by the first name.
+    """Return parameters and persistent buffers in the order of `state_dict`; tied ones once, by the first name.
 
     The tensors are the model's own, not copies; DTensors where the model is sharded.
     """

@@ -98,7 +98,7 @@ def devices_of_state(
 
 
 def regions_of_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Region]:
-    """Return the region that this rank needs of each state tensor sharded as its parameter; `shapes` are the full ones."""
+    """Return the region that this rank needs of each state tensor, given its full shape, if it is sharded."""
     parameters = _named_parameters(model)
     regions: dict[str, Region] = {}
     for name, shape in shapes.items():

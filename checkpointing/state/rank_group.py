@@ -56,29 +56,23 @@ class RankGroup:
 
     def run_on_all(self, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank and return all results; every rank raises the first rank's error."""
-        result: T | None = None
-        failure: OutlastError | None = None
-        try:
-            result = work()
-        except OutlastError as error:
-            failure = error
-        results = []
-        for rank, (item, other) in enumerate(self.gather((result, failure))):
-            if other is not None:
-                raise type(other)(f"rank {rank}: {other.message}", hint=other.hint) from failure
-            results.append(item)
-        return results  # type: ignore[return-value]
+        result, failure = _run(work)
+        results = self.gather((result, failure))
+        for rank, (_, error) in enumerate(results):
+            if error is not None:
+                raise type(error)(f"rank {rank}: {error.message}", hint=error.hint) from failure
+        return [item for item, _ in results]  # type: ignore[misc]
 
     def run_on_rank_0(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0; every rank returns its result or raises its error."""
-        result: T | None = None
-        failure: OutlastError | None = None
-        if self.rank == 0:
-            try:
-                result = work()
-            except OutlastError as error:
-                failure = error
-        result, failure = self.broadcast((result, failure))
+        result, failure = self.broadcast(_run(work) if self.rank == 0 else None)
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
+
+
+def _run(work: Callable[[], T]) -> tuple[T | None, OutlastError | None]:
+    try:
+        return work(), None
+    except OutlastError as error:
+        return None, error

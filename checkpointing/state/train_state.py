@@ -64,7 +64,7 @@ class TrainState:
         return set(names) - parameter_names(self._model, self.naming)
 
     def targets(self, moments: Mapping[str, TensorSpec]) -> Targets:
-        """Return the regions that this rank must read and their memory: the model's own for weights, new for moments."""
+        """Return the regions that this rank reads, and their memory: the model's own for weights, new for moments."""
         targets = {name: (part.region, part.tensor) for name, part in self.weights.items()}
         devices = devices_of_state(self._model, self.optimizer, moments) if self.optimizer is not None else {}
         self._regions = regions_of_state(self._model, {name: spec.shape for name, spec in moments.items()})
@@ -74,6 +74,6 @@ class TrainState:
         return targets
 
     def load_moments(self, moments: Mapping[str, torch.Tensor]) -> None:
-        """Gives the optimizer its state from the memory of `targets`, once that is filled."""
+        """Load the optimizer state from the memory of `targets`, once it is filled."""
         if self.optimizer is not None:
             load_optimizer(self._model, self.optimizer, moments, sharded=self._regions.keys())

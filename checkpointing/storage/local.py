@@ -30,7 +30,6 @@ class LocalStorage:
         return str(self._root)
 
     def path(self, path: str) -> Path:
-        """Return the absolute path of a file."""
         return self._root / path
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
@@ -107,7 +106,6 @@ def _write_all(fd: int, view: memoryview) -> None:
 
 
 def _make_dirs(path: Path) -> None:
-    """Create a directory and its parents durably."""
     if path.is_dir():
         return
     _make_dirs(path.parent)

@@ -216,7 +216,6 @@ def _drain(buffered: list[Buffer], rest: Iterator[Buffer]) -> Iterator[Buffer]:
 
 
 def _up_to(num_bytes: int, chunks: Iterator[Buffer]) -> Iterator[Buffer]:
-    """Yield the first chunks, until they reach `num_bytes`."""
     for chunk in chunks:
         yield chunk
         num_bytes -= memoryview(chunk).nbytes

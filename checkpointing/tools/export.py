@@ -95,7 +95,6 @@ def _json(value: object) -> bytes:
 
 
 def write_safetensors(content: Content, path: Path) -> None:
-    """Write the weights as one safetensors file."""
     with path.open("xb") as file:
         for chunk in encode(content.weights):
             file.write(chunk)
