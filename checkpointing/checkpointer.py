@@ -9,9 +9,9 @@
     checkpointer.save(1000, model, optimizer, {"step": 1000})    # waits, also for the save in flight
 
 Every rank calls every method, in the same order. A checkpoint is a directory of the attempt that wrote it. Rank 0
-writes the manifest last, after every rank's files are durable. `save` returns True only when the commit is acknowledged:
-durable, and this attempt's claim is still the highest. `async_save` returns at once: the state is copied to the host
-while the next step computes its gradients, and written in the background, one save at a time.
+writes the manifest last, after every rank's files are durable. `save` returns True only when the commit is
+acknowledged: durable, and this attempt's claim is still the highest. `async_save` returns at once: the state is copied
+to the host while the next step computes its gradients, and written in the background, one save at a time.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ from outlast.checkpointing.storage.retry import retry
 class Checkpointer:
     """Checkpoints of one attempt of one run.
 
-    Building it claims the run. If a later launch has claimed it already, `superseded` is True: `resume` returns None, and
-    nothing is saved.
+    Building it claims the run. If a later launch has claimed it already, `superseded` is True: `resume` returns
+    None, and nothing is saved.
 
     Args:
         storage: The storage root.
@@ -154,7 +154,7 @@ class Checkpointer:
             The loop state saved with it, or None when the run has no commit yet and starts from step 0.
 
         Raises:
-            NoCheckpointError: There are commits, but none is intact. The storage is unchanged, the weights may be a mixture.
+            NoCheckpointError: There are commits, but none is intact. The weights may be a mixture.
             ConfigError: The checkpoint is of another model.
             StorageError: The storage could not be read.
         """
@@ -251,15 +251,9 @@ class Checkpointer:
     ) -> bool:
         """Begin to save the state after `step` steps. Skipped, with an event, while another save is in flight.
 
-        Args:
-            step: As in `save`, like the others.
-            model: The model, wrapped or not.
-            optimizer: Its optimizer, or None.
-            state: The loop state.
-            metrics: Metrics of the model at this step.
-            files: Small files for this checkpoint only.
-            lazy: Copy during the next forward and backward pass; the next step of any optimizer waits for the copy.
-                False copies before this returns, for loops that change weights in another way between steps.
+        Arguments are as in `save`. With `lazy` the state is copied during the next forward and backward pass, and the
+        next step of any optimizer waits for the copy. Without it the copy is done before this returns, for loops that
+        change weights in another way between steps.
 
         Returns:
             True to continue, False when the previous save found that the attempt is superseded.

@@ -78,7 +78,8 @@ def arm(faults: Sequence[FaultSpec], rank: int) -> None:
 def fault_point(point: FaultPoint, step: int) -> None:
     """Fire the fault armed for this point, if it has not fired before. Raises InjectedFault for `EXCEPTION`."""
     for fault in _armed:
-        if (fault.point, fault.step) == (point, step) and _write_record(fault):
+        body = {**asdict(fault), "point": point.value, "action": fault.action.value}
+        if (fault.point, fault.step) == (point, step) and write_record(fault.record, body):
             if fault.action is FaultAction.SIGKILL:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif fault.action is FaultAction.HANG:
@@ -90,10 +91,6 @@ def fault_point(point: FaultPoint, step: int) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
                 return
             raise InjectedFault(f"injected at {point.value}, step {step}, rank {fault.rank}")
-
-
-def _write_record(fault: FaultSpec) -> bool:
-    return write_record(fault.record, {**asdict(fault), "point": fault.point.value, "action": fault.action.value})
 
 
 def write_record(record: str, body: Mapping[str, Any]) -> bool:

@@ -69,12 +69,7 @@ def _changed(entry: FileEntry, block: int | None) -> DamagedError:
 
 
 def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
-    """Read the index of a safetensors file from its verified header.
-
-    Raises:
-        DamagedError: The file is missing or differs.
-        StorageError: It could not be read.
-    """
+    """Read the index of a safetensors file from its verified header. Raises as `read_verified`."""
     head = b""
     try:
         for number in range(len(entry.blocks)):
@@ -167,17 +162,8 @@ def read_regions(
     """Read regions of named tensors into existing tensors and return the faults, one line per file.
 
     Several blocks at a time, directly into targets that are contiguous host memory, else through a reused buffer: fresh
-    memory costs more than reading. After faults the targets are a mixture and must not be used.
-
-    Args:
-        storage: The storage root.
-        directory: The checkpoint's directory.
-        manifest: Its manifest.
-        index: Its index.
-        targets: By name the region to read, and a tensor of its shape and type on any device.
-
-    Raises:
-        StorageError: A read failed permanently.
+    memory costs more than reading. `targets` has by name the region, and a tensor of its shape and type on any device.
+    After faults the targets are a mixture and must not be used. Raises StorageError.
     """
     entries = {entry.path: entry for entry in manifest.files}
     copies: dict[tuple[str, int], list[_Copy]] = {}
@@ -322,12 +308,7 @@ def _read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.
 def read_tensors(
     storage: Storage, directory: str, manifest: Manifest, *, weights_only: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Read and verify all tensors of a checkpoint, or only the weights.
-
-    Raises:
-        DamagedError: A file with tensors is missing or differs.
-        StorageError: It could not be read.
-    """
+    """Read and verify all tensors of a checkpoint, or only the weights. Raises DamagedError and StorageError."""
     entries = [entry for entry in manifest.files if entry.path.endswith(".safetensors")]
     if weights_only:
         entries = [entry for entry in entries if not entry.path.startswith(STATE_DIR)]

@@ -79,14 +79,8 @@ def end_of_attempt(
 ) -> AttemptEnd:
     """Derive how an attempt ended from its own records and those of its launch.
 
-    Args:
-        final: Its last event, if it ended in order.
-        failed: The error that its rank 0 reported.
-        failure: The record of its end in the launch's journal.
-        resize: The change of the number of workers that followed it.
-        alive: The launch's liveness file; empty if there is none.
-        has_successor: Its launch has started another group since.
-        is_open: It counts as running unless a record shows its end.
+    `alive` is the launch's liveness file, empty if there is none. `has_successor`: the launch has started another group
+    since. `is_open`: the attempt counts as running unless a record shows its end.
     """
     if failure is not None:
         outcome = AttemptOutcome.PREEMPTED if failure.cause == "preempted" else AttemptOutcome.FAILED
@@ -172,12 +166,9 @@ def is_secondary_error(message: str) -> bool:
 
 
 def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | None = None) -> list[AttemptRecord]:
-    """Read the attempts of a run since its last progress, oldest first. Raises StorageError.
+    """Read the attempts of a run since its last progress and lower than `below`, oldest first. Raises StorageError.
 
-    Args:
-        store: The run.
-        live: A launch that is running; its attempts are open until a record shows their end.
-        below: Leave out this attempt and higher ones.
+    `live` is a launch that is running; its attempts are open until a record shows their end.
     """
     attempts = [item for item in list_attempts(store) if below is None or item < below]
     with ThreadPoolExecutor(16) as pool:

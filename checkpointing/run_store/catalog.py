@@ -95,10 +95,7 @@ def read_catalog(
 def build_catalog(store: RunStore, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()) -> Catalog:
     """Build the catalog of a run. Raises StorageError if a listing or a read fails, which proves nothing.
 
-    Args:
-        store: The run.
-        below: Only consider lower attempts, as an attempt does that chooses its own resume point.
-        doubtful: The attribute of that name.
+    With `below` only lower attempts count, as for an attempt that chooses its own resume point.
     """
     rejected: list[RejectedCheckpoint] = []
     for attempt in reversed(list_attempts(store)):

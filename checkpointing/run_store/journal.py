@@ -45,14 +45,10 @@ COMMITS = "commits"
 
 
 class Journal:
-    """Writes one stream of one rank. Safe to use from several threads.
+    """Writes one stream of one rank, 0 for a driver. Safe to use from several threads.
 
-    Args:
-        storage: The storage root.
-        directory: Directory of the segments; no other process writes this rank and stream there.
-        rank: Rank of the writer, or 0 for a driver.
-        stream: `events` or `commits`.
-        flush_s: Longest time an event waits for its flush, provided that more events follow. Zero flushes each one.
+    No other process may write this rank and stream in `directory`. `flush_s` is the longest time that an event waits
+    for its flush, provided that more events follow; zero flushes each one.
     """
 
     def __init__(

@@ -78,11 +78,7 @@ def is_process_alive(pid: int, started: str) -> bool:
 class LivenessFile:
     """Keeps the liveness file of this launch up to date from a thread.
 
-    Args:
-        storage: The storage root.
-        path: The file.
-        settings: The `settings_digest` of the launch.
-        began: When the launch began, in seconds since the epoch; now if None.
+    `settings` is the `settings_digest` of the launch, `began` its start in seconds since the epoch; None is now.
     """
 
     def __init__(self, storage: Storage, path: str, settings: str = "", began: float | None = None) -> None:

@@ -40,12 +40,8 @@ class Retention:
         """Return the checkpoints that stay, out of a run's accepted ones in any order."""
         newest = sorted((item.ref for item in checkpoints), reverse=True)
         best = {item.ref for item in self.best(checkpoints)[: self.keep_best]}
-        return {*newest[: self.keep_last], *best, *self._spaced(newest), *(pinned & set(newest))}
-
-    def _spaced(self, newest_first: Sequence[CheckpointRef]) -> set[CheckpointRef]:
-        if not self.keep_every:
-            return set()
-        return set({-(-ref.step // self.keep_every): ref for ref in reversed(newest_first)}.values())
+        spaced = {-(-ref.step // self.keep_every): ref for ref in reversed(newest)} if self.keep_every else {}
+        return {*newest[: self.keep_last], *best, *spaced.values(), *(pinned & set(newest))}
 
     def best(self, checkpoints: Sequence[RetentionCandidate]) -> list[RetentionCandidate]:
         """Return those with the metric, best first; the older of equals first. A NaN is never best."""

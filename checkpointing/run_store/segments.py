@@ -72,15 +72,8 @@ def list_segments(
 ) -> list[SegmentFile]:
     """List the files of journals whose names begin with `stream`, each journal's in order, without overlaps.
 
-    Args:
-        storage: The storage root, or a `RunStore`.
-        directory: The directory.
-        stream: Such as `events-0`, or `events`, which includes `events-watch`.
-        excluded: Compacted files to leave out.
-        again: Discard a cached listing first.
-
-    Raises:
-        StorageError: The listing failed.
+    `stream` is such as `events-0`, or `events`, which includes `events-watch`. `excluded` are compacted files to leave
+    out; `again` discards a cached listing first. Raises StorageError.
     """
     for attempt in range(_ATTEMPTS):
         if again or attempt:

@@ -21,11 +21,7 @@ class SaveState(Enum):
 class BackgroundSave:
     """One save in the background.
 
-    Args:
-        step: The step that is saved.
-        copy: Its snapshot.
-        began: When the save began, by the monotonic clock.
-        work: The save itself; True when the commit is acknowledged, False when superseded.
+    `work` returns True when the commit is acknowledged, False when superseded. `began` is by the monotonic clock.
 
     Attributes:
         blocked_s: Seconds that training waited for it, without those in the fence.

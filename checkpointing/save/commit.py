@@ -33,16 +33,10 @@ EventSink = Callable[[events.Event], None]
 
 
 class Committer:
-    """The commits of one attempt.
+    """The commits of one claimed attempt.
 
-    Args:
-        store: The run.
-        attempt: The claimed attempt.
-        launch: Its launch.
-        ranks: The ranks; no other thread may use this group during a save.
-        retention: What to keep.
-        emit: Writes an event to the journal (rank 0).
-        flush: Makes the journal durable.
+    No other thread may use `ranks` during a save. On rank 0, `emit` writes an event to the journal, and `flush` makes
+    the journal durable.
 
     Attributes:
         commits: This attempt's acknowledged commits that are still kept.
@@ -80,14 +74,7 @@ class Committer:
     ) -> bool:
         """Write, commit and acknowledge a checkpoint, and apply retention. Every rank calls it.
 
-        Args:
-            payload: The data of this rank.
-            metrics: Metrics of the model at this step.
-            declaration: The settings of the run, for the manifest.
-            began: When the save began, by the monotonic clock.
-
-        Returns:
-            True when the commit is acknowledged, False when this attempt is superseded.
+        `began` is when the save began, by the monotonic clock. Returns False when this attempt is superseded.
 
         Raises:
             ConfigError: The step was saved before.

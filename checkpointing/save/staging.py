@@ -34,8 +34,7 @@ class StagingBuffer:
     def reserve(self, parts: Mapping[str, LocalShard], num_sharing: int = 1) -> None:
         """Allocate the buffers for `parts` unless they are large enough; `num_sharing` ranks of this machine do so.
 
-        Raises:
-            ConfigError: They do not fit into this machine's memory.
+        Raises ConfigError if they do not fit into this machine's memory.
         """
         num_bytes = sum(_padded(part) for part in parts.values())
         if num_bytes <= self._buffer.numel():

@@ -53,14 +53,8 @@ def load_optimizer(
 ) -> None:
     """Load saved state into an optimizer: moments on their parameter's device, step counters where it expects them.
 
-    Args:
-        model: The model, wrapped or not.
-        optimizer: Its optimizer; it takes the tensors without a copy.
-        tensors: State by name.
-        sharded: Names of tensors that are only this rank's part, placed as the parameter.
-
-    Raises:
-        ConfigError: State of parameters that the model does not have.
+    The tensors are not copied. Those named in `sharded` are this rank's part, placed as the parameter. Raises
+    ConfigError for state of parameters that the model does not have.
     """
     parameters = _named_parameters(model)
     optimizer.state.clear()

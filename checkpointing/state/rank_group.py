@@ -19,10 +19,7 @@ T = TypeVar("T")
 class RankGroup:
     """The ranks of an attempt, as seen by this process. A single rank needs no torch.distributed.
 
-    Attributes:
-        rank: 0 to `size` - 1.
-        size: World size.
-        group: The gloo group, or None for a single rank.
+    `rank` is below `size`, the world size; `group` is the gloo group, or None for a single rank.
     """
 
     def __init__(self, timeout: timedelta | None = None) -> None:

@@ -27,13 +27,7 @@ Targets = dict[str, tuple[Region, torch.Tensor]]
 class TrainState:
     """A model's weights and its optimizer's state, as this rank holds them.
 
-    Args:
-        model: The model, wrapped or not.
-        optimizer: Its optimizer, or None.
-        naming: Which weights are saved, and their names.
-
     Attributes:
-        optimizer: The argument; so is `naming`.
         specs: Type and full shape of every weight, in the model's order; the same on every rank.
         weights: This rank's shard of every weight; shares the model's memory.
     """

@@ -17,15 +17,9 @@ from outlast.checkpointing.storage.local import LocalStorage
 
 
 def abort_uploads(storage: Storage, directory: str, is_orphan: Callable[[str], bool] = lambda path: True) -> int:
-    """Abort the unfinished uploads below `directory` and return their number.
+    """Abort the unfinished uploads below `directory` for which `is_orphan(path below it)` holds; return their number.
 
-    Args:
-        storage: The storage.
-        directory: Relative to its root.
-        is_orphan: Decides by the path below `directory` whether to abort an upload.
-
-    Raises:
-        StorageError: The store refused or did not respond.
+    Raises StorageError when the store refuses or does not respond.
     """
     if isinstance(storage, LocalStorage):
         return 0

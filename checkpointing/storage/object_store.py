@@ -154,9 +154,9 @@ class ObjectStorage:
         def is_transient(error: Exception) -> bool:
             if not isinstance(error, OSError):
                 return False
-            is_unreachable = not self._has_answered and _is_unreachable(error)
+            is_unreachable = not self._has_answered and _mentions(error, _UNREACHABLE)
             self._has_answered |= not is_unreachable
-            return not (is_unreachable or isinstance(error, FileNotFoundError) or _is_refusal(error))
+            return not (is_unreachable or isinstance(error, FileNotFoundError) or _mentions(error, _REFUSALS))
 
         done = call_with_retries(work, _PAUSES_S, is_transient)
         self._has_answered = True
@@ -200,12 +200,8 @@ def _connect(url: str) -> tuple[fs.FileSystem, str, S3Location | None]:
     return filesystem, f"{parts.netloc}/{prefix}".rstrip("/"), location
 
 
-def _is_refusal(error: OSError) -> bool:
-    return any(word in str(error) for word in _REFUSALS)
-
-
-def _is_unreachable(error: OSError) -> bool:
-    return any(word in str(error) for word in _UNREACHABLE)
+def _mentions(error: OSError, words: Iterable[str]) -> bool:
+    return any(word in str(error) for word in words)
 
 
 def _drain(buffered: list[Buffer], rest: Iterator[Buffer]) -> Iterator[Buffer]:
@@ -232,7 +228,7 @@ def _storage_errors(verb: str, url: str, path: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and verb == "read":
             raise
         reason = f"cannot {verb} {url}/{path}: {error}"
-        if _is_refusal(error):
+        if _mentions(error, _REFUSALS):
             hint = "check the bucket's name and the credentials in the environment, then run the same command again"
             raise StorageRefused(reason, hint=hint) from error
         hint = "check that the store can be reached, then run the same command again"

@@ -20,10 +20,7 @@ _OUTAGE_S = 120.0
 def call_with_retries(work: Callable[[], T], pauses_s: Iterable[float], is_transient: Callable[[Exception], bool]) -> T:
     """Call idempotent `work` until it succeeds; raise its last error.
 
-    Args:
-        work: The operation.
-        pauses_s: Seconds before the second call, the third, and so on; no further call is made when they end.
-        is_transient: Whether a retry after this error may succeed.
+    `pauses_s` are the seconds before the second call, the third, and so on; no call is made after them.
     """
     pauses = iter(pauses_s)
     while True:
@@ -42,12 +39,7 @@ def constant_pauses(pause_s: float, limit_s: float) -> Iterable[float]:
 
 
 def retry(work: Callable[[], T]) -> T:
-    """Attempt a storage operation three times.
-
-    Raises:
-        StorageError: All attempts failed.
-        FileNotFoundError: The file does not exist.
-    """
+    """Attempt a storage operation three times. Raises StorageError, or FileNotFoundError at once."""
     try:
         return call_with_retries(work, repeat(_PAUSE_S, _ATTEMPTS - 1), _is_transient)
     except FileNotFoundError:

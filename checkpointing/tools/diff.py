@@ -84,8 +84,7 @@ def diff_checkpoints(
     ours, theirs = _tensors(first, optimizer), _tensors(second, optimizer)
     names = sorted(ours.keys() | theirs.keys())
     return CheckpointDiff(
-        tuple(compare_tensors(name, ours.get(name), theirs.get(name)) for name in names),
-        _settings(first, second),
+        tuple(compare_tensors(name, ours.get(name), theirs.get(name)) for name in names), _settings(first, second)
     )
 
 

@@ -145,12 +145,7 @@ def export_parts(
 ) -> list[Path]:
     """Write weights, configuration and vocabulary files to separate paths, as far as they are given.
 
-    Args:
-        content: What to write.
-        weights: File of the weights.
-        config: File of the configuration.
-        vocab: Directory of the vocabulary files, or with a suffix, such as `words.txt`, a single vocabulary file.
-        write_weights: Writes the weights.
+    `vocab` is a directory, or with a suffix, such as `words.txt`, a single vocabulary file.
 
     Returns:
         The files written.
