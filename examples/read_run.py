@@ -2,7 +2,7 @@
 
     python examples/read_run.py runs/my-run
 
-Written from docs/format.md alone, to show that the format is all there is. Needs numpy and xxhash.
+Written from docs/reference/checkpoint-format.md alone, to show that the format is all there is. Needs numpy and xxhash.
 """
 
 from __future__ import annotations

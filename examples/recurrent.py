@@ -8,7 +8,7 @@ attends to its segment and to what it held of the segment before; no gradient go
 With `carry: false` the memory begins empty in each call, and a sample of `max_length` tokens is read in segments: what
 a call computes follows from its sample alone. With `carry: true` the last memory stays in a buffer, and the next
 micro-batch of the same rank begins with it. Buffers are part of the model's state: they are in every checkpoint, so a
-killed run goes on with the memory that it had. docs/tasks.md says what that means for other numbers of workers.
+killed run goes on with the memory that it had. docs/how-to/tasks.md says what that means for other numbers of workers.
 """
 
 from __future__ import annotations

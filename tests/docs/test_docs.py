@@ -1,8 +1,8 @@
-"""README.md and docs/: every command and every block of code runs, or says why not; every link leads somewhere.
+"""README.md, docs/ and k8s/README.md: every block of code runs or is marked, and every link resolves.
 
-A block's language is followed by what keeps it from being run here (`MARKS`), or by the test that runs it. `text` is
-output. A page that writes files of its own (`# run.yaml` is a block's first line) begins in an empty directory; the
-others begin where the README's own run has been. About 90 s, and some minutes more with the slow ones.
+A block's language is followed by the reason why it does not run here (`MARKS`), or by the test that runs it. `text` is
+output. A page with files of its own (`# run.yaml` is a block's first line) starts in an empty directory; the others
+start in a directory with the README's finished run. About 90 s, and some minutes more with the slow ones.
 """
 
 from __future__ import annotations
@@ -31,23 +31,33 @@ from tests.docs.test_reference import load_reference
 from tests.support.command import Command
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md")), ROOT / "k8s/README.md"]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/RESULTS.md"]
 MARKS = {
     "cluster": "a Ray or Kubernetes cluster",
     "hub": "an account and the network",
     "ci": "`.ci/run` does it, or one of the tests that it runs",
     "slow": "`make test-faults` runs it",
-    "before": "what a reader had; its imports are tried",
+    "before": "code that a reader migrates from; its imports are tested",
 }
 STARTS = {"console": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
-#: What a tutorial must have printed in the end, beside having ended well: it was killed, and it came back.
-SAYS = {
-    "laptop.md": ("resumed from", "attempts: 2", " equal, 0 changed, 0 added, 0 removed"),
-    "own-loop.md": (r"from step 0\n(.*\n)*from step [1-9]\d*\ndone", " equal, 0 changed, 0 added, 0 removed"),
-    "hf-trainer.md": (r"from None\n(.*\n)*from \S+/checkpoint-[1-9]\d*\n(.*\n)*done at step 40",),
-    "from-ray-train.md": ("attempts: 2",),
+#: Output that a tutorial must have printed, besides exit code 0: it was killed, and it recovered.
+PRINTS = {
+    "docs/tutorials/laptop.md": ("resumed from", "attempts: 2", " equal, 0 changed, 0 added, 0 removed"),
+    "docs/tutorials/own-loop.md": (
+        r"from step 0\n(.*\n)*from step [1-9]\d*\ndone",
+        " equal, 0 changed, 0 added, 0 removed",
+    ),
+    "docs/tutorials/hf-trainer.md": (r"from None\n(.*\n)*from \S+/checkpoint-[1-9]\d*\n(.*\n)*done at step 40",),
+    "docs/how-to/migrate-from-ray-train.md": ("attempts: 2",),
 }
 LANGUAGES = {"console", "python", "yaml", "json", "text"}
+
+
+def path_of(page: Path) -> str:
+    """A page's path in the repository."""
+    return page.relative_to(ROOT).as_posix()
 
 
 @dataclass(frozen=True)
@@ -61,22 +71,22 @@ class Block:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{path_of(self.page)}:{self.line}"
 
     @property
     def file(self) -> str | None:
-        """The file that a reader is to make of it."""
+        """Name of the file that the block is saved as."""
         found = re.match(r"# ([\w.-]+\.(?:py|yaml))\n", self.text)
         return found[1] if found else None
 
     @property
     def commands(self) -> list[str]:
-        """The lines of a console block, without comments."""
+        """Lines of a console block, without comments."""
         return [line for raw in self.text.splitlines() if (line := re.split(r"\s+# ", raw)[0].strip())]
 
     @property
     def is_verbs(self) -> bool:
-        """Nothing but verbs of outlast, one a line: those can be forked with their imports done."""
+        """Whether all lines are commands of outlast, which can be forked with their imports done."""
         plain = re.compile(r"outlast [^|&;$<>\\]*")
         return self.language == "console" and all(plain.fullmatch(line) for line in self.commands)
 
@@ -93,7 +103,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
             language, _, mark = opened[1].partition(" ")
             yield Block(page, opened[0], language, mark, "\n".join(opened[2]) + "\n")
             opened = None
-    assert opened is None, f"{page.name}:{opened}: a block without an end"
+    assert opened is None, f"{path_of(page)}:{opened}: a block without an end"
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -104,16 +114,16 @@ def runs(page: Path, *, slow: bool) -> bool:
     return any(block.language in ("console", "python") and block.mark in marks for block in blocks_of(page))
 
 
-# -- every block says what it is ---------------------------------------------------------------------------------------
+# -- blocks ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_a_block_runs_or_says_why_not(block: Block) -> None:
-    assert block.language in LANGUAGES, "say `console`, `python`, `yaml`, or `text` for what is printed"
+def test_a_block_runs_or_is_marked(block: Block) -> None:
+    assert block.language in LANGUAGES, "use `console`, `python`, `yaml`, `json`, or `text` for output"
     if block.mark.startswith("tests/"):
-        assert block.page.name in (ROOT / block.mark).read_text(), f"{block.mark} does not know this page"
+        assert block.page.name in (ROOT / block.mark).read_text(), f"{block.mark} does not name this page"
     else:
-        assert block.mark in ("", *MARKS), "what keeps it from being run?"
+        assert block.mark in ("", *MARKS), f"unknown mark: {block.mark}"
     if block.language == "python":
         compile(block.text, str(block), "exec")
     if block.language == "json":
@@ -121,7 +131,7 @@ def test_a_block_runs_or_says_why_not(block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.mark == "before"], ids=str)
-def test_what_a_reader_had_can_be_imported(block: Block) -> None:
+def test_imports_of_code_to_migrate_from(block: Block) -> None:
     found = [node for node in ast.parse(block.text).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert found
     exec(compile(ast.Module([*found], []), str(block), "exec"), {})
@@ -129,7 +139,7 @@ def test_what_a_reader_had_can_be_imported(block: Block) -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "console"], ids=str)
 def test_commands_have_verbs_and_options_that_exist(block: Block) -> None:
-    """Those too that need a cluster."""
+    """Includes commands that need a cluster."""
     verbs = dict(load_reference().verbs())
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in block.commands:
@@ -148,7 +158,7 @@ def test_commands_have_verbs_and_options_that_exist(block: Block) -> None:
 
 
 def readme_run() -> dict[str, Any]:
-    [text] = [block.text for block in BLOCKS if block.page.name == "README.md" and block.language == "yaml"]
+    [text] = [block.text for block in BLOCKS if block.page == README and block.language == "yaml"]
     return yaml.safe_load(text)
 
 
@@ -165,7 +175,7 @@ def test_yaml_is_a_run_file_or_a_part_of_one(block: Block) -> None:
     RunConfig.model_validate(body)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=path_of)
 def test_settings_that_a_page_names_exist(page: Path) -> None:
     known = {name for name, *_ in load_reference().settings(RunConfig)}
     named = re.findall(r"`((?:model|data|train|scale|checkpoint|failure|track)\.[a-z_.]+)", page.read_text())
@@ -173,13 +183,13 @@ def test_settings_that_a_page_names_exist(page: Path) -> None:
     assert [name for name in named if not name.endswith(files) and name.rstrip(".") not in known] == []
 
 
-def test_settings_that_one_had_exist() -> None:
-    """The first column of each table of settings."""
+def test_settings_to_migrate_from_exist() -> None:
+    """First column of each table of settings."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from transformers import TrainingArguments
 
     def column(page: str) -> set[str]:
-        table = (ROOT / "docs" / page).read_text().split("|---|---|---|\n")[1].split("\n\n")[0]
+        table = (DOCS / "how-to" / page).read_text().split("|---|---|---|\n")[1].split("\n\n")[0]
         return {name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.split(" | ")[0])}
 
     trainer = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -188,11 +198,11 @@ def test_settings_that_one_had_exist() -> None:
         for block in (ScalingConfig, RunConfig, FailureConfig, CheckpointConfig)
         for field in dataclasses.fields(block)
     }
-    assert column("from-hf-trainer.md") - trainer == set()
-    assert column("from-ray-train.md") - ray == set()
+    assert column("migrate-from-hf-trainer.md") - trainer == set()
+    assert column("migrate-from-ray-train.md") - ray == set()
 
 
-# -- links and figures -------------------------------------------------------------------------------------------------
+# -- links -------------------------------------------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:
@@ -201,33 +211,41 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def links(page: Path) -> list[str]:
+    """Relative links and pictures of a page."""
     text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text())
-    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    return [target for target in found if not re.match(r"https?://", target)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=path_of)
+def test_links_resolve(page: Path) -> None:
+    for target in links(page):
         place, _, anchor = target.partition("#")
-        if re.match(r"https?://", place):
-            continue
         path = page.parent / place if place else page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), target
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+def test_every_page_is_in_the_index() -> None:
+    index = DOCS / "README.md"
+    listed = {(DOCS / target).resolve() for target in links(index)}
+    assert [path_of(page) for page in DOCS.rglob("*.md") if page != index and page.resolve() not in listed] == []
+    assert "docs/README.md" in links(README)
 
 
-def test_the_numbers_of_cases_are_the_readmes() -> None:
-    def rows(page: Path) -> list[list[str]]:
-        table = page.read_text().split("| what happens |")[1].split("\n\n")[0]
-        return [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=path_of)
+def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    rooms = "checkpointing|trainers|cluster"
+    files = re.findall(rf"`((?:{rooms}|tests|benchmarks|examples|k8s)/[\w/.-]+\.\w+)`", text)
+    modules = re.findall(rf"`outlast\.((?:{rooms})(?:\.[a-z_]+)*)`", text)
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+    places = [ROOT / name.replace(".", "/") for name in modules]
+    assert [place for place in places if not place.is_dir() and not place.with_suffix(".py").is_file()] == []
 
-    readme, whole = rows(ROOT / "README.md"), rows(ROOT / "docs/guarantee.md")
-    assert [(row[0], row[-1]) for row in readme] == [(row[0], row[1]) for row in whole]
 
-
-# -- running them ------------------------------------------------------------------------------------------------------
+# -- execution ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -238,10 +256,10 @@ def command() -> Iterator[Command]:
 
 
 def walk(page: Path, folder: Path, command: Command, *, slow: bool = False) -> str:
-    """Does in `folder` what a reader of the page does, from top to bottom. Returns what was printed."""
+    """Run the blocks of a page in `folder`, from top to bottom. Returns the output."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled"}
-    said = ""
+    output = ""
     for block in blocks_of(page):
         if block.file and not block.mark:
             (folder / block.file).write_text(block.text)
@@ -255,13 +273,13 @@ def walk(page: Path, folder: Path, command: Command, *, slow: bool = False) -> s
             ended = [subprocess.run(whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)]
         for done in ended:
             assert done.returncode == 0, f"{block}: {done.args}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-            said += done.stdout + done.stderr
-    return said
+            output += done.stdout + done.stderr
+    return output
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
-    """A directory in which the README's run has been."""
+    """Directory with the README's finished run."""
     import transformers
 
     folder = tmp_path_factory.mktemp("docs")
@@ -273,23 +291,23 @@ def world(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=512, vocab_size=300, **ends)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "my-gpt2")
     tokenizer.inner.save_pretrained(folder / "my-gpt2")
-    walk(ROOT / "README.md", folder, command)
+    walk(README, folder, command)
     return folder
 
 
 def ready(page: Path, world: Path, folder: Path) -> Path:
-    """Where a reader of the page begins."""
+    """Directory in which a page starts."""
     if any(block.file for block in blocks_of(page)):
         return folder
     return Path(shutil.copytree(world, folder / "here", symlinks=True))
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if runs(page, slow=False)], ids=lambda page: page.name)
-def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
-    said = walk(page, ready(page, world, tmp_path), command)
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if runs(page, slow=False)], ids=path_of)
+def test_a_page_runs(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
+    output = walk(page, ready(page, world, tmp_path), command)
     if not any(block.mark == "slow" for block in blocks_of(page)):
-        assert [pattern for pattern in SAYS.get(page.name, ()) if not re.search(pattern, said)] == [], said
+        assert [pattern for pattern in PRINTS.get(path_of(page), ()) if not re.search(pattern, output)] == [], output
 
 
 @pytest.mark.faults  # some minutes
@@ -298,11 +316,11 @@ def test_a_page_does_what_it_says(page: Path, world: Path, tmp_path: Path, comma
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.name, marks=pytest.mark.slice if page.name == "laptop.md" else ())
+        pytest.param(page, id=path_of(page), marks=pytest.mark.slice if page.stem == "laptop" else ())
         for page in PAGES
         if any(block.mark == "slow" for block in blocks_of(page))
     ],
 )
-def test_a_page_with_slow_blocks_does_what_it_says(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
-    said = walk(page, ready(page, world, tmp_path), command, slow=True)
-    assert [pattern for pattern in SAYS.get(page.name, ()) if not re.search(pattern, said)] == [], said
+def test_a_page_with_slow_blocks_runs(page: Path, world: Path, tmp_path: Path, command: Command) -> None:
+    output = walk(page, ready(page, world, tmp_path), command, slow=True)
+    assert [pattern for pattern in PRINTS.get(path_of(page), ()) if not re.search(pattern, output)] == [], output

@@ -1,4 +1,4 @@
-"""docs/reference.md says what the code says."""
+"""docs/reference/settings.md and commands.md agree with the code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 @cache
 def load_reference() -> ModuleType:
-    """docs/reference.py, which is a script and no part of a package."""
+    """docs/reference.py, which is a script outside of any package."""
     spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
     assert spec is not None
     assert spec.loader is not None
@@ -21,21 +23,23 @@ def load_reference() -> ModuleType:
     return module
 
 
-def test_the_reference_is_what_the_code_says() -> None:
-    stale = "docs/reference.md differs from the code; make it anew: .venv/bin/python docs/reference.py"
-    assert (DOCS / "reference.md").read_text() == load_reference().page(), stale
+@pytest.mark.parametrize("name", ["settings.md", "commands.md"])
+def test_a_page_is_up_to_date(name: str) -> None:
+    stale = f"docs/reference/{name} differs from the code; generate it again: .venv/bin/python docs/reference.py"
+    assert (DOCS / "reference" / name).read_text() == load_reference().pages()[name], stale
 
 
-def test_every_setting_and_every_verb_is_in_it() -> None:
-    """By other ways than the generator's own."""
+def test_every_setting_and_every_command_is_there() -> None:
+    """Found without the generator's own walk over settings and commands."""
     from outlast.cluster.config.run_config import load_run
     from outlast.trainers.config.task_names import TASKS
 
-    text = (DOCS / "reference.md").read_text()
+    settings = (DOCS / "reference/settings.md").read_text()
+    commands = (DOCS / "reference/commands.md").read_text()
     config, _ = load_run(str(DOCS.parent / "examples/own_task.yaml"))
-    for block, settings in config.model_dump(by_alias=True).items():
-        names = [f"{block}.{name}" for name in settings] if isinstance(settings, dict) else [block]
-        assert [name for name in names if f"| `{name}` |" not in text] == []
+    for block, values in config.model_dump(by_alias=True).items():
+        names = [f"{block}.{name}" for name in values] if isinstance(values, dict) else [block]
+        assert [name for name in names if f"| `{name}` |" not in settings] == []
     for verb in ("train RUN.yaml", "checkpoints prune RUN", "k8s render RUN.yaml", "try RUN", "doctor [RUN.yaml]"):
-        assert f"### `outlast {verb} " in text
-    assert [task for task in TASKS if task not in text] == []
+        assert f"## `outlast {verb} " in commands
+    assert [task for task in TASKS if task not in settings] == []

@@ -39,7 +39,7 @@ from tests.support.command import Command
 from tests.support.groups.worker_group import run_group, tiny_config
 from tests.support.s3_server import BUCKET, s3_server
 
-PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 NOBODY = 65534
 STRANGER = {"AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "AWS_SECRET_ACCESS_KEY": "wrong"}
 MINE = """

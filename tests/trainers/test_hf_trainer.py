@@ -81,7 +81,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_trainer_without_seals_does_not_resume(killed: Path, tmp_path: Path) -> None:
     shutil.copytree(killed, tmp_path / "run")
     command = [sys.executable, "-m", "tests.support.hf_script", str(tmp_path / "run"), "plain", str(STEPS), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=SCRIPT.parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=SCRIPT.parents[2])
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(r"FileNotFoundError: .*checkpoint-30/trainer_state\.json", last), done.stderr
