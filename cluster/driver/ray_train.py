@@ -20,7 +20,7 @@ from ray.train import TrainingFailedError
 from outlast.checkpointing.errors import OutlastError, PreflightError
 from outlast.checkpointing.run_store.attempt_history import settings_digest
 from outlast.checkpointing.run_store.events import PlanEvent, StoppingEvent, parse_event
-from outlast.checkpointing.storage.retry import call_with_retries, every
+from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import resizers, scaling
 from outlast.cluster.driver.signals import _signals
@@ -60,7 +60,7 @@ def cpus_per_worker(scale: ScaleSettings, *, is_joined: bool) -> float:
         request_resources(bundles=[{key: need for key, need in bundle.items() if need}] * scale.min_workers)
     return call_with_retries(
         lambda: _fit_in(scale, ray.cluster_resources(), is_joined),
-        every(1.0, limit_s),
+        constant_pauses(1.0, limit_s),
         lambda error: isinstance(error, PreflightError),
     )
 

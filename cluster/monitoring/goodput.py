@@ -137,7 +137,7 @@ def account_time(story: Timeline, now: float) -> GoodputReport:
         limit, end = following.claimed_at if following else inf, ends[attempt.id]
         _own(book, attempt, end, limit, reached, now if is_live else None)
         reached = max(reached, attempt.last_step_by(limit))
-        (places.left.discard if end.goes_on else places.left.add)(attempt.launch)
+        (places.left.discard if end.has_successor else places.left.add)(attempt.launch)
     _idle(book, places, inf)
     return GoodputReport(tuple(book.spans))
 
@@ -247,7 +247,7 @@ def _own(
         book.put(min(attempt.final.t, limit), TimeCategory.SAVE if steps else starting)
     elif end.at is not None:
         book.put(min(end.at, limit), TimeCategory.DETECT)
-    elif end.is_planned and end.goes_on and (save := attempt.saves.get(attempt.last_step)):
+    elif end.is_planned and end.has_successor and (save := attempt.saves.get(attempt.last_step)):
         book.put(min(save.committed_at or 0.0, limit), TimeCategory.SAVE)
     elif not end.is_over and now is not None:
         fill(now)

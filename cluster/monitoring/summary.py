@@ -162,7 +162,7 @@ def summarize(story: Timeline, now: float, doing: str = "") -> RunSummary:
 def _is_between(story: Timeline, current: AttemptTimeline, now: float) -> bool:
     """Whether a run's newest group is gone, and the next one is on its way: of the same launch, or of the next."""
     launch = story.newest_launch(now)
-    return story.ends[current.id].goes_on or (launch is not None and current.launch != launch.id)
+    return story.ends[current.id].has_successor or (launch is not None and current.launch != launch.id)
 
 
 def _seconds_per_step(steps: StepSeries) -> float | None:

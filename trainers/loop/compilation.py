@@ -31,7 +31,7 @@ def prepare_module(model: nn.Module, train: TrainSettings, ranks: RankGroup, dev
         (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
     if train.compile:
         limit_recompiles(_NUM_SHAPES)
-        ranks.everybody(lambda: _check_compiler(device))
+        ranks.run_on_all(lambda: _check_compiler(device))
         model.compile(dynamic=False)
 
 

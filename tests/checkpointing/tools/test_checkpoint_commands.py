@@ -27,7 +27,7 @@ from outlast.checkpointing.format.safetensors import decode
 from outlast.checkpointing.run_store.retention import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.tools.diff import SettingChange, compare_tensors
+from outlast.checkpointing.tools.diff import ChangeKind, compare_tensors
 from outlast.checkpointing.tools.export import Content, Dtype, converted, export_directory, read_content
 from outlast.checkpointing.tools.query import resolve_checkpoint
 from outlast.checkpointing.tools.slow_tokenizer_files import slow_tokenizer_files
@@ -217,24 +217,24 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("first", "second", "change", "distance", "largest"),
     [
-        (torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), SettingChange.EQUAL, 0.0, 0.0),
-        (torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0]), SettingChange.CHANGED, 5.0, 4.0),
-        (torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int32), SettingChange.CHANGED, 0.0, 0.0),
-        (torch.tensor([1.0]), torch.tensor([[1.0]]), SettingChange.CHANGED, None, None),
-        (torch.tensor(1.5), torch.tensor(1.0), SettingChange.CHANGED, 0.5, 0.5),
-        (torch.zeros(0, 3), torch.zeros(0, 3), SettingChange.EQUAL, 0.0, 0.0),
-        (torch.tensor([NAN]), torch.tensor([NAN]), SettingChange.EQUAL, NAN, NAN),
-        (torch.tensor([0.0, NAN, 0.0]), torch.tensor([0.0, 1.0, 9.0]), SettingChange.CHANGED, NAN, NAN),
-        (torch.tensor([0.0]), torch.tensor([-0.0]), SettingChange.CHANGED, 0.0, 0.0),
-        (torch.tensor([True, False]), torch.tensor([True, True]), SettingChange.CHANGED, 1.0, 1.0),
-        (None, torch.tensor([1.0]), SettingChange.ADDED, None, None),
-        (torch.tensor([1.0]), None, SettingChange.REMOVED, None, None),
+        (torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), ChangeKind.EQUAL, 0.0, 0.0),
+        (torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0]), ChangeKind.CHANGED, 5.0, 4.0),
+        (torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int32), ChangeKind.CHANGED, 0.0, 0.0),
+        (torch.tensor([1.0]), torch.tensor([[1.0]]), ChangeKind.CHANGED, None, None),
+        (torch.tensor(1.5), torch.tensor(1.0), ChangeKind.CHANGED, 0.5, 0.5),
+        (torch.zeros(0, 3), torch.zeros(0, 3), ChangeKind.EQUAL, 0.0, 0.0),
+        (torch.tensor([NAN]), torch.tensor([NAN]), ChangeKind.EQUAL, NAN, NAN),
+        (torch.tensor([0.0, NAN, 0.0]), torch.tensor([0.0, 1.0, 9.0]), ChangeKind.CHANGED, NAN, NAN),
+        (torch.tensor([0.0]), torch.tensor([-0.0]), ChangeKind.CHANGED, 0.0, 0.0),
+        (torch.tensor([True, False]), torch.tensor([True, True]), ChangeKind.CHANGED, 1.0, 1.0),
+        (None, torch.tensor([1.0]), ChangeKind.ADDED, None, None),
+        (torch.tensor([1.0]), None, ChangeKind.REMOVED, None, None),
     ],
 )
 def test_tensors_side_by_side(
     first: torch.Tensor | None,
     second: torch.Tensor | None,
-    change: SettingChange,
+    change: ChangeKind,
     distance: float | None,
     largest: float | None,
 ) -> None:
