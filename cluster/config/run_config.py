@@ -85,7 +85,7 @@ class FailureSettings(NonFiniteSettings):
     longer than the longest step, evaluation or start."""
     survive_head: bool = False
     """`submit` lets the driver run on a worker's node, for 0.01 of a CPU; the head must offer none. If Ray's tables are
-    on a persistent volume (docs/failures.md, "When the head is lost"), training continues while the head is down."""
+    on a persistent volume (docs/how-to/recover.md), training continues while the head is down."""
     hang_after: Duration | None = SaveInterval.parse("2m")
     """A group that makes no progress for this time, and for 20 times the median step, is killed and restarted. Phases
     of varying length (start, first steps, reading data, evaluation, saves) may take 15 times as long. null: never."""

@@ -1,4 +1,4 @@
-"""The `checkpoints` verbs that compare, keep and export, on small GPT-2 and BERT runs; and docs/checkpoints.md,
+"""The `checkpoints` verbs that compare, keep and export, on small GPT-2 and BERT runs; and docs/how-to/export.md,
 word by word.
 """
 
@@ -35,7 +35,7 @@ from outlast.cluster.cli.main import main
 from outlast.trainers.data.tokenizer import Tokenizer, tokenizer_files, train_bpe
 from outlast.trainers.models.torch_export import write_state_dict
 
-PAGE = Path(__file__).parents[3] / "docs/checkpoints.md"
+PAGE = Path(__file__).parents[3] / "docs/how-to/export.md"
 TEXT = "the worker was lost, and the run went on from the newest checkpoint that is proven whole"
 
 
@@ -142,7 +142,7 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
     return decode(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8))
 
 
-# -- docs/checkpoints.md -----------------------------------------------------------------------------------------------
+# -- docs/how-to/export.md --------------------------------------------------------------------------------------------
 
 
 def test_the_page(here: Path, outlast: Outlast) -> None:
