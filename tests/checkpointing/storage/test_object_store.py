@@ -37,7 +37,7 @@ def rough(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy,
     with proxy_to(os.environ["AWS_ENDPOINT_URL"]) as (proxy, url):
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         monkeypatch.setattr(objects, "_PAUSES_S", (0.01, 0.02, 0.05, 0.1))
-        monkeypatch.setattr(objects, "_SDK_TRIES", 3)  # two fail here, and the waits grow
+        monkeypatch.setattr(objects, "_SDK_ATTEMPTS", 3)  # two fail here, and the waits grow
         yield proxy, ObjectStorage(f"{bucket}/rough")
 
 
@@ -135,5 +135,5 @@ def test_a_slice_is_read_by_the_blocks_that_it_touches(rough: tuple[Proxy, Objec
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown option 'regoin'; known: endpoint_override, region, scheme"):
+    with pytest.raises(ConfigError, match="unknown option 'regoin'; known options: endpoint_override, region, scheme"):
         ObjectStorage("s3://bucket/prefix?regoin=x")
