@@ -217,7 +217,7 @@ def stopping(chunks):
         yield chunk
 
 objects._WINDOW_BYTES = 2**20  # so that it hears of the failure while it writes, as a larger upload would
-objects._SDK_TRIES = 1  # the server's answer is not S3's "no such upload" but one that the SDK tries again
+objects._SDK_ATTEMPTS = 1  # the server's answer is not S3's "no such upload" but one that the SDK tries again
 write_file = data.write_file
 data.write_file = lambda storage, directory, name, chunks: write_file(storage, directory, name, stopping(chunks))
 config = TrainingConfig.model_validate_json(sys.argv[1])

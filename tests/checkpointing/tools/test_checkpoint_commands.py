@@ -323,7 +323,7 @@ def test_export_replaces_nothing(here: Path, outlast: Outlast) -> None:
     Path("empty").mkdir()
     assert "not empty; nothing was written" in outlast("checkpoints", "export", "my-run", "full", code=2).err
     said = outlast("checkpoints", "export", "my-run", "--weights", "w.bin", "--config", "full/mine.txt", code=2)
-    assert "full/mine.txt is there already" in said.err
+    assert "full/mine.txt is an existing file" in said.err
     assert not Path("w.bin").exists()
     assert Path("full/mine.txt").read_text() == "mine"
     outlast("checkpoints", "export", "my-run", "empty")
@@ -414,7 +414,7 @@ def test_tokens_that_were_added_later_are_not_lost(here: Path, tmp_path: Path) -
     ("model", "said"),
     [
         ({"type": "Unigram", "vocab": [["a", 0.0]]}, "a Unigram model"),
-        ({"type": "WordPiece", "vocab": {"a": 0, "b": 2}}, "has holes"),
+        ({"type": "WordPiece", "vocab": {"a": 0, "b": 2}}, "skips numbers"),
     ],
 )
 def test_no_old_vocabulary(model: dict[str, Any], said: str) -> None:

@@ -136,7 +136,7 @@ def test_what_cannot_be_pinned_or_unpinned(storage: LocalStorage) -> None:
     Run(storage).save(3)
     with pytest.raises(NoCheckpointError, match="has no checkpoint 1; it has: 3, 2"):
         pin(RunStore(storage, "run"), "1", NARROW)
-    with pytest.raises(ConfigError, match="names no checkpoint"):
+    with pytest.raises(ConfigError, match="is not the name of a checkpoint"):
         pin(RunStore(storage, "run"), "3@nobody", NARROW)
     assert list_pins(RunStore(storage, "run")) == set()
     pin(RunStore(storage, "run"), "newest", NARROW)
@@ -270,7 +270,7 @@ def test_a_prune_reaches_the_attempts_that_the_newest_stands_on(storage: LocalSt
 def test_no_prune_unless_the_highest_claim_holds_two_commits(commits: int, storage: LocalStorage) -> None:
     Run(storage, retention=WIDE).save(4)
     Run(storage, launch="b", retention=WIDE).save(commits)
-    with pytest.raises(ConfigError, match=rf"newest attempt 0002-\w+ holds {commits} of the 2 commits"):
+    with pytest.raises(ConfigError, match=rf"newest attempt 0002-\w+ has {commits} of the 2 commits"):
         plan_prune(RunStore(storage, "run"), NARROW)
 
 
