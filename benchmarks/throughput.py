@@ -44,7 +44,7 @@ from outlast.cluster.drills.demo import write_texts
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.sampler import Plan
+from outlast.trainers.data.batch_plan import Plan
 from outlast.trainers.data.tokenizer import Tokenizer
 from outlast.trainers.distributed.world import World
 from outlast.trainers.preparation.encode import Encoder

@@ -25,7 +25,7 @@ from outlast.checkpointing.run_store.events import FailedEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import wait_for
-from outlast.trainers.checks.preflight import check_metric
+from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.checks.resume_checks import (
     check_base_model,
     check_model_config,
@@ -37,7 +37,7 @@ from outlast.trainers.checks.resume_checks import (
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.config.train import Parallel
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
 from outlast.trainers.distributed.world import World
@@ -48,7 +48,7 @@ from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.models.lora import is_adapted
 from outlast.trainers.preparation.prepare import Prepared
-from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.tasks.find_task import find_task
 from outlast.trainers.tracking.follow import follow
 from outlast.trainers.user_code import make_importable
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, export_directory, read_content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint, resolve_checkpoint
@@ -22,7 +22,7 @@ from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.merge_lora import load_adapted
 from outlast.trainers.tasks.base import Record, Task
-from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.tasks.find_task import find_task
 
 
 def choose_checkpoint(store: RunStore, which: str | None, retention: Retention) -> ResolvedCheckpoint:

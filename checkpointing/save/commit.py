@@ -21,11 +21,11 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store import claims, events, pins
 from outlast.checkpointing.run_store.catalog import delete_checkpoint
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
-from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
+from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.writer import RankPayload, write_payload
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.storage.multipart_uploads import abort_uploads
+from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
 from outlast.checkpointing.storage.retry import retry
 
 T = TypeVar("T")

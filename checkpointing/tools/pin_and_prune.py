@@ -20,7 +20,7 @@ from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.events import DeleteEvent, SparedEvent
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.pins import exempt_pinned, is_being_deleted, list_pins
-from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention, RetentionCandidate
+from outlast.checkpointing.run_store.retention_policy import KEEP_LAST_MIN, Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import walk
 from outlast.checkpointing.tools.query import load_catalog, pick_manifest

@@ -17,7 +17,7 @@ from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.catalog import Catalog, build_catalog, read_manifest
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.pins import list_pins
-from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
+from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.retry import retry

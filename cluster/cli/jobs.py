@@ -115,7 +115,7 @@ def _submit(
     print(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", file=sys.stderr)
     print(job.id)
     if follow:
-        from outlast.cluster.monitoring.reporter import terminal
+        from outlast.cluster.monitoring.console_progress import terminal
         from outlast.cluster.monitoring.watch import watching
 
         with watching(config.store, terminal()):

@@ -28,7 +28,7 @@ def train(
 
     config, declared = load_run(str(run_file), overrides or [])
     from outlast.cluster.driver.launch import Launch
-    from outlast.cluster.monitoring.reporter import Reporter
+    from outlast.cluster.monitoring.console_progress import Reporter
     from outlast.trainers.loop.train_loop import Outcome
 
     config = config.at_home(run_file.parent)

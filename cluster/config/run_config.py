@@ -15,7 +15,7 @@ from outlast.checkpointing.errors import ConfigError, first_line, nearest
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_interval import SaveInterval
 from outlast.checkpointing.storage.factory import open_storage
-from outlast.cluster.config.run_file import Lines, parse, settings_error
+from outlast.cluster.config.yaml_lines import Lines, parse, settings_error
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.config.base import Duration
 from outlast.trainers.config.tracking import TrackSettings

@@ -29,7 +29,7 @@ from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.drills import drill
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.reporter import Reporter
+from outlast.cluster.monitoring.console_progress import Reporter
 from outlast.trainers.config.train import Precision
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate

@@ -33,7 +33,7 @@ from outlast.cluster.config.run_config import RunConfig, load_run
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.reporter import Reporter
+from outlast.cluster.monitoring.console_progress import Reporter
 from outlast.trainers.loop.train_loop import Outcome
 
 E = TypeVar("E", bound=Event)

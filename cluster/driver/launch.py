@@ -35,14 +35,14 @@ from outlast.cluster.driver.ray_data_encode import encode_on_ray
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.driver.ray_train import cpus_per_worker, run_workers
 from outlast.cluster.driver.signals import _INTERRUPTIONS, _handling
+from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
-from outlast.cluster.fault_tolerance.failure_recorder import gave_up
 from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
 from outlast.cluster.preflight.doctor import preflight
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.checks.preflight import check_architecture, check_code, check_metric, check_model
+from outlast.trainers.checks.model_checks import check_architecture, check_code, check_metric, check_model
 from outlast.trainers.checks.resume_checks import check_unchanged
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.encode import Encoder
 from outlast.trainers.preparation.prepare import Prepared, prepare

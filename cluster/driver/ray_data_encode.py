@@ -34,7 +34,7 @@ from outlast.trainers.data.sources import Source
 from outlast.trainers.data.tokenizer import load_tokenizer, tokenizer_files
 from outlast.trainers.preparation.encode import Piece, Split, encode_rows, with_error
 from outlast.trainers.tasks.base import Task
-from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.tasks.find_task import find_task
 from outlast.trainers.user_code import make_importable
 
 #: Files of so many bytes together are read one after the other by one task.

@@ -27,8 +27,8 @@ from outlast.cluster.driver.signals import _signals
 from outlast.cluster.driver.warm_standby import environment
 from outlast.cluster.driver.worker import train_worker
 from outlast.cluster.fault_tolerance.coordinator import ask, start_coordinator
+from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
-from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder
 from outlast.cluster.formatting import counted
 from outlast.cluster.ray_internals import HEALTH_CHECK_INTERVAL_S_ENV_VAR, DatasetsCallback
 from outlast.trainers.attempt import Assignment

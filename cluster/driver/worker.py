@@ -25,7 +25,7 @@ from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.driver.prometheus import PrometheusGauges
 from outlast.cluster.driver.warm_standby import Standbys
 from outlast.cluster.fault_tolerance.failure_cause import RankError
-from outlast.cluster.fault_tolerance.out_of_memory import log_of_this_process
+from outlast.cluster.fault_tolerance.oom_detection import log_of_this_process
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
 from outlast.cluster.ray_internals import actors
 from outlast.trainers.attempt import Assignment, run_attempt

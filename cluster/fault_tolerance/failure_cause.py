@@ -19,7 +19,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.run_store.attempt_history import is_secondary_error
-from outlast.cluster.fault_tolerance.out_of_memory import (
+from outlast.cluster.fault_tolerance.oom_detection import (
     DEVICE_ADVICE,
     HOST_ADVICE,
     is_device_shortage,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from outlast.checkpointing.run_store.events import SlowRank
-from outlast.trainers.loop.progress import StepPhase
+from outlast.trainers.loop.rank_activity import StepPhase
 
 #: A rank whose thread was not heard of for so long does not run.
 SILENT_S = 10.0

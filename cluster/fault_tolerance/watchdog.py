@@ -26,7 +26,7 @@ from outlast.checkpointing.run_store.events import Event, HangEvent, SlowEvent, 
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.storage.base import Storage
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat, describe, missing
-from outlast.trainers.loop.progress import StepPhase, StepProgress
+from outlast.trainers.loop.rank_activity import StepPhase, StepProgress
 
 #: Over its time is a step that takes so many times the median.
 STEPS = 20

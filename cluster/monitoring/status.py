@@ -13,7 +13,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
 from outlast.cluster.formatting import finite
-from outlast.cluster.monitoring.summary import RunSummary, summarize
+from outlast.cluster.monitoring.run_summary import RunSummary, summarize
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 

@@ -17,7 +17,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.monitoring.timeline import Timeline
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.compaction import StepColumns
+    from outlast.checkpointing.run_store.compacted_segment import StepColumns
 
 #: A launch that is taken over, or an attempt, may still say something after the next one has begun.
 _OPEN = 2

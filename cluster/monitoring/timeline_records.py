@@ -15,7 +15,7 @@ from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.run_store import events
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.compaction import StepColumns
+    from outlast.checkpointing.run_store.compacted_segment import StepColumns
 
 #: A driver that has not been heard of for so long is lost.
 LOST_AFTER_S = 30.0

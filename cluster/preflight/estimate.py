@@ -15,9 +15,9 @@ from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveCosts
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.formatting import size as format_size
 from outlast.cluster.preflight.doctor_probe import Probe
-from outlast.trainers.checks.memory_estimate import Size, copy_speed, measure
-from outlast.trainers.checks.preflight import check_metric
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.checks.model_checks import check_metric
+from outlast.trainers.checks.state_size import Size, copy_speed, measure
+from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.loop.save_timer import between_failures, history_of
 from outlast.trainers.preparation.prepare import prepare
 

@@ -22,7 +22,7 @@ from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Parallel
-from outlast.trainers.data.sampler import Plan, make_plan
+from outlast.trainers.data.batch_plan import Plan, make_plan
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.support.groups.worker_group import digests, fault, losses, resumed, run_group, with_parallel

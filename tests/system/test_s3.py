@@ -21,14 +21,14 @@ from outlast.checkpointing.format.layout import AttemptId, attempt_dir, checkpoi
 from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.pins import list_pins
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.commit import abort_orphans
 from outlast.checkpointing.storage.base import Storage, read_bytes, walk
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.storage.multipart_uploads import _client, abort_uploads
 from outlast.checkpointing.storage.object_store import ObjectStorage
+from outlast.checkpointing.storage.orphaned_uploads import _client, abort_uploads
 from outlast.checkpointing.tools.export import export_directory, read_content
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
 from outlast.checkpointing.tools.query import resolve_checkpoint, verify_run

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage

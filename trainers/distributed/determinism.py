@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from outlast.trainers.data.sampler import mix
+from outlast.trainers.data.batch_plan import mix
 
 
 def seed_everything(*parts: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from outlast.trainers.loop.progress import StepPhase
+from outlast.trainers.loop.rank_activity import StepPhase
 
 
 class Control(Protocol):

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from outlast.checkpointing.state.model_weights import unwrap
 from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Samples
-from outlast.trainers.data.sampler import mix, share
+from outlast.trainers.data.batch_plan import mix, share
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.world import World
 from outlast.trainers.tasks.base import Sums, Task

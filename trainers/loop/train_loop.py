@@ -21,19 +21,19 @@ from outlast.checkpointing.errors import DamagedError, NoCheckpointError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.run_store import events
-from outlast.checkpointing.run_store.retention import RetentionCandidate
+from outlast.checkpointing.run_store.retention_policy import RetentionCandidate
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.early_stopping import patience
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.event_log import EventLog
 from outlast.trainers.loop.non_finite import NonFiniteError
-from outlast.trainers.loop.progress import StepPhase
+from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.save_timer import SaveTimer
-from outlast.trainers.loop.step_state import PlannedSave, StepRequests
+from outlast.trainers.loop.step_consensus import PlannedSave, StepRequests
 from outlast.trainers.loop.train_step import TrainStep
 from outlast.trainers.tasks.base import Task
 

@@ -29,21 +29,21 @@ from outlast.checkpointing.run_store.events import LeftOutEvent, NonFiniteEvent,
 from outlast.trainers.config.train import Exactness, NonFinite
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
-from outlast.trainers.data.sampler import Plan, share
+from outlast.trainers.data.batch_plan import Plan, share
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.fsdp import whole
 from outlast.trainers.distributed.tree_allreduce import TreeReducer
 from outlast.trainers.distributed.world import World
-from outlast.trainers.loop.buffer_guard import watch_buffers
-from outlast.trainers.loop.compilation import prepare_module
+from outlast.trainers.loop.buffer_change_check import watch_buffers
+from outlast.trainers.loop.compile_and_recompute import prepare_module
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.event_log import EventLog
+from outlast.trainers.loop.loss_scale import apply_gradients, load_scaler, make_scaler, scaler_state
 from outlast.trainers.loop.lr_schedule import learning_rate
-from outlast.trainers.loop.mixed_precision import apply_gradients, load_scaler, make_scaler, scaler_state
 from outlast.trainers.loop.non_finite import NonFiniteError, NonFiniteGuard, RolledBack, gradient_norm, or_nan
 from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer
-from outlast.trainers.loop.progress import StepPhase, Stopwatch
-from outlast.trainers.loop.step_state import DeferredMetrics, PlannedSave, StepConsensus, StepRequests
+from outlast.trainers.loop.rank_activity import StepPhase, Stopwatch
+from outlast.trainers.loop.step_consensus import DeferredMetrics, PlannedSave, StepConsensus, StepRequests
 from outlast.trainers.tasks.base import Batch, Task
 
 Positions = npt.NDArray[np.int64]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from outlast.checkpointing.errors import OutlastError
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Sample, in_batches
+from outlast.trainers.data.batch_plan import mix
 from outlast.trainers.data.columns import ColumnMapping
 from outlast.trainers.data.readers import BadRows, Row, read_files
-from outlast.trainers.data.sampler import mix
 from outlast.trainers.data.sources import Source, find_sources
 from outlast.trainers.tasks.base import Record, Task
 

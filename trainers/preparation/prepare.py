@@ -24,7 +24,7 @@ from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.storage.multipart_uploads import abort_uploads
+from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
 from outlast.trainers.config.data import DataSettings, PrepareMode
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
@@ -35,7 +35,7 @@ from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer
 from outlast.trainers.preparation.encode import EncoderContext, Piece, Split, local_encoder, usable_pieces
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
 from outlast.trainers.tasks.base import Record, Task
-from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.tasks.find_task import find_task
 
 FORMAT = 2
 LARGE_BYTES = 256 * 2**20

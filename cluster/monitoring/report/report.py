@@ -22,7 +22,7 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import load_catalog, verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.data import page_data
-from outlast.cluster.monitoring.summary import summarize
+from outlast.cluster.monitoring.run_summary import summarize
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 _PLACES = re.compile(r"\{\{([A-Za-z.]+)\}\}")

@@ -15,7 +15,7 @@ from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import claim
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.pins import is_being_deleted, list_pins
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage

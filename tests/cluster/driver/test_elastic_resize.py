@@ -19,7 +19,7 @@ from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as hub_module
 from outlast.cluster.fault_tolerance.coordinator import Coordinator, SaveRequest
 from outlast.cluster.monitoring.status import read_status
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.data.batch_plan import make_plan
 from tests.support.groups.worker_group import tiny_config
 
 REASON = "the group is resized from 2 to 3 workers"

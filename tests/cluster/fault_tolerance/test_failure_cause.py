@@ -20,12 +20,12 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as hub
+from outlast.cluster.fault_tolerance import failure_callback as failure_recorder
 from outlast.cluster.fault_tolerance import failure_cause as failures
-from outlast.cluster.fault_tolerance import failure_recorder
+from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder, own_log
 from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, classify
-from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder, own_log
-from outlast.cluster.fault_tolerance.out_of_memory import was_killed_by_kernel
-from outlast.cluster.fault_tolerance.preemption import PreemptionWatch
+from outlast.cluster.fault_tolerance.oom_detection import was_killed_by_kernel
+from outlast.cluster.fault_tolerance.preemption_saves import PreemptionWatch
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.host_info import num_oom_kills
 

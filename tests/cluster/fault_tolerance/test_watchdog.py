@@ -25,7 +25,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.hang_detection import GroupProgress, Heartbeat, find_hang, find_slow
 from outlast.cluster.fault_tolerance.watchdog import EXIT_CODE, Watchdog
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop.progress import StepPhase, StepProgress
+from outlast.trainers.loop.rank_activity import StepPhase, StepProgress
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.support.groups.ranks import on_ranks

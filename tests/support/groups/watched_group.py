@@ -16,7 +16,7 @@ from outlast.checkpointing.format.layout import AttemptId, attempt_dir
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.fault_tolerance.coordinator import Coordinator
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
-from outlast.trainers.loop.progress import StepPhase, StepProgress
+from outlast.trainers.loop.rank_activity import StepPhase, StepProgress
 from tests.support.groups.worker_group import Quiet
 
 

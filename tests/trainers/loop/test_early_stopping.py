@@ -19,7 +19,7 @@ from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.checks.preflight import check_metric
+from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.config.train import EarlyStoppingSettings
 from outlast.trainers.loop.early_stopping import PatienceState, patience
 from outlast.trainers.loop.train_loop import Outcome

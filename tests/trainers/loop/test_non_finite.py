@@ -16,7 +16,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import NonFinite
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.non_finite import MAX_IN_A_ROW, NonFiniteError, NonFiniteGuard, RolledBack
 from outlast.trainers.loop.train_loop import Outcome

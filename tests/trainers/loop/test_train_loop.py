@@ -24,7 +24,7 @@ from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Precision, TrainSettings
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.lr_schedule import learning_rate

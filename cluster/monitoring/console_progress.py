@@ -18,9 +18,9 @@ from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.live_display import LiveDisplay
-from outlast.cluster.monitoring.summary import RunSummary, summarize
-from outlast.cluster.monitoring.terminal_panel import panel, plain
+from outlast.cluster.monitoring.run_panel import panel, plain
+from outlast.cluster.monitoring.run_summary import RunSummary, summarize
+from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 

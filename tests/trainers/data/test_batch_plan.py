@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.trainers.data.sampler import Plan, mix, permute, share
+from outlast.trainers.data.batch_plan import Plan, mix, permute, share
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 2**31)

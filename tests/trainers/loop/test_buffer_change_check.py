@@ -15,7 +15,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Exactness
-from outlast.trainers.loop.buffer_guard import watch_buffers
+from outlast.trainers.loop.buffer_change_check import watch_buffers
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import run_group
 

@@ -11,7 +11,7 @@ import typer
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, Overrides
-from outlast.trainers.config.task_names import TASKS
+from outlast.trainers.config.task_table import TASKS
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 

@@ -15,10 +15,10 @@ from outlast.checkpointing.save.writer import weight_files
 from outlast.checkpointing.state.model_weights import WeightNaming, named_weights
 from outlast.checkpointing.state.optimizer_state import assign_to_ranks, optimizer_tensors
 from outlast.checkpointing.storage.base import Storage
-from outlast.trainers.checks.preflight import check_model
+from outlast.trainers.checks.model_checks import check_model
 from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.sampler import make_plan, share
+from outlast.trainers.data.batch_plan import make_plan, share
 from outlast.trainers.distributed.tree_allreduce import TreeSum
 from outlast.trainers.loop.optimizer import make_optimizer
 from outlast.trainers.models.build import weight_naming
