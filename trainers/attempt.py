@@ -21,10 +21,10 @@ from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
-from outlast.checkpointing.run_store.events import FailedEvent
+from outlast.checkpointing.run_store.events import AttemptErrorEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.storage.retry import wait_for
+from outlast.checkpointing.storage.retry import wait_until_responsive
 from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.checks.resume_checks import (
     check_base_model,
@@ -140,7 +140,7 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
     process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**process, "log": world.log, "oom_kills": num_oom_kills(), **host_facts(world.device)})
     store = RunStore(storage, config.name)
-    world.run_on_rank_0(lambda: wait_for(storage, store.attempts_dir))
+    world.run_on_rank_0(lambda: wait_until_responsive(storage, store.attempts_dir))
     return Checkpointer(
         storage,
         config.name,
@@ -168,7 +168,7 @@ def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
             if checkpointer.journal is not None:
                 message = f"{type(error).__name__}: {error}"[:500]
                 final = isinstance(error, NonFiniteError)
-                checkpointer.journal.write(FailedEvent(step=loop.step + 1, error=message, final=final))
+                checkpointer.journal.write(AttemptErrorEvent(step=loop.step + 1, error=message, final=final))
             checkpointer.flush()
         raise
     checkpointer.flush()

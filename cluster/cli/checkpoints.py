@@ -83,10 +83,10 @@ def verify(
     """Read every byte and compare it with the committed digests. Exit code 5 if anything is damaged."""
     from dataclasses import asdict
 
-    from outlast.checkpointing.tools import query as commands
+    from outlast.checkpointing.tools.verify_run import verify_run
 
     store, retention = find_run(run, storage)
-    verdicts = commands.verify_run(store, which, retention)
+    verdicts = verify_run(store, which, retention)
     if as_json:
         print(json.dumps([asdict(item) for item in verdicts], indent=1))
     else:

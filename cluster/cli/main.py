@@ -14,15 +14,17 @@ from typing import Annotated
 
 import typer
 
-from outlast.checkpointing.errors import OutlastError, first_line
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.messages import first_line
 from outlast.cluster.cli.checkpoints import checkpoints
 from outlast.cluster.cli.doctor import doctor
+from outlast.cluster.cli.drills import demo, drill
 from outlast.cluster.cli.init_validate_plan import init, plan, validate
 from outlast.cluster.cli.jobs import list_runs, logs, resume, stop, submit, supervise_runs
 from outlast.cluster.cli.kubernetes import k8s
 from outlast.cluster.cli.options import AsJson
 from outlast.cluster.cli.status import report, status
-from outlast.cluster.cli.train import demo, drill, train
+from outlast.cluster.cli.train import train
 from outlast.cluster.cli.try_command import try_
 
 app = typer.Typer(

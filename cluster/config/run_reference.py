@@ -26,7 +26,7 @@ def find_run(text: str, root: str) -> tuple[RunStore, Retention]:
     from outlast.checkpointing.storage.factory import open_storage
 
     if text.endswith(RUN_FILES):
-        from outlast.cluster.config.run_config import load_run
+        from outlast.cluster.config.run_file import load_run
 
         config = load_run(text)[0].at_home(Path(text).parent)
         return config.store, config.checkpoint.retention
@@ -49,7 +49,7 @@ def _retention_of(store: RunStore) -> Retention:
     from pydantic import ValidationError
 
     from outlast.checkpointing.run_store.retention_policy import Retention
-    from outlast.cluster.config.run_config import expand
+    from outlast.cluster.config.run_file import expand
     from outlast.trainers.config.checkpoint import CheckpointSettings
 
     try:

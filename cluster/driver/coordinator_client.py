@@ -13,11 +13,11 @@ from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.run_store.events import CommitEvent, SlowRank, StepEvent, parse_event
-from outlast.cluster.fault_tolerance.coordinator import _TIMEOUT_S, ask, find_coordinator
+from outlast.cluster.fault_tolerance.coordinator import _TIMEOUT_S, find_coordinator, result_or_default
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat
 from outlast.cluster.fault_tolerance.preemption_saves import PreemptionWatch
 from outlast.cluster.ray_internals import draining_nodes
-from outlast.trainers.loop.rank_activity import StepPhase, StepProgress
+from outlast.trainers.loop.rank_activity import RankActivity, StepPhase
 
 _PERIOD_S = 0.5
 _AGREEMENT_S = 5.0
@@ -33,7 +33,7 @@ class CoordinatorClient:
 
     def __init__(self, launch: str, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
-        self.pulse = StepProgress()
+        self.pulse = RankActivity()
         self._stop = False
         self._saves: deque[str] = deque()
         self._watch: PreemptionWatch | None = None
@@ -88,7 +88,7 @@ class CoordinatorClient:
         return answer
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        return None if self._hub is None else ask(getattr(self._hub, method).remote(*arguments))
+        return None if self._hub is None else result_or_default(getattr(self._hub, method).remote(*arguments))
 
     def progress(self, event: dict[str, Any]) -> None:
         self._events.append({"t": time.time(), "sender": self.attempt, **event})
@@ -100,14 +100,14 @@ class CoordinatorClient:
 
     def earlier_failure(self) -> OutlastError | None:
         """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
-        failure: OutlastError | None = ask(self._hub.failure.remote()) if self._hub is not None else None
+        failure: OutlastError | None = result_or_default(self._hub.failure.remote()) if self._hub is not None else None
         return failure
 
     def all_fail(self, error: OutlastError) -> bool:
         """Reports a permanent error. True once every rank has one: then all may return, and nobody is waited for."""
         deadline = time.monotonic() + _AGREEMENT_S
         while self._hub is not None and time.monotonic() < deadline:
-            if ask(self._hub.fail.remote(self._rank, error), 0) == self._size:
+            if result_or_default(self._hub.fail.remote(self._rank, error), 0) == self._size:
                 return True
             time.sleep(0.1)
         return False
@@ -116,10 +116,10 @@ class CoordinatorClient:
         while True:
             closing = self._closing.wait(_PERIOD_S)
             events = [self._events.popleft() for _ in range(len(self._events))]
-            self._stop = bool(ask(self._hub.exchange.remote(events), self._stop)) or self._stop
+            self._stop = bool(result_or_default(self._hub.exchange.remote(events), self._stop)) or self._stop
             with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
                 self._look_for_drains()
-            if reason := ask(self._hub.wanted.remote(is_training=self._is_training)):
+            if reason := result_or_default(self._hub.wanted.remote(is_training=self._is_training)):
                 self._saves.append(reason)  # in a queue, because whoever wishes waits for the save of that name
             for event in events:  # last of all, because a listener may take its time
                 self.listener(event)
@@ -132,4 +132,4 @@ class CoordinatorClient:
         reason = self._watch.look(draining_nodes())
         if reason is not None:
             self._saves.append(reason)
-            ask(self._hub.drain_noticed.remote(self.attempt or "unclaimed"))
+            result_or_default(self._hub.drain_noticed.remote(self.attempt or "unclaimed"))

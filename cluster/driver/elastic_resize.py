@@ -25,7 +25,7 @@ from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
-from outlast.cluster.fault_tolerance.coordinator import ask, find_coordinator
+from outlast.cluster.fault_tolerance.coordinator import find_coordinator, result_or_default
 from outlast.cluster.formatting import counted
 from outlast.cluster.ray_internals import (
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
@@ -101,8 +101,8 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         hub = find_coordinator(self._place[2])
         if hub is None:
             return
-        ask(hub.want_save.remote(f"the group is resized from {self._size} to {counted(size, 'worker')}"))
-        while not ask(hub.is_saved.remote(QUIET_S), True):
+        result_or_default(hub.want_save.remote(f"the group is resized from {self._size} to {counted(size, 'worker')}"))
+        while not result_or_default(hub.is_saved.remote(QUIET_S), True):
             time.sleep(_LOOK_S)
 
     def _exempt_from_failures(self) -> None:
@@ -121,4 +121,4 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
             self._journal.write(event)
         hub = find_coordinator(launch)
         if hub is not None:
-            ask(hub.exchange.remote([event.to_json()]))
+            result_or_default(hub.exchange.remote([event.to_json()]))

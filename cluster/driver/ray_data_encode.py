@@ -30,7 +30,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.readers import read_files
-from outlast.trainers.data.sources import Source
+from outlast.trainers.data.sources import DataFile
 from outlast.trainers.data.tokenizer import load_tokenizer, tokenizer_files
 from outlast.trainers.preparation.encode import Piece, Split, encode_rows, with_error
 from outlast.trainers.tasks.base import Task
@@ -48,7 +48,7 @@ NUM_READERS = 4
 class EncodePart:
     """Files that one task reads, and the number of their first row."""
 
-    sources: Sequence[Source]
+    sources: Sequence[DataFile]
     first: int = 0
 
 
@@ -111,9 +111,9 @@ def encode_on_ray(task: Task, split: Split, *, code: str = "") -> Generator[Piec
         raise RunFailed(f"preparing the data on Ray failed: {said}", hint=hint) from error
 
 
-def _parts(sources: Sequence[Source]) -> list[EncodePart]:
+def _parts(sources: Sequence[DataFile]) -> list[EncodePart]:
     """The files, cut where about so many bytes are together."""
-    parts: list[list[Source]] = []
+    parts: list[list[DataFile]] = []
     num_bytes = PART_BYTES
     for source in sources:
         if num_bytes >= PART_BYTES:

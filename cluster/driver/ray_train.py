@@ -24,9 +24,9 @@ from outlast.checkpointing.storage.retry import call_with_retries, constant_paus
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import resizers, scaling
 from outlast.cluster.driver.signals import _signals
-from outlast.cluster.driver.warm_standby import environment
+from outlast.cluster.driver.warm_standby import worker_environment
 from outlast.cluster.driver.worker import train_worker
-from outlast.cluster.fault_tolerance.coordinator import ask, start_coordinator
+from outlast.cluster.fault_tolerance.coordinator import result_or_default, start_coordinator
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.formatting import counted
@@ -135,7 +135,7 @@ def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> _Tr
             storage_path=f"{store.url}/launches",
             failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failure_cause.py
             callbacks=[recorder, *resizers(config, launch)],
-            worker_runtime_env={"env_vars": environment(config)},
+            worker_runtime_env={"env_vars": worker_environment(config)},
         ),
     )
 
@@ -147,7 +147,7 @@ def _follow(thread: threading.Thread, coordinator: Any, tell: Callable[[dict[str
         is_stopping = has_begun = False
         while thread.is_alive():
             thread.join(0.25)
-            for event in ask(coordinator.drain.remote(), []):
+            for event in result_or_default(coordinator.drain.remote(), []):
                 has_begun |= isinstance(parse_event(event), PlanEvent)
                 tell(event)
             if stopping.is_set():

@@ -41,7 +41,7 @@ _TIMEOUT_S = 5.0
 _KEPT_S = 365 * 86400  # until the job ends
 
 
-def environment(config: RunConfig) -> dict[str, str]:
+def worker_environment(config: RunConfig) -> dict[str, str]:
     """The variables of a worker of this run, and so of those that wait: what to do first, and for what model."""
     if config.failure.standby_after_s is None:
         return {}

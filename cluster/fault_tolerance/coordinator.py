@@ -171,7 +171,7 @@ def find_coordinator(launch: str) -> Any:
         return None
 
 
-def ask(call: Any, otherwise: Any = None) -> Any:
+def result_or_default(call: Any, otherwise: Any = None) -> Any:
     """The answer to a call to the hub, or `otherwise` when the hub has gone."""
     try:
         return ray.get(call, timeout=_TIMEOUT_S)

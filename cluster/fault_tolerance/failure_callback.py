@@ -16,12 +16,12 @@ from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId, launch_dir
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
-from outlast.checkpointing.run_store.events import Event, FailureEvent, NoRoomEvent
+from outlast.checkpointing.run_store.events import Event, GroupFailureEvent, NoRoomEvent
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
-from outlast.checkpointing.storage.retry import wait_for
-from outlast.cluster.fault_tolerance.coordinator import ask, find_coordinator
+from outlast.checkpointing.storage.retry import wait_until_responsive
+from outlast.cluster.fault_tolerance.coordinator import find_coordinator, result_or_default
 from outlast.cluster.fault_tolerance.failure_cause import (
     OWN_RAY,
     Cause,
@@ -105,7 +105,7 @@ class FailureRecorder(WorkerGroupCallback):
                 with suppress(StorageError):  # the wait then counts as part of the restart
                     self._write(NoRoomEvent(since=round(began_at, 3)))
                 if (hub := find_coordinator(self._place[2])) is not None:
-                    ask(hub.exchange.remote([NoRoomEvent().to_json()]))
+                    result_or_default(hub.exchange.remote([NoRoomEvent().to_json()]))
             raise
         self._is_waiting = False
 
@@ -147,11 +147,11 @@ class FailureRecorder(WorkerGroupCallback):
         self, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str, noticed_at: float
     ) -> None:
         hub = find_coordinator(self._place[2])
-        hung: Hang | None = None if hub is None else ask(hub.take_hang.remote())
+        hung: Hang | None = None if hub is None else result_or_default(hub.take_hang.remote())
         hang = Failure(Cause.HANG, hung.ranks[0], hung.message) if hung else None
         deadline = time.monotonic() + (SEARCH_S if workers else 0)
         while True:
-            drained = bool(hub is not None and ask(hub.was_drained.remote(attempt), False))
+            drained = bool(hub is not None and result_or_default(hub.was_drained.remote(attempt), False))
             deaths: list[Death] = []
             with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: what the ranks said must do
                 deaths = find_deaths(workers)
@@ -162,7 +162,7 @@ class FailureRecorder(WorkerGroupCallback):
         rank = min(errors)
         failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
         log = self._write_log(attempt, errors, workers, failure.rank)
-        event = FailureEvent(
+        event = GroupFailureEvent(
             attempt=attempt,
             noticed_at=round(noticed_at, 3),
             cause=failure.cause.value,
@@ -170,16 +170,16 @@ class FailureRecorder(WorkerGroupCallback):
             message=failure.description,
             where=failure.where(workers, log),
             raised=failure.message if failure.cause is Cause.ERROR and "after step" in failure.message else None,
-            reached=None if hub is None else ask(hub.reached.remote(attempt)),
+            reached=None if hub is None else result_or_default(hub.reached.remote(attempt)),
         )
         number, limit, ends = -1, -1, False
         with suppress(StorageError):  # the story has a gap, and the next failure is judged again
-            wait_for(open_storage(self._place[0]), self._place[1])
+            wait_until_responsive(open_storage(self._place[0]), self._place[1])
             self._write(event)
             number, limit, ends = self._judge(failure, hub)
         if hub is not None:
             live = replace(event, number=number, limit=limit, ends=ends, excerpt=failure.excerpt)
-            ask(hub.exchange.remote([live.to_json()]))
+            result_or_default(hub.exchange.remote([live.to_json()]))
 
     def _write_log(
         self, attempt: str, errors: Mapping[int, BaseException], workers: Sequence[Mapping[str, Any]], first: int
@@ -206,7 +206,7 @@ class FailureRecorder(WorkerGroupCallback):
         tries = read_attempt_history(RunStore(open_storage(url), run), live=launch)
         given_up = decide_give_up(tries, self._limits, self._settings)
         if given_up is not None and hub is not None:
-            ask(hub.give_up.remote(gave_up(run, given_up)))
+            result_or_default(hub.give_up.remote(gave_up(run, given_up)))
         is_failure = failure.cause.is_failure
         alike = [item for item in count_failures(tries, self._settings) if item.end.outcome.is_failure == is_failure]
         limit = self._limits.max_failures if is_failure else self._limits.max_preemptions

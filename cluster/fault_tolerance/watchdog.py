@@ -26,7 +26,7 @@ from outlast.checkpointing.run_store.events import Event, HangEvent, SlowEvent, 
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.storage.base import Storage
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat, describe, missing
-from outlast.trainers.loop.rank_activity import StepPhase, StepProgress
+from outlast.trainers.loop.rank_activity import RankActivity, StepPhase
 
 #: Over its time is a step that takes so many times the median.
 STEPS = 20
@@ -78,7 +78,7 @@ class Watchdog:
         group: str,
         rank: int,
         size: int,
-        pulse: StepProgress,
+        pulse: RankActivity,
         hang_after_s: float | None,
         storage: Storage,
         directory: Callable[[], str],

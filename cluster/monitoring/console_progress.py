@@ -102,7 +102,7 @@ class Reporter:
                 self.say(f"launch {event.launch} is at work on this run; leaving it alone")
             case events.DamagedModelEvent():
                 self.say(f"the finished model is damaged ({'; '.join(event.faults)}); making it again")
-            case events.FailureEvent():
+            case events.GroupFailureEvent():
                 self._failed(event)
             case events.NoRoomEvent():
                 self.say("the cluster has no room for the workers yet; waiting")
@@ -140,12 +140,12 @@ class Reporter:
             told = self._story.attempt(attempt)
             told.claim = told.claim or {"launch": self._launch}
             told.apply(body)
-        elif isinstance(event, events.FailureEvent | events.ResizeEvent | events.NoRoomEvent):
+        elif isinstance(event, events.GroupFailureEvent | events.ResizeEvent | events.NoRoomEvent):
             self._story.apply_launch(self._launch, body)
         match event:
             case events.PhaseEvent(name=name):
                 self._doing = _PHASES[name]
-            case events.FailureEvent():
+            case events.GroupFailureEvent():
                 self._doing = "starting again"
             case events.NoRoomEvent():
                 self._doing = "waiting for room"
@@ -162,7 +162,7 @@ class Reporter:
                 self._story.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
                 self._story.attempts = past.attempts | self._story.attempts
 
-    def _failed(self, event: events.FailureEvent) -> None:
+    def _failed(self, event: events.GroupFailureEvent) -> None:
         limit = -1 if event.limit is None else event.limit
         left = f"failure {event.number} of {limit}" if limit >= 0 else "no limit is set"
         then = "" if event.ends else f"; starting again ({left})"

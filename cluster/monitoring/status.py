@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
-from outlast.checkpointing.run_store.events import FailureEvent, ResizeEvent
+from outlast.checkpointing.run_store.events import GroupFailureEvent, ResizeEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
@@ -74,7 +74,7 @@ def list_runs(storage: Storage) -> list[dict[str, Any]]:
     return [read_status(store) for store in stores if list_attempts(store) or list_launches(store)]
 
 
-def _size_change(resize: ResizeEvent, failures: Mapping[str, FailureEvent]) -> dict[str, Any]:
+def _size_change(resize: ResizeEvent, failures: Mapping[str, GroupFailureEvent]) -> dict[str, Any]:
     """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
     failure = failures.get(str(resize.attempt))
     cause = "resized" if resize.planned else failure.cause if failure else "unknown"

@@ -16,7 +16,7 @@ from typing import Any
 
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd, end_of_attempt, launches_in_order
-from outlast.checkpointing.run_store.events import DoneEvent, FailedEvent, FailureEvent, parse_event
+from outlast.checkpointing.run_store.events import AttemptErrorEvent, DoneEvent, GroupFailureEvent, parse_event
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, LaunchTimeline
 
 
@@ -62,7 +62,7 @@ class Timeline:
         """Takes an event of a launch's journal."""
         event = parse_event(body)
         self.launch(name).apply(event)
-        if isinstance(event, FailureEvent) and event.reached and (attempt := AttemptId.parse(event.attempt)):
+        if isinstance(event, GroupFailureEvent) and event.reached and (attempt := AttemptId.parse(event.attempt)):
             self.attempt(attempt).reached = event.reached
 
     @property
@@ -85,7 +85,7 @@ class Timeline:
         return [self.launches[key] for key in launches_in_order(self.launches, claimed)]
 
     @property
-    def failures(self) -> list[tuple[LaunchTimeline, FailureEvent]]:
+    def failures(self) -> list[tuple[LaunchTimeline, GroupFailureEvent]]:
         """Every end of a worker group that was not meant, launch by launch, oldest first."""
         launches = self.launches_in_order
         return [(launch, item) for launch in launches for item in sorted(launch.failures, key=lambda e: e.t)]
@@ -141,7 +141,7 @@ class Timeline:
         return State.RUNNING if self.attempts else State.STARTING
 
     @property
-    def failures_of(self) -> dict[str, FailureEvent]:
+    def failures_of(self) -> dict[str, GroupFailureEvent]:
         """By the name of the attempt that it ended, each failure; where two were told, the first."""
         told = [item for launch in self.launches.values() for item in launch.failures]
         return {item.attempt: item for item in reversed(told)}
@@ -157,7 +157,7 @@ class Timeline:
             alive = self.launches[item.launch].alive if item.launch in self.launches else {}
             ends[item.id] = end_of_attempt(
                 item.final,
-                next((note for note in reversed(item.notes) if isinstance(note, FailedEvent)), None),
+                next((note for note in reversed(item.notes) if isinstance(note, AttemptErrorEvent)), None),
                 failures.get(str(item.id)),
                 resizes.get(str(item.id)),
                 alive,

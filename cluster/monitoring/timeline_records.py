@@ -26,9 +26,9 @@ NoteworthyEvent = (
     | events.EarlyStopEvent
     | events.ChangedEvent
     | events.SaveFailedEvent
-    | events.FailedEvent
+    | events.AttemptErrorEvent
     | events.HangEvent
-    | events.RejectedEvent
+    | events.ModelRejectedEvent
 )
 
 
@@ -267,7 +267,7 @@ class LaunchTimeline:
 
     id: str
     alive: dict[str, Any] = field(default_factory=dict)
-    failures: list[events.FailureEvent] = field(default_factory=list)
+    failures: list[events.GroupFailureEvent] = field(default_factory=list)
     resizes: list[events.ResizeEvent] = field(default_factory=list)
     no_room: list[float] = field(default_factory=list)
     is_gone: bool = False
@@ -294,7 +294,7 @@ class LaunchTimeline:
     def apply(self, event: events.Event) -> None:
         """Takes one of its events."""
         match event:
-            case events.FailureEvent():
+            case events.GroupFailureEvent():
                 self.failures.append(event)
             case events.ResizeEvent():
                 self.resizes.append(event)

@@ -20,7 +20,7 @@ from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, Fault
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, checkpoint_dir
 from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
-from outlast.checkpointing.run_store.pins import list_pins
+from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.commit import abort_orphans
@@ -31,7 +31,8 @@ from outlast.checkpointing.storage.object_store import ObjectStorage
 from outlast.checkpointing.storage.orphaned_uploads import _client, abort_uploads
 from outlast.checkpointing.tools.export import export_directory, read_content
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
-from outlast.checkpointing.tools.query import resolve_checkpoint, verify_run
+from outlast.checkpointing.tools.query import resolve_checkpoint
+from outlast.checkpointing.tools.verify_run import verify_run
 from outlast.cluster.drills import demo
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.ray_session import ray_session

@@ -18,7 +18,7 @@ from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.object_store import ObjectStorage
 from outlast.cluster.cli.main import app
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.cluster.driver.launch import Finished, Launch
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.s3_server import s3_server

@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch import nn
 
-from outlast.checkpointing.errors import ConfigError, nearest
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.messages import nearest
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.training_config import TrainingConfig

@@ -45,7 +45,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class StateSize:
     """Size of the state.
 
     Attributes:
@@ -69,7 +69,7 @@ class Size:
         return sum(self.files.values())
 
 
-def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int) -> Size:
+def estimate_state(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int) -> StateSize:
     """Compute the size of a run's state on `size` workers.
 
     Raises:
@@ -99,7 +99,7 @@ def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: 
     files = {name: len(data) for name, data in small_files.items()}
     files |= _weight_files(weights, config, naming)
     files |= {optimizer_shard(rank, size): _file_bytes(moments, names) for rank, names in enumerate(assigned)}
-    return Size(
+    return StateSize(
         model=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trained=sum(parameter.numel() for parameter in trained),

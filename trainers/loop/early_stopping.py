@@ -24,7 +24,7 @@ class PatienceState:
     num_waited: int = 0
 
 
-def patience(settings: EarlyStoppingSettings, log_history: Sequence[Mapping[str, Any]]) -> PatienceState:
+def evaluate_patience(settings: EarlyStoppingSettings, log_history: Sequence[Mapping[str, Any]]) -> PatienceState:
     """Judges the evaluations, oldest first. A value that is no number is never better."""
     sign = 1.0 if settings.mode == "min" else -1.0
     now = PatienceState()

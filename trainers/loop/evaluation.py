@@ -9,7 +9,8 @@ from torch.distributed.fsdp import FSDPModule
 from outlast.checkpointing.state.model_weights import unwrap
 from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Samples
-from outlast.trainers.data.batch_plan import mix, share
+from outlast.trainers.data.batch_plan import share
+from outlast.trainers.data.seeds import derive_seed
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.world import World
 from outlast.trainers.tasks.base import Sums, Task
@@ -32,7 +33,7 @@ def evaluate(
 
     def measure(micro: int) -> Sums:
         numbers = range(micro * micro_batch, min((micro + 1) * micro_batch, len(data)))
-        batch = task.collate(data.take(numbers), [mix(number) for number in numbers])
+        batch = task.collate(data.take(numbers), [derive_seed(number) for number in numbers])
         seed_everything(micro)  # for models that draw numbers here too
         with world.autocast(precision):
             return task.measure(inner, {key: value.to(world.device) for key, value in batch.items()})

@@ -41,7 +41,7 @@ class StepPhase(Enum):
         return self in (StepPhase.AGREE, StepPhase.COMPUTE, StepPhase.EXCHANGE, StepPhase.UPDATE)
 
 
-class StepProgress:
+class RankActivity:
     """One rank's. `at` and `worked` belong to the loop's thread; the rest may be asked from another.
 
     Attributes:

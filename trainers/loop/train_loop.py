@@ -27,7 +27,7 @@ from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.control import Control
-from outlast.trainers.loop.early_stopping import patience
+from outlast.trainers.loop.early_stopping import evaluate_patience
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.event_log import EventLog
 from outlast.trainers.loop.non_finite import NonFiniteError
@@ -158,13 +158,15 @@ class Loop:
     def _is_over(self) -> bool:
         """Whether no step is left to do; the same on all ranks and after a resume."""
         stopping = self.config.train.early_stopping
-        too_long = stopping is not None and patience(stopping, self.log_history).num_waited >= stopping.patience
+        too_long = (
+            stopping is not None and evaluate_patience(stopping, self.log_history).num_waited >= stopping.patience
+        )
         return too_long or self.step == self.plan.num_steps
 
     def _record_early_stop(self) -> None:
         stopping = self.config.train.early_stopping
         assert stopping is not None
-        best = patience(stopping, self.log_history)
+        best = evaluate_patience(stopping, self.log_history)
         reason = f"{best.num_waited} evaluations without a better {stopping.metric}"
         self._log.write(events.EarlyStopEvent(step=self.step, reason=reason, best=best.best, best_step=best.best_step))
 
@@ -256,7 +258,7 @@ class Loop:
             try:
                 published = self.checkpointer.finish(source, self.step)
             except DamagedError as error:
-                self._log.write(events.RejectedEvent(checkpoint=str(source), reasons=(error.message,)))
+                self._log.write(events.ModelRejectedEvent(checkpoint=str(source), reasons=(error.message,)))
                 continue
             return Outcome.SUPERSEDED if published is None else Outcome.DONE
         raise NoCheckpointError(

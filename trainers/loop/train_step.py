@@ -29,7 +29,7 @@ from outlast.checkpointing.run_store.events import LeftOutEvent, NonFiniteEvent,
 from outlast.trainers.config.train import Exactness, NonFinite
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
-from outlast.trainers.data.batch_plan import Plan, share
+from outlast.trainers.data.batch_plan import BatchPlan, share
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.fsdp import whole
 from outlast.trainers.distributed.tree_allreduce import TreeReducer
@@ -70,7 +70,7 @@ class TrainStep:
     def __init__(
         self,
         config: TrainingConfig,
-        plan: Plan,
+        plan: BatchPlan,
         world: World,
         model: nn.Module,
         task: Task,

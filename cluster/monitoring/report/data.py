@@ -20,7 +20,7 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
-from outlast.checkpointing.tools.query import VerificationResult
+from outlast.checkpointing.tools.verify_run import VerificationResult
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
 from outlast.cluster.monitoring.run_summary import RunSummary, interruptions, verified
 from outlast.cluster.monitoring.timeline import Timeline
@@ -415,7 +415,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_news(note: NoteworthyEvent, end: AttemptEnd) -> bool:
     """Whether it says more than how the attempt ended: the error of a rank that only lost the others does not."""
-    return not isinstance(note, events.FailedEvent) or not end.message
+    return not isinstance(note, events.AttemptErrorEvent) or not end.message
 
 
 def _note(attempt: AttemptTimeline, note: NoteworthyEvent) -> dict[str, Any]:
@@ -425,12 +425,12 @@ def _note(attempt: AttemptTimeline, note: NoteworthyEvent) -> dict[str, Any]:
             text = f"{note.what} changed from {note.before} to {note.now}"
         case events.HangEvent():
             text = f"rank {note.rank} gave up waiting for rank {', '.join(map(str, note.missing))}"
-        case events.RejectedEvent():
+        case events.ModelRejectedEvent():
             text = f"{note.checkpoint}: {'; '.join(note.reasons)}"
         case events.EarlyStopEvent():
             text = f"stopped early: {note.reason}"
         case events.NonFiniteEvent():
             text = note.message
-        case events.SaveFailedEvent() | events.FailedEvent():
+        case events.SaveFailedEvent() | events.AttemptErrorEvent():
             text = note.error
     return {"t": note.t, "attempt": attempt.id.number, "event": note.kind, "text": text[:1000]}

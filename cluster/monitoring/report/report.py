@@ -16,10 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-from outlast.checkpointing.run_store.pins import list_pins
+from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import load_catalog, verify_run
+from outlast.checkpointing.tools.query import load_catalog
+from outlast.checkpointing.tools.verify_run import verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.data import page_data
 from outlast.cluster.monitoring.run_summary import summarize

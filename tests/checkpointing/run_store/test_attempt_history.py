@@ -21,7 +21,7 @@ from outlast.checkpointing.run_store.attempt_history import (
     settings_digest,
 )
 from outlast.checkpointing.run_store.catalog import read_catalog
-from outlast.checkpointing.run_store.events import FailureEvent, parse_event
+from outlast.checkpointing.run_store.events import GroupFailureEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
@@ -198,7 +198,7 @@ class Life:
 
     def failure(self, attempt: Checkpointer | None, cause: str = "worker died") -> None:
         name = str(attempt.attempt) if attempt else "unclaimed"
-        self.failures.write(FailureEvent(attempt=name, cause=cause, rank=1, message="gone"))
+        self.failures.write(GroupFailureEvent(attempt=name, cause=cause, rank=1, message="gone"))
 
 
 @pytest.fixture

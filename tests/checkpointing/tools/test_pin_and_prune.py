@@ -13,14 +13,15 @@ from outlast.checkpointing.errors import ConfigError, NoCheckpointError, Storage
 from outlast.checkpointing.format.layout import CheckpointRef, attempt_dir, checkpoint_dir, pin_path
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import claim
+from outlast.checkpointing.run_store.deletion import is_being_deleted, list_pins
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
-from outlast.checkpointing.run_store.pins import is_being_deleted, list_pins
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
-from outlast.checkpointing.tools.query import list_checkpoints, verify_run
+from outlast.checkpointing.tools.query import list_checkpoints
+from outlast.checkpointing.tools.verify_run import verify_run
 from tests.support.small_model import digests_of, small_model, train_step
 
 NARROW = Retention(2)

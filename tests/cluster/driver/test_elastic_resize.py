@@ -10,11 +10,11 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.format.layout import launch_dir
-from outlast.checkpointing.run_store.events import FailureEvent, ResizeEvent, parse_event
+from outlast.checkpointing.run_store.events import GroupFailureEvent, ResizeEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as hub_module
 from outlast.cluster.fault_tolerance.coordinator import Coordinator, SaveRequest
@@ -126,8 +126,8 @@ def test_status_tells_why_the_number_of_workers_changed(tmp_path: Path) -> None:
     resizes = Journal(storage, place, 0, stream="events-resize", flush_s=0)
     failures = Journal(storage, place, 0, flush_s=0)
     resizes.write(ResizeEvent(attempt="0001-aaaa", before=3, now=2, planned=False))
-    failures.write(FailureEvent(attempt="0001-aaaa", cause="node lost", rank=2, message="its node has died"))
+    failures.write(GroupFailureEvent(attempt="0001-aaaa", cause="node lost", rank=2, message="its node has died"))
     resizes.write(ResizeEvent(attempt="0002-bbbb", before=2, now=3, planned=True))
-    failures.write(FailureEvent(attempt="0003-cccc", cause="hang", rank=0, message="and goes on with as many"))
+    failures.write(GroupFailureEvent(attempt="0003-cccc", cause="hang", rank=0, message="and goes on with as many"))
     found = [(item["before"], item["now"], item["cause"]) for item in read_status(RunStore(storage, "run"))["sizes"]]
     assert found == [(3, 2, "node lost"), (2, 3, "resized")]

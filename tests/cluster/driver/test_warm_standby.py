@@ -21,7 +21,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.ray_train import _Trainer
-from outlast.cluster.driver.warm_standby import environment
+from outlast.cluster.driver.warm_standby import worker_environment
 from tests.support.groups.worker_group import losses, tiny_config
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
@@ -55,7 +55,7 @@ def test_what_cannot_be_rehearsed_is_left_to_the_attempt(
     settings = RunConfig.model_validate(config.model_dump())
     assert settings.model.config is not None
     settings.model.config["model_type"] = model_type
-    for name, value in environment(settings).items():
+    for name, value in worker_environment(settings).items():
         monkeypatch.setenv(name, value)
     warm()
 

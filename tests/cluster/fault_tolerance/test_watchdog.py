@@ -25,7 +25,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.hang_detection import GroupProgress, Heartbeat, find_hang, find_slow
 from outlast.cluster.fault_tolerance.watchdog import EXIT_CODE, Watchdog
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop.rank_activity import StepPhase, StepProgress
+from outlast.trainers.loop.rank_activity import RankActivity, StepPhase
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.support.groups.ranks import on_ranks
@@ -88,7 +88,7 @@ def test_who_is_slow(work: dict[int, float], slow: dict[int, float]) -> None:
 
 
 def test_each_phase_has_its_time(tmp_path: Path) -> None:
-    pulse = StepProgress()
+    pulse = RankActivity()
     dog = Watchdog(None, "group", 0, 1, pulse, 60, LocalStorage(tmp_path), str, print)  # type: ignore[arg-type]
     assert [dog.limit_s(phase) for phase in (StepPhase.START, StepPhase.COMPUTE)] == [
         900,
@@ -101,7 +101,7 @@ def test_each_phase_has_its_time(tmp_path: Path) -> None:
 def wait_in_vain(address: str, storage: str) -> str:
     """Rank 1 does not come; what rank 0's time-out becomes."""
     ranks = RankGroup(timedelta(seconds=2))
-    pulse = StepProgress()
+    pulse = RankActivity()
     dog = Watchdog(Post(address), "group", ranks.rank, 2, pulse, 60, open_storage(storage), str, print, period_s=0.1)
     with dog:
         pulse.at(StepPhase.DATA if ranks.rank else StepPhase.AGREE, 40)
@@ -125,13 +125,13 @@ def test_a_collective_that_times_out_names_who_did_not_come(tmp_path: Path, stor
 
 def test_other_errors_stay_as_they_are(tmp_path: Path, storage: LocalStorage) -> None:
     with serve(tmp_path / "hub"):
-        dog = Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, StepProgress(), None, storage, str, print)
+        dog = Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, RankActivity(), None, storage, str, print)
         assert dog.explain(RuntimeError("Connection reset by peer")) is None
 
 
 def test_a_rank_that_has_ended_is_never_late(tmp_path: Path, storage: LocalStorage) -> None:
     with serve(tmp_path / "hub") as hub:
-        with Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, StepProgress(), 60, storage, str, print):
+        with Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, RankActivity(), 60, storage, str, print):
             pass
         assert hub.beats("group")[0][0].limit_s == inf
 

@@ -16,7 +16,7 @@ from outlast.checkpointing.format.layout import AttemptId, attempt_dir
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.fault_tolerance.coordinator import Coordinator
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
-from outlast.trainers.loop.rank_activity import StepPhase, StepProgress
+from outlast.trainers.loop.rank_activity import RankActivity, StepPhase
 from tests.support.groups.worker_group import Quiet
 
 
@@ -64,7 +64,7 @@ class Watched(Quiet):
     url: str
     run: str
     hang_after_s: float | None
-    pulse: StepProgress = field(default_factory=StepProgress)
+    pulse: RankActivity = field(default_factory=RankActivity)
 
     def claimed(self, attempt: str) -> None:
         claimed = AttemptId.parse(attempt)

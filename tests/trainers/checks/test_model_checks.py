@@ -15,7 +15,7 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.jobs.ray_jobs import check_code as check_submission
+from outlast.cluster.jobs.ray_jobs import check_named_code as check_submission
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.model_checks import check_code, check_model
 from outlast.trainers.user_code import make_importable

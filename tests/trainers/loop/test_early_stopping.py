@@ -17,11 +17,11 @@ from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.tools.query import find_model
+from outlast.checkpointing.tools.verify_run import find_model
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.config.train import EarlyStoppingSettings
-from outlast.trainers.loop.early_stopping import PatienceState, patience
+from outlast.trainers.loop.early_stopping import PatienceState, evaluate_patience
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import digests, fault, losses, run_group, tiny_config
 
@@ -47,7 +47,7 @@ NAN = float("nan")
 )
 def test_patience(settings: dict[str, Any], values: list[float], expected: PatienceState) -> None:
     history = [{"step": step, "epoch": 0.0, "eval_loss": value} for step, value in enumerate(values)]
-    assert patience(EarlyStoppingSettings.model_validate(settings), history) == expected
+    assert evaluate_patience(EarlyStoppingSettings.model_validate(settings), history) == expected
 
 
 def test_what_cannot_be_is_refused() -> None:

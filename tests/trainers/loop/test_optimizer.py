@@ -16,7 +16,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import OPTIMIZERS, TrainSettings
 from outlast.trainers.loop.lr_schedule import learning_rate

@@ -19,7 +19,7 @@ from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.model import ModelSettings
