@@ -115,10 +115,10 @@ def _submit(
     print(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", file=sys.stderr)
     print(job.id)
     if follow:
-        from outlast.cluster.monitoring.reporter import terminal
-        from outlast.cluster.monitoring.watch import watching
+        from outlast.cluster.monitoring.progress_reporter import terminal
+        from outlast.cluster.monitoring.watch import live_panel
 
-        with watching(config.store, terminal()):
+        with live_panel(config.store, terminal()):
             ended = jobs.follow(client, job.id)
         raise typer.Exit(ended.exit_code)
 

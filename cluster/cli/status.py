@@ -44,11 +44,11 @@ def status(
     store, _ = find_run(run, storage)
     if watch:
         from outlast.cluster.monitoring import watch as watcher
-        from outlast.cluster.monitoring.reporter import terminal
+        from outlast.cluster.monitoring.progress_reporter import terminal
 
         summary = watcher.watch(store, terminal())
         raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
-    timeline = TimelineReader(store).look()
+    timeline = TimelineReader(store).update()
     summary = summarize(timeline, time.time())
     body = as_values(store, timeline, summary)
     if address is not None:

@@ -28,22 +28,22 @@ def train(
 
     config, declared = load_run(str(run_file), overrides or [])
     from outlast.cluster.driver.launch import Launch
-    from outlast.cluster.monitoring.reporter import Reporter
+    from outlast.cluster.monitoring.progress_reporter import ProgressReporter
     from outlast.trainers.loop.train_loop import Outcome
 
     config = config.at_home(run_file.parent)
-    with Reporter(config.name, store=config.store, keep=True) as reporter:
+    with ProgressReporter(config.name, store=config.store, keep=True) as reporter:
         code = str(run_file.parent.absolute())
         finished = Launch(config, declared, take_over=take_over, code=code, tell=reporter).run(address)
     options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])
     again = shlex.join(["outlast", "train", str(run_file), *options])
     if finished.model is not None:
-        reporter.say("done")
+        reporter.print_line("done")
         print(f"{config.checkpoint.storage}/{finished.model}")
     elif finished.outcome is Outcome.STOPPED:
-        reporter.say(f"stopped, with a committed checkpoint; to resume: {again}")
+        reporter.print_line(f"stopped, with a committed checkpoint; to resume: {again}")
     else:
-        reporter.say(f"another launch has this run; to take it over: {again} --take-over")
+        reporter.print_line(f"another launch has this run; to take it over: {again} --take-over")
     raise typer.Exit(finished.outcome.exit_code)
 
 

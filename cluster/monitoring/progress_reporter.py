@@ -1,0 +1,176 @@
+"""Progress of a launch in this process: a live panel on a terminal, else one plain line every few seconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.run_store import events
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.cluster.formatting import counted
+from outlast.cluster.monitoring.live_display import LiveDisplay
+from outlast.cluster.monitoring.summary import RunSummary, summarize
+from outlast.cluster.monitoring.terminal_panel import panel, plain_line
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_reader import TimelineReader
+
+PLAIN_PERIOD_S = 10.0
+_PHASES = {"data": "preparing data", "ray": "starting workers"}
+
+
+def terminal() -> Console:
+    """Return the console for progress: stderr."""
+    return Console(stderr=True, highlight=False)
+
+
+def is_live(console: Console) -> bool:
+    """Whether lines can change in place there; rich also takes a log for a terminal if colours are forced."""
+    return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
+
+
+class ProgressReporter:
+    """Shows the events of a launch; a context manager, called with each event.
+
+    Args:
+        title: Prefix of each line.
+        console: The output; stderr by default.
+        store: The run; its earlier attempts are included in the panel.
+        keep: Leave the panel on the terminal at the end, if an attempt has begun.
+    """
+
+    def __init__(
+        self, title: str, console: Console | None = None, store: RunStore | None = None, *, keep: bool = False
+    ) -> None:
+        self._title, self._console, self._store = title, console or terminal(), store
+        self._display = LiveDisplay(self._console, self._lines) if is_live(self._console) else None
+        self._keep = keep
+        self._timeline = Timeline(title)
+        self._lock = threading.Lock()
+        self._activity = "starting"
+        self._launch = ""
+        self._printed_at = 0.0
+        self._excerpts: set[str] = set()
+
+    def __enter__(self) -> ProgressReporter:
+        if self._display is not None:
+            self._display.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._display is not None:
+            self._display.keep = self._keep and bool(self._timeline.attempts)
+            self._display.__exit__()
+
+    def print_line(self, text: str) -> None:
+        """Print a line that stays, above the panel."""
+        self._print(f"{self._title}: {text}")
+
+    def _print(self, text: str) -> None:
+        (self._display or self._console).print(text, markup=False, soft_wrap=True)
+
+    def _lines(self, width: int) -> list[Text]:
+        return panel(self._summarize(), width)
+
+    def _summarize(self) -> RunSummary:
+        with self._lock:
+            now = time.time()
+            if self._launch:
+                self._timeline.launch(self._launch).alive |= {"t": now}
+            return summarize(self._timeline, now, self._activity)
+
+    def __call__(self, body: dict[str, Any]) -> None:
+        event = events.parse_event(body)
+        with self._lock:
+            self._update_timeline(event, body)
+            self._update_activity(event)
+        if isinstance(event, events.StepEvent):
+            if self._display is not None or time.monotonic() - self._printed_at < PLAIN_PERIOD_S:
+                return
+            self._printed_at = time.monotonic()
+        if isinstance(event, events.StepEvent | events.DoneEvent):
+            self.print_line(plain_line(self._summarize()))
+        for line in self._describe(event):
+            self.print_line(line)
+        if isinstance(event, events.FailureEvent) and event.excerpt and event.message not in self._excerpts:
+            self._excerpts.add(event.message)
+            self._print(event.excerpt)
+
+    def _update_timeline(self, event: events.Event, body: dict[str, Any]) -> None:
+        attempt = AttemptId.parse(str(body.get("sender")))
+        if isinstance(event, events.PhaseEvent):
+            if not self._launch:
+                self._launch = str(event.launch)
+                self._timeline.launch(self._launch).alive = {"began": event.t, "t": event.t, "ended": False}
+            if event.name == "ray" and self._store is not None and self._display is not None:
+                threading.Thread(target=self._load_history, args=(self._store,), daemon=True).start()
+        elif attempt is not None:
+            record = self._timeline.attempt(attempt)
+            record.claim = record.claim or {"launch": self._launch}
+            record.apply(body)
+        elif isinstance(event, events.FailureEvent | events.ResizeEvent | events.NoRoomEvent):
+            self._timeline.apply_launch_event(self._launch, body)
+
+    def _update_activity(self, event: events.Event) -> None:
+        match event:
+            case events.PhaseEvent(name=name):
+                self._activity = _PHASES[name]
+            case events.FailureEvent():
+                self._activity = "restarting"
+            case events.NoRoomEvent():
+                self._activity = "waiting for resources"
+            case events.StoppingEvent():
+                self._activity = "stopping"
+            case events.PlanEvent():
+                self._activity = ""
+
+    def _load_history(self, store: RunStore) -> None:
+        """Read the run's earlier launches; in a thread, so that the launch does not wait for the storage."""
+        with suppress(OutlastError, OSError):
+            past = TimelineReader(store, exclude_launch=self._launch).update()
+            with self._lock:
+                self._timeline.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
+                self._timeline.attempts = past.attempts | self._timeline.attempts
+
+    def _describe(self, event: events.Event) -> list[str]:
+        """Return the lines that an event is worth."""
+        match event:
+            case events.PhaseEvent():
+                return [] if self._display is not None else [_PHASES[event.name]]
+            case events.NoteEvent():
+                return [event.text]
+            case events.ActiveLaunchEvent():
+                return [f"launch {event.launch} is active on this run; exiting without changes"]
+            case events.DamagedModelEvent():
+                return [f"the finished model is damaged ({'; '.join(event.faults)}); writing it again"]
+            case events.FailureEvent():
+                limit = -1 if event.limit is None else event.limit
+                count = f"failure {event.number} of {limit}" if limit >= 0 else "no limit is set"
+                then = "" if event.ends else f"; restarting ({count})"
+                return [f"{event.cause}, {event.where}: {event.message}{then}"]
+            case events.NoRoomEvent():
+                return ["the cluster has no room for the workers yet; waiting"]
+            case events.ResizeEvent():
+                return [f"continuing with {counted(event.now, 'worker')} instead of {event.before}"]
+            case events.SlowEvent():
+                slow = [f"rank {at.rank} ({at.host}) is {at.times} times as slow" for at in event.ranks]
+                return ["; ".join(slow) or "no rank is slow any more"]
+            case events.NonFiniteEvent():
+                return [f"{event.message} ({event.action})"]
+            case events.EarlyStopEvent():
+                return [f"stopping early at step {event.step}: {event.reason}"]
+            case events.StoppingEvent():
+                return ["asked to stop; saving a checkpoint first (press Ctrl-C again to quit immediately)"]
+            case events.ResumeEvent():
+                skipped = [f"skipped {item.checkpoint}: {'; '.join(item.reasons)}" for item in event.rejected]
+                skipped += [f"skipped {ref}: the run failed to start from it twice" for ref in event.passed_over]
+                return [*skipped, f"resumed from {event.source}"]
+            case events.StartEvent():
+                return ["workers are ready; starting with step 1"]
+        return []
