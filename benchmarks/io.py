@@ -150,7 +150,7 @@ class ManyRanks(RankGroup):
         super().__init__()
         self.size = NUM_RANKS
 
-    def another(self) -> RankGroup:
+    def duplicate(self) -> RankGroup:
         return ManyRanks()
 
     def gather(self, item: Any) -> list[Any]:

@@ -24,8 +24,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode, RunConfig, ScalingConfig
-from ray.train.v2.api.report_config import CheckpointConsistencyMode
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, RunConfig, ScalingConfig
 
 from benchmarks.peers import Memcpy, Peer, RawWrite, TorchSave, take, whole
 from benchmarks.stall import compete

@@ -1,12 +1,13 @@
-"""outlast.checkpointing: checkpoints that are whole or not there. Knows torch, pyarrow and xxhash, and nothing of Ray.
+"""Fault-tolerant checkpoints of a training run: the public names of `outlast.checkpointing`.
 
-Names are imported when they are first used, so that a command line that needs none of them starts at once.
+A checkpoint is either complete or does not exist. This package uses torch, pyarrow and xxhash, and never imports Ray.
+Names are imported on first use, so a command that needs none of them starts at once.
 """
 
 from importlib import import_module
 from typing import Any
 
-_HOME = {
+_MODULES = {
     "Catalog": "run_store.catalog",
     "Checkpointer": "checkpointer",
     "CheckpointRef": "format.layout",
@@ -30,14 +31,14 @@ _HOME = {
     "seal": "tools.trainer_seal",
     "verify": "restore.verify",
 }
-#: Names of 0.1.0, for code that was written with it.
+#: Names that 0.1.0 used.
 _RENAMED = {"Every": "SaveInterval", "Naming": "WeightNaming", "Ranks": "RankGroup", "catalogue": "read_catalog"}
 
-__all__ = sorted([*_HOME, *_RENAMED])
+__all__ = sorted([*_MODULES, *_RENAMED])
 
 
 def __getattr__(name: str) -> Any:
     name = _RENAMED.get(name, name)
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

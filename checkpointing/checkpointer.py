@@ -1,17 +1,17 @@
-"""The thin face of the room: claim, resume, save, finish.
+"""`Checkpointer`: the public interface to claim, resume, save and finish a run.
 
     checkpointer = Checkpointer(open_storage("./runs"), "my-run")
     state = checkpointer.resume(model, optimizer)            # None on a fresh start
     for step in range(state["step"] if state else 0, 1000):
         ...
         if not checkpointer.async_save(step + 1, model, optimizer, {"step": step + 1}):
-            break                                            # superseded: somebody newer carries on
-    checkpointer.save(1000, model, optimizer, {"step": 1000})    # waits, also for the one in flight
+            break                                            # superseded: a newer attempt continues
+    checkpointer.save(1000, model, optimizer, {"step": 1000})    # waits, also for the save in flight
 
-Every rank calls every method, in the same order. A checkpoint is a directory of the attempt that wrote it; the manifest
-is written last, by rank 0, after every rank's files are durable. `save` returns True only when the commit is
-acknowledged: durable, and mine still the highest claim. `async_save` returns at once: the state is copied to the host
-while the next step computes its gradients, and written in the background, one save at a time.
+Every rank calls every method, in the same order. A checkpoint is a directory of the attempt that wrote it. Rank 0
+writes the manifest last, after every rank's files are durable. `save` returns True only when the commit is
+acknowledged: durable, and this attempt's claim is still the highest. `async_save` returns at once: the state is copied
+to the host while the next step computes its gradients, and written in the background, one save at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,39 +53,35 @@ from outlast.checkpointing.storage.retry import retry
 class Checkpointer:
     """Checkpoints of one attempt of one run.
 
-    Building it claims the run. If a launch that came later holds it already, `superseded` is True; then `resume`
-    returns None, and nothing is saved.
+    Building it claims the run. If a later launch has claimed it already, `superseded` is True: `resume` returns
+    None, and nothing is saved.
 
     Args:
         storage: The storage root.
         run: Name of the run.
-        ranks: The ranks of this attempt; found out by itself when None.
-        launch: Which launch this attempt belongs to. Attempts of one launch follow each other; a later launch takes
-            over from an earlier one, never the other way round.
-        declaration: What decides the run's numbers: settings, fingerprints, versions. JSON. It stands in the claim and,
-            under the manifest's digest, in every checkpoint.
-        notes: What else the claim says, for people. JSON.
-        files: The attribute of that name, such as `config.json` and the tokenizer, by name.
+        ranks: The ranks of this attempt; by default those of torch.distributed.
+        launch: The launch of this attempt. Later launches supersede earlier ones, never the reverse.
+        declaration: What determines the run's numbers: settings, fingerprints, versions. JSON. Written into the claim
+            and, under the manifest's digest, into every checkpoint; may be replaced until the first save.
+        notes: More information for the claim. JSON.
+        files: Small files of every checkpoint by name, such as `config.json`; may be replaced until the first save.
         retention: What to keep.
-        max_shard_bytes: Weights beyond so many bytes go on in another file, with an index, as transformers reads them.
-        naming: Which weights are saved, and under which names; all under their own by default.
+        max_shard_bytes: Weights beyond this size continue in another file, with an index as in transformers.
+        naming: Which weights are saved, and their names; by default all. May be replaced until the first `resume`.
         settle_s: Seconds by which a listing of this storage may lag behind, as on NFS with its attribute cache. After
-            the claim the attempt waits twice as long before it looks: by then everyone sees its claim, and it sees
-            whatever was acknowledged by somebody who did not.
+            the claim the attempt waits twice as long before it reads: then all attempts see its claim, and it sees
+            what was acknowledged by an attempt that did not.
 
     Attributes:
-        naming: The argument; may be replaced until the first `resume` or `save`.
         last_save: Of the last save that ended: seconds that training waited for it, and seconds until its commit.
-        files: Small files that belong into every checkpoint; may be replaced until the first save.
-        declaration: What every manifest says of the run; may be replaced until the first save.
-        superseded: True when another launch has taken over.
+        superseded: Whether another launch has superseded this one.
         attempt: This attempt.
         catalogue: The checkpoints that counted when this attempt began.
         journal: The attempt's journal; None on ranks other than 0.
-        listener: Hears the events that the journal gets from here (rank 0 only).
+        listener: Called with each event written to the journal (rank 0 only).
 
     Raises:
-        StorageError: The storage does not answer or refuses.
+        StorageError: The storage does not respond or refuses.
     """
 
     def __init__(
@@ -113,25 +110,25 @@ class Checkpointer:
         claimed = self.ranks.run_on_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
         self.superseded = claimed is None
         self.catalogue = Catalog(None, (), ())
-        self._flight: BackgroundSave | None = None
+        self._current: BackgroundSave | None = None
         self.last_save: tuple[float, float] | None = None
         if claimed is None:
             return
         self.attempt, self.catalogue = claimed
-        self._snapshot = StagingBuffer()
+        self._staging = StagingBuffer()
         hosts = self.ranks.gather(socket.gethostname())
         self._num_sharing = hosts.count(hosts[self.ranks.rank])
         if self.ranks.rank == 0:
             self.journal = Journal(storage, self._store.attempt_dir(self.attempt), 0)
-        # A group of its own, so that commits in flight and the step loop never wait in one queue.
-        background = self.ranks.another()
+        # A group of its own, so that commits in flight and the step loop never share a queue.
+        background = self.ranks.duplicate()
         self._committer = Committer(
-            self._store, self.attempt, launch, background, retention or Retention(), self._tell, self.flush
+            self._store, self.attempt, launch, background, retention or Retention(), self._emit, self.flush
         )
 
     @property
     def store(self) -> RunStore:
-        """The run as it is now."""
+        """The run, with an empty cache."""
         return self._store.fresh()
 
     # -- claiming ------------------------------------------------------------------------------------------------------
@@ -142,24 +139,23 @@ class Checkpointer:
         body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
         mine = claims.claim(self._store, body)
         time.sleep(2 * self._settle_s)
-        now = self.store  # nothing that was read before the claim counts
+        now = self.store  # must not use what was read before the claim
         if max(claims.list_attempts(now), default=mine) > mine:
             return None
-        tries = retry(lambda: history.read_attempt_history(now, live=self._launch, below=mine))
-        return mine, retry(lambda: build_catalog(now, mine, history.checkpoints_to_skip(tries)))
+        records = retry(lambda: history.read_attempt_history(now, live=self._launch, below=mine))
+        return mine, retry(lambda: build_catalog(now, mine, history.checkpoints_to_skip(records)))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any] | None:
-        """Loads the newest checkpoint that is whole on every rank, and not passed over, into `model` and `optimizer`.
+        """Load the newest checkpoint that is intact on every rank, and not to be skipped, into `model` and `optimizer`.
 
         Returns:
-            The loop state that was saved with it, or None when the run has no commit yet and starts from its beginning.
+            The loop state saved with it, or None when the run has no commit yet and starts from step 0.
 
         Raises:
-            NoCheckpointError: There are commits, and none is whole. Nothing in the storage was changed; the model's
-                weights may be a mixture, and are not to be used.
-            ConfigError: The checkpoint is another model's.
+            NoCheckpointError: There are commits, but none is intact. The weights may be a mixture.
+            ConfigError: The checkpoint is of another model.
             StorageError: The storage could not be read.
         """
         if self.superseded:
@@ -176,31 +172,30 @@ class Checkpointer:
                 step=manifest.ref.step,
                 source=manifest.ref,
                 committed_at=manifest.committed_at,
-                rejected=_as_told(rejected),
+                rejected=_rejections(rejected),
                 passed_over=tuple(ref for ref in self.catalogue.doubtful if ref > manifest.ref),
             )
-            self._tell(event)
+            self._emit(event)
             return state
         if self.ranks.run_on_rank_0(self._is_superseded_while_waiting):
-            self.superseded = True  # somebody newer may have cleared away what was here
+            self.superseded = True  # a newer attempt may have deleted the checkpoints
         elif rejected:
             self._refuse(rejected)
         else:
-            self._tell(events.StartEvent())
+            self._emit(events.StartEvent())
         return None
 
     def _is_superseded_while_waiting(self) -> bool:
         return claims.higher_claim(self._store, self.attempt) is not None
 
     def _refuse(self, rejected: list[RejectedCheckpoint]) -> None:
-        """Says that nothing whole is left."""
-        self._tell(events.NoCheckpointEvent(rejected=_as_told(rejected)))
+        self._emit(events.NoCheckpointEvent(rejected=_rejections(rejected)))
         self.flush()
         lines = "\n".join(f"  {item.ref}: {'; '.join(item.reasons)}" for item in rejected)
         raise NoCheckpointError(
-            f"run {self._store.run!r} has commits, but no checkpoint is whole; nothing was changed\n{lines}",
+            f"run {self._store.run!r} has commits, but no checkpoint is intact; nothing was changed\n{lines}",
             hint=f"`outlast checkpoints verify {self._store.url}` reads every byte again; restore the "
-            "files from a copy, or start over under another name",
+            "files from a copy, or start a new run under another name",
         )
 
     # -- saving --------------------------------------------------------------------------------------------------------
@@ -215,23 +210,23 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> bool:
-        """Commits the state after `step` steps, and waits for it. A save in flight is waited for first.
+        """Commit the state after `step` steps and wait for it, also for a save in flight.
 
-        When the newest checkpoint is that step's there is nothing to write: a state follows from its step.
+        Nothing is written if the newest checkpoint is of that step: a state follows from its step.
 
         Args:
             step: Steps done.
             model: The model, wrapped or not.
             optimizer: Its optimizer, or None.
             state: The loop state, JSON; `resume` returns it.
-            metrics: What is known of the model at this step.
-            files: Small files for this checkpoint alone, by name.
+            metrics: Metrics of the model at this step.
+            files: Small files for this checkpoint only, by name.
 
         Returns:
             True when the commit is acknowledged, False when this attempt is superseded.
 
         Raises:
-            StorageError: A rank could not write. Earlier checkpoints are untouched.
+            StorageError: A rank could not write. Earlier checkpoints are unchanged.
         """
         if not self._is_to_write(step):
             return not self.superseded
@@ -254,31 +249,24 @@ class Checkpointer:
         files: Mapping[str, bytes] | None = None,
         lazy: bool = True,
     ) -> bool:
-        """Begins to save the state after `step` steps, and returns. Skipped, with an event, while another is in flight.
+        """Begin to save the state after `step` steps. Skipped, with an event, while another save is in flight.
 
-        Args:
-            step: As in `save`, as are the others.
-            model: The model, wrapped or not.
-            optimizer: Its optimizer, or None.
-            state: The loop state.
-            metrics: What is known of the model at this step.
-            files: Small files for this checkpoint alone.
-            lazy: Copy the state while the next forward and backward pass run; the next optimizer step, of whatever
-                optimizer, waits until the copy is done. For loops that change weights in another way between steps,
-                False copies before this returns.
+        Arguments are as in `save`. With `lazy` the state is copied during the next forward and backward pass, and the
+        next step of any optimizer waits for the copy. Without it the copy is done before this returns, for loops that
+        change weights in another way between steps.
 
         Returns:
-            True to go on, False when the save before this one found that the attempt is superseded.
+            True to continue, False when the previous save found that the attempt is superseded.
 
         Raises:
-            StorageError: The save before this one failed.
-            ConfigError: The host has no room for the copy.
+            StorageError: The previous save failed.
+            ConfigError: The host has too little memory for the copy.
         """
         if self.superseded:
             return False
-        flights = self.ranks.gather(self._flight.state if self._flight else SaveState.ACKNOWLEDGED)
-        if self._flight and SaveState.IN_FLIGHT in flights and SaveState.FAILED_OR_SUPERSEDED not in flights:
-            self._tell(events.SaveSkippedEvent(step=step, in_flight=self._flight.step))
+        states = self.ranks.gather(self._current.state if self._current else SaveState.ACKNOWLEDGED)
+        if self._current and SaveState.IN_FLIGHT in states and SaveState.FAILED_OR_SUPERSEDED not in states:
+            self._emit(events.SaveSkippedEvent(step=step, in_flight=self._current.step))
             return True
         if not self._is_to_write(step):
             return not self.superseded
@@ -286,16 +274,16 @@ class Checkpointer:
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
         train_state = TrainState(model, optimizer, self.naming)
         payload = self._payload(step, train_state, state, files)
-        self.ranks.everybody(lambda: self._snapshot.reserve(payload.parts, self._num_sharing))
+        self.ranks.run_on_all(lambda: self._staging.reserve(payload.parts, self._num_sharing))
         is_lazy = lazy and optimizer is not None
         now = train_state.changed_by_forward(payload.weights) if is_lazy else payload.parts
-        copy = self._snapshot.take(payload.parts, now=now)
-        self._flight = BackgroundSave(step, copy, began, lambda: self._write(payload, copy, metrics or {}, began))
-        self._flight.blocked_s = time.monotonic() - began
+        copy = self._staging.take(payload.parts, now=now)
+        self._current = BackgroundSave(step, copy, began, lambda: self._write(payload, copy, metrics or {}, began))
+        self._current.blocked_s = time.monotonic() - began
         return True
 
     def _is_to_write(self, step: int) -> bool:
-        """Waits for the save in flight. False when there is nothing to write: superseded, or saved already."""
+        """Wait for the save in flight. False when there is nothing to write: superseded, or saved already."""
         if not self.wait():
             return False
         if not self.accepted or self.accepted[0].ref.step != step:
@@ -304,49 +292,45 @@ class Checkpointer:
         return False
 
     def _write(self, payload: RankPayload, copy: HostCopy, metrics: Mapping[str, float], began: float) -> bool:
-        """In the background: the rest of the copy, and the commit."""
+        """Finish the copy and commit, in the background."""
         copy.run()
         fault_point(FaultPoint.AFTER_SNAPSHOT, payload.step)
         return self._committer.commit(payload.on_host(copy.parts), metrics, self.declaration, began)
 
     @property
     def is_busy(self) -> bool:
-        """True while this rank has a save in flight."""
-        return self._flight is not None and self._flight.state is SaveState.IN_FLIGHT
+        """Whether this rank has a save in flight."""
+        return self._current is not None and self._current.state is SaveState.IN_FLIGHT
 
     @property
     def has_failed_or_superseded(self) -> bool:
-        """True when the save in flight has failed or found itself superseded on this rank: time to `wait`."""
-        return self._flight is not None and self._flight.state is SaveState.FAILED_OR_SUPERSEDED
+        """Whether the save in flight has failed or is superseded on this rank: time to `wait`."""
+        return self._current is not None and self._current.state is SaveState.FAILED_OR_SUPERSEDED
 
     def wait(self) -> bool:
-        """Waits for the save in flight, if there is one. Raises its error; False when it was superseded."""
-        flight, self._flight = self._flight, None
-        if flight is None:
+        """Wait for the save in flight, if any, and raise its error. False when it was superseded."""
+        current, self._current = self._current, None
+        if current is None:
             return not self.superseded
         try:
-            self.superseded = not flight.join()
+            self.superseded = not current.join()
         except StorageError as error:
-            self._tell(events.SaveFailedEvent(step=flight.step, error=error.message))
+            self._emit(events.SaveFailedEvent(step=current.step, error=error.message))
             raise
-        self._record_costs(flight.step, flight.blocked_s, flight.seconds, flight.copy.fenced_s)
+        self._record_costs(current.step, current.blocked_s, current.seconds, current.copy.fenced_s)
         return not self.superseded
 
     def _record_costs(self, step: int, apart_s: float, commit_s: float, fenced_s: float = 0.0) -> None:
-        """Tells for how long training waited: between two steps, and in the next one for the copy."""
+        """Record how long training waited: between two steps (`apart_s`), and in the next one for the copy."""
         blocked_s = apart_s + fenced_s
         self.last_save = (blocked_s, commit_s)
         blocked, fenced, commit = (round(seconds, 4) for seconds in (blocked_s, fenced_s, commit_s))
-        self._tell(events.SaveEvent(step=step, blocked_s=blocked, fenced_s=fenced, commit_s=commit))
+        self._emit(events.SaveEvent(step=step, blocked_s=blocked, fenced_s=fenced, commit_s=commit))
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Allocates the host buffers of `async_save` ahead of the first one, best after the first optimizer step.
-
-        Raises:
-            ConfigError: They do not fit into a rank's memory.
-        """
+        """Allocate the buffers of `async_save` in advance, best after the first optimizer step. Raises ConfigError."""
         parts = self._payload(0, TrainState(model, optimizer, self.naming)).parts
-        self.ranks.everybody(lambda: self._snapshot.reserve(parts, self._num_sharing))
+        self.ranks.run_on_all(lambda: self._staging.reserve(parts, self._num_sharing))
 
     def _payload(
         self,
@@ -355,7 +339,7 @@ class Checkpointer:
         loop_state: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> RankPayload:
-        """What this rank writes, made of the model's own tensors."""
+        """Build this rank's payload from the model's own tensors."""
         small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(loop_state or {})}
         small = small if self.ranks.rank == 0 else {}
         return RankPayload.of(step, train_state, self.ranks, small, self._max_shard_bytes)
@@ -368,17 +352,17 @@ class Checkpointer:
         return sorted([*self._committer.commits, *self._committer.lineage], key=lambda item: item.ref, reverse=True)
 
     def finish(self, source: CheckpointRef, final_step: int) -> str | None:
-        """Copies the Hugging Face part of a committed checkpoint to `model/`, verified on the way, manifest last.
+        """Copy the Hugging Face part of a committed checkpoint to `model/`, verified while copying, manifest last.
 
         Args:
             source: The checkpoint to publish, one of `accepted`.
-            final_step: The step at which the run is done.
+            final_step: The last step of the run.
 
         Returns:
             The directory, relative to the storage root, or None when superseded.
 
         Raises:
-            DamagedError: The source is no longer whole.
+            DamagedError: The source is damaged.
             StorageError: Reading or writing failed.
         """
         if not self.wait():
@@ -395,33 +379,26 @@ class Checkpointer:
                 files.append(write_file(self._store.storage, target, entry.path, blocks))
         if self._is_superseded_while_waiting():
             return None
-        published = Manifest(
-            ref=source,
-            lineage=(),
-            files=tuple(files),
-            world_size=manifest.world_size,
-            metrics=manifest.metrics,
-            committed_at=time.time(),
-            launch=self._launch,
-            extra={"final_step": final_step},
+        now, extra = time.time(), {"final_step": final_step}
+        published = replace(
+            manifest, lineage=(), files=tuple(files), committed_at=now, launch=self._launch, extra=extra
         )
         self._store.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
-        self._tell(events.DoneEvent(step=final_step, model=str(source)))
+        self._emit(events.DoneEvent(step=final_step, model=str(source)))
         self.flush()
         return target
 
-    # -- talking -------------------------------------------------------------------------------------------------------
+    # -- events -------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Makes the journal durable."""
         if self.journal is not None:
             self.journal.flush()
 
     def note(self, event: events.Event) -> None:
-        """Tells something that later attempts must know: durable when it returns. Every rank calls it."""
+        """Write an event that later attempts must see, durably. Every rank calls it."""
         self.ranks.run_on_rank_0(lambda: self._committer.note(event))
 
-    def _tell(self, event: events.Event) -> None:
+    def _emit(self, event: events.Event) -> None:
         if self.journal is not None:
             self.journal.write(event)
             self.listener(event.to_json())
@@ -431,5 +408,5 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _as_told(rejected: list[RejectedCheckpoint]) -> tuple[events.Rejection, ...]:
+def _rejections(rejected: list[RejectedCheckpoint]) -> tuple[events.Rejection, ...]:
     return tuple(events.Rejection(str(item.ref), item.reasons) for item in rejected)

@@ -1,32 +1,29 @@
-"""Every error that outlast raises on purpose, in one tree.
+"""All errors that outlast raises on purpose, in one tree.
 
     OutlastError                    exit code 1
     ├── ConfigError                 2   a setting is wrong, or differs from what the run was started with
     ├── PreflightError              3   the machine, the cluster or the storage cannot do what is asked
     ├── StorageError                1   the storage failed while in use
-    │   └── StorageRefused          1   … and will go on failing until somebody acts (full, read-only, no permission)
+    │   └── StorageRefused          1   … until a person acts: it is full, read-only or forbids access
     ├── DamagedError                5   bytes differ from what was committed
-    └── NoCheckpointError           5   commits exist, and none of them is whole
+    └── NoCheckpointError           5   commits exist, but none of them is intact
 
-A message says what happened and where; `hint` is the next command or step. Losing a race is not an error: see
-`run_store/catalog.py` for "superseded". Errors cross process borders, so each one pickles with its fields.
+A message states what happened and where; `hint` is the next command or step. Being superseded is not an error, see
+`run_store/catalog.py`. Errors cross process borders, so each one pickles with its fields.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
 class OutlastError(Exception):
-    """Base of the tree.
-
-    Args:
-        message: What happened and where (rank, step, path).
-        hint: What to do next, best of all a command.
-    """
+    """Base of the tree: what happened and where (rank, step, path), and the next step or command as `hint`."""
 
     exit_code: ClassVar[int] = 1
-    #: True where trying again on the same machines cannot help.
+    #: True where a retry on the same machines cannot help.
     permanent: ClassVar[bool] = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -38,8 +35,8 @@ class OutlastError(Exception):
         return _rebuild, (type(self), self.message, self.hint)
 
 
-def _rebuild(kind: type[OutlastError], message: str, hint: str) -> OutlastError:
-    return kind(message, hint=hint)
+def _rebuild(cls: type[OutlastError], message: str, hint: str) -> OutlastError:
+    return cls(message, hint=hint)
 
 
 class ConfigError(OutlastError, ValueError):
@@ -57,11 +54,11 @@ class PreflightError(OutlastError):
 
 
 class StorageError(OutlastError):
-    """The storage failed while in use; another try may succeed."""
+    """The storage failed while in use; a retry may succeed."""
 
 
 class StorageRefused(StorageError):
-    """The storage is full, read-only or forbids access: somebody must act first."""
+    """The storage is full, read-only or forbids access: a retry cannot succeed."""
 
     permanent = True
 
@@ -74,13 +71,23 @@ class DamagedError(OutlastError):
 
 
 class NoCheckpointError(OutlastError):
-    """Commits exist, and none of them is whole. Never answered by starting from zero."""
+    """Commits exist, but none of them is intact. A run never restarts from step 0 because of it."""
 
     exit_code = 5
     permanent = True
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says in its first line of words, as part of a message; the name of one without any."""
+    """Return the first line with words of a library's error, for use in a message; its class name if it has none."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)[:300]
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the closest of the known words, or None."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown word: the nearest known one, or nothing."""
+    return f"; did you mean {near!r}?" if (near := nearest(word, known)) else ""

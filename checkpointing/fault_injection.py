@@ -1,7 +1,7 @@
-"""Faults on purpose, addressed by named point, step and rank. Inert unless armed.
+"""Fault injection by named point, step and rank, for tests and `outlast demo`.
 
-Tests and `outlast demo` use them to die at the worst moment: the process kills itself with a real SIGKILL at the named
-point, after leaving a record, so whoever asked for the fault can prove that it fired.
+A fault is a real one, such as SIGKILL to the own process, and leaves a record first, so that a test can prove that it
+fired. Unless `arm` was called, nothing here has any effect.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PAUSE_S = 5.0
 
 
 class FaultPoint(Enum):
-    """Where a fault can strike, in the order in which a step passes them."""
+    """Where a fault can fire, in the order in which a step passes the points."""
 
     ACCUMULATING = "accumulating"  #: after the first micro-batch of several
     STEP = "step"  #: after the gradients are in, before the weights change
@@ -39,13 +39,13 @@ class FaultPoint(Enum):
 
 
 class FaultAction(Enum):
-    """What happens."""
+    """What a fault does."""
 
     EXCEPTION = "exception"
     SIGKILL = "sigkill"
-    HANG = "hang"  #: the thread never goes on
-    PAUSE = "pause"  #: the thread goes on after five seconds
-    STOP = "stop"  #: SIGSTOP to the process; somebody else may send SIGCONT
+    HANG = "hang"  #: the thread blocks forever
+    PAUSE = "pause"  #: the thread sleeps for five seconds
+    STOP = "stop"  #: SIGSTOP to the process; a test may send SIGCONT
 
 
 class InjectedFault(RuntimeError):
@@ -56,13 +56,8 @@ class InjectedFault(RuntimeError):
 class FaultSpec:
     """One fault, which fires once.
 
-    Attributes:
-        point: Where.
-        step: At which step: the one being computed, or the one being saved.
-        rank: On which rank.
-        action: What happens.
-        record: A file that must not exist yet, on this machine or, as a URL, in an object store; it is written when
-            the fault fires.
+    `step` is the step being computed or saved. `record` is a file that does not exist yet, on this machine or, as a
+    URL, in an object store; it is written when the fault fires.
     """
 
     point: FaultPoint
@@ -76,18 +71,15 @@ _armed: list[FaultSpec] = []
 
 
 def arm(faults: Sequence[FaultSpec], rank: int) -> None:
-    """Arms this process with the faults meant for `rank`, in place of any it had."""
+    """Arm the faults for `rank` in this process, replacing earlier ones."""
     _armed[:] = [fault for fault in faults if fault.rank == rank]
 
 
 def fault_point(point: FaultPoint, step: int) -> None:
-    """Fires the fault that is armed for this place, if it has not fired before.
-
-    Raises:
-        InjectedFault: That is what the fault does.
-    """
+    """Fire the fault armed for this point, if it has not fired before. Raises InjectedFault for `EXCEPTION`."""
     for fault in _armed:
-        if (fault.point, fault.step) == (point, step) and _record(fault):
+        body = {**asdict(fault), "point": point.value, "action": fault.action.value}
+        if (fault.point, fault.step) == (point, step) and write_record(fault.record, body):
             if fault.action is FaultAction.SIGKILL:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif fault.action is FaultAction.HANG:
@@ -101,18 +93,13 @@ def fault_point(point: FaultPoint, step: int) -> None:
             raise InjectedFault(f"injected at {point.value}, step {step}, rank {fault.rank}")
 
 
-def _record(fault: FaultSpec) -> bool:
-    """Leaves the proof; False if it is there already, for then the fault has fired."""
-    return write_record(fault.record, {**asdict(fault), "point": fault.point.value, "action": fault.action.value})
-
-
 def write_record(record: str, body: Mapping[str, Any]) -> bool:
-    """Says that a fault strikes now, and what it is; False if one has struck before."""
+    """Record that a fault fires now. Returns False if the record exists: the fault has fired before."""
     text = json.dumps({**body, "t": time.time(), "pid": os.getpid()})
     if "://" in record:
         if read_record(record) is not None:
             return False
-        storage, name = _place(record)
+        storage, name = _open_record(record)
         storage.put(name, [text.encode()])
         return True
     try:
@@ -126,13 +113,13 @@ def write_record(record: str, body: Mapping[str, Any]) -> bool:
 
 
 def read_record(record: str) -> dict[str, Any] | None:
-    """What the fault left when it struck; None if it has not."""
-    storage, name = _place(record)
+    """Return the record of a fault; None if it has not fired."""
+    storage, name = _open_record(record)
     with suppress(FileNotFoundError):
         return dict(json.loads(read_bytes(storage, name)))
     return None
 
 
-def _place(record: str) -> tuple[Storage, str]:
-    folder, _, name = record.rpartition("/")
-    return open_storage(folder or "/"), name
+def _open_record(record: str) -> tuple[Storage, str]:
+    directory, _, name = record.rpartition("/")
+    return open_storage(directory or "/"), name

@@ -15,6 +15,8 @@ PACKAGES = ("checkpointing", "trainers", "cluster")
 PAGE = {f"outlast/cluster/monitoring/report/{name}" for name in ("report.html", "report.css", "report.js")} | {
     f"outlast/cluster/monitoring/report/uplot.{name}" for name in ("min.js", "min.css", "LICENSE")
 }
+#: Ours, and that of the chart library in the report.
+LICENSES = {"LICENSE", "cluster/monitoring/report/uplot.LICENSE"}
 
 
 def test_wheel_contents(tmp_path: Path) -> None:
@@ -22,7 +24,12 @@ def test_wheel_contents(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [wheel] = tmp_path.glob("outlast-*.whl")
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    inside_wheel = zipfile.ZipFile(wheel)
+    names = {name for name in inside_wheel.namelist() if ".dist-info/" not in name}
+    licenses = {name.partition("/licenses/")[2] for name in inside_wheel.namelist() if "/licenses/" in name}
+    assert licenses == LICENSES
+    [metadata] = [name for name in inside_wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    assert "License-Expression: Apache-2.0\n" in inside_wheel.read(metadata).decode()
     sources = {f"outlast/{path.relative_to(ROOT)}" for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     manifests = {
         f"outlast/{path.relative_to(ROOT)}"
@@ -34,7 +41,7 @@ def test_wheel_contents(tmp_path: Path) -> None:
     [archive] = tmp_path.glob("outlast-*.tar.gz")
     with tarfile.open(archive) as inside:
         carried = {"outlast/" + name.partition("/")[2] for name in inside.getnames()}
-    assert carried >= PAGE
+    assert carried >= PAGE | {f"outlast/{name}" for name in LICENSES}
 
 
 def test_a_submission_carries_the_page_too(tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
 def host_facts(device: torch.device | None) -> dict[str, Any]:
     """Return name and number of processors, bytes of memory, and the GPU's name, if the device is one."""
-    facts: dict[str, Any] = {"cpu": platform.processor(), "cpus": os.cpu_count(), "memory": None}
-    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+    facts: dict[str, Any] = {"cpu": platform.processor(), "cpus": os.cpu_count()}
+    facts["memory"] = psutil.virtual_memory().total
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:  # psutil has no name of the processor
         facts["cpu"] = next(line for line in file if line.startswith("model name")).partition(":")[2].strip()
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
-        facts["memory"] = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
     if device is not None and device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts

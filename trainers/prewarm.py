@@ -6,14 +6,12 @@ constructed. Nothing here may change what is computed.
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import torch
-import torch._dynamo
 import torch.nn.parallel
 import transformers
 
 from outlast.trainers.models.build import model_class
+from outlast.trainers.models.transformers_internals import get_checkpoint_conversion_mapping, model_mapping
 from outlast.trainers.tasks.registry import find_task
 
 
@@ -26,9 +24,6 @@ def prewarm(task: str, model_type: str | None) -> None:
     if model_type in transformers.CONFIG_MAPPING:
         config = transformers.AutoConfig.for_model(model_type)
         builder = model_class(task_class, config)
-        if hasattr(builder, "_model_mapping"):
-            builder._model_mapping[type(config)]
-    with suppress(ImportError):  # releases of transformers without weight conversion
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-        get_checkpoint_conversion_mapping(model_type)
+        if (mapping := model_mapping(builder)) is not None:
+            mapping[type(config)]
+    get_checkpoint_conversion_mapping(model_type)

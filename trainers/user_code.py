@@ -6,7 +6,6 @@ or of Python.
 
 from __future__ import annotations
 
-import difflib
 import sys
 import sysconfig
 import traceback
@@ -14,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, did_you_mean
 
 _HINT = "put it beside the run file, or install it on every worker; `outlast submit --code DIR` uploads it"
 
@@ -31,12 +30,8 @@ def import_object(path: str, setting: str) -> Any:
     except Exception as error:
         raise ConfigError(f"{setting} {path!r} cannot be imported: {describe_error(error)}", hint=_HINT) from error
     if not hasattr(module, name):
-        near = difflib.get_close_matches(name, [key for key, item in vars(module).items() if isinstance(item, type)], 1)
-        raise ConfigError(
-            f"{setting} {path!r} cannot be imported: {module_name} has no {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else ""),
-            hint=_HINT,
-        )
+        guess = did_you_mean(name, [key for key, item in vars(module).items() if isinstance(item, type)])
+        raise ConfigError(f"{setting} {path!r} cannot be imported: {module_name} has no {name!r}{guess}", hint=_HINT)
     return getattr(module, name)
 
 

@@ -1,1 +1,1 @@
-"""The format on disk: names, manifests, safetensors."""
+"""The on-disk format: names and paths, manifests, safetensors files."""

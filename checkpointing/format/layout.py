@@ -1,6 +1,6 @@
-"""Where everything lies: names and paths, pure functions only.
+"""Names and paths of everything in a run's directory.
 
-All paths are relative to the storage root and use `/`. Nothing here touches a disk.
+Paths are relative to the storage root and use `/`. All functions are pure: nothing here reads or writes storage.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class AttemptId:
 
     @classmethod
     def parse(cls, name: str) -> AttemptId | None:
-        """The attempt a directory name stands for, or None for any other name."""
+        """Parse a directory name; None if it names no attempt."""
         match = _ATTEMPT.fullmatch(name)
         return cls(int(match[1]), match[2]) if match else None
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class CheckpointRef:
-    """Names one checkpoint of a run: the state after `step` steps, as written by `attempt`."""
+    """One checkpoint of a run: the state after `step` steps, as written by `attempt`."""
 
     step: int
     attempt: AttemptId
@@ -52,28 +52,27 @@ class CheckpointRef:
 
     @property
     def name(self) -> str:
-        """How a user names this checkpoint where the step alone could mean several: `200@0001-9f2c`."""
+        """Unambiguous name for users, such as `200@0001-9f2c`."""
         return f"{self.step}@{self.attempt}"
 
     @classmethod
     def parse(cls, name: str) -> CheckpointRef | None:
-        """The checkpoint that a `name` stands for, or None for any other text."""
+        """Parse a `name`; None for any other text."""
         match = _REF.fullmatch(name)
         attempt = AttemptId.parse(match[2]) if match else None
         return cls(int(match[1]), attempt) if match and attempt else None
 
     @classmethod
     def from_path(cls, path: str) -> CheckpointRef | None:
-        """The checkpoint that `str(ref)` stands for, or None for any other text."""
+        """Parse a `str(ref)`; None for any other text."""
         attempt, _, step = path.partition("/checkpoint-")
         return cls.parse(f"{step}@{attempt}")
 
 
 def check_run_name(name: str) -> str:
-    """`name` itself if it can name a run.
+    """Return `name` unchanged, or raise ConfigError.
 
-    Raises:
-        ConfigError: The name could leave the storage root, hide, or break a file system or a Kubernetes label.
+    Refused is what could leave the storage root, is hidden, or breaks a file system or a Kubernetes label.
     """
     if not _RUN.fullmatch(name) or ".." in name:
         raise ConfigError(
@@ -105,7 +104,7 @@ def prunes_dir(run: str) -> str:
 
 
 def prune_dir(run: str, prune: str) -> str:
-    """The journal of one deletion from outside; nobody else writes there."""
+    """Return the journal directory of one prune command, its only writer."""
     return f"{prunes_dir(run)}/{prune}"
 
 
@@ -114,7 +113,7 @@ def launch_dir(run: str, launch: str) -> str:
 
 
 def trackers_dir(run: str) -> str:
-    """Copies of the run's metrics for other tools; nothing reads them back."""
+    """Return the directory of metrics for other tools; outlast never reads them."""
     return f"{run}/trackers"
 
 
@@ -123,7 +122,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def parse_checkpoint(name: str) -> int | None:
-    """The step a directory name stands for, or None for any other name."""
+    """Parse a directory name into a step; None if it names no checkpoint."""
     match = _CHECKPOINT.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -137,7 +136,7 @@ def model_dir(run: str, attempt: AttemptId) -> str:
 
 
 def weights_shard(file: str, number: int, count: int) -> str:
-    """As transformers names the parts of a `file` of weights; `number` counts from 0."""
+    """Name a shard of a weights file as transformers does; `number` counts from 0."""
     return f"{file.removesuffix('.safetensors')}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 

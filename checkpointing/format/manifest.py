@@ -1,8 +1,8 @@
-"""The manifest: which files a checkpoint has, byte for byte, and what it stands on.
+"""The manifest of a checkpoint: its files with sizes and digests, and the older checkpoints it builds on.
 
-Writing it is the commit. It carries a digest of itself, so a damaged manifest is told from a whole one; and it is plain
-JSON, so reading one runs no code. Digests are XXH3 (github.com/Cyan4973/xxHash, `xxh3_128` of the file and `xxh3_64` of
-each 16 MiB block): they catch every accident, and they are not meant against an attacker.
+Writing the manifest is the commit. It contains a digest of itself, so a damaged manifest is detected, and it is plain
+JSON, so reading one never runs code. Digests are XXH3 (github.com/Cyan4973/xxHash): `xxh3_128` of each file, `xxh3_64`
+of each 16 MiB block. They detect accidental damage, not attacks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK_BYTES = 16 * 2**20
 
 
 class ManifestError(ValueError):
-    """The bytes are not a whole manifest."""
+    """The bytes are not an intact manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +37,16 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What one commit says.
+    """The content of one commit."""
 
-    Attributes:
-        ref: The checkpoint itself.
-        lineage: The resume point and the older checkpoints that the attempt stands on; not its own commits.
-        files: Every file, sorted by path, the manifest itself excepted.
-        world_size: Number of ranks that wrote it.
-        metrics: What was known of the model at this step, such as `loss` and `eval_loss`.
-        committed_at: Seconds since the epoch, by rank 0's clock. For people; nothing is decided by it.
-        launch: The launch that wrote it.
-    """
-
-    ref: CheckpointRef
+    ref: CheckpointRef  #: the checkpoint itself
+    #: The resume point of the attempt and the older checkpoints kept with it; not its own commits
     lineage: tuple[CheckpointRef, ...]
-    files: tuple[FileEntry, ...]
-    world_size: int
-    metrics: Mapping[str, float]
-    committed_at: float
-    launch: str
+    files: tuple[FileEntry, ...]  #: every file, sorted by path, the manifest itself excepted
+    world_size: int  #: number of ranks that wrote it
+    metrics: Mapping[str, float]  #: metrics at this step, such as `loss` and `eval_loss`
+    committed_at: float  #: seconds since the epoch, by rank 0's clock. Informational only.
+    launch: str  #: the launch that wrote it
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,11 +55,11 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """XXH3 of all the rest of it."""
+        """XXH3-128 of all other fields."""
         return str(json.loads(self.to_json())["digest"])
 
     def to_json(self) -> bytes:
-        """Canonical bytes, own digest included."""
+        """Return the canonical bytes, with the digest."""
         body = {
             "format": FORMAT,
             "attempt": str(self.ref.attempt),
@@ -86,11 +77,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
-        """The manifest in `data`.
-
-        Raises:
-            ManifestError: Not JSON, not complete, not of a known format, or its own digest does not match.
-        """
+        """Parse and check a manifest. Raises ManifestError for unknown formats and for damage."""
         try:
             body = json.loads(data)
             digest = body.pop("digest")
@@ -127,10 +114,10 @@ def _ref(item: Mapping[str, Any]) -> CheckpointRef:
 
 
 class Digester:
-    """Digests of a stream of buffers, in the same pass that writes or reads them."""
+    """Computes digests of a stream of buffers while they are written or read."""
 
     def __init__(self) -> None:
-        self._whole = xxhash.xxh3_128()
+        self._file = xxhash.xxh3_128()
         self._block = xxhash.xxh3_64()
         self._blocks: list[str] = []
         self._in_block = 0
@@ -138,24 +125,23 @@ class Digester:
 
     def update(self, buffer: Buffer) -> None:
         view = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else memoryview(b"")
-        self._whole.update(view)
+        self._file.update(view)
         self.num_bytes += view.nbytes
         while view.nbytes:
-            part = view[: BLOCK_BYTES - self._in_block]
-            self._block.update(part)
-            self._in_block += part.nbytes
-            view = view[part.nbytes :]
+            chunk = view[: BLOCK_BYTES - self._in_block]
+            self._block.update(chunk)
+            self._in_block += chunk.nbytes
+            view = view[chunk.nbytes :]
             if self._in_block == BLOCK_BYTES:
                 self._close_block()
 
     def entry(self, path: str) -> FileEntry:
-        """What was seen so far, as the manifest's entry for `path`. Ends the stream."""
+        """Return the manifest entry of the stream so far. Ends the stream."""
         if self._in_block:
             self._close_block()
-        return FileEntry(path, self.num_bytes, self._whole.hexdigest(), tuple(self._blocks))
+        return FileEntry(path, self.num_bytes, self._file.hexdigest(), tuple(self._blocks))
 
     def through(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
-        """Passes the chunks on unchanged, digesting each."""
         for chunk in chunks:
             self.update(chunk)
             yield chunk

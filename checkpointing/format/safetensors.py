@@ -1,8 +1,8 @@
-"""The safetensors container, written and read as streams of buffers.
+"""Streaming reader and writer of the safetensors format (github.com/huggingface/safetensors).
 
-Written here rather than by the library, because the library wants all bytes at once and digests nothing; the format is
-the library's (github.com/huggingface/safetensors): eight bytes of header length, a JSON header, then the tensors
-without holes. Everything a header claims is checked before it is believed.
+A file is eight bytes of header length, a JSON header, then the tensors without gaps. The safetensors library needs all
+bytes at once and computes no digests, so this module encodes buffer by buffer. A header is input: nothing in it is used
+before it is checked.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsError(ValueError):
-    """The bytes are not a whole safetensors file."""
+    """The bytes are not an intact safetensors file."""
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's elements in row-major order; a view where the tensor is a contiguous one on the host."""
+    """Return the elements in row-major order; a view if the tensor is contiguous and on the host."""
     host = tensor.detach().to("cpu").contiguous()
     return bytes_view(host.reshape(-1).view(torch.uint8))
 
 
 def bytes_view(buffer: torch.Tensor) -> memoryview:
-    """The memory of a contiguous uint8 tensor on the host."""
+    """Return the memory of a contiguous uint8 tensor on the host."""
     return memoryview(buffer.numpy().data) if buffer.numel() else memoryview(b"")
 
 
@@ -65,27 +65,19 @@ class TensorSpec:
 
 
 def order(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """The names in the order in which `encode` writes them: widest elements first, so that all are aligned."""
+    """Return the names in the order of the file: widest elements first, so that all are aligned."""
     return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
 
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[memoryview]:
-    """The file as buffers: the header, then each tensor.
-
-    Args:
-        tensors: Name to tensor, of any shape (0-dim and empty too) and any dtype in `DTYPES`.
-        metadata: What else the header says.
-
-    Raises:
-        TypeError: A dtype that the format does not know.
-    """
+    """Encode a file as buffers: the header, then each tensor. Raises TypeError for a dtype not in `DTYPES`."""
     return stream({name: TensorSpec.of(tensor) for name, tensor in tensors.items()}, tensors.__getitem__, metadata)
 
 
 def stream(
     specs: Mapping[str, TensorSpec], fetch: Callable[[str], torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[memoryview]:
-    """As `encode`, for tensors that are fetched one by one, in the order of `order`."""
+    """Encode tensors that are fetched one by one, in the order of `order`; see `encode`."""
     names = order(specs)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -104,49 +96,38 @@ def stream(
 
 
 def decode(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors in a file's bytes, as views of them.
-
-    Args:
-        buffer: A contiguous uint8 tensor holding the whole file.
-
-    Raises:
-        SafetensorsError: The header does not describe these bytes.
-    """
-    places, _ = parse_header(bytes_view(buffer), buffer.numel())
-    return {name: as_tensor(buffer[begin : begin + spec.num_bytes], spec) for name, (spec, begin) in places.items()}
+    """Return the tensors in a file as views of `buffer`, a contiguous uint8 tensor. Raises SafetensorsError."""
+    offsets, _ = parse_header(bytes_view(buffer), buffer.numel())
+    return {name: as_tensor(buffer[begin : begin + spec.num_bytes], spec) for name, (spec, begin) in offsets.items()}
 
 
 def header_bytes(data: Buffer) -> int:
-    """How many of a file's first bytes `parse_header` needs, from its first eight."""
+    """Return how many bytes `parse_header` needs, from a file's first eight."""
     return 8 + int.from_bytes(data[:8], "little")
 
 
 def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str, str]]:
-    """Where each tensor lies, as (spec, first byte in the file), and the metadata.
-
-    Args:
-        data: The file's beginning, `header_bytes` at least.
-        num_bytes: Size of the whole file.
+    """Parse the start of a file, at least `header_bytes`; return each tensor's spec and first byte, and the metadata.
 
     Raises:
-        SafetensorsError: The header does not describe so many bytes.
+        SafetensorsError: The header does not describe a file of `num_bytes`.
     """
     try:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(bytes(data[8 : 8 + length]))
         begin = 8 + length
-        places, expected = {}, 0
+        offsets, expected = {}, 0
         metadata = header.pop("__metadata__", {})
         entries = header.items()
         for name, item in sorted(entries, key=lambda pair: pair[1]["data_offsets"]):
             dtype, shape, (start, end) = DTYPES[item["dtype"]], item["shape"], item["data_offsets"]
-            plausible = all(isinstance(length, int) and length >= 0 for length in shape)
-            if not plausible or prod(max(1, length) for length in shape) >= 2**63:
+            is_plausible = all(isinstance(length, int) and length >= 0 for length in shape)
+            if not is_plausible or prod(max(1, length) for length in shape) >= 2**63:
                 raise SafetensorsError(f"tensor {name} has the shape {shape}")
             spec = TensorSpec(dtype, tuple(shape))
             if start != expected or end - start != spec.num_bytes or begin + end > num_bytes:
-                raise SafetensorsError(f"tensor {name} does not fit its place")
-            places[name] = (spec, begin + start)
+                raise SafetensorsError(f"tensor {name} does not match its byte range")
+            offsets[name] = (spec, begin + start)
             expected = end
     except SafetensorsError:
         raise
@@ -154,11 +135,11 @@ def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[TensorSp
         raise SafetensorsError(f"the header is not readable ({type(error).__name__}: {error})") from error
     if begin + expected != num_bytes:
         raise SafetensorsError(f"{num_bytes - begin - expected} bytes belong to no tensor")
-    return places, metadata
+    return offsets, metadata
 
 
 def as_tensor(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The bytes of a one-dimensional uint8 tensor as `spec`; a view, unless they lie crookedly."""
-    crooked = data.storage_offset() % spec.dtype.itemsize or data.data_ptr() % spec.dtype.itemsize
-    aligned = data.clone() if crooked else data
+    """Reinterpret a one-dimensional uint8 tensor as `spec`; a view, unless it is misaligned."""
+    is_misaligned = data.storage_offset() % spec.dtype.itemsize or data.data_ptr() % spec.dtype.itemsize
+    aligned = data.clone() if is_misaligned else data
     return aligned.view(spec.dtype).reshape(spec.shape)

@@ -1,1 +1,1 @@
-"""Restoring: verified reads into a model and its optimizer."""
+"""Restoring: verified reads of a checkpoint into a model and its optimizer."""

@@ -1,6 +1,6 @@
-"""One checkpoint, read into a model and its optimizer on every rank, or refused by all of them together.
+"""Restore of one checkpoint into a model and its optimizer, on all ranks or on none.
 
-Each rank reads what it needs; together they read every byte. What one rank finds damaged, none uses.
+Each rank reads what it needs; together they read every byte. A checkpoint that any rank finds damaged is never used.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from outlast.checkpointing.storage.base import Storage
 def restore(
     store: RunStore, manifest: Manifest, ranks: RankGroup, train_state: TrainState
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Loads the checkpoint if every rank finds it whole. Every rank calls it.
+    """Load a checkpoint if every rank finds it intact. Every rank calls it.
 
     Returns:
-        Its loop state, on every rank; or None, and what was wrong, one line a file. Then the weights may be a mixture.
+        Its loop state, on every rank; or None and the faults, one line per file. The weights may then be a mixture.
 
     Raises:
-        ConfigError: The checkpoint is another model's, or has no optimizer state.
+        ConfigError: The checkpoint is of another model, or has no optimizer state.
         StorageError: It could not be read, which proves nothing.
     """
     storage, directory = store.storage, store.checkpoint_dir(manifest.ref)
-    seen = ranks.everybody(lambda: _read_headers(storage, directory, manifest, ranks))
-    if faults := _merged(lines for _, lines in seen):
+    headers = ranks.run_on_all(lambda: _read_headers(storage, directory, manifest, ranks))
+    if faults := _merged(lines for _, lines in headers):
         return None, faults
-    indexes = [mine for mine, _ in seen]
-    weights = merge(index for mine in indexes for path, index in mine.items() if not _is_state(path))
-    moments = merge(index for mine in indexes for path, index in mine.items() if _is_state(path))
+    indexes = [item for by_path, _ in headers for item in by_path.items()]
+    weights = merge(index for path, index in indexes if not _is_state(path))
+    moments = merge(index for path, index in indexes if _is_state(path))
     compare_weights(train_state.specs, _specs(weights))
     if train_state.optimizer is not None and not any(_is_state(entry.path) for entry in manifest.files):
         raise ConfigError(
-            f"{manifest.ref} was saved without an optimizer; going on with an empty one would be another run",
+            f"{manifest.ref} was saved without an optimizer; continuing with an empty one would be another run",
             hint="resume without an optimizer, or start a new run",
         )
     targets = train_state.targets(_specs(moments))
     index = {**weights, **moments}
-    read = ranks.everybody(lambda: _read_state(storage, directory, manifest, index, targets, ranks))
+    read = ranks.run_on_all(lambda: _read_state(storage, directory, manifest, index, targets, ranks))
     if faults := _merged(lines for _, lines in read):
         return None, faults
     train_state.load_moments({name: targets[name][1] for name in moments})
@@ -57,14 +57,13 @@ def restore(
 
 
 def _specs(index: Index) -> dict[str, TensorSpec]:
-    """Type and whole shape of each tensor."""
     return {name: TensorSpec(parts[0].spec.dtype, parts[0].shape) for name, parts in index.items()}
 
 
 def _read_headers(
     storage: Storage, directory: str, manifest: Manifest, ranks: RankGroup
 ) -> tuple[dict[str, Index], list[str]]:
-    """This rank's share of the files' headers, by path. Rank 0 also looks at everything that holds no tensors."""
+    """Read this rank's share of the file headers, by path. Rank 0 also verifies all files without tensors."""
     faults = check_listing(storage, directory, manifest) if ranks.rank == 0 else []
     indexes: dict[str, Index] = {}
     try:
@@ -82,7 +81,7 @@ def _read_headers(
 def _read_state(
     storage: Storage, directory: str, manifest: Manifest, index: Index, targets: Targets, ranks: RankGroup
 ) -> tuple[dict[str, Any], list[str]]:
-    """Fills the targets; on rank 0 also reads the loop state. Returns that, and the faults."""
+    """Fill the targets, on rank 0 also read the loop state. Returns the loop state and the faults."""
     faults = read_regions(storage, directory, manifest, index, targets)
     if ranks.rank or faults:
         return {}, faults
@@ -94,7 +93,6 @@ def _read_state(
 
 
 def _merged(faults: Iterable[list[str]]) -> list[str]:
-    """Every rank's faults, each once."""
     return sorted({line for lines in faults for line in lines})
 
 

@@ -1,10 +1,10 @@
-"""Reads checkpoints back. Every byte passes its digest before it is used.
+"""Verified reads of a checkpoint's files: no byte is used before its digest is checked.
 
-Only proof rejects a checkpoint (a digest, a size, an absence, an extra file): those come back as faults, one line a
-file. A read that fails proves nothing; it is tried again, and then it is a `StorageError`.
+Only proof rejects a checkpoint (a digest, a size, an absence, an extra file): such faults are returned, one line per
+file. A failed read proves nothing; it is retried, and then raises StorageError.
 
-A file is read whole, in parallel, or only where a rank needs it: the manifest has a digest of each 16 MiB block, so a
-slice is verified by the blocks that it touches.
+A file is read completely, in parallel, or only where a rank needs it: the manifest has a digest of each 16 MiB block,
+so a slice is verified by the blocks that it touches.
 """
 
 from __future__ import annotations
@@ -37,27 +37,19 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import retry
 
 _NUM_READERS = 4
-#: A block that goes to more places than this is read in one piece first.
+#: A block with more targets than this is read in one piece first.
 _MAX_PIECES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor, or a part of one, in a file.
+    """A tensor, or a part of one, in a file."""
 
-    Attributes:
-        path: The file, relative to the checkpoint.
-        begin: Its first byte there.
-        spec: Its type and shape.
-        box: Which elements of the tensor it holds.
-        shape: Shape of the tensor.
-    """
-
-    path: str
-    begin: int
-    spec: TensorSpec
-    box: Region
-    shape: tuple[int, ...]
+    path: str  #: the file, relative to the checkpoint
+    begin: int  #: its first byte in the file
+    spec: TensorSpec  #: its type and shape
+    region: Region  #: which elements of the tensor it holds
+    shape: tuple[int, ...]  #: shape of the complete tensor
 
 
 Index = dict[str, list[StoredTensor]]
@@ -72,17 +64,12 @@ def _longer(entry: FileEntry) -> DamagedError:
 
 
 def _changed(entry: FileEntry, block: int | None) -> DamagedError:
-    place = "by its whole digest" if block is None else f"first in the 16 MiB block at byte {block * BLOCK_BYTES:,}"
-    return DamagedError(f"{entry.path}: bytes changed, {place}")
+    where = "by its whole digest" if block is None else f"first in the 16 MiB block at byte {block * BLOCK_BYTES:,}"
+    return DamagedError(f"{entry.path}: bytes changed, {where}")
 
 
 def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
-    """What a safetensors file holds, from its verified header.
-
-    Raises:
-        DamagedError: The file is missing or differs; the message says how.
-        StorageError: It could not be read.
-    """
+    """Read the index of a safetensors file from its verified header. Raises as `read_verified`."""
     head = b""
     try:
         for number in range(len(entry.blocks)):
@@ -107,10 +94,7 @@ def _block_bytes(entry: FileEntry, number: int) -> int:
 
 
 def _read_block(storage: Storage, directory: str, entry: FileEntry, number: int, *into: memoryview) -> None:
-    """Reads one block into these places, one after the other, and verifies it.
-
-    Raises DamagedError, or StorageError after some tries.
-    """
+    """Read one block into consecutive buffers and verify it. Raises DamagedError, or StorageError after retries."""
     retry(lambda: _read_block_once(storage, directory, entry, number, into))
 
 
@@ -136,7 +120,7 @@ def _read_block_once(
 
 
 def _fill(file: BinaryIO, position: int, into: Sequence[memoryview]) -> int:
-    """Reads from `position` on until all places are full or the file ends; returns where that was."""
+    """Read from `position` until the buffers are full or the file ends; return the end position."""
     rest = [view for view in into if view.nbytes]
     file.seek(position)
     while rest:
@@ -161,7 +145,6 @@ def _fill(file: BinaryIO, position: int, into: Sequence[memoryview]) -> int:
 
 
 def merge(indexes: Iterable[Index]) -> Index:
-    """One index of several files."""
     merged: Index = {}
     for index in indexes:
         for name, parts in index.items():
@@ -176,94 +159,83 @@ def read_regions(
     index: Index,
     targets: Mapping[str, tuple[Region, torch.Tensor]],
 ) -> list[str]:
-    """Reads boxes of the named tensors into tensors that are there already. Returns the faults, one line a file.
+    """Read regions of named tensors into existing tensors and return the faults, one line per file.
 
-    Several blocks at a time, straight into the targets where these are contiguous memory of the host, else through a
-    small buffer that stays: fresh memory costs more than reading. With faults, the targets hold a mixture and are not
-    to be used.
-
-    Args:
-        storage: The storage root.
-        directory: The checkpoint's.
-        manifest: Its manifest.
-        index: What its files hold.
-        targets: By name, what to read and where to put it; of the tensor's type and the box's shape, on any device.
-
-    Raises:
-        StorageError: A read failed for good.
+    Several blocks at a time, directly into targets that are contiguous host memory, else through a reused buffer: fresh
+    memory costs more than reading. `targets` has by name the region, and a tensor of its shape and type on any device.
+    After faults the targets are a mixture and must not be used. Raises StorageError.
     """
     entries = {entry.path: entry for entry in manifest.files}
-    moves: dict[tuple[str, int], list[_Copy]] = {}
+    copies: dict[tuple[str, int], list[_Copy]] = {}
     afterwards: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, (box, target) in targets.items():
-        missing = prod(box.shape)
+    for name, (region, target) in targets.items():
+        missing = prod(region.shape)
         for part in index[name]:
-            shared = box.intersection(part.box) if box.shape else part.box
+            shared = region.intersection(part.region) if region.shape else part.region
             if shared is None:
                 continue
             missing -= prod(shared.shape)
-            begin, end, held = _rows(part, shared)
-            place = shared.of(target, box)
-            if held != shared or not place.is_contiguous():
-                whole = torch.empty(held.shape, dtype=target.dtype)
-                afterwards.append((place, shared.of(whole, held)))
-                place = whole
-            _plan(moves, part.path, begin, end, place.reshape(-1).view(torch.uint8))
+            begin, end, stored = _rows(part, shared)
+            view = shared.of(target, region)
+            if stored != shared or not view.is_contiguous():
+                rows = torch.empty(stored.shape, dtype=target.dtype)
+                afterwards.append((view, shared.of(rows, stored)))
+                view = rows
+            _plan(copies, part.path, begin, end, view.reshape(-1).view(torch.uint8))
         assert not missing, f"{missing} elements of {name} are in no file"
-    faults = _execute(storage, directory, entries, moves)
+    faults = _execute(storage, directory, entries, copies)
     if not faults:
-        for place, source in afterwards:
-            place.copy_(source)
+        for view, source in afterwards:
+            view.copy_(source)
     return faults
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """Bytes from `begin` in a block go to `target`."""
+    """Copies bytes from `begin` in a block to `target`."""
 
     begin: int
     target: torch.Tensor
 
 
 def _rows(part: StoredTensor, shared: Region) -> tuple[int, int, Region]:
-    """The fewest whole rows of a stored part that cover `shared`: (first byte, end, the box that they hold)."""
+    """Return the fewest complete rows of a stored part that cover `shared`: first byte, end, and their region."""
     if not shared.shape:
         return part.begin, part.begin + part.spec.num_bytes, shared
     row_bytes = part.spec.num_bytes // part.spec.shape[0]
-    first = shared.offset[0] - part.box.offset[0]
-    held = Region((shared.offset[0], *part.box.offset[1:]), (shared.shape[0], *part.box.shape[1:]))
-    return part.begin + first * row_bytes, part.begin + (first + shared.shape[0]) * row_bytes, held
+    first = shared.offset[0] - part.region.offset[0]
+    rows = Region((shared.offset[0], *part.region.offset[1:]), (shared.shape[0], *part.region.shape[1:]))
+    return part.begin + first * row_bytes, part.begin + (first + shared.shape[0]) * row_bytes, rows
 
 
-def _plan(moves: dict[tuple[str, int], list[_Copy]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
-    """Cuts one range of bytes by the blocks that it lies in."""
+def _plan(copies: dict[tuple[str, int], list[_Copy]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
     for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
         first, last = max(begin, number * BLOCK_BYTES), min(end, (number + 1) * BLOCK_BYTES)
-        move = _Copy(first - number * BLOCK_BYTES, target[first - begin : last - begin])
-        moves.setdefault((path, number), []).append(move)
+        copy = _Copy(first - number * BLOCK_BYTES, target[first - begin : last - begin])
+        copies.setdefault((path, number), []).append(copy)
 
 
 def _execute(
-    storage: Storage, directory: str, entries: Mapping[str, FileEntry], moves: Mapping[tuple[str, int], list[_Copy]]
+    storage: Storage, directory: str, entries: Mapping[str, FileEntry], copies: Mapping[tuple[str, int], list[_Copy]]
 ) -> list[str]:
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(_NUM_READERS):
-        buffers.put(torch.empty(BLOCK_BYTES if moves else 0, dtype=torch.uint8))
+        buffers.put(torch.empty(BLOCK_BYTES if copies else 0, dtype=torch.uint8))
 
     def fetch(path: str, number: int) -> None:
         buffer = buffers.get()
         try:
             block = buffer[: _block_bytes(entries[path], number)]
-            pieces = _pieces(block, moves[path, number])
+            pieces = _pieces(block, copies[path, number])
             _read_block(storage, directory, entries[path], number, *(pieces or [bytes_view(block)]))
-            for move in moves[path, number] if pieces is None else ():
-                move.target.copy_(block[move.begin : move.begin + move.target.numel()])
+            for copy in copies[path, number] if pieces is None else ():
+                copy.target.copy_(block[copy.begin : copy.begin + copy.target.numel()])
         finally:
             buffers.put(buffer)
 
     faults: dict[str, str] = {}
     with ThreadPoolExecutor(_NUM_READERS) as pool, torch.no_grad():
-        for (path, _), future in [(place, pool.submit(fetch, *place)) for place in sorted(moves)]:
+        for (path, _), future in [(key, pool.submit(fetch, *key)) for key in sorted(copies)]:
             try:
                 future.result()
             except DamagedError as error:
@@ -274,22 +246,22 @@ def _execute(
     return sorted(faults.values())
 
 
-def _pieces(block: torch.Tensor, moves: Sequence[_Copy]) -> list[memoryview] | None:
-    """The places that a block's bytes go to, one after the other: targets, and `block` itself for what nobody wants.
+def _pieces(block: torch.Tensor, copies: Sequence[_Copy]) -> list[memoryview] | None:
+    """Return consecutive buffers for a block's bytes: the targets, and `block` itself for bytes without a target.
 
-    None where some target is not memory of the host, or they are too many.
+    None if a target is not host memory, or there are too many.
     """
-    if len(moves) > _MAX_PIECES or any(move.target.device.type != "cpu" for move in moves):
+    if len(copies) > _MAX_PIECES or any(copy.target.device.type != "cpu" for copy in copies):
         return None
     pieces, position = [], 0
-    for move in sorted(moves, key=lambda move: move.begin):
-        pieces += [bytes_view(block[position : move.begin]), bytes_view(move.target)]
-        position = move.begin + move.target.numel()
+    for copy in sorted(copies, key=lambda copy: copy.begin):
+        pieces += [bytes_view(block[position : copy.begin]), bytes_view(copy.target)]
+        position = copy.begin + copy.target.numel()
     return [*pieces, bytes_view(block[position:])]
 
 
 def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[memoryview]:
-    """The file, block by block, each verified and in memory of its own. Raises as `read_verified`."""
+    """Yield a file by verified blocks, each in memory of its own. Raises as `read_verified`."""
     for number in range(len(entry.blocks)):
         block = torch.empty(_block_bytes(entry, number), dtype=torch.uint8)
         _read_block(storage, directory, entry, number, bytes_view(block))
@@ -297,10 +269,10 @@ def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[
 
 
 def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
-    """The file's bytes as a uint8 tensor of shape [num_bytes], verified.
+    """Read and verify a file as a uint8 tensor of shape [num_bytes].
 
     Raises:
-        DamagedError: The file is missing or differs; the message says how.
+        DamagedError: The file is missing or differs.
         StorageError: It could not be read.
     """
     return retry(lambda: _read_verified(storage, directory, entry))
@@ -319,16 +291,16 @@ def _read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.
                     break
                 digester.update(part[:count])
                 position += count
-            longer = bool(file.read(1))
+            is_longer = bool(file.read(1))
     except FileNotFoundError:
         raise DamagedError(f"{entry.path}: missing") from None
     if position < entry.num_bytes:
         raise _truncated(entry, position)
-    if longer:
+    if is_longer:
         raise _longer(entry)
-    found = digester.entry(entry.path)
-    if found != entry:
-        pairs = zip(found.blocks, entry.blocks, strict=False)
+    actual = digester.entry(entry.path)
+    if actual != entry:
+        pairs = zip(actual.blocks, entry.blocks, strict=False)
         raise _changed(entry, next((number for number, (a, b) in enumerate(pairs) if a != b), None))
     return buffer
 
@@ -336,12 +308,7 @@ def _read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.
 def read_tensors(
     storage: Storage, directory: str, manifest: Manifest, *, weights_only: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, verified; or only those of the model.
-
-    Raises:
-        DamagedError: A file that holds tensors is not whole.
-        StorageError: It could not be read.
-    """
+    """Read and verify all tensors of a checkpoint, or only the weights. Raises DamagedError and StorageError."""
     entries = [entry for entry in manifest.files if entry.path.endswith(".safetensors")]
     if weights_only:
         entries = [entry for entry in entries if not entry.path.startswith(STATE_DIR)]

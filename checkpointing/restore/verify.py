@@ -1,4 +1,4 @@
-"""Verification of a checkpoint against its manifest."""
+"""Verification of a checkpoint against its manifest. Never writes, and never uses the bytes it reads."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ import torch
 
 from outlast.checkpointing.format.layout import MANIFEST
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.format.safetensors import (
-    tensor_bytes,
-)
+from outlast.checkpointing.format.safetensors import tensor_bytes
 from outlast.checkpointing.restore.reader import _Copy, _execute, read_tensors
 from outlast.checkpointing.storage.base import Storage, walk
 from outlast.checkpointing.storage.retry import retry
 
 
 def check_listing(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
-    """Faults that a listing shows: missing and extra files, wrong sizes. One line each."""
-    found = {item.name: item.num_bytes for item in retry(lambda: list(walk(storage, directory)))}
+    """Return the faults that a listing shows, one line each: missing and extra files, wrong sizes."""
+    sizes = {item.name: item.num_bytes for item in retry(lambda: list(walk(storage, directory)))}
     expected = {entry.path: entry.num_bytes for entry in manifest.files}
-    faults = [f"{path}: missing" for path in expected if path not in found]
-    for path, num_bytes in found.items():
+    faults = [f"{path}: missing" for path in expected if path not in sizes]
+    for path, num_bytes in sizes.items():
         if path == MANIFEST or path.rsplit("/", 1)[-1].startswith(".nfs"):
             continue
         if path not in expected:
             faults.append(f"{path}: extra file that was never committed")
         elif num_bytes != expected[path]:
-            faults.append(f"{path}: {num_bytes:,} bytes, committed were {expected[path]:,}")
+            faults.append(f"{path}: {num_bytes:,} bytes, not the {expected[path]:,} that were committed")
     return sorted(faults)
 
 
 def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
-    """Reads every byte of a checkpoint, in a few buffers of one block, and compares the blocks' digests.
-
-    Returns its faults, one line each; none means whole.
+    """Verify every byte of a checkpoint block by block; return its faults, one line each.
 
     Raises:
         StorageError: It could not be read, which proves nothing.
@@ -42,25 +38,21 @@ def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
     faults = check_listing(storage, directory, manifest)
     named = {fault.split(": ", 1)[0] for fault in faults}
     entries = {entry.path: entry for entry in manifest.files if entry.path not in named}
-    blocks: dict[tuple[str, int], list[_Copy]] = {  # which move nowhere
+    blocks: dict[tuple[str, int], list[_Copy]] = {  # without targets
         (path, number): [] for path, entry in entries.items() for number in range(len(entry.blocks))
     }
     return sorted([*faults, *_execute(storage, directory, entries, blocks)])
 
 
 def tensor_digests(storage: Storage, directory: str, manifest: Manifest) -> dict[str, str]:
-    """The SHA-256 of every tensor of a checkpoint (dtype, shape and bytes), by name; read and verified.
+    """Return the `tensor_digest` of every tensor of a checkpoint. Raises as `read_tensors`.
 
     Equal states have equal digests, however many ranks wrote them.
-
-    Raises:
-        DamagedError: The checkpoint is not whole.
-        StorageError: It could not be read.
     """
     return {name: tensor_digest(tensor) for name, tensor in read_tensors(storage, directory, manifest).items()}
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """The SHA-256 of a tensor's dtype, shape and bytes."""
+    """Return the SHA-256 of a tensor's dtype, shape and bytes."""
     head = f"{tensor.dtype}{list(tensor.shape)}".encode()
     return hashlib.sha256(head + tensor_bytes(tensor)).hexdigest()

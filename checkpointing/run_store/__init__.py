@@ -1,1 +1,1 @@
-"""A run's directory: claims, catalog, journal, pins, retention."""
+"""The directory of a run: claims, catalog, journals, pins, retention."""

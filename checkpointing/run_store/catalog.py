@@ -1,18 +1,17 @@
-"""Who may write, and from where to go on: claims, fencing by listing, the resume point.
+"""The catalog: which checkpoints of a run count, and from which one an attempt resumes.
 
-The danger is the zombie: a worker of an older attempt that was cut off, believes itself alive, and writes. So every
-attempt has a directory of its own, claimed before anything is read, and what counts as the run's checkpoints is decided
-by position alone:
+The danger is the zombie: a worker of an older attempt that was cut off, is still running, and writes. So every attempt
+has a directory of its own, claimed before anything is read, and only the order of claims decides what counts:
 
 1. *Claim*: list `attempts/`, create `NNNN-nonce/claim.json` with the next number. Claims are totally ordered by
    (number, nonce), never reused, never deleted.
-2. *Look again*: a higher claim than mine means superseded.
+2. *Check again*: a higher claim than one's own means superseded.
 3. *Base*: only now read. The highest lower attempt with a valid manifest; candidates are its checkpoints and the
    lineage that its newest manifest names. Reading before the claim loses commits that are acknowledged in between.
-4. After each commit list claims once more, and acknowledge only if mine is still the highest.
+4. After each commit list claims once more, and acknowledge only if one's own is still the highest.
 
-A zombie's commit is thus never acknowledged once its successor has claimed, and never accepted once the successor has
-committed. Being superseded is an outcome, not an exception.
+So a zombie's commit is never acknowledged once its successor has claimed, and never accepted once the successor has
+committed. Being superseded is an outcome, not an exception. Nothing here writes, except `delete_checkpoint`.
 """
 
 from __future__ import annotations
@@ -47,42 +46,36 @@ class RejectedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The checkpoints that count, as one look at the storage shows them.
+    """The checkpoints that count, from one read of the storage."""
 
-    Attributes:
-        owner: The attempt whose commits decide, or None when nothing was ever committed.
-        accepted: Manifests of the owner and of its lineage, newest first.
-        rejected: Commits whose manifest is damaged, or has gone although nobody deleted it; newest first.
-        doubtful: Those that are to be resumed from only if no other one is whole.
-    """
-
-    owner: AttemptId | None
-    accepted: tuple[Manifest, ...]
+    owner: AttemptId | None  #: the attempt whose commits decide, or None when nothing was ever committed
+    accepted: tuple[Manifest, ...]  #: manifests of the owner and of its lineage, newest first
+    #: Commits whose manifest is damaged, or missing without a recorded deletion; newest first
     rejected: tuple[RejectedCheckpoint, ...]
-    doubtful: frozenset[CheckpointRef] = frozenset()
+    doubtful: frozenset[CheckpointRef] = frozenset()  #: checkpoints to resume from only if no other one is intact
 
     @property
     def candidates(self) -> list[tuple[int, Manifest]]:
-        """The accepted ones, each with its place among them, in the order in which to resume from them."""
+        """The accepted ones with their index in `accepted`, in the order in which to resume from them."""
         return sorted(enumerate(self.accepted), key=lambda item: item[1].ref in self.doubtful)
 
     @property
     def declaration(self) -> Mapping[str, Any]:
-        """What the newest accepted checkpoint says of the settings it was made with; empty when there is none."""
+        """The settings in the newest accepted checkpoint; empty if there is none."""
         declared: Mapping[str, Any] = self.accepted[0].extra.get("declaration", {}) if self.accepted else {}
         return declared
 
     @property
     def is_fresh(self) -> bool:
-        """True if no commit was ever made."""
+        """Whether the run has no commit."""
         return not self.accepted and not self.rejected
 
 
 def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
-    """The manifest of one checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: It does not exist.
         ManifestError: It is damaged, or belongs to another checkpoint.
         StorageError: The read failed.
     """
@@ -95,20 +88,14 @@ def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
 def read_catalog(
     storage: Storage, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
 ) -> Catalog:
-    """`build_catalog` of a run now."""
+    """Read the catalog of a run; see `build_catalog`."""
     return build_catalog(RunStore(storage, run), below, doubtful)
 
 
 def build_catalog(store: RunStore, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()) -> Catalog:
-    """What counts as the run's checkpoints.
+    """Build the catalog of a run. Raises StorageError if a listing or a read fails, which proves nothing.
 
-    Args:
-        store: The run.
-        below: Only look at lower attempts, as an attempt does that chooses its own resume point.
-        doubtful: The attribute of that name.
-
-    Raises:
-        StorageError: A listing or a read failed, which proves nothing.
+    With `below` only lower attempts count, as for an attempt that chooses its own resume point.
     """
     rejected: list[RejectedCheckpoint] = []
     for attempt in reversed(list_attempts(store)):
@@ -129,7 +116,7 @@ def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
 
 
 def _read_attempt(store: RunStore, attempt: AttemptId) -> tuple[list[Manifest], list[RejectedCheckpoint]]:
-    """An attempt's own commits: the whole ones, newest first, and those that are damaged or lost."""
+    """Return an attempt's own commits: the intact ones, newest first, and those that are damaged or lost."""
     directory = store.attempt_dir(attempt)
     folders = [entry.name for entry in store.list(directory) if entry.num_bytes is None]
     steps = {step for step in map(parse_checkpoint, folders) if step is not None}
@@ -142,7 +129,7 @@ def _read_attempt(store: RunStore, attempt: AttemptId) -> tuple[list[Manifest], 
 def _read_manifests(
     store: RunStore, refs: Sequence[CheckpointRef]
 ) -> tuple[list[Manifest], list[RejectedCheckpoint], list[CheckpointRef]]:
-    """Those that are whole, those that are damaged, and those that are not there; newest first."""
+    """Return the intact, the damaged and the missing ones, each newest first."""
     valid: list[Manifest] = []
     damaged: list[RejectedCheckpoint] = []
     missing: list[CheckpointRef] = []
@@ -157,9 +144,9 @@ def _read_manifests(
 
 
 def _lost_commits(store: RunStore, missing: Sequence[CheckpointRef]) -> list[RejectedCheckpoint]:
-    """Of the commits whose manifest is not there, those that nobody deleted."""
+    """Return commits whose manifest is missing and whose deletion is not recorded."""
     lost = set(missing) - deletions(store) if missing else set()
-    if lost:  # or whose deletion the journal told after it was read
+    if lost:  # a deletion may have been recorded after the journal was read
         lost -= deletions(store.fresh())
     return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref in lost]
 
@@ -168,7 +155,7 @@ _MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committe
 
 
 def _standing_commits(store: RunStore, directory: str) -> set[int]:
-    """Steps that the attempt's own journal says are committed and that it has not deleted since."""
+    """Return the steps that an attempt has committed and not deleted since, by its own journal."""
     standing: set[int] = set()
     for event in map(parse_event, read_events(store, directory, COMMITS)):
         match event:
@@ -180,7 +167,7 @@ def _standing_commits(store: RunStore, directory: str) -> set[int]:
 
 
 def deletions(store: RunStore) -> set[CheckpointRef]:
-    """Every checkpoint that some attempt, or a prune from outside, says it deleted."""
+    """Return every checkpoint that an attempt or a prune has recorded as deleted."""
     return {
         CheckpointRef(event.step, target)
         for directory in commit_journals(store)
@@ -190,7 +177,7 @@ def deletions(store: RunStore) -> set[CheckpointRef]:
 
 
 def delete_checkpoint(store: RunStore, ref: CheckpointRef) -> None:
-    """Deletes the manifest first: from then on the checkpoint does not count. Raises StorageError."""
+    """Delete a checkpoint, manifest first: from then on it does not count. Raises StorageError."""
     storage, directory = store.storage, store.checkpoint_dir(ref)
     storage.delete(f"{directory}/{MANIFEST}")
     for entry in list(walk(storage, directory)):
@@ -198,7 +185,7 @@ def delete_checkpoint(store: RunStore, ref: CheckpointRef) -> None:
 
 
 def commit_journals(store: RunStore) -> list[str]:
-    """The directories of all who may commit or delete: the attempts, and prunes from outside."""
+    """Return the directories of all writers that commit or delete: attempts and prunes."""
     prunes = [entry.name for entry in store.list(prunes_dir(store.run)) if entry.num_bytes is None]
     return [
         *(store.attempt_dir(attempt) for attempt in list_attempts(store)),
@@ -207,7 +194,7 @@ def commit_journals(store: RunStore) -> list[str]:
 
 
 def run_events(store: RunStore) -> Iterator[tuple[AttemptId, dict[str, Any]]]:
-    """Every attempt's events, lowest attempt first. A step that was done again appears once for each time."""
+    """Yield every attempt's events, lowest attempt first. A repeated step appears each time."""
     for attempt in list_attempts(store):
         for event in read_events(store, store.attempt_dir(attempt)):
             yield attempt, event

@@ -1,4 +1,7 @@
-"""Claims: an attempt's directory and `claim.json`, by which attempts fence each other."""
+"""Claims: the `claim.json` of each attempt, by which attempts fence each other.
+
+Listing claims and comparing them is the run's only mutual exclusion. A claim is never changed, reused or deleted.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,18 @@ from outlast.checkpointing.storage.retry import retry
 
 
 def list_attempts(store: RunStore) -> list[AttemptId]:
-    """Every claim of the run, lowest first."""
-    found = retry(lambda: store.list(store.attempts_dir))
-    names = (AttemptId.parse(entry.name) for entry in found if entry.num_bytes is None)
+    """Return every claim of the run, lowest first."""
+    entries = retry(lambda: store.list(store.attempts_dir))
+    names = (AttemptId.parse(entry.name) for entry in entries if entry.num_bytes is None)
     return sorted(attempt for attempt in names if attempt is not None)
 
 
 def list_launches(store: RunStore) -> list[str]:
-    """The run's launches, by name."""
     return [entry.name for entry in store.list(f"{store.run}/launches") if entry.num_bytes is None]
 
 
 def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
-    """Creates the next claim, durably. `body` says who claims and with which settings; it must be JSON."""
+    """Create the next claim durably, with a JSON `body` that names the launch and its settings."""
     attempts = list_attempts(store.fresh())
     number = attempts[-1].number + 1 if attempts else 1
     mine = AttemptId(number, secrets.token_hex(4))
@@ -36,7 +38,7 @@ def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
 
 
 def read_claim(store: RunStore, attempt: AttemptId) -> dict[str, Any]:
-    """What an attempt declared; empty if the claim was never finished or is damaged."""
+    """Read a claim; empty if it is missing or damaged."""
     try:
         body = json.loads(read_bytes(store, f"{store.attempt_dir(attempt)}/{CLAIM}"))
     except (FileNotFoundError, ValueError):
@@ -45,23 +47,23 @@ def read_claim(store: RunStore, attempt: AttemptId) -> dict[str, Any]:
 
 
 def higher_claim(store: RunStore, mine: AttemptId) -> AttemptId | None:
-    """The highest claim above mine now, which supersedes it, or None."""
+    """Return the highest claim if it is above `mine`, which is then superseded; else None. Reads the storage."""
     highest = list_attempts(store.fresh())[-1:]
     return highest[0] if highest and highest[0] > mine else None
 
 
 def launch_is_superseded(store: RunStore, launch: str) -> bool:
-    """True if this launch has claimed before and the highest claim is now another launch's.
+    """Return whether this launch has claimed before and another launch now holds the highest claim.
 
-    A launch's first claim takes over from everyone; a later one (after a failure) only from itself. So the newest
-    launch wins, and two launches never take over from each other in turn.
+    A launch's first claim supersedes all launches; a later one (after a failure) only its own earlier claims. So the
+    newest launch wins, and two launches never supersede each other in turn.
     """
     now = store.fresh()
 
     def launch_of(attempt: AttemptId) -> str | None:
         return read_claim(now, attempt).get("launch")
 
-    # A claim that was never finished says nothing, and counts for nobody; newest first, so that one read is the rule.
+    # A claim without content belongs to no launch. Newest first: one read usually suffices.
     claims = reversed(list_attempts(now))
     if next((name for name in map(launch_of, claims) if name is not None), launch) == launch:
         return False

@@ -1,8 +1,8 @@
-"""Compacted segments: the events of consecutive journal segments as one Parquet table, one row an event, in order.
+"""Compacted journal segments: consecutive events as one Parquet table, one row per event, in order.
 
-A `step` event with the usual fields is a row of numbers, at full precision; every other event stands in the column
-`json` as the line that it was. So nothing is lost, a million steps take 30 MB instead of 220 and are read by column in
-a tenth of a second, and any program that reads Parquet reads them. Pages have checksums: damage is noticed.
+A `step` event with the usual fields is a row of numbers at full precision; every other event is in the column `json` as
+the original line. So nothing is lost. A million steps take 30 MB instead of 220 and are read by column in a tenth of a
+second by any Parquet reader. Pages have checksums, so damage is detected.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _ENCODINGS = dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT") | dict.fromkeys(_INTS, 
 
 
 class CompactionError(ValueError):
-    """The bytes are not a whole compacted segment."""
+    """The bytes are not an intact compacted segment."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepColumns:
-    """Step events by column, in order; the columns are the event's fields. NaN stands for a loss or norm of null."""
+    """Step events by column, in order; a null loss or norm is NaN."""
 
     columns: Mapping[str, npt.NDArray[Any]]
 
@@ -48,7 +48,7 @@ class StepColumns:
         return self.columns[name]
 
     def rising(self, after: int | None) -> StepColumns:
-        """The steps whose number is above `after` and above all before them."""
+        """Return the steps whose number exceeds `after` and all numbers before them."""
         number = self.columns["step"]
         floor = np.iinfo(np.int64).min if after is None else after
         highest = np.maximum.accumulate(np.concatenate([[floor], number]))[:-1]
@@ -66,11 +66,9 @@ class CompactedEvents:
         return int(self.table.num_rows)
 
     def after(self, number: int) -> CompactedEvents:
-        """All but the first `number` events."""
         return CompactedEvents(self.table.slice(number))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The events in order, as they were written."""
         columns = [self.table[name].to_pylist() for name in self.table.column_names]
         for *numbers, line in zip(*columns, strict=True):
             if line is None:
@@ -80,7 +78,7 @@ class CompactedEvents:
                 yield json.loads(line)
 
     def by_column(self) -> Iterator[dict[str, Any] | StepColumns]:
-        """All usual steps at once, then the other events; in their order if a step is among these."""
+        """Yield all usual steps at once, then the other events; all in order if these include a step."""
         others = [json.loads(line.as_py()) for line in self.table["json"].drop_null()]
         if any(event["event"] == StepEvent.kind for event in others):
             yield from self
@@ -92,7 +90,6 @@ class CompactedEvents:
 
 
 def compact(lines: Sequence[bytes]) -> CompactedEvents:
-    """The events of a writer's own lines."""
     events = json.loads(b"[" + b",".join(lines) + b"]")
     usual = [_is_usual(event) for event in events]
     columns = {
@@ -109,7 +106,6 @@ def join(parts: Sequence[CompactedEvents]) -> CompactedEvents:
 
 
 def to_parquet(events: CompactedEvents) -> bytes:
-    """The file."""
     sink = pa.BufferOutputStream()
     pq.write_table(
         events.table,
@@ -123,18 +119,14 @@ def to_parquet(events: CompactedEvents) -> bytes:
 
 
 def from_parquet(data: bytes) -> CompactedEvents:
-    """Reads a file.
-
-    Raises:
-        CompactionError: It is torn, damaged, or something else.
-    """
+    """Decode a file. Raises CompactionError if it is truncated, damaged, or of another kind."""
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             table = file.read(columns=_SCHEMA.names, use_threads=False)
         table = table.select(_SCHEMA.names).cast(_SCHEMA)
         for name in _FIELDS:
             if name not in ("event", *_NULLABLE) and table[name].is_valid() != table["json"].is_null():
-                raise CompactionError(f"column {name} has holes")
+                raise CompactionError(f"column {name} lacks values")
         for line in table["json"].drop_null():
             if "event" not in json.loads(line.as_py()):
                 raise CompactionError("a line holds no event")
@@ -144,7 +136,7 @@ def from_parquet(data: bytes) -> CompactedEvents:
 
 
 def _to_numpy(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """A column whose nulls become NaN. pyarrow's own `to_numpy` imports pandas, which takes 0.2 s."""
+    """Convert a column, nulls to NaN. pyarrow's `to_numpy` imports pandas, which takes 0.2 s."""
     return np.from_dlpack((column.fill_null(_NAN) if column.null_count else column).combine_chunks())
 
 
@@ -152,7 +144,7 @@ _NAN = pa.Array.from_buffers(pa.float64(), 1, [None, pa.py_buffer(np.array([np.n
 
 
 def _is_usual(event: Mapping[str, Any]) -> bool:
-    """Whether columns hold all that a step event says, to the last bit."""
+    """Return whether the columns can hold a step event without loss."""
     return (
         len(event) == len(_FIELDS)
         and event["event"] == StepEvent.kind

@@ -410,7 +410,7 @@ class NoteEvent(Event, kind="note"):
 
 
 class ActiveLaunchEvent(Event, kind="rival"):
-    """Another launch is at work on the run, so this one ends. Not journaled."""
+    """Another launch of the run is active, so this one ends. Not journaled."""
 
     launch: Annotated[str, "name of the other launch"] = ""
 

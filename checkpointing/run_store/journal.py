@@ -1,13 +1,13 @@
-"""The journal: what happened to a run, one JSON object a line.
+"""Journals: the events of a run, one JSON object per line, written and read.
 
-A writer owns numbered segments (`<stream>-<rank>-<n>.jsonl`) and puts the newest one again at each flush, because
-object stores cannot append. Two streams: `events` for everything, flushed every few seconds, and `commits` for commits
-and deletions, which are durable before the writer goes on; the second stays short, so a catalogue is cheap however many
-steps a run has. The journal tells the story; which checkpoints exist is decided by manifests alone.
+A writer owns numbered segments (`<stream>-<rank>-<n>.jsonl`) and rewrites the newest one at each flush, because object
+stores cannot append. Two streams: `events` for everything, flushed every few seconds, and `commits` for commits and
+deletions, each durable before the writer continues; the second stays short, so a catalog is cheap however many steps a
+run has. Journals are a record: which checkpoints exist is decided by manifests alone.
 
-As `events` grows, its writer replaces finished segments by compacted files that hold the same events, in the
-background: first the compacted file is durable, then the segments are deleted. The first segment and the newest ones
-stay as they are, so how an attempt began and ended is read at once.
+As `events` grows, its writer replaces finished segments by compacted files with the same events, in the background:
+first the compacted file is durable, then the segments are deleted. The first and the newest segments stay, so how an
+attempt began and ended is read at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from outlast.checkpointing.run_store.segments import (
     SegmentReader,
     compacted_name,
     list_segments,
-    read_if_there,
+    read_if_exists,
     segment_name,
 )
 from outlast.checkpointing.storage.base import ReadableStorage, Storage
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FLUSH_S = 5.0
 SEGMENT_BYTES = 256 * 1024
-#: So many finished segments become one compacted file, and so many of these become one.
+#: Finished segments per compacted file, and compacted files per joined file.
 COMPACTED_SEGMENTS = 4
 JOINED_FILES = 16
 
@@ -45,14 +45,10 @@ COMMITS = "commits"
 
 
 class Journal:
-    """Writes one stream of one rank. Safe to use from several threads.
+    """Writes one stream of one rank, 0 for a driver. Safe to use from several threads.
 
-    Args:
-        storage: Where to write.
-        directory: Directory of the segments, which nobody else writes for this rank and stream.
-        rank: Rank of the writer, or 0 for a driver.
-        stream: `events` or `commits`.
-        flush_s: Longest time an event waits for its flush, given that more events come. Zero flushes each one.
+    No other process may write this rank and stream in `directory`. `flush_s` is the longest time that an event waits
+    for its flush, provided that more events follow; zero flushes each one.
     """
 
     def __init__(
@@ -71,10 +67,10 @@ class Journal:
         self._compaction = _Compaction(storage, directory, f"{stream}-{rank}") if stream == EVENTS else None
 
     def write(self, event: Event) -> None:
-        """Adds an event, with the time of now.
+        """Append an event with the current time.
 
         Raises:
-            StorageError: A flush was due and failed for good, or at all where each event is flushed.
+            StorageError: A flush was due and failed permanently, or at all if each event is flushed.
         """
         line = json.dumps({"t": round(time.time(), 4), **event.to_json()}).encode() + b"\n"
         with self._lock:
@@ -82,17 +78,17 @@ class Journal:
             self._num_bytes += len(line)
             self._dirty = True
         if self._flush_s and self._putting.locked():
-            return  # somebody else is at it, and nobody waits for a story
+            return  # another thread is flushing, and no caller waits for the journal
         if time.monotonic() - self._flushed_at >= self._flush_s:
             try:
                 self.flush()
             except StorageError as error:
                 if error.permanent or not self._flush_s:
                     raise
-                # The lines are kept and put again with the next flush; a story told late is no reason to stop.
+                # The lines are kept and written by the next flush; a late journal is no reason to stop.
 
     def flush(self) -> None:
-        """Makes everything so far durable. Raises StorageError when that fails."""
+        """Make all events so far durable. Raises StorageError."""
         with self._putting:  # one put at a time; meanwhile others may add events
             with self._lock:
                 self._flushed_at = time.monotonic()
@@ -113,15 +109,14 @@ class Journal:
                     self._num_bytes, self._dirty = sum(map(len, rest)), bool(rest)
 
     def wait(self) -> None:
-        """Waits until what is to be compacted now has been."""
         if self._compaction is not None:
             self._compaction.wait()
 
 
 class _Compaction:
-    """Replaces a journal's finished segments by compacted files. What fails is left as it was.
+    """Replaces a journal's finished segments by compacted files; after a failure the segments stay.
 
-    Whatever moment the process dies at, the storage holds each event in the segment, in the compacted file, or in both.
+    Whenever the process dies, each event is in its segment, in the compacted file, or in both.
     """
 
     def __init__(self, storage: Storage, directory: str, journal: str) -> None:
@@ -131,14 +126,14 @@ class _Compaction:
         self._thread: threading.Thread | None = None
 
     def add(self, number: int, lines: list[bytes]) -> None:
-        """Takes a segment that is finished and durable."""
+        """Add a segment that is finished and durable."""
         if not number:
-            return  # the first one tells how it began
+            return  # the first one shows how the attempt began
         self._finished[number] = lines
         if len(self._finished) <= COMPACTED_SEGMENTS or (self._thread is not None and self._thread.is_alive()):
             return
-        taken = {key: self._finished.pop(key) for key in list(self._finished)[:-1]}  # the newest tells how it ended
-        # Not a daemon: those are torn out of native code when the interpreter ends.
+        taken = {key: self._finished.pop(key) for key in list(self._finished)[:-1]}  # the newest shows how it ended
+        # Not a daemon: those are killed inside native code when the interpreter ends.
         self._thread = threading.Thread(target=self._compact, args=(taken,), name="journal compaction")
         self._thread.start()
 
@@ -168,74 +163,53 @@ class _Compaction:
 
 
 def last_event_at(storage: Storage, directory: str) -> float | None:
-    """When rank 0's newest event in a directory happened, in seconds since the epoch; None if there is none.
-
-    Raises:
-        StorageError: A read failed.
-    """
+    """Return the time of rank 0's newest event in seconds since the epoch, if there is one. Raises StorageError."""
     newest = _read(storage, directory, lambda files: files[-1:])
     return max((float(event["t"]) for event in newest if "t" in event), default=None)
 
 
 def read_events(storage: ReadableStorage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
-    """The events of a directory, each rank's in the order written. Lines that are not JSON objects are passed over.
-
-    Raises:
-        StorageError: A read failed.
-    """
+    """Yield the events of a directory, each rank's in order; other lines are skipped. Raises StorageError."""
     for events in SegmentReader(storage, directory, stream).new():
         yield from _parse(events) if isinstance(events, list) else events
 
 
 def read_first_and_last(storage: ReadableStorage, directory: str) -> Iterator[dict[str, Any]]:
-    """Rank 0's events in the first and in the last segment of a directory: how it began, and how it ended.
-
-    Raises:
-        StorageError: A read failed.
-    """
+    """Yield rank 0's events in the first and the last segment: how it began and ended. Raises StorageError."""
     return _read(storage, directory, lambda files: list(dict.fromkeys([*files[:1], *files[-1:]])))
 
 
 def _read(
     storage: ReadableStorage, directory: str, choose: Callable[[list[SegmentFile]], list[SegmentFile]]
 ) -> Iterator[dict[str, Any]]:
-    """The events of some of rank 0's segments."""
-    for tries in range(_TRIES):  # one that is compacted meanwhile is not the last one any more
-        files = choose(list_segments(storage, directory, _MINE, again=tries > 0))
-        found = [read_if_there(storage, directory, file.name) for file in files]
-        if None not in found:
+    for attempt in range(_ATTEMPTS):  # a segment that is compacted meanwhile is no longer the last one
+        files = choose(list_segments(storage, directory, _RANK_0, again=attempt > 0))
+        contents = [read_if_exists(storage, directory, file.name) for file in files]
+        if None not in contents:
             break
-    for data in found:
+    for data in contents:
         yield from _parse((data or b"").splitlines())
 
 
 class JournalTail:
-    """Reads the same directories again and again, and gives each event once; see `SegmentReader`.
-
-    Args:
-        storage: Where they lie.
-        stream: Which stream; with it come those whose names begin so (`events` brings `events-watch`).
-    """
+    """Follows journals in several directories and returns each event once; see `SegmentReader`."""
 
     def __init__(self, storage: ReadableStorage, stream: str = EVENTS) -> None:
         self._storage, self._stream = storage, stream
         self._readers: dict[str, SegmentReader] = {}
 
     def new(self, directory: str) -> Iterator[dict[str, Any] | StepColumns]:
-        """The events of a directory that were not given before, each rank's in the order written.
+        """Yield new events of a directory, each rank's in order, but the steps of a compacted file first and by column.
 
-        Only the usual steps of a compacted file come before its other events, by column.
-
-        Raises:
-            StorageError: A listing or a read failed. The next look begins there.
+        Raises StorageError when a listing or a read fails; the next call resumes there.
         """
         reader = self._readers.setdefault(directory, SegmentReader(self._storage, directory, self._stream))
         for events in reader.new():
             yield from _parse(events) if isinstance(events, list) else events.by_column()
 
 
-_MINE = f"{EVENTS}-0"
-_TRIES = 5
+_RANK_0 = f"{EVENTS}-0"
+_ATTEMPTS = 5
 _SLICE = 4096
 
 

@@ -1,6 +1,7 @@
-"""Which launches are at work: each keeps a small file whose beat goes on.
+"""Liveness files: which launches of a run are running, by a heartbeat.
 
-For courtesy alone, so that a second launch does not stop the first by accident; the claims are the safety.
+They only prevent that a second launch supersedes a running one by accident. Correctness never depends on them; the
+claims ensure it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ GRACE_PERIOD_S = 15.0
 
 
 def find_active_launch(store: RunStore) -> str | None:
-    """Another launch of the run that is still at work, or None. Takes up to 15 s when it cannot be told at once.
+    """Return another launch of the run that is still running, or None. Takes up to 15 s if a heartbeat must be awaited.
 
-    This is courtesy: two launches cannot harm the run, but the second would stop the first.
+    Two launches cannot damage the run, but the second would stop the first.
     """
     seen: dict[str, Any] = {}
     deadline = time.monotonic() + GRACE_PERIOD_S
@@ -38,7 +39,7 @@ def find_active_launch(store: RunStore) -> str | None:
         if not open_launches or time.monotonic() > deadline:
             return None
         time.sleep(0.5)
-        store.refresh()  # whatever was read of the run is old now
+        store.refresh()
 
 
 def _open_launches(store: RunStore) -> Iterator[tuple[str, Any]]:
@@ -49,13 +50,13 @@ def _open_launches(store: RunStore) -> Iterator[tuple[str, Any]]:
 
 
 def is_dead(alive: Mapping[str, Any]) -> bool:
-    """Whether a driver of this machine, by its sign of life, is no process any more; of other machines nobody knows."""
+    """Return whether a liveness file belongs to an ended process of this machine; False for other machines."""
     started = alive.get("started")
     return alive.get("host") == _host() and bool(started) and process_start(alive.get("pid", 0)) != started
 
 
 def _host() -> str:
-    """This machine, this start of it, and what numbers its processes: containers may share the rest."""
+    """Return host name, boot and PID namespace: containers may share any one of them."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -63,34 +64,33 @@ def _host() -> str:
 
 
 def process_start(pid: int) -> str:
-    """The kernel's mark of when a process began, or nothing when there is no such process."""
+    """Return the kernel's start time of a process; empty if it does not exist.
+
+    In ticks since the start of the machine, as in `alive.json`: psutil's time moves when the clock is set.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):
         return ""
 
 
-def is_process(pid: int, started: str) -> bool:
+def is_process_alive(pid: int, started: str) -> bool:
     return bool(started) and process_start(pid) == started
 
 
 class LivenessFile:
-    """Shows that this launch is at work: a small file whose beat goes on.
+    """Keeps the liveness file of this launch up to date from a thread.
 
-    Args:
-        storage: The storage root.
-        path: The file.
-        settings: Which settings the launch has, see `history.settings_mark`.
-        began: When the launch began, in seconds since the epoch; now if nobody says so.
+    `settings` is the `settings_digest` of the launch, `began` its start in seconds since the epoch; None is now.
     """
 
     def __init__(self, storage: Storage, path: str, settings: str = "", began: float | None = None) -> None:
         self._storage, self._path, self._settings = storage, path, settings
         self._began = time.time() if began is None else began
         self._beat = 0
-        self._ending = threading.Event()
+        self._ended = threading.Event()
         self._put(None)
-        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _put(self, exit_code: int | None, error: str = "") -> None:
@@ -108,21 +108,21 @@ class LivenessFile:
         }
         self._storage.put(self._path, [json.dumps(body).encode()])
 
-    def _keep(self) -> None:
-        while not self._ending.wait(HEARTBEAT_S):
+    def _run(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
             self._beat += 1
-            with contextlib.suppress(StorageError):  # a missed beat only makes a second launch less polite
+            with contextlib.suppress(StorageError):  # a second launch may then not see this one
                 self._put(None)
 
     def end(self, exit_code: int | None, error: str = "") -> None:
-        self._ending.set()
+        self._ended.set()
         self._thread.join()
         with contextlib.suppress(StorageError):
             self._put(1 if exit_code is None else exit_code, error)
 
 
 def read_liveness(store: RunStore, launch: str) -> dict[str, Any]:
-    """A launch's last sign of life; empty when there is none that can be read."""
+    """Read the liveness file of a launch; empty if it is missing or damaged."""
     try:
         body = json.loads(read_bytes(store.storage, f"{store.launch_dir(launch)}/alive.json"))
     except (FileNotFoundError, ValueError):

@@ -1,8 +1,7 @@
-"""Pins: checkpoints that retention keeps.
+"""Pins: checkpoints that retention never deletes.
 
-A pin is made without knowing what the run's attempts are doing at that moment. Whoever deletes announces it first and
-lists the pins then; whoever pins writes the pin first and looks for such announcements then. So one of the two sees the
-other, and a pin that was granted holds.
+A pin does not depend on what the run's attempts are doing. A deletion is announced before the pins are listed; a pin is
+written before announcements are read. So one of the two sees the other, and a granted pin holds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from outlast.checkpointing.run_store.store import RunStore
 
 
 def list_pins(store: RunStore) -> set[CheckpointRef]:
-    """The checkpoints that are exempt from retention."""
     entries = store.list(pins_dir(store.run))
     names = (CheckpointRef.parse(entry.name) for entry in entries if entry.num_bytes is not None)
     return {ref for ref in names if ref is not None}
@@ -26,12 +24,10 @@ def list_pins(store: RunStore) -> set[CheckpointRef]:
 def exempt_pinned(
     store: RunStore, journal: Journal, doomed: Sequence[CheckpointRef]
 ) -> tuple[list[CheckpointRef], set[CheckpointRef]]:
-    """Of the checkpoints that are about to be deleted, those that may be, and those whose pin was seen just now.
+    """Announce deletions in the deleter's `journal`, whose events must be durable at once.
 
-    Args:
-        store: The run.
-        journal: Whoever deletes writes the deletions here; each event must be durable at once.
-        doomed: What the policy lets go.
+    Returns:
+        The checkpoints that may be deleted, and those that are pinned.
     """
     if not doomed:
         return [], set()
@@ -43,7 +39,7 @@ def exempt_pinned(
 
 
 def is_being_deleted(store: RunStore, ref: CheckpointRef) -> bool:
-    """True if somebody said that this checkpoint is about to go, and has not spared it since."""
+    """Return whether a deletion of this checkpoint is announced and not withdrawn."""
     doomed: dict[str, bool] = {}
     now = store.fresh()
     for directory in commit_journals(now):

@@ -1,9 +1,8 @@
-"""The files of a directory's journals, and what is new in them: each event once, however they change meanwhile.
+"""The files of a journal, and a reader that returns each event once while they change.
 
-A journal is a row of numbered segments. Some of them lie as they were written (`events-0-000017.jsonl`), others were
-compacted into one file (`events-0-000001-000016.parquet`), which is durable before they are deleted. So a reader may
-see both, and takes the compacted one; or it finds a segment gone that it saw in the listing, and lists again. A
-compacted file that cannot be read is passed over as if it were not there.
+A journal is a sequence of numbered segments, as written (`events-0-000017.jsonl`) or several compacted into one file
+(`events-0-000001-000016.parquet`), which is durable before they are deleted. Of both, a reader takes the compacted
+one. If it finds a listed segment gone, it lists again. An unreadable compacted file is treated as missing.
 """
 
 from __future__ import annotations
@@ -24,27 +23,19 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"(?P<journal>.+?)-(?P<first>\d{6,})(?:\.jsonl|-(?P<last>\d{6,})\.parquet)")
 _READERS = 8
-_TRIES = 5
+_ATTEMPTS = 5
 _PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentFile:
-    """One file of a journal: a segment, or several that were compacted.
+    """One file of a journal: a segment, or several that were compacted."""
 
-    Attributes:
-        name: Its name in the directory.
-        journal: What all names of this journal begin with, such as `events-0`.
-        first: The number of its first segment.
-        last: That of its last one.
-        num_bytes: Its size.
-    """
-
-    name: str
-    journal: str
-    first: int
-    last: int
-    num_bytes: int
+    name: str  #: its name in the directory
+    journal: str  #: the prefix of all names of this journal, such as `events-0`
+    first: int  #: number of its first segment
+    last: int  #: number of its last segment
+    num_bytes: int  #: its size
 
     @property
     def is_compacted(self) -> bool:
@@ -54,8 +45,8 @@ class SegmentFile:
     def range(self) -> tuple[int, int]:
         return self.first, self.last
 
-    def holds(self, other: SegmentFile) -> bool:
-        """Whether another file says nothing that this one does not."""
+    def contains(self, other: SegmentFile) -> bool:
+        """Return whether this compacted file contains all events of another file."""
         return (
             self.journal == other.journal
             and _is_within(other.range, self.range)
@@ -64,8 +55,8 @@ class SegmentFile:
         )
 
 
-def _is_within(part: tuple[int, int], whole: tuple[int, int]) -> bool:
-    return whole[0] <= part[0] and part[1] <= whole[1]
+def _is_within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
 def segment_name(journal: str, number: int) -> str:
@@ -77,28 +68,21 @@ def compacted_name(journal: str, first: int, last: int) -> str:
 
 
 def list_segments(
-    storage: ReadableStorage, directory: str, stream: str, but: Iterable[str] = (), *, again: bool = False
+    storage: ReadableStorage, directory: str, stream: str, excluded: Iterable[str] = (), *, again: bool = False
 ) -> list[SegmentFile]:
-    """The files of the journals whose names begin with `stream`, each journal's in order, and nothing twice.
+    """List the files of journals whose names begin with `stream`, each journal's in order, without overlaps.
 
-    Args:
-        storage: Where they lie.
-        directory: Their directory.
-        stream: Such as `events`, which brings `events-watch` too, or `events-0`.
-        but: Compacted files to leave out.
-        again: What the storage remembers of the directory has turned out to be old.
-
-    Raises:
-        StorageError: The listing failed.
+    `stream` is such as `events-0`, or `events`, which includes `events-watch`. `excluded` are compacted files to leave
+    out; `again` discards a cached listing first. Raises StorageError.
     """
-    for tries in range(_TRIES):
-        if again or tries:
+    for attempt in range(_ATTEMPTS):
+        if again or attempt:
             _forget(storage, directory)
-        found = list(_segment_files(storage, directory, stream, set(but)))
-        wide = [file for file in found if file.is_compacted]
-        kept = [file for file in found if not any(other.holds(file) for other in wide)]
-        if but or not any(b.first > a.last + 1 for a, b in pairwise(kept) if a.journal == b.journal):
-            break  # a gap is a listing that was overtaken by a compaction, or the end of a file by other means
+        files = list(_segment_files(storage, directory, stream, set(excluded)))
+        compacted = [file for file in files if file.is_compacted]
+        kept = [file for file in files if not any(other.contains(file) for other in compacted)]
+        if excluded or not any(b.first > a.last + 1 for a, b in pairwise(kept) if a.journal == b.journal):
+            break  # a gap means that a compaction overtook the listing, or that a file was lost
     return kept
 
 
@@ -107,50 +91,43 @@ def _forget(storage: ReadableStorage, directory: str) -> None:
         storage.forget(directory)
 
 
-def _segment_files(storage: ReadableStorage, directory: str, stream: str, but: set[str]) -> Iterator[SegmentFile]:
+def _segment_files(storage: ReadableStorage, directory: str, stream: str, excluded: set[str]) -> Iterator[SegmentFile]:
     files = []
     for entry in storage.list(directory):
         match = _NAME.fullmatch(entry.name) if entry.name.startswith(f"{stream}-") else None
-        if match and entry.num_bytes is not None and entry.name not in but:
+        if match and entry.num_bytes is not None and entry.name not in excluded:
             first, last = int(match["first"]), int(match["last"] or match["first"])
             files.append(SegmentFile(entry.name, match["journal"], first, last, entry.num_bytes))
     yield from sorted(files, key=lambda file: (file.journal, file.first, -file.last))
 
 
 class SegmentReader:
-    """Reads a directory again and again, and gives each event once.
+    """Follows the journals of a directory and returns each event once. `stream` is as in `list_segments`.
 
-    A segment that has not grown is not read again, and one that is full is never; so what a look costs does not depend
-    on how long the journal is.
-
-    Args:
-        storage: Where it lies.
-        directory: The directory.
-        stream: As in `list_segments`.
+    A segment is only read again when it has grown, so the cost of a call does not depend on the journal's length.
     """
 
     def __init__(self, storage: ReadableStorage, directory: str, stream: str) -> None:
         self._storage, self._directory, self._stream = storage, directory, stream
         self._sizes: dict[str, int] = {}
-        self._given: dict[str, dict[tuple[int, int], int]] = {}  # events of each range of segments, by journal
+        self._returned: dict[str, dict[tuple[int, int], int]] = {}  # number of events by range of segments, by journal
         self._unreadable: set[str] = set()
 
     def new(self) -> Iterator[list[bytes] | CompactedEvents]:
-        """What was not given before, each journal's in the order written: lines, or what was compacted.
+        """Yield new events, each journal's in order: lines, or compacted events.
 
-        Raises:
-            StorageError: A listing or a read failed. The next look begins there.
+        Raises StorageError when a listing or a read fails; the next call resumes there.
         """
-        for tries in range(_TRIES):
-            if tries > 1:
+        for attempt in range(_ATTEMPTS):
+            if attempt > 1:
                 time.sleep(_PAUSE_S)
-            is_last, is_complete = tries == _TRIES - 1, True
-            files = list_segments(self._storage, self._directory, self._stream, self._unreadable, again=tries > 0)
+            is_last, is_complete = attempt == _ATTEMPTS - 1, True
+            files = list_segments(self._storage, self._directory, self._stream, self._unreadable, again=attempt > 0)
             for file, data in self._read([file for file in files if not self._is_given(file)]):
                 events = self._parse(file, data)
                 if events is None:
                     is_complete = False
-                    if not is_last:  # list again before going on, lest what follows comes first
+                    if not is_last:  # list again first, so that events stay in order
                         break
                 elif len(events):
                     yield events
@@ -160,10 +137,11 @@ class SegmentReader:
     def _is_given(self, file: SegmentFile) -> bool:
         if self._sizes.get(file.name) == file.num_bytes:
             return True
-        return any(part != file.range and _is_within(file.range, part) for part in self._given.get(file.journal, ()))
+        ranges = self._returned.get(file.journal, ())
+        return any(segments != file.range and _is_within(file.range, segments) for segments in ranges)
 
     def _parse(self, file: SegmentFile, data: bytes | None) -> list[bytes] | CompactedEvents | None:
-        """What a file says that was not given; None if it has gone, or cannot be read."""
+        """Return the new events of a file; None if it is gone or unreadable."""
         if data is None:
             return None
         events: list[bytes] | CompactedEvents
@@ -177,10 +155,10 @@ class SegmentReader:
                 return None
         else:
             events = data.splitlines()
-        given = self._given.setdefault(file.journal, {})
-        known = [part for part in given if _is_within(part, file.range)]
-        number = sum(given.pop(part) for part in known)
-        given[file.range] = len(events)
+        returned = self._returned.setdefault(file.journal, {})
+        known = [segments for segments in returned if _is_within(segments, file.range)]
+        number = sum(returned.pop(segments) for segments in known)
+        returned[file.range] = len(events)
         self._sizes[file.name] = file.num_bytes
         return events[number:] if isinstance(events, list) else events.after(number)
 
@@ -190,19 +168,15 @@ class SegmentReader:
             return
         with ThreadPoolExecutor(_READERS) as pool:
             for first in range(0, len(files), _READERS):
-                part = files[first : first + _READERS]
-                yield from zip(part, pool.map(self._bytes_of, part), strict=True)
+                batch = files[first : first + _READERS]
+                yield from zip(batch, pool.map(self._bytes_of, batch), strict=True)
 
     def _bytes_of(self, file: SegmentFile) -> bytes | None:
-        return read_if_there(self._storage, self._directory, file.name)
+        return read_if_exists(self._storage, self._directory, file.name)
 
 
-def read_if_there(storage: ReadableStorage, directory: str, name: str) -> bytes | None:
-    """The bytes of a file; None if it has gone, perhaps while it was read.
-
-    Raises:
-        StorageError: The read failed.
-    """
+def read_if_exists(storage: ReadableStorage, directory: str, name: str) -> bytes | None:
+    """Read a file; None if it does not exist, or was deleted while it was read. Raises StorageError."""
     try:
         return read_bytes(storage, f"{directory}/{name}")
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""One run in a storage: what is passed to whatever reads or writes a run.
+"""`RunStore`: one run in a storage, with a cache of listings, claims, manifests and other small files.
 
-A command asks for the same listings, claims and manifests in several places. A `RunStore` remembers them, so a command
-reads each once and sees one state of the run. The protocol must not act on what is remembered: a step that has to see
-what others did meanwhile takes a `fresh` store, which no other thread fills, or asks `storage` itself.
+A command needs the same files in several places; with one `RunStore` it reads each once and sees one state of the run.
+The protocol must never act on cached state: a step that must see what other processes did meanwhile uses a `fresh`
+store, which no other thread fills, or `storage` itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class RunStore:
     """One run in a storage. Paths are relative to the storage root.
 
     Attributes:
-        storage: The storage itself, which remembers nothing.
+        storage: The storage itself, without a cache.
         run: Name of the run.
     """
 
@@ -32,32 +32,32 @@ class RunStore:
         self._missing: set[str] = set()
 
     def fresh(self) -> RunStore:
-        """The same run with nothing remembered but claims, which never change."""
+        """Return the same run with an empty cache, except for claims, which never change."""
         new = RunStore(self.storage, self.run)
         new._claims = self._claims
         return new
 
     def refresh(self) -> None:
-        """Forgets what may have changed: for readers that look again and again."""
+        """Discard what may have changed, for readers that poll."""
         self._listed.clear()
         self._files.clear()
         self._missing.clear()
 
     def list(self, path: str) -> builtins.list[Entry]:
-        """The names in a directory when it was first listed. Raises as `Storage.list`."""
+        """List a directory as it was first seen. Raises as `Storage.list`."""
         entries = self._listed.get(path)
         if entries is None:
             entries = self._listed[path] = self.storage.list(path)
         return entries
 
     def forget(self, path: str) -> None:
-        """Forgets the listing of a directory, for who finds that it has changed."""
+        """Discard the listing of a directory that has changed."""
         self._listed.pop(path, None)
 
     def open(self, path: str) -> BinaryIO:
-        """A file, for reading. Raises as `Storage.open`.
+        """Open a file for reading. Raises as `Storage.open`.
 
-        JSON and journals of commits are small, and read once; a missing one stays missing. Others are not remembered.
+        JSON and journals of commits are small and cached; one that is missing stays missing. Others are not cached.
         """
         name = path.rpartition("/")[2]
         if not name.endswith(".json") and not name.startswith("commits-"):
@@ -74,7 +74,7 @@ class RunStore:
 
     @property
     def url(self) -> str:
-        """Where the run lies, as a user would write it."""
+        """The run's directory as a user writes it."""
         return f"{self.storage.url}/{self.run}"
 
     @property

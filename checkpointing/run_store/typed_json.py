@@ -1,4 +1,7 @@
-"""Dataclasses from JSON objects and back. A value of a wrong type is replaced by a default or refused, never kept."""
+"""Conversion between dataclasses and JSON objects, checked by the fields' types.
+
+A value of a wrong type is replaced by the field's default or refused; it never reaches an instance.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,14 @@ T = TypeVar("T")
 
 
 def from_json(cls: type[T], body: Mapping[str, Any]) -> T:
-    """An instance from a JSON object.
+    """Build an instance from a JSON object.
 
-    A field that is missing or of a wrong type takes its default, or None where its type allows that.
-
-    Raises:
-        TypeError: Such a field has neither.
+    A field that is missing or of a wrong type takes its default, or None if its type allows that; else TypeError.
     """
     values = {}
-    for name, read, default, _ in _fields(cls):
+    for name, parse, default, _ in _fields(cls):
         try:
-            values[name] = read(body[name])
+            values[name] = parse(body[name])
         except (KeyError, TypeError):
             if default is MISSING:
                 raise TypeError(f"{cls.__name__}.{name}") from None
@@ -33,7 +33,7 @@ def from_json(cls: type[T], body: Mapping[str, Any]) -> T:
 
 
 def to_json(item: Any) -> dict[str, Any]:
-    """The JSON object of an instance. A field whose default is None is left out when it is None."""
+    """Return the JSON object of an instance. A field that is None by default is left out when it is None."""
     return {
         name: value if type(value) in (int, float, str) else _plain(value)
         for name, _, _, is_optional in _fields(type(item))
@@ -52,49 +52,49 @@ def _plain(value: Any) -> Any:
 
 
 def _find_fields(cls: Any) -> list[tuple[str, Callable[[Any], Any], Any, bool]]:
-    """Of each field: name, how to read it, its default, and whether None is left out."""
-    found, hints = [], get_type_hints(cls)
-    for each in fields(cls):
-        hint = hints[each.name]
+    """Return of each field its name, parser and default, and whether None is left out."""
+    result, hints = [], get_type_hints(cls)
+    for item in fields(cls):
+        hint = hints[item.name]
         is_nullable = hint is Any or NoneType in get_args(hint)
-        default = None if each.default is MISSING and is_nullable else each.default
-        found.append((each.name, _reader(hint), default, each.default is None))
-    return found
+        default = None if item.default is MISSING and is_nullable else item.default
+        result.append((item.name, _parser(hint), default, item.default is None))
+    return result
 
 
 _fields: Callable[[Any], list[tuple[str, Callable[[Any], Any], Any, bool]]] = cache(_find_fields)
 
 
 @cache
-def _reader(hint: Any) -> Callable[[Any], Any]:
-    """What turns a JSON value into a type. It raises TypeError for a value of another type, or out of range."""
+def _parser(hint: Any) -> Callable[[Any], Any]:
+    """Return a parser of a JSON value, which raises TypeError for another type or a value out of range."""
     if hint is Any:
         return lambda value: value
     if hint in (int, float):
         return _number(hint)
-    inner = [_reader(part) for part in get_args(hint) if part not in (NoneType, Ellipsis)]
+    inner = [_parser(part) for part in get_args(hint) if part not in (NoneType, Ellipsis)]
     if get_origin(hint) is UnionType:
         return lambda value: None if value is None else inner[0](value)
     if get_origin(hint) is tuple:
-        return lambda value: tuple(map(inner[0], _of(list, value)))
+        return lambda value: tuple(map(inner[0], _checked(list, value)))
     if get_origin(hint) is Mapping:
-        return lambda value: {key: inner[1](item) for key, item in _of(dict, value).items()}
+        return lambda value: {key: inner[1](item) for key, item in _checked(dict, value).items()}
     if hint is CheckpointRef:
-        return lambda value: _of(CheckpointRef, CheckpointRef.from_path(_of(str, value)))
+        return lambda value: _checked(CheckpointRef, CheckpointRef.from_path(_checked(str, value)))
     is_record = is_dataclass(hint)
-    return (lambda value: from_json(hint, _of(dict, value))) if is_record else partial(_of, hint)
+    return (lambda value: from_json(hint, _checked(dict, value))) if is_record else partial(_checked, hint)
 
 
-def _of(expected: type, value: Any) -> Any:
+def _checked(expected: type, value: Any) -> Any:
     if type(value) is not expected:
-        raise TypeError(f"{value!r} is no {expected.__name__}")
+        raise TypeError(f"{value!r} is not of type {expected.__name__}")
     return value
 
 
 def _number(expected: type) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
+    def parse(value: Any) -> Any:
         if type(value) is expected is float or (type(value) is int and -(2**63) <= value < 2**63):
             return expected(value)
-        raise TypeError(f"{value!r} is no {expected.__name__}")
+        raise TypeError(f"{value!r} is not of type {expected.__name__}")
 
-    return read
+    return parse

@@ -1,4 +1,4 @@
-"""A save in flight: its thread, and what became of it. One at a time; whoever owns it must `join` it."""
+"""`BackgroundSave`: a save that runs in a thread. One at a time; its owner must `join` it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outlast.checkpointing.save.staging import HostCopy
 
 
 class SaveState(Enum):
-    """How it stands, as this rank sees it."""
+    """The state of a save on this rank."""
 
     ACKNOWLEDGED = "acknowledged"
     IN_FLIGHT = "in flight"
@@ -21,15 +21,11 @@ class SaveState(Enum):
 class BackgroundSave:
     """One save in the background.
 
-    Args:
-        step: The step that is saved.
-        copy: Its snapshot.
-        began: When the save began, by the monotonic clock.
-        work: What is to be done; True when the commit is acknowledged, False when superseded.
+    `work` returns True when the commit is acknowledged, False when superseded. `began` is by the monotonic clock.
 
     Attributes:
-        blocked_s: Seconds that training stood still for it, without those in the fence.
-        seconds: From its beginning to its end, once it has ended.
+        blocked_s: Seconds that training waited for it, without those in the fence.
+        seconds: Its duration, once it has ended.
     """
 
     def __init__(self, step: int, copy: HostCopy, began: float, work: Callable[[], bool]) -> None:
@@ -38,12 +34,12 @@ class BackgroundSave:
         self._began, self._work = began, work
         self._acknowledged: bool | None = None
         self._failure: BaseException | None = None
-        # A daemon, because a process whose peers are gone must be able to end.
+        # A daemon, because a process whose peers are lost must be able to exit.
         self._thread = threading.Thread(target=self._run, name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        time.sleep(0)  # the training thread, which has the next step to do, goes first
+        time.sleep(0)  # yield to the training thread, which has the next step to run
         try:
             self._acknowledged = self._work()
             self.seconds = time.monotonic() - self._began
@@ -57,7 +53,7 @@ class BackgroundSave:
         return SaveState.ACKNOWLEDGED if self._acknowledged else SaveState.FAILED_OR_SUPERSEDED
 
     def join(self) -> bool:
-        """Waits. True when acknowledged; raises what the thread raised."""
+        """Wait for the end; return whether the commit is acknowledged, or raise the error of the thread."""
         self._thread.join()
         self.copy.close()
         if self._failure is not None:

@@ -1,4 +1,4 @@
-"""When to save: every N steps, every M minutes, every epoch, or as costs and failures say. Pure; no clock in here."""
+"""When to save: every N steps, every M minutes, every epoch, or by costs and failures. Pure: no clock is read here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TEXT = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|epochs?|steps?)?")
 
 
 class IntervalUnit(Enum):
-    """What `every:` counts."""
+    """Units of `checkpoint.every`."""
 
     STEPS = "steps"
     SECONDS = "s"
@@ -22,26 +22,19 @@ class IntervalUnit(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SaveCosts:
-    """What the best interval depends on, in seconds.
+    """The inputs of the best interval, in seconds."""
 
-    Attributes:
-        blocked_s: Training time that a save takes.
-        commit_s: From the beginning of a save to its commit.
-        restart_s: From a failure to the first step after it.
-        between_failures_s: Mean time between failures.
-    """
-
-    blocked_s: float
-    commit_s: float
-    restart_s: float
-    between_failures_s: float
+    blocked_s: float  #: training time lost to a save
+    commit_s: float  #: from the start of a save to its commit
+    restart_s: float  #: from a failure to the first step after it
+    between_failures_s: float  #: mean time between failures
 
     @property
     def interval_s(self) -> float:
-        """The interval that loses least: `sqrt(2 C (M + R))`, Young's as Daly corrected it (J. T. Daly, "A higher
-        order estimate of the optimum checkpoint interval for restart dumps", 2006, equation 13 without its -C).
+        """The interval that loses the least time: `sqrt(2 C (M + R))` (J. T. Daly, "A higher order estimate of the
+        optimum checkpoint interval for restart dumps", 2006, equation 13 without its -C).
 
-        Never so short that storage is written to for more than a tenth of the time.
+        At least ten times `commit_s`, so that at most a tenth of the time is spent writing.
         """
         best = math.sqrt(2 * self.blocked_s * (self.between_failures_s + self.restart_s))
         return max(best, 10 * self.commit_s, 1.0)
@@ -49,28 +42,18 @@ class SaveCosts:
 
 @dataclass(frozen=True, slots=True)
 class SaveInterval:
-    """A saving interval.
+    """A saving interval."""
 
-    Attributes:
-        amount: Positive; whole for steps and epochs.
-        unit: What `amount` counts.
-        written: What it was parsed from.
-    """
-
-    amount: float
-    unit: IntervalUnit
-    written: str | int = field(default="", compare=False)
+    amount: float  #: positive; whole for steps and epochs
+    unit: IntervalUnit  #: what `amount` counts
+    written: str | int = field(default="", compare=False)  #: the text it was parsed from
 
     def __str__(self) -> str:
         return str(self.written)
 
     @classmethod
     def parse(cls, text: str | int) -> SaveInterval:
-        """`200` and `"200 steps"`, `"90s"`, `"10m"`, `"2h"`, `"1 epoch"`, `"auto"`.
-
-        Raises:
-            ValueError: None of these.
-        """
+        """Parse `200`, `"200 steps"`, `"90s"`, `"10m"`, `"2h"`, `"1 epoch"` or `"auto"`. Raises ValueError."""
         if text == "auto":
             return cls(1, IntervalUnit.AUTO, text)
         match = _TEXT.fullmatch(str(text).strip())
@@ -85,13 +68,7 @@ class SaveInterval:
         return parsed
 
     def due_at_step(self, step: int, batch: int, num_samples: int) -> bool:
-        """True if the state after `step` steps is to be saved. Always False for time: see `due_at_time`.
-
-        Args:
-            step: Steps done.
-            batch: Samples a step consumes.
-            num_samples: Samples in an epoch.
-        """
+        """Return whether to save after `step` steps of `batch` samples; False for units of time, see `due_at_time`."""
         if self.unit is IntervalUnit.STEPS:
             return step % int(self.amount) == 0
         if self.unit is IntervalUnit.EPOCHS:
@@ -100,11 +77,9 @@ class SaveInterval:
         return False
 
     def due_at_time(self, seconds_since_save: float, costs: SaveCosts | None = None) -> bool:
-        """True if the interval has passed. Only rank 0 asks, and the others follow it.
+        """Return whether the interval has passed since the last save began, or the attempt. Only rank 0 decides.
 
-        Args:
-            seconds_since_save: Since the last save began, or since the attempt began.
-            costs: For `auto`; None before the first save, which is due after a minute.
+        `costs` are used by `auto`; None before its first save, which is due after a minute.
         """
         if self.unit is IntervalUnit.AUTO:
             return seconds_since_save >= (costs.interval_s if costs else FIRST_AUTO_S)

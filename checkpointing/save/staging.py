@@ -1,8 +1,8 @@
-"""The host copy of a step's state, taken while training goes on.
+"""Staging: the host copy of a step's state, taken while training continues.
 
-The state only changes in the optimizer's step, so a copy may overlap the next forward and backward pass: the step waits
-for it in a pre-hook, and that is the only fence. Buffers are allocated once and reused, because fresh pages cost more
-than the copy (github.com/pytorch/pytorch, `StateDictStager`, does likewise).
+The state only changes in the optimizer's step, so the copy may overlap the next forward and backward pass: a pre-hook
+of the optimizer step waits for it, which is the only fence. Buffers are allocated once and reused, because fresh pages
+cost more than the copy (`StateDictStager` of github.com/pytorch/pytorch does the same).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -26,32 +27,27 @@ _SPARE_BYTES = 256 * 2**20
 
 
 class StagingBuffer:
-    """Host buffers for one rank's share, and the copy into them."""
+    """Host buffers for one rank's payload, and the copy into them."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, parts: Mapping[str, LocalShard], num_sharing: int = 1) -> None:
-        """Allocates the buffers, if they are not large enough yet.
+        """Allocate the buffers for `parts` unless they are large enough; `num_sharing` ranks of this machine do so.
 
-        Args:
-            parts: What will be copied.
-            num_sharing: How many ranks do so on this machine at the same time.
-
-        Raises:
-            ConfigError: They do not fit into this machine's memory.
+        Raises ConfigError if they do not fit into this machine's memory.
         """
         num_bytes = sum(_padded(part) for part in parts.values())
         if num_bytes <= self._buffer.numel():
             return
         self._buffer = torch.empty(0, dtype=torch.uint8)
         free = free_bytes()
-        if free is not None and num_sharing * num_bytes + _SPARE_BYTES > free:
+        if num_sharing * num_bytes + _SPARE_BYTES > free:
             raise ConfigError(
-                f"a snapshot of a rank's share needs {num_bytes:,} bytes of host memory; this machine has "
+                f"the snapshot of a rank needs {num_bytes:,} bytes of host memory; this machine has "
                 f"{num_sharing} of the ranks, and {free:,} bytes are free",
                 hint="set checkpoint.overlap: false, which writes from the weights themselves while training waits; "
-                "or use more workers, each of which then holds a smaller share",
+                "or use more workers, so that each has less to copy",
             )
         self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
         self._buffer[::4096] = 0  # touches every page now, not in the first save
@@ -59,11 +55,9 @@ class StagingBuffer:
             _pin(self._buffer)
 
     def take(self, parts: Mapping[str, LocalShard], *, now: Collection[str]) -> HostCopy:
-        """Begins a copy, one at a time. Somebody must call its `run`.
+        """Begin a copy, one at a time; a thread must call its `run`.
 
-        Args:
-            parts: What to copy.
-            now: Names of those that the forward pass changes, such as running means: copied before this returns.
+        Those named in `now` are copied before this returns, because the forward pass changes them.
         """
         self.reserve(parts)
         target, position = {}, 0
@@ -81,10 +75,10 @@ class StagingBuffer:
 
 
 class HostCopy:
-    """One copy on its way.
+    """A copy in progress.
 
     Attributes:
-        parts: The parts, on the host; whole once `wait` has returned.
+        parts: The parts on the host; complete once `run` has returned.
         fenced_s: Seconds that the optimizer's step has waited for it.
     """
 
@@ -94,12 +88,12 @@ class HostCopy:
         self._pairs = dict(pairs)
         self._done = threading.Event()
         self._on_device: Any = None
-        # Of every optimizer: a second one may change the same weights. The hook goes when the copy is forgotten.
+        # A hook of every optimizer: a second one may change the same weights.
         self._hook = register_optimizer_step_pre_hook(lambda *_: self._fence())
 
     @torch.no_grad()
     def begin(self, now: Collection[str]) -> None:
-        """Copies what cannot wait; on a device, hands the rest to a side stream."""
+        """Copy what cannot wait; on a device, start the rest on a side stream."""
         is_on_device = any(source.is_cuda for source, _ in self._pairs.values())
         for name in now:
             source, target = self._pairs.pop(name)
@@ -119,7 +113,7 @@ class HostCopy:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Copies the rest. Any thread may."""
+        """Copy the rest, in any thread."""
         try:
             for source, target in self._pairs.values():
                 target.copy_(source)
@@ -129,11 +123,11 @@ class HostCopy:
             self._done.set()
 
     def close(self) -> None:
-        """Takes the fence away."""
+        """Remove the fence."""
         self._hook.remove()
 
     def _fence(self) -> None:
-        """Lets no optimizer change what is not yet copied. On a device the device waits, not this thread."""
+        """Wait until all is copied, before an optimizer changes it. On a device the stream waits, not this thread."""
         began = time.monotonic()
         if self._on_device is not None:
             torch.cuda.current_stream().wait_event(self._on_device)
@@ -143,12 +137,9 @@ class HostCopy:
 
 
 def _pin(buffer: torch.Tensor) -> None:
-    """Locks the buffer's pages, so that a device copies into them by itself, and lets them go with it.
+    """Pin the buffer's pages for as long as it exists, so that a device copies into them. Raises ConfigError.
 
-    By hand, because torch's own pinned memory comes in powers of two: up to twice what was asked for.
-
-    Raises:
-        ConfigError: The driver refuses.
+    torch's own pinned memory is not used: its sizes are powers of two, up to twice the size requested.
     """
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     error = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
@@ -164,15 +155,12 @@ def _padded(part: LocalShard) -> int:
     return -(-part.tensor.numel() * part.tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
 
 
-def free_bytes() -> int | None:
-    """Memory that this process may still take: of the machine, or of its control group; None where nobody tells."""
-    found = []
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
-    with suppress(OSError, ValueError):
+def free_bytes() -> int:
+    """Return the free memory of the machine or of the control group, whichever is less."""
+    limits = [int(psutil.virtual_memory().available)]
+    with suppress(OSError, ValueError):  # psutil does not read the limits of control groups
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(limit - used + sum(int(value) for key, value in cached if key == "inactive_file"))
-    return min(found, default=None)
+        limits.append(limit - used + sum(int(value) for key, value in cached if key == "inactive_file"))
+    return min(limits)

@@ -1,1 +1,1 @@
-"""The state of training: weights, optimizer state, shards, and the group of ranks that holds them."""
+"""The state of a training: weights, optimizer state, shards, and the group of ranks that holds them."""

@@ -1,7 +1,7 @@
-"""Weights by their Hugging Face names, whatever wraps the model.
+"""The weights of a model by their Hugging Face names, whatever wraps the model.
 
 Prefixes of wrappers (`module.`, `_orig_mod.`) must never reach a file: `from_pretrained` would load such a file without
-raising, and leave the weights random. So wrappers are taken off the module, not off the names, and loading is strict.
+an error and leave the weights random. So wrappers are removed from the module, not from names, and loading is strict.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from outlast.checkpointing.format.layout import WEIGHTS
 from outlast.checkpointing.format.safetensors import TensorSpec
 
 _WRAPPERS = (DataParallel, DistributedDataParallel)
-#: What wrappers of inner modules (`torch.compile`, activation checkpoints) put into names.
+#: Prefixes that wrappers of inner modules (`torch.compile`, activation checkpointing) add to names.
 _INNER = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module under DDP, DataParallel and `torch.compile`, in any order."""
+    """Return the module inside DDP, DataParallel and `torch.compile`, in any order."""
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
@@ -35,38 +35,34 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-#: Indices and ranges, one a dimension; an index takes the dimension away. None at all: the whole.
+#: An index or range per dimension; an index removes the dimension. Empty: the full weight.
 Cut = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightNaming:
-    """Which weights make the Hugging Face part of a checkpoint, and what they are called there.
+    """Which weights are in the Hugging Face part of a checkpoint, and their names there."""
 
-    Attributes:
-        file: The file's name, when it is one.
-        names: The model's own name to the file's, of those that are saved; None for all, as they are called.
-        cuts: For a weight of the model that is several in a file, such as stacked experts: the file's names, and which
-            part of the weight each of them is. Before `names`.
-    """
-
-    file: str = WEIGHTS
+    file: str = WEIGHTS  #: name of the weights file, if there is one only
+    #: Name in the model to name in the file, of the saved weights; None for all, unchanged
     names: Mapping[str, str] | None = None
+    #: For a weight that is several in the file, such as stacked experts: the names in the file, and the part of the
+    #: weight that each is. Takes precedence over `names`.
     cuts: Mapping[str, Mapping[str, Cut]] = field(default_factory=dict)
 
     def of(self, name: str) -> Mapping[str, Cut]:
-        """The file's names for a weight, each with its part of the weight; none if it is not saved."""
+        """Return the names in the file for a weight, each with its part; empty if it is not saved."""
         if name in self.cuts:
             return self.cuts[name]
-        called = name if self.names is None else self.names.get(name)
-        return {} if called is None else {called: ()}
+        file_name = name if self.names is None else self.names.get(name)
+        return {} if file_name is None else {file_name: ()}
 
 
 ALL = WeightNaming()
 
 
 def named_weights(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, in the order of `state_dict`; tied ones once, under the first name.
+    """Return parameters and persistent buffers in the order of `state_dict`; tied ones once, by the first name.
 
     The tensors are the model's own, not copies; DTensors where the model is sharded.
     """
@@ -78,24 +74,24 @@ def named_weights(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, tor
         if not parts or key in seen:
             continue
         seen.add(key)
-        for called, cut in parts.items():
+        for file_name, cut in parts.items():
             if cut and isinstance(tensor, DTensor):
                 raise ConfigError(
-                    f"{name} is several weights in a file, and it is sharded; outlast cannot cut it then",
+                    f"{name} is sharded and is several weights in a file, which is not supported",
                     hint="train this architecture without sharding (DDP)",
                 )
-            weights[called] = tensor.detach()[cut] if cut else tensor.detach()
+            weights[file_name] = tensor.detach()[cut] if cut else tensor.detach()
     return weights
 
 
 def parameter_names(model: nn.Module, naming: WeightNaming = ALL) -> set[str]:
-    """Names of what only an optimizer changes; the rest of `named_weights` may change in a forward pass."""
+    """Return the names of weights that only an optimizer changes; a forward pass may change the others."""
     own = (plain_name(name) for name, _ in unwrap(model).named_parameters(remove_duplicate=False))
-    return {called for name in own for called in naming.of(name)}
+    return {file_name for name in own for file_name in naming.of(name)}
 
 
 def plain_name(name: str) -> str:
-    """The name without what wrappers of inner modules add."""
+    """Remove the prefixes of wrappers of inner modules."""
     return _INNER.sub("", name)
 
 
@@ -103,31 +99,23 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     if tensor.numel() == 0 or isinstance(tensor, DTensor):
         return ("itself", id(tensor))  # sharding keeps tied parameters the same object
     storage = tensor.untyped_storage()
-    place = (storage._cdata if tensor.is_meta else storage.data_ptr(), tensor.storage_offset())  # meta has no address
-    return (*place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+    address = (storage._cdata if tensor.is_meta else storage.data_ptr(), tensor.storage_offset())  # meta has no pointer
+    return (*address, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
-def check_weights(model: nn.Module, found: Mapping[str, TensorSpec]) -> None:
-    """Refuses weights, by their own names, that are another model's. Raises as `compare_weights`."""
-    compare_weights({name: TensorSpec.of(tensor) for name, tensor in named_weights(model).items()}, found)
+def check_weights(model: nn.Module, saved: Mapping[str, TensorSpec]) -> None:
+    """Compare the weights of a model with saved ones. Raises as `compare_weights`."""
+    compare_weights({name: TensorSpec.of(tensor) for name, tensor in named_weights(model).items()}, saved)
 
 
-def compare_weights(own: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
-    """Refuses a checkpoint's weights that are another model's, before they are read.
-
-    Args:
-        own: Type and whole shape of each weight of the model.
-        found: The same, of the checkpoint.
-
-    Raises:
-        ConfigError: They do not fit.
-    """
-    problems = [f"{name} is missing" for name in own.keys() - found.keys()]
-    problems += [f"{name} is not in the model" for name in found.keys() - own.keys()]
-    for name in own.keys() & found.keys():
-        mine, theirs = own[name], found[name]
+def compare_weights(own: Mapping[str, TensorSpec], saved: Mapping[str, TensorSpec]) -> None:
+    """Compare a model's weights with a checkpoint's before these are read. Raises ConfigError if they differ."""
+    problems = [f"{name} is missing" for name in own.keys() - saved.keys()]
+    problems += [f"{name} is not in the model" for name in saved.keys() - own.keys()]
+    for name in own.keys() & saved.keys():
+        mine, theirs = own[name], saved[name]
         if mine != theirs:
-            problems.append(f"{name}: {list(theirs.shape)} {theirs.dtype}, wanted {list(mine.shape)} {mine.dtype}")
+            problems.append(f"{name}: {list(theirs.shape)} {theirs.dtype}, not {list(mine.shape)} {mine.dtype}")
     if problems:
         shown = "; ".join(sorted(problems)[:5]) + ("; …" if len(problems) > 5 else "")
         raise ConfigError(
@@ -137,7 +125,8 @@ def compare_weights(own: Mapping[str, TensorSpec], found: Mapping[str, TensorSpe
 
 
 def carried_state(model: nn.Module) -> list[str]:
-    """Names of what is saved and is no parameter: running means, memories. A forward pass may change it, and then what
-    a rank computes depends on the micro-batches that it had before.
+    """Return the names of saved tensors that are not parameters, such as running means.
+
+    If a forward pass changes them, the results of a rank depend on its earlier micro-batches.
     """
     return sorted(named_weights(model).keys() - parameter_names(model))

@@ -1,6 +1,6 @@
-"""How the ranks of one attempt talk about checkpoints: small objects, by way of rank 0.
+"""Communication of the ranks of one attempt about checkpoints: small objects, through rank 0.
 
-The group is a gloo group of its own, so that talk about checkpoints never stands in the queue of the gradients.
+Uses a gloo group of its own, so that it never waits behind the collectives of the gradients.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ T = TypeVar("T")
 
 
 class RankGroup:
-    """This process among the ranks of its attempt. Works without torch.distributed when there is one rank.
+    """The ranks of an attempt, as seen by this process. A single rank needs no torch.distributed.
 
-    Attributes:
-        rank: 0 to `size` - 1.
-        size: World size.
-        group: The gloo group, or None for a single rank.
+    `rank` is below `size`, the world size; `group` is the gloo group, or None for a single rank.
     """
 
     def __init__(self, timeout: timedelta | None = None) -> None:
@@ -31,15 +28,15 @@ class RankGroup:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self.group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def another(self) -> RankGroup:
-        """The same ranks with a group of their own, for another thread. Every rank calls it.
+    def duplicate(self) -> RankGroup:
+        """Create a second group of the same ranks, for another thread. Every rank calls it.
 
-        There a rank may wait for another's writing; one that is gone is noticed by its connection.
+        Its timeout is long, because a rank may wait for another's writing; a lost rank closes its connection.
         """
         return RankGroup(timedelta(hours=12))
 
     def gather(self, item: T) -> list[T]:
-        """Every rank's item in rank order, on every rank."""
+        """Return every rank's item in rank order, on every rank."""
         if self.group is None:
             return [item]
         items: list[Any] = [None] * self.size
@@ -47,38 +44,32 @@ class RankGroup:
         return items
 
     def broadcast(self, item: T | None) -> T:
-        """Rank 0's item, on every rank."""
-        box: list[Any] = [item]
+        """Return rank 0's item, on every rank."""
+        items: list[Any] = [item]
         if self.group is not None:
-            dist.broadcast_object_list(box, src=0, group=self.group)
-        result: T = box[0]
+            dist.broadcast_object_list(items, src=0, group=self.group)
+        result: T = items[0]
         return result
 
-    def everybody(self, work: Callable[[], T]) -> list[T]:
-        """Everybody works, everybody learns every result; the first rank's error is raised by all."""
-        result: T | None = None
-        failure: OutlastError | None = None
-        try:
-            result = work()
-        except OutlastError as error:
-            failure = error
-        results = []
-        for rank, (item, other) in enumerate(self.gather((result, failure))):
-            if other is not None:
-                raise type(other)(f"rank {rank}: {other.message}", hint=other.hint) from failure
-            results.append(item)
-        return results  # type: ignore[return-value]
+    def run_on_all(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank and return all results; every rank raises the first rank's error."""
+        result, failure = _run(work)
+        results = self.gather((result, failure))
+        for rank, (_, error) in enumerate(results):
+            if error is not None:
+                raise type(error)(f"rank {rank}: {error.message}", hint=error.hint) from failure
+        return [item for item, _ in results]  # type: ignore[misc]
 
     def run_on_rank_0(self, work: Callable[[], T]) -> T:
-        """Rank 0 works, everybody gets its result, or raises its error."""
-        result: T | None = None
-        failure: OutlastError | None = None
-        if self.rank == 0:
-            try:
-                result = work()
-            except OutlastError as error:
-                failure = error
-        result, failure = self.broadcast((result, failure))
+        """Run `work` on rank 0; every rank returns its result or raises its error."""
+        result, failure = self.broadcast(_run(work) if self.rank == 0 else None)
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
+
+
+def _run(work: Callable[[], T]) -> tuple[T | None, OutlastError | None]:
+    try:
+        return work(), None
+    except OutlastError as error:
+        return None, error

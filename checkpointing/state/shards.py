@@ -1,8 +1,8 @@
-"""Which part of a tensor this rank holds.
+"""The part of a tensor that a rank holds, as a region in global coordinates.
 
-A tensor is whole on every rank (DDP, a single process), or it is a DTensor (FSDP2, tensor parallelism) and each rank
-holds a box of it. Boxes are named by global offsets and extents in elements, so that any number of ranks can read them
-back. Nothing here communicates.
+A tensor is complete on every rank (DDP, a single process), or it is a DTensor (FSDP2, tensor parallelism) and each rank
+holds a region of it. Regions are global offsets and extents in elements, so any number of ranks can read them back.
+Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -13,19 +13,14 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.torch_internals import compute_local_shape_and_global_offset
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A part of a tensor.
-
-    Attributes:
-        offset: Where it begins, in elements, by dimension.
-        shape: Its extent, in elements, by dimension.
-    """
+    """A rectangular part of a tensor: offset and extent in elements, by dimension."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -35,7 +30,7 @@ class Region:
         return cls((0,) * len(shape), shape)
 
     def intersection(self, other: Region) -> Region | None:
-        """What both cover; None when that is nothing."""
+        """Return the region that both cover; None if it is empty."""
         begins = [max(a, b) for a, b in zip(self.offset, other.offset, strict=True)]
         ends = [
             min(a + m, b + n) for a, m, b, n in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
@@ -45,7 +40,7 @@ class Region:
         return Region(tuple(begins), tuple(end - begin for begin, end in zip(begins, ends, strict=True)))
 
     def of(self, tensor: torch.Tensor, within: Region) -> torch.Tensor:
-        """The view of this box in a tensor that holds `within`."""
+        """Return the view of this region in a tensor that holds the region `within`."""
         for dim, (begin, length, base) in enumerate(zip(self.offset, self.shape, within.offset, strict=True)):
             tensor = tensor.narrow(dim, begin - base, length)
         return tensor
@@ -53,40 +48,28 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class LocalShard:
-    """A rank's part of one tensor.
+    """A rank's part of one tensor."""
 
-    Attributes:
-        tensor: The elements, a plain tensor of shape `box.shape`.
-        box: Which elements they are.
-        shape: Shape of the tensor of which this is a part.
-        is_sharded: Whether the tensor is spread over ranks. If not, every rank holds all of it.
-        is_copy: Whether a lower rank holds the same box.
-    """
-
-    tensor: torch.Tensor
-    box: Region
-    shape: tuple[int, ...]
-    is_sharded: bool = False
-    is_copy: bool = False
+    tensor: torch.Tensor  #: the elements, a plain tensor of shape `region.shape`
+    region: Region  #: which elements they are
+    shape: tuple[int, ...]  #: shape of the complete tensor
+    is_sharded: bool = False  #: whether the tensor is distributed over ranks; otherwise every rank holds all of it
+    is_copy: bool = False  #: whether a lower rank holds the same region
 
     def with_tensor(self, tensor: torch.Tensor) -> LocalShard:
         return replace(self, tensor=tensor)
 
 
 def local_shard(tensor: torch.Tensor) -> LocalShard:
-    """This rank's part of a tensor; shares its memory.
-
-    Raises:
-        ConfigError: It is placed in a way that has no boxes.
-    """
+    """Return this rank's part of a tensor; shares its memory. Raises ConfigError for unsupported placements."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return LocalShard(tensor, Region.whole(shape), shape)
     mesh, placements = tensor.device_mesh, tensor.placements
-    strange = [item for item in placements if not (item.is_replicate() or type(item) is Shard)]
-    if strange:
+    unsupported = [item for item in placements if not (item.is_replicate() or type(item) is Shard)]
+    if unsupported:
         raise ConfigError(
-            f"cannot save a DTensor placed as {strange[0]}: only Shard and Replicate are known",
+            f"cannot save a DTensor with placement {unsupported[0]}: only Shard and Replicate are supported",
             hint="redistribute it to Shard or Replicate placements before saving",
         )
     extent, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
@@ -100,7 +83,7 @@ def local_shard(tensor: torch.Tensor) -> LocalShard:
 
 
 def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """`local` placed as `tensor` is: a DTensor if that is one."""
+    """Return `local` with the placement of `tensor`: a DTensor if that is one."""
     if not isinstance(tensor, DTensor):
         return local
     return DTensor.from_local(
@@ -109,5 +92,5 @@ def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
 
 def to_json(parts: Mapping[str, LocalShard]) -> dict[str, Any]:
-    """Shapes and offsets of the sharded ones among `parts`, for a file's header."""
-    return {name: [part.shape, part.box.offset] for name, part in parts.items() if part.is_sharded}
+    """Return shapes and offsets of the sharded parts, for a file's header."""
+    return {name: [part.shape, part.region.offset] for name, part in parts.items() if part.is_sharded}

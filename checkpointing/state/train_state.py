@@ -1,6 +1,6 @@
-"""The state of a training as named tensors: what a save writes, and what a restore fills.
+"""`TrainState`: model and optimizer as named tensors, which a save writes and a restore fills.
 
-Names, types and shards are computed once for a whole save or restore; nothing here communicates or copies.
+Names, types and shards are computed once per save or restore. Nothing here communicates or copies.
 """
 
 from __future__ import annotations
@@ -27,14 +27,8 @@ Targets = dict[str, tuple[Region, torch.Tensor]]
 class TrainState:
     """A model's weights and its optimizer's state, as this rank holds them.
 
-    Args:
-        model: The model, wrapped or not.
-        optimizer: Its optimizer, or None.
-        naming: Which weights are saved, and under which names.
-
     Attributes:
-        optimizer: The argument; so is `naming`.
-        specs: Type and whole shape of every weight, in the model's order; the same on every rank.
+        specs: Type and full shape of every weight, in the model's order; the same on every rank.
         weights: This rank's shard of every weight; shares the model's memory.
     """
 
@@ -46,42 +40,34 @@ class TrainState:
         self._regions: Mapping[str, Region] = {}
 
     def weights_to_write(self, rank: int) -> dict[str, LocalShard]:
-        """The weights that a rank adds to a checkpoint: its part of sharded ones, and on rank 0 all others."""
+        """Return the weights that a rank writes: its part of sharded ones, and on rank 0 all others."""
         return {name: part for name, part in self.weights.items() if rank == 0 or part.is_sharded}
 
     def moments_to_write(self, rank: int, size: int) -> dict[str, LocalShard] | None:
-        """The optimizer state that a rank adds to a checkpoint; None without an optimizer.
-
-        Raises:
-            ConfigError: State that cannot be saved.
-        """
+        """Return the optimizer state that a rank writes; None without an optimizer. Raises ConfigError."""
         if self.optimizer is None:
             return None
-        found = {name: local_shard(item) for name, item in optimizer_tensors(self._model, self.optimizer).items()}
-        whole = {name: part.tensor for name, part in found.items() if not part.is_sharded}
+        shards = {name: local_shard(item) for name, item in optimizer_tensors(self._model, self.optimizer).items()}
+        unsharded = {name: part.tensor for name, part in shards.items() if not part.is_sharded}
         rank_0_bytes = sum(self.specs[name].num_bytes for name, part in self.weights.items() if not part.is_sharded)
-        mine = set(assign_to_ranks(whole, size, rank_0_bytes)[rank])
-        return {name: part for name, part in found.items() if name in mine or (part.is_sharded and not part.is_copy)}
+        mine = set(assign_to_ranks(unsharded, size, rank_0_bytes)[rank])
+        return {name: part for name, part in shards.items() if name in mine or (part.is_sharded and not part.is_copy)}
 
     def changed_by_forward(self, names: Collection[str]) -> set[str]:
-        """Of these weights the ones that a forward pass may change, not the optimizer alone."""
+        """Return those of these weights that a forward pass may change."""
         return set(names) - parameter_names(self._model, self.naming)
 
     def targets(self, moments: Mapping[str, TensorSpec]) -> Targets:
-        """What this rank must read, and the memory it goes to: weights into the model's own, moments into new tensors.
-
-        Args:
-            moments: Type and whole shape of each tensor of optimizer state in the checkpoint.
-        """
-        targets = {name: (part.box, part.tensor) for name, part in self.weights.items()}
+        """Return the regions that this rank reads, and their memory: the model's own for weights, new for moments."""
+        targets = {name: (part.region, part.tensor) for name, part in self.weights.items()}
         devices = devices_of_state(self._model, self.optimizer, moments) if self.optimizer is not None else {}
         self._regions = regions_of_state(self._model, {name: spec.shape for name, spec in moments.items()})
         for name, spec in moments.items():
-            box = self._regions.get(name, Region.whole(spec.shape))
-            targets[name] = (box, torch.empty(box.shape, dtype=spec.dtype, device=devices.get(name)))
+            region = self._regions.get(name, Region.whole(spec.shape))
+            targets[name] = (region, torch.empty(region.shape, dtype=spec.dtype, device=devices.get(name)))
         return targets
 
     def load_moments(self, moments: Mapping[str, torch.Tensor]) -> None:
-        """Gives the optimizer its state from the memory of `targets`, once that is filled."""
+        """Load the optimizer state from the memory of `targets`, once it is filled."""
         if self.optimizer is not None:
             load_optimizer(self._model, self.optimizer, moments, sharded=self._regions.keys())

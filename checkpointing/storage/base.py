@@ -1,12 +1,11 @@
-"""Storage: put, open, list, delete, and nothing else.
+"""The storage interface: put, open, list and delete.
 
 The checkpoint protocol needs only these four, with two guarantees: a `put` is atomic (a reader sees all of it or
 nothing) and durable when it returns, and a `list` that begins after a `put` has returned shows it. Object stores give
-both by nature; `LocalStorage` earns them with temporary name, fsync, rename and directory fsync, on local disks and on
-NFS. Nothing here locks, and nothing needs a conditional put.
+both by design, `LocalStorage` by temporary name, fsync and rename. No locks and no conditional puts are needed.
 
-A missing file is a `FileNotFoundError`, because absence is proof; anything else that goes wrong is a `StorageError`,
-because a disk that does not answer proves nothing about what is on it.
+A missing file is a `FileNotFoundError`, because absence is proof. Any other failure is a `StorageError`, because a disk
+that does not respond proves nothing about its content.
 """
 
 from __future__ import annotations
@@ -28,55 +27,40 @@ class Entry:
 
 
 class ReadableStorage(Protocol):
-    """A place whose files can be listed and read."""
+    """Storage that can be listed and read."""
 
     def open(self, path: str) -> BinaryIO:
-        """The file `path`, for reading and seeking.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            StorageError: The read failed.
-        """
+        """Open a file for reading and seeking. Raises FileNotFoundError or StorageError."""
 
     def list(self, path: str) -> list[Entry]:
-        """The names directly under the directory `path`, sorted; empty when there is none.
-
-        Raises:
-            StorageError: The listing failed.
-        """
+        """List the names directly under a directory, sorted; empty if it does not exist. Raises StorageError."""
 
 
 class Storage(ReadableStorage, Protocol):
-    """A place for runs. Paths are relative to `url` and use `/`."""
+    """Storage for runs. Paths are relative to `url` and use `/`."""
 
     @property
     def url(self) -> str:
-        """What a user would write to name this place."""
+        """The storage root as a user writes it."""
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
-        """Writes the chunks, one after the other, as the file `path`, creating directories and replacing what is
-        there. Durable and visible as a whole when it returns; when `chunks` raises, nothing appears.
+        """Write the concatenated chunks as a file, creating directories and replacing an existing file.
 
-        Raises:
-            StorageError: The write failed.
+        The file is durable and visible when this returns; when `chunks` raises, nothing appears. Raises StorageError.
         """
 
     def delete(self, path: str) -> None:
-        """Removes the file `path`; a missing one is fine. Directories are not kept once they are empty.
-
-        Raises:
-            StorageError: The deletion failed.
-        """
+        """Delete a file if it exists, and directories that become empty. Raises StorageError."""
 
 
 def read_bytes(storage: ReadableStorage, path: str) -> bytes:
-    """The whole file. Raises as `Storage.open`."""
+    """Read a file. Raises as `Storage.open`."""
     with storage.open(path) as file:
         return file.read()
 
 
 def walk(storage: Storage, path: str) -> Iterator[Entry]:
-    """Every file below `path`, however deep, named relative to it."""
+    """Yield every file below `path`, recursively, named relative to it."""
     for entry in storage.list(path):
         if entry.num_bytes is not None:
             yield entry

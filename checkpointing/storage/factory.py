@@ -1,4 +1,4 @@
-"""Storage by URL: `open_storage` picks the backend."""
+"""Choice of the storage backend for a URL."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from outlast.checkpointing.storage.local import LocalStorage
 
 
 def open_storage(url: str) -> Storage:
-    """The storage that `url` names: a local path, `file://…`, or an object store such as `s3://bucket/prefix`.
+    """Open a local path, a `file://` URL, or an object store such as `s3://bucket/prefix`.
 
     Raises:
-        ConfigError: The scheme is not known, or the URL carries credentials.
+        ConfigError: The scheme is unknown, or the URL contains credentials.
     """
     parts = urlsplit(url)
     if parts.scheme in ("", "file"):
         return LocalStorage(Path(parts.path if parts.scheme else url))
-    from outlast.checkpointing.storage.object_store import (
-        ObjectStorage,  # brings pyarrow, which a local run's listing does without
-    )
+    # Imports pyarrow, which commands on local storage do not need.
+    from outlast.checkpointing.storage.object_store import ObjectStorage
 
     return ObjectStorage(url)

@@ -1,4 +1,7 @@
-"""Local and NFS-like file systems: rename and fsync make writes atomic and durable."""
+"""Storage on a local or shared file system: fsync and rename make writes atomic and durable.
+
+Concurrent writers of other hosts are expected. A file never appears in part, and nothing here takes a lock.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,12 @@ class LocalStorage:
         return str(self._root)
 
     def path(self, path: str) -> Path:
-        """Where `path` lies on this machine."""
         return self._root / path
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
         target = self.path(path)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        with _explained("write", target):
+        with _storage_errors("write", target):
             _make_dirs(target.parent)
             try:
                 with open(temporary, "xb", buffering=0) as file:
@@ -49,13 +51,9 @@ class LocalStorage:
             _sync(target.parent)
 
     def sync(self, path: str) -> None:
-        """Makes what others wrote below the directory `path` durable: each file, then its directory, from below.
-
-        Raises:
-            StorageError: The disk failed.
-        """
+        """Make files that other programs wrote below a directory durable, bottom up. Raises StorageError."""
         target = self.path(path)
-        with _explained("sync", target):
+        with _storage_errors("sync", target):
             for folder, _, names in os.walk(target, topdown=False, onerror=_raise):
                 for name in names:
                     _sync(Path(folder, name))
@@ -64,22 +62,22 @@ class LocalStorage:
 
     def open(self, path: str) -> BinaryIO:
         target = self.path(path)
-        with _explained("read", target):
+        with _storage_errors("read", target):
             return open(target, "rb")
 
     def list(self, path: str) -> list[Entry]:
         target = self.path(path)
-        with _explained("list", target):
+        with _storage_errors("list", target):
             try:
-                with os.scandir(target) as found:
-                    entries = [_entry(item) for item in found if not item.name.endswith(".tmp")]
+                with os.scandir(target) as items:
+                    entries = [_entry(item) for item in items if not item.name.endswith(".tmp")]
             except FileNotFoundError:
                 return []
         return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
 
     def delete(self, path: str) -> None:
         target = self.path(path)
-        with _explained("delete", target):
+        with _storage_errors("delete", target):
             target.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 _sync(target.parent)  # so that deletions become durable in their order
@@ -87,14 +85,14 @@ class LocalStorage:
                 if parent == self._root or not parent.is_relative_to(self._root):
                     break
                 try:
-                    _remove_litter(parent)
+                    _remove_temporary_files(parent)
                     parent.rmdir()
-                except OSError:  # not empty, or somebody else was quicker
+                except OSError:  # not empty, or deleted by another process
                     break
 
 
 def _entry(item: os.DirEntry[str]) -> Entry | None:
-    """The entry, or None for a file that was deleted since its name was read."""
+    """Return the entry; None for a file that was deleted meanwhile."""
     try:
         return Entry(item.name, None if item.is_dir() else item.stat().st_size)
     except FileNotFoundError:
@@ -108,7 +106,6 @@ def _write_all(fd: int, view: memoryview) -> None:
 
 
 def _make_dirs(path: Path) -> None:
-    """mkdir -p whose every new directory survives a power cut."""
     if path.is_dir():
         return
     _make_dirs(path.parent)
@@ -129,8 +126,8 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _remove_litter(directory: Path) -> None:
-    """Drops what killed writers left, if nothing else is there: a directory of litter counts as empty."""
+def _remove_temporary_files(directory: Path) -> None:
+    """Delete the temporary files of killed writers if the directory contains nothing else."""
     names = os.listdir(directory)
     if all(name.startswith(".") and name.endswith(".tmp") for name in names):
         for name in names:
@@ -138,8 +135,8 @@ def _remove_litter(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(verb: str, target: Path) -> Iterator[None]:
-    """Turns an OSError into a StorageError that says what to do; lets absence through as it is when reading."""
+def _storage_errors(verb: str, target: Path) -> Iterator[None]:
+    """Convert an OSError into a StorageError with a hint; when reading, let FileNotFoundError pass."""
     try:
         yield
     except OSError as error:
@@ -151,11 +148,9 @@ def _explained(verb: str, target: Path) -> Iterator[None]:
         raise StorageRefused(reason, hint=_REFUSAL_HINTS.get(error.errno, _ACCESS_HINT)) from error
 
 
-_ACCESS_HINT = "give this user write access or set checkpoint.storage to another place, then run the same command again"
-
-
+_ACCESS_HINT = "give this user write access or set checkpoint.storage to another path, then run the same command again"
 _REFUSAL_HINTS = {
     errno.ENOSPC: "free some space (`outlast checkpoints ls RUN` shows sizes), then run the same command again",
     errno.EDQUOT: "free some space or raise the quota, then run the same command again",
-    errno.ENOTDIR: "a file stands where a directory is needed: move it or set checkpoint.storage to another place",
+    errno.ENOTDIR: "a file is where a directory is needed: move it or set checkpoint.storage to another path",
 }

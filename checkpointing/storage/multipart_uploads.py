@@ -1,7 +1,7 @@
-"""Multi-part uploads that a killed writer began and nobody will end. No listing shows them, and the store bills them.
+"""Cleanup of multipart uploads that a killed writer left behind. No listing shows them, and the store bills them.
 
-pyarrow cannot see them, so this takes boto3 (the extra `s3`). Without it, and on stores that are not S3, nothing is
-done here; a lifecycle rule of the bucket that aborts incomplete uploads does the same, only later.
+pyarrow cannot see them, so this needs boto3 (the extra `s3`). Without it, and on stores other than S3, nothing happens;
+a lifecycle rule of the bucket that aborts incomplete uploads has the same effect later.
 """
 
 from __future__ import annotations
@@ -17,39 +17,35 @@ from outlast.checkpointing.storage.local import LocalStorage
 
 
 def abort_uploads(storage: Storage, directory: str, is_orphan: Callable[[str], bool] = lambda path: True) -> int:
-    """Aborts the unfinished uploads below `directory`, and returns how many that were.
+    """Abort the unfinished uploads below `directory` for which `is_orphan(path below it)` holds; return their number.
 
-    Args:
-        storage: The storage.
-        directory: Relative to its root.
-        is_orphan: Whether the upload of a file is to be aborted, by its path below `directory`.
-
-    Raises:
-        StorageError: The store refused or did not answer.
+    Raises StorageError when the store refuses or does not respond.
     """
     if isinstance(storage, LocalStorage):
         return 0
     from outlast.checkpointing.storage.object_store import (
-        ObjectStorage,  # brings pyarrow, which a local run does without
-    )
+        ObjectStorage,
+    )  # imports pyarrow, which local runs do not need
 
-    place = storage.s3 if isinstance(storage, ObjectStorage) else None
-    if place is None:
+    location = storage.s3 if isinstance(storage, ObjectStorage) else None
+    if location is None:
         return 0
     try:
         import boto3  # noqa: F401
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError:
         return 0
-    prefix = f"{place.prefix}{directory}/"
+    prefix = f"{location.prefix}{directory}/"
     count = 0
     try:
-        client = _client(place.region, place.endpoint)
-        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=prefix)
+        client = _client(location.region, location.endpoint)
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=location.bucket, Prefix=prefix)
         for upload in (upload for page in pages for upload in page.get("Uploads", ())):
             if is_orphan(upload["Key"].removeprefix(prefix)):
-                with suppress(client.exceptions.NoSuchUpload):  # its writer was faster
-                    client.abort_multipart_upload(Bucket=place.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                with suppress(client.exceptions.NoSuchUpload):  # its writer has finished or aborted it
+                    client.abort_multipart_upload(
+                        Bucket=location.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
                 count += 1
     except (BotoCoreError, ClientError) as error:
         raise StorageError(
@@ -61,10 +57,10 @@ def abort_uploads(storage: Storage, directory: str, is_orphan: Callable[[str], b
 
 @cache
 def _client(region: str, endpoint: str | None) -> Any:
-    """A client is safe for several threads; the session that makes it is not, so each has its own."""
+    """Make a client. Clients are thread-safe, sessions are not, so each has its own."""
     import boto3
     from botocore.config import Config
 
-    addressing = "path" if endpoint else "auto"  # as pyarrow does with an endpoint of one's own
+    addressing = "path" if endpoint else "auto"  # as pyarrow does with a custom endpoint
     config = Config(s3={"addressing_style": addressing}, retries={"mode": "standard"})
     return boto3.Session().client("s3", region_name=region, endpoint_url=endpoint, config=config)

@@ -1,9 +1,9 @@
-"""Object stores through pyarrow.fs: S3 and what speaks it, and every other scheme that pyarrow knows.
+"""Storage in an object store through pyarrow.fs: S3 and compatible stores, and other schemes that pyarrow supports.
 
-A put is atomic by nature here: an object is invisible until its stream is closed. Two things need care. Closing
-publishes whatever was written, also after an exception, so a large put whose chunks fail leaves a truncated object for
-the moment that it takes to delete it again; nothing but a manifest makes a file count, and a manifest is one small
-chunk. And a store has no directories: after its last file is deleted, a name may stay behind as an empty marker.
+A put is atomic: an object is invisible until its stream is closed. Two things need care. Closing publishes whatever was
+written, also after an exception, so a large put whose chunks fail leaves a truncated object until it is deleted; only a
+manifest makes a file count, and a manifest is one small chunk. And stores have no directories: after its last file is
+deleted, a name may remain as an empty marker.
 
 Credentials and endpoints come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …) or from the machine's role,
 never from a run file.
@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class S3Place:
-    """Where in S3 a storage lies. `endpoint` is None for Amazon's own; `prefix` is empty or ends with a slash."""
+class S3Location:
+    """A location in S3. `endpoint` is None for AWS; `prefix` is empty or ends with a slash."""
 
     bucket: str
     prefix: str
@@ -40,28 +40,25 @@ class S3Place:
 
 
 _HEAD_BYTES = 8 * 2**20
-#: Parts of a large object go up several at a time; after so many bytes the writer waits for them.
+#: Parts of a large object are uploaded concurrently; after this many bytes the writer waits for them.
 _WINDOW_BYTES = 64 * 2**20
-_SDK_TRIES = 5
+_SDK_ATTEMPTS = 5
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 _REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN")
-#: What curl says before any byte was sent.
-_MISSING_CREDENTIALS = ("ould not connect to server", "ould not resolve host", "Couldn't connect", "Couldn't resolve")
-#: Google's SDK goes on for 15 minutes by default, also where there are no credentials.
+#: Messages of curl before any byte was sent.
+_UNREACHABLE = ("ould not connect to server", "ould not resolve host", "Couldn't connect", "Couldn't resolve")
+#: Google's SDK retries for 15 minutes by default, even without credentials.
 _GOOGLE_RETRY_S = 20
 
 
 class ObjectStorage:
-    """A prefix in a bucket.
-
-    Args:
-        url: Such as `s3://bucket/runs`.
+    """A prefix in a bucket, such as `s3://bucket/runs`.
 
     Attributes:
-        s3: Where that is for other clients of S3; None for any other kind of store.
+        s3: The location for other S3 clients; None for any other store.
 
     Raises:
-        ConfigError: pyarrow does not know the scheme, or the URL carries credentials.
+        ConfigError: pyarrow does not support the scheme, or the URL contains credentials.
     """
 
     def __init__(self, url: str) -> None:
@@ -89,30 +86,30 @@ class ObjectStorage:
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
         rest = iter(chunks)
-        head = list(_up_to(_HEAD_BYTES, rest))  # so that a small file whose chunks fail never touches the store
-        more = next(rest, None)
-        with _explained("write", self._url, path):
-            if more is None:
+        head = list(_up_to(_HEAD_BYTES, rest))  # a small file whose chunks fail never reaches the store
+        following = next(rest, None)
+        with _storage_errors("write", self._url, path):
+            if following is None:
                 self._put_small(path, b"".join(head))
             else:
-                chunks = _as_storage_errors([*head, more], rest)
-                del head, more
+                chunks = _drain([*head, following], rest)
+                del head, following
                 before = self._retry(lambda: self._fs.get_file_info(self._path(path)))
                 self._put_once(path, chunks, before)
 
     def _put_small(self, path: str, data: bytes) -> None:
-        tries = count()
+        attempts = count()
 
         def put() -> None:
-            if not (next(tries) and self._holds(path, data)):  # perhaps only the answer was lost
+            if not (next(attempts) and self._contains(path, data)):  # perhaps only the response was lost
                 self._put_once(path, [data])
 
         self._retry(put)
 
     def _put_once(self, path: str, chunks: Iterable[Buffer], before: fs.FileInfo | None = None) -> None:
-        """Writes an object. `before` is what it replaces if it cannot be written again; nobody misses it until then."""
+        """Write an object. `before` is the object it replaces, given if the write cannot be repeated."""
         target = self._path(path)
-        stream = self._fs.open_output_stream(target, compression=None)  # by default by its name
+        stream = self._fs.open_output_stream(target, compression=None)  # the default depends on the name
         num_bytes = waited_at = 0
         try:
             for chunk in chunks:
@@ -126,104 +123,95 @@ class ObjectStorage:
         except BaseException:
             with contextlib.suppress(OSError):  # the first failure is the one to report
                 stream.close()
-                self._fs.delete_file(target)  # what closing published; if it failed, what is there is somebody else's
+                self._fs.delete_file(target)  # published by close; if that failed, the object is not ours
             raise
         self._publish(stream, target, num_bytes, before)
 
     def _publish(self, stream: pa.NativeFile, target: str, num_bytes: int, before: fs.FileInfo | None) -> None:
-        """Closes the stream, by which the object appears. Raises OSError when it did not."""
+        """Close the stream, which makes the object visible. Raises OSError if it did not appear."""
         try:
             stream.close()
         except OSError:
-            # The answer was lost, perhaps after the store had done it. An object appears whole: so if something new is
-            # there, of so many bytes, it is this one. A small one is compared.
+            # The response was lost, perhaps after the store had published the object. Objects appear at once, so a
+            # new one of this size is ours. Small objects are compared by content instead.
             if before is None:
                 raise
             now = self._fs.get_file_info(target)
             if now.size != num_bytes or now.mtime_ns == before.mtime_ns:
                 raise
 
-    def _holds(self, path: str, data: bytes) -> bool:
+    def _contains(self, path: str, data: bytes) -> bool:
         with contextlib.suppress(OSError), self._fs.open_input_file(self._path(path)) as file:
             return bool(file.read() == data)
         return False
 
     def _retry(self, work: Callable[[], T]) -> T:
-        """Tries again, after longer and longer pauses, what may be done twice. The last error is raised.
+        """Retry an idempotent operation with growing pauses; raises the last error.
 
-        Where nothing has answered before, only the SDK retries: the address may be wrong.
+        Until the store has responded once, only the SDK retries: the address may be wrong.
         """
 
-        def may_pass(error: Exception) -> bool:
+        def is_transient(error: Exception) -> bool:
             if not isinstance(error, OSError):
                 return False
-            is_silent = not self._has_answered and _is_missing_credentials(error)
-            self._has_answered |= not is_silent
-            return not (is_silent or isinstance(error, FileNotFoundError) or _is_refusal(error))
+            is_unreachable = not self._has_answered and _mentions(error, _UNREACHABLE)
+            self._has_answered |= not is_unreachable
+            return not (is_unreachable or isinstance(error, FileNotFoundError) or _mentions(error, _REFUSALS))
 
-        done = call_with_retries(work, _PAUSES_S, may_pass)
+        done = call_with_retries(work, _PAUSES_S, is_transient)
         self._has_answered = True
         return done
 
     def open(self, path: str) -> BinaryIO:
-        with _explained("read", self._url, path):
+        with _storage_errors("read", self._url, path):
             return cast(BinaryIO, self._retry(lambda: self._fs.open_input_file(self._path(path))))
 
     def list(self, path: str) -> list[Entry]:
         selector = fs.FileSelector(self._path(path), allow_not_found=True)
-        with _explained("list", self._url, path):
-            found = self._retry(lambda: self._fs.get_file_info(selector)) or []
-        files = (Entry(item.base_name, item.size if item.type == fs.FileType.File else None) for item in found)
+        with _storage_errors("list", self._url, path):
+            infos = self._retry(lambda: self._fs.get_file_info(selector)) or []
+        files = (Entry(info.base_name, info.size if info.type == fs.FileType.File else None) for info in infos)
         return sorted(files, key=lambda entry: entry.name)
 
     def delete(self, path: str) -> None:
-        with _explained("delete", self._url, path):
-            self._fs_delete(path)
-
-    def _fs_delete(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with _storage_errors("delete", self._url, path), contextlib.suppress(FileNotFoundError):
             self._retry(lambda: self._fs.delete_file(self._path(path)))
 
 
-def _connect(url: str) -> tuple[fs.FileSystem, str, S3Place | None]:
-    """The file system, the path in it, its place in S3 (with the SDK's own retries, which no URL turns on)."""
+def _connect(url: str) -> tuple[fs.FileSystem, str, S3Location | None]:
+    """Return the file system with SDK retries enabled, the path in it, and its S3 location."""
     parts = urlsplit(url)
     if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
         url += f"{'&' if parts.query else '?'}retry_limit_seconds={_GOOGLE_RETRY_S}"
     if parts.scheme != "s3":
         return *fs.FileSystem.from_uri(url), None
     options = dict(parse_qsl(parts.query))
-    if strange := options.keys() - {"region", "scheme", "endpoint_override"}:
-        raise ValueError(f"unknown option {min(strange)!r}; known: endpoint_override, region, scheme")
+    if unknown := options.keys() - {"region", "scheme", "endpoint_override"}:
+        raise ValueError(f"unknown option {min(unknown)!r}; known options: endpoint_override, region, scheme")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
         options |= {"endpoint_override": urlsplit(endpoint).netloc, "scheme": urlsplit(endpoint).scheme}
-    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_SDK_TRIES)
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_SDK_ATTEMPTS)
     filesystem = fs.S3FileSystem(retry_strategy=retries, **options)
     if override := options.get("endpoint_override"):
         endpoint = f"{options.get('scheme', 'https')}://{override}"
     prefix = parts.path.strip("/")
-    place = S3Place(parts.netloc, f"{prefix}/" if prefix else "", filesystem.region, endpoint)
-    return filesystem, f"{parts.netloc}/{prefix}".rstrip("/"), place
+    location = S3Location(parts.netloc, f"{prefix}/" if prefix else "", filesystem.region, endpoint)
+    return filesystem, f"{parts.netloc}/{prefix}".rstrip("/"), location
 
 
-def _is_refusal(error: OSError) -> bool:
-    return any(word in str(error) for word in _REFUSALS)
+def _mentions(error: OSError, words: Iterable[str]) -> bool:
+    return any(word in str(error) for word in words)
 
 
-def _is_missing_credentials(error: OSError) -> bool:
-    return any(word in str(error) for word in _MISSING_CREDENTIALS)
-
-
-def _as_storage_errors(held: list[Buffer], rest: Iterator[Buffer]) -> Iterator[Buffer]:
-    """The chunks that are held, then the rest; each is let go as it is taken."""
-    while held:
-        yield held.pop(0)
+def _drain(buffered: list[Buffer], rest: Iterator[Buffer]) -> Iterator[Buffer]:
+    """Yield the buffered chunks, then the rest; drops each reference once it is taken."""
+    while buffered:
+        yield buffered.pop(0)
     yield from rest
 
 
 def _up_to(num_bytes: int, chunks: Iterator[Buffer]) -> Iterator[Buffer]:
-    """The first chunks, until they reach `num_bytes`."""
     for chunk in chunks:
         yield chunk
         num_bytes -= memoryview(chunk).nbytes
@@ -232,17 +220,16 @@ def _up_to(num_bytes: int, chunks: Iterator[Buffer]) -> Iterator[Buffer]:
 
 
 @contextlib.contextmanager
-def _explained(verb: str, url: str, path: str) -> Iterator[None]:
-    """Turns an OSError into a StorageError that says what to do; lets absence through as it is when reading."""
+def _storage_errors(verb: str, url: str, path: str) -> Iterator[None]:
+    """Convert an OSError into a StorageError with a hint; when reading, let FileNotFoundError pass."""
     try:
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) and verb == "read":
             raise
         reason = f"cannot {verb} {url}/{path}: {error}"
-        if _is_refusal(error):
+        if _mentions(error, _REFUSALS):
             hint = "check the bucket's name and the credentials in the environment, then run the same command again"
             raise StorageRefused(reason, hint=hint) from error
-        raise StorageError(
-            reason, hint="check that the store can be reached, then run the same command again"
-        ) from error
+        hint = "check that the store can be reached, then run the same command again"
+        raise StorageError(reason, hint=hint) from error

@@ -1,1 +1,1 @@
-"""What the command line does with checkpoints: query, diff, pin, prune, export."""
+"""Implementation of the `outlast checkpoints` commands, and seals for other trainers."""

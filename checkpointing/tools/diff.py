@@ -1,4 +1,7 @@
-"""Two checkpoints side by side: which tensors differ and by how much, and which settings. Reads verified bytes only."""
+"""Comparison of two checkpoints: which tensors and which settings differ, and by how much.
+
+Reads verified bytes only; never writes.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from outlast.checkpointing.tools.query import ResolvedCheckpoint, reading
 _CHUNK = 1 << 22  # elements compared at a time: float64 copies of a whole embedding would not fit
 
 
-class SettingChange(Enum):
-    """How a tensor of the second checkpoint stands to that of the first."""
+class ChangeKind(Enum):
+    """How a tensor of the second checkpoint differs from that of the first."""
 
-    EQUAL = "equal"  #: bit for bit, a NaN to itself too
+    EQUAL = "equal"  #: bitwise, NaN included
     CHANGED = "changed"  #: other values, another shape or another dtype
     ADDED = "added"
     REMOVED = "removed"
@@ -27,28 +30,18 @@ class SettingChange(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
-    """One tensor in both checkpoints. Pairs are (first, second); None where a checkpoint has no such tensor.
+    """One tensor in both checkpoints. Pairs are (first, second); None where a checkpoint lacks the tensor."""
 
-    Attributes:
-        name: Its name.
-        change: What happened to it.
-        dtypes: Such as `float32`.
-        shapes: Lengths of the dimensions.
-        norms: Euclidean norms.
-        distance: Euclidean norm of the difference; None unless the shapes are equal.
-        largest: Largest absolute difference of one element; None unless the shapes are equal.
-    """
-
-    name: str
-    change: SettingChange
-    dtypes: tuple[str | None, str | None]
-    shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
-    norms: tuple[float | None, float | None]
-    distance: float | None
-    largest: float | None
+    name: str  #: its name
+    change: ChangeKind  #: how it differs
+    dtypes: tuple[str | None, str | None]  #: such as `float32`
+    shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]  #: lengths of the dimensions
+    norms: tuple[float | None, float | None]  #: euclidean norms
+    distance: float | None  #: euclidean norm of the difference; None unless the shapes are equal
+    largest: float | None  #: largest absolute difference of one element; None unless the shapes are equal
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; numbers that JSON does not know (NaN, infinite) as text."""
+        """Return JSON values; NaN and infinite numbers as text."""
         return {
             "name": self.name,
             "change": self.change.value,
@@ -66,49 +59,47 @@ def _number(value: float | None) -> float | str | None:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDiff:
-    """All tensors by name, and the settings that differ: dotted name to (first, second), None where one has no such
-    setting. `settings` as a whole is None when one of the two does not tell its own.
+    """All tensors by name, and the settings that differ: dotted name to (first, second).
+
+    `settings` is None if either checkpoint lacks its settings.
     """
 
     tensors: tuple[TensorChange, ...]
     settings: Mapping[str, tuple[Any, Any]] | None
 
-    def count(self, change: SettingChange) -> int:
+    def count(self, change: ChangeKind) -> int:
         return sum(item.change is change for item in self.tensors)
 
 
 def diff_checkpoints(
     first: ResolvedCheckpoint, second: ResolvedCheckpoint, *, optimizer: bool = False
 ) -> CheckpointDiff:
-    """The second checkpoint against the first: weights, with `optimizer` its state too, and what the manifests declare.
-
-    Both are held in memory.
+    """Compare weights, settings and, with `optimizer`, optimizer state. Both checkpoints are held in memory.
 
     Raises:
-        DamagedError: One of them is not whole.
+        DamagedError: One of them is damaged.
         NoCheckpointError: One of them was deleted meanwhile.
         StorageError: The storage failed.
     """
     ours, theirs = _tensors(first, optimizer), _tensors(second, optimizer)
     names = sorted(ours.keys() | theirs.keys())
     return CheckpointDiff(
-        tuple(compare_tensors(name, ours.get(name), theirs.get(name)) for name in names),
-        _settings(first, second),
+        tuple(compare_tensors(name, ours.get(name), theirs.get(name)) for name in names), _settings(first, second)
     )
 
 
-def _tensors(found: ResolvedCheckpoint, optimizer: bool) -> dict[str, torch.Tensor]:
-    with reading(found):
-        return read_tensors(found.store.storage, found.directory, found.manifest, weights_only=not optimizer)
+def _tensors(source: ResolvedCheckpoint, optimizer: bool) -> dict[str, torch.Tensor]:
+    with reading(source):
+        return read_tensors(source.store.storage, source.directory, source.manifest, weights_only=not optimizer)
 
 
 def compare_tensors(name: str, first: torch.Tensor | None, second: torch.Tensor | None) -> TensorChange:
-    """One tensor against another of the same name; at least one is given."""
+    """Compare two tensors of the same name; one of them may be None."""
     distance = largest = None
     if first is None or second is None:
-        change = SettingChange.ADDED if first is None else SettingChange.REMOVED
+        change = ChangeKind.ADDED if first is None else ChangeKind.REMOVED
     else:
-        change = SettingChange.EQUAL if _same_bits(first, second) else SettingChange.CHANGED
+        change = ChangeKind.EQUAL if _same_bits(first, second) else ChangeKind.CHANGED
         if first.shape == second.shape:
             distance, largest = _difference(first, second)
     return TensorChange(
@@ -131,9 +122,9 @@ def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 def _difference(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
     squares, largest = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for ours, theirs in zip(_chunks(first), _chunks(second), strict=True):
-        apart = (theirs - ours).abs()
-        squares += apart.square().sum()
-        largest = torch.maximum(largest, apart.max())
+        distances = (theirs - ours).abs()
+        squares += distances.square().sum()
+        largest = torch.maximum(largest, distances.max())
     return float(squares.sqrt()), float(largest)
 
 

@@ -1,7 +1,7 @@
-"""Copies of a checkpoint for use elsewhere: a clean Hugging Face directory, or its parts at paths of the user's choice.
+"""Export of a checkpoint: a clean Hugging Face directory, or its parts at paths of the user's choice.
 
-Every byte is verified while it is read, and what is written appears whole or not at all. Nothing is replaced. An export
-has no training state and no manifest: it is not a checkpoint, and outlast never reads one.
+Every byte is verified while it is read, output appears completely or not at all, and nothing is overwritten. An export
+has no training state and no manifest, so outlast never resumes from one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from outlast.checkpointing.tools.slow_tokenizer_files import TOKENIZER, slow_tok
 CONFIG = "config.json"
 ADAPTER = "adapter_model"
 ADAPTER_WEIGHTS = f"{ADAPTER}.safetensors"
-_OF_THE_RUN = ("trainer_state.json",)  # what tells of the training rather than of the model
+_RUN_FILES = ("trainer_state.json",)  # describe the training rather than the model
 
 
 class Dtype(Enum):
-    """What floating-point weights can be exported as."""
+    """Floating-point types of exported weights."""
 
     BF16 = "bf16"
     FP16 = "fp16"
@@ -45,58 +45,41 @@ class Dtype(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What an export is made from.
+    """The content of an export."""
 
-    Attributes:
-        weights: The weights by name, tied ones once.
-        files: The small files by name.
-        weights_name: The file of the weights, when it is one: the model's, or an adapter's.
-    """
-
-    weights: Mapping[str, torch.Tensor]
-    files: Mapping[str, bytes]
-    weights_name: str = WEIGHTS
+    weights: Mapping[str, torch.Tensor]  #: the weights by name; tied ones once
+    files: Mapping[str, bytes]  #: small files by name
+    weights_name: str = WEIGHTS  #: name of the weights file: the model's, or an adapter's
 
     def file(self, name: str) -> bytes:
-        """One of the small files.
-
-        Raises:
-            ConfigError: The checkpoint has no such file.
-        """
+        """Return a small file. Raises ConfigError if the checkpoint lacks it."""
         if name not in self.files:
-            raise ConfigError(f"the checkpoint holds no {name}; it holds: {', '.join(sorted(self.files))}")
+            raise ConfigError(f"the checkpoint has no {name}; it has: {', '.join(sorted(self.files))}")
         return self.files[name]
 
 
-#: Writes the weights of a content to a path that is not there yet.
+#: Writes the weights to a path that does not exist yet.
 WriteWeights = Callable[[Content, Path], None]
 
 
-def read_content(found: ResolvedCheckpoint) -> Content:
-    """Reads a checkpoint's Hugging Face part, verified.
-
-    Raises:
-        DamagedError: The checkpoint is not whole.
-        NoCheckpointError: It was deleted meanwhile.
-        StorageError: The storage failed.
-    """
+def read_content(source: ResolvedCheckpoint) -> Content:
+    """Read and verify the Hugging Face part of a checkpoint. Raises as `reading`, and StorageError."""
     files: dict[str, bytes] = {}
     weights_name = WEIGHTS
-    with reading(found):
-        weights = read_tensors(found.store.storage, found.directory, found.manifest, weights_only=True)
-        for entry in found.manifest.files:
-            if entry.path.startswith(STATE_DIR) or entry.path in _OF_THE_RUN:
+    with reading(source):
+        weights = read_tensors(source.store.storage, source.directory, source.manifest, weights_only=True)
+        for entry in source.manifest.files:
+            if entry.path.startswith(STATE_DIR) or entry.path in _RUN_FILES:
                 continue
-            # The weights go into one file.
             if entry.path.startswith(ADAPTER):
                 weights_name = ADAPTER_WEIGHTS
             if not entry.path.endswith((".safetensors", ".safetensors.index.json")):
-                files[entry.path] = bytes(tensor_bytes(read_verified(found.store.storage, found.directory, entry)))
+                files[entry.path] = bytes(tensor_bytes(read_verified(source.store.storage, source.directory, entry)))
     return Content(weights, files, weights_name)
 
 
 def converted(content: Content, dtype: Dtype) -> Content:
-    """The same with floating-point weights of another type. Raises ConfigError where one is too large for it."""
+    """Convert floating-point weights. Raises ConfigError if a value is too large for the type."""
     weights = {}
     for name, tensor in content.weights.items():
         weights[name] = tensor.to(dtype.torch) if tensor.is_floating_point() else tensor
@@ -112,20 +95,19 @@ def _json(value: object) -> bytes:
 
 
 def write_safetensors(content: Content, path: Path) -> None:
-    """The weights as one safetensors file."""
     with path.open("xb") as file:
         for chunk in encode(content.weights):
             file.write(chunk)
 
 
 def check_free(paths: Sequence[Path]) -> None:
-    """Raises ConfigError where something is in the way; an empty directory is not."""
+    """Raise ConfigError if a path exists; an empty directory is allowed."""
     for path in paths:
         if path.is_dir() and not any(path.iterdir()):
             continue
         if path.exists() or path.is_symlink():
-            what = "a directory that is not empty" if path.is_dir() else "there already"
-            raise ConfigError(f"{path} is {what}; nothing was written", hint="choose another place, or move it away")
+            what = "a directory that is not empty" if path.is_dir() else "an existing file"
+            raise ConfigError(f"{path} is {what}; nothing was written", hint="choose another path, or move it away")
 
 
 def export_directory(
@@ -136,15 +118,15 @@ def export_directory(
     write_weights: WriteWeights = write_safetensors,
     old_vocab: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory; with `old_vocab` the old-style vocabulary files beside the rest.
+    """Write a Hugging Face directory; with `old_vocab` also the vocabulary files of slow tokenizers.
 
     Raises:
-        ConfigError: `out` is not free, or there are no such vocabulary files.
-        StorageError: Writing failed; then `out` is as it was.
+        ConfigError: `out` exists, or the tokenizer has no such vocabulary files.
+        StorageError: Writing failed; `out` is unchanged.
     """
     check_free([out])
     files = {**content.files, **(slow_tokenizer_files(content.file(TOKENIZER)) if old_vocab else {})}
-    with _arriving(out) as staged:
+    with _renamed_into_place(out) as staged:
         staged.mkdir()
         write_weights(content, staged / (weights_name or content.weights_name))
         for name, data in files.items():
@@ -161,43 +143,37 @@ def export_parts(
     vocab: Path | None = None,
     write_weights: WriteWeights = write_safetensors,
 ) -> list[Path]:
-    """Writes weights, configuration and old-style vocabulary each at a path of its own, as far as they are given.
+    """Write weights, configuration and vocabulary files to separate paths, as far as they are given.
 
-    Args:
-        content: What to write.
-        weights: File of the weights.
-        config: File of the configuration.
-        vocab: Directory of the vocabulary files; or with a suffix, such as `words.txt`, the file itself, for a
-            vocabulary that is a single file.
-        write_weights: In which format.
+    `vocab` is a directory, or with a suffix, such as `words.txt`, a single vocabulary file.
 
     Returns:
         The files written.
 
     Raises:
-        ConfigError: Something is in the way, or the vocabulary does not fit into one file.
+        ConfigError: A path exists, or the vocabulary does not fit into one file.
         StorageError: Writing failed.
     """
     small = {} if config is None else {config: content.file(CONFIG)}
     if vocab is not None:
-        small |= _vocabulary_at(vocab, slow_tokenizer_files(content.file(TOKENIZER)))
+        small |= _vocabulary_paths(vocab, slow_tokenizer_files(content.file(TOKENIZER)))
     targets = [*([] if weights is None else [weights]), *small]
     check_free(targets)
     if weights is not None:
-        with _arriving(weights) as staged:
+        with _renamed_into_place(weights) as staged:
             write_weights(content, staged)
     for path, data in small.items():
-        with _arriving(path) as staged:
+        with _renamed_into_place(path) as staged:
             staged.write_bytes(data)
     return targets
 
 
-def _vocabulary_at(path: Path, files: Mapping[str, bytes]) -> dict[Path, bytes]:
+def _vocabulary_paths(path: Path, files: Mapping[str, bytes]) -> dict[Path, bytes]:
     if not path.suffix or path.is_dir():
         return {path / name: data for name, data in files.items()}
     if len(files) > 1:
         raise ConfigError(
-            f"--vocab {path} is one file, and this vocabulary is {len(files)}: {', '.join(files)}",
+            f"--vocab {path} is one file, but this vocabulary has {len(files)}: {', '.join(files)}",
             hint=f"name a directory: --vocab {path.with_suffix('')}",
         )
     [data] = files.values()
@@ -205,17 +181,16 @@ def _vocabulary_at(path: Path, files: Mapping[str, bytes]) -> dict[Path, bytes]:
 
 
 @contextmanager
-def _arriving(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to, which becomes `target` at the end, or goes."""
+def _renamed_into_place(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`, renamed to `target` on success and else deleted."""
     staged = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield staged
         os.replace(staged, target)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}", hint="check the place, then run the command again"
-        ) from error
+        hint = "check the path, then run the command again"
+        raise StorageError(f"cannot write {target}: {error.strerror or error}", hint=hint) from error
     finally:
         if staged.is_dir():
             shutil.rmtree(staged)

@@ -1,8 +1,8 @@
-"""What a person decides about keeping: pin, unpin, prune. The only verbs that write into a run from outside it.
+"""Pin, unpin and prune: the commands that write into a run from outside.
 
-A run may be at work meanwhile. A pin that was granted holds (`pins.py` says why). A prune keeps to the rules of an
-attempt's own retention: only when the highest claim holds two commits, never its newest two, the manifest first; and
-its deletions are events in a journal of its own, so that a checkpoint that is not there is not taken for a damaged one.
+The run may be active meanwhile. A granted pin holds (see `run_store/pins.py`). A prune follows the rules of an
+attempt's own retention: only if the highest claim has two commits, never its newest two, the manifest first. Its
+deletions are events in a journal of its own, so that a deleted checkpoint is not reported as damaged.
 """
 
 from __future__ import annotations
@@ -13,13 +13,7 @@ import time
 from dataclasses import dataclass
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.format.layout import (
-    AttemptId,
-    CheckpointRef,
-    parse_checkpoint,
-    pin_path,
-    prune_dir,
-)
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, parse_checkpoint, pin_path, prune_dir
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store.catalog import delete_checkpoint, deletions
 from outlast.checkpointing.run_store.claims import list_attempts
@@ -33,32 +27,32 @@ from outlast.checkpointing.tools.query import load_catalog, pick_manifest
 
 
 def pin(store: RunStore, which: str, retention: Retention) -> CheckpointRef:
-    """Exempts a checkpoint from retention, until it is unpinned. `which` is as `pick_manifest` takes it.
+    """Pin a checkpoint, named as for `pick_manifest`.
 
     Raises:
-        NoCheckpointError: There is no such checkpoint, or retention was about to delete it; it is not pinned then.
+        NoCheckpointError: It does not exist, or retention is deleting it; it is then not pinned.
         StorageError: The storage failed.
     """
     ref = pick_manifest(store, which, retention).ref
     if ref in list_pins(store):
         return ref
     store.storage.put(pin_path(store.run, ref), [json.dumps({"pinned_at": time.time()}).encode() + b"\n"])
-    going = is_being_deleted(store, ref)
-    if going or ref not in {manifest.ref for manifest in load_catalog(store.fresh()).accepted}:
+    is_doomed = is_being_deleted(store, ref)
+    if is_doomed or ref not in {manifest.ref for manifest in load_catalog(store.fresh()).accepted}:
         store.storage.delete(pin_path(store.run, ref))
-        gone = "is being" if going else "was"
+        verb = "is being" if is_doomed else "was"
         raise NoCheckpointError(
-            f"{ref} of run {store.run!r} {gone} deleted by retention just now; it is not pinned",
+            f"{ref} of run {store.run!r} {verb} deleted by retention just now; it is not pinned",
             hint="pin a newer one: `outlast checkpoints ls` lists them",
         )
     return ref
 
 
 def unpin(store: RunStore, which: str) -> CheckpointRef:
-    """Takes a pin back; the checkpoint goes when retention next lets it. `which` is a step or step@attempt.
+    """Remove a pin, named by step or step@attempt; the next retention may then delete the checkpoint.
 
     Raises:
-        ConfigError: No such checkpoint is pinned, or there is no such run.
+        ConfigError: No such checkpoint is pinned, or the run does not exist.
         StorageError: The storage failed.
     """
     load_catalog(store)
@@ -76,31 +70,24 @@ def unpin(store: RunStore, which: str) -> CheckpointRef:
 
 @dataclass(frozen=True, slots=True)
 class PrunePlan:
-    """What a prune would delete, or has deleted.
+    """What a prune would delete, or has deleted."""
 
-    Attributes:
-        highest: The attempt whose two commits permit it.
-        doomed: Checkpoints that go, newest first.
-        kept: Checkpoints that stay, newest first.
-        remains: What an interrupted deletion left of checkpoints that do not count any more.
-    """
-
-    highest: AttemptId
-    doomed: tuple[Manifest, ...]
-    kept: tuple[Manifest, ...]
-    remains: tuple[CheckpointRef, ...]
+    highest: AttemptId  #: the attempt whose two commits permit it
+    doomed: tuple[Manifest, ...]  #: checkpoints to delete, newest first
+    kept: tuple[Manifest, ...]  #: checkpoints that stay, newest first
+    remains: tuple[CheckpointRef, ...]  #: checkpoints whose deletion was interrupted
 
     @property
     def num_bytes(self) -> int:
-        """What deleting the doomed sets free; the remains come on top."""
+        """Bytes of the doomed checkpoints, without the remains."""
         return sum(manifest.num_bytes for manifest in self.doomed)
 
 
 def plan_prune(store: RunStore, retention: Retention) -> PrunePlan:
-    """What pruning to a policy would delete.
+    """Plan a prune to a policy.
 
     Raises:
-        ConfigError: The highest claim holds fewer than two commits, or there is no such run.
+        ConfigError: The highest claim has fewer than two commits, or the run does not exist.
         StorageError: The storage failed.
     """
     accepted = load_catalog(store).accepted
@@ -108,9 +95,9 @@ def plan_prune(store: RunStore, retention: Retention) -> PrunePlan:
     own = [manifest.ref for manifest in accepted if manifest.ref.attempt == highest]
     if len(own) < KEEP_LAST_MIN:
         raise ConfigError(
-            f"run {store.run!r} cannot be pruned: its newest attempt {highest} holds {len(own)} of the {KEEP_LAST_MIN} "
+            f"run {store.run!r} cannot be pruned: its newest attempt {highest} has {len(own)} of the {KEEP_LAST_MIN} "
             "commits that make it safe to delete older ones",
-            hint="let the run go on until it has saved twice; one that is done keeps what it has",
+            hint="continue the run until it has saved twice; a finished run cannot be pruned",
         )
     keep = retention.keep([RetentionCandidate(item.ref, item.metrics) for item in accepted], list_pins(store))
     keep |= set(own[:KEEP_LAST_MIN])
@@ -123,22 +110,22 @@ def plan_prune(store: RunStore, retention: Retention) -> PrunePlan:
 
 
 def _remains(store: RunStore, accepted: set[CheckpointRef]) -> tuple[CheckpointRef, ...]:
-    gone = deletions(store) - accepted
-    found = {
+    deleted = deletions(store) - accepted
+    existing = {
         CheckpointRef(step, attempt)
-        for attempt in {ref.attempt for ref in gone}
+        for attempt in {ref.attempt for ref in deleted}
         for entry in store.list(store.attempt_dir(attempt))
         if entry.num_bytes is None and (step := parse_checkpoint(entry.name)) is not None
     }
-    # Object stores may go on listing a directory that holds no file any more.
-    return tuple(sorted(ref for ref in found & gone if any(walk(store.storage, store.checkpoint_dir(ref)))))
+    # Object stores may still list a directory after its last file is deleted.
+    return tuple(sorted(ref for ref in existing & deleted if any(walk(store.storage, store.checkpoint_dir(ref)))))
 
 
 def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
-    """Carries a plan out. Returns what was done: checkpoints that were pinned meanwhile have moved to those kept.
+    """Execute a plan and return the outcome: checkpoints that were pinned meanwhile are among those kept.
 
     Raises:
-        StorageError: The storage failed, or a new attempt began meanwhile; what is left is whole.
+        StorageError: The storage failed, or a new attempt began meanwhile; the remaining checkpoints are intact.
     """
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
     journal = Journal(store.storage, prune_dir(store.run, name), 0, stream=COMMITS, flush_s=0)

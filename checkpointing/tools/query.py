@@ -1,24 +1,18 @@
-"""What the `checkpoints` verbs do: read a run's storage and answer in plain values. Never writes.
+"""Queries of a run's checkpoints: list, show, pick, verify. Never writes.
 
-A run may go on, and delete checkpoints, while somebody looks. So a bad read is only called damage if the manifest is
-still there afterwards and the run's owner is unchanged; else the look starts over.
+A run may delete checkpoints while they are read. So a failed read is only reported as damage if the manifest still
+exists afterwards and the owner of the run is unchanged; otherwise the query restarts.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
-from outlast.checkpointing.format.layout import (
-    MANIFEST,
-    RECORD,
-    AttemptId,
-    CheckpointRef,
-)
+from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError, did_you_mean
+from outlast.checkpointing.format.layout import MANIFEST, RECORD, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.catalog import Catalog, build_catalog, read_manifest
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
@@ -33,7 +27,7 @@ _MAX_RESTARTS = 5
 
 @dataclass(frozen=True, slots=True)
 class VerificationResult:
-    """What verification found of one checkpoint or of the finished model; no faults means whole.
+    """The result of verifying a checkpoint or the finished model; it is intact if there are no faults.
 
     `path` begins with the storage's URL, or for `find_model` at the storage root.
     """
@@ -46,7 +40,7 @@ class VerificationResult:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedCheckpoint:
-    """A checkpoint, or the finished model, that a user named: where it lies and what was committed there."""
+    """The directory and manifest of a checkpoint, or of the finished model, that a user named."""
 
     store: RunStore
     directory: str
@@ -58,9 +52,7 @@ class ResolvedCheckpoint:
 
     @property
     def declaration(self) -> Mapping[str, Any] | None:
-        """The settings that it was made with; the finished model's are those of the checkpoint that it was made from.
-        None when nothing tells.
-        """
+        """The settings it was made with, for the finished model those of its checkpoint; None if they are unknown."""
         manifest = self.manifest
         if "declaration" not in manifest.extra:
             try:
@@ -72,10 +64,11 @@ class ResolvedCheckpoint:
 
 
 def load_catalog(store: RunStore) -> Catalog:
-    """The run's catalogue.
+    """Build the catalog of an existing run.
 
     Raises:
-        ConfigError: There is no such run.
+        ConfigError: The run does not exist.
+        NoCheckpointError: No worker has claimed it yet.
         StorageError: The storage could not be read.
     """
     existing_attempts(store)
@@ -83,25 +76,25 @@ def load_catalog(store: RunStore) -> Catalog:
 
 
 def existing_attempts(store: RunStore) -> list[AttemptId]:
-    """The attempts of a run that has begun, oldest first. Raises as `load_catalog`."""
-    if not (found := list_attempts(store)):
-        run, place = store.run, store.storage.url
+    """Return the attempts of an existing run, oldest first. Raises as `load_catalog`."""
+    if not (attempts := list_attempts(store)):
+        run, url = store.run, store.storage.url
         names = [entry.name for entry in retry(lambda: store.storage.list("")) if entry.num_bytes is None]
         if run in names and retry(lambda: list_launches(store)):
             raise NoCheckpointError(
-                f"run {run!r} in {place} has begun, and no worker has claimed it: there is no checkpoint yet",
+                f"run {run!r} in {url} has begun, but no worker has claimed it: there is no checkpoint yet",
                 hint="start it again with `outlast train` and its run file",
             )
-        near = difflib.get_close_matches(run, [name for name in names if name != run and not name.startswith(".")], 1)
+        others = [name for name in names if name != run and not name.startswith(".")]
         raise ConfigError(
-            f"there is no run {run!r} in {place}" + (f"; did you mean {near[0]!r}?" if near else ""),
-            hint="name a run's directory, its run file, or its name with --storage; `outlast list` shows what there is",
+            f"there is no run {run!r} in {url}{did_you_mean(run, others)}",
+            hint="name a run's directory, its run file, or its name with --storage; `outlast list` shows all runs",
         )
-    return found
+    return attempts
 
 
 def list_checkpoints(store: RunStore, catalog: Catalog, retention: Retention | None = None) -> list[dict[str, Any]]:
-    """The accepted checkpoints, newest first, and which of them is the best one. Raises StorageError."""
+    """Return a row per accepted checkpoint, newest first. Raises StorageError."""
     accepted, pins = catalog.accepted, list_pins(store)
     best = [kept.ref for kept in _rated(accepted, retention or Retention())[:1]]
     return [{**_row(store, manifest, manifest.ref in pins), "best": manifest.ref in best} for manifest in accepted]
@@ -124,7 +117,7 @@ def _row(store: RunStore, manifest: Manifest, pinned: bool) -> dict[str, Any]:
 
 
 def show_checkpoint(store: RunStore, which: str = "newest", retention: Retention | None = None) -> dict[str, Any]:
-    """One checkpoint whole: its row, its files with digests, its lineage. Raises as `pick_manifest`."""
+    """Return the row of a checkpoint with its files and lineage. Raises as `pick_manifest`."""
     manifest = pick_manifest(store, which, retention)
     return {
         **_row(store, manifest, manifest.ref in list_pins(store)),
@@ -137,45 +130,44 @@ def show_checkpoint(store: RunStore, which: str = "newest", retention: Retention
 
 
 def _record(store: RunStore, launch: str) -> str | None:
-    """Where the record of a launch lies: what it was made of. None for a loop of one's own, or an older release's."""
+    """Return the URL of the provenance record of a launch; None for custom loops and older releases."""
     folder = store.launch_dir(launch)
-    is_there = launch and any(entry.name == RECORD for entry in store.list(folder))
-    return f"{store.storage.url}/{folder}/{RECORD}" if is_there else None
+    exists = launch and any(entry.name == RECORD for entry in store.list(folder))
+    return f"{store.storage.url}/{folder}/{RECORD}" if exists else None
 
 
 def pick_manifest(store: RunStore, which: str, retention: Retention | None = None) -> Manifest:
-    """The accepted checkpoint that `which` names: `newest`, `best`, a step, or step@attempt.
+    """Return the accepted checkpoint named `newest`, `best`, by a step, or by step@attempt.
 
     Raises:
-        ConfigError: `which` can name no checkpoint, or there is no such run.
-        NoCheckpointError: There is no such checkpoint.
+        ConfigError: `which` is not a valid name, or the run does not exist.
+        NoCheckpointError: The checkpoint does not exist.
     """
     retention = retention or Retention()
     if which not in ("newest", "best") and not which.isdecimal() and CheckpointRef.parse(which) is None:
-        raise ConfigError(f"{which!r} names no checkpoint", hint="write newest, best, a step, or step@attempt")
+        raise ConfigError(
+            f"{which!r} is not the name of a checkpoint", hint="write newest, best, a step, or step@attempt"
+        )
     accepted = load_catalog(store).accepted
     if which == "best":
         rated = _rated(accepted, retention)
         if not rated:
-            hint = "take another: `outlast checkpoints ls RUN` shows the metrics of each"
-            raise NoCheckpointError(f"no checkpoint of run {store.run!r} carries {retention.metric!r}", hint=hint)
+            hint = "choose another metric: `outlast checkpoints ls RUN` shows those of each checkpoint"
+            raise NoCheckpointError(
+                f"no checkpoint of run {store.run!r} has the metric {retention.metric!r}", hint=hint
+            )
         which = rated[0].ref.name
     for manifest in accepted:
         if which in ("newest", str(manifest.ref.step), manifest.ref.name):
             return manifest
     steps = ", ".join(str(manifest.ref.step) for manifest in accepted) or "none"
     wanted = "checkpoint" if which == "newest" else f"checkpoint {which}"
-    hint = "name one of these" if accepted else "`outlast train` goes on until the first one is saved"
+    hint = "name one of these" if accepted else "continue with `outlast train` until the first one is saved"
     raise NoCheckpointError(f"run {store.run!r} has no {wanted}; it has: {steps}", hint=hint)
 
 
 def resolve_checkpoint(store: RunStore, which: str, retention: Retention) -> ResolvedCheckpoint:
-    """As `pick_manifest`, and `model` names the finished model.
-
-    Raises:
-        ConfigError: `which` can name nothing, or there is no such run.
-        NoCheckpointError: There is no such thing.
-    """
+    """Resolve a name as `pick_manifest` does, or `model`, the finished model. Raises as `pick_manifest`."""
     if which != "model":
         manifest = pick_manifest(store, which, retention)
         return ResolvedCheckpoint(store, store.checkpoint_dir(manifest.ref), manifest)
@@ -190,7 +182,7 @@ def resolve_checkpoint(store: RunStore, which: str, retention: Retention) -> Res
 
 
 def _newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, Manifest | ManifestError | None]:
-    """The directory and the manifest of the model that the highest of some attempts published; None if none did."""
+    """Return directory and manifest of the newest model of some attempts, which may be damaged or None."""
     for attempt in sorted(attempts, reverse=True):
         directory = store.model_dir(attempt)
         try:
@@ -203,69 +195,67 @@ def _newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, 
 
 
 @contextmanager
-def reading(found: ResolvedCheckpoint) -> Iterator[None]:
-    """Around reads of a checkpoint's files: says where damage was found, or that the run deleted it meanwhile.
+def reading(source: ResolvedCheckpoint) -> Iterator[None]:
+    """Wrap reads of a checkpoint's files, to tell damage from a deletion by the run.
 
     Raises:
-        DamagedError: As the reads raise it, with the checkpoint's place.
-        NoCheckpointError: The checkpoint has gone while it was read.
+        DamagedError: As raised by the reads, with the checkpoint's URL.
+        NoCheckpointError: The checkpoint was deleted while it was read.
     """
     try:
         yield
     except DamagedError as error:
         try:
-            read_bytes(found.store.storage, f"{found.directory}/{MANIFEST}")
+            read_bytes(source.store.storage, f"{source.directory}/{MANIFEST}")
         except FileNotFoundError:
             raise NoCheckpointError(
-                f"{found.url} was deleted while it was read", hint="choose a newer one, or pin it first"
+                f"{source.url} was deleted while it was read", hint="choose a newer one, or pin it first"
             ) from error
-        hint = f"outlast checkpoints verify {found.store.url} says which are whole; name one of these"
-        raise DamagedError(f"{found.url}: {error.message}", hint=hint) from error
+        hint = f"`outlast checkpoints verify {source.store.url}` shows which checkpoints are intact; use one of them"
+        raise DamagedError(f"{source.url}: {error.message}", hint=hint) from error
 
 
 def verify_run(
     store: RunStore, which: str | None = None, retention: Retention | None = None
 ) -> list[VerificationResult]:
-    """Reads every byte of each accepted checkpoint (or of one, named as for `resolve_checkpoint`) and of the model.
+    """Verify every byte of all accepted checkpoints and the model, or of one, named as for `resolve_checkpoint`.
 
     Raises:
-        ConfigError: `which` can name nothing, or there is no such run.
-        NoCheckpointError: There is no such checkpoint.
-        StorageError: The storage could not be read, or the run changed each time.
+        ConfigError: `which` is not a valid name, or the run does not exist.
+        NoCheckpointError: The checkpoint does not exist.
+        StorageError: The storage could not be read, or the run changed during each attempt.
     """
     for _ in range(_MAX_RESTARTS):
-        seen = load_catalog(store)
+        catalog = load_catalog(store)
         wanted = which
         if which in ("newest", "best"):
             wanted = pick_manifest(store, which, retention).ref.name
         verdicts = [
             VerificationResult(store.checkpoint_url(item.ref), item.ref.step, 0, item.reasons)
-            for item in seen.rejected
+            for item in catalog.rejected
             if wanted in (None, str(item.ref.step), item.ref.name)
         ]
         try:
-            for manifest in seen.accepted:
+            for manifest in catalog.accepted:
                 if wanted in (None, str(manifest.ref.step), manifest.ref.name):
-                    verdicts.append(_verify(store, manifest, seen.owner))
+                    verdicts.append(_verify(store, manifest, catalog.owner))
         except _ChangedWhileReading:
             store = store.fresh()
             continue
         if which in (None, "model") and (model := find_model(store)):
             verdicts.append(replace(model, path=f"{store.storage.url}/{model.path}"))
         if which is not None and not verdicts:
-            resolve_checkpoint(store, which, retention or Retention())  # says what there is
+            resolve_checkpoint(store, which, retention or Retention())  # raises with the names of existing ones
         return verdicts
-    raise StorageError(
-        f"run {store.run!r} is busy: it changed {_MAX_RESTARTS} times while it was read", hint="try again later"
-    )
+    raise StorageError(f"run {store.run!r} changed {_MAX_RESTARTS} times while it was read", hint="try again later")
 
 
 class _ChangedWhileReading(Exception):
-    """The run changed under the reader."""
+    """The run changed while it was read."""
 
 
 def _verify(store: RunStore, manifest: Manifest, owner: AttemptId | None) -> VerificationResult:
-    from outlast.checkpointing.restore.verify import verify  # brings torch, which a listing does without
+    from outlast.checkpointing.restore.verify import verify  # imports torch, which listings do not need
 
     directory = store.checkpoint_dir(manifest.ref)
     faults = verify(store.storage, directory, manifest)
@@ -281,13 +271,9 @@ def _verify(store: RunStore, manifest: Manifest, owner: AttemptId | None) -> Ver
 
 
 def find_model(store: RunStore) -> VerificationResult | None:
-    """The run's finished model, read whole, or None when there is none.
+    """Verify the run's finished model; None if there is none. Raises StorageError.
 
-    It is the newest one, published by the attempt that owns the run's checkpoints or by a later one that found the last
-    step already committed.
-
-    Raises:
-        StorageError: The storage could not be read.
+    It is the newest one of the attempt that owns the checkpoints, or of a later one that found the last step committed.
     """
     from outlast.checkpointing.restore.verify import verify
 

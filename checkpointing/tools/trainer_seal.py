@@ -1,10 +1,10 @@
-"""Seals for `checkpoint-N` directories that somebody else writes, such as `transformers.Trainer`.
+"""Seals for `checkpoint-N` directories of other trainers, such as `transformers.Trainer`.
 
-A seal is a manifest, written last, after every file is durable: what has one was saved to the end, and every byte can
-be proven. Nothing here ever deletes or changes a checkpoint, and nothing here claims a run, so two processes that write
-into one directory are not told apart; `Checkpointer` does that. Verifying runs no code. But the checkpoints of Trainer
-hold pickles (`optimizer.pt`, `rng_state.pth`), and whoever loads those trusts whoever could write them: digests find
-accidents, not attackers.
+A seal is a manifest, written last, after every file is durable: a sealed checkpoint was saved completely, and every
+byte can be verified. Nothing here deletes or changes a checkpoint. Nothing claims a run either, so two processes that
+write into one directory are not kept apart; `Checkpointer` does that. Verifying runs no code, but Trainer's checkpoints
+contain pickles (`optimizer.pt`, `rng_state.pth`): loading them trusts their writer. Digests detect accidents, not
+attacks.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ _NO_ATTEMPT = AttemptId(0, "0000")
 
 
 def seal(directory: str | os.PathLike[str], *, world_size: int = 1) -> Manifest:
-    """Makes a checkpoint directory durable and writes its manifest, which says that it is whole.
+    """Make a checkpoint directory durable and write its manifest.
 
-    Call it when every process has written its files, on one process alone. A directory that changed since it was
-    sealed may be sealed again.
+    Call it in one process, after all processes have written their files. A directory may be sealed again.
 
     Args:
         directory: `…/checkpoint-N`.
         world_size: Number of processes that wrote it.
 
     Raises:
-        ConfigError: There is no such directory, it is empty, or its name is not `checkpoint-N`.
+        ConfigError: The directory is missing or empty, or its name is not `checkpoint-N`.
         StorageError: The disk failed. There is no new seal.
     """
     path = Path(directory).absolute()
@@ -49,7 +48,7 @@ def seal(directory: str | os.PathLike[str], *, world_size: int = 1) -> Manifest:
     names = [entry.name for entry in walk(storage, path.name) if entry.name != MANIFEST]
     if step is None or not names:
         raise ConfigError(
-            f"cannot seal {path}: it is no checkpoint-N directory with files in it",
+            f"cannot seal {path}: it is not a checkpoint-N directory with files in it",
             hint="give the directory that transformers.Trainer wrote, such as out/checkpoint-500",
         )
     storage.sync(path.name)
@@ -75,34 +74,28 @@ def _digest(storage: LocalStorage, directory: str, name: str) -> FileEntry:
 
 
 def newest_sealed(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint in a directory whose seal verifies byte for byte; every byte is read.
+    """Return the path of the newest checkpoint whose seal verifies; None if no checkpoint is sealed. Reads every byte.
 
-    Each newer one that is passed over is logged as a warning, with the reason. In a process group every rank must call
-    this, and all get the same answer: a checkpoint counts when it is whole on every rank.
-
-    Args:
-        output_dir: Where the `checkpoint-N` directories lie; it need not exist.
-
-    Returns:
-        Its path, or None when there is no sealed checkpoint, and training starts from its beginning.
+    Newer ones that are skipped are logged as warnings. In a process group every rank must call this, and all get the
+    same result: a checkpoint counts if it is intact on every rank. `output_dir` need not exist.
 
     Raises:
-        NoCheckpointError: There are sealed checkpoints, and none of them is whole. Going on would start from zero.
-        StorageError: The disk failed, which proves nothing about what is on it.
+        NoCheckpointError: There are sealed checkpoints, but none is intact. Continuing would start from step 0.
+        StorageError: The disk failed, which proves nothing about its content.
     """
     storage, ranks = LocalStorage(Path(output_dir)), RankGroup()
     damaged = []
-    seen = ranks.everybody(lambda: _steps(storage))
-    for step in sorted({step for steps in seen for step in steps if step is not None}, reverse=True):
+    steps_of_ranks = ranks.run_on_all(lambda: _steps(storage))
+    for step in sorted({step for steps in steps_of_ranks for step in steps if step is not None}, reverse=True):
         directory = checkpoint_name(step)
-        sealed, faults = _agreed(ranks, storage, directory)
+        sealed, faults = _inspect_on_all(ranks, storage, directory)
         if not faults:
             return str(storage.path(directory))
         _log.warning("passed over %s: %s", storage.path(directory), "; ".join(faults))
         damaged += [f"  {directory}: {'; '.join(faults)}"] if sealed else []
     if damaged:
         raise NoCheckpointError(
-            f"{storage.url} has sealed checkpoints, but none is whole; nothing was changed\n" + "\n".join(damaged),
+            f"{storage.url} has sealed checkpoints, but none is intact; nothing was changed\n" + "\n".join(damaged),
             hint="restore the files from a copy, or move the directory away to start from the beginning",
         )
     return None
@@ -112,9 +105,9 @@ def _steps(storage: LocalStorage) -> list[int | None]:
     return retry(lambda: [parse_checkpoint(entry.name) for entry in storage.list("") if entry.num_bytes is None])
 
 
-def _agreed(ranks: RankGroup, storage: LocalStorage, directory: str) -> tuple[bool, list[str]]:
-    """Whether any rank sees a seal, and what any rank finds wrong."""
-    sealed, faults = False, ["there is no seal: it was not saved to the end, or nobody sealed it"]
+def _inspect_on_all(ranks: RankGroup, storage: LocalStorage, directory: str) -> tuple[bool, list[str]]:
+    """Return whether any rank sees a seal, and the faults of all ranks."""
+    sealed, faults = False, ["there is no seal: it was not saved completely, or not sealed"]
     failure: StorageError | None = None
     try:
         data = retry(lambda: read_bytes(storage, f"{directory}/{MANIFEST}"))
@@ -123,11 +116,11 @@ def _agreed(ranks: RankGroup, storage: LocalStorage, directory: str) -> tuple[bo
         pass
     except StorageError as error:
         failure = error
-    seen = ranks.gather((sealed, faults, failure))
-    for _, _, other in seen:
+    results = ranks.gather((sealed, faults, failure))
+    for _, _, other in results:
         if other is not None:
             raise other
-    return any(flag for flag, _, _ in seen), sorted({line for _, lines, _ in seen for line in lines})
+    return any(flag for flag, _, _ in results), sorted({line for _, lines, _ in results for line in lines})
 
 
 def _faults(storage: LocalStorage, directory: str, data: bytes) -> list[str]:

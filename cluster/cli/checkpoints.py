@@ -150,14 +150,14 @@ def diff(
 
 
 def _print_diff(result: CheckpointDiff) -> None:
-    from outlast.checkpointing.tools.diff import SettingChange
+    from outlast.checkpointing.tools.diff import ChangeKind
 
     for key, pair in (result.settings or {}).items():
         print(f"{key}: {pair[0]!r} → {pair[1]!r}")
     if not result.settings:
         print("the settings are not recorded" if result.settings is None else "the settings are the same")
-    print("tensors: " + ", ".join(f"{result.count(change)} {change.value}" for change in SettingChange))
-    different = [item for item in result.tensors if item.change is not SettingChange.EQUAL]
+    print("tensors: " + ", ".join(f"{result.count(change)} {change.value}" for change in ChangeKind))
+    different = [item for item in result.tensors if item.change is not ChangeKind.EQUAL]
     if different:
         print(f"{'':8}  {'norm of a':>11}  {'norm of b':>11}  {'of b - a':>11}  {'largest':>11}  name")
     for item in different:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from outlast.checkpointing.errors import ConfigError, first_line
+from outlast.checkpointing.errors import ConfigError, first_line, nearest
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_interval import SaveInterval
 from outlast.checkpointing.storage.factory import open_storage
@@ -22,7 +22,7 @@ from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.config.train import NonFiniteSettings, ParallelSettings
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.config.validation_errors import Path as KeyPath
-from outlast.trainers.config.validation_errors import SettingsFinding, check, nearest
+from outlast.trainers.config.validation_errors import SettingsFinding, check
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -85,7 +85,7 @@ class FailureSettings(NonFiniteSettings):
     longer than the longest step, evaluation or start."""
     survive_head: bool = False
     """`submit` lets the driver run on a worker's node, for 0.01 of a CPU; the head must offer none. If Ray's tables are
-    on a persistent volume (docs/failures.md, "When the head is lost"), training continues while the head is down."""
+    on a persistent volume (docs/how-to/recover.md), training continues while the head is down."""
     hang_after: Duration | None = SaveInterval.parse("2m")
     """A group that makes no progress for this time, and for 20 times the median step, is killed and restarted. Phases
     of varying length (start, first steps, reading data, evaluation, saves) may take 15 times as long. null: never."""
@@ -147,7 +147,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
     """Read a run file.
 
     Args:
-        path: A .yaml, .yml or .toml file.
+        path: A .yaml or .yml file.
         overrides: `key=value` with dots in the key; the value is YAML.
 
     Returns:
@@ -181,13 +181,14 @@ def settings_of(
 
 def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
     """Return the content of a run file, and the line of each setting. Raises as `load_run`."""
+    if path.endswith(".toml"):
+        hint = f"write it as YAML, as {Path(path).with_suffix('.yaml')}; `outlast init` writes a starter file"
+        raise ConfigError(f"run file {path} is TOML, which is no longer read", hint=hint)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        hint = "name a .yaml or .toml file; `outlast init` writes a starter file"
-        candidates = {
-            file.stem: file for file in Path(path).parent.glob("*.*") if file.suffix in (".yaml", ".yml", ".toml")
-        }
+        hint = "name a .yaml file; `outlast init` writes a starter file"
+        candidates = {file.stem: file for file in Path(path).parent.glob("*.*") if file.suffix in (".yaml", ".yml")}
         if isinstance(error, FileNotFoundError) and (near := nearest(Path(path).stem, candidates)):
             hint = f"did you mean {candidates[near]}? `outlast init` writes a new one"
         reason = error.strerror if isinstance(error, OSError) else error

@@ -1,9 +1,7 @@
-"""Parsing of run files: YAML or TOML to plain values, with the line of each. It checks no settings."""
+"""Parsing of run files: YAML to plain values, with the line of each. It checks no settings."""
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,20 +81,16 @@ def parse(text: str, path: str) -> tuple[dict[str, Any], Lines]:
 
     Args:
         text: The file.
-        path: Its name, whose end says whether it is TOML.
+        path: Its name.
 
     Raises:
         SettingsError: It is not valid, or holds no settings.
     """
     try:
-        if path.endswith(".toml"):
-            body, lines = tomllib.loads(text), dict(_toml_lines(text))
-        else:
-            body, lines = yaml.load(text, _UniqueKeyLoader), dict(_yaml_lines(yaml.compose(text, yaml.SafeLoader)))
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        body, lines = yaml.load(text, _UniqueKeyLoader), dict(_yaml_lines(yaml.compose(text, yaml.SafeLoader)))
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        said = re.search(r"at line (\d+)", str(error))
-        line = mark.line + 1 if mark else int(said[1]) if said else None
+        line = mark.line + 1 if mark else None
         message = f"{getattr(error, 'problem', None) or error}"
         found = [LocatedFinding(SettingsFinding((), message), line)]
         raise SettingsError(f"run file {path} is not valid: {found[0]}", hint=f"edit {path}", findings=found) from error
@@ -130,18 +124,3 @@ def _yaml_lines(node: yaml.Node | None, path: Path = ()) -> Iterator[tuple[Path,
     for part, value, line in inner:
         yield (*path, part), line + 1
         yield from _yaml_lines(value, (*path, part))
-
-
-_HEADER = re.compile(r"\s*\[+\s*([\w.\-\"' ]+?)\s*\]+\s*(?:#.*)?")
-_KEY = re.compile(r"\s*([\w.\-\"']+)\s*=")
-
-
-def _toml_lines(text: str) -> Iterator[tuple[Path, int]]:
-    """Of headers and of keys that begin a line; what stands within a value is at its block's line."""
-    table: Path = ()
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := _HEADER.fullmatch(line):
-            table = tuple(part.strip("\"' ") for part in header[1].split("."))
-            yield table, number
-        elif key := _KEY.match(line):
-            yield (*table, *(part.strip("\"'") for part in key[1].split("."))), number

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.errors import ConfigError, OutlastError, StorageError
-from outlast.checkpointing.run_store.claims import read_claim
-from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.tools.query import existing_attempts
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # every command imports this module; `outlast --help` needs no more of it than RUN_FILES
     from outlast.checkpointing.run_store.retention import Retention
+    from outlast.checkpointing.run_store.store import RunStore
 
-
+#: TOML is no longer read; reading one says so.
 RUN_FILES = (".yaml", ".yml", ".toml")
 
 
@@ -24,6 +22,7 @@ def find_run(text: str, root: str) -> tuple[RunStore, Retention]:
         The run, and its retention settings, which define its best checkpoint.
     """
     from outlast.checkpointing.format.layout import check_run_name
+    from outlast.checkpointing.run_store.store import RunStore
     from outlast.checkpointing.storage.factory import open_storage
 
     if text.endswith(RUN_FILES):
@@ -67,6 +66,9 @@ def declared_settings(store: RunStore) -> dict[str, Any]:
         ConfigError: The run does not exist.
         StorageError: No claim with settings can be read.
     """
+    from outlast.checkpointing.run_store.claims import read_claim
+    from outlast.checkpointing.tools.query import existing_attempts
+
     for attempt in reversed(existing_attempts(store)):
         if settings := read_claim(store, attempt).get("settings"):
             return dict(settings)

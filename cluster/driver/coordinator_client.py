@@ -15,7 +15,8 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.run_store.events import CommitEvent, SlowRank, StepEvent, parse_event
 from outlast.cluster.fault_tolerance.coordinator import _TIMEOUT_S, ask, find_coordinator
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat
-from outlast.cluster.fault_tolerance.preemption import PreemptionWatch, draining_nodes
+from outlast.cluster.fault_tolerance.preemption import PreemptionWatch
+from outlast.cluster.ray_internals import draining_nodes
 from outlast.trainers.loop.progress import StepPhase, StepProgress
 
 _PERIOD_S = 0.5

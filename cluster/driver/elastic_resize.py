@@ -16,16 +16,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.exceptions import GetTimeoutError, RayError
-from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller.state import (
-    ReschedulingState,
-    ResizingState,
-    RestartingState,
-    TrainControllerState,
-)
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.claims import list_attempts
@@ -36,6 +27,16 @@ from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.fault_tolerance.coordinator import ask, find_coordinator
 from outlast.cluster.formatting import counted
+from outlast.cluster.ray_internals import (
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    ControllerCallback,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    TrainControllerState,
+    WorkerGroupCallback,
+    get_or_create_autoscaling_coordinator,
+)
 
 #: Room for the group is there at once or not at all; then a smaller group is tried.
 START_TIMEOUT_S = 5

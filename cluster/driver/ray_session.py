@@ -17,8 +17,8 @@ import ray.train.torch
 from ray.exceptions import AuthenticationError
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.run_store.liveness import is_process, process_start
-from outlast.checkpointing.storage.retry import call_with_retries, every
+from outlast.checkpointing.run_store.liveness import is_process_alive, process_start
+from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.driver.signals import _signals, interrupt_on_sigterm
 from outlast.cluster.fault_tolerance.failure_cause import OWN_RAY
 from outlast.cluster.preflight.finding import TOKEN_HINT
@@ -98,7 +98,7 @@ def _check_answers(address: str) -> None:
     try:
         call_with_retries(
             lambda: socket.create_connection(target, CONNECT_TIMEOUT_S).close(),
-            every(0.5, CONNECT_TIMEOUT_S),
+            constant_pauses(0.5, CONNECT_TIMEOUT_S),
             lambda error: isinstance(error, OSError) and not isinstance(error, socket.gaierror),
         )
     except OSError as error:
@@ -111,7 +111,7 @@ def _ray_folder() -> str:
     for other in Path(tempfile.gettempdir()).glob(f"{OWN_RAY}*"):
         with contextlib.suppress(OSError, ValueError):
             pid, started = (other / "driver").read_text().split()
-            if not is_process(int(pid), started):
+            if not is_process_alive(int(pid), started):
                 shutil.rmtree(other, ignore_errors=True)
     folder = tempfile.mkdtemp(prefix=OWN_RAY)
     Path(folder, "driver").write_text(f"{os.getpid()} {process_start(os.getpid())}")

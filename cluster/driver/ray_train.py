@@ -15,14 +15,12 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.autoscaler.sdk import request_resources
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train import TrainingFailedError
 
 from outlast.checkpointing.errors import OutlastError, PreflightError
 from outlast.checkpointing.run_store.attempt_history import settings_digest
 from outlast.checkpointing.run_store.events import PlanEvent, StoppingEvent, parse_event
-from outlast.checkpointing.storage.retry import call_with_retries, every
+from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import resizers, scaling
 from outlast.cluster.driver.signals import _signals
@@ -32,6 +30,7 @@ from outlast.cluster.fault_tolerance.coordinator import ask, start_coordinator
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder
 from outlast.cluster.formatting import counted
+from outlast.cluster.ray_internals import HEALTH_CHECK_INTERVAL_S_ENV_VAR, DatasetsCallback
 from outlast.trainers.attempt import Assignment
 
 NODES_WAIT_S = 60.0
@@ -61,7 +60,7 @@ def cpus_per_worker(scale: ScaleSettings, *, is_joined: bool) -> float:
         request_resources(bundles=[{key: need for key, need in bundle.items() if need}] * scale.min_workers)
     return call_with_retries(
         lambda: _fit_in(scale, ray.cluster_resources(), is_joined),
-        every(1.0, limit_s),
+        constant_pauses(1.0, limit_s),
         lambda error: isinstance(error, PreflightError),
     )
 

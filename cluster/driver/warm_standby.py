@@ -19,15 +19,19 @@ from typing import Any
 
 import grpc
 import ray
-from ray._private.grpc_utils import init_grpc_channel
-from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-from ray._private.utils import get_runtime_env_info
-from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
-from ray.core.generated.common_pb2 import Language, WorkerType
 from ray.runtime_env import RuntimeEnv
 
 from outlast.checkpointing.run_store.events import Event, UnderWayEvent
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.ray_internals import (
+    WORKER_PROCESS_SETUP_HOOK_ENV_VAR,
+    Language,
+    WorkerType,
+    get_runtime_env_info,
+    init_grpc_channel,
+    node_manager_pb2,
+    node_manager_pb2_grpc,
+)
 from outlast.trainers.config.task_names import TASKS
 
 NUM_SPARE_NODES = 2

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import ray._private.state
+import ray
 import ray.train
 import ray.train.torch
 from ray.exceptions import RayError
@@ -27,6 +27,7 @@ from outlast.cluster.driver.warm_standby import Standbys
 from outlast.cluster.fault_tolerance.failure_cause import RankError
 from outlast.cluster.fault_tolerance.out_of_memory import log_of_this_process
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
+from outlast.cluster.ray_internals import actors
 from outlast.trainers.attempt import Assignment, run_attempt
 from outlast.trainers.config.train import Parallel
 from outlast.trainers.distributed.world import World
@@ -108,11 +109,11 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 def _actor_at() -> float:
     """When this process became this worker: it may have waited for that."""
-    row = ray._private.state.actors(ray.get_runtime_context().get_actor_id())
+    row = actors(ray.get_runtime_context().get_actor_id())
     return float(row.get("StartTime", 0)) / 1000
 
 
 def _started_at() -> float:
-    """When this process began, in seconds since the epoch."""
+    """When this process began, in seconds since the epoch; psutil's answer is up to a second off."""
     ticks = int(process_start(os.getpid()) or 0)
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")

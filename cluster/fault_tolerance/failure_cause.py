@@ -15,7 +15,6 @@ from enum import Enum
 from typing import Any
 
 import ray
-import ray._private.state
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from outlast.checkpointing.errors import OutlastError
@@ -27,6 +26,7 @@ from outlast.cluster.fault_tolerance.out_of_memory import (
     is_host_shortage,
     was_killed_by_kernel,
 )
+from outlast.cluster.ray_internals import actors
 from outlast.trainers.user_code import describe_error, user_frames
 
 
@@ -193,7 +193,7 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
         workers: What the attempt's claim says of its ranks: rank, node, pid.
     """
     lost = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-    table = {(row["Address"]["NodeID"], row["Pid"]): row for row in ray._private.state.actors().values()}
+    table = {(row["Address"]["NodeID"], row["Pid"]): row for row in actors().values()}
     deaths = []
     for worker in workers:
         if worker["node"] in lost:

@@ -11,8 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId, launch_dir
@@ -38,6 +36,7 @@ from outlast.cluster.fault_tolerance.failure_cause import (
 )
 from outlast.cluster.fault_tolerance.hang_detection import Hang
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, RestartLimits, count_failures, decide_give_up
+from outlast.cluster.ray_internals import WorkerGroupCallback, WorkerGroupStartupTimeoutError
 
 #: How many bytes of a log are kept from there.
 _NUM_LOGGED = 20_000

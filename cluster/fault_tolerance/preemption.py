@@ -3,7 +3,6 @@
 Ray marks a node as draining and says when it will be gone. A save follows at once, because the notice may be shorter
 than promised; and another just before the deadline, because the group trains on until then and would do it all again.
 How long before is a matter of how long a save takes.
-Deciding is pure; asking Ray is one function.
 """
 
 from __future__ import annotations
@@ -12,17 +11,9 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-import ray._private.state
-
 MARGIN_S = 3.0
 #: The second save may take so many times as long as the one before: others save to the same storage in such moments.
 LENIENCY = 1.5
-
-
-def draining_nodes() -> dict[str, float]:
-    """Nodes that Ray is about to lose, by id, with the time (seconds since the epoch; 0 if unknown) of their end."""
-    found: Mapping[str, int] = ray._private.state.state.get_draining_nodes() or {}
-    return {node: deadline_ms / 1000 for node, deadline_ms in found.items()}
 
 
 @dataclass(slots=True)
@@ -45,7 +36,7 @@ class PreemptionWatch:
         """Why to save now, or None.
 
         Args:
-            draining: What `draining_nodes` said.
+            draining: What `ray_internals.draining_nodes` returned.
             now: Seconds since the epoch.
         """
         now = time.time() if now is None else now

@@ -36,33 +36,27 @@ from outlast.cluster.monitoring.timeline_records import AttemptTimeline
 
 
 class TimeCategory(Enum):
-    """What a second was spent on."""
+    """What a second was spent on: the name in files, and a description for users."""
 
-    TRAIN = "train"
-    EVALUATE = "evaluate"
-    SAVE = "save_stall"
-    DETECT = "detect"
-    RESTART = "restart"
-    RESTORE = "restore"
-    REDO = "redo"
-    WAIT = "wait"
+    TRAIN = "train", "steps that count"
+    EVALUATE = "evaluate", "evaluations"
+    SAVE = "save_stall", "training waited for a save, or for the finished model to be written"
+    DETECT = "detect", "from the last completed step until the failure was detected"
+    RESTART = "restart", "starting the launch, data, Ray, processes, imports and groups; the first start too"
+    RESTORE = "restore", "from the claim to the first step: loading model, data and checkpoint"
+    REDO = "redo", "steps repeated because the checkpoint was older"
+    WAIT = "wait", "no active launch, or the cluster had no room"
+
+    description: str
+
+    def __new__(cls, name: str, description: str) -> TimeCategory:
+        member = object.__new__(cls)
+        member._value_, member.description = name, description
+        return member
 
     @property
     def label(self) -> str:
         return self.value.replace("_", " ")
-
-    @property
-    def description(self) -> str:
-        return {
-            TimeCategory.TRAIN: "steps that count",
-            TimeCategory.EVALUATE: "evaluations",
-            TimeCategory.SAVE: "training waited for a save, or for the finished model to be written",
-            TimeCategory.DETECT: "from the last completed step until the failure was detected",
-            TimeCategory.RESTART: "starting the launch, data, Ray, processes, imports and groups; the first start too",
-            TimeCategory.RESTORE: "from the claim to the first step: loading model, data and checkpoint",
-            TimeCategory.REDO: "steps repeated because the checkpoint was older",
-            TimeCategory.WAIT: "no active launch, or the cluster had no room",
-        }[self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +132,7 @@ def account_time(timeline: Timeline, now: float) -> GoodputReport:
         limit, end = successor.claimed_at if successor else inf, ends[attempt.id]
         _fill_owned(builder, attempt, end, limit, last_step, now if is_live else None)
         last_step = max(last_step, attempt.last_step_by(limit))
-        (intervals.finished.discard if end.goes_on else intervals.finished.add)(attempt.launch)
+        (intervals.finished.discard if end.has_successor else intervals.finished.add)(attempt.launch)
     _fill_unowned(builder, intervals, inf)
     return GoodputReport(tuple(builder.spans))
 
@@ -206,15 +200,9 @@ def _fill_unowned(builder: _GoodputBuilder, intervals: _LaunchIntervals, until: 
 def _fill_owned(
     builder: _GoodputBuilder, attempt: AttemptTimeline, end: AttemptEnd, limit: float, reached: int, now: float | None
 ) -> None:
-    """Assign the time that an attempt owns.
+    """Assign the time that an attempt owns, up to its successor's claim at `limit`.
 
-    Args:
-        builder: Takes the spans.
-        attempt: The attempt.
-        end: How it ended.
-        limit: When its successor claimed.
-        reached: The last step that an earlier attempt completed.
-        now: Seconds since the epoch; None if the run is not running.
+    Earlier attempts completed the steps up to `reached`. `now` is None unless the run is running.
     """
     steps = attempt.steps
     starting = TimeCategory.RESTORE if isinstance(attempt.start, ResumeEvent) else TimeCategory.RESTART
@@ -239,7 +227,7 @@ def _fill_owned(
         builder.fill(min(attempt.final.t, limit), TimeCategory.SAVE if steps else starting)
     elif end.at is not None:
         builder.fill(min(end.at, limit), TimeCategory.DETECT)
-    elif end.is_planned and end.goes_on and (save := attempt.saves.get(attempt.last_step)):
+    elif end.is_planned and end.has_successor and (save := attempt.saves.get(attempt.last_step)):
         builder.fill(min(save.committed_at or 0.0, limit), TimeCategory.SAVE)
     elif not end.is_over and now is not None:
         fill(now)

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.run_store.claims import read_claim
@@ -48,8 +49,7 @@ def model_card(found: ResolvedCheckpoint, content: Content) -> bytes:
         content: What is written; an adapter's, unless it was merged.
     """
     known = _CardBuilder(found, content)
-    head = yaml.safe_dump(known.front_matter(), sort_keys=False, allow_unicode=True)
-    return f"---\n{_LICENSE}{head}---\n\n{''.join(known.body())}".encode()
+    return f"---\n{_LICENSE}{known.front_matter().to_yaml()}\n---\n\n{''.join(known.body())}".encode()
 
 
 class _CardBuilder:
@@ -85,23 +85,28 @@ class _CardBuilder:
     def _metrics(self) -> dict[str, float]:
         return {name: value for name, value in sorted(self._found.manifest.metrics.items()) if name.startswith("eval_")}
 
-    def front_matter(self) -> dict[str, Any]:
+    def front_matter(self) -> ModelCardData:
         pipeline = PIPELINES.get(self._task)
-        dataset = {"name": self._data_names or self._found.store.run, "type": "outlast"}
-        if fingerprint := self._declaration.get("data"):
-            dataset["revision"] = fingerprint
-        metrics = [
-            {"type": name.removeprefix("eval_"), "name": name, "value": value} for name, value in self._metrics.items()
+        results = [
+            EvalResult(
+                task_type=pipeline or "other",
+                dataset_type="outlast",
+                dataset_name=self._data_names or self._found.store.run,
+                dataset_revision=self._declaration.get("data"),
+                metric_type=name.removeprefix("eval_"),
+                metric_name=name,
+                metric_value=value,
+            )
+            for name, value in self._metrics.items()
         ]
-        result = {"task": {"type": pipeline or "other"}, "dataset": dataset, "metrics": metrics}
-        head: dict[str, Any] = {
-            "base_model": self._base_model,
-            "library_name": "peft" if self._is_adapter else "transformers" if self._is_of_transformers else None,
-            "pipeline_tag": pipeline,
-            "tags": ["outlast", *(["lora"] if "lora" in self._settings.get("model", {}) else [])],
-            "model-index": [{"name": self._found.store.run, "results": [result]}] if metrics else None,
-        }
-        return {key: value for key, value in head.items() if value is not None}
+        return ModelCardData(
+            base_model=self._base_model,
+            library_name="peft" if self._is_adapter else "transformers" if self._is_of_transformers else None,
+            pipeline_tag=pipeline,
+            tags=["outlast", *(["lora"] if "lora" in self._settings.get("model", {}) else [])],
+            model_name=self._found.store.run if results else None,
+            eval_results=results or None,
+        )
 
     @property
     def _is_of_transformers(self) -> bool:

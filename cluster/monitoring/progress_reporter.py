@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId
@@ -23,6 +22,13 @@ from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 PLAIN_PERIOD_S = 10.0
 _PHASES = {"data": "preparing data", "ray": "starting workers"}
+#: What the driver does after an event; empty after the plan, when the run's state says it all.
+_ACTIVITIES = {
+    events.FailureEvent: "restarting",
+    events.NoRoomEvent: "waiting for resources",
+    events.StoppingEvent: "stopping",
+    events.PlanEvent: "",
+}
 
 
 def terminal() -> Console:
@@ -49,7 +55,8 @@ class ProgressReporter:
         self, title: str, console: Console | None = None, store: RunStore | None = None, *, keep: bool = False
     ) -> None:
         self._title, self._console, self._store = title, console or terminal(), store
-        self._display = LiveDisplay(self._console, self._lines) if is_live(self._console) else None
+        live = LiveDisplay(self._console, lambda width: panel(self._summarize(), width))
+        self._display = live if is_live(self._console) else None
         self._keep = keep
         self._timeline = Timeline(title)
         self._lock = threading.Lock()
@@ -75,9 +82,6 @@ class ProgressReporter:
     def _print(self, text: str) -> None:
         (self._display or self._console).print(text, markup=False, soft_wrap=True)
 
-    def _lines(self, width: int) -> list[Text]:
-        return panel(self._summarize(), width)
-
     def _summarize(self) -> RunSummary:
         with self._lock:
             now = time.time()
@@ -89,7 +93,10 @@ class ProgressReporter:
         event = events.parse_event(body)
         with self._lock:
             self._update_timeline(event, body)
-            self._update_activity(event)
+            if isinstance(event, events.PhaseEvent):
+                self._activity = _PHASES[event.name]
+            else:
+                self._activity = _ACTIVITIES.get(type(event), self._activity)
         if isinstance(event, events.StepEvent):
             if self._display is not None or time.monotonic() - self._printed_at < PLAIN_PERIOD_S:
                 return
@@ -116,19 +123,6 @@ class ProgressReporter:
             record.apply(body)
         elif isinstance(event, events.FailureEvent | events.ResizeEvent | events.NoRoomEvent):
             self._timeline.apply_launch_event(self._launch, body)
-
-    def _update_activity(self, event: events.Event) -> None:
-        match event:
-            case events.PhaseEvent(name=name):
-                self._activity = _PHASES[name]
-            case events.FailureEvent():
-                self._activity = "restarting"
-            case events.NoRoomEvent():
-                self._activity = "waiting for resources"
-            case events.StoppingEvent():
-                self._activity = "stopping"
-            case events.PlanEvent():
-                self._activity = ""
 
     def _load_history(self, store: RunStore) -> None:
         """Read the run's earlier launches; in a thread, so that the launch does not wait for the storage."""

@@ -21,84 +21,53 @@ NUM_LOSSES = 512
 
 @dataclass(frozen=True, slots=True)
 class NewestCheckpoint:
-    """The newest checkpoint.
+    """The newest checkpoint."""
 
-    Attributes:
-        step: Its step.
-        committed_at: None if only the step is known.
-        num_bytes: Its size; 0 if unknown.
-        verified_at: When an attempt that resumed from it last read every byte and found it intact.
-    """
-
-    step: int
-    committed_at: float | None
-    num_bytes: int
-    verified_at: float | None
+    step: int  #: its step
+    committed_at: float | None  #: None if only the step is known
+    num_bytes: int  #: its size; 0 if unknown
+    verified_at: float | None  #: when an attempt that resumed from it last read every byte and found it intact
 
 
 @dataclass(frozen=True, slots=True)
 class Interruption:
-    """An end of a worker group before the run was done.
+    """An end of a worker group before the run was done."""
 
-    Attributes:
-        at: When it was noticed, else the time of the group's newest event.
-        attempt: The attempt that ended.
-        cause: A few words.
-        rank: The rank that failed, if known.
-        message: The error.
-        resumed_from: The step from which the next attempt started; None until it has.
-    """
-
-    at: float
-    attempt: str
-    cause: str
-    rank: int | None
-    message: str
-    resumed_from: int | None
+    at: float  #: when it was noticed, else the time of the group's newest event
+    attempt: str  #: the attempt that ended
+    cause: str  #: a few words
+    rank: int | None  #: the rank that failed, if known
+    message: str  #: the error
+    resumed_from: int | None  #: the step from which the next attempt started; None until it has
 
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """One run at one moment. Times are in seconds since the epoch; None means unknown.
-
-    Attributes:
-        activity: The state in words, with what only the driver knows.
-        last_seen_at: The time of the newest heartbeat or event; 0 if there is none.
-        attempt: The number of the current attempt.
-        step: Completed steps.
-        num_steps: Planned steps.
-        loss: The newest finite loss.
-        losses: The newest finite losses by step, each from the newest attempt that made the step.
-        scores: Scores of the newest evaluation.
-        seconds_per_step: Wall time per step over the newest steps, pauses included; the rates are based on it.
-        left_s: Seconds until the last step at that speed.
-        save: The newest save whose duration is known.
-        interruptions: Oldest first.
-        num_lost_steps: Completed steps that were lost.
-    """
+    """One run at one moment. Times are in seconds since the epoch; None means unknown."""
 
     run: str
     now: float
     state: State
-    activity: str
-    last_seen_at: float
-    attempt: int | None
+    activity: str  #: the state in words, with what only the driver knows
+    last_seen_at: float  #: the time of the newest heartbeat or event; 0 if there is none
+    attempt: int | None  #: the number of the current attempt
     num_attempts: int
     world_size: int | None
-    step: int
-    num_steps: int | None
-    loss: float | None
-    losses: tuple[float, ...]
+    step: int  #: completed steps
+    num_steps: int | None  #: planned steps
+    loss: float | None  #: the newest finite loss
+    losses: tuple[float, ...]  #: the newest finite losses by step, each from the newest attempt that made the step
     lr: float | None
-    scores: Mapping[str, float]
+    scores: Mapping[str, float]  #: scores of the newest evaluation
     tokens_per_s: float | None
     samples_per_s: float | None
+    #: Wall time per step over the newest steps, pauses included; the rates are based on it.
     seconds_per_step: float | None
-    left_s: float | None
+    left_s: float | None  #: seconds until the last step at that speed
     newest: NewestCheckpoint | None
-    save: SaveRecord | None
-    interruptions: tuple[Interruption, ...]
-    num_lost_steps: int
+    save: SaveRecord | None  #: the newest save whose duration is known
+    interruptions: tuple[Interruption, ...]  #: oldest first
+    num_lost_steps: int  #: completed steps that were lost
     slow: tuple[SlowRank, ...]
     goodput: GoodputReport
 
@@ -110,13 +79,7 @@ class RunSummary:
 
 
 def summarize(timeline: Timeline, now: float, activity: str = "") -> RunSummary:
-    """Summarize a run at the moment `now` (seconds since the epoch).
-
-    Args:
-        timeline: The run.
-        now: The moment.
-        activity: What the driver is doing, if it knows more than the journals.
-    """
+    """Summarize a run at the moment `now` (seconds since the epoch); `activity` replaces the state's words."""
     current, attempts, state = timeline.current, timeline.claimed_attempts, timeline.state(now)
     is_restarting = state is State.RUNNING and current is not None and _is_restarting(timeline, current, now)
     steps = current.steps if current else StepSeries()
@@ -158,7 +121,7 @@ def summarize(timeline: Timeline, now: float, activity: str = "") -> RunSummary:
 def _is_restarting(timeline: Timeline, current: AttemptTimeline, now: float) -> bool:
     """Whether the newest group is gone, and the same launch or a newer one is starting the next."""
     launch = timeline.newest_launch(now)
-    return timeline.ends[current.id].goes_on or (launch is not None and current.launch != launch.id)
+    return timeline.ends[current.id].has_successor or (launch is not None and current.launch != launch.id)
 
 
 def _seconds_per_step(steps: StepSeries) -> float | None:

@@ -154,7 +154,7 @@ class Timeline:
                 failures.get(str(item.id)),
                 resizes.get(str(item.id)),
                 alive,
-                goes_on=last_of[item.launch] != item.id,
+                has_successor=last_of[item.launch] != item.id,
                 is_open=item is attempts[-1] and not alive.get("ended"),
             )
         return ends

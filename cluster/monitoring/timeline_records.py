@@ -32,35 +32,17 @@ NoteworthyEvent = (
 )
 
 
-def _integers() -> array[int]:
-    return array("q")
-
-
-def _floats() -> array[float]:
-    return array("d")
-
-
 @dataclass(slots=True)
 class StepSeries:
-    """The steps of one attempt by column, because there may be millions. Step numbers rise.
+    """The steps of one attempt by column, because there may be millions. Step numbers rise."""
 
-    Attributes:
-        step: The step's number.
-        tokens: Tokens of all ranks; 0 if unknown.
-        loss: NaN if it was not finite.
-        grad_norm: NaN if unknown.
-        lr: The learning rate; NaN if unknown.
-        seconds: The step's duration.
-        ended_at: Seconds since the epoch, by rank 0's clock.
-    """
-
-    step: array[int] = field(default_factory=_integers)
-    tokens: array[int] = field(default_factory=_integers)
-    loss: array[float] = field(default_factory=_floats)
-    grad_norm: array[float] = field(default_factory=_floats)
-    lr: array[float] = field(default_factory=_floats)
-    seconds: array[float] = field(default_factory=_floats)
-    ended_at: array[float] = field(default_factory=_floats)
+    step: array[int] = field(default_factory=lambda: array("q"))  #: the step's number
+    tokens: array[int] = field(default_factory=lambda: array("q"))  #: tokens of all ranks; 0 if unknown
+    loss: array[float] = field(default_factory=lambda: array("d"))  #: NaN if it was not finite
+    grad_norm: array[float] = field(default_factory=lambda: array("d"))  #: NaN if unknown
+    lr: array[float] = field(default_factory=lambda: array("d"))  #: the learning rate; NaN if unknown
+    seconds: array[float] = field(default_factory=lambda: array("d"))  #: the step's duration
+    ended_at: array[float] = field(default_factory=lambda: array("d"))  #: seconds since the epoch, by rank 0's clock
 
     def __len__(self) -> int:
         return len(self.step)
@@ -103,25 +85,15 @@ class StepSeries:
 
 @dataclass(slots=True)
 class SaveRecord:
-    """One save of an attempt, as far as its events are known.
+    """One save of an attempt, as far as its events are known."""
 
-    Attributes:
-        step: The step that was saved.
-        committed_at: When its commit was acknowledged.
-        num_bytes: The checkpoint's size.
-        digest: The manifest's digest.
-        commit_s: Seconds from the start of the save to its commit.
-        blocked_s: Those of them that training waited.
-        fenced_s: Those of the wait that are within the next step.
-    """
-
-    step: int
-    committed_at: float | None = None
-    num_bytes: int = 0
-    digest: str = ""
-    commit_s: float | None = None
-    blocked_s: float | None = None
-    fenced_s: float = 0.0
+    step: int  #: the step that was saved
+    committed_at: float | None = None  #: when its commit was acknowledged
+    num_bytes: int = 0  #: the checkpoint's size
+    digest: str = ""  #: the manifest's digest
+    commit_s: float | None = None  #: seconds from the start of the save to its commit
+    blocked_s: float | None = None  #: those of them that training waited
+    fenced_s: float = 0.0  #: those of the wait that are within the next step
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,33 +108,22 @@ class EvaluationRecord:
 
 @dataclass(slots=True)
 class AttemptTimeline:
-    """One start of the worker group.
+    """One start of the worker group."""
 
-    Attributes:
-        id: Its number and nonce.
-        claim: Its claim; empty if only its events are known.
-        startup_timings: When it reached which point of its startup.
-        saves: By step.
-        final: Its last event, if it ended in order.
-        slow: The slow ranks of the newest report.
-        notes: Events that the report lists.
-        reached: The last step that the coordinator received, because a killed rank 0 leaves it out of its journal.
-        last_seen_at: The time of its newest event.
-    """
-
-    id: AttemptId
-    claim: dict[str, Any] = field(default_factory=dict)
+    id: AttemptId  #: its number and nonce
+    claim: dict[str, Any] = field(default_factory=dict)  #: its claim; empty if only its events are known
     start: events.StartEvent | events.ResumeEvent | None = None
     plan: events.PlanEvent | None = None
-    startup_timings: Mapping[str, float] = field(default_factory=dict)
+    startup_timings: Mapping[str, float] = field(default_factory=dict)  #: when it reached which point of its startup
     steps: StepSeries = field(default_factory=StepSeries)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
-    saves: dict[int, SaveRecord] = field(default_factory=dict)
-    final: events.FinalEvent | None = None
-    slow: Sequence[events.SlowRank] = ()
-    notes: list[NoteworthyEvent] = field(default_factory=list)
+    saves: dict[int, SaveRecord] = field(default_factory=dict)  #: by step
+    final: events.FinalEvent | None = None  #: its last event, if it ended in order
+    slow: Sequence[events.SlowRank] = ()  #: the slow ranks of the newest report
+    notes: list[NoteworthyEvent] = field(default_factory=list)  #: events that the report lists
+    #: The last step that the coordinator received, because a killed rank 0 leaves it out of its journal.
     reached: events.Reached | None = None
-    last_seen_at: float = 0.0
+    last_seen_at: float = 0.0  #: the time of its newest event
 
     @property
     def launch(self) -> str:
@@ -245,23 +206,14 @@ class AttemptTimeline:
 
 @dataclass(slots=True)
 class LaunchTimeline:
-    """One start of the driver.
+    """One start of the driver."""
 
-    Attributes:
-        id: Its name, which starts with the time when it began.
-        alive: Its liveness file; empty if there is none.
-        failures: Unplanned ends of worker groups, in order.
-        resizes: Changes of the number of workers.
-        no_room: When each wait for cluster resources began.
-        is_gone: Its driver's process ran on this machine and has ended.
-    """
-
-    id: str
-    alive: dict[str, Any] = field(default_factory=dict)
-    failures: list[events.FailureEvent] = field(default_factory=list)
-    resizes: list[events.ResizeEvent] = field(default_factory=list)
-    no_room: list[float] = field(default_factory=list)
-    is_gone: bool = False
+    id: str  #: its name, which starts with the time when it began
+    alive: dict[str, Any] = field(default_factory=dict)  #: its liveness file; empty if there is none
+    failures: list[events.FailureEvent] = field(default_factory=list)  #: unplanned ends of worker groups, in order
+    resizes: list[events.ResizeEvent] = field(default_factory=list)  #: changes of the number of workers
+    no_room: list[float] = field(default_factory=list)  #: when each wait for cluster resources began
+    is_gone: bool = False  #: its driver's process ran on this machine and has ended
 
     @property
     def began_at(self) -> float | None:

@@ -24,12 +24,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from outlast.checkpointing.errors import OutlastError, PreflightError, first_line
 from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.events import NoteEvent
+from outlast.cluster import ray_internals
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.fault_tolerance.preemption import draining_nodes
 from outlast.cluster.preflight import doctor_probe, doctor_rules
 from outlast.cluster.preflight.doctor_probe import Probe
 from outlast.cluster.preflight.doctor_rules import Facts, Requirements
 from outlast.cluster.preflight.finding import Finding, Level
+from outlast.cluster.ray_internals import dashboard_address, draining_nodes
 
 CALL_TIMEOUT_S = 60.0
 LOOKUP_TIMEOUT_S = 200.0  # three name servers that do not answer, queried twice
@@ -40,6 +41,8 @@ SPEED_BYTES = 64 * 2**20
 REDUCE_BYTES = 32 * 2**20
 REDUCE_TIMEOUT_S = 20.0
 NUM_PINGS = 3
+#: Modules that are sent along with the probe: nodes need not have them.
+_BY_VALUE = (doctor_probe, ray_internals)
 
 
 def requirements_of(config: RunConfig) -> Requirements:
@@ -100,7 +103,7 @@ def preflight(config: RunConfig, tell: Callable[[NoteEvent], None]) -> None:
 
 def job_server_address() -> str | None:
     """Return the job server's address of the connected cluster."""
-    url: str | None = ray._private.worker._global_node.webui_url
+    url = dashboard_address()
     return f"http://{url.removeprefix('http://')}" if url else None
 
 
@@ -151,7 +154,8 @@ class _Nodes:
         self.files = {node: str(number) for number, node in enumerate(self.ids)}
         self._arguments = (requirements.storage, folder)
         self._local = in_process and len(rows) == 1
-        ray.cloudpickle.register_pickle_by_value(doctor_probe)
+        for module in _BY_VALUE:
+            ray.cloudpickle.register_pickle_by_value(module)
         self._probes = {node: Probe(*self._arguments) if self._local else self.spawn(node) for node in self.ids}
 
     def spawn(self, node: str, num_gpus: float = 0) -> Any:
@@ -167,8 +171,9 @@ class _Nodes:
     ) -> None:
         if self._arguments[0] is not None:
             self.call("clean", timeout_s=STORAGE_TIMEOUT_S)
+        for module in _BY_VALUE:
+            ray.cloudpickle.unregister_pickle_by_value(module)
         if not self._local:
-            ray.cloudpickle.unregister_pickle_by_value(doctor_probe)
             for probe in self._probes.values():
                 ray.kill(probe)
 

@@ -1,8 +1,8 @@
 """The measurements of `outlast doctor` on one node: properties of the machine, and tests of storage and network.
 
 The module is pickled by value, so that it also runs on a node with another outlast, or none: packages other than the
-standard library are imported where they are used. It returns plain dictionaries, must evaluate nothing, and must leave
-no file behind.
+standard library are imported where they are used (`ray_internals` is sent along). It returns plain dictionaries, must
+evaluate nothing, and must leave no file behind.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from outlast.cluster.ray_internals import temp_dir
 
 LIBRARIES = ("ray", "torch", "transformers")
 CONNECT_TIMEOUT_S = 3.0
@@ -54,7 +56,7 @@ class Probe:
             "gpus": find_gpus() if gpus else [],
             "memory": _memory(),
             "shm": _space("/dev/shm"),
-            "disk": _space(_ray_folder()),
+            "disk": _space(temp_dir() or tempfile.gettempdir()),
             "storage": _file_system(self._storage_url),
             **_addresses(),
         }
@@ -292,7 +294,7 @@ def _memory() -> dict[str, int | None]:
 
 
 def _control_groups() -> Iterable[Path]:
-    """Yield this process's memory control groups and their parents, of both cgroup versions."""
+    """Yield this process's memory control groups and their parents, of both cgroup versions: psutil lacks them."""
     root = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -301,13 +303,6 @@ def _control_groups() -> Iterable[Path]:
                 base = root / controllers
                 inner = base / path.lstrip("/")
                 yield from {base, inner, *(parent for parent in inner.parents if parent.is_relative_to(base))}
-
-
-def _ray_folder() -> str:
-    import ray
-
-    node = ray._private.worker._global_node
-    return str(node.get_temp_dir_path()) if node else tempfile.gettempdir()
 
 
 def _space(path: str) -> dict[str, Any] | None:
@@ -320,18 +315,18 @@ def _space(path: str) -> dict[str, Any] | None:
 
 def _file_system(storage_url: str | None) -> dict[str, Any] | None:
     """Return type, source and space of a local storage's file system on this node; None for an object store."""
+    import psutil
+
     if storage_url is None or ("://" in storage_url and not storage_url.startswith("file://")):
         return None
     path = Path(storage_url.removeprefix("file://"))
     existing = next(parent for parent in (path, *path.parents) if parent.exists()).resolve()
-    best = ("", "", "unknown")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mounts").read_text().splitlines():
-            source, mount, kind, *_ = line.split()
-            mount = mount.replace("\\040", " ")
-            if existing.is_relative_to(mount) and len(mount) >= len(best[0]):
-                best = (mount, source, kind)
-    return {"mount": best[0], "source": best[1], "kind": best[2], **(_space(str(existing)) or {})}
+    space = _space(str(existing)) or {}
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if existing.is_relative_to(mount.mountpoint)]
+    if not mounts:
+        return {"mount": "", "source": "", "kind": "unknown", **space}
+    best = max(reversed(mounts), key=lambda mount: len(mount.mountpoint))  # a later mount hides an earlier one
+    return {"mount": best.mountpoint, "source": best.device, "kind": best.fstype, **space}
 
 
 def _addresses() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Each example runs as a user would run it, and so do ten lines of docs/own-loop.md. 40 s, and 25 s without Ray."""
+"""Each example runs as a user would run it, and so do ten lines of the own-loop tutorial. 40 s; 25 s without Ray."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_own_loop_superseded_ends_with_75(tmp_path: Path, undisturbed: Callable[
     assert digests(storage, "own-loop") == undisturbed(1)
 
 
-# -- what docs/own-loop.md says ----------------------------------------------------------------------------------------
+# -- the own-loop tutorial ---------------------------------------------------------------------------------------------
 
 
 class Cut(BaseException):
@@ -166,7 +166,7 @@ class Cut(BaseException):
 
 def test_ten_lines_of_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docs_block: Callable[[str], str]) -> None:
     monkeypatch.chdir(tmp_path)
-    block = docs_block("own-loop.md")
+    block = docs_block("tutorials/own-loop.md")
     assert len([line for line in block.splitlines() if line]) <= 10
     cuts = {333, 777}
     storage = LocalStorage(tmp_path / "runs")

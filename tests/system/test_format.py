@@ -1,4 +1,4 @@
-"""docs/format.md is enough: a program that was written from it alone sees in a run what outlast sees."""
+"""The page of the checkpoint format is enough: a program written from it alone reads a run as outlast does."""
 
 from __future__ import annotations
 
@@ -131,4 +131,4 @@ def test_what_is_damaged_is_passed_over(reader: Any, begun: Any, damage: str) ->
 
 
 def test_the_page_speaks_of_this_format() -> None:
-    assert f"\nFormat {FORMAT}. " in (ROOT / "docs" / "format.md").read_text()
+    assert f"\nFormat {FORMAT}. " in (ROOT / "docs" / "reference" / "checkpoint-format.md").read_text()

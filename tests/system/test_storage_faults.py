@@ -142,8 +142,8 @@ class Faulty:
 
     def _explained(self, verb: str, path: str) -> AbstractContextManager[None]:
         if isinstance(self.inner, ObjectStorage):
-            return objects._explained(verb, self.inner.url, path)
-        return local._explained(verb, Path(self.inner.url) / path)
+            return objects._storage_errors(verb, self.inner.url, path)
+        return local._storage_errors(verb, Path(self.inner.url) / path)
 
 
 @dataclass

@@ -130,7 +130,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("default")
 def test_the_lines_of_docs(tmp_path: Path, docs_block: Callable[[str], str]) -> None:
-    block = docs_block("hf-trainer.md")
+    block = docs_block("tutorials/hf-trainer.md")
     assert len([line for line in block.splitlines() if line]) <= 5
     for steps in (10, 20):
         made = runpy.run_path(str(EXAMPLE))["make_trainer"](str(tmp_path), steps)

@@ -13,11 +13,10 @@ import torch
 import transformers
 from torch import nn
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, nearest
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.config.validation_errors import nearest
 from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer
 from outlast.trainers.loop.compilation import check_recomputes
 from outlast.trainers.loop.optimizer import resolve

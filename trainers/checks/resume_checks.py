@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic_core import to_jsonable_python
+from pydantic import TypeAdapter
 from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -77,7 +77,7 @@ def _with_defaults(before: Mapping[str, Any], now: Mapping[str, Any], settings: 
         if isinstance(inner, Settings) and isinstance(before.get(name), Mapping):
             completed[name] = _with_defaults(before[name], now[name], inner)
         elif name in now and name not in before and not setting.is_required():
-            completed[name] = to_jsonable_python(setting.get_default(call_default_factory=True))
+            completed[name] = TypeAdapter(Any).dump_python(setting.get_default(call_default_factory=True), mode="json")
         elif name not in now:
             completed.pop(name, None)
     return completed

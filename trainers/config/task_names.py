@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
+
+from outlast.checkpointing.errors import did_you_mean
 
 TASKS = {
     "causal-lm": "outlast.trainers.tasks.causal_lm:CausalLM",
@@ -28,6 +29,5 @@ def check_task_name(name: str) -> str:
     """Return the name if it is in the table or a dotted path. Raises ValueError with the nearest name otherwise."""
     if name in TASKS or is_dotted(name):
         return name
-    near = difflib.get_close_matches(name, TASKS, n=1)
-    known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
-    raise ValueError(f"unknown task {name!r}; {known} (a task of your own is package.module:Class)")
+    known = did_you_mean(name, TASKS) or f"; known: {', '.join(TASKS)}"
+    raise ValueError(f"unknown task {name!r}{known} (a task of your own is package.module:Class)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, did_you_mean
 from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
 from outlast.trainers.config.base import Interval, Settings
 
@@ -206,10 +205,8 @@ class TrainSettings(Settings):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) must not exceed lr ({self.lr:g})")
         if ":" not in self.optimizer and self.optimizer not in OPTIMIZERS:  # or a user's class
-            near = difflib.get_close_matches(self.optimizer, OPTIMIZERS, n=1)
-            guess = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"unknown optimizer {self.optimizer!r}{guess}",
+                f"unknown optimizer {self.optimizer!r}{did_you_mean(self.optimizer, OPTIMIZERS)}",
                 hint=f"one of {', '.join(OPTIMIZERS)}, or a class of your own as package.module:Class",
             )
         return self

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, nearest
 
 Path = tuple[int | str, ...]
 
@@ -99,11 +98,6 @@ def _finding(detail: Any, model: type[BaseModel]) -> SettingsFinding:
 def _literals(expected: str) -> list[str]:
     """Parse the values of pydantic's "'a', 'b' or 'c'"."""
     return [part.strip("' ") for part in expected.replace(" or ", ", ").split(",")]
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the closest of the known words, or None."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def _unknown(model: type[BaseModel], path: Path) -> SettingsFinding:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import GradBucket
 from torch.nn import functional
 
 
@@ -34,13 +33,13 @@ def sum_of_parts(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
     return total
 
 
-def rank_order_hook(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def rank_order_hook(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(ordered_sum_(bucket.buffer()))
     return done
 
 
-def any_order_hook(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def any_order_hook(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda result: result.value()[0])
     return future

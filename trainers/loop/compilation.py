@@ -10,6 +10,7 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
 from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.torch_internals import limit_recompiles
 from outlast.trainers.config.train import TrainSettings
 
 #: Shapes that one function may be compiled for, in training and in evaluation.
@@ -29,8 +30,8 @@ def prepare_module(model: nn.Module, train: TrainSettings, ranks: RankGroup, dev
         enable = getattr(inner, "activation_checkpointing_enable", None)  # its name in newer transformers
         (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
     if train.compile:
-        _settle_compiler()
-        ranks.everybody(lambda: _check_compiler(device))
+        limit_recompiles(_NUM_SHAPES)
+        ranks.run_on_all(lambda: _check_compiler(device))
         model.compile(dynamic=False)
 
 
@@ -40,16 +41,6 @@ def check_recomputes(model: nn.Module, train: TrainSettings) -> None:
         raise ConfigError(
             f"{type(model).__name__} cannot recompute its activations", hint="set train.gradient_checkpointing: false"
         )
-
-
-def _settle_compiler() -> None:
-    import torch._dynamo.config as dynamo
-    import torch._inductor.config as inductor
-
-    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = _NUM_SHAPES
-    dynamo.fail_on_recompile_limit_hit = True  # beyond it uncompiled kernels would go on, with other bits
-    if torch.are_deterministic_algorithms_enabled() and hasattr(inductor, "deterministic"):
-        inductor.deterministic = True  # no choice of kernels by the clock
 
 
 def _check_compiler(device: torch.device) -> None:

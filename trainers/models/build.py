@@ -5,9 +5,8 @@ Errors of transformers become one ConfigError each. Nothing here may read pretra
 
 from __future__ import annotations
 
-import difflib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ import torch
 import transformers
 from torch import nn
 
-from outlast.checkpointing.errors import ConfigError, OutlastError
+from outlast.checkpointing.errors import ConfigError, OutlastError, did_you_mean
 from outlast.checkpointing.state.model_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
+from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
 from outlast.trainers.models.weight_names import file_naming
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.user_code import describe_error
@@ -86,7 +86,7 @@ def check_head(settings: ModelSettings, task: type[Task]) -> None:
         else:
             config = transformers.AutoConfig.for_model((settings.config or {})["model_type"])
         builder = model_class(task, config)
-        supported = getattr(builder, "_model_mapping", {type(config): None})
+        supported = model_mapping(builder) or {type(config): None}
         if type(config) not in supported and not getattr(config, "auto_map", None):
             raise ConfigError(
                 f"model.task {settings.task} is not supported for {config.model_type} models: transformers has no "
@@ -167,7 +167,8 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
         )
         return model, sorted(info["missing_keys"])
     is_of_transformers = not settings.class_ and not settings.trust_remote_code
-    with _no_init() if is_of_transformers and not fresh else nullcontext():
+    # A checkpoint is about to replace the weights. Buffers that no file holds are still created.
+    with no_init_weights() if is_of_transformers and not fresh else nullcontext():
         if hasattr(builder, "from_config"):
             model = builder.from_config(config, dtype=torch.float32, **trusted)
         else:
@@ -175,17 +176,6 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
     if is_of_transformers and not fresh:
         model.tie_weights()
     return model, []
-
-
-def _no_init() -> Any:
-    """Skip the initialization of weights that a checkpoint is about to replace; not for a user's class, which may do
-    more. The constructors of transformers' models still create the buffers that no file holds.
-    """
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # earlier releases: the weights are initialized, which only costs time
-        return nullcontext()
-    return no_init_weights()
 
 
 def _trusted(settings: ModelSettings) -> dict[str, Any]:
@@ -198,8 +188,6 @@ def _config_files(model: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         if getattr(model, "_auto_class", None) is not None:  # remote code is saved with the model
-            from transformers.dynamic_module_utils import custom_object_save
-
             custom_object_save(model, folder, config=model.config)
             model.config.save_pretrained(folder)
         if hasattr(model, "can_generate") and model.can_generate():
@@ -250,7 +238,7 @@ def _default_config(given: Mapping[str, Any]) -> Any:
     if model_type not in known_types:
         raise ConfigError(
             f"model.config.model_type {model_type!r} is unknown to transformers {transformers.__version__}"
-            f"{_suggestion(model_type, known_types)}",
+            f"{did_you_mean(model_type, known_types)}",
             hint="name a known one, or use a class of your own: model.class",
         )
     default = transformers.AutoConfig.for_model(model_type)
@@ -260,15 +248,10 @@ def _default_config(given: Mapping[str, Any]) -> Any:
     for key in given:
         if key not in known:
             raise ConfigError(
-                f"model.config.{key}: {model_type} models have no such setting{_suggestion(key, known)}",
+                f"model.config.{key}: {model_type} models have no such setting{did_you_mean(key, known)}",
                 hint="check model.config",
             )
     return default
-
-
-def _suggestion(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _check_is_causal(model: Any) -> None:

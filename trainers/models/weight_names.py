@@ -15,6 +15,7 @@ import transformers
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.model_weights import ALL, Cut, WeightNaming, named_weights
+from outlast.trainers.models.transformers_internals import revert_weight_conversion
 
 
 def file_naming(model: Any) -> WeightNaming:
@@ -25,15 +26,11 @@ def file_naming(model: Any) -> WeightNaming:
     """
     if not isinstance(model, transformers.PreTrainedModel):
         return ALL
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4: files hold what the model holds
-        return ALL
     model.__dict__.pop("_weight_conversions", None)  # from the pretrained file, which may be of another form
     own = named_weights(model)
     if revert_weight_conversion(model, own) is own:
         return ALL
-    cuts = {name: _cuts(model, name, tensor, revert_weight_conversion) for name, tensor in own.items()}
+    cuts = {name: _cuts(model, name, tensor) for name, tensor in own.items()}
     file_names = [item for parts in cuts.values() for item in parts]
     if len(set(file_names)) != len(file_names):
         raise _refusal(model, next(item for item in file_names if file_names.count(item) > 1))
@@ -41,11 +38,11 @@ def file_naming(model: Any) -> WeightNaming:
     return WeightNaming(cuts=changed) if changed else ALL
 
 
-def _cuts(model: Any, name: str, tensor: torch.Tensor, revert: Any) -> dict[str, Cut]:
+def _cuts(model: Any, name: str, tensor: torch.Tensor) -> dict[str, Cut]:
     """Return the weights in the file that one weight is cut into, by name."""
     numbers = torch.arange(tensor.numel()).view(tensor.shape)
     try:
-        parts = revert(model, {name: numbers})
+        parts = revert_weight_conversion(model, {name: numbers})
     except (ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
         raise _refusal(model, name) from error
     cuts = {file_name: _cut(numbers, part) for file_name, part in parts.items()}

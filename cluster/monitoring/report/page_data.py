@@ -64,13 +64,7 @@ def page_data(
 ) -> dict[str, Any]:
     """Return everything that the page shows.
 
-    Args:
-        timeline: The run.
-        summary: Its summary.
-        catalog: Its checkpoints; None if no worker has claimed the run yet.
-        pinned: Pinned checkpoints.
-        verdicts: The results of reading every byte; None if that was not requested.
-        urls: The address of each checkpoint.
+    `catalog` is None if no worker has claimed the run yet, `verdicts` if reading every byte was not requested.
     """
     report, attempts = summary.goodput, timeline.claimed_attempts
     begin = report.spans[0].begin if report.spans else attempts[0].claimed_at if attempts else summary.now
@@ -278,7 +272,12 @@ def _attempts(timeline: Timeline) -> dict[str, Any]:
     """Return the newest attempts and their noteworthy events."""
     attempts, ends = timeline.claimed_attempts, timeline.ends
     rows = [_attempt_row(item, ends[item.id]) for item in attempts[-MAX_ROWS:]]
-    notes = [_note(item, note) for item in attempts for note in item.notes if _is_informative(note, ends[item.id])]
+    notes = [
+        _note(item, note)
+        for item in attempts
+        for note in item.notes
+        if not isinstance(note, events.FailedEvent) or not ends[item.id].message  # else the end states the cause
+    ]
     return {"attempts": rows, "notes": notes[-MAX_ROWS:]}
 
 
@@ -385,11 +384,6 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(item, f"{prefix}.{key}".strip("."))
     else:
         yield prefix, value
-
-
-def _is_informative(note: NoteworthyEvent, end: AttemptEnd) -> bool:
-    """Whether an event adds to the attempt's end: the error of a rank that only lost its peers does not."""
-    return not isinstance(note, events.FailedEvent) or not end.message
 
 
 def _note(attempt: AttemptTimeline, note: NoteworthyEvent) -> dict[str, Any]:

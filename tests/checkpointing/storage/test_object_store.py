@@ -37,7 +37,7 @@ def rough(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy,
     with proxy_to(os.environ["AWS_ENDPOINT_URL"]) as (proxy, url):
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         monkeypatch.setattr(objects, "_PAUSES_S", (0.01, 0.02, 0.05, 0.1))
-        monkeypatch.setattr(objects, "_SDK_TRIES", 3)  # two fail here, and the waits grow
+        monkeypatch.setattr(objects, "_SDK_ATTEMPTS", 3)  # two fail here, and the waits grow
         yield proxy, ObjectStorage(f"{bucket}/rough")
 
 

@@ -1,4 +1,4 @@
-"""The `checkpoints` verbs that compare, keep and export, on small GPT-2 and BERT runs; and docs/checkpoints.md,
+"""The `checkpoints` verbs that compare, keep and export, on small GPT-2 and BERT runs; and docs/how-to/export.md,
 word by word.
 """
 
@@ -27,7 +27,7 @@ from outlast.checkpointing.format.safetensors import decode
 from outlast.checkpointing.run_store.retention import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.tools.diff import SettingChange, compare_tensors
+from outlast.checkpointing.tools.diff import ChangeKind, compare_tensors
 from outlast.checkpointing.tools.export import Content, Dtype, converted, export_directory, read_content
 from outlast.checkpointing.tools.query import resolve_checkpoint
 from outlast.checkpointing.tools.slow_tokenizer_files import slow_tokenizer_files
@@ -35,7 +35,7 @@ from outlast.cluster.cli.main import main
 from outlast.trainers.data.tokenizer import Tokenizer, tokenizer_files, train_bpe
 from outlast.trainers.models.torch_export import write_state_dict
 
-PAGE = Path(__file__).parents[3] / "docs/checkpoints.md"
+PAGE = Path(__file__).parents[3] / "docs/how-to/export.md"
 TEXT = "the worker was lost, and the run went on from the newest checkpoint that is proven whole"
 
 
@@ -142,7 +142,7 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
     return decode(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8))
 
 
-# -- docs/checkpoints.md -----------------------------------------------------------------------------------------------
+# -- docs/how-to/export.md --------------------------------------------------------------------------------------------
 
 
 def test_the_page(here: Path, outlast: Outlast) -> None:
@@ -217,24 +217,24 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("first", "second", "change", "distance", "largest"),
     [
-        (torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), SettingChange.EQUAL, 0.0, 0.0),
-        (torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0]), SettingChange.CHANGED, 5.0, 4.0),
-        (torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int32), SettingChange.CHANGED, 0.0, 0.0),
-        (torch.tensor([1.0]), torch.tensor([[1.0]]), SettingChange.CHANGED, None, None),
-        (torch.tensor(1.5), torch.tensor(1.0), SettingChange.CHANGED, 0.5, 0.5),
-        (torch.zeros(0, 3), torch.zeros(0, 3), SettingChange.EQUAL, 0.0, 0.0),
-        (torch.tensor([NAN]), torch.tensor([NAN]), SettingChange.EQUAL, NAN, NAN),
-        (torch.tensor([0.0, NAN, 0.0]), torch.tensor([0.0, 1.0, 9.0]), SettingChange.CHANGED, NAN, NAN),
-        (torch.tensor([0.0]), torch.tensor([-0.0]), SettingChange.CHANGED, 0.0, 0.0),
-        (torch.tensor([True, False]), torch.tensor([True, True]), SettingChange.CHANGED, 1.0, 1.0),
-        (None, torch.tensor([1.0]), SettingChange.ADDED, None, None),
-        (torch.tensor([1.0]), None, SettingChange.REMOVED, None, None),
+        (torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), ChangeKind.EQUAL, 0.0, 0.0),
+        (torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0]), ChangeKind.CHANGED, 5.0, 4.0),
+        (torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int32), ChangeKind.CHANGED, 0.0, 0.0),
+        (torch.tensor([1.0]), torch.tensor([[1.0]]), ChangeKind.CHANGED, None, None),
+        (torch.tensor(1.5), torch.tensor(1.0), ChangeKind.CHANGED, 0.5, 0.5),
+        (torch.zeros(0, 3), torch.zeros(0, 3), ChangeKind.EQUAL, 0.0, 0.0),
+        (torch.tensor([NAN]), torch.tensor([NAN]), ChangeKind.EQUAL, NAN, NAN),
+        (torch.tensor([0.0, NAN, 0.0]), torch.tensor([0.0, 1.0, 9.0]), ChangeKind.CHANGED, NAN, NAN),
+        (torch.tensor([0.0]), torch.tensor([-0.0]), ChangeKind.CHANGED, 0.0, 0.0),
+        (torch.tensor([True, False]), torch.tensor([True, True]), ChangeKind.CHANGED, 1.0, 1.0),
+        (None, torch.tensor([1.0]), ChangeKind.ADDED, None, None),
+        (torch.tensor([1.0]), None, ChangeKind.REMOVED, None, None),
     ],
 )
 def test_tensors_side_by_side(
     first: torch.Tensor | None,
     second: torch.Tensor | None,
-    change: SettingChange,
+    change: ChangeKind,
     distance: float | None,
     largest: float | None,
 ) -> None:

@@ -40,6 +40,7 @@ def test_help_imports_nothing_heavy() -> None:
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'ray', 'transformers', 'accelerate', 'pyarrow', 'numpy', 'pydantic', 'yaml', 'rich'}\n"
+        "heavy |= {'outlast.checkpointing.run_store', 'outlast.cluster.monitoring'}\n"
         "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -29,7 +29,7 @@ from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import fault, run_group
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
-SHARING = (Path(__file__).parents[3] / "docs/sharing.md").read_text()
+SHARING = (Path(__file__).parents[3] / "docs/how-to/publish.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_card_that_the_model_brought_stays(carded: Path, storage: LocalStorage
 
 
 def code_of(heading: str) -> str:
-    """The first Python block below a heading of docs/sharing.md."""
+    """The first Python block below a heading of docs/how-to/publish.md."""
     return (
         SHARING.split(f"# {heading}\n", 1)[1]
         .split("```python tests/cluster/monitoring/test_model_card.py\n")[1]
@@ -129,7 +129,7 @@ def code_of(heading: str) -> str:
 
 def test_the_snippet_for_a_pipeline(exported: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", code_of("Taking a model elsewhere")], cwd=exported.parent, capture_output=True, text=True
+        [sys.executable, "-c", code_of("Export it")], cwd=exported.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The function returns")

@@ -10,14 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
+from outlast.cluster.jobs.bundle import copy_package
+from outlast.cluster.preflight import doctor, doctor_probe
 from outlast.cluster.preflight import doctor_rules as rules
 from outlast.cluster.preflight.doctor_rules import Requirements
 from outlast.cluster.preflight.finding import Finding, Level
@@ -299,3 +303,47 @@ def test_slow_name_lookups() -> None:
     assert (finding.level, finding.text.split(":")[0]) == (Level.WARNING, "a")
     assert rules.check_name_lookup({"a": 0.01})[0].level is Level.OK
     assert rules.check_name_lookup({"c": {"fault": "no answer"}}) == []
+
+
+# -- a node's facts ----------------------------------------------------------------------------------------------------
+
+
+def test_the_file_system_is_the_one_that_df_names(tmp_path: Path) -> None:
+    found = doctor_probe._file_system(str(tmp_path / "not/there/yet"))
+    assert found is not None
+    said = subprocess.run(
+        ["df", "--output=source,target,fstype", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines()[1].split() == [found["source"], found["mount"], found["kind"]]
+    assert doctor_probe._file_system("s3://bucket/runs") is None
+
+
+def test_the_digest_of_the_code_covers_every_folder(tmp_path: Path) -> None:
+    def digest() -> str:
+        code = "from outlast.cluster.preflight.doctor_probe import _code_digest; print(_code_digest())"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.strip()
+
+    package = copy_package(tmp_path)
+    before = digest()
+    with (package / "cluster/preflight/doctor_rules.py").open("a") as file:
+        file.write("# changed\n")
+    assert digest() not in (before, "missing")
+
+
+def test_a_probe_travels_to_a_node_without_outlast(tmp_path: Path) -> None:
+    for module in doctor._BY_VALUE:
+        ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        (tmp_path / "probe").write_bytes(ray.cloudpickle.dumps(doctor_probe.Probe))
+    finally:
+        for module in doctor._BY_VALUE:
+            ray.cloudpickle.unregister_pickle_by_value(module)
+    code = (
+        "import pickle, sys\nsys.modules['outlast'] = None\n"
+        f"facts = pickle.load(open({str(tmp_path / 'probe')!r}, 'rb'))().facts(gpus=False)\n"
+        "print(facts['versions']['outlast'], facts['disk']['path'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["missing", tempfile.gettempdir()]), done.stderr

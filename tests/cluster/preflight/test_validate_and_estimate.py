@@ -189,16 +189,13 @@ def test_invalid_run_files(tmp_path: Path, text: str, line: int | None, texts: s
     assert texts in found.finding.message
 
 
-def test_lines_of_toml(tmp_path: Path, text_file: str) -> None:
+@pytest.mark.parametrize("command", ["validate", "train", "status", "submit"])
+def test_toml_is_no_longer_read(command: str, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(
-        f'name = "a"\n[model]\npath = "gpt2"\n[data]\ntrain = "{text_file}"\n[train]\n# fast\nstepz = 3\n'
-        "[model.lora]\nr = 0\n"
-    )
-    found = [(item.line, item.finding.key) for item in validate(str(path))]
-    assert found == [(8, "train.stepz"), (10, "model.lora.r")]
-    path.write_text('name = "a"\nseed = = 1\n')
-    assert [item.line for item in validate(str(path))] == [2]
+    path.write_text('name = "a"\n[model]\npath = "gpt2"\n')
+    said = " ".join(outlast(command, str(path), code=2).stderr.split())
+    assert "is TOML, which is no longer read" in said
+    assert "write it as YAML" in said
 
 
 def test_a_finding_in_an_option_names_the_option(tmp_path: Path, body: dict[str, Any]) -> None:

@@ -55,6 +55,24 @@ def test_a_dump_can_be_loaded() -> None:
         assert TrainingConfig.model_validate(dumped) == config
 
 
+@pytest.mark.parametrize("every", [200, "200", "200 steps", "1 epoch", "2 epochs"])
+def test_an_interval_is_parsed_once_and_dumped_as_it_was_written(every: int | str) -> None:
+    """Claims of 0.1.0 hold the text, and are compared with it."""
+    train = {"eval_every": every, "early_stopping": {"patience": 2}}
+    config = TrainingConfig.model_validate(body(train=train))
+    assert config.train.eval_every == SaveInterval.parse(every)
+    assert config.numerics_settings()["train"]["eval_every"] == every
+
+
+def test_enums_are_dumped_as_they_are_written() -> None:
+    train = {"schedule": "inverse_sqrt", "precision": "bf16"}
+    others = {"scale": {"parallel": "fsdp"}, "failure": {"non_finite": "roll-back"}, "data": {"prepare": "here"}}
+    dumped = TrainingConfig.model_validate(body(train=train, exactness="fast", **others)).model_dump(mode="json")
+    assert dumped["exactness"] == "fast"
+    for block, settings in {"train": train, **others}.items():
+        assert {name: dumped[block][name] for name in settings} == settings
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

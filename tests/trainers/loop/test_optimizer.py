@@ -126,7 +126,7 @@ def test_an_optimizer_of_ones_own_is_looked_at_where_the_run_starts(path: str, s
 def test_the_settings_of_docs_are_settings(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     (tmp_path / "run.yaml").write_text((root / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
-    commands = (root / "docs/training.md").read_text().split("```console slow\n")[1].split("```")[0].splitlines()
+    commands = (root / "docs/how-to/train.md").read_text().split("```console slow\n")[1].split("```")[0].splitlines()
     found = [load_run(str(tmp_path / "run.yaml"), shlex.split(line)[4::2])[0].train for line in commands]
     assert [item.precision.value for item in found] == ["bf16", "bf16", "fp16", "bf16", "bf16"]
     assert [item.early_stopping is not None for item in found] == [False] * 4 + [True]

@@ -1,0 +1,72 @@
+"""Private parts of Ray: imported here alone, each at its first use, because some import much.
+
+Ray may change them in any release. `TRIED_ON` lists those that they were tried on, and
+`tests/cluster/test_ray_internals.py` holds what the code relies on.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+TRIED_ON = ("2.60",)
+
+_TRAIN = "ray.train.v2._internal"
+_HOME = {
+    "ControllerCallback": f"{_TRAIN}.execution.callback",
+    "DatasetsCallback": f"{_TRAIN}.callbacks",
+    "HEALTH_CHECK_INTERVAL_S_ENV_VAR": f"{_TRAIN}.constants",
+    "Language": "ray.core.generated.common_pb2",
+    "ReschedulingState": f"{_TRAIN}.execution.controller.state",
+    "ResizingState": f"{_TRAIN}.execution.controller.state",
+    "RestartingState": f"{_TRAIN}.execution.controller.state",
+    "TrainControllerState": f"{_TRAIN}.execution.controller.state",
+    "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR": f"{_TRAIN}.constants",
+    "WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "ray._private.ray_constants",
+    "WorkerGroupCallback": f"{_TRAIN}.execution.callback",
+    "WorkerGroupStartupTimeoutError": f"{_TRAIN}.exceptions",
+    "WorkerType": "ray.core.generated.common_pb2",
+    "get_or_create_autoscaling_coordinator": "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+    "get_runtime_env_info": "ray._private.utils",
+    "init_grpc_channel": "ray._private.grpc_utils",
+    "node_manager_pb2": "ray.core.generated",
+    "node_manager_pb2_grpc": "ray.core.generated",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(_HOME[name])
+    return getattr(home, name, None) or import_module(f"{_HOME[name]}.{name}")
+
+
+def actors(actor_id: str | None = None) -> dict[str, Any]:
+    """Return the rows of the actor table by actor id; given an id, the row of that actor."""
+    from ray._private import state
+
+    table: dict[str, Any] = state.actors(actor_id)
+    return table
+
+
+def draining_nodes() -> dict[str, float]:
+    """Return the nodes that Ray is about to lose, by id, and their deadline in seconds since the epoch (0: unknown)."""
+    from ray._private.state import state
+
+    found: dict[str, int] = state.get_draining_nodes() or {}
+    return {node: deadline_ms / 1000 for node, deadline_ms in found.items()}
+
+
+def dashboard_address() -> str | None:
+    """Return HOST:PORT of the connected cluster's dashboard, or None."""
+    from ray._private.worker import _global_node
+
+    url: str | None = _global_node.webui_url
+    return url
+
+
+def temp_dir() -> str | None:
+    """Return the directory of this node's Ray; None without a connection. The doctor pickles this function by value."""
+    from ray._private.worker import _global_node
+
+    return str(_global_node.get_temp_dir_path()) if _global_node else None
