@@ -116,9 +116,9 @@ def _submit(
     print(job.id)
     if follow:
         from outlast.cluster.monitoring.console_progress import terminal
-        from outlast.cluster.monitoring.watch import watching
+        from outlast.cluster.monitoring.watch import live_panel
 
-        with watching(config.store, terminal()):
+        with live_panel(config.store, terminal()):
             ended = jobs.follow(client, job.id)
         raise typer.Exit(ended.exit_code)
 

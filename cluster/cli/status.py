@@ -48,7 +48,7 @@ def status(
 
         summary = watcher.watch(store, terminal())
         raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
-    timeline = TimelineReader(store).look()
+    timeline = TimelineReader(store).update()
     summary = summarize(timeline, time.time())
     body = as_values(store, timeline, summary)
     if address is not None:

@@ -29,7 +29,7 @@ from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.drills import drill
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.console_progress import Reporter
+from outlast.cluster.monitoring.console_progress import ProgressReporter
 from outlast.trainers.config.train import Precision
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
@@ -60,10 +60,10 @@ def run_demo(folder: Path) -> dict[str, Any]:
         session = ray_session()
         session.__enter__()
     try:
-        with _timed(parts, "killed run"), Reporter("killed run") as reporter:
+        with _timed(parts, "killed run"), ProgressReporter("killed run") as reporter:
             copy = drill.RunCopy(killed, _declared(killed), KILL_AT)
             drill.inject(copy, drill.FaultKind.KILL_IN_SAVE, reporter, KILLED_RANK)
-        with _timed(parts, "undisturbed run"), Reporter("undisturbed run") as reporter:
+        with _timed(parts, "undisturbed run"), ProgressReporter("undisturbed run") as reporter:
             drill.RunCopy(undisturbed, _declared(undisturbed), 0).launch(tell=reporter)
     finally:
         session.__exit__(None, None, None)

@@ -34,7 +34,7 @@ from outlast.cluster.config.run_file import load_run
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.console_progress import Reporter
+from outlast.cluster.monitoring.console_progress import ProgressReporter
 from outlast.trainers.loop.train_loop import Outcome
 
 E = TypeVar("E", bound=Event)
@@ -280,7 +280,7 @@ def run_drill(
     findings = []
     with ray_session(address):
         reference = copy("undisturbed")
-        with Reporter("undisturbed") as reporter:
+        with ProgressReporter("undisturbed") as reporter:
             reference.launch(tell=reporter)
         undisturbed = final_state(reference.store)
         seconds_per_step = _seconds_per_step(reference)
@@ -289,7 +289,7 @@ def run_drill(
             disturbed = copy(kind.value, 2 * every if kind is FaultKind.KILL_IN_SAVE else 2 * every + 1)
             finding = DrillResult(kind.value)
             try:
-                with Reporter(kind.value) as reporter:
+                with ProgressReporter(kind.value) as reporter:
                     inject(disturbed, kind, reporter, rank=_last_rank(disturbed))
                 finding = compare_with_reference(disturbed, kind, undisturbed)
             except OutlastError as error:

@@ -253,8 +253,8 @@ class Supervisor:
         """Return the active launch (the one with the latest heartbeat), and its attempt if it owns the run."""
         if self._timeline_reader is None:
             self._timeline_reader = TimelineReader(self.store, journals=False)
-        timeline = self._timeline_reader.look()
-        launches = {launch.id: launch for launch in timeline.at_work}
+        timeline = self._timeline_reader.update()
+        launches = {launch.id: launch for launch in timeline.open_launches}
         beats = {name: launch.alive.get("beat") for name, launch in launches.items()}
         beating = [name for name, beat in beats.items() if self._beats.get(name, beat) != beat]
         if beating or self._active_id not in launches:

@@ -1,7 +1,4 @@
-"""What a person sees while a run goes on: a panel at the foot of a terminal, else one plain line every few seconds.
-
-`Reporter` listens to the launch in this process. `watching` reads the run's storage alone, wherever the run may be.
-"""
+"""Progress of a launch in this process: a live panel on a terminal, else one plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -11,14 +8,13 @@ from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.run_panel import panel, plain
+from outlast.cluster.monitoring.run_panel import panel, plain_line
 from outlast.cluster.monitoring.run_summary import RunSummary, summarize
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import Timeline
@@ -26,154 +22,149 @@ from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 PLAIN_PERIOD_S = 10.0
 _PHASES = {"data": "preparing data", "ray": "starting workers"}
+#: What the driver does after an event; empty after the plan, when the run's state says it all.
+_ACTIVITIES = {
+    events.GroupFailureEvent: "restarting",
+    events.NoRoomEvent: "waiting for resources",
+    events.StoppingEvent: "stopping",
+    events.PlanEvent: "",
+}
 
 
 def terminal() -> Console:
-    """Where progress goes."""
+    """Return the console for progress: stderr."""
     return Console(stderr=True, highlight=False)
 
 
 def is_live(console: Console) -> bool:
-    """Whether lines can change in place there; rich also calls a log a terminal where colours are forced."""
+    """Whether lines can change in place there; rich also takes a log for a terminal if colours are forced."""
     return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
-class Reporter:
-    """Listens to a launch. Use as a context manager; call it with each event.
+class ProgressReporter:
+    """Shows the events of a launch; a context manager, called with each event.
 
     Args:
-        title: What stands before each line.
-        console: Where to write; stderr by default.
-        store: The run, whose past the panel counts in; without it only what is heard counts.
-        keep: Leave the panel standing in the end, if there is anything to tell.
+        title: Prefix of each line.
+        console: The output; stderr by default.
+        store: The run; its earlier attempts are included in the panel.
+        keep: Leave the panel on the terminal at the end, if an attempt has begun.
     """
 
     def __init__(
         self, title: str, console: Console | None = None, store: RunStore | None = None, *, keep: bool = False
     ) -> None:
         self._title, self._console, self._store = title, console or terminal(), store
-        self._foot = LiveDisplay(self._console, self._lines) if is_live(self._console) else None
+        live = LiveDisplay(self._console, lambda width: panel(self._summarize(), width))
+        self._display = live if is_live(self._console) else None
         self._keep = keep
-        self._story = Timeline(title)
+        self._timeline = Timeline(title)
         self._lock = threading.Lock()
-        self._doing = "starting"
+        self._activity = "starting"
         self._launch = ""
-        self._said_at = 0.0
-        self._explained: set[str] = set()
+        self._printed_at = 0.0
+        self._excerpts: set[str] = set()
 
-    def __enter__(self) -> Reporter:
-        if self._foot is not None:
-            self._foot.__enter__()
+    def __enter__(self) -> ProgressReporter:
+        if self._display is not None:
+            self._display.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._foot is not None:
-            self._foot.keep = self._keep and bool(self._story.attempts)
-            self._foot.__exit__()
+        if self._display is not None:
+            self._display.keep = self._keep and bool(self._timeline.attempts)
+            self._display.__exit__()
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
+    def print_line(self, text: str) -> None:
+        """Print a line that stays, above the panel."""
         self._print(f"{self._title}: {text}")
 
     def _print(self, text: str) -> None:
-        (self._foot or self._console).print(text, markup=False, soft_wrap=True)
+        (self._display or self._console).print(text, markup=False, soft_wrap=True)
 
-    def _lines(self, width: int) -> list[Text]:
-        return panel(self._seen(), width)
-
-    def _seen(self) -> RunSummary:
+    def _summarize(self) -> RunSummary:
         with self._lock:
             now = time.time()
             if self._launch:
-                self._story.launch(self._launch).alive |= {"t": now}
-            return summarize(self._story, now, self._doing)
+                self._timeline.launch(self._launch).alive |= {"t": now}
+            return summarize(self._timeline, now, self._activity)
 
     def __call__(self, body: dict[str, Any]) -> None:
         event = events.parse_event(body)
         with self._lock:
-            self._hear(event, body)
-        match event:
-            case events.PhaseEvent():
-                if self._foot is None:
-                    self.say(_PHASES[event.name])
-            case events.NoteEvent():
-                self.say(event.text)
-            case events.ActiveLaunchEvent():
-                self.say(f"launch {event.launch} is at work on this run; leaving it alone")
-            case events.DamagedModelEvent():
-                self.say(f"the finished model is damaged ({'; '.join(event.faults)}); making it again")
-            case events.GroupFailureEvent():
-                self._failed(event)
-            case events.NoRoomEvent():
-                self.say("the cluster has no room for the workers yet; waiting")
-            case events.ResizeEvent():
-                self.say(f"going on with {counted(event.now, 'worker')} instead of {event.before}")
-            case events.SlowEvent():
-                slow = [f"rank {at.rank} ({at.host}) is {at.times} times as slow" for at in event.ranks]
-                self.say("; ".join(slow) or "no rank is slow any more")
-            case events.NonFiniteEvent():
-                self.say(f"{event.message} ({event.action})")
-            case events.EarlyStopEvent():
-                self.say(f"stopping early at step {event.step}: {event.reason}")
-            case events.DoneEvent():
-                self.say(plain(self._seen()))
-            case events.StoppingEvent():
-                self.say("asked to stop; committing a checkpoint first (ask again to leave at once)")
-            case events.ResumeEvent():
-                self._resumed(event)
-            case events.StartEvent():
-                self.say("the workers are there; beginning with step 1")
-            case events.StepEvent() if self._foot is None and time.monotonic() - self._said_at >= PLAIN_PERIOD_S:
-                self._said_at = time.monotonic()
-                self.say(plain(self._seen()))
+            self._update_timeline(event, body)
+            if isinstance(event, events.PhaseEvent):
+                self._activity = _PHASES[event.name]
+            else:
+                self._activity = _ACTIVITIES.get(type(event), self._activity)
+        if isinstance(event, events.StepEvent):
+            if self._display is not None or time.monotonic() - self._printed_at < PLAIN_PERIOD_S:
+                return
+            self._printed_at = time.monotonic()
+        if isinstance(event, events.StepEvent | events.DoneEvent):
+            self.print_line(plain_line(self._summarize()))
+        for line in self._describe(event):
+            self.print_line(line)
+        if isinstance(event, events.GroupFailureEvent) and event.excerpt and event.message not in self._excerpts:
+            self._excerpts.add(event.message)
+            self._print(event.excerpt)
 
-    def _hear(self, event: events.Event, body: dict[str, Any]) -> None:
-        """Puts an event into the story."""
+    def _update_timeline(self, event: events.Event, body: dict[str, Any]) -> None:
         attempt = AttemptId.parse(str(body.get("sender")))
         if isinstance(event, events.PhaseEvent):
             if not self._launch:
                 self._launch = str(event.launch)
-                self._story.launch(self._launch).alive = {"began": event.t, "t": event.t, "ended": False}
-            if event.name == "ray" and self._store is not None and self._foot is not None:
-                threading.Thread(target=self._remember, args=(self._store,), daemon=True).start()
+                self._timeline.launch(self._launch).alive = {"began": event.t, "t": event.t, "ended": False}
+            if event.name == "ray" and self._store is not None and self._display is not None:
+                threading.Thread(target=self._load_history, args=(self._store,), daemon=True).start()
         elif attempt is not None:
-            told = self._story.attempt(attempt)
-            told.claim = told.claim or {"launch": self._launch}
-            told.apply(body)
+            record = self._timeline.attempt(attempt)
+            record.claim = record.claim or {"launch": self._launch}
+            record.apply(body)
         elif isinstance(event, events.GroupFailureEvent | events.ResizeEvent | events.NoRoomEvent):
-            self._story.apply_launch(self._launch, body)
-        match event:
-            case events.PhaseEvent(name=name):
-                self._doing = _PHASES[name]
-            case events.GroupFailureEvent():
-                self._doing = "starting again"
-            case events.NoRoomEvent():
-                self._doing = "waiting for room"
-            case events.StoppingEvent():
-                self._doing = "stopping"
-            case events.PlanEvent():
-                self._doing = ""
+            self._timeline.apply_launch_event(self._launch, body)
 
-    def _remember(self, store: RunStore) -> None:
-        """Reads what the run has been through before; beside the launch, which waits for nobody."""
+    def _load_history(self, store: RunStore) -> None:
+        """Read the run's earlier launches; in a thread, so that the launch does not wait for the storage."""
         with suppress(OutlastError, OSError):
-            past = TimelineReader(store, but=self._launch).look()
+            past = TimelineReader(store, exclude_launch=self._launch).update()
             with self._lock:
-                self._story.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
-                self._story.attempts = past.attempts | self._story.attempts
+                self._timeline.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
+                self._timeline.attempts = past.attempts | self._timeline.attempts
 
-    def _failed(self, event: events.GroupFailureEvent) -> None:
-        limit = -1 if event.limit is None else event.limit
-        left = f"failure {event.number} of {limit}" if limit >= 0 else "no limit is set"
-        then = "" if event.ends else f"; starting again ({left})"
-        self.say(f"{event.cause}, {event.where}: {event.message}{then}")
-        if event.excerpt and event.message not in self._explained:
-            self._explained.add(event.message)
-            self._print(event.excerpt)
-
-    def _resumed(self, event: events.ResumeEvent) -> None:
-        for item in event.rejected:
-            self.say(f"passed over {item.checkpoint}: {'; '.join(item.reasons)}")
-        for ref in event.passed_over:
-            self.say(f"passed over {ref}: the run failed to start from it twice")
-        self.say(f"resumed from {event.source}")
+    def _describe(self, event: events.Event) -> list[str]:
+        """Return the lines that an event is worth."""
+        match event:
+            case events.PhaseEvent():
+                return [] if self._display is not None else [_PHASES[event.name]]
+            case events.NoteEvent():
+                return [event.text]
+            case events.ActiveLaunchEvent():
+                return [f"launch {event.launch} is active on this run; exiting without changes"]
+            case events.DamagedModelEvent():
+                return [f"the finished model is damaged ({'; '.join(event.faults)}); writing it again"]
+            case events.GroupFailureEvent():
+                limit = -1 if event.limit is None else event.limit
+                count = f"failure {event.number} of {limit}" if limit >= 0 else "no limit is set"
+                then = "" if event.ends else f"; restarting ({count})"
+                return [f"{event.cause}, {event.where}: {event.message}{then}"]
+            case events.NoRoomEvent():
+                return ["the cluster has no room for the workers yet; waiting"]
+            case events.ResizeEvent():
+                return [f"continuing with {counted(event.now, 'worker')} instead of {event.before}"]
+            case events.SlowEvent():
+                slow = [f"rank {at.rank} ({at.host}) is {at.times} times as slow" for at in event.ranks]
+                return ["; ".join(slow) or "no rank is slow any more"]
+            case events.NonFiniteEvent():
+                return [f"{event.message} ({event.action})"]
+            case events.EarlyStopEvent():
+                return [f"stopping early at step {event.step}: {event.reason}"]
+            case events.StoppingEvent():
+                return ["asked to stop; saving a checkpoint first (press Ctrl-C again to quit immediately)"]
+            case events.ResumeEvent():
+                skipped = [f"skipped {item.checkpoint}: {'; '.join(item.reasons)}" for item in event.rejected]
+                skipped += [f"skipped {ref}: the run failed to start from it twice" for ref in event.passed_over]
+                return [*skipped, f"resumed from {event.source}"]
+            case events.StartEvent():
+                return ["workers are ready; starting with step 1"]
+        return []

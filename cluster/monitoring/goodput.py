@@ -1,22 +1,22 @@
-"""Where a run's time went: every second of wall time from its first launch to its end in exactly one category.
+"""Goodput: assigns every second of wall time, from a run's first launch to its end, to exactly one category.
 
-The time line is cut by what the journals tell, and by nothing else:
+The rules, which use nothing but the journals:
 
-- An attempt owns the time from its claim to the next attempt's. A zombie that goes on after that is not listened to;
-  a driver that takes over does not stop the one before until its own attempt claims, so both count once.
-- Within an attempt, up to the first step it restores (or, without a checkpoint, still starts). From then on it trains,
-  but for evaluations and for the gaps that its saves left between steps. Steps that some earlier attempt had made
-  already are done again; the first time they counted.
-- What follows the last step that is known to be done, up to the moment when somebody noticed the end, is detection. A
-  rank 0 that was killed takes up to five seconds of its journal along; the hub remembers its last step, and where the
-  hub was lost too these seconds count as detection, and the steps count when they are made for the second time.
-- Where nobody was there to notice (the driver is gone as well, or has ended on purpose), the time until the next launch
-  is waiting. So is the time for which the cluster had no room for the group.
-- Hosts' clocks differ. The cursor only moves forward: what would lie before it is cut off, so that no category is ever
-  negative and the sum is the wall time, whatever the clocks say.
+- An attempt owns the time from its claim to the next attempt's claim. What a superseded attempt does later is ignored.
+  A driver that takes over stops the previous one only when its own attempt claims, so each second counts once.
+- Within an attempt, the time up to the first step is restore (without a checkpoint: restart). Then it is training,
+  except for evaluations and for the gaps that saves left between steps. Steps that an earlier attempt had completed are
+  redo; they counted the first time.
+- The time from the last known step to the moment when the end was noticed is detection. A killed rank 0 loses up to
+  five seconds of its journal; the coordinator remembers its last step. If the coordinator was lost too, these seconds
+  are detection, and the steps count when they are repeated.
+- If the driver was gone too, or had ended on purpose, the time until the next launch is waiting. So is the time in
+  which the cluster had no room for the worker group.
+- Hosts' clocks differ. The cursor only moves forward, and what is before it is cut off, so no category is ever negative
+  and the sum is the wall time.
 
-The first launch counts from its beginning, before it has prepared the data; one that is stopped or lost counts to its
-last sign of life, so that a run's goodput does not sink while nobody wants it to run.
+The first launch counts from its beginning, before data preparation. A run that is stopped or lost counts until its last
+heartbeat or event, so that its goodput does not fall while it is meant to stand still.
 """
 
 from __future__ import annotations
@@ -36,51 +36,42 @@ from outlast.cluster.monitoring.timeline_records import AttemptTimeline
 
 
 class TimeCategory(Enum):
-    """What a second was spent on."""
+    """What a second was spent on: the name in files, and a description for users."""
 
-    TRAIN = "train"
-    EVALUATE = "evaluate"
-    SAVE = "save_stall"
-    DETECT = "detect"
-    RESTART = "restart"
-    RESTORE = "restore"
-    REDO = "redo"
-    WAIT = "wait"
+    TRAIN = "train", "steps that count"
+    EVALUATE = "evaluate", "evaluations"
+    SAVE = "save_stall", "training waited for a save, or for the finished model to be written"
+    DETECT = "detect", "from the last completed step until the failure was detected"
+    RESTART = "restart", "starting the launch, data, Ray, processes, imports and groups; the first start too"
+    RESTORE = "restore", "from the claim to the first step: loading model, data and checkpoint"
+    REDO = "redo", "steps repeated because the checkpoint was older"
+    WAIT = "wait", "no active launch, or the cluster had no room"
+
+    description: str
+
+    def __new__(cls, name: str, description: str) -> TimeCategory:
+        member = object.__new__(cls)
+        member._value_, member.description = name, description
+        return member
 
     @property
-    def words(self) -> str:
-        return self.value.replace("_", " ")
-
-    @property
-    def meaning(self) -> str:
-        return {
-            TimeCategory.TRAIN: "steps that count",
-            TimeCategory.EVALUATE: "evaluations",
-            TimeCategory.SAVE: "training waited for a save, or for the finished model to be written",
-            TimeCategory.DETECT: "from the last step done to the moment when the end was noticed",
-            TimeCategory.RESTART: "launch, data, Ray, processes, imports, groups; the first start too",
-            TimeCategory.RESTORE: "from the claim to the first step: model, data, checkpoint",
-            TimeCategory.REDO: "steps done again, because the checkpoint was older",
-            TimeCategory.WAIT: "nobody was at work on it, or the cluster had no room",
-        }[self]
+    def label(self) -> str:
+        name: str = self.value
+        return name.replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True)
 class TimeSpan:
-    """A stretch of time of one kind, in seconds since the epoch."""
+    """A span of time in one category, in seconds since the epoch."""
 
     begin: float
     end: float
-    kind: TimeCategory
+    category: TimeCategory
 
 
 @dataclass(frozen=True, slots=True)
 class GoodputReport:
-    """The whole account.
-
-    Attributes:
-        spans: One after the other, without gaps.
-    """
+    """A run's wall time as consecutive spans without gaps."""
 
     spans: tuple[TimeSpan, ...] = ()
 
@@ -90,199 +81,177 @@ class GoodputReport:
 
     @property
     def seconds(self) -> Mapping[TimeCategory, float]:
-        """What each kind took; all of them together are the wall time."""
-        found = dict.fromkeys(TimeCategory, 0.0)
+        """Seconds by category; their sum is the wall time."""
+        totals = dict.fromkeys(TimeCategory, 0.0)
         for span in self.spans:
-            found[span.kind] += span.end - span.begin
-        return found
+            totals[span.category] += span.end - span.begin
+        return totals
 
     @property
     def goodput(self) -> float | None:
-        """The share of wall time spent on steps that count; None while there is no time."""
+        """The share of wall time spent on steps that count; None if there is no time yet."""
         return self.seconds[TimeCategory.TRAIN] / self.wall_s if self.wall_s else None
 
 
 class _GoodputBuilder:
-    """Writes spans one after the other, and never backwards."""
+    """Appends spans at a cursor that never moves backwards."""
 
     def __init__(self, begin: float, end: float) -> None:
         self.cursor, self._end = begin, end
         self.spans: list[TimeSpan] = []
 
-    def put(self, until: float, kind: TimeCategory) -> None:
-        """All up to `until` is of this kind, as far as it is not written yet."""
+    def fill(self, until: float, category: TimeCategory) -> None:
+        """Assign the time from the cursor up to `until`."""
         until = min(until, self._end)
         if until <= self.cursor:
             return
-        if self.spans and self.spans[-1].kind is kind:
-            self.spans[-1] = TimeSpan(self.spans[-1].begin, until, kind)
+        if self.spans and self.spans[-1].category is category:
+            self.spans[-1] = TimeSpan(self.spans[-1].begin, until, category)
         else:
-            self.spans.append(TimeSpan(self.cursor, until, kind))
+            self.spans.append(TimeSpan(self.cursor, until, category))
         self.cursor = until
 
 
-def account_time(story: Timeline, now: float) -> GoodputReport:
-    """Where the time of a run went, up to `now` (seconds since the epoch) if it is at work.
+def account_time(timeline: Timeline, now: float) -> GoodputReport:
+    """Assign a run's time up to its end, or up to `now` (seconds since the epoch) if it is running.
 
-    A loop of one's own tells neither launches nor steps; then there is no account.
+    The report of a custom loop is empty, because such a loop records neither launches nor steps.
     """
-    begins = [at for launch in story.launches.values() if (at := launch.began_at) is not None]
-    begin = min([*begins, *(attempt.claimed_at for attempt in story.in_order)], default=None)
-    if begin is None or (story.newest_launch(now) is None and not any(item.steps for item in story.in_order)):
+    attempts, newest = timeline.claimed_attempts, timeline.newest_launch(now)
+    begins = [at for launch in timeline.launches.values() if (at := launch.began_at) is not None]
+    begin = min([*begins, *(attempt.claimed_at for attempt in attempts)], default=None)
+    if begin is None or (newest is None and not any(attempt.steps for attempt in attempts)):
         return GoodputReport()
-    book = _GoodputBuilder(begin, _end_of(story, now))
-    places, reached, ends, is_live = _LaunchIntervals(story, now), 0, story.ends, story.state(now).is_live
-    for attempt, following in story.in_pairs:
-        _idle(book, places, attempt.claimed_at)
-        limit, end = following.claimed_at if following else inf, ends[attempt.id]
-        _own(book, attempt, end, limit, reached, now if is_live else None)
-        reached = max(reached, attempt.last_step_by(limit))
-        (places.left.discard if end.has_successor else places.left.add)(attempt.launch)
-    _idle(book, places, inf)
-    return GoodputReport(tuple(book.spans))
-
-
-def _end_of(story: Timeline, now: float) -> float:
-    """When the run ended; now, if it is at work; else its last sign of life."""
-    launch = story.newest_launch(now)
-    if launch is not None and launch.has_ended:
-        return float(launch.alive["t"])
-    return now if launch is not None and launch.is_live(now) else story.heard_at(now)
+    if newest is not None and newest.has_ended:
+        run_end = float(newest.alive["t"])
+    else:
+        run_end = now if newest is not None and newest.is_live(now) else timeline.last_seen_at(now)
+    builder, intervals = _GoodputBuilder(begin, run_end), _LaunchIntervals(timeline, now)
+    last_step, ends, is_live = 0, timeline.ends, timeline.state(now).is_live
+    for attempt, successor in timeline.attempt_pairs:
+        _fill_unowned(builder, intervals, attempt.claimed_at)
+        limit, end = successor.claimed_at if successor else inf, ends[attempt.id]
+        _fill_owned(builder, attempt, end, limit, last_step, now if is_live else None)
+        last_step = max(last_step, attempt.last_step_by(limit))
+        (intervals.finished.discard if end.has_successor else intervals.finished.add)(attempt.launch)
+    _fill_unowned(builder, intervals, inf)
+    return GoodputReport(tuple(builder.spans))
 
 
 @dataclass(frozen=True, slots=True)
 class _LaunchInterval:
-    """A stretch of time in which a launch was there or, if `is_full`, had no room for its group."""
+    """An interval in which a launch was active or, if `no_room`, waited for cluster resources."""
 
     begin: float
     end: float
     launch: str
-    is_full: bool
+    no_room: bool
 
 
 class _LaunchIntervals:
-    """Those that reach into a stretch of time, asked for from the first stretch to the last: each is sorted in once.
+    """Finds the launches' intervals that overlap a query; queries must be in order of time.
 
     Attributes:
-        left: Launches that start no more groups, though they may take a while to end.
+        finished: Launches that start no more groups, though they may take a while to end.
     """
 
-    def __init__(self, story: Timeline, now: float) -> None:
-        found = sorted([*_open(story, now), *_full(story)], key=lambda place: place.begin)
-        self._ahead, self._here = deque(found), list[_LaunchInterval]()
-        self.left = set[str]()
+    def __init__(self, timeline: Timeline, now: float) -> None:
+        intervals = [*_active_intervals(timeline, now), *_no_room_intervals(timeline)]
+        self._ahead = deque(sorted(intervals, key=lambda item: item.begin))
+        self._overlapping: list[_LaunchInterval] = []
+        self.finished = set[str]()
 
-    def within(self, begin: float, end: float) -> list[_LaunchInterval]:
+    def overlapping(self, begin: float, end: float) -> list[_LaunchInterval]:
         while self._ahead and self._ahead[0].begin < end:
-            self._here.append(self._ahead.popleft())
-        self._here = [place for place in self._here if place.end > begin]
-        return [place for place in self._here if place.is_full or place.launch not in self.left]
+            self._overlapping.append(self._ahead.popleft())
+        self._overlapping = [item for item in self._overlapping if item.end > begin]
+        return [item for item in self._overlapping if item.no_room or item.launch not in self.finished]
 
 
-def _idle(book: _GoodputBuilder, places: _LaunchIntervals, until: float) -> None:
-    """Time up to `until` in which no attempt owns the run: somebody starts it, or nobody does."""
-    found = places.within(book.cursor, until)
-    cuts = sorted({at for place in found for at in (place.begin, place.end) if book.cursor < at < until})
-    for at in [*cuts, until]:
-        middle = book.cursor
-        kinds = {place.is_full for place in found if place.begin <= middle < place.end}
-        book.put(at, TimeCategory.RESTART if kinds == {False} else TimeCategory.WAIT)
-
-
-def _open(story: Timeline, now: float) -> Iterator[_LaunchInterval]:
-    """From when to when each launch was there."""
-    for launch in story.launches.values():
+def _active_intervals(timeline: Timeline, now: float) -> Iterator[_LaunchInterval]:
+    for launch in timeline.launches.values():
         if launch.began_at is not None and launch.alive:
             end = inf if launch.is_live(now) else float(launch.alive["t"])
-            yield _LaunchInterval(launch.began_at, end, launch.id, is_full=False)
+            yield _LaunchInterval(launch.began_at, end, launch.id, no_room=False)
 
 
-def _full(story: Timeline) -> Iterator[_LaunchInterval]:
-    """Until when there was no room for a group: its workers began to be, or at the latest it claimed."""
+def _no_room_intervals(timeline: Timeline) -> Iterator[_LaunchInterval]:
+    """Yield the waits for resources: each ends when the next group's actors start, at the latest when it claims."""
     attempts: dict[str, list[AttemptTimeline]] = {}
-    for item in story.in_order:
+    for item in timeline.claimed_attempts:
         attempts.setdefault(item.launch, []).append(item)
-    for launch in story.launches.values():
-        mine = attempts.get(launch.id, [])
-        latest = list(accumulate((item.claimed_at for item in mine), max))
+    for launch in timeline.launches.values():
+        own = attempts.get(launch.id, [])
+        latest_claims = list(accumulate((item.claimed_at for item in own), max))
         for since in launch.no_room:
-            index = bisect_right(latest, since)
-            end = mine[index].marks.get("actor", mine[index].claimed_at) if index < len(mine) else inf
-            yield _LaunchInterval(since, max(since, end), launch.id, is_full=True)
+            index = bisect_right(latest_claims, since)
+            end = own[index].startup_timings.get("actor", own[index].claimed_at) if index < len(own) else inf
+            yield _LaunchInterval(since, max(since, end), launch.id, no_room=True)
 
 
-def _own(
-    book: _GoodputBuilder, attempt: AttemptTimeline, end: AttemptEnd, limit: float, reached: int, now: float | None
+def _fill_unowned(builder: _GoodputBuilder, intervals: _LaunchIntervals, until: float) -> None:
+    """Assign time that no attempt owns: restart while a launch is active and has room, else wait."""
+    found = intervals.overlapping(builder.cursor, until)
+    cuts = sorted({at for item in found for at in (item.begin, item.end) if builder.cursor < at < until})
+    for at in [*cuts, until]:
+        no_room = {item.no_room for item in found if item.begin <= builder.cursor < item.end}
+        builder.fill(at, TimeCategory.RESTART if no_room == {False} else TimeCategory.WAIT)
+
+
+def _fill_owned(
+    builder: _GoodputBuilder, attempt: AttemptTimeline, end: AttemptEnd, limit: float, reached: int, now: float | None
 ) -> None:
-    """An attempt's own time, up to `limit`.
+    """Assign the time that an attempt owns, up to its successor's claim at `limit`.
 
-    Args:
-        book: Where to write.
-        attempt: The attempt.
-        end: How it ended.
-        limit: When the next one claimed.
-        reached: The last step that an earlier one had made.
-        now: Seconds since the epoch; None if the run is not at work.
+    Earlier attempts completed the steps up to `reached`. `now` is None unless the run is running.
     """
     steps = attempt.steps
-    resumes = isinstance(attempt.start, ResumeEvent)
-    starting = TimeCategory.RESTORE if resumes else TimeCategory.RESTART
-    redone = _redone_until(attempt, reached)
+    starting = TimeCategory.RESTORE if isinstance(attempt.start, ResumeEvent) else TimeCategory.RESTART
+    redo_end = _redo_end(attempt, reached)
 
     def fill(until: float) -> None:
         until = min(until, limit)
         if steps:
-            book.put(min(until, steps.began_at(0)), starting)
-            book.put(min(until, redone), TimeCategory.REDO)
-            book.put(until, TimeCategory.TRAIN)
+            builder.fill(min(until, steps.began_at(0)), starting)
+            builder.fill(min(until, redo_end), TimeCategory.REDO)
+            builder.fill(until, TimeCategory.TRAIN)
         else:
-            book.put(until, starting)
+            builder.fill(until, starting)
 
-    for begin, until, kind in _pauses(attempt):
+    pauses = [(item.began_at, item.ended_at, TimeCategory.EVALUATE) for item in attempt.evaluations]
+    for begin, until, category in sorted([*pauses, *_save_pauses(attempt)], key=lambda pause: pause[0]):
         fill(begin)
-        book.put(min(until, limit), kind)
-    known = attempt.last_step_at
-    fill(attempt.heard_at if known is None else known)
+        builder.fill(min(until, limit), category)
+    last_step_at = attempt.last_step_at
+    fill(attempt.last_seen_at if last_step_at is None else last_step_at)
     if attempt.final is not None:
-        book.put(min(attempt.final.t, limit), TimeCategory.SAVE if steps else starting)
+        builder.fill(min(attempt.final.t, limit), TimeCategory.SAVE if steps else starting)
     elif end.at is not None:
-        book.put(min(end.at, limit), TimeCategory.DETECT)
+        builder.fill(min(end.at, limit), TimeCategory.DETECT)
     elif end.is_planned and end.has_successor and (save := attempt.saves.get(attempt.last_step)):
-        book.put(min(save.committed_at or 0.0, limit), TimeCategory.SAVE)
+        builder.fill(min(save.committed_at or 0.0, limit), TimeCategory.SAVE)
     elif not end.is_over and now is not None:
         fill(now)
 
 
-def _redone_until(attempt: AttemptTimeline, reached: int) -> float:
-    """Until when an attempt makes steps that an earlier one had made."""
+def _redo_end(attempt: AttemptTimeline, reached: int) -> float:
+    """Return when an attempt had repeated all steps of earlier ones; 0 if it repeated none."""
     steps = attempt.steps
-    if not steps or steps.number[0] > reached:
+    if not steps or steps.step[0] > reached:
         return 0.0
-    index = steps.find(reached)
+    index = steps.index_of(reached)
     return inf if index is None else steps.ended_at[index]
 
 
-def _pauses(attempt: AttemptTimeline) -> list[tuple[float, float, TimeCategory]]:
-    """Evaluations, and the gaps after steps that were saved, in order."""
-    return sorted([*_evaluations(attempt), *_saves(attempt)], key=lambda pause: pause[0])
-
-
-def _evaluations(attempt: AttemptTimeline) -> Iterator[tuple[float, float, TimeCategory]]:
-    for found in attempt.evaluations:
-        yield found.began_at, found.ended_at, TimeCategory.EVALUATE
-
-
-def _saves(attempt: AttemptTimeline) -> Iterator[tuple[float, float, TimeCategory]]:
+def _save_pauses(attempt: AttemptTimeline) -> Iterator[tuple[float, float, TimeCategory]]:
+    """Yield the gaps after saved steps, and the parts of the next steps that waited for a copy."""
     steps = attempt.steps
-    evaluated = {found.step: found.ended_at for found in attempt.evaluations}
+    evaluated = {item.step: item.ended_at for item in attempt.evaluations}
     for save in attempt.saves.values():
-        index = steps.find(save.step)
-        if index is None:
-            continue
+        index = steps.index_of(save.step)
+        if index is None or index + 1 == len(steps):
+            continue  # after the last step, the end of the attempt decides
         begin = max(steps.ended_at[index], evaluated.get(save.step, 0.0))
-        if index + 1 == len(steps):
-            continue  # nothing follows: it is told by what ends the attempt
-        following = steps.began_at(index + 1)
-        yield begin, max(begin, following), TimeCategory.SAVE
+        yield begin, max(begin, steps.began_at(index + 1)), TimeCategory.SAVE
         if save.fenced_s:
             yield steps.ended_at[index + 1] - save.fenced_s, steps.ended_at[index + 1], TimeCategory.SAVE

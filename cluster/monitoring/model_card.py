@@ -66,8 +66,8 @@ class _CardBuilder:
         with suppress(FileNotFoundError, ValueError):
             place = f"{found.store.launch_dir(found.manifest.launch)}/{RECORD}"
             self._record = json.loads(read_bytes(found.store.storage, place))
-        story = TimelineReader(found.store).look()
-        self._ends_before = Counter(end.cause for item, end in story.ends.items() if item < attempt)
+        timeline = TimelineReader(found.store).update()
+        self._ends_before = Counter(end.cause for item, end in timeline.ends.items() if item < attempt)
 
     @property
     def _task(self) -> str:

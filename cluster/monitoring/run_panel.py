@@ -1,26 +1,25 @@
-"""The live panel: a run at a glance in a few lines, from 40 columns on. Pure; one renderer for all who show it.
+"""The live panel: a run in a few lines of text, from 40 columns on. Pure; every command renders it here.
 
-No line is padded or framed, so that a terminal that is made narrower has nothing to wrap. Colour says nothing that the
-words do not say too.
+Lines are neither padded nor framed, so a terminal that is made narrower has nothing to wrap. Colours carry no
+information that the words lack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from rich.text import Text
 
-from outlast.cluster.formatting import clock, duration, share, short, size
+from outlast.cluster.formatting import clock, counted, duration, share, short, size
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
 from outlast.cluster.monitoring.run_summary import Interruption, RunSummary
 from outlast.cluster.monitoring.timeline import State
 
-#: Wider than this nothing gets.
-MOST = 100
-_LABEL = 9
-#: What took a smaller share of the time is in the bar, but not in the words.
-_LITTLE = 0.005
+MAX_WIDTH = 100
+_LABEL_WIDTH = 9
+#: The bar shows every category; the words leave out those with a smaller share.
+_MIN_SHARE = 0.005
 _SPARKS = "▁▂▃▄▅▆▇█"
 _COLOURS = {
     TimeCategory.TRAIN: "green",
@@ -35,163 +34,142 @@ _COLOURS = {
 _STATES = {State.DONE: "bold green", State.FAILED: "bold red", State.LOST: "bold red", State.STOPPED: "bold yellow"}
 
 
-def panel(seen: RunSummary, width: int, *, num_interruptions: int = 3) -> list[Text]:
-    """The panel's lines, none wider than `width`.
-
-    Args:
-        seen: The run.
-        width: Columns.
-        num_interruptions: How many of the newest are shown.
-    """
-    width = min(width, MOST)
-    lines = [_head(seen, width), *_bar(seen, width), *_loss(seen, width)]
-    lines += _labelled("speed", _speed(seen), width)
-    lines += _labelled("saved", _saved(seen), width)
-    lines += _goodput(seen.ledger, width)
-    lines += _interrupted(seen, width, num_interruptions)
-    for slow in seen.slow:
+def panel(summary: RunSummary, width: int, *, num_interruptions: int = 3) -> list[Text]:
+    """Render a run in lines of at most `width` columns, with the newest interruptions."""
+    width = min(width, MAX_WIDTH)
+    lines = [_head(summary, width), *_progress(summary, width), *_loss(summary, width)]
+    lines += _labelled("speed", list(map(Text, _speed(summary))), width)
+    lines += _labelled("saved", _saved(summary), width)
+    lines += _goodput(summary.goodput, width)
+    if summary.interruptions:
+        lost, count = summary.num_lost_steps, len(summary.interruptions)
+        text = f"{lost:,} step{'' if lost == 1 else 's'}, in {counted(count, 'interruption')}"
+        lines += _labelled("lost", [Text(text)], width)
+        shown = summary.interruptions[-num_interruptions:] if num_interruptions else ()
+        lines += [_cut(_line("").append_text(_interruption(item, summary.now)), width) for item in shown]
+    for slow in summary.slow:
         text = f"rank {slow.rank} on {slow.host}, {slow.times} times as slow as the others"
         lines += _labelled("slow", [Text(text, "yellow")], width)
     return lines
 
 
-def plain(seen: RunSummary) -> str:
-    """The same in one line, where there is no terminal."""
-    parts = [f"step {seen.step}/{seen.num_steps or '?'}"]
-    if seen.loss is not None:
-        parts.append(f"loss {seen.loss:.3f}")
-    parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in _main_score(seen)]
-    if seen.lr is not None:
-        parts.append(f"lr {seen.lr:.3g}")
-    if rate := _rate(seen):
-        parts.append(rate)
-    if seen.left_s:
-        parts.append(f"{duration(seen.left_s)} left")
+def plain_line(summary: RunSummary) -> str:
+    """Render a run in one line of plain text, for output that is not a terminal."""
+    parts = [f"step {summary.step}/{summary.num_steps or '?'}"]
+    if summary.loss is not None:
+        parts.append(f"loss {summary.loss:.3f}")
+    parts += [*_score_and_lr(summary), *_rate(summary)]
+    if summary.left_s:
+        parts.append(f"{duration(summary.left_s)} left")
     return "  ".join(parts)
 
 
-# -- the lines ---------------------------------------------------------------------------------------------------------
+# -- lines -------------------------------------------------------------------------------------------------------------
 
 
-def _head(seen: RunSummary, width: int) -> Text:
+def _head(summary: RunSummary, width: int) -> Text:
     line = Text()
-    line.append(f"{seen.run}  ", "bold")
-    line.append(seen.doing, _STATES.get(seen.state, "bold"))
-    parts = [f"attempt {seen.attempt}"] if seen.attempt is not None else []
-    if seen.world_size:
-        parts.append(f"{seen.world_size} worker{'s' if seen.world_size > 1 else ''}")
-    if seen.ledger.wall_s:
-        parts.append(f"{duration(seen.ledger.wall_s)} in all")
+    line.append(f"{summary.run}  ", "bold")
+    line.append(summary.activity, _STATES.get(summary.state, "bold"))
+    parts = [f"attempt {summary.attempt}"] if summary.attempt is not None else []
+    if summary.world_size:
+        parts.append(counted(summary.world_size, "worker"))
+    if summary.goodput.wall_s:
+        parts.append(f"{duration(summary.goodput.wall_s)} total")
     for part in parts:
         if line.cell_len + 2 + len(part) <= width:
             line.append(f", {part}")
     return _cut(line, width)
 
 
-def _bar(seen: RunSummary, width: int) -> list[Text]:
-    if not seen.num_steps:
+def _progress(summary: RunSummary, width: int) -> list[Text]:
+    if not summary.num_steps:
         return []
-    done = min(1.0, seen.step / seen.num_steps)
-    words = [f"{seen.step:,}/{seen.num_steps:,} {share(done)}"]
-    if seen.left_s:
-        words.append(f"{duration(seen.left_s)} left")
-    room = min(40, width - _LABEL - len(", ".join(words)) - 2)
+    done = min(1.0, summary.step / summary.num_steps)
+    parts = [f"{summary.step:,}/{summary.num_steps:,} {share(done)}"]
+    if summary.left_s:
+        parts.append(f"{duration(summary.left_s)} left")
+    room = min(40, width - _LABEL_WIDTH - len(", ".join(parts)) - 2)
     if room < 8:
-        return _labelled("step", [Text(word) for word in words], width)
-    line, full = _begun("step"), round(done * room)
+        return _labelled("step", [Text(part) for part in parts], width)
+    line, full = _line("step"), round(done * room)
     line.append("━" * full, "green")
-    line.append("─" * (room - full), "bright_black")  # lighter also where there are no colours
-    line.append("  " + ", ".join(words))
+    line.append("─" * (room - full), "bright_black")  # a lighter glyph too, for terminals without colours
+    line.append("  " + ", ".join(parts))
     return [_cut(line, width)]
 
 
-def _loss(seen: RunSummary, width: int) -> list[Text]:
-    if seen.loss is None:
+def _loss(summary: RunSummary, width: int) -> list[Text]:
+    if summary.loss is None:
         return []
-    parts = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in _main_score(seen)]
-    if seen.lr is not None:
-        parts.append(f"lr {seen.lr:.3g}")
-    number = f"{seen.loss:.3f}"
-    room = min(32, width - _LABEL - len("  ".join([number, *parts])) - 2)
+    parts, number = _score_and_lr(summary), f"{summary.loss:.3f}"
+    room = min(32, width - _LABEL_WIDTH - len("  ".join([number, *parts])) - 2)
     if room < 8:
         return _labelled("loss", [Text(number, "bold"), *map(Text, parts)], width)
-    line = _begun("loss")
+    line = _line("loss")
     line.append(number, "bold")
-    if len(seen.losses) > 1:
-        line.append("  " + sparkline(seen.losses, room), "green")
+    if len(summary.losses) > 1:
+        line.append("  " + sparkline(summary.losses, room), "green")
     line.append("".join(f"  {part}" for part in parts))
     return [_cut(line, width)]
 
 
-def _main_score(seen: RunSummary) -> Iterable[tuple[str, float]]:
-    return [("eval_loss", seen.scores["eval_loss"])] if "eval_loss" in seen.scores else []
+def _score_and_lr(summary: RunSummary) -> list[str]:
+    parts = [f"eval loss {summary.scores['eval_loss']:.3f}"] if "eval_loss" in summary.scores else []
+    return parts if summary.lr is None else [*parts, f"lr {summary.lr:.3g}"]
 
 
-def _rate(seen: RunSummary) -> str:
-    if seen.tokens_per_s:
-        return f"{short(seen.tokens_per_s)} tokens/s"
-    return f"{short(seen.samples_per_s)} samples/s" if seen.samples_per_s else ""
+def _rate(summary: RunSummary) -> list[str]:
+    rates = ((summary.tokens_per_s, "tokens/s"), (summary.samples_per_s, "samples/s"))
+    return [f"{short(rate)} {unit}" for rate, unit in rates if rate][:1]
 
 
-def _speed(seen: RunSummary) -> list[Text]:
-    parts = [Text(_rate(seen))] if _rate(seen) else []
-    if seen.seconds_per_step:
-        parts.append(Text(f"{duration(seen.seconds_per_step)} a step"))
-    return parts
+def _speed(summary: RunSummary) -> list[str]:
+    parts = _rate(summary)
+    return [*parts, f"{duration(summary.seconds_per_step)}/step"] if summary.seconds_per_step else parts
 
 
-def _saved(seen: RunSummary) -> list[Text]:
+def _saved(summary: RunSummary) -> list[Text]:
     parts = []
-    if newest := seen.newest:
+    if newest := summary.newest:
         text = f"step {newest.step:,}"
         if newest.committed_at:
-            text += f", {duration(max(0.0, seen.now - newest.committed_at))} ago"
+            text += f", {duration(max(0.0, summary.now - newest.committed_at))} ago"
         parts.append(Text(text))
         if newest.num_bytes:
             parts.append(Text(size(newest.num_bytes)))
         if newest.verified_at:
-            parts.append(Text(f"read back whole {clock(newest.verified_at, seen.now)}", "green"))
+            parts.append(Text(f"verified {clock(newest.verified_at, summary.now)}", "green"))
         else:
-            parts.append(Text("not read back yet", "dim"))
-    elif seen.state.is_live:
+            parts.append(Text("not verified yet", "dim"))
+    elif summary.state.is_live:
         parts.append(Text("nothing yet", "dim"))
-    if seen.save and seen.save.commit_s is not None and seen.save.blocked_s is not None:
-        parts.append(Text(f"takes {duration(seen.save.commit_s)}"))
-        parts.append(Text(f"stall {duration(seen.save.blocked_s)}"))
+    if summary.save and summary.save.commit_s is not None and summary.save.blocked_s is not None:
+        parts.append(Text(f"takes {duration(summary.save.commit_s)}"))
+        parts.append(Text(f"stall {duration(summary.save.blocked_s)}"))
     return parts
 
 
-def _goodput(ledger: GoodputReport, width: int) -> list[Text]:
-    if ledger.goodput is None:
+def _goodput(report: GoodputReport, width: int) -> list[Text]:
+    if report.goodput is None:
         return []
-    line = _begun("goodput")
-    line.append(share(ledger.goodput), "bold")
+    line = _line("goodput")
+    line.append(share(report.goodput), "bold")
     room = min(40, width - line.cell_len - 2)
-    parts = [(kind, seconds) for kind, seconds in ledger.seconds.items() if seconds > 0]
+    parts = [(category, seconds) for category, seconds in report.seconds.items() if seconds > 0]
     if room >= 16:
         line.append("  ")
-        for kind, columns in zip((kind for kind, _ in parts), _apportion([s for _, s in parts], room), strict=True):
-            line.append(("█" if kind is TimeCategory.TRAIN else "▒") * columns, _COLOURS[kind])
+        for (category, _), columns in zip(parts, _apportion([s for _, s in parts], room), strict=True):
+            line.append(("█" if category is TimeCategory.TRAIN else "▒") * columns, _COLOURS[category])
     words = [
-        Text(f"{kind.words} {duration(seconds)}", _COLOURS[kind])
-        for kind, seconds in sorted(parts, key=lambda part: -part[1])
-        if seconds >= _LITTLE * ledger.wall_s
+        Text(f"{category.label} {duration(seconds)}", _COLOURS[category])
+        for category, seconds in sorted(parts, key=lambda part: -part[1])
+        if seconds >= _MIN_SHARE * report.wall_s
     ]
     return [_cut(line, width), *_labelled("", words, width)]
 
 
-def _interrupted(seen: RunSummary, width: int, number: int) -> list[Text]:
-    if not seen.interruptions:
-        return []
-    count = len(seen.interruptions)
-    words = f"{seen.num_lost:,} step{'' if seen.num_lost == 1 else 's'}, in {count} interruption{'s'[: count - 1]}"
-    lines = _labelled("lost", [Text(words)], width)
-    for item in seen.interruptions[-number:] if number else ():
-        lines.append(_cut(_begun("").append_text(_told(item, seen.now)), width))
-    return lines
-
-
-def _told(item: Interruption, now: float) -> Text:
+def _interruption(item: Interruption, now: float) -> Text:
     line = Text()
     line.append(f"{clock(item.at, now)}  ", "dim")
     line.append(item.cause, "yellow")
@@ -205,28 +183,27 @@ def _told(item: Interruption, now: float) -> Text:
     return line
 
 
-# -- how they are laid out ---------------------------------------------------------------------------------------------
+# -- layout ------------------------------------------------------------------------------------------------------------
 
 
 def _labelled(label: str, parts: Sequence[Text], width: int) -> list[Text]:
-    """The parts behind a label, separated by commas, in as many lines as they need."""
+    """Put parts behind a label, separated by commas, in as many lines as they need."""
     lines: list[Text] = []
     for part in parts:
-        part = _cut(part, max(8, width - _LABEL - 1))
+        part = _cut(part, max(8, width - _LABEL_WIDTH - 1))
         if lines and lines[-1].cell_len + 2 + part.cell_len < width:
             lines[-1].append(", ")
         else:
             if lines:
                 lines[-1].append(",")
-            lines.append(_begun("" if lines else label))
+            lines.append(_line("" if lines else label))
         lines[-1].append_text(part)
     return [_cut(line, width) for line in lines]
 
 
-def _begun(label: str) -> Text:
-    """A line with its label."""
+def _line(label: str) -> Text:
     line = Text()
-    line.append(f"{label:{_LABEL}}", "dim")
+    line.append(f"{label:{_LABEL_WIDTH}}", "dim")
     return line
 
 
@@ -236,7 +213,7 @@ def _cut(line: Text, width: int) -> Text:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The values as so many bars, each the mean of its part; few values make few bars."""
+    """Draw values as at most `width` bars, each the mean of its part."""
     width = min(width, len(values))
     bounds = [round(index * len(values) / width) for index in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(bounds)]
@@ -246,7 +223,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def _apportion(parts: Sequence[float], room: int) -> list[int]:
-    """Whole columns for each part, `room` in all; what is little still gets one, as long as there is room."""
+    """Divide `room` columns in proportion to the parts, with at least one for each."""
     total = sum(parts)
     columns = [max(1, round(part / total * room)) for part in parts]
     while sum(columns) != room:

@@ -1,10 +1,11 @@
-"""A run at a glance: what `status`, the live panel and the report show of a story. Pure."""
+"""A run's summary at one moment: the values that `status`, the live panel and the report show. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isnan
+from typing import Any
 
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.run_store.events import SlowRank
@@ -12,215 +13,164 @@ from outlast.cluster.monitoring.goodput import GoodputReport, account_time
 from outlast.cluster.monitoring.timeline import State, Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, SaveRecord, StepSeries
 
-#: Speed and the time left are those of the last steps.
-WINDOW = 64
-#: A sparkline has no use for more.
+#: Speed and time left are computed from so many of the newest steps.
+SPEED_WINDOW = 64
+#: More points than a sparkline can show.
 NUM_LOSSES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class NewestCheckpoint:
-    """The newest checkpoint.
+    """The newest checkpoint."""
 
-    Attributes:
-        step: Its step.
-        committed_at: When it was committed; None where only its number is known.
-        num_bytes: Its size.
-        verified_at: When every byte of it was last read and found whole, by an attempt that resumed from it.
-    """
-
-    step: int
-    committed_at: float | None
-    num_bytes: int
-    verified_at: float | None
+    step: int  #: its step
+    committed_at: float | None  #: None if only the step is known
+    num_bytes: int  #: its size; 0 if unknown
+    verified_at: float | None  #: when an attempt that resumed from it last read every byte and found it intact
 
 
 @dataclass(frozen=True, slots=True)
 class Interruption:
-    """An end of a worker group after which the run went on, or did not.
+    """An end of a worker group before the run was done."""
 
-    Attributes:
-        at: When it was noticed, or when the group was last heard of.
-        attempt: Which one ended.
-        cause: In a word or three.
-        rank: Which rank it was, where that is known.
-        message: What was said of it.
-        resumed_from: The step that the next attempt began from; None while there is none.
-    """
-
-    at: float
-    attempt: str
-    cause: str
-    rank: int | None
-    message: str
-    resumed_from: int | None
+    at: float  #: when it was noticed, else the time of the group's newest event
+    attempt: str  #: the attempt that ended
+    cause: str  #: a few words
+    rank: int | None  #: the rank that failed, if known
+    message: str  #: the error
+    resumed_from: int | None  #: the step from which the next attempt started; None until it has
 
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """One run at one moment. Times are in seconds since the epoch.
-
-    Attributes:
-        run: Its name.
-        now: The moment.
-        state: What it is doing.
-        doing: The same in words, where the driver knows more.
-        heard_at: When its newest launch or any attempt last showed a sign of life; 0 if none ever did.
-        attempt: The number of the current attempt.
-        num_attempts: How many there were.
-        world_size: Workers at work.
-        step: Steps done.
-        num_steps: Steps that it will have.
-        loss: The newest.
-        losses: The newest ones, oldest first.
-        lr: The learning rate.
-        scores: Of the newest evaluation.
-        tokens_per_s: Of the last steps; None where nobody knows, as are the next two.
-        samples_per_s: Of the last steps.
-        seconds_per_step: Of the last steps, with all that lies between them.
-        left_s: Seconds until the last step, at that pace.
-        newest: The newest checkpoint.
-        save: The newest save whose costs are known.
-        interruptions: Oldest first.
-        num_lost: Steps that were made and lost.
-        slow: Slow ranks: rank, host, how many times as slow.
-        ledger: Where the time went.
-    """
+    """One run at one moment. Times are in seconds since the epoch; None means unknown."""
 
     run: str
     now: float
     state: State
-    doing: str
-    heard_at: float
-    attempt: int | None
+    activity: str  #: the state in words, with what only the driver knows
+    last_seen_at: float  #: the time of the newest heartbeat or event; 0 if there is none
+    attempt: int | None  #: the number of the current attempt
     num_attempts: int
     world_size: int | None
-    step: int
-    num_steps: int | None
-    loss: float | None
-    losses: tuple[float, ...]
+    step: int  #: completed steps
+    num_steps: int | None  #: planned steps
+    loss: float | None  #: the newest finite loss
+    losses: tuple[float, ...]  #: the newest finite losses by step, each from the newest attempt that made the step
     lr: float | None
-    scores: Mapping[str, float]
+    scores: Mapping[str, float]  #: scores of the newest evaluation
     tokens_per_s: float | None
     samples_per_s: float | None
+    #: Wall time per step over the newest steps, pauses included; the rates are based on it.
     seconds_per_step: float | None
-    left_s: float | None
+    left_s: float | None  #: seconds until the last step at that speed
     newest: NewestCheckpoint | None
-    save: SaveRecord | None
-    interruptions: tuple[Interruption, ...]
-    num_lost: int
+    save: SaveRecord | None  #: the newest save whose duration is known
+    interruptions: tuple[Interruption, ...]  #: oldest first
+    num_lost_steps: int  #: completed steps that were lost
     slow: tuple[SlowRank, ...]
-    ledger: GoodputReport
+    goodput: GoodputReport
+
+    def as_values(self) -> dict[str, Any]:
+        """Return the values that `status --json` and the report share."""
+        names = ("run", "step", "num_steps", "world_size", "loss", "lr", "tokens_per_s", "samples_per_s")
+        values = {name: getattr(self, name) for name in (*names, "seconds_per_step", "left_s")}
+        return {**values, "state": self.state.value, "scores": dict(self.scores), "goodput": self.goodput.goodput}
 
 
-def summarize(story: Timeline, now: float, doing: str = "") -> RunSummary:
-    """What a person wants to know of a run at the moment `now` (seconds since the epoch).
-
-    Args:
-        story: The run.
-        now: The moment.
-        doing: What the driver is at, where it knows more than the journals.
-    """
-    current, attempts, state = story.current, story.in_order, story.state(now)
-    is_restarting = state is State.RUNNING and current is not None and _is_between(story, current, now)
+def summarize(timeline: Timeline, now: float, activity: str = "") -> RunSummary:
+    """Summarize a run at the moment `now` (seconds since the epoch); `activity` replaces the state's words."""
+    current, attempts, state = timeline.current, timeline.claimed_attempts, timeline.state(now)
+    is_restarting = state is State.RUNNING and current is not None and _is_restarting(timeline, current, now)
     steps = current.steps if current else StepSeries()
     seconds = _seconds_per_step(steps)
     plan = current.plan if current else None
-    num_steps = plan.num_steps if plan else None
+    num_steps, batch = (plan.num_steps, plan.batch) if plan else (None, None)
     step = current.last_step if current else 0
-    tokens, batch = _tokens_per_step(steps), plan.batch if plan else None
-    scores = next((found.scores for item in reversed(attempts) for found in reversed(item.evaluations)), {})
+    tokens = sum(steps.tokens[-SPEED_WINDOW:]) / min(SPEED_WINDOW, len(steps)) if steps else None
+    evaluations = (record for item in reversed(attempts) for record in reversed(item.evaluations))
     saves = (save for item in reversed(attempts) for save in reversed(item.saves.values()))
     return RunSummary(
-        run=story.run,
+        run=timeline.run,
         now=now,
         state=state,
-        doing=doing or ("restarting" if is_restarting else state.value),
-        heard_at=story.heard_at(now),
+        activity=activity or ("restarting" if is_restarting else state.value),
+        last_seen_at=timeline.last_seen_at(now),
         attempt=current.id.number if current else None,
-        num_attempts=len(story.attempts),
+        num_attempts=len(timeline.attempts),
         world_size=current.world_size if current else None,
         step=step,
         num_steps=num_steps,
-        loss=story.loss,
-        losses=_newest_losses(story),
+        loss=timeline.loss,
+        losses=_newest_losses(timeline),
         lr=steps.lr[-1] if steps and not isnan(steps.lr[-1]) else None,
-        scores=scores,
+        scores=next((record.scores for record in evaluations), {}),
         tokens_per_s=tokens / seconds if tokens and seconds else None,
         samples_per_s=batch / seconds if batch and seconds else None,
         seconds_per_step=seconds,
         left_s=(num_steps - step) * seconds if num_steps and seconds and state.is_live and not is_restarting else None,
-        newest=newest_checkpoint(story),
+        newest=newest_checkpoint(timeline),
         save=next((save for save in saves if save.blocked_s is not None), None),
-        interruptions=tuple(interruptions(story)),
-        num_lost=story.num_lost,
+        interruptions=tuple(interruptions(timeline)),
+        num_lost_steps=timeline.num_lost_steps,
         slow=tuple(current.slow if current and state.is_live else ()),
-        ledger=account_time(story, now),
+        goodput=account_time(timeline, now),
     )
 
 
-def _is_between(story: Timeline, current: AttemptTimeline, now: float) -> bool:
-    """Whether a run's newest group is gone, and the next one is on its way: of the same launch, or of the next."""
-    launch = story.newest_launch(now)
-    return story.ends[current.id].has_successor or (launch is not None and current.launch != launch.id)
+def _is_restarting(timeline: Timeline, current: AttemptTimeline, now: float) -> bool:
+    """Whether the newest group is gone, and the same launch or a newer one is starting the next."""
+    launch = timeline.newest_launch(now)
+    return timeline.ends[current.id].has_successor or (launch is not None and current.launch != launch.id)
 
 
 def _seconds_per_step(steps: StepSeries) -> float | None:
-    """Of the last steps, from end to end."""
-    number = min(WINDOW, len(steps) - 1)
-    if number < 1:
+    count = min(SPEED_WINDOW, len(steps) - 1)
+    if count < 1:
         return None
-    return max(0.0, steps.ended_at[-1] - steps.ended_at[-1 - number]) / number or None
+    return max(0.0, steps.ended_at[-1] - steps.ended_at[-1 - count]) / count or None
 
 
-def _tokens_per_step(steps: StepSeries) -> float | None:
-    tokens = steps.tokens[-WINDOW:]
-    return sum(tokens) / len(tokens) if tokens else None
+def _newest_losses(timeline: Timeline) -> tuple[float, ...]:
+    losses: dict[int, float] = {}
+    for attempt in timeline.claimed_attempts[-8:]:
+        losses |= dict(zip(attempt.steps.step[-NUM_LOSSES:], attempt.steps.loss[-NUM_LOSSES:], strict=True))
+    return tuple(losses[step] for step in sorted(losses)[-NUM_LOSSES:] if not isnan(losses[step]))
 
 
-def _newest_losses(story: Timeline) -> tuple[float, ...]:
-    """By step, each as it was made last."""
-    found: dict[int, float] = {}
-    for attempt in story.in_order[-8:]:
-        steps = attempt.steps
-        found |= dict(zip(steps.number[-NUM_LOSSES:], steps.loss[-NUM_LOSSES:], strict=True))
-    return tuple(found[step] for step in sorted(found)[-NUM_LOSSES:] if not isnan(found[step]))
+def verified_checkpoints(timeline: Timeline) -> dict[CheckpointRef, float]:
+    """Return the checkpoints from which attempts resumed, after reading every byte, and when."""
+    attempts = timeline.claimed_attempts
+    return {item.resume_point: item.start.t for item in attempts if item.resume_point is not None and item.start}
 
 
-def verified(story: Timeline) -> dict[CheckpointRef, float]:
-    """Checkpoints of which every byte was read and found whole, and when: attempts resumed from them."""
-    found: dict[CheckpointRef, float] = {}
-    for attempt in story.in_order:
-        if attempt.base is not None and attempt.start is not None:
-            found[attempt.base] = attempt.start.t
-    return found
-
-
-def newest_checkpoint(story: Timeline) -> NewestCheckpoint | None:
-    """The newest commit of the newest attempt that has any or, if one resumed since then, what it stands on."""
-    for attempt in reversed(story.in_order):
+def newest_checkpoint(timeline: Timeline) -> NewestCheckpoint | None:
+    """Return the newest commit of the newest attempt that has one, or the resume point of a newer attempt."""
+    for attempt in reversed(timeline.claimed_attempts):
         committed = [save.step for save in attempt.saves.values() if save.committed_at is not None]
-        ref = CheckpointRef(max(committed), attempt.id) if committed else attempt.base
+        ref = CheckpointRef(max(committed), attempt.id) if committed else attempt.resume_point
         if ref is not None:
-            owner = story.attempts.get(ref.attempt)
+            owner = timeline.attempts.get(ref.attempt)
             save = (owner.saves.get(ref.step) if owner else None) or SaveRecord(ref.step)
-            return NewestCheckpoint(ref.step, save.committed_at, save.num_bytes, verified(story).get(ref))
+            return NewestCheckpoint(
+                ref.step, save.committed_at, save.num_bytes, verified_checkpoints(timeline).get(ref)
+            )
     return None
 
 
-def interruptions(story: Timeline) -> list[Interruption]:
-    """Every end of an attempt that was not the run's, and every group that died before it had claimed."""
-    found, ends = [], story.ends
-    for attempt, following in story.in_pairs:
+def interruptions(timeline: Timeline) -> list[Interruption]:
+    """Return every end of an attempt before the run was done, and every group that failed before its claim."""
+    result, ends = [], timeline.ends
+    for attempt, successor in timeline.attempt_pairs:
         end = ends[attempt.id]
         if not end.is_over or end.cause == "done":
             continue
-        base = following.base_step if following and following.start else None
-        at = end.at or attempt.heard_at or attempt.claimed_at
-        found.append(Interruption(at, str(attempt.id), end.cause, end.rank, end.message, base))
-    known = {str(attempt.id) for attempt in story.in_order}
-    for _, failure in story.failures:
-        if failure.attempt not in known:
+        resumed_from = successor.start_step if successor and successor.start else None
+        at = end.at or attempt.last_seen_at or attempt.claimed_at
+        result.append(Interruption(at, str(attempt.id), end.cause, end.rank, end.message, resumed_from))
+    claimed = {str(attempt.id) for attempt in timeline.claimed_attempts}
+    for _, failure in timeline.failures:
+        if failure.attempt not in claimed:
             at = failure.noticed_at or failure.t
-            found.append(Interruption(at, failure.attempt, failure.cause, failure.rank, failure.message, None))
-    return sorted(found, key=lambda item: item.at)
+            result.append(Interruption(at, failure.attempt, failure.cause, failure.rank, failure.message, None))
+    return sorted(result, key=lambda item: item.at)

@@ -1,4 +1,4 @@
-"""The state of a run as plain values, read from its own storage: works when the cluster that trained it has gone."""
+"""A run's state as plain values, for `status --json` and `list`; read from its storage, so it needs no cluster."""
 
 from __future__ import annotations
 
@@ -19,63 +19,52 @@ from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 
 def read_status(store: RunStore) -> dict[str, Any]:
-    """One run at a glance, as plain values.
+    """Read one run's state.
 
     Raises:
         ConfigError: There is no such run.
         StorageError: The storage could not be read.
     """
-    story = TimelineReader(store).look()
-    return as_values(store, story, summarize(story, time.time()))
+    timeline = TimelineReader(store).update()
+    return as_values(store, timeline, summarize(timeline, time.time()))
 
 
-def as_values(store: RunStore, story: Timeline, seen: RunSummary) -> dict[str, Any]:
-    """What `status --json` prints."""
-    launch = story.newest_launch(seen.now)
-    catalog = None if story.is_new else load_catalog(store)
+def as_values(store: RunStore, timeline: Timeline, summary: RunSummary) -> dict[str, Any]:
+    """Return what `status --json` prints."""
+    launch = timeline.newest_launch(summary.now)
+    catalog = None if timeline.is_unclaimed else load_catalog(store)
     checkpoints = list_checkpoints(store, catalog) if catalog else []
-    newest = {**checkpoints[0], "verified_at": seen.newest and seen.newest.verified_at} if checkpoints else None
-    ledger, failures = seen.ledger, story.failures_of
+    newest = {**checkpoints[0], "verified_at": summary.newest and summary.newest.verified_at} if checkpoints else None
+    failures = timeline.failure_by_attempt
     body = {
-        "run": store.run,
-        "state": seen.state.value,
-        "step": seen.step or (checkpoints[0]["step"] if checkpoints else 0),
-        "num_steps": seen.num_steps,
-        "loss": seen.loss,
-        "world_size": seen.world_size,
-        "attempts": seen.num_attempts,
-        "failures": [{**event.to_json(), "launch": launch.id} for launch, event in story.failures],
-        "slow": [] if story.current is None else [asdict(rank) for rank in story.current.slow],
-        "sizes": [_size_change(event, failures) for item in story.launches_in_order for event in item.resizes],
+        **summary.as_values(),
+        "step": summary.step or (checkpoints[0]["step"] if checkpoints else 0),
+        "attempts": summary.num_attempts,
+        "failures": [{**event.to_json(), "launch": launch.id} for launch, event in timeline.failures],
+        "slow": [] if timeline.current is None else [asdict(rank) for rank in timeline.current.slow],
+        "sizes": [_size_change(event, failures) for item in timeline.launches_in_order for event in item.resizes],
         "launch": {"id": launch.id, **launch.alive} if launch else None,
         "newest_checkpoint": newest,
         "damaged": [str(item.ref) for item in catalog.rejected] if catalog else [],
         "storage": store.storage.url,
-        "lr": seen.lr,
-        "scores": dict(seen.scores),
-        "tokens_per_s": seen.tokens_per_s,
-        "samples_per_s": seen.samples_per_s,
-        "seconds_per_step": seen.seconds_per_step,
-        "left_s": seen.left_s,
-        "save": asdict(seen.save) if seen.save else None,
-        "interruptions": [asdict(item) for item in seen.interruptions],
-        "lost_steps": seen.num_lost,
-        "wall_s": round(ledger.wall_s, 3),
-        "goodput": ledger.goodput,
-        "ledger": {kind.value: round(seconds, 3) for kind, seconds in ledger.seconds.items()},
+        "save": asdict(summary.save) if summary.save else None,
+        "interruptions": [asdict(item) for item in summary.interruptions],
+        "lost_steps": summary.num_lost_steps,
+        "wall_s": round(summary.goodput.wall_s, 3),
+        "ledger": {category.value: round(seconds, 3) for category, seconds in summary.goodput.seconds.items()},
     }
     return dict(finite(body))
 
 
 def list_runs(storage: Storage) -> list[dict[str, Any]]:
-    """The state of every run in a storage, by name."""
+    """Read the state of every run in a storage, by name."""
     names = [entry.name for entry in storage.list("") if entry.num_bytes is None and not entry.name.startswith(".")]
     stores = [RunStore(storage, name) for name in names]
     return [read_status(store) for store in stores if list_attempts(store) or list_launches(store)]
 
 
 def _size_change(resize: ResizeEvent, failures: Mapping[str, GroupFailureEvent]) -> dict[str, Any]:
-    """A change of the number of workers, with its cause: the end of the attempt before, or a resize on purpose."""
+    """Return a change of the number of workers, with the cause of the previous attempt's end."""
     failure = failures.get(str(resize.attempt))
     cause = "resized" if resize.planned else failure.cause if failure else "unknown"
     return {"t": resize.t, "attempt": resize.attempt, "before": resize.before, "now": resize.now, "cause": cause}

@@ -1,8 +1,8 @@
-"""A run's whole story, folded from its journals event by event: launches, attempts, steps, saves, failures.
+"""A run's timeline, built from its journals event by event: launches, attempts, steps, saves, failures.
 
-`status`, the live panel, the ledger and the report all read it. It is pure: whoever has events puts them in, from the
-storage (`follow.py`) or from the hub while a run goes on (`progress.py`). An event that is missing leaves a gap and
-nothing else: a rank 0 that is killed takes up to five seconds of its journal with it, and older releases told less.
+Status, live panel, goodput and report all read it. It is pure: events come from storage (`timeline_reader.py`) or from
+the coordinator of a running launch (`console_progress.py`). A missing event leaves a gap and no more: a killed rank 0
+loses up to five seconds of its journal, and older releases recorded less.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from outlast.cluster.monitoring.timeline_records import AttemptTimeline, LaunchT
 
 
 class State(Enum):
-    """What a run is doing, as far as its storage tells."""
+    """What a run is doing, as far as its storage shows."""
 
     DONE = "done"
     STARTING = "starting"  #: its driver is alive; no worker has claimed the run yet
     RUNNING = "running"
-    STOPPED = "stopped"  #: it was interrupted, and can be resumed
+    STOPPED = "stopped"  #: it was interrupted and can be resumed
     FAILED = "failed"
-    LOST = "lost"  #: its driver fell silent without a word
-    UNATTENDED = "unattended"  #: checkpoints of a loop of one's own, which has no driver to tell
+    LOST = "lost"  #: its driver's heartbeat stopped without a recorded end
+    UNATTENDED = "unattended"  #: checkpoints of a custom loop, which has no driver
 
     @property
     def is_live(self) -> bool:
@@ -38,47 +38,40 @@ class State(Enum):
 
 @dataclass(slots=True)
 class Timeline:
-    """Everything that is known of a run.
-
-    Attributes:
-        run: Its name.
-        launches: By id.
-        attempts: By id.
-    """
+    """Everything that is known of a run. Launches and attempts are keyed by id."""
 
     run: str
     launches: dict[str, LaunchTimeline] = field(default_factory=dict)
     attempts: dict[AttemptId, AttemptTimeline] = field(default_factory=dict)
 
     def launch(self, name: str) -> LaunchTimeline:
-        """A launch, begun if it is new."""
+        """Return a launch; add it if it is new."""
         return self.launches.setdefault(name, LaunchTimeline(name))
 
     def attempt(self, attempt: AttemptId) -> AttemptTimeline:
-        """An attempt, begun if it is new."""
+        """Return an attempt; add it if it is new."""
         return self.attempts.setdefault(attempt, AttemptTimeline(attempt))
 
-    def apply_launch(self, name: str, body: Mapping[str, Any]) -> None:
-        """Takes an event of a launch's journal."""
+    def apply_launch_event(self, launch: str, body: Mapping[str, Any]) -> None:
         event = parse_event(body)
-        self.launch(name).apply(event)
+        self.launch(launch).apply(event)
         if isinstance(event, GroupFailureEvent) and event.reached and (attempt := AttemptId.parse(event.attempt)):
             self.attempt(attempt).reached = event.reached
 
     @property
-    def in_order(self) -> list[AttemptTimeline]:
-        """The attempts, lowest first, but those that neither claimed whole nor told anything."""
+    def claimed_attempts(self) -> list[AttemptTimeline]:
+        """The attempts in order, without those that have neither a complete claim nor an event."""
         return [self.attempts[key] for key in sorted(self.attempts) if self.attempts[key].claimed_at]
 
     @property
-    def in_pairs(self) -> list[tuple[AttemptTimeline, AttemptTimeline | None]]:
-        """Each attempt with the one that followed it."""
-        attempts = self.in_order
+    def attempt_pairs(self) -> list[tuple[AttemptTimeline, AttemptTimeline | None]]:
+        """Each attempt with its successor."""
+        attempts = self.claimed_attempts
         return list(zip_longest(attempts, attempts[1:]))
 
     @property
     def launches_in_order(self) -> list[LaunchTimeline]:
-        """By their claims, whatever the clocks said that named them."""
+        """The launches in the order of their claims, because their names come from different clocks."""
         claimed: dict[str, list[AttemptId]] = {}
         for attempt in self.attempts.values():
             claimed.setdefault(attempt.launch, []).append(attempt.id)
@@ -86,49 +79,49 @@ class Timeline:
 
     @property
     def failures(self) -> list[tuple[LaunchTimeline, GroupFailureEvent]]:
-        """Every end of a worker group that was not meant, launch by launch, oldest first."""
+        """Every unplanned end of a worker group, launch by launch, oldest first."""
         launches = self.launches_in_order
         return [(launch, item) for launch in launches for item in sorted(launch.failures, key=lambda e: e.t)]
 
     @property
-    def at_work(self) -> list[LaunchTimeline]:
-        """Launches that have not ended, newest last: the one that has the run, and those that have yet to claim it.
+    def open_launches(self) -> list[LaunchTimeline]:
+        """Launches that have not ended, newest last: the owner of the run, and those that have yet to claim it.
 
-        Some may have been killed: their beat tells.
+        Some may have been killed, which only the age of their heartbeat shows.
         """
         lost = self.superseded
         return [item for item in self.launches_in_order if item.alive and not item.has_ended and item.id not in lost]
 
     @property
     def superseded(self) -> set[str]:
-        """Launches from which another one has taken the run."""
+        """Launches from which another one has taken the run over."""
         claims = [name for key in sorted(self.attempts) if (name := self.attempts[key].launch)]
         return {name for name in claims if name != claims[-1]}
 
     def newest_launch(self, now: float) -> LaunchTimeline | None:
-        """The newest that is at work or, where none is, the newest that showed a sign of life."""
-        shown = [launch for launch in self.launches_in_order if launch.alive]
-        return next((launch for launch in reversed(self.at_work) if launch.is_live(now)), shown[-1] if shown else None)
+        """Return the newest live launch, else the newest that has a liveness file."""
+        known = [launch for launch in self.launches_in_order if launch.alive]
+        live = (launch for launch in reversed(self.open_launches) if launch.is_live(now))
+        return next(live, known[-1] if known else None)
 
-    def heard_at(self, now: float) -> float:
-        """When its newest launch or any attempt last showed a sign of life; 0 if none ever did."""
+    def last_seen_at(self, now: float) -> float:
+        """Return the time of the newest heartbeat or event; 0 if there is none."""
         launch = self.newest_launch(now)
-        heard = [attempt.heard_at for attempt in self.attempts.values()]
-        return max([*heard, float(launch.alive["t"]) if launch else 0.0])
+        times = [attempt.last_seen_at for attempt in self.attempts.values()]
+        return max([*times, float(launch.alive["t"]) if launch else 0.0])
 
     @property
-    def is_new(self) -> bool:
+    def is_unclaimed(self) -> bool:
         """A driver has begun, and no worker has claimed the run yet."""
         return not self.attempts and any(launch.alive for launch in self.launches.values())
 
     @property
     def current(self) -> AttemptTimeline | None:
-        """The newest attempt that told anything, else the newest."""
-        attempts = self.in_order
-        return next((item for item in reversed(attempts) if item.heard_at), attempts[-1] if attempts else None)
+        """The newest attempt with an event, else the newest."""
+        attempts = self.claimed_attempts
+        return next((item for item in reversed(attempts) if item.last_seen_at), attempts[-1] if attempts else None)
 
     def state(self, now: float) -> State:
-        """What the run is doing."""
         current, launch = self.current, self.newest_launch(now)
         if current is not None and isinstance(current.final, DoneEvent):
             return State.DONE
@@ -141,15 +134,15 @@ class Timeline:
         return State.RUNNING if self.attempts else State.STARTING
 
     @property
-    def failures_of(self) -> dict[str, GroupFailureEvent]:
-        """By the name of the attempt that it ended, each failure; where two were told, the first."""
-        told = [item for launch in self.launches.values() for item in launch.failures]
-        return {item.attempt: item for item in reversed(told)}
+    def failure_by_attempt(self) -> dict[str, GroupFailureEvent]:
+        """The first failure of each attempt, by the attempt's name."""
+        failures = [item for launch in self.launches.values() for item in launch.failures]
+        return {item.attempt: item for item in reversed(failures)}
 
     @property
     def ends(self) -> dict[AttemptId, AttemptEnd]:
-        """How each attempt ended, or that it has not; all at once, for a run may have thousands."""
-        failures, attempts = self.failures_of, self.in_order
+        """How each attempt ended, if it has; computed for all at once, because a run may have thousands."""
+        failures, attempts = self.failure_by_attempt, self.claimed_attempts
         resizes = {e.attempt: e for launch in self.launches.values() for e in reversed(launch.resizes)}
         last_of = {item.launch: item.id for item in attempts}
         ends = {}
@@ -167,20 +160,22 @@ class Timeline:
         return ends
 
     @property
-    def num_lost(self) -> int:
-        """Steps that were made and then lost: those between each resume point and where the run was before."""
-        lost = position = 0
-        for attempt, following in self.in_pairs:
+    def redone_ranges(self) -> list[tuple[int, int]]:
+        """For each resume that lost steps: its step, and the last step completed before it."""
+        ranges, position = [], 0
+        for attempt, successor in self.attempt_pairs:
             if attempt.start is not None:
-                lost += max(0, position - attempt.base_step)
-                position = attempt.last_step_by(following.claimed_at if following else inf)
-        return lost
+                if position > attempt.start_step:
+                    ranges.append((attempt.start_step, position))
+                position = attempt.last_step_by(successor.claimed_at if successor else inf)
+        return ranges
+
+    @property
+    def num_lost_steps(self) -> int:
+        return sum(end - begin for begin, end in self.redone_ranges)
 
     @property
     def loss(self) -> float | None:
         """The newest finite loss."""
-        for attempt in reversed(self.in_order):
-            for value in reversed(attempt.steps.loss):
-                if not isnan(value):
-                    return value
-        return None
+        losses = (value for item in reversed(self.claimed_attempts) for value in reversed(item.steps.loss))
+        return next((value for value in losses if not isnan(value)), None)

@@ -1,4 +1,4 @@
-"""Records of a timeline: launches, attempts, saves, evaluations, steps."""
+"""Records of which a timeline consists: launches, attempts, saves, evaluations, steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from calendar import timegm
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import nan
 from time import strptime
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ from outlast.checkpointing.run_store import events
 if TYPE_CHECKING:
     from outlast.checkpointing.run_store.compacted_segment import StepColumns
 
-#: A driver that has not been heard of for so long is lost.
+#: A driver whose liveness file is older counts as lost.
 LOST_AFTER_S = 30.0
 
-#: What a person may want to know of an attempt.
+#: Events of an attempt that the report lists.
 NoteworthyEvent = (
     events.NonFiniteEvent
     | events.EarlyStopEvent
@@ -32,43 +32,32 @@ NoteworthyEvent = (
 )
 
 
+@dataclass(slots=True)
 class StepSeries:
-    """The steps of one attempt in the order made, by column, for there may be millions.
+    """The steps of one attempt by column, because there may be millions. Step numbers rise."""
 
-    Attributes:
-        number: Which step, rising.
-        loss: NaN where it was not finite.
-        lr: The learning rate.
-        grad_norm: NaN where nobody knows.
-        tokens: What the model read, on all ranks; 0 where nobody knows.
-        seconds: What it took.
-        ended_at: When it ended, in seconds since the epoch, by rank 0's clock.
-    """
-
-    def __init__(self) -> None:
-        self.number, self.tokens = array("q"), array("q")
-        self.loss, self.lr, self.grad_norm = array("d"), array("d"), array("d")
-        self.seconds, self.ended_at = array("d"), array("d")
-        self.columns: tuple[array[Any], ...] = (
-            self.number,
-            self.tokens,
-            self.loss,
-            self.grad_norm,
-            self.lr,
-            self.seconds,
-            self.ended_at,
-        )
+    step: array[int] = field(default_factory=lambda: array("q"))  #: the step's number
+    tokens: array[int] = field(default_factory=lambda: array("q"))  #: tokens of all ranks; 0 if unknown
+    loss: array[float] = field(default_factory=lambda: array("d"))  #: NaN if it was not finite
+    grad_norm: array[float] = field(default_factory=lambda: array("d"))  #: NaN if unknown
+    lr: array[float] = field(default_factory=lambda: array("d"))  #: the learning rate; NaN if unknown
+    seconds: array[float] = field(default_factory=lambda: array("d"))  #: the step's duration
+    ended_at: array[float] = field(default_factory=lambda: array("d"))  #: seconds since the epoch, by rank 0's clock
 
     def __len__(self) -> int:
-        return len(self.number)
+        return len(self.step)
+
+    @property
+    def columns(self) -> dict[str, array[Any]]:
+        return {column.name: getattr(self, column.name) for column in fields(self)}
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Takes the JSON object of a `step` event; one without a usable number, or with a wrong type, is left out."""
+        """Add the JSON object of a `step` event; ignore one with a repeated number or a wrong type."""
         get, size = event.get, len(self)
         try:
-            if size and event["step"] <= self.number[-1]:
+            if size and event["step"] <= self.step[-1]:
                 return
-            self.number.append(event["step"])
+            self.step.append(event["step"])
             self.tokens.append(get("tokens", 0))
             loss, norm, lr = get("loss"), get("grad_norm"), get("lr")
             self.loss.append(nan if loss is None else loss)
@@ -77,58 +66,39 @@ class StepSeries:
             self.seconds.append(get("seconds", 0.0))
             self.ended_at.append(get("ended_at", get("t", 0.0)))
         except (LookupError, TypeError, OverflowError):
-            for column in self.columns:
+            for column in self.columns.values():
                 del column[size:]
 
     def extend(self, steps: StepColumns) -> None:
-        """Adds many at once, as `add` does one by one."""
-        new = steps.rising(self.number[-1] if self.number else None)
-        for column, name in (
-            (self.number, "step"),
-            (self.tokens, "tokens"),
-            (self.loss, "loss"),
-            (self.grad_norm, "grad_norm"),
-            (self.lr, "lr"),
-            (self.seconds, "seconds"),
-            (self.ended_at, "ended_at"),
-        ):
+        """Add many steps at once, with the result of `add` for each."""
+        new = steps.rising(self.step[-1] if self.step else None)
+        for name, column in self.columns.items():
             column.frombytes(new[name].tobytes())
 
     def began_at(self, index: int) -> float:
         return self.ended_at[index] - self.seconds[index]
 
-    def find(self, number: int) -> int | None:
-        """The index of a step."""
-        index = bisect_left(self.number, number)
-        return index if index < len(self) and self.number[index] == number else None
+    def index_of(self, step: int) -> int | None:
+        index = bisect_left(self.step, step)
+        return index if index < len(self) and self.step[index] == step else None
 
 
 @dataclass(slots=True)
 class SaveRecord:
-    """One save of an attempt, as far as it was told.
+    """One save of an attempt, as far as its events are known."""
 
-    Attributes:
-        step: The step that was saved.
-        committed_at: When its commit was acknowledged.
-        num_bytes: Its size.
-        digest: Its manifest's.
-        commit_s: Seconds from the save's beginning to its commit.
-        blocked_s: Seconds of them that training waited.
-        fenced_s: Seconds of these that lie within the next step.
-    """
-
-    step: int
-    committed_at: float | None = None
-    num_bytes: int = 0
-    digest: str = ""
-    commit_s: float | None = None
-    blocked_s: float | None = None
-    fenced_s: float = 0.0
+    step: int  #: the step that was saved
+    committed_at: float | None = None  #: when its commit was acknowledged
+    num_bytes: int = 0  #: the checkpoint's size
+    digest: str = ""  #: the manifest's digest
+    commit_s: float | None = None  #: seconds from the start of the save to its commit
+    blocked_s: float | None = None  #: those of them that training waited
+    fenced_s: float = 0.0  #: those of the wait that are within the next step
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
-    """One evaluation: after which step, from when to when, and what came out (`eval_loss`, scores)."""
+    """One evaluation after a step, with its scores (`eval_loss`, ...)."""
 
     step: int
     began_at: float
@@ -138,37 +108,22 @@ class EvaluationRecord:
 
 @dataclass(slots=True)
 class AttemptTimeline:
-    """One launch of the worker group.
+    """One start of the worker group."""
 
-    Attributes:
-        id: Its number and nonce.
-        claim: What it declared; empty where only its events are known.
-        start: How it started.
-        plan: What it was to do.
-        marks: When it reached what on its way to the first step.
-        steps: Its steps.
-        evaluations: In order.
-        saves: By step.
-        final: Its last event, if it ended in order.
-        slow: The slow ranks, as last told.
-        notes: What else it told that a person may want to know.
-        reached: The last step that the hub heard of, and when it ended, where the journal may not hold it.
-        heard_at: When it was last heard of.
-    """
-
-    id: AttemptId
-    claim: dict[str, Any] = field(default_factory=dict)
+    id: AttemptId  #: its number and nonce
+    claim: dict[str, Any] = field(default_factory=dict)  #: its claim; empty if only its events are known
     start: events.StartEvent | events.ResumeEvent | None = None
     plan: events.PlanEvent | None = None
-    marks: Mapping[str, float] = field(default_factory=dict)
+    startup_timings: Mapping[str, float] = field(default_factory=dict)  #: when it reached which point of its startup
     steps: StepSeries = field(default_factory=StepSeries)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
-    saves: dict[int, SaveRecord] = field(default_factory=dict)
-    final: events.FinalEvent | None = None
-    slow: Sequence[events.SlowRank] = ()
-    notes: list[NoteworthyEvent] = field(default_factory=list)
+    saves: dict[int, SaveRecord] = field(default_factory=dict)  #: by step
+    final: events.FinalEvent | None = None  #: its last event, if it ended in order
+    slow: Sequence[events.SlowRank] = ()  #: the slow ranks of the newest report
+    notes: list[NoteworthyEvent] = field(default_factory=list)  #: events that the report lists
+    #: The last step that the coordinator received, because a killed rank 0 leaves it out of its journal.
     reached: events.Reached | None = None
-    heard_at: float = 0.0
+    last_seen_at: float = 0.0  #: the time of its newest event
 
     @property
     def launch(self) -> str:
@@ -176,9 +131,8 @@ class AttemptTimeline:
 
     @property
     def claimed_at(self) -> float:
-        """When it began to own the run."""
         started_at = self.start.t if self.start else 0.0
-        return float(self.claim.get("claimed_at") or self.marks.get("claim") or started_at)
+        return float(self.claim.get("claimed_at") or self.startup_timings.get("claim") or started_at)
 
     @property
     def world_size(self) -> int | None:
@@ -186,41 +140,40 @@ class AttemptTimeline:
         return None if size is None else int(size)
 
     @property
-    def base(self) -> CheckpointRef | None:
-        """The checkpoint that it resumed from."""
+    def resume_point(self) -> CheckpointRef | None:
+        """The checkpoint from which it resumed."""
         return self.start.source if isinstance(self.start, events.ResumeEvent) else None
 
     @property
-    def base_step(self) -> int:
+    def start_step(self) -> int:
         return self.start.step if self.start else 0
 
     @property
     def last_step(self) -> int:
-        """The last step that it is known to have made, or that it began from. A loop of one's own tells its saves."""
-        made = self.steps.number[-1] if self.steps else max(self.saves, default=self.base_step)
-        return max(made, self.reached.step if self.reached else 0)
+        """Its last known step, else the one from which it started. A custom loop reports only its saves."""
+        last = self.steps.step[-1] if self.steps else max(self.saves, default=self.start_step)
+        return max(last, self.reached.step if self.reached else 0)
 
     def last_step_by(self, at: float) -> int:
-        """The last step that was done at some moment: what a zombie does later is nobody's."""
+        """Return its last step completed by a moment: steps of a superseded attempt do not count."""
         if self.steps and self.steps.ended_at[-1] > at:
-            number = bisect_right(self.steps.ended_at, at)
-            return self.steps.number[number - 1] if number else self.base_step
+            count = bisect_right(self.steps.ended_at, at)
+            return self.steps.step[count - 1] if count else self.start_step
         return self.last_step
 
     @property
     def last_step_at(self) -> float | None:
-        """When that ended; None without any."""
-        told = self.steps.ended_at[-1] if self.steps else None
-        if self.reached and (told is None or self.reached.step > self.steps.number[-1]):
+        """When its last step ended; None without any."""
+        if self.reached and (not self.steps or self.reached.step > self.steps.step[-1]):
             return self.reached.ended_at
-        return told
+        return self.steps.ended_at[-1] if self.steps else None
 
     def apply(self, body: Mapping[str, Any]) -> None:
-        """Takes one of its events. Those of a kind that is not known here change nothing."""
+        """Add one of its events. Unknown kinds change only `last_seen_at`."""
         at = body.get("t")
-        if isinstance(at, float | int) and at > self.heard_at:
-            self.heard_at = at
-        if body["event"] == events.StepEvent.kind:  # without parsing it, for there may be millions
+        if isinstance(at, float | int) and at > self.last_seen_at:
+            self.last_seen_at = at
+        if body["event"] == events.StepEvent.kind:  # not parsed, because there may be millions
             self.steps.add(body)
             return
         match events.parse_event(body):
@@ -228,8 +181,8 @@ class AttemptTimeline:
                 self.start = event
             case events.PlanEvent() as event:
                 self.plan = event
-            case events.UnderWayEvent(marks=marks):
-                self.marks = marks
+            case events.UnderWayEvent(marks=timings):
+                self.startup_timings = timings
             case events.EvalEvent() as event:
                 self.evaluations.append(EvaluationRecord(event.step, event.t - event.seconds, event.t, event.scores))
             case events.CommitEvent() as event:
@@ -247,34 +200,24 @@ class AttemptTimeline:
                 self.notes.append(event)
 
     def apply_steps(self, steps: StepColumns) -> None:
-        """Takes many of its steps at once."""
-        self.heard_at = max(self.heard_at, float(steps["t"].max()))
+        self.last_seen_at = max(self.last_seen_at, float(steps["t"].max()))
         self.steps.extend(steps)
 
 
 @dataclass(slots=True)
 class LaunchTimeline:
-    """One start of the driver.
+    """One start of the driver."""
 
-    Attributes:
-        id: Its name, which tells when it began.
-        alive: Its sign of life; empty where there is none.
-        failures: Ends of worker groups that were not meant, in order.
-        resizes: Changes of the number of workers.
-        no_room: Since when the cluster had no room for a group, each time.
-        is_gone: Its driver ran on this machine, and is no process any more.
-    """
-
-    id: str
-    alive: dict[str, Any] = field(default_factory=dict)
-    failures: list[events.GroupFailureEvent] = field(default_factory=list)
-    resizes: list[events.ResizeEvent] = field(default_factory=list)
-    no_room: list[float] = field(default_factory=list)
-    is_gone: bool = False
+    id: str  #: its name, which starts with the time when it began
+    alive: dict[str, Any] = field(default_factory=dict)  #: its liveness file; empty if there is none
+    failures: list[events.GroupFailureEvent] = field(default_factory=list)  #: unplanned ends of worker groups, in order
+    resizes: list[events.ResizeEvent] = field(default_factory=list)  #: changes of the number of workers
+    no_room: list[float] = field(default_factory=list)  #: when each wait for cluster resources began
+    is_gone: bool = False  #: its driver's process ran on this machine and has ended
 
     @property
     def began_at(self) -> float | None:
-        """When it began, as it says or as its name does; None where nobody knows."""
+        """When it began, by its liveness file or its name; None if unknown."""
         if "began" in self.alive:
             return float(self.alive["began"])
         try:
@@ -287,12 +230,11 @@ class LaunchTimeline:
         return bool(self.alive.get("ended"))
 
     def is_live(self, now: float) -> bool:
-        """Whether its driver is at work: a beat counts for half a minute, but not that of a process that is gone."""
-        beats = bool(self.alive) and not self.has_ended and now - self.alive["t"] < LOST_AFTER_S
-        return beats and not self.is_gone
+        """Whether its driver is running: its heartbeat is recent, and its process is not known to be gone."""
+        has_heartbeat = bool(self.alive) and not self.has_ended and now - self.alive["t"] < LOST_AFTER_S
+        return has_heartbeat and not self.is_gone
 
     def apply(self, event: events.Event) -> None:
-        """Takes one of its events."""
         match event:
             case events.GroupFailureEvent():
                 self.failures.append(event)

@@ -1,4 +1,4 @@
-"""Hand-made stories: launches and attempts from a few numbers, as their journals would tell them. Times are seconds."""
+"""Timelines made by hand: launches and attempts with the events of their journals. Times are seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plan(t: float, num_steps: int = 100, world_size: int = 2) -> Event:
 
 
 def steps(first: int, last: int, begin: float, seconds: float = 1.0, t: float | None = None) -> list[Event]:
-    """Steps of equal length one after the other; the journal has each when the next one has begun."""
+    """Make consecutive steps of equal length; each is journaled after the next one began."""
     ends = [(step, begin + (step - first + 1) * seconds) for step in range(first, last + 1)]
     body = {"lr": 0.001, "grad_norm": 1.0, "count": 70, "tokens": 80, "seconds": seconds, "event": "step"}
     return [{**body, "step": step, "loss": 10 / step, "ended_at": end, "t": t or end + 0.1} for step, end in ends]
@@ -42,7 +42,7 @@ def evaluated(step: int, begin: float, end: float) -> Event:
 
 
 def saved(step: int, t: float, fenced_s: float = 0.0) -> list[Event]:
-    """A commit and, later, what it cost."""
+    """Make a commit event, and the event of its duration."""
     commit = {"event": "commit", "step": step, "t": t, "digest": "d1", "num_bytes": 1000, "seconds": 0.5}
     costs = {"event": "save", "step": step, "t": t, "blocked_s": 0.1, "fenced_s": fenced_s, "commit_s": 0.5}
     return [commit, costs]
@@ -68,7 +68,7 @@ def resized(after: int, t: float, before: int, now: int, *, planned: bool) -> Ev
 
 
 def launch(name: str, began: float, last: float, code: int | None = None, *events: Event) -> tuple[str, Event, Any]:
-    """A launch that was last heard of at `last`, which is its end if there is a `code`."""
+    """Make a launch whose last heartbeat is at `last`, which is its end if there is a `code`."""
     alive = {"began": began, "t": last, "ended": code is not None, "exit_code": code, "error": ""}
     return name, alive, events
 
@@ -76,27 +76,27 @@ def launch(name: str, began: float, last: float, code: int | None = None, *event
 def attempt(
     number: int, claimed_at: float, *events: Event | Sequence[Event], launch: str = "a", **claim: Any
 ) -> tuple[int, Event, list[Event]]:
-    told = [event for item in events for event in ([item] if isinstance(item, Mapping) else item)]
-    return number, {"claimed_at": claimed_at, "launch": launch, "world_size": 2, **claim}, told
+    journal = [event for item in events for event in ([item] if isinstance(item, Mapping) else item)]
+    return number, {"claimed_at": claimed_at, "launch": launch, "world_size": 2, **claim}, journal
 
 
-def story(*parts: tuple[Any, Event, Any], run: str = "run") -> Timeline:
-    told = Timeline(run)
+def make_timeline(*parts: tuple[Any, Event, Any], run: str = "run") -> Timeline:
+    timeline = Timeline(run)
     for name, body, events in parts:
         if isinstance(name, str):
-            told.launch(name).alive = body
+            timeline.launch(name).alive = body
             for event in events:
-                told.apply_launch(name, event)
+                timeline.apply_launch_event(name, event)
         else:
-            item = told.attempt(AttemptId(name, f"{name:04x}"))
+            item = timeline.attempt(AttemptId(name, f"{name:04x}"))
             item.claim = body
             for event in events:
                 item.apply(event)
-    return told
+    return timeline
 
 
 def write(storage: LocalStorage, run: str, *parts: tuple[Any, Event, Any]) -> None:
-    """Puts a story where a run's journals would lie."""
+    """Write a timeline as the journals, claims and liveness files of a run."""
     for name, body, events in parts:
         is_launch = isinstance(name, str)
         directory = launch_dir(run, name) if is_launch else attempt_dir(run, AttemptId(name, f"{name:04x}"))

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  // Whatever a user can name goes through `textContent` alone; nothing of the data is ever read as HTML.
+  // Text from the data is inserted through `textContent` only and never parsed as HTML.
   const data = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
   const make = (tag, className, ...inside) => {
@@ -10,13 +10,13 @@
     return node;
   };
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-  const KINDS = ["train", "evaluate", "save", "detect", "restart", "restore", "redo", "wait"];
+  const CATEGORIES = ["train", "evaluate", "save", "detect", "restart", "restore", "redo", "wait"];
 
   // -- numbers ------------------------------------------------------------------------------------------------------
-  const whole = (n) => n.toLocaleString("en");
-  const figures = (n, digits = 4) => {
+  const integer = (n) => n.toLocaleString("en");
+  const digits = (n, count = 4) => {
     if (n !== 0 && (Math.abs(n) < 1e-3 || Math.abs(n) >= 1e6)) return n.toExponential(2);
-    return n.toLocaleString("en", { maximumSignificantDigits: digits });
+    return n.toLocaleString("en", { maximumSignificantDigits: count });
   };
   const short = (n) => {
     for (const [factor, letter] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]])
@@ -52,7 +52,7 @@
       `${two(d.getHours())}:${two(d.getMinutes())}:${two(d.getSeconds())}`;
   };
 
-  // -- the head -----------------------------------------------------------------------------------------------------
+  // -- header -------------------------------------------------------------------------------------------------------
   const head = () => {
     document.title = `${data.run} · outlast report`;
     $("run").textContent = data.run;
@@ -60,23 +60,23 @@
     if (data.attempt) words.push(`attempt ${data.attempt}`);
     if (data.world_size) words.push(`${data.world_size} worker${data.world_size > 1 ? "s" : ""}`);
     words.push(`began ${when(data.begin)}`);
-    if (data.wall_s) words.push(`${duration(data.wall_s)} in all`);
+    if (data.wall_s) words.push(`${duration(data.wall_s)} total`);
     $("headline").append(make("span", `state ${data.state}`, data.state));
-    for (const word of words) $("headline").append(", ", make("span", "whole", word));
+    for (const word of words) $("headline").append(", ", make("span", "nowrap", word));
     const done = data.num_steps ? Math.min(1, data.step / data.num_steps) : 0;
     $("progress").firstElementChild.style.width = `${100 * done}%`;
     $("progress").setAttribute("aria-label", `${share(done)} of the steps are done`);
     const tile = (value, label, note, lead) =>
       $("figures").append(make("div", `figure${lead ? " lead" : ""}`, make("span", "", label), make("b", "", value), make("span", "", note || "\u00a0")));
-    const of = data.num_steps ? `of ${whole(data.num_steps)}` + (data.left_s ? `, ${duration(data.left_s)} left` : `, ${share(done)}`) : "";
-    tile(whole(data.step), "step", of);
+    const of = data.num_steps ? `of ${integer(data.num_steps)}` + (data.left_s ? `, ${duration(data.left_s)} left` : `, ${share(done)}`) : "";
+    tile(integer(data.step), "step", of);
     const evaluated = data.scores.eval_loss;
-    tile(data.loss === null ? "–" : figures(data.loss), "loss", evaluated === undefined ? "" : `evaluation ${evaluated === null ? "not finite" : figures(evaluated)}`);
+    tile(data.loss === null ? "–" : digits(data.loss), "loss", evaluated === undefined ? "" : `evaluation ${evaluated === null ? "not finite" : digits(evaluated)}`);
     tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "share of wall time", true);
-    const ends = data.marks.filter((mark) => mark.kind !== "restore").length;
-    tile(whole(data.num_lost), "steps lost", `in ${ends} interruption${ends === 1 ? "" : "s"}`);
+    const ends = data.markers.filter((marker) => marker.kind !== "restore").length;
+    tile(integer(data.num_lost_steps), "steps lost", `in ${ends} interruption${ends === 1 ? "" : "s"}`);
     const rate = data.tokens_per_s ? [short(data.tokens_per_s), "tokens/s"] : data.samples_per_s ? [short(data.samples_per_s), "samples/s"] : ["–", ""];
-    tile(rate[0], rate[1] || "speed", data.seconds_per_step ? `${duration(data.seconds_per_step)} a step` : "");
+    tile(rate[0], rate[1] || "speed", data.seconds_per_step ? `${duration(data.seconds_per_step)} per step` : "");
     tile(data.save ? duration(data.save.blocked_s) : "–", "save stall", data.save ? `a save takes ${duration(data.save.commit_s)}` : "no save yet");
   };
 
@@ -89,11 +89,11 @@
     const x = byTime
       ? { ...style, size: 30, incrs: SECONDS, values: (u, ticks) => ticks.map((t) => (t === 0 ? "0" : duration(t))), space: 70 }
       : { ...style, size: 30, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6, 1e7],
-          values: (u, ticks) => ticks.map((n) => (n >= 10000 ? short(n) : whole(n))), space: 60 };
+          values: (u, ticks) => ticks.map((n) => (n >= 10000 ? short(n) : integer(n))), space: 60 };
     return [x, { ...style, size: 52, values: (u, ticks) => ticks.map(value), space: 40 }];
   };
-  /** Bands under the lines, and dashed lines for what happened. */
-  const background = (bands, marks) => (u) => {
+  /** Draws bands for repeated steps, and dashed lines for failures and restores. */
+  const background = (bands, markers) => (u) => {
     const { ctx, bbox } = u;
     ctx.save();
     ctx.beginPath();
@@ -108,9 +108,9 @@
     ctx.globalAlpha = 1;
     ctx.lineWidth = 2 * devicePixelRatio;
     ctx.setLineDash([5 * devicePixelRatio, 4 * devicePixelRatio]);
-    for (const mark of marks) {
-      const x = Math.round(u.valToPos(mark.x, "x", true));
-      ctx.strokeStyle = colour(MARKS[mark.kind][0]);
+    for (const marker of markers) {
+      const x = Math.round(u.valToPos(marker.x, "x", true));
+      ctx.strokeStyle = colour(MARKERS[marker.kind][0]);
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);
       ctx.lineTo(x, bbox.top + bbox.height);
@@ -118,15 +118,15 @@
     }
     ctx.restore();
   };
-  const MARKS = { failure: ["bad", "failure"], end: ["soft", "ended on purpose"], restore: ["good", "restored"] };
-  const told = (mark) =>
-    mark.kind === "restore" ? `${mark.cause} from step ${whole(mark.step)}`
-      : mark.cause + (mark.rank === null || mark.rank === undefined ? "" : ` (rank ${mark.rank})`) + (mark.message ? `: ${mark.message.slice(0, 120)}` : "");
-  /** What stands at the cursor, beside it. */
-  const tooltip = (place, words, marks) => (u) => {
+  const MARKERS = { failure: ["bad", "failure"], end: ["soft", "planned end"], restore: ["good", "resumed"] };
+  const markerText = (marker) =>
+    marker.kind === "restore" ? `${marker.cause} from step ${integer(marker.step)}`
+      : marker.cause + (marker.rank === null || marker.rank === undefined ? "" : ` (rank ${marker.rank})`) + (marker.message ? `: ${marker.message.slice(0, 120)}` : "");
+  /** Shows the values at the cursor beside it. */
+  const tooltip = (place, words, markers) => (u) => {
     let tip = place.querySelector(".tip");
     const { left, top, idx } = u.cursor;
-    const near = marks.filter((mark) => Math.abs(u.valToPos(mark.x, "x") - left) < 7).map(told);
+    const near = markers.filter((marker) => Math.abs(u.valToPos(marker.x, "x") - left) < 7).map(markerText);
     const text = left < 0 ? "" : [idx === null || idx === undefined ? "" : words(idx, u), ...near.slice(0, 3)].filter(Boolean).join("\n");
     if (!text) {
       if (tip) tip.hidden = true;
@@ -140,7 +140,7 @@
     tip.style.right = flip ? `${place.clientWidth - x + 14}px` : "auto";
     tip.style.top = `${Math.max(0, Math.min(top, place.clientHeight - tip.offsetHeight - 30))}px`;
   };
-  const chart = (id, { rows, series, byTime, value, words, bands = [], marks = [], range }) => {
+  const chart = (id, { rows, series, byTime, value, words, bands = [], markers = [], range }) => {
     const place = $(id);
     if (!rows[0].length) {
       place.classList.add("empty");
@@ -156,32 +156,32 @@
         scales: { x: { time: false, range: (u, a, b) => (a === b ? [first - 1, last + 1] : [a, b]) }, y: { range } },
         axes: axes(byTime, value),
         series: [{}, ...series().map((item) => ({ points: { show: rows[0].length < 3 }, ...item }))],
-        hooks: { drawClear: [background(bands, marks)], setCursor: [tooltip(place, words, marks)] },
+        hooks: { drawClear: [background(bands, markers)], setCursor: [tooltip(place, words, markers)] },
       }, rows, place);
-      place.dataset.marks = marks.length;
+      place.dataset.markers = markers.length;
       place.dataset.bands = bands.length;
       return u;
     };
     const entry = { place, build, u: build() };
     charts.push(entry);
   };
-  /** Two columns of x in one, as uPlot wants it: the evaluations beside the steps. Reaches from the first x to the last. */
+  /** Joins steps and evaluations on one x column, as uPlot requires, from the first x to the last. */
   const joined = (x, y, others, first, last) => {
     if (!x.length && !others.x.length) return [[], [], []];
     const ends = [[first, last].filter((end, index, all) => all.indexOf(end) === index), []];
     ends[1] = ends[0].map(() => null);
     return uPlot.join([[x, y], [others.x, others.loss], ends], [[2, 2], [2, 2], [2]]).slice(0, 3);
   };
-  /** Few values far above all others leave the chart, lest they flatten it. */
+  /** The top of the chart: a few values far above all others are cut off, because they would flatten it. */
   const ceiling = (values) => {
     const sorted = values.filter((value) => value !== null).sort((a, b) => a - b);
     const [low, high] = [0.02, 0.98].map((part) => sorted[Math.floor(part * (sorted.length - 1))]);
     return high + 2 * (high - low) || Infinity;
   };
-  const most = Math.max(ceiling(data.by_step.loss), ...data.by_step.eval.loss);
+  const lossCeiling = Math.max(ceiling(data.by_step.loss), ...data.by_step.eval.loss);
   const padded = (u, low, high) => {
     if (low === null || high === null) return [0, 1];
-    const top = Math.max(low, Math.min(high, most)), room = (top - low) * 0.06 || Math.abs(top) * 0.1 || 1;
+    const top = Math.max(low, Math.min(high, lossCeiling)), room = (top - low) * 0.06 || Math.abs(top) * 0.1 || 1;
     return [low - room, top + room];
   };
   const line = () => ({ stroke: colour("accent"), width: 1.6, spanGaps: false });
@@ -192,21 +192,21 @@
     const steps = joined(s.x, s.loss, s.eval, 0, data.num_steps || data.step);
     const lr = new Map(s.x.map((step, index) => [step, s.lr[index]]));
     const values = (rows, idx) => [
-      rows[1][idx] !== null && rows[1][idx] !== undefined ? `loss ${figures(rows[1][idx], 5)}` : "",
-      rows[2][idx] !== null && rows[2][idx] !== undefined ? `evaluation ${figures(rows[2][idx], 5)}` : "",
+      rows[1][idx] !== null && rows[1][idx] !== undefined ? `loss ${digits(rows[1][idx], 5)}` : "",
+      rows[2][idx] !== null && rows[2][idx] !== undefined ? `evaluation ${digits(rows[2][idx], 5)}` : "",
     ];
     chart("by-step", {
-      rows: steps, series, byTime: false, value: (n) => figures(n), range: padded,
+      rows: steps, series, byTime: false, value: (n) => digits(n), range: padded,
       bands: data.redone.steps,
-      marks: data.marks.filter((mark) => mark.step !== null).map((mark) => ({ ...mark, x: mark.step })),
-      words: (idx) => [`step ${whole(steps[0][idx])}`, ...values(steps, idx), lr.has(steps[0][idx]) ? `lr ${figures(lr.get(steps[0][idx]), 3)}` : ""].filter(Boolean).join("\n"),
+      markers: data.markers.filter((marker) => marker.step !== null).map((marker) => ({ ...marker, x: marker.step })),
+      words: (idx) => [`step ${integer(steps[0][idx])}`, ...values(steps, idx), lr.has(steps[0][idx]) ? `lr ${digits(lr.get(steps[0][idx]), 3)}` : ""].filter(Boolean).join("\n"),
     });
     const times = joined(t.x, t.loss, t.eval, 0, data.wall_s);
     const step = new Map(t.x.map((at, index) => [at, t.step[index]]));
     chart("by-time", {
-      rows: times, series, byTime: true, value: (n) => figures(n), range: padded,
-      bands: data.redone.time, marks: data.marks.map((mark) => ({ ...mark, x: mark.t })),
-      words: (idx) => [`after ${duration(times[0][idx])}`, step.has(times[0][idx]) ? `step ${whole(step.get(times[0][idx]))}` : "", ...values(times, idx)].filter(Boolean).join("\n"),
+      rows: times, series, byTime: true, value: (n) => digits(n), range: padded,
+      bands: data.redone.time, markers: data.markers.map((marker) => ({ ...marker, x: marker.t })),
+      words: (idx) => [`after ${duration(times[0][idx])}`, step.has(times[0][idx]) ? `step ${integer(step.get(times[0][idx]))}` : "", ...values(times, idx)].filter(Boolean).join("\n"),
     });
     const legend = $("loss-legend");
     const entry = (className, name, words) => {
@@ -217,12 +217,12 @@
     };
     if (s.x.length) entry("", "accent", "training");
     if (s.eval.x.length) entry(s.eval.x.length > 60 ? "dots" : "dot", "eval", "evaluation");
-    for (const [kind, [name, words]] of Object.entries(MARKS))
-      if (data.marks.some((mark) => mark.kind === kind)) entry("dash", name, words);
-    if (data.redone.steps.length) entry("band", "redo", "steps done again");
-    const above = s.loss.filter((value) => value > most);
-    if (above.length) legend.append(make("li", "", `higher losses, up to ${figures(above.reduce((a, b) => Math.max(a, b)))}, leave the charts`));
-    if (s.x.length) legend.append(make("li", "", "drag to zoom, double click for all"));
+    for (const [kind, [name, words]] of Object.entries(MARKERS))
+      if (data.markers.some((marker) => marker.kind === kind)) entry("dash", name, words);
+    if (data.redone.steps.length) entry("band", "redo", "repeated steps");
+    const above = s.loss.filter((value) => value > lossCeiling);
+    if (above.length) legend.append(make("li", "", `losses above the chart, up to ${digits(above.reduce((a, b) => Math.max(a, b)))}`));
+    if (s.x.length) legend.append(make("li", "", "drag to zoom, double-click to reset"));
   };
   const otherCharts = () => {
     const { workers: w, speed: v } = data;
@@ -230,7 +230,7 @@
     const filled = () => [{ stroke: colour("accent"), width: 1.6, fill: colour("accent-soft"), paths: uPlot.paths.stepped({ align: 1 }) }];
     chart("workers", {
       rows: [w.x, w.y].map((list) => (data.by_step.x.length || data.attempt ? list : [])), series: filled, byTime: true,
-      value: (n) => (Number.isInteger(n) ? whole(n) : ""), range: bottom,
+      value: (n) => (Number.isInteger(n) ? integer(n) : ""), range: bottom,
       words: (idx, u) => {
         const at = u.posToVal(u.cursor.left, "x"), size = w.y[w.x.findLastIndex((x) => x <= at)] ?? 0;
         return `after ${duration(Math.max(0, at))}\n${size} worker${size === 1 ? "" : "s"}`;
@@ -245,30 +245,30 @@
     const { x, lr } = data.by_step;
     chart("lr", {
       rows: [x, lr], series: () => [line()], byTime: false, value: (n) => (n ? n.toExponential(1) : "0"), range: bottom,
-      words: (idx) => `step ${whole(x[idx])}\nlr ${figures(lr[idx], 3)}`,
+      words: (idx) => `step ${integer(x[idx])}\nlr ${digits(lr[idx], 3)}`,
     });
   };
 
   // -- where the time went ------------------------------------------------------------------------------------------
-  const ledger = () => {
+  const timeSpent = () => {
     const strip = $("strip"), total = data.wall_s || 1;
-    strip.setAttribute("aria-label", "the time line of the run, by what each second was spent on");
-    for (const [from, to, kind] of data.spans) {
+    strip.setAttribute("aria-label", "timeline of the run by time category");
+    for (const [from, to, category] of data.spans) {
       const part = make("i");
       part.style.flex = `${to - from} 1 0`;
-      part.style.background = `var(--${KINDS[kind]})`;
-      part.title = `${data.kinds[kind].name}: ${duration(to - from)}, from ${duration(from)} on`;
+      part.style.background = `var(--${CATEGORIES[category]})`;
+      part.title = `${data.categories[category].name}: ${duration(to - from)}, starting at ${duration(from)}`;
       strip.append(part);
     }
     if (!data.spans.length) strip.hidden = true;
     else $("strip-axis").append(make("span", "", when(data.begin)), make("span", "", when(data.begin + data.wall_s)));
-    for (const [index, kind] of data.kinds.entries()) {
+    for (const [index, category] of data.categories.entries()) {
       const chip = make("i");
-      chip.style.background = `var(--${KINDS[index]})`;
-      $("ledger").append(make("tr", kind.seconds ? "" : "none", make("td", "name", chip, kind.name),
-        make("td", "number", duration(kind.seconds)), make("td", "number", share(kind.seconds / total)), make("td", "what", kind.meaning)));
+      chip.style.background = `var(--${CATEGORIES[index]})`;
+      $("time-spent").append(make("tr", category.seconds ? "" : "none", make("td", "name", chip, category.name),
+        make("td", "number", duration(category.seconds)), make("td", "number", share(category.seconds / total)), make("td", "what", category.description)));
     }
-    $("ledger").append(make("tr", "sum", make("td", "name", "all"), make("td", "number", duration(data.wall_s)),
+    $("time-spent").append(make("tr", "sum", make("td", "name", "total"), make("td", "number", duration(data.wall_s)),
       make("td", "number", data.wall_s ? "100 %" : "–"), make("td", "what")));
   };
 
@@ -278,34 +278,34 @@
     const place = $("attempts");
     for (const item of [...data.attempts].reverse()) {
       const tag = item.cause === "done" ? "done" : !item.cause ? "live" : item.is_planned ? "plain" : "failed";
-      const made = item.steps ? `steps ${whole(item.steps[0])} to ${whole(item.steps[1])}` : "no step";
-      const from = !item.has_begun ? "ended before it began" : item.from === null ? "from the beginning" : `from checkpoint ${whole(item.from)}`;
+      const made = item.steps ? `steps ${integer(item.steps[0])} to ${integer(item.steps[1])}` : "no steps";
+      const from = !item.has_begun ? "ended before it started" : item.from === null ? "from the beginning" : `from checkpoint ${integer(item.from)}`;
       const spent = (item.ended_at || data.now) - item.claimed_at;
       const versions = Object.entries(item.versions).map(([name, version]) => `${name} ${version}`).join(", ");
       const where = [item.hosts.filter(Boolean).join(", "), item.world_size ? `${item.world_size} worker${item.world_size > 1 ? "s" : ""}` : "", item.device, item.parallel, versions].filter(Boolean).join(" · ");
       const notes = data.notes.filter((note) => note.attempt === item.number);
       place.append(make("div", "card", make("span", "who", `Attempt ${item.number}`),
-        make("span", "how", make("span", `tag ${tag}`, item.cause || "at work"), ` ${from}, ${made}`),
+        make("span", "how", make("span", `tag ${tag}`, item.cause || "running"), ` ${from}, ${made}`),
         make("span", "when", `${when(item.claimed_at)}, ${duration(Math.max(0, spent))}`),
-        item.message ? make("span", "said message", item.message) : null,
-        item.where ? make("span", "said mono", item.where) : null,
-        where ? make("span", "said", where) : null,
-        ...notes.slice(-10).map((note) => make("span", "said", `${when(note.t)}  ${note.event}: ${note.text}`))));
+        item.message ? make("span", "detail message", item.message) : null,
+        item.where ? make("span", "detail mono", item.where) : null,
+        where ? make("span", "detail", where) : null,
+        ...notes.slice(-10).map((note) => make("span", "detail", `${when(note.t)}  ${note.event}: ${note.text}`))));
     }
-    if (!data.attempts.length) place.append(make("p", "note", "No worker has begun yet."));
+    if (!data.attempts.length) place.append(make("p", "note", "No worker has started yet."));
   };
   const checkpoints = () => {
     const { rows, num_committed: count } = data.checkpoints;
     const kept = rows.filter((row) => row.digest).length;
-    $("checkpoints-note").textContent = !rows.length ? "There is none yet."
-      : (kept < count ? `${kept} of the ${count} checkpoints that were committed stay${kept === 1 ? "s" : ""}; the others were let go. ` : "") +
-        (data.is_verified ? "Every byte was read for this report." : "What is known of their bytes is told below; --verify reads every one.");
+    $("checkpoints-note").textContent = !rows.length ? "None yet."
+      : (kept < count ? `${kept} of ${count} committed checkpoints ${kept === 1 ? "is" : "are"} kept; retention deleted the others. ` : "") +
+        (data.is_verified ? "Every byte was read for this report." : "Each entry shows when its bytes were last read; --verify reads them all.");
     for (const row of rows) {
-      const metrics = Object.entries(row.metrics || {}).map(([name, value]) => `${name.replaceAll("_", " ")} ${figures(value)}`).join(", ");
-      const words = { whole: "whole", damaged: "damaged", unread: "not read back" }[row.health];
-      const tags = make("span", "tags", make("span", `tag ${row.health}`, words));
+      const metrics = Object.entries(row.metrics || {}).map(([name, value]) => `${name.replaceAll("_", " ")} ${digits(value)}`).join(", ");
+      const words = row.verification === "unverified" ? "not verified" : row.verification;
+      const tags = make("span", "tags", make("span", `tag ${row.verification}`, words));
       if (row.pinned) tags.append(" ", make("span", "tag pinned", "pinned"));
-      const inside = make("div", "inside soft", make("p", "", row.said + (row.at ? `, ${when(row.at)}` : "")),
+      const inside = make("div", "inside soft", make("p", "", row.detail + (row.at ? `, ${when(row.at)}` : "")),
         make("p", "", `attempt ${row.attempt}`));
       if (row.digest) inside.append(make("p", "mono", `manifest ${row.digest}`));
       if (row.files) {
@@ -314,34 +314,34 @@
         inside.append(table);
         if (row.num_files > row.files.length) inside.append(make("p", "", `and ${row.num_files - row.files.length} more files`));
       }
-      $("checkpoints").append(make("details", "", make("summary", "", make("b", "", whole(row.step)),
+      $("checkpoints").append(make("details", "", make("summary", "", make("b", "", integer(row.step)),
         make("span", "when soft", row.committed_at ? when(row.committed_at) : ""), make("span", "bytes", row.bytes ? size(row.bytes) : ""),
         make("span", "metrics soft", metrics), tags), inside));
     }
   };
   const settings = () => {
-    $("settings").textContent = data.settings || "The run holds no settings.";
+    $("settings").textContent = data.settings || "The run has no recorded settings.";
     if (!data.changes.length) return;
     const body = make("tbody");
     for (const item of data.changes)
       body.append(make("tr", "", make("td", "", `attempt ${item.attempt}`), make("td", "mono", item.key), make("td", "mono", plain(item.before)), make("td", "mono", `→ ${plain(item.now)}`)));
-    const headings = make("tr", "", ...["since", "what", "before", "now"].map((words) => make("th", "", words)));
+    const headings = make("tr", "", ...["since", "setting", "before", "now"].map((words) => make("th", "", words)));
     $("changes").append(make("table", "", make("thead", "", headings), body));
   };
 
   head();
   lossCharts();
-  ledger();
+  timeSpent();
   otherCharts();
   attempts();
   checkpoints();
   settings();
-  $("foot").textContent = `outlast ${data.version} ${when(data.now)}. This page holds all that it shows, and fetches nothing.`;
-  const again = () => charts.forEach((entry) => {
+  $("footer").textContent = `outlast ${data.version}, ${when(data.now)}. This page is self-contained and fetches nothing.`;
+  const redraw = () => charts.forEach((entry) => {
     entry.u.destroy();
     entry.u = entry.build();
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   let width = innerWidth;
   addEventListener("resize", () => {
     if (innerWidth === width) return; // a phone's address bar comes and goes

@@ -1,7 +1,7 @@
-"""`outlast report`: one page of HTML about a run, which holds all that it shows and fetches nothing.
+"""The report of a run: one self-contained HTML page that fetches nothing.
 
-The data goes in as JSON in which no `<` is left, and the page shows text as text; so nothing that a run is named, or
-that an error says, can become HTML. Charts are drawn by uPlot (github.com/leeoniya/uPlot, MIT), which lies beside.
+The data is embedded as JSON without any `<`, and the page inserts text as text only, so no run name and no error
+message can become HTML. Charts are drawn by uPlot (github.com/leeoniya/uPlot, MIT), stored in this folder.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import load_catalog
 from outlast.checkpointing.tools.verify_run import verify_run
 from outlast.cluster.formatting import finite
-from outlast.cluster.monitoring.report.data import page_data
+from outlast.cluster.monitoring.report.page_data import page_data
 from outlast.cluster.monitoring.run_summary import summarize
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
-_PLACES = re.compile(r"\{\{([A-Za-z.]+)\}\}")
+_PLACEHOLDERS = re.compile(r"\{\{([A-Za-z.]+)\}\}")
 _HEIGHT_PX = 900
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A report on a run at one moment. In a notebook it shows itself."""
+    """A report on a run at one moment. A notebook displays it."""
 
     data: Mapping[str, Any]
 
     @classmethod
     def of(cls, storage: Storage, run: str, *, verify: bool = False) -> Report:
-        """As `read`, of a run by its name."""
+        """Read a run by its name, as `read` does."""
         return cls.read(RunStore(storage, run), verify=verify)
 
     @classmethod
     def read(cls, store: RunStore, *, verify: bool = False) -> Report:
-        """Reads a run.
+        """Read a run.
 
         Args:
             store: The run.
@@ -53,38 +53,34 @@ class Report:
             ConfigError: There is no such run.
             StorageError: The storage could not be read.
         """
-        story = TimelineReader(store).look()
-        catalogue = None if story.is_new else load_catalog(store)
-        verdicts = verify_run(store) if verify and catalogue else None
-        accepted = catalogue.accepted if catalogue else ()
-        names = {item.ref: store.checkpoint_url(item.ref) for item in accepted}
-        seen = summarize(story, time.time())
-        data = page_data(story, seen, catalogue, list_pins(store), verdicts, names)
+        timeline = TimelineReader(store).update()
+        catalog = None if timeline.is_unclaimed else load_catalog(store)
+        verdicts = verify_run(store) if verify and catalog else None
+        urls = {item.ref: store.checkpoint_url(item.ref) for item in (catalog.accepted if catalog else ())}
+        data = page_data(timeline, summarize(timeline, time.time()), catalog, list_pins(store), verdicts, urls)
         return cls({**data, "version": _version()})
 
     def to_html(self) -> str:
-        """The page."""
-        parts = {"data": _in_script(self.data)}
+        """Render the page."""
 
-        def part(match: re.Match[str]) -> str:
-            name = match[1]
-            return parts[name] if name in parts else files(__package__).joinpath(name).read_text(encoding="utf-8")
+        def content(match: re.Match[str]) -> str:
+            return _in_script(self.data) if match[1] == "data" else _file(match[1])
 
-        return _PLACES.sub(part, files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+        return _PLACEHOLDERS.sub(content, _file("report.html"))
 
     def _repr_html_(self) -> str:
-        """In a frame, so that neither the notebook's style nor the page's reaches the other."""
+        """Render the page in a frame, which keeps its style and the notebook's apart."""
         page = html.escape(self.to_html(), quote=True)
         style = f"width:100%;height:{_HEIGHT_PX}px;border:0"
         return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
 
 
 def run_report(run: str, storage: str = "./runs", *, verify: bool = False) -> Report:
-    """A report for a notebook: make it the last line of a cell.
+    """Return a report for a notebook; make it the last line of a cell.
 
     Args:
         run: A run's directory, URI, run file, or name under `storage`.
-        storage: Where runs named by name lie.
+        storage: The storage root for runs given by name.
         verify: Read every byte of every checkpoint first.
 
     Raises:
@@ -97,14 +93,18 @@ def run_report(run: str, storage: str = "./runs", *, verify: bool = False) -> Re
     return Report.read(store, verify=verify)
 
 
+def _file(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
 def _version() -> str:
     try:
         return version("outlast")
-    except PackageNotFoundError:  # sent along to a cluster, and not installed there
+    except PackageNotFoundError:  # on a cluster that received the package as a working directory
         return ""
 
 
 def _in_script(data: Mapping[str, Any]) -> str:
-    """JSON that nothing in a script element can mistake for its end, or for a comment."""
+    """Serialize to JSON that cannot end or comment out the surrounding script element."""
     text = json.dumps(finite(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

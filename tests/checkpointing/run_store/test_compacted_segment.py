@@ -125,7 +125,7 @@ def test_a_timeline_of_compacted_events_is_that_of_the_events(events: list[Event
             many.apply(event_or_steps)
     for name in ("number", "tokens", "loss", "lr", "grad_norm", "seconds", "ended_at"):
         assert getattr(one.steps, name).tobytes() == getattr(many.steps, name).tobytes(), name
-    assert (one.heard_at, one.start, one.final, one.slow) == (many.heard_at, many.start, many.final, many.slow)
+    assert (one.last_seen_at, one.start, one.final, one.slow) == (many.last_seen_at, many.start, many.final, many.slow)
     assert [text(note.to_json()) for note in one.notes] == [text(note.to_json()) for note in many.notes]
 
 

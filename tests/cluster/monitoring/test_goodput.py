@@ -1,4 +1,4 @@
-"""The ledger, on stories made by hand: every second in one category, whatever is missing or out of order."""
+"""Goodput of timelines made by hand: every second is in one category, even if events are missing or out of order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.support.timelines import (
     evaluated,
     failure,
     launch,
+    make_timeline,
     plan,
     resized,
     resume,
@@ -23,22 +24,23 @@ from tests.support.timelines import (
     start,
     steps,
     stopped,
-    story,
 )
 
 LATER = 10_000.0
 
 
-def check(ledger: GoodputReport, wall_s: float) -> None:
-    """What must hold for every account."""
-    assert ledger.wall_s == pytest.approx(wall_s)
-    assert sum(ledger.seconds.values()) == pytest.approx(wall_s)
-    assert all(span.end > span.begin for span in ledger.spans)
-    assert all(a.end == b.begin and a.kind is not b.kind for a, b in zip(ledger.spans, ledger.spans[1:], strict=False))
+def check(report: GoodputReport, wall_s: float) -> None:
+    """Assert what holds for every report."""
+    assert report.wall_s == pytest.approx(wall_s)
+    assert sum(report.seconds.values()) == pytest.approx(wall_s)
+    assert all(span.end > span.begin for span in report.spans)
+    assert all(
+        a.end == b.begin and a.category is not b.category for a, b in zip(report.spans, report.spans[1:], strict=False)
+    )
 
 
 #: Ten steps, undisturbed: 10 s until the claim, 5 more until the first step, 5 from the last one to the end.
-PEACEFUL = (
+UNDISTURBED = (
     launch("a", 0, 32, 0),
     attempt(1, 10, start(11), plan(12), steps(1, 10, 15), done(30, 10)),
 )
@@ -53,10 +55,12 @@ PEACEFUL = (
             5 + LOST_AFTER_S / 2,
             5 + LOST_AFTER_S / 2,
             {"restart": 5 + LOST_AFTER_S / 2},
-            id="at-its-start",
+            id="starting",
         ),
         pytest.param((launch("a", 0, 5, 3),), LATER, 5, {"restart": 5}, id="refused-before-it-began"),
-        pytest.param(PEACEFUL, LATER, 32, {"restart": 15, "train": 10, "save_stall": 5, "wait": 2}, id="peaceful"),
+        pytest.param(
+            UNDISTURBED, LATER, 32, {"restart": 15, "train": 10, "save_stall": 5, "wait": 2}, id="undisturbed"
+        ),
         pytest.param(
             (
                 launch("a", 0, 40, 0),
@@ -105,7 +109,7 @@ PEACEFUL = (
             LATER,
             60,
             {"restart": 25, "train": 16, "detect": 3, "restore": 10, "redo": 6},
-            id="rank-0-took-its-journal-along",
+            id="rank-0-lost-its-journal",
         ),
         pytest.param(
             (
@@ -117,7 +121,7 @@ PEACEFUL = (
             LATER,
             160,
             {"restart": 25, "train": 20, "restore": 10, "redo": 4, "wait": 101},
-            id="the-driver-dies-with-all",
+            id="driver-and-workers-die",
         ),
         pytest.param(
             (
@@ -164,13 +168,13 @@ PEACEFUL = (
             (
                 launch("a", 0, 70, 75),
                 launch("b", 30, 80, 0),
-                attempt(1, 10, steps(1, 40, 15), saved(10, 26)),  # goes on until 55, though it lost the run at 45
+                attempt(1, 10, steps(1, 40, 15), saved(10, 26)),  # continues until 55, though it was superseded at 45
                 attempt(2, 45, resume(47, 10), steps(11, 40, 48), done(78, 40), launch="b"),
             ),
             LATER,
             80,
             {"restart": 15, "train": 40, "restore": 3, "redo": 20, "wait": 2},
-            id="taken-over-and-a-zombie",
+            id="taken-over-while-still-running",
         ),
         pytest.param(
             (
@@ -188,28 +192,28 @@ PEACEFUL = (
             52,
             52,
             {"restart": 15, "train": 37},
-            id="at-work",
+            id="running",
         ),
         pytest.param(
             (launch("a", 0, 50, None, failure(1, 30)), attempt(1, 10, start(11), steps(1, 10, 15))),
             52,
             52,
             {"restart": 37, "train": 10, "detect": 5},
-            id="about-to-come-back",
+            id="about-to-restart",
         ),
         pytest.param(
             (launch("a", 0, 50), attempt(1, 10, start(11), steps(1, 10, 15))),
             LATER,
             50,
             {"restart": 15, "train": 10, "wait": 25},
-            id="lost-without-a-word",
+            id="lost-without-a-recorded-end",
         ),
         pytest.param(
             (attempt(1, 10, start(11), saved(5, 20), launch=""),),
             LATER,
             0,
             {},
-            id="a-loop-of-ones-own",
+            id="custom-loop",
         ),
         pytest.param(
             (  # the driver's clock is 8 s behind the workers'
@@ -227,10 +231,10 @@ PEACEFUL = (
 def test_every_second_is_in_one_category(
     parts: tuple[Any, ...], now: float, wall_s: float, expected: dict[str, float]
 ) -> None:
-    ledger = account_time(story(*parts), now)
-    check(ledger, wall_s)
-    assert {kind.value: round(s, 6) for kind, s in ledger.seconds.items() if s} == expected
-    assert ledger.goodput == (expected.get("train", 0.0) / wall_s if wall_s else None)
+    report = account_time(make_timeline(*parts), now)
+    check(report, wall_s)
+    assert {category.value: round(s, 6) for category, s in report.seconds.items() if s} == expected
+    assert report.goodput == (expected.get("train", 0.0) / wall_s if wall_s else None)
 
 
 def test_steps_lost_are_counted_once_for_each_time_they_were_made() -> None:
@@ -240,21 +244,21 @@ def test_steps_lost_are_counted_once_for_each_time_they_were_made() -> None:
         attempt(2, 40, resume(41, 40), steps(41, 42, 42)),
         attempt(3, 60, resume(61, 40), steps(41, 60, 62)),
     )
-    assert story(*parts).num_lost == 12
+    assert make_timeline(*parts).num_lost_steps == 12
 
 
-def test_torn_and_shuffled_stories_never_make_time_negative() -> None:
+def test_missing_events_and_wrong_clocks_never_make_time_negative() -> None:
     """Any subset of the events, with clocks that are off by up to 20 s."""
     chance = random.Random(7)
     for _ in range(300):
-        told = Timeline("run")
+        timeline = Timeline("run")
         for name in ("a", "b"):
             began = chance.uniform(0, 50)
             code = chance.choice([None, 0, 1, 75])
             _, alive, _ = launch(name, began, began + chance.uniform(0, 100), code)
-            told.launch(name).alive = alive if chance.random() < 0.8 else {}
-            told.apply_launch(name, failure(chance.randint(1, 4), chance.uniform(0, 200)))
-            told.apply_launch(name, {"event": "no-room", "t": 0, "since": chance.uniform(0, 200)})
+            timeline.launch(name).alive = alive if chance.random() < 0.8 else {}
+            timeline.apply_launch_event(name, failure(chance.randint(1, 4), chance.uniform(0, 200)))
+            timeline.apply_launch_event(name, {"event": "no-room", "t": 0, "since": chance.uniform(0, 200)})
         for number in range(1, chance.randint(2, 5)):
             at, first = number * 40 + chance.uniform(-20, 20), chance.randint(1, 30)
             events = [
@@ -263,12 +267,12 @@ def test_torn_and_shuffled_stories_never_make_time_negative() -> None:
             ]  # fmt: skip
             kept = [event for event in events if chance.random() < 0.8]
             _, claim, _ = attempt(number, at, launch=chance.choice(["a", "b"]))
-            made = story(attempt(number, at, kept)).in_order[0]
+            made = make_timeline(attempt(number, at, kept)).claimed_attempts[0]
             made.claim = claim
-            told.attempts[made.id] = made
-        ledger = account_time(told, 210.0)
-        check(ledger, ledger.wall_s)
+            timeline.attempts[made.id] = made
+        report = account_time(timeline, 210.0)
+        check(report, report.wall_s)
 
 
-def test_every_kind_says_what_it_means() -> None:
-    assert len({kind.meaning for kind in TimeCategory}) == len(TimeCategory)
+def test_every_category_has_its_own_description() -> None:
+    assert len({category.description for category in TimeCategory}) == len(TimeCategory)

@@ -1,4 +1,4 @@
-"""The report: what it says of real runs, how large it is, and how it looks in a real Chromium at three sizes."""
+"""The report: its values for real runs, its size, and its rendering by Chromium at three screen sizes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.liveness import LivenessFile
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.monitoring.report.data import MOST_POINTS, MOST_SPANS, page_data, thin
+from outlast.cluster.monitoring.report.page_data import MAX_POINTS, MAX_SPANS, page_data, thin
 from outlast.cluster.monitoring.report.report import Report, run_report
 from outlast.cluster.monitoring.run_summary import summarize
 from outlast.cluster.monitoring.timeline import Timeline
@@ -40,7 +40,19 @@ from outlast.trainers.loop.train_loop import Outcome
 from tests.support.browser import CHROMIUM, Browser, Page, chromium
 from tests.support.groups.worker_group import StopAt, fault, run_group
 from tests.support.small_model import small_model
-from tests.support.timelines import attempt, done, evaluated, failure, launch, plan, resume, saved, start, steps, story
+from tests.support.timelines import (
+    attempt,
+    done,
+    evaluated,
+    failure,
+    launch,
+    make_timeline,
+    plan,
+    resume,
+    saved,
+    start,
+    steps,
+)
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 SIZES = {"phone": (390, 844), "tablet": (820, 1180), "desktop": (1440, 900)}
@@ -57,10 +69,10 @@ def data_of(page: str) -> dict[str, Any]:
 
 
 def _note_failure(storage: LocalStorage, run: str, number: int) -> None:
-    """What the launch's recorder notes when a worker has died; these groups run without Ray."""
+    """Write the failure event of the launch, which these groups without Ray lack."""
     ended = list_attempts(RunStore(storage, run))[-1]
-    told = parse_event(failure(str(ended), time.time()))
-    Journal(storage, launch_dir(run, "first"), number, flush_s=0).write(replace(told, t=0.0))
+    event = parse_event(failure(str(ended), time.time()))
+    Journal(storage, launch_dir(run, "first"), number, flush_s=0).write(replace(event, t=0.0))
 
 
 @pytest.fixture(scope="module")
@@ -101,21 +113,21 @@ def elastic(assign: Callable[..., Assignment], storage: LocalStorage) -> LocalSt
     return storage
 
 
-def test_what_it_says_of_a_run_that_was_killed_twice(killed: LocalStorage) -> None:
+def test_report_of_a_run_that_was_killed_twice(killed: LocalStorage) -> None:
     page = Report.of(killed, "killed").to_html()
     data = data_of(page)
     assert (data["state"], data["step"], data["num_steps"]) == ("done", 30, 30)
-    kinds = [mark["kind"] for mark in data["marks"]]
+    kinds = [mark["kind"] for mark in data["markers"]]
     assert (kinds.count("failure"), kinds.count("restore")) == (2, 2)
     assert [item["from"] for item in data["attempts"]] == [None, 9, 18]
     assert [item["cause"] for item in data["attempts"]] == ["worker died", "worker died", "done"]
     assert data["by_step"]["x"] == list(range(1, 31))
     assert data["by_step"]["eval"]["x"] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
-    assert data["num_lost"] == sum(end - begin for begin, end in data["redone"]["steps"])
-    assert sum(kind["seconds"] for kind in data["kinds"]) == pytest.approx(data["wall_s"])
+    assert data["num_lost_steps"] == sum(end - begin for begin, end in data["redone"]["steps"])
+    assert sum(kind["seconds"] for kind in data["categories"]) == pytest.approx(data["wall_s"])
     rows = data["checkpoints"]["rows"]
     assert [row["step"] for row in rows] == [30, 27, 24]
-    assert {row["health"] for row in rows} == {"unread"}
+    assert {row["verification"] for row in rows} == {"unverified"}
     assert all(len(row["digest"]) == 32 and row["num_files"] == len(row["files"]) > 5 for row in rows)
     assert "train_bpe: 400" in data["settings"]
     assert data["changes"] == []
@@ -123,22 +135,22 @@ def test_what_it_says_of_a_run_that_was_killed_twice(killed: LocalStorage) -> No
     assert "Copyright (c) 2022 Leon Sorokin" in page
 
 
-def test_what_it_says_of_a_run_that_changed_its_size(elastic: LocalStorage) -> None:
+def test_report_of_a_run_that_changed_its_size(elastic: LocalStorage) -> None:
     data = data_of(Report.of(elastic, "elastic").to_html())
     assert {2, 1, 4, 0} == set(data["workers"]["y"])
     assert data["workers"]["x"] == sorted(data["workers"]["x"])
     sizes = [(item["attempt"], item["before"], item["now"]) for item in data["changes"] if item["key"] == "world_size"]
     assert sizes == [(2, 2, 1), (3, 1, 4)]
-    assert {mark["kind"] for mark in data["marks"]} == {"end", "restore"}
-    assert data["num_lost"] == 0
+    assert {mark["kind"] for mark in data["markers"]} == {"end", "restore"}
+    assert data["num_lost_steps"] == 0
 
 
-def test_what_it_says_of_a_run_that_has_just_begun(empty: LocalStorage) -> None:
+def test_report_of_a_run_that_has_just_begun(empty: LocalStorage) -> None:
     data = data_of(Report.of(empty, "empty").to_html())
     assert (data["state"], data["attempts"], data["checkpoints"]["rows"]) == ("starting", [], [])
 
 
-def test_a_loop_of_ones_own_began_with_its_first_claim(tmp_path: Path) -> None:
+def test_a_custom_loop_began_with_its_first_claim(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     mine = Checkpointer(storage, "own")
     model, optimizer = small_model()
@@ -151,17 +163,19 @@ def test_a_loop_of_ones_own_began_with_its_first_claim(tmp_path: Path) -> None:
 def test_verified_means_that_every_byte_was_read(killed: LocalStorage, tmp_path: Path) -> None:
     shutil.copytree(killed.path("killed"), tmp_path / "killed", symlinks=True)
     copy = LocalStorage(tmp_path)
-    assert {row["health"] for row in Report.of(copy, "killed", verify=True).data["checkpoints"]["rows"]} == {"whole"}
+    assert {row["verification"] for row in Report.of(copy, "killed", verify=True).data["checkpoints"]["rows"]} == {
+        "verified"
+    }
     weights = next((tmp_path / "killed/attempts").glob("*/checkpoint-27/model.safetensors"))
     body = bytearray(weights.read_bytes())
     body[-7] ^= 1
     weights.write_bytes(body)
     rows = {row["step"]: row for row in Report.of(copy, "killed", verify=True).data["checkpoints"]["rows"]}
-    assert {step: row["health"] for step, row in rows.items()} == {30: "whole", 27: "damaged", 24: "whole"}
-    assert "model.safetensors: bytes changed" in rows[27]["said"]
+    assert {step: row["verification"] for step, row in rows.items()} == {30: "verified", 27: "damaged", 24: "verified"}
+    assert "model.safetensors: bytes changed" in rows[27]["detail"]
 
 
-def test_the_verb(killed: LocalStorage, tmp_path: Path) -> None:
+def test_the_report_command(killed: LocalStorage, tmp_path: Path) -> None:
     done = subprocess.run(
         [OUTLAST, "report", str(killed.path("killed"))], capture_output=True, text=True, timeout=60, cwd=tmp_path
     )
@@ -171,11 +185,11 @@ def test_the_verb(killed: LocalStorage, tmp_path: Path) -> None:
         run_report("nobody", str(tmp_path))
 
 
-# -- what is made up ---------------------------------------------------------------------------------------------------
+# -- timelines made by hand --------------------------------------------------------------------------------------------
 
 
-def page_of(told: Timeline, now: float) -> str:
-    return Report({**page_data(told, summarize(told, now), None, set(), None, {}), "version": "0"}).to_html()
+def page_of(timeline: Timeline, now: float) -> str:
+    return Report({**page_data(timeline, summarize(timeline, now), None, set(), None, {}), "version": "0"}).to_html()
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(2, 60))
@@ -188,18 +202,20 @@ def test_thinning_keeps_the_extremes_and_the_order(values: list[float], most: in
     assert column[kept].min() == column.min()
 
 
-def long_story(number: int) -> Timeline:
-    """So many steps, a spike, an evaluation and a save every thousand, and a failure in the middle."""
+def long_timeline(number: int) -> Timeline:
+    """Make `number` steps with a spike, an evaluation and a save every thousand, and a failure in the middle."""
     half = number // 2
-    told = story(
+    timeline = make_timeline(
         launch("a", 0, 10.0 + number, None, failure(1, 20.0 + half)),
         attempt(1, 5, start(6), plan(7, 2 * number)),
         attempt(2, 30.0 + half, resume(31.0 + half, half - 100), plan(32.0 + half, 2 * number)),
     )
-    for item, first, last, begin in zip(told.in_order, (1, half - 99), (half, number), (10, 40 + half), strict=True):
+    for item, first, last, begin in zip(
+        timeline.claimed_attempts, (1, half - 99), (half, number), (10, 40 + half), strict=True
+    ):
         numbers = np.arange(first, last + 1)
         columns = item.steps
-        columns.number = array("q", numbers.tolist())
+        columns.step = array("q", numbers.tolist())
         columns.loss = array("d", (3 + 5 / np.sqrt(numbers) + 0.1 * np.sin(numbers)).tolist())
         columns.lr = columns.grad_norm = array("d", np.full(len(numbers), 1e-3).tolist())
         columns.tokens = array("q", np.full(len(numbers), 4096).tolist())
@@ -210,16 +226,16 @@ def long_story(number: int) -> Timeline:
             at = columns.ended_at[step - first]
             for event in (evaluated(step, at, at + 0.1), *saved(step, at + 0.1)):
                 item.apply(event)
-    return told
+    return timeline
 
 
 def test_a_million_steps_are_a_small_page() -> None:
-    told = long_story(1_000_000)
-    page = page_of(told, 1_000_010.0)
+    timeline = long_timeline(1_000_000)
+    page = page_of(timeline, 1_000_010.0)
     data = data_of(page)
     assert len(page.encode()) < 2_000_000
-    assert len(data["by_step"]["x"]) <= MOST_POINTS
-    assert len(data["spans"]) <= MOST_SPANS
+    assert len(data["by_step"]["x"]) <= MAX_POINTS
+    assert len(data["spans"]) <= MAX_SPANS
     assert data["spans"][0][0] == 0
     assert all(before[1] == after[0] for before, after in zip(data["spans"], data["spans"][1:], strict=False))
     assert data["by_step"]["loss"].count(99.0) == 2
@@ -229,40 +245,42 @@ def test_a_million_steps_are_a_small_page() -> None:
 @pytest.mark.parametrize("loss", [nan, inf, -inf])
 def test_an_evaluation_that_is_not_finite_is_left_out_of_the_charts(loss: float) -> None:
     strange = {**evaluated(9, 21, 22), "eval_loss": loss, "eval_accuracy": 0.5}
-    told = story(launch("a", 0, 90), attempt(1, 10, start(11), evaluated(0, 12, 13), steps(1, 9, 13), strange))
-    data = data_of(page_of(told, 100.0))
+    timeline = make_timeline(
+        launch("a", 0, 90), attempt(1, 10, start(11), evaluated(0, 12, 13), steps(1, 9, 13), strange)
+    )
+    data = data_of(page_of(timeline, 100.0))
     assert data["scores"] == {"eval_loss": None, "eval_accuracy": 0.5}
     assert data["by_step"]["eval"] == {"x": [0], "loss": [2.0]}
     assert data["by_time"]["eval"] == {"x": [13.0], "loss": [2.0]}
 
 
-NASTY = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\u2028&amp;'
+HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\u2028&amp;'
 
 
-def nasty_story() -> Timeline:
-    return story(
-        launch("a", 0, 90, 1, {**failure(1, 30), "message": NASTY, "where": NASTY, "cause": NASTY}),
+def hostile_timeline() -> Timeline:
+    return make_timeline(
+        launch("a", 0, 90, 1, {**failure(1, 30), "message": HOSTILE, "where": HOSTILE, "cause": HOSTILE}),
         attempt(
-            1, 10, start(11), plan(12), steps(1, 9, 12), {**evaluated(9, 21, 22), f"eval_{NASTY}": 1.0},
-            {"event": "changed", "t": 12, "what": NASTY, "before": NASTY, "now": NASTY},
-            settings={"name": NASTY, NASTY: NASTY}, versions={NASTY: NASTY}, device=NASTY,
-            workers=[{"rank": 0, "host": NASTY}],
+            1, 10, start(11), plan(12), steps(1, 9, 12), {**evaluated(9, 21, 22), f"eval_{HOSTILE}": 1.0},
+            {"event": "changed", "t": 12, "what": HOSTILE, "before": HOSTILE, "now": HOSTILE},
+            settings={"name": HOSTILE, HOSTILE: HOSTILE}, versions={HOSTILE: HOSTILE}, device=HOSTILE,
+            workers=[{"rank": 0, "host": HOSTILE}],
         ),
-        attempt(2, 40, resume(41, 5), settings={"name": NASTY, NASTY: "other"}),
-        run=NASTY,
+        attempt(2, 40, resume(41, 5), settings={"name": HOSTILE, HOSTILE: "other"}),
+        run=HOSTILE,
     )  # fmt: skip
 
 
-def test_nothing_that_a_user_names_is_html() -> None:
-    page = page_of(nasty_story(), 100.0)
-    clean = page_of(story(launch("a", 0, 90, 1)), 100.0)
+def test_user_text_is_never_html() -> None:
+    page = page_of(hostile_timeline(), 100.0)
+    clean = page_of(make_timeline(launch("a", 0, 90, 1)), 100.0)
     assert page.count("</script>") == clean.count("</script>")
     assert page.count("<img") == clean.count("<img") == 0
-    assert data_of(page)["run"] == NASTY
+    assert data_of(page)["run"] == HOSTILE
 
 
-def test_in_a_notebook_it_is_a_frame_of_its_own() -> None:
-    inline = Report(data_of(page_of(nasty_story(), 100.0)))._repr_html_()
+def test_a_notebook_shows_the_report_in_a_frame() -> None:
+    inline = Report(data_of(page_of(hostile_timeline(), 100.0)))._repr_html_()
     assert inline.startswith('<iframe sandbox="allow-scripts"')
     assert inline.count("<") == 2
     assert outlast.cluster.run_report is run_report
@@ -278,7 +296,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 CHARTS = """Object.fromEntries([...document.querySelectorAll(".chart")].map((chart) => [chart.id, {
-    drawn: !!chart.querySelector("canvas"), marks: +(chart.dataset.marks || 0), bands: +(chart.dataset.bands || 0),
+    drawn: !!chart.querySelector("canvas"), markers: +(chart.dataset.markers || 0), bands: +(chart.dataset.bands || 0),
     inside: chart.getBoundingClientRect().right <= innerWidth }]))"""
 
 
@@ -287,7 +305,7 @@ OVER = """[...document.querySelectorAll("body *")]
 
 
 def opened(browser: Browser, path: Path, size: str, *, dark: bool = False) -> dict[str, Any]:
-    """What is to be seen of a page, with a picture of it beside it."""
+    """Open a page, save a screenshot, and return what it shows."""
 
     async def use(page: Page) -> dict[str, Any]:
         await page.picture(path.with_name(f"{path.stem}-{size}-{'dark' if dark else 'light'}.png"), whole=True)
@@ -305,8 +323,8 @@ def opened(browser: Browser, path: Path, size: str, *, dark: bool = False) -> di
     return browser.open(path.as_uri(), SIZES[size], use, dark=dark)
 
 
-def check(seen: dict[str, Any]) -> None:
-    """What must hold for every page."""
+def check_page(seen: dict[str, Any]) -> None:
+    """Assert what holds for every page."""
     assert seen["ready"] == "yes"
     assert seen["complaints"] == []
     assert seen["requests"] == []
@@ -319,7 +337,7 @@ def check(seen: dict[str, Any]) -> None:
 @needs_chromium
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_how_runs_look(
+def test_pages_render_on_all_screen_sizes(
     browser: Browser,
     killed: LocalStorage,
     elastic: LocalStorage,
@@ -333,57 +351,57 @@ def test_how_runs_look(
         path = tmp_path / f"{run}.html"
         path.write_text(Report.of(place, run).to_html())
         seen[run] = opened(browser, path, size, dark=dark)
-        check(seen[run])
+        check_page(seen[run])
     charts = {run: found["charts"] for run, found in seen.items()}
     assert all(chart["drawn"] for run in ("killed", "elastic") for chart in charts[run].values())
-    assert charts["killed"]["by-step"]["marks"] == charts["killed"]["by-time"]["marks"] == 4
+    assert charts["killed"]["by-step"]["markers"] == charts["killed"]["by-time"]["markers"] == 4
     assert charts["killed"]["by-step"]["bands"] == 2
-    assert charts["elastic"]["by-step"]["marks"] == 4
+    assert charts["elastic"]["by-step"]["markers"] == 4
     assert not any(chart["drawn"] for chart in charts["empty"].values())
     assert seen["empty"]["text"].count("nothing yet") == 5
-    for words in ("Attempt 3", "worker died", "not read back", "train_bpe"):
+    for words in ("Attempt 3", "worker died", "not verified", "train_bpe"):
         assert words in seen["killed"]["text"]
 
 
 @needs_chromium
-def test_a_tooltip_tells_what_is_at_the_cursor(browser: Browser, tmp_path: Path) -> None:
-    """At some part of each chart: of 100 steps, or of 200 seconds."""
-    told = story(
+def test_a_tooltip_shows_the_values_at_the_cursor(browser: Browser, tmp_path: Path) -> None:
+    """The cursor is at a fraction of each chart: of 100 steps, or of 200 seconds."""
+    timeline = make_timeline(
         launch("a", 0, 200, 0, failure(1, 81.5)),
         attempt(1, 20, start(21), plan(22), steps(1, 50, 30), saved(40, 70), evaluated(50, 80, 81), world_size=2),
         attempt(2, 100, resume(110, 40), plan(111), steps(41, 100, 120), done(200)),
     )
     path = tmp_path / "hovered.html"
-    path.write_text(page_of(told, 300.0))
+    path.write_text(page_of(timeline, 300.0))
 
     async def use(page: Page) -> dict[str, str]:
-        said = {}
+        tooltips = {}
         for chart, part in {"by-step": 0.41, "by-time": 0.41, "workers": 0.41, "speed": 0.7, "lr": 0.41}.items():
             await page.evaluate(f"document.getElementById('{chart}').scrollIntoView()")
             place = await page.evaluate(f"document.querySelector('#{chart} .u-over').getBoundingClientRect().toJSON()")
             await page.point_at(place["x"] + part * place["width"], place["y"] + place["height"] / 2)
-            said[chart] = await page.evaluate(f"document.querySelector('#{chart} .tip').innerText")
+            tooltips[chart] = await page.evaluate(f"document.querySelector('#{chart} .tip').innerText")
         assert page.complaints == []
-        return said
+        return tooltips
 
-    said = browser.open(path.as_uri(), SIZES["desktop"], use)
-    assert said["by-step"] == "step 41\nloss 0.2439\nlr 0.001\nattempt 2 goes on from step 40"
-    assert said["by-time"].splitlines()[-1] == "worker died (rank 1): it was killed"
-    assert said["workers"] == "after 1 min 22 s\n0 workers"
-    assert said["speed"].endswith("80 tokens/s")
-    assert said["lr"] == "step 41\nlr 0.001"
+    tooltips = browser.open(path.as_uri(), SIZES["desktop"], use)
+    assert tooltips["by-step"] == "step 41\nloss 0.2439\nlr 0.001\nattempt 2 resumed from step 40"
+    assert tooltips["by-time"].splitlines()[-1] == "worker died (rank 1): it was killed"
+    assert tooltips["workers"] == "after 1 min 22 s\n0 workers"
+    assert tooltips["speed"].endswith("80 tokens/s")
+    assert tooltips["lr"] == "step 41\nlr 0.001"
 
 
 @needs_chromium
-def test_nasty_words_and_a_million_steps_in_a_browser(browser: Browser, tmp_path: Path) -> None:
-    for name, told in {"nasty": nasty_story(), "long": long_story(1_000_000)}.items():
+def test_hostile_text_and_a_million_steps_in_a_browser(browser: Browser, tmp_path: Path) -> None:
+    for name, timeline in {"hostile": hostile_timeline(), "long": long_timeline(1_000_000)}.items():
         path = tmp_path / f"{name}.html"
-        path.write_text(page_of(told, 1_000_010.0))
+        path.write_text(page_of(timeline, 1_000_010.0))
         for size in SIZES:
-            check(opened(browser, path, size))
+            check_page(opened(browser, path, size))
     inline = tmp_path / "inline.html"
     inline.write_text(
-        "<!doctype html><title>notebook</title>" + Report(data_of(page_of(nasty_story(), 100.0)))._repr_html_()
+        "<!doctype html><title>notebook</title>" + Report(data_of(page_of(hostile_timeline(), 100.0)))._repr_html_()
     )
 
     async def use(page: Page) -> list[str]:

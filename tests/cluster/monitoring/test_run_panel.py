@@ -1,4 +1,4 @@
-"""The panel's lines at several widths, and the foot of a terminal that other output scrolls by above."""
+"""The panel at several widths, and the live display below other output of a terminal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rich.text import Text
 
 from outlast.checkpointing.run_store.events import SlowRank
 from outlast.cluster.formatting import clock, duration, share, short, size
-from outlast.cluster.monitoring.console_progress import Reporter
-from outlast.cluster.monitoring.run_panel import _apportion, panel, plain, sparkline
+from outlast.cluster.monitoring.console_progress import ProgressReporter
+from outlast.cluster.monitoring.run_panel import _apportion, panel, plain_line, sparkline
 from outlast.cluster.monitoring.run_summary import RunSummary, summarize
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import Timeline
@@ -29,13 +29,13 @@ from tests.support.timelines import (
     evaluated,
     failure,
     launch,
+    make_timeline,
     plan,
     resume,
     saved,
     start,
     steps,
     stopped,
-    story,
 )
 
 NOW = 300.0
@@ -43,21 +43,21 @@ WIDTHS = (30, 40, 60, 79, 80, 120)
 ROOT = Path(__file__).parents[3]
 
 
-def busy(run: str = "support-bot") -> RunSummary:
-    """A run that was killed, hung, and is at work again."""
-    told = story(
+def interrupted_run(run: str = "support-bot") -> RunSummary:
+    """Make a running run that was killed and hung before."""
+    timeline = make_timeline(
         launch("a", 0, NOW - 1, None, failure(1, 100), failure(2, 180, "hang")),
         attempt(1, 20, start(21), plan(22, 1000), evaluated(0, 24, 26), steps(1, 90, 26, 0.8), saved(60, 76)),
         attempt(2, 115, resume(117, 60), plan(118, 1000), steps(61, 120, 120, 0.8), saved(90, 146, 0.2)),
         attempt(3, 190, resume(192, 90, 2), plan(193, 1000), steps(91, 220, 195, 0.8), saved(200, 287, 0.1)),
         run=run,
     )
-    told.in_order[-1].slow = [SlowRank(1, "node-c", 1.8)]
-    return summarize(told, NOW)
+    timeline.claimed_attempts[-1].slow = [SlowRank(1, "node-c", 1.8)]
+    return summarize(timeline, NOW)
 
 
 def shown(seen: RunSummary, width: int, *, colour: bool = False) -> str:
-    """What a terminal of that width would show."""
+    """Return what a terminal of that width shows."""
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=True, color_system="standard" if colour else None)
     for line in panel(seen, width):
@@ -67,13 +67,12 @@ def shown(seen: RunSummary, width: int, *, colour: bool = False) -> str:
 
 def test_the_whole_panel_at_eighty_columns() -> None:
     died, hung = clock(100, NOW), clock(180, NOW)
-    assert shown(busy(), 80).splitlines() == [
-        "support-bot  running, attempt 3, 2 workers, 5 min in all",
+    assert shown(interrupted_run(), 80).splitlines() == [
+        "support-bot  running, attempt 3, 2 workers, 5 min total",
         "step     ━━━━━━━━─────────────────────────────  220/1,000 22 %, 10 min 24 s left",
         "loss     0.045  █▃▂▂▂▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁  eval loss 2.000  lr 0.001",
-        "speed    100 tokens/s, 0.8 s a step",
-        "saved    step 200, 13 s ago, 1.0 kB, not read back yet, takes 0.5 s,",
-        "         stall 0.1 s",
+        "speed    100 tokens/s, 0.8 s/step",
+        "saved    step 200, 13 s ago, 1.0 kB, not verified yet, takes 0.5 s, stall 0.1 s",
         "goodput  59 %  ██████████████████████▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒",
         "         train 2 min 57 s, restart 49 s, redo 48 s, detect 14 s, restore 10 s,",
         "         evaluate 2 s",
@@ -87,58 +86,58 @@ def test_the_whole_panel_at_eighty_columns() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("run", ["a", "a-run-whose-name-is-as-long-as-a-name-may-be-" + 18 * "x"])
 def test_no_line_is_wider_than_the_terminal_or_padded(width: int, run: str) -> None:
-    lines = panel(busy(run), width)
+    lines = panel(interrupted_run(run), width)
     assert all(line.cell_len <= width for line in lines)
     assert all(line.plain == line.plain.rstrip() for line in lines)
-    assert shown(busy(run), width).count("\n") == len(lines)
+    assert shown(interrupted_run(run), width).count("\n") == len(lines)
     for words in ("step", "220/1,000", "loss", "goodput", "59 %", "60 steps"):
-        assert words in shown(busy(run), width)
+        assert words in shown(interrupted_run(run), width)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_run_of_which_little_is_known(width: int) -> None:
     nothing = panel(summarize(Timeline("run"), NOW), width)
     assert [line.plain for line in nothing] == ["run  unattended"]
-    begun = shown(summarize(story(launch("a", NOW - 9, NOW)), NOW, "preparing data"), width)
+    begun = shown(summarize(make_timeline(launch("a", NOW - 9, NOW)), NOW, "preparing data"), width)
     assert begun.startswith("run  preparing data")
     assert "nothing yet" in begun
-    finished = story(launch("a", 0, 32, 0), attempt(1, 10, plan(12, 10), steps(1, 10, 15), done(30, 10)))
+    finished = make_timeline(launch("a", 0, 32, 0), attempt(1, 10, plan(12, 10), steps(1, 10, 15), done(30, 10)))
     assert "done, attempt 1" in shown(summarize(finished, NOW), width)
     assert " left" not in shown(summarize(finished, NOW), width)
 
 
-def test_a_group_that_was_lost_is_restarting_until_the_next_one_tells_something() -> None:
+def test_a_run_is_restarting_until_the_next_group_has_an_event() -> None:
     lost = attempt(1, 20, start(21), plan(22, 1000), steps(1, 90, 26, 0.8), saved(60, 76))
     failed, killed = launch("a", 0, NOW - 1, None, failure(1, 100)), launch("a", 0, 100)
     for parts in ((failed, lost), (failed, lost, attempt(2, 115)), (killed, launch("b", 110, NOW - 1), lost)):
-        text = shown(summarize(story(*parts), NOW), 120)
+        text = shown(summarize(make_timeline(*parts), NOW), 120)
         assert "restarting, attempt 1" in text
         assert " left" not in text
     stopping = attempt(1, 20, start(21), plan(22, 1000), steps(1, 90, 26, 0.8), stopped(100, 90))
-    assert "running, attempt 1" in shown(summarize(story(launch("a", 0, NOW - 1), stopping), NOW), 120)
+    assert "running, attempt 1" in shown(summarize(make_timeline(launch("a", 0, NOW - 1), stopping), NOW), 120)
 
 
-def test_what_users_write_is_text() -> None:
-    told = story(
+def test_user_text_is_not_markup() -> None:
+    timeline = make_timeline(
         launch("a", 0, 290, None, {**failure(1, 100), "message": "[bold red]x[/] :smile:\n\x1b]0;t\x07 y"}),
         attempt(1, 9),
     )
-    text = shown(summarize(told, NOW), 120, colour=True)
+    text = shown(summarize(timeline, NOW), 120, colour=True)
     assert "[bold red]x[/] :smile: " in text
     assert "\x1b]" not in text
 
 
 def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     colours = re.compile(r"\x1b\[[0-9;]*(3\d|9\d)[0-9;]*m")
-    assert colours.search(shown(busy(), 80, colour=True))
+    assert colours.search(shown(interrupted_run(), 80, colour=True))
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not colours.search(shown(busy(), 80, colour=True))
+    assert not colours.search(shown(interrupted_run(), 80, colour=True))
 
 
 def test_one_plain_line() -> None:
     expected = "step 220/1000  loss 0.045  eval loss 2.000  lr 0.001  100 tokens/s  10 min 24 s left"
-    assert plain(busy()) == expected
-    assert plain(summarize(Timeline("run"), NOW)) == "step 0/?"
+    assert plain_line(interrupted_run()) == expected
+    assert plain_line(summarize(Timeline("run"), NOW)) == "step 0/?"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,7 @@ def test_sparkline(values: list[float], width: int, expected: str) -> None:
         ([1.0, 1.0, 1.0], 20, [6, 7, 7]),
     ],
 )
-def test_a_bar_has_a_column_for_whatever_there_is(parts: list[float], room: int, expected: list[int]) -> None:
+def test_a_bar_has_a_column_for_each_part(parts: list[float], room: int, expected: list[int]) -> None:
     found = _apportion(parts, room)
     assert sorted(found) == sorted(expected)
     assert sum(found) == room
@@ -186,11 +185,11 @@ def test_numbers_for_people(found: list[str], expected: list[str]) -> None:
     assert found == expected
 
 
-# -- the foot ----------------------------------------------------------------------------------------------------------
+# -- live display ------------------------------------------------------------------------------------------------------
 
 
 class Screen:
-    """What a terminal shows: as much of its language as the foot speaks. Lines wrap at `columns`."""
+    """A terminal's screen, with the escape sequences that the display uses. Lines wrap at `columns`."""
 
     def __init__(self, columns: int) -> None:
         self.columns, self.lines, self.row, self.column = columns, [""], 0, 0
@@ -210,7 +209,7 @@ class Screen:
 
     def _obey(self, letter: str, number: int) -> None:
         if letter == "A":
-            assert self.row >= number, "it went beyond the top"
+            assert self.row >= number, "the cursor moved above the top"
             self.row -= number
         elif letter == "K":
             self.lines[self.row] = self.lines[self.row][: self.column]
@@ -228,13 +227,13 @@ class Screen:
         self.column += 1
 
     def narrow(self, columns: int) -> None:
-        """Makes the terminal narrower, as those do that wrap what is there anew."""
+        """Make the terminal narrower and rewrap its lines."""
         text, wrapped = self.lines, Screen(columns)
         wrapped.feed("\n".join(text))
         self.columns, self.lines, self.row, self.column = columns, wrapped.lines, wrapped.row, wrapped.column
 
 
-def made(columns: int) -> tuple[Console, io.StringIO, Screen]:
+def console_and_screen(columns: int) -> tuple[Console, io.StringIO, Screen]:
     file = io.StringIO()
     return Console(file=file, width=columns, height=20, force_terminal=True), file, Screen(columns)
 
@@ -246,60 +245,60 @@ def flush(file: io.StringIO, screen: Screen) -> list[str]:
     return screen.lines
 
 
-def test_lines_change_in_place_and_others_scroll_by_above() -> None:
-    console, file, screen = made(40)
+def test_lines_change_in_place_below_other_output() -> None:
+    console, file, screen = console_and_screen(40)
     now = ["one", "two"]
-    foot = LiveDisplay(console, lambda width: [Text(line) for line in now])
-    foot.refresh()
+    display = LiveDisplay(console, lambda width: [Text(line) for line in now])
+    display.refresh()
     assert flush(file, screen) == ["one", "two"]
-    foot.write("a log line\nand a second one that is so long that it takes two rows\n")
+    display.write("a log line\nand a second one that is so long that it takes two rows\n")
     expected = ["a log line", "and a second one that is so long that it", " takes two rows"]
     assert flush(file, screen) == [*expected, "one", "two"]
     now[:] = ["three", "four", "five"]
-    foot.refresh()
-    foot.refresh()
+    display.refresh()
+    display.refresh()
     assert flush(file, screen) == [*expected, "three", "four", "five"]
     now[:] = ["six"]
-    foot.print("[said]", markup=False)
-    foot.refresh()
-    assert flush(file, screen) == [*expected, "[said]", "six"]
+    display.print("[printed]", markup=False)
+    display.refresh()
+    assert flush(file, screen) == [*expected, "[printed]", "six"]
 
 
 def test_nothing_is_written_when_nothing_has_changed() -> None:
-    console, file, _ = made(40)
-    foot = LiveDisplay(console, lambda width: [Text("one")])
-    foot.refresh()
+    console, file, _ = console_and_screen(40)
+    display = LiveDisplay(console, lambda width: [Text("one")])
+    display.refresh()
     written = file.getvalue()
     assert "\x1b[2J" not in written
     for _ in range(5):
-        foot.refresh()
+        display.refresh()
     assert file.getvalue() == written
 
 
 @pytest.mark.parametrize("columns", [25, 12])
 def test_a_terminal_that_is_made_narrower(columns: int) -> None:
-    console, file, screen = made(60)
-    foot = LiveDisplay(console, lambda width: [Text("x" * min(width, 50)), Text("y" * min(width, 20))])
-    foot.write("a log line\n")
-    foot.refresh()
+    console, file, screen = console_and_screen(60)
+    display = LiveDisplay(console, lambda width: [Text("x" * min(width, 50)), Text("y" * min(width, 20))])
+    display.write("a log line\n")
+    display.refresh()
     assert flush(file, screen) == ["a log line", "x" * 50, "y" * 20]
     screen.narrow(columns)
     console.width = columns
-    foot.refresh()
+    display.refresh()
     assert flush(file, screen) == ["a log line", "x" * (columns - 1), "y" * min(columns - 1, 20)]
 
 
 def test_a_terminal_with_few_rows() -> None:
-    console, file, screen = made(40)
+    console, file, screen = console_and_screen(40)
     console.height = 4
-    foot = LiveDisplay(console, lambda width: [Text(str(number)) for number in range(9)])
-    foot.refresh()
+    display = LiveDisplay(console, lambda width: [Text(str(number)) for number in range(9)])
+    display.refresh()
     assert flush(file, screen) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(("keep", "left"), [(True, ["the end", ""]), (False, [""])])
-def test_it_stays_or_goes(keep: bool, left: list[str]) -> None:
-    console, file, screen = made(40)
+def test_the_last_lines_are_kept_or_removed(keep: bool, left: list[str]) -> None:
+    console, file, screen = console_and_screen(40)
     with LiveDisplay(console, lambda width: [Text("the end")], keep=keep):
         pass
     assert flush(file, screen) == left
@@ -315,7 +314,7 @@ count = 0
 def lines(width):
     global count
     count += 1
-    return [Text(f"foot {count}"), Text("=" * 10)]
+    return [Text(f"line {count}"), Text("=" * 10)]
 def out(text):
     sys.stdout.write(text)
     print()
@@ -339,21 +338,21 @@ print("after")
 """
 
 
-LEFT_ALONE = """
+WITHOUT_TERMINAL = """
 import os, signal, sys
 from rich.console import Console
-from outlast.cluster.monitoring.console_progress import Reporter
+from outlast.cluster.monitoring.console_progress import ProgressReporter
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-said, go = os.fdopen(int(sys.argv[1]), "w"), os.fdopen(int(sys.argv[2]))
-with Reporter("run", Console(stderr=True), keep=True) as reporter:
-    reporter.say("here")
+output, go = os.fdopen(int(sys.argv[1]), "w"), os.fdopen(int(sys.argv[2]))
+with ProgressReporter("run", Console(stderr=True), keep=True) as reporter:
+    reporter.print_line("here")
     go.readline()
     for number in range(2000):
         os.write(2, b"x" * 99 + b"\\n")  # more than a pipe holds
-    reporter.say("gone")
+    reporter.print_line("gone")
     reporter({"event": "note", "text": "gone"})
-said.write("went on")
-said.flush()
+output.write("continued")
+output.flush()
 os._exit(0)  # Python itself would complain that stderr cannot be flushed
 """
 
@@ -370,12 +369,12 @@ def on_a_terminal(script: str, *pipes: int) -> tuple[int, subprocess.Popen[bytes
     return ours, process
 
 
-def test_a_terminal_that_goes_away_neither_ends_nor_stops_who_writes_to_it() -> None:
+def test_a_process_survives_the_loss_of_its_terminal() -> None:
     """As when ssh drops, under `nohup`."""
-    (said, telling), (waiting, go) = os.pipe(), os.pipe()
-    ours, process = on_a_terminal(LEFT_ALONE, telling, waiting)
-    os.close(telling)
-    os.close(waiting)
+    (received_from, report_to), (wait_on, go) = os.pipe(), os.pipe()
+    ours, process = on_a_terminal(WITHOUT_TERMINAL, report_to, wait_on)
+    os.close(report_to)
+    os.close(wait_on)
     received = b""
     while b"here" not in received:
         received += os.read(ours, 65536)
@@ -383,11 +382,11 @@ def test_a_terminal_that_goes_away_neither_ends_nor_stops_who_writes_to_it() -> 
     os.write(go, b"\n")
     try:
         assert process.wait(60) == 0
-        assert os.read(said, 100) == b"went on"
+        assert os.read(received_from, 100) == b"continued"
     finally:
         process.kill()
         process.wait()
-        os.close(said)
+        os.close(received_from)
         os.close(go)
 
 
@@ -416,23 +415,23 @@ def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
     assert screen.lines[402:] == ["after", ""]
 
 
-# -- who tells ---------------------------------------------------------------------------------------------------------
+# -- progress reporter -------------------------------------------------------------------------------------------------
 
 
-def test_that_an_attempt_was_superseded_ends_that_one_and_not_its_successor() -> None:
-    with Reporter("run", Console(file=io.StringIO(), width=200)) as reporter:
+def test_a_superseded_event_ends_its_attempt_and_not_the_successor() -> None:
+    with ProgressReporter("run", Console(file=io.StringIO(), width=200)) as reporter:
         reporter({"event": "phase", "name": "data", "launch": "a", "t": 0.0})
         reporter({"sender": "0001-0001", **start(2)})
         reporter({"sender": "0001-0001", "event": "superseded", "t": 3.0, "step": 4, "by": "0002-0002"})
-        [attempt] = reporter._story.in_order
+        [attempt] = reporter._timeline.claimed_attempts
     assert str(attempt.id) == "0001-0001"
     assert attempt.final is not None
 
 
-def test_a_reporter_tells_in_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     file = io.StringIO()
-    with Reporter("run", Console(file=file, width=200)) as reporter:
+    with ProgressReporter("run", Console(file=file, width=200)) as reporter:
         for event in (
             {"event": "phase", "name": "data", "launch": "a", "t": 0.0},
             {"event": "phase", "name": "ray", "launch": "a", "t": 1.0, "num_steps": 9},
@@ -448,10 +447,10 @@ def test_a_reporter_tells_in_plain_lines_where_there_is_no_terminal(monkeypatch:
     assert re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines() == [
         "run: preparing data",
         "run: starting workers",
-        "run: the workers are there; beginning with step 1",
+        "run: workers are ready; starting with step 1",
         "run: step 1/9  loss 10.000  lr 0.001",
         "run: the cluster has no room for the workers yet; waiting",
-        "run: worker died, rank 1: it was killed; starting again (failure 1 of 3)",
+        "run: worker died, rank 1: it was killed; restarting (failure 1 of 3)",
         "run: resumed from 0001-0001/checkpoint-3",
         "run: step 3/?  loss 2.000",
     ]

@@ -1,4 +1,4 @@
-"""What a run's own storage says of its state, when nobody is there to ask."""
+"""The state of a run, read from its storage alone."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def outlast(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     return ended
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_there_is_no_such_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run 'run'"):
         read_status(RunStore(LocalStorage(tmp_path), "run"))
     assert list_runs(LocalStorage(tmp_path)) == []
 
 
-def test_a_loop_of_ones_own_has_nobody_to_tell(tmp_path: Path) -> None:
+def test_a_custom_loop_is_unattended(tmp_path: Path) -> None:
     storage, (model, optimizer) = LocalStorage(tmp_path), small_model()
     checkpointer = Checkpointer(storage, "run")
     checkpointer.resume(model, optimizer)
@@ -87,7 +87,7 @@ def test_a_launch_that_no_worker_has_joined(tmp_path: Path, silent_s: float, cod
     assert found["newest_checkpoint"] is None
 
 
-def test_a_driver_that_was_killed_here_is_lost_at_once_and_the_next_command_is_told(tmp_path: Path) -> None:
+def test_a_driver_killed_on_this_machine_is_lost_at_once_and_the_next_command_is_printed(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
 from outlast.checkpointing.storage.factory import open_storage
@@ -104,8 +104,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert "there is no checkpoint yet" in outlast("checkpoints", "ls", str(tmp_path / "run"), code=5).stderr
 
 
-def lived(now: float, code: int | None = None) -> list[tuple[object, dict[str, object], object]]:
-    """A run whose worker died, which went on from step 60 with three workers; it began five minutes ago."""
+def restarted_run(now: float, code: int | None = None) -> list[tuple[object, dict[str, object], object]]:
+    """Make a run whose worker died and that resumed from step 60 with three workers; it began five minutes ago."""
     b, end = now - 300, [done(now - 5, 170)] if code == 0 else []
     return [
         launch("a", b, now, code, failure(1, b + 105), resized(1, b + 110, 2, 3, planned=False)),
@@ -116,9 +116,9 @@ def lived(now: float, code: int | None = None) -> list[tuple[object, dict[str, o
     ]
 
 
-def test_status_tells_people_and_programs_the_same(tmp_path: Path) -> None:
+def test_text_and_json_agree(tmp_path: Path) -> None:
     storage, now = LocalStorage(tmp_path), time.time()
-    write(storage, "run", *lived(now, 0))
+    write(storage, "run", *restarted_run(now, 0))
     found = json.loads(outlast("status", str(tmp_path / "run"), "--json").stdout)
     assert (found["state"], found["step"], found["num_steps"], found["world_size"]) == ("done", 170, 170, 3)
     assert (found["lost_steps"], found["attempts"]) == (30, 2)
@@ -137,7 +137,7 @@ def test_status_tells_people_and_programs_the_same(tmp_path: Path) -> None:
     assert found["ledger"]["redo"] == pytest.approx(45, abs=0.01)
     text = outlast("status", str(tmp_path / "run")).stdout
     for words in (
-        "run  done, attempt 2, 3 workers, 5 min in all",
+        "run  done, attempt 2, 3 workers, 5 min total",
         "170/170 100 %",
         "redo 45 s",
         "30 steps, in 1 interruption",
@@ -150,12 +150,12 @@ def test_status_tells_people_and_programs_the_same(tmp_path: Path) -> None:
     assert "\x1b" not in text
 
 
-def test_json_knows_no_numbers_that_are_not_finite(tmp_path: Path) -> None:
+def test_json_has_only_finite_numbers(tmp_path: Path) -> None:
     strange = {**evaluated(9, 21, 22), "eval_loss": nan, "eval_perplexity": inf}
     write(LocalStorage(tmp_path), "run", launch("a", 0, 90, 75), attempt(1, 10, start(11), steps(1, 9, 12), strange))
     [body] = list_runs(LocalStorage(tmp_path))
     assert body["scores"] == {"eval_loss": None, "eval_perplexity": None}
-    assert json.loads(json.dumps(body, allow_nan=False)) == body, "what a reader gets is what was printed"
+    assert json.loads(json.dumps(body, allow_nan=False)) == body, "it changes in a round trip"
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,9 @@ def test_a_watch_waits_for_a_driver_that_a_supervisor_may_start_again(tmp_path: 
 
 
 def test_watching_until_the_end_where_there_is_no_terminal(tmp_path: Path) -> None:
-    """Another process shows the run; it is told that the run has ended through the storage alone."""
+    """Another process shows the run; it learns of the end from the storage alone."""
     storage, now = LocalStorage(tmp_path), time.time()
-    write(storage, "run", *lived(now))
+    write(storage, "run", *restarted_run(now))
     watching = subprocess.Popen(
         [OUTLAST, "status", str(tmp_path / "run"), "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -193,7 +193,7 @@ def test_watching_until_the_end_where_there_is_no_terminal(tmp_path: Path) -> No
     first = watching.stderr.readline()
     assert first.startswith("run: running, step 170/170  loss 0.059  lr 0.001"), first
     assert watching.poll() is None
-    write(storage, "run", *lived(now, 0))
+    write(storage, "run", *restarted_run(now, 0))
     out, err = watching.communicate()
     killer.cancel()
     assert (watching.returncode, out, err) == (0, "", "")

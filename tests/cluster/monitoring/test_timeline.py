@@ -1,4 +1,4 @@
-"""A run's story, read from its storage again and again: each event once, and no old segment twice."""
+"""The timeline of a run, read repeatedly from its storage: each event once, and no old segment twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_e
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.fault_tolerance import coordinator as hub
+from outlast.cluster.fault_tolerance import coordinator as coordinator_module
 from outlast.cluster.fault_tolerance import failure_callback as failure_recorder
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
@@ -42,19 +42,19 @@ from tests.support.timelines import (
     done,
     failure,
     launch,
+    make_timeline,
     plan,
     resume,
     saved,
     start,
     steps,
     stopped,
-    story,
     write,
 )
 
 
-class Counted:
-    """A storage that counts what is read."""
+class CountingStorage:
+    """A storage that counts the files it opens."""
 
     def __init__(self, inner: LocalStorage) -> None:
         self._inner = inner
@@ -82,24 +82,24 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_segments")
 def test_each_event_is_given_once_and_old_segments_are_not_read_again(tmp_path: Path) -> None:
-    storage = Counted(LocalStorage(tmp_path))
-    written, tail, heard = Journal(storage, "run/here", 0), JournalTail(storage), []
+    storage = CountingStorage(LocalStorage(tmp_path))
+    written, tail, numbers = Journal(storage, "run/here", 0), JournalTail(storage), []
     for number in range(60):
         written.write(parse_event({"event": "tick", "number": number}))
         if number % 7 == 6:
             written.flush()
             before = len(storage.opened)
-            heard += [event["number"] for event in tail.new("run/here")]
-            assert len(storage.opened) - before <= 2, "it read more than the segment that grew and the one after it"
+            numbers += [event["number"] for event in tail.new("run/here")]
+            assert len(storage.opened) - before <= 2, "more was read than the growing segment and the one after it"
     written.flush()
-    heard += [event["number"] for event in tail.new("run/here")]
-    assert heard == list(range(60))
+    numbers += [event["number"] for event in tail.new("run/here")]
+    assert numbers == list(range(60))
     opened = len(storage.opened)
     assert list(tail.new("run/here")) == []
     assert len(storage.opened) == opened, "nothing had changed"
 
 
-def test_a_segment_that_is_torn_or_strange_is_passed_over(tmp_path: Path) -> None:
+def test_damaged_lines_of_a_segment_are_skipped(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.put("run/here/events-0-000000.jsonl", [b'{"t": 1, "event": "a"}\nnot json\n[1]\n{"no": "event"}\n'])
     tail = JournalTail(storage)
@@ -111,9 +111,9 @@ def test_a_segment_that_is_torn_or_strange_is_passed_over(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("small_segments")
-def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(tmp_path: Path) -> None:
-    storage = Counted(LocalStorage(tmp_path))
-    follower = TimelineReader(RunStore(storage, "run"))
+def test_updates_read_only_what_is_new_and_equal_one_complete_read(tmp_path: Path) -> None:
+    storage = CountingStorage(LocalStorage(tmp_path))
+    reader = TimelineReader(RunStore(storage, "run"))
     for number in range(5):
         name = f"20250101-00000{number}-aaaaaa"
         body = {"began": 100.0 * number, "t": 100.0 * number + 90, "ended": True, "exit_code": 75}
@@ -126,21 +126,25 @@ def test_following_a_run_costs_what_is_new_and_tells_what_reading_it_whole_does(
             written.flush()
             if event["step"] % 10 == 0:
                 before = len(storage.opened)
-                follower.look()
+                reader.update()
                 assert len(storage.opened) - before <= 12, storage.opened[before:]
     before = len(storage.opened)
-    told = follower.look()
-    assert len(storage.opened) - before == 2, "the newest two launches' signs of life, and nothing else"
-    whole = TimelineReader(RunStore(storage, "run")).look()
-    assert [len(item.steps) for item in told.in_order] == [30] * 5 == [len(item.steps) for item in whole.in_order]
-    assert account_time(told, 1000.0) == account_time(whole, 1000.0)
+    timeline = reader.update()
+    assert len(storage.opened) - before == 2, "more was read than the liveness files of the newest two launches"
+    whole = TimelineReader(RunStore(storage, "run")).update()
+    assert (
+        [len(item.steps) for item in timeline.claimed_attempts]
+        == [30] * 5
+        == [len(item.steps) for item in whole.claimed_attempts]
+    )
+    assert account_time(timeline, 1000.0) == account_time(whole, 1000.0)
 
 
-def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) -> None:
+def test_events_of_a_superseded_launch_are_not_lost(tmp_path: Path) -> None:
     storage, (a, b, c) = LocalStorage(tmp_path), (f"20250101-00000{number}-aaaaaa" for number in range(3))
     write(storage, "run", launch(a, 0, 40), attempt(1, 10, start(11), steps(1, 10, 15), launch=a))
-    follower = TimelineReader(RunStore(storage, "run"))
-    assert follower.look().in_order[0].last_step == 10
+    reader = TimelineReader(RunStore(storage, "run"))
+    assert reader.update().claimed_attempts[0].last_step == 10
     write(
         storage,
         "run",
@@ -151,48 +155,46 @@ def test_what_is_said_until_two_others_have_begun_is_not_lost(tmp_path: Path) ->
         attempt(2, 150, resume(151, 90), launch=b),
         attempt(3, 180, resume(181, 90), launch=c),
     )
-    for told in (follower.look(), follower.look()):
-        assert summarize(told, 200.0) == summarize(TimelineReader(RunStore(storage, "run")).look(), 200.0)
-        assert (told.in_order[0].last_step, told.num_lost) == (100, 10)
-        assert told.launches[a].has_ended
+    for timeline in (reader.update(), reader.update()):
+        assert summarize(timeline, 200.0) == summarize(TimelineReader(RunStore(storage, "run")).update(), 200.0)
+        assert (timeline.claimed_attempts[0].last_step, timeline.num_lost_steps) == (100, 10)
+        assert timeline.launches[a].has_ended
 
 
-def test_a_launch_at_work_is_watched_though_others_were_refused_since(tmp_path: Path) -> None:
+def test_a_running_launch_stays_open_after_newer_ones_were_refused(tmp_path: Path) -> None:
     storage, name = LocalStorage(tmp_path), "20250101-000000-aaaaaa"
     refused = [launch(f"20250101-00000{number}-bbbbbb", 20 + number, 30 + number, 3) for number in range(1, 5)]
     write(storage, "run", launch(name, 0, 40), attempt(1, 10, start(11), launch=name), *refused)
     reader = TimelineReader(RunStore(storage, "run"))
-    reader.look()
+    reader.update()
     write(storage, "run", launch(name, 0, 200))
-    assert reader.look().state(201) is State.RUNNING
+    assert reader.update().state(201) is State.RUNNING
 
 
-def test_a_killed_run_is_told_as_it_was(
-    assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
-) -> None:
-    """Real processes: rank 1 dies in step 8, another attempt goes on from step 6."""
+def test_the_timeline_of_a_killed_run(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path) -> None:
+    """Real processes: rank 1 dies in step 8, another attempt resumes from step 6."""
     deadly = fault(FaultPoint.STEP, 7, 1, FaultAction.SIGKILL, tmp_path)
     run_group(assign("told", faults=(deadly,)), storage, 2)
     assert run_group(assign("told"), storage, 2)[0].outcome is Outcome.DONE
-    told = TimelineReader(RunStore(storage, "told")).look()
-    seen = summarize(told, told.in_order[-1].heard_at)
-    first, second = told.in_order
-    assert (first.base, second.base_step) == (None, 6)
-    assert list(first.steps.number) == [*range(1, len(first.steps) + 1)]
-    assert list(second.steps.number) == [7, 8, 9, 10]
+    timeline = TimelineReader(RunStore(storage, "told")).update()
+    seen = summarize(timeline, timeline.claimed_attempts[-1].last_seen_at)
+    first, second = timeline.claimed_attempts
+    assert (first.resume_point, second.start_step) == (None, 6)
+    assert list(first.steps.step) == [*range(1, len(first.steps) + 1)]
+    assert list(second.steps.step) == [7, 8, 9, 10]
     assert [found.step for found in second.evaluations] == [8, 10]
     assert sorted(second.saves) == [9, 10]
     assert all(save.committed_at and save.blocked_s for save in second.saves.values())
     assert (seen.state, seen.step, seen.num_steps, seen.world_size) == (State.DONE, 10, 10, 2)
     assert seen.newest is not None
     assert (seen.newest.step, seen.newest.verified_at) == (10, None)
-    assert seen.num_lost == first.last_step - 6
+    assert seen.num_lost_steps == first.last_step - 6
     assert seen.samples_per_s == pytest.approx(8 / seen.seconds_per_step if seen.seconds_per_step else 0)
     assert set(second.steps.tokens) == {8 * 16}, "packed samples of 16 tokens"
     whole = [event for _, event in run_events(RunStore(storage, "told"))]
     assert {event["batch"] for event in whole if event["event"] == "plan"} == {8}
     lines = compact([json.dumps(event).encode() for event in whole]).table["json"].drop_null().to_pylist()
-    assert len(lines) == sum(event["event"] != "step" for event in whole), "what the loop tells of a step has columns"
+    assert len(lines) == sum(event["event"] != "step" for event in whole), "an event of the train loop has no columns"
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -203,9 +205,9 @@ def test_tokens_of_a_step_do_not_depend_on_the_number_of_ranks(
     run = f"counted-{size}"
     sections = {"model": {"task": "sequence-classification"}, "data": {"train": _labelled(storage), "eval": None}}
     assert run_group(assign(run, sections=sections, steps=2, eval_every=None), storage, size)[0].outcome is Outcome.DONE
-    told = TimelineReader(RunStore(storage, run)).look()
+    timeline = TimelineReader(RunStore(storage, run)).update()
     counted = [event["tokens"] for _, event in run_events(RunStore(storage, run)) if event["event"] == "step"]
-    assert list(told.in_order[0].steps.tokens) == counted
+    assert list(timeline.claimed_attempts[0].steps.tokens) == counted
     _counts.setdefault("of one rank", counted)
     assert counted == _counts["of one rank"]
     assert all(8 < count < 8 * 16 for count in counted)
@@ -221,8 +223,8 @@ def _labelled(storage: LocalStorage) -> str:
     return str(path)
 
 
-def test_what_the_hub_has_heard_outlives_rank_0() -> None:
-    body = hub.Coordinator()
+def test_the_coordinator_remembers_the_last_step_of_a_killed_rank_0() -> None:
+    body = coordinator_module.Coordinator()
     body.exchange(
         [
             {"event": "step", "sender": "0001-aaaa", "step": 4, "ended_at": 40.0},
@@ -234,7 +236,7 @@ def test_what_the_hub_has_heard_outlives_rank_0() -> None:
     assert all("t" in event for event in body.drain())
 
 
-def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_recorded_once_for_each_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: None)
     recorder = FailureRecorder(str(tmp_path), "run", "one", RestartLimits(), "")
 
@@ -249,9 +251,9 @@ def test_that_there_is_no_room_is_told_once_for_each_wait(tmp_path: Path, monkey
         else:
             with pytest.raises(WorkerGroupStartupTimeoutError):
                 try_to_start(room=False)
-    told = list(read_events(LocalStorage(tmp_path), launch_dir("run", "one")))
-    assert [event["event"] for event in told] == ["no-room", "no-room"]
-    assert all(0 <= event["t"] - event["since"] + 0.001 < 10 for event in told)
+    journal = list(read_events(LocalStorage(tmp_path), launch_dir("run", "one")))
+    assert [event["event"] for event in journal] == ["no-room", "no-room"]
+    assert all(0 <= event["t"] - event["since"] + 0.001 < 10 for event in journal)
 
 
 JSON: st.SearchStrategy[Any] = (
@@ -261,14 +263,14 @@ JSON: st.SearchStrategy[Any] = (
 
 @given(st.sampled_from(sorted(KINDS)), st.data())
 def test_no_event_makes_a_timeline_raise(kind: str, data: st.DataObject) -> None:
-    """What a journal says is input."""
+    """A journal is input."""
     names = [each.name for each in fields(KINDS[kind])]
     body = {**data.draw(st.dictionaries(st.sampled_from(names), JSON)), "event": kind}
-    told = story(launch("a", 0, 90), attempt(1, 10, start(11), steps(1, 3, 12)))
-    told.in_order[0].apply(body)
-    told.apply_launch("a", body)
-    assert len({len(column) for column in told.in_order[0].steps.columns}) == 1
-    assert told.ends
+    timeline = make_timeline(launch("a", 0, 90), attempt(1, 10, start(11), steps(1, 3, 12)))
+    timeline.claimed_attempts[0].apply(body)
+    timeline.apply_launch_event("a", body)
+    assert len({len(column) for column in timeline.claimed_attempts[0].steps.columns.values()}) == 1
+    assert timeline.ends
 
 
 def failed(error: str) -> dict[str, Any]:
@@ -304,34 +306,34 @@ def failed(error: str) -> dict[str, Any]:
     ],
 )
 def test_how_attempts_ended(parts: tuple[object, ...], expected: list[tuple[str, bool, bool]]) -> None:
-    told = story(*parts)  # type: ignore[arg-type]
-    assert [(end.cause, end.is_over, end.is_planned) for end in told.ends.values()] == expected
+    timeline = make_timeline(*parts)  # type: ignore[arg-type]
+    assert [(end.cause, end.is_over, end.is_planned) for end in timeline.ends.values()] == expected
 
 
 def calls_for(number: int) -> int:
-    """Calls that a look takes at a run that was preempted so often, and each time found no room."""
+    """Count the function calls of a summary of a run that was preempted `number` times and then lacked resources."""
     events, attempts = [], []
     for n in range(1, number + 1):
         at = 100.0 * n
         events += [failure(n, at + 60, "preempted"), {"event": "no-room", "t": at + 65, "since": at + 61}]
         attempts.append(attempt(n, at, resume(at + 1, n - 1, n - 1), steps(n, n + 1, at + 5), saved(n, at + 9)))
-    told, calls = story(launch("a", 0, 100.0 * number + 99, None, *events), *attempts), Counter[str]()
+    timeline, calls = make_timeline(launch("a", 0, 100.0 * number + 99, None, *events), *attempts), Counter[str]()
     sys.setprofile(lambda frame, event, argument: calls.update((event,)))
     try:
-        seen = summarize(told, 100.0 * number + 99)
+        seen = summarize(timeline, 100.0 * number + 99)
     finally:
         sys.setprofile(None)
     assert len(seen.interruptions) == number
-    assert seen.ledger.seconds[TimeCategory.WAIT] == pytest.approx(39 * number - 1)
+    assert seen.goodput.seconds[TimeCategory.WAIT] == pytest.approx(39 * number - 1)
     return calls["call"] + calls["c_call"]
 
 
-def test_a_look_costs_no_more_for_each_attempt_when_there_are_many() -> None:
-    """The panel looks twice a second, and the launch waits for it."""
+def test_the_cost_of_a_summary_is_linear_in_the_number_of_attempts() -> None:
+    """The panel computes it twice a second, and the launch waits for it."""
     assert calls_for(400) < 5 * calls_for(100)
 
 
-LAPTOP = launch("20260101-130000-laptop", 3600, 3700, 75)  # by a clock that is an hour ahead
+LAPTOP = launch("20260101-130000-laptop", 3600, 3700, 75)  # its clock is an hour ahead
 DEAD = launch("20251231-120000-killed", 0, 9)
 
 
@@ -348,31 +350,31 @@ DEAD = launch("20251231-120000-killed", 0, 9)
         ((), 1, "stopped"),
     ],
 )
-def test_the_newest_launch_is_the_one_that_has_the_run_or_is_about_to(
+def test_the_newest_launch_owns_the_run_or_is_about_to_claim_it(
     parts: tuple[Any, ...], newest: int, state: str
 ) -> None:
-    told = story(DEAD, LAPTOP, attempt(1, 3610, launch=LAPTOP[0]), *parts)
-    found = told.newest_launch(510)
+    timeline = make_timeline(DEAD, LAPTOP, attempt(1, 3610, launch=LAPTOP[0]), *parts)
+    found = timeline.newest_launch(510)
     assert found is not None
-    assert (found.id, told.state(510).value) == ([DEAD, LAPTOP, *parts][newest][0], state)
+    assert (found.id, timeline.state(510).value) == ([DEAD, LAPTOP, *parts][newest][0], state)
 
 
 def test_speed_and_the_time_left_are_those_of_the_last_steps() -> None:
     slow, quick = steps(1, 100, 20, 3.0), steps(101, 200, 320, 0.5)
-    told = story(launch("a", 0, 371), attempt(1, 10, start(11), plan(12, 1000), slow, quick))
-    seen = summarize(told, 372)
+    timeline = make_timeline(launch("a", 0, 371), attempt(1, 10, start(11), plan(12, 1000), slow, quick))
+    seen = summarize(timeline, 372)
     assert seen.seconds_per_step == pytest.approx(0.5)
     assert seen.left_s == pytest.approx(400)
     assert seen.tokens_per_s == pytest.approx(160)
     assert seen.losses[-1] == seen.loss == 10 / 200
 
 
-def test_the_newest_checkpoint_is_the_one_that_the_run_stands_on() -> None:
+def test_the_newest_checkpoint_is_the_current_resume_point() -> None:
     parts = (
         launch("a", 0, 90, None, failure(1, 30)),
         attempt(1, 10, start(11), steps(1, 9, 12), saved(3, 15), saved(6, 18)),
         attempt(2, 40, resume(41, 3)),
     )
-    seen = summarize(story(*parts), 60)
+    seen = summarize(make_timeline(*parts), 60)
     assert seen.newest is not None
     assert (seen.newest.step, seen.newest.committed_at, seen.newest.verified_at) == (3, 15, 41)
