@@ -45,11 +45,11 @@ class StepProgress:
     """One rank's. `at` and `worked` belong to the loop's thread; the rest may be asked from another.
 
     Attributes:
-        tells_work: False where what is `worked` says nothing of this rank alone.
+        measures_work: False where what is `worked` says nothing of this rank alone.
     """
 
     def __init__(self) -> None:
-        self.tells_work = True
+        self.measures_work = True
         self._now = (StepPhase.START, 0, time.monotonic())
         self._began: float | None = None
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
@@ -84,7 +84,7 @@ class StepProgress:
     def work_s(self) -> float | None:
         """The median of what was `worked` lately; None until there is enough of it."""
         work = list(self._work)
-        return median(work) if self.tells_work and len(work) == _NUM_WORK else None
+        return median(work) if self.measures_work and len(work) == _NUM_WORK else None
 
 
 class Stopwatch:

@@ -206,7 +206,7 @@ def test_a_bug_in_the_users_code_is_shown_once_and_tried_twice(
     assert code == 1, err
     assert err.count('raise KeyError("labels")') == 1
     assert err.count("starting again") == 1
-    assert "the same error twice, and no step in between" in err
+    assert "the same error twice without a step in between" in err
     assert err.count("late.py, line 10") == 3
     assert "Traceback" not in err
     logs = sorted((tmp_path / "run/launches").glob("*/failure-*.log"))
