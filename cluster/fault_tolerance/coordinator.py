@@ -159,13 +159,13 @@ def start_coordinator(launch: str) -> Any:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Coordinator)
-    return actor.options(name=f"hub-{launch}", namespace=NAMESPACE).remote()
+    return actor.options(name=f"coordinator-{launch}", namespace=NAMESPACE).remote()
 
 
 def find_coordinator(launch: str) -> Any:
     """Return the coordinator of a launch, or None if it is gone."""
     try:
-        return ray.get_actor(f"hub-{launch}", namespace=NAMESPACE)
+        return ray.get_actor(f"coordinator-{launch}", namespace=NAMESPACE)
     except (ValueError, RayError):
         return None
 

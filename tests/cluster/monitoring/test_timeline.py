@@ -26,7 +26,7 @@ from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_e
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.fault_tolerance import coordinator as hub
+from outlast.cluster.fault_tolerance import coordinator as coordinator_module
 from outlast.cluster.fault_tolerance import failure_recorder
 from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
@@ -222,7 +222,7 @@ def _labelled(storage: LocalStorage) -> str:
 
 
 def test_what_the_hub_has_heard_outlives_rank_0() -> None:
-    body = hub.Coordinator()
+    body = coordinator_module.Coordinator()
     body.exchange(
         [
             {"event": "step", "sender": "0001-aaaa", "step": 4, "ended_at": 40.0},
