@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 from outlast.cluster.kubernetes.accessors import mapping, mappings
-from outlast.cluster.kubernetes.rayjob_sequence import (
+from outlast.cluster.kubernetes.rayjob_successor import (
     MANAGER,
     RAY,
     RESUMES,

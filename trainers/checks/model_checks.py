@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.messages import nearest
+from outlast.checkpointing.message_helpers import nearest
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.training_config import TrainingConfig

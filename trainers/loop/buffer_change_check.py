@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.checkpointing.state.model_weights import carried_state
+from outlast.checkpointing.state.named_weights import carried_state
 from outlast.trainers.config.train import Exactness
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.torch_internals import limit_recompiles
 from outlast.trainers.config.train import TrainSettings

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from outlast.checkpointing.state.model_weights import unwrap
+from outlast.checkpointing.state.named_weights import unwrap
 from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import share

@@ -18,7 +18,7 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.events import LeftOutEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
-from outlast.checkpointing.state.model_weights import carried_state
+from outlast.checkpointing.state.named_weights import carried_state
 from outlast.trainers.config.train import NonFinite
 from outlast.trainers.distributed.world import World
 

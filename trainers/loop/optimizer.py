@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.messages import did_you_mean
+from outlast.checkpointing.message_helpers import did_you_mean
 from outlast.trainers.config.train import TrainSettings
 from outlast.trainers.user_code import import_object
 
