@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # every command imports this module; `outlast --help` needs n
     from outlast.checkpointing.run_store.retention_policy import Retention
     from outlast.checkpointing.run_store.store import RunStore
 
-#: TOML is no longer read; reading one says so.
+#: TOML is no longer supported; reading a TOML file raises an error that explains it.
 RUN_FILES = (".yaml", ".yml", ".toml")
 
 

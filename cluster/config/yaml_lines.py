@@ -77,7 +77,7 @@ def locate_findings(
 
 
 def parse(text: str, path: str) -> tuple[dict[str, Any], Lines]:
-    """What a run file says, and the line of each setting.
+    """Parse a run file. Return its content, and the line of each setting.
 
     Args:
         text: The file.
