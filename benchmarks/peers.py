@@ -25,7 +25,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.format.safetensors import bytes_view, tensor_bytes
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.storage.local import LocalStorage
 
 

@@ -44,7 +44,7 @@ from outlast.cluster.drills.demo import write_texts
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.sampler import Plan
+from outlast.trainers.data.batch_plan import BatchPlan
 from outlast.trainers.data.tokenizer import Tokenizer
 from outlast.trainers.distributed.world import World
 from outlast.trainers.preparation.encode import Encoder
@@ -187,7 +187,7 @@ def _resume(folder: Path, rounds: int, config: TrainingConfig) -> list[dict[str,
     task = CausalLM(config.data, prepared.tokenizer(storage), {})
 
     def ours(position: int) -> None:
-        plan = Plan(0, 2 * position, batch, batch, 2 * position)
+        plan = BatchPlan(0, 2 * position, batch, batch, 2 * position)
         task.collate(samples.take(plan.samples(plan.positions(position // batch)) % len(samples)), [])
 
     def skipping(position: int) -> None:

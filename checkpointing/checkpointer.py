@@ -37,7 +37,7 @@ from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store import claims, events
 from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog
 from outlast.checkpointing.run_store.journal import Journal
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.background_save import BackgroundSave, SaveState
 from outlast.checkpointing.save.commit import Committer

@@ -14,8 +14,6 @@ A message states what happened and where; `hint` is the next command or step. Be
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -75,19 +73,3 @@ class NoCheckpointError(OutlastError):
 
     exit_code = 5
     permanent = True
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line with words of a library's error, for use in a message; its class name if it has none."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)[:300]
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the closest of the known words, or None."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown word: the nearest known one, or nothing."""
-    return f"; did you mean {near!r}?" if (near := nearest(word, known)) else ""

@@ -220,7 +220,7 @@ def exit_codes() -> str:
         "found a difference.",
         ConfigError.exit_code: f"{first(ConfigError)} Also errors of the command line.",
         PreflightError.exit_code: first(PreflightError),
-        NoCheckpointError.exit_code: f"{first(DamagedError)} Also if commits exist and none of them is whole.",
+        NoCheckpointError.exit_code: f"{first(DamagedError)} Also if commits exist but none of them is intact.",
         Outcome.STOPPED.exit_code: "Interrupted with a committed checkpoint, or another launch has the run. The same "
         "command resumes.",
         Interrupted.exit_code: "Interrupted before this launch saved anything. The same command resumes from the "

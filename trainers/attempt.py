@@ -1,6 +1,6 @@
-"""One attempt, from claim to outcome: the program of every worker of a group, with or without Ray.
+"""One attempt, from claim to outcome, as every worker of a group runs it, with or without Ray.
 
-The order matters: claim first, then checks against the run's declaration, then the model, then training. An error is
+The order is fixed: claim first, then checks against the run's declaration, then the model, then training. An error is
 written to the journal before it is raised.
 """
 
@@ -21,11 +21,11 @@ from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
-from outlast.checkpointing.run_store.events import FailedEvent
+from outlast.checkpointing.run_store.events import AttemptErrorEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.storage.retry import wait_for
-from outlast.trainers.checks.preflight import check_metric
+from outlast.checkpointing.storage.retry import wait_until_responsive
+from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.checks.resume_checks import (
     check_base_model,
     check_model_config,
@@ -37,7 +37,7 @@ from outlast.trainers.checks.resume_checks import (
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.config.train import Parallel
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
 from outlast.trainers.distributed.world import World
@@ -48,7 +48,7 @@ from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.models.lora import is_adapted
 from outlast.trainers.preparation.prepare import Prepared
-from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.tasks.find_task import find_task
 from outlast.trainers.tracking.follow import follow
 from outlast.trainers.user_code import make_importable
 
@@ -140,7 +140,7 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
     process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**process, "log": world.log, "oom_kills": num_oom_kills(), **host_facts(world.device)})
     store = RunStore(storage, config.name)
-    world.run_on_rank_0(lambda: wait_for(storage, store.attempts_dir))
+    world.run_on_rank_0(lambda: wait_until_responsive(storage, store.attempts_dir))
     return Checkpointer(
         storage,
         config.name,
@@ -168,7 +168,7 @@ def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
             if checkpointer.journal is not None:
                 message = f"{type(error).__name__}: {error}"[:500]
                 final = isinstance(error, NonFiniteError)
-                checkpointer.journal.write(FailedEvent(step=loop.step + 1, error=message, final=final))
+                checkpointer.journal.write(AttemptErrorEvent(step=loop.step + 1, error=message, final=final))
             checkpointer.flush()
         raise
     checkpointer.flush()

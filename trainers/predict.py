@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, export_directory, read_content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint, resolve_checkpoint
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.columns import Column, choose_columns, name_of
-from outlast.trainers.data.readers import BadRows, read_rows, usable_rows
+from outlast.trainers.data.readers import BadRowCounter, read_rows, usable_rows
 from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.merge_lora import load_adapted
 from outlast.trainers.tasks.base import Record, Task
-from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.tasks.find_task import find_task
 
 
 def choose_checkpoint(store: RunStore, which: str | None, retention: Retention) -> ResolvedCheckpoint:
@@ -112,7 +112,7 @@ def read_records(task: Task, config: TrainingConfig, source: str) -> Iterator[Re
             name_of(config.data, column.role) for column in input_columns(task) if not column.is_optional
         )
         raise ConfigError(error.message, hint=f"give --file rows with {names}") from error
-    for row in usable_rows(read_rows(source, chosen.names), BadRows(0, hint=f"fix {source}"), chosen.fault):
+    for row in usable_rows(read_rows(source, chosen.names), BadRowCounter(0, hint=f"fix {source}"), chosen.fault):
         yield chosen.record(row.values)
 
 

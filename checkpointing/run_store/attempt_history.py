@@ -69,8 +69,8 @@ class AttemptEnd:
 
 def end_of_attempt(
     final: events.FinalEvent | None,
-    failed: events.FailedEvent | None,
-    failure: events.FailureEvent | None,
+    failed: events.AttemptErrorEvent | None,
+    failure: events.GroupFailureEvent | None,
     resize: events.ResizeEvent | None,
     alive: Mapping[str, Any],
     *,
@@ -191,7 +191,7 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
             continue
         alive = read_liveness(store, launch)
         launch_events = map(events.parse_event, read_events(store, store.launch_dir(launch)))
-        failures = [event for event in launch_events if isinstance(event, events.FailureEvent)]
+        failures = [event for event in launch_events if isinstance(event, events.GroupFailureEvent)]
         failure_of = {event.attempt: event for event in failures}
         digest, own = alive.get("settings", ""), attempts_of.get(launch, [])
         dated: list[tuple[float, AttemptRecord]] = [
@@ -237,7 +237,7 @@ def _read_record(
     attempt: AttemptId,
     claim: Mapping[str, Any],
     commits: tuple[int, ...],
-    failure: events.FailureEvent | None,
+    failure: events.GroupFailureEvent | None,
     alive: Mapping[str, Any],
     *,
     has_successor: bool,
@@ -246,7 +246,7 @@ def _read_record(
     """Read the record of an attempt; see `end_of_attempt` for the arguments."""
     resume: events.ResumeEvent | None = None
     final: events.FinalEvent | None = None
-    failed: events.FailedEvent | None = None
+    failed: events.AttemptErrorEvent | None = None
     has_begun = bool(commits)
     for body in read_first_and_last(store, store.attempt_dir(attempt)):
         if body["event"] == events.StepEvent.kind:
@@ -257,7 +257,7 @@ def _read_record(
                 resume = resume or event
             case events.DoneEvent() | events.StopEvent() | events.SupersededEvent() as event:
                 final = event
-            case events.FailedEvent() as event:
+            case events.AttemptErrorEvent() as event:
                 failed = event
             case events.NonFiniteEvent():
                 has_begun = True

@@ -25,15 +25,14 @@ from outlast.checkpointing.format.layout import (
     AttemptId,
     CheckpointRef,
     parse_checkpoint,
-    prune_dir,
-    prunes_dir,
 )
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.deletion import deletions
 from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.storage.base import Storage, read_bytes, walk
+from outlast.checkpointing.storage.base import Storage, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,33 +163,6 @@ def _standing_commits(store: RunStore, directory: str) -> set[int]:
             case DeleteEvent(step=step, attempt=attempt) if attempt == directory.rsplit("/", 1)[-1]:
                 standing.discard(step)
     return standing
-
-
-def deletions(store: RunStore) -> set[CheckpointRef]:
-    """Return every checkpoint that an attempt or a prune has recorded as deleted."""
-    return {
-        CheckpointRef(event.step, target)
-        for directory in commit_journals(store)
-        for event in map(parse_event, read_events(store, directory, COMMITS))
-        if isinstance(event, DeleteEvent) and (target := AttemptId.parse(event.attempt)) is not None
-    }
-
-
-def delete_checkpoint(store: RunStore, ref: CheckpointRef) -> None:
-    """Delete a checkpoint, manifest first: from then on it does not count. Raises StorageError."""
-    storage, directory = store.storage, store.checkpoint_dir(ref)
-    storage.delete(f"{directory}/{MANIFEST}")
-    for entry in list(walk(storage, directory)):
-        storage.delete(f"{directory}/{entry.name}")
-
-
-def commit_journals(store: RunStore) -> list[str]:
-    """Return the directories of all writers that commit or delete: attempts and prunes."""
-    prunes = [entry.name for entry in store.list(prunes_dir(store.run)) if entry.num_bytes is None]
-    return [
-        *(store.attempt_dir(attempt) for attempt in list_attempts(store)),
-        *(prune_dir(store.run, name) for name in prunes),
-    ]
 
 
 def run_events(store: RunStore) -> Iterator[tuple[AttemptId, dict[str, Any]]]:

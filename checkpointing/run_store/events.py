@@ -310,14 +310,14 @@ class HangEvent(Event, kind="hang"):
     threads: Annotated[Mapping[str, tuple[str, ...]] | None, "stack of each thread, outermost call first"]
 
 
-class RejectedEvent(Event, kind="rejected"):
+class ModelRejectedEvent(Event, kind="rejected"):
     """A checkpoint is damaged and is not published as the model."""
 
     checkpoint: Annotated[str, "its attempt and directory"] = ""
     reasons: Annotated[tuple[str, ...], "what is wrong with it"] = ()
 
 
-class FailedEvent(Event, kind="failed"):
+class AttemptErrorEvent(Event, kind="failed"):
     """Rank 0 ends with an error."""
 
     step: Annotated[int | None, "number of the step that failed"]
@@ -359,7 +359,7 @@ class Reached:
     ended_at: Time
 
 
-class FailureEvent(Event, kind="failure"):
+class GroupFailureEvent(Event, kind="failure"):
     """A worker group ended by a failure or a preemption. The last four fields are of the live message alone."""
 
     attempt: Annotated[str, "name of the attempt, or `unclaimed`"] = "unclaimed"

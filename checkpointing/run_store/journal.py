@@ -32,7 +32,7 @@ from outlast.checkpointing.run_store.segments import (
 from outlast.checkpointing.storage.base import ReadableStorage, Storage
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.compaction import CompactedEvents, StepColumns
+    from outlast.checkpointing.run_store.compacted_segment import CompactedEvents, StepColumns
 
 FLUSH_S = 5.0
 SEGMENT_BYTES = 256 * 1024
@@ -142,7 +142,7 @@ class _Compaction:
             self._thread.join()
 
     def _compact(self, segments: dict[int, list[bytes]]) -> None:
-        from outlast.checkpointing.run_store.compaction import compact, join
+        from outlast.checkpointing.run_store.compacted_segment import compact, join
 
         first, last = min(segments), max(segments)
         with suppress(StorageError):
@@ -155,7 +155,7 @@ class _Compaction:
                 self._replace(names, parts[0][0], parts[-1][1], join([events for *_, events in parts]))
 
     def _replace(self, names: list[str], first: int, last: int, events: CompactedEvents) -> None:
-        from outlast.checkpointing.run_store.compaction import to_parquet
+        from outlast.checkpointing.run_store.compacted_segment import to_parquet
 
         self._storage.put(f"{self._directory}/{compacted_name(self._journal, first, last)}", [to_parquet(events)])
         for name in names:

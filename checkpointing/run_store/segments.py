@@ -19,7 +19,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import ReadableStorage, read_bytes
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.compaction import CompactedEvents
+    from outlast.checkpointing.run_store.compacted_segment import CompactedEvents
 
 _NAME = re.compile(r"(?P<journal>.+?)-(?P<first>\d{6,})(?:\.jsonl|-(?P<last>\d{6,})\.parquet)")
 _READERS = 8
@@ -146,7 +146,7 @@ class SegmentReader:
             return None
         events: list[bytes] | CompactedEvents
         if file.is_compacted:
-            from outlast.checkpointing.run_store.compaction import CompactionError, from_parquet
+            from outlast.checkpointing.run_store.compacted_segment import CompactionError, from_parquet
 
             try:
                 events = from_parquet(data)

@@ -18,14 +18,14 @@ from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store import claims, events, pins
-from outlast.checkpointing.run_store.catalog import delete_checkpoint
+from outlast.checkpointing.run_store import claims, deletion, events
+from outlast.checkpointing.run_store.deletion import delete_checkpoint
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
-from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
+from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.writer import RankPayload, write_payload
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.storage.multipart_uploads import abort_uploads
+from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
 from outlast.checkpointing.storage.retry import retry
 
 T = TypeVar("T")
@@ -136,7 +136,7 @@ class Committer:
         """
         kept = self.commits, self.lineage
         try:
-            pinned = pins.list_pins(self._store.fresh())
+            pinned = deletion.list_pins(self._store.fresh())
             kept = self._retain(pinned)
             if self._orphans_collected:
                 self._delete_pending()
@@ -173,7 +173,7 @@ class Committer:
         accepted = [*self.commits, *self.lineage]
         keep = self._retention.keep([RetentionCandidate(item.ref, item.metrics) for item in accepted], pinned)
         doomed = [item.ref for item in accepted if item.ref not in keep]
-        doomed, spared = pins.exempt_pinned(self._store, self._journal, doomed)
+        doomed, spared = deletion.exempt_pinned(self._store, self._journal, doomed)
         keep |= spared
         commits = [item for item in self.commits if item.ref in keep]
         lineage = [item for item in self.lineage if item.ref in keep]

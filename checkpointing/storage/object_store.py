@@ -22,7 +22,8 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused, first_line
+from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
+from outlast.checkpointing.messages import first_line
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.retry import call_with_retries
 

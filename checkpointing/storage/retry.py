@@ -52,6 +52,6 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, StorageError | OSError) and not isinstance(error, StorageRefused | FileNotFoundError)
 
 
-def wait_for(storage: Storage, path: str) -> None:
+def wait_until_responsive(storage: Storage, path: str) -> None:
     """Wait up to two minutes for the storage to respond, as after a server's restart. Raises StorageError."""
     call_with_retries(lambda: storage.list(path), constant_pauses(_PAUSE_S, _OUTAGE_S), _is_transient)

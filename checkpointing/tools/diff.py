@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from outlast.checkpointing.restore.reader import read_tensors
-from outlast.checkpointing.tools.query import ResolvedCheckpoint, reading
+from outlast.checkpointing.tools.query import ResolvedCheckpoint, damage_or_deletion
 
 _CHUNK = 1 << 22  # elements compared at a time: float64 copies of a whole embedding would not fit
 
@@ -89,7 +89,7 @@ def diff_checkpoints(
 
 
 def _tensors(source: ResolvedCheckpoint, optimizer: bool) -> dict[str, torch.Tensor]:
-    with reading(source):
+    with damage_or_deletion(source):
         return read_tensors(source.store.storage, source.directory, source.manifest, weights_only=not optimizer)
 
 

@@ -22,7 +22,7 @@ from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.layout import STATE_DIR, WEIGHTS
 from outlast.checkpointing.format.safetensors import encode, tensor_bytes
 from outlast.checkpointing.restore.reader import read_tensors, read_verified
-from outlast.checkpointing.tools.query import ResolvedCheckpoint, reading
+from outlast.checkpointing.tools.query import ResolvedCheckpoint, damage_or_deletion
 from outlast.checkpointing.tools.slow_tokenizer_files import TOKENIZER, slow_tokenizer_files
 
 CONFIG = "config.json"
@@ -63,10 +63,10 @@ WriteWeights = Callable[[Content, Path], None]
 
 
 def read_content(source: ResolvedCheckpoint) -> Content:
-    """Read and verify the Hugging Face part of a checkpoint. Raises as `reading`, and StorageError."""
+    """Read and verify the Hugging Face part of a checkpoint. Raises as `damage_or_deletion`, and StorageError."""
     files: dict[str, bytes] = {}
     weights_name = WEIGHTS
-    with reading(source):
+    with damage_or_deletion(source):
         weights = read_tensors(source.store.storage, source.directory, source.manifest, weights_only=True)
         for entry in source.manifest.files:
             if entry.path.startswith(STATE_DIR) or entry.path in _RUN_FILES:

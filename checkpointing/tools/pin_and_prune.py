@@ -13,59 +13,28 @@ import time
 from dataclasses import dataclass
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, parse_checkpoint, pin_path, prune_dir
+from outlast.checkpointing.format.layout import (
+    AttemptId,
+    CheckpointRef,
+    parse_checkpoint,
+    pin_path,
+    prune_dir,
+)
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store.catalog import delete_checkpoint, deletions
 from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.deletion import (
+    delete_checkpoint,
+    deletions,
+    exempt_pinned,
+    is_being_deleted,
+    list_pins,
+)
 from outlast.checkpointing.run_store.events import DeleteEvent, SparedEvent
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
-from outlast.checkpointing.run_store.pins import exempt_pinned, is_being_deleted, list_pins
-from outlast.checkpointing.run_store.retention import KEEP_LAST_MIN, Retention, RetentionCandidate
+from outlast.checkpointing.run_store.retention_policy import KEEP_LAST_MIN, Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import walk
 from outlast.checkpointing.tools.query import load_catalog, pick_manifest
-
-
-def pin(store: RunStore, which: str, retention: Retention) -> CheckpointRef:
-    """Pin a checkpoint, named as for `pick_manifest`.
-
-    Raises:
-        NoCheckpointError: It does not exist, or retention is deleting it; it is then not pinned.
-        StorageError: The storage failed.
-    """
-    ref = pick_manifest(store, which, retention).ref
-    if ref in list_pins(store):
-        return ref
-    store.storage.put(pin_path(store.run, ref), [json.dumps({"pinned_at": time.time()}).encode() + b"\n"])
-    is_doomed = is_being_deleted(store, ref)
-    if is_doomed or ref not in {manifest.ref for manifest in load_catalog(store.fresh()).accepted}:
-        store.storage.delete(pin_path(store.run, ref))
-        verb = "is being" if is_doomed else "was"
-        raise NoCheckpointError(
-            f"{ref} of run {store.run!r} {verb} deleted by retention just now; it is not pinned",
-            hint="pin a newer one: `outlast checkpoints ls` lists them",
-        )
-    return ref
-
-
-def unpin(store: RunStore, which: str) -> CheckpointRef:
-    """Remove a pin, named by step or step@attempt; the next retention may then delete the checkpoint.
-
-    Raises:
-        ConfigError: No such checkpoint is pinned, or the run does not exist.
-        StorageError: The storage failed.
-    """
-    load_catalog(store)
-    pins = sorted(list_pins(store), reverse=True)
-    for ref in pins:
-        if which in (str(ref.step), ref.name):
-            store.storage.delete(pin_path(store.run, ref))
-            return ref
-    known = ", ".join(ref.name for ref in pins) or "none"
-    raise ConfigError(
-        f"{which!r} is not a pinned checkpoint of run {store.run!r}; pinned: {known}",
-        hint="`outlast checkpoints ls RUN` marks those that are pinned",
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +116,46 @@ def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
         tuple(manifest for manifest in plan.doomed if manifest.ref not in spared),
         tuple(manifest for manifest in every if manifest.ref not in set(doomed)),
         plan.remains,
+    )
+
+
+def pin(store: RunStore, which: str, retention: Retention) -> CheckpointRef:
+    """Pin a checkpoint, named as for `pick_manifest`.
+
+    Raises:
+        NoCheckpointError: It does not exist, or retention is deleting it; it is then not pinned.
+        StorageError: The storage failed.
+    """
+    ref = pick_manifest(store, which, retention).ref
+    if ref in list_pins(store):
+        return ref
+    store.storage.put(pin_path(store.run, ref), [json.dumps({"pinned_at": time.time()}).encode() + b"\n"])
+    is_doomed = is_being_deleted(store, ref)
+    if is_doomed or ref not in {manifest.ref for manifest in load_catalog(store.fresh()).accepted}:
+        store.storage.delete(pin_path(store.run, ref))
+        verb = "is being" if is_doomed else "was"
+        raise NoCheckpointError(
+            f"{ref} of run {store.run!r} {verb} deleted by retention just now; it is not pinned",
+            hint="pin a newer one: `outlast checkpoints ls` lists them",
+        )
+    return ref
+
+
+def unpin(store: RunStore, which: str) -> CheckpointRef:
+    """Remove a pin, named by step or step@attempt; the next retention may then delete the checkpoint.
+
+    Raises:
+        ConfigError: No such checkpoint is pinned, or the run does not exist.
+        StorageError: The storage failed.
+    """
+    load_catalog(store)
+    pins = sorted(list_pins(store), reverse=True)
+    for ref in pins:
+        if which in (str(ref.step), ref.name):
+            store.storage.delete(pin_path(store.run, ref))
+            return ref
+    known = ", ".join(ref.name for ref in pins) or "none"
+    raise ConfigError(
+        f"{which!r} is not a pinned checkpoint of run {store.run!r}; pinned: {known}",
+        hint="`outlast checkpoints ls RUN` marks those that are pinned",
     )

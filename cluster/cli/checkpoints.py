@@ -16,7 +16,7 @@ from outlast.cluster.config.run_reference import find_run
 from outlast.cluster.formatting import size, when
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.retention import Retention
+    from outlast.checkpointing.run_store.retention_policy import Retention
     from outlast.checkpointing.run_store.store import RunStore
     from outlast.checkpointing.tools.diff import CheckpointDiff
     from outlast.checkpointing.tools.export import Content, Dtype, WriteWeights
@@ -83,10 +83,10 @@ def verify(
     """Read every byte and compare it with the committed digests. Exit code 5 if anything is damaged."""
     from dataclasses import asdict
 
-    from outlast.checkpointing.tools import query as commands
+    from outlast.checkpointing.tools.verify_run import verify_run
 
     store, retention = find_run(run, storage)
-    verdicts = commands.verify_run(store, which, retention)
+    verdicts = verify_run(store, which, retention)
     if as_json:
         print(json.dumps([asdict(item) for item in verdicts], indent=1))
     else:
@@ -382,7 +382,7 @@ def _weights_format(name: str | None, weights: Path | None) -> tuple[WriteWeight
     if name not in (None, "safetensors", "pytorch"):
         raise ConfigError(f"--format {name} is not known", hint="write --format safetensors or --format pytorch")
     if name == "pytorch" or (name is None and weights is not None and weights.suffix != ".safetensors"):
-        from outlast.trainers.models.torch_export import CAVEAT, WEIGHTS_PYTORCH, write_state_dict
+        from outlast.trainers.models.state_dict_file import CAVEAT, WEIGHTS_PYTORCH, write_state_dict
 
         return write_state_dict, WEIGHTS_PYTORCH, CAVEAT
     from outlast.checkpointing.tools.export import write_safetensors

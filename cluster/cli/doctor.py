@@ -52,7 +52,7 @@ def doctor(
     else:
         requirements = Requirements(storage=storage and _absolute(storage))
         if run_file is not None:
-            from outlast.cluster.config.run_config import load_run
+            from outlast.cluster.config.run_file import load_run
             from outlast.cluster.preflight.doctor import requirements_of
 
             requirements = requirements_of(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
@@ -86,7 +86,7 @@ def _run_as_job(
 
     arguments, declared = ["doctor", "--json", *(["--quick"] if quick else [])], None
     if run_file is not None:
-        from outlast.cluster.config.run_config import load_run
+        from outlast.cluster.config.run_file import load_run
 
         config, declared = load_run(str(run_file), overrides)
         jobs.check_reachable(config)

@@ -33,7 +33,7 @@ def submit(
 
     With --follow or --supervise the exit code is the run's.
     """
-    from outlast.cluster.config.run_config import load_run
+    from outlast.cluster.config.run_file import load_run
 
     if follow and supervise:
         raise typer.BadParameter("--follow shows one job, --supervise all of them; give one of the two")
@@ -55,7 +55,7 @@ def supervise_runs(
 
     Ends when all have ended, with the exit code of one that failed, if any.
     """
-    from outlast.cluster.config.run_config import load_run
+    from outlast.cluster.config.run_file import load_run
 
     settings = [
         load_run(run, overrides or []) if run.endswith(RUN_FILES) else _load_from_storage(run, storage, overrides or [])
@@ -77,7 +77,7 @@ def _supervise(
 
 def _load_from_storage(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
     """Load a run's settings from its storage."""
-    from outlast.cluster.config.run_config import settings_of
+    from outlast.cluster.config.run_file import settings_of
     from outlast.cluster.config.run_reference import declared_settings
 
     store, _ = find_run(run, root)
@@ -106,7 +106,7 @@ def _submit(
     from outlast.cluster.jobs import ray_jobs as jobs
 
     jobs.check_reachable(config)
-    jobs.check_code(config, code)
+    jobs.check_named_code(config, code)
     client = jobs.connect(address)
     for warning in jobs.check_server(client.get_address()):
         if warning.hint:
@@ -115,7 +115,7 @@ def _submit(
     print(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", file=sys.stderr)
     print(job.id)
     if follow:
-        from outlast.cluster.monitoring.progress_reporter import terminal
+        from outlast.cluster.monitoring.console_progress import terminal
         from outlast.cluster.monitoring.watch import live_panel
 
         with live_panel(config.store, terminal()):
@@ -178,7 +178,7 @@ def stop(run: Run, address: Address = None) -> None:
 def _run_name(text: str) -> str:
     """Return the run's name from any form of RUN."""
     if text.endswith(RUN_FILES):
-        from outlast.cluster.config.run_config import load_run
+        from outlast.cluster.config.run_file import load_run
 
         return load_run(text)[0].name
     return text.rstrip("/").rpartition("/")[2]

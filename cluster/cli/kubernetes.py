@@ -14,7 +14,7 @@ from outlast.cluster.config.run_reference import RUN_FILES
 from outlast.cluster.formatting import counted
 
 if TYPE_CHECKING:
-    from outlast.cluster.kubernetes.client import Cluster
+    from outlast.cluster.kubernetes.client import KubernetesNamespace
     from outlast.cluster.preflight.finding import Finding
 
 k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
@@ -95,7 +95,7 @@ def render(
     """Print the RayJob and what it needs, for kubectl or `apply`."""
     given = {key: value for key, value in locals().items() if key not in ("run_file", "output", "into", "components")}
     from outlast.checkpointing.errors import ConfigError
-    from outlast.cluster.config.run_config import load_run
+    from outlast.cluster.config.run_file import load_run
     from outlast.cluster.kubernetes.kustomize import write_folder
     from outlast.cluster.kubernetes.render import render, to_yaml, warnings_for
     from outlast.cluster.kubernetes.settings import k8s_settings
@@ -212,15 +212,15 @@ def delete(
         print(line)
 
 
-def _cluster(context: str | None, namespace: str | None) -> Cluster:
-    from outlast.cluster.kubernetes.client import Cluster
+def _cluster(context: str | None, namespace: str | None) -> KubernetesNamespace:
+    from outlast.cluster.kubernetes.client import KubernetesNamespace
 
-    return Cluster(context, namespace)
+    return KubernetesNamespace(context, namespace)
 
 
 def _name(run: str) -> str:
     if run.endswith(RUN_FILES):
-        from outlast.cluster.config.run_config import load_run
+        from outlast.cluster.config.run_file import load_run
 
         return load_run(run)[0].name
     return run

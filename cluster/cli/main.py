@@ -14,16 +14,18 @@ from typing import Annotated
 
 import typer
 
-from outlast.checkpointing.errors import OutlastError, first_line
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.messages import first_line
 from outlast.cluster.cli.checkpoints import checkpoints
 from outlast.cluster.cli.doctor import doctor
+from outlast.cluster.cli.drills import demo, drill
+from outlast.cluster.cli.init_validate_plan import init, plan, validate
 from outlast.cluster.cli.jobs import list_runs, logs, resume, stop, submit, supervise_runs
 from outlast.cluster.cli.kubernetes import k8s
 from outlast.cluster.cli.options import AsJson
-from outlast.cluster.cli.predict import try_
-from outlast.cluster.cli.setup import init, plan, validate
 from outlast.cluster.cli.status import report, status
-from outlast.cluster.cli.train import demo, drill, train
+from outlast.cluster.cli.train import train
+from outlast.cluster.cli.try_command import try_
 
 app = typer.Typer(
     name="outlast",
@@ -67,7 +69,7 @@ def _options(
 @app.command()
 def version(as_json: AsJson = False) -> None:
     """Print versions for a bug report."""
-    from outlast.cluster.preflight.versions import versions
+    from outlast.cluster.cli.version_report import versions
 
     numbers = versions()
     print(json.dumps(numbers) if as_json else "\n".join(f"{name} {value or '-'}" for name, value in numbers.items()))

@@ -13,7 +13,7 @@ from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
 
 if TYPE_CHECKING:
-    from outlast.cluster.monitoring.summary import RunSummary
+    from outlast.cluster.monitoring.run_summary import RunSummary
 
 
 def status(
@@ -34,8 +34,8 @@ def status(
     import time
     from dataclasses import asdict
 
+    from outlast.cluster.monitoring.run_summary import summarize
     from outlast.cluster.monitoring.status import as_values
-    from outlast.cluster.monitoring.summary import summarize
     from outlast.cluster.monitoring.timeline import State
     from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
@@ -44,7 +44,7 @@ def status(
     store, _ = find_run(run, storage)
     if watch:
         from outlast.cluster.monitoring import watch as watcher
-        from outlast.cluster.monitoring.progress_reporter import terminal
+        from outlast.cluster.monitoring.console_progress import terminal
 
         summary = watcher.watch(store, terminal())
         raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
@@ -64,7 +64,7 @@ def status(
 def _print(run: str, summary: RunSummary, body: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from outlast.cluster.monitoring.terminal_panel import panel
+    from outlast.cluster.monitoring.run_panel import panel
     from outlast.cluster.monitoring.timeline import State
 
     console = Console(highlight=False)

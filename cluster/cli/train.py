@@ -24,11 +24,11 @@ def train(
 
     Ctrl-C and SIGTERM commit a checkpoint first (exit code 75).
     """
-    from outlast.cluster.config.run_config import load_run
+    from outlast.cluster.config.run_file import load_run
 
     config, declared = load_run(str(run_file), overrides or [])
     from outlast.cluster.driver.launch import Launch
-    from outlast.cluster.monitoring.progress_reporter import ProgressReporter
+    from outlast.cluster.monitoring.console_progress import ProgressReporter
     from outlast.trainers.loop.train_loop import Outcome
 
     config = config.at_home(run_file.parent)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from outlast.checkpointing.errors import ConfigError, OutlastError, StorageError
 
 if TYPE_CHECKING:  # every command imports this module; `outlast --help` needs no more of it than RUN_FILES
-    from outlast.checkpointing.run_store.retention import Retention
+    from outlast.checkpointing.run_store.retention_policy import Retention
     from outlast.checkpointing.run_store.store import RunStore
 
 #: TOML is no longer read; reading one says so.
@@ -26,7 +26,7 @@ def find_run(text: str, root: str) -> tuple[RunStore, Retention]:
     from outlast.checkpointing.storage.factory import open_storage
 
     if text.endswith(RUN_FILES):
-        from outlast.cluster.config.run_config import load_run
+        from outlast.cluster.config.run_file import load_run
 
         config = load_run(text)[0].at_home(Path(text).parent)
         return config.store, config.checkpoint.retention
@@ -48,8 +48,8 @@ def _retention_of(store: RunStore) -> Retention:
     """Return the retention settings of the run's newest claim; the default if they cannot be read."""
     from pydantic import ValidationError
 
-    from outlast.checkpointing.run_store.retention import Retention
-    from outlast.cluster.config.run_config import expand
+    from outlast.checkpointing.run_store.retention_policy import Retention
+    from outlast.cluster.config.run_file import expand
     from outlast.trainers.config.checkpoint import CheckpointSettings
 
     try:

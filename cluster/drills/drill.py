@@ -29,11 +29,12 @@ from outlast.checkpointing.run_store.catalog import build_catalog, run_events
 from outlast.checkpointing.run_store.events import Event, ResumeEvent, StepEvent, parse_event
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes, walk
-from outlast.cluster.config.run_config import RunConfig, load_run
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.config.run_file import load_run
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.progress_reporter import ProgressReporter
+from outlast.cluster.monitoring.console_progress import ProgressReporter
 from outlast.trainers.loop.train_loop import Outcome
 
 E = TypeVar("E", bound=Event)

@@ -25,12 +25,13 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
+from outlast.checkpointing.errors import ConfigError, PreflightError
+from outlast.checkpointing.messages import first_line
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.bundle import bundle, copy_package
 from outlast.cluster.preflight.finding import TOKEN_HINT, Finding, Level
-from outlast.trainers.checks import preflight
-from outlast.trainers.config.task_names import is_dotted
+from outlast.trainers.checks import model_checks as preflight
+from outlast.trainers.config.task_table import is_dotted
 from outlast.trainers.user_code import make_importable
 
 STOP_WAIT_S = 600
@@ -149,7 +150,7 @@ def check_reachable(config: RunConfig) -> None:
             )
 
 
-def check_code(config: RunConfig, code: Path | None) -> None:
+def check_named_code(config: RunConfig, code: Path | None) -> None:
     """Check names of architectures, of their settings, and of classes in `code`.
 
     Raises:

@@ -20,17 +20,18 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError, first_line
+from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.messages import first_line
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
-from outlast.checkpointing.run_store.events import FailureEvent
+from outlast.checkpointing.run_store.events import GroupFailureEvent
 from outlast.checkpointing.run_store.journal import Journal, last_event_at
 from outlast.checkpointing.run_store.liveness import find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.tools.query import find_model
+from outlast.checkpointing.tools.verify_run import find_model
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.fault_tolerance.failure_recorder import gave_up
+from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, count_failures, decide_give_up
 from outlast.cluster.jobs import ray_jobs as jobs
 from outlast.cluster.jobs.ray_jobs import SubmittedJob
@@ -273,7 +274,7 @@ class Supervisor:
             return  # the job has no launch yet
         journal = Journal(self.store.storage, self.store.launch_dir(launch.id), 1, flush_s=0)
         name = str(attempt or "unclaimed")
-        journal.write(FailureEvent(attempt=name, cause=_STALLED, rank=0, message=finding))
+        journal.write(GroupFailureEvent(attempt=name, cause=_STALLED, rank=0, message=finding))
 
     def _reason_to_give_up(self) -> GiveUp | None:
         records = read_attempt_history(self.store)

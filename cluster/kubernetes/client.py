@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpointing.errors import ConfigError, PreflightError, first_line
+from outlast.checkpointing.errors import ConfigError, PreflightError
+from outlast.checkpointing.messages import first_line
 from outlast.cluster.kubernetes.accessors import mapping, mappings
 from outlast.cluster.kubernetes.rayjob_sequence import (
     MANAGER,
@@ -64,7 +65,7 @@ def _check_queue(job: Mapping[str, Any], verb: str) -> None:
         )
 
 
-class Cluster:
+class KubernetesNamespace:
     """One namespace of a cluster.
 
     Args:

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
-from outlast.checkpointing.run_store.events import FailureEvent, ResizeEvent
+from outlast.checkpointing.run_store.events import GroupFailureEvent, ResizeEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
 from outlast.cluster.formatting import finite
-from outlast.cluster.monitoring.summary import RunSummary, summarize
+from outlast.cluster.monitoring.run_summary import RunSummary, summarize
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
@@ -63,7 +63,7 @@ def list_runs(storage: Storage) -> list[dict[str, Any]]:
     return [read_status(store) for store in stores if list_attempts(store) or list_launches(store)]
 
 
-def _size_change(resize: ResizeEvent, failures: Mapping[str, FailureEvent]) -> dict[str, Any]:
+def _size_change(resize: ResizeEvent, failures: Mapping[str, GroupFailureEvent]) -> dict[str, Any]:
     """Return a change of the number of workers, with the cause of the previous attempt's end."""
     failure = failures.get(str(resize.attempt))
     cause = "resized" if resize.planned else failure.cause if failure else "unknown"

@@ -1,7 +1,7 @@
 """A run's timeline, built from its journals event by event: launches, attempts, steps, saves, failures.
 
 Status, live panel, goodput and report all read it. It is pure: events come from storage (`timeline_reader.py`) or from
-the coordinator of a running launch (`progress_reporter.py`). A missing event leaves a gap and no more: a killed rank 0
+the coordinator of a running launch (`console_progress.py`). A missing event leaves a gap and no more: a killed rank 0
 loses up to five seconds of its journal, and older releases recorded less.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd, end_of_attempt, launches_in_order
-from outlast.checkpointing.run_store.events import DoneEvent, FailedEvent, FailureEvent, parse_event
+from outlast.checkpointing.run_store.events import AttemptErrorEvent, DoneEvent, GroupFailureEvent, parse_event
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, LaunchTimeline
 
 
@@ -55,7 +55,7 @@ class Timeline:
     def apply_launch_event(self, launch: str, body: Mapping[str, Any]) -> None:
         event = parse_event(body)
         self.launch(launch).apply(event)
-        if isinstance(event, FailureEvent) and event.reached and (attempt := AttemptId.parse(event.attempt)):
+        if isinstance(event, GroupFailureEvent) and event.reached and (attempt := AttemptId.parse(event.attempt)):
             self.attempt(attempt).reached = event.reached
 
     @property
@@ -78,7 +78,7 @@ class Timeline:
         return [self.launches[key] for key in launches_in_order(self.launches, claimed)]
 
     @property
-    def failures(self) -> list[tuple[LaunchTimeline, FailureEvent]]:
+    def failures(self) -> list[tuple[LaunchTimeline, GroupFailureEvent]]:
         """Every unplanned end of a worker group, launch by launch, oldest first."""
         launches = self.launches_in_order
         return [(launch, item) for launch in launches for item in sorted(launch.failures, key=lambda e: e.t)]
@@ -134,7 +134,7 @@ class Timeline:
         return State.RUNNING if self.attempts else State.STARTING
 
     @property
-    def failure_by_attempt(self) -> dict[str, FailureEvent]:
+    def failure_by_attempt(self) -> dict[str, GroupFailureEvent]:
         """The first failure of each attempt, by the attempt's name."""
         failures = [item for launch in self.launches.values() for item in launch.failures]
         return {item.attempt: item for item in reversed(failures)}
@@ -150,7 +150,7 @@ class Timeline:
             alive = self.launches[item.launch].alive if item.launch in self.launches else {}
             ends[item.id] = end_of_attempt(
                 item.final,
-                next((note for note in reversed(item.notes) if isinstance(note, FailedEvent)), None),
+                next((note for note in reversed(item.notes) if isinstance(note, AttemptErrorEvent)), None),
                 failures.get(str(item.id)),
                 resizes.get(str(item.id)),
                 alive,

@@ -17,7 +17,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.monitoring.timeline import Timeline
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.compaction import StepColumns
+    from outlast.checkpointing.run_store.compacted_segment import StepColumns
 
 #: Launches and attempts that may still write: the newest, and the one that it supersedes.
 _NUM_OPEN = 2

@@ -15,7 +15,7 @@ from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.run_store import events
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.compaction import StepColumns
+    from outlast.checkpointing.run_store.compacted_segment import StepColumns
 
 #: A driver whose liveness file is older counts as lost.
 LOST_AFTER_S = 30.0
@@ -26,9 +26,9 @@ NoteworthyEvent = (
     | events.EarlyStopEvent
     | events.ChangedEvent
     | events.SaveFailedEvent
-    | events.FailedEvent
+    | events.AttemptErrorEvent
     | events.HangEvent
-    | events.RejectedEvent
+    | events.ModelRejectedEvent
 )
 
 
@@ -210,7 +210,7 @@ class LaunchTimeline:
 
     id: str  #: its name, which starts with the time when it began
     alive: dict[str, Any] = field(default_factory=dict)  #: its liveness file; empty if there is none
-    failures: list[events.FailureEvent] = field(default_factory=list)  #: unplanned ends of worker groups, in order
+    failures: list[events.GroupFailureEvent] = field(default_factory=list)  #: unplanned ends of worker groups, in order
     resizes: list[events.ResizeEvent] = field(default_factory=list)  #: changes of the number of workers
     no_room: list[float] = field(default_factory=list)  #: when each wait for cluster resources began
     is_gone: bool = False  #: its driver's process ran on this machine and has ended
@@ -236,7 +236,7 @@ class LaunchTimeline:
 
     def apply(self, event: events.Event) -> None:
         match event:
-            case events.FailureEvent():
+            case events.GroupFailureEvent():
                 self.failures.append(event)
             case events.ResizeEvent():
                 self.resizes.append(event)

@@ -15,10 +15,10 @@ from outlast.checkpointing.run_store.claims import list_launches
 from outlast.checkpointing.run_store.journal import FLUSH_S
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import load_catalog
-from outlast.cluster.monitoring.live_display import LiveDisplay
-from outlast.cluster.monitoring.progress_reporter import PLAIN_PERIOD_S, is_live
-from outlast.cluster.monitoring.summary import RunSummary, summarize
-from outlast.cluster.monitoring.terminal_panel import panel, plain_line
+from outlast.cluster.monitoring.console_progress import PLAIN_PERIOD_S, is_live
+from outlast.cluster.monitoring.run_panel import panel, plain_line
+from outlast.cluster.monitoring.run_summary import RunSummary, summarize
+from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import State
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 

@@ -15,9 +15,9 @@ from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveCosts
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.formatting import size as format_size
 from outlast.cluster.preflight.doctor_probe import Probe
-from outlast.trainers.checks.memory_estimate import Size, copy_speed, measure
-from outlast.trainers.checks.preflight import check_metric
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.checks.model_checks import check_metric
+from outlast.trainers.checks.state_size import StateSize, copy_speed, estimate_state
+from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.loop.save_timer import between_failures, history_of
 from outlast.trainers.preparation.prepare import prepare
 
@@ -90,7 +90,7 @@ class RunEstimate:
     every: str
     kept: int
     walk: DataPlan
-    size: Size
+    size: StateSize
     saving: SaveEstimate
 
     def as_json(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def estimate_run(config: RunConfig) -> RunEstimate:
         tokens=round(plan.total_samples * per_sample),
         tokens_per_step=round(plan.batch * per_sample),
     )
-    size = measure(config, prepared, storage, workers)
+    size = estimate_state(config, prepared, storage, workers)
     retention = config.checkpoint.retention
     return RunEstimate(
         run=config.name,
@@ -135,7 +135,7 @@ def estimate_run(config: RunConfig) -> RunEstimate:
     )
 
 
-def _estimate_saves(config: RunConfig, size: Size) -> SaveEstimate:
+def _estimate_saves(config: RunConfig, size: StateSize) -> SaveEstimate:
     """Measure the storage with a file of a checkpoint's size, within limits."""
     num_bytes = min(max(size.checkpoint_bytes, _MIN_BYTES), _MAX_BYTES)
     probe = Probe(config.checkpoint.storage, f".plan-{secrets.token_hex(4)}")

@@ -19,10 +19,11 @@ from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.config.run_config import RunConfig, expand, load_run, override, read_run_file
-from outlast.cluster.config.run_file import LocatedFinding, SettingsError, locate_findings
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.config.run_file import expand, load_run, override, read_run_file
+from outlast.cluster.config.yaml_lines import LocatedFinding, SettingsError, locate_findings
 from outlast.trainers.config.model import is_hub_id
-from outlast.trainers.config.task_names import is_dotted
+from outlast.trainers.config.task_table import is_dotted
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
 
@@ -116,13 +117,13 @@ def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[SettingsFi
 
 
 def _code(config: RunConfig) -> None:
-    from outlast.trainers.checks.preflight import check_code
+    from outlast.trainers.checks.model_checks import check_code
 
     check_code(config)
 
 
 def _architecture(config: RunConfig) -> None:
-    from outlast.trainers.checks.preflight import check_architecture
+    from outlast.trainers.checks.model_checks import check_architecture
 
     check_architecture(config)
 
@@ -130,7 +131,7 @@ def _architecture(config: RunConfig) -> None:
 def _columns(config: RunConfig) -> None:
     from outlast.trainers.data.columns import choose_columns
     from outlast.trainers.data.readers import first_row
-    from outlast.trainers.tasks.registry import find_task
+    from outlast.trainers.tasks.find_task import find_task
 
     chosen = choose_columns(find_task(config.model.task).columns, config.data)
     row = first_row(config.data.train)
@@ -146,7 +147,7 @@ def _eval_columns(config: RunConfig) -> None:
     """Check that the held-out rows have the columns chosen from the training rows."""
     from outlast.trainers.data.columns import choose_columns
     from outlast.trainers.data.readers import first_row, missing_column_error
-    from outlast.trainers.tasks.registry import find_task
+    from outlast.trainers.tasks.find_task import find_task
 
     source = config.data.eval
     if not source or config.data.eval_share:
@@ -159,14 +160,14 @@ def _eval_columns(config: RunConfig) -> None:
 
 
 def _batch(config: RunConfig) -> None:
-    from outlast.trainers.data.sampler import make_plan
+    from outlast.trainers.data.batch_plan import make_plan
 
     make_plan(config, 1, config.scale.max_workers)
 
 
 def _metric(config: RunConfig) -> None:
     """Check the metric without the rows; sequence-classification may find its problem type only there."""
-    from outlast.trainers.checks.preflight import check_metric
+    from outlast.trainers.checks.model_checks import check_metric
 
     if is_dotted(config.model.task):
         return  # its metrics may depend on the rows
@@ -208,7 +209,7 @@ def check_existing_run(config: RunConfig) -> None:
 
 
 def _prepare(config: RunConfig) -> None:
-    from outlast.trainers.checks.preflight import check_metric, check_model
+    from outlast.trainers.checks.model_checks import check_metric, check_model
     from outlast.trainers.preparation.prepare import prepare
 
     storage = open_storage(config.checkpoint.storage)

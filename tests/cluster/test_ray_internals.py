@@ -13,8 +13,8 @@ from ray.runtime_env import RuntimeEnv
 from outlast.cluster import ray_internals
 from outlast.cluster.driver.elastic_resize import Resizer
 from outlast.cluster.driver.ray_session import ray_session
+from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.failure_cause import OWN_RAY
-from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder
 
 
 def test_they_were_tried_on_the_ray_that_is_installed() -> None:

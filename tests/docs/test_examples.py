@@ -23,9 +23,9 @@ from torch import nn
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.checks.preflight import check_model
+from outlast.trainers.checks.model_checks import check_model
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.preparation.prepare import prepare

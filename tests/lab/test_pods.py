@@ -18,9 +18,9 @@ import pytest
 
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.cluster.fault_tolerance.failure_cause import Cause
-from outlast.cluster.kubernetes.client import Cluster
+from outlast.cluster.kubernetes.client import KubernetesNamespace
 from outlast.cluster.kubernetes.render import render
 from outlast.cluster.kubernetes.settings import k8s_settings
 from outlast.cluster.monitoring.status import read_status
@@ -77,7 +77,7 @@ class Rehearsal:
         self.run = Run(volume, "my-run", text_file, steps, 2)
         settings = k8s_settings(image="outlast:test", mount=str(volume), grace_s=30)
         objects = render(*load_run(str(self.run.file)), settings)
-        self.cluster = Cluster()
+        self.cluster = KubernetesNamespace()
         self.cluster.apply(objects)
         self._files = next(item["data"] for item in objects if item["kind"] == "ConfigMap")
         self._clusters: list[Pods] = []

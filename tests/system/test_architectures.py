@@ -176,7 +176,7 @@ def test_what_is_neither_renamed_nor_cut_is_refused() -> None:
     model.config.model_type = "turned"
     turn = WeightConverter("wte.weight", "wte.weight", operations=[Transpose(0, 1)])
     register_checkpoint_conversion_mapping("turned", [turn])
-    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel hold transformer.wte.weight in another form"):
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel hold transformer.wte.weight in a form that is not a slice"):
         file_naming(model)
 
 

@@ -90,9 +90,9 @@ DAMAGES: list[Damage] = [flip_a_bit, zero_a_block, cut_in_half, cut_one_byte_of_
 SAID = {
     flip_a_bit: "bytes changed",
     zero_a_block: "bytes changed",
-    cut_in_half: "bytes, committed were",
-    cut_one_byte_of_many: "bytes, committed were",
-    grow: "bytes, committed were",
+    cut_in_half: "that were committed",
+    cut_one_byte_of_many: "that were committed",
+    grow: "that were committed",
     remove: "missing",
 }
 
@@ -269,7 +269,7 @@ def test_verify_names_each_bad_file(copied: str, storage: LocalStorage) -> None:
     assert faults.keys() == {"model.safetensors", "config.json", "training_state/state.json", EXTRA}
     assert faults["config.json"] == "missing"
     assert faults["model.safetensors"] == "bytes changed, first in the 16 MiB block at byte 0"
-    assert "committed were" in faults["training_state/state.json"]
+    assert "that were committed" in faults["training_state/state.json"]
     assert faults[EXTRA] == "extra file that was never committed"
 
 

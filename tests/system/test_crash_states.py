@@ -20,7 +20,7 @@ import pytest
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import NoCheckpointError
 from outlast.checkpointing.format.layout import MANIFEST
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.crash_states import Disk, Effect, Effects, Tree, materialise, tree_of

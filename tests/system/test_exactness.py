@@ -22,7 +22,7 @@ from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Parallel
-from outlast.trainers.data.sampler import Plan, make_plan
+from outlast.trainers.data.batch_plan import BatchPlan, make_plan
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.support.groups.worker_group import digests, fault, losses, resumed, run_group, with_parallel
@@ -52,7 +52,7 @@ class Case:
     def __str__(self) -> str:
         return f"{self.task}-{self.size}-{self.parallel.value}-{self.moment}-{self.kills}".replace(" ", "-")
 
-    def strikes(self, plan: Plan) -> list[tuple[FaultPoint, int]]:
+    def strikes(self, plan: BatchPlan) -> list[tuple[FaultPoint, int]]:
         """Where to strike, in the order in which the run gets there: at the moment, and at random steps."""
         crossing = plan.num_samples // plan.batch  # the step, from 0, in which the first epoch ends
         moment = {

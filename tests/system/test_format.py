@@ -15,7 +15,7 @@ from outlast.checkpointing.format.layout import MANIFEST, checkpoint_dir
 from outlast.checkpointing.format.manifest import FORMAT
 from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import read_catalog
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Parallel

@@ -16,7 +16,7 @@ import pytest
 
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers import Assignment, prepare
 from outlast.trainers.loop.train_loop import Outcome

@@ -20,18 +20,19 @@ from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, Fault
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir, checkpoint_dir
 from outlast.checkpointing.restore.verify import tensor_digests
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
-from outlast.checkpointing.run_store.pins import list_pins
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.deletion import list_pins
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.commit import abort_orphans
 from outlast.checkpointing.storage.base import Storage, read_bytes, walk
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.storage.multipart_uploads import _client, abort_uploads
 from outlast.checkpointing.storage.object_store import ObjectStorage
+from outlast.checkpointing.storage.orphaned_uploads import _client, abort_uploads
 from outlast.checkpointing.tools.export import export_directory, read_content
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
-from outlast.checkpointing.tools.query import resolve_checkpoint, verify_run
+from outlast.checkpointing.tools.query import resolve_checkpoint
+from outlast.checkpointing.tools.verify_run import verify_run
 from outlast.cluster.drills import demo
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.ray_session import ray_session
@@ -217,7 +218,7 @@ def stopping(chunks):
         yield chunk
 
 objects._WINDOW_BYTES = 2**20  # so that it hears of the failure while it writes, as a larger upload would
-objects._SDK_TRIES = 1  # the server's answer is not S3's "no such upload" but one that the SDK tries again
+objects._SDK_ATTEMPTS = 1  # the server's answer is not S3's "no such upload" but one that the SDK tries again
 write_file = data.write_file
 data.write_file = lambda storage, directory, name, chunks: write_file(storage, directory, name, stopping(chunks))
 config = TrainingConfig.model_validate_json(sys.argv[1])

@@ -37,7 +37,7 @@ from outlast.checkpointing.format.layout import (
 from outlast.checkpointing.restore.verify import tensor_digests, verify
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import list_attempts
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer
 from outlast.checkpointing.storage.local import LocalStorage

@@ -34,7 +34,7 @@ from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import FLUSH_S, Journal
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage import local, retry
 from outlast.checkpointing.storage import object_store as objects

@@ -12,13 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.object_store import ObjectStorage
 from outlast.cluster.cli.main import app
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.cluster.driver.launch import Finished, Launch
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.s3_server import s3_server

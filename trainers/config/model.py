@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from outlast.trainers.config.base import Settings
-from outlast.trainers.config.task_names import check_task_name, is_dotted
+from outlast.trainers.config.task_table import check_task_name, is_dotted
 
 
 def is_hub_id(model: str) -> bool:

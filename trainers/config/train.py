@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from outlast.checkpointing.errors import ConfigError, did_you_mean
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.messages import did_you_mean
 from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
 from outlast.trainers.config.base import Interval, Settings
 

@@ -9,7 +9,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from outlast.checkpointing.errors import ConfigError, nearest
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.messages import nearest
 
 Path = tuple[int | str, ...]
 

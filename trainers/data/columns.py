@@ -9,7 +9,7 @@ from typing import Any
 
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.readers import first_row, missing_column_error
-from outlast.trainers.data.sources import find_sources
+from outlast.trainers.data.sources import find_data_files
 
 
 class ColumnType(Enum):
@@ -110,7 +110,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> ColumnM
     """
     available = first_row(settings.train)
     needed = tuple(column for column in columns if not column.is_optional)
-    only_lines = len(needed) == 1 and {item.kind for item in find_sources(settings.train)} == {".txt"}
+    only_lines = len(needed) == 1 and {item.kind for item in find_data_files(settings.train)} == {".txt"}
     if only_lines or not available:  # without any column, reading the rows reports the error
         return ColumnMapping(needed, tuple(name_of(settings, column.role) for column in needed), ())
     found = {column: name for column in columns if (name := name_of(settings, column.role)) in available}

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.trainers.data.sources import Source, find_sources
+from outlast.trainers.data.sources import DataFile, find_data_files
 
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 2**20
@@ -49,7 +49,7 @@ class Row:
 
 
 @dataclass(slots=True)
-class BadRows:
+class BadRowCounter:
     """Counter of unusable rows: names the first three, and raises when there are more than the limit.
 
     Attributes:
@@ -97,7 +97,7 @@ class BadRows:
 
 
 def usable_rows(
-    rows: Iterable[Row], bad: BadRows, find_fault: Callable[[tuple[Any, ...]], str | None] = lambda values: None
+    rows: Iterable[Row], bad: BadRowCounter, find_fault: Callable[[tuple[Any, ...]], str | None] = lambda values: None
 ) -> Iterator[Row]:
     """Iterate over the usable rows and count the others in `bad`.
 
@@ -121,17 +121,17 @@ def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[R
     """Read the rows of a source, in order, in constant memory. A row that cannot be read becomes a row with a fault.
 
     Args:
-        source: A file, a directory, a pattern, or a list of these; see `find_sources`.
+        source: A file, a directory, a pattern, or a list of these; see `find_data_files`.
         columns: Names of the columns to read, in this order.
 
     Raises:
         ConfigError: A file is missing or not of the type its name states, or a column is in none of its rows.
         StorageError: Reading failed.
     """
-    yield from read_files(find_sources(source), columns)
+    yield from read_files(find_data_files(source), columns)
 
 
-def read_files(sources: Iterable[Source], columns: Sequence[str]) -> Iterator[Row]:
+def read_files(sources: Iterable[DataFile], columns: Sequence[str]) -> Iterator[Row]:
     """Read the rows of these files, as `read_rows`."""
     for item in sources:
         with item.reading():
@@ -147,14 +147,14 @@ def first_row(source: str | Sequence[str]) -> dict[str, Any]:
         ConfigError: As `read_rows`.
         StorageError: As `read_rows`.
     """
-    item = find_sources(source)[0]
+    item = find_data_files(source)[0]
     with item.reading():
         names = _HEADERS[item.kind](item)
         values = next((values for values, _ in _READERS[item.kind](item, names) if not isinstance(values, str)), None)
         return dict(zip(names, values or [None] * len(names), strict=True))
 
 
-def _read_lines(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_lines(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
     if len(columns) > 1:
         hint = "use a file with columns, such as .jsonl, .csv or .parquet"
         raise ConfigError(f"{source.name}: a .txt file has no column {columns[1]!r}", hint=hint)
@@ -163,7 +163,7 @@ def _read_lines(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
         yield fault or (text.rstrip("\r\n"),), number
 
 
-def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
+def _lines(source: DataFile) -> Iterator[tuple[int, bytes]]:
     """Iterate over the non-empty lines and their numbers."""
     with source.open() as file:
         for number, line in enumerate(file, 1):
@@ -180,7 +180,7 @@ def _decode(line: bytes) -> tuple[str, str | None]:
         return line.decode(errors="replace"), f"is not UTF-8 text: {error}"
 
 
-def _read_jsonl(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_jsonl(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
     """Read line by line, because pyarrow infers one type for a column and rejects rows of another."""
     return _select_columns(source, columns, lambda: ((_parse(line), number) for number, line in _lines(source)))
 
@@ -205,11 +205,11 @@ def _parse(line: bytes) -> Any:
     return item
 
 
-def _read_json(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_json(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
     return _select_columns(source, columns, lambda: ((item, None) for item in _json_items(source)))
 
 
-def _json_items(source: Source) -> Iterator[Any]:
+def _json_items(source: DataFile) -> Iterator[Any]:
     """Iterate over the items of one JSON list, or over concatenated JSON values, reading in chunks."""
     decoder, text, at, size, in_list = json.JSONDecoder(), "", 0, _BUFFER_BYTES, None
     with io.TextIOWrapper(source.open(), encoding="utf-8-sig") as file:
@@ -247,7 +247,7 @@ def _skip_separators(text: str, at: int) -> int:
 
 
 def _select_columns(
-    source: Source, columns: Sequence[str], items: Callable[[], Iterator[tuple[Any, int | None]]]
+    source: DataFile, columns: Sequence[str], items: Callable[[], Iterator[tuple[Any, int | None]]]
 ) -> Iterator[_RawRow]:
     """Select columns of JSON objects. A first pass ends once each column was seen: after one object of a good file."""
     missing, seen = set(columns), dict[str, None]()
@@ -268,7 +268,7 @@ def _select_columns(
             yield tuple(item[name] for name in columns), line
 
 
-def _csv_rows(source: Source, faults: list[str]) -> Any:
+def _csv_rows(source: DataFile, faults: list[str]) -> Any:
     """Open a reader of the csv module. Decoding errors of the row it returns are appended to `faults`."""
     csv.field_size_limit(_FIELD_BYTES)
 
@@ -282,7 +282,7 @@ def _csv_rows(source: Source, faults: list[str]) -> Any:
     return csv.reader(texts(), delimiter="\t" if source.kind == ".tsv" else ",", strict=True)
 
 
-def _read_csv(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_csv(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
     faults: list[str] = []
     rows = _csv_rows(source, faults)
     header: list[str] = next((row for row in rows if row), [])
@@ -306,7 +306,7 @@ def _read_csv(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
             yield tuple(row[index] for index in indices), rows.line_num
 
 
-def _read_parquet(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_parquet(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
     with source.open() as raw:
         file = parquet.ParquetFile(raw, buffer_size=_BUFFER_BYTES)
         _check_columns(source.name, columns, file.schema_arrow)
@@ -315,7 +315,7 @@ def _read_parquet(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
 
 
 @contextmanager
-def _open_arrow(source: Source) -> Iterator[Any]:
+def _open_arrow(source: DataFile) -> Iterator[Any]:
     """Open an Arrow file or an Arrow stream; the `datasets` library writes streams."""
     local = source.storage.path(source.path) if isinstance(source.storage, LocalStorage) else None
     with pa.memory_map(str(local)) if local else source.open() as raw:
@@ -324,7 +324,7 @@ def _open_arrow(source: Source) -> Iterator[Any]:
         yield pa.ipc.open_file(raw) if is_file else pa.ipc.open_stream(raw)
 
 
-def _read_arrow(source: Source, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_arrow(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
     with _open_arrow(source) as reader:
         _check_columns(source.name, columns, reader.schema)
         is_file = isinstance(reader, pa.ipc.RecordBatchFileReader)
@@ -353,21 +353,21 @@ def _object_names(items: Iterable[Any]) -> list[str]:
     return next((list(item) for item in items if isinstance(item, dict)), [])
 
 
-def _csv_names(source: Source) -> list[str]:
+def _csv_names(source: DataFile) -> list[str]:
     return next((row for row in _csv_rows(source, []) if row), [])
 
 
-def _arrow_names(source: Source) -> list[str]:
+def _arrow_names(source: DataFile) -> list[str]:
     with _open_arrow(source) as reader:
         return list(reader.schema.names)
 
 
-def _parquet_names(source: Source) -> list[str]:
+def _parquet_names(source: DataFile) -> list[str]:
     with source.open() as raw:
         return list(parquet.read_schema(raw).names)
 
 
-_HEADERS: dict[str, Callable[[Source], list[str]]] = {
+_HEADERS: dict[str, Callable[[DataFile], list[str]]] = {
     ".txt": lambda source: ["text"],
     ".jsonl": lambda source: _object_names(_parse(line) for _, line in _lines(source)),
     ".json": lambda source: _object_names(_json_items(source)),
@@ -377,7 +377,7 @@ _HEADERS: dict[str, Callable[[Source], list[str]]] = {
     ".arrow": _arrow_names,
     ".feather": _arrow_names,
 }
-_READERS: dict[str, Callable[[Source, Sequence[str]], Iterator[_RawRow]]] = {
+_READERS: dict[str, Callable[[DataFile, Sequence[str]], Iterator[_RawRow]]] = {
     ".txt": _read_lines,
     ".jsonl": _read_jsonl,
     ".json": _read_json,

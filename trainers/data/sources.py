@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import xxhash
 
-from outlast.checkpointing.errors import ConfigError, StorageError, first_line
+from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES
+from outlast.checkpointing.messages import first_line
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
@@ -37,7 +38,7 @@ ListDir = Callable[[str], list[Entry]]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class DataFile:
     """One data file.
 
     Attributes:
@@ -98,14 +99,14 @@ def as_list(source: str | Sequence[str] | None) -> list[str]:
     return [source] if isinstance(source, str) else list(source or [])
 
 
-def find_sources(source: str | Sequence[str]) -> list[Source]:
+def find_data_files(source: str | Sequence[str]) -> list[DataFile]:
     """Find the files of a source, in the order of their rows.
 
     Raises:
         ConfigError: A file does not exist, is empty, or is of an unknown type.
         StorageError: A directory cannot be listed.
     """
-    sources: list[Source] = []
+    sources: list[DataFile] = []
     opened = cache(lambda url: _listing(open_storage(url)))  # a directory is listed once for all its files
     for location in as_list(source):
         url, path = _split(location)
@@ -119,7 +120,7 @@ def _listing(storage: Storage) -> tuple[Storage, ListDir]:
 
 def digest_sources(source: str | Sequence[str]) -> str:
     """Digest every file's bytes and their order; names and locations do not count."""
-    return " ".join(item.digest() for item in find_sources(source))
+    return " ".join(item.digest() for item in find_data_files(source))
 
 
 def _split(location: str) -> tuple[str, str]:
@@ -132,7 +133,7 @@ def _split(location: str) -> tuple[str, str]:
     return f"{parts.scheme}://{parts.netloc}{query}", parts.path.strip("/")
 
 
-def _expand(location: str, storage: Storage, list_dir: ListDir, path: str) -> list[Source]:
+def _expand(location: str, storage: Storage, list_dir: ListDir, path: str) -> list[DataFile]:
     matches = dict(_matches("", path.split("/"), list_dir))
     if not matches and _is_pattern(path):
         hint = "check the directories and the end of the name; `**` stands for directories within directories"
@@ -141,7 +142,7 @@ def _expand(location: str, storage: Storage, list_dir: ListDir, path: str) -> li
         raise ConfigError(
             f"data file {location} does not exist", hint="set data.train (and data.eval) to existing files"
         )
-    sources: list[Source] = []
+    sources: list[DataFile] = []
     for match in sorted(matches):
         sources += (
             [_source(storage, match, matches[match] or 0)]
@@ -194,7 +195,7 @@ def _join(base: str, name: str) -> str:
     return f"{base}/{name}" if base else name
 
 
-def _directory(storage: Storage, path: str, list_dir: ListDir) -> list[Source]:
+def _directory(storage: Storage, path: str, list_dir: ListDir) -> list[DataFile]:
     """Find the data files of a directory; for a data set of the `datasets` library its files, in its order."""
     entries = {entry.name: entry.num_bytes for entry in list_dir(path) if entry.num_bytes is not None}
     shown = _display_name(storage, path)
@@ -224,11 +225,11 @@ def _suffix(codec: str | None) -> str:
     return next((suffix for suffix, name in _CODECS.items() if name == codec), "")
 
 
-def _source(storage: Storage, path: str, num_bytes: int) -> Source:
+def _source(storage: Storage, path: str, num_bytes: int) -> DataFile:
     name = PurePosixPath(path)
     codec = _CODECS.get(name.suffix)
     kind = name.with_suffix("").suffix if codec and name.with_suffix("").suffix in _PLAIN else name.suffix
-    return Source(storage, path, _display_name(storage, path), kind, codec if kind in _PLAIN else None, num_bytes)
+    return DataFile(storage, path, _display_name(storage, path), kind, codec if kind in _PLAIN else None, num_bytes)
 
 
 def _display_name(storage: Storage, path: str) -> str:

@@ -14,7 +14,8 @@ from urllib.request import getproxies
 import transformers
 from huggingface_hub import constants
 
-from outlast.checkpointing.errors import ConfigError, first_line
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.messages import first_line
 
 _CONNECT_TIMEOUT_S = 5.0
 END_TOKEN = "<|endoftext|>"

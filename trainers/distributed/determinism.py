@@ -8,12 +8,12 @@ import random
 import numpy as np
 import torch
 
-from outlast.trainers.data.sampler import mix
+from outlast.trainers.data.seeds import derive_seed
 
 
 def seed_everything(*parts: int) -> None:
     """Seed the generators of Python, NumPy and torch (all devices). The rank must not be among the integers."""
-    key = mix(*parts)
+    key = derive_seed(*parts)
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     if torch.accelerator.is_available():

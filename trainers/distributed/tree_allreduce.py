@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from outlast.trainers.data.sampler import share
+from outlast.trainers.data.batch_plan import share
 
 #: Elements summed over the ranks at a time. It bounds the memory, and does not affect the result.
 _PIECE = 2**23

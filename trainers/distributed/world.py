@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from outlast.checkpointing.state.model_weights import carried_state
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.trainers.config.train import Exactness, Precision
-from outlast.trainers.data.sampler import share
+from outlast.trainers.data.batch_plan import share
 from outlast.trainers.distributed.ordered_allreduce import any_order_hook, rank_order_hook
 
 

@@ -14,9 +14,9 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Sample, in_batches
 from outlast.trainers.data.columns import ColumnMapping
-from outlast.trainers.data.readers import BadRows, Row, read_files
-from outlast.trainers.data.sampler import mix
-from outlast.trainers.data.sources import Source, find_sources
+from outlast.trainers.data.readers import BadRowCounter, Row, read_files
+from outlast.trainers.data.seeds import derive_seed
+from outlast.trainers.data.sources import DataFile, find_data_files
 from outlast.trainers.tasks.base import Record, Task
 
 
@@ -39,16 +39,16 @@ class Split:
         """Whether splits share the same files, and a row's number, counted from the first file, selects its split."""
         return self.config.data.eval_share is not None
 
-    def sources(self) -> list[Source]:
-        """Return the split's files, in order. Raises as `find_sources`."""
+    def sources(self) -> list[DataFile]:
+        """Return the split's files, in order. Raises as `find_data_files`."""
         data = self.config.data
-        return find_sources(data.eval or [] if self.name == "eval" and not self.is_share else data.train)
+        return find_data_files(data.eval or [] if self.name == "eval" and not self.is_share else data.train)
 
-    def rows(self, sources: Sequence[Source], first: int = 0) -> Iterator[Row]:
+    def rows(self, sources: Sequence[DataFile], first: int = 0) -> Iterator[Row]:
         """Read the split's rows from these files; their first row has the number `first`. Raises as `read_files`."""
         threshold = int((self.config.data.eval_share or 0.0) * 2**64)
         for number, row in enumerate(read_files(sources, self.chosen.names), first):
-            if not self.is_share or (mix(self.config.seed, number) < threshold) is (self.name == "eval"):
+            if not self.is_share or (derive_seed(self.config.seed, number) < threshold) is (self.name == "eval"):
                 yield row
 
 
@@ -113,7 +113,7 @@ def local_encoder() -> Iterator[Encoder]:
     yield encode_here
 
 
-def usable_pieces(pieces: Iterator[Piece], bad: BadRows) -> Iterator[Encoded]:
+def usable_pieces(pieces: Iterator[Piece], bad: BadRowCounter) -> Iterator[Encoded]:
     """Iterate over the encoded pieces while counting unusable rows in `bad`.
 
     Raises:

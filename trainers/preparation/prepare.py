@@ -24,18 +24,18 @@ from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.storage.multipart_uploads import abort_uploads
+from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
 from outlast.trainers.config.data import DataSettings, PrepareMode
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
-from outlast.trainers.data.readers import BadRows, usable_rows
-from outlast.trainers.data.sources import digest_sources, find_sources
+from outlast.trainers.data.readers import BadRowCounter, usable_rows
+from outlast.trainers.data.sources import digest_sources, find_data_files
 from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_bpe
 from outlast.trainers.preparation.encode import EncoderContext, Piece, Split, local_encoder, usable_pieces
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
 from outlast.trainers.tasks.base import Record, Task
-from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.tasks.find_task import find_task
 
 FORMAT = 2
 LARGE_BYTES = 256 * 2**20
@@ -138,7 +138,7 @@ def _is_large(settings: DataSettings) -> bool:
     """Decide whether the cluster encodes the rows."""
     if settings.prepare is not PrepareMode.AUTO:
         return settings.prepare is PrepareMode.CLUSTER
-    return sum(source.num_bytes for source in find_sources(list(settings.places.values()))) >= LARGE_BYTES
+    return sum(source.num_bytes for source in find_data_files(list(settings.places.values()))) >= LARGE_BYTES
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -203,7 +203,7 @@ def _make(
     files = [
         write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in tokenizer_files(tokenizer).items()
     ]
-    bad, num_rows, stats = BadRows(settings.max_bad_rows), dict[str, int](), {}
+    bad, num_rows, stats = BadRowCounter(settings.max_bad_rows), dict[str, int](), {}
     with tempfile.TemporaryDirectory() as folder, encoder() as encode:
         for name in ["train", "eval"] if settings.eval else ["train"]:
             path = Path(folder) / f"{name}.arrow"
@@ -239,11 +239,11 @@ def _make(
 def _records(config: TrainingConfig, chosen: ColumnMapping) -> Iterator[Record]:
     """Read the training rows whose columns have the right types. Raises ConfigError for too many other rows."""
     split = Split(config, "train", chosen)
-    for row in usable_rows(split.rows(split.sources()), BadRows(config.data.max_bad_rows), chosen.fault):
+    for row in usable_rows(split.rows(split.sources()), BadRowCounter(config.data.max_bad_rows), chosen.fault):
         yield chosen.record(row.values)
 
 
-def _samples(pieces: Iterator[Piece], bad: BadRows, name: str, num_rows: dict[str, int]) -> Iterator[Sample]:
+def _samples(pieces: Iterator[Piece], bad: BadRowCounter, name: str, num_rows: dict[str, int]) -> Iterator[Sample]:
     num_rows[name] = 0
     for piece in usable_pieces(pieces, bad):
         num_rows[name] += piece.num_rows - len(piece.faults)

@@ -16,7 +16,7 @@ from outlast.checkpointing.state.model_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.tasks.base import Batch, Record, Task, ints, next_token_loss
-from outlast.trainers.tasks.generation import NUM_NEW_TOKENS, generate_continuation
+from outlast.trainers.tasks.greedy_decoding import NUM_NEW_TOKENS, generate_continuation
 
 
 class CausalLM(Task):

@@ -17,7 +17,7 @@ from outlast.trainers.data.chat_template import chat_template, encode_chat
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.data.tokenizer import Tokenizer
 from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, ints, next_token_loss
-from outlast.trainers.tasks.generation import NUM_NEW_TOKENS, generate_continuation
+from outlast.trainers.tasks.greedy_decoding import NUM_NEW_TOKENS, generate_continuation
 
 _Tokens = tuple[list[int], list[bool]]
 

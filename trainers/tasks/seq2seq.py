@@ -11,7 +11,7 @@ from outlast.checkpointing.state.model_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.tasks.base import Batch, Record, TokenTask, ints
-from outlast.trainers.tasks.generation import generate_continuation
+from outlast.trainers.tasks.greedy_decoding import generate_continuation
 
 
 class Seq2SeqLM(TokenTask):

@@ -11,11 +11,11 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.kubernetes.accessors import LintComplaint, mapping
-from outlast.cluster.kubernetes.lint.config_map_rules import missing_config_maps, run_file_mismatches
 from outlast.cluster.kubernetes.lint.operator_rules import operator_complaints
 from outlast.cluster.kubernetes.lint.placement_rules import invalid_groups, placement_risks
 from outlast.cluster.kubernetes.lint.pod_security_rules import security_complaints
 from outlast.cluster.kubernetes.lint.reliability_rules import budget_complaints, claim_complaints, reliability_risks
+from outlast.cluster.kubernetes.lint.run_file_rules import missing_config_maps, run_file_mismatches
 from outlast.cluster.kubernetes.lint.secret_rules import config_map_complaints, inline_secrets
 from outlast.cluster.preflight.finding import Finding, Level
 

@@ -20,9 +20,9 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
-from outlast.checkpointing.tools.query import VerificationResult
+from outlast.checkpointing.tools.verify_run import VerificationResult
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
-from outlast.cluster.monitoring.summary import RunSummary, interruptions, verified_checkpoints
+from outlast.cluster.monitoring.run_summary import RunSummary, interruptions, verified_checkpoints
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, EvaluationRecord, NoteworthyEvent
 
@@ -272,7 +272,7 @@ def _attempts(timeline: Timeline) -> dict[str, Any]:
         _note(item, note)
         for item in attempts
         for note in item.notes
-        if not isinstance(note, events.FailedEvent) or not ends[item.id].message  # else the end states the cause
+        if not isinstance(note, events.AttemptErrorEvent) or not ends[item.id].message  # else the end states the cause
     ]
     return {"attempts": rows, "notes": notes[-MAX_ROWS:]}
 
@@ -388,12 +388,12 @@ def _note(attempt: AttemptTimeline, note: NoteworthyEvent) -> dict[str, Any]:
             text = f"{note.what} changed from {note.before} to {note.now}"
         case events.HangEvent():
             text = f"rank {note.rank} gave up waiting for rank {', '.join(map(str, note.missing))}"
-        case events.RejectedEvent():
+        case events.ModelRejectedEvent():
             text = f"{note.checkpoint}: {'; '.join(note.reasons)}"
         case events.EarlyStopEvent():
             text = f"stopped early: {note.reason}"
         case events.NonFiniteEvent():
             text = note.message
-        case events.SaveFailedEvent() | events.FailedEvent():
+        case events.SaveFailedEvent() | events.AttemptErrorEvent():
             text = note.error
     return {"t": note.t, "attempt": attempt.id.number, "event": note.kind, "text": text[:1000]}

@@ -16,13 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-from outlast.checkpointing.run_store.pins import list_pins
+from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import load_catalog, verify_run
+from outlast.checkpointing.tools.query import load_catalog
+from outlast.checkpointing.tools.verify_run import verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.page_data import page_data
-from outlast.cluster.monitoring.summary import summarize
+from outlast.cluster.monitoring.run_summary import summarize
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 _PLACEHOLDERS = re.compile(r"\{\{([A-Za-z.]+)\}\}")

@@ -21,7 +21,7 @@ from outlast.checkpointing.run_store.attempt_history import (
     settings_digest,
 )
 from outlast.checkpointing.run_store.catalog import read_catalog
-from outlast.checkpointing.run_store.events import FailureEvent, parse_event
+from outlast.checkpointing.run_store.events import GroupFailureEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
@@ -87,7 +87,7 @@ def test_the_same_error_after_the_same_step_ends_it_at_once() -> None:
     bug, other = (replace(one(AttemptOutcome.FAILED), raised=f"KeyError (after step {step})") for step in (7, 8))
     found = decide_give_up([bug, bug], RestartLimits(), NOW)
     assert found is not None
-    assert found.reason == "the same error twice, and no step in between"
+    assert found.reason == "the same error twice without a step in between"
     for tries in (
         [bug],
         [bug, other],
@@ -198,7 +198,7 @@ class Life:
 
     def failure(self, attempt: Checkpointer | None, cause: str = "worker died") -> None:
         name = str(attempt.attempt) if attempt else "unclaimed"
-        self.failures.write(FailureEvent(attempt=name, cause=cause, rank=1, message="gone"))
+        self.failures.write(GroupFailureEvent(attempt=name, cause=cause, rank=1, message="gone"))
 
 
 @pytest.fixture

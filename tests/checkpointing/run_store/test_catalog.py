@@ -31,7 +31,7 @@ from outlast.checkpointing.format.layout import (
 from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.claims import claim, higher_claim, launch_is_superseded, list_attempts, read_claim
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer
 from outlast.checkpointing.storage.local import LocalStorage

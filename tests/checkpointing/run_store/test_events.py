@@ -147,7 +147,7 @@ def test_events_of_a_stored_run_are_known_and_stay_as_they_are() -> None:
         ({"event": "step", "step": 3}, events.StepEvent(step=3, loss=None, lr=None, grad_norm=None)),
         # a field of a wrong type has its default, or makes the event unknown
         ({"event": "commit", "step": 3, "digest": 7, "t": "now"}, events.CommitEvent(step=3)),
-        ({"event": "failed", "step": [], "error": {}}, events.FailedEvent(step=None)),
+        ({"event": "failed", "step": [], "error": {}}, events.AttemptErrorEvent(step=None)),
         ({"event": "stop", "step": True}, events.StopEvent(step=0)),
         ({"event": []}, None),
         ({"event": "delete", "step": 3}, None),

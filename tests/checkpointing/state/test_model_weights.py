@@ -109,12 +109,12 @@ def test_they_are_the_models_own() -> None:
         (lambda weights: weights.update(more=torch.zeros(1)), "more is not in the model"),
         (
             lambda weights: weights.update({"norm.bias": torch.zeros(4)}),
-            r"norm.bias: \[4\] torch.float32, wanted \[3\]",
+            r"norm.bias: \[4\] torch.float32, not \[3\]",
         ),
         (lambda weights: weights.update({"norm.bias": torch.zeros(3, 1)}), r"norm.bias: \[3, 1\]"),
         (
             lambda weights: weights.update({"norm.bias": torch.zeros(3).half()}),
-            "torch.float16, wanted .* torch.float32",
+            "torch.float16, not .* torch.float32",
         ),
         (lambda weights: weights.update({"module.norm.bias": weights.pop("norm.bias")}), "2 differences"),
     ],

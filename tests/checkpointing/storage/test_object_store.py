@@ -135,5 +135,5 @@ def test_a_slice_is_read_by_the_blocks_that_it_touches(rough: tuple[Proxy, Objec
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown option 'regoin'; known: endpoint_override, region, scheme"):
+    with pytest.raises(ConfigError, match="unknown option 'regoin'; known options: endpoint_override, region, scheme"):
         ObjectStorage("s3://bucket/prefix?regoin=x")

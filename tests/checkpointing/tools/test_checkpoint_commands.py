@@ -24,7 +24,7 @@ from torch import nn
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import decode
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.diff import ChangeKind, compare_tensors
@@ -33,7 +33,7 @@ from outlast.checkpointing.tools.query import resolve_checkpoint
 from outlast.checkpointing.tools.slow_tokenizer_files import slow_tokenizer_files
 from outlast.cluster.cli.main import main
 from outlast.trainers.data.tokenizer import Tokenizer, tokenizer_files, train_bpe
-from outlast.trainers.models.torch_export import write_state_dict
+from outlast.trainers.models.state_dict_file import write_state_dict
 
 PAGE = Path(__file__).parents[3] / "docs/how-to/export.md"
 TEXT = "the worker was lost, and the run went on from the newest checkpoint that is proven whole"
@@ -323,7 +323,7 @@ def test_export_replaces_nothing(here: Path, outlast: Outlast) -> None:
     Path("empty").mkdir()
     assert "not empty; nothing was written" in outlast("checkpoints", "export", "my-run", "full", code=2).err
     said = outlast("checkpoints", "export", "my-run", "--weights", "w.bin", "--config", "full/mine.txt", code=2)
-    assert "full/mine.txt is there already" in said.err
+    assert "full/mine.txt is an existing file" in said.err
     assert not Path("w.bin").exists()
     assert Path("full/mine.txt").read_text() == "mine"
     outlast("checkpoints", "export", "my-run", "empty")
@@ -414,7 +414,7 @@ def test_tokens_that_were_added_later_are_not_lost(here: Path, tmp_path: Path) -
     ("model", "said"),
     [
         ({"type": "Unigram", "vocab": [["a", 0.0]]}, "a Unigram model"),
-        ({"type": "WordPiece", "vocab": {"a": 0, "b": 2}}, "has holes"),
+        ({"type": "WordPiece", "vocab": {"a": 0, "b": 2}}, "skips numbers"),
     ],
 )
 def test_no_old_vocabulary(model: dict[str, Any], said: str) -> None:

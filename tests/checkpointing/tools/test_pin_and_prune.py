@@ -13,14 +13,15 @@ from outlast.checkpointing.errors import ConfigError, NoCheckpointError, Storage
 from outlast.checkpointing.format.layout import CheckpointRef, attempt_dir, checkpoint_dir, pin_path
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.claims import claim
+from outlast.checkpointing.run_store.deletion import is_being_deleted, list_pins
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
-from outlast.checkpointing.run_store.pins import is_being_deleted, list_pins
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
-from outlast.checkpointing.tools.query import list_checkpoints, verify_run
+from outlast.checkpointing.tools.query import list_checkpoints
+from outlast.checkpointing.tools.verify_run import verify_run
 from tests.support.small_model import digests_of, small_model, train_step
 
 NARROW = Retention(2)
@@ -136,7 +137,7 @@ def test_what_cannot_be_pinned_or_unpinned(storage: LocalStorage) -> None:
     Run(storage).save(3)
     with pytest.raises(NoCheckpointError, match="has no checkpoint 1; it has: 3, 2"):
         pin(RunStore(storage, "run"), "1", NARROW)
-    with pytest.raises(ConfigError, match="names no checkpoint"):
+    with pytest.raises(ConfigError, match="is not the name of a checkpoint"):
         pin(RunStore(storage, "run"), "3@nobody", NARROW)
     assert list_pins(RunStore(storage, "run")) == set()
     pin(RunStore(storage, "run"), "newest", NARROW)
@@ -270,7 +271,7 @@ def test_a_prune_reaches_the_attempts_that_the_newest_stands_on(storage: LocalSt
 def test_no_prune_unless_the_highest_claim_holds_two_commits(commits: int, storage: LocalStorage) -> None:
     Run(storage, retention=WIDE).save(4)
     Run(storage, launch="b", retention=WIDE).save(commits)
-    with pytest.raises(ConfigError, match=rf"newest attempt 0002-\w+ holds {commits} of the 2 commits"):
+    with pytest.raises(ConfigError, match=rf"newest attempt 0002-\w+ has {commits} of the 2 commits"):
         plan_prune(RunStore(storage, "run"), NARROW)
 
 

@@ -56,7 +56,7 @@ def test_version_for_a_bug_report() -> None:
     assert found["torch"].startswith("2.")
     assert isinstance(found["gpus"], list)
     code = (
-        "import sys\nfrom outlast.cluster.preflight.versions import versions\nversions()\n"
+        "import sys\nfrom outlast.cluster.cli.version_report import versions\nversions()\n"
         "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

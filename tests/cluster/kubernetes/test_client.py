@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
 from outlast.cluster.cli.main import app
-from outlast.cluster.kubernetes.client import Cluster
+from outlast.cluster.kubernetes.client import KubernetesNamespace
 from outlast.cluster.kubernetes.rayjob_sequence import JobPhase, apply_notes, last_applied, next_name, phase, successor
 from outlast.cluster.kubernetes.render import to_yaml
 from tests.support.kubernetes.api_server import Api, assets, real_api, small_api
@@ -42,7 +42,7 @@ def api(server: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
     yield server
     with suppress(PreflightError):  # a test may have left nothing
-        Cluster().delete("my-run", storage=True)
+        KubernetesNamespace().delete("my-run", storage=True)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_apply_creates_everything(api: Api, objects: Objects) -> None:
 
 
 def test_apply_again_changes_our_fields(api: Api, objects: Objects) -> None:
-    cluster = Cluster()
+    cluster = KubernetesNamespace()
     cluster.apply(objects)
     assert cluster.apply(objects)[-1] == "rayjob/my-run applied"
     objects[-1]["spec"]["ttlSecondsAfterFinished"] = 600
@@ -84,7 +84,7 @@ def test_apply_again_changes_our_fields(api: Api, objects: Objects) -> None:
 
 
 def test_fields_of_another_manager_are_kept(api: Api, objects: Objects) -> None:
-    cluster = Cluster()
+    cluster = KubernetesNamespace()
     cluster.apply(objects)
     api.patch("my-run", "another", backoffLimit=5)
     with pytest.raises(ConfigError, match="conflict") as caught:
@@ -98,7 +98,7 @@ def test_fields_of_another_manager_are_kept(api: Api, objects: Objects) -> None:
 def test_schema_errors(api: Api, objects: Objects) -> None:
     objects[-1]["spec"]["backoffLimit"] = "many"
     with pytest.raises(ConfigError, match="backoffLimit") as caught:
-        Cluster().apply(objects)
+        KubernetesNamespace().apply(objects)
     assert "outlast k8s lint" in caught.value.hint
     assert api.names("ray.io/v1", "rayjobs") == []
 
@@ -112,7 +112,7 @@ def test_apply_lints_first(api: Api, objects: Objects) -> None:
 
 
 def test_status(api: Api, objects: Objects) -> None:
-    Cluster().apply(objects)
+    KubernetesNamespace().apply(objects)
     api.set_status(
         "my-run",
         jobDeploymentStatus="Running",
@@ -154,7 +154,7 @@ def test_status(api: Api, objects: Objects) -> None:
     [("RayCluster", "my-run-x7k2p"), ("Job", "my-run"), ("PersistentVolumeClaim", "my-run-storage")],
 )
 def test_events_of_a_refused_pod_are_those_of_its_owner(api: Api, objects: Objects, kind: str, name: str) -> None:
-    Cluster().apply(objects)
+    KubernetesNamespace().apply(objects)
     api.set_status("my-run", jobDeploymentStatus="Initializing", rayClusterName="my-run-x7k2p")
     for number, of in enumerate([name, "another-run-b2b2b"]):
         event = {
@@ -166,14 +166,14 @@ def test_events_of_a_refused_pod_are_those_of_its_owner(api: Api, objects: Objec
         }
         api.make("v1", "events", event)
     try:
-        assert [row["of"] for row in Cluster().status("my-run")["warnings"]] == [name]
+        assert [row["of"] for row in KubernetesNamespace().status("my-run")["warnings"]] == [name]
     finally:
         for number in range(2):
             api.call("DELETE", f"/api/v1/namespaces/ml/events/e.{number}")
 
 
 def test_suspend_and_resume(api: Api, objects: Objects) -> None:
-    Cluster().apply(objects)
+    KubernetesNamespace().apply(objects)
     assert outlast("suspend", "my-run").stdout == "rayjob/my-run suspended; to resume it: outlast k8s resume my-run\n"
     assert api.get("my-run")["spec"]["suspend"] is True
     assert "nothing to suspend" in outlast("suspend", "my-run").stdout
@@ -184,23 +184,23 @@ def test_suspend_and_resume(api: Api, objects: Objects) -> None:
 
 def test_queued_runs_are_suspended_by_kueue_only(api: Api, objects: Objects) -> None:
     objects[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "research"
-    Cluster().apply(objects)
+    KubernetesNamespace().apply(objects)
     with pytest.raises(PreflightError, match="in a Kueue queue") as caught:
-        Cluster().suspend("my-run")
+        KubernetesNamespace().suspend("my-run")
     assert "kubectl kueue stop workload" in caught.value.hint
     assert "spec.active: false" in caught.value.hint
     assert not api.get("my-run")["spec"].get("suspend")
     api.patch("my-run", "kueue", suspend=True)
     with pytest.raises(PreflightError, match="in a Kueue queue") as caught:
-        Cluster().resume("my-run")
+        KubernetesNamespace().resume("my-run")
     assert "spec.active: true" in caught.value.hint
     assert api.get("my-run")["spec"]["suspend"] is True
     api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED")
-    assert Cluster().resume("my-run").startswith("rayjob/my-run-2 created")
+    assert KubernetesNamespace().resume("my-run").startswith("rayjob/my-run-2 created")
 
 
 def test_a_job_that_has_ended_is_followed_by_another(api: Api, objects: Objects) -> None:
-    cluster = Cluster()
+    cluster = KubernetesNamespace()
     cluster.apply(objects)
     api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED", reason="JobStatusCheckTimeoutExceeded")
     assert "to resume: outlast k8s resume my-run" in cluster.apply(objects)[-1]
@@ -219,7 +219,7 @@ def test_a_job_that_has_ended_is_followed_by_another(api: Api, objects: Objects)
 
 def test_resume_uses_the_spec_applied_last(api: Api, objects: Objects) -> None:
     """It fails, resumes, fails again, and is fixed: apply writes to the first RayJob, the newest is the second."""
-    cluster = Cluster()
+    cluster = KubernetesNamespace()
     cluster.apply(objects)
     api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED")
     cluster.resume("my-run")
@@ -233,7 +233,7 @@ def test_resume_uses_the_spec_applied_last(api: Api, objects: Objects) -> None:
 
 
 def test_apply_while_a_later_job_runs(api: Api, objects: Objects) -> None:
-    cluster = Cluster()
+    cluster = KubernetesNamespace()
     cluster.apply(objects)
     api.set_status("my-run", jobDeploymentStatus="Failed", jobStatus="FAILED")
     cluster.resume("my-run")
@@ -247,13 +247,13 @@ def test_apply_while_a_later_job_runs(api: Api, objects: Objects) -> None:
 def test_the_cluster_was_lost_with_everything(api: Api, objects: Objects) -> None:
     """Only the storage is left: applying the same objects resumes from it."""
     with pytest.raises(PreflightError, match="no RayJob of run my-run") as caught:
-        Cluster().resume("my-run")
+        KubernetesNamespace().resume("my-run")
     assert "outlast k8s apply" in caught.value.hint
-    assert Cluster().apply(objects)[-1] == "rayjob/my-run created"
+    assert KubernetesNamespace().apply(objects)[-1] == "rayjob/my-run created"
 
 
 def test_delete_keeps_the_checkpoints(api: Api, objects: Objects) -> None:
-    cluster = Cluster()
+    cluster = KubernetesNamespace()
     cluster.apply(objects)
     lines = cluster.delete("my-run")
     assert lines[0] == "rayjob/my-run deleted"
@@ -284,20 +284,20 @@ def test_apply_refuses_empty_input(api: Api) -> None:
 
 
 def test_delete_keeps_objects_of_others(api: Api, objects: Objects, tmp_path: Path) -> None:
-    Cluster().apply(objects)
+    KubernetesNamespace().apply(objects)
     api.make("v1", "configmaps", {"metadata": {"name": "theirs", "labels": {"outlast/run": "my-run"}}, "data": {}})
-    Cluster().delete("my-run", storage=True)
+    KubernetesNamespace().delete("my-run", storage=True)
     assert "theirs" in api.names("v1", "configmaps")
     api.call("DELETE", "/api/v1/namespaces/ml/configmaps/theirs")
 
 
 def test_another_run_of_the_same_name_is_not_replaced(api: Api, objects: Objects) -> None:
-    Cluster().apply(objects)
+    KubernetesNamespace().apply(objects)
     theirs = copy.deepcopy(objects)
     for item in theirs:
         item["metadata"]["labels"]["outlast/run"] = "My_Run"
     with pytest.raises(ConfigError, match="already exists and belongs to run my-run"):
-        Cluster().apply(theirs)
+        KubernetesNamespace().apply(theirs)
     assert api.get("my-run")["metadata"]["labels"]["outlast/run"] == "my-run"
 
 
@@ -309,7 +309,7 @@ def test_kuberay_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with small_api(tmp_path, without="ray.io/v1") as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
         with pytest.raises(PreflightError, match="no such kind of object") as caught:
-            Cluster().apply(objects)
+            KubernetesNamespace().apply(objects)
     assert "install KubeRay" in caught.value.hint
 
 
@@ -318,21 +318,21 @@ def test_no_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         api.kubeconfig.write_text(api.kubeconfig.read_text().replace("a-token", "another"))
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
         with pytest.raises(PreflightError, match="Unauthorized"):
-            Cluster()
+            KubernetesNamespace()
 
 
 def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_api(tmp_path) as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
     with pytest.raises(PreflightError, match="does not answer"):
-        Cluster()
+        KubernetesNamespace()
 
 
 def test_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(PreflightError, match="no cluster is configured"):
-        Cluster()
+        KubernetesNamespace()
 
 
 def test_an_object_of_another_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,18 +342,18 @@ def test_an_object_of_another_namespace(tmp_path: Path, monkeypatch: pytest.Monk
     with small_api(tmp_path) as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
         with pytest.raises(ConfigError, match="has namespace theirs, but --namespace is other") as caught:
-            Cluster(namespace="other").apply(objects)
+            KubernetesNamespace(namespace="other").apply(objects)
         assert "render with --namespace other" in caught.value.hint
-        assert Cluster(namespace="theirs").apply(objects)
+        assert KubernetesNamespace(namespace="theirs").apply(objects)
 
 
 def test_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_api(tmp_path) as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
-        assert Cluster().namespace == "ml"
-        assert Cluster(namespace="other").namespace == "other"
+        assert KubernetesNamespace().namespace == "ml"
+        assert KubernetesNamespace(namespace="other").namespace == "other"
         with pytest.raises(OutlastError):
-            Cluster(context="unknown")
+            KubernetesNamespace(context="unknown")
 
 
 # -- decisions ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.config.run_config import RunConfig, load_run
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.config.run_file import load_run
 from outlast.cluster.kubernetes.lint.linter import lint
 from outlast.cluster.kubernetes.render import job_name, render, to_yaml, warnings_for
 from outlast.cluster.kubernetes.settings import K8sSettings, k8s_settings

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.main import app
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.cluster.driver.prometheus import GAUGES
 from outlast.cluster.kubernetes.kustomize import component_names, write_folder
 from outlast.cluster.kubernetes.lint.linter import lint, read_objects

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.format.layout import RECORD, launch_dir
-from outlast.checkpointing.run_store.retention import Retention
+from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content, read_content

@@ -20,18 +20,18 @@ from outlast.checkpointing.format.layout import attempt_dir, launch_dir
 from outlast.checkpointing.run_store import journal as journal_module
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import claim
-from outlast.checkpointing.run_store.compaction import compact
+from outlast.checkpointing.run_store.compacted_segment import compact
 from outlast.checkpointing.run_store.events import KINDS, Reached, StartEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance import coordinator as coordinator_module
-from outlast.cluster.fault_tolerance import failure_recorder
-from outlast.cluster.fault_tolerance.failure_recorder import FailureRecorder
+from outlast.cluster.fault_tolerance import failure_callback as failure_recorder
+from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.cluster.monitoring.goodput import TimeCategory, account_time
-from outlast.cluster.monitoring.summary import summarize
+from outlast.cluster.monitoring.run_summary import summarize
 from outlast.cluster.monitoring.timeline import State
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 from outlast.trainers.attempt import Assignment

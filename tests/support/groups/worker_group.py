@@ -33,7 +33,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Parallel, ParallelSettings
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.loop.progress import StepPhase
+from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
 
 _context = multiprocessing.get_context("forkserver")

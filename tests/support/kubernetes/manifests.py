@@ -12,7 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from outlast.cluster.config.run_config import RunConfig, load_run
+from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.config.run_file import load_run
 from outlast.cluster.kubernetes.render import render
 from outlast.cluster.kubernetes.settings import k8s_settings
 

@@ -19,8 +19,8 @@ from pyarrow import feather
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.factory import open_storage
-from outlast.trainers.data.readers import BadRows, Row, first_row, read_rows, usable_rows
-from outlast.trainers.data.sources import digest_sources, find_sources
+from outlast.trainers.data.readers import BadRowCounter, Row, first_row, read_rows, usable_rows
+from outlast.trainers.data.sources import digest_sources, find_data_files
 from tests.support.s3_server import s3_server
 
 RECORDS = [{"id": number, "text": f'Row {number}, "quoted", ünïcödé.\nIts second line.'} for number in range(2500)]
@@ -181,7 +181,7 @@ def test_unusable_sources(place: str, message: str, shards: Path) -> None:
     (shards / "mixed/a.csv").write_text("text\na\n")
     (shards / "mixed/license.txt").write_text("MIT\n")
     with pytest.raises(ConfigError, match=message) as caught:
-        find_sources(f"{shards}/{place}")
+        find_data_files(f"{shards}/{place}")
     assert caught.value.hint
 
 
@@ -190,7 +190,7 @@ def test_of_several_types_one_is_proposed_compressed_or_not(tmp_path: Path) -> N
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}'))
     (tmp_path / "notes.txt").write_text("c")
     with pytest.raises(ConfigError, match=r"several types: \.jsonl, \.txt") as caught:
-        find_sources(str(tmp_path))
+        find_data_files(str(tmp_path))
     proposed = caught.value.hint.split("[")[1].rstrip("]").split(", ")
     assert [row.values[0] for row in read_rows(proposed, ["text"])] == ["a", "b"]
 
@@ -208,11 +208,11 @@ def test_a_data_set_that_was_saved_by_the_datasets_library(tmp_path: Path) -> No
     (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train"]}')
     assert texts(str(split)) == "1x0x"
     with pytest.raises(ConfigError, match="several data sets: train") as caught:
-        find_sources(str(tmp_path / "saved"))
+        find_data_files(str(tmp_path / "saved"))
     assert caught.value.hint.endswith("saved/train")
     (split / "data-00000-of-00002.arrow").unlink()
     with pytest.raises(ConfigError, match=r"lacks its file data-00000-of-00002\.arrow"):
-        find_sources(str(split))
+        find_data_files(str(split))
 
 
 def test_the_digest_covers_bytes_types_and_order(shards: Path) -> None:
@@ -244,12 +244,12 @@ def test_on_an_object_store(shards: Path) -> None:
             assert texts(f"{bucket}/data/{name}") == "".join(str(record["text"]) for record in RECORDS), name
         assert next(read_rows(f"{bucket}/data/a.jsonl", ["text"])).where == f"{bucket}/data/a.jsonl, row 1"
         with pytest.raises(ConfigError, match=r"nothing\.jsonl does not exist"):
-            find_sources(f"{bucket}/data/nothing.jsonl")
+            find_data_files(f"{bucket}/data/nothing.jsonl")
 
 
 def test_a_url_with_credentials_is_refused_and_not_printed() -> None:
     with pytest.raises(ConfigError, match="must not carry credentials") as caught:
-        find_sources("s3://key:secret@bucket/data.jsonl")
+        find_data_files("s3://key:secret@bucket/data.jsonl")
     assert "secret@" not in str(caught.value)
 
 
@@ -313,7 +313,7 @@ def rows_with(faults: dict[int, str], count: int = 10) -> list[Row]:
 
 
 def test_bad_rows_are_counted_and_skipped() -> None:
-    bad = BadRows(limit=2)
+    bad = BadRowCounter(limit=2)
     rows = list(usable_rows(rows_with({3: "torn"}), bad, lambda values: "is nine" if values[0] == 9 else None))
     assert [row.values[0] for row in rows] == [1, 2, 4, 5, 6, 7, 8, 10]
     assert (bad.count, bad.first) == (2, ["a.jsonl, row 3: torn", "a.jsonl, row 9: is nine"])
@@ -325,12 +325,12 @@ def test_too_many_bad_rows_name_the_first_three() -> None:
     faults = dict.fromkeys([2, 4, 8, 9], "torn")
     taken: list[Row] = []
     with pytest.raises(ConfigError) as caught:
-        taken.extend(usable_rows(rows_with(faults), BadRows(limit=0)))
+        taken.extend(usable_rows(rows_with(faults), BadRowCounter(limit=0)))
     assert [row.values[0] for row in taken] == [1], "nothing is given after the one that is too many"
     assert [f"row {number}: torn" in str(caught.value) for number in (2, 4, 8, 9)] == [True, True, True, False]
     assert "data.max_bad_rows" in caught.value.message + caught.value.hint
     with pytest.raises(ConfigError, match=r"^a.jsonl, row 2: torn") as caught:
-        list(usable_rows(rows_with({2: "torn"}), BadRows(limit=0)))
+        list(usable_rows(rows_with({2: "torn"}), BadRowCounter(limit=0)))
     assert "data.max_bad_rows" in caught.value.hint
 
 

@@ -20,7 +20,7 @@ from outlast.checkpointing.restore.reader import read_tensors
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.config.run_config import load_run
+from outlast.cluster.config.run_file import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.distributed.fsdp import blocks, shard, whole

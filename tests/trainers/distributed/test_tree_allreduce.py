@@ -23,11 +23,11 @@ from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.data.sampler import share
+from outlast.trainers.data.batch_plan import share
 from outlast.trainers.distributed import tree_allreduce as elastic
 from outlast.trainers.distributed.tree_allreduce import TreeReducer, TreeSum, subtrees
 from outlast.trainers.distributed.world import World
-from outlast.trainers.loop.buffer_guard import BufferGuard
+from outlast.trainers.loop.buffer_change_check import BufferGuard
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.ranks import on_ranks
 from tests.support.groups.worker_group import digests, fault, resumed, run_group

@@ -24,7 +24,7 @@ from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import Precision, TrainSettings
-from outlast.trainers.data.sampler import make_plan
+from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.lr_schedule import learning_rate
@@ -260,7 +260,7 @@ def test_randomness_differs_by_step_and_by_micro_batch(
 def test_saves_by_the_clock_are_agreed_and_change_nothing(
     assign: Callable[..., Assignment], storage: LocalStorage, reference: Callable[[int], Reference]
 ) -> None:
-    """Rank 0's clock decides, and an interval of a microsecond makes every step due."""
+    """Rank 0's clock decides; an interval of a microsecond makes every step due."""
     sections = {"checkpoint": {"every": "0.000001s", "keep_last": 2}}
     ended = run_group(assign("by-the-clock", sections=sections), storage, 2)
     assert [item.outcome for item in ended] == [Outcome.DONE] * 2

@@ -31,8 +31,9 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Sample, Samples
+from outlast.trainers.data.batch_plan import BatchPlan
 from outlast.trainers.data.columns import Column, ColumnType
-from outlast.trainers.data.sampler import Plan, mix
+from outlast.trainers.data.seeds import derive_seed
 from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
@@ -41,7 +42,7 @@ from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared, prepare
 from outlast.trainers.tasks.base import Batch, Record, Task
 from outlast.trainers.tasks.classification import SequenceClassification
-from outlast.trainers.tasks.registry import find_task
+from outlast.trainers.tasks.find_task import find_task
 from tests.support.groups.worker_group import digests, fault, losses, run_group
 from tests.support.tasks.cases import CASES, Case
 
@@ -231,7 +232,9 @@ def test_about_a_seventh_is_masked_and_never_a_special_token(prepare_case: Calla
     it = prepare_case("masked-lm")
     inner, seen = it.task.tokenizer.inner, Counter[str]()
     for key in range(40):
-        batch = it.task.collate(it.data.take(range(len(it.data))), [mix(key, number) for number in range(len(it.data))])
+        batch = it.task.collate(
+            it.data.take(range(len(it.data))), [derive_seed(key, number) for number in range(len(it.data))]
+        )
         plain = it.task.collate(it.data.take(range(len(it.data))), [0] * len(it.data))
         true = torch.where(plain["labels"] != -100, plain["labels"], plain["input_ids"])
         chosen = batch["labels"] != -100
@@ -249,12 +252,12 @@ def test_about_a_seventh_is_masked_and_never_a_special_token(prepare_case: Calla
 
 
 def test_keys_change_with_the_epoch_and_with_nothing_else() -> None:
-    plan = Plan(seed=5, num_samples=6, batch=4, micro_batch=2, total_samples=12)
-    finer = Plan(seed=5, num_samples=6, batch=4, micro_batch=1, total_samples=12)
+    plan = BatchPlan(seed=5, num_samples=6, batch=4, micro_batch=2, total_samples=12)
+    finer = BatchPlan(seed=5, num_samples=6, batch=4, micro_batch=1, total_samples=12)
     keys = [key for step in range(3) for key in plan.keys(plan.positions(step))]
     assert keys == [key for step in range(3) for part in finer.cut(finer.positions(step)) for key in finer.keys(part)]
     numbers = [int(number) for step in range(3) for number in plan.samples(plan.positions(step))]
-    assert keys == [mix(5, place // 6, number) for place, number in enumerate(numbers)]
+    assert keys == [derive_seed(5, place // 6, number) for place, number in enumerate(numbers)]
     assert len(set(keys)) == 12
 
 

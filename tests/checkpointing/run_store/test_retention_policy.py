@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.run_store.retention import Retention, RetentionCandidate
+from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
 
 NAN, INF = math.nan, math.inf
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.trainers.data.sampler import Plan, mix, permute, share
+from outlast.trainers.data.batch_plan import BatchPlan, permute, share
+from outlast.trainers.data.seeds import derive_seed
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 2**31)
@@ -53,7 +54,7 @@ def test_permute_is_frozen() -> None:
     """These numbers must never change: a run that started with them resumes with them."""
     assert permute(7, 0, np.arange(10), 10).tolist() == [6, 2, 1, 8, 3, 7, 9, 5, 0, 4]
     assert permute(7, 1, np.arange(10), 10).tolist() == [1, 3, 8, 5, 0, 7, 6, 9, 4, 2]
-    assert mix(7, 1) == 0x59D93D537B5FA822
+    assert derive_seed(7, 1) == 0x59D93D537B5FA822
 
 
 @given(seed=SEEDS, other=SEEDS, epoch=st.integers(0, 100))
@@ -82,24 +83,24 @@ def test_permute_looks_random() -> None:
 @given(parts=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4), bit=st.integers(0, 63))
 def test_mix_depends_on_every_bit(parts: list[int], bit: int) -> None:
     changed = [parts[0] ^ (1 << bit), *parts[1:]]
-    assert 0 <= mix(*parts) < 2**64
-    assert mix(*parts) != mix(*changed)
-    assert mix(*parts) != mix(*parts, 0)
+    assert 0 <= derive_seed(*parts) < 2**64
+    assert derive_seed(*parts) != derive_seed(*changed)
+    assert derive_seed(*parts) != derive_seed(*parts, 0)
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> BatchPlan:
     micro = draw(st.integers(1, 4))
     batch = micro * draw(st.integers(1, 8))
     num_samples = draw(st.integers(1, 60))
     epochs = draw(st.integers(1, 4))
-    return Plan(draw(SEEDS), num_samples, batch, micro, num_samples * epochs)
+    return BatchPlan(draw(SEEDS), num_samples, batch, micro, num_samples * epochs)
 
 
-def consumed(plan: Plan, size: int) -> list[int]:
+def consumed(plan: BatchPlan, size: int) -> list[int]:
     """The samples of all ranks, in the order of the run."""
     taken: list[int] = []
     for step in range(plan.num_steps):
@@ -111,7 +112,7 @@ def consumed(plan: Plan, size: int) -> list[int]:
 
 
 @given(plan=plans(), size=st.integers(1, 8))
-def test_every_sample_exactly_once_an_epoch_at_any_world_size(plan: Plan, size: int) -> None:
+def test_every_sample_exactly_once_an_epoch_at_any_world_size(plan: BatchPlan, size: int) -> None:
     taken = consumed(plan, size)
     assert len(taken) == plan.total_samples
     for begin in range(0, len(taken), plan.num_samples):
@@ -120,7 +121,7 @@ def test_every_sample_exactly_once_an_epoch_at_any_world_size(plan: Plan, size: 
 
 
 @given(plan=plans())
-def test_batches_are_full_but_for_the_last(plan: Plan) -> None:
+def test_batches_are_full_but_for_the_last(plan: BatchPlan) -> None:
     assert plan.num_steps == ceil(plan.total_samples / plan.batch)
     for step in range(plan.num_steps):
         sizes = [part.size for part in plan.cut(plan.positions(step))]
@@ -132,7 +133,7 @@ def test_batches_are_full_but_for_the_last(plan: Plan) -> None:
 
 
 def test_a_batch_crosses_the_border_of_an_epoch() -> None:
-    plan = Plan(seed=5, num_samples=10, batch=4, micro_batch=4, total_samples=20)
+    plan = BatchPlan(seed=5, num_samples=10, batch=4, micro_batch=4, total_samples=20)
     first, second = (permute(5, epoch, np.arange(10), 10).tolist() for epoch in (0, 1))
     assert plan.samples(plan.positions(2)).tolist() == first[8:] + second[:2]
     assert plan.epoch(2) == 0.8
@@ -140,7 +141,7 @@ def test_a_batch_crosses_the_border_of_an_epoch() -> None:
 
 
 def test_a_fraction_of_an_epoch_ends_in_a_short_step() -> None:
-    plan = Plan(seed=5, num_samples=10, batch=4, micro_batch=2, total_samples=15)
+    plan = BatchPlan(seed=5, num_samples=10, batch=4, micro_batch=2, total_samples=15)
     assert plan.num_steps == 4
     assert [plan.num_micro_batches(step) for step in range(4)] == [2, 2, 2, 2]
     assert [part.size for part in plan.cut(plan.positions(3))] == [2, 1]
@@ -148,13 +149,13 @@ def test_a_fraction_of_an_epoch_ends_in_a_short_step() -> None:
 
 
 def test_a_position_far_into_the_run_costs_the_same() -> None:
-    plan = Plan(seed=5, num_samples=10**12, batch=4, micro_batch=4, total_samples=3 * 10**12)
+    plan = BatchPlan(seed=5, num_samples=10**12, batch=4, micro_batch=4, total_samples=3 * 10**12)
     assert plan.samples(plan.positions(10**11)).size == 4
     assert plan.num_steps == 75 * 10**10
 
 
 @given(plan=plans(), data=st.data())
-def test_samples_of_similar_length_are_together(plan: Plan, data: st.DataObject) -> None:
+def test_samples_of_similar_length_are_together(plan: BatchPlan, data: st.DataObject) -> None:
     positions = plan.positions(0)
     lengths = data.draw(st.lists(st.integers(1, 99), min_size=positions.size, max_size=positions.size))
     cut = plan.cut(positions, lengths)
@@ -168,7 +169,7 @@ def test_samples_of_similar_length_are_together(plan: Plan, data: st.DataObject)
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_rank_gets_long_and_short_samples(size: int) -> None:
-    plan = Plan(seed=5, num_samples=64, batch=64, micro_batch=2, total_samples=64)
+    plan = BatchPlan(seed=5, num_samples=64, batch=64, micro_batch=2, total_samples=64)
     cut = plan.cut(plan.positions(0), list(range(64)))
     means = [np.concatenate([cut[micro] for micro in share(32, rank, size)]).mean() for rank in range(size)]
     assert max(means) < 1.4 * min(means), "sorted by length, the ratio would be several times as large"
@@ -183,7 +184,7 @@ def test_shares_are_contiguous_and_even(count: int, size: int) -> None:
 
 
 @given(plan=plans(), begin=st.integers(0, 3000), count=st.integers(1, 40))
-def test_samples_are_the_permutation_of_each_epoch(plan: Plan, begin: int, count: int) -> None:
+def test_samples_are_the_permutation_of_each_epoch(plan: BatchPlan, begin: int, count: int) -> None:
     global_positions = np.arange(begin, begin + count, dtype=np.int64)
     epochs, positions = np.divmod(global_positions, plan.num_samples)
     pairs = zip(epochs.tolist(), positions.tolist(), strict=True)

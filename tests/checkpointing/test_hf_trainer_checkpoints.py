@@ -12,7 +12,7 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.tools.trainer_seal import newest_sealed, seal
+from outlast.checkpointing.hf_trainer_checkpoints import newest_sealed, seal
 from tests.support.groups.worker_group import start_script
 
 
@@ -55,7 +55,10 @@ def test_a_manifest_lists_every_file(output_dir: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (lambda folder: flip(folder / "model.bin"), "model.bin: bytes changed"),
     "flipped-deep": (lambda folder: flip(folder / "deep/state.json"), "deep/state.json: bytes changed"),
-    "truncated": (lambda folder: os.truncate(folder / "model.bin", 9), "model.bin: 9 bytes, committed were 100,000"),
+    "truncated": (
+        lambda folder: os.truncate(folder / "model.bin", 9),
+        "model.bin: 9 bytes, not the 100,000 that were committed",
+    ),
     "missing": (lambda folder: (folder / "empty").unlink(), "empty: missing"),
     "extra": (lambda folder: (folder / "more").touch(), "more: extra file"),
     "manifest-flipped": (lambda folder: flip(folder / "manifest.json"), "manifest.json: it"),
@@ -110,7 +113,7 @@ def test_a_checkpoint_may_be_written_and_sealed_again(output_dir: Path) -> None:
 def test_what_cannot_be_sealed(name: str, tmp_path: Path) -> None:
     if name != "checkpoint-7":
         save(tmp_path, 8).rename(tmp_path / name)
-    with pytest.raises(ConfigError, match=f"{name}: it is no checkpoint-N directory"):
+    with pytest.raises(ConfigError, match=f"{name}: it is not a checkpoint-N directory"):
         seal(tmp_path / name)
 
 

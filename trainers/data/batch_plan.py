@@ -17,22 +17,11 @@ import numpy.typing as npt
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.seeds import derive_seed
 
 _ROUNDS = 6
 _BLOCK = 1024
-_MASK64 = (1 << 64) - 1
 U64 = npt.NDArray[np.uint64]
-
-
-def mix(*parts: int) -> int:
-    """Hash integers to 64 bits (SplitMix64, Steele et al. 2014, chained). It is the run's only source of seeds."""
-    state = 0x6F75746C61737400
-    for part in parts:
-        state = (state ^ (part & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK64
-        state ^= state >> 31
-    return state
 
 
 def permute(seed: int, epoch: int, positions: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:
@@ -50,7 +39,7 @@ def permute(seed: int, epoch: int, positions: npt.ArrayLike, size: int) -> npt.N
     assert 1 <= size <= 1 << 62
     values = np.array(positions, dtype=np.uint64, ndmin=1)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    keys = [np.uint64(mix(seed, epoch, number)) for number in range(_ROUNDS)]
+    keys = [np.uint64(derive_seed(seed, epoch, number)) for number in range(_ROUNDS)]
     result = _feistel(values, keys, half)
     while (outside := result >= np.uint64(size)).any():
         result[outside] = _feistel(result[outside], keys, half)
@@ -85,7 +74,7 @@ def _samples_of_block(seed: int, num_samples: int, block: int) -> npt.NDArray[np
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BatchPlan:
     """Batches of a run: which samples each step and micro-batch has.
 
     Attributes:
@@ -143,7 +132,9 @@ class Plan:
     def keys(self, positions: npt.NDArray[np.int64]) -> list[int]:
         """Return 64 bits for each position, a function of (seed, epoch, sample): seeds of masks and the like."""
         epochs, indices = positions // self.num_samples, self.samples(positions)
-        return [mix(self.seed, epoch, index) for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)]
+        return [
+            derive_seed(self.seed, epoch, index) for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)
+        ]
 
     def epoch(self, step: int) -> float:
         """Return the epochs done after `step` steps."""
@@ -161,7 +152,7 @@ def share(count: int, rank: int, size: int) -> range:
     return range(count * rank // size, count * (rank + 1) // size)
 
 
-def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan:
+def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> BatchPlan:
     """Make the plan of a run.
 
     Raises:
@@ -175,4 +166,4 @@ def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan
             hint="use fewer workers, a larger train.batch or a smaller train.micro_batch",
         )
     total = train.steps * train.batch if train.steps else math.ceil((train.epochs or 0) * num_samples)
-    return Plan(config.seed, num_samples, train.batch, train.micro_batch, total)
+    return BatchPlan(config.seed, num_samples, train.batch, train.micro_batch, total)

@@ -18,10 +18,10 @@ from rich.text import Text
 
 from outlast.checkpointing.run_store.events import SlowRank
 from outlast.cluster.formatting import clock, duration, share, short, size
-from outlast.cluster.monitoring.live_display import LiveDisplay
-from outlast.cluster.monitoring.progress_reporter import ProgressReporter
-from outlast.cluster.monitoring.summary import RunSummary, summarize
-from outlast.cluster.monitoring.terminal_panel import _apportion, panel, plain_line, sparkline
+from outlast.cluster.monitoring.console_progress import ProgressReporter
+from outlast.cluster.monitoring.run_panel import _apportion, panel, plain_line, sparkline
+from outlast.cluster.monitoring.run_summary import RunSummary, summarize
+from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import Timeline
 from tests.support.timelines import (
     attempt,
@@ -308,7 +308,7 @@ NOISY = """
 import logging, os, subprocess, sys, threading, time
 from rich.console import Console
 from rich.text import Text
-from outlast.cluster.monitoring.live_display import LiveDisplay
+from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 logging.basicConfig(format="%(message)s")  # its handler holds the stream as it is now
 count = 0
 def lines(width):
@@ -341,7 +341,7 @@ print("after")
 WITHOUT_TERMINAL = """
 import os, signal, sys
 from rich.console import Console
-from outlast.cluster.monitoring.progress_reporter import ProgressReporter
+from outlast.cluster.monitoring.console_progress import ProgressReporter
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 output, go = os.fdopen(int(sys.argv[1]), "w"), os.fdopen(int(sys.argv[2]))
 with ProgressReporter("run", Console(stderr=True), keep=True) as reporter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.config.task_names import TASKS
+from outlast.trainers.config.task_table import TASKS
 from outlast.trainers.user_code import import_object
 
 if TYPE_CHECKING:

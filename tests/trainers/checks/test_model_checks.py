@@ -15,9 +15,9 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.jobs.ray_jobs import check_code as check_submission
+from outlast.cluster.jobs.ray_jobs import check_named_code as check_submission
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.checks.preflight import check_code, check_model
+from outlast.trainers.checks.model_checks import check_code, check_model
 from outlast.trainers.user_code import make_importable
 from tests.support.groups.worker_group import tiny_config
 from tests.trainers.models.test_lora import LORA, make_base

@@ -21,8 +21,8 @@ from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import TrainSettings
-from outlast.trainers.loop.compilation import prepare_module
-from outlast.trainers.loop.mixed_precision import apply_gradients, load_scaler, make_scaler, scaler_state
+from outlast.trainers.loop.compile_and_recompute import prepare_module
+from outlast.trainers.loop.loss_scale import apply_gradients, load_scaler, make_scaler, scaler_state
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.causal_lm import CausalLM
@@ -182,7 +182,7 @@ def test_a_model_that_cannot_recompute_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
-def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))

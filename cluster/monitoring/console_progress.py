@@ -14,9 +14,9 @@ from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.live_display import LiveDisplay
-from outlast.cluster.monitoring.summary import RunSummary, summarize
-from outlast.cluster.monitoring.terminal_panel import panel, plain_line
+from outlast.cluster.monitoring.run_panel import panel, plain_line
+from outlast.cluster.monitoring.run_summary import RunSummary, summarize
+from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
@@ -24,7 +24,7 @@ PLAIN_PERIOD_S = 10.0
 _PHASES = {"data": "preparing data", "ray": "starting workers"}
 #: What the driver does after an event; empty after the plan, when the run's state says it all.
 _ACTIVITIES = {
-    events.FailureEvent: "restarting",
+    events.GroupFailureEvent: "restarting",
     events.NoRoomEvent: "waiting for resources",
     events.StoppingEvent: "stopping",
     events.PlanEvent: "",
@@ -105,7 +105,7 @@ class ProgressReporter:
             self.print_line(plain_line(self._summarize()))
         for line in self._describe(event):
             self.print_line(line)
-        if isinstance(event, events.FailureEvent) and event.excerpt and event.message not in self._excerpts:
+        if isinstance(event, events.GroupFailureEvent) and event.excerpt and event.message not in self._excerpts:
             self._excerpts.add(event.message)
             self._print(event.excerpt)
 
@@ -121,7 +121,7 @@ class ProgressReporter:
             record = self._timeline.attempt(attempt)
             record.claim = record.claim or {"launch": self._launch}
             record.apply(body)
-        elif isinstance(event, events.FailureEvent | events.ResizeEvent | events.NoRoomEvent):
+        elif isinstance(event, events.GroupFailureEvent | events.ResizeEvent | events.NoRoomEvent):
             self._timeline.apply_launch_event(self._launch, body)
 
     def _load_history(self, store: RunStore) -> None:
@@ -143,7 +143,7 @@ class ProgressReporter:
                 return [f"launch {event.launch} is active on this run; exiting without changes"]
             case events.DamagedModelEvent():
                 return [f"the finished model is damaged ({'; '.join(event.faults)}); writing it again"]
-            case events.FailureEvent():
+            case events.GroupFailureEvent():
                 limit = -1 if event.limit is None else event.limit
                 count = f"failure {event.number} of {limit}" if limit >= 0 else "no limit is set"
                 then = "" if event.ends else f"; restarting ({count})"

@@ -11,7 +11,7 @@ import typer
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, Overrides
-from outlast.trainers.config.task_names import TASKS
+from outlast.trainers.config.task_table import TASKS
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 
@@ -64,7 +64,7 @@ def validate(
 
 def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Estimate a run: steps, memory, checkpoints, cost of saves. Prepares the data, which is kept for the run."""
-    from outlast.cluster.config.run_config import load_run
+    from outlast.cluster.config.run_file import load_run
     from outlast.cluster.preflight.estimate import describe, estimate_run
     from outlast.cluster.preflight.validate import check_existing_run
     from outlast.trainers.user_code import make_importable

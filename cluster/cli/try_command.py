@@ -33,7 +33,7 @@ def try_(
     as_json: AsJson = False,
 ) -> None:
     """Predict with a run's model: classes, tags, answers, or a continuation."""
-    from outlast.cluster.config.run_config import settings_of
+    from outlast.cluster.config.run_file import settings_of
     from outlast.cluster.config.run_reference import declared_settings
     from outlast.trainers import predict
 

@@ -15,10 +15,10 @@ from outlast.checkpointing.save.writer import weight_files
 from outlast.checkpointing.state.model_weights import WeightNaming, named_weights
 from outlast.checkpointing.state.optimizer_state import assign_to_ranks, optimizer_tensors
 from outlast.checkpointing.storage.base import Storage
-from outlast.trainers.checks.preflight import check_model
+from outlast.trainers.checks.model_checks import check_model
 from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.sampler import make_plan, share
+from outlast.trainers.data.batch_plan import make_plan, share
 from outlast.trainers.distributed.tree_allreduce import TreeSum
 from outlast.trainers.loop.optimizer import make_optimizer
 from outlast.trainers.models.build import weight_naming
@@ -45,7 +45,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class StateSize:
     """Size of the state.
 
     Attributes:
@@ -69,7 +69,7 @@ class Size:
         return sum(self.files.values())
 
 
-def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int) -> Size:
+def estimate_state(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int) -> StateSize:
     """Compute the size of a run's state on `size` workers.
 
     Raises:
@@ -99,7 +99,7 @@ def measure(config: TrainingConfig, prepared: Prepared, storage: Storage, size: 
     files = {name: len(data) for name, data in small_files.items()}
     files |= _weight_files(weights, config, naming)
     files |= {optimizer_shard(rank, size): _file_bytes(moments, names) for rank, names in enumerate(assigned)}
-    return Size(
+    return StateSize(
         model=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trained=sum(parameter.numel() for parameter in trained),

@@ -25,7 +25,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.data.tokenizer import tokenizer_files, train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.custom_model import load_class
-from outlast.trainers.tasks.generation import NUM_NEW_TOKENS
+from outlast.trainers.tasks.greedy_decoding import NUM_NEW_TOKENS
 from outlast.trainers.user_code import make_importable
 from tests.support.groups.worker_group import run_group
 from tests.support.tasks.cases import CASES

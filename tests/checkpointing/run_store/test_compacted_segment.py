@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from outlast.checkpointing.errors import StorageRefused
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store import journal as journal_module
-from outlast.checkpointing.run_store.compaction import (
+from outlast.checkpointing.run_store.compacted_segment import (
     CompactionError,
     StepColumns,
     compact,

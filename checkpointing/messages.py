@@ -1,0 +1,22 @@
+"""Parts of messages: the first line of an error, and the nearest known word. They raise nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line with words of a library's error, for use in a message; its class name if it has none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)[:300]
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the closest of the known words, or None."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown word: the nearest known one, or nothing."""
+    return f"; did you mean {near!r}?" if (near := nearest(word, known)) else ""

@@ -1,0 +1,84 @@
+"""Deletion of checkpoints: manifest first, recorded before it happens, and never of a pinned one.
+
+A pin does not depend on what the run's attempts are doing. A deletion is announced before the pins are listed; a pin is
+written before announcements are read. So one of the two sees the other, and a granted pin holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outlast.checkpointing.format.layout import (
+    MANIFEST,
+    AttemptId,
+    CheckpointRef,
+    pins_dir,
+    prune_dir,
+    prunes_dir,
+)
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.events import DeleteEvent, DeletingEvent, SparedEvent, parse_event
+from outlast.checkpointing.run_store.journal import COMMITS, Journal, read_events
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.base import walk
+
+
+def deletions(store: RunStore) -> set[CheckpointRef]:
+    """Return every checkpoint that an attempt or a prune has recorded as deleted."""
+    return {
+        CheckpointRef(event.step, target)
+        for directory in commit_journals(store)
+        for event in map(parse_event, read_events(store, directory, COMMITS))
+        if isinstance(event, DeleteEvent) and (target := AttemptId.parse(event.attempt)) is not None
+    }
+
+
+def delete_checkpoint(store: RunStore, ref: CheckpointRef) -> None:
+    """Delete a checkpoint, manifest first: from then on it does not count. Raises StorageError."""
+    storage, directory = store.storage, store.checkpoint_dir(ref)
+    storage.delete(f"{directory}/{MANIFEST}")
+    for entry in list(walk(storage, directory)):
+        storage.delete(f"{directory}/{entry.name}")
+
+
+def exempt_pinned(
+    store: RunStore, journal: Journal, doomed: Sequence[CheckpointRef]
+) -> tuple[list[CheckpointRef], set[CheckpointRef]]:
+    """Announce deletions in the deleter's `journal`, whose events must be durable at once.
+
+    Returns:
+        The checkpoints that may be deleted, and those that are pinned.
+    """
+    if not doomed:
+        return [], set()
+    journal.write(DeletingEvent(checkpoints=tuple(ref.name for ref in doomed)))
+    spared = list_pins(store.fresh()) & set(doomed)
+    if spared:
+        journal.write(SparedEvent(checkpoints=tuple(ref.name for ref in sorted(spared))))
+    return [ref for ref in doomed if ref not in spared], spared
+
+
+def is_being_deleted(store: RunStore, ref: CheckpointRef) -> bool:
+    """Return whether a deletion of this checkpoint is announced and not withdrawn."""
+    doomed: dict[str, bool] = {}
+    now = store.fresh()
+    for directory in commit_journals(now):
+        for event in map(parse_event, read_events(now, directory, COMMITS)):
+            if isinstance(event, DeletingEvent | SparedEvent) and ref.name in event.checkpoints:
+                doomed[directory] = isinstance(event, DeletingEvent)
+    return any(doomed.values())
+
+
+def list_pins(store: RunStore) -> set[CheckpointRef]:
+    entries = store.list(pins_dir(store.run))
+    names = (CheckpointRef.parse(entry.name) for entry in entries if entry.num_bytes is not None)
+    return {ref for ref in names if ref is not None}
+
+
+def commit_journals(store: RunStore) -> list[str]:
+    """Return the directories of all writers that commit or delete: attempts and prunes."""
+    prunes = [entry.name for entry in store.list(prunes_dir(store.run)) if entry.num_bytes is None]
+    return [
+        *(store.attempt_dir(attempt) for attempt in list_attempts(store)),
+        *(prune_dir(store.run, name) for name in prunes),
+    ]
