@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -86,13 +88,17 @@ def test_messages_to_a_raylet() -> None:
     assert (worker.job_id, worker.actor_id, worker.num_executed_tasks) == (b"", b"", 0)
 
 
+def test_without_a_connection_there_is_no_directory() -> None:
+    code = "from outlast.cluster.ray_internals import temp_dir\nassert temp_dir() is None"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.ray
 def test_what_a_running_ray_answers() -> None:
     class Actor:
         def look(self) -> tuple[int, str, str | None]:
             return os.getpid(), ray.get_runtime_context().get_actor_id(), ray_internals.temp_dir()
 
-    assert ray_internals.temp_dir() is None
     with ray_session():
         folder = ray_internals.temp_dir()
         assert folder is not None

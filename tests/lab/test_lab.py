@@ -78,7 +78,7 @@ def test_a_node_vanishes(cluster: Lab, make: Callable[..., Run], reference: Call
     run, expected = make("node"), reference()
     follower = run.submit(cluster)
     run.wait_for_commit(follower)
-    assert cluster.processes(HEAD, "ray::Hub"), "elsewhere, what it knows could be lost with a worker's node"
+    assert cluster.processes(HEAD, "ray::Coordinator"), "elsewhere, what it knows could be lost with a worker's node"
     lost = run.host_of(1)
     cluster.kill(lost)
     finish(run, follower, expected)

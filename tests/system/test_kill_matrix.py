@@ -321,7 +321,7 @@ def test_data_that_comes_out_otherwise_is_refused(
     other = replace(again, prepared=replace(again.prepared, files=tuple(files)))
     error = run_group(other, storage, 1)[0].error
     assert isinstance(error, ConfigError)
-    assert "its samples are not those" in error.message
+    assert "its samples differ from those" in error.message
     assert run_group(replace(again, launch="third"), storage, 1)[0].outcome is Outcome.DONE
 
 
