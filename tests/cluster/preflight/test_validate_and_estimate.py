@@ -254,7 +254,7 @@ def test_an_invalid_setting_hides_no_other_errors(tmp_path: Path, body: dict[str
             "metric:",
             "checkpoint.metric 'accuracy' is not measured by task causal-lm",
         ),
-        ({"checkpoint": {"storage": "/proc/version/runs"}}, "storage:", "a file stands where a directory is needed"),
+        ({"checkpoint": {"storage": "/proc/version/runs"}}, "storage:", "a file is where a directory is needed"),
     ],
 )
 def test_errors_found_without_training(
