@@ -14,7 +14,7 @@ import xxhash
 from torch import nn
 
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.checkpointing.state.model_weights import named_weights
+from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
 
 LAYERS = 10

@@ -24,11 +24,11 @@ _MODULES = {
     "Storage": "storage.base",
     "StorageError": "errors",
     "StorageRefused": "errors",
-    "WeightNaming": "state.model_weights",
-    "newest_sealed": "hf_trainer_checkpoints",
+    "WeightNaming": "state.named_weights",
+    "newest_sealed": "hf_trainer_seals",
     "open_storage": "storage.factory",
     "read_catalog": "run_store.catalog",
-    "seal": "hf_trainer_checkpoints",
+    "seal": "hf_trainer_seals",
     "verify": "restore.verify",
 }
 #: Names that 0.1.0 used.

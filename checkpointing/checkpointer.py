@@ -43,7 +43,7 @@ from outlast.checkpointing.save.background_save import BackgroundSave, SaveState
 from outlast.checkpointing.save.commit import Committer
 from outlast.checkpointing.save.staging import HostCopy, StagingBuffer
 from outlast.checkpointing.save.writer import RankPayload, write_file
-from outlast.checkpointing.state.model_weights import ALL, WeightNaming
+from outlast.checkpointing.state.named_weights import ALL, WeightNaming
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Storage

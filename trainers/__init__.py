@@ -14,7 +14,7 @@ _HOME = {
     "Loop": "loop.train_loop",
     "Outcome": "loop.train_loop",
     "Prepared": "preparation.prepare",
-    "SealCheckpoints": "hf_trainer_callback",
+    "SealCheckpoints": "hf_trainer_seal_callback",
     "Task": "tasks.base",
     "TrainingConfig": "config.training_config",
     "World": "distributed.world",

@@ -1,6 +1,6 @@
-"""One attempt, from claim to outcome: the program of every worker of a group, with or without Ray.
+"""One attempt, from claim to outcome, as every worker of a group runs it, with or without Ray.
 
-The order matters: claim first, then checks against the run's declaration, then the model, then training. An error is
+The order is fixed: claim first, then checks against the run's declaration, then the model, then training. An error is
 written to the journal before it is raised.
 """
 

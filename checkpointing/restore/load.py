@@ -16,7 +16,7 @@ from outlast.checkpointing.format.safetensors import TensorSpec
 from outlast.checkpointing.restore.reader import Index, merge, read_index, read_regions, read_verified
 from outlast.checkpointing.restore.verify import check_listing
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.state.model_weights import compare_weights
+from outlast.checkpointing.state.named_weights import compare_weights
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.train_state import Targets, TrainState
 from outlast.checkpointing.storage.base import Storage

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.state.model_weights import plain_name, unwrap
+from outlast.checkpointing.state.named_weights import plain_name, unwrap
 from outlast.checkpointing.state.shards import Region, like, local_shard
 
 _NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.format.safetensors import TensorSpec
-from outlast.checkpointing.state.model_weights import ALL, WeightNaming, named_weights, parameter_names
+from outlast.checkpointing.state.named_weights import ALL, WeightNaming, named_weights, parameter_names
 from outlast.checkpointing.state.optimizer_state import (
     assign_to_ranks,
     devices_of_state,

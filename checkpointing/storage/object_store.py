@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.retry import call_with_retries
 

@@ -1,6 +1,6 @@
 """Pin, unpin and prune: the commands that write into a run from outside.
 
-The run may be active meanwhile. A granted pin holds (see `run_store/pins.py`). A prune follows the rules of an
+The run may be active meanwhile. A granted pin holds (see `run_store/deletion.py`). A prune follows the rules of an
 attempt's own retention: only if the highest claim has two commits, never its newest two, the manifest first. Its
 deletions are events in a journal of its own, so that a deleted checkpoint is not reported as damaged.
 """

@@ -14,7 +14,7 @@ from typing import Any
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError
 from outlast.checkpointing.format.layout import MANIFEST, RECORD, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.messages import did_you_mean
+from outlast.checkpointing.message_helpers import did_you_mean
 from outlast.checkpointing.run_store.catalog import Catalog, build_catalog, read_manifest
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.deletion import list_pins

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 from outlast.cluster.cli.checkpoints import checkpoints
 from outlast.cluster.cli.doctor import doctor
 from outlast.cluster.cli.drills import demo, drill

@@ -13,7 +13,7 @@ from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
 
 if TYPE_CHECKING:
-    from outlast.cluster.monitoring.run_summary import RunSummary
+    from outlast.cluster.monitoring.run_snapshot import RunSnapshot
 
 
 def status(
@@ -34,7 +34,7 @@ def status(
     import time
     from dataclasses import asdict
 
-    from outlast.cluster.monitoring.run_summary import summarize
+    from outlast.cluster.monitoring.run_snapshot import take_snapshot
     from outlast.cluster.monitoring.status import as_values
     from outlast.cluster.monitoring.timeline import State
     from outlast.cluster.monitoring.timeline_reader import TimelineReader
@@ -49,7 +49,7 @@ def status(
         summary = watcher.watch(store, terminal())
         raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
     timeline = TimelineReader(store).update()
-    summary = summarize(timeline, time.time())
+    summary = take_snapshot(timeline, time.time())
     body = as_values(store, timeline, summary)
     if address is not None:
         from outlast.cluster.jobs import ray_jobs as jobs
@@ -61,10 +61,10 @@ def status(
     _print(run, summary, body)
 
 
-def _print(run: str, summary: RunSummary, body: dict[str, Any]) -> None:
+def _print(run: str, summary: RunSnapshot, body: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from outlast.cluster.monitoring.run_panel import panel
+    from outlast.cluster.monitoring.live_panel import panel
     from outlast.cluster.monitoring.timeline import State
 
     console = Console(highlight=False)

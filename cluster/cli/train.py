@@ -1,15 +1,13 @@
-"""The commands that train from this machine: `train`, `demo` and `drill`."""
+"""The command that trains from this machine: `train`."""
 
 from __future__ import annotations
 
-import json
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from outlast.cluster.cli.options import AsJson, Overrides, RunFile, writing
+from outlast.cluster.cli.options import Overrides, RunFile
 
 
 def train(
@@ -45,52 +43,3 @@ def train(
     else:
         reporter.print_line(f"another launch has this run; to take it over: {again} --take-over")
     raise typer.Exit(finished.outcome.exit_code)
-
-
-def demo(
-    folder: Annotated[Path, typer.Option("--dir", help="The folder to write to.")] = Path("outlast-demo"),
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON.")
-    ] = None,
-) -> None:
-    """Train on two workers, kill one during a save, resume, and compare with an undisturbed run.
-
-    Exit code 1 if one bit differs.
-    """
-    from outlast.cluster.drills.demo import run_demo
-
-    findings = run_demo(folder)
-    if json_file is not None:
-        with writing(json_file):
-            json_file.write_text(json.dumps(findings, indent=1) + "\n")
-    raise typer.Exit(0 if all(findings["equal"].values()) else 1)
-
-
-def drill(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    faults: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fault", metavar="FAULT", help="kill, kill-in-save, error, stop, damage or driver; repeatable. All."
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each copy.")] = 12,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: a new local one.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the copies in the storage.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Inject faults into short copies of your run; check that each resumes with the same bits, and how fast.
-
-    Exit code 1 if one does not.
-    """
-    from dataclasses import asdict
-
-    from outlast.cluster.drills.drill import parse_faults, run_drill
-
-    results = run_drill(
-        run_file, overrides or [], kinds=parse_faults(faults), num_steps=steps, address=address, keep=keep
-    )
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in results], indent=1))
-    raise typer.Exit(0 if all(finding.is_good for finding in results) else 1)

@@ -1,4 +1,8 @@
-"""A worker's connection to the coordinator."""
+"""A worker's connection to the coordinator: events and heartbeats up, stop and save requests down.
+
+The step loop's calls must never wait for the network: they read and fill queues that rank 0's thread exchanges with the
+actor. Without a coordinator every call returns a default, and training continues.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.run_store.events import CommitEvent, SlowRank, StepEvent, parse_event
-from outlast.cluster.fault_tolerance.coordinator import _TIMEOUT_S, find_coordinator, result_or_default
+from outlast.cluster.fault_tolerance.coordinator import CALL_TIMEOUT_S, find_coordinator, result_or_default
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat
 from outlast.cluster.fault_tolerance.preemption_saves import PreemptionWatch
 from outlast.cluster.ray_internals import draining_nodes
@@ -33,7 +37,7 @@ class CoordinatorClient:
 
     def __init__(self, launch: str, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
-        self.pulse = RankActivity()
+        self.step_progress = RankActivity()
         self._stop = False
         self._saves: deque[str] = deque()
         self._watch: PreemptionWatch | None = None
@@ -42,18 +46,18 @@ class CoordinatorClient:
         self._is_training = False
         self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._talk, daemon=True)
-        self._hub = find_coordinator(launch)
+        self._thread = threading.Thread(target=self._exchange, daemon=True)
+        self._coordinator = find_coordinator(launch)
 
     def __enter__(self) -> CoordinatorClient:
-        if self._rank == 0 and self._hub is not None:
+        if self._rank == 0 and self._coordinator is not None:
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
         if self._thread.ident is not None:
-            self._thread.join(_TIMEOUT_S)
+            self._thread.join(CALL_TIMEOUT_S)
 
     def stop_requested(self) -> bool:
         return self._stop
@@ -62,20 +66,20 @@ class CoordinatorClient:
         return self._saves.popleft() if self._saves else None
 
     def watch(self, nodes: Sequence[str]) -> None:
-        """From now on requests a save when one of these nodes is about to be lost (rank 0)."""
+        """Request a save whenever one of these nodes is about to be lost (rank 0)."""
         self._watch = PreemptionWatch(set(nodes))
 
     def claimed(self, attempt: str) -> None:
         self.attempt = attempt
 
     def at(self, phase: StepPhase, step: int) -> None:
-        self.pulse.at(phase, step)
+        self.step_progress.at(phase, step)
 
     def worked(self, seconds: float) -> None:
-        self.pulse.worked(seconds)
+        self.step_progress.worked(seconds)
 
     def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[SlowRank]] | None:
-        """As of `watchdog.Post`; so are the next two."""
+        """Implement `WatchdogTransport`, with the next two methods."""
         answer: tuple[Hang | None, list[SlowRank]] | None = self._ask("beat", group, beat)
         return answer
 
@@ -88,7 +92,11 @@ class CoordinatorClient:
         return answer
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        return None if self._hub is None else result_or_default(getattr(self._hub, method).remote(*arguments))
+        return (
+            None
+            if self._coordinator is None
+            else result_or_default(getattr(self._coordinator, method).remote(*arguments))
+        )
 
     def progress(self, event: dict[str, Any]) -> None:
         self._events.append({"t": time.time(), "sender": self.attempt, **event})
@@ -99,37 +107,39 @@ class CoordinatorClient:
                 self._watch.save_s = seconds
 
     def earlier_failure(self) -> OutlastError | None:
-        """The permanent error of an earlier attempt of this launch, for which Ray has restarted the group."""
-        failure: OutlastError | None = result_or_default(self._hub.failure.remote()) if self._hub is not None else None
+        """Return the permanent error of an earlier attempt of this launch, after which Ray restarted the group."""
+        failure: OutlastError | None = (
+            result_or_default(self._coordinator.failure.remote()) if self._coordinator is not None else None
+        )
         return failure
 
     def all_fail(self, error: OutlastError) -> bool:
-        """Reports a permanent error. True once every rank has one: then all may return, and nobody is waited for."""
+        """Report a permanent error. True once every rank has reported one, so that all may return."""
         deadline = time.monotonic() + _AGREEMENT_S
-        while self._hub is not None and time.monotonic() < deadline:
-            if result_or_default(self._hub.fail.remote(self._rank, error), 0) == self._size:
+        while self._coordinator is not None and time.monotonic() < deadline:
+            if result_or_default(self._coordinator.fail.remote(self._rank, error), 0) == self._size:
                 return True
             time.sleep(0.1)
         return False
 
-    def _talk(self) -> None:
+    def _exchange(self) -> None:
         while True:
             closing = self._closing.wait(_PERIOD_S)
             events = [self._events.popleft() for _ in range(len(self._events))]
-            self._stop = bool(result_or_default(self._hub.exchange.remote(events), self._stop)) or self._stop
-            with contextlib.suppress(RayError, RuntimeError, OSError):  # asked again in half a second
-                self._look_for_drains()
-            if reason := result_or_default(self._hub.wanted.remote(is_training=self._is_training)):
-                self._saves.append(reason)  # in a queue, because whoever wishes waits for the save of that name
-            for event in events:  # last of all, because a listener may take its time
+            self._stop = bool(result_or_default(self._coordinator.exchange.remote(events), self._stop)) or self._stop
+            with contextlib.suppress(RayError, RuntimeError, OSError):  # checked again in half a second
+                self._check_drains()
+            if reason := result_or_default(self._coordinator.take_save_request.remote(is_training=self._is_training)):
+                self._saves.append(reason)  # queued: the requester waits for the save with this reason
+            for event in events:  # last, because a listener may be slow
                 self.listener(event)
             if closing:
                 return
 
-    def _look_for_drains(self) -> None:
+    def _check_drains(self) -> None:
         if self._watch is None:
             return
-        reason = self._watch.look(draining_nodes())
+        reason = self._watch.check(draining_nodes())
         if reason is not None:
             self._saves.append(reason)
-            result_or_default(self._hub.drain_noticed.remote(self.attempt or "unclaimed"))
+            result_or_default(self._coordinator.drain_noticed.remote(self.attempt or "unclaimed"))

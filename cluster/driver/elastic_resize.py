@@ -1,8 +1,8 @@
-"""An elastic group: how Ray Train is told of it, and a checkpoint before it is resized on purpose.
+"""Elastic groups: Ray Train's scaling configuration, and a checkpoint before a planned resize.
 
-Ray Train resizes a group by ending it, without a word to the workers. `Resizer` sits in its controller: it hears of a
-resize before the group is ended, and holds it up until rank 0 has committed. After a loss there is nobody left to save;
-there it only makes Ray look at the cluster again, which otherwise goes by a picture of up to 20 s ago.
+Ray Train resizes a group by ending it, without notice to the workers. `Resizer` runs in its controller: it is called
+before the group is ended, and delays that until rank 0 has committed. After a loss no rank is left to save; then it
+only makes Ray refresh its view of the cluster, which is otherwise up to 20 s old.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from outlast.cluster.ray_internals import (
     get_or_create_autoscaling_coordinator,
 )
 
-#: Room for the group is there at once or not at all; then a smaller group is tried.
+#: Room for the group is available at once or not at all; then a smaller group is tried.
 START_TIMEOUT_S = 5
-#: Rank 0 talks to the hub twice a second; one that is silent for so long will not save.
-QUIET_S = 20.0
-_LOOK_S = 0.2
+#: Rank 0 calls the coordinator twice a second; after this much silence it will not save.
+SILENCE_S = 20.0
+_POLL_S = 0.2
 
 
 def scaling(scale: ScaleSettings, resources: Mapping[str, float]) -> ray.train.ScalingConfig:
-    """How many workers Ray Train is to start, with what each."""
+    """Return how many workers Ray Train starts, and the resources of each."""
     if scale.is_elastic:
         os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(START_TIMEOUT_S))
     return ray.train.ScalingConfig(
@@ -58,21 +58,21 @@ def scaling(scale: ScaleSettings, resources: Mapping[str, float]) -> ray.train.S
 
 
 def resizers(config: RunConfig, launch: str) -> list[Resizer]:
-    """The callbacks of an elastic run; none for another."""
+    """Return the callbacks of an elastic run; none for a fixed one."""
     return [Resizer(config.checkpoint.storage, config.name, launch)] if config.scale.is_elastic else []
 
 
 class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Lives in Ray Train's controller. What it raised would end the run, so it raises nothing that it can foresee.
+    """Callback in Ray Train's controller. An exception here would end the run, so every foreseeable one is suppressed.
 
     Args:
-        storage_url: Where the run lies.
+        storage_url: The run's storage.
         run: Name of the run.
         launch: The launch.
     """
 
     def __init__(self, storage_url: str, run: str, launch: str) -> None:
-        self._place = (storage_url, run, launch)
+        self._location = (storage_url, run, launch)
         self._requester = ""
         self._size = 0
         self._is_planned = False
@@ -94,31 +94,33 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         before, self._size = self._size, len(worker_group.get_workers())
         is_planned, self._is_planned = self._is_planned, False
         if before not in (0, self._size):
-            self._tell(before, self._size, is_planned)
+            self._record(before, self._size, is_planned)
 
     def _request_save(self, size: int) -> None:
-        """Returns when rank 0 has committed, or cannot."""
-        hub = find_coordinator(self._place[2])
-        if hub is None:
+        """Request a save; return when rank 0 has committed, or cannot."""
+        coordinator = find_coordinator(self._location[2])
+        if coordinator is None:
             return
-        result_or_default(hub.want_save.remote(f"the group is resized from {self._size} to {counted(size, 'worker')}"))
-        while not result_or_default(hub.is_saved.remote(QUIET_S), True):
-            time.sleep(_LOOK_S)
+        result_or_default(
+            coordinator.request_save.remote(f"the group is resized from {self._size} to {counted(size, 'worker')}")
+        )
+        while not result_or_default(coordinator.is_saved.remote(SILENCE_S), True):
+            time.sleep(_POLL_S)
 
     def _exempt_from_failures(self) -> None:
-        with suppress(RayError, GetTimeoutError):  # else Ray counts by itself, later
-            coordinator = get_or_create_autoscaling_coordinator()
-            ray.get(coordinator.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
+        with suppress(RayError, GetTimeoutError):  # otherwise Ray refreshes by itself, later
+            autoscaling = get_or_create_autoscaling_coordinator()
+            ray.get(autoscaling.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
 
-    def _tell(self, before: int, now: int, is_planned: bool) -> None:
-        url, run, launch = self._place
+    def _record(self, before: int, now: int, is_planned: bool) -> None:
+        url, run, launch = self._location
         event = ResizeEvent(before=before, now=now, planned=is_planned, attempt=None)
-        with suppress(StorageError):  # the story has a gap; the claims say how many workers there were
+        with suppress(StorageError):  # the timeline has a gap; the claims hold the numbers of workers
             store = RunStore(open_storage(url), run)
             if self._journal is None:
                 self._journal = Journal(store.storage, store.launch_dir(launch), 0, stream="events-resize", flush_s=0)
             event = replace(event, attempt=next((str(attempt) for attempt in list_attempts(store)[-1:]), None))
             self._journal.write(event)
-        hub = find_coordinator(launch)
-        if hub is not None:
-            result_or_default(hub.exchange.remote([event.to_json()]))
+        coordinator = find_coordinator(launch)
+        if coordinator is not None:
+            result_or_default(coordinator.exchange.remote([event.to_json()]))

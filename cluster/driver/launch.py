@@ -1,7 +1,7 @@
 """The driver: from a run file to a finished run, or to one that can be resumed.
 
-A launch is one start of the driver. It looks at the storage first (is the run done? is another launch at work?), makes
-the data, and has Ray Train run the workers. What Ray believes of the run does not matter: the run's store is the truth.
+A launch is one start of the driver. It checks the storage first (is the run done? is another launch active?), prepares
+the data, and runs the workers with Ray Train. The run's store is the truth; Ray's view of the run is never used for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from outlast.cluster.driver.provenance import record_provenance
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.driver.ray_train import cpus_per_worker, run_workers
-from outlast.cluster.driver.signals import _INTERRUPTIONS, _handling
+from outlast.cluster.driver.signals import INTERRUPTIONS, handle_signals
 from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
@@ -55,7 +55,7 @@ RECORD_S = 5.0
 
 
 class Interrupted(OutlastError):
-    """Somebody ended the launch before anything was saved."""
+    """The launch was interrupted before anything was saved."""
 
     exit_code = 130
 
@@ -76,13 +76,13 @@ class Launch:
     Attributes:
         config: The settings, local paths absolute.
         declared: The settings as written.
-        take_over: Do not wait to see whether another launch is at work.
-        code: Directory of the user's Python files, where the run file lies.
+        take_over: Do not check whether another launch is active.
+        code: Directory of the run file and the user's Python files.
         faults: Faults to arm in the workers.
-        tell: Hears every event, in the driver's main thread.
-        stdout: Where `tell` prints to.
-        began: When it began, in seconds since the epoch.
-        id: Names the launch.
+        tell: Called with every event, in the driver's main thread.
+        stdout: Standard output of `tell`.
+        began: Start time, seconds since the epoch.
+        id: Name of the launch.
     """
 
     config: RunConfig
@@ -95,11 +95,11 @@ class Launch:
     began: float = field(default_factory=time.time, init=False)
     id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3))
 
-    def _tell(self, event: events.Event) -> None:
-        self._pass_on(event.to_json())
+    def _publish(self, event: events.Event) -> None:
+        self._publish_body(event.to_json())
 
-    def _pass_on(self, body: dict[str, Any]) -> None:
-        with contextlib.redirect_stdout(self.stdout):  # `ray_session` keeps it shut
+    def _publish_body(self, body: dict[str, Any]) -> None:
+        with contextlib.redirect_stdout(self.stdout):  # `ray_session` redirects it to /dev/null
             self.tell({"t": time.time(), "launch": self.id, **body})
 
     @property
@@ -107,68 +107,64 @@ class Launch:
         return self.config.store
 
     def run(self, address: str | None = None) -> Finished:
-        """Starts or resumes the run, or finds it done.
-
-        Raises:
-            OutlastError: What went wrong; see `errors.py`.
-        """
+        """Start or resume the run, or return at once if it is done. Raises the errors of `errors.py`."""
         try:
             return self._run(address)
-        except _INTERRUPTIONS:
+        except INTERRUPTIONS:
             raise Interrupted("interrupted; nothing is saved", hint="run the same command again") from None
 
     def _run(self, address: str | None) -> Finished:
         store, name = self.store, self.config.name
         make_importable(self.code)
         with _preflight():
-            store.storage.list(name)  # not with the patience that others have: the place may be wrong
+            store.storage.list(name)  # no retries: the path may be mistyped
             base = build_catalog(store).declaration
             check_unchanged(base, self.config, None)
             model = find_model(store)
             if model is not None and not model.faults:
-                return Finished(Outcome.DONE, self.id, _published(store, model.path))
+                return Finished(Outcome.DONE, self.id, _link_model(store, model.path))
             if model is not None:
-                self._tell(events.DamagedModelEvent(model=model.path, faults=tuple(model.faults)))
-            rival = None if self.take_over else find_active_launch(store)
-            if rival:
-                self._tell(events.ActiveLaunchEvent(launch=rival))
+                self._publish(events.DamagedModelEvent(model=model.path, faults=tuple(model.faults)))
+            active = None if self.take_over else find_active_launch(store)
+            if active:
+                self._publish(events.ActiveLaunchEvent(launch=active))
                 return Finished(Outcome.SUPERSEDED, self.id)
             check_code(self.config)
             check_architecture(self.config)
             make_plan(self.config, 1, self.config.scale.max_workers)
             check_trackers(self.config.track)
-            mark = settings_digest(self.declared)
-            given_up = decide_give_up(read_attempt_history(store), self.config.failure.limits, mark)
+            digest = settings_digest(self.declared)
+            given_up = decide_give_up(read_attempt_history(store), self.config.failure.limits, digest)
             if given_up is not None:
                 raise gave_up(name, given_up)
-            self._tell(events.PhaseEvent(name="data"))
+            self._publish(events.PhaseEvent(name="data"))
             prepared = prepare(self.config, store.storage, partial(self._encoders, address))
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
             check_model(self.config, prepared, store.storage)
             for note in prepared.notes:
-                self._tell(events.NoteEvent(text=note))
+                self._publish(events.NoteEvent(text=note))
             store.storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
-            alive = LivenessFile(store.storage, f"{store.launch_dir(self.id)}/alive.json", mark, self.began)
+            liveness = LivenessFile(store.storage, f"{store.launch_dir(self.id)}/alive.json", digest, self.began)
             record = record_provenance(store, self.config, self.declared, self.id, prepared, self.code)
-        ended: int | None = None
-        said = ""
+        exit_code: int | None = None
+        message = ""
         try:
             finished = self._train(store, prepared, address)
-            ended = finished.outcome.exit_code
+            exit_code = finished.outcome.exit_code
             return finished
-        except _INTERRUPTIONS:
+        except INTERRUPTIONS:
             if not build_catalog(store.fresh()).accepted:
-                ended = Interrupted.exit_code
+                exit_code = Interrupted.exit_code
                 raise
-            ended = Outcome.STOPPED.exit_code
+            exit_code = Outcome.STOPPED.exit_code
             return Finished(Outcome.STOPPED, self.id)
         except OutlastError as error:
-            ended, said = error.exit_code, error.message
+            exit_code, message = error.exit_code, error.message
             raise
         finally:
-            with _handling(signal.SIG_IGN):  # lest it stays unsaid how this ended
-                alive.end(ended, said)
+            with handle_signals(signal.SIG_IGN):  # an interruption here would lose the exit code
+                liveness.end(exit_code, message)
             record.join(RECORD_S)
 
     @contextlib.contextmanager
@@ -178,10 +174,10 @@ class Launch:
 
     def _train(self, store: RunStore, prepared: Prepared, address: str | None) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.max_workers)
-        self._tell(events.PhaseEvent(name="ray", num_steps=plan.num_steps, num_samples=prepared.num_samples))
-        with ray_session(address) as joined:
-            cpus = cpus_per_worker(self.config.scale, is_joined=joined)
-            preflight(self.config, self._tell)
+        self._publish(events.PhaseEvent(name="ray", num_steps=plan.num_steps, num_samples=prepared.num_samples))
+        with ray_session(address) as is_joined:
+            cpus = cpus_per_worker(self.config.scale, is_joined=is_joined)
+            preflight(self.config, self._publish)
             assignment = Assignment(
                 config=self.config,
                 declared=self.declared,
@@ -193,16 +189,16 @@ class Launch:
                 track=self.config.track,
             )
             try:
-                answer = run_workers(self.config, assignment, cpus, self._pass_on)
+                result = run_workers(self.config, assignment, cpus, self._publish_body)
             except RunFailed:
-                if self._is_superseded(store):  # then it is no matter what its own workers came to
+                if self._is_superseded(store):  # then the result of its own workers does not count
                     return Finished(Outcome.SUPERSEDED, self.id)
                 raise
-        if isinstance(answer.get("error"), OutlastError):
-            raise answer["error"]
-        outcome = Outcome(answer["outcome"])
-        found = find_model(store.fresh()) if outcome is Outcome.DONE else None
-        model = _published(store, found.path) if found else None
+        if isinstance(result.get("error"), OutlastError):
+            raise result["error"]
+        outcome = Outcome(result["outcome"])
+        final = find_model(store.fresh()) if outcome is Outcome.DONE else None
+        model = _link_model(store, final.path) if final else None
         if outcome is Outcome.STOPPED and self._is_superseded(store):
             outcome = Outcome.SUPERSEDED
         return Finished(outcome, self.id, model)
@@ -221,8 +217,8 @@ def _preflight() -> Iterator[None]:
         raise PreflightError(error.message, hint=error.hint) from error
 
 
-def _published(store: RunStore, model: str) -> str:
-    """Where the user finds the model: at `<run>/model`, a link to the attempt's, where the storage has links."""
+def _link_model(store: RunStore, model: str) -> str:
+    """Return the model's path: `<run>/model`, a link to the attempt's, where the storage has links."""
     if not isinstance(store.storage, LocalStorage):
         return model
     link = store.storage.path(f"{store.run}/model")

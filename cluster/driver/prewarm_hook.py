@@ -1,4 +1,7 @@
-"""Setup hook of Ray worker processes: imports ahead of need."""
+"""Setup hook of Ray worker processes: imports the attempt's modules as soon as the process starts.
+
+It must never raise: Ray then starts no worker at all.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,15 @@ import json
 import os
 from contextlib import suppress
 
-from outlast.cluster.driver.warm_standby import _PREWARM
+from outlast.cluster.driver.warm_standby import PREWARM_VARIABLE
 
 
 def warm() -> None:
-    """What every worker process does first: the imports that it will need."""
+    """Import what a worker process will need. Ray calls it first in every process."""
     import outlast.cluster.driver.worker  # noqa: F401
     from outlast.trainers.prewarm import prewarm
 
-    task, model_type = json.loads(os.environ[_PREWARM])
+    task, model_type = json.loads(os.environ[PREWARM_VARIABLE])
     if task:
-        with suppress(Exception):  # the attempt itself will say so; what is raised here lets no worker start at all
+        with suppress(Exception):  # the attempt itself raises the error
             prewarm(task, model_type)

@@ -1,6 +1,6 @@
-"""What Prometheus may ask of a run: gauges that rank 0 sets, and Ray's agent on its node exports as `ray_outlast_…`.
+"""A run's Prometheus gauges: rank 0 sets them, and Ray's agent on its node exports them as `ray_outlast_…`.
 
-They are for charts and alerts, and nothing depends on them. The loss of rank 0 leaves a gap; the next one's goes on.
+They are for charts and alerts; training must never depend on them. The loss of rank 0 leaves a gap in the series.
 """
 
 from __future__ import annotations
@@ -30,23 +30,14 @@ GAUGES = {
 
 
 class PrometheusGauges:
-    """The gauges of one run.
-
-    Args:
-        run: Its name.
-    """
+    """The gauges of one run."""
 
     def __init__(self, run: str) -> None:
         self._gauges = {name: Gauge(name, text, tag_keys=("run",)) for name, text in GAUGES.items()}
         self._tags = {"run": run}
 
     def apply(self, event: events.Event, attempt: str | None) -> None:
-        """Set the gauges from an event of rank 0.
-
-        Args:
-            event: The event.
-            attempt: The name of its attempt.
-        """
+        """Set the gauges from an event of rank 0 in `attempt`."""
         match event:
             case events.PlanEvent():
                 if known := AttemptId.parse(attempt or ""):

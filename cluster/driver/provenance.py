@@ -1,7 +1,7 @@
-"""What a launch was made of, for whoever wants to do it again: code, libraries, machine, data, settings.
+"""Provenance record of a launch, for reproducing it: code, libraries, machine, data, settings.
 
-Written once a launch, by the driver, in a thread: no worker waits for it. The values of environment variables never
-get into it; in the code, those that look like credentials are replaced by their names.
+The driver writes it once per launch, in a thread: no worker waits for it. It must never hold the value of an
+environment variable; in the code, values that look like credentials are replaced by the variables' names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from outlast.cluster.preflight.doctor_probe import cpu_capability, find_gpus
 from outlast.trainers.host_info import host_facts
 from outlast.trainers.preparation.prepare import Prepared
 
-#: What a submission knows of the code, which it sends along without its repository.
+#: State of the code at submission; the code itself is sent without its repository.
 CODE_FILE = "outlast-code.json"
 DIFF = "code.diff"
 DIFF_BYTES = 256 * 1024
@@ -42,16 +42,16 @@ _MOST_NAMES = 200
 def record_provenance(
     store: RunStore, config: RunConfig, declared: Mapping[str, Any], launch: str, prepared: Prepared, code: str
 ) -> threading.Thread:
-    """Begins to write the record of a launch. Returns the thread, which ends when it is written or cannot be."""
+    """Start writing the record of a launch. Returns the thread, which ends once it is written or writing failed."""
 
     def write() -> None:
-        with suppress(StorageError, OSError):  # it is for people, and no run ends for want of it
-            of_code = code_state(Path(code)) if code else {}
-            diff = of_code.pop(DIFF, "")
+        with suppress(StorageError, OSError):  # a missing record must not end a run
+            code_info = code_state(Path(code)) if code else {}
+            diff = code_info.pop(DIFF, "")
             body = {
                 "launch": launch,
                 "made_at": time.time(),
-                "code": of_code,
+                "code": code_info,
                 "packages": packages(),
                 "machine": {"host": socket.gethostname(), "platform": platform.platform(), **host_facts(None)}
                 | {"cpu_capability": cpu_capability(), "gpus": find_gpus()},
@@ -73,13 +73,13 @@ def record_provenance(
 
 
 def packages() -> dict[str, str]:
-    """Every installed distribution and its version, as `pip freeze` would have it."""
-    found = {item.metadata["Name"]: item.version for item in distributions()}
-    return dict(sorted((name, version) for name, version in found.items() if name))
+    """Return every installed distribution and its version, like `pip freeze`."""
+    versions = {item.metadata["Name"]: item.version for item in distributions()}
+    return dict(sorted((name, version) for name, version in versions.items() if name))
 
 
 def resolved(config: RunConfig, declared: Mapping[str, Any]) -> Any:
-    """The settings with all defaults; what came from the environment by its name."""
+    """Return the settings with all defaults, and `${env:…}` unexpanded."""
     return _unexpanded(config.model_dump(mode="json", by_alias=True), declared)
 
 
@@ -94,32 +94,32 @@ def _unexpanded(value: Any, declared: Any) -> Any:
 
 
 def code_state(folder: Path) -> dict[str, Any]:
-    """Where a directory's code stands: commit, and under `code.diff` what differs from it, as text.
+    """Return the commit of a directory's code and, under `code.diff`, the difference from it as text.
 
-    A directory that was submitted says what it was told at home.
+    For a submitted directory it is the state recorded at submission.
     """
     with suppress(OSError, ValueError):
-        told: dict[str, Any] = json.loads((folder / CODE_FILE).read_text())
-        return told
-    found: dict[str, Any] = {"folder": str(folder.absolute())}
+        recorded: dict[str, Any] = json.loads((folder / CODE_FILE).read_text())
+        return recorded
+    state: dict[str, Any] = {"folder": str(folder.absolute())}
     try:
         root = Path(_git(folder, "rev-parse", "--show-toplevel").strip())
         commit = _git(root, "rev-parse", "HEAD").strip()
         names = [line[3:] for line in _git(root, "status", "--porcelain", "-z").split("\0") if line]
         pieces = list(_changes(root))
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip()
-        return {**found, "git": None, "why": (said.splitlines() or ["?"])[0]}
+        reason = str(getattr(error, "stderr", None) or error).strip()
+        return {**state, "git": None, "why": (reason.splitlines() or ["?"])[0]}
     diff = _redacted("".join(pieces))
     cut = len(diff.encode()) > DIFF_BYTES
     if cut:
         diff = diff.encode()[:DIFF_BYTES].decode(errors="ignore")
-    found |= {"git": commit, "remote": _remote(root), "changed": names[:_MOST_NAMES], "num_changed": len(names)}
-    return {**found, "diff_cut": cut, DIFF: diff}
+    state |= {"git": commit, "remote": _remote(root), "changed": names[:_MOST_NAMES], "num_changed": len(names)}
+    return {**state, "diff_cut": cut, DIFF: diff}
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git says; it changes nothing, and asks nobody."""
+    """Return the output of a git command that takes no lock and never prompts."""
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True, env=environment)
@@ -127,7 +127,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _changes(root: Path) -> Iterator[str]:
-    """What differs from the commit, in files of code: those that git knows, then new ones."""
+    """Yield the differences from the commit in code files: tracked ones, then new ones."""
     patterns = [f"*{suffix}" for suffix in _CODE]
     yield _git(root, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--", *patterns)
     new = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *patterns)
@@ -135,14 +135,14 @@ def _changes(root: Path) -> Iterator[str]:
     for name in (name for name in new.split("\0") if name and not Path(name).name.startswith(".")):
         path = root / name
         num_bytes += path.stat().st_size
-        if num_bytes > 2 * DIFF_BYTES:  # it would be cut anyhow
+        if num_bytes > 2 * DIFF_BYTES:  # it would be cut anyway
             return
         with suppress(UnicodeDecodeError):
             yield _added(name, path.read_text(encoding="utf-8"))
 
 
 def _added(name: str, text: str) -> str:
-    """A new file, as git writes it."""
+    """Return a new file's diff in git's format."""
     head = f"diff --git a/{name} b/{name}\nnew file mode 100644\n"
     if not text:
         return head
@@ -152,7 +152,7 @@ def _added(name: str, text: str) -> str:
 
 
 def _redacted(text: str) -> str:
-    """The text without the values of environment variables that look like credentials."""
+    """Replace the values of environment variables that look like credentials by the variables' names."""
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= 6:
             text = text.replace(value, f"<{name}>")
@@ -160,11 +160,11 @@ def _redacted(text: str) -> str:
 
 
 def _remote(root: Path) -> str:
-    """Where the repository came from, without a user's name or password."""
+    """Return the origin's URL without user name and password."""
     with suppress(subprocess.SubprocessError):
-        place = _git(root, "remote", "get-url", "origin").strip()
-        parts = urlsplit(place)
+        url = _git(root, "remote", "get-url", "origin").strip()
+        parts = urlsplit(url)
         if parts.scheme and parts.hostname:
             return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        return place
+        return url
     return ""

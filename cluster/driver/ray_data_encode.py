@@ -1,8 +1,8 @@
-"""Preparation on Ray Data: files are read and rows encoded all over the cluster, and come back in order.
+"""Preparation on Ray Data: files are read and rows encoded across the cluster, and returned in order.
 
-Reading and encoding are two operators: a file is read by one task from its beginning to its end, but the rows of a
-large one are encoded by many. An error for which the user must do something travels as a value, and is raised where it
-stands in the order of the rows: it is the one that a single process would have met.
+Reading and encoding are two operators: one task reads a file from beginning to end, many encode the rows of a large
+one. A user error travels as a value and is raised at its place in the order of the rows, so that it is the one that a
+single process would raise.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from outlast.trainers.tasks.base import Task
 from outlast.trainers.tasks.find_task import find_task
 from outlast.trainers.user_code import make_importable
 
-#: Files of so many bytes together are read one after the other by one task.
+#: One task reads files of about this size in total.
 PART_BYTES = 32 * 2**20
-#: Rows of so many bytes are encoded by one task.
+#: One task encodes rows of about this size in total.
 PIECE_BYTES = 2**20
 NUM_READERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class EncodePart:
-    """Files that one task reads, and the number of their first row."""
+    """Files that one task reads, and the index of their first row."""
 
     sources: Sequence[DataFile]
     first: int = 0
@@ -54,13 +54,13 @@ class EncodePart:
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """What the tasks of Ray must know of a split. Plain values, because it is sent to every worker.
+    """Input of the Ray tasks of a split. Plain values, because it is sent to every worker.
 
     Attributes:
-        split: Whose rows.
-        facts: What the task found in the training rows, as JSON.
+        split: The split.
+        facts: The task's facts about the training rows, as JSON.
         tokenizer: The tokenizer's files by name.
-        code: Directory of the user's Python files, importable where it is there.
+        code: Directory of the user's Python files, made importable if it exists.
     """
 
     split: Split
@@ -69,7 +69,7 @@ class EncodeJob:
     code: str
 
     def task(self) -> Task:
-        """The task, made once in each process."""
+        """Return the task, made once in each process."""
         make_importable(self.code)
         config = self.split.config
         return _task(config.model.task, config.data.model_dump_json(exclude_unset=True), self.facts, self.tokenizer)
@@ -86,33 +86,33 @@ def _task(name: str, settings: str, facts: str, tokenizer: tuple[tuple[str, byte
 
 
 def encode_on_ray(task: Task, split: Split, *, code: str = "") -> Generator[Piece, None, None]:
-    """Encodes a split on the Ray that is running, in constant memory. An `outlast.trainers.preparation.encode.Encoder`.
+    """Encode a split on the running Ray, in constant memory. An `outlast.trainers.preparation.encode.Encoder`.
 
     Raises:
-        RunFailed: Ray failed, or the same task of it again and again.
+        RunFailed: Ray failed, or one of its tasks failed repeatedly.
     """
     job = EncodeJob(split, json.dumps(task.facts), tuple(tokenizer_files(task.tokenizer).items()), code)
     parts = _parts(split.sources())
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
-        if split.is_share:  # the number of a row decides which split it is in
+        if split.is_share:  # a row's index decides which split it is in
             counts = [row["count"] for row in _dataset(parts).map_batches(_count, **_reading(parts, job)).iter_rows()]
             firsts = accumulate(counts, initial=0)
             parts = [replace(part, first=first) for part, first in zip(parts, firsts, strict=False)]
         rows = _dataset(parts).map_batches(_read, **_reading(parts, job))
-        # Other resources than those of reading keep Ray Data from making one operator of the two.
+        # Resources unlike the reader's keep Ray Data from fusing the two operators.
         encoded = rows.map_batches(_encode, batch_format="pyarrow", fn_args=[job], num_cpus=1)
         for row in encoded.iter_rows():
             yield from pickle.loads(row["pieces"])
     except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
-        cause, *_ = str(error).split("\n\nThe above exception")  # the user's own, under Ray's
-        said = (cause.strip().splitlines() or [type(error).__name__])[-1]
+        cause, *_ = str(error).split("\n\nThe above exception")  # the user's traceback, without Ray's
+        reason = (cause.strip().splitlines() or [type(error).__name__])[-1]
         hint = "run the same command again, or prepare in one process: -s data.prepare=here"
-        raise RunFailed(f"preparing the data on Ray failed: {said}", hint=hint) from error
+        raise RunFailed(f"preparing the data on Ray failed: {reason}", hint=hint) from error
 
 
 def _parts(sources: Sequence[DataFile]) -> list[EncodePart]:
-    """The files, cut where about so many bytes are together."""
+    """Group the files into parts of about `PART_BYTES`."""
     parts: list[list[DataFile]] = []
     num_bytes = PART_BYTES
     for source in sources:
@@ -125,7 +125,7 @@ def _parts(sources: Sequence[DataFile]) -> list[EncodePart]:
 
 
 def _dataset(parts: Sequence[EncodePart]) -> Any:
-    """A data set with a block for each part, whose operators keep the order."""
+    """Return a data set with one block per part, whose operators keep the order."""
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -135,20 +135,20 @@ def _dataset(parts: Sequence[EncodePart]) -> Any:
 
 
 def _reading(parts: Sequence[EncodePart], job: EncodeJob) -> dict[str, Any]:
-    """How tasks that read run. Local files are read where the driver is, because others may not have them."""
+    """Return the options of reading tasks. Local files are read on the driver's node: others may not have them."""
     is_local = any(isinstance(source.storage, LocalStorage) for part in parts for source in part.sources)
     return {
         "batch_size": 1,
         "batch_format": "pyarrow",
         "fn_args": [job],
-        "num_cpus": 0,  # also where the driver's node has none to give
+        "num_cpus": 0,  # also where the driver's node offers none
         "compute": ray.data.TaskPoolStrategy(min(NUM_READERS, len(parts))),
         "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()} if is_local else None,
     }
 
 
 def _count(given: pa.Table, job: EncodeJob) -> pa.Table:
-    """How many rows there are, up to an error, which is told when they are read."""
+    """Count the rows up to an error, which reading them reports."""
     part, count = pickle.loads(given["part"][0].as_py()), 0
     with suppress(OutlastError):
         for _ in read_files(part.sources, job.split.chosen.names):

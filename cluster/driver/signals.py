@@ -1,4 +1,8 @@
-"""Signals of the driver's process."""
+"""SIGINT and SIGTERM in the driver's process: the first one requests a stop, the second one interrupts at once.
+
+Handlers must never do work: they set an event or raise, and the main thread does the rest. Where the driver runs in
+another thread, which cannot set handlers, nothing is changed.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 #: What SIGINT and SIGTERM raise in the main thread; Ray's own handler, set while it starts, raises the second.
-_INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
 
 
 def interrupt_on_sigterm() -> None:
-    """Outside the training itself there is nothing to commit: SIGTERM then ends the driver as Ctrl-C does.
+    """Make SIGTERM end the driver as Ctrl-C does: outside training there is nothing to commit.
 
-    To be said again after `ray.init`, which sets a handler of its own.
+    Call it again after `ray.init`, which sets a handler of its own.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the second one interrupts at once."""
+def stop_event() -> Iterator[threading.Event]:
+    """Yield an event that the first SIGTERM or SIGINT sets; the second one interrupts at once."""
     stopping = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
@@ -31,13 +35,13 @@ def _signals() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopping.set()
 
-    with _handling(handle):
+    with handle_signals(handle):
         yield stopping
 
 
 @contextlib.contextmanager
-def _handling(handle: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[None]:
-    """SIGTERM and SIGINT are handled so meanwhile. Python allows it in the main thread alone."""
+def handle_signals(handle: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT by `handle` in the body. Python allows it only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

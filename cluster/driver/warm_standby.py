@@ -1,8 +1,8 @@
-"""Workers that wait, their imports done, on each node of a group: a restart takes them, and begins where imports end.
+"""Idle worker processes with their imports done, on each node of a group: a restart uses them and skips the imports.
 
-Ray gives an actor an idle process of the same job and the same runtime environment before it starts a new one. A
-process that ran a task is no good for an actor, so the raylets are asked for processes that have run nothing
-(`PrestartWorkers`). All of it is courtesy: without a standby a restart takes longer.
+Ray gives an actor an idle process of the same job and runtime environment before it starts a new one. A process that
+ran a task cannot become an actor, so the raylets are asked for processes that have run nothing (`PrestartWorkers`).
+Training must never depend on it: without a standby a restart only takes longer.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from outlast.cluster.ray_internals import (
 from outlast.trainers.config.task_table import TASKS
 
 NUM_SPARE_NODES = 2
-_PREWARM, _AFTER_S = "OUTLAST_REHEARSED", "OUTLAST_STANDBY_AFTER_S"
-_LOOK_S = 30.0
+PREWARM_VARIABLE, _AFTER_VARIABLE = "OUTLAST_REHEARSED", "OUTLAST_STANDBY_AFTER_S"
+_PERIOD_S = 30.0
 _TIMEOUT_S = 5.0
 _KEPT_S = 365 * 86400  # until the job ends
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
-    """The variables of a worker of this run, and so of those that wait: what to do first, and for what model."""
+    """Return the environment variables of a worker of this run, standbys included: what to import, for which model."""
     if config.failure.standby_after_s is None:
         return {}
     task = config.model.task if config.model.task in TASKS else ""  # a user's own may not be importable yet
@@ -52,32 +52,31 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
             known = json.loads(Path(config.model.path, "config.json").read_text())
     hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.prewarm_hook.warm"}
     first = json.dumps([task, known.get("model_type")])
-    return {**hook, _PREWARM: first, _AFTER_S: str(config.failure.standby_after_s)}
+    return {**hook, PREWARM_VARIABLE: first, _AFTER_VARIABLE: str(config.failure.standby_after_s)}
 
 
 class Standbys:
-    """Keeps one waiting process for each worker of an attempt, on its node, and one on each of a few spare nodes.
+    """Keeps one standby process for each worker of an attempt, on its node, and one on each of a few spare nodes.
 
-    Lives in rank 0's worker, whose job and runtime environment the others must have to be taken.
+    Runs in rank 0's worker: Ray only uses standbys of the same job and runtime environment.
 
     Args:
         nodes: The node of each rank.
     """
 
     def __init__(self, nodes: Sequence[str]) -> None:
-        self._wanted = Counter(nodes) if _PREWARM in os.environ else Counter()
+        self._required = Counter(nodes) if PREWARM_VARIABLE in os.environ else Counter()
         self._served: set[str] = set()
-        self._next_look = inf
+        self._next_check = inf
 
     def apply(self, event: Event) -> None:
-        """Takes an event of rank 0. Some time after the first step, and then now and again, asks the raylets of nodes
-        that are new for what is missing there."""
+        """Handle an event of rank 0: after the first step, and then periodically, start what new nodes lack."""
         now = time.monotonic()
         if isinstance(event, UnderWayEvent):  # earlier, the first step would wait for them
-            self._next_look = now + float(os.environ.get(_AFTER_S, 0))
-        if not self._wanted or now < self._next_look:
+            self._next_check = now + float(os.environ.get(_AFTER_VARIABLE, 0))
+        if not self._required or now < self._next_check:
             return
-        self._next_look = now + _LOOK_S
+        self._next_check = now + _PERIOD_S
         context = ray.get_runtime_context()
         request = node_manager_pb2.PrestartWorkersRequest(
             language=Language.PYTHON,
@@ -85,36 +84,40 @@ class Standbys:
             runtime_env_info=_environment_info(context.get_runtime_env_string()),
             keep_alive_duration_secs=_KEPT_S,
         )
-        for node, wanted, address in self._unserved():
-            with suppress(grpc.RpcError):  # it has just gone, or is busy: a restart takes longer there
+        for node, required, address in self._unserved():
+            with suppress(grpc.RpcError):  # the node is gone or busy: a restart takes longer there
                 raylet = node_manager_pb2_grpc.NodeManagerServiceStub(init_grpc_channel(address))
-                request.num_workers = max(0, wanted - _num_waiting(raylet, request.job_id))
+                request.num_workers = max(0, required - _num_waiting(raylet, request.job_id))
                 if request.num_workers:
                     raylet.PrestartWorkers(request, timeout=_TIMEOUT_S)
                 self._served.add(node)
 
     def _unserved(self) -> list[tuple[str, int, str]]:
-        """Nodes to ask: id, how many processes, address of the raylet."""
-        there = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        kind = "GPU" if any("GPU" in there[node]["Resources"] for node in self._wanted if node in there) else "CPU"
-        spare = [node for node in there if node not in self._wanted and there[node]["Resources"].get(kind, 0) >= 1]
-        wanted = {**self._wanted, **dict.fromkeys(sorted(spare)[:NUM_SPARE_NODES], 1)}
+        """Return the nodes still to be served: id, number of processes, address of the raylet."""
+        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        resource = (
+            "GPU" if any("GPU" in alive[node]["Resources"] for node in self._required if node in alive) else "CPU"
+        )
+        spare = [
+            node for node in alive if node not in self._required and alive[node]["Resources"].get(resource, 0) >= 1
+        ]
+        required = {**self._required, **dict.fromkeys(sorted(spare)[:NUM_SPARE_NODES], 1)}
         return [
-            (node, count, f"{there[node]['NodeManagerAddress']}:{there[node]['NodeManagerPort']}")
-            for node, count in wanted.items()
-            if node in there and node not in self._served
+            (node, count, f"{alive[node]['NodeManagerAddress']}:{alive[node]['NodeManagerPort']}")
+            for node, count in required.items()
+            if node in alive and node not in self._served
         ]
 
 
 def _environment_info(text: str) -> Any:
-    """What Ray says of this runtime environment when it starts an actor; `text` decides which processes are alike."""
+    """Return this runtime environment as Ray passes it for an actor; `text` decides which processes match."""
     info = get_runtime_env_info(RuntimeEnv.deserialize(text))
     info.serialized_runtime_env = text
     return info
 
 
 def _num_waiting(raylet: Any, job: bytes) -> int:
-    """How many processes of this job have run nothing yet."""
+    """Count the processes of this job that have run nothing yet."""
     stats = raylet.GetNodeStats(node_manager_pb2.GetNodeStatsRequest(), timeout=_TIMEOUT_S).core_workers_stats
     ours = (worker for worker in stats if worker.worker_type == WorkerType.WORKER and worker.job_id == job)
     return sum(not worker.actor_id.strip(b"\xff") and not worker.num_executed_tasks for worker in ours)

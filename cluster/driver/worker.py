@@ -1,4 +1,7 @@
-"""What runs in each Ray worker: the line to the hub, the world, and one attempt."""
+"""Entry point of each Ray worker: connect to the coordinator, join the process group, run one attempt.
+
+Ray restarts the group after every exception, so it must only raise what a restart may fix.
+"""
 
 from __future__ import annotations
 
@@ -33,32 +36,31 @@ from outlast.trainers.config.train import Parallel
 from outlast.trainers.distributed.world import World
 
 _IMPORTED_AT = time.time()
-#: A step that compiles kernels for a new shape may take so many times as long.
-COMPILING = 10
+#: A step that compiles kernels for a new shape may take this many times as long.
+COMPILE_FACTOR = 10
 
 
 def _watchdog(
-    line: CoordinatorClient, world: World, storage: Storage, assignment: Assignment, hang_after_s: float | None
+    client: CoordinatorClient, world: World, storage: Storage, assignment: Assignment, hang_after_s: float | None
 ) -> Watchdog:
     store = RunStore(storage, assignment.config.name)
 
     def directory() -> str:
-        """The attempt's journal or, before the claim, the launch's."""
-        claimed = AttemptId.parse(line.attempt) if line.attempt else None
+        """Return the attempt's directory or, before the claim, the launch's."""
+        claimed = AttemptId.parse(client.attempt) if client.attempt else None
         return store.attempt_dir(claimed) if claimed else store.launch_dir(assignment.launch)
 
-    if (
-        assignment.config.scale.parallel is Parallel.FSDP
-    ):  # a forward pass waits for the others, and tells nothing of this rank
-        line.pulse.tells_work = False
-    patience = COMPILING if assignment.config.train.compile else 1
-    limit_s = None if hang_after_s is None else hang_after_s * patience
+    if assignment.config.scale.parallel is Parallel.FSDP:  # a forward pass waits for the other ranks
+        client.step_progress.measures_work = False
+    factor = COMPILE_FACTOR if assignment.config.train.compile else 1
+    limit_s = None if hang_after_s is None else hang_after_s * factor
     group = world.broadcast(secrets.token_hex(8) if world.rank == 0 else None)
-    return Watchdog(line, group, world.rank, world.size, line.pulse, limit_s, storage, directory, line.progress)
+    progress = client.step_progress
+    return Watchdog(client, group, world.rank, world.size, progress, limit_s, storage, directory, client.progress)
 
 
 def _observers(run: str, nodes: Sequence[str]) -> Callable[[dict[str, Any]], None]:
-    """What rank 0 keeps up to date by its events: gauges and standbys. Nothing depends on them."""
+    """Return the listener that updates rank 0's gauges and standbys. Training does not depend on them."""
     gauges, standbys = PrometheusGauges(run), Standbys(nodes)
 
     def apply(event: dict[str, Any]) -> None:
@@ -72,48 +74,45 @@ def _observers(run: str, nodes: Sequence[str]) -> Callable[[dict[str, Any]], Non
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """Runs one attempt. Returns `{"outcome": …}`, or `{"error": …}` for an error that trying again cannot mend.
-
-    Ray restarts the group after every exception, so only what a restart may mend is raised.
-    """
+    """Run one attempt. Returns `{"outcome": …}`, or `{"error": …}` for an error that a restart cannot fix."""
     entered_at = time.time()
     assignment: Assignment = payload["assignment"]
     context = ray.train.get_context()
-    with CoordinatorClient(assignment.launch, context.get_world_rank(), context.get_world_size()) as line:
+    with CoordinatorClient(assignment.launch, context.get_world_rank(), context.get_world_size()) as client:
         try:
             storage = open_storage(assignment.config.checkpoint.storage)
             marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             node = ray.get_runtime_context().get_node_id()
             world = World(ray.train.torch.get_device(), node, log_of_this_process(), marks)
-            # One rank asks for all: a verdict that comes just now would be heard by some, and the others wait for them.
-            if earlier := world.run_on_rank_0(line.earlier_failure):
+            # One rank asks for all: a verdict that arrives just now would reach only some ranks, and the others wait.
+            if earlier := world.run_on_rank_0(client.earlier_failure):
                 return {"error": earlier}
             nodes = world.gather(world.node)
             if world.rank == 0:
-                line.watch(nodes)
-                line.listener = _observers(assignment.config.name, nodes)
-            with _watchdog(line, world, storage, assignment, payload["hang_after_s"]) as dog:
+                client.watch(nodes)
+                client.listener = _observers(assignment.config.name, nodes)
+            with _watchdog(client, world, storage, assignment, payload["hang_after_s"]) as watchdog:
                 try:
-                    return {"outcome": run_attempt(assignment, storage, world, line).value}
+                    return {"outcome": run_attempt(assignment, storage, world, client).value}
                 except RuntimeError as error:
-                    if explained := dog.explain(error):
-                        raise explained from error
+                    if timed_out := watchdog.explain(error):
+                        raise timed_out from error
                     raise
         except OutlastError as error:
-            if error.permanent and line.all_fail(error):
+            if error.permanent and client.all_fail(error):
                 return {"error": error}
             raise
-        except Exception as error:  # noqa: BLE001 - raised again as what survives the way to the driver
+        except Exception as error:  # noqa: BLE001 - raised again in a form that can be unpickled in the driver
             raise RankError.of(error) from None
 
 
 def _actor_at() -> float:
-    """When this process became this worker: it may have waited for that."""
+    """Return when this process became this worker; a standby has waited before."""
     row = actors(ray.get_runtime_context().get_actor_id())
     return float(row.get("StartTime", 0)) / 1000
 
 
 def _started_at() -> float:
-    """When this process began, in seconds since the epoch; psutil's answer is up to a second off."""
+    """Return when this process started, in seconds since the epoch; psutil's value is up to a second off."""
     ticks = int(process_start(os.getpid()) or 0)
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")

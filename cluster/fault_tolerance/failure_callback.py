@@ -1,4 +1,7 @@
-"""Failures of worker groups, recorded in the journal."""
+"""Failures of worker groups, recorded in the launch's journal and checked against the restart limits.
+
+It runs in Ray Train's controller and must never delay a restart: the cause is searched in a thread of its own.
+"""
 
 from __future__ import annotations
 
@@ -29,29 +32,29 @@ from outlast.cluster.fault_tolerance.failure_cause import (
     Failure,
     RankError,
     RunFailed,
-    _heavier,
-    _unwrapped,
     classify,
     find_deaths,
+    heavier,
+    unwrap_error,
 )
 from outlast.cluster.fault_tolerance.hang_detection import Hang
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, RestartLimits, count_failures, decide_give_up
 from outlast.cluster.ray_internals import WorkerGroupCallback, WorkerGroupStartupTimeoutError
 
-#: How many bytes of a log are kept from there.
-_NUM_LOGGED = 20_000
+#: Bytes kept from the end of a log.
+_LOG_BYTES = 20_000
 
 
-#: Of the module, because what reports failures travels to the controller, and a lock does not.
-_MAKING_JOURNAL = threading.Lock()
+#: Global, because the recorder is pickled to the controller, and a lock cannot be.
+_JOURNAL_LOCK = threading.Lock()
 
 
 def gave_up(run: str, given_up: GiveUp) -> RunFailed:
-    """The one message at the end of a run that the rule ends, whoever applies it (see `history.py`)."""
+    """Return the error of a run that the restart policy gave up, in the driver and in the controller."""
     return RunFailed(
         f"run {run} is given up: {given_up.diagnosis}",
-        hint="mend the cause and run the same command again; if the settings have not changed by that, say so, which "
-        "lets it go on: -s failure.note='what was mended'",
+        hint="fix the cause and run the same command again; if that changes no setting, add a note to let the run "
+        "continue: -s failure.note='what was fixed'",
     )
 
 
@@ -59,43 +62,41 @@ SEARCH_S = 20.0
 
 
 def own_log(workers: Sequence[Mapping[str, Any]], rank: int) -> str:
-    """The end of a rank's log, with its name, if it lies in a folder that goes with the driver; else nothing."""
+    """Return the end of a rank's log if it is in a folder that is removed with the driver; else nothing."""
     path = next((str(worker.get("log", "")) for worker in workers if worker["rank"] == rank), "")
     if OWN_RAY not in path:
         return ""
     with suppress(OSError), open(path, "rb") as log:
-        log.seek(max(0, os.path.getsize(path) - _NUM_LOGGED))
+        log.seek(max(0, os.path.getsize(path) - _LOG_BYTES))
         if text := log.read().decode(errors="replace").strip():
             return f"rank {rank}, the end of its log\n{text}\n"
     return ""
 
 
 class FailureRecorder(WorkerGroupCallback):
-    """Writes every end of a worker group into the launch's journal, and ends the run when there were too many.
-
-    Lives in Ray Train's controller.
+    """Records every end of a worker group, and ends the run when a limit is reached.
 
     Args:
-        storage_url: Where the run lies.
+        storage_url: The run's storage.
         run: Name of the run.
         launch: The launch.
-        limits: How much the run survives.
-        settings: Which settings it has, see `history.settings_mark`.
+        limits: The restart limits.
+        settings: Digest of its settings, see `settings_digest`.
     """
 
     def __init__(self, storage_url: str, run: str, launch: str, limits: RestartLimits, settings: str) -> None:
-        self._place = (storage_url, run, launch)
+        self._location = (storage_url, run, launch)
         self._limits, self._settings = limits, settings
         self._journal: Journal | None = None
         self._is_waiting = False
         self._last_attempt: AttemptId | None = None
         self._past: AttemptId | None = None
-        self._last_said: frozenset[tuple[int, str]] = frozenset()
+        self._last_errors: frozenset[tuple[int, str]] = frozenset()
         self._errors: dict[int, BaseException] = {}
 
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
-        """Tells once that the cluster has no room for the group, however often Ray tries."""
+        """Record once that the cluster has no room for the group, however often Ray tries."""
         began_at = time.time()
         try:
             yield
@@ -104,28 +105,28 @@ class FailureRecorder(WorkerGroupCallback):
                 self._is_waiting = True
                 with suppress(StorageError):  # the wait then counts as part of the restart
                     self._write(NoRoomEvent(since=round(began_at, 3)))
-                if (hub := find_coordinator(self._place[2])) is not None:
-                    result_or_default(hub.exchange.remote([NoRoomEvent().to_json()]))
+                if (coordinator := find_coordinator(self._location[2])) is not None:
+                    result_or_default(coordinator.exchange.remote([NoRoomEvent().to_json()]))
             raise
         self._is_waiting = False
 
     def _write(self, event: Event) -> None:
-        url, run, launch = self._place
+        url, run, launch = self._location
         store = RunStore(open_storage(url), run)
-        with _MAKING_JOURNAL:  # two of them would write over each other's files
+        with _JOURNAL_LOCK:  # two journals would overwrite each other's files
             self._journal = self._journal or Journal(store.storage, store.launch_dir(launch), 0, flush_s=0)
         self._journal.write(event)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """What is told from now on is another end, even in the same words, and no longer that of an earlier attempt."""
-        self._past, self._last_said = self._last_attempt, frozenset()
+        """Treat errors from now on as another end, even with equal messages, and not as an earlier attempt's."""
+        self._past, self._last_errors = self._last_attempt, frozenset()
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Called by Ray, perhaps several times for one end. Returns at once: no restart waits for its cause."""
+        """Start the search for the cause. Ray calls it several times for one end; it returns at once."""
         worker_exceptions: Mapping[int, BaseException] = worker_group_status.errors
         if not worker_exceptions:
             return
-        url, run, launch = self._place
+        url, run, launch = self._location
         store = RunStore(open_storage(url), run)
         attempt: AttemptId | None = None
         workers: list[dict[str, Any]] = []
@@ -134,33 +135,37 @@ class FailureRecorder(WorkerGroupCallback):
                 claim = read_claim(store, newest)
                 if claim.get("launch") == launch and newest != self._past:
                     attempt, workers = newest, claim.get("workers", [])
-        said = frozenset((rank, str(error)) for rank, error in worker_exceptions.items())
-        if said & self._last_said:  # the same end, told again, perhaps with the cause that the search still waits for
+        reported = frozenset((rank, str(error)) for rank, error in worker_exceptions.items())
+        if reported & self._last_errors:  # the same end again, perhaps with the cause that the search waits for
             self._errors.update(worker_exceptions)
             return
         self._last_attempt = attempt or self._last_attempt
-        self._last_said, self._errors = said, dict(worker_exceptions)
+        self._last_errors, self._errors = reported, dict(worker_exceptions)
         arguments = (self._errors, workers, str(attempt or "unclaimed"), time.time())
         threading.Thread(target=self._find_cause, args=arguments).start()
 
     def _find_cause(
         self, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str, noticed_at: float
     ) -> None:
-        hub = find_coordinator(self._place[2])
-        hung: Hang | None = None if hub is None else result_or_default(hub.take_hang.remote())
+        coordinator = find_coordinator(self._location[2])
+        hung: Hang | None = None if coordinator is None else result_or_default(coordinator.take_hang.remote())
         hang = Failure(Cause.HANG, hung.ranks[0], hung.message) if hung else None
         deadline = time.monotonic() + (SEARCH_S if workers else 0)
         while True:
-            drained = bool(hub is not None and result_or_default(hub.was_drained.remote(attempt), False))
+            drained = bool(
+                coordinator is not None and result_or_default(coordinator.was_drained.remote(attempt), False)
+            )
             deaths: list[Death] = []
-            with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: what the ranks said must do
+            with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: the ranks' errors must do
                 deaths = find_deaths(workers)
-            failure = _heavier(classify(errors.copy(), deaths, drained=drained), hang)
+            failure = heavier(classify(errors.copy(), deaths, drained=drained), hang)
             if failure is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
         rank = min(errors)
-        failure = failure or Failure(Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no word"])[-1])
+        failure = failure or Failure(
+            Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no error message"])[-1]
+        )
         log = self._write_log(attempt, errors, workers, failure.rank)
         event = GroupFailureEvent(
             attempt=attempt,
@@ -170,27 +175,31 @@ class FailureRecorder(WorkerGroupCallback):
             message=failure.description,
             where=failure.where(workers, log),
             raised=failure.message if failure.cause is Cause.ERROR and "after step" in failure.message else None,
-            reached=None if hub is None else result_or_default(hub.reached.remote(attempt)),
+            reached=None if coordinator is None else result_or_default(coordinator.reached.remote(attempt)),
         )
         number, limit, ends = -1, -1, False
-        with suppress(StorageError):  # the story has a gap, and the next failure is judged again
-            wait_until_responsive(open_storage(self._place[0]), self._place[1])
+        with suppress(StorageError):  # the timeline has a gap, and the next failure is checked again
+            wait_until_responsive(open_storage(self._location[0]), self._location[1])
             self._write(event)
-            number, limit, ends = self._judge(failure, hub)
-        if hub is not None:
+            number, limit, ends = self._check_limits(failure, coordinator)
+        if coordinator is not None:
             live = replace(event, number=number, limit=limit, ends=ends, excerpt=failure.excerpt)
-            result_or_default(hub.exchange.remote([live.to_json()]))
+            result_or_default(coordinator.exchange.remote([live.to_json()]))
 
     def _write_log(
         self, attempt: str, errors: Mapping[int, BaseException], workers: Sequence[Mapping[str, Any]], first: int
     ) -> str:
-        """Writes the ranks' tracebacks, or else what the first rank logged itself, into the launch's directory.
+        """Write the ranks' tracebacks, or else the first rank's own log, into the launch's directory.
 
-        Returns where; nothing where there are none.
+        Returns the path; empty if there is nothing to write.
         """
-        url, run, launch = self._place
-        found = {rank: _unwrapped(error) for rank, error in sorted(errors.items())}
-        parts = [f"rank {rank}\n{error.whole}\n" for rank, error in found.items() if isinstance(error, RankError)]
+        url, run, launch = self._location
+        unwrapped = {rank: unwrap_error(error) for rank, error in sorted(errors.items())}
+        parts = [
+            f"rank {rank}\n{error.traceback_text}\n"
+            for rank, error in unwrapped.items()
+            if isinstance(error, RankError)
+        ]
         if not parts and (own := own_log(workers, first)):
             parts = [own]
         path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
@@ -200,14 +209,14 @@ class FailureRecorder(WorkerGroupCallback):
                 return f"{url}/{path}"
         return ""
 
-    def _judge(self, failure: Failure, hub: Any) -> tuple[int, int, bool]:
-        """Ends the run if it has had enough. Returns how many failures of this kind count, how many may, and that."""
-        url, run, launch = self._place
-        tries = read_attempt_history(RunStore(open_storage(url), run), live=launch)
-        given_up = decide_give_up(tries, self._limits, self._settings)
-        if given_up is not None and hub is not None:
-            result_or_default(hub.give_up.remote(gave_up(run, given_up)))
+    def _check_limits(self, failure: Failure, coordinator: Any) -> tuple[int, int, bool]:
+        """End the run if a limit is reached. Returns the number of such failures, the limit, whether the run ends."""
+        url, run, launch = self._location
+        attempts = read_attempt_history(RunStore(open_storage(url), run), live=launch)
+        given_up = decide_give_up(attempts, self._limits, self._settings)
+        if given_up is not None and coordinator is not None:
+            result_or_default(coordinator.give_up.remote(gave_up(run, given_up)))
         is_failure = failure.cause.is_failure
-        alike = [item for item in count_failures(tries, self._settings) if item.end.outcome.is_failure == is_failure]
+        alike = [item for item in count_failures(attempts, self._settings) if item.end.outcome.is_failure == is_failure]
         limit = self._limits.max_failures if is_failure else self._limits.max_preemptions
         return len(alike), limit, given_up is not None

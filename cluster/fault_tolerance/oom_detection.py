@@ -1,4 +1,8 @@
-"""Telling that memory ran out, and what to change then. Ray and the kernel end a process without asking it."""
+"""Detection of out-of-memory failures, and the advice for them.
+
+Ray and the kernel end a process without an exception in it, so this reads error texts, Ray's tables and the kernel's
+counters. It must never block a restart: a node that does not answer counts as unknown.
+"""
 
 from __future__ import annotations
 
@@ -24,41 +28,41 @@ HOST_ADVICE = (
 
 _DEVICE_WORDS = ("CUDA out of memory", "HIP out of memory", "XPU out of memory", "CUDA_ERROR_OUT_OF_MEMORY")
 _HOST_WORDS = ("DefaultCPUAllocator", "MemoryError", "Cannot allocate memory")
-_RAYS_WORDS = ("oom_context", "Memory on the node", "running low on memory")
-_PATIENCE_S = 5.0
+_RAY_WORDS = ("oom_context", "Memory on the node", "running low on memory")
+_TIMEOUT_S = 5.0
 
 
-def is_device_shortage(said: str) -> bool:
-    """Whether an exception says that an accelerator's memory ran out."""
-    return any(word in said for word in _DEVICE_WORDS)
+def is_device_shortage(message: str) -> bool:
+    """Return whether an error message means that an accelerator's memory ran out."""
+    return any(word in message for word in _DEVICE_WORDS)
 
 
-def is_host_shortage(said: str) -> bool:
-    """Whether an exception, or Ray of a worker that it ended, says that a machine's memory ran out."""
-    return any(word in said for word in (*_HOST_WORDS, *_RAYS_WORDS))
+def is_host_shortage(message: str) -> bool:
+    """Return whether an error message, or Ray's reason for ending a worker, means that host memory ran out."""
+    return any(word in message for word in (*_HOST_WORDS, *_RAY_WORDS))
 
 
 def was_killed_by_kernel(worker: Mapping[str, Any]) -> bool:
-    """Whether the kernel of a dead worker's node has killed something for want of memory since the worker began.
+    """Return whether the kernel of a dead worker's node has killed a process for lack of memory since the worker began.
 
     Args:
-        worker: What the attempt's claim says of the rank: `node`, and `oom_kills` at its start.
+        worker: The rank in the attempt's claim: `node`, and `oom_kills` at its start.
     """
     before = worker.get("oom_kills")
     if before is None:
         return False
     if worker["node"] == ray.get_runtime_context().get_node_id():
         return (num_oom_kills() or 0) > int(before)
-    there = NodeAffinitySchedulingStrategy(worker["node"], soft=False)
-    look = ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(num_oom_kills)
-    with suppress(RayError, GetTimeoutError, ValueError):  # the node does not answer: then nobody knows
-        now: int | None = ray.get(look.remote(), timeout=_PATIENCE_S)
+    on_node = NodeAffinitySchedulingStrategy(worker["node"], soft=False)
+    read_count = ray.remote(num_cpus=0, scheduling_strategy=on_node, max_retries=0)(num_oom_kills)
+    with suppress(RayError, GetTimeoutError, ValueError):  # the node does not answer: unknown
+        now: int | None = ray.get(read_count.remote(), timeout=_TIMEOUT_S)
         return now is not None and now > int(before)
     return False
 
 
 def log_of_this_process() -> str:
-    """The file that this process' stderr goes to, or nothing."""
+    """Return the file that this process' stderr is redirected to, or an empty string."""
     with suppress(OSError):
         target = Path("/proc/self/fd/2").readlink()
         return str(target) if target.is_absolute() and not str(target).startswith("/dev/") else ""

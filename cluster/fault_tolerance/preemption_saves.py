@@ -1,8 +1,8 @@
-"""Announced losses: when to save because a node is about to go.
+"""Announced losses: when to save because a node is about to be lost.
 
-Ray marks a node as draining and says when it will be gone. A save follows at once, because the notice may be shorter
-than promised; and another just before the deadline, because the group trains on until then and would do it all again.
-How long before is a matter of how long a save takes.
+Ray marks a node as draining and gives a deadline. The first save follows at once, because the notice may be shorter
+than promised; the second just before the deadline, because the group trains until then and would repeat those steps.
+How long before the deadline depends on how long a save takes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 MARGIN_S = 3.0
-#: The second save may take so many times as long as the one before: others save to the same storage in such moments.
-LENIENCY = 1.5
+#: The second save may take this many times as long as the first: other runs save to the same storage at such times.
+SAVE_TIME_FACTOR = 1.5
 
 
 @dataclass(slots=True)
@@ -32,11 +32,11 @@ class PreemptionWatch:
     _noticed: set[str] = field(default_factory=set)
     _last_saves: set[str] = field(default_factory=set)
 
-    def look(self, draining: Mapping[str, float], now: float | None = None) -> str | None:
-        """Why to save now, or None.
+    def check(self, draining: Mapping[str, float], now: float | None = None) -> str | None:
+        """Return why to save now, or None.
 
         Args:
-            draining: What `ray_internals.draining_nodes` returned.
+            draining: The result of `ray_internals.draining_nodes`.
             now: Seconds since the epoch.
         """
         now = time.time() if now is None else now
@@ -45,7 +45,7 @@ class PreemptionWatch:
             self._noticed |= new
             self.save_s = 0.0  # the save that follows measures the storage as it is now
             return "a node is about to be lost"
-        margin_s = self.margin_s + LENIENCY * self.save_s
+        margin_s = self.margin_s + SAVE_TIME_FACTOR * self.save_s
         due = {node for node, deadline in ours.items() if deadline and now >= deadline - margin_s}
         if due := due - self._last_saves:
             self._last_saves |= due

@@ -1,4 +1,7 @@
-"""Restart policy: when a run gives up."""
+"""Restart policy: when a run gives up.
+
+A pure function of the attempts and the limits: it must never read a clock or a storage.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from outlast.checkpointing.run_store.attempt_history import AttemptOutcome, Atte
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """How much a run survives since its last progress; -1 for no limit.
+    """What a run survives since its last progress; -1 for no limit.
 
     Attributes:
         max_failures: Failures.
-        max_preemptions: Announced losses.
-        max_same_step: So many failures at one and the same step end it.
+        max_preemptions: Announced losses of nodes.
+        max_same_step: Failures at the same step that end the run.
     """
 
     max_failures: int = 3
@@ -26,24 +29,24 @@ class RestartLimits:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Why a run is not tried again.
+    """Why a run is not restarted.
 
     Attributes:
         reason: Which limit was reached.
-        tries: What was counted, oldest first.
+        attempts: The attempts that were counted, oldest first.
     """
 
     reason: str
-    tries: tuple[AttemptRecord, ...]
+    attempts: tuple[AttemptRecord, ...]
 
     @property
     def diagnosis(self) -> str:
-        """The reason, and what happened how often."""
-        told = Counter(map(_what_and_message, self.tries))
-        last = {_what_and_message(item): item.end.where for item in self.tries}
+        """The reason, and each kind of failure with its count."""
+        counts = Counter(map(_what_and_message, self.attempts))
+        last = {_what_and_message(item): item.end.where for item in self.attempts}
         lines = (
             f"\n  {count} × {what}: {message}" + (f" (last: {last[what, message]})" if last[what, message] else "")
-            for (what, message), count in told.items()
+            for (what, message), count in counts.items()
         )
         return self.reason + "".join(lines)
 
@@ -56,11 +59,11 @@ def _what_and_message(item: AttemptRecord) -> tuple[str, str]:
     return _what(item), item.end.message.strip() or "no error message"
 
 
-def count_failures(tries: Iterable[AttemptRecord], settings: str) -> list[AttemptRecord]:
-    """The failures and preemptions that count against a run with these settings: those since its last progress."""
+def count_failures(attempts: Iterable[AttemptRecord], settings: str) -> list[AttemptRecord]:
+    """Return the failures and preemptions since the run's last progress under these settings."""
     found: list[AttemptRecord] = []
     newest_step = -1
-    for item in tries:
+    for item in attempts:
         top = max(item.commits, default=-1)
         if top > newest_step or item.settings != settings:
             found.clear()
@@ -70,31 +73,31 @@ def count_failures(tries: Iterable[AttemptRecord], settings: str) -> list[Attemp
     return found
 
 
-def decide_give_up(tries: Iterable[AttemptRecord], limits: RestartLimits, settings: str) -> GiveUp | None:
-    """Whether to give the run up.
+def decide_give_up(attempts: Iterable[AttemptRecord], limits: RestartLimits, settings: str) -> GiveUp | None:
+    """Decide whether to give the run up.
 
     Args:
-        tries: What it has been through, oldest first, from its last progress on or from before that.
-        limits: What it may survive.
-        settings: Which settings it would go on with.
+        attempts: Its attempts, oldest first, at least those since its last progress.
+        limits: The limits.
+        settings: Digest of the settings that it would continue with.
     """
-    found = count_failures(tries, settings)
+    found = count_failures(attempts, settings)
     failures = [item for item in found if item.end.outcome.is_failure]
     preempted = [item for item in found if not item.end.outcome.is_failure]
     for item in failures[-1:]:
         if item.is_final:
-            return GiveUp(f"{_what(item)}, and the same settings would lead there again", (item,))
+            return GiveUp(f"{_what(item)}, and the same settings would fail there again", (item,))
     if len(failures) > 1 and failures[-1].raised and failures[-1].raised == failures[-2].raised:
-        return GiveUp("the same error twice, and no step in between", tuple(failures[-2:]))
+        return GiveUp("the same error twice without a step in between", tuple(failures[-2:]))
     steps = Counter(item.failed_step for item in failures if item.failed_step is not None)
     for step, number in steps.most_common(1):
         if number >= limits.max_same_step >= 0:
             same = tuple(item for item in failures if item.failed_step == step)
             return GiveUp(f"step {step} failed {number} times (failure.max_same_step: {limits.max_same_step})", same)
-    for kind, items, limit in (
+    for name, items, limit in (
         ("failures", failures, limits.max_failures),
         ("preemptions", preempted, limits.max_preemptions),
     ):
         if len(items) > limit >= 0:
-            return GiveUp(f"{len(items)} {kind} without a new checkpoint (failure.max_{kind}: {limit})", tuple(items))
+            return GiveUp(f"{len(items)} {name} without a new checkpoint (failure.max_{name}: {limit})", tuple(items))
     return None

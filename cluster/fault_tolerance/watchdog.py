@@ -1,9 +1,9 @@
-"""A watch on progress: finds the ranks that a group waits for, and ends a group that goes on no more.
+"""Watchdog of a rank: reports progress, and ends the process when its group hangs.
 
-Ray sees that a process lives, not that it works. So each rank has a thread that tells the hub where it is; the hub has
-the whole picture, and a rank that is over its time while no other is still at work before it means a hang. Every rank
-then writes the stacks of its threads into the journal and ends; Ray Train starts the group again. Where a rank's own
-thread cannot run, the others find out, and a clock of the C library is the last resort. Deciding is pure.
+Ray detects that a process lives, not that it makes progress. So a thread of each rank sends heartbeats to the
+coordinator, which sees all ranks; a rank over its limit while no other is still running before it means a hang
+(`hang_detection`, pure). Every rank then writes its threads' stacks into the journal and ends, and Ray Train restarts
+the group. Where a rank's own thread cannot run, the others detect it, and a timer of the C library is the last resort.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat, describe, missing
 from outlast.trainers.loop.rank_activity import RankActivity, StepPhase
 
-#: Over its time is a step that takes so many times the median.
-STEPS = 20
-#: Whatever does not take equally long each time (start, data, evaluation, saves) may take so many times `hang_after`.
-PATIENCE = 15
+#: A step may take this many times the median.
+STEP_FACTOR = 20
+#: Phases of varying length (start, data, evaluation, saves) may take this many times `hang_after`.
+SLOW_PHASE_FACTOR = 15
 PERIOD_S = 1.0
-#: How long the ranks of a group that hangs may take to write their stacks.
+#: How long the ranks of a hanging group may take to write their stacks.
 LAST_REPORT_S = 15.0
 EXIT_CODE = 70
 _CONFIRM = 10
@@ -44,50 +44,50 @@ class StepTimedOut(OutlastError):
 
 
 class WatchdogTransport(Protocol):
-    """The way to the hub. Each returns None when nobody answers."""
+    """A connection to the coordinator. Each method returns None when it does not answer."""
 
     def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[SlowRank]] | None:
-        """Tells where a rank is; learns whether the group hangs, and which ranks are slow."""
+        """Send a heartbeat. Returns the hang of the group, if any, and the slow ranks."""
 
     def last_report(self, group: str, rank: int) -> bool | None:
-        """Tells that a rank's stacks are written; learns whether everybody's are."""
+        """Report that a rank's stacks are written. Returns whether all ranks' are."""
 
     def beats(self, group: str) -> dict[int, tuple[Heartbeat, float]] | None:
-        """Every rank's last beat and its age."""
+        """Return every rank's last heartbeat and its age in seconds."""
 
 
 class Watchdog:
-    """One rank's. Use as a context manager around the attempt.
+    """One rank's watchdog. Use as a context manager around the attempt.
 
     Args:
-        post: The way to the hub.
-        group: Names the group; the same on all its ranks, and on no rank of another.
+        transport: The connection to the coordinator.
+        group: Name of the group, unique to it and equal on all its ranks.
         rank: This rank.
         size: World size.
-        pulse: What the loop says of itself.
-        hang_after_s: The least time without progress that counts as a hang; None only looks for slow ranks.
-        storage: Where the journal lies.
-        directory: Directory of the journal, asked when it is needed.
-        tell: Hears of slow ranks (rank 0).
-        period_s: Between beats.
+        step_progress: The loop's progress.
+        hang_after_s: The least time without progress that counts as a hang; None only detects slow ranks.
+        storage: The journal's storage.
+        directory: Returns the journal's directory; called when it is needed.
+        listener: Called with the event of slow ranks (rank 0).
+        period_s: Time between heartbeats.
     """
 
     def __init__(
         self,
-        post: WatchdogTransport,
+        transport: WatchdogTransport,
         group: str,
         rank: int,
         size: int,
-        pulse: RankActivity,
+        step_progress: RankActivity,
         hang_after_s: float | None,
         storage: Storage,
         directory: Callable[[], str],
-        tell: Callable[[dict[str, Any]], None],
+        listener: Callable[[dict[str, Any]], None],
         period_s: float = PERIOD_S,
     ) -> None:
-        self._post, self._group, self._rank, self._size = post, group, rank, size
-        self._pulse, self._hang_after_s = pulse, hang_after_s
-        self._storage, self._directory, self._tell = storage, directory, tell
+        self._transport, self._group, self._rank, self._size = transport, group, rank, size
+        self._progress, self._hang_after_s = step_progress, hang_after_s
+        self._storage, self._directory, self._listener = storage, directory, listener
         self._period_s = period_s
         self._journal: Journal | None = None
         self._slow: set[int] = set()
@@ -103,24 +103,26 @@ class Watchdog:
         self._closing.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._post.beat(self._group, replace(self._beat(), limit_s=inf))  # nobody waits for a rank that has ended
+        self._transport.beat(
+            self._group, replace(self._beat(), limit_s=inf)
+        )  # the others must not wait for a rank that has ended
 
     def explain(self, error: BaseException) -> StepTimedOut | None:
-        """For a collective that timed out: the same with the ranks that did not come. None for other errors."""
-        said = str(error)
-        if "imed out" not in said and "imeout" not in said:
+        """Return the error of a timed-out collective with the ranks that are missing; None for other errors."""
+        message = str(error)
+        if "imed out" not in message and "imeout" not in message:
             return None
-        beats = self._post.beats(self._group)
+        beats = self._transport.beats(self._group)
         if not beats:
             return None
         others = {rank: beat for rank, beat in beats.items() if rank != self._rank} or beats
         ranks = missing(others)
         whereabouts = "; ".join(describe(*others[rank]) for rank in ranks[:3])
-        phase, step, _ = self._pulse.now
-        late = ", ".join(map(str, ranks))
+        phase, step, _ = self._progress.now
+        late = f"rank {', '.join(map(str, ranks))} did not arrive"
         return StepTimedOut(
-            f"rank {self._rank} waited in step {step + 1}, {phase.value}, and rank {late} did not come: {whereabouts}",
-            hint="the journal has its stack if it hangs; set failure.hang_after below the time-out of the connection",
+            f"rank {self._rank} waited in step {step + 1}, {phase.value}, and {late}: {whereabouts}",
+            hint="set failure.hang_after below the connection's time-out: the journal then has the stacks of a hang",
         )
 
     def _watch(self) -> None:
@@ -129,53 +131,60 @@ class Watchdog:
             if self._hang_after_s is not None:
                 rest_s = max(0.0, beat.limit_s - beat.seconds) + 2 * LAST_REPORT_S
                 faulthandler.dump_traceback_later(rest_s, exit=True, file=2)
-            answer = self._post.beat(self._group, beat)
+            answer = self._transport.beat(self._group, beat)
             if answer is None:
                 continue
             hang, slow = answer
             if hang is not None and self._hang_after_s is not None:
                 self._give_up(hang)
             if self._rank == 0:
-                self._note(slow)
+                self._record_slow(slow)
 
     def _beat(self) -> Heartbeat:
-        phase, step, seconds = self._pulse.now
+        phase, step, seconds = self._progress.now
         return Heartbeat(
-            self._rank, self._size, socket.gethostname(), phase, step, seconds, self.limit_s(phase), self._pulse.work_s
+            self._rank,
+            self._size,
+            socket.gethostname(),
+            phase,
+            step,
+            seconds,
+            self.limit_s(phase),
+            self._progress.work_s,
         )
 
     def limit_s(self, phase: StepPhase) -> float:
-        """How long this rank may be at something."""
+        """Return how long this rank may stay in a phase."""
         if self._hang_after_s is None:
             return inf
-        usual = self._pulse.step_s
+        usual = self._progress.step_s
         if usual is None or not phase.is_quick:
-            return max(self._hang_after_s * PATIENCE, STEPS * (usual or 0.0))
-        return max(self._hang_after_s, STEPS * usual)
+            return max(self._hang_after_s * SLOW_PHASE_FACTOR, STEP_FACTOR * (usual or 0.0))
+        return max(self._hang_after_s, STEP_FACTOR * usual)
 
     def _give_up(self, hang: Hang) -> None:
-        """Writes the stacks, waits for the others to do so, and ends the process."""
-        faulthandler.dump_traceback_later(2 * LAST_REPORT_S, exit=True, file=2)  # the storage may be what hangs
-        phase, step, _ = self._pulse.now
-        with suppress(StorageError):  # the stacks then stand in the worker's log alone
+        """Write the stacks, wait for the others to do so, and end the process."""
+        faulthandler.dump_traceback_later(2 * LAST_REPORT_S, exit=True, file=2)  # the storage itself may hang
+        phase, step, _ = self._progress.now
+        with suppress(StorageError):  # the stacks are then in the worker's log alone
             missed, threads = tuple(hang.ranks), stacks()
             self._write(HangEvent(rank=self._rank, missing=missed, step=step, phase=phase.value, threads=threads))
         faulthandler.dump_traceback(2)
         deadline = time.monotonic() + LAST_REPORT_S
-        while not self._post.last_report(self._group, self._rank) and time.monotonic() < deadline:
+        while not self._transport.last_report(self._group, self._rank) and time.monotonic() < deadline:
             time.sleep(0.1)
         os._exit(EXIT_CODE)
 
-    def _note(self, slow: list[SlowRank]) -> None:
-        """A change of the slow ranks counts when it has been seen several times in a row."""
+    def _record_slow(self, slow: list[SlowRank]) -> None:
+        """Record a change of the slow ranks once it is confirmed by several heartbeats in a row."""
         ranks = {item.rank for item in slow}
         self._num_seen = 0 if ranks == self._slow else self._num_seen + 1
         if self._num_seen < _CONFIRM:
             return
         self._slow, self._num_seen = ranks, 0
         event = SlowEvent(ranks=tuple(slow))
-        self._tell(event.to_json())
-        with suppress(StorageError):  # `status` then knows less
+        self._listener(event.to_json())
+        with suppress(StorageError):  # `status` then lacks it
             self._write(event)
 
     def _write(self, event: Event) -> None:
@@ -186,7 +195,7 @@ class Watchdog:
 
 
 def stacks() -> dict[str, tuple[str, ...]]:
-    """The stack of every Python thread but the one that asks, outermost call first."""
+    """Return the stack of every Python thread but the calling one, outermost call first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return {
         f"{names.get(ident, 'thread')} ({ident})": tuple(line.rstrip() for line in traceback.format_stack(frame))

@@ -22,7 +22,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.format.layout import AttemptId
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.events import GroupFailureEvent

@@ -1,6 +1,6 @@
 """A run's objects in a cluster, through Kubernetes' official client: apply, status, suspend, resume, delete.
 
-A thin layer without state: `render.py` builds the objects, `rayjob_sequence.py` decides the phase of a RayJob and its
+A thin layer without state: `render.py` builds the objects, `rayjob_successor.py` decides the phase of a RayJob and its
 successor, KubeRay does the rest. Objects of a run are found by its label; nothing else may be touched.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 from outlast.cluster.kubernetes.accessors import mapping, mappings
-from outlast.cluster.kubernetes.rayjob_sequence import (
+from outlast.cluster.kubernetes.rayjob_successor import (
     MANAGER,
     RAY,
     RESUMES,

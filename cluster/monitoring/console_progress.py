@@ -14,8 +14,8 @@ from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.run_panel import panel, plain_line
-from outlast.cluster.monitoring.run_summary import RunSummary, summarize
+from outlast.cluster.monitoring.live_panel import panel, plain_line
+from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
@@ -82,12 +82,12 @@ class ProgressReporter:
     def _print(self, text: str) -> None:
         (self._display or self._console).print(text, markup=False, soft_wrap=True)
 
-    def _summarize(self) -> RunSummary:
+    def _summarize(self) -> RunSnapshot:
         with self._lock:
             now = time.time()
             if self._launch:
                 self._timeline.launch(self._launch).alive |= {"t": now}
-            return summarize(self._timeline, now, self._activity)
+            return take_snapshot(self._timeline, now, self._activity)
 
     def __call__(self, body: dict[str, Any]) -> None:
         event = events.parse_event(body)

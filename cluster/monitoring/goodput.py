@@ -47,17 +47,13 @@ class TimeCategory(Enum):
     REDO = "redo", "steps repeated because the checkpoint was older"
     WAIT = "wait", "no active launch, or the cluster had no room"
 
+    label: str
     description: str
 
     def __new__(cls, name: str, description: str) -> TimeCategory:
         member = object.__new__(cls)
-        member._value_, member.description = name, description
+        member._value_, member.label, member.description = name, name.replace("_", " "), description
         return member
-
-    @property
-    def label(self) -> str:
-        name: str = self.value
-        return name.replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
 from outlast.cluster.formatting import finite
-from outlast.cluster.monitoring.run_summary import RunSummary, summarize
+from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
@@ -26,10 +26,10 @@ def read_status(store: RunStore) -> dict[str, Any]:
         StorageError: The storage could not be read.
     """
     timeline = TimelineReader(store).update()
-    return as_values(store, timeline, summarize(timeline, time.time()))
+    return as_values(store, timeline, take_snapshot(timeline, time.time()))
 
 
-def as_values(store: RunStore, timeline: Timeline, summary: RunSummary) -> dict[str, Any]:
+def as_values(store: RunStore, timeline: Timeline, summary: RunSnapshot) -> dict[str, Any]:
     """Return what `status --json` prints."""
     launch = timeline.newest_launch(summary.now)
     catalog = None if timeline.is_unclaimed else load_catalog(store)

@@ -16,8 +16,8 @@ from outlast.checkpointing.run_store.journal import FLUSH_S
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import load_catalog
 from outlast.cluster.monitoring.console_progress import PLAIN_PERIOD_S, is_live
-from outlast.cluster.monitoring.run_panel import panel, plain_line
-from outlast.cluster.monitoring.run_summary import RunSummary, summarize
+from outlast.cluster.monitoring.live_panel import panel, plain_line
+from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import State
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
@@ -27,7 +27,7 @@ LOST_TIMEOUT_S = 600.0  # a supervisor stops a job that is silent for 180 s, and
 
 
 @contextmanager
-def live_panel(store: RunStore, console: Console, *, keep: bool = False) -> Iterator[Callable[[], RunSummary]]:
+def live_panel(store: RunStore, console: Console, *, keep: bool = False) -> Iterator[Callable[[], RunSnapshot]]:
     """Show a run's panel below a terminal's other output; yield a function that returns the current summary.
 
     The storage is read at most once in `WATCH_PERIOD_S`; if it does not answer, the last summary stays. Without a
@@ -36,7 +36,7 @@ def live_panel(store: RunStore, console: Console, *, keep: bool = False) -> Iter
     reader, lock = TimelineReader(store), threading.Lock()
     read_at, trouble = 0.0, ""
 
-    def poll() -> RunSummary:
+    def poll() -> RunSnapshot:
         nonlocal read_at, trouble
         with lock:
             if time.monotonic() - read_at >= WATCH_PERIOD_S:
@@ -46,7 +46,7 @@ def live_panel(store: RunStore, console: Console, *, keep: bool = False) -> Iter
                 except (StorageError, OSError):
                     trouble = "the storage does not answer"
                 read_at = time.monotonic()
-            return summarize(reader.timeline, time.time(), trouble)
+            return take_snapshot(reader.timeline, time.time(), trouble)
 
     def lines(width: int) -> list[Text]:
         summary = poll()
@@ -59,7 +59,7 @@ def live_panel(store: RunStore, console: Console, *, keep: bool = False) -> Iter
         yield poll
 
 
-def watch(store: RunStore, console: Console) -> RunSummary:
+def watch(store: RunStore, console: Console) -> RunSnapshot:
     """Show a run until it has ended; return its final summary.
 
     A lost run counts as ended once a supervisor would have restarted it. A custom loop records no end and is shown

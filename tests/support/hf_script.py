@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from outlast.trainers.hf_trainer_callback import SealCheckpoints, newest_sealed
+from outlast.trainers.hf_trainer_seal_callback import SealCheckpoints, newest_sealed
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hf_trainer.py"
 real_save = torch.save

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.format.safetensors import TensorSpec, tensor_bytes
-from outlast.checkpointing.state.model_weights import check_weights, named_weights
+from outlast.checkpointing.state.named_weights import check_weights, named_weights
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
-from outlast.checkpointing.state.model_weights import named_weights
+from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings

@@ -14,13 +14,13 @@ import transformers
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.messages import nearest
+from outlast.checkpointing.message_helpers import nearest
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer
 from outlast.trainers.loop.compile_and_recompute import check_recomputes
-from outlast.trainers.loop.optimizer import resolve
+from outlast.trainers.loop.optimizer import resolve_optimizer
 from outlast.trainers.models.build import build_model, check_head, check_names
 from outlast.trainers.models.lora import adapter_files, attach_lora
 from outlast.trainers.preparation.prepare import Prepared
@@ -39,7 +39,7 @@ def check_code(config: TrainingConfig) -> None:
     """
     find_task(config.model.task)
     check_names(config.model)
-    resolve(config.train)
+    resolve_optimizer(config.train)
 
 
 def check_architecture(config: TrainingConfig) -> None:

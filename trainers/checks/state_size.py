@@ -12,7 +12,7 @@ from torch import nn
 from outlast.checkpointing.format.layout import optimizer_shard
 from outlast.checkpointing.format.safetensors import TensorSpec, encode
 from outlast.checkpointing.save.writer import weight_files
-from outlast.checkpointing.state.model_weights import WeightNaming, named_weights
+from outlast.checkpointing.state.named_weights import WeightNaming, named_weights
 from outlast.checkpointing.state.optimizer_state import assign_to_ranks, optimizer_tensors
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.checks.model_checks import check_model

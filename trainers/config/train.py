@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.messages import did_you_mean
+from outlast.checkpointing.message_helpers import did_you_mean
 from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
 from outlast.trainers.config.base import Interval, Settings
 

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.messages import nearest
+from outlast.checkpointing.message_helpers import nearest
 
 Path = tuple[int | str, ...]
 

@@ -23,7 +23,7 @@ import xxhash
 
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage

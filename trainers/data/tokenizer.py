@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import constants
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 
 _CONNECT_TIMEOUT_S = 5.0
 END_TOKEN = "<|endoftext|>"

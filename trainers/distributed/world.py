@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from outlast.checkpointing.state.model_weights import carried_state
+from outlast.checkpointing.state.named_weights import carried_state
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.trainers.config.train import Exactness, Precision
 from outlast.trainers.data.batch_plan import share

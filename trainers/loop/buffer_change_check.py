@@ -1,8 +1,8 @@
-"""Buffers that no forward pass may change, because a mode of training could not bring back what changed them.
+"""Guard for buffers that no forward pass may change, because the mode of training could not restore the change.
 
-What is saved is parameters and persistent buffers, those of rank 0. So where ranks keep no common buffers a running
-mean would depend on which rank saw what; and what a model keeps in buffers that are not saved, such as the frequencies
-of a RoPE that grow with the longest sequence so far, would be lost by a restart.
+A checkpoint holds parameters and rank 0's persistent buffers. So where ranks do not share buffers, a running mean would
+depend on which rank saw which samples; and buffers that are not saved, such as the frequencies of a RoPE that grow with
+the longest sequence so far, would be lost by a restart.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch.distributed.fsdp import FSDPModule
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.checkpointing.state.model_weights import carried_state
+from outlast.checkpointing.state.named_weights import carried_state
 from outlast.trainers.config.train import Exactness
 
 
 class BufferGuard:
-    """Watches buffers of a model.
+    """Checks that buffers of a model keep their values.
 
     Args:
         model: The model, unwrapped.
-        why: What holds only while they keep their values.
-        hint: What to do about one that does not.
+        why: The setting that holds only while they do.
+        hint: Advice for a buffer that changes.
         free: Names of buffers that may change.
-        only: Names of those that are watched; by default all others, also new ones.
+        only: Names of the guarded ones; by default all others, also new ones.
     """
 
     def __init__(
         self, model: nn.Module, why: str, hint: str, free: Collection[str] = (), only: Collection[str] | None = None
     ) -> None:
         self._model, self._why, self._hint, self._free, self._only = model, why, hint, free, only
-        self._seen = {name: (buffer, buffer._version, _digest(buffer)) for name, buffer in self._watched()}
+        self._seen = {name: (buffer, buffer._version, _digest(buffer)) for name, buffer in self._guarded()}
 
     def check(self) -> None:
-        """Raises ConfigError when a buffer has another value. Written to with the same one, as DDP does, it may be."""
-        for name, buffer in self._watched():
+        """Raise ConfigError if a buffer has another value. Writing the same value, as DDP does, is allowed."""
+        for name, buffer in self._guarded():
             before, version, digest = self._seen.get(name, (None, 0, ""))
             if buffer is before and buffer._version == version:
                 continue
@@ -50,9 +50,12 @@ class BufferGuard:
                 )
             self._seen[name] = (buffer, buffer._version, digest)
 
-    def _watched(self) -> list[tuple[str, torch.Tensor]]:
-        found = [(name, buffer) for name, buffer in self._model.named_buffers() if name not in self._free]
-        return [item for item in found if self._only is None or item[0] in self._only]
+    def _guarded(self) -> list[tuple[str, torch.Tensor]]:
+        return [
+            (name, buffer)
+            for name, buffer in self._model.named_buffers()
+            if name not in self._free and (self._only is None or name in self._only)
+        ]
 
 
 def _digest(buffer: torch.Tensor) -> str:
@@ -60,25 +63,23 @@ def _digest(buffer: torch.Tensor) -> str:
 
 
 def watch_buffers(model: nn.Module, exactness: Exactness, *, recomputes: bool) -> list[BufferGuard]:
-    """What the settings ask to be watched. To be called after resuming, which writes to buffers.
+    """Return the guards that the settings require. Call it after resuming, which writes to buffers.
 
     Args:
         model: The model, unwrapped.
-        exactness: What is promised.
-        recomputes: Whether forward passes are done twice, so that what they add to a buffer is added twice.
+        exactness: The promised exactness.
+        recomputes: Whether forward passes run twice, so that they would update a buffer twice.
     """
     is_sharded = isinstance(model, FSDPModule)
     if is_sharded or exactness is Exactness.ELASTIC:
         why = "scale.parallel: fsdp" if is_sharded else "exactness: elastic"
         hint = "use exactness: same-world and scale.parallel: ddp, which keep rank 0's buffers if they are persistent"
         return [BufferGuard(model, why, hint)]
-    saved, found = carried_state(model), []
+    saved, guards = carried_state(model), []
     if exactness is Exactness.SAME_WORLD:
-        hint = (
-            "no checkpoint holds it: register it as persistent, or keep data.max_length to what the model is made for"
-        )
-        found.append(BufferGuard(model, "exactness: same-world", hint, free=saved))
+        hint = "it is not saved: register it as persistent, or keep data.max_length within what the model supports"
+        guards.append(BufferGuard(model, "exactness: same-world", hint, free=saved))
     if recomputes:
         hint = "set train.gradient_checkpointing: false"
-        found.append(BufferGuard(model, "train.gradient_checkpointing", hint, only=saved))
-    return found
+        guards.append(BufferGuard(model, "train.gradient_checkpointing", hint, only=saved))
+    return guards

@@ -1,4 +1,8 @@
-"""torch.compile and recomputed activations."""
+"""torch.compile and activation recomputation.
+
+Neither may make a step depend on earlier steps. So a kernel is compiled for one shape: one for any shape would depend
+on which shape came first.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,26 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.torch_internals import limit_recompiles
 from outlast.trainers.config.train import TrainSettings
 
-#: Shapes that one function may be compiled for, in training and in evaluation.
+#: Shapes that a function may be compiled for, in training and evaluation together.
 _NUM_SHAPES = 4096
 
 
 def prepare_module(model: nn.Module, train: TrainSettings, ranks: RankGroup, device: torch.device) -> None:
-    """Makes the model compute as the settings say, in place, so that its names stay. Before it is parallelized.
+    """Set up recomputation and compilation in place, so that parameter names stay. Call it before parallelizing.
 
     Raises:
         ConfigError: The model cannot recompute its activations.
-        PreflightError: Nothing can be compiled on some rank's machine.
+        PreflightError: torch.compile does not work on some rank's machine.
     """
     check_recomputes(model, train)
     if train.gradient_checkpointing:
         inner: Any = model
-        enable = getattr(inner, "activation_checkpointing_enable", None)  # its name in newer transformers
+        enable = getattr(inner, "activation_checkpointing_enable", None)  # the name in newer transformers
         (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
     if train.compile:
         limit_recompiles(_NUM_SHAPES)
@@ -37,7 +41,7 @@ def prepare_module(model: nn.Module, train: TrainSettings, ranks: RankGroup, dev
 
 
 def check_recomputes(model: nn.Module, train: TrainSettings) -> None:
-    """Raises ConfigError if the model is to recompute its activations and cannot."""
+    """Raise ConfigError if the settings require recomputation and the model does not support it."""
     if train.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
             f"{type(model).__name__} cannot recompute its activations", hint="set train.gradient_checkpointing: false"
@@ -45,7 +49,7 @@ def check_recomputes(model: nn.Module, train: TrainSettings) -> None:
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Compiles a line that no cache holds."""
+    """Compile a function that no cache holds."""
     salt = time.time()
     try:
         torch.compile(lambda values: values * salt, dynamic=False)(torch.ones(8, device=device))

@@ -1,4 +1,7 @@
-"""Early stopping: a pure function of the evaluations so far, which are in every checkpoint. No other state is kept."""
+"""Early stopping: a pure function of the evaluations so far, which are in every checkpoint.
+
+It must never keep state of its own, so that a resumed run stops at the same step.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from outlast.trainers.config.train import EarlyStoppingSettings
 
 @dataclass(frozen=True, slots=True)
 class PatienceState:
-    """Where the metric stands.
+    """State of the metric.
 
     Attributes:
-        best: Its best value, None before the first that is a number.
-        best_step: The step it was measured at.
+        best: Its best value; None before the first that is not NaN.
+        best_step: The step of the best value.
         num_waited: Evaluations since then that were not better.
     """
 
@@ -24,16 +27,16 @@ class PatienceState:
     num_waited: int = 0
 
 
-def evaluate_patience(settings: EarlyStoppingSettings, log_history: Sequence[Mapping[str, Any]]) -> PatienceState:
-    """Judges the evaluations, oldest first. A value that is no number is never better."""
+def patience_state(settings: EarlyStoppingSettings, log_history: Sequence[Mapping[str, Any]]) -> PatienceState:
+    """Evaluate `log_history`, oldest first. NaN is never better."""
     sign = 1.0 if settings.mode == "min" else -1.0
-    now = PatienceState()
+    state = PatienceState()
     for entry in log_history:
         value = entry[settings.metric]
-        better = value == value if now.best is None else sign * (now.best - value) > settings.min_delta
-        now = (
+        better = value == value if state.best is None else sign * (state.best - value) > settings.min_delta
+        state = (
             PatienceState(value, entry["step"])
             if better
-            else PatienceState(now.best, now.best_step, now.num_waited + 1)
+            else PatienceState(state.best, state.best_step, state.num_waited + 1)
         )
-    return now
+    return state

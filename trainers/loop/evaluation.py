@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from outlast.checkpointing.state.model_weights import unwrap
+from outlast.checkpointing.state.named_weights import unwrap
 from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import share
@@ -20,9 +20,9 @@ from outlast.trainers.tasks.base import Sums, Task
 def evaluate(
     model: nn.Module, task: Task, data: Samples, world: World, micro_batch: int, precision: Precision
 ) -> dict[str, float]:
-    """The mean over all of `data` of the loss (`eval_loss`), and the task's scores (such as `eval_accuracy`).
+    """Return the mean loss over `data` (`eval_loss`) and the task's scores (such as `eval_accuracy`).
 
-    Each rank takes a contiguous share of the micro-batches, and the result does not depend on who computed which.
+    Each rank takes a contiguous share of the micro-batches; the result does not depend on which rank computed which.
     Runs on the unwrapped module, because DDP's forward is collective; a sharded one's is too, so ranks with less to do
     run idle passes.
     """
@@ -34,7 +34,7 @@ def evaluate(
     def measure(micro: int) -> Sums:
         numbers = range(micro * micro_batch, min((micro + 1) * micro_batch, len(data)))
         batch = task.collate(data.take(numbers), [derive_seed(number) for number in numbers])
-        seed_everything(micro)  # for models that draw numbers here too
+        seed_everything(micro)  # for models that draw random numbers in evaluation
         with world.autocast(precision):
             return task.measure(inner, {key: value.to(world.device) for key, value in batch.items()})
 
@@ -47,7 +47,7 @@ def evaluate(
     for _ in range(world.num_idle(num_micro, inner) - (not mine)):
         measure(0)
     if isinstance(inner, FSDPModule):
-        inner.reshard()  # the outermost stays gathered after a forward pass; what is saved are the shards
+        inner.reshard()  # the outermost module stays gathered after a forward pass, but the shards are saved
     inner.train(was_training)
     sums = {name: total.over(world) for name, total in totals.items()}
     scores = {"loss": sums["loss"].item() / sums["count"].item(), **task.scores(sums)}
@@ -55,9 +55,9 @@ def evaluate(
 
 
 class _Total:
-    """A sum over all micro-batches of all ranks, in float64.
+    """Sum over all micro-batches of all ranks, in float64.
 
-    Whole numbers are exact in any order. Others get a place for each micro-batch, zero on every rank but one, and are
+    Integers are exact in any order. Floats get a row for each micro-batch, zero on every rank but one, and are
     then added in micro-batch order.
     """
 

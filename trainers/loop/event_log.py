@@ -1,4 +1,4 @@
-"""Events of the step loop: rank 0 writes them into the attempt's journal and passes them on, live, to its listeners."""
+"""Events of the step loop: rank 0 writes them into the attempt's journal and passes them to live listeners."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.run_store.events import Event, StepEvent
-from outlast.trainers.loop.step_consensus import DeferredMetrics
+from outlast.trainers.loop.step_messages import DeferredMetrics
 
 
 class EventLog:
     """The journal of an attempt, and its live listeners.
 
     Args:
-        checkpointer: Has the journal; its own events go to the same listeners.
+        checkpointer: Owns the journal; its own events go to the same listeners.
         listeners: Called with each event, in this order, on rank 0. They must return at once.
     """
 
@@ -24,19 +24,19 @@ class EventLog:
         checkpointer.listener = self._publish
 
     def write(self, event: Event) -> None:
-        """Records an event; does nothing on ranks other than 0."""
+        """Record an event; does nothing on ranks other than 0."""
         if self._checkpointer.journal is not None:
             self._checkpointer.journal.write(event)
             self._publish(event.to_json())
 
     def write_durably(self, event: Event) -> None:
-        """Records an event that later attempts depend on; durable when this returns. Every rank calls it."""
+        """Record an event that later attempts depend on; durable when this returns. Every rank calls it."""
         self._checkpointer.note(event)
 
     def step(self, done: DeferredMetrics, loss: float) -> None:
-        """Records a step, once its losses are added over the ranks."""
+        """Record a step, once its losses are added over the ranks."""
         if self._checkpointer.journal is None:
-            return  # to read the norm is to wait for the device
+            return  # reading the norm waits for the device
         event = StepEvent(
             step=done.step + 1,
             loss=loss if math.isfinite(loss) else None,

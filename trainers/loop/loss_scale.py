@@ -1,7 +1,6 @@
-"""How a step is computed where that is a choice: fp16's loss scale, recomputed activations, compiled kernels.
+"""Loss scaling for fp16: the only part of a step's computation that depends on earlier steps.
 
-None of it may make a step depend on the steps before, the loss scale excepted, which is in every checkpoint. So kernels
-are compiled for one shape each: a kernel for any shape would depend on which shape came first.
+So its state must be in every checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from outlast.trainers.config.train import Precision, TrainSettings
 
 
 def make_scaler(train: TrainSettings, device: torch.device) -> torch.amp.GradScaler:
-    """The loss scale of fp16; for other precisions one that does nothing."""
+    """Return the loss scaler of fp16; for other precisions a disabled one."""
     return torch.amp.GradScaler(
         device.type,
         init_scale=train.loss_scale,
@@ -25,7 +24,7 @@ def make_scaler(train: TrainSettings, device: torch.device) -> torch.amp.GradSca
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
-    """One update with gradients that were unscaled already. False when they overflowed and the update was left out.
+    """Apply unscaled gradients. Returns False if they overflowed and the update was skipped.
 
     The gradients are sums over the ranks, so all ranks see the same overflow.
     """
@@ -36,12 +35,12 @@ def apply_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
 
 
 def scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any]:
-    """What moves in a scaler, JSON; nothing when it does nothing."""
+    """Return a scaler's state as JSON; empty if it is disabled."""
     state = scaler.state_dict()
     return {key: state[key] for key in ("scale", "_growth_tracker") if key in state}
 
 
 def load_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, Any]) -> None:
-    """Puts `scaler_state` back."""
+    """Restore `scaler_state`."""
     if saved:
         scaler.load_state_dict({**scaler.state_dict(), **saved})

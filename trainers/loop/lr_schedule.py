@@ -1,4 +1,4 @@
-"""Learning-rate schedules."""
+"""Learning-rate schedules: a step's rate as a pure function of settings and step, so that no state is saved."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _TIMESCALE = 10_000
 
 
 def learning_rate(train: TrainSettings, step: int, num_steps: int) -> float:
-    """The learning rate of `step` (from 0): linear warm-up to the peak, then as `schedule` says, down to `min_lr`.
+    """Return the learning rate of `step` (from 0): linear warm-up to the peak, then `schedule` down to `min_lr`.
 
-    From the end of the warm-up on it is that of transformers' schedules; the warm-up itself is a step ahead of theirs,
-    which spends the first step at a rate of zero.
+    After the warm-up it equals transformers' schedules; the warm-up is a step ahead of theirs, whose first step has a
+    rate of zero.
     """
     warmup = _num_steps(train.warmup, num_steps)
     if step < warmup:
@@ -39,5 +39,5 @@ def learning_rate(train: TrainSettings, step: int, num_steps: int) -> float:
 
 
 def _num_steps(given: float, num_steps: int) -> int:
-    """Steps, of a number of steps or, below 1, of a share of all."""
+    """Return `given` as steps; below 1 it is a fraction of `num_steps`."""
     return math.ceil(given * num_steps) if given < 1 else int(given)

@@ -1,6 +1,6 @@
-"""Where a rank is, and how long it has been there: what the step loop says of itself while it goes on.
+"""Progress of a rank's step loop: its phase, the time in it, and the time of its steps.
 
-The loop writes, a watchdog in another thread reads. Nothing here decides what is trained.
+The loop writes, a watchdog in another thread reads. Nothing here may decide what is trained.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _NUM_WORK = 32
 
 
 class StepPhase(Enum):
-    """What a rank is at, in the order in which a step comes by."""
+    """Phases of the step loop, in the order of a step."""
 
-    START = "start"  #: it claims, builds, restores
+    START = "start"  #: claim, build, restore
     EVALUATE = "evaluation"
     SAVE = "save"
     DATA = "data"
-    AGREE = "agreement"  #: it waits for the others to begin the step
+    AGREE = "agreement"  #: waits for the other ranks to begin the step
     COMPUTE = "forward and backward"
-    EXCHANGE = "exchange of gradients"  #: and the last backward pass, which goes on meanwhile
+    EXCHANGE = "exchange of gradients"  #: overlaps the last backward pass
     UPDATE = "update"
     FINISH = "publishing"
 
@@ -37,26 +37,26 @@ class StepPhase(Enum):
 
     @property
     def is_quick(self) -> bool:
-        """True for the parts of a step that take about as long every time."""
+        """Whether the phase takes about equally long in every step."""
         return self in (StepPhase.AGREE, StepPhase.COMPUTE, StepPhase.EXCHANGE, StepPhase.UPDATE)
 
 
 class RankActivity:
-    """One rank's. `at` and `worked` belong to the loop's thread; the rest may be asked from another.
+    """One rank's progress. The loop's thread calls `at` and `worked`; another one may read the rest.
 
     Attributes:
-        tells_work: False where what is `worked` says nothing of this rank alone.
+        measures_work: False if the times passed to `worked` depend on other ranks.
     """
 
     def __init__(self) -> None:
-        self.tells_work = True
+        self.measures_work = True
         self._now = (StepPhase.START, 0, time.monotonic())
         self._began: float | None = None
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
         self._work: deque[float] = deque(maxlen=_NUM_WORK)
 
     def at(self, phase: StepPhase, step: int) -> None:
-        """The rank enters a phase; `step` steps are done."""
+        """Enter a phase; `step` steps are done."""
         now = time.monotonic()
         if self._now[0] is StepPhase.UPDATE and self._began is not None:
             self._steps.append(now - self._began)
@@ -65,34 +65,34 @@ class RankActivity:
         self._now = (phase, step, now)
 
     def worked(self, seconds: float) -> None:
-        """What a micro-batch took this rank, without waiting for others: seconds, the mean of a step."""
+        """Add the seconds of a micro-batch without waiting for other ranks, the mean of a step."""
         self._work.append(seconds)
 
     @property
     def now(self) -> tuple[StepPhase, int, float]:
-        """The phase, the steps done, and how many seconds it has lasted."""
+        """The phase, the steps done, and the seconds in the phase so far."""
         phase, step, since = self._now
         return phase, step, time.monotonic() - since
 
     @property
     def step_s(self) -> float | None:
-        """The median step; None before there are three."""
+        """The median seconds of a step; None before three steps."""
         steps = list(self._steps)
         return median(steps) if len(steps) >= 3 else None
 
     @property
     def work_s(self) -> float | None:
-        """The median of what was `worked` lately; None until there is enough of it."""
+        """The median of the latest times passed to `worked`; None until there are enough."""
         work = list(self._work)
-        return median(work) if self.tells_work and len(work) == _NUM_WORK else None
+        return median(work) if self.measures_work and len(work) == _NUM_WORK else None
 
 
 class Stopwatch:
     """Adds up the seconds of a rank's forward passes, on the device's own clock where it has one.
 
     Args:
-        device: Where they run.
-        listener: Hears what a micro-batch took.
+        device: The rank's device.
+        listener: Called with the seconds of a micro-batch.
     """
 
     def __init__(self, device: torch.device, listener: Callable[[float], None]) -> None:
@@ -104,7 +104,7 @@ class Stopwatch:
     @contextmanager
     def running(self) -> Iterator[None]:
         if self._is_cuda:
-            span = (self._mark(), self._mark())
+            span = (_cuda_event(), _cuda_event())
             span[0].record()
             yield
             span[1].record()
@@ -114,17 +114,12 @@ class Stopwatch:
         yield
         self._seconds += time.perf_counter() - began
 
-    @staticmethod
-    def _mark() -> torch.cuda.Event:
-        mark: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        return mark
-
-    def tell(self, data_s: float, num_micro: int) -> None:
-        """Tells of the step before. To be called when the device has caught up with it; else it waits for that.
+    def report(self, data_s: float, num_micro: int) -> None:
+        """Report the step before. Call it once the device has finished that step; otherwise this waits for it.
 
         Args:
-            data_s: What reading a step's data took.
-            num_micro: The micro-batches that this rank does in a step.
+            data_s: Seconds for reading a step's data.
+            num_micro: Micro-batches of this rank in a step.
         """
         seconds, self._seconds = self._seconds, 0.0
         for begin, end in self._spans:
@@ -133,3 +128,8 @@ class Stopwatch:
         self._spans.clear()
         if num_micro and seconds:
             self._listener((data_s + seconds) / num_micro)
+
+
+def _cuda_event() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return event

@@ -1,4 +1,7 @@
-"""Rank 0's clock: when a save is due by time, and what `every: auto` makes of costs and failures."""
+"""Rank 0's clock for saves: when one is due by time, and the interval of `every: auto` from costs and failures.
+
+An estimate must never end a run: storage errors here are suppressed.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ from outlast.checkpointing.run_store.journal import last_event_at
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_interval import IntervalUnit, SaveCosts, SaveInterval
 
-#: What is assumed of machines of which nothing is known: one failure in four hours. It counts as one observation.
+#: Prior for the time between failures, one in four hours. It counts as one observation.
 ASSUMED_BETWEEN_FAILURES_S = 4 * 3600.0
-#: A longer gap between two attempts is somebody's pause, not the cost of a restart.
+#: A longer gap between two attempts is a user's pause, not the cost of a restart.
 LONGEST_RESTART_S = 600.0
 
 
 class SaveTimer:
-    """When to save by time.
+    """Decides when to save by time.
 
     Args:
         every: The interval.
-        checkpointer: Knows what saves cost.
+        checkpointer: Measures the costs of saves.
     """
 
     def __init__(self, every: SaveInterval, checkpointer: Checkpointer) -> None:
@@ -34,34 +37,34 @@ class SaveTimer:
         self._restart_s: float | None = None
         self._costs: SaveCosts | None = None
         self._ignores_next = False
-        self._known: tuple[float, float] | None = None
+        self._last_save: tuple[float, float] | None = None
         self._history: tuple[float, int] | None = None
 
     def saved(self, *, urgent: bool) -> None:
-        """Takes note that a save has begun; an urgent one, which training waits for, says nothing of the others."""
+        """Record that a save has begun. The costs of an urgent one, which training waits for, are ignored."""
         self._saved_at = time.monotonic()
         self._ignores_next = urgent
 
-    def first_step_is_done(self) -> None:
-        """Takes note of how long it took to get going."""
+    def first_step_done(self) -> None:
+        """Record how long the start took."""
         if self._every.unit is IntervalUnit.AUTO:
-            with suppress(StorageError):  # an estimate is no reason to end
+            with suppress(StorageError):  # an estimate must not end a run
                 self._restart_s = self._measure_restart()
 
     def is_due(self) -> bool:
-        """Whether the interval has passed. Never while a save is in flight: it would be skipped."""
-        if self._every.unit is IntervalUnit.AUTO and self._checkpointer.last_save != self._known:
-            self._known = self._checkpointer.last_save
+        """Return whether the interval has passed. Never while a save is in flight: another would be skipped."""
+        if self._every.unit is IntervalUnit.AUTO and self._checkpointer.last_save != self._last_save:
+            self._last_save = self._checkpointer.last_save
             if not self._ignores_next:
                 with suppress(StorageError):
-                    self._reckon()
+                    self._update_costs()
         waited_s = time.monotonic() - self._saved_at
         return self._every.due_at_time(waited_s, self._costs) and not self._checkpointer.is_busy
 
-    def _reckon(self) -> None:
-        """New costs give a new interval, which is told with its inputs when it moved by a tenth."""
-        assert self._known is not None
-        blocked_s, commit_s = self._known
+    def _update_costs(self) -> None:
+        """Update the interval, and write it with its inputs to the journal if it changed by a tenth."""
+        assert self._last_save is not None
+        blocked_s, commit_s = self._last_save
         costs = SaveCosts(blocked_s, commit_s, self._restart_s or 0.0, self._between_failures())
         before = self._costs.interval_s if self._costs else 0.0
         self._costs = costs
@@ -76,18 +79,15 @@ class SaveTimer:
             self._checkpointer.journal.write(event)
 
     def _between_failures(self) -> float:
-        """Seconds since the run began, by how often it was interrupted; the assumption counts as one more.
-
-        Pauses count as time, and stops as interruptions: nobody knows better.
-        """
+        """Return the mean seconds between interruptions. Pauses count as time, and stops as interruptions."""
         if self._history is None:  # it does not change while this attempt lasts
             self._history = history_of(self._checkpointer.store, self._checkpointer.attempt)
         return between_failures(*self._history)
 
     def _measure_restart(self) -> float:
-        """Seconds from the last sign of the attempt before to this one's first step; from the claim if it is the first.
+        """Return the seconds from the earlier attempt's newest event, flushed every few seconds, to the first step.
 
-        Of the attempt before only its newest event is known, which is flushed every few seconds.
+        The first attempt counts from its claim.
         """
         store = self._checkpointer.store
         earlier = [item for item in list_attempts(store) if item < self._checkpointer.attempt]
@@ -97,7 +97,7 @@ class SaveTimer:
 
 
 def history_of(store: RunStore, newest: AttemptId | None = None) -> tuple[float, int]:
-    """When a run began, in seconds since the epoch, and how many attempts it has had, up to the newest.
+    """Return a run's start, in seconds since the epoch, and its number of attempts up to `newest`.
 
     Raises:
         StorageError: A read failed.
@@ -108,5 +108,5 @@ def history_of(store: RunStore, newest: AttemptId | None = None) -> tuple[float,
 
 
 def between_failures(since: float, num_attempts: int) -> float:
-    """Mean seconds between interruptions; the assumption counts as one more."""
+    """Return the mean seconds between interruptions, with `ASSUMED_BETWEEN_FAILURES_S` as one more observation."""
     return (max(0.0, time.time() - since) + ASSUMED_BETWEEN_FAILURES_S) / max(1, num_attempts)

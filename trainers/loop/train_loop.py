@@ -1,7 +1,7 @@
 """The training loop: when to evaluate, save and stop, and how an attempt ends.
 
-What a step computes is `train_step`'s; the loop decides what happens between two of them. It knows nothing of Ray: what
-it needs from outside is a `Control`, which says whether to stop or save, and hears of progress.
+`train_step` computes a step; the loop decides what happens between two of them. It must never import Ray: a `Control`
+passes it requests to stop or save, and receives its progress.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.control import Control
-from outlast.trainers.loop.early_stopping import evaluate_patience
+from outlast.trainers.loop.early_stopping import patience_state
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.event_log import EventLog
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.save_timer import SaveTimer
-from outlast.trainers.loop.step_consensus import PlannedSave, StepRequests
+from outlast.trainers.loop.step_messages import PlannedSave, StepRequests
 from outlast.trainers.loop.train_step import TrainStep
 from outlast.trainers.tasks.base import Task
 
 
 class Outcome(Enum):
-    """How an attempt ended that did not fail."""
+    """How an attempt ended without failing."""
 
     DONE = "done"
     STOPPED = "stopped"
@@ -62,7 +62,7 @@ class Loop:
         task: What the model learns.
         train_data: Training samples.
         eval_data: Held-out samples, or None.
-        control: The line to the outside.
+        control: The connection to the environment.
         listeners: Called with each event before `control`, on rank 0.
 
     Attributes:
@@ -93,7 +93,7 @@ class Loop:
         self._save_timer = SaveTimer(config.checkpoint.every, checkpointer)
 
     def run(self) -> Outcome:
-        """Runs to one of the three ends. Raises what the checkpointer and the steps raise."""
+        """Run to one of the three outcomes. Raises what the checkpointer and the steps raise."""
         is_fresh = self._resume()
         self.world.mark("restore")
         if self.checkpointer.superseded:
@@ -107,7 +107,7 @@ class Loop:
         while not self._is_over():
             agreed = self._update()
             if is_first:
-                self._first_step_is_done()
+                self._first_step_done()
                 is_first = False
             if agreed.trouble and not self.checkpointer.wait():
                 return Outcome.SUPERSEDED
@@ -125,7 +125,7 @@ class Loop:
         return self._finish()
 
     def _update(self) -> StepRequests:
-        """One step. One that ends the run because it is not finite leaves a checkpoint of the state before it."""
+        """Make one step. If it ends the run because it is not finite, save the state before it."""
         try:
             agreed = self._train_step.update(self.step, self._requests)
         except NonFiniteError:
@@ -136,37 +136,35 @@ class Loop:
         return agreed
 
     def _requests(self) -> StepRequests:
-        """What this rank wants to happen after the step that has begun."""
+        """Return this rank's requests for the end of the step that has begun."""
         save = self._requested_save() if self.world.rank == 0 else PlannedSave.NO
         return StepRequests(self.control.stop_requested(), save, self.checkpointer.has_failed_or_superseded)
 
     def _requested_save(self) -> PlannedSave:
-        """Rank 0: whether a save is requested from outside, or due by time."""
+        """Return, on rank 0, whether a save is requested or due by time."""
         if reason := self.control.save_requested():
             self._log.write(events.SaveRequestedEvent(step=self.step + 1, reason=reason))
             return PlannedSave.URGENT
         return PlannedSave.DUE if self._save_timer.is_due() else PlannedSave.NO
 
-    def _first_step_is_done(self) -> None:
-        """Now that the optimizer has its state: takes the memory that saves will need."""
+    def _first_step_done(self) -> None:
+        """Reserve the memory that saves will need, now that the optimizer has its state."""
         if self.config.checkpoint.overlap:
             self.checkpointer.reserve(self.model, self._train_step.optimizer)
         if self.world.rank == 0:
-            self._save_timer.first_step_is_done()
+            self._save_timer.first_step_done()
         self._log.write(events.UnderWayEvent(step=self.step, marks=self.world.mark("first_step")))
 
     def _is_over(self) -> bool:
-        """Whether no step is left to do; the same on all ranks and after a resume."""
+        """Return whether no step is left; the same on all ranks and after a resume."""
         stopping = self.config.train.early_stopping
-        too_long = (
-            stopping is not None and evaluate_patience(stopping, self.log_history).num_waited >= stopping.patience
-        )
+        too_long = stopping is not None and patience_state(stopping, self.log_history).num_waited >= stopping.patience
         return too_long or self.step == self.plan.num_steps
 
     def _record_early_stop(self) -> None:
         stopping = self.config.train.early_stopping
         assert stopping is not None
-        best = evaluate_patience(stopping, self.log_history)
+        best = patience_state(stopping, self.log_history)
         reason = f"{best.num_waited} evaluations without a better {stopping.metric}"
         self._log.write(events.EarlyStopEvent(step=self.step, reason=reason, best=best.best, best_step=best.best_step))
 
@@ -182,13 +180,13 @@ class Loop:
         self._train_step.settle()
         self.control.at(StepPhase.EVALUATE, self.step)
         fault_point(FaultPoint.EVALUATING, self.step)
-        found = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
-        self.metrics |= found
-        self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **found})
-        self._log.write(events.EvalEvent(step=self.step, scores=found, seconds=round(time.monotonic() - began, 4)))
+        scores = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
+        self.metrics |= scores
+        self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **scores})
+        self._log.write(events.EvalEvent(step=self.step, scores=scores, seconds=round(time.monotonic() - began, 4)))
 
     def _save_if_due(self, agreed: StepRequests, *, is_evaluated: bool, is_over: bool) -> bool:
-        """False when superseded."""
+        """Save if a save is due. False when superseded."""
         is_due = self.config.checkpoint.every.due_at_step(self.step, self.plan.batch, self.plan.num_samples)
         may_be_best = is_evaluated and self.config.checkpoint.keep_best > 0
         urgent = agreed.stop or is_over or agreed.save is PlannedSave.URGENT
@@ -197,11 +195,11 @@ class Loop:
         return True
 
     def _save(self, *, urgent: bool, skippable: bool) -> bool:
-        """Saves the state after `self.step` steps. False when superseded.
+        """Save the state after `self.step` steps. False when superseded.
 
         Args:
-            urgent: Go on only when it is committed.
-            skippable: It may be left out while another save is in flight.
+            urgent: Wait until it is committed.
+            skippable: Skip it while another save is in flight.
         """
         self.control.at(StepPhase.SAVE, self.step)
         self._train_step.settle()
@@ -220,15 +218,15 @@ class Loop:
             **self._train_step.state(),
         }
         files = {"trainer_state.json": self._trainer_state()}
-        saver = self.checkpointer
-        if not skippable and not saver.wait():
+        checkpointer = self.checkpointer
+        if not skippable and not checkpointer.wait():
             return False
-        save = saver.save if urgent or not self.config.checkpoint.overlap else saver.async_save
+        save = checkpointer.save if urgent or not self.config.checkpoint.overlap else checkpointer.async_save
         self._save_timer.saved(urgent=urgent)
         return save(self.step, self.model, self._train_step.optimizer, state, metrics=metrics, files=files)
 
     def _trainer_state(self) -> bytes:
-        """What the Hugging Face Trainer would leave here, for tools that read it."""
+        """Return the Hugging Face Trainer's `trainer_state.json`, for tools that read it."""
         state = {
             "global_step": self.step,
             "epoch": self.plan.epoch(self.step),
@@ -242,7 +240,7 @@ class Loop:
         return json.dumps(state, indent=1, sort_keys=True).encode() + b"\n"
 
     def _resume(self) -> bool:
-        """Restores the resume point, if there is one. Returns True on a fresh start."""
+        """Restore the resume point, if any. Returns True on a fresh start."""
         state = self.checkpointer.resume(self.model, self._train_step.optimizer)
         if self.checkpointer.superseded:
             return False
@@ -252,7 +250,7 @@ class Loop:
         return state is None
 
     def _finish(self) -> Outcome:
-        """Publishes the model."""
+        """Publish the model."""
         self.control.at(StepPhase.FINISH, self.step)
         for source in self._candidates():
             try:
@@ -262,12 +260,12 @@ class Loop:
                 continue
             return Outcome.SUPERSEDED if published is None else Outcome.DONE
         raise NoCheckpointError(
-            f"run {self.config.name!r} is trained, and no checkpoint is whole enough to publish",
+            f"run {self.config.name!r} is trained, but all its checkpoints are damaged; no model was published",
             hint="`outlast checkpoints verify` names what is damaged",
         )
 
     def _candidates(self) -> list[CheckpointRef]:
-        """What may be published: the best first if the best is wanted, then the newest first."""
+        """Return the checkpoints that may be published: with `load_best` the best first, then the newest first."""
         accepted = self.checkpointer.accepted
         rated = [RetentionCandidate(item.ref, item.metrics) for item in accepted]
         best = self.config.checkpoint.retention.best(rated) if self.config.checkpoint.load_best else []

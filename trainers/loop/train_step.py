@@ -1,11 +1,11 @@
 """One optimizer update: forward and backward passes, the ranks' agreement, the sum of gradients, clipping, the update.
 
-A step is a pure function of (seed, step). Its global batch is cut into micro-batches that the ranks share out; before
+A step is a pure function of (seed, step). Its global batch is cut into micro-batches that the ranks share; before
 each one every generator is seeded from (seed, step, micro-batch). So there is no generator state to save and no batch
 to skip: a run that resumes at step k computes what the uninterrupted run computed from step k on.
 
-When to evaluate, save or stop is not decided here: the step carries those requests in its all-reduce, and returns what
-the ranks agreed on.
+It must never decide when to evaluate, save or stop: it carries those requests in its all-reduce, and returns the ranks'
+agreement.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from outlast.trainers.loop.lr_schedule import learning_rate
 from outlast.trainers.loop.non_finite import NonFiniteError, NonFiniteGuard, RolledBack, gradient_norm, or_nan
 from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer
 from outlast.trainers.loop.rank_activity import StepPhase, Stopwatch
-from outlast.trainers.loop.step_consensus import DeferredMetrics, PlannedSave, StepConsensus, StepRequests
+from outlast.trainers.loop.step_messages import DeferredMetrics, PlannedSave, StepConsensus, StepRequests
 from outlast.trainers.tasks.base import Batch, Task
 
 Positions = npt.NDArray[np.int64]
@@ -54,17 +54,17 @@ class TrainStep:
 
     Args:
         config: The settings.
-        plan: The walk through the data.
+        plan: The order of the data.
         world: This rank.
         model: The unwrapped model, on `world.device`.
         task: What the model learns.
         data: Training samples.
-        control: Learns where the step is.
+        control: Receives the step's phase.
         log: Records the steps.
 
     Attributes:
         optimizer: The optimizer.
-        loss: The newest finite loss that was added over the ranks; None before the first.
+        loss: The newest finite loss over all ranks; None before the first.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class TrainStep:
         self.loss: float | None = None
 
     def state(self) -> dict[str, Any]:
-        """What moves from step to step beside weights and optimizer tensors, JSON."""
+        """Return the state besides weights and optimizer tensors, as JSON."""
         return {
             "scaler": scaler_state(self._scaler),
             "groups": group_numbers(self.optimizer),
@@ -100,34 +100,34 @@ class TrainStep:
         }
 
     def load(self, saved: Mapping[str, Any] | None, checkpointer: Checkpointer) -> None:
-        """Puts `state` back; None for a fresh start. Every rank calls it."""
+        """Restore `state`; None for a fresh start. Every rank calls it."""
         if saved is not None:
             load_scaler(self._scaler, saved["scaler"])
             load_group_numbers(self.optimizer, saved["groups"])
         self._non_finite.restore(checkpointer, (saved or {}).get("left_out", []))
 
     def prepare(self) -> None:
-        """Compiles, spreads and watches the model, once its weights are restored. Raises as `prepare_module`."""
+        """Compile, parallelize and guard the model, once its weights are restored. Raises as `prepare_module`."""
         prepare_module(self._model, self._train, self._world, self._world.device)
         self._wrapped = self._world.parallelize(self._model, self._exactness)
         recomputes = self._train.gradient_checkpointing
-        self._buffers = watch_buffers(self._model, self._exactness, recomputes=recomputes)
+        self._buffer_guards = watch_buffers(self._model, self._exactness, recomputes=recomputes)
         self._model.train()
 
     def update(self, step: int, requests: Callable[[], StepRequests]) -> StepRequests:
-        """Makes the update number `step`, from 0.
+        """Make the update number `step`, from 0.
 
         Args:
             step: Steps done so far.
-            requests: Asked once the step's data is there.
+            requests: Called once the step's data is read.
 
         Returns:
-            The requests of all ranks together.
+            The combined requests of all ranks.
 
         Raises:
-            ConfigError: The step has nothing to learn from, or a buffer changed that must not.
-            NonFiniteError: The run ends here; weights, optimizer and buffers are those before this step.
-            RolledBack: The attempt ends here, to go on from the newest checkpoint without this step.
+            ConfigError: The step has no targets, or a buffer changed that must not.
+            NonFiniteError: The run ends; weights, optimizer and buffers are those from before this step.
+            RolledBack: The attempt ends, to resume from the newest checkpoint without this step.
         """
         began = time.monotonic()
         self._control.at(StepPhase.DATA, step)
@@ -135,7 +135,7 @@ class TrainStep:
         batches = {micro: self._batch(cut[micro]) for micro in share(len(cut), self._world.rank, self._world.size)}
         data_s = time.monotonic() - began
         agree = self._agree(step, batches, requests)
-        self._stopwatch.tell(data_s, len(batches))
+        self._stopwatch.report(data_s, len(batches))
 
         losses = self._compute_gradients(step, cut, batches, lambda: agree().count)
         agreed = agree()
@@ -143,8 +143,8 @@ class TrainStep:
         if self._tree is not None:
             self._tree.finish(len(cut))
         self._control.at(StepPhase.UPDATE, step)
-        for buffers in self._buffers:
-            buffers.check()
+        for guard in self._buffer_guards:
+            guard.check()
         fault_point(FaultPoint.STEP, step)
 
         lr = learning_rate(self._train, step, self._plan.num_steps)
@@ -154,24 +154,24 @@ class TrainStep:
         return agreed.requests
 
     def settle(self) -> None:
-        """Adds up and records the losses of the newest step now, not with the next one. Every rank calls it."""
+        """Add up and record the losses of the newest step now, not with the next one. Every rank calls it."""
         if self._pending is not None:
             self._add(0)()
 
     def _cut(self, step: int) -> list[Positions]:
-        """Which positions each micro-batch of a step holds, the same on every rank."""
+        """Return the positions of each micro-batch of a step, the same on every rank."""
         positions = self._plan.positions(step)
         by_length = self._train.group_by_length
         return self._plan.cut(positions, self._data.lengths(self._plan.samples(positions)) if by_length else None)
 
     def _batch(self, positions: Positions) -> Batch:
-        """A micro-batch on the host."""
+        """Return a micro-batch on the host."""
         return self._task.collate(self._data.take(self._plan.samples(positions)), self._plan.keys(positions))
 
     def _compute_gradients(
         self, step: int, cut: list[Positions], batches: Mapping[int, Batch], count: Callable[[], float]
     ) -> dict[int, torch.Tensor]:
-        """The forward and backward passes of this rank. Returns the loss sum of each of its micro-batches."""
+        """Run this rank's forward and backward passes. Returns the loss sum of each of its micro-batches."""
         self._control.at(StepPhase.COMPUTE, step)
         losses: dict[int, torch.Tensor] = {}
         self._non_finite.begin()
@@ -181,15 +181,15 @@ class TrainStep:
             if self._tree is not None:
                 self._tree.take(micro, len(cut))
             fault_point(FaultPoint.ACCUMULATING, step)
-        for _ in range(self._world.num_idle(len(cut), self._wrapped)):  # the others wait for gradients, which are zero
-            seed_everything(self._plan.seed, step, 0)  # what it leaves in buffers may be what is saved
+        for _ in range(self._world.num_idle(len(cut), self._wrapped)):  # other ranks wait for gradients, which are zero
+            seed_everything(self._plan.seed, step, 0)  # the buffers that it changes may be the saved ones
             self._forward_backward(step, self._batch(cut[0]), lambda: math.inf, is_last=True)
         return losses
 
     def _forward_backward(self, step: int, batch: Batch, count: Callable[[], float], *, is_last: bool) -> torch.Tensor:
-        """Adds the gradient of `loss_sum / count`; the last pass adds it over the ranks too. Returns the loss sum.
+        """Add the gradient of `loss_sum / count`; the last pass also adds it over the ranks. Returns the loss sum.
 
-        The count is asked for once the loss is there.
+        `count` is called once the loss is computed.
         """
         if isinstance(self._wrapped, DistributedDataParallel):
             self._wrapped.require_backward_grad_sync = is_last
@@ -198,8 +198,8 @@ class TrainStep:
             with self._stopwatch.running():
                 loss_sum = self._task.loss_sum(self._wrapped, on_device)
         if self._train.gradient_checkpointing:
-            for buffers in self._buffers:  # before the backward pass stumbles over it
-                buffers.check()
+            for guard in self._buffer_guards:  # before the backward pass fails on it
+                guard.check()
         loss = loss_sum / count()
         if is_last and self._tree is None:
             self._control.at(StepPhase.EXCHANGE, step)
@@ -209,9 +209,9 @@ class TrainStep:
     def _agree(
         self, step: int, batches: Mapping[int, Batch], requests: Callable[[], StepRequests]
     ) -> Callable[[], StepConsensus]:
-        """Begins the step's one small all-reduce: its count, the ranks' requests, and the losses of the step before.
+        """Start the step's one small all-reduce: its count, the ranks' requests, and the losses of the step before.
 
-        What is returned waits for it when first called, raising ConfigError if the step has nothing to learn from.
+        The returned function waits for it when first called, and raises ConfigError if the step has no targets.
         """
         count = sum(self._task.count(batch) for batch in batches.values())
         num_tokens = sum(self._task.num_tokens(batch) for batch in batches.values())
@@ -228,15 +228,15 @@ class TrainStep:
                     f"step {step + 1} has nothing to learn from: none of its samples has a target",
                     hint="take such rows out of the data, or set a larger train.batch",
                 )
-            together = StepRequests(stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0)
-            return StepConsensus(count_sum, token_sum, together)
+            combined = StepRequests(stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0)
+            return StepConsensus(count_sum, token_sum, combined)
 
         return agreed
 
     def _add(self, *head: float) -> Callable[[], list[float]]:
-        """Begins to add `head` over the ranks, and the losses of the step before, which are then recorded.
+        """Start adding `head` over the ranks, and the losses of the step before, which are then recorded.
 
-        Each micro-batch's loss has a place of its own, zero on every rank but one, so that adding over the ranks is
+        Each micro-batch's loss has an element of its own, zero on every rank but one, so that adding over the ranks is
         exact; they are then added up in micro-batch order.
         """
         values = torch.zeros(len(head) + self._plan.batch // self._plan.micro_batch, dtype=torch.float64)
@@ -259,7 +259,7 @@ class TrainStep:
     def _apply(
         self, step: int, lr: float, losses: Mapping[int, torch.Tensor], cut: list[Positions]
     ) -> torch.Tensor | None:
-        """Clips the gradient and changes the weights. Returns the gradient's norm, None of a step that was left out."""
+        """Clip the gradient and update the weights. Returns the gradient's norm; None if the step was left out."""
         self._scaler.unscale_(self.optimizer)
         norm: torch.Tensor | None = whole(gradient_norm(self._trained, self._train.clip))
         checked = None if self._scaler.is_enabled() else norm
@@ -269,18 +269,18 @@ class TrainStep:
             norm = None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if not is_left_out and not apply_gradients(self.optimizer, self._scaler):  # the data moves on all the same
+        if not is_left_out and not apply_gradients(self.optimizer, self._scaler):  # the data advances nevertheless
             norm = None
             self._log.write(StepSkippedEvent(step=step + 1, reason="overflow", scale=self._scaler.get_scale()))
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _leave_out(self, step: int, losses: Mapping[int, torch.Tensor], cut: list[Positions]) -> None:
-        """Deals with step `step`, from 1, which must not change the weights. Returns when training goes on without it.
+        """Handle step `step`, from 1, which must not change the weights. Returns if training continues without it.
 
         Raises:
-            NonFiniteError: The run ends here.
-            RolledBack: The attempt ends here.
+            NonFiniteError: The run ends.
+            RolledBack: The attempt ends.
         """
         guard = self._non_finite
         action = guard.action(step)
@@ -292,6 +292,6 @@ class TrainStep:
         if step not in guard.left_out:
             self._log.write_durably(LeftOutEvent(step=step, message=message))
         if action is NonFinite.ROLL_BACK:
-            raise RolledBack(f"{message}; going back to the newest checkpoint, to go on without this step")
+            raise RolledBack(f"{message}; returning to the newest checkpoint to continue without this step")
         guard.left_out.append(step)
-        self._scaler.update(self._scaler.get_scale())  # forgets this step's gradients, and keeps the scale
+        self._scaler.update(self._scaler.get_scale())  # drops this step's overflow checks, keeps the scale

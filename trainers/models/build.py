@@ -16,8 +16,8 @@ import transformers
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.messages import did_you_mean
-from outlast.checkpointing.state.model_weights import WeightNaming
+from outlast.checkpointing.message_helpers import did_you_mean
+from outlast.checkpointing.state.named_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
 from outlast.trainers.distributed.determinism import seed_everything

@@ -21,7 +21,7 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import WEIGHTS
 from outlast.checkpointing.format.safetensors import TensorSpec
-from outlast.checkpointing.state.model_weights import check_weights, named_weights
+from outlast.checkpointing.state.named_weights import check_weights, named_weights
 from outlast.checkpointing.tools.export import CONFIG
 from outlast.trainers.user_code import describe_error, import_object
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import WEIGHTS
-from outlast.checkpointing.state.model_weights import named_weights
+from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content, export_directory
 from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.lora import CONFIG, base_digest, need_peft

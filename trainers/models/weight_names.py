@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.state.model_weights import ALL, Cut, WeightNaming, named_weights
+from outlast.checkpointing.state.named_weights import ALL, Cut, WeightNaming, named_weights
 from outlast.trainers.models.transformers_internals import revert_weight_conversion
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from outlast.checkpointing.state.model_weights import unwrap
+from outlast.checkpointing.state.named_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.tasks.base import Batch, Record, Task, ints, next_token_loss

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.state.model_weights import unwrap
+from outlast.checkpointing.state.named_weights import unwrap
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.chat_template import chat_template, encode_chat

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from outlast.checkpointing.state.model_weights import unwrap
+from outlast.checkpointing.state.named_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.tasks.base import Batch, Record, TokenTask, ints

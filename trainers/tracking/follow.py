@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.layout import AttemptId
-from outlast.checkpointing.messages import first_line
+from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events

@@ -22,7 +22,7 @@ from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
 from outlast.checkpointing.tools.verify_run import VerificationResult
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
-from outlast.cluster.monitoring.run_summary import RunSummary, interruptions, verified_checkpoints
+from outlast.cluster.monitoring.run_snapshot import RunSnapshot, interruptions, verified_checkpoints
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, EvaluationRecord, NoteworthyEvent
 
@@ -56,7 +56,7 @@ def rounded(values: Iterable[float], digits: int = 6) -> list[float]:
 
 def page_data(
     timeline: Timeline,
-    summary: RunSummary,
+    summary: RunSnapshot,
     catalog: Catalog | None,
     pinned: set[CheckpointRef],
     verdicts: Sequence[VerificationResult] | None,
@@ -68,7 +68,8 @@ def page_data(
     """
     report, attempts = summary.goodput, timeline.claimed_attempts
     begin = report.spans[0].begin if report.spans else attempts[0].claimed_at if attempts else summary.now
-    save = summary.save
+    save, redo = summary.save, (span for span in report.spans if span.category is TimeCategory.REDO)
+    redone_time = [[round(span.begin - begin, 2), round(span.end - begin, 2)] for span in redo]
     return {
         **summary.as_values(),
         "now": summary.now,
@@ -82,7 +83,7 @@ def page_data(
         "speed": _speed(timeline, begin),
         "workers": _workers(timeline, begin, summary.now),
         "markers": list(_markers(timeline, begin)),
-        "redone": {"steps": timeline.redone_ranges[-MAX_ROWS:], "time": _redone_time(report, begin)},
+        "redone": {"steps": timeline.redone_ranges[-MAX_ROWS:], "time": redone_time[-MAX_ROWS:]},
         "categories": [
             {"name": item.label, "description": item.description, "seconds": report.seconds[item]}
             for item in TimeCategory
@@ -233,11 +234,6 @@ def _markers(timeline: Timeline, begin: float) -> Iterator[dict[str, Any]]:
         if attempt.start is not None and attempt.resume_point is not None:
             at, cause = round(attempt.start.t - begin, 2), f"attempt {attempt.id.number} resumed"
             yield {"kind": "restore", "t": at, "step": attempt.start_step, "attempt": str(attempt.id), "cause": cause}
-
-
-def _redone_time(report: GoodputReport, begin: float) -> list[list[float]]:
-    spans = [span for span in report.spans if span.category is TimeCategory.REDO]
-    return [[round(span.begin - begin, 2), round(span.end - begin, 2)] for span in spans[-MAX_ROWS:]]
 
 
 def _spans(report: GoodputReport, begin: float) -> list[list[float]]:

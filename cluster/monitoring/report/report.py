@@ -23,7 +23,7 @@ from outlast.checkpointing.tools.query import load_catalog
 from outlast.checkpointing.tools.verify_run import verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.page_data import page_data
-from outlast.cluster.monitoring.run_summary import summarize
+from outlast.cluster.monitoring.run_snapshot import take_snapshot
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 
 _PLACEHOLDERS = re.compile(r"\{\{([A-Za-z.]+)\}\}")
@@ -57,7 +57,7 @@ class Report:
         catalog = None if timeline.is_unclaimed else load_catalog(store)
         verdicts = verify_run(store) if verify and catalog else None
         urls = {item.ref: store.checkpoint_url(item.ref) for item in (catalog.accepted if catalog else ())}
-        data = page_data(timeline, summarize(timeline, time.time()), catalog, list_pins(store), verdicts, urls)
+        data = page_data(timeline, take_snapshot(timeline, time.time()), catalog, list_pins(store), verdicts, urls)
         return cls({**data, "version": _version()})
 
     def to_html(self) -> str:

@@ -87,7 +87,7 @@ def test_the_same_error_after_the_same_step_ends_it_at_once() -> None:
     bug, other = (replace(one(AttemptOutcome.FAILED), raised=f"KeyError (after step {step})") for step in (7, 8))
     found = decide_give_up([bug, bug], RestartLimits(), NOW)
     assert found is not None
-    assert found.reason == "the same error twice, and no step in between"
+    assert found.reason == "the same error twice without a step in between"
     for tries in (
         [bug],
         [bug, other],

@@ -123,7 +123,7 @@ def test_a_timeline_of_compacted_events_is_that_of_the_events(events: list[Event
             many.apply_steps(event_or_steps)
         else:
             many.apply(event_or_steps)
-    for name in ("number", "tokens", "loss", "lr", "grad_norm", "seconds", "ended_at"):
+    for name in ("step", "tokens", "loss", "lr", "grad_norm", "seconds", "ended_at"):
         assert getattr(one.steps, name).tobytes() == getattr(many.steps, name).tobytes(), name
     assert (one.last_seen_at, one.start, one.final, one.slow) == (many.last_seen_at, many.start, many.final, many.slow)
     assert [text(note.to_json()) for note in one.notes] == [text(note.to_json()) for note in many.notes]

@@ -14,7 +14,7 @@ from transformers.optimization import Adafactor
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import decode, encode
-from outlast.checkpointing.state.model_weights import named_weights
+from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.state.optimizer_state import assign_to_ranks, load_optimizer, optimizer_tensors
 from tests.support.small_model import digests_of, load_weights, train_step
 

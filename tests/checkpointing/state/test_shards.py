@@ -25,7 +25,7 @@ from outlast.checkpointing.restore.verify import tensor_digest, tensor_digests, 
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.save import writer
 from outlast.checkpointing.save.writer import weight_files
-from outlast.checkpointing.state.model_weights import named_weights
+from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
 from outlast.checkpointing.state.shards import Region
 from outlast.checkpointing.storage.local import LocalStorage

@@ -1,4 +1,4 @@
-"""An elastic group: its settings, the checkpoint that is asked for before a resize, and what `status` says of it."""
+"""Elastic groups: settings, the checkpoint requested before a resize, and what `status` shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_file import load_run
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
-from outlast.cluster.fault_tolerance import coordinator as hub_module
+from outlast.cluster.fault_tolerance import coordinator as coordinator_module
 from outlast.cluster.fault_tolerance.coordinator import Coordinator, SaveRequest
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.data.batch_plan import make_plan
@@ -74,53 +74,53 @@ def test_even_the_largest_group_must_have_work(tmp_path: Path) -> None:
         pytest.param(True, [ASKED], False, id="under-way"),
         pytest.param(True, [ASKED, {"event": "commit", "step": 39}], False, id="one-that-was-in-flight"),
         pytest.param(True, [ASKED, {"event": "commit", "step": 40}], True, id="committed"),
-        pytest.param(True, [ASKED, {"event": "superseded"}], True, id="somebody-else-goes-on"),
+        pytest.param(True, [ASKED, {"event": "superseded"}], True, id="another-launch-continues"),
         pytest.param(True, [{"event": "done"}], True, id="the-run-has-ended"),
         pytest.param(False, [], True, id="nothing-to-save"),
     ],
 )
-def test_a_wish_for_a_commit(is_training: bool, heard: list[dict[str, Any]], expected: bool) -> None:
-    wish = SaveRequest(REASON)
-    assert wish.take(is_training=is_training) == (REASON if is_training else None)
-    assert wish.take(is_training=True) is None
+def test_a_requested_save(is_training: bool, heard: list[dict[str, Any]], expected: bool) -> None:
+    request = SaveRequest(REASON)
+    assert request.take(is_training=is_training) == (REASON if is_training else None)
+    assert request.take(is_training=True) is None
     for event in heard:
-        wish.apply(parse_event(event))
-    assert wish.is_fulfilled is expected
+        request.apply(parse_event(event))
+    assert request.is_fulfilled is expected
 
 
-def test_nobody_waits_for_a_rank_0_that_is_gone() -> None:
-    hub = Coordinator()
-    assert hub.is_saved(60)
-    hub.want_save(REASON)
-    assert not hub.is_saved(60)
-    assert hub.is_saved(-1)
+def test_a_save_request_ends_when_rank_0_is_gone() -> None:
+    coordinator = Coordinator()
+    assert coordinator.is_saved(60)
+    coordinator.request_save(REASON)
+    assert not coordinator.is_saved(60)
+    assert coordinator.is_saved(-1)
 
 
-def test_a_wish_and_an_announced_loss_at_once_are_both_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "find_coordinator", lambda launch: None)
-    line = CoordinatorClient("no-launch", 0, 1)
-    line._saves.extend([REASON, "a node is about to be lost"])
-    assert [line.save_requested() for _ in range(3)] == [REASON, "a node is about to be lost", None]
+def test_a_save_request_and_an_announced_loss_at_once_are_both_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator_module, "find_coordinator", lambda launch: None)
+    client = CoordinatorClient("no-launch", 0, 1)
+    client._saves.extend([REASON, "a node is about to be lost"])
+    assert [client.save_requested() for _ in range(3)] == [REASON, "a node is about to be lost", None]
 
 
 def test_a_run_that_is_given_up_is_no_ranks_failure() -> None:
-    hub = Coordinator()
-    hub.give_up(OutlastError("given up"))
-    assert str(hub.failure()) == "given up"
-    assert hub.fail(1, ConfigError("a wrong setting")) == 1
-    assert str(hub.failure()) == "a wrong setting"
+    coordinator = Coordinator()
+    coordinator.give_up(OutlastError("given up"))
+    assert str(coordinator.failure()) == "given up"
+    assert coordinator.fail(1, ConfigError("a wrong setting")) == 1
+    assert str(coordinator.failure()) == "a wrong setting"
 
 
 def test_a_verdict_that_progress_has_overtaken_is_void() -> None:
-    hub = Coordinator()
-    hub.give_up(OutlastError("given up"))
-    hub.exchange([{"event": "step", "step": 7}])
-    assert hub.failure() is not None
-    hub.exchange([{"event": "commit", "step": 8}])
-    assert hub.failure() is None
+    coordinator = Coordinator()
+    coordinator.give_up(OutlastError("given up"))
+    coordinator.exchange([{"event": "step", "step": 7}])
+    assert coordinator.failure() is not None
+    coordinator.exchange([{"event": "commit", "step": 8}])
+    assert coordinator.failure() is None
 
 
-def test_status_tells_why_the_number_of_workers_changed(tmp_path: Path) -> None:
+def test_status_shows_why_the_number_of_workers_changed(tmp_path: Path) -> None:
     storage, place = LocalStorage(tmp_path), launch_dir("run", "one")
     storage.put(f"{place}/alive.json", [json.dumps({"t": 0, "ended": True, "exit_code": 0}).encode()])
     resizes = Journal(storage, place, 0, stream="events-resize", flush_s=0)

@@ -20,7 +20,7 @@ from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.driver.ray_train import _Trainer
+from outlast.cluster.driver.ray_train import Trainer
 from outlast.cluster.driver.warm_standby import worker_environment
 from tests.support.groups.worker_group import losses, tiny_config
 
@@ -64,8 +64,8 @@ def test_an_attempt_starts_no_actor_for_datasets() -> None:
     """Of Ray's own parts that one is left out, and no other."""
     size = ray.train.ScalingConfig(num_workers=1)
     names = [
-        [type(part).__name__ for part in kind(print, scaling_config=size)._create_default_callbacks()]
-        for kind in (_Trainer, TorchTrainer)
+        [type(part).__name__ for part in trainer(print, scaling_config=size)._create_default_callbacks()]
+        for trainer in (Trainer, TorchTrainer)
     ]
     assert names[0] == [name for name in names[1] if name != "DatasetsCallback"]
     assert len(names[0]) == len(names[1]) - 1
@@ -80,7 +80,7 @@ def test_a_rehearsal_that_fails_keeps_no_worker_from_starting(monkeypatch: pytes
         raise KeyError(model_type)
 
     monkeypatch.setattr(rehearsal, "prewarm", fail)
-    monkeypatch.setenv(standby._PREWARM, '["causal-lm", "gpt2"]')
+    monkeypatch.setenv(standby.PREWARM_VARIABLE, '["causal-lm", "gpt2"]')
     prewarm_hook.warm()
 
 

@@ -1,4 +1,4 @@
-"""Finding the cause among what the ranks say, and deciding when to save before an announced loss: tables."""
+"""Tables: the cause among the ranks' errors, and when to save before an announced loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from outlast.checkpointing.run_store.attempt_history import AttemptOutcome, read
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
-from outlast.cluster.fault_tolerance import coordinator as hub
+from outlast.cluster.fault_tolerance import coordinator as coordinator_module
 from outlast.cluster.fault_tolerance import failure_callback as failure_recorder
 from outlast.cluster.fault_tolerance import failure_cause as failures
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder, own_log
@@ -65,12 +65,12 @@ def test_the_cause_is_found_among_its_echoes(
     assert (found and (found.cause, found.rank)) == expected
 
 
-def test_what_was_said_is_kept() -> None:
+def test_the_message_is_kept() -> None:
     assert classify({2: BUG}, [], drained=False) == Failure(Cause.ERROR, 2, "labels are wrong")
 
 
 def raised(text: str, step: int) -> RankError:
-    """What a worker tells of an error that this file raised, out of a library, after so many steps."""
+    """Return a worker's report of an error that this file raised, through a library, after `step` steps."""
     try:
         json.loads(text)
     except ValueError as error:
@@ -79,7 +79,7 @@ def raised(text: str, step: int) -> RankError:
     raise AssertionError("it is no JSON")
 
 
-def test_an_error_of_the_users_code_is_told_by_their_lines() -> None:
+def test_an_error_of_the_users_code_shows_its_lines() -> None:
     error = UserExceptionWithTraceback(raised("{", 7), traceback_str="Ray's own\nwords")
     found = classify({0: RESET, 1: pickle.loads(pickle.dumps(error))}, [], drained=False)
     assert found is not None
@@ -87,19 +87,19 @@ def test_an_error_of_the_users_code_is_told_by_their_lines() -> None:
     assert re.fullmatch(rf"JSONDecodeError: Expecting .* \({__file__}, line \d+\) \(after step 7\)", found.message)
     assert found.excerpt.splitlines()[-1].strip() == "json.loads(text)"
     assert "json/decoder.py" not in found.excerpt
-    assert "json/decoder.py" in raised("{", 7).whole
+    assert "json/decoder.py" in raised("{", 7).traceback_text
 
 
 def test_a_hundred_tracebacks_are_one_message() -> None:
     found = classify({rank: RESET if rank < 3 else CUDA for rank in range(100)}, [], drained=False)
     assert found is not None
     workers = [{"rank": rank, "host": f"gpu-{rank}", "log": f"/logs/worker-{rank}.err"} for rank in range(100)]
-    told = found.description
-    assert told.startswith("torch.OutOfMemoryError: CUDA out of memory.")
-    assert "; to mend it, spread the model" in told
-    assert "halve train.micro_batch" in told
-    assert found.where(workers) == "rank 3 and 96 more alike, log gpu-3:/logs/worker-3.err"
-    assert "\n" not in told
+    text = found.description
+    assert text.startswith("torch.OutOfMemoryError: CUDA out of memory.")
+    assert "; to fix it, spread the model" in text
+    assert "halve train.micro_batch" in text
+    assert found.where(workers) == "rank 3 and 96 more, log gpu-3:/logs/worker-3.err"
+    assert "\n" not in text
 
 
 def test_the_kernels_count_of_processes_killed_for_memory() -> None:
@@ -133,33 +133,33 @@ def test_preemptions_are_no_failures() -> None:
 
 def test_a_save_at_the_notice_and_one_at_the_end() -> None:
     watch = PreemptionWatch({"ours"}, margin_s=3)
-    asked = [(now, watch.look({"ours": 130.0, "theirs": 101.0} if now >= 100 else {}, now)) for now in range(98, 132)]
+    asked = [(now, watch.check({"ours": 130.0, "theirs": 101.0} if now >= 100 else {}, now)) for now in range(98, 132)]
     reasons = {now: reason for now, reason in asked if reason}
     assert reasons == {100: "a node is about to be lost", 127: "a node's last seconds"}
 
 
 def test_the_last_save_begins_the_earlier_the_longer_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "find_coordinator", lambda launch: None)
-    line = CoordinatorClient("no-launch", 0, 1)
-    line.watch(["ours"])
-    assert line._watch is not None
-    line.progress({"event": "commit", "step": 8, "seconds": 80.0})  # before the notice: the storage was slow
+    monkeypatch.setattr(coordinator_module, "find_coordinator", lambda launch: None)
+    client = CoordinatorClient("no-launch", 0, 1)
+    client.watch(["ours"])
+    assert client._watch is not None
+    client.progress({"event": "commit", "step": 8, "seconds": 80.0})  # before the notice: the storage was slow
     reasons = {}
     for now in range(100, 222):
-        if reason := line._watch.look({"ours": 220.0}, now):
+        if reason := client._watch.check({"ours": 220.0}, now):
             reasons[now] = reason
         if now == 120:
-            line.progress({"event": "commit", "step": 9, "seconds": 20.0})
+            client.progress({"event": "commit", "step": 9, "seconds": 20.0})
     assert reasons == {100: "a node is about to be lost", 187: "a node's last seconds"}
 
 
-def test_a_deadline_that_nobody_told_and_one_too_near_for_two_saves() -> None:
-    assert [PreemptionWatch({"a"}).look({"a": 0.0}, now) for now in (1, 2)] == ["a node is about to be lost"] * 2
+def test_an_unknown_deadline_and_one_too_near_for_two_saves() -> None:
+    assert [PreemptionWatch({"a"}).check({"a": 0.0}, now) for now in (1, 2)] == ["a node is about to be lost"] * 2
     watch = PreemptionWatch({"a", "b"}, margin_s=3)
-    assert watch.look({"a": 11.0}, 10) == "a node is about to be lost"
-    assert watch.look({"a": 11.0}, 10.5) == "a node's last seconds"
-    assert watch.look({"a": 11.0, "b": 99.0}, 10.6) == "a node is about to be lost"
-    assert watch.look({"a": 11.0, "b": 99.0}, 10.7) is None
+    assert watch.check({"a": 11.0}, 10) == "a node is about to be lost"
+    assert watch.check({"a": 11.0}, 10.5) == "a node's last seconds"
+    assert watch.check({"a": 11.0, "b": 99.0}, 10.6) == "a node is about to be lost"
+    assert watch.check({"a": 11.0, "b": 99.0}, 10.7) is None
 
 
 def test_the_log_of_a_rank_is_kept_where_it_would_go_with_its_driver(tmp_path: Path) -> None:
@@ -192,6 +192,6 @@ def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     for thread in threading.enumerate():
         if thread.name.startswith("Thread-") and "_find_cause" in thread.name:
             thread.join()
-    tries = read_attempt_history(RunStore(storage, "run"), live=launch)
-    assert [item.end.outcome for item in tries] == [AttemptOutcome.FAILED] * 3
-    assert [item.attempt is not None for item in tries] == [True, False, False]
+    attempts = read_attempt_history(RunStore(storage, "run"), live=launch)
+    assert [item.end.outcome for item in attempts] == [AttemptOutcome.FAILED] * 3
+    assert [item.attempt is not None for item in attempts] == [True, False, False]

@@ -77,7 +77,7 @@ def test_a_bug_ends_the_run_with_one_message_and_every_later_launch_at_once(tmp_
     assert [failure["cause"] for failure in failures] == ["error"] * 2
     assert "labels are out of range" in failures[0]["message"]
     assert "/failure-" in failures[0]["where"]
-    given_up = "run run is given up: the same error twice, and no step in between"
+    given_up = "run run is given up: the same error twice without a step in between"
     assert given_up in done.stderr
     assert done.stderr.count("labels are out of range") <= 4, "one message, not one for each rank and layer"
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)

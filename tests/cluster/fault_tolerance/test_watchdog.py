@@ -29,7 +29,7 @@ from outlast.trainers.loop.rank_activity import RankActivity, StepPhase
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.support.groups.ranks import on_ranks
-from tests.support.groups.watched_group import Post, Watched, serve
+from tests.support.groups.watched_group import SocketTransport, Watched, serve
 from tests.support.groups.worker_group import digests, fault, losses, run_group
 from tests.support.tasks.slow_rank import FOLDER, TROUBLE
 
@@ -69,7 +69,7 @@ def test_a_hang_says_where_each_missing_rank_is() -> None:
     hang = group.apply(beat(0, StepPhase.EXCHANGE, 40, 70), now=160)
     assert hang is not None
     assert hang.message == "no progress for 70 s: rank 1 on host-1 is in step 41, forward and backward, silent for 60 s"
-    assert group.look(now=1000) is hang
+    assert group.check(now=1000) is hang
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_hang_says_where_each_missing_rank_is() -> None:
         ({0: 1.0, 1: 1.45}, {}),
         ({0: 1.0, 1: 1.6}, {1: 1.6}),
         ({0: 1.0, 1: 1.1, 2: 0.9, 3: 2.0}, {3: 2.0}),
-        ({0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}, {}),  # nobody stands out
+        ({0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}, {}),  # no rank stands out
         ({**dict.fromkeys(range(100), 1.0), 7: 1.6, 50: 3.0}, {7: 1.6, 50: 3.0}),
     ],
 )
@@ -88,61 +88,83 @@ def test_who_is_slow(work: dict[int, float], slow: dict[int, float]) -> None:
 
 
 def test_each_phase_has_its_time(tmp_path: Path) -> None:
-    pulse = RankActivity()
-    dog = Watchdog(None, "group", 0, 1, pulse, 60, LocalStorage(tmp_path), str, print)  # type: ignore[arg-type]
-    assert [dog.limit_s(phase) for phase in (StepPhase.START, StepPhase.COMPUTE)] == [
+    step_progress = RankActivity()
+    watchdog = Watchdog(None, "group", 0, 1, step_progress, 60, LocalStorage(tmp_path), str, print)  # type: ignore[arg-type]
+    assert [watchdog.limit_s(phase) for phase in (StepPhase.START, StepPhase.COMPUTE)] == [
         900,
         900,
     ]  # steps are not known yet
-    pulse._steps.extend([10.0, 10.0, 500.0])
-    assert [dog.limit_s(phase) for phase in (StepPhase.START, StepPhase.EVALUATE, StepPhase.COMPUTE)] == [900, 900, 200]
+    step_progress._steps.extend([10.0, 10.0, 500.0])
+    assert [watchdog.limit_s(phase) for phase in (StepPhase.START, StepPhase.EVALUATE, StepPhase.COMPUTE)] == [
+        900,
+        900,
+        200,
+    ]
 
 
 def wait_in_vain(address: str, storage: str) -> str:
-    """Rank 1 does not come; what rank 0's time-out becomes."""
+    """Let rank 1 not arrive; return what rank 0's time-out becomes."""
     ranks = RankGroup(timedelta(seconds=2))
-    pulse = RankActivity()
-    dog = Watchdog(Post(address), "group", ranks.rank, 2, pulse, 60, open_storage(storage), str, print, period_s=0.1)
-    with dog:
-        pulse.at(StepPhase.DATA if ranks.rank else StepPhase.AGREE, 40)
+    step_progress = RankActivity()
+    watchdog = Watchdog(
+        SocketTransport(address),
+        "group",
+        ranks.rank,
+        2,
+        step_progress,
+        60,
+        open_storage(storage),
+        str,
+        print,
+        period_s=0.1,
+    )
+    with watchdog:
+        step_progress.at(StepPhase.DATA if ranks.rank else StepPhase.AGREE, 40)
         if ranks.rank:
             time.sleep(4)  # a rank that is late, by more than the time-out
             return ""
         try:
             ranks.gather("here")
         except RuntimeError as error:
-            explained = dog.explain(error)
+            explained = watchdog.explain(error)
             return explained.message if explained else "nothing explained"
     return "rank 1 came"
 
 
-def test_a_collective_that_times_out_names_who_did_not_come(tmp_path: Path, storage: LocalStorage) -> None:
-    with serve(tmp_path / "hub"):
-        said, _ = on_ranks(2, wait_in_vain, str(tmp_path / "hub"), storage.url)
+def test_a_collective_that_times_out_names_the_missing_rank(tmp_path: Path, storage: LocalStorage) -> None:
+    with serve(tmp_path / "coordinator"):
+        message, _ = on_ranks(2, wait_in_vain, str(tmp_path / "coordinator"), storage.url)
     host = socket.gethostname()
-    assert f"in step 41, agreement, and rank 1 did not come: rank 1 on {host} is in step 41, data" in said
+    assert f"in step 41, agreement, and rank 1 did not arrive: rank 1 on {host} is in step 41, data" in message
 
 
 def test_other_errors_stay_as_they_are(tmp_path: Path, storage: LocalStorage) -> None:
-    with serve(tmp_path / "hub"):
-        dog = Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, RankActivity(), None, storage, str, print)
-        assert dog.explain(RuntimeError("Connection reset by peer")) is None
+    with serve(tmp_path / "coordinator"):
+        watchdog = Watchdog(
+            SocketTransport(str(tmp_path / "coordinator")), "group", 0, 1, RankActivity(), None, storage, str, print
+        )
+        assert watchdog.explain(RuntimeError("Connection reset by peer")) is None
 
 
 def test_a_rank_that_has_ended_is_never_late(tmp_path: Path, storage: LocalStorage) -> None:
-    with serve(tmp_path / "hub") as hub:
-        with Watchdog(Post(str(tmp_path / "hub")), "group", 0, 1, RankActivity(), 60, storage, str, print):
+    with serve(tmp_path / "coordinator") as coordinator:
+        with Watchdog(
+            SocketTransport(str(tmp_path / "coordinator")), "group", 0, 1, RankActivity(), 60, storage, str, print
+        ):
             pass
-        assert hub.beats("group")[0][0].limit_s == inf
+        assert coordinator.beats("group")[0][0].limit_s == inf
 
 
 @pytest.fixture
 def watch(storage: LocalStorage, tmp_path: Path) -> Any:
-    with serve(tmp_path / "hub") as hub:
-        yield lambda run, hang_after_s: (hub, Watched(str(tmp_path / "hub"), storage.url, run, hang_after_s))
+    with serve(tmp_path / "coordinator") as coordinator:
+        yield lambda run, hang_after_s: (
+            coordinator,
+            Watched(str(tmp_path / "coordinator"), storage.url, run, hang_after_s),
+        )
 
 
-def told(storage: LocalStorage, run: str, kind: str) -> list[dict[str, Any]]:
+def events_of(storage: LocalStorage, run: str, kind: str) -> list[dict[str, Any]]:
     return [event for _, event in run_events(RunStore(storage, run)) if event["event"] == kind]
 
 
@@ -163,17 +185,17 @@ def test_a_rank_spins(
     """The stacks of both ranks name the line, both end, and the next attempt goes on."""
     monkeypatch.setenv(TROUBLE, "spin:1")
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    hub, control = watch("spins", 2.0)
+    coordinator, control = watch("spins", 2.0)
     assignment = assign("spins", sections={"model": {"task": "tests.support.tasks.slow_rank:Troubled"}})
     first, second = run_group(assignment, storage, 2, control)
     assert second.exit_code == EXIT_CODE
     assert first.exit_code in (EXIT_CODE, 1), "it may hear first that the other has gone"
-    hangs = {event["rank"]: event for event in told(storage, "spins", "hang")}
+    hangs = {event["rank"]: event for event in events_of(storage, "spins", "hang")}
     assert hangs.keys() == {0, 1}
     assert all(event["missing"] == [1] for event in hangs.values())
     assert any("spin_for_ever" in line for stack in hangs[1]["threads"].values() for line in stack)
-    assert hub.take_hang().ranks == (1,)
-    assert hub.take_hang() is None
+    assert coordinator.take_hang().ranks == (1,)
+    assert coordinator.take_hang() is None
     assert_goes_on(assignment, storage, reference(2))
 
 
@@ -192,13 +214,13 @@ def test_a_rank_is_stopped_and_comes_back(
     group = threading.Thread(target=lambda: ended.extend(run_group(assignment, storage, 2, control)))
     group.start()
     deadline = time.monotonic() + 40
-    while not told(storage, "stopped", "hang") and time.monotonic() < deadline:
+    while not events_of(storage, "stopped", "hang") and time.monotonic() < deadline:
         time.sleep(0.1)
     store = RunStore(storage, "stopped")
     [first, second] = read_claim(store, list_attempts(store)[0])["workers"]
     while Path(f"/proc/{first['pid']}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    hangs = told(storage, "stopped", "hang")
+    hangs = events_of(storage, "stopped", "hang")
     os.kill(second["pid"], signal.SIGCONT)
     group.join()
     assert Path(stop.record).exists()
@@ -216,7 +238,7 @@ def test_a_rank_dawdles(
     _, control = watch("dawdles", 60.0)
     assignment = assign("dawdles", sections={"model": {"task": "tests.support.tasks.slow_rank:Troubled"}}, steps=100)
     assert run_group(assignment, storage, 2, control)[0].outcome is Outcome.DONE
-    [slow] = told(storage, "dawdles", "slow")
+    [slow] = events_of(storage, "dawdles", "slow")
     assert [item["rank"] for item in slow["ranks"]] == [1]
     assert slow["ranks"][0]["times"] > 1.5
-    assert not told(storage, "dawdles", "hang")
+    assert not events_of(storage, "dawdles", "hang")

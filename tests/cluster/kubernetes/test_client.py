@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
 from outlast.cluster.cli.main import app
 from outlast.cluster.kubernetes.client import KubernetesNamespace
-from outlast.cluster.kubernetes.rayjob_sequence import JobPhase, apply_notes, last_applied, next_name, phase, successor
+from outlast.cluster.kubernetes.rayjob_successor import JobPhase, apply_notes, last_applied, next_name, phase, successor
 from outlast.cluster.kubernetes.render import to_yaml
 from tests.support.kubernetes.api_server import Api, assets, real_api, small_api
 from tests.support.kubernetes.manifests import Objects, rendered

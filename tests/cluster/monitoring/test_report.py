@@ -33,7 +33,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.report.page_data import MAX_POINTS, MAX_SPANS, page_data, thin
 from outlast.cluster.monitoring.report.report import Report, run_report
-from outlast.cluster.monitoring.run_summary import summarize
+from outlast.cluster.monitoring.run_snapshot import take_snapshot
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
@@ -189,7 +189,9 @@ def test_the_report_command(killed: LocalStorage, tmp_path: Path) -> None:
 
 
 def page_of(timeline: Timeline, now: float) -> str:
-    return Report({**page_data(timeline, summarize(timeline, now), None, set(), None, {}), "version": "0"}).to_html()
+    return Report(
+        {**page_data(timeline, take_snapshot(timeline, now), None, set(), None, {}), "version": "0"}
+    ).to_html()
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(2, 60))

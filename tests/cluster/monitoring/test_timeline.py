@@ -31,7 +31,7 @@ from outlast.cluster.fault_tolerance import failure_callback as failure_recorder
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.cluster.monitoring.goodput import TimeCategory, account_time
-from outlast.cluster.monitoring.run_summary import summarize
+from outlast.cluster.monitoring.run_snapshot import take_snapshot
 from outlast.cluster.monitoring.timeline import State
 from outlast.cluster.monitoring.timeline_reader import TimelineReader
 from outlast.trainers.attempt import Assignment
@@ -156,7 +156,7 @@ def test_events_of_a_superseded_launch_are_not_lost(tmp_path: Path) -> None:
         attempt(3, 180, resume(181, 90), launch=c),
     )
     for timeline in (reader.update(), reader.update()):
-        assert summarize(timeline, 200.0) == summarize(TimelineReader(RunStore(storage, "run")).update(), 200.0)
+        assert take_snapshot(timeline, 200.0) == take_snapshot(TimelineReader(RunStore(storage, "run")).update(), 200.0)
         assert (timeline.claimed_attempts[0].last_step, timeline.num_lost_steps) == (100, 10)
         assert timeline.launches[a].has_ended
 
@@ -177,7 +177,7 @@ def test_the_timeline_of_a_killed_run(assign: Callable[..., Assignment], storage
     run_group(assign("told", faults=(deadly,)), storage, 2)
     assert run_group(assign("told"), storage, 2)[0].outcome is Outcome.DONE
     timeline = TimelineReader(RunStore(storage, "told")).update()
-    seen = summarize(timeline, timeline.claimed_attempts[-1].last_seen_at)
+    seen = take_snapshot(timeline, timeline.claimed_attempts[-1].last_seen_at)
     first, second = timeline.claimed_attempts
     assert (first.resume_point, second.start_step) == (None, 6)
     assert list(first.steps.step) == [*range(1, len(first.steps) + 1)]
@@ -320,7 +320,7 @@ def calls_for(number: int) -> int:
     timeline, calls = make_timeline(launch("a", 0, 100.0 * number + 99, None, *events), *attempts), Counter[str]()
     sys.setprofile(lambda frame, event, argument: calls.update((event,)))
     try:
-        seen = summarize(timeline, 100.0 * number + 99)
+        seen = take_snapshot(timeline, 100.0 * number + 99)
     finally:
         sys.setprofile(None)
     assert len(seen.interruptions) == number
@@ -362,7 +362,7 @@ def test_the_newest_launch_owns_the_run_or_is_about_to_claim_it(
 def test_speed_and_the_time_left_are_those_of_the_last_steps() -> None:
     slow, quick = steps(1, 100, 20, 3.0), steps(101, 200, 320, 0.5)
     timeline = make_timeline(launch("a", 0, 371), attempt(1, 10, start(11), plan(12, 1000), slow, quick))
-    seen = summarize(timeline, 372)
+    seen = take_snapshot(timeline, 372)
     assert seen.seconds_per_step == pytest.approx(0.5)
     assert seen.left_s == pytest.approx(400)
     assert seen.tokens_per_s == pytest.approx(160)
@@ -375,6 +375,6 @@ def test_the_newest_checkpoint_is_the_current_resume_point() -> None:
         attempt(1, 10, start(11), steps(1, 9, 12), saved(3, 15), saved(6, 18)),
         attempt(2, 40, resume(41, 3)),
     )
-    seen = summarize(make_timeline(*parts), 60)
+    seen = take_snapshot(make_timeline(*parts), 60)
     assert seen.newest is not None
     assert (seen.newest.step, seen.newest.committed_at, seen.newest.verified_at) == (3, 15, 41)

@@ -232,7 +232,7 @@ def test_a_cluster_that_requires_a_token(tmp_path: Path, text_file: str) -> None
                 assert expected in err
                 assert "RAY_AUTH_MODE=token" in err
         err = outlast("doctor", "--address", cluster.ray_address, code=3, environment=wrong).stderr
-        assert "cannot be joined: it wants a token" in err
+        assert "cannot be joined: it requires a token" in err
         found = checks(outlast("doctor", str(run_file), *at, "--quick", "--json", code=0, environment=token))
         assert found["storage"][0][0] == "ok"
         [(level, text)] = found["job server"]

@@ -1,4 +1,4 @@
-"""A group without Ray that is watched as it is under Ray: the hub answers on a socket of the test."""
+"""A group without Ray whose ranks have watchdogs as under Ray: the coordinator answers on a socket of the test."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tests.support.groups.worker_group import Quiet
 
 @contextmanager
 def serve(address: Path) -> Iterator[Coordinator]:
-    """A hub at a socket, which goes with its last client."""
-    hub, lock = Coordinator(), threading.Lock()
+    """Serve a coordinator on a socket."""
+    coordinator, lock = Coordinator(), threading.Lock()
 
-    def answer(line: Any) -> None:
+    def answer(client: Any) -> None:
         with suppress(EOFError, OSError):
             while True:
-                method, arguments = line.recv()
+                method, arguments = client.recv()
                 with lock:
-                    line.send(getattr(hub, method)(*arguments))
+                    client.send(getattr(coordinator, method)(*arguments))
 
     def accept() -> None:
         with suppress(OSError):
@@ -39,19 +39,19 @@ def serve(address: Path) -> Iterator[Coordinator]:
 
     with Listener(str(address), family="AF_UNIX") as listener:
         threading.Thread(target=accept, daemon=True).start()
-        yield hub
+        yield coordinator
 
 
-class Post:
-    """The way to it."""
+class SocketTransport:
+    """A `WatchdogTransport` over the socket."""
 
     def __init__(self, address: str) -> None:
-        self._line: Connection[Any, Any] = Client(address, family="AF_UNIX")
+        self._connection: Connection[Any, Any] = Client(address, family="AF_UNIX")
 
     def __getattr__(self, method: str) -> Any:
         def call(*arguments: Any) -> Any:
-            self._line.send((method, arguments))
-            return self._line.recv()
+            self._connection.send((method, arguments))
+            return self._connection.recv()
 
         return call
 
@@ -64,18 +64,18 @@ class Watched(Quiet):
     url: str
     run: str
     hang_after_s: float | None
-    pulse: RankActivity = field(default_factory=RankActivity)
+    step_progress: RankActivity = field(default_factory=RankActivity)
 
     def claimed(self, attempt: str) -> None:
         claimed = AttemptId.parse(attempt)
         assert claimed is not None
         directory = attempt_dir(self.run, claimed)
         Watchdog(
-            Post(self.address),
+            SocketTransport(self.address),
             attempt,
             dist.get_rank(),
             dist.get_world_size(),
-            self.pulse,
+            self.step_progress,
             self.hang_after_s,
             open_storage(self.url),
             lambda: directory,
@@ -84,7 +84,7 @@ class Watched(Quiet):
         ).__enter__()
 
     def at(self, phase: StepPhase, step: int) -> None:
-        self.pulse.at(phase, step)
+        self.step_progress.at(phase, step)
 
     def worked(self, seconds: float) -> None:
-        self.pulse.worked(seconds)
+        self.step_progress.worked(seconds)

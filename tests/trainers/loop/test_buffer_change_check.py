@@ -1,4 +1,4 @@
-"""Models whose buffers change in the forward pass, where the mode of training cannot keep what they hold."""
+"""Models whose buffers change in the forward pass, where the mode of training cannot restore them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_which_buffers_may_change(exactness: Exactness, recomputes: bool, refuse
 def test_frequencies_that_grow_with_the_longest_sequence_are_refused(
     places: int, rope_type: str, refused: bool, assign: Callable[..., Assignment], storage: LocalStorage
 ) -> None:
-    """Samples have 16 tokens. longrope writes its frequencies anew in each pass, and they are the same."""
+    """Samples have 16 tokens. longrope rewrites its frequencies in each pass with equal values."""
     rope: dict[str, Any] = {"rope_type": rope_type, "factor": 2.0}
     if rope_type == "longrope":
         rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": places}

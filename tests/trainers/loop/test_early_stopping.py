@@ -1,4 +1,4 @@
-"""Early stopping: when it says so, on all ranks, also after a kill; and a run that it ended is done."""
+"""Early stopping: at the same step on all ranks, also after a kill; and a run that it ended is done."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from outlast.checkpointing.tools.verify_run import find_model
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.config.train import EarlyStoppingSettings
-from outlast.trainers.loop.early_stopping import PatienceState, evaluate_patience
+from outlast.trainers.loop.early_stopping import PatienceState, patience_state
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import digests, fault, losses, run_group, tiny_config
 
@@ -47,7 +47,7 @@ NAN = float("nan")
 )
 def test_patience(settings: dict[str, Any], values: list[float], expected: PatienceState) -> None:
     history = [{"step": step, "epoch": 0.0, "eval_loss": value} for step, value in enumerate(values)]
-    assert evaluate_patience(EarlyStoppingSettings.model_validate(settings), history) == expected
+    assert patience_state(EarlyStoppingSettings.model_validate(settings), history) == expected
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -80,9 +80,9 @@ SPOILED = {
 
 
 def ending(storage: LocalStorage, run: str) -> dict[str, Any]:
-    """The journal's last word on early stopping; every attempt that got so far must have said the same."""
-    said = [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "early-stop"]
-    facts = [{key: event[key] for key in ("step", "reason", "best", "best_step")} for event in said]
+    """Return the journal's last early-stop event; every attempt that got so far must have the same."""
+    stops = [event for _, event in run_events(RunStore(storage, run)) if event["event"] == "early-stop"]
+    facts = [{key: event[key] for key in ("step", "reason", "best", "best_step")} for event in stops]
     assert facts
     assert all(item == facts[0] for item in facts)
     return facts[0]

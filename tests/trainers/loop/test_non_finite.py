@@ -72,7 +72,7 @@ def bring(assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Pa
     return make
 
 
-def told(storage: LocalStorage, run: str) -> list[tuple[int, str]]:
+def non_finite_steps(storage: LocalStorage, run: str) -> list[tuple[int, str]]:
     return [
         (event["step"], event["action"])
         for _, event in run_events(RunStore(storage, run))
@@ -131,7 +131,7 @@ def test_roll_back_goes_to_the_newest_checkpoint_and_ends_as_a_skip(
     assert not done(run_group(rolling, storage, SIZE))
     assert done(run_group(rolling, storage, SIZE))
     assert [event["step"] for event in resumed(storage, "finite-roll")] == [3, 6]
-    assert told(storage, "finite-roll") == [(BAD_STEP, "roll-back"), (BAD_STEP, "skip")]
+    assert non_finite_steps(storage, "finite-roll") == [(BAD_STEP, "roll-back"), (BAD_STEP, "skip")]
     assert digests(storage, "finite-roll") == digests(storage, "finite-roll-reference")
 
 
@@ -154,9 +154,9 @@ def test_too_many_in_a_row_is_no_bad_batch() -> None:
         assert finite.action(step) is NonFinite.SKIP
         finite.left_out.append(step)
     assert finite.action(MAX_IN_A_ROW + 1) is NonFinite.STOP
-    told = NonFiniteError.of("step 11", is_one_too_many=True)
-    assert f"{MAX_IN_A_ROW} steps before it were left out already" in told.message
-    assert "failure.non_finite" not in (told.hint or ""), "that is what it does"
+    error = NonFiniteError.of("step 11", is_one_too_many=True)
+    assert f"{MAX_IN_A_ROW} steps before it were left out already" in error.message
+    assert "failure.non_finite" not in (error.hint or ""), "that is what it does"
     assert "failure.non_finite: skip" in (NonFiniteError.of("step 1", is_one_too_many=False).hint or "")
 
 
@@ -168,5 +168,5 @@ def test_an_overflow_of_scaled_gradients_is_not_one(bring: Bring, storage: Local
         event for _, event in run_events(RunStore(storage, "finite-overflow")) if event["event"] == "step-skipped"
     ]
     assert BAD_STEP in [event["step"] for event in skipped]
-    assert not told(storage, "finite-overflow")
+    assert not non_finite_steps(storage, "finite-overflow")
     assert len(read_catalog(storage, "finite-overflow").accepted) == 3

@@ -1,4 +1,4 @@
-"""Optimizers and schedules by name: options that are checked, rates that are transformers', state that comes back."""
+"""Optimizers and schedules by name: options that are checked, rates that are transformers', state that is restored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outlast.cluster.config.run_file import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.train import OPTIMIZERS, TrainSettings
 from outlast.trainers.loop.lr_schedule import learning_rate
-from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer, resolve
+from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer, resolve_optimizer
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import digests, fault, losses, run_group
 from tests.support.small_model import digests_of, train_step
@@ -40,7 +40,7 @@ class Drifting(torch.optim.SGD):
 
 
 class NoDefaults(torch.optim.Optimizer):
-    """An optimizer that wants the loss several times."""
+    """An optimizer that needs a closure."""
 
     def step(self, closure: Callable[[], float]) -> None:  # type: ignore[override]
         closure()
@@ -89,7 +89,7 @@ def test_rates_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(
-    ("train", "said"),
+    ("train", "message"),
     [
         ({"schedule": "constant", "min_lr": 0.01}, "min_lr must be 0 with schedule constant"),
         ({"min_lr": 0.2}, "min_lr .0.2. must not exceed lr .0.1."),
@@ -99,17 +99,17 @@ def test_rates_are_those_of_transformers(
         ({"optimizer_options": {"lr": 1}}, "set train.lr instead"),
         ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "train.betas: SGD has no such option"),
         ({"eps": 1e-6, "optimizer_options": {"eps": 1e-6}}, "train.eps is given twice"),
-        ({"optimizer": "sgd", "optimizer_options": {"momentum": -1}}, "refuses its options .*Invalid momentum"),
+        ({"optimizer": "sgd", "optimizer_options": {"momentum": -1}}, "rejects its options .*Invalid momentum"),
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(train: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        resolve(settings(**train))
+def test_invalid_options_are_rejected(train: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_optimizer(settings(**train))
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("no.such:Thing", "cannot be imported"),
         ("torch.optim:Nothing", "cannot be imported"),
@@ -118,9 +118,9 @@ def test_what_cannot_be_is_refused(train: dict[str, Any], said: str) -> None:
         (f"{__name__}:NoDefaults", "needs a closure"),
     ],
 )
-def test_an_optimizer_of_ones_own_is_looked_at_where_the_run_starts(path: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        resolve(settings(optimizer=path))
+def test_a_custom_optimizer_is_checked_at_the_start(path: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_optimizer(settings(optimizer=path))
 
 
 def test_the_settings_of_docs_are_settings(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_randomness_differs_by_step_and_by_micro_batch(
 def test_saves_by_the_clock_are_agreed_and_change_nothing(
     assign: Callable[..., Assignment], storage: LocalStorage, reference: Callable[[int], Reference]
 ) -> None:
-    """Rank 0's clock decides, and an interval of a microsecond makes every step due."""
+    """Rank 0's clock decides; an interval of a microsecond makes every step due."""
     sections = {"checkpoint": {"every": "0.000001s", "keep_last": 2}}
     ended = run_group(assign("by-the-clock", sections=sections), storage, 2)
     assert [item.outcome for item in ended] == [Outcome.DONE] * 2

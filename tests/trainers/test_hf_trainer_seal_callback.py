@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.hf_trainer_checkpoints import newest_sealed
-from outlast.trainers.hf_trainer_callback import SealCheckpoints
+from outlast.checkpointing.hf_trainer_seals import newest_sealed
+from outlast.trainers.hf_trainer_seal_callback import SealCheckpoints
 from tests.support.groups.worker_group import start_script
 from tests.support.hf_script import EXAMPLE
 

@@ -42,7 +42,7 @@ class Interruption:
 
 
 @dataclass(frozen=True, slots=True)
-class RunSummary:
+class RunSnapshot:
     """One run at one moment. Times are in seconds since the epoch; None means unknown."""
 
     run: str
@@ -78,7 +78,7 @@ class RunSummary:
         return {**values, "state": self.state.value, "scores": dict(self.scores), "goodput": self.goodput.goodput}
 
 
-def summarize(timeline: Timeline, now: float, activity: str = "") -> RunSummary:
+def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnapshot:
     """Summarize a run at the moment `now` (seconds since the epoch); `activity` replaces the state's words."""
     current, attempts, state = timeline.current, timeline.claimed_attempts, timeline.state(now)
     is_restarting = state is State.RUNNING and current is not None and _is_restarting(timeline, current, now)
@@ -90,7 +90,7 @@ def summarize(timeline: Timeline, now: float, activity: str = "") -> RunSummary:
     tokens = sum(steps.tokens[-SPEED_WINDOW:]) / min(SPEED_WINDOW, len(steps)) if steps else None
     evaluations = (record for item in reversed(attempts) for record in reversed(item.evaluations))
     saves = (save for item in reversed(attempts) for save in reversed(item.saves.values()))
-    return RunSummary(
+    return RunSnapshot(
         run=timeline.run,
         now=now,
         state=state,

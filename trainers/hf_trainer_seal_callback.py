@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import checkpoint_name
-from outlast.checkpointing.hf_trainer_checkpoints import newest_sealed, seal
+from outlast.checkpointing.hf_trainer_seals import newest_sealed, seal
 
 __all__ = ["SealCheckpoints", "newest_sealed"]
 

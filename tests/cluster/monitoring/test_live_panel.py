@@ -19,8 +19,8 @@ from rich.text import Text
 from outlast.checkpointing.run_store.events import SlowRank
 from outlast.cluster.formatting import clock, duration, share, short, size
 from outlast.cluster.monitoring.console_progress import ProgressReporter
-from outlast.cluster.monitoring.run_panel import _apportion, panel, plain_line, sparkline
-from outlast.cluster.monitoring.run_summary import RunSummary, summarize
+from outlast.cluster.monitoring.live_panel import _apportion, panel, plain_line, sparkline
+from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import Timeline
 from tests.support.timelines import (
@@ -43,7 +43,7 @@ WIDTHS = (30, 40, 60, 79, 80, 120)
 ROOT = Path(__file__).parents[3]
 
 
-def interrupted_run(run: str = "support-bot") -> RunSummary:
+def interrupted_run(run: str = "support-bot") -> RunSnapshot:
     """Make a running run that was killed and hung before."""
     timeline = make_timeline(
         launch("a", 0, NOW - 1, None, failure(1, 100), failure(2, 180, "hang")),
@@ -53,10 +53,10 @@ def interrupted_run(run: str = "support-bot") -> RunSummary:
         run=run,
     )
     timeline.claimed_attempts[-1].slow = [SlowRank(1, "node-c", 1.8)]
-    return summarize(timeline, NOW)
+    return take_snapshot(timeline, NOW)
 
 
-def shown(seen: RunSummary, width: int, *, colour: bool = False) -> str:
+def shown(seen: RunSnapshot, width: int, *, colour: bool = False) -> str:
     """Return what a terminal of that width shows."""
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=True, color_system="standard" if colour else None)
@@ -96,25 +96,25 @@ def test_no_line_is_wider_than_the_terminal_or_padded(width: int, run: str) -> N
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_run_of_which_little_is_known(width: int) -> None:
-    nothing = panel(summarize(Timeline("run"), NOW), width)
+    nothing = panel(take_snapshot(Timeline("run"), NOW), width)
     assert [line.plain for line in nothing] == ["run  unattended"]
-    begun = shown(summarize(make_timeline(launch("a", NOW - 9, NOW)), NOW, "preparing data"), width)
+    begun = shown(take_snapshot(make_timeline(launch("a", NOW - 9, NOW)), NOW, "preparing data"), width)
     assert begun.startswith("run  preparing data")
     assert "nothing yet" in begun
     finished = make_timeline(launch("a", 0, 32, 0), attempt(1, 10, plan(12, 10), steps(1, 10, 15), done(30, 10)))
-    assert "done, attempt 1" in shown(summarize(finished, NOW), width)
-    assert " left" not in shown(summarize(finished, NOW), width)
+    assert "done, attempt 1" in shown(take_snapshot(finished, NOW), width)
+    assert " left" not in shown(take_snapshot(finished, NOW), width)
 
 
 def test_a_run_is_restarting_until_the_next_group_has_an_event() -> None:
     lost = attempt(1, 20, start(21), plan(22, 1000), steps(1, 90, 26, 0.8), saved(60, 76))
     failed, killed = launch("a", 0, NOW - 1, None, failure(1, 100)), launch("a", 0, 100)
     for parts in ((failed, lost), (failed, lost, attempt(2, 115)), (killed, launch("b", 110, NOW - 1), lost)):
-        text = shown(summarize(make_timeline(*parts), NOW), 120)
+        text = shown(take_snapshot(make_timeline(*parts), NOW), 120)
         assert "restarting, attempt 1" in text
         assert " left" not in text
     stopping = attempt(1, 20, start(21), plan(22, 1000), steps(1, 90, 26, 0.8), stopped(100, 90))
-    assert "running, attempt 1" in shown(summarize(make_timeline(launch("a", 0, NOW - 1), stopping), NOW), 120)
+    assert "running, attempt 1" in shown(take_snapshot(make_timeline(launch("a", 0, NOW - 1), stopping), NOW), 120)
 
 
 def test_user_text_is_not_markup() -> None:
@@ -122,7 +122,7 @@ def test_user_text_is_not_markup() -> None:
         launch("a", 0, 290, None, {**failure(1, 100), "message": "[bold red]x[/] :smile:\n\x1b]0;t\x07 y"}),
         attempt(1, 9),
     )
-    text = shown(summarize(timeline, NOW), 120, colour=True)
+    text = shown(take_snapshot(timeline, NOW), 120, colour=True)
     assert "[bold red]x[/] :smile: " in text
     assert "\x1b]" not in text
 
@@ -137,7 +137,7 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_plain_line() -> None:
     expected = "step 220/1000  loss 0.045  eval loss 2.000  lr 0.001  100 tokens/s  10 min 24 s left"
     assert plain_line(interrupted_run()) == expected
-    assert plain_line(summarize(Timeline("run"), NOW)) == "step 0/?"
+    assert plain_line(take_snapshot(Timeline("run"), NOW)) == "step 0/?"
 
 
 @pytest.mark.parametrize(

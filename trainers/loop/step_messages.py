@@ -1,4 +1,4 @@
-"""What a step is asked, what it answers, and what it leaves to the next one."""
+"""Plain data that passes between the ranks of a step, and from a step to the next one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class PlannedSave(Enum):
-    """Whether to save after a step, as it travels in the all-reduce."""
+    """Whether to save after a step, as encoded in the all-reduce."""
 
     NO = 0
     DUE = 1
@@ -18,12 +18,12 @@ class PlannedSave(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepRequests:
-    """What is to happen after a step: for one rank, or once they have agreed for all of them.
+    """Requests for what to do after a step: one rank's, or all ranks' combined.
 
     Attributes:
         stop: End the attempt.
         save: Save the state; rank 0 alone decides.
-        trouble: Wait for the save in flight, which failed or found the attempt superseded.
+        trouble: Wait for the save in flight, which failed or was superseded.
     """
 
     stop: bool
@@ -33,12 +33,12 @@ class StepRequests:
 
 @dataclass(frozen=True, slots=True)
 class StepConsensus:
-    """What the ranks agreed on at the beginning of a step.
+    """The ranks' agreement at the beginning of a step.
 
     Attributes:
         count: The step's global count.
-        num_tokens: Tokens that the model read in it, on all ranks.
-        requests: Every rank's requests together.
+        num_tokens: Tokens that the model reads in it, on all ranks.
+        requests: The combined requests of all ranks.
     """
 
     count: float

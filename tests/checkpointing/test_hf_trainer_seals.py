@@ -12,7 +12,7 @@ import pytest
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.hf_trainer_checkpoints import newest_sealed, seal
+from outlast.checkpointing.hf_trainer_seals import newest_sealed, seal
 from tests.support.groups.worker_group import start_script
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.state.model_weights import named_weights, unwrap
+from outlast.checkpointing.state.named_weights import named_weights, unwrap
 from tests.support.small_model import load_weights
 
 

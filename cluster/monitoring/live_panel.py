@@ -13,7 +13,7 @@ from rich.text import Text
 
 from outlast.cluster.formatting import clock, counted, duration, share, short, size
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
-from outlast.cluster.monitoring.run_summary import Interruption, RunSummary
+from outlast.cluster.monitoring.run_snapshot import Interruption, RunSnapshot
 from outlast.cluster.monitoring.timeline import State
 
 MAX_WIDTH = 100
@@ -34,7 +34,7 @@ _COLOURS = {
 _STATES = {State.DONE: "bold green", State.FAILED: "bold red", State.LOST: "bold red", State.STOPPED: "bold yellow"}
 
 
-def panel(summary: RunSummary, width: int, *, num_interruptions: int = 3) -> list[Text]:
+def panel(summary: RunSnapshot, width: int, *, num_interruptions: int = 3) -> list[Text]:
     """Render a run in lines of at most `width` columns, with the newest interruptions."""
     width = min(width, MAX_WIDTH)
     lines = [_head(summary, width), *_progress(summary, width), *_loss(summary, width)]
@@ -53,7 +53,7 @@ def panel(summary: RunSummary, width: int, *, num_interruptions: int = 3) -> lis
     return lines
 
 
-def plain_line(summary: RunSummary) -> str:
+def plain_line(summary: RunSnapshot) -> str:
     """Render a run in one line of plain text, for output that is not a terminal."""
     parts = [f"step {summary.step}/{summary.num_steps or '?'}"]
     if summary.loss is not None:
@@ -67,7 +67,7 @@ def plain_line(summary: RunSummary) -> str:
 # -- lines -------------------------------------------------------------------------------------------------------------
 
 
-def _head(summary: RunSummary, width: int) -> Text:
+def _head(summary: RunSnapshot, width: int) -> Text:
     line = Text()
     line.append(f"{summary.run}  ", "bold")
     line.append(summary.activity, _STATES.get(summary.state, "bold"))
@@ -82,7 +82,7 @@ def _head(summary: RunSummary, width: int) -> Text:
     return _cut(line, width)
 
 
-def _progress(summary: RunSummary, width: int) -> list[Text]:
+def _progress(summary: RunSnapshot, width: int) -> list[Text]:
     if not summary.num_steps:
         return []
     done = min(1.0, summary.step / summary.num_steps)
@@ -99,7 +99,7 @@ def _progress(summary: RunSummary, width: int) -> list[Text]:
     return [_cut(line, width)]
 
 
-def _loss(summary: RunSummary, width: int) -> list[Text]:
+def _loss(summary: RunSnapshot, width: int) -> list[Text]:
     if summary.loss is None:
         return []
     parts, number = _score_and_lr(summary), f"{summary.loss:.3f}"
@@ -114,22 +114,22 @@ def _loss(summary: RunSummary, width: int) -> list[Text]:
     return [_cut(line, width)]
 
 
-def _score_and_lr(summary: RunSummary) -> list[str]:
+def _score_and_lr(summary: RunSnapshot) -> list[str]:
     parts = [f"eval loss {summary.scores['eval_loss']:.3f}"] if "eval_loss" in summary.scores else []
     return parts if summary.lr is None else [*parts, f"lr {summary.lr:.3g}"]
 
 
-def _rate(summary: RunSummary) -> list[str]:
+def _rate(summary: RunSnapshot) -> list[str]:
     rates = ((summary.tokens_per_s, "tokens/s"), (summary.samples_per_s, "samples/s"))
     return [f"{short(rate)} {unit}" for rate, unit in rates if rate][:1]
 
 
-def _speed(summary: RunSummary) -> list[str]:
+def _speed(summary: RunSnapshot) -> list[str]:
     parts = _rate(summary)
     return [*parts, f"{duration(summary.seconds_per_step)}/step"] if summary.seconds_per_step else parts
 
 
-def _saved(summary: RunSummary) -> list[Text]:
+def _saved(summary: RunSnapshot) -> list[Text]:
     parts = []
     if newest := summary.newest:
         text = f"step {newest.step:,}"
