@@ -66,7 +66,7 @@ case ${1:-} in
     exit
     ;;
   '') ;;
-  *) die "there is no part $1" ;;
+  *) die "unknown component $1" ;;
 esac
 
 for tool in docker kubectl helm outlast; do
