@@ -2,7 +2,7 @@
 
     OutlastError                    exit code 1
     ├── ConfigError                 2   a setting is wrong, or differs from what the run was started with
-    ├── PreflightError              3   the machine, the cluster or the storage cannot do what is asked
+    ├── PreflightError              3   the machine, the cluster or the storage does not meet the run's needs
     ├── StorageError                1   the storage failed while in use
     │   └── StorageRefused          1   … until a person acts: it is full, read-only or forbids access
     ├── DamagedError                5   bytes differ from what was committed
@@ -45,7 +45,7 @@ class ConfigError(OutlastError, ValueError):
 
 
 class PreflightError(OutlastError):
-    """The machine, the cluster or the storage cannot do what is asked."""
+    """The machine, the cluster or the storage does not meet the run's needs."""
 
     exit_code = 3
     permanent = True

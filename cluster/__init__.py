@@ -1,4 +1,4 @@
-"""outlast.cluster: runs on Ray, and comes back. The only room that imports ray.
+"""outlast.cluster: training on Ray; launches, restarts, monitoring, the command line. Only this package imports ray.
 
 Names are imported when they are first used, so that a command line that needs none of them starts at once.
 """
@@ -12,7 +12,7 @@ _HOME = {
     "Report": "monitoring.report.report",
     "RunConfig": "config.run_config",
     "RunFailed": "fault_tolerance.failure_cause",
-    "load_run": "config.run_config",
+    "load_run": "config.run_file",
     "run_report": "monitoring.report.report",
 }
 

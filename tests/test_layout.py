@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import outlast.checkpointing
+import outlast.cluster
 import outlast.trainers
 from outlast.checkpointing.format.layout import checkpoint_dir
 from outlast.checkpointing.format.safetensors import decode
@@ -30,6 +31,7 @@ FORBIDDEN = {
     "cluster": ["tests"],
 }
 MAX_LINES = 500
+FACES = [outlast.checkpointing, outlast.trainers, outlast.cluster]
 
 
 def sources(room: str) -> list[Path]:
@@ -276,7 +278,19 @@ def test_the_face_of_trainers_is_frozen() -> None:
     ]
 
 
-@pytest.mark.parametrize("package", [outlast.checkpointing, outlast.trainers], ids=lambda package: package.__name__)
+def test_the_face_of_cluster_is_frozen() -> None:
+    assert outlast.cluster.__all__ == [
+        "Finished",
+        "Launch",
+        "Report",
+        "RunConfig",
+        "RunFailed",
+        "load_run",
+        "run_report",
+    ]
+
+
+@pytest.mark.parametrize("package", FACES, ids=lambda package: package.__name__)
 def test_every_name_is_there(package: object) -> None:
     for name in package.__all__:  # type: ignore[attr-defined]
         assert getattr(package, name).__doc__

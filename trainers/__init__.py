@@ -1,4 +1,4 @@
-"""outlast.trainers: the exact step loop and what it trains. Knows transformers, and nothing of Ray.
+"""outlast.trainers: the exact step loop and what it trains. Uses transformers; must not import ray.
 
 Names are imported when they are first used, so that a command line that needs none of them starts at once.
 """

@@ -172,9 +172,9 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
     """
     attempts = [item for item in list_attempts(store) if below is None or item < below]
     with ThreadPoolExecutor(16) as pool:
-        commits = list(pool.map(lambda item: _commits(store, item), attempts))
+        committed = dict(zip(attempts, pool.map(lambda item: _commits(store, item), attempts), strict=True))
     first, newest_step = 0, -1
-    for number, steps in enumerate(commits):
+    for number, steps in enumerate(committed.values()):
         if max(steps, default=-1) > newest_step:
             first, newest_step = number, max(steps)
     claims = {item: read_claim(store, item) for item in attempts[first:]}
@@ -206,7 +206,7 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
         ]
         for attempt in own:
             claim, failure = claims[attempt], failure_of.get(str(attempt))
-            steps = commits[attempts.index(attempt)]
+            steps = committed[attempt]
             has_successor, is_open = attempt != own[-1], launch == live
             item = _read_record(
                 store, attempt, claim, steps, failure, alive, has_successor=has_successor, is_open=is_open

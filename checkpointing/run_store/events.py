@@ -423,7 +423,7 @@ class DamagedModelEvent(Event, kind="damaged-model"):
 
 
 class StoppingEvent(Event, kind="stopping"):
-    """The driver was asked to stop. Not journaled."""
+    """The driver received a stop request. Not journaled."""
 
 
 def parse_event(body: Mapping[str, Any]) -> Event:

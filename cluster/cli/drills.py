@@ -1,4 +1,4 @@
-"""Verbs that inject faults: `demo` and `drill`."""
+"""The commands that inject faults: `demo` and `drill`."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             node = ray.get_runtime_context().get_node_id()
             world = World(ray.train.torch.get_device(), node, log_of_this_process(), marks)
-            # One rank asks for all: a verdict that arrives just now would reach only some ranks, and the others wait.
+            # Rank 0 alone queries it: an error reported just now would reach some ranks only, the others would wait.
             if earlier := world.run_on_rank_0(client.earlier_failure):
                 return {"error": earlier}
             nodes = world.gather(world.node)

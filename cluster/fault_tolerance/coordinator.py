@@ -2,8 +2,8 @@
 events to the driver, and holds the heartbeats of the ranks' watchdogs.
 
 If this actor dies, training and checkpoints are unaffected: it must never hold what decides on either. Until it is
-restarted a stop request waits for the next signal, the display stands still, and an announced loss may count as a
-failure.
+restarted, a stop request waits for the next signal, the live display is not updated, and an announced loss may count
+as a failure.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SaveRequest:
 
 
 class Coordinator:
-    """The actor's body."""
+    """Stop and save requests, live events and heartbeats of one launch; runs as a Ray actor."""
 
     def __init__(self) -> None:
         self._stop = False

@@ -160,7 +160,7 @@ class ProgressReporter:
             case events.EarlyStopEvent():
                 return [f"stopping early at step {event.step}: {event.reason}"]
             case events.StoppingEvent():
-                return ["asked to stop; saving a checkpoint first (press Ctrl-C again to quit immediately)"]
+                return ["stop requested; saving a checkpoint first (press Ctrl-C again to quit immediately)"]
             case events.ResumeEvent():
                 skipped = [f"skipped {item.checkpoint}: {'; '.join(item.reasons)}" for item in event.rejected]
                 skipped += [f"skipped {ref}: the run failed to start from it twice" for ref in event.passed_over]

@@ -1,6 +1,6 @@
-"""The model card of an export: what the run's own record says of the model, in the form of the Hugging Face Hub.
+"""The model card of an export, from the run's record, in the form of the Hugging Face Hub.
 
-It says what is known, and leaves the rest to its owner: what the model is for, its limits, and its license.
+Unknown fields are omitted, never guessed. Intended use, limits and license are left to the user.
 """
 
 from __future__ import annotations
@@ -53,25 +53,25 @@ def model_card(found: ResolvedCheckpoint, content: Content) -> bytes:
 
 
 class _CardBuilder:
-    """What the run's storage says of a model."""
+    """The card's front matter and text."""
 
     def __init__(self, found: ResolvedCheckpoint, content: Content) -> None:
         self._found = found
         self._is_adapter = content.weights_name == ADAPTER_WEIGHTS
         attempt = found.manifest.ref.attempt
         self._declaration: Mapping[str, Any] = found.declaration or {}
-        self._mathematics: Mapping[str, Any] = self._declaration.get("mathematics", {})
+        self._numerics_settings: Mapping[str, Any] = self._declaration.get("mathematics", {})
         self._settings: Mapping[str, Any] = read_claim(found.store, attempt).get("settings", {})
         self._record: dict[str, Any] = {}
         with suppress(FileNotFoundError, ValueError):
-            place = f"{found.store.launch_dir(found.manifest.launch)}/{RECORD}"
-            self._record = json.loads(read_bytes(found.store.storage, place))
+            path = f"{found.store.launch_dir(found.manifest.launch)}/{RECORD}"
+            self._record = json.loads(read_bytes(found.store.storage, path))
         timeline = TimelineReader(found.store).update()
         self._ends_before = Counter(end.cause for item, end in timeline.ends.items() if item < attempt)
 
     @property
     def _task(self) -> str:
-        return str(self._mathematics.get("model", {}).get("task", ""))
+        return str(self._numerics_settings.get("model", {}).get("task", ""))
 
     @property
     def _base_model(self) -> str | None:
@@ -110,11 +110,11 @@ class _CardBuilder:
 
     @property
     def _is_of_transformers(self) -> bool:
-        return not self._mathematics.get("model", {}).get("class_")
+        return not self._numerics_settings.get("model", {}).get("class_")
 
     @property
     def _data_names(self) -> str:
-        """The files' names; where they lie is nobody's business."""
+        """The files' names; their paths are not published."""
         train = self._settings.get("data", {}).get("train", ())
         return ", ".join(PurePosixPath(place).name for place in ([train] if isinstance(train, str) else train))
 
@@ -124,7 +124,7 @@ class _CardBuilder:
         kind = self._task if self._task in TASKS else "a task of its own"
         origin = f"fine-tuned from {base}" if base else "trained"
         yield f"# {found.store.run}\n\nA model {origin} for {kind}, after step {found.manifest.ref.step:,} of its run. "
-        yield "What it is for, and what it is not, is for its owner to say.\n"
+        yield "Intended use and limitations: to be completed.\n"
         if self._metrics:
             yield "\n## Metrics\n\nOn rows that were held out of training.\n\n| | |\n|---|---|\n"
             yield from (f"| {name} | {value:.4f} |\n" for name, value in self._metrics.items())
@@ -134,9 +134,9 @@ class _CardBuilder:
             yield f", fingerprint `{fingerprint}`: of the bytes of the files, their order, and how they were cut"
         yield ".\n"
         yield from self._training()
-        if self._mathematics:
-            text = yaml.safe_dump(_said(self._mathematics), sort_keys=False, allow_unicode=True)
-            yield f"\n## Settings\n\nAll that decide its numbers, beside the data:\n\n```yaml\n{text}```\n"
+        if self._numerics_settings:
+            text = yaml.safe_dump(_without_empty(self._numerics_settings), sort_keys=False, allow_unicode=True)
+            yield f"\n## Settings\n\nAll that affect the numerical result, beside the data:\n\n```yaml\n{text}```\n"
 
     def _training(self) -> Iterator[str]:
         made = self._declaration
@@ -151,13 +151,13 @@ class _CardBuilder:
             yield f"- code at commit `{code['git']}`" + (
                 f", {counted(changes, 'file')} changed since\n" if changes else "\n"
             )
-        told = ", ".join(f"{count} × {cause}" for cause, count in sorted(self._ends_before.items()))
-        yield f"- restarts survived: {self._ends_before.total()}" + (f" ({told})\n" if told else "\n")
+        causes = ", ".join(f"{count} × {cause}" for cause, count in sorted(self._ends_before.items()))
+        yield f"- restarts survived: {self._ends_before.total()}" + (f" ({causes})\n" if causes else "\n")
         yield "- checkpoint verified against its digests when it was exported\n"
 
 
-def _said(value: Any) -> Any:
-    """The same without what says nothing."""
+def _without_empty(value: Any) -> Any:
+    """Copy without empty values."""
     if isinstance(value, Mapping):
-        return {key.rstrip("_"): _said(item) for key, item in value.items() if item not in (None, {}, [])}
+        return {key.rstrip("_"): _without_empty(item) for key, item in value.items() if item not in (None, {}, [])}
     return value

@@ -3,7 +3,7 @@
 The reference is a run that nothing ever happened to, one for each world size. A case strikes one rank at one named
 point, proves that the fault fired and that the group ended with it (or, if the process was only stopped, did not), runs
 the same run again if need be, and compares the SHA-256 of every weight and optimizer tensor and the loss of every step.
-Saves block here; `test_kill_overlapped.py` has those in the background.
+Saves block here; `test_kill_background_save.py` has those in the background.
 """
 
 from __future__ import annotations
