@@ -18,9 +18,9 @@ LOOP_STATE = f"{STATE_DIR}/state.json"
 WEIGHTS = "model.safetensors"
 
 _RUN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
-_ATTEMPT = re.compile(r"(\d{4,})-([0-9a-f]{4,})")
-_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
-_REF = re.compile(r"(0|[1-9]\d*)@(.+)")
+_ATTEMPT = re.compile(r"(\d{4,18})-([0-9a-f]{4,})")
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
+_REF = re.compile(r"(0|[1-9]\d{0,17})@(.+)")
 
 
 @dataclass(frozen=True, slots=True, order=True)

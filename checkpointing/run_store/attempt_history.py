@@ -95,7 +95,7 @@ def end_of_attempt(
     # The ranks of a killed driver outlive it by a moment, and report broken connections or nothing.
     is_alone = not has_successor and not alive.get("ended")
     is_settled = exit_code in _SETTLED
-    if exit_code in _ORDERLY or (has_successor and (failed is None or is_settled)):
+    if exit_code in _ORDERLY or (has_successor and (failed is None or is_settled or (resize and resize.planned))):
         cause = ("resized" if resize and resize.planned else "restarted") if has_successor else "stopped"
         return AttemptEnd(AttemptOutcome.SETTLED, cause, has_successor=has_successor)
     settled = AttemptOutcome.SETTLED if is_settled else None

@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import UnionType
 from typing import Any
 
 from outlast.checkpointing.format.layout import CLAIM, AttemptId
@@ -41,9 +42,12 @@ def read_claim(store: RunStore, attempt: AttemptId) -> dict[str, Any]:
     """Read a claim; empty if it is missing or damaged."""
     try:
         body = json.loads(read_bytes(store, f"{store.attempt_dir(attempt)}/{CLAIM}"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return body if isinstance(body, dict) else {}
+    if not isinstance(body, dict):
+        return {}
+    expected: dict[str, type | UnionType] = {"launch": str, "claimed_at": int | float}
+    return {key: value for key, value in body.items() if isinstance(value, expected.get(key, object))}
 
 
 def higher_claim(store: RunStore, mine: AttemptId) -> AttemptId | None:

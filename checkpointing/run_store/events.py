@@ -431,6 +431,6 @@ def parse_event(body: Mapping[str, Any]) -> Event:
     kind, t = body.get("event"), body.get("t")
     known = KINDS.get(kind) if isinstance(kind, str) else None
     if known is not None:
-        with suppress(TypeError):
+        with suppress(TypeError, ValueError):
             return from_json(known, known.fields_of(body))
     return UnknownEvent(t=t if isinstance(t, float) else 0.0, name=str(kind), body=body)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +132,15 @@ class _Compaction:
         self._finished[number] = lines
         if len(self._finished) <= COMPACTED_SEGMENTS or (self._thread is not None and self._thread.is_alive()):
             return
-        taken = {key: self._finished.pop(key) for key in list(self._finished)[:-1]}  # the newest shows how it ended
+        newest = max(self._finished)  # which shows how the attempt ended
+        taken = {key: lines for key, lines in self._finished.items() if key != newest}
         # Not a daemon: those are killed inside native code when the interpreter ends.
-        self._thread = threading.Thread(target=self._compact, args=(taken,), name="journal compaction")
-        self._thread.start()
+        thread = threading.Thread(target=self._compact, args=(taken,), name="journal compaction")
+        try:
+            thread.start()
+        except RuntimeError:  # the process may start no more threads: the segments stay, and training goes on
+            return
+        self._thread, self._finished = thread, {newest: self._finished[newest]}
 
     def wait(self) -> None:
         if self._thread is not None:
@@ -145,19 +150,24 @@ class _Compaction:
         from outlast.checkpointing.run_store.compacted_segment import compact, join
 
         first, last = min(segments), max(segments)
+        if self._compacted and self._compacted[-1][1] + 1 != first:
+            self._compacted = []  # the one between failed: a joined file hides all within its range, and must hold it
         with suppress(StorageError):
             events = compact([line for lines in segments.values() for line in lines])
-            self._replace([segment_name(self._journal, number) for number in segments], first, last, events)
+            self._put(first, last, events)
             self._compacted.append((first, last, events))
+            self._delete(segment_name(self._journal, number) for number in segments)
             if len(self._compacted) >= JOINED_FILES:
                 parts, self._compacted = self._compacted, []
-                names = [compacted_name(self._journal, first, last) for first, last, _ in parts]
-                self._replace(names, parts[0][0], parts[-1][1], join([events for *_, events in parts]))
+                self._put(parts[0][0], parts[-1][1], join([events for *_, events in parts]))
+                self._delete(compacted_name(self._journal, first, last) for first, last, _ in parts)
 
-    def _replace(self, names: list[str], first: int, last: int, events: CompactedEvents) -> None:
+    def _put(self, first: int, last: int, events: CompactedEvents) -> None:
         from outlast.checkpointing.run_store.compacted_segment import to_parquet
 
         self._storage.put(f"{self._directory}/{compacted_name(self._journal, first, last)}", [to_parquet(events)])
+
+    def _delete(self, names: Iterable[str]) -> None:
         for name in names:
             self._storage.delete(f"{self._directory}/{name}")
 
@@ -165,7 +175,7 @@ class _Compaction:
 def last_event_at(storage: Storage, directory: str) -> float | None:
     """Return the time of rank 0's newest event in seconds since the epoch, if there is one. Raises StorageError."""
     newest = _read(storage, directory, lambda files: files[-1:])
-    return max((float(event["t"]) for event in newest if "t" in event), default=None)
+    return max((float(t) for event in newest if isinstance(t := event.get("t"), int | float)), default=None)
 
 
 def read_events(storage: ReadableStorage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
@@ -218,7 +228,7 @@ def _parse(lines: list[bytes]) -> Iterator[dict[str, Any]]:
         part = lines[first : first + _SLICE]
         try:
             events = json.loads(b"[" + b",".join(part) + b"]")  # many at once: journals have a million lines
-        except ValueError:
+        except (ValueError, RecursionError):
             events = [event for line in part for event in _parse_line(line)]
         for event in events:
             if isinstance(event, dict) and "event" in event:
@@ -228,5 +238,5 @@ def _parse(lines: list[bytes]) -> Iterator[dict[str, Any]]:
 def _parse_line(line: bytes) -> Iterator[Any]:
     try:
         yield json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return

@@ -15,7 +15,11 @@ from hypothesis import strategies as st
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.run_store import events
+from outlast.checkpointing.run_store.attempt_history import read_attempt_history
+from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.events import KINDS, EvalEvent, Event, UnknownEvent, parse_event
+from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.local import LocalStorage
 
 #: What 0.1.0 writes of each kind beside `t` and `event`; a key with a question mark is not always there.
 KEYS = {
@@ -171,3 +175,20 @@ def test_every_event_and_every_field_is_explained() -> None:
         assert cls.__doc__
         hints = get_type_hints(cls, include_extras=True)
         assert [each.name for each in fields(cls) if not getattr(hints[each.name], "__metadata__", ())] == []
+
+
+def test_numbers_and_nesting_beyond_all_bounds_are_no_events(tmp_path: Path) -> None:
+    digits = "9" * 5000
+    body = {"event": "resume", "step": 1, "source": f"{digits}-abcd/checkpoint-{digits}", "committed_at": 1.0}
+    assert parse_event(body).to_json()
+    storage = LocalStorage(tmp_path)
+    lines = [
+        b'{"t": 1.0, "event": "delete", "step": 1, "attempt": "%s-abcd"}\n' % digits.encode(),
+        b"[" * 200_000,
+        b"\n",
+    ]
+    storage.put("run/attempts/0001-aaaa/commits-0-000000.jsonl", lines)
+    storage.put("run/attempts/0001-aaaa/claim.json", [json.dumps({"launch": ["a"], "claimed_at": None}).encode()])
+    store = RunStore(storage, "run")
+    assert build_catalog(store).accepted == ()
+    assert read_attempt_history(store) == []
