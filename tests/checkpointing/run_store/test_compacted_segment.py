@@ -371,56 +371,6 @@ def test_a_listing_that_a_compaction_overtook_is_made_again(recorded: Memory) ->
     assert told(Torn(after)) == everything
 
 
-@pytest.mark.parametrize("verb", ["put", "delete"])
-def test_what_cannot_be_compacted_stays_as_it_is(verb: str) -> None:
-    broken = Memory(fails=lambda did, path: did == verb and (verb == "delete" or path.endswith(".parquet")))
-    healthy = Memory()
-    found, wanted = write(broken, 60), write(healthy, 60)
-    assert [{**event, "t": 0} for event in found] == [{**event, "t": 0} for event in wanted]
-    assert any(name.endswith(".parquet") for name in broken.files) == (verb == "delete")
-    left = [{name for name in files if name.endswith(".jsonl")} for files in (broken.files, healthy.files)]
-    assert left[0] > left[1]
-
-
-@pytest.mark.parametrize("verb", ["put", "delete"])
-@pytest.mark.parametrize("ordinal", range(4))
-def test_one_failure_leaves_each_event_once(verb: str, ordinal: int) -> None:
-    """A joined file hides the segments within its range, so it must hold all of them."""
-    calls = []
-
-    def fails(did: str, path: str) -> bool:
-        if did == verb and (verb == "delete" or path.endswith(".parquet")):
-            calls.append(path)
-            return len(calls) == ordinal + 1
-        return False
-
-    broken, healthy = Memory(fails=fails), Memory()
-    found, wanted = write(broken, 400), write(healthy, 400)
-    assert [{**event, "t": 0} for event in found] == [{**event, "t": 0} for event in wanted]
-    assert len(calls) > ordinal + 8
-    assert any("-000001-" not in name and name.endswith(".parquet") for name in broken.files)
-
-
-def test_a_process_that_starts_no_more_threads_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    storage = Memory()
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refused)
-        journal = Journal(storage, PLACE, 0, flush_s=1e9)
-        for number in range(1, 40):
-            journal.write(parse_event(usual_step(number)))
-            journal.flush()
-    assert {name.rsplit(".")[-1] for name in storage.files} == {"jsonl"}
-    for number in range(40, 60):
-        journal.write(parse_event(usual_step(number)))
-        journal.flush()
-        journal.wait()
-    assert any(name.endswith(".parquet") for name in storage.files)
-    assert [event["step"] for event in read_events(storage, PLACE)] == list(range(1, 60))
-
-
 def test_an_old_listing_brings_nothing_back(recorded: Memory) -> None:
     """Such as a mount's, which shows for a while what was before."""
     num_compacted = [sum(name.endswith(".parquet") for name in state) for state in recorded.states]
