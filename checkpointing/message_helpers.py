@@ -13,8 +13,9 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the closest of the known words, or None."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+    """Return the closest of the known words whatever their case, or None."""
+    by_folded = {item.casefold(): item for item in known}
+    return next((by_folded[item] for item in difflib.get_close_matches(word.casefold(), list(by_folded), n=1)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

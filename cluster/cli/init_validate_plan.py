@@ -23,6 +23,8 @@ def init(
     """Write a commented starter run file. Never overwrites a file."""
     from outlast.cluster.config.starter_files import template
 
+    if file.suffix == ".toml":
+        raise ConfigError("run files are YAML; TOML is not read", hint=f"outlast init {file.with_suffix('.yaml')}")
     text = template(task, str(file))
     try:
         with file.open("x", encoding="utf-8") as opened:

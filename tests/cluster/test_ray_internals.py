@@ -99,6 +99,7 @@ def test_what_a_running_ray_answers() -> None:
         def look(self) -> tuple[int, str, str | None]:
             return os.getpid(), ray.get_runtime_context().get_actor_id(), ray_internals.temp_dir()
 
+    ray.shutdown()  # another test's may have been started by a look for an actor
     with ray_session():
         folder = ray_internals.temp_dir()
         assert folder is not None

@@ -59,6 +59,12 @@ def test_every_task_has_a_template() -> None:
     assert set(EXAMPLES) == set(TASKS)
 
 
+def test_no_starter_file_that_would_be_refused(tmp_path: Path) -> None:
+    done = outlast("init", str(tmp_path / "run.toml"), code=2)
+    assert not (tmp_path / "run.toml").exists()
+    assert f"outlast init {tmp_path / 'run.yaml'}" in done.stderr
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_template_is_valid_unchanged(task: str, tmp_path: Path) -> None:
     """Both with its pretrained model and with its alternative, a new model."""
