@@ -134,7 +134,7 @@ class Launch:
             make_plan(self.config, 1, self.config.scale.max_workers)
             check_trackers(self.config.track)
             digest = settings_digest(self.declared)
-            given_up = decide_give_up(read_attempt_history(store.fresh()), self.config.failure.limits, digest)
+            given_up = decide_give_up(read_attempt_history(store), self.config.failure.limits, digest)
             if given_up is not None:
                 raise gave_up(name, given_up)
             self._publish(events.PhaseEvent(name="data"))
