@@ -40,7 +40,6 @@ class Run:
         storage: Storage | None = None,
     ) -> None:
         self.storage, self.name = storage or LocalStorage(folder / "runs"), name
-        self.store = RunStore(self.storage, name)
         body = tiny_config(name, self.storage.url, text_file, steps=steps, eval_every=200).model_dump(
             mode="json", exclude_defaults=True
         )
@@ -51,6 +50,11 @@ class Run:
             body[key] = {**body[key], **value} if isinstance(value, Mapping) else value
         self.file = folder / f"{name}.yaml"
         self.file.write_text(yaml.safe_dump(body))
+
+    @property
+    def store(self) -> RunStore:
+        """A new one each time, because a RunStore remembers what it has read."""
+        return RunStore(self.storage, self.name)
 
     def submit(self, lab: Lab) -> subprocess.Popen[str]:
         """Submits, and follows in a process of its own."""
