@@ -20,7 +20,7 @@ _MODULES = {
     "PreflightError": "errors",
     "RankGroup": "state.rank_group",
     "Retention": "run_store.retention_policy",
-    "SaveInterval": "save.save_interval",
+    "SaveInterval": "save.save_schedule",
     "Storage": "storage.base",
     "StorageError": "errors",
     "StorageRefused": "errors",

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, OutlastError, PreflightError
-from outlast.checkpointing.save.save_interval import SaveInterval
+from outlast.checkpointing.save.save_schedule import SaveInterval
 from outlast.cluster.cli.main import app
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import Interrupted

@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from outlast.checkpointing.error_hints import did_you_mean
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.message_helpers import did_you_mean
 
 _HINT = "put it beside the run file, or install it on every worker; `outlast submit --code DIR` uploads it"
 

@@ -166,7 +166,7 @@ def read_regions(
     After faults the targets are a mixture and must not be used. Raises StorageError.
     """
     entries = {entry.path: entry for entry in manifest.files}
-    copies: dict[tuple[str, int], list[_Copy]] = {}
+    copies: dict[tuple[str, int], list[_Piece]] = {}
     afterwards: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, (region, target) in targets.items():
         missing = prod(region.shape)
@@ -183,7 +183,7 @@ def read_regions(
                 view = rows
             _plan(copies, part.path, begin, end, view.reshape(-1).view(torch.uint8))
         assert not missing, f"{missing} elements of {name} are in no file"
-    faults = _execute(storage, directory, entries, copies)
+    faults = _copy_blocks(storage, directory, entries, copies)
     if not faults:
         for view, source in afterwards:
             view.copy_(source)
@@ -191,7 +191,7 @@ def read_regions(
 
 
 @dataclass(frozen=True, slots=True)
-class _Copy:
+class _Piece:
     """Copies bytes from `begin` in a block to `target`."""
 
     begin: int
@@ -208,15 +208,18 @@ def _rows(part: StoredTensor, shared: Region) -> tuple[int, int, Region]:
     return part.begin + first * row_bytes, part.begin + (first + shared.shape[0]) * row_bytes, rows
 
 
-def _plan(copies: dict[tuple[str, int], list[_Copy]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
+def _plan(copies: dict[tuple[str, int], list[_Piece]], path: str, begin: int, end: int, target: torch.Tensor) -> None:
     for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
         first, last = max(begin, number * BLOCK_BYTES), min(end, (number + 1) * BLOCK_BYTES)
-        copy = _Copy(first - number * BLOCK_BYTES, target[first - begin : last - begin])
+        copy = _Piece(first - number * BLOCK_BYTES, target[first - begin : last - begin])
         copies.setdefault((path, number), []).append(copy)
 
 
-def _execute(
-    storage: Storage, directory: str, entries: Mapping[str, FileEntry], copies: Mapping[tuple[str, int], list[_Copy]]
+def _copy_blocks(
+    storage: Storage,
+    directory: str,
+    entries: Mapping[str, FileEntry],
+    copies: Mapping[tuple[str, int], list[_Piece]],
 ) -> list[str]:
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(_NUM_READERS):
@@ -246,7 +249,15 @@ def _execute(
     return sorted(faults.values())
 
 
-def _pieces(block: torch.Tensor, copies: Sequence[_Copy]) -> list[memoryview] | None:
+def verify_blocks(storage: Storage, directory: str, entries: Mapping[str, FileEntry]) -> list[str]:
+    """Read every block of the files and compare its digest. Returns the faults, one line each. Raises StorageError."""
+    nothing: dict[tuple[str, int], list[_Piece]] = {
+        (path, number): [] for path, entry in entries.items() for number in range(len(entry.blocks))
+    }
+    return _copy_blocks(storage, directory, entries, nothing)
+
+
+def _pieces(block: torch.Tensor, copies: Sequence[_Piece]) -> list[memoryview] | None:
     """Return consecutive buffers for a block's bytes: the targets, and `block` itself for bytes without a target.
 
     None if a target is not host memory, or there are too many.

@@ -9,7 +9,7 @@ import torch
 from outlast.checkpointing.format.layout import MANIFEST
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.checkpointing.restore.reader import _Copy, _execute, read_tensors
+from outlast.checkpointing.restore.reader import read_tensors, verify_blocks
 from outlast.checkpointing.storage.base import Storage, walk
 from outlast.checkpointing.storage.retry import retry
 
@@ -38,10 +38,7 @@ def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
     faults = check_listing(storage, directory, manifest)
     named = {fault.split(": ", 1)[0] for fault in faults}
     entries = {entry.path: entry for entry in manifest.files if entry.path not in named}
-    blocks: dict[tuple[str, int], list[_Copy]] = {  # without targets
-        (path, number): [] for path, entry in entries.items() for number in range(len(entry.blocks))
-    }
-    return sorted([*faults, *_execute(storage, directory, entries, blocks)])
+    return sorted([*faults, *verify_blocks(storage, directory, entries)])
 
 
 def tensor_digests(storage: Storage, directory: str, manifest: Manifest) -> dict[str, str]:

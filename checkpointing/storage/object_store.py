@@ -22,8 +22,8 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
-from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.retry import call_with_retries
 

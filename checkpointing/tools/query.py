@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from outlast.checkpointing.error_hints import did_you_mean
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError
 from outlast.checkpointing.format.layout import MANIFEST, RECORD, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.message_helpers import did_you_mean
 from outlast.checkpointing.run_store.catalog import Catalog, build_catalog, read_manifest
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.deletion import list_pins
@@ -22,8 +22,6 @@ from outlast.checkpointing.run_store.retention_policy import Retention, Retentio
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.retry import retry
-
-_MAX_RESTARTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +157,7 @@ def resolve_checkpoint(store: RunStore, which: str, retention: Retention) -> Res
     if which != "model":
         manifest = pick_manifest(store, which, retention)
         return ResolvedCheckpoint(store, store.checkpoint_dir(manifest.ref), manifest)
-    directory, model = _newest_model(store, existing_attempts(store))
+    directory, model = newest_model(store, existing_attempts(store))
     if isinstance(model, ManifestError):
         raise DamagedError(f"{store.storage.url}/{directory}/{MANIFEST}: {model}") from model
     if model is None:
@@ -169,7 +167,7 @@ def resolve_checkpoint(store: RunStore, which: str, retention: Retention) -> Res
     return ResolvedCheckpoint(store, directory, model)
 
 
-def _newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, Manifest | ManifestError | None]:
+def newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, Manifest | ManifestError | None]:
     """Return directory and manifest of the newest model of some attempts, which may be damaged or None."""
     for attempt in sorted(attempts, reverse=True):
         directory = store.model_dir(attempt)

@@ -12,12 +12,13 @@ from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import (
-    _MAX_RESTARTS,
-    _newest_model,
     load_catalog,
+    newest_model,
     pick_manifest,
     resolve_checkpoint,
 )
+
+_MAX_PASSES = 5  # over a run that changes while it is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def verify_run(
         NoCheckpointError: The checkpoint does not exist.
         StorageError: The storage could not be read, or the run changed during each attempt.
     """
-    for _ in range(_MAX_RESTARTS):
+    for _ in range(_MAX_PASSES):
         catalog = load_catalog(store)
         wanted = which
         if which in ("newest", "best"):
@@ -65,7 +66,7 @@ def verify_run(
         if which is not None and not verdicts:
             resolve_checkpoint(store, which, retention or Retention())  # raises with the names of existing ones
         return verdicts
-    raise StorageError(f"run {store.run!r} changed {_MAX_RESTARTS} times while it was read", hint="try again later")
+    raise StorageError(f"run {store.run!r} changed {_MAX_PASSES} times while it was read", hint="try again later")
 
 
 class _ChangedWhileReading(Exception):
@@ -97,7 +98,7 @@ def find_model(store: RunStore) -> VerificationResult | None:
 
     owner = build_catalog(store).owner
     attempts = [attempt for attempt in list_attempts(store) if owner is not None and attempt >= owner]
-    directory, manifest = _newest_model(store, attempts)
+    directory, manifest = newest_model(store, attempts)
     if manifest is None:
         return None
     if isinstance(manifest, ManifestError):

@@ -382,7 +382,7 @@ def _weights_format(name: str | None, weights: Path | None) -> tuple[WriteWeight
     if name not in (None, "safetensors", "pytorch"):
         raise ConfigError(f"--format {name} is not known", hint="write --format safetensors or --format pytorch")
     if name == "pytorch" or (name is None and weights is not None and weights.suffix != ".safetensors"):
-        from outlast.trainers.models.export_state_dict import CAVEAT, WEIGHTS_PYTORCH, write_state_dict
+        from outlast.trainers.models.torch_save_export import CAVEAT, WEIGHTS_PYTORCH, write_state_dict
 
         return write_state_dict, WEIGHTS_PYTORCH, CAVEAT
     from outlast.checkpointing.tools.export import write_safetensors

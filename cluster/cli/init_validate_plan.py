@@ -10,10 +10,8 @@ from typing import Annotated
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Overrides
+from outlast.cluster.cli.options import AsJson, Overrides, RunFile
 from outlast.trainers.config.task_table import TASKS
-
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 
 
 def init(

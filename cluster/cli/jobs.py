@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli.options import Address, AsJson, Overrides, Run, RunFile, Ship, ShippedCode, StorageRoot
+from outlast.cluster.cli.options import Address, AsJson, Follow, Overrides, Run, RunFile, Ship, ShippedCode, StorageRoot
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ def submit(
     run_file: RunFile,
     overrides: Overrides = None,
     address: Address = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Show its log until it ends; exit with its exit code.")
-    ] = False,
+    follow: Follow = False,
     supervise: Annotated[
         bool, typer.Option("--supervise", help="Keep running, and submit again when it fails.")
     ] = False,
@@ -88,9 +86,7 @@ def resume(
     run: Run,
     overrides: Overrides = None,
     address: Address = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Show its log until it ends; exit with its exit code.")
-    ] = False,
+    follow: Follow = False,
     code: ShippedCode = None,
     ship: Ship = True,
     storage: StorageRoot = "./runs",

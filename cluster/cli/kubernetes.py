@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlast.cluster.cli.options import AsJson, writing
+from outlast.cluster.cli.options import AsJson, RunFile, writing
 from outlast.cluster.config.run_reference import RUN_FILES
 from outlast.cluster.formatting import counted
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its run file.")]
 Objects = Annotated[str, typer.Argument(metavar="FILE", help="Manifests, as printed by `render`; - for stdin.")]
 Context = Annotated[str | None, typer.Option(help="A context of the kubeconfig; default: the current one.")]

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.message_helpers import first_line
 from outlast.cluster.cli.checkpoints import checkpoints
 from outlast.cluster.cli.doctor import doctor
 from outlast.cluster.cli.drills import demo, drill

@@ -16,6 +16,7 @@ Address = Annotated[
     str | None, typer.Option(help="The cluster's job server, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
 ]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
+Follow = Annotated[bool, typer.Option("--follow", help="Show its log until it ends; exit with its exit code.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, run file or name.")]
 StorageRoot = Annotated[str, typer.Option("--storage", help="The storage of runs that are given by name.")]
 Code = Annotated[

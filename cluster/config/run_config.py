@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.save.save_interval import SaveInterval
+from outlast.checkpointing.save.save_schedule import SaveInterval
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.config.base import Duration

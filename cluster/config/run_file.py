@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from outlast.checkpointing.error_hints import first_line, nearest
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.message_helpers import first_line, nearest
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.config.yaml_lines import Lines, parse, settings_error
 from outlast.trainers.config.validation_errors import Path as KeyPath

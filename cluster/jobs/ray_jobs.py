@@ -25,8 +25,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.message_helpers import first_line
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.bundle import bundle, copy_package
 from outlast.cluster.preflight.finding import TOKEN_HINT, Finding, Level

@@ -20,9 +20,9 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.format.layout import AttemptId
-from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.events import GroupFailureEvent
@@ -35,7 +35,7 @@ from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, count_failures, decide_give_up
 from outlast.cluster.jobs import ray_jobs as jobs
 from outlast.cluster.jobs.ray_jobs import SubmittedJob
-from outlast.cluster.monitoring.timeline_reader import TimelineReader
+from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
 from outlast.cluster.monitoring.timeline_records import LaunchTimeline
 
 POLL_S = 2.0

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.message_helpers import first_line
 from outlast.cluster.kubernetes.accessors import mapping, mappings
 from outlast.cluster.kubernetes.rayjob_successor import (
     MANAGER,

@@ -10,7 +10,7 @@ from typing import Any
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.run_store.events import SlowRank
 from outlast.cluster.monitoring.goodput import GoodputReport, account_time
-from outlast.cluster.monitoring.timeline import State, Timeline
+from outlast.cluster.monitoring.timeline_from_events import State, Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, SaveRecord, StepSeries
 
 #: Speed and time left are computed from so many of the newest steps.
@@ -48,7 +48,7 @@ class RunSnapshot:
     run: str
     now: float
     state: State
-    activity: str  #: the state in words, with what only the driver knows
+    activity: str  #: the state in words, including what only the driver reports
     last_seen_at: float  #: the time of the newest heartbeat or event; 0 if there is none
     attempt: int | None  #: the number of the current attempt
     num_attempts: int

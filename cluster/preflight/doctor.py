@@ -21,8 +21,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import OutlastError, PreflightError
-from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.events import NoteEvent
 from outlast.cluster import ray_internals

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveCosts
+from outlast.checkpointing.save.save_schedule import FIRST_AUTO_S, SaveCosts
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.formatting import size as format_size
 from outlast.cluster.preflight.doctor_probe import Probe

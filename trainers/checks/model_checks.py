@@ -13,8 +13,8 @@ import torch
 import transformers
 from torch import nn
 
+from outlast.checkpointing.error_hints import nearest
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.message_helpers import nearest
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.training_config import TrainingConfig

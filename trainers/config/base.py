@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
-from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
+from outlast.checkpointing.save.save_schedule import IntervalUnit, SaveInterval
 
 
 class Settings(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.run_store.retention_policy import KEEP_LAST_MIN, Retention
-from outlast.checkpointing.save.save_interval import SaveInterval
+from outlast.checkpointing.save.save_schedule import SaveInterval
 from outlast.trainers.config.base import Interval, Settings
 from outlast.trainers.config.train import with_default_mode
 

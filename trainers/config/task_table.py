@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from outlast.checkpointing.message_helpers import did_you_mean
+from outlast.checkpointing.error_hints import did_you_mean
 
 TASKS = {
     "causal-lm": "outlast.trainers.tasks.causal_lm:CausalLM",

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from outlast.checkpointing.error_hints import did_you_mean
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.message_helpers import did_you_mean
-from outlast.checkpointing.save.save_interval import IntervalUnit, SaveInterval
+from outlast.checkpointing.save.save_schedule import IntervalUnit, SaveInterval
 from outlast.trainers.config.base import Interval, Settings
 
 #: Optimizers by name; `loop.optimizer` has their classes.

@@ -9,8 +9,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from outlast.checkpointing.error_hints import nearest
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.message_helpers import nearest
 
 Path = tuple[int | str, ...]
 

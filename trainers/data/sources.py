@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import xxhash
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES
-from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage

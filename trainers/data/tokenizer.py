@@ -14,8 +14,8 @@ from urllib.request import getproxies
 import transformers
 from huggingface_hub import constants
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.message_helpers import first_line
 
 _CONNECT_TIMEOUT_S = 5.0
 END_TOKEN = "<|endoftext|>"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.torch_internals import limit_recompiles
 from outlast.trainers.config.train import TrainSettings

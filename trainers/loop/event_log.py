@@ -8,7 +8,7 @@ from typing import Any
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.run_store.events import Event, StepEvent
-from outlast.trainers.loop.step_messages import DeferredMetrics
+from outlast.trainers.loop.step_exchange import DeferredMetrics
 
 
 class EventLog:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from outlast.checkpointing.error_hints import did_you_mean
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.message_helpers import did_you_mean
 from outlast.trainers.config.train import TrainSettings
 from outlast.trainers.user_code import import_object
 

@@ -15,7 +15,7 @@ from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.events import IntervalEvent
 from outlast.checkpointing.run_store.journal import last_event_at
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.save.save_interval import IntervalUnit, SaveCosts, SaveInterval
+from outlast.checkpointing.save.save_schedule import IntervalUnit, SaveCosts, SaveInterval
 
 #: Prior for the time between failures, one in four hours. It counts as one observation.
 ASSUMED_BETWEEN_FAILURES_S = 4 * 3600.0

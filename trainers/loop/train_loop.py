@@ -33,7 +33,7 @@ from outlast.trainers.loop.event_log import EventLog
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.save_timer import SaveTimer
-from outlast.trainers.loop.step_messages import PlannedSave, StepRequests
+from outlast.trainers.loop.step_exchange import PlannedSave, StepRequests
 from outlast.trainers.loop.train_step import TrainStep
 from outlast.trainers.tasks.base import Task
 

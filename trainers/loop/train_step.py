@@ -43,7 +43,7 @@ from outlast.trainers.loop.lr_schedule import learning_rate
 from outlast.trainers.loop.non_finite import NonFiniteError, NonFiniteGuard, RolledBack, gradient_norm, or_nan
 from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, make_optimizer
 from outlast.trainers.loop.rank_activity import StepPhase, Stopwatch
-from outlast.trainers.loop.step_messages import DeferredMetrics, PlannedSave, StepConsensus, StepRequests
+from outlast.trainers.loop.step_exchange import DeferredMetrics, PlannedSave, StepConsensus, StepRequests
 from outlast.trainers.tasks.base import Batch, Task
 
 Positions = npt.NDArray[np.int64]

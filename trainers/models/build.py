@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import nn
 
+from outlast.checkpointing.error_hints import did_you_mean
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.message_helpers import did_you_mean
 from outlast.checkpointing.state.named_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files

@@ -16,9 +16,9 @@ from typing import Any
 
 import xxhash
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.state.named_weights import WeightNaming, carried_state, plain_name, unwrap
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS
 from outlast.trainers.config.model import LoraSettings

@@ -159,7 +159,7 @@ class MLflow:
 class WandB:
     """A run of Weights & Biases with the id of the run.
 
-    Offline, no server knows the newest step. So it is stored in a small file beside the data, written before the step
+    Offline, no server has the newest step. So it is stored in a small file beside the data, written before the step
     is logged: a kill in between loses this step in the tracker, but duplicates none.
     """
 

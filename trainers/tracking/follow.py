@@ -16,9 +16,9 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.layout import AttemptId
-from outlast.checkpointing.message_helpers import first_line
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.journal import read_events

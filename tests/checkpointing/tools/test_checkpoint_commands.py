@@ -33,7 +33,7 @@ from outlast.checkpointing.tools.query import resolve_checkpoint
 from outlast.checkpointing.tools.slow_tokenizer_files import slow_tokenizer_files
 from outlast.cluster.cli.main import main
 from outlast.trainers.data.tokenizer import Tokenizer, tokenizer_files, train_bpe
-from outlast.trainers.models.export_state_dict import write_state_dict
+from outlast.trainers.models.torch_save_export import write_state_dict
 
 PAGE = Path(__file__).parents[3] / "docs/how-to/export.md"
 TEXT = "the worker was lost, and the run went on from the newest checkpoint that is proven whole"

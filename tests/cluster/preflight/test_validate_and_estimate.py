@@ -15,7 +15,7 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import header_bytes, parse_header
 from outlast.checkpointing.run_store.catalog import read_catalog
-from outlast.checkpointing.save.save_interval import SaveCosts
+from outlast.checkpointing.save.save_schedule import SaveCosts
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig

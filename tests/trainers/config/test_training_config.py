@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.save.save_interval import SaveInterval
+from outlast.checkpointing.save.save_schedule import SaveInterval
 from outlast.cluster.config.run_config import RunConfig
 from outlast.trainers.checks.resume_checks import check_unchanged
 from outlast.trainers.config.base import Settings

@@ -12,7 +12,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, SaveInterval
+from outlast.checkpointing.save.save_schedule import FIRST_AUTO_S, SaveInterval
 from outlast.checkpointing.storage.base import Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.loop import save_timer as timer_module

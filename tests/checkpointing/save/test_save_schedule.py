@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.checkpointing.save.save_interval import FIRST_AUTO_S, IntervalUnit, SaveCosts, SaveInterval
+from outlast.checkpointing.save.save_schedule import FIRST_AUTO_S, IntervalUnit, SaveCosts, SaveInterval
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from outlast.checkpointing.run_store.claims import list_attempts, list_launches,
 from outlast.checkpointing.run_store.journal import JournalTail
 from outlast.checkpointing.run_store.liveness import is_dead, read_liveness
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_from_events import Timeline
 
 if TYPE_CHECKING:
     from outlast.checkpointing.run_store.compacted_segment import StepColumns
