@@ -31,6 +31,8 @@ _SCHEMA = pa.schema(
         ("json", pa.string()),
     ]
 )
+#: Key of the file's metadata: the number of events of each segment, a JSON list.
+_COUNTS = b"outlast.counts"
 _ENCODINGS = dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT") | dict.fromkeys(_INTS, "DELTA_BINARY_PACKED")
 
 
@@ -58,15 +60,20 @@ class StepColumns:
 
 @dataclass(frozen=True, slots=True)
 class CompactedEvents:
-    """The events of consecutive segments."""
+    """The events of consecutive segments, and how many are of each segment."""
 
     table: pa.Table
+    counts: tuple[int, ...]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def after(self, number: int) -> CompactedEvents:
-        return CompactedEvents(self.table.slice(number))
+    def after(self, known: Sequence[int]) -> CompactedEvents:
+        """Return the events without the first `known[i]` ones of segment `i`, for a reader that has these already."""
+        counts = tuple(count - number for count, number in zip(self.counts, known, strict=True))
+        ends = np.cumsum(self.counts).tolist()
+        tables = [self.table.slice(end - count, count) for end, count in zip(ends, counts, strict=True)]
+        return CompactedEvents(pa.concat_tables(tables), counts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns = [self.table[name].to_pylist() for name in self.table.column_names]
@@ -89,7 +96,9 @@ class CompactedEvents:
         yield from others
 
 
-def compact(lines: Sequence[bytes]) -> CompactedEvents:
+def compact(segments: Sequence[Sequence[bytes]]) -> CompactedEvents:
+    """Return the events of some segments' lines. Raises ValueError for a line that is no event."""
+    lines = [line for segment in segments for line in segment]
     events = json.loads(b"[" + b",".join(lines) + b"]")
     usual = [_is_usual(event) for event in events]
     columns = {
@@ -98,17 +107,18 @@ def compact(lines: Sequence[bytes]) -> CompactedEvents:
         if name != "event"
     }
     texts = [None if is_usual else line.decode() for line, is_usual in zip(lines, usual, strict=True)]
-    return CompactedEvents(pa.table({**columns, "json": texts}, schema=_SCHEMA))
+    return CompactedEvents(pa.table({**columns, "json": texts}, schema=_SCHEMA), tuple(map(len, segments)))
 
 
 def join(parts: Sequence[CompactedEvents]) -> CompactedEvents:
-    return CompactedEvents(pa.concat_tables([part.table for part in parts]))
+    counts = tuple(count for part in parts for count in part.counts)
+    return CompactedEvents(pa.concat_tables([part.table for part in parts]), counts)
 
 
 def to_parquet(events: CompactedEvents) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(
-        events.table,
+        events.table.replace_schema_metadata({_COUNTS: json.dumps(events.counts)}),
         sink,
         compression="zstd",
         use_dictionary=False,
@@ -123,6 +133,9 @@ def from_parquet(data: bytes) -> CompactedEvents:
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             table = file.read(columns=_SCHEMA.names, use_threads=False)
+        counts = tuple(json.loads((table.schema.metadata or {})[_COUNTS]))
+        if sum(counts) != table.num_rows:
+            raise CompactionError(f"{table.num_rows} events instead of {sum(counts)}")
         table = table.select(_SCHEMA.names).cast(_SCHEMA)
         for name in _FIELDS:
             if name not in ("event", *_NULLABLE) and table[name].is_valid() != table["json"].is_null():
@@ -130,9 +143,9 @@ def from_parquet(data: bytes) -> CompactedEvents:
         for line in table["json"].drop_null():
             if "event" not in json.loads(line.as_py()):
                 raise CompactionError("a line holds no event")
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CompactionError(str(error)) from error
-    return CompactedEvents(table)
+    return CompactedEvents(table, counts)
 
 
 def _to_numpy(column: pa.ChunkedArray) -> npt.NDArray[Any]:

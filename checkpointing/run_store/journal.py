@@ -153,7 +153,7 @@ class _Compaction:
         if self._compacted and self._compacted[-1][1] + 1 != first:
             self._compacted = []  # the one between failed: a joined file hides all within its range, and must hold it
         with suppress(StorageError):
-            events = compact([line for lines in segments.values() for line in lines])
+            events = compact(list(segments.values()))
             self._put(first, last, events)
             self._compacted.append((first, last, events))
             self._delete(segment_name(self._journal, number) for number in segments)

@@ -157,10 +157,20 @@ class SegmentReader:
             events = data.splitlines()
         returned = self._returned.setdefault(file.journal, {})
         known = [segments for segments in returned if _is_within(segments, file.range)]
-        number = sum(returned.pop(segments) for segments in known)
+        counts = {segments: returned.pop(segments) for segments in known}
         returned[file.range] = len(events)
         self._sizes[file.name] = file.num_bytes
-        return events[number:] if isinstance(events, list) else events.after(number)
+        if isinstance(events, list):
+            return events[counts.get(file.range, 0) :]
+        if not counts:
+            return events
+        # Of a single segment as many as were returned; of a compacted file all, whatever lies between.
+        given = [0] * len(events.counts)
+        for (first, last), count in counts.items():
+            given[first - file.first : last - file.first + 1] = (
+                [count] if first == last else events.counts[first - file.first : last - file.first + 1]
+            )
+        return events.after(given)
 
     def _read(self, files: list[SegmentFile]) -> Iterator[tuple[SegmentFile, bytes | None]]:
         if len(files) < 2:

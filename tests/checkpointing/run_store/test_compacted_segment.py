@@ -104,10 +104,13 @@ others = st.fixed_dictionaries(
 @example([usual_step(1, loss=-0.0), usual_step(2, lr=1), usual_step(3, count=2**70), usual_step(4, count=True)], 1)
 def test_every_event_comes_back_as_it_was_to_the_last_bit(events: list[Event], cut: int) -> None:
     parts = [events[:cut], events[cut:]]
-    whole = join([compact([line(event) for event in part]) for part in parts if part]) if events else compact([])
+    whole = join([compact([[line(event) for event in part]]) for part in parts])
     read = from_parquet(to_parquet(whole))
     assert [text(event) for event in read] == [text(event) for event in events]
-    assert [text(event) for event in read.after(cut)] == [text(event) for event in events[cut:]]
+    assert [text(event) for event in read.after([len(parts[0]), 0])] == [text(event) for event in events[cut:]]
+    half = len(parts[1]) // 2
+    rest = [*parts[0], *parts[1][half:]]
+    assert [text(event) for event in read.after([0, half])] == [text(event) for event in rest]
 
 
 @given(st.lists(st.one_of(usual, usual, usual, odd, others), max_size=40))
@@ -118,7 +121,7 @@ def test_a_timeline_of_compacted_events_is_that_of_the_events(events: list[Event
     one, many = (AttemptTimeline(AttemptId(1, "aaaa")) for _ in range(2))
     for event in events:
         one.apply(json.loads(line(event)))
-    for event_or_steps in from_parquet(to_parquet(compact([line(event) for event in events]))).by_column():
+    for event_or_steps in from_parquet(to_parquet(compact([[line(event) for event in events]]))).by_column():
         if isinstance(event_or_steps, StepColumns):
             many.apply_steps(event_or_steps)
         else:
@@ -140,14 +143,14 @@ def _can_be_told(event: Event) -> bool:
 
 def test_any_program_reads_the_losses_of_a_compacted_file() -> None:
     events = [{"t": 1.0, "event": "start"}, *(usual_step(number) for number in range(1, 2001))]
-    data = to_parquet(compact([line(event) for event in events]))
+    data = to_parquet(compact([[line(event) for event in events]]))
     table = pq.read_table(io.BytesIO(data))
     assert table["loss"].to_pylist() == [None, *(1 / number for number in range(1, 2001))]
     assert len(data) < 0.2 * sum(len(line(event)) for event in events)
 
 
 def test_damage_is_noticed() -> None:
-    data = to_parquet(compact([line(usual_step(number)) for number in range(1, 3000)]))
+    data = to_parquet(compact([[line(usual_step(number)) for number in range(1, 3000)]]))
     draw = random.Random(0)
     for _ in range(60):
         bad = bytearray(data)

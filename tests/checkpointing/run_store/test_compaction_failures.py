@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import threading
+from typing import BinaryIO
 
 import pytest
 
 from outlast.checkpointing.run_store import journal as journal_module
 from outlast.checkpointing.run_store.events import parse_event
-from outlast.checkpointing.run_store.journal import Journal, read_events
+from outlast.checkpointing.run_store.journal import Journal, JournalTail, read_events
 from tests.checkpointing.run_store.test_compacted_segment import PLACE, Memory, usual_step, write
 
 
@@ -67,3 +69,28 @@ def test_a_process_that_starts_no_more_threads_goes_on(monkeypatch: pytest.Monke
         journal.wait()
     assert any(name.endswith(".parquet") for name in storage.files)
     assert [event["step"] for event in read_events(storage, PLACE)] == list(range(1, 60))
+
+
+def test_a_follower_that_could_not_read_a_file_gets_the_rest_once() -> None:
+    """The joined file brings what the unreadable one held, and nothing twice."""
+
+    class Unreliable(Memory):
+        unreadable = ""
+
+        def open(self, path: str) -> BinaryIO:
+            return io.BytesIO(b"garbage") if path == self.unreadable else super().open(path)
+
+    storage, seen = Unreliable(), list[int]()
+    journal, tail = Journal(storage, PLACE, 0, flush_s=1e9), JournalTail(storage)
+    for number in range(1, 61):
+        journal.write(parse_event(usual_step(number)))
+        journal.flush()
+        journal.wait()
+        compacted = sorted(name for name in storage.files if name.endswith(".parquet"))
+        if len(compacted) == 2 and not storage.unreadable:
+            storage.unreadable = compacted[1]
+        for events in tail.new(PLACE):
+            seen += [events["step"]] if isinstance(events, dict) else events["step"].tolist()
+    assert storage.unreadable
+    assert storage.unreadable not in storage.files
+    assert sorted(seen) == list(range(1, 61))

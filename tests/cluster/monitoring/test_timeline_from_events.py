@@ -193,7 +193,7 @@ def test_the_timeline_of_a_killed_run(assign: Callable[..., Assignment], storage
     assert set(second.steps.tokens) == {8 * 16}, "packed samples of 16 tokens"
     whole = [event for _, event in run_events(RunStore(storage, "told"))]
     assert {event["batch"] for event in whole if event["event"] == "plan"} == {8}
-    lines = compact([json.dumps(event).encode() for event in whole]).table["json"].drop_null().to_pylist()
+    lines = compact([[json.dumps(event).encode() for event in whole]]).table["json"].drop_null().to_pylist()
     assert len(lines) == sum(event["event"] != "step" for event in whole), "an event of the train loop has no columns"
 
 
