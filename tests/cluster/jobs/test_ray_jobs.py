@@ -181,7 +181,7 @@ def test_submit_attach_stop_resume(
     assert seen["state"] == "stopped"
     assert [job["status"] for job in seen["jobs"]] == ["STOPPED"]
     assert seen["newest_checkpoint"]["step"] == seen["step"] > 0
-    assert "asked to stop" in outlast("logs", "far", *at).stdout
+    assert "stop requested" in outlast("logs", "far", *at).stdout
 
     assert outlast("resume", f"{url}/far", *at).stdout.strip() == "far-2"
     again = outlast("submit", str(run_file), *at, "--follow")
