@@ -28,6 +28,7 @@ from outlast.checkpointing.storage.retry import wait_until_responsive
 from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.checks.resume_checks import (
     check_base_model,
+    check_layout,
     check_model_config,
     check_samples,
     check_unchanged,
@@ -109,6 +110,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
     checkpointer.naming = weight_naming(model)
     check_model_config(checkpointer)
+    check_layout(checkpointer, base, model)
     if is_adapted(model):
         check_base_model(checkpointer, base, model)
     record_changes(checkpointer, base, config.exactness)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from outlast.checkpointing.state.named_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
 from outlast.trainers.distributed.determinism import seed_everything
+from outlast.trainers.models.canonical import align_memory, freeze_like
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
@@ -48,6 +49,7 @@ def build_model(
     seed_everything(seed)
     if own is not None and not is_like_transformers(own):
         plain, files = build_plain(own, settings.config or {}, _token_settings(tokenizer))
+        align_memory(plain)
         return plain, {**files, **tokenizer_files(tokenizer)}
     with (
         _as_config_error("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"),
@@ -62,6 +64,7 @@ def build_model(
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new)
         files |= adapter_files(model)
+    align_memory(model)
     return model, files
 
 
@@ -166,17 +169,22 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
         model, info = builder.from_pretrained(
             settings.path, config=config, dtype=torch.float32, output_loading_info=True, **trusted
         )
+        with torch.device("meta"), suppress(Exception):  # a class of the user may need real tensors
+            freeze_like(model, _construct(builder, config, trusted))
         return model, sorted(info["missing_keys"])
     is_of_transformers = not settings.class_ and not settings.trust_remote_code
     # A checkpoint is about to replace the weights. Buffers that no file holds are still created.
     with no_init_weights() if is_of_transformers and not fresh else nullcontext():
-        if hasattr(builder, "from_config"):
-            model = builder.from_config(config, dtype=torch.float32, **trusted)
-        else:
-            model = builder(config).float()
+        model = _construct(builder, config, trusted)
     if is_of_transformers and not fresh:
         model.tie_weights()
     return model, []
+
+
+def _construct(builder: Any, config: Any, trusted: Mapping[str, Any]) -> Any:
+    if hasattr(builder, "from_config"):
+        return builder.from_config(config, dtype=torch.float32, **trusted)
+    return builder(config).float()
 
 
 def _trusted(settings: ModelSettings) -> dict[str, Any]:
