@@ -64,6 +64,7 @@ class Assignment:
         launch: The launch that this attempt belongs to.
         prepared: The prepared data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
+        static_graph: Whether a dry step found that each backward pass gives every trained parameter a gradient.
         code: Directory of the user's Python files; made importable if it exists.
         faults: Faults to arm.
         track: Experiment trackers; None for none.
@@ -74,6 +75,7 @@ class Assignment:
     launch: str
     prepared: Prepared
     num_threads: int = 1
+    static_graph: bool = False
     code: str = ""
     faults: Sequence[faults.FaultSpec] = field(default_factory=tuple)
     track: TrackSettings | None = None
@@ -101,7 +103,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     check_unchanged(base, config, assignment.prepared.fingerprint)
     check_samples(base, checkpointer.declaration)
     num_threads = int(base.get("num_threads", assignment.num_threads))
-    checkpointer.declaration["num_threads"] = num_threads
+    static_graph = bool(base.get("static_graph", assignment.static_graph))
+    checkpointer.declaration |= {"num_threads": num_threads, "static_graph": static_graph}
     make_deterministic(config.deterministic, num_threads)
 
     tokenizer = assignment.prepared.tokenizer(storage)
@@ -130,6 +133,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         assignment.prepared.split(storage, "eval") if has_eval else None,
         control,
         listeners=[tracking.apply],
+        static_graph=static_graph,
     )
     world.mark("data")
     with tracking:

@@ -61,6 +61,7 @@ def build_model(
     if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_is_causal(model)
     files = {**_config_files(model), **tokenizer_files(tokenizer)}
+    _settle_attention(model, task.settings.max_length)
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new)
         files |= adapter_files(model)
@@ -261,6 +262,27 @@ def _default_config(given: Mapping[str, Any]) -> Any:
                 hint="check model.config",
             )
     return default
+
+
+def _settle_attention(model: Any, max_length: int) -> None:
+    """Choose full attention now for a model that would choose it at its first short batch, such as BigBird.
+
+    It would build the modules of full attention in that forward pass, with random numbers of the step, and keep them.
+
+    Raises:
+        ConfigError: Some batches may be long enough for sparse attention.
+    """
+    for module in [item for item in model.modules() if hasattr(item, "set_attention_type")]:
+        if module.attention_type != "block_sparse":
+            continue
+        limit = (5 + 2 * model.config.num_random_blocks) * model.config.block_size
+        if max_length > limit:
+            raise ConfigError(
+                f"{type(model).__name__} changes from block-sparse to full attention at its first batch of {limit} "
+                "tokens or less, and a resumed run could not repeat that",
+                hint=f'-s data.max_length={limit}, or set "attention_type": "original_full" in its configuration',
+            )
+        module.set_attention_type("original_full")
 
 
 def _check_is_causal(model: Any) -> None:
