@@ -95,12 +95,6 @@ def stream(
         yield tensor_bytes(fetch(name))
 
 
-def decode(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors in a file as views of `buffer`, a contiguous uint8 tensor. Raises SafetensorsError."""
-    offsets, _ = parse_header(bytes_view(buffer), buffer.numel())
-    return {name: as_tensor(buffer[begin : begin + spec.num_bytes], spec) for name, (spec, begin) in offsets.items()}
-
-
 def header_bytes(data: Buffer) -> int:
     """Return how many bytes `parse_header` needs, from a file's first eight."""
     return 8 + int.from_bytes(data[:8], "little")
@@ -136,10 +130,3 @@ def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[TensorSp
     if begin + expected != num_bytes:
         raise SafetensorsError(f"{num_bytes - begin - expected} bytes belong to no tensor")
     return offsets, metadata
-
-
-def as_tensor(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """Reinterpret a one-dimensional uint8 tensor as `spec`; a view, unless it is misaligned."""
-    is_misaligned = data.storage_offset() % spec.dtype.itemsize or data.data_ptr() % spec.dtype.itemsize
-    aligned = data.clone() if is_misaligned else data
-    return aligned.view(spec.dtype).reshape(spec.shape)
