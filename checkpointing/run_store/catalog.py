@@ -20,12 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from outlast.checkpointing.format.layout import (
-    MANIFEST,
-    AttemptId,
-    CheckpointRef,
-    parse_checkpoint,
-)
+from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, parse_checkpoint
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.deletion import deletions

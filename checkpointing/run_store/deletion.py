@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outlast.checkpointing.format.layout import (
-    MANIFEST,
-    AttemptId,
-    CheckpointRef,
-    pins_dir,
-    prune_dir,
-    prunes_dir,
-)
+from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, pins_dir, prune_dir, prunes_dir
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.events import DeleteEvent, DeletingEvent, SparedEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, Journal, read_events

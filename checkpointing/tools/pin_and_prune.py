@@ -13,13 +13,7 @@ import time
 from dataclasses import dataclass
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.format.layout import (
-    AttemptId,
-    CheckpointRef,
-    parse_checkpoint,
-    pin_path,
-    prune_dir,
-)
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, parse_checkpoint, pin_path, prune_dir
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.deletion import (

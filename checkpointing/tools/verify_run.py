@@ -11,12 +11,7 @@ from outlast.checkpointing.run_store.catalog import build_catalog, read_manifest
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.tools.query import (
-    load_catalog,
-    newest_model,
-    pick_manifest,
-    resolve_checkpoint,
-)
+from outlast.checkpointing.tools.query import load_catalog, newest_model, pick_manifest, resolve_checkpoint
 
 _MAX_PASSES = 5  # over a run that changes while it is read
 
