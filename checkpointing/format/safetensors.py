@@ -103,8 +103,7 @@ def header_bytes(data: Buffer) -> int:
 def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str, str]]:
     """Parse the start of a file, at least `header_bytes`; return each tensor's spec and first byte, and the metadata.
 
-    Raises:
-        SafetensorsError: The header does not describe a file of `num_bytes`.
+    Raises SafetensorsError if the header does not describe a file of `num_bytes`.
     """
     try:
         length = int.from_bytes(data[:8], "little")

@@ -265,12 +265,7 @@ def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[
 
 
 def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
-    """Read and verify a file as a uint8 tensor of shape [num_bytes].
-
-    Raises:
-        DamagedError: The file is missing or differs.
-        StorageError: It could not be read.
-    """
+    """Read a file as a uint8 tensor. Raises DamagedError if it is missing or differs, and StorageError."""
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
     for number in range(max(1, len(entry.blocks))):
         part = buffer[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]

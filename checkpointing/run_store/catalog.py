@@ -20,9 +20,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, parse_checkpoint
+from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
 from outlast.checkpointing.run_store.deletion import deletions
 from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
@@ -68,10 +68,7 @@ class Catalog:
 def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
     """Read the manifest of a checkpoint.
 
-    Raises:
-        FileNotFoundError: It does not exist.
-        ManifestError: It is damaged, or belongs to another checkpoint.
-        StorageError: The read failed.
+    Raises FileNotFoundError, ManifestError if it is damaged or belongs to another checkpoint, and StorageError.
     """
     manifest = Manifest.parse(read_bytes(store, f"{store.checkpoint_dir(ref)}/{MANIFEST}"))
     if manifest.ref != ref:
@@ -112,16 +109,13 @@ def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
 def _read_attempt(store: RunStore, attempt: AttemptId) -> tuple[list[Manifest], list[RejectedCheckpoint]]:
     """Return an attempt's own commits: the intact ones, newest first, and those that are damaged or lost."""
     directory = store.attempt_dir(attempt)
-    folders = [entry.name for entry in store.list(directory) if entry.num_bytes is None]
-    steps = {step for step in map(parse_checkpoint, folders) if step is not None}
-    committed = _standing_commits(store, directory)
-    refs = [CheckpointRef(step, attempt) for step in steps | committed]
-    valid, damaged, missing = _read_manifests(store, refs)
-    return valid, damaged + _lost_commits(store, [ref for ref in missing if ref.step in committed])
+    committed = {CheckpointRef(step, attempt) for step in _standing_commits(store, directory)}
+    valid, damaged, missing = _read_manifests(store, committed.union(list_checkpoints_of(store, attempt)))
+    return valid, damaged + _lost_commits(store, [ref for ref in missing if ref in committed])
 
 
 def _read_manifests(
-    store: RunStore, refs: Sequence[CheckpointRef]
+    store: RunStore, refs: Collection[CheckpointRef]
 ) -> tuple[list[Manifest], list[RejectedCheckpoint], list[CheckpointRef]]:
     """Return the intact, the damaged and the missing ones, each newest first."""
     valid: list[Manifest] = []

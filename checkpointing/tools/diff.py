@@ -76,10 +76,7 @@ def diff_checkpoints(
 ) -> CheckpointDiff:
     """Compare weights, settings and, with `optimizer`, optimizer state. Both checkpoints are held in memory.
 
-    Raises:
-        DamagedError: One of them is damaged.
-        NoCheckpointError: One of them was deleted meanwhile.
-        StorageError: The storage failed.
+    Raises as `damage_or_deletion`, and StorageError.
     """
     ours, theirs = _tensors(first, optimizer), _tensors(second, optimizer)
     names = sorted(ours.keys() | theirs.keys())

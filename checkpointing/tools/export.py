@@ -120,9 +120,7 @@ def export_directory(
 ) -> None:
     """Write a Hugging Face directory; with `old_vocab` also the vocabulary files of slow tokenizers.
 
-    Raises:
-        ConfigError: `out` exists, or the tokenizer has no such vocabulary files.
-        StorageError: Writing failed; `out` is unchanged.
+    Raises ConfigError if `out` exists or the tokenizer has no such files, and StorageError; `out` is then unchanged.
     """
     check_free([out])
     files = {**content.files, **(slow_tokenizer_files(content.file(TOKENIZER)) if old_vocab else {})}
@@ -143,16 +141,10 @@ def export_parts(
     vocab: Path | None = None,
     write_weights: WriteWeights = write_safetensors,
 ) -> list[Path]:
-    """Write weights, configuration and vocabulary files to separate paths, as far as they are given.
+    """Write weights, configuration and vocabulary files to separate paths, as far as given; return the files written.
 
     `vocab` is a directory, or with a suffix, such as `words.txt`, a single vocabulary file.
-
-    Returns:
-        The files written.
-
-    Raises:
-        ConfigError: A path exists, or the vocabulary does not fit into one file.
-        StorageError: Writing failed.
+    Raises ConfigError if a path exists or the vocabulary does not fit into one file, and StorageError.
     """
     small = {} if config is None else {config: content.file(CONFIG)}
     if vocab is not None:

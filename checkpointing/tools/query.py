@@ -20,7 +20,7 @@ from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.base import list_directories, read_bytes
 from outlast.checkpointing.storage.retry import retry
 
 
@@ -52,10 +52,7 @@ class ResolvedCheckpoint:
 def load_catalog(store: RunStore) -> Catalog:
     """Build the catalog of an existing run.
 
-    Raises:
-        ConfigError: The run does not exist.
-        NoCheckpointError: No worker has claimed it yet.
-        StorageError: The storage could not be read.
+    Raises ConfigError if the run does not exist, NoCheckpointError if no worker has claimed it yet, and StorageError.
     """
     existing_attempts(store)
     return retry(lambda: build_catalog(store))
@@ -65,7 +62,7 @@ def existing_attempts(store: RunStore) -> list[AttemptId]:
     """Return the attempts of an existing run, oldest first. Raises as `load_catalog`."""
     if not (attempts := list_attempts(store)):
         run, url = store.run, store.storage.url
-        names = [entry.name for entry in retry(lambda: store.storage.list("")) if entry.num_bytes is None]
+        names = retry(lambda: list_directories(store.storage, ""))
         if run in names and retry(lambda: list_launches(store)):
             raise NoCheckpointError(
                 f"run {run!r} in {url} has begun, but no worker has claimed it: there is no checkpoint yet",
@@ -125,9 +122,7 @@ def _record(store: RunStore, launch: str) -> str | None:
 def pick_manifest(store: RunStore, which: str, retention: Retention | None = None) -> Manifest:
     """Return the accepted checkpoint named `newest`, `best`, by a step, or by step@attempt.
 
-    Raises:
-        ConfigError: `which` is not a valid name, or the run does not exist.
-        NoCheckpointError: The checkpoint does not exist.
+    Raises ConfigError if `which` is no such name, NoCheckpointError if there is none, and as `load_catalog`.
     """
     retention = retention or Retention()
     if which not in ("newest", "best") and not which.isdecimal() and CheckpointRef.parse(which) is None:
@@ -184,9 +179,7 @@ def newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, M
 def damage_or_deletion(source: ResolvedCheckpoint) -> Iterator[None]:
     """Wrap reads of a checkpoint's files, to tell damage from a deletion by the run.
 
-    Raises:
-        DamagedError: As raised by the reads, with the checkpoint's URL.
-        NoCheckpointError: The checkpoint was deleted while it was read.
+    Raises the reads' DamagedError with the checkpoint's URL, or NoCheckpointError if it was deleted while it was read.
     """
     try:
         yield

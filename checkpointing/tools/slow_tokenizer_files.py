@@ -18,9 +18,8 @@ TOKENIZER = "tokenizer.json"
 def slow_tokenizer_files(tokenizer: bytes) -> dict[str, bytes]:
     """Convert the content of tokenizer.json. Raises ConfigError for kinds of tokenizers without such files.
 
-    Returns:
-        By name: `vocab.txt` (WordPiece), or `vocab.json` and `merges.txt` (BPE); and `added_tokens.json` for tokens
-        that these lack.
+    Returns by name `vocab.txt` (WordPiece), or `vocab.json` and `merges.txt` (BPE); and `added_tokens.json` for tokens
+    that these lack.
     """
     content = json.loads(tokenizer)
     model = content["model"]
