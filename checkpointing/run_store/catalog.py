@@ -88,6 +88,8 @@ def build_catalog(store: RunStore, below: AttemptId | None = None, doubtful: Col
 
     With `below` only lower attempts count, as for an attempt that chooses its own resume point.
     """
+    owner: AttemptId | None = None
+    accepted: list[Manifest] = []
     rejected: list[RejectedCheckpoint] = []
     for attempt in reversed(list_attempts(store)):
         if below is not None and attempt >= below:
@@ -97,13 +99,10 @@ def build_catalog(store: RunStore, below: AttemptId | None = None, doubtful: Col
         if valid:
             older, damaged, missing = _read_manifests(store, valid[0].lineage)
             rejected += damaged + _lost_commits(store, missing)
-            refused = sorted(rejected, key=_newest_first)
-            return Catalog(attempt, (*valid, *older), tuple(refused), frozenset(doubtful))
-    return Catalog(None, (), tuple(sorted(rejected, key=_newest_first)))
-
-
-def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
-    return (-item.ref.step, -item.ref.attempt.number, item.ref.attempt.nonce)
+            owner, accepted = attempt, valid + older
+            break
+    rejected.sort(key=lambda item: item.ref, reverse=True)
+    return Catalog(owner, tuple(accepted), tuple(rejected), frozenset(doubtful))
 
 
 def _read_attempt(store: RunStore, attempt: AttemptId) -> tuple[list[Manifest], list[RejectedCheckpoint]]:
