@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-Buffer = bytes | memoryview
+from outlast.checkpointing.storage.base import Buffer
 
 DTYPES = {
     "F64": torch.float64,

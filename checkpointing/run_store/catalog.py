@@ -133,10 +133,8 @@ def _lost_commits(store: RunStore, missing: Sequence[CheckpointRef]) -> list[Rej
     lost = set(missing) - deletions(store) if missing else set()
     if lost:  # a deletion may have been recorded after the journal was read
         lost -= deletions(store.fresh())
-    return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref in lost]
-
-
-_MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
+    reason = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
+    return [RejectedCheckpoint(ref, (reason,)) for ref in missing if ref in lost]
 
 
 def _standing_commits(store: RunStore, directory: str) -> set[int]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
@@ -26,7 +26,6 @@ from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
 from outlast.checkpointing.storage.retry import retry
 
-T = TypeVar("T")
 EventSink = Callable[[events.Event], None]
 
 
@@ -63,9 +62,8 @@ class Committer:
             self._journal = Journal(store.storage, store.attempt_dir(attempt), 0, stream=COMMITS, flush_s=0)
 
     def note(self, event: events.Event) -> None:
-        """Write an event durably to the stream `commits` (rank 0 only)."""
-        if self._ranks.rank == 0:
-            self._journal.write(event)
+        """Write an event durably to the stream `commits`, on rank 0."""
+        self._journal.write(event)
 
     def commit(
         self, payload: RankPayload, metrics: Mapping[str, float], declaration: Mapping[str, Any], began: float

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class StagingBuffer:
         target, position = {}, 0
         for name, part in parts.items():
             flat = self._buffer[position : position + part.tensor.numel() * part.tensor.element_size()]
-            target[name] = part.with_tensor(flat.view(part.tensor.dtype).view(part.tensor.shape))
+            target[name] = replace(part, tensor=flat.view(part.tensor.dtype).view(part.tensor.shape))
             position += _padded(part)
         return HostCopy({name: (part.tensor, target[name].tensor) for name, part in parts.items()}, target, now)
 
