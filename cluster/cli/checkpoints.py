@@ -83,7 +83,7 @@ def verify(
     """Read every byte and compare it with the committed digests. Exit code 5 if anything is damaged."""
     from dataclasses import asdict
 
-    from outlast.checkpointing.tools.verify_run import verify_run
+    from outlast.checkpointing.tools.query import verify_run
 
     store, retention = find_run(run, storage)
     verdicts = verify_run(store, which, retention)
