@@ -1,5 +1,7 @@
 """Choice of the storage backend for a URL."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from urllib.parse import urlsplit
 
