@@ -33,8 +33,7 @@ from outlast.trainers.data.readers import read_files
 from outlast.trainers.data.sources import DataFile
 from outlast.trainers.data.tokenizer import load_tokenizer, tokenizer_files
 from outlast.trainers.preparation.encode import Piece, Split, encode_rows, with_error
-from outlast.trainers.tasks.base import Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Task, find_task
 from outlast.trainers.user_code import make_importable
 
 #: One task reads files of about this size in total.

@@ -34,8 +34,7 @@ from outlast.trainers.data.sources import digest_sources, find_data_files
 from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_bpe
 from outlast.trainers.preparation.encode import EncoderContext, Piece, Split, local_encoder, usable_pieces
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
-from outlast.trainers.tasks.base import Record, Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Record, Task, find_task
 
 FORMAT = 2
 LARGE_BYTES = 256 * 2**20

@@ -40,9 +40,8 @@ from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared, prepare
-from outlast.trainers.tasks.base import Batch, Record, Task
+from outlast.trainers.tasks.base import Batch, Record, Task, find_task
 from outlast.trainers.tasks.classification import SequenceClassification
-from outlast.trainers.tasks.find_task import find_task
 from tests.support.groups.worker_group import digests, fault, losses, run_group
 from tests.support.tasks.cases import CASES, Case
 
