@@ -63,13 +63,7 @@ def resizers(config: RunConfig, launch: str) -> list[Resizer]:
 
 
 class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Callback in Ray Train's controller. An exception here would end the run, so every foreseeable one is suppressed.
-
-    Args:
-        storage_url: The run's storage.
-        run: Name of the run.
-        launch: The launch.
-    """
+    """Callback in Ray Train's controller. An exception here would end the run, so every foreseeable one is caught."""
 
     def __init__(self, storage_url: str, run: str, launch: str) -> None:
         self._location = (storage_url, run, launch)

@@ -53,19 +53,12 @@ class EncodePart:
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """Input of the Ray tasks of a split. Plain values, because it is sent to every worker.
-
-    Attributes:
-        split: The split.
-        facts: The task's facts about the training rows, as JSON.
-        tokenizer: The tokenizer's files by name.
-        code: Directory of the user's Python files, made importable if it exists.
-    """
+    """Input of the Ray tasks of a split. Plain values, because it is sent to every worker."""
 
     split: Split
-    facts: str
-    tokenizer: tuple[tuple[str, bytes], ...]
-    code: str
+    facts: str  #: the task's facts about the training rows, as JSON
+    tokenizer: tuple[tuple[str, bytes], ...]  #: its files by name
+    code: str  #: directory of the user's Python files, made importable if it exists
 
     def task(self) -> Task:
         """Return the task, made once in each process."""

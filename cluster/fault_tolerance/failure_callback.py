@@ -43,8 +43,7 @@ from outlast.cluster.ray_internals import WorkerGroupCallback, WorkerGroupStartu
 
 #: Bytes kept from the end of a log.
 _LOG_BYTES = 20_000
-
-
+SEARCH_S = 20.0
 #: Global, because the recorder is pickled to the controller, and a lock cannot be.
 _JOURNAL_LOCK = threading.Lock()
 
@@ -56,9 +55,6 @@ def gave_up(run: str, given_up: GiveUp) -> RunFailed:
         hint="fix the cause and run the same command again; if that changes no setting, add a note to let the run "
         "continue: -s failure.note='what was fixed'",
     )
-
-
-SEARCH_S = 20.0
 
 
 def own_log(workers: Sequence[Mapping[str, Any]], rank: int) -> str:
@@ -76,12 +72,7 @@ def own_log(workers: Sequence[Mapping[str, Any]], rank: int) -> str:
 class FailureRecorder(WorkerGroupCallback):
     """Records every end of a worker group, and ends the run when a limit is reached.
 
-    Args:
-        storage_url: The run's storage.
-        run: Name of the run.
-        launch: The launch.
-        limits: The restart limits.
-        settings: Digest of its settings, see `settings_digest`.
+    `settings` is the digest of the run's settings, see `settings_digest`.
     """
 
     def __init__(self, storage_url: str, run: str, launch: str, limits: RestartLimits, settings: str) -> None:

@@ -61,8 +61,6 @@ class RankError(Exception):
 OWN_RAY = "outlast-ray-"
 #: Frames of the user's code that are shown.
 _NUM_FRAMES = 3
-
-
 #: Ray's words for an actor that it ended itself.
 _INTENDED = ("ray.kill", "out of scope", "intended", "ref count")
 
@@ -110,11 +108,9 @@ class Failure:
         return f"{self.message}; to fix it, {self.cause.advice}" if self.cause.advice else self.message
 
     def where(self, workers: Sequence[Mapping[str, Any]], log: str = "") -> str:
-        """Return the ranks and the path of the log.
+        """Return the ranks of an attempt's claim, and the path of the log.
 
-        Args:
-            workers: The ranks in the attempt's claim.
-            log: Path of the whole traceback; without one, the first rank's own log is named if it is kept.
+        `log` is the path of the whole traceback; without one, the first rank's own log is named if it is kept.
         """
         ranks = f"rank {self.rank}" + (f" and {self.num_ranks - 1} more" if self.num_ranks > 1 else "")
         mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})

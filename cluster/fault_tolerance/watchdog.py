@@ -60,13 +60,8 @@ class Watchdog:
     """One rank's watchdog. Use as a context manager around the attempt.
 
     Args:
-        transport: The connection to the coordinator.
         group: Name of the group, unique to it and equal on all its ranks.
-        rank: This rank.
-        size: World size.
-        step_progress: The loop's progress.
         hang_after_s: The least time without progress that counts as a hang; None only detects slow ranks.
-        storage: The journal's storage.
         directory: Returns the journal's directory; called when it is needed.
         listener: Called with the event of slow ranks (rank 0).
         period_s: Time between heartbeats.

@@ -17,19 +17,12 @@ Path = tuple[int | str, ...]
 
 @dataclass(frozen=True, slots=True)
 class SettingsFinding:
-    """One error of the settings.
+    """One error of the settings."""
 
-    Attributes:
-        path: The setting's path in the run file; empty if the error is not of one setting.
-        message: What is wrong.
-        suggestion: What to write instead, or what to do.
-        meant: For an unknown key, the path of the setting that was probably meant.
-    """
-
-    path: Path
-    message: str
-    suggestion: str = ""
-    meant: Path | None = None
+    path: Path  #: the setting's path in the run file; empty if the error is not of one setting
+    message: str  #: what is wrong
+    suggestion: str = ""  #: what to write instead, or what to do
+    meant: Path | None = None  #: for an unknown key, the path of the setting that was probably meant
 
     @property
     def key(self) -> str:

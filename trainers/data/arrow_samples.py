@@ -50,19 +50,12 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """Counts of a file of samples.
-
-    Attributes:
-        num_samples: Samples in the file.
-        num_tokens: Tokens encoded, dropped ones included.
-        longest: Tokens of the longest sample, or of the longest choice.
-        num_dropped_tokens: Tokens of the last, incomplete sample of a packed file.
-    """
+    """Counts of a file of samples."""
 
     num_samples: int
-    num_tokens: int
-    longest: int
-    num_dropped_tokens: int = 0
+    num_tokens: int  #: encoded, dropped ones included
+    longest: int  #: tokens of the longest sample, or of the longest choice
+    num_dropped_tokens: int = 0  #: of the last, incomplete sample of a packed file
 
 
 def write_packed(samples: Iterable[Sample], length: int, path: Path) -> DatasetStats:

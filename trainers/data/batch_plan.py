@@ -75,21 +75,13 @@ def _samples_of_block(seed: int, num_samples: int, block: int) -> npt.NDArray[np
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Batches of a run: which samples each step and micro-batch has.
-
-    Attributes:
-        seed: The run's seed.
-        num_samples: Samples in an epoch.
-        batch: Samples in a global batch.
-        micro_batch: Samples in a micro-batch; divides `batch`.
-        total_samples: Samples in the run, over all epochs; the last step may be short.
-    """
+    """Batches of a run: which samples each step and micro-batch has."""
 
     seed: int
-    num_samples: int
-    batch: int
-    micro_batch: int
-    total_samples: int
+    num_samples: int  #: in an epoch
+    batch: int  #: samples in a global batch
+    micro_batch: int  #: samples in a micro-batch; divides `batch`
+    total_samples: int  #: over all epochs; the last step may be short
 
     @property
     def num_steps(self) -> int:

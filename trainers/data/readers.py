@@ -35,34 +35,21 @@ _RawRow = tuple[tuple[Any, ...] | str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a file.
+    """One row of a file."""
 
-    Attributes:
-        values: Values of the columns: text, numbers, lists, dicts or None. Empty when the row cannot be read.
-        where: File and row, such as `train.jsonl, row 3`, and the line if its number differs.
-        fault: Why the row cannot be read; None if it can.
-    """
-
-    values: tuple[Any, ...]
-    where: str
-    fault: str | None = None
+    values: tuple[Any, ...]  #: of the columns: text, numbers, lists, dicts or None; empty when the row cannot be read
+    where: str  #: file and row, such as `train.jsonl, row 3`, and the line if its number differs
+    fault: str | None = None  #: why the row cannot be read
 
 
 @dataclass(slots=True)
 class BadRowCounter:
-    """Counter of unusable rows: names the first three, and raises when there are more than the limit.
+    """Counter of unusable rows: names the first three, and raises when there are more than the limit."""
 
-    Attributes:
-        limit: How many rows may be skipped: `data.max_bad_rows`.
-        count: Unusable rows so far.
-        first: Error texts of the first three.
-        hint: Advice of the error.
-    """
-
-    limit: int
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-    hint: str = "fix them, or skip such rows: -s data.max_bad_rows=…"
+    limit: int  #: how many rows may be skipped: `data.max_bad_rows`
+    count: int = 0  #: unusable rows so far
+    first: list[str] = field(default_factory=list)  #: error texts of the first three
+    hint: str = "fix them, or skip such rows: -s data.max_bad_rows=…"  #: advice of the error
     _num_seen: int = 0
     _over_at: int | None = None
 

@@ -39,23 +39,14 @@ ListDir = Callable[[str], list[Entry]]
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One data file.
-
-    Attributes:
-        storage: The storage that has the file.
-        path: Its path there.
-        name: Its name in messages.
-        kind: File type, one of `KINDS`.
-        codec: Compression; None when it is not compressed.
-        num_bytes: Size of the file as stored.
-    """
+    """One data file."""
 
     storage: Storage
-    path: str
-    name: str
-    kind: str
-    codec: str | None
-    num_bytes: int
+    path: str  #: in the storage
+    name: str  #: in messages
+    kind: str  #: file type, one of `KINDS`
+    codec: str | None  #: compression
+    num_bytes: int  #: size as stored
 
     def open(self) -> BinaryIO:
         """Open the file for reading, decompressed. Raises as `Storage.open`."""

@@ -22,16 +22,10 @@ from outlast.trainers.tasks.base import Record, Task
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A split of the data, and the columns to read.
-
-    Attributes:
-        config: The run's settings.
-        name: `train` or `eval`.
-        chosen: The columns to read.
-    """
+    """A split of the data, and the columns to read."""
 
     config: TrainingConfig
-    name: str
+    name: str  #: `train` or `eval`
     chosen: ColumnMapping
 
     @property
@@ -54,17 +48,11 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Result of encoding a batch of rows.
-
-    Attributes:
-        num_rows: Number of rows.
-        faults: Location and fault of each unusable row, by its index in the batch.
-        samples: Samples of the other rows, in order.
-    """
+    """Result of encoding a batch of rows."""
 
     num_rows: int
-    faults: Mapping[int, str]
-    samples: Sequence[Sample]
+    faults: Mapping[int, str]  #: location and fault of each unusable row, by its index in the batch
+    samples: Sequence[Sample]  #: of the other rows, in order
 
 
 #: A piece of a split; or, as the last piece, the error that ended it.

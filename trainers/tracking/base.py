@@ -14,14 +14,9 @@ TrackedEvent = StepEvent | EvalEvent | SaveEvent | UnderWayEvent
 
 @dataclass(slots=True)
 class Watermark:
-    """Newest steps that a tracker has.
+    """Newest steps that a tracker has."""
 
-    Attributes:
-        floor: Newest step of values that are not in `by_name`.
-        by_name: Newest step of each value.
-    """
-
-    floor: int = -1
+    floor: int = -1  #: of values that are not in `by_name`
     by_name: dict[str, int] = field(default_factory=dict)
 
     def news(self, values: Mapping[str, float], step: int) -> dict[str, float]:
@@ -48,18 +43,10 @@ class TrackerBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrackerContext:
-    """The run as a tracker sees it.
-
-    Attributes:
-        store: Storage and name of the run.
-        id: Unique id: another run of the same name has another id.
-        settings: Declared settings, flattened.
-        project: The setting `track.project`.
-        options: The tracker's entry of `track.options`.
-    """
+    """The run as a tracker sees it."""
 
     store: RunStore
-    id: str
-    settings: Mapping[str, Any]
-    project: str
-    options: Mapping[str, Any]
+    id: str  #: unique: another run of the same name has another id
+    settings: Mapping[str, Any]  #: as declared, flattened
+    project: str  #: the setting `track.project`
+    options: Mapping[str, Any]  #: the tracker's entry of `track.options`

@@ -232,11 +232,7 @@ def follow(
 def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> Iterator[TrackedEvent]:
     """Return the events of earlier attempts for the steps that an attempt builds on, oldest first, each step once.
 
-    Args:
-        store: The run.
-        attempt: The attempt.
-        base: The step that it resumes from.
-        newest: Steps before this one are left out.
+    `base` is the step that the attempt resumes from; steps before `newest` are left out.
     """
     by_attempt: list[list[TrackedEvent]] = []
     for lower in reversed([item for item in list_attempts(store) if item < attempt]):
