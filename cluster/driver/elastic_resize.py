@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.claims import list_attempts
@@ -25,7 +25,7 @@ from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
-from outlast.cluster.fault_tolerance.coordinator import find_coordinator, result_or_default
+from outlast.cluster.fault_tolerance.coordinator import find_coordinator
 from outlast.cluster.formatting import counted
 from outlast.cluster.ray_internals import (
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
@@ -93,16 +93,12 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     def _request_save(self, size: int) -> None:
         """Request a save; return when rank 0 has committed, or cannot."""
         coordinator = find_coordinator(self._location[2])
-        if coordinator is None:
-            return
-        result_or_default(
-            coordinator.request_save.remote(f"the group is resized from {self._size} to {counted(size, 'worker')}")
-        )
-        while not result_or_default(coordinator.is_saved.remote(SILENCE_S), True):
+        coordinator.request_save(f"the group is resized from {self._size} to {counted(size, 'worker')}")
+        while coordinator.is_saved(SILENCE_S) is False:
             time.sleep(_POLL_S)
 
     def _exempt_from_failures(self) -> None:
-        with suppress(RayError, GetTimeoutError):  # otherwise Ray refreshes by itself, later
+        with suppress(RayError):  # otherwise Ray refreshes by itself, later
             autoscaling = get_or_create_autoscaling_coordinator()
             ray.get(autoscaling.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
 
@@ -115,6 +111,4 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
                 self._journal = Journal(store.storage, store.launch_dir(launch), 0, stream="events-resize", flush_s=0)
             event = replace(event, attempt=next((str(attempt) for attempt in list_attempts(store)[-1:]), None))
             self._journal.write(event)
-        coordinator = find_coordinator(launch)
-        if coordinator is not None:
-            result_or_default(coordinator.exchange.remote([event.to_json()]))
+        find_coordinator(launch).exchange([event.to_json()])

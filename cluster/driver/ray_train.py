@@ -26,7 +26,7 @@ from outlast.cluster.driver.elastic_resize import resizers, scaling
 from outlast.cluster.driver.signals import stop_event
 from outlast.cluster.driver.warm_standby import worker_environment
 from outlast.cluster.driver.worker import train_worker
-from outlast.cluster.fault_tolerance.coordinator import result_or_default, start_coordinator
+from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle, start_coordinator
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.formatting import counted
@@ -149,7 +149,7 @@ def _follow(thread: threading.Thread, coordinator: Any, listener: Callable[[dict
         is_stopping = has_begun = False
         while thread.is_alive():
             thread.join(0.25)
-            for event in result_or_default(coordinator.drain.remote(), []):
+            for event in CoordinatorHandle(coordinator).drain() or []:
                 has_begun |= isinstance(parse_event(event), PlanEvent)
                 listener(event)
             if stopping.is_set():

@@ -50,7 +50,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     if config.model.path is not None:
         with suppress(OSError, ValueError):
             known = json.loads(Path(config.model.path, "config.json").read_text())
-    hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.prewarm_hook.warm"}
+    hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.worker.warm"}
     first = json.dumps([task, known.get("model_type")])
     return {**hook, PREWARM_VARIABLE: first, _AFTER_VARIABLE: str(config.failure.standby_after_s)}
 

@@ -5,6 +5,7 @@ Ray restarts the group after every exception, so it must only raise what a resta
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
@@ -26,7 +27,7 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.driver.prometheus import PrometheusGauges
-from outlast.cluster.driver.warm_standby import Standbys
+from outlast.cluster.driver.warm_standby import PREWARM_VARIABLE, Standbys
 from outlast.cluster.fault_tolerance.failure_cause import RankError
 from outlast.cluster.fault_tolerance.oom_detection import log_of_this_process
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
@@ -50,13 +51,14 @@ def _watchdog(
         claimed = AttemptId.parse(client.attempt) if client.attempt else None
         return store.attempt_dir(claimed) if claimed else store.launch_dir(assignment.launch)
 
+    progress = client.step_progress
     if assignment.config.scale.parallel is Parallel.FSDP:  # a forward pass waits for the other ranks
-        client.step_progress.measures_work = False
+        progress.measures_work = False
     factor = COMPILE_FACTOR if assignment.config.train.compile else 1
     limit_s = None if hang_after_s is None else hang_after_s * factor
     group = world.broadcast(secrets.token_hex(8) if world.rank == 0 else None)
-    progress = client.step_progress
-    return Watchdog(client, group, world.rank, world.size, progress, limit_s, storage, directory, client.progress)
+    rank, size, listener = world.rank, world.size, client.progress
+    return Watchdog(client.coordinator, group, rank, size, progress, limit_s, storage, directory, listener)
 
 
 def _observers(run: str, nodes: Sequence[str]) -> Callable[[dict[str, Any]], None]:
@@ -71,6 +73,16 @@ def _observers(run: str, nodes: Sequence[str]) -> Callable[[dict[str, Any]], Non
             standbys.apply(parsed)
 
     return apply
+
+
+def warm() -> None:
+    """Import what a worker will need. Ray calls it first in every worker process, and starts none where it raises."""
+    from outlast.trainers.prewarm import prewarm
+
+    task, model_type = json.loads(os.environ[PREWARM_VARIABLE])
+    if task:
+        with suppress(Exception):  # the attempt itself raises the error
+            prewarm(task, model_type)
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.trainers.host_info import num_oom_kills
@@ -55,7 +55,7 @@ def was_killed_by_kernel(worker: Mapping[str, Any]) -> bool:
         return (num_oom_kills() or 0) > int(before)
     on_node = NodeAffinitySchedulingStrategy(worker["node"], soft=False)
     read_count = ray.remote(num_cpus=0, scheduling_strategy=on_node, max_retries=0)(num_oom_kills)
-    with suppress(RayError, GetTimeoutError, ValueError):  # the node does not answer: unknown
+    with suppress(RayError, ValueError):  # the node does not answer: unknown
         now: int | None = ray.get(read_count.remote(), timeout=_TIMEOUT_S)
         return now is not None and now > int(before)
     return False

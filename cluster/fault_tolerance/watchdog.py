@@ -19,12 +19,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.run_store.events import Event, HangEvent, SlowEvent, SlowRank
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.storage.base import Storage
+from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat, describe, missing
 from outlast.trainers.loop.rank_activity import RankActivity, StepPhase
 
@@ -43,19 +44,6 @@ class StepTimedOut(OutlastError):
     """A rank waited for the others until its connection gave up."""
 
 
-class WatchdogTransport(Protocol):
-    """A connection to the coordinator. Each method returns None when it does not answer."""
-
-    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[SlowRank]] | None:
-        """Send a heartbeat. Returns the hang of the group, if any, and the slow ranks."""
-
-    def last_report(self, group: str, rank: int) -> bool | None:
-        """Report that a rank's stacks are written. Returns whether all ranks' are."""
-
-    def beats(self, group: str) -> dict[int, tuple[Heartbeat, float]] | None:
-        """Return every rank's last heartbeat and its age in seconds."""
-
-
 class Watchdog:
     """One rank's watchdog. Use as a context manager around the attempt.
 
@@ -69,7 +57,7 @@ class Watchdog:
 
     def __init__(
         self,
-        transport: WatchdogTransport,
+        coordinator: CoordinatorHandle,
         group: str,
         rank: int,
         size: int,
@@ -80,7 +68,7 @@ class Watchdog:
         listener: Callable[[dict[str, Any]], None],
         period_s: float = PERIOD_S,
     ) -> None:
-        self._transport, self._group, self._rank, self._size = transport, group, rank, size
+        self._coordinator, self._group, self._rank, self._size = coordinator, group, rank, size
         self._progress, self._hang_after_s = step_progress, hang_after_s
         self._storage, self._directory, self._listener = storage, directory, listener
         self._period_s = period_s
@@ -98,16 +86,15 @@ class Watchdog:
         self._closing.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._transport.beat(
-            self._group, replace(self._beat(), limit_s=inf)
-        )  # the others must not wait for a rank that has ended
+        # The others must not wait for a rank that has ended.
+        self._coordinator.beat(self._group, replace(self._beat(), limit_s=inf))
 
     def explain(self, error: BaseException) -> StepTimedOut | None:
         """Return the error of a timed-out collective with the ranks that are missing; None for other errors."""
         message = str(error)
         if "imed out" not in message and "imeout" not in message:
             return None
-        beats = self._transport.beats(self._group)
+        beats: dict[int, tuple[Heartbeat, float]] | None = self._coordinator.beats(self._group)
         if not beats:
             return None
         others = {rank: beat for rank, beat in beats.items() if rank != self._rank} or beats
@@ -126,7 +113,7 @@ class Watchdog:
             if self._hang_after_s is not None:
                 rest_s = max(0.0, beat.limit_s - beat.seconds) + 2 * LAST_REPORT_S
                 faulthandler.dump_traceback_later(rest_s, exit=True, file=2)
-            answer = self._transport.beat(self._group, beat)
+            answer: tuple[Hang | None, list[SlowRank]] | None = self._coordinator.beat(self._group, beat)
             if answer is None:
                 continue
             hang, slow = answer
@@ -166,7 +153,7 @@ class Watchdog:
             self._write(HangEvent(rank=self._rank, missing=missed, step=step, phase=phase.value, threads=threads))
         faulthandler.dump_traceback(2)
         deadline = time.monotonic() + LAST_REPORT_S
-        while not self._transport.last_report(self._group, self._rank) and time.monotonic() < deadline:
+        while not self._coordinator.last_report(self._group, self._rank) and time.monotonic() < deadline:
             time.sleep(0.1)
         os._exit(EXIT_CODE)
 
