@@ -25,12 +25,13 @@ from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.retry import call_with_retries
 from outlast.trainers.config.tracking import Name, TrackSettings
-from outlast.trainers.tracking.base import TrackedEvent, TrackerBackend, TrackerContext, Watermark
 
 if TYPE_CHECKING:
     from outlast.checkpointing.checkpointer import Checkpointer
+    from outlast.trainers.tracking.backends import TrackerBackend, Watermark
 
 T = TypeVar("T")
+TrackedEvent = events.StepEvent | events.EvalEvent | events.SaveEvent | events.UnderWayEvent
 
 QUEUE_EVENTS = 10_000
 CLOSE_S = 10.0
@@ -208,7 +209,7 @@ def follow(
     store, attempt = checkpointer.store, checkpointer.attempt
 
     def make(name: Name) -> TrackerBackend:
-        from outlast.trainers.tracking.backends import BACKENDS  # imports accelerate
+        from outlast.trainers.tracking.backends import BACKENDS, TrackerContext  # imports accelerate
 
         first = list_attempts(store)[0]  # never deleted
         options = settings.options.get(name, {})
