@@ -24,7 +24,7 @@ from outlast.checkpointing.run_store.events import ResizeEvent
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
-from outlast.cluster.config.run_config import RunConfig, ScaleSettings
+from outlast.cluster.config.run_config import ScaleSettings
 from outlast.cluster.fault_tolerance.coordinator import find_coordinator
 from outlast.cluster.formatting import counted
 from outlast.cluster.ray_internals import (
@@ -55,11 +55,6 @@ def scaling(scale: ScaleSettings, resources: Mapping[str, float]) -> ray.train.S
         resources_per_worker=dict(resources),
         elastic_resize_monitor_interval_s=scale.resize_every.amount,
     )
-
-
-def resizers(config: RunConfig, launch: str) -> list[Resizer]:
-    """Return the callbacks of an elastic run; none for a fixed one."""
-    return [Resizer(config.checkpoint.storage, config.name, launch)] if config.scale.is_elastic else []
 
 
 class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,7 +30,6 @@ from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.driver.prometheus import PrometheusGauges
 from outlast.cluster.driver.warm_standby import PREWARM_VARIABLE, Standbys
 from outlast.cluster.fault_tolerance.failure_cause import RankError
-from outlast.cluster.fault_tolerance.oom_detection import log_of_this_process
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
 from outlast.cluster.ray_internals import actors
 from outlast.trainers.attempt import Assignment, run_attempt
@@ -95,7 +95,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             storage = open_storage(assignment.config.checkpoint.storage)
             marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             node = ray.get_runtime_context().get_node_id()
-            world = World(ray.train.torch.get_device(), node, log_of_this_process(), marks)
+            world = World(ray.train.torch.get_device(), node, _log_of_this_process(), marks)
             # Rank 0 alone queries it: an error reported just now would reach some ranks only, the others would wait.
             if earlier := world.run_on_rank_0(client.earlier_failure):
                 return {"error": earlier}
@@ -116,6 +116,14 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             raise
         except Exception as error:  # noqa: BLE001 - raised again in a form that can be unpickled in the driver
             raise RankError.of(error) from None
+
+
+def _log_of_this_process() -> str:
+    """Return the file that this process' stderr is redirected to, or an empty string."""
+    with suppress(OSError):
+        target = Path("/proc/self/fd/2").readlink()
+        return str(target) if target.is_absolute() and not str(target).startswith("/dev/") else ""
+    return ""
 
 
 def _actor_at() -> float:

@@ -10,23 +10,19 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.run_store.attempt_history import is_secondary_error
-from outlast.cluster.fault_tolerance.oom_detection import (
-    DEVICE_ADVICE,
-    HOST_ADVICE,
-    is_device_shortage,
-    is_host_shortage,
-    was_killed_by_kernel,
-)
 from outlast.cluster.ray_internals import actors
+from outlast.trainers.host_info import num_oom_kills
 from outlast.trainers.user_code import describe_error, user_frames
 
 
@@ -63,6 +59,20 @@ OWN_RAY = "outlast-ray-"
 _NUM_FRAMES = 3
 #: Ray's words for an actor that it ended itself.
 _INTENDED = ("ray.kill", "out of scope", "intended", "ref count")
+
+DEVICE_ADVICE = (
+    "spread the model over the workers with scale.parallel: fsdp, or, in a run that has no checkpoint yet, halve "
+    "train.micro_batch, set train.gradient_checkpointing: true or train.precision: bf16"
+)
+HOST_ADVICE = (
+    "run fewer workers on a node (a larger scale.cpus_per_worker), set checkpoint.overlap: false, or take nodes with "
+    "more memory"
+)
+
+_DEVICE_WORDS = ("CUDA out of memory", "HIP out of memory", "XPU out of memory", "CUDA_ERROR_OUT_OF_MEMORY")
+_HOST_WORDS = ("DefaultCPUAllocator", "MemoryError", "Cannot allocate memory")
+_RAY_WORDS = ("oom_context", "Memory on the node", "running low on memory")
+_TIMEOUT_S = 5.0
 
 
 class Cause(Enum):
@@ -206,3 +216,32 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
                 message = "the kernel killed the worker because the node was running low on memory"
             deaths.append(Death(worker["rank"], message))
     return deaths
+
+
+def is_device_shortage(message: str) -> bool:
+    """Return whether an error message means that an accelerator's memory ran out."""
+    return any(word in message for word in _DEVICE_WORDS)
+
+
+def is_host_shortage(message: str) -> bool:
+    """Return whether an error message, or Ray's reason for ending a worker, means that host memory ran out."""
+    return any(word in message for word in (*_HOST_WORDS, *_RAY_WORDS))
+
+
+def was_killed_by_kernel(worker: Mapping[str, Any]) -> bool:
+    """Return whether the kernel of a dead worker's node has killed a process for lack of memory since the worker began.
+
+    Args:
+        worker: The rank in the attempt's claim: `node`, and `oom_kills` at its start.
+    """
+    before = worker.get("oom_kills")
+    if before is None:
+        return False
+    if worker["node"] == ray.get_runtime_context().get_node_id():
+        return (num_oom_kills() or 0) > int(before)
+    on_node = NodeAffinitySchedulingStrategy(worker["node"], soft=False)
+    read_count = ray.remote(num_cpus=0, scheduling_strategy=on_node, max_retries=0)(num_oom_kills)
+    with suppress(RayError, ValueError):  # the node does not answer: unknown
+        now: int | None = ray.get(read_count.remote(), timeout=_TIMEOUT_S)
+        return now is not None and now > int(before)
+    return False

@@ -17,11 +17,22 @@ import numpy.typing as npt
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.seeds import derive_seed
 
 _ROUNDS = 6
 _BLOCK = 1024
+_MASK64 = (1 << 64) - 1
 U64 = npt.NDArray[np.uint64]
+
+
+def derive_seed(*parts: int) -> int:
+    """Hash integers to 64 bits (SplitMix64, Steele et al. 2014, chained). It is the run's only source of seeds."""
+    state = 0x6F75746C61737400
+    for part in parts:
+        state = (state ^ (part & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK64
+        state ^= state >> 31
+    return state
 
 
 def permute(seed: int, epoch: int, positions: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from outlast.checkpointing.errors import OutlastError
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Sample, in_batches
+from outlast.trainers.data.batch_plan import derive_seed
 from outlast.trainers.data.columns import ColumnMapping
 from outlast.trainers.data.readers import Row, read_files
-from outlast.trainers.data.seeds import derive_seed
 from outlast.trainers.data.sources import DataFile, find_data_files
 from outlast.trainers.tasks.base import Record, Task
 

@@ -24,8 +24,14 @@ from outlast.cluster.fault_tolerance import failure_callback as failure_recorder
 from outlast.cluster.fault_tolerance import failure_cause as failures
 from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder, own_log
-from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, classify
-from outlast.cluster.fault_tolerance.oom_detection import was_killed_by_kernel
+from outlast.cluster.fault_tolerance.failure_cause import (
+    Cause,
+    Death,
+    Failure,
+    RankError,
+    classify,
+    was_killed_by_kernel,
+)
 from outlast.cluster.fault_tolerance.preemption_saves import PreemptionWatch
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.host_info import num_oom_kills

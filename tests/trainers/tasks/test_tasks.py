@@ -31,9 +31,8 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Sample, Samples
-from outlast.trainers.data.batch_plan import BatchPlan
+from outlast.trainers.data.batch_plan import BatchPlan, derive_seed
 from outlast.trainers.data.columns import Column, ColumnType
-from outlast.trainers.data.seeds import derive_seed
 from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
