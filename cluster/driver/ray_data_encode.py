@@ -80,8 +80,7 @@ def _task(name: str, settings: str, facts: str, tokenizer: tuple[tuple[str, byte
 def encode_on_ray(task: Task, split: Split, *, code: str = "") -> Generator[Piece, None, None]:
     """Encode a split on the running Ray, in constant memory. An `outlast.trainers.preparation.encode.Encoder`.
 
-    Raises:
-        RunFailed: Ray failed, or one of its tasks failed repeatedly.
+    Raises RunFailed if Ray failed, or one of its tasks failed repeatedly.
     """
     job = EncodeJob(split, json.dumps(task.facts), tuple(tokenizer_files(task.tokenizer).items()), code)
     parts = _parts(split.sources())

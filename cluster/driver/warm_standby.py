@@ -59,9 +59,6 @@ class Standbys:
     """Keeps one standby process for each worker of an attempt, on its node, and one on each of a few spare nodes.
 
     Runs in rank 0's worker: Ray only uses standbys of the same job and runtime environment.
-
-    Args:
-        nodes: The node of each rank.
     """
 
     def __init__(self, nodes: Sequence[str]) -> None:

@@ -27,11 +27,7 @@ CALL_TIMEOUT_S = 10.0
 
 
 class SaveRequest:
-    """A requested commit and its progress. Pure.
-
-    Args:
-        reason: Why; empty for no request.
-    """
+    """A requested commit and its progress; without a reason, no request. Pure."""
 
     def __init__(self, reason: str = "") -> None:
         self._reason = reason

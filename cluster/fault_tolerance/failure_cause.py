@@ -139,10 +139,8 @@ class Death:
 def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, drained: bool) -> Failure | None:
     """Return the cause of a group's end, or None while only secondary errors (broken connections) are known.
 
-    Args:
-        errors: Rank to the error that Ray reported for it.
-        deaths: Workers that died by themselves.
-        drained: Whether the loss of one of the group's nodes had been announced.
+    `errors` are Ray's, by rank; `deaths` are workers that died by themselves; `drained` is whether the loss of one of
+    the group's nodes had been announced.
     """
     failures = [Failure(_cause_of_death(death.message, drained), death.rank, death.message) for death in deaths]
     for rank, error in errors.items():
@@ -194,9 +192,7 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
     """Return those of an attempt's workers that died by themselves, by Ray's node and actor tables.
 
     Nodes first: Ray Train often ends the workers of a lost node (`ray.kill`) before Ray marks the node as dead.
-
-    Args:
-        workers: The ranks in the attempt's claim: rank, node, pid.
+    `workers` are the ranks in the attempt's claim: rank, node, pid.
     """
     lost = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
     table = {(row["Address"]["NodeID"], row["Pid"]): row for row in actors().values()}
@@ -231,8 +227,7 @@ def is_host_shortage(message: str) -> bool:
 def was_killed_by_kernel(worker: Mapping[str, Any]) -> bool:
     """Return whether the kernel of a dead worker's node has killed a process for lack of memory since the worker began.
 
-    Args:
-        worker: The rank in the attempt's claim: `node`, and `oom_kills` at its start.
+    `worker` is the rank in the attempt's claim: `node`, and `oom_kills` at its start.
     """
     before = worker.get("oom_kills")
     if before is None:

@@ -76,13 +76,10 @@ class GroupProgress:
 
 
 def find_hang(beats: Mapping[int, tuple[Heartbeat, float]]) -> Hang | None:
-    """Return the hang of a group, if any.
+    """Return the hang of a group, if any, from each rank's last heartbeat and its age in seconds.
 
     A rank that waits for others exceeds its limit without a fault of its own. So it does not count as hanging while
     another rank that is no further is running and within its limit.
-
-    Args:
-        beats: Rank to its last heartbeat, and the age of that in seconds.
     """
     silent = {rank for rank, (_, age) in beats.items() if age > SILENT_S}
     late = {rank for rank, (beat, age) in beats.items() if beat.seconds + age > beat.limit_s}
@@ -110,13 +107,10 @@ def describe(beat: Heartbeat, age: float) -> str:
 
 
 def find_slow(work: Mapping[int, float]) -> dict[int, float]:
-    """Return the slow ranks, each with its time relative to the others' median.
+    """Return the slow ranks, each with its time relative to the others' median, from their seconds for a micro-batch.
 
     Each rank is compared with the others alone, by median and median absolute deviation, so that it does not distort
     its own reference; at least 10 % of the median counts as noise, and more than five times the noise is slow.
-
-    Args:
-        work: Rank to its time for a micro-batch, in seconds.
     """
     slow = {}
     for rank, seconds in work.items():

@@ -27,12 +27,7 @@ class PreemptionWatch:
     _last_saves: set[str] = field(default_factory=set)
 
     def check(self, draining: Mapping[str, float], now: float | None = None) -> str | None:
-        """Return why to save now, or None.
-
-        Args:
-            draining: The result of `ray_internals.draining_nodes`.
-            now: Seconds since the epoch.
-        """
+        """Return why to save at `now`, or None. `draining` is what `ray_internals.draining_nodes` returns."""
         now = time.time() if now is None else now
         ours = {node: deadline for node, deadline in draining.items() if node in self.nodes}
         if new := ours.keys() - self._noticed:

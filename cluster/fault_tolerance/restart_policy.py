@@ -65,9 +65,8 @@ def count_failures(attempts: Iterable[AttemptRecord], settings: str) -> list[Att
 def decide_give_up(attempts: Iterable[AttemptRecord], limits: RestartLimits, settings: str) -> GiveUp | None:
     """Decide whether to give the run up.
 
-    Args:
-        attempts: Its attempts, oldest first, at least those since its last progress.
-        settings: Digest of the settings that it would continue with.
+    `attempts` are its attempts, oldest first, at least those since its last progress; `settings` is the digest of the
+    settings that it would continue with.
     """
     found = count_failures(attempts, settings)
     failures = [item for item in found if item.end.outcome.is_failure]

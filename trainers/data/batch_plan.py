@@ -156,11 +156,7 @@ def share(count: int, rank: int, size: int) -> range:
 
 
 def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> BatchPlan:
-    """Make the plan of a run.
-
-    Raises:
-        ConfigError: There are more ranks than micro-batches in a step.
-    """
+    """Make the plan of a run. Raises ConfigError if there are more ranks than micro-batches in a step."""
     train = config.train
     if train.batch // train.micro_batch < world_size:
         raise ConfigError(

@@ -48,11 +48,7 @@ def encode_chat(tokenizer: Any, messages: Any) -> tuple[list[int], list[bool]]:
 
 
 def chat_template(tokenizer: Any) -> str:
-    """Return the tokenizer's chat template.
-
-    Raises:
-        ConfigError: The tokenizer has no chat template.
-    """
+    """Return the tokenizer's chat template. Raises ConfigError if it has none."""
     try:
         return str(tokenizer.get_chat_template())
     except ValueError as error:

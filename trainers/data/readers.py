@@ -61,8 +61,7 @@ class BadRowCounter:
     def see(self, num_rows: int, faults: Mapping[int, str]) -> None:
         """Add the next rows: their number, and the faults among them by index.
 
-        Raises:
-            ConfigError: More than `limit` rows are unusable, and three are named or the look-ahead has ended.
+        Raises ConfigError once more than `limit` rows are unusable, and three are named or the look-ahead has ended.
         """
         for index, fault in sorted(faults.items()):
             row = self._num_seen + index
@@ -86,15 +85,10 @@ class BadRowCounter:
 def usable_rows(
     rows: Iterable[Row], bad: BadRowCounter, find_fault: Callable[[tuple[Any, ...]], str | None] = lambda values: None
 ) -> Iterator[Row]:
-    """Iterate over the usable rows and count the others in `bad`.
+    """Iterate over the usable rows and count the others in `bad`. Raises as `BadRowCounter.see`.
 
-    Args:
-        rows: Rows from `read_rows`.
-        bad: The counter; it may count over several calls.
-        find_fault: Returns the error text for a row's values, or None.
-
-    Raises:
-        ConfigError: More than `bad.limit` rows are unusable. Reading continues a little, to name the first three.
+    `find_fault` returns the error text for a row's values, or None. With too many unusable rows reading continues a
+    little, to name the first three.
     """
     for row in rows:
         fault = row.fault or find_fault(row.values)
@@ -130,9 +124,7 @@ def read_files(sources: Iterable[DataFile], columns: Sequence[str]) -> Iterator[
 def first_row(source: str | Sequence[str]) -> dict[str, Any]:
     """Return the columns of the first file with the values of its first readable row, None where there is none.
 
-    Raises:
-        ConfigError: As `read_rows`.
-        StorageError: As `read_rows`.
+    Raises as `read_rows`.
     """
     item = find_data_files(source)[0]
     with item.reading():

@@ -31,11 +31,7 @@ def cache_dir() -> Path:
 
 
 def limit_bytes() -> int:
-    """Return the limit of all copies together in bytes: `$OUTLAST_CACHE_GB`, or 50 GB.
-
-    Raises:
-        ConfigError: The variable is not a number.
-    """
+    """Return how many bytes all copies may take: `$OUTLAST_CACHE_GB`, or 50 GB; a wrong value is a ConfigError."""
     limit = os.environ.get("OUTLAST_CACHE_GB", DEFAULT_LIMIT)
     try:
         return int(float(limit) * 10**9)

@@ -182,8 +182,7 @@ class Task:
 def find_task(name: str) -> type[Task]:
     """Return the class of a task.
 
-    Raises:
-        ConfigError: The module or class does not exist, is not a subclass of Task, or lacks a required attribute.
+    Raises ConfigError if it does not exist, is not a subclass of Task, or lacks a required attribute.
     """
     task = import_object(TASKS.get(name, name), "model.task")
     if not (isinstance(task, type) and issubclass(task, Task)):

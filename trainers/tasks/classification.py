@@ -28,8 +28,7 @@ _PROBLEM_TYPES = {
 def sort_classes(settings: DataSettings, role: str, names: Iterable[str]) -> list[str]:
     """Order class names by their class index: whole numbers by value, all others by name.
 
-    Raises:
-        ConfigError: There are fewer than two classes.
+    Raises ConfigError for fewer than two classes.
     """
     classes = sorted(set(names), key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
     if len(classes) < 2:
@@ -50,8 +49,7 @@ def name_classes(config: Any, classes: Sequence[str]) -> None:
 def macro_f1(hits: torch.Tensor) -> float:
     """Compute the macro F1 over the classes that occur, as scikit-learn and torchmetrics do.
 
-    Args:
-        hits: True positives, false positives and false negatives, shape [classes, 3].
+    `hits` holds true positives, false positives and false negatives, shape [classes, 3].
     """
     right, wrong = hits[:, 0], hits[:, 1:].sum(1)
     occurs = right + wrong > 0

@@ -137,8 +137,7 @@ def _logits(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 def _span(record: Record) -> tuple[int, int] | None:
     """Return the character span [start, stop) of the answer in the context; None for a row without an answer.
 
-    Raises:
-        ValueError: The answer is not in the context, or not at `answer_start`.
+    Raises ValueError if the answer is not in the context, or not at `answer_start`.
     """
     answers, context = record["answers"], record["context"]
     texts = answers["text"] if isinstance(answers, dict) else answers

@@ -197,11 +197,8 @@ def follow(
 ) -> Tracking:
     """Create the trackers of the settings; none on ranks other than 0.
 
-    Args:
-        settings: The settings under `track:`.
-        checkpointer: The checkpointer that has claimed the run.
-        declared: The run's settings as written, flattened.
-        progress: Receives notes about problems, besides the journal.
+    `declared` are the run's settings as written, flattened; `progress` receives notes about problems, besides the
+    journal.
     """
     tracking, journal = Tracking(), checkpointer.journal
     if journal is None:
