@@ -115,8 +115,9 @@ def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[R
 def read_files(sources: Iterable[DataFile], columns: Sequence[str]) -> Iterator[Row]:
     """Read the rows of these files, as `read_rows`."""
     for item in sources:
+        _, read = _FORMATS[item.kind]
         with item.reading():
-            for number, (values, line) in enumerate(_READERS[item.kind](item, columns), 1):
+            for number, (values, line) in enumerate(read(item, columns), 1):
                 where = f"{item.name}, row {number}" + (f" (line {line})" if line not in (None, number) else "")
                 yield Row((), where, values) if isinstance(values, str) else Row(values, where)
 
@@ -127,9 +128,10 @@ def first_row(source: str | Sequence[str]) -> dict[str, Any]:
     Raises as `read_rows`.
     """
     item = find_data_files(source)[0]
+    read_names, read = _FORMATS[item.kind]
     with item.reading():
-        names = _HEADERS[item.kind](item)
-        values = next((values for values, _ in _READERS[item.kind](item, names) if not isinstance(values, str)), None)
+        names = read_names(item)
+        values = next((values for values, _ in read(item, names) if not isinstance(values, str)), None)
         return dict(zip(names, values or [None] * len(names), strict=True))
 
 
@@ -332,10 +334,6 @@ def _object_names(items: Iterable[Any]) -> list[str]:
     return next((list(item) for item in items if isinstance(item, dict)), [])
 
 
-def _csv_names(source: DataFile) -> list[str]:
-    return next((row for row in _csv_rows(source, []) if row), [])
-
-
 def _arrow_names(source: DataFile) -> list[str]:
     with _open_arrow(source) as reader:
         return list(reader.schema.names)
@@ -346,23 +344,16 @@ def _parquet_names(source: DataFile) -> list[str]:
         return list(parquet.read_schema(raw).names)
 
 
-_HEADERS: dict[str, Callable[[DataFile], list[str]]] = {
-    ".txt": lambda source: ["text"],
-    ".jsonl": lambda source: _object_names(_parse(line) for _, line in _lines(source)),
-    ".json": lambda source: _object_names(_json_items(source)),
-    ".csv": _csv_names,
-    ".tsv": _csv_names,
-    ".parquet": _parquet_names,
-    ".arrow": _arrow_names,
-    ".feather": _arrow_names,
-}
-_READERS: dict[str, Callable[[DataFile, Sequence[str]], Iterator[_RawRow]]] = {
-    ".txt": _read_lines,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-    ".feather": _read_arrow,
+def _csv_names(source: DataFile) -> list[str]:
+    return next((row for row in _csv_rows(source, []) if row), [])
+
+
+#: By file type: the function that reads the names of the columns, and the one that reads the rows.
+_FORMATS: dict[str, tuple[Callable[[DataFile], list[str]], Callable[[DataFile, Sequence[str]], Iterator[_RawRow]]]] = {
+    ".txt": (lambda source: ["text"], _read_lines),
+    ".jsonl": (lambda source: _object_names(_parse(line) for _, line in _lines(source)), _read_jsonl),
+    ".json": (lambda source: _object_names(_json_items(source)), _read_json),
+    **dict.fromkeys((".csv", ".tsv"), (_csv_names, _read_csv)),
+    ".parquet": (_parquet_names, _read_parquet),
+    **dict.fromkeys((".arrow", ".feather"), (_arrow_names, _read_arrow)),
 }

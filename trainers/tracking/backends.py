@@ -46,8 +46,6 @@ class Watermark:
 class TrackerBackend(Protocol):
     """Interface of a tracker, called from its own thread. Its methods may raise any exception and may block."""
 
-    name: str
-
     def open(self) -> Watermark:
         """Find the tracker's record of the run, or create it."""
 
@@ -90,8 +88,6 @@ class TensorBoard:
     On a file system they grow in place. An object store cannot append, so a segment is written on this machine and
     uploaded again every 30 seconds.
     """
-
-    name = "tensorboard"
 
     def __init__(self, context: TrackerContext) -> None:
         self._context = context
@@ -160,8 +156,6 @@ def _scalars(data: bytes) -> Iterator[tuple[str, int]]:
 class MLflow:
     """A run in the experiment named after the project; a tag identifies it after a restart."""
 
-    name = "mlflow"
-
     def __init__(self, context: TrackerContext) -> None:
         self._context = context
 
@@ -203,8 +197,6 @@ class WandB:
     Offline, no server has the newest step. So it is stored in a small file beside the data, written before the step
     is logged: a kill in between loses this step in the tracker, but duplicates none.
     """
-
-    name = "wandb"
 
     def __init__(self, context: TrackerContext) -> None:
         self._context = context
