@@ -7,7 +7,7 @@ not the average over the global batch when counts differ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,12 @@ from torch import nn
 from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.model import TASKS
 from outlast.trainers.data.arrow_samples import Sample, in_batches
 from outlast.trainers.data.columns import Column
+from outlast.trainers.data.tokenizer import Tokenizer
 from outlast.trainers.user_code import import_object
-
-if TYPE_CHECKING:
-    from outlast.trainers.config.data import DataSettings
-    from outlast.trainers.data.tokenizer import Tokenizer
 
 #: A row of the data, keyed by role, such as {"text": "…", "label": 3}.
 Record = Mapping[str, Any]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, name_of
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, TokenTask, ints
-
-if TYPE_CHECKING:
-    from outlast.trainers.config.data import DataSettings
 
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 _PROBLEM_TYPES = {
