@@ -34,7 +34,6 @@ from outlast.cluster.fault_tolerance.failure_cause import (
     RunFailed,
     classify,
     find_deaths,
-    heavier,
     unwrap_error,
 )
 from outlast.cluster.fault_tolerance.hang_detection import Hang
@@ -146,7 +145,8 @@ class FailureRecorder(WorkerGroupCallback):
             deaths: list[Death] = []
             with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: the ranks' errors must do
                 deaths = find_deaths(workers)
-            failure = heavier(classify(errors.copy(), deaths, drained=drained), hang)
+            known = [item for item in (classify(errors.copy(), deaths, drained=drained), hang) if item]
+            failure = max(known, key=lambda item: item.cause.weight, default=None)
             if failure is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
@@ -182,17 +182,12 @@ class FailureRecorder(WorkerGroupCallback):
         """
         url, run, launch = self._location
         unwrapped = {rank: unwrap_error(error) for rank, error in sorted(errors.items())}
-        parts = [
-            f"rank {rank}\n{error.traceback_text}\n"
-            for rank, error in unwrapped.items()
-            if isinstance(error, RankError)
-        ]
-        if not parts and (own := own_log(workers, first)):
-            parts = [own]
+        tracebacks = {rank: error.traceback_text for rank, error in unwrapped.items() if isinstance(error, RankError)}
+        text = "\n".join(f"rank {rank}\n{text}\n" for rank, text in tracebacks.items()) or own_log(workers, first)
         path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
         with suppress(StorageError):
-            if parts:
-                open_storage(url).put(path, ["\n".join(parts).encode()])
+            if text:
+                open_storage(url).put(path, [text.encode()])
                 return f"{url}/{path}"
         return ""
 

@@ -162,13 +162,9 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
 
 
 def _cause_of_error(message: str) -> Cause:
-    if is_device_shortage(message):
+    if any(word in message for word in _DEVICE_WORDS):
         return Cause.OUT_OF_DEVICE_MEMORY
     return Cause.OUT_OF_HOST_MEMORY if is_host_shortage(message) else Cause.ERROR
-
-
-def heavier(one: Failure | None, other: Failure | None) -> Failure | None:
-    return max((failure for failure in (one, other) if failure), key=lambda failure: failure.cause.weight, default=None)
 
 
 def unwrap_error(error: BaseException) -> BaseException:
@@ -212,11 +208,6 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
                 message = "the kernel killed the worker because the node was running low on memory"
             deaths.append(Death(worker["rank"], message))
     return deaths
-
-
-def is_device_shortage(message: str) -> bool:
-    """Return whether an error message means that an accelerator's memory ran out."""
-    return any(word in message for word in _DEVICE_WORDS)
 
 
 def is_host_shortage(message: str) -> bool:

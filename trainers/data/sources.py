@@ -85,11 +85,6 @@ class DataFile:
         return str(digest.hexdigest())
 
 
-def as_list(source: str | Sequence[str] | None) -> list[str]:
-    """Return the paths or URLs of a setting as a list."""
-    return [source] if isinstance(source, str) else list(source or [])
-
-
 def find_data_files(source: str | Sequence[str]) -> list[DataFile]:
     """Find the files of a source, in the order of their rows.
 
@@ -98,14 +93,15 @@ def find_data_files(source: str | Sequence[str]) -> list[DataFile]:
         StorageError: A directory cannot be listed.
     """
     sources: list[DataFile] = []
-    opened = cache(lambda url: _listing(open_storage(url)))  # a directory is listed once for all its files
-    for location in as_list(source):
+    opened = cache(_open)  # a directory is listed once for all its files
+    for location in [source] if isinstance(source, str) else source:
         url, path = _split(location)
         sources += _expand(location, *opened(url), path)
     return sources
 
 
-def _listing(storage: Storage) -> tuple[Storage, ListDir]:
+def _open(url: str) -> tuple[Storage, ListDir]:
+    storage = open_storage(url)
     return storage, cache(storage.list)
 
 
