@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from outlast.checkpointing.error_hints import did_you_mean
 from outlast.trainers.config.base import Settings
@@ -91,7 +91,7 @@ class ModelSettings(Settings):
     """Train an adapter instead of the model. Needs peft, and `path`: checkpoints hold the adapter only."""
     tokenizer: TokenizerSettings | None = None
     """Required with `config`; with `path` the model's own tokenizer is the default."""
-    task: str = "causal-lm"
+    task: Annotated[str, AfterValidator(check_task_name)] = "causal-lm"
     """The training task. One of causal-lm, chat, masked-lm, sequence-classification, token-classification,
     question-answering, seq2seq-lm, multiple-choice, double-heads, or a class of your own, `package.module:Class`."""
 
@@ -101,11 +101,6 @@ class ModelSettings(Settings):
         if value is not None and not is_dotted(value):
             raise ValueError(f"{value!r} is not a class path: write package.module:Class, such as my_models:MyModel")
         return value
-
-    @field_validator("task")
-    @classmethod
-    def _is_task(cls, value: str) -> str:
-        return check_task_name(value)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:
