@@ -105,18 +105,12 @@ class CoordinatorClient:
             events = [self._events.popleft() for _ in range(len(self._events))]
             self._stop = bool(self.coordinator.exchange(events)) or self._stop
             with contextlib.suppress(RayError, RuntimeError, OSError):  # checked again in half a second
-                self._check_drains()
+                if self._watch is not None and (reason := self._watch.check(draining_nodes())):
+                    self._saves.append(reason)
+                    self.coordinator.drain_noticed(self.attempt or "unclaimed")
             if reason := self.coordinator.take_save_request(is_training=self._is_training):
                 self._saves.append(reason)  # queued: the requester waits for the save with this reason
             for event in events:  # last, because a listener may be slow
                 self.listener(event)
             if closing:
                 return
-
-    def _check_drains(self) -> None:
-        if self._watch is None:
-            return
-        reason = self._watch.check(draining_nodes())
-        if reason is not None:
-            self._saves.append(reason)
-            self.coordinator.drain_noticed(self.attempt or "unclaimed")

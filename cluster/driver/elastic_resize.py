@@ -77,7 +77,9 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
             self._is_planned = True
             self._request_save(current_state.scaling_decision.num_workers)
         elif isinstance(current_state, RestartingState | ReschedulingState):
-            self._exempt_from_failures()
+            with suppress(RayError):  # otherwise Ray refreshes its view of the cluster by itself, later
+                autoscaling = get_or_create_autoscaling_coordinator()
+                ray.get(autoscaling.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         before, self._size = self._size, len(worker_group.get_workers())
@@ -91,11 +93,6 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         coordinator.request_save(f"the group is resized from {self._size} to {counted(size, 'worker')}")
         while coordinator.is_saved(SILENCE_S) is False:
             time.sleep(_POLL_S)
-
-    def _exempt_from_failures(self) -> None:
-        with suppress(RayError):  # otherwise Ray refreshes by itself, later
-            autoscaling = get_or_create_autoscaling_coordinator()
-            ray.get(autoscaling.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
 
     def _record(self, before: int, now: int, is_planned: bool) -> None:
         url, run, launch = self._location

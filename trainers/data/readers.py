@@ -161,11 +161,6 @@ def _decode(line: bytes) -> tuple[str, str | None]:
         return line.decode(errors="replace"), f"is not UTF-8 text: {error}"
 
 
-def _read_jsonl(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
-    """Read line by line, because pyarrow infers one type for a column and rejects rows of another."""
-    return _select_columns(source, columns, lambda: ((_parse(line), number) for number, line in _lines(source)))
-
-
 class _RowError(str):
     """Error text of a line, as opposed to a value that is a text."""
 
@@ -186,8 +181,11 @@ def _parse(line: bytes) -> Any:
     return item
 
 
-def _read_json(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
-    return _select_columns(source, columns, lambda: ((item, None) for item in _json_items(source)))
+def _objects(source: DataFile) -> Iterator[tuple[Any, int | None]]:
+    """Iterate over the items of a .json or .jsonl file, and their lines. pyarrow would infer one type for a column."""
+    if source.kind == ".json":
+        return ((item, None) for item in _json_items(source))
+    return ((_parse(line), number) for number, line in _lines(source))
 
 
 def _json_items(source: DataFile) -> Iterator[Any]:
@@ -227,12 +225,10 @@ def _skip_separators(text: str, at: int) -> int:
     return at
 
 
-def _select_columns(
-    source: DataFile, columns: Sequence[str], items: Callable[[], Iterator[tuple[Any, int | None]]]
-) -> Iterator[_RawRow]:
-    """Select columns of JSON objects. A first pass ends once each column was seen: after one object of a good file."""
+def _read_objects(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
+    """Read JSON objects. A first pass ends once each column was seen: after one object of a good file."""
     missing, seen = set(columns), dict[str, None]()
-    for item, _ in items():
+    for item, _ in _objects(source):
         if isinstance(item, dict):
             missing -= item.keys()
             seen |= dict.fromkeys(item)
@@ -240,7 +236,7 @@ def _select_columns(
             break
     if missing and seen:
         raise missing_column_error(source.name, [name for name in columns if name in missing], seen, _IN_EVERY_FILE)
-    for item, line in items():
+    for item, line in _objects(source):
         if not isinstance(item, dict):
             yield item if isinstance(item, _RowError) else "is not a JSON object", line
         elif absent := [name for name in columns if name not in item]:
@@ -330,8 +326,8 @@ def missing_column_error(where: str, missing: Sequence[str], available: Iterable
     return ConfigError(f"{where} has no {names}; it has {', '.join(available)}", hint=hint)
 
 
-def _object_names(items: Iterable[Any]) -> list[str]:
-    return next((list(item) for item in items if isinstance(item, dict)), [])
+def _object_names(source: DataFile) -> list[str]:
+    return next((list(item) for item, _ in _objects(source) if isinstance(item, dict)), [])
 
 
 def _arrow_names(source: DataFile) -> list[str]:
@@ -351,8 +347,7 @@ def _csv_names(source: DataFile) -> list[str]:
 #: By file type: the function that reads the names of the columns, and the one that reads the rows.
 _FORMATS: dict[str, tuple[Callable[[DataFile], list[str]], Callable[[DataFile, Sequence[str]], Iterator[_RawRow]]]] = {
     ".txt": (lambda source: ["text"], _read_lines),
-    ".jsonl": (lambda source: _object_names(_parse(line) for _, line in _lines(source)), _read_jsonl),
-    ".json": (lambda source: _object_names(_json_items(source)), _read_json),
+    **dict.fromkeys((".jsonl", ".json"), (_object_names, _read_objects)),
     **dict.fromkeys((".csv", ".tsv"), (_csv_names, _read_csv)),
     ".parquet": (_parquet_names, _read_parquet),
     **dict.fromkeys((".arrow", ".feather"), (_arrow_names, _read_arrow)),

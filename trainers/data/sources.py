@@ -161,8 +161,10 @@ def _matches(base: str, pattern: Sequence[str], list_dir: ListDir) -> Iterator[t
     entries = list_dir(base)
     if head == "**" and rest:
         yield from _matches(base, rest, list_dir)
-    literal = [entry for entry in entries if entry.name == head]
-    for entry in literal or [entry for entry in entries if _matches_pattern(entry.name, head)]:
+    found = [entry for entry in entries if entry.name == head]
+    if not found and _is_pattern(head):
+        found = [entry for entry in entries if not entry.name.startswith(".") and fnmatchcase(entry.name, head)]
+    for entry in found:
         path = _join(base, entry.name)
         if not rest:
             yield path, entry.num_bytes
@@ -172,10 +174,6 @@ def _matches(base: str, pattern: Sequence[str], list_dir: ListDir) -> Iterator[t
 
 def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
-
-
-def _matches_pattern(name: str, pattern: str) -> bool:
-    return _is_pattern(pattern) and not name.startswith(".") and fnmatchcase(name, pattern)
 
 
 def _join(base: str, name: str) -> str:
@@ -201,15 +199,12 @@ def _directory(storage: Storage, path: str, list_dir: ListDir) -> list[DataFile]
     sources = [item for item in sources if item.kind in KINDS]
     kinds = sorted({item.kind for item in sources})
     if len(kinds) > 1:
-        suffixes = sorted({item.kind + _suffix(item.codec) for item in sources if item.kind == kinds[0]})
+        codecs = {item.codec for item in sources if item.kind == kinds[0]}
+        suffixes = sorted(kinds[0] + suffix for suffix, codec in {"": None, **_CODECS}.items() if codec in codecs)
         patterns = ", ".join(f"{shown}/*{suffix}" for suffix in suffixes)
         hint = f"name the files to read, for example {patterns if len(suffixes) == 1 else f'[{patterns}]'}"
         raise ConfigError(f"data directory {shown} has files of several types: {', '.join(kinds)}", hint=hint)
     return sources
-
-
-def _suffix(codec: str | None) -> str:
-    return next((suffix for suffix, name in _CODECS.items() if name == codec), "")
 
 
 def _source(storage: Storage, path: str, num_bytes: int) -> DataFile:

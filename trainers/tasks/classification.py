@@ -230,7 +230,8 @@ class TokenClassification(TokenTask):
             yield sample
 
     def _encoded(self, records: Sequence[Record]) -> Iterator[tuple[Record, list[str], Any]]:
-        words = [_words(record["tokens"]) for record in records]
+        given = [record["tokens"] for record in records]
+        words = [each.split() if isinstance(each, str) else each for each in given]
         encoded = self.tokenizer.inner(
             words, is_split_into_words=True, truncation=True, max_length=self.settings.max_length
         )
@@ -279,10 +280,6 @@ def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
         if word is not None:
             firsts.setdefault(word, position)
     return firsts
-
-
-def _words(given: list[str] | str) -> list[str]:
-    return given.split() if isinstance(given, str) else given
 
 
 def _is_number(value: Any) -> bool:
