@@ -92,13 +92,10 @@ class Standbys:
     def _unserved(self) -> list[tuple[str, int, str]]:
         """Return the nodes still to be served: id, number of processes, address of the raylet."""
         alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        resource = (
-            "GPU" if any("GPU" in alive[node]["Resources"] for node in self._required if node in alive) else "CPU"
-        )
-        spare = [
-            node for node in alive if node not in self._required and alive[node]["Resources"].get(resource, 0) >= 1
-        ]
-        required = {**self._required, **dict.fromkeys(sorted(spare)[:NUM_SPARE_NODES], 1)}
+        uses_gpus = any("GPU" in alive[node]["Resources"] for node in self._required if node in alive)
+        kind = "GPU" if uses_gpus else "CPU"
+        spare = sorted(node for node in alive.keys() - self._required if alive[node]["Resources"].get(kind, 0) >= 1)
+        required = {**self._required, **dict.fromkeys(spare[:NUM_SPARE_NODES], 1)}
         return [
             (node, count, f"{alive[node]['NodeManagerAddress']}:{alive[node]['NodeManagerPort']}")
             for node, count in required.items()

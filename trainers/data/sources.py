@@ -130,12 +130,9 @@ def _expand(location: str, storage: Storage, list_dir: ListDir, path: str) -> li
             f"data file {location} does not exist", hint="set data.train (and data.eval) to existing files"
         )
     sources: list[DataFile] = []
-    for match in sorted(matches):
-        sources += (
-            [_source(storage, match, matches[match] or 0)]
-            if matches[match] is not None
-            else _directory(storage, match, list_dir)
-        )
+    for match, num_bytes in sorted(matches.items()):
+        is_directory = num_bytes is None
+        sources += _directory(storage, match, list_dir) if is_directory else [_source(storage, match, num_bytes or 0)]
     if list(matches) == [path] and not sources:
         hint = f"name its files, for example {location.rstrip('/')}/**/*.jsonl"
         raise ConfigError(f"data directory {location} has no file of a type that outlast reads", hint=hint)

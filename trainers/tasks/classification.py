@@ -186,10 +186,10 @@ class SequenceClassification(Task):
                 continue
             probabilities = (logits.sigmoid() if self.problem == MULTI else logits.softmax(-1)).tolist()
             scores = dict(zip(self.classes, probabilities, strict=True))
-            best = (
-                [name for name, probability in scores.items() if probability > 0.5] if self.problem == MULTI else None
-            )
-            yield {**record, "label": max(scores, key=scores.__getitem__) if best is None else best, "scores": scores}
+            label: Any = max(scores, key=scores.__getitem__)
+            if self.problem == MULTI:
+                label = [name for name, probability in scores.items() if probability > 0.5]
+            yield {**record, "label": label, "scores": scores}
 
 
 class TokenClassification(TokenTask):
