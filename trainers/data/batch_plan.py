@@ -36,16 +36,10 @@ def derive_seed(*parts: int) -> int:
 
 
 def permute(seed: int, epoch: int, positions: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:
-    """Return the samples at `positions` of an epoch.
+    """Return the samples at `positions` of an epoch: indices in [0, size), of the shape of `positions`.
 
-    Args:
-        seed: The run's seed.
-        epoch: Number of the epoch, from 0.
-        positions: Positions in the epoch, each in [0, size). Any shape.
-        size: Number of samples, 1 to 2^62.
-
-    Returns:
-        Sample indices in [0, size), of the shape of `positions`. Over all positions, each exactly once.
+    Epochs count from 0, positions are in [0, size), and the size is 1 to 2^62. Over all positions of an epoch, each
+    sample occurs exactly once.
     """
     assert 1 <= size <= 1 << 62
     values = np.array(positions, dtype=np.uint64, ndmin=1)

@@ -99,11 +99,9 @@ def usable_rows(
 
 
 def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
-    """Read the rows of a source, in order, in constant memory. A row that cannot be read becomes a row with a fault.
+    """Read these columns of the rows of a source, in order, in constant memory; see `find_data_files`.
 
-    Args:
-        source: A file, a directory, a pattern, or a list of these; see `find_data_files`.
-        columns: Names of the columns to read, in this order.
+    A row that cannot be read becomes a row with a fault.
 
     Raises:
         ConfigError: A file is missing or not of the type its name states, or a column is in none of its rows.

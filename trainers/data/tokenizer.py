@@ -84,7 +84,6 @@ def train_bpe(
     """Train a byte-level BPE tokenizer with `num_entries` entries.
 
     Args:
-        texts: Training texts.
         num_entries: Size of the vocabulary, special tokens included.
         special_tokens: Special tokens besides the end token, by their names in transformers.
         template: Templates of `tokenizers` for one text and for a pair.

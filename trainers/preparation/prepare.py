@@ -127,7 +127,9 @@ def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared 
     """Return existing prepared data; None if there is none, it is damaged, or more rows were skipped than allowed."""
     try:
         prepared = _from_json(json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
-        _verify(storage, prepared)
+        for entry in prepared.files:
+            for _ in verified_chunks(storage, prepared.directory, entry):
+                pass
     except (FileNotFoundError, DamagedError, ValueError, KeyError, TypeError):
         return None
     return prepared if prepared.num_bad_rows <= config.data.max_bad_rows else None
@@ -149,12 +151,6 @@ def _from_json(body: dict[str, Any]) -> Prepared:
         raise DamagedError(f"{_DATA_MANIFEST}: its own digest does not match")
     files = tuple(FileEntry(**{**item, "blocks": tuple(item["blocks"])}) for item in body.pop("files"))
     return Prepared(**{**body, "notes": tuple(body["notes"])}, files=files)
-
-
-def _verify(storage: Storage, prepared: Prepared) -> None:
-    for entry in prepared.files:
-        for _ in verified_chunks(storage, prepared.directory, entry):
-            pass
 
 
 def _fingerprint(config: TrainingConfig) -> str:
