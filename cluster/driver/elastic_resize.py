@@ -75,7 +75,11 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     ) -> None:
         if isinstance(current_state, ResizingState):
             self._is_planned = True
-            self._request_save(current_state.scaling_decision.num_workers)
+            size = counted(current_state.scaling_decision.num_workers, "worker")
+            coordinator = find_coordinator(self._location[2])
+            coordinator.request_save(f"the group is resized from {self._size} to {size}")
+            while coordinator.is_saved(SILENCE_S) is False:  # until rank 0 has committed, or cannot
+                time.sleep(_POLL_S)
         elif isinstance(current_state, RestartingState | ReschedulingState):
             with suppress(RayError):  # otherwise Ray refreshes its view of the cluster by itself, later
                 autoscaling = get_or_create_autoscaling_coordinator()
@@ -84,19 +88,10 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     def after_worker_group_start(self, worker_group: Any) -> None:
         before, self._size = self._size, len(worker_group.get_workers())
         is_planned, self._is_planned = self._is_planned, False
-        if before not in (0, self._size):
-            self._record(before, self._size, is_planned)
-
-    def _request_save(self, size: int) -> None:
-        """Request a save; return when rank 0 has committed, or cannot."""
-        coordinator = find_coordinator(self._location[2])
-        coordinator.request_save(f"the group is resized from {self._size} to {counted(size, 'worker')}")
-        while coordinator.is_saved(SILENCE_S) is False:
-            time.sleep(_POLL_S)
-
-    def _record(self, before: int, now: int, is_planned: bool) -> None:
+        if before in (0, self._size):
+            return
         url, run, launch = self._location
-        event = ResizeEvent(before=before, now=now, planned=is_planned, attempt=None)
+        event = ResizeEvent(before=before, now=self._size, planned=is_planned, attempt=None)
         with suppress(StorageError):  # the timeline has a gap; the claims hold the numbers of workers
             store = RunStore(open_storage(url), run)
             if self._journal is None:

@@ -75,10 +75,13 @@ class Standbys:
             return
         self._next_check = now + _PERIOD_S
         context = ray.get_runtime_context()
+        text = context.get_runtime_env_string()
+        environment = get_runtime_env_info(RuntimeEnv.deserialize(text))
+        environment.serialized_runtime_env = text  # as Ray passes it for an actor: it decides which processes match
         request = node_manager_pb2.PrestartWorkersRequest(
             language=Language.PYTHON,
             job_id=bytes.fromhex(context.get_job_id()),
-            runtime_env_info=_environment_info(context.get_runtime_env_string()),
+            runtime_env_info=environment,
             keep_alive_duration_secs=_KEPT_S,
         )
         for node, required, address in self._unserved():
@@ -101,13 +104,6 @@ class Standbys:
             for node, count in required.items()
             if node in alive and node not in self._served
         ]
-
-
-def _environment_info(text: str) -> Any:
-    """Return this runtime environment as Ray passes it for an actor; `text` decides which processes match."""
-    info = get_runtime_env_info(RuntimeEnv.deserialize(text))
-    info.serialized_runtime_env = text
-    return info
 
 
 def _num_waiting(raylet: Any, job: bytes) -> int:
