@@ -69,6 +69,8 @@ HOST_ADVICE = (
     "more memory"
 )
 
+# Ray and the kernel end a process for lack of memory without an exception in it: texts, tables and counters show it. A
+# node that does not answer must not block a restart, and counts as unknown.
 _DEVICE_WORDS = ("CUDA out of memory", "HIP out of memory", "XPU out of memory", "CUDA_ERROR_OUT_OF_MEMORY")
 _HOST_WORDS = ("DefaultCPUAllocator", "MemoryError", "Cannot allocate memory")
 _RAY_WORDS = ("oom_context", "Memory on the node", "running low on memory")
