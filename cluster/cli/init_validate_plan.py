@@ -11,7 +11,7 @@ import typer
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, Overrides, RunFile
-from outlast.trainers.config.task_table import TASKS
+from outlast.trainers.config.model import TASKS
 
 
 def init(
