@@ -32,10 +32,8 @@ def find_run(text: str, root: str) -> tuple[RunStore, Retention]:
         return config.store, config.checkpoint.retention
     text = text.rstrip("/")
     if Path(text, "config.json").is_file():
-        raise ConfigError(
-            f"{text} is a model, not a run",
-            hint="give the run and a checkpoint's step; `from_pretrained` reads the model itself",
-        )
+        hint = "give the run and a checkpoint's step; `from_pretrained` reads the model itself"
+        raise ConfigError(f"{text} is a model, not a run", hint=hint)
     if "/" in text or Path(text, "attempts").is_dir():
         path = text if "://" in text else str(Path(text).absolute())
         root, _, text = path.rpartition("/")
