@@ -16,17 +16,15 @@ from outlast.cluster.config.run_reference import find_run
 from outlast.cluster.formatting import size, when
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.retention_policy import Retention
-    from outlast.checkpointing.run_store.store import RunStore
     from outlast.checkpointing.tools.diff import CheckpointDiff
-    from outlast.checkpointing.tools.export import Content, Dtype, WriteWeights
-    from outlast.checkpointing.tools.pin_and_prune import PrunePlan
+    from outlast.checkpointing.tools.export import Content, WriteWeights
     from outlast.checkpointing.tools.query import ResolvedCheckpoint
 
 checkpoints = typer.Typer(
     help="List, verify, compare, keep, delete and export a run's checkpoints.", no_args_is_help=True
 )
 
+_OR_MODEL = "newest, best, model, a step, or step@attempt."
 CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="newest, best, a step, or step@attempt.")]
 
 
@@ -73,10 +71,7 @@ def show(run: Run, which: CheckpointName = "newest", storage: StorageRoot = "./r
 @checkpoints.command()
 def verify(
     run: Run,
-    which: Annotated[
-        str | None,
-        typer.Argument(metavar="CHECKPOINT", help="Only this one: newest, best, model, a step, or step@attempt."),
-    ] = None,
+    which: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help=f"Only this one: {_OR_MODEL}")] = None,
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -102,9 +97,7 @@ def verify(
 @checkpoints.command()
 def path(
     run: Run,
-    which: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="newest, best, model, a step, or step@attempt.")
-    ] = "newest",
+    which: Annotated[str, typer.Argument(metavar="CHECKPOINT", help=_OR_MODEL)] = "newest",
     storage: StorageRoot = "./runs",
 ) -> None:
     """Print the path of a checkpoint, for `from_pretrained`."""
@@ -117,7 +110,7 @@ def path(
 @checkpoints.command()
 def diff(
     run: Run,
-    first: Annotated[str, typer.Argument(metavar="A", help="newest, best, model, a step, or step@attempt.")],
+    first: Annotated[str, typer.Argument(metavar="A", help=_OR_MODEL)],
     second: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
     other: Annotated[
         str | None, typer.Option("--with", metavar="RUN", help="The run of B, if it is another one.")
@@ -137,13 +130,8 @@ def diff(
     theirs = commands.resolve_checkpoint(store, second, retention)
     result = diff_checkpoints(ours, theirs, optimizer=optimizer)
     if as_json:
-        body = {
-            "a": ours.url,
-            "b": theirs.url,
-            "settings": result.settings,
-            "tensors": [item.as_json() for item in result.tensors],
-        }
-        print(json.dumps(body, indent=1))
+        tensors = [item.as_json() for item in result.tensors]
+        print(json.dumps({"a": ours.url, "b": theirs.url, "settings": result.settings, "tensors": tensors}, indent=1))
         return
     print(f"a  {ours.url}\nb  {theirs.url}")
     _print_diff(result)
@@ -163,9 +151,8 @@ def _print_diff(result: CheckpointDiff) -> None:
     for item in different:
         numbers = (*item.norms, item.distance, item.largest)
         shown = "  ".join(f"{'-' if number is None else format(number, '.5g'):>11}" for number in numbers)
-        specs = [
-            f"{dtype} {list(shape)}" for dtype, shape in zip(item.dtypes, item.shapes, strict=True) if shape is not None
-        ]
+        tensors = zip(item.dtypes, item.shapes, strict=True)
+        specs = [f"{dtype} {list(shape)}" for dtype, shape in tensors if shape is not None]
         print(f"{item.change.value:8}  {shown}  {item.name} {' → '.join(dict.fromkeys(specs))}")
 
 
@@ -214,35 +201,27 @@ def prune(
     from outlast.checkpointing.tools import pin_and_prune as keeping
 
     store, retention = find_run(run, storage)
-    retention = replace(
-        retention,
-        keep_last=retention.keep_last if keep_last is None else keep_last,
-        keep_best=retention.keep_best if keep_best is None else keep_best,
-        keep_every=retention.keep_every if keep_every is None else keep_every,
-    )
+    given = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
+    retention = replace(retention, **{key: number for key, number in given.items() if number is not None})
     plan = keeping.plan_prune(store, retention)
     if yes:
         plan = keeping.prune(store, plan)
+    kept = [manifest.ref.name for manifest in plan.kept]
     if as_json:
-        print(json.dumps(_plan_as_json(plan, yes), indent=1))
+        names = {
+            "deleted": [manifest.ref.name for manifest in plan.doomed],
+            "remains": [ref.name for ref in plan.remains],
+            "kept": kept,
+        }
+        print(json.dumps({"done": yes, **names, "bytes": plan.num_bytes}, indent=1))
         return
     for manifest in plan.doomed:
         print(f"{'deleted' if yes else 'would delete'}  {manifest.ref.name}  {size(manifest.num_bytes)}")
     for ref in plan.remains:
         print(f"{'deleted' if yes else 'would delete'}  {ref.name}  rest of an interrupted deletion")
-    print(f"{'kept' if yes else 'would keep'}  {', '.join(manifest.ref.name for manifest in plan.kept)}")
+    print(f"{'kept' if yes else 'would keep'}  {', '.join(kept)}")
     if not yes and (plan.doomed or plan.remains):
         print(f"{size(plan.num_bytes)} would be freed; repeat the command with --yes to delete", file=sys.stderr)
-
-
-def _plan_as_json(plan: PrunePlan, done: bool) -> dict[str, Any]:
-    return {
-        "done": done,
-        "deleted": [manifest.ref.name for manifest in plan.doomed],
-        "remains": [ref.name for ref in plan.remains],
-        "kept": [manifest.ref.name for manifest in plan.kept],
-        "bytes": plan.num_bytes,
-    }
 
 
 @checkpoints.command()
@@ -282,6 +261,9 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Verify and copy a checkpoint as a plain Hugging Face directory, or parts of it to given paths."""
+    from outlast.checkpointing.tools import query as commands
+    from outlast.checkpointing.tools.export import check_free, converted, export_directory, export_parts, read_content
+
     parts = {"weights": weights, "config": config, "vocab": vocab}
     which, out = _which_and_out(arguments or [], any(parts.values()))
     if base and not merge:
@@ -290,59 +272,28 @@ def export(
         raise ConfigError("--old-vocab needs OUT", hint="or give --vocab PATH, which writes the same files to PATH")
     if merge:
         make_code_importable(run, code)
-    merging = {"base": base, "trusted": trusted} if merge else None
-    source, written = _export(
-        find_run(run, storage),
-        which,
-        out,
-        parts,
-        _weights_format(format_, weights),
-        _dtype(dtype),
-        old_vocab,
-        merging,
-        with_card=card,
-    )
-    paths = [str(path) for path in written]
-    print(json.dumps({"source": source, "written": paths}, indent=1) if as_json else "\n".join(paths))
-
-
-def _export(
-    resolved_run: tuple[RunStore, Retention],
-    which: str,
-    out: Path | None,
-    parts: dict[str, Path | None],
-    form: tuple[WriteWeights, str | None, str],
-    dtype: Dtype | None,
-    old_vocab: bool,
-    merging: dict[str, Any] | None,
-    *,
-    with_card: bool,
-) -> tuple[str, list[Path]]:
-    """Export. Return the checkpoint's URL, and the paths written."""
-    from outlast.checkpointing.tools import query as commands
-    from outlast.checkpointing.tools.export import check_free, converted, export_directory, export_parts, read_content
-
-    write, weights_name, caveat = form
-    check_free([out] if out is not None else [path for path in (parts["weights"], parts["config"]) if path is not None])
-    store, retention = resolved_run
+    store, retention = find_run(run, storage)
+    write, weights_name, caveat = _weights_format(format_, weights)
+    to_dtype = _dtype(dtype)
+    check_free([out] if out is not None else [path for path in (weights, config) if path is not None])
     checkpoint = commands.resolve_checkpoint(store, which, retention)
     content = read_content(checkpoint)
-    if merging is not None:
+    if merge:
         from outlast.trainers.models.merge_lora import merge as merged
 
-        content = merged(content, checkpoint.declaration, **merging)
-    if dtype is not None:
-        content = converted(content, dtype)
+        content = merged(content, checkpoint.declaration, base=base, trusted=trusted)
+    if to_dtype is not None:
+        content = converted(content, to_dtype)
     if out is not None:
-        if with_card:
-            content = _add_card(checkpoint, content)
+        content = _add_card(checkpoint, content) if card else content
         export_directory(content, out, weights_name=weights_name, write_weights=write, old_vocab=old_vocab)
         written = [out]
     else:
         written = export_parts(content, **parts, write_weights=write)
-    if caveat and (out is not None or parts["weights"] is not None):
+    if caveat and (out is not None or weights is not None):
         print(f"outlast: {caveat}", file=sys.stderr)
-    return checkpoint.url, written
+    paths = [str(path) for path in written]
+    print(json.dumps({"source": checkpoint.url, "written": paths}, indent=1) if as_json else "\n".join(paths))
 
 
 def _add_card(checkpoint: ResolvedCheckpoint, content: Content) -> Content:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from outlast.cluster.cli.options import AsJson
-
-if TYPE_CHECKING:
-    from outlast.cluster.preflight.doctor_rules import Requirements
-    from outlast.cluster.preflight.finding import Finding
+from outlast.checkpointing.errors import PreflightError
+from outlast.cluster.cli.options import AsJson, Overrides
+from outlast.cluster.preflight.doctor_rules import Requirements
+from outlast.cluster.preflight.finding import Finding, Level
 
 #: Begin of the JSON report, by which it is found in a job's log.
 JSON_HEAD = '{"checks": '
@@ -23,9 +24,7 @@ def doctor(
     run_file: Annotated[
         Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run file, whose requirements to check.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")
-    ] = None,
+    overrides: Overrides = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -41,16 +40,12 @@ def doctor(
 
     Exit code 3 if a check failed; warnings do not count.
     """
-    import os
-
-    from outlast.cluster.preflight.doctor_rules import Requirements
-    from outlast.cluster.preflight.finding import Level
-
     target = address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
     if target and target.startswith(("http://", "https://")):
         findings = _run_as_job(target, run_file, overrides or [], storage, quick)
     else:
-        requirements = Requirements(storage=storage and _absolute(storage))
+        at = storage if storage is None or "://" in storage else str(Path(storage).absolute())
+        requirements = Requirements(storage=at)
         if run_file is not None:
             from outlast.cluster.config.run_file import load_run
             from outlast.cluster.preflight.doctor import requirements_of
@@ -59,10 +54,6 @@ def doctor(
         findings = _run_here(target, requirements, quick)
     _print(findings, as_json)
     raise typer.Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
-
-
-def _absolute(storage: str) -> str:
-    return storage if "://" in storage else str(Path(storage).absolute())
 
 
 def _run_here(address: str | None, requirements: Requirements, quick: bool) -> list[Finding]:
@@ -80,9 +71,7 @@ def _run_as_job(
     address: str, run_file: Path | None, overrides: list[str], storage: str | None, quick: bool
 ) -> list[Finding]:
     """Run the checks on the cluster, as a job of its job server."""
-    from outlast.checkpointing.errors import PreflightError
     from outlast.cluster.jobs import ray_jobs as jobs
-    from outlast.cluster.preflight.finding import Finding, Level
 
     arguments, declared = ["doctor", "--json", *(["--quick"] if quick else [])], None
     if run_file is not None:
@@ -108,10 +97,8 @@ def _run_as_job(
 
 
 def _print(findings: list[Finding], as_json: bool) -> None:
-    from dataclasses import asdict
-
     if as_json:
-        rows: list[dict[str, Any]] = [{**asdict(finding), "level": finding.level.value} for finding in findings]
+        rows = [{**asdict(finding), "level": finding.level.value} for finding in findings]
         print(JSON_HEAD + json.dumps(rows) + "}")
         return
     for finding in findings:

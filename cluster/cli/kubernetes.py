@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, RunFile, writing
 from outlast.cluster.config.run_reference import RUN_FILES
 from outlast.cluster.formatting import counted
+from outlast.cluster.preflight.finding import Finding, Level
 
 if TYPE_CHECKING:
     from outlast.cluster.kubernetes.client import KubernetesNamespace
-    from outlast.cluster.preflight.finding import Finding
 
 k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
 
@@ -23,11 +24,6 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or it
 Objects = Annotated[str, typer.Argument(metavar="FILE", help="Manifests, as printed by `render`; - for stdin.")]
 Context = Annotated[str | None, typer.Option(help="A context of the kubeconfig; default: the current one.")]
 Namespace = Annotated[str | None, typer.Option(help="Namespace; default: the context's.")]
-
-
-@k8s.callback()
-def _k8s() -> None:
-    """Run on Kubernetes."""
 
 
 @k8s.command()
@@ -93,7 +89,6 @@ def render(
 ) -> None:
     """Print the RayJob and what it needs, for kubectl or `apply`."""
     given = {key: value for key, value in locals().items() if key not in ("run_file", "output", "into", "components")}
-    from outlast.checkpointing.errors import ConfigError
     from outlast.cluster.config.run_file import load_run
     from outlast.cluster.kubernetes.kustomize import write_folder
     from outlast.cluster.kubernetes.render import render, to_yaml, warnings_for
@@ -148,7 +143,6 @@ def apply(
 ) -> None:
     """Lint manifests, then apply them on the server's side. Failed ones are not applied: exit code 2."""
     from outlast.cluster.kubernetes.lint.linter import lint
-    from outlast.cluster.preflight.finding import Level
 
     objects = _read(file)
     findings = [finding for finding in lint(objects) if finding.level is not Level.OK]
@@ -226,7 +220,6 @@ def _name(run: str) -> str:
 
 
 def _read(file: str) -> list[dict[str, Any]]:
-    from outlast.checkpointing.errors import ConfigError
     from outlast.cluster.kubernetes.lint.linter import read_objects
 
     hint = "give a file that `outlast k8s render` wrote"
@@ -253,6 +246,4 @@ def _line(finding: Finding) -> str:
 
 def _worst(findings: list[Finding]) -> int:
     """Return 2 if KubeRay would refuse an object, else 0; warnings do not count."""
-    from outlast.cluster.preflight.finding import Level
-
     return 2 if any(finding.level is Level.FAILED for finding in findings) else 0
