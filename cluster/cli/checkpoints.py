@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,8 +77,6 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every byte and compare it with the committed digests. Exit code 5 if anything is damaged."""
-    from dataclasses import asdict
-
     from outlast.checkpointing.tools.verify_run import verify_run
 
     store, retention = find_run(run, storage)
@@ -196,8 +195,6 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete checkpoints that retention does not keep. Defaults are the run's settings; pins are kept."""
-    from dataclasses import replace
-
     from outlast.checkpointing.tools import pin_and_prune as keeping
 
     store, retention = find_run(run, storage)
@@ -298,8 +295,6 @@ def export(
 
 def _add_card(checkpoint: ResolvedCheckpoint, content: Content) -> Content:
     """Add a model card, unless the model has one."""
-    from dataclasses import replace
-
     from outlast.cluster.monitoring.model_card import CARD
     from outlast.cluster.monitoring.model_card import model_card as write_card
 

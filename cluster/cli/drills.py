@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -48,8 +49,6 @@ def drill(
 
     Exit code 1 if one does not.
     """
-    from dataclasses import asdict
-
     from outlast.cluster.drills.drill import parse_faults, run_drill
 
     results = run_drill(

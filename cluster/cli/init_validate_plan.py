@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Overrides, RunFile
+from outlast.cluster.cli.options import AsJson, Overrides, RunFile, writing
 from outlast.trainers.config.task_table import TASKS
 
 
@@ -24,13 +24,12 @@ def init(
     if file.suffix == ".toml":
         raise ConfigError("run files are YAML; TOML is not read", hint=f"outlast init {file.with_suffix('.yaml')}")
     text = template(task, str(file))
-    try:
-        with file.open("x", encoding="utf-8") as opened:
-            opened.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{file} already exists; nothing was written", hint="name another file") from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}", hint="name another path") from error
+    with writing(file):
+        try:
+            with file.open("x", encoding="utf-8") as opened:
+                opened.write(text)
+        except FileExistsError:
+            raise ConfigError(f"{file} already exists; nothing was written", hint="name another file") from None
     print(file)
     print(f"set model.path and data.train in it, then: outlast validate {file}", file=sys.stderr)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +42,7 @@ def submit(
     _submit(config, declared, address, follow, code, ship)
 
 
-def supervise_runs(
+def supervise(
     runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Run files, or existing runs.")],
     overrides: Overrides = None,
     address: Address = None,
@@ -65,12 +66,13 @@ def supervise_runs(
 def _supervise(
     settings: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
 ) -> None:
+    from outlast.cluster.jobs import supervisor
     from outlast.cluster.jobs.ray_jobs import check_reachable
-    from outlast.cluster.jobs.supervisor import Supervisor, supervise
 
     for config, _ in settings:
         check_reachable(config)
-    raise typer.Exit(supervise([Supervisor(config, declared, address, code, ship) for config, declared in settings]))
+    runs = [supervisor.Supervisor(config, declared, address, code, ship) for config, declared in settings]
+    raise typer.Exit(supervisor.supervise(runs))
 
 
 def _load_from_storage(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
@@ -119,20 +121,18 @@ def _submit(
         raise typer.Exit(ended.exit_code)
 
 
-def list_runs(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
+def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
     """List the runs in --storage, or with --address a cluster's submissions."""
     rows: list[dict[str, Any]]
     if address is not None:
-        from dataclasses import asdict
-
         from outlast.cluster.jobs import ray_jobs as jobs
 
         rows = [asdict(job) for job in jobs.jobs_of(jobs.connect(address))]
     else:
         from outlast.checkpointing.storage.factory import open_storage
-        from outlast.cluster.monitoring.status import list_runs as runs_in
+        from outlast.cluster.monitoring.status import list_runs
 
-        rows = runs_in(open_storage(storage))
+        rows = list_runs(open_storage(storage))
     if as_json:
         print(json.dumps(rows, indent=1))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,8 +120,6 @@ def lint(
     as_json: AsJson = False,
 ) -> None:
     """Check manifests: what KubeRay refuses (exit code 2), and what makes the loss of a node expensive (warnings)."""
-    from dataclasses import asdict
-
     from outlast.cluster.kubernetes.lint.linter import lint
 
     objects = [item for file in files for item in _read(file)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,9 +33,6 @@ def status(
     been silent for ten minutes: a supervisor would have restarted it. A custom loop has no driver; it is shown until
     Ctrl-C.
     """
-    import time
-    from dataclasses import asdict
-
     from outlast.cluster.monitoring.run_snapshot import take_snapshot
     from outlast.cluster.monitoring.status import as_values
     from outlast.cluster.monitoring.timeline_from_events import State
@@ -43,18 +42,18 @@ def status(
         raise typer.BadParameter("--watch shows the run's storage in the terminal; omit --json and --address")
     store, _ = find_run(run, storage)
     if watch:
-        from outlast.cluster.monitoring import watch as watcher
         from outlast.cluster.monitoring.console_progress import terminal
+        from outlast.cluster.monitoring.watch import watch as watch_run
 
-        summary = watcher.watch(store, terminal())
+        summary = watch_run(store, terminal())
         raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
     timeline = TimelineReader(store).update()
     summary = take_snapshot(timeline, time.time())
     body = as_values(store, timeline, summary)
     if address is not None:
-        from outlast.cluster.jobs import ray_jobs as jobs
+        from outlast.cluster.jobs.ray_jobs import connect, jobs_of
 
-        body["jobs"] = [asdict(job) for job in jobs.jobs_of(jobs.connect(address), store.run)]
+        body["jobs"] = [asdict(job) for job in jobs_of(connect(address), store.run)]
     if as_json:
         print(json.dumps(body, indent=1))
         return
