@@ -35,8 +35,7 @@ def status(
     """
     from outlast.cluster.monitoring.run_snapshot import take_snapshot
     from outlast.cluster.monitoring.status import as_values
-    from outlast.cluster.monitoring.timeline_from_events import State
-    from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+    from outlast.cluster.monitoring.timeline import State, TimelineReader
 
     if watch and (as_json or address):
         raise typer.BadParameter("--watch shows the run's storage in the terminal; omit --json and --address")
@@ -64,7 +63,7 @@ def _print(run: str, summary: RunSnapshot, body: dict[str, Any]) -> None:
     from rich.console import Console
 
     from outlast.cluster.monitoring.live_panel import panel
-    from outlast.cluster.monitoring.timeline_from_events import State
+    from outlast.cluster.monitoring.timeline import State
 
     console = Console(highlight=False)
     for line in panel(summary, console.width, num_interruptions=0):

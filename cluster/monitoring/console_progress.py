@@ -17,8 +17,7 @@ from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.live_panel import panel, plain_line
 from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
-from outlast.cluster.monitoring.timeline_from_events import Timeline
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+from outlast.cluster.monitoring.timeline import Timeline, TimelineReader
 
 PLAIN_PERIOD_S = 10.0
 _PHASES = {"data": "preparing data", "ray": "starting workers"}

@@ -31,7 +31,7 @@ from math import inf
 
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.events import ResumeEvent
-from outlast.cluster.monitoring.timeline_from_events import Timeline
+from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline
 
 

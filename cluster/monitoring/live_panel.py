@@ -14,7 +14,7 @@ from rich.text import Text
 from outlast.cluster.formatting import clock, counted, duration, share, short, size
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
 from outlast.cluster.monitoring.run_snapshot import Interruption, RunSnapshot
-from outlast.cluster.monitoring.timeline_from_events import State
+from outlast.cluster.monitoring.timeline import State
 
 MAX_WIDTH = 100
 _LABEL_WIDTH = 9

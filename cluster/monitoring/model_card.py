@@ -22,7 +22,7 @@ from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+from outlast.cluster.monitoring.timeline import TimelineReader
 from outlast.trainers.config.task_table import TASKS
 
 CARD = "README.md"

@@ -10,7 +10,7 @@ from typing import Any
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.run_store.events import SlowRank
 from outlast.cluster.monitoring.goodput import GoodputReport, account_time
-from outlast.cluster.monitoring.timeline_from_events import State, Timeline
+from outlast.cluster.monitoring.timeline import State, Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, SaveRecord, StepSeries
 
 #: Speed and time left are computed from so many of the newest steps.

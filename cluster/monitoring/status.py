@@ -14,8 +14,7 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
-from outlast.cluster.monitoring.timeline_from_events import Timeline
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+from outlast.cluster.monitoring.timeline import Timeline, TimelineReader
 
 
 def read_status(store: RunStore) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from outlast.cluster.monitoring.console_progress import PLAIN_PERIOD_S, is_live
 from outlast.cluster.monitoring.live_panel import panel, plain_line
 from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
-from outlast.cluster.monitoring.timeline_from_events import State
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+from outlast.cluster.monitoring.timeline import State, TimelineReader
 
 WATCH_PERIOD_S = FLUSH_S / 2  # journals are written once in FLUSH_S
 LOST_TIMEOUT_S = 600.0  # a supervisor stops a job that is silent for 180 s, and waits up to 300 s before the next
