@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option, Typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Base, Code, Run, StorageRoot, Trusted, make_code_importable
+from outlast.cluster.cli.options import AsJson, Base, Code, Run, StorageRoot, Texts, Trusted, make_code_importable
 from outlast.cluster.config.run_reference import find_run
 from outlast.cluster.formatting import size, when
 
@@ -21,12 +21,10 @@ if TYPE_CHECKING:
     from outlast.checkpointing.tools.export import Content, WriteWeights
     from outlast.checkpointing.tools.query import ResolvedCheckpoint
 
-checkpoints = typer.Typer(
-    help="List, verify, compare, keep, delete and export a run's checkpoints.", no_args_is_help=True
-)
+checkpoints = Typer(help="List, verify, compare, keep, delete and export a run's checkpoints.", no_args_is_help=True)
 
 _OR_MODEL = "newest, best, model, a step, or step@attempt."
-CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="newest, best, a step, or step@attempt.")]
+CheckpointName = Annotated[str, Argument(metavar="CHECKPOINT", help="newest, best, a step, or step@attempt.")]
 
 
 @checkpoints.command("ls")
@@ -72,7 +70,7 @@ def show(run: Run, which: CheckpointName = "newest", storage: StorageRoot = "./r
 @checkpoints.command()
 def verify(
     run: Run,
-    which: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help=f"Only this one: {_OR_MODEL}")] = None,
+    which: Annotated[str | None, Argument(metavar="CHECKPOINT", help=f"Only this one: {_OR_MODEL}")] = None,
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -90,13 +88,13 @@ def verify(
                 print(f"         {fault}")
         if not verdicts:
             print("no checkpoints yet", file=sys.stderr)
-    raise typer.Exit(5 if any(item.faults for item in verdicts) else 0)
+    raise Exit(5 if any(item.faults for item in verdicts) else 0)
 
 
 @checkpoints.command()
 def path(
     run: Run,
-    which: Annotated[str, typer.Argument(metavar="CHECKPOINT", help=_OR_MODEL)] = "newest",
+    which: Annotated[str, Argument(metavar="CHECKPOINT", help=_OR_MODEL)] = "newest",
     storage: StorageRoot = "./runs",
 ) -> None:
     """Print the path of a checkpoint, for `from_pretrained`."""
@@ -109,12 +107,10 @@ def path(
 @checkpoints.command()
 def diff(
     run: Run,
-    first: Annotated[str, typer.Argument(metavar="A", help=_OR_MODEL)],
-    second: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
-    other: Annotated[
-        str | None, typer.Option("--with", metavar="RUN", help="The run of B, if it is another one.")
-    ] = None,
-    optimizer: Annotated[bool, typer.Option("--optimizer", help="Compare the optimizer state too.")] = False,
+    first: Annotated[str, Argument(metavar="A", help=_OR_MODEL)],
+    second: Annotated[str, Argument(metavar="B", help="Likewise.")],
+    other: Annotated[str | None, Option("--with", metavar="RUN", help="The run of B, if it is another one.")] = None,
+    optimizer: Annotated[bool, Option("--optimizer", help="Compare the optimizer state too.")] = False,
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -168,7 +164,7 @@ def pin(run: Run, which: CheckpointName, storage: StorageRoot = "./runs", as_jso
 @checkpoints.command()
 def unpin(
     run: Run,
-    which: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A step, or step@attempt.")],
+    which: Annotated[str, Argument(metavar="CHECKPOINT", help="A step, or step@attempt.")],
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -183,14 +179,12 @@ def unpin(
 @checkpoints.command()
 def prune(
     run: Run,
-    keep_last: Annotated[int | None, typer.Option(min=2, help="Number of newest checkpoints to keep.")] = None,
+    keep_last: Annotated[int | None, Option(min=2, help="Number of newest checkpoints to keep.")] = None,
     keep_best: Annotated[
-        int | None, typer.Option(min=0, help="Number of best checkpoints, by the run's metric, to keep.")
+        int | None, Option(min=0, help="Number of best checkpoints, by the run's metric, to keep.")
     ] = None,
-    keep_every: Annotated[
-        int | None, typer.Option(min=0, help="Keep the last checkpoint of every so many steps.")
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; default: only show what would be deleted.")] = False,
+    keep_every: Annotated[int | None, Option(min=0, help="Keep the last checkpoint of every so many steps.")] = None,
+    yes: Annotated[bool, Option("--yes", help="Delete; default: only show what would be deleted.")] = False,
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -198,7 +192,7 @@ def prune(
     from outlast.checkpointing.tools import pin_and_prune as keeping
 
     store, retention = find_run(run, storage)
-    given = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
+    given: dict[str, Any] = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
     retention = replace(retention, **{key: number for key, number in given.items() if number is not None})
     plan = keeping.plan_prune(store, retention)
     if yes:
@@ -225,32 +219,30 @@ def prune(
 def export(
     run: Run,
     arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
+        Texts,
+        Argument(
             metavar="[CHECKPOINT] [OUT]",
             help="The checkpoint (newest, best, model, a step, step@attempt; default: newest), and a new directory. "
             "No OUT with --weights, --config or --vocab.",
         ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as saved.")] = None,
+    dtype: Annotated[str | None, Option(help="bf16, fp16 or fp32; default: as saved.")] = None,
     format_: Annotated[
-        str | None, typer.Option("--format", help="safetensors, or pytorch: pytorch_model.bin, a raw state_dict.")
+        str | None, Option("--format", help="safetensors, or pytorch: pytorch_model.bin, a raw state_dict.")
     ] = None,
-    old_vocab: Annotated[
-        bool, typer.Option("--old-vocab", help="Add vocab.txt, or vocab.json and merges.txt.")
-    ] = False,
+    old_vocab: Annotated[bool, Option("--old-vocab", help="Add vocab.txt, or vocab.json and merges.txt.")] = False,
     weights: Annotated[
-        Path | None, typer.Option(help="Write the weights to this file; as pytorch unless it ends with .safetensors.")
+        Path | None, Option(help="Write the weights to this file; as pytorch unless it ends with .safetensors.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="Write the configuration to this file.")] = None,
+    config: Annotated[Path | None, Option(help="Write the configuration to this file.")] = None,
     vocab: Annotated[
         Path | None,
-        typer.Option(help="Write the old-style vocabulary to this directory, or to this file if it is a single one."),
+        Option(help="Write the old-style vocabulary to this directory, or to this file if it is a single one."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="For an adapter: merge it into its base model, and write the result.")
+        bool, Option("--merge", help="For an adapter: merge it into its base model, and write the result.")
     ] = False,
-    card: Annotated[bool, typer.Option("--card/--no-card", help="Write a model card, README.md, too.")] = True,
+    card: Annotated[bool, Option("--card/--no-card", help="Write a model card, README.md, too.")] = True,
     base: Base = None,
     code: Code = None,
     trusted: Trusted = False,

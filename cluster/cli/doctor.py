@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from outlast.checkpointing.errors import PreflightError
 from outlast.cluster.cli.options import AsJson, Overrides
@@ -22,18 +22,18 @@ JSON_HEAD = '{"checks": '
 
 def doctor(
     run_file: Annotated[
-        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run file, whose requirements to check.")
+        Path | None, Argument(metavar="[RUN.yaml]", help="A run file, whose requirements to check.")
     ] = None,
     overrides: Overrides = None,
     address: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="A Ray cluster, or its job server (http://HEAD:8265); default: RAY_ADDRESS, else "
             "RAY_API_SERVER_ADDRESS, else a new local one."
         ),
     ] = None,
-    storage: Annotated[str | None, typer.Option(help="Without a run file: a storage to test.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only the checks that `train` runs too.")] = False,
+    storage: Annotated[str | None, Option(help="Without a run file: a storage to test.")] = None,
+    quick: Annotated[bool, Option("--quick", help="Only the checks that `train` runs too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a cluster from every node: versions, devices, memory, disk, storage, clocks, ports, an all-reduce.
@@ -53,7 +53,7 @@ def doctor(
             requirements = requirements_of(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
         findings = _run_here(target, requirements, quick)
     _print(findings, as_json)
-    raise typer.Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
+    raise Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
 
 
 def _run_here(address: str | None, requirements: Requirements, quick: bool) -> list[Finding]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Exit, Option
 
 from outlast.cluster.cli.options import Address, AsJson, Follow, Overrides, Run, RunFile, Ship, ShippedCode, StorageRoot
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
@@ -22,9 +22,7 @@ def submit(
     overrides: Overrides = None,
     address: Address = None,
     follow: Follow = False,
-    supervise: Annotated[
-        bool, typer.Option("--supervise", help="Keep running, and submit again when it fails.")
-    ] = False,
+    supervise: Annotated[bool, Option("--supervise", help="Keep running, and submit again when it fails.")] = False,
     code: ShippedCode = None,
     ship: Ship = True,
 ) -> None:
@@ -35,7 +33,7 @@ def submit(
     from outlast.cluster.config.run_file import load_run
 
     if follow and supervise:
-        raise typer.BadParameter("--follow shows one job, --supervise all of them; give one of the two")
+        raise BadParameter("--follow shows one job, --supervise all of them; give one of the two")
     config, declared = load_run(str(run_file), overrides or [])
     if supervise:
         _supervise([(config, declared)], address, code, ship)
@@ -43,7 +41,7 @@ def submit(
 
 
 def supervise(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Run files, or existing runs.")],
+    runs: Annotated[list[str], Argument(metavar="RUN…", help="Run files, or existing runs.")],
     overrides: Overrides = None,
     address: Address = None,
     code: ShippedCode = None,
@@ -72,7 +70,7 @@ def _supervise(
     for config, _ in settings:
         check_reachable(config)
     runs = [supervisor.Supervisor(config, declared, address, code, ship) for config, declared in settings]
-    raise typer.Exit(supervisor.supervise(runs))
+    raise Exit(supervisor.supervise(runs))
 
 
 def _load_from_storage(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
@@ -118,7 +116,7 @@ def _submit(
 
         with live_panel(config.store, terminal()):
             ended = jobs.follow(client, job.id)
-        raise typer.Exit(ended.exit_code)
+        raise Exit(ended.exit_code)
 
 
 def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
@@ -146,7 +144,7 @@ def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJ
 def logs(
     run: Run,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Print until the job ends.")] = False,
+    follow: Annotated[bool, Option("--follow", help="Print until the job ends.")] = False,
 ) -> None:
     """Print the log of a run's newest job. With --follow the exit code is the job's."""
     from outlast.cluster.jobs import ray_jobs as jobs
@@ -154,7 +152,7 @@ def logs(
     client = jobs.connect(address)
     job = jobs.newest_job(client, _run_name(run))
     if follow:
-        raise typer.Exit(jobs.follow(client, job.id).exit_code)
+        raise Exit(jobs.follow(client, job.id).exit_code)
     print(client.get_job_logs(job.id), end="")
 
 
@@ -168,7 +166,7 @@ def stop(run: Run, address: Address = None) -> None:
         print(f"run {name} has no live job", file=sys.stderr)
         return
     print(f"{job.id}: {job.status}; to resume: outlast resume {run}", file=sys.stderr)
-    raise typer.Exit(job.exit_code)
+    raise Exit(job.exit_code)
 
 
 def _run_name(text: str) -> str:

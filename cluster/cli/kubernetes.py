@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option, Typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, RunFile, writing
+from outlast.cluster.cli.options import AsJson, RunFile, Texts, writing
 from outlast.cluster.config.run_reference import RUN_FILES
 from outlast.cluster.formatting import counted
 from outlast.cluster.preflight.finding import Finding, Level
@@ -19,71 +19,62 @@ from outlast.cluster.preflight.finding import Finding, Level
 if TYPE_CHECKING:
     from outlast.cluster.kubernetes.client import KubernetesNamespace
 
-k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
+k8s = Typer(help="Run on Kubernetes.", no_args_is_help=True)
 
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its run file.")]
-Objects = Annotated[str, typer.Argument(metavar="FILE", help="Manifests, as printed by `render`; - for stdin.")]
-Context = Annotated[str | None, typer.Option(help="A context of the kubeconfig; default: the current one.")]
-Namespace = Annotated[str | None, typer.Option(help="Namespace; default: the context's.")]
+RunName = Annotated[str, Argument(metavar="RUN", help="A run's name, or its run file.")]
+Objects = Annotated[str, Argument(metavar="FILE", help="Manifests, as printed by `render`; - for stdin.")]
+Context = Annotated[str | None, Option(help="A context of the kubeconfig; default: the current one.")]
+Namespace = Annotated[str | None, Option(help="Namespace; default: the context's.")]
 
 
 @k8s.command()
 def render(
     run_file: RunFile,
-    image: Annotated[str | None, typer.Option(help="Image with outlast and Ray in it; not :latest.")] = None,
-    pull_secret: Annotated[str | None, typer.Option(help="A secret to pull the image with.")] = None,
-    namespace: Annotated[
-        str | None, typer.Option(help="Namespace of all objects; default: kubectl's current one.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the RayJob; default: made from the run's.")] = None,
-    labels: Annotated[
-        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label for the RayJob; repeatable.")
-    ] = None,
-    queue: Annotated[str | None, typer.Option(help="A local queue of Kueue.")] = None,
-    claim: Annotated[str | None, typer.Option(help="An existing volume claim; default: a new one.")] = None,
-    claim_size: Annotated[str | None, typer.Option(help="Size of a new claim.")] = None,
-    storage_class: Annotated[str | None, typer.Option(help="Storage class of a new claim.")] = None,
-    mount: Annotated[str | None, typer.Option(help="Mount path of the claim; default: checkpoint.storage.")] = None,
-    secret: Annotated[str | None, typer.Option(help="A secret whose keys become environment variables.")] = None,
-    service_account: Annotated[str | None, typer.Option(help="An existing service account.")] = None,
-    network_policy: Annotated[bool, typer.Option(help="Limit the pods' network traffic.")] = True,
+    image: Annotated[str | None, Option(help="Image with outlast and Ray in it; not :latest.")] = None,
+    pull_secret: Annotated[str | None, Option(help="A secret to pull the image with.")] = None,
+    namespace: Annotated[str | None, Option(help="Namespace of all objects; default: kubectl's current one.")] = None,
+    name: Annotated[str | None, Option(help="Name of the RayJob; default: made from the run's.")] = None,
+    labels: Annotated[Texts, Option("--label", metavar="KEY=VALUE", help="A label for the RayJob; repeatable.")] = None,
+    queue: Annotated[str | None, Option(help="A local queue of Kueue.")] = None,
+    claim: Annotated[str | None, Option(help="An existing volume claim; default: a new one.")] = None,
+    claim_size: Annotated[str | None, Option(help="Size of a new claim.")] = None,
+    storage_class: Annotated[str | None, Option(help="Storage class of a new claim.")] = None,
+    mount: Annotated[str | None, Option(help="Mount path of the claim; default: checkpoint.storage.")] = None,
+    secret: Annotated[str | None, Option(help="A secret whose keys become environment variables.")] = None,
+    service_account: Annotated[str | None, Option(help="An existing service account.")] = None,
+    network_policy: Annotated[bool, Option(help="Limit the pods' network traffic.")] = True,
     egress_ports: Annotated[
-        list[int] | None, typer.Option("--egress-port", help="A port that the pods may reach at any address.")
+        list[int] | None, Option("--egress-port", help="A port that the pods may reach at any address.")
     ] = None,
-    worker_cpus: Annotated[
-        int | None, typer.Option(help="CPUs of a worker if scale.cpus_per_worker is not set.")
-    ] = None,
-    worker_memory: Annotated[str | None, typer.Option(help="Memory of a worker.")] = None,
-    head_cpus: Annotated[int | None, typer.Option(help="CPUs of the head.")] = None,
-    head_memory: Annotated[str | None, typer.Option(help="Memory of the head.")] = None,
-    shm: Annotated[str | None, typer.Option(help="Size of /dev/shm, part of the memory.")] = None,
-    spot: Annotated[bool, typer.Option("--spot", help="Run workers on spot nodes only.")] = False,
+    worker_cpus: Annotated[int | None, Option(help="CPUs of a worker if scale.cpus_per_worker is not set.")] = None,
+    worker_memory: Annotated[str | None, Option(help="Memory of a worker.")] = None,
+    head_cpus: Annotated[int | None, Option(help="CPUs of the head.")] = None,
+    head_memory: Annotated[str | None, Option(help="Memory of the head.")] = None,
+    shm: Annotated[str | None, Option(help="Size of /dev/shm, part of the memory.")] = None,
+    spot: Annotated[bool, Option("--spot", help="Run workers on spot nodes only.")] = False,
     fallback: Annotated[
-        bool, typer.Option("--fallback", help="With --spot: use other nodes if no spot node is available.")
+        bool, Option("--fallback", help="With --spot: use other nodes if no spot node is available.")
     ] = False,
-    fallback_after_s: Annotated[int | None, typer.Option(help="Seconds to wait for a spot node.")] = None,
-    head_nodes: Annotated[
-        list[str] | None, typer.Option("--head-node", metavar="KEY=VALUE", help="A node label for the head.")
-    ] = None,
+    fallback_after_s: Annotated[int | None, Option(help="Seconds to wait for a spot node.")] = None,
+    head_nodes: Annotated[Texts, Option("--head-node", metavar="KEY=VALUE", help="A node label for the head.")] = None,
     worker_nodes: Annotated[
-        list[str] | None, typer.Option("--worker-node", metavar="KEY=VALUE", help="A node label for workers.")
+        Texts, Option("--worker-node", metavar="KEY=VALUE", help="A node label for workers.")
     ] = None,
     worker_taints: Annotated[
-        list[str] | None,
-        typer.Option("--worker-taint", metavar="KEY=VALUE:EFFECT", help="A taint that workers tolerate."),
+        Texts, Option("--worker-taint", metavar="KEY=VALUE:EFFECT", help="A taint that workers tolerate.")
     ] = None,
-    backoff_limit: Annotated[int | None, typer.Option(help="How often a failed job is started again.")] = None,
-    grace_s: Annotated[int | None, typer.Option(help="Seconds from a pod's SIGTERM to its SIGKILL.")] = None,
-    notice_s: Annotated[int | None, typer.Option(help="Seconds until a spot node's end, as announced to Ray.")] = None,
+    backoff_limit: Annotated[int | None, Option(help="How often a failed job is started again.")] = None,
+    grace_s: Annotated[int | None, Option(help="Seconds from a pod's SIGTERM to its SIGKILL.")] = None,
+    notice_s: Annotated[int | None, Option(help="Seconds until a spot node's end, as announced to Ray.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write to this file; default: stdout.")
+        Path | None, Option("--output", metavar="FILE", help="Write to this file; default: stdout.")
     ] = None,
     into: Annotated[
-        Path | None, typer.Option("--into", metavar="DIR", help="Write a folder for `kubectl apply -k` instead.")
+        Path | None, Option("--into", metavar="DIR", help="Write a folder for `kubectl apply -k` instead.")
     ] = None,
     components: Annotated[
-        list[str] | None,
-        typer.Option(
+        Texts,
+        Option(
             "--with", metavar="COMPONENT", help="With --into: dev, gpu, kueue, monitoring, nfs or spot; repeatable."
         ),
     ] = None,
@@ -116,7 +107,7 @@ def render(
 
 @k8s.command()
 def lint(
-    files: Annotated[list[str], typer.Argument(metavar="FILE…", help="Manifests; - for stdin.")],
+    files: Annotated[list[str], Argument(metavar="FILE…", help="Manifests; - for stdin.")],
     as_json: AsJson = False,
 ) -> None:
     """Check manifests: what KubeRay refuses (exit code 2), and what makes the loss of a node expensive (warnings)."""
@@ -130,7 +121,7 @@ def lint(
     else:
         for finding in findings:
             print(_line(finding))
-    raise typer.Exit(_worst(findings))
+    raise Exit(_worst(findings))
 
 
 @k8s.command()
@@ -138,7 +129,7 @@ def apply(
     file: Objects,
     context: Context = None,
     namespace: Namespace = None,
-    force: Annotated[bool, typer.Option("--force", help="Take over fields that another field manager set.")] = False,
+    force: Annotated[bool, Option("--force", help="Take over fields that another field manager set.")] = False,
 ) -> None:
     """Lint manifests, then apply them on the server's side. Failed ones are not applied: exit code 2."""
     from outlast.cluster.kubernetes.lint.linter import lint
@@ -149,7 +140,7 @@ def apply(
     for finding in findings:
         print(_line(finding), file=sys.stderr)
     if code := _worst(findings):
-        raise typer.Exit(code)
+        raise Exit(code)
     for line in _cluster(context, namespace).apply(objects, force=force):
         print(line)
 
@@ -195,9 +186,7 @@ def delete(
     run: RunName,
     context: Context = None,
     namespace: Namespace = None,
-    storage: Annotated[
-        bool, typer.Option("--storage", help="Delete the volume claim too, with all checkpoints.")
-    ] = False,
+    storage: Annotated[bool, Option("--storage", help="Delete the volume claim too, with all checkpoints.")] = False,
 ) -> None:
     """Delete a run's objects. A running run commits a checkpoint first."""
     for line in _cluster(context, namespace).delete(_name(run), storage=storage):

@@ -10,9 +10,9 @@ import json
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from typer import Exit, Option, Typer
 
 from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import OutlastError
@@ -27,7 +27,7 @@ from outlast.cluster.cli.status import report, status
 from outlast.cluster.cli.train import train
 from outlast.cluster.cli.try_command import try_
 
-app = typer.Typer(
+app = Typer(
     name="outlast",
     help="Fine-tune Hugging Face models on Ray; outlast the machines the run is on.",
     no_args_is_help=True,
@@ -41,14 +41,14 @@ app = typer.Typer(
 def _print_version(is_set: bool) -> None:
     if is_set:
         version()
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False,
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions, then exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print versions, then exit.")
     ] = False,
 ) -> None:
     """Global options; `main` reads --debug itself."""
@@ -62,19 +62,7 @@ def version(as_json: AsJson = False) -> None:
     print(json.dumps(numbers) if as_json else "\n".join(f"{name} {value or '-'}" for name, value in numbers.items()))
 
 
-_COMMANDS = [
-    init,
-    validate,
-    plan,
-    try_,
-    doctor,
-    status,
-    report,
-    train,
-    demo,
-    drill,
-    version,
-]  # in the order of the help
+_COMMANDS: list[Any] = [init, validate, plan, try_, doctor, status, report, train, demo, drill, version]
 _COMMANDS += [submit, supervise, resume, list_, logs, stop]
 for _function in _COMMANDS:
     app.command(_function.__name__.rstrip("_"))(_function)

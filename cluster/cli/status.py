@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import BadParameter, Exit, Option
 
 from outlast.cluster.cli.options import Address, AsJson, Run, StorageRoot, writing
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
@@ -22,9 +22,7 @@ def status(
     run: Run,
     address: Address = None,
     storage: StorageRoot = "./runs",
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Update until the run has ended; exit with its result.")
-    ] = False,
+    watch: Annotated[bool, Option("--watch", help="Update until the run has ended; exit with its result.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a run's progress, from its storage; with --address, its jobs too.
@@ -38,14 +36,14 @@ def status(
     from outlast.cluster.monitoring.timeline import State, TimelineReader
 
     if watch and (as_json or address):
-        raise typer.BadParameter("--watch shows the run's storage in the terminal; omit --json and --address")
+        raise BadParameter("--watch shows the run's storage in the terminal; omit --json and --address")
     store, _ = find_run(run, storage)
     if watch:
         from outlast.cluster.monitoring.console_progress import terminal
         from outlast.cluster.monitoring.watch import watch as watch_run
 
         summary = watch_run(store, terminal())
-        raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
+        raise Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
     timeline = TimelineReader(store).update()
     summary = take_snapshot(timeline, time.time())
     body = as_values(store, timeline, summary)
@@ -92,9 +90,9 @@ def _print(run: str, summary: RunSnapshot, body: dict[str, Any]) -> None:
 def report(
     run: Run,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The file to write; default: RUN-report.html.")
+        Path | None, Option("-o", "--output", metavar="FILE", help="The file to write; default: RUN-report.html.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of every checkpoint first.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Read every byte of every checkpoint first.")] = False,
     storage: StorageRoot = "./runs",
 ) -> None:
     """Write an HTML report of a run: losses, failures, goodput, checkpoints, settings."""
