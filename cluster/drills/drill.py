@@ -54,7 +54,7 @@ class FaultKind(Enum):
 
     meaning: str
 
-    def __new__(cls, name: str, meaning: str) -> FaultKind:
+    def __new__(cls, name: str, meaning: str = "") -> FaultKind:
         member = object.__new__(cls)
         member._value_, member.meaning = name, meaning
         return member
