@@ -111,11 +111,7 @@ def lint(
     as_json: AsJson = False,
 ) -> None:
     """Check manifests: what KubeRay refuses (exit code 2), and what makes the loss of a node expensive (warnings)."""
-    from outlast.cluster.kubernetes.lint.linter import lint
-
-    objects = [item for file in files for item in _read(file)]
-    findings = lint(objects)
-    _warn_unchecked(objects)
+    _, findings = _read_and_lint(files)
     if as_json:
         print(json.dumps([{**asdict(finding), "level": finding.level.value} for finding in findings]))
     else:
@@ -132,13 +128,10 @@ def apply(
     force: Annotated[bool, Option("--force", help="Take over fields that another field manager set.")] = False,
 ) -> None:
     """Lint manifests, then apply them on the server's side. Failed ones are not applied: exit code 2."""
-    from outlast.cluster.kubernetes.lint.linter import lint
-
-    objects = _read(file)
-    findings = [finding for finding in lint(objects) if finding.level is not Level.OK]
-    _warn_unchecked(objects)
+    objects, findings = _read_and_lint([file])
     for finding in findings:
-        print(_line(finding), file=sys.stderr)
+        if finding.level is not Level.OK:
+            print(_line(finding), file=sys.stderr)
     if code := _worst(findings):
         raise Exit(code)
     for line in _cluster(context, namespace).apply(objects, force=force):
@@ -220,12 +213,15 @@ def _read(file: str) -> list[dict[str, Any]]:
     return read_objects(text)
 
 
-def _warn_unchecked(objects: list[dict[str, Any]]) -> None:
-    """Report objects that have no rules, because lint's silence is no approval of them."""
-    from outlast.cluster.kubernetes.lint.linter import unchecked_objects
+def _read_and_lint(files: list[str]) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """Read and lint objects; report those that have no rules, because lint's silence is no approval of them."""
+    from outlast.cluster.kubernetes.lint.linter import lint, unchecked_objects
 
+    objects = [item for file in files for item in _read(file)]
+    findings = lint(objects)
     if names := unchecked_objects(objects):
         print(f"outlast: not checked, no rules for: {', '.join(names)}", file=sys.stderr)
+    return objects, findings
 
 
 def _line(finding: Finding) -> str:
