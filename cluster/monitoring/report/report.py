@@ -43,16 +43,7 @@ class Report:
 
     @classmethod
     def read(cls, store: RunStore, *, verify: bool = False) -> Report:
-        """Read a run.
-
-        Args:
-            store: The run.
-            verify: Read every byte of every checkpoint first.
-
-        Raises:
-            ConfigError: There is no such run.
-            StorageError: The storage could not be read.
-        """
+        """Read a run; with `verify`, every byte of every checkpoint first. Raises as `run_report`."""
         timeline = TimelineReader(store).update()
         catalog = None if timeline.is_unclaimed else load_catalog(store)
         verdicts = verify_run(store) if verify and catalog else None
