@@ -15,7 +15,7 @@ from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
 
 if TYPE_CHECKING:
-    from outlast.cluster.monitoring.run_snapshot import RunSnapshot
+    from outlast.cluster.monitoring.status import RunSnapshot
 
 
 def status(
@@ -31,8 +31,7 @@ def status(
     been silent for ten minutes: a supervisor would have restarted it. A custom loop has no driver; it is shown until
     Ctrl-C.
     """
-    from outlast.cluster.monitoring.run_snapshot import take_snapshot
-    from outlast.cluster.monitoring.status import as_values
+    from outlast.cluster.monitoring.status import as_values, take_snapshot
     from outlast.cluster.monitoring.timeline import State, TimelineReader
 
     if watch and (as_json or address):

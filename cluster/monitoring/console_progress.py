@@ -15,7 +15,7 @@ from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.live_panel import panel, plain_line
-from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
+from outlast.cluster.monitoring.status import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import Timeline, TimelineReader
 

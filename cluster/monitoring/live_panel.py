@@ -13,7 +13,7 @@ from rich.text import Text
 
 from outlast.cluster.formatting import clock, counted, duration, share, short, size
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
-from outlast.cluster.monitoring.run_snapshot import Interruption, RunSnapshot
+from outlast.cluster.monitoring.status import Interruption, RunSnapshot
 from outlast.cluster.monitoring.timeline import State
 
 MAX_WIDTH = 100

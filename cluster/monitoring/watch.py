@@ -17,7 +17,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import load_catalog
 from outlast.cluster.monitoring.console_progress import PLAIN_PERIOD_S, is_live
 from outlast.cluster.monitoring.live_panel import panel, plain_line
-from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
+from outlast.cluster.monitoring.status import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import State, TimelineReader
 

@@ -22,7 +22,7 @@ from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
 from outlast.checkpointing.tools.verify_run import VerificationResult
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
-from outlast.cluster.monitoring.run_snapshot import RunSnapshot, interruptions, verified_checkpoints
+from outlast.cluster.monitoring.status import RunSnapshot, interruptions, verified_checkpoints
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, EvaluationRecord, NoteworthyEvent
 

@@ -23,7 +23,7 @@ from outlast.checkpointing.tools.query import load_catalog
 from outlast.checkpointing.tools.verify_run import verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.page_data import page_data
-from outlast.cluster.monitoring.run_snapshot import take_snapshot
+from outlast.cluster.monitoring.status import take_snapshot
 from outlast.cluster.monitoring.timeline import TimelineReader
 
 _PLACEHOLDERS = re.compile(r"\{\{([A-Za-z.]+)\}\}")

@@ -31,7 +31,7 @@ from outlast.cluster.fault_tolerance import failure_callback as failure_recorder
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.cluster.monitoring.goodput import TimeCategory, account_time
-from outlast.cluster.monitoring.run_snapshot import take_snapshot
+from outlast.cluster.monitoring.status import take_snapshot
 from outlast.cluster.monitoring.timeline import State, TimelineReader
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
