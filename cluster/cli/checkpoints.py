@@ -297,21 +297,16 @@ def _which_and_out(arguments: list[str], parts: bool) -> tuple[str, Path | None]
     limit = 1 if parts else 2
     if len(arguments) > limit or not (arguments or parts):
         expected = "at most a CHECKPOINT, and no OUT," if parts else "OUT, or CHECKPOINT and OUT,"
-        raise ConfigError(
-            f"export takes {expected} after RUN; given: {' '.join(arguments) or 'nothing'}",
-            hint="outlast checkpoints export RUN best OUT",
-        )
+        problem = f"export takes {expected} after RUN; given: {' '.join(arguments) or 'nothing'}"
+        raise ConfigError(problem, hint="outlast checkpoints export RUN best OUT")
     if parts:
         return (arguments[0] if arguments else "newest"), None
     if "://" in arguments[-1]:
-        raise ConfigError(
-            f"export writes to a local directory, not to {arguments[-1]}", hint="name a directory, then copy it"
-        )
+        problem = f"export writes to a local directory, not to {arguments[-1]}"
+        raise ConfigError(problem, hint="name a directory, then copy it")
     if len(arguments) == 1 and re.fullmatch(r"newest|best|model|\d+(@[\w-]+)?", arguments[0]):
-        raise ConfigError(
-            f"{arguments[0]} is a checkpoint; the directory OUT is missing",
-            hint=f"outlast checkpoints export RUN {arguments[0]} OUT, or ./{arguments[0]} for a directory of that name",
-        )
+        hint = f"outlast checkpoints export RUN {arguments[0]} OUT, or ./{arguments[0]} for a directory of that name"
+        raise ConfigError(f"{arguments[0]} is a checkpoint; the directory OUT is missing", hint=hint)
     return (arguments[0] if len(arguments) == 2 else "newest"), Path(arguments[-1])
 
 

@@ -87,10 +87,8 @@ def _run_as_job(
     lines = [line for line in log.splitlines() if line.startswith(JSON_HEAD)]
     if not lines:
         print(log, file=sys.stderr, end="")
-        raise PreflightError(
-            f"doctor at {address} ended without a report; its log is above",
-            hint="the cluster's image needs outlast's dependencies: `pip install outlast` there",
-        )
+        hint = "the cluster's image needs outlast's dependencies: `pip install outlast` there"
+        raise PreflightError(f"doctor at {address} ended without a report; its log is above", hint=hint)
     rows = [{**row, "level": Level(row["level"])} for row in json.loads(lines[-1])["checks"]]
     findings = [Finding(**row) for row in rows if row["check"] != "job server"]
     return findings + jobs.check_server(address)

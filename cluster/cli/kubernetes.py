@@ -149,9 +149,8 @@ def status(run: RunName, context: Context = None, namespace: Namespace = None, a
         state = " ".join(str(job[key]) for key in ("deployment", "job", "reason") if job[key])
         print(f"rayjob/{job['name']}  {job['phase']}: {state}")
         attempts = f"{job['tries_failed']} of {job['backoff_limit'] + 1} job attempts failed"
-        print(
-            f"  cluster {job['cluster'] or '-'}, workers {job['workers_ready']} of {job['workers_wanted']}; {attempts}"
-        )
+        workers = f"workers {job['workers_ready']} of {job['workers_wanted']}"
+        print(f"  cluster {job['cluster'] or '-'}, {workers}; {attempts}")
         if job["message"]:
             print(f"  {job['message']}")
     for pod in body["pods"]:

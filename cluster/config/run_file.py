@@ -169,11 +169,7 @@ def _yaml_lines(node: yaml.Node | None, path: KeyPath = ()) -> Iterator[tuple[Ke
 
 
 def override(body: dict[str, Any], given: str) -> None:
-    """Set one value of `body`; `given` is `key=value` with dots in the key.
-
-    Raises:
-        ConfigError: `given` is malformed, or its key is below a value.
-    """
+    """Set one value of `body`; `given` is `key=value` with dots in the key. ConfigError if it is malformed."""
     key, equals, text = given.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"-s {given} sets nothing", hint="write key=value, such as -s train.lr=1e-4")
@@ -182,9 +178,8 @@ def override(body: dict[str, Any], given: str) -> None:
     for parent in parents:
         block = block.setdefault(parent, {})
         if not isinstance(block, dict):
-            raise ConfigError(
-                f"-s {given}: {parent} holds a value, not a block", hint=f"leave out what follows {parent}"
-            )
+            hint = f"leave out what follows {parent}"
+            raise ConfigError(f"-s {given}: {parent} holds a value, not a block", hint=hint)
     try:
         block[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:

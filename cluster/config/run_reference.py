@@ -58,18 +58,12 @@ def _retention_of(store: RunStore) -> Retention:
 
 
 def declared_settings(store: RunStore) -> dict[str, Any]:
-    """Return the settings of the run's newest claim, as written.
-
-    Raises:
-        ConfigError: The run does not exist.
-        StorageError: No claim with settings can be read.
-    """
+    """Return the settings of the run's newest claim, as written; ConfigError if there is no such run."""
     from outlast.checkpointing.run_store.claims import read_claim
     from outlast.checkpointing.tools.query import existing_attempts
 
     for attempt in reversed(existing_attempts(store)):
         if settings := read_claim(store, attempt).get("settings"):
             return dict(settings)
-    raise StorageError(
-        f"run {store.run!r} in {store.storage.url} has no claim with settings", hint="give the run file instead"
-    )
+    problem = f"run {store.run!r} in {store.storage.url} has no claim with settings"
+    raise StorageError(problem, hint="give the run file instead")

@@ -54,11 +54,7 @@ EXAMPLES = {
 
 
 def template(task: str, file: str = "run.yaml") -> str:
-    """Return a commented run file for a task; `file` is its future name.
-
-    Raises:
-        ConfigError: The task is unknown, or is the user's own.
-    """
+    """Return a commented run file for a task; `file` is its future name. ConfigError for a task without an example."""
     if task not in EXAMPLES:
         hint = f"begin with one of these: {', '.join(TASKS)}"
         try:

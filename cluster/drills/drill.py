@@ -128,11 +128,7 @@ def final_state(store: RunStore) -> FinalState:
 
 
 def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank: int = 0) -> None:
-    """Run a copy to its end with a fault in worker `rank`.
-
-    Raises:
-        OutlastError: It did not resume.
-    """
+    """Run a copy to its end with a fault in worker `rank`. Raises OutlastError if it did not resume."""
     if kind in (FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
         point = FaultPoint.WHILE_WRITING if kind is FaultKind.KILL_IN_SAVE else FaultPoint.STEP
         action = FaultAction.EXCEPTION if kind is FaultKind.ERROR else FaultAction.SIGKILL
@@ -204,11 +200,7 @@ def differences(one: FinalState, other: FinalState) -> list[str]:
 
 
 def parse_faults(names: Sequence[str] | None) -> tuple[FaultKind, ...]:
-    """Return the faults that a user named; all if none is named.
-
-    Raises:
-        ConfigError: A fault is unknown.
-    """
+    """Return the faults that a user named; all if none is named. ConfigError if one is unknown."""
     known = {kind.value: kind for kind in FaultKind}
     for name in names or ():
         if name not in known:
@@ -228,11 +220,7 @@ def run_drill(
     address: str | None = None,
     keep: bool = False,
 ) -> list[DrillResult]:
-    """Drill a run, each fault in a copy of its own, and print a table. The copies are kept after a failure.
-
-    Raises:
-        OutlastError: The undisturbed copy failed; see `Launch.run`.
-    """
+    """Drill a run, each fault in a copy of its own, and print a table. The copies are kept after a failure."""
     if num_steps < STEPS_MIN:
         raise ConfigError(f"{num_steps} steps are too few for a drill", hint=f"give --steps {STEPS_MIN} or more")
     console = Console(stderr=True, highlight=False)

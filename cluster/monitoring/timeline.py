@@ -211,11 +211,7 @@ class TimelineReader:
         self.timeline = Timeline(store.run)
 
     def update(self) -> Timeline:
-        """Read what is new.
-
-        Raises:
-            StorageError: The storage could not be read; the next update continues where this one ended.
-        """
+        """Read what is new. After a StorageError the next update continues where this one ended."""
         if not self._is_first:
             self._store.refresh()
         self._is_first = False

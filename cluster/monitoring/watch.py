@@ -62,11 +62,7 @@ def watch(store: RunStore, console: Console) -> RunSnapshot:
     """Show a run until it has ended; return its final summary.
 
     A lost run counts as ended once a supervisor would have restarted it. A custom loop records no end and is shown
-    forever.
-
-    Raises:
-        ConfigError: There is no such run.
-        StorageError: The storage could not be read at the beginning.
+    forever. ConfigError if there is no such run.
     """
     if not list_launches(store):
         load_catalog(store)
