@@ -200,7 +200,7 @@ def _fill_owned(
         else:
             builder.fill(until, starting)
 
-    pauses = [(item.began_at, item.ended_at, TimeCategory.EVALUATE) for item in attempt.evaluations]
+    pauses = [(item.t - item.seconds, item.t, TimeCategory.EVALUATE) for item in attempt.evaluations]
     for begin, until, category in sorted([*pauses, *_save_pauses(attempt)], key=lambda pause: pause[0]):
         fill(begin)
         builder.fill(min(until, limit), category)
@@ -228,7 +228,7 @@ def _redo_end(attempt: AttemptTimeline, reached: int) -> float:
 def _save_pauses(attempt: AttemptTimeline) -> Iterator[tuple[float, float, TimeCategory]]:
     """Yield the gaps after saved steps, and the parts of the next steps that waited for a copy."""
     steps = attempt.steps
-    evaluated = {item.step: item.ended_at for item in attempt.evaluations}
+    evaluated = {item.step: item.t for item in attempt.evaluations}
     for save in attempt.saves.values():
         index = steps.index_of(save.step)
         if index is None or index + 1 == len(steps):

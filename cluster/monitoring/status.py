@@ -98,6 +98,7 @@ def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnap
     step = current.last_step if current else 0
     tokens = sum(steps.tokens[-SPEED_WINDOW:]) / min(SPEED_WINDOW, len(steps)) if steps else None
     evaluations = (record for item in reversed(attempts) for record in reversed(item.evaluations))
+    losses = (value for item in reversed(attempts) for value in reversed(item.steps.loss))
     saves = (save for item in reversed(attempts) for save in reversed(item.saves.values()))
     return RunSnapshot(
         run=timeline.run,
@@ -110,7 +111,7 @@ def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnap
         world_size=current.world_size if current else None,
         step=step,
         num_steps=num_steps,
-        loss=timeline.loss,
+        loss=next((value for value in losses if not isnan(value)), None),
         losses=_newest_losses(timeline),
         lr=steps.lr[-1] if steps and not isnan(steps.lr[-1]) else None,
         scores=next((record.scores for record in evaluations), {}),
@@ -161,9 +162,8 @@ def newest_checkpoint(timeline: Timeline) -> NewestCheckpoint | None:
         if ref is not None:
             owner = timeline.attempts.get(ref.attempt)
             save = (owner.saves.get(ref.step) if owner else None) or SaveRecord(ref.step)
-            return NewestCheckpoint(
-                ref.step, save.committed_at, save.num_bytes, verified_checkpoints(timeline).get(ref)
-            )
+            verified_at = verified_checkpoints(timeline).get(ref)
+            return NewestCheckpoint(ref.step, save.committed_at, save.num_bytes, verified_at)
     return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import zip_longest
-from math import inf, isnan
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.format.layout import AttemptId
@@ -183,12 +183,6 @@ class Timeline:
     @property
     def num_lost_steps(self) -> int:
         return sum(end - begin for begin, end in self.redone_ranges)
-
-    @property
-    def loss(self) -> float | None:
-        """The newest finite loss."""
-        losses = (value for item in reversed(self.claimed_attempts) for value in reversed(item.steps.loss))
-        return next((value for value in losses if not isnan(value)), None)
 
 
 class TimelineReader:

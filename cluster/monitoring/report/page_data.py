@@ -24,7 +24,7 @@ from outlast.checkpointing.tools.verify_run import VerificationResult
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
 from outlast.cluster.monitoring.status import RunSnapshot, interruptions, verified_checkpoints
 from outlast.cluster.monitoring.timeline import Timeline
-from outlast.cluster.monitoring.timeline_records import AttemptTimeline, EvaluationRecord, NoteworthyEvent
+from outlast.cluster.monitoring.timeline_records import AttemptTimeline, NoteworthyEvent
 
 MAX_POINTS = 2000
 MAX_EVALUATIONS = 600
@@ -113,7 +113,7 @@ def _rising(seconds: Iterable[float]) -> list[float]:
     return [float(at) for at in np.maximum.accumulate([0.0, *seconds]).round(2)[1:]]
 
 
-def _eval_losses(attempts: Iterable[AttemptTimeline]) -> Iterator[tuple[EvaluationRecord, float]]:
+def _eval_losses(attempts: Iterable[AttemptTimeline]) -> Iterator[tuple[events.EvalEvent, float]]:
     """Yield each evaluation whose loss is finite."""
     for record in (record for item in attempts for record in item.evaluations):
         if isfinite(loss := record.scores.get("eval_loss", nan)):
@@ -165,7 +165,7 @@ def _by_time(timeline: Timeline, begin: float) -> dict[str, Any]:
         loss += rounded(losses[kept])
         step += [int(number) for number in np.array(attempt.steps.step)[owned][kept]]
     evaluated = _eval_losses(timeline.claimed_attempts)
-    evals = _thinned(sorted((record.ended_at - begin, value) for record, value in evaluated), lambda score: score[1])
+    evals = _thinned(sorted((record.t - begin, value) for record, value in evaluated), lambda score: score[1])
     scores = {"x": _rising(at for at, _ in evals), "loss": rounded(value for _, value in evals)}
     return {"x": _rising(x), "loss": loss, "step": step, "eval": scores}
 
