@@ -111,8 +111,7 @@ def _submit(
     print(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", file=sys.stderr)
     print(job.id)
     if follow:
-        from outlast.cluster.monitoring.console_progress import terminal
-        from outlast.cluster.monitoring.watch import live_panel
+        from outlast.cluster.monitoring.console_progress import live_panel, terminal
 
         with live_panel(config.store, terminal()):
             ended = jobs.follow(client, job.id)

@@ -39,7 +39,7 @@ def status(
     store, _ = find_run(run, storage)
     if watch:
         from outlast.cluster.monitoring.console_progress import terminal
-        from outlast.cluster.monitoring.watch import watch as watch_run
+        from outlast.cluster.monitoring.console_progress import watch as watch_run
 
         summary = watch_run(store, terminal())
         raise Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
