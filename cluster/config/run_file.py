@@ -48,16 +48,6 @@ class SettingsError(ConfigError):
         self.findings = tuple(findings)
 
 
-def _settings_error(
-    source: str, found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()
-) -> SettingsError:
-    """Return the error for findings on settings from `source`, a file or a run, and from -s options."""
-    located = locate_findings(found, lines, overrides)
-    listing = "\n".join(f"  {item}" for item in located)
-    hint = f"edit {source}, or the -s options" if overrides else f"edit {source}"
-    return SettingsError(f"settings of {source} are not valid:\n{listing}", hint=hint, findings=located)
-
-
 def locate_findings(
     found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()
 ) -> list[LocatedFinding]:
@@ -97,17 +87,20 @@ def settings_of(
     """Build the settings declared in `source`, a file or a run, with the `lines` of each key; else as `load_run`."""
     for item in overrides:
         override(declared, item)
-    missing = [
+    found: Sequence[SettingsFinding] = [
         SettingsFinding(path, f"the run file uses ${{env:{name}}}, but {name} is not set")
         for path, name in _unset_variables(declared)
     ]
-    if missing:
-        raise _settings_error(source, missing, lines or {}, overrides)
-    body = expand(declared)
-    try:
-        return RunConfig.model_validate(body), declared
-    except ValidationError as error:
-        raise _settings_error(source, check(RunConfig, body), lines or {}, overrides) from error
+    if not found:
+        body = expand(declared)
+        try:
+            return RunConfig.model_validate(body), declared
+        except ValidationError:
+            found = check(RunConfig, body)
+    located = locate_findings(found, lines or {}, overrides)
+    listing = "\n".join(f"  {item}" for item in located)
+    hint = f"edit {source}, or the -s options" if overrides else f"edit {source}"
+    raise SettingsError(f"settings of {source} are not valid:\n{listing}", hint=hint, findings=located)
 
 
 def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:

@@ -32,22 +32,16 @@ class Example:
 
 
 _GPT2 = "{model_type: gpt2, n_layer: 4, n_head: 4, n_embd: 128}"
+_DISTILBERT = "distilbert/distilbert-base-cased"
+_T5 = "{model_type: t5, num_layers: 2, num_heads: 4, d_model: 128, d_ff: 256, d_kv: 32}"
 EXAMPLES = {
     "causal-lm": Example("openai-community/gpt2", ("text",), 5e-5, new=_GPT2),
     "chat": Example("Qwen/Qwen3-0.6B", ("messages",), 1e-5, ("chat_template",), _GPT2),
     "masked-lm": Example("distilbert/distilroberta-base", ("text",), 5e-5, ("mask_share",)),
     "sequence-classification": Example("distilbert/distilbert-base-uncased", ("text", "label"), more=("problem",)),
-    "token-classification": Example("distilbert/distilbert-base-cased", ("tokens", "tags")),
-    "question-answering": Example(
-        "distilbert/distilbert-base-cased", ("question", "context", "answers"), more=("stride",)
-    ),
-    "seq2seq-lm": Example(
-        "google-t5/t5-small",
-        ("source", "target"),
-        1e-4,
-        ("max_target_length",),
-        "{model_type: t5, num_layers: 2, num_heads: 4, d_model: 128, d_ff: 256, d_kv: 32}",
-    ),
+    "token-classification": Example(_DISTILBERT, ("tokens", "tags")),
+    "question-answering": Example(_DISTILBERT, ("question", "context", "answers"), more=("stride",)),
+    "seq2seq-lm": Example("google-t5/t5-small", ("source", "target"), 1e-4, ("max_target_length",), _T5),
     "multiple-choice": Example("google-bert/bert-base-uncased", ("text", "choices", "label")),
     "double-heads": Example("openai-community/gpt2", ("text", "choices", "label"), new=_GPT2),
 }
