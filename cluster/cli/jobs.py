@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, BadParameter, Exit, Option
 
 from outlast.cluster.cli.options import Address, AsJson, Follow, Overrides, Run, RunFile, Ship, ShippedCode, StorageRoot
-from outlast.cluster.config.run_reference import RUN_FILES, find_run
+from outlast.cluster.config.run_reference import RUN_FILES, find_run, run_name
 
 if TYPE_CHECKING:
     from outlast.cluster.config.run_config import RunConfig
@@ -74,7 +74,6 @@ def _supervise(
 
 
 def _load_from_storage(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
-    """Load a run's settings from its storage."""
     from outlast.cluster.config.run_file import settings_of
     from outlast.cluster.config.run_reference import declared_settings
 
@@ -149,7 +148,7 @@ def logs(
     from outlast.cluster.jobs import ray_jobs as jobs
 
     client = jobs.connect(address)
-    job = jobs.newest_job(client, _run_name(run))
+    job = jobs.newest_job(client, run_name(run))
     if follow:
         raise Exit(jobs.follow(client, job.id).exit_code)
     print(client.get_job_logs(job.id), end="")
@@ -159,19 +158,10 @@ def stop(run: Run, address: Address = None) -> None:
     """Have a run's job commit a checkpoint and end, and wait for it. The exit code is the job's."""
     from outlast.cluster.jobs import ray_jobs as jobs
 
-    name = _run_name(run)
+    name = run_name(run)
     job = jobs.stop(jobs.connect(address), name)
     if job is None:
         print(f"run {name} has no live job", file=sys.stderr)
         return
     print(f"{job.id}: {job.status}; to resume: outlast resume {run}", file=sys.stderr)
     raise Exit(job.exit_code)
-
-
-def _run_name(text: str) -> str:
-    """Return the run's name from any form of RUN."""
-    if text.endswith(RUN_FILES):
-        from outlast.cluster.config.run_file import load_run
-
-        return load_run(text)[0].name
-    return text.rstrip("/").rpartition("/")[2]

@@ -12,7 +12,7 @@ from typer import Argument, Exit, Option, Typer
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, RunFile, Texts, writing
-from outlast.cluster.config.run_reference import RUN_FILES
+from outlast.cluster.config.run_reference import run_name
 from outlast.cluster.formatting import counted
 from outlast.cluster.preflight.finding import Finding, Level
 
@@ -141,7 +141,7 @@ def apply(
 @k8s.command()
 def status(run: RunName, context: Context = None, namespace: Namespace = None, as_json: AsJson = False) -> None:
     """Show a run's RayJobs, pods and warnings. `outlast status` shows the training's progress."""
-    body = _cluster(context, namespace).status(_name(run))
+    body = _cluster(context, namespace).status(run_name(run))
     if as_json:
         print(json.dumps(body))
         return
@@ -164,13 +164,13 @@ def status(run: RunName, context: Context = None, namespace: Namespace = None, a
 @k8s.command()
 def suspend(run: RunName, context: Context = None, namespace: Namespace = None) -> None:
     """Commit a checkpoint, then free the run's nodes."""
-    print(_cluster(context, namespace).suspend(_name(run)))
+    print(_cluster(context, namespace).suspend(run_name(run)))
 
 
 @k8s.command()
 def resume(run: RunName, context: Context = None, namespace: Namespace = None) -> None:
     """Resume a suspended run, or one whose RayJob has ended: a new RayJob then resumes from storage."""
-    print(_cluster(context, namespace).resume(_name(run)))
+    print(_cluster(context, namespace).resume(run_name(run)))
 
 
 @k8s.command()
@@ -181,7 +181,7 @@ def delete(
     storage: Annotated[bool, Option("--storage", help="Delete the volume claim too, with all checkpoints.")] = False,
 ) -> None:
     """Delete a run's objects. A running run commits a checkpoint first."""
-    for line in _cluster(context, namespace).delete(_name(run), storage=storage):
+    for line in _cluster(context, namespace).delete(run_name(run), storage=storage):
         print(line)
 
 
@@ -189,14 +189,6 @@ def _cluster(context: str | None, namespace: str | None) -> KubernetesNamespace:
     from outlast.cluster.kubernetes.client import KubernetesNamespace
 
     return KubernetesNamespace(context, namespace)
-
-
-def _name(run: str) -> str:
-    if run.endswith(RUN_FILES):
-        from outlast.cluster.config.run_file import load_run
-
-        return load_run(run)[0].name
-    return run
 
 
 def _read(file: str) -> list[dict[str, Any]]:

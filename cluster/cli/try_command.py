@@ -10,26 +10,18 @@ from unicodedata import category
 from typer import Option
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import (
-    AsJson,
-    Base,
-    Code,
-    Overrides,
-    Run,
-    StorageRoot,
-    Texts,
-    Trusted,
-    make_code_importable,
-)
+from outlast.cluster.cli.options import AsJson, Base, Code, Overrides, Run, StorageRoot, Trusted, make_code_importable
 from outlast.cluster.config.run_reference import find_run
 
 
 def try_(
     run: Run,
-    texts: Annotated[Texts, Option("--text", help="An input; JSON with names for tasks with several inputs.")] = None,
-    prompts: Annotated[Texts, Option("--prompt", help="The same, for generative models.")] = None,
+    texts: Annotated[
+        list[str] | None, Option("--text", help="An input; JSON with names for tasks with several inputs.")
+    ] = None,
+    prompts: Annotated[list[str] | None, Option("--prompt", help="The same, for generative models.")] = None,
     overrides: Overrides = None,
-    files: Annotated[Texts, Option("--file", help="A file of inputs, as in data.train.")] = None,
+    files: Annotated[list[str] | None, Option("--file", help="A file of inputs, as in data.train.")] = None,
     checkpoint: Annotated[
         str | None, Option(help="newest, best, a step, step@attempt; default: the finished model, else newest.")
     ] = None,
