@@ -227,8 +227,14 @@ def run_drill(
     stamp = f"{time.strftime('%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     copies: list[RunCopy] = []
 
+    every, name = num_steps // 4, load_run(str(run_file), overrides)[0].name
+
     def make_copy(suffix: str, at: int = 0) -> RunCopy:
-        copies.append(_scaled_down(run_file, overrides, f"{stamp}-{suffix}", num_steps, at, address))
+        suffix = f"{stamp}-{suffix}"
+        scaled_down = [f"name={name[: 62 - len(suffix)]}-{suffix}", f"train.steps={num_steps}", "train.epochs=null"]
+        config, declared = load_run(str(run_file), [*overrides, *scaled_down, f"checkpoint.every={every}"])
+        folder = run_file.parent
+        copies.append(RunCopy(config.at_home(folder), declared, at, str(folder.absolute()), address))
         return copies[-1]
 
     findings = []
@@ -239,7 +245,6 @@ def run_drill(
         undisturbed = final_state(reference.store)
         seconds_per_step = _seconds_per_step(reference)
         for kind in kinds:
-            every = num_steps // 4
             disturbed = make_copy(kind.value, 2 * every if kind is FaultKind.KILL_IN_SAVE else 2 * every + 1)
             finding = DrillResult(kind.value)
             try:
@@ -258,20 +263,6 @@ def run_drill(
         for done in copies:
             _remove(done)
     return findings
-
-
-def _scaled_down(
-    run_file: Path, overrides: Sequence[str], suffix: str, num_steps: int, at: int, address: str | None
-) -> RunCopy:
-    name = load_run(str(run_file), overrides)[0].name
-    changed = {
-        "name": f"{name[: 62 - len(suffix)]}-{suffix}",
-        "train.steps": num_steps,
-        "train.epochs": "null",
-        "checkpoint.every": num_steps // 4,
-    }
-    config, declared = load_run(str(run_file), [*overrides, *(f"{key}={value}" for key, value in changed.items())])
-    return RunCopy(config.at_home(run_file.parent), declared, at, str(run_file.parent.absolute()), address)
 
 
 def _seconds_per_step(copy: RunCopy) -> float:
