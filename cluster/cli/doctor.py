@@ -52,7 +52,14 @@ def doctor(
 
             requirements = requirements_of(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
         findings = _run_here(target, requirements, quick)
-    _print(findings, as_json)
+    if as_json:
+        rows = [{**asdict(finding), "level": finding.level.value} for finding in findings]
+        print(JSON_HEAD + json.dumps(rows) + "}")
+    else:
+        for finding in findings:
+            print(f"{finding.level.value:8} {finding.check:12} {finding.text}")
+            if finding.hint:
+                print(f"{'':22}→ {finding.hint}")
     raise Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
 
 
@@ -92,14 +99,3 @@ def _run_as_job(
     rows = [{**row, "level": Level(row["level"])} for row in json.loads(lines[-1])["checks"]]
     findings = [Finding(**row) for row in rows if row["check"] != "job server"]
     return findings + jobs.check_server(address)
-
-
-def _print(findings: list[Finding], as_json: bool) -> None:
-    if as_json:
-        rows = [{**asdict(finding), "level": finding.level.value} for finding in findings]
-        print(JSON_HEAD + json.dumps(rows) + "}")
-        return
-    for finding in findings:
-        print(f"{finding.level.value:8} {finding.check:12} {finding.text}")
-        if finding.hint:
-            print(f"{'':22}→ {finding.hint}")

@@ -117,11 +117,6 @@ def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
             hint = f"did you mean {candidates[near]}? `outlast init` writes a new one"
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"run file {path} cannot be read: {reason}", hint=hint) from error
-    return _parse(text, path)
-
-
-def _parse(text: str, path: str) -> tuple[dict[str, Any], Lines]:
-    """Return the content of a run file, and the line of each setting. Raises SettingsError."""
     try:
         body, lines = yaml.load(text, _UniqueKeyLoader), dict(_yaml_lines(yaml.compose(text, yaml.SafeLoader)))
     except yaml.YAMLError as error:

@@ -120,15 +120,8 @@ class _CardBuilder:
         if fingerprint := self._declaration.get("data"):
             yield f", fingerprint `{fingerprint}`: of the bytes of the files, their order, and how they were cut"
         yield ".\n"
-        yield from self._training()
-        if self._numerics_settings:
-            text = yaml.safe_dump(_without_empty(self._numerics_settings), sort_keys=False, allow_unicode=True)
-            yield f"\n## Settings\n\nAll that affect the numerical result, beside the data:\n\n```yaml\n{text}```\n"
-
-    def _training(self) -> Iterator[str]:
-        made = self._declaration
         yield "\n## Training\n\n"
-        if made:
+        if made := self._declaration:
             versions = ", ".join(f"{name} {number}" for name, number in made.get("versions", {}).items())
             workers = counted(made["world_size"], "worker") if "world_size" in made else "workers"
             yield f"- {workers} ({made.get('parallel')}, {made.get('device')}); {versions}\n"
@@ -140,6 +133,9 @@ class _CardBuilder:
         causes = ", ".join(f"{count} × {cause}" for cause, count in sorted(self._ends_before.items()))
         yield f"- restarts survived: {self._ends_before.total()}" + (f" ({causes})\n" if causes else "\n")
         yield "- checkpoint verified against its digests when it was exported\n"
+        if self._numerics_settings:
+            text = yaml.safe_dump(_without_empty(self._numerics_settings), sort_keys=False, allow_unicode=True)
+            yield f"\n## Settings\n\nAll that affect the numerical result, beside the data:\n\n```yaml\n{text}```\n"
 
 
 def _without_empty(value: Any) -> Any:

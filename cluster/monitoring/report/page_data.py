@@ -69,6 +69,7 @@ def page_data(
     report, attempts = summary.goodput, timeline.claimed_attempts
     begin = report.spans[0].begin if report.spans else attempts[0].claimed_at if attempts else summary.now
     save, redo = summary.save, (span for span in report.spans if span.category is TimeCategory.REDO)
+    settings = next((item.claim["settings"] for item in reversed(attempts) if item.claim.get("settings")), None)
     redone_time = [[round(span.begin - begin, 2), round(span.end - begin, 2)] for span in redo]
     return {
         **summary.as_values(),
@@ -92,7 +93,7 @@ def page_data(
         **_attempts(timeline),
         "checkpoints": _checkpoints(timeline, catalog, pinned, verdicts, urls),
         "is_verified": verdicts is not None,
-        "settings": _settings(attempts),
+        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if settings else "",
         "changes": list(_changes(attempts))[-MAX_ROWS:],
     }
 
@@ -335,12 +336,6 @@ def _verification(verdict: VerificationResult | None, resumed_at: float | None) 
         detail = "every byte was read when an attempt resumed from it"
         return {"verification": "verified", "detail": detail, "at": resumed_at}
     return {"verification": "unverified", "detail": "digests were computed during the write; no later read is recorded"}
-
-
-def _settings(attempts: Sequence[AttemptTimeline]) -> str:
-    """Return the newest settings in the form of a run file."""
-    settings = next((item.claim["settings"] for item in reversed(attempts) if item.claim.get("settings")), None)
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if settings else ""
 
 
 def _changes(attempts: Sequence[AttemptTimeline]) -> Iterator[dict[str, Any]]:
