@@ -226,7 +226,6 @@ def run_drill(
     console = Console(stderr=True, highlight=False)
     stamp = f"{time.strftime('%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     copies: list[RunCopy] = []
-
     every, name = num_steps // 4, load_run(str(run_file), overrides)[0].name
 
     def make_copy(suffix: str, at: int = 0) -> RunCopy:
