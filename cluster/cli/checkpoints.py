@@ -75,7 +75,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every byte and compare it with the committed digests. Exit code 5 if anything is damaged."""
-    from outlast.checkpointing.tools.verify_run import verify_run
+    from outlast.checkpointing.tools.query import verify_run
 
     store, retention = find_run(run, storage)
     verdicts = verify_run(store, which, retention)

@@ -24,7 +24,7 @@ from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.events import EvalEvent, ResumeEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.tools.verify_run import find_model
+from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.drills import drill
 from outlast.cluster.driver.ray_session import ray_session

@@ -159,11 +159,11 @@ class Timeline:
         for item in attempts:
             alive = self.launches[item.launch].alive if item.launch in self.launches else {}
             ends[item.id] = end_of_attempt(
-                item.final,
-                next((note for note in reversed(item.notes) if isinstance(note, AttemptErrorEvent)), None),
-                failures.get(str(item.id)),
-                resizes.get(str(item.id)),
                 alive,
+                final=item.final,
+                failed=next((note for note in reversed(item.notes) if isinstance(note, AttemptErrorEvent)), None),
+                failure=failures.get(str(item.id)),
+                resize=resizes.get(str(item.id)),
                 has_successor=last_of[item.launch] != item.id,
                 is_open=item is attempts[-1] and not alive.get("ended"),
             )

@@ -20,7 +20,7 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
-from outlast.checkpointing.tools.verify_run import VerificationResult
+from outlast.checkpointing.tools.query import VerificationResult
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
 from outlast.cluster.monitoring.status import RunSnapshot, interruptions, verified_checkpoints
 from outlast.cluster.monitoring.timeline import Timeline

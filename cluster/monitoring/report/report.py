@@ -19,8 +19,7 @@ from typing import Any
 from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import load_catalog
-from outlast.checkpointing.tools.verify_run import verify_run
+from outlast.checkpointing.tools.query import load_catalog, verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.page_data import page_data
 from outlast.cluster.monitoring.status import take_snapshot
