@@ -35,7 +35,7 @@ from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, count_failures, decide_give_up
 from outlast.cluster.jobs import ray_jobs as jobs
 from outlast.cluster.jobs.ray_jobs import SubmittedJob
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+from outlast.cluster.monitoring.timeline import TimelineReader
 from outlast.cluster.monitoring.timeline_records import LaunchTimeline
 
 POLL_S = 2.0

@@ -20,8 +20,15 @@ from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.config.run_file import expand, load_run, override, read_run_file
-from outlast.cluster.config.yaml_lines import LocatedFinding, SettingsError, locate_findings
+from outlast.cluster.config.run_file import (
+    LocatedFinding,
+    SettingsError,
+    expand,
+    load_run,
+    locate_findings,
+    override,
+    read_run_file,
+)
 from outlast.trainers.config.model import is_dotted, is_hub_id
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding

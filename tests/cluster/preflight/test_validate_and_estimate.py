@@ -19,9 +19,8 @@ from outlast.checkpointing.save.save_schedule import SaveCosts
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.config.run_file import load_run
+from outlast.cluster.config.run_file import SettingsError, load_run
 from outlast.cluster.config.starter_files import EXAMPLES, template
-from outlast.cluster.config.yaml_lines import SettingsError
 from outlast.cluster.preflight.estimate import describe, estimate_run
 from outlast.cluster.preflight.validate import validate
 from outlast.trainers.attempt import Assignment

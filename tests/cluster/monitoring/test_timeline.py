@@ -32,9 +32,8 @@ from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.cluster.monitoring.goodput import TimeCategory, account_time
-from outlast.cluster.monitoring.run_snapshot import take_snapshot
-from outlast.cluster.monitoring.timeline_from_events import State
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+from outlast.cluster.monitoring.status import take_snapshot
+from outlast.cluster.monitoring.timeline import State, TimelineReader
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import fault, run_group
