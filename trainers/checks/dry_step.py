@@ -25,8 +25,7 @@ from outlast.trainers.loop.buffer_change_check import watch_buffers
 from outlast.trainers.loop.compile_and_recompute import enable_recomputing
 from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared
-from outlast.trainers.tasks.base import Batch, Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Batch, Task, find_task
 from outlast.trainers.user_code import describe_error
 
 #: Floating-point operations that a dry step may take: about half a minute on two cores.
