@@ -26,15 +26,7 @@ def component_names() -> list[str]:
 
 
 def write_folder(folder: Path, objects: list[dict[str, Any]], components: Sequence[str]) -> list[Path]:
-    """Write or update the folder. Components that are already in it keep their changes.
-
-    Args:
-        folder: The folder; created if it does not exist.
-        objects: The rendered objects.
-        components: Names of the components to add.
-
-    Returns:
-        The files and folders written.
+    """Write or update the folder; components that are already in it keep their changes. Return the paths written.
 
     Raises:
         ConfigError: A component is unknown or does not fit this run, or the folder's kustomization.yaml is not one.
