@@ -31,10 +31,9 @@ _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[LintC
     "ConfigMap": [(Level.WARNING, config_map_complaints)],
     "PersistentVolumeClaim": [(Level.WARNING, claim_complaints)],
     "PodDisruptionBudget": [(Level.WARNING, budget_complaints)],
+    "NetworkPolicy": [],  # needs no rule
+    "ServiceAccount": [],
 }
-
-#: Kinds that need no rule.
-_KINDS_WITHOUT_RULES = ("NetworkPolicy", "ServiceAccount")
 
 _HINT = "give what `outlast k8s render` prints"
 
@@ -68,7 +67,7 @@ def _objects_in(document: Any) -> Iterator[dict[str, Any]]:
 
 def unchecked_objects(objects: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the objects of kinds that have no rules, as `kind/name`."""
-    return [_name(item) for item in objects if str(item.get("kind")) not in (*_RULES, *_KINDS_WITHOUT_RULES)]
+    return [_name(item) for item in objects if str(item.get("kind")) not in _RULES]
 
 
 def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -81,7 +80,7 @@ def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
     findings = []
     for item in objects:
         kind, name = str(item.get("kind")), _name(item)
-        own = list(_rule_findings(name, item))
+        own = [finding for level, rule in _RULES.get(kind, []) for finding in _findings(level, name, rule(item))]
         if kind == "RayJob":
             own += _findings(Level.FAILED, name, run_file_mismatches(item, config_maps))
             if any(other.get("kind") != "RayJob" for other in objects):  # else it may be in the cluster already
@@ -94,11 +93,6 @@ def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
 def _name(item: Mapping[str, Any]) -> str:
     meta = mapping(item, "metadata")
     return f"{item.get('kind')}/{meta.get('name') or meta.get('generateName')}".lower()
-
-
-def _rule_findings(name: str, item: Mapping[str, Any]) -> Iterator[Finding]:
-    for level, rule in _RULES.get(str(item.get("kind")), []):
-        yield from _findings(level, name, rule(item))
 
 
 def _findings(level: Level, name: str, complaints: Iterable[LintComplaint]) -> list[Finding]:

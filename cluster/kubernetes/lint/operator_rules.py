@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from outlast.cluster.kubernetes.accessors import (
+    CLUSTER,
     LintComplaint,
     autoscales,
     env_variables,
@@ -29,6 +30,7 @@ GATED = {
     "tlsOptions": "RayClusterMTLS",
     "historyServerOptions": "RayClusterHistoryServer",
 }
+_GATE = "the operator's feature gate {}, which is off by default"
 _GENERATED = 5  # characters that the API server adds to generateName
 _AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
 _DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
@@ -50,7 +52,7 @@ def operator_complaints(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if not cluster:
         return
     for where, text in _cluster(cluster, mapping(job, "metadata", "annotations")):
-        yield f"spec.rayClusterSpec.{where}", text
+        yield f"{CLUSTER}.{where}", text
 
 
 def _lifetime(spec: Mapping[str, Any]) -> Iterator[LintComplaint]:
@@ -98,13 +100,13 @@ def _submission(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator
 
 
 def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    strategy = mapping(spec, "deletionStrategy")
     if "deletionStrategy" not in spec:
         return
+    strategy = mapping(spec, "deletionStrategy")
     rules, where = mappings(strategy, "deletionRules"), "spec.deletionStrategy"
     policies = [mapping(strategy, key).get("policy") for key in ("onSuccess", "onFailure")]
-    shuts_down, is_old = spec.get("shutdownAfterJobFinishes") is True, any(key in strategy for key in _OLD_KEYS)
-    if rules and (shuts_down or is_old):
+    shuts_down = spec.get("shutdownAfterJobFinishes") is True
+    if rules and (shuts_down or "onSuccess" in strategy or "onFailure" in strategy):
         yield where, "deletionRules exclude shutdownAfterJobFinishes, onSuccess and onFailure"
     if not rules and None in policies:
         yield where, "give deletionRules, or both onSuccess.policy and onFailure.policy"
@@ -130,9 +132,6 @@ def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[L
             yield where, f"for {status[0] or status[1]}, ttlSeconds must not decrease from workers to cluster to RayJob"
 
 
-_OLD_KEYS = ("onSuccess", "onFailure")
-
-
 def _cluster(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[LintComplaint]:
     head = mapping(cluster, "headGroupSpec")
     if not first_container(head):
@@ -144,10 +143,11 @@ def _cluster(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iter
         yield "upgradeStrategy", "is not allowed in a RayJob's cluster"
     for key, gate in GATED.items():
         if key in cluster:
-            yield key, f"needs the operator's feature gate {gate}, which is off by default"
+            yield key, f"needs {_GATE.format(gate)}"
     yield from _tables(cluster, annotations)
     yield from _autoscaler(cluster)
-    yield from _token(cluster)
+    if mapping(cluster, "authOptions").get("mode") == "token" and _release(cluster) < _TOKEN_SINCE:
+        yield "authOptions", f"token needs rayVersion 2.52.0 or newer (it is {cluster.get('rayVersion')!r})"
 
 
 def _group_resources(where: str, group: Mapping[str, Any]) -> Iterator[LintComplaint]:
@@ -191,10 +191,8 @@ def _tables(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Itera
     if "REDIS_USERNAME" in named or mapping(head, "rayStartParams").get("redis-username"):
         yield "headGroupSpec", "set Redis' user in gcsFaultToleranceOptions.redisUsername"
     if options.get("backend") == "rocksdb":
-        yield (
-            "gcsFaultToleranceOptions",
-            "rocksdb needs the operator's feature gate GCSFaultToleranceEmbeddedStorage, which is off by default",
-        )
+        gate = "GCSFaultToleranceEmbeddedStorage"
+        yield "gcsFaultToleranceOptions", f"rocksdb needs {_GATE.format(gate)}"
 
 
 def _autoscaler(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
@@ -205,22 +203,14 @@ def _autoscaler(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if autoscales(cluster) and "version" in options and version_variable is not None:
         yield "autoscalerOptions.version", f"is also set by {_AUTOSCALER_V2}; remove that variable"
     if autoscales(cluster) and options.get("version") == "v2":
-        for where, group in (("headGroupSpec", head), *(("workerGroupSpecs", g) for g in _groups(cluster))):
+        groups = mappings(cluster, "workerGroupSpecs")
+        for where, group in (("headGroupSpec", head), *(("workerGroupSpecs", group) for group in groups)):
             if mapping(group, "template", "spec").get("restartPolicy", "Never") != "Never":
                 yield where, "restartPolicy must be Never or unset with autoscaler v2"
     if _number(options.get("idleTimeoutSeconds")) < 0:
         yield "autoscalerOptions.idleTimeoutSeconds", "must not be negative"
     if "KUBERAY_GEN_AUTOSCALER_START_CMD" in env_variables(options):
         yield "autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is reserved for the operator"
-
-
-def _token(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    if mapping(cluster, "authOptions").get("mode") == "token" and _release(cluster) < _TOKEN_SINCE:
-        yield "authOptions", f"token needs rayVersion 2.52.0 or newer (it is {cluster.get('rayVersion')!r})"
-
-
-def _groups(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return mappings(cluster, "workerGroupSpecs")
 
 
 def _is_v2(cluster: Mapping[str, Any]) -> bool:

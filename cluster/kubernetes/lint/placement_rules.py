@@ -9,7 +9,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from outlast.cluster.kubernetes.accessors import LintComplaint, mapping, mappings, pod_templates, strings
+from outlast.cluster.kubernetes.accessors import (
+    CLUSTER,
+    LintComplaint,
+    mapping,
+    mappings,
+    pod_templates,
+    strings,
+    worker_groups,
+)
 from outlast.cluster.kubernetes.render import SPOT
 
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
@@ -24,22 +32,18 @@ def invalid_groups(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
             for container in mappings(mapping(pod, "spec"), key):
                 if not container.get("image"):
                     yield role, f"container {container.get('name')} has no image, so no pod can be created"
-    names = Counter(str(group["groupName"]) for group in _groups(job) if group.get("groupName"))
+    names = Counter(str(group["groupName"]) for _, group in worker_groups(job) if group.get("groupName"))
     for name in (name for name, count in names.items() if count > 1):
-        yield (
-            "spec.rayClusterSpec.workerGroupSpecs",
-            f"several groups are named {name}, but KubeRay counts pods by group name",
-        )
+        yield f"{CLUSTER}.workerGroupSpecs", f"several groups are named {name}, but KubeRay counts pods by group name"
 
 
 def placement_risks(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     """Yield pods that may run on the wrong nodes, or on none."""
-    groups = _groups(job)
     head = mapping(job, "spec", "rayClusterSpec", "headGroupSpec", "template", "spec")
-    if head and any(_spot_labels(_pod(group)) for group in groups) and not _is_placed(head):
+    is_placed = mapping(head, "nodeSelector") or _terms(head)
+    if head and not is_placed and any(_spot_labels(_pod(group)) for _, group in worker_groups(job)):
         yield "head", "may run on a spot node, as workers do, and losing it restarts the run: give it an affinity"
-    for number, group in enumerate(groups):
-        where = f"spec.rayClusterSpec.workerGroupSpecs[{number}]"
+    for where, group in worker_groups(job):
         replicas, limit = group.get("replicas"), group.get("maxReplicas")
         if isinstance(replicas, int) and isinstance(limit, int) and replicas > limit:
             yield where, f"replicas ({replicas}) exceeds maxReplicas ({limit}), and KubeRay creates that many"
@@ -47,10 +51,6 @@ def placement_risks(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
         taints = [key for key in _TAINTED if key in _spot_labels(pod) and not _tolerates(pod, key)]
         if taints:
             yield where, f"selects spot nodes but does not tolerate their taint: {', '.join(taints)}"
-
-
-def _groups(job: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return mappings(mapping(job, "spec", "rayClusterSpec"), "workerGroupSpecs")
 
 
 def _pod(group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -61,22 +61,13 @@ def _terms(pod: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return mappings(mapping(pod, "affinity", "nodeAffinity", _REQUIRED), "nodeSelectorTerms")
 
 
-def _is_placed(pod: Mapping[str, Any]) -> bool:
-    """Return whether the manifest restricts a pod's nodes."""
-    return bool(mapping(pod, "nodeSelector") or _terms(pod))
-
-
 def _spot_labels(pod: Mapping[str, Any]) -> set[str]:
     """Return the spot node labels that a pod selects; of several clouds if terms are alternatives."""
-    selected = {key for key, value in SPOT.items() if mapping(pod, "nodeSelector").get(key) == value}
-    expressions = [
-        item for term in _terms(pod) for item in mappings(term, "matchExpressions") if item.get("operator") == "In"
-    ]
-    return selected | {key for key, value in SPOT.items() for item in expressions if _matches(item, key, value)}
-
-
-def _matches(expression: Mapping[str, Any], key: str, value: str) -> bool:
-    return expression.get("key") == key and value in strings(expression, "values")
+    selected: list[tuple[Any, Any]] = [*mapping(pod, "nodeSelector").items()]
+    for item in (item for term in _terms(pod) for item in mappings(term, "matchExpressions")):
+        if item.get("operator") == "In":
+            selected += [(item.get("key"), value) for value in strings(item, "values")]
+    return {key for key, value in SPOT.items() if (key, value) in selected}
 
 
 def _tolerates(pod: Mapping[str, Any], taint: str) -> bool:

@@ -64,10 +64,8 @@ def config_map_complaints(config_map: Mapping[str, Any]) -> Iterator[LintComplai
             yield f"data.{key}", "looks like a credential, which belongs in a Secret, not in a ConfigMap"
         if str(key).endswith((".yaml", ".yml")):
             for path in _credential_paths(_parsed(value)):
-                yield (
-                    f"data.{key}",
-                    f"{path} looks like a credential; write ${{env:NAME}} instead, and set NAME by a secret",
-                )
+                advice = "write ${env:NAME} instead, and set NAME by a secret"
+                yield f"data.{key}", f"{path} looks like a credential; {advice}"
 
 
 def _inline(command: str) -> list[str]:
