@@ -80,17 +80,15 @@ class KubernetesNamespace:
         try:
             from kubernetes import client, config, dynamic
         except ImportError as error:
-            raise PreflightError(
-                "Kubernetes' Python client is not installed", hint='pip install "outlast[k8s]"'
-            ) from error
+            hint = 'pip install "outlast[k8s]"'
+            raise PreflightError("Kubernetes' Python client is not installed", hint=hint) from error
         settings = client.Configuration()
         settings.retries = 2
         try:
             default_namespace = _configure(settings, context, config)
         except (config.ConfigException, OSError) as error:
-            raise PreflightError(
-                f"no cluster is configured: {first_line(error)}", hint="set KUBECONFIG, or give --context"
-            ) from error
+            hint = "set KUBECONFIG, or give --context"
+            raise PreflightError(f"no cluster is configured: {first_line(error)}", hint=hint) from error
         self.namespace = namespace or default_namespace
         self._given_namespace = namespace
         # By default the client caches the API's resources in a file that every user may write.
@@ -99,17 +97,12 @@ class KubernetesNamespace:
             self._client = dynamic.DynamicClient(client.ApiClient(settings), cache_file=cache)
 
     def apply(self, objects: Sequence[Mapping[str, Any]], *, force: bool = False) -> list[str]:
-        """Apply objects on the server's side, in the given order. Unknown fields are refused.
+        """Apply objects on the server's side, in the given order. `force` takes over fields of other field managers.
 
-        Args:
-            objects: The objects.
-            force: Take over fields that another field manager has set.
-
-        Returns:
-            One line for each object, and notes on what applying a RayJob does not change.
+        Return one line for each object, and notes on what applying a RayJob does not change.
 
         Raises:
-            ConfigError: The cluster refuses an object, or another field manager owns a field of it.
+            ConfigError: The cluster refuses an object or an unknown field, or another field manager owns a field.
         """
         for item in objects:
             if not mapping(item, "metadata").get("name"):
@@ -173,11 +166,7 @@ class KubernetesNamespace:
         }
 
     def suspend(self, run: str) -> str:
-        """Suspend the run, which frees its nodes; the workers commit first. Return a line that states what was done.
-
-        Raises:
-            PreflightError: The run has no RayJob, or Kueue schedules it.
-        """
+        """Suspend the run, which frees its nodes; the workers commit first. Return a line that states what was done."""
         job = self.newest(run)
         name = job["metadata"]["name"]
         if phase(job) is not JobPhase.LIVE:
@@ -187,11 +176,7 @@ class KubernetesNamespace:
         return f"rayjob/{name} suspended; to resume it: outlast k8s resume {run}"
 
     def resume(self, run: str) -> str:
-        """Resume a run that was suspended or has ended. Return a line that states what was done.
-
-        Raises:
-            PreflightError: The run has no RayJob, its RayJob is being deleted, or Kueue schedules it.
-        """
+        """Resume a run that was suspended or has ended. Return a line that states what was done."""
         job = self.newest(run)
         name = job["metadata"]["name"]
         match phase(job):
@@ -213,11 +198,7 @@ class KubernetesNamespace:
     def delete(self, run: str, *, storage: bool = False) -> list[str]:
         """Delete the run's objects, after the driver's commit; with `storage` the volume claim and checkpoints too.
 
-        Returns:
-            One line for each object that was deleted or kept.
-
-        Raises:
-            PreflightError: The run has no objects.
+        Return one line for each object that was deleted or kept. Raises PreflightError if there are none.
         """
         kinds = KINDS | ({_CLAIM: "v1"} if storage else {})
         deleted = []
@@ -304,9 +285,8 @@ def _api_errors(name: str = "") -> Iterator[None]:
             raise ConfigError(message, hint="outlast k8s lint FILE") from error
         raise PreflightError(message, hint="kubectl auth can-i --list shows your permissions") from error
     except HTTPError as error:
-        raise PreflightError(
-            f"the cluster does not answer: {first_line(error)}", hint="kubectl cluster-info"
-        ) from error
+        message = f"the cluster does not answer: {first_line(error)}"
+        raise PreflightError(message, hint="kubectl cluster-info") from error
 
 
 def _name(item: Mapping[str, Any]) -> str:

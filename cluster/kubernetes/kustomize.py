@@ -41,7 +41,9 @@ def write_folder(folder: Path, objects: list[dict[str, Any]], components: Sequen
     for name in components:
         target = folder / "components" / name
         if not target.exists():
-            _copy(_components() / name, target)
+            target.mkdir(parents=True)
+            for file in (_components() / name).iterdir():
+                (target / file.name).write_bytes(file.read_bytes())
             written.append(target)
     index = folder / "kustomization.yaml"
     body = _body(index)
@@ -82,9 +84,3 @@ def _body(index: Path) -> dict[str, Any]:
 
 def _components() -> Traversable:
     return files("outlast.k8s") / "components"
-
-
-def _copy(source: Traversable, target: Path) -> None:
-    target.mkdir(parents=True)
-    for item in source.iterdir():
-        (target / item.name).write_bytes(item.read_bytes())

@@ -33,10 +33,6 @@ class JobPhase(Enum):
     ENDED = "ended"  #: it failed, was stopped, or was refused: only another RayJob can resume the run
     LEAVING = "leaving"  #: it is being deleted
 
-    @property
-    def is_over(self) -> bool:
-        return self in (JobPhase.DONE, JobPhase.ENDED)
-
 
 def phase(job: Mapping[str, Any]) -> JobPhase:
     """Return a RayJob's phase by its status."""
@@ -117,7 +113,7 @@ def apply_notes(job: Mapping[str, Any], newest: Mapping[str, Any], *, changed: b
     `changed` is whether the spec of `job` changed.
     """
     run, name = mapping(job, "metadata", "labels").get(RUN_LABEL), newest["metadata"]["name"]
-    if phase(newest).is_over:
+    if phase(newest) in (JobPhase.DONE, JobPhase.ENDED):
         return [f"  rayjob/{name} is {phase(newest).value} and never runs again; to resume: outlast k8s resume {run}"]
     if name != job["metadata"]["name"] and phase(newest) is not JobPhase.LEAVING:
         return [

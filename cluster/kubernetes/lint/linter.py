@@ -12,7 +12,6 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.kubernetes.accessors import LintComplaint, mapping
 from outlast.cluster.kubernetes.lint.operator_rules import operator_complaints
-from outlast.cluster.kubernetes.lint.placement_rules import invalid_groups, placement_risks
 from outlast.cluster.kubernetes.lint.pod_security_rules import security_complaints
 from outlast.cluster.kubernetes.lint.reliability_rules import budget_complaints, claim_complaints, reliability_risks
 from outlast.cluster.kubernetes.lint.run_file_rules import missing_config_maps, run_file_mismatches
@@ -22,10 +21,8 @@ from outlast.cluster.preflight.finding import Finding, Level
 _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[LintComplaint]]]]] = {
     "RayJob": [
         (Level.FAILED, operator_complaints),
-        (Level.FAILED, invalid_groups),
         (Level.FAILED, inline_secrets),
         (Level.WARNING, reliability_risks),
-        (Level.WARNING, placement_risks),
         (Level.WARNING, security_complaints),
     ],
     "ConfigMap": [(Level.WARNING, config_map_complaints)],
@@ -39,11 +36,7 @@ _HINT = "give what `outlast k8s render` prints"
 
 
 def read_objects(text: str) -> list[dict[str, Any]]:
-    """Return the objects of a YAML stream, those in a `List` included.
-
-    Raises:
-        ConfigError: The text is not YAML, holds other things, or nothing.
-    """
+    """Return the objects of a YAML stream, those in a `List` included. Raises ConfigError if it holds anything else."""
     try:
         documents = [item for item in yaml.safe_load_all(text) if item is not None]
     except (yaml.YAMLError, ValueError) as error:

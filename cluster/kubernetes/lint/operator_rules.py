@@ -1,12 +1,13 @@
 """What KubeRay 1.7's operator refuses in a RayJob although its CRD allows it: the rules of its `validation.go`.
 
 The API server accepts such an object, and the operator only writes `ValidationFailed` into its status, which is easily
-overlooked. Pure; no rule trusts the shape of what it reads.
+overlooked. Groups that it cannot create pods for belong here too. Pure; no rule trusts the shape of what it reads.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from outlast.cluster.kubernetes.accessors import (
     first_container,
     mapping,
     mappings,
+    pod_templates,
+    worker_groups,
 )
 from outlast.cluster.kubernetes.settings import LABEL, MAX_NAME
 
@@ -49,10 +52,22 @@ def operator_complaints(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     yield from _lifetime(spec)
     yield from _submission(spec, cluster)
     yield from _deletion(spec, cluster)
-    if not cluster:
-        return
-    for where, text in _cluster(cluster, mapping(job, "metadata", "annotations")):
-        yield f"{CLUSTER}.{where}", text
+    if cluster:
+        for where, text in _cluster(cluster, mapping(job, "metadata", "annotations")):
+            yield f"{CLUSTER}.{where}", text
+    yield from _invalid_groups(job)
+
+
+def _invalid_groups(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
+    """Yield groups that the operator accepts but cannot create pods for, or cannot distinguish."""
+    for role, pod in pod_templates(job):
+        for key in ("initContainers", "containers"):
+            for container in mappings(mapping(pod, "spec"), key):
+                if not container.get("image"):
+                    yield role, f"container {container.get('name')} has no image, so no pod can be created"
+    names = Counter(str(group["groupName"]) for _, group in worker_groups(job) if group.get("groupName"))
+    for name in (name for name, count in names.items() if count > 1):
+        yield f"{CLUSTER}.workerGroupSpecs", f"several groups are named {name}, but KubeRay counts pods by group name"
 
 
 def _lifetime(spec: Mapping[str, Any]) -> Iterator[LintComplaint]:
@@ -87,8 +102,7 @@ def _submission(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator
     if mode == "InteractiveMode" and retries:
         yield "spec.backoffLimit", "must be 0 in InteractiveMode"
     if mode == "SidecarMode":
-        excluded = [key for key in ("submitterPodTemplate", "submitterConfig", "clusterSelector") if key in spec]
-        if excluded:
+        if excluded := [key for key in ("submitterPodTemplate", "submitterConfig", "clusterSelector") if key in spec]:
             yield "spec.submissionMode", f"SidecarMode excludes {', '.join(excluded)}"
         if mapping(cluster, "headGroupSpec", "template", "spec").get("restartPolicy", "Never") != "Never":
             yield "spec.rayClusterSpec.headGroupSpec", "restartPolicy must be Never or unset in SidecarMode"

@@ -56,6 +56,5 @@ def _forbidden(context: Mapping[str, Any]) -> Iterator[str]:
         yield "runAsUser 0"
     if context.get("privileged"):
         yield "privileged: true"
-    added = [name for name in strings(mapping(context, "capabilities"), "add") if name != _ALLOWED_CAPABILITY]
-    if added:
+    if added := [name for name in strings(mapping(context, "capabilities"), "add") if name != _ALLOWED_CAPABILITY]:
         yield f"capabilities.add [{', '.join(added)}]"

@@ -1,4 +1,4 @@
-"""Settings that Kubernetes and KubeRay accept but that delay or end a run once a machine is lost.
+"""Settings that Kubernetes and KubeRay accept but that delay or end a run once a machine is lost, or misplace pods.
 
 `k8s/README.md` gives the reasons. Pure; no rule trusts the shape of what it reads.
 """
@@ -33,6 +33,9 @@ _FEW_RETRIES = 3
 _DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 _DRAIN_DEFAULT_S = 30
 _GRACE_DEFAULT_S = 30
+_REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+#: Clouds that taint spot nodes with their label's key: GKE if the pool is created so, AKS always.
+_TAINTED = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
 
 def reliability_risks(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
@@ -50,6 +53,7 @@ def reliability_risks(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
         yield from _termination(role, group)
     if not mapping(cluster, "authOptions") and cluster:
         yield f"{CLUSTER}.authOptions", "without mode: token, any client that reaches the pods can run code in them"
+    yield from _placement(job)
 
 
 def _retry_settings(spec: Mapping[str, Any]) -> Iterator[LintComplaint]:
@@ -126,6 +130,43 @@ def _termination(role: str, group: Mapping[str, Any]) -> Iterator[LintComplaint]
     annotations = mapping(group, "template", "metadata", "annotations")
     if role == "worker" and annotations.get(_DO_NOT_DISRUPT) == "true":
         yield role, f"{_DO_NOT_DISRUPT}: Karpenter evicts no pod from a spot node that is reclaimed"
+
+
+def _placement(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
+    """Yield pods that may run on the wrong nodes, or on none."""
+    head = mapping(job, "spec", "rayClusterSpec", "headGroupSpec", "template", "spec")
+    is_placed = mapping(head, "nodeSelector") or _terms(head)
+    selects_spot = any(_spot_labels(mapping(group, "template", "spec")) for _, group in worker_groups(job))
+    if head and selects_spot and not is_placed:
+        yield "head", "may run on a spot node, as workers do, and losing it restarts the run: give it an affinity"
+    for where, group in worker_groups(job):
+        replicas, limit = group.get("replicas"), group.get("maxReplicas")
+        if isinstance(replicas, int) and isinstance(limit, int) and replicas > limit:
+            yield where, f"replicas ({replicas}) exceeds maxReplicas ({limit}), and KubeRay creates that many"
+        pod = mapping(group, "template", "spec")
+        if taints := [key for key in _TAINTED if key in _spot_labels(pod) and not _tolerates(pod, key)]:
+            yield where, f"selects spot nodes but does not tolerate their taint: {', '.join(taints)}"
+
+
+def _terms(pod: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return mappings(mapping(pod, "affinity", "nodeAffinity", _REQUIRED), "nodeSelectorTerms")
+
+
+def _spot_labels(pod: Mapping[str, Any]) -> set[str]:
+    """Return the spot node labels that a pod selects; of several clouds if terms are alternatives."""
+    selected: list[tuple[Any, Any]] = [*mapping(pod, "nodeSelector").items()]
+    for item in (item for term in _terms(pod) for item in mappings(term, "matchExpressions")):
+        if item.get("operator") == "In":
+            selected += [(item.get("key"), value) for value in strings(item, "values")]
+    return {key for key, value in SPOT.items() if (key, value) in selected}
+
+
+def _tolerates(pod: Mapping[str, Any], taint: str) -> bool:
+    """Return whether a pod tolerates a taint of this key, or every taint (`operator: Exists` without a key)."""
+    tolerations = mappings(pod, "tolerations")
+    return any(
+        item.get("key") == taint or (not item.get("key") and item.get("operator") == "Exists") for item in tolerations
+    )
 
 
 def claim_complaints(claim: Mapping[str, Any]) -> Iterator[LintComplaint]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,20 +25,18 @@ _ADVICE = "name a secret instead (envFrom, or valueFrom.secretKeyRef)"
 def is_credential(name: str, value: Any) -> bool:
     """Return whether a variable holds a credential in plain text.
 
-    Args:
-        name: Its name; only whole words count, so `MAX_NEW_TOKENS` is not a credential.
-        value: Its value as written. A number, a word such as `true`, or a reference to another variable is not one.
+    Only whole words of the name count, so `MAX_NEW_TOKENS` is not a credential. Neither is a value as written that is a
+    number, a word such as `true`, or a reference to another variable.
     """
     parts = [part for part in re.split(r"[^A-Z0-9]+", name.upper()) if part]
     if not isinstance(value, str) or not value or value.startswith("$") or _PLAIN.fullmatch(value):
         return False
     if _PATH_WORDS & set(parts) or (parts[-1:] == ["CREDENTIALS"] and value.startswith("/")):
         return False
-    pairs = [*zip(["", *parts], parts, strict=False)]
     return any(
         (word in _SECRET_WORDS and not (word == "TOKEN" and before in _TOKEN_PREFIXES))
         or (word == "KEY" and before in _KEY_PREFIXES)
-        for before, word in pairs
+        for before, word in itertools.pairwise(["", *parts])
     )
 
 
