@@ -18,16 +18,9 @@ class Level(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One result of a check.
-
-    Attributes:
-        level: Its severity.
-        check: The check, or the object that was checked.
-        text: What was found, and where.
-        hint: What to do.
-    """
+    """One result of a check."""
 
     level: Level
-    check: str
-    text: str
-    hint: str = ""
+    check: str  #: the check, or the object that was checked
+    text: str  #: what was found, and where
+    hint: str = ""  #: what to do

@@ -50,12 +50,7 @@ _KEY = re.compile(r"\b(?:model|data|train|checkpoint|scale|failure|track)(?:\.[a
 
 
 def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) -> list[LocatedFinding]:
-    """Return all errors of a run file.
-
-    Args:
-        path: The run file.
-        overrides: `key=value`, as for `load_run`.
-        deep: Also prepare the data, build the model, and write to the storage.
+    """Return all errors of a run file; `deep` also prepares the data, builds the model, and writes to the storage.
 
     Raises:
         ConfigError: The file cannot be read.
