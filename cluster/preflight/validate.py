@@ -20,19 +20,25 @@ from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.config.run_file import expand, load_run, override, read_run_file
-from outlast.cluster.config.yaml_lines import LocatedFinding, SettingsError, locate_findings
+from outlast.cluster.config.run_file import (
+    LocatedFinding,
+    SettingsError,
+    expand,
+    load_run,
+    locate_findings,
+    override,
+    read_run_file,
+)
 from outlast.trainers.checks.model_checks import check_architecture, check_code, check_metric, check_model
 from outlast.trainers.checks.resume_checks import check_unchanged
-from outlast.trainers.config.model import is_hub_id
-from outlast.trainers.config.task_table import is_dotted
+from outlast.trainers.config.model import is_dotted, is_hub_id
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.data.columns import choose_columns
 from outlast.trainers.data.readers import first_row, missing_column_error
 from outlast.trainers.preparation.prepare import prepare
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import check_trackers
 from outlast.trainers.user_code import make_importable
 
