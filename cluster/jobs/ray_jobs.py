@@ -5,8 +5,6 @@ the libraries. The n-th submission of a run is the job `<run>-<n>`; a run with a
 must be read from its storage, which outlives the cluster, and never from its jobs.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

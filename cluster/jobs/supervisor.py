@@ -5,8 +5,6 @@ any time. It attaches to a live job, and gives up by the rule in `restart_policy
 harmless: the newest launch wins. `decide`, which is pure, decides what to do next.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 import threading

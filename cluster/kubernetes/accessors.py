@@ -1,7 +1,5 @@
 """Accessors for a RayJob of any shape: a missing value, or one of another type, reads as empty. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ A thin layer without state: `render.py` builds the objects, `rayjob_successor.py
 successor, KubeRay does the rest. Objects of a run are found by its label; nothing else may be touched.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -3,8 +3,6 @@
 Rendering again replaces `rendered.yaml` only; every other file in the folder is the user's and must not be overwritten.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable

@@ -4,8 +4,6 @@ A RayJob that has ended never runs again; `resume` creates the next, which resum
 that of the RayJob that was applied last, which need not be the newest: `apply` always writes to the first. Pure.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ import neither torch nor ray. They must never write a secret: the run file is co
 and secrets are named, not read. Only the run's name and its storage's mount path are expanded from the environment.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import posixpath

@@ -5,8 +5,6 @@ standard library are imported where they are used (`ray_internals` is sent along
 evaluate nothing, and must leave no file behind.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Rules of `outlast doctor`: they turn the nodes' measurements into findings, each with what to do. Pure."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping

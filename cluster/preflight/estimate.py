@@ -4,8 +4,6 @@ Steps and tokens follow from the prepared data, sizes from the model built witho
 the storage and of this machine's memory. An assumption must be named as one.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The result line that `doctor` and `k8s lint` share: a level, the text, and what to do. Imports nothing of outlast."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 

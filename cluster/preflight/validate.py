@@ -5,8 +5,6 @@ the storage. The deep check prepares the data and builds the model, as `outlast 
 the prepared data is kept for the run.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import secrets

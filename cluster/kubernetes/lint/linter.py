@@ -2,8 +2,6 @@
 `kubectl apply --server-side --dry-run=server --validate=strict` has the cluster check them. Pure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ The API server accepts such an object, and the operator only writes `ValidationF
 overlooked. Groups that it cannot create pods for belong here too. Pure; no rule trusts the shape of what it reads.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,6 @@
 A pod's security context applies to each of its containers, unless the container overrides it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 `k8s/README.md` gives the reasons. Pure; no rule trusts the shape of what it reads.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Mismatches between a RayJob and the run file in its ConfigMap. Pure; no rule trusts the shape of what it reads."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Credentials written in a manifest where only their secret should be named. Pure; no message repeats a value."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping
