@@ -14,8 +14,6 @@ acknowledged: durable, and this attempt's claim is still the highest. `async_sav
 to the host while the next step computes its gradients, and written in the background, one save at a time.
 """
 
-from __future__ import annotations
-
 import json
 import socket
 import time

@@ -3,8 +3,6 @@
 Each rank reads what it needs; together they read every byte. A checkpoint that any rank finds damaged is never used.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Tokenizers: loaded from a directory or the hub, or trained on the run's data."""
 
-from __future__ import annotations
-
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ A task never uses the model's own `outputs.loss`: most heads average over the mi
 not the average over the global batch when counts differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Greedy text generation, for the predictions of `outlast try` only: training and evaluation must not use it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
