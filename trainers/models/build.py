@@ -215,6 +215,11 @@ def model_class(task: Task | type[Task], config: Any) -> Any:
     if not name:
         known = ", ".join(task.exact_classes)
         raise ConfigError(f"the task supports {known} models, not {config.model_type}", hint="check `model:`")
+    if (reason := task.refusal(config)) is not None:
+        raise ConfigError(
+            f"the task does not support {config.model_type} models: {reason}",
+            hint="set model.path or model.config to another architecture, or model.task to another task",
+        )
     return getattr(transformers, name)
 
 
