@@ -25,7 +25,7 @@ from outlast.trainers.models.canonical import align_memory, freeze_like
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
-from outlast.trainers.models.weight_names import file_naming
+from outlast.trainers.models.weight_names import file_naming, initialize_not_saved
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.user_code import describe_error
 
@@ -179,6 +179,7 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
         model = _construct(builder, config, trusted)
     if is_of_transformers and not fresh:
         model.tie_weights()
+        initialize_not_saved(model)
     return model, []
 
 
