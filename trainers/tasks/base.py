@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.config.model import TASKS
+from outlast.trainers.config.task_table import TASKS
 from outlast.trainers.data.arrow_samples import Sample, in_batches
 from outlast.trainers.data.columns import Column
 from outlast.trainers.data.tokenizer import Tokenizer
