@@ -40,7 +40,7 @@ def validate(
     overrides: Overrides = None,
     deep: Annotated[
         bool,
-        typer.Option("--deep", help="Also prepare the data (kept for the run), build the model, write to the storage."),
+        typer.Option("--deep", help="Also prepare the data (kept for the run), try the first step, write to the storage."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

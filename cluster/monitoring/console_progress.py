@@ -21,7 +21,7 @@ from outlast.cluster.monitoring.timeline_from_events import Timeline
 from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
 
 PLAIN_PERIOD_S = 10.0
-_PHASES = {"data": "preparing data", "ray": "starting workers"}
+_PHASES = {"data": "preparing data", "dry_step": "trying the first step", "ray": "starting workers"}
 #: What the driver does after an event; empty after the plan, when the run's state says it all.
 _ACTIVITIES = {
     events.GroupFailureEvent: "restarting",

@@ -209,13 +209,15 @@ def check_existing_run(config: RunConfig) -> None:
 
 
 def _prepare(config: RunConfig) -> None:
+    from outlast.trainers.checks.dry_step import dry_step
     from outlast.trainers.checks.model_checks import check_metric, check_model
     from outlast.trainers.preparation.prepare import prepare
 
     storage = open_storage(config.checkpoint.storage)
     prepared = prepare(config, storage)
     check_metric(config, prepared.facts)
-    check_model(config, prepared, storage)
+    model = check_model(config, prepared, storage)[0]
+    dry_step(config, prepared, storage, model, on_gpu=config.scale.gpus_per_worker > 0)
 
 
 def _write(config: RunConfig) -> None:
