@@ -57,7 +57,9 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def call(self, function: Callable[..., Any], *arguments: Any, limit_s: float = LIMIT_S, **named: Any) -> list[Answer]:
+    def call(
+        self, function: Callable[..., Any], *arguments: Any, limit_s: float = LIMIT_S, **named: Any
+    ) -> list[Answer]:
         """Call a function of a module on every rank."""
         if not self._processes:
             self._start()

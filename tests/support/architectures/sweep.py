@@ -17,7 +17,7 @@ from typing import Any
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.trainers.attempt import Assignment
 from tests.support.architectures import rank
-from tests.support.architectures.cases import STOPPED_AT, Case, Place, Ranks, Source, settings_of
+from tests.support.architectures.cases import STOPPED_AT, Case, Place, Source, settings_of
 from tests.support.architectures.processes import Answer, Processes
 from tests.support.groups.worker_group import Quiet, StopAt, fault
 
@@ -49,6 +49,7 @@ class Sweep:
         self.runs = {case: f"r{number}" for number, case in enumerate(self.cases)}
         self.verdicts: dict[Case, tuple[str, str]] = {}
         self.seconds: dict[Case, float] = dict.fromkeys(self.cases, 0.0)
+        self._checked: dict[Case, Answer] = {}
         self._static: dict[Case, bool] = {}
         self._whole: dict[Case, list[Any]] = {}
         (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -91,12 +92,13 @@ class Sweep:
 
     def _ended(self, case: Case, phase: str, answers: Sequence[Answer]) -> bool:
         """Record an answer that is not ok. The first of several: what follows from it says less."""
-        for kind, verdict in (("refused", REFUSED), ("error", ERROR), ("hung", ERROR), ("died", ERROR)):
+        for kind in ("refused", "error", "hung", "died"):
             found = [answer for answer in answers if answer.kind == kind]
-            # A rank that raised breaks the connection of the other, which says so.
+            # A rank that raised breaks the connection of the other, which reports that.
             found.sort(key=lambda answer: "Connection closed by peer" in str(answer.value))
             if found:
-                self._end(case, verdict, f"{phase}: {found[0].value or found[0].kind}")
+                late = "refused by the workers only: " if kind == "refused" else ""
+                self._end(case, ERROR, f"{phase}: {late}{found[0].value or kind}")
                 return True
         return False
 
@@ -114,21 +116,23 @@ class Sweep:
             assignment = self._assignment(case, "check")
         except Exception as error:  # noqa: BLE001 - it is the finding
             return self._end(case, ERROR, f"settings: {type(error).__name__}: {error}"[:300])
-        same = next((other for other in self._static if replace(other, ranks=case.ranks, killed=case.killed) == case), None)
-        if same is not None:
-            self._static[case] = self._static[same]
-            return None
-        answers = processes.call(rank.check, assignment, place.storage.url)
-        if not self._ended(case, "preflight", answers):
-            self._static[case] = answers[0].value
+        same = replace(case, ranks=Ranks.DDP if case.ranks is Ranks.ONE else case.ranks, killed=False)
+        if same not in self._checked:
+            self._checked[same] = processes.call(rank.check, assignment, place.storage.url)[0]
+        answer = self._checked[same]
+        if answer.kind == "ok":
+            self._static[case] = answer.value
+        elif answer.kind == "refused":
+            self._end(case, REFUSED, answer.value)
+        else:
+            self._end(case, ERROR, f"preflight: {answer.value or answer.kind}")
         return None
 
     def _assignment(self, case: Case, run: str, launch: str = "first") -> Assignment:
         config = self.place.config(case, run)
         prepared = self.place.prepared(case.task, case.source)
         declared = config.model_dump(mode="json", by_alias=True)
-        static = {"static_graph": self._static[case]} if "static_graph" in Assignment.__slots__ and run != "check" else {}
-        return Assignment(config, declared, launch, prepared, **static)
+        return Assignment(config, declared, launch, prepared, static_graph=run != "check" and self._static[case])
 
     def _train_whole(self, case: Case, processes: Processes) -> None:
         run, reload = self.runs[case], case.rows == 2 and not case.killed
@@ -143,13 +147,13 @@ class Sweep:
 
     def _interrupt(self, case: Case, processes: Processes) -> None:
         assignment = self._assignment(case, f"{self.runs[case]}-again")
-        control, is_killed = StopAt(STOPPED_AT), case.killed
-        if is_killed:
+        control: Quiet = StopAt(STOPPED_AT)
+        if case.killed:
             (folder := self.place.folder / "faults" / self.runs[case]).mkdir(parents=True)
             strike = fault(FaultPoint.STEP, STOPPED_AT + 1, 0, FaultAction.SIGKILL, folder)
-            assignment, control = replace(assignment, faults=(strike,)), StopAt(STOPPED_AT + 2)
+            assignment, control = replace(assignment, faults=(strike,)), Quiet()
         answers = processes.call(rank.train, assignment, self.place.storage.url, control, reload=False)
-        if is_killed:
+        if case.killed:
             if not Path(strike.record).exists() or answers[0].kind != "died":
                 self._end(case, ERROR, f"the fault did not fire: {answers}"[:300])
         elif not self._ended(case, "training again", answers) and answers[0].value["outcome"] != "stopped":
@@ -159,11 +163,11 @@ class Sweep:
         run, url = f"{self.runs[case]}-again", self.place.storage.url
         answers = processes.call(rank.train, self._assignment(case, run, "second"), url, Quiet(), reload=False)
         if self._ended(case, "resume", answers):
-            return
+            return None
         for number, (whole, answer) in enumerate(zip(self._whole[case], answers, strict=True)):
             theirs, ours = whole["digests"], answer.value["digests"]
-            other = [name for name in theirs if ours.get(name) != theirs[name]] + [name for name in ours if name not in theirs]
-            if other:
+            names = dict.fromkeys([*theirs, *ours])
+            if other := [name for name in names if ours.get(name) != theirs.get(name)]:
                 why = f"rank {number}: {len(other)} of {len(theirs)} tensors, first {other[0]}"
                 return self._end(case, DIFFERS, f"{why}; {self._first_loss(case)}")
         if loss := self._first_loss(case):
@@ -185,6 +189,3 @@ def sweep(folder: Path, cases: Sequence[Case], num_parts: int = 1) -> list[Verdi
 
 def write(path: Path, verdicts: Sequence[Verdict], seconds: float) -> None:
     path.write_text(json.dumps({"seconds": round(seconds), "verdicts": [asdict(item) for item in verdicts]}, indent=1))
-
-
-__all__ = ["Ranks", "Sweep", "Verdict", "sweep", "write"]
