@@ -17,7 +17,7 @@ from typing import Any
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.trainers.attempt import Assignment
 from tests.support.architectures import rank
-from tests.support.architectures.cases import STOPPED_AT, Case, Place, Source, settings_of
+from tests.support.architectures.cases import STOPPED_AT, Case, Place, Ranks, Source, settings_of
 from tests.support.architectures.processes import Answer, Processes
 from tests.support.groups.worker_group import Quiet, StopAt, fault
 
