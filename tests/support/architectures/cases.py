@@ -125,7 +125,7 @@ class Place:
     """
 
     folder: Path
-    _prepared: dict[tuple[str, Source], Prepared] = field(default_factory=dict)
+    _prepared: dict[tuple[str, str, bool], Prepared] = field(default_factory=dict)
 
     @property
     def storage(self) -> LocalStorage:
@@ -133,16 +133,14 @@ class Place:
 
     def config(self, case: Case, run: str) -> TrainingConfig:
         """The settings of a run."""
-        model = (
-            {"path": str(self.pretrained(case.model_type, case.task)), "task": case.task}
-            if case.source is Source.PATH
-            else {
-                "config": settings_of(case.model_type, case.task),
-                "tokenizer": {"train_bpe": VOCABULARY},
-                "task": case.task,
-            }
-        )
-        return self._config(case.task, run, model, case.rows, case.ranks)
+        if case.source is Source.PATH:
+            model: dict[str, Any] = {"path": str(self.pretrained(case))}
+        else:
+            tokenizer: dict[str, Any] = {"train_bpe": VOCABULARY}
+            if tokens_of(case) != case.task:
+                tokenizer = {"path": str(self.tokenizer_folder(tokens_of(case)))}
+            model = {"config": settings_of(case.model_type, case.task), "tokenizer": tokenizer}
+        return self._config(case.task, run, {**model, "task": case.task}, case.rows, case.ranks)
 
     def _config(
         self, task: str, run: str, model: Mapping[str, Any], rows: int = 1, ranks: Ranks = Ranks.ONE
@@ -167,24 +165,33 @@ class Place:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
 
-    def prepared(self, task: str, source: Source) -> Prepared:
-        """The data of a task, which is the same for all model types."""
-        if (task, source) not in self._prepared:
-            model = {"config": {"model_type": "gpt2"}, "tokenizer": {"train_bpe": VOCABULARY}, "task": task}
-            if source is Source.PATH:
-                model = {"path": str(self.tokenizer_folder(task)), "task": task}
-            self._prepared[task, source] = prepare(self._config(task, "data", model), self.storage)
-        return self._prepared[task, source]
+    def prepared(self, case: Case) -> Prepared:
+        """The data of a case, which is the same for all model types with such a tokenizer."""
+        tokens = tokens_of(case)
+        key = (case.task, tokens, case.source is Source.CONFIG and tokens == case.task)
+        if key not in self._prepared:
+            new = {"config": {"model_type": "gpt2"}, "tokenizer": {"train_bpe": VOCABULARY}}
+            model = new if key[2] else {"path": str(self.tokenizer_folder(tokens))}
+            config = self._config(case.task, "data", {**model, "task": case.task})
+            self._prepared[key] = prepare(config, self.storage)
+        return self._prepared[key]
 
     def tokenizer_folder(self, task: str) -> Path:
         """A directory with the tokenizer that a new model of the task would get."""
         folder = self.folder / "tokenizers" / task
         if not folder.exists():
+            prepared = self.prepared(Case("gpt2", task, Source.CONFIG, Ranks.ONE, 1))
             folder.mkdir(parents=True)
-            for name, content in tokenizer_files(self.prepared(task, Source.CONFIG).tokenizer(self.storage)).items():
+            for name, content in tokenizer_files(prepared.tokenizer(self.storage)).items():
                 (folder / name).write_bytes(content)
         return folder
 
-    def pretrained(self, model_type: str, task: str) -> Path:
+    def pretrained(self, case: Case) -> Path:
         """The directory of a pretrained model; `rank.save_pretrained` makes it."""
-        return self.folder / "pretrained" / task / model_type
+        return self.folder / "pretrained" / case.task / case.model_type
+
+
+def tokens_of(case: Case) -> str:
+    """The task whose tokenizer the model has: BART and others classify from the end token."""
+    is_pair = transformers.CONFIG_MAPPING[case.model_type]().is_encoder_decoder
+    return "seq2seq-lm" if is_pair and case.task == "sequence-classification" else case.task

@@ -17,7 +17,7 @@ from typing import Any
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.trainers.attempt import Assignment
 from tests.support.architectures import rank
-from tests.support.architectures.cases import STOPPED_AT, Case, Place, Ranks, Source, settings_of
+from tests.support.architectures.cases import STOPPED_AT, Case, Place, Ranks, Source, settings_of, tokens_of
 from tests.support.architectures.processes import Answer, Processes
 from tests.support.groups.worker_group import Quiet, StopAt, fault
 
@@ -104,10 +104,10 @@ class Sweep:
 
     def _prepare(self, case: Case, processes: Processes) -> None:
         """Save the pretrained model, and check the settings as `train` does."""
-        place, folder = self.place, self.place.pretrained(case.model_type, case.task)
+        place, folder = self.place, self.place.pretrained(case)
         if case.source is Source.PATH and not folder.exists():
             given = settings_of(case.model_type, case.task)
-            where = str(place.tokenizer_folder(case.task))
+            where = str(place.tokenizer_folder(tokens_of(case)))
             [answer] = processes.call(rank.save_pretrained, str(folder), given, case.task, where)
             if answer.kind != "ok":
                 shutil.rmtree(folder, ignore_errors=True)
@@ -130,7 +130,7 @@ class Sweep:
 
     def _assignment(self, case: Case, run: str, launch: str = "first") -> Assignment:
         config = self.place.config(case, run)
-        prepared = self.place.prepared(case.task, case.source)
+        prepared = self.place.prepared(case)
         declared = config.model_dump(mode="json", by_alias=True)
         return Assignment(config, declared, launch, prepared, static_graph=run != "check" and self._static[case])
 
