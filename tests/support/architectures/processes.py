@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from outlast.checkpointing.errors import OutlastError
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.support.architectures.rank"])
+_context.set_forkserver_preload(["tests.support.architectures.preload"])
 
 LIMIT_S = 60.0
 COLLECTIVE_S = 20.0
@@ -88,9 +87,8 @@ class Processes:
             pipe.close()
         for process in self._processes:
             process.join(0.2)
-            if process.is_alive():
-                os.kill(process.pid or 0, signal.SIGKILL)
-                process.join()
+            process.kill()
+            process.join()
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:

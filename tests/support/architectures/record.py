@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -37,7 +38,8 @@ def outcomes(verdicts: Iterable[Verdict]) -> dict[str, dict[str, dict[str, str]]
             found[key] = item
     types: dict[str, dict[str, dict[str, str]]] = {}
     for (kind, task, ranks), item in found.items():
-        text = item.verdict + (f": {item.why}" if item.why else "")
+        why = re.sub(r"/\S*?/(site-packages|part-\d+)/", "", item.why)  # a machine's paths
+        text = item.verdict + (f": {why}" if why else "")
         types.setdefault(kind, {}).setdefault(task, {})[ranks] = text
     return types
 
