@@ -29,6 +29,8 @@ from tests.support.tasks.cases import (
 )
 
 NUM_STEPS, STOPPED_AT = 4, 2
+#: Their gradient is not finite at an embedding of zeros: padding and the end of a document must be two tokens.
+DIVIDES_BY_NORM = ("dory", "gemma3n_text")
 ROWS = {
     "causal-lm": text_only,
     "masked-lm": text_only,
@@ -146,7 +148,7 @@ class Place:
         self, task: str, run: str, model: Mapping[str, Any], rows: int = 1, ranks: Ranks = Ranks.ONE
     ) -> TrainingConfig:
         data = {"train": str(self._rows(task)), "max_length": 16, "max_target_length": 8, "stride": 4}
-        train = {"steps": NUM_STEPS, "batch": 4, "micro_batch": rows, "lr": 1e-2}
+        train = {"steps": NUM_STEPS, "batch": 4, "micro_batch": rows, "lr": 1e-3}
         body = {
             "name": run,
             "seed": 11,
@@ -194,4 +196,5 @@ class Place:
 def tokens_of(case: Case) -> str:
     """The task whose tokenizer the model has: BART and others classify from the end token."""
     is_pair = transformers.CONFIG_MAPPING[case.model_type]().is_encoder_decoder
-    return "seq2seq-lm" if is_pair and case.task == "sequence-classification" else case.task
+    needs_end = is_pair and case.task == "sequence-classification"
+    return "seq2seq-lm" if needs_end or case.model_type in DIVIDES_BY_NORM else case.task
