@@ -49,7 +49,7 @@ from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.models.lora import is_adapted
 from outlast.trainers.preparation.prepare import Prepared
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import follow
 from outlast.trainers.user_code import make_importable
 

@@ -1,7 +1,5 @@
 """Predictions with a run's model for `outlast try`. A checkpoint is verified byte for byte before it is loaded."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +19,7 @@ from outlast.trainers.data.readers import BadRowCounter, read_rows, usable_rows
 from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.merge_lora import load_adapted
-from outlast.trainers.tasks.base import Record, Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Record, Task, find_task
 
 
 def choose_checkpoint(store: RunStore, which: str | None, retention: Retention) -> ResolvedCheckpoint:

@@ -4,8 +4,6 @@ Prefixes of wrappers (`module.`, `_orig_mod.`) must never reach a file: `from_pr
 an error and leave the weights random. So wrappers are removed from the module, not from names, and loading is strict.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

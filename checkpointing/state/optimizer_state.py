@@ -5,8 +5,6 @@ Under DDP every rank has the same optimizer state and writes a part of it; under
 marked by its type (`weight/step:int`), because a tensor in its place would round differently.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch
@@ -24,8 +22,7 @@ _NUMBER_NAMES = {cls.__name__: cls for cls in _NUMBERS}
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return the optimizer's per-parameter state by name, not copied.
 
-    Raises:
-        ConfigError: A value is neither a tensor nor a number.
+    Raises ConfigError for a value that is neither a tensor nor a number.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in _named_parameters(model).items():

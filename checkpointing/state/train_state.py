@@ -3,8 +3,6 @@
 Names, types and shards are computed once per save or restore. Nothing here communicates or copies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

@@ -9,14 +9,12 @@ Credentials and endpoints come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDP
 never from a run file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import BinaryIO, TypeVar, cast
+from typing import BinaryIO, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
@@ -24,10 +22,8 @@ from pyarrow import fs
 
 from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
-from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.base import Buffer, Entry, T
 from outlast.checkpointing.storage.retry import call_with_retries
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,6 @@ A launch is one start of the driver. It checks the storage first (is the run don
 the data, and runs the workers with Ray Train. The run's store is the truth; Ray's view of the run is never used for it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 import signal
@@ -29,7 +27,7 @@ from outlast.checkpointing.run_store.claims import launch_is_superseded
 from outlast.checkpointing.run_store.liveness import LivenessFile, find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.tools.verify_run import find_model
+from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.provenance import record_provenance
 from outlast.cluster.driver.ray_data_encode import encode_on_ray

@@ -4,8 +4,6 @@ It finds what else only the first step shows, such as a token that the embedding
 the labels, and which parameters get no gradient. It changes nothing: the model is built for it, and dropped.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +23,7 @@ from outlast.trainers.loop.buffer_change_check import watch_buffers
 from outlast.trainers.loop.compile_and_recompute import enable_recomputing
 from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared
-from outlast.trainers.tasks.base import Batch, Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Batch, Task, find_task
 from outlast.trainers.user_code import describe_error
 
 #: Floating-point operations that a dry step may take: about half a minute on two cores.

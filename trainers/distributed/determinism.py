@@ -1,14 +1,12 @@
 """Deterministic kernels, and seeds of all random generators. A seed must never depend on the rank."""
 
-from __future__ import annotations
-
 import os
 import random
 
 import numpy as np
 import torch
 
-from outlast.trainers.data.seeds import derive_seed
+from outlast.trainers.data.batch_plan import derive_seed
 
 
 def seed_everything(*parts: int) -> None:

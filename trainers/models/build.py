@@ -3,8 +3,6 @@
 Errors of transformers become one ConfigError each. Nothing here may read pretrained weights that a checkpoint replaces.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress

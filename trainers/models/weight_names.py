@@ -6,8 +6,6 @@ model's own memory, so this module runs the conversion once on element numbers a
 any other conversion is refused.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Greedy text generation, for the predictions of `outlast try` only: training and evaluation must not use it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -16,8 +14,7 @@ NUM_NEW_TOKENS = 64
 def generate_continuation(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
     """Generate at most `limit` tokens greedily: the continuation of a decoder, or the output of an encoder-decoder.
 
-    Raises:
-        ConfigError: The text is empty, or as long as the model's context.
+    Raises ConfigError if the text is empty, or as long as the model's context.
     """
     if not hasattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "generate"):
         return _greedy_continuation(task, model, encoded["input_ids"], limit)

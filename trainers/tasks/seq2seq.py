@@ -1,7 +1,5 @@
 """Sequence to sequence: read a source text, generate a target text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
