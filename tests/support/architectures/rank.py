@@ -26,8 +26,7 @@ from outlast.trainers.checks.model_checks import check_architecture, check_code,
 from outlast.trainers.config.train import Parallel
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.train_loop import Loop
-from outlast.trainers.tasks.base import Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Task, find_task
 from tests.support.architectures.configurations import TABLES
 from tests.support.groups.worker_group import Quiet
 
