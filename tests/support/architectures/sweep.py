@@ -135,7 +135,7 @@ class Sweep:
         return Assignment(config, declared, launch, prepared, static_graph=run != "check" and self._static[case])
 
     def _train_whole(self, case: Case, processes: Processes) -> None:
-        run, reload = self.runs[case], case.rows == 2 and not case.killed
+        run, reload = self.runs[case], not case.killed
         answers = processes.call(
             rank.train, self._assignment(case, run), self.place.storage.url, Quiet(), reload=reload
         )
