@@ -43,6 +43,8 @@ def save_pretrained(folder: str, given: dict[str, Any], task: str, tokenizer_fol
     config = transformers.AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **given})
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
+    if task in ("sequence-classification", "token-classification"):
+        config.num_labels = 2  # as the rows have; some types have another number by default
     model = _with_head(config, task)
     model.save_pretrained(folder)
     for path in Path(tokenizer_folder).iterdir():
