@@ -165,6 +165,7 @@ class Checkpointer:
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
+            self.naming = train_state.naming
             self._committer.lineage = list(self.catalogue.accepted[index:])
             event = events.ResumeEvent(
                 step=manifest.ref.step,

@@ -106,6 +106,11 @@ class Task:
 
     # -- the head ------------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def refusal(cls, config: Any) -> str | None:
+        """Return why models of this transformers configuration cannot learn the task; None if they can."""
+        return None
+
     def configure(self, config: Any) -> None:
         """Set what the head needs in the model's configuration, such as the number of classes."""
         if config.pad_token_id is None:  # GPT-2 classifies from the last token that is not padding
