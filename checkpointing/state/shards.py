@@ -8,7 +8,7 @@ Nothing here communicates.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.torch_internals import compute_local_shape_and_global_offset
+
+#: An index or range per dimension; an index removes the dimension. Empty: the full weight.
+Cut = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,27 @@ class LocalShard:
     shape: tuple[int, ...]  #: shape of the complete tensor
     is_sharded: bool = False  #: whether the tensor is distributed over ranks; otherwise every rank holds all of it
     is_copy: bool = False  #: whether a lower rank holds the same region
+
+    def cut(self, part: Cut) -> LocalShard:
+        """Return this rank's part of a slice of the tensor, in coordinates of the slice; empty if it holds none."""
+        if not part:
+            return self
+        ranges = [item if isinstance(item, slice) else slice(item, item + 1) for item in part]
+        begins = tuple(item.start for item in ranges)
+        sliced = Region(begins, tuple(item.stop - item.start for item in ranges))
+        kept = [dim for dim, item in enumerate(part) if isinstance(item, slice)]
+        shape = tuple(sliced.shape[dim] for dim in kept)
+        common = self.region.intersection(sliced)
+        if common is None:
+            empty = (0, *shape[1:])
+            return replace(
+                self, tensor=self.tensor.new_empty(empty), region=Region((0,) * len(shape), empty), shape=shape
+            )
+        region = Region(
+            tuple(common.offset[dim] - begins[dim] for dim in kept), tuple(common.shape[dim] for dim in kept)
+        )
+        held = common.of(self.tensor, self.region)[tuple(slice(None) if dim in kept else 0 for dim in range(len(part)))]
+        return replace(self, tensor=held, region=region, shape=shape)
 
 
 def local_shard(tensor: torch.Tensor) -> LocalShard:
