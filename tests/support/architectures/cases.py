@@ -97,16 +97,19 @@ def tasks_of(model_type: str) -> list[str]:
 
 
 def cases_of(model_type: str) -> Iterator[Case]:
-    """All combinations for the type's first task, and three that differ in everything for each other one."""
+    """All combinations for the type's first task, and one for each kind of ranks for the others.
+
+    One case of each task is killed, the others are stopped.
+    """
     first, *others = tasks_of(model_type)
+    killed = (Source.PATH, Ranks.DDP, 2)
     for source, ranks, rows in product(Source, Ranks, (1, 2)):
-        yield Case(model_type, first, source, ranks, rows)
+        is_killed = (source, ranks, rows) == killed
+        yield Case(model_type, first, source, ranks, rows, is_killed)
     for task in others:
         yield Case(model_type, task, Source.CONFIG, Ranks.ONE, 2)
-        yield Case(model_type, task, Source.PATH, Ranks.DDP, 1)
-        yield Case(model_type, task, Source.PATH, Ranks.FSDP, 2)
-    for task in (first, *others):
         yield Case(model_type, task, Source.PATH, Ranks.DDP, 2, killed=True)
+        yield Case(model_type, task, Source.PATH, Ranks.FSDP, 2)
 
 
 def settings_of(model_type: str, task: str) -> dict[str, Any]:

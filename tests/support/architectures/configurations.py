@@ -210,7 +210,8 @@ def _tiny(default: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         if name in exceptions:
             given[name] = exceptions[name]
         elif isinstance(value, Mapping) and "model_type" in value:
-            given[name] = {"model_type": value["model_type"], **_tiny(value, value["model_type"])}
+            part = {key: True for key in ("is_decoder", "add_cross_attention") if value.get(key)}
+            given[name] = {"model_type": value["model_type"], **part, **_tiny(value, value["model_type"])}
         elif isinstance(value, int) and not isinstance(value, bool):
             small = 4 if _is_latent(default) and name == "num_key_value_heads" else _small(name, value)
             if small is not None and small != value:

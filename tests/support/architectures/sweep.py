@@ -135,10 +135,8 @@ class Sweep:
         return Assignment(config, declared, launch, prepared, static_graph=run != "check" and self._static[case])
 
     def _train_whole(self, case: Case, processes: Processes) -> None:
-        run, reload = self.runs[case], not case.killed
-        answers = processes.call(
-            rank.train, self._assignment(case, run), self.place.storage.url, Quiet(), reload=reload
-        )
+        assignment = self._assignment(case, self.runs[case])
+        answers = processes.call(rank.train, assignment, self.place.storage.url, Quiet(), reload=True)
         if self._ended(case, "training", answers):
             return
         self._whole[case] = [answer.value for answer in answers]
