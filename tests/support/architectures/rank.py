@@ -89,7 +89,7 @@ class Kept(Loop):
 
 def train(assignment: Assignment, url: str, control: Quiet, *, reload: bool) -> dict[str, Any]:
     """Run an attempt. Returns its outcome, digests of the rank's state, and how a reloaded model differs."""
-    attempt.Loop = Kept  # type: ignore[misc]
+    setattr(attempt, "Loop", Kept)  # noqa: B010 - the name is private to the module
     Kept.last = None
     world = World()
     outcome = run_attempt(assignment, LocalStorage(Path(url)), world, control)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,7 +77,7 @@ class Sweep:
             for case in self.cases
         ]
 
-    def _each(self, work: Callable[[Case, Processes], None], by_size: dict[int, Sequence[Case]]) -> None:
+    def _each(self, work: Callable[[Case, Processes], None], by_size: Mapping[int, Sequence[Case]]) -> None:
         for size, cases in by_size.items():
             with Processes(size, self.place.folder) as processes:
                 for case in cases:
