@@ -290,9 +290,16 @@ def _settle_attention(model: Any, max_length: int) -> None:
 
 
 def _check_is_causal(model: Any) -> None:
-    """Raise ConfigError for an encoder: it attends to the token that it predicts, and would learn nothing."""
-    if getattr(model.config, "is_decoder", None) is False and not model.can_generate():
-        raise ConfigError(
-            f"{type(model).__name__} is configured as an encoder: it attends to the tokens that it predicts",
-            hint="set model.config.is_decoder: true, or use a decoder such as gpt2 or llama",
-        )
+    """Raise ConfigError if the model attends to the tokens that it predicts: it would learn nothing."""
+    config = model.config
+    remedies = {
+        "is_decoder: true": getattr(config, "is_decoder", None) is False and not model.can_generate(),
+        "causal: true": getattr(config, "causal", None) is False,  # XLM
+        "attn_type: uni": getattr(config, "attn_type", None) == "bi",  # XLNet
+    }
+    for remedy, is_needed in remedies.items():
+        if is_needed:
+            raise ConfigError(
+                f"{type(model).__name__} is configured as an encoder: it attends to the tokens that it predicts",
+                hint=f"set model.config.{remedy}, or use a decoder such as gpt2 or llama",
+            )
