@@ -27,7 +27,7 @@ from outlast.checkpointing.save import writer
 from outlast.checkpointing.save.writer import weight_files
 from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
-from outlast.checkpointing.state.shards import Region
+from outlast.checkpointing.state.shards import LocalShard, Region
 from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.groups.ranks import on_ranks
 
@@ -265,3 +265,36 @@ def test_weights_are_split_in_order(limit: int, expected: dict[str, list[str]]) 
     }
     specs["c"] = TensorSpec(torch.float16, (8,))
     assert weight_files(specs, limit) == expected
+
+
+@st.composite
+def shards_and_cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], Region, tuple[int | slice, ...]]:
+    """The shape of a tensor, the rows of it that a rank holds, and a slice of it that is a weight in a file."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=2, max_size=3)))
+    begin = draw(st.integers(0, shape[0]))
+    rows = draw(st.integers(0, shape[0] - begin))
+    cut: list[int | slice] = []
+    for length in shape:
+        first = draw(st.integers(0, length - 1))
+        cut.append(first if draw(st.booleans()) else slice(first, draw(st.integers(first + 1, length))))
+    if not any(isinstance(item, slice) for item in cut):
+        cut[-1] = slice(0, shape[-1])
+    return shape, Region((begin if rows else 0, *(0,) * (len(shape) - 1)), (rows, *shape[1:])), tuple(cut)
+
+
+@given(shards_and_cuts())
+def test_a_slice_of_a_shard_is_the_shard_of_a_slice(
+    given_: tuple[tuple[int, ...], Region, tuple[int | slice, ...]],
+) -> None:
+    shape, region, cut = given_
+    whole = torch.arange(1, prod(shape) + 1).reshape(shape)
+    held = region.of(whole, Region.whole(shape))
+    part = LocalShard(held, region, shape, is_sharded=True).cut(cut)
+    assert part.shape == tuple(whole[cut].shape)
+    assert part.region.shape == tuple(part.tensor.shape)
+    assert torch.equal(part.region.of(whole[cut], Region.whole(part.shape)), part.tensor)
+    mine = torch.zeros_like(whole)
+    region.of(mine, Region.whole(shape)).fill_(1)
+    assert part.tensor.numel() == mine[cut].sum()
+    if part.tensor.numel():
+        assert part.tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
