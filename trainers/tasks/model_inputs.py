@@ -17,6 +17,7 @@ def run_model(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
 
     - Padding becomes the token that the model's own configuration calls so: GPT-like models classify from the last
       token that is not that one.
+    - RoBERTa-like models have one type of tokens, and a tokenizer may give two.
     - XLNet, which classifies from the last position, gets the padding on the left.
     - Funnel pools pairs of positions in each block but the first, and fails if too few remain: it gets more padding.
 
@@ -29,6 +30,8 @@ def run_model(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     config = getattr(inner, "config", None)
     padding, model_type = getattr(config, "pad_token_id", None), getattr(config, "model_type", None)
+    if (getattr(config, "type_vocab_size", None) or 2) < 2:
+        inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     if isinstance(padding, int):
         inputs = {**inputs, "input_ids": ids.masked_fill(mask == 0, padding)}
     summary = getattr(getattr(inner, "sequence_summary", None), "summary_type", "first")

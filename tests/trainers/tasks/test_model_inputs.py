@@ -22,6 +22,7 @@ SIZES = {
     "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32},
     "xlm": {"emb_dim": 16, "n_layers": 1, "n_heads": 2},
     "flaubert": {"emb_dim": 16, "n_layers": 1, "n_heads": 2},
+    "roberta": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
     "funnel": {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [1, 1, 1]},
 }
@@ -34,7 +35,8 @@ def word_tokenizer(pair: str, single: str, **options: Any) -> Any:
     special = [("<cls>", 1), ("<sep>", 2)]
     inner.post_processor = tokenizers.processors.TemplateProcessing(single, pair, special)
     names = {name: f"<{name[:-6]}>" for name in ("pad_token", "cls_token", "sep_token", "mask_token", "unk_token")}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names, **options)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=inputs, **names, **options)
 
 
 def bert_like() -> Any:
@@ -76,6 +78,7 @@ def test_xlnet_classifies_as_with_the_collator_of_transformers() -> None:
     task, model = make("sequence-classification", "xlnet", tokenizer, pad_token_id=0)
     plain = DataCollatorWithPadding(tokenizer)([tokenizer(text) for text in TEXTS])
     assert plain["input_ids"][1, 0] == WORDS["<pad>"]
+    assert plain["token_type_ids"].max() == 2
     ours = task.forward(model, batch_of(task, [{"text": text} for text in TEXTS])).logits
     torch.testing.assert_close(ours, model(**plain).logits)
 
@@ -88,6 +91,14 @@ def test_a_summary_that_reads_padding_is_refused(model_type: str, kind: str) -> 
     task, model = make("sequence-classification", model_type, bert_like(), summary_type=kind, pad_token_id=0)
     with pytest.raises(ConfigError, match=f"would read padding: the summary_type of its configuration is '{kind}'"):
         task.forward(model, batch_of(task, [{"text": text} for text in TEXTS]))
+
+
+def test_the_second_text_of_a_pair_has_no_type_of_its_own_in_roberta() -> None:
+    task, model = make("sequence-classification", "roberta", bert_like(), type_vocab_size=1)
+    batch = batch_of(task, [{"text": "a b", "text_pair": "c"}])
+    assert batch["token_type_ids"].max() == 1
+    plain = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert torch.equal(task.forward(model, batch).logits, plain)
 
 
 def test_the_last_token_is_found_where_the_model_calls_another_token_padding() -> None:
