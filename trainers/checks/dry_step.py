@@ -29,6 +29,8 @@ from outlast.trainers.user_code import describe_error
 
 #: Floating-point operations that a dry step may take: about half a minute on two cores.
 MAX_OPERATIONS = 2e12
+#: Share of the largest logit by which logits may differ for other reasons than a token that they depend on.
+MAX_LEAK = 1e-4
 #: Words of errors that may come from the host having no GPU.
 _NEEDS_GPU = re.compile(r"cuda|triton|\bgpu|flash|not implemented", re.IGNORECASE)
 
@@ -95,6 +97,8 @@ def dry_step(
     for guard in guards:
         guard.check()
     _check_modules(modules, model)
+    if task.auto_class == "AutoModelForCausalLM" and _is_of_libraries(model, task):
+        _check_is_causal(model, task, batch)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     unused = tuple(name for name, parameter in trained if parameter.grad is None)
     if len(unused) == len(trained):
@@ -148,12 +152,42 @@ def _check_modules(before: dict[str, nn.Module], model: nn.Module) -> None:
             )
 
 
+def _check_is_causal(model: nn.Module, task: Task, batch: Batch) -> None:
+    """Raise ConfigError if the prediction of a token depends on the token: the model would learn to copy it."""
+    [ids] = batch["input_ids"][:1]
+    ids = ids[: int(batch["attention_mask"][0].sum())] if "attention_mask" in batch else ids
+    other = ids.clone()
+    other[-1] = ids[-1] - 1 if ids[-1] else 1
+    model.eval()
+    with torch.no_grad():
+        first, second = (
+            task.forward(model, {"input_ids": item[None], "attention_mask": torch.ones_like(item[None])}).logits[:, :-1]
+            for item in (ids, other)
+        )
+    if first.numel() and (first - second).abs().max() > MAX_LEAK * first.abs().max():
+        raise ConfigError(
+            f"{type(unwrap(model)).__name__} attends to the tokens that it predicts, so it would learn nothing",
+            hint="configure it as a decoder, or use a decoder such as gpt2 or llama",
+        )
+
+
+def _is_of_libraries(model: nn.Module, task: Task) -> bool:
+    """Return whether neither the model nor the task is code of the user."""
+    return type(_base_model(model)).__module__.startswith("transformers.") and type(task).__module__.startswith(
+        "outlast."
+    )
+
+
+def _base_model(model: nn.Module) -> Any:
+    inner: Any = unwrap(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 def graph_may_vary(model: nn.Module, task: Task) -> bool:
     """Return whether the trained part may differ between micro-batches: LayerDrop, separate experts, users' code."""
-    inner: Any = unwrap(model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if not type(inner).__module__.startswith("transformers.") or not type(task).__module__.startswith("outlast."):
+    if not _is_of_libraries(model, task):
         return True
+    inner = _base_model(model)
     drops = any("layerdrop" in name and value for name, value in inner.config.to_dict().items())
     return drops or any(
         name.endswith("experts") and isinstance(module, (nn.ModuleList, nn.ModuleDict))

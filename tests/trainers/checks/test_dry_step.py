@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from outlast.trainers.checks import dry_step as dry_step_module
 from outlast.trainers.checks.dry_step import DryStep, dry_step
 from outlast.trainers.checks.model_checks import check_model
 from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models import build
 from tests.support.groups.worker_group import StopAt, digests, losses, run_group
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 XLNET = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+XLNET |= {"attn_type": "uni"}
 FLAUBERT = {"model_type": "flaubert", "emb_dim": 32, "n_layers": 2, "n_heads": 4, "layerdrop": 0.5}
 SWITCH = {"model_type": "switch_transformers", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 SWITCH |= {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
@@ -47,6 +50,44 @@ def test_unused_parameters_are_named(assign: Callable[..., Assignment], storage:
 
 def test_layer_drop_makes_the_graph_vary(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
     assert not dry(assign("flaubert", sections=model(FLAUBERT, "masked-lm")), storage).static_graph
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"model_type": "bert", **BERT}, "is_decoder: true"),
+        ({**XLNET, "attn_type": "bi"}, "attn_type: uni"),
+        ({"model_type": "xlm", "emb_dim": 32, "n_layers": 2, "n_heads": 4}, "causal: true"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_an_encoder_is_no_causal_model(
+    config: dict[str, Any], remedy: str, assign: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    assignment = assign("encoder", sections=model(config))
+    with pytest.raises(ConfigError, match="attends to the tokens that it predicts") as caught:
+        check_model(assignment.config, assignment.prepared, storage)
+    assert remedy in str(caught.value.hint)
+    key, value = remedy.split(": ")
+    config = {**config, key: {"true": True}.get(value, value)}
+    assert not dry(assign("encoder", sections=model(config)), storage).skipped
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "chat"])
+def test_a_prediction_that_depends_on_the_predicted_token(
+    task: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the architecture's configuration says."""
+    monkeypatch.setattr(build, "_check_is_causal", lambda model: None)
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
+    rows.write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    sections = model({"model_type": "bert", **BERT}, task)
+    if task == "chat":
+        template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        sections["data"] = {"train": str(rows), "chat_template": template, "max_length": 32}
+    with pytest.raises(ConfigError, match="BertLMHeadModel attends to the tokens that it predicts, so it would learn"):
+        dry(assign("leak", sections=sections), storage)
 
 
 def test_a_large_model_is_not_tried(
