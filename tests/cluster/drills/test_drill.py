@@ -15,7 +15,8 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import read_record, write_record
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.drills.drill import FaultKind, FinalState, differences, parse_faults
+from outlast.cluster.drills.comparison import FinalState, differences
+from outlast.cluster.drills.drill import FaultKind, parse_faults
 from tests.support.groups.worker_group import tiny_config
 from tests.support.s3_server import s3_server
 
