@@ -340,7 +340,8 @@ class Checkpointer:
         files: Mapping[str, bytes] | None = None,
     ) -> RankPayload:
         """Build this rank's payload from the model's own tensors."""
-        small = {**self.files, **(files or {}), layout.LOOP_STATE: _json(loop_state or {})}
+        text = json.dumps(loop_state or {}, indent=1, sort_keys=True).encode() + b"\n"
+        small = {**self.files, **(files or {}), layout.LOOP_STATE: text}
         small = small if self.ranks.rank == 0 else {}
         return RankPayload.of(step, train_state, self.ranks, small, self._max_shard_bytes)
 
@@ -402,10 +403,6 @@ class Checkpointer:
         if self.journal is not None:
             self.journal.write(event)
             self.listener(event.to_json())
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def _rejections(rejected: list[RejectedCheckpoint]) -> tuple[events.Rejection, ...]:

@@ -20,7 +20,7 @@ from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointR
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
 from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.storage.base import read_bytes, walk
+from outlast.checkpointing.storage.base import list_directories, read_bytes, walk
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.retry import retry
 
@@ -102,7 +102,7 @@ def newest_sealed(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _steps(storage: LocalStorage) -> list[int | None]:
-    return retry(lambda: [parse_checkpoint(entry.name) for entry in storage.list("") if entry.num_bytes is None])
+    return retry(lambda: [parse_checkpoint(name) for name in list_directories(storage, "")])
 
 
 def _inspect_on_all(ranks: RankGroup, storage: LocalStorage, directory: str) -> tuple[bool, list[str]]:

@@ -18,10 +18,10 @@ import outlast.checkpointing
 import outlast.cluster
 import outlast.trainers
 from outlast.checkpointing.format.layout import checkpoint_dir
-from outlast.checkpointing.format.safetensors import decode
 from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.storage.local import LocalStorage
 from tests.conftest import Reference
+from tests.support.decoded_safetensors import decode
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ["checkpointing", "trainers", "cluster"]

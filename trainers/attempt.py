@@ -28,6 +28,7 @@ from outlast.checkpointing.storage.retry import wait_until_responsive
 from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.checks.resume_checks import (
     check_base_model,
+    check_layout,
     check_model_config,
     check_samples,
     check_unchanged,
@@ -48,7 +49,7 @@ from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.models.lora import is_adapted
 from outlast.trainers.preparation.prepare import Prepared
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import follow
 from outlast.trainers.user_code import make_importable
 
@@ -63,6 +64,7 @@ class Assignment:
         launch: The launch that this attempt belongs to.
         prepared: The prepared data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
+        static_graph: Whether a dry step found that each backward pass gives every trained parameter a gradient.
         code: Directory of the user's Python files; made importable if it exists.
         faults: Faults to arm.
         track: Experiment trackers; None for none.
@@ -73,6 +75,7 @@ class Assignment:
     launch: str
     prepared: Prepared
     num_threads: int = 1
+    static_graph: bool = False
     code: str = ""
     faults: Sequence[faults.FaultSpec] = field(default_factory=tuple)
     track: TrackSettings | None = None
@@ -100,7 +103,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     check_unchanged(base, config, assignment.prepared.fingerprint)
     check_samples(base, checkpointer.declaration)
     num_threads = int(base.get("num_threads", assignment.num_threads))
-    checkpointer.declaration["num_threads"] = num_threads
+    static_graph = bool(base.get("static_graph", assignment.static_graph))
+    checkpointer.declaration |= {"num_threads": num_threads, "static_graph": static_graph}
     make_deterministic(config.deterministic, num_threads)
 
     tokenizer = assignment.prepared.tokenizer(storage)
@@ -109,6 +113,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
     checkpointer.naming = weight_naming(model)
     check_model_config(checkpointer)
+    check_layout(checkpointer, base, model)
     if is_adapted(model):
         check_base_model(checkpointer, base, model)
     record_changes(checkpointer, base, config.exactness)
@@ -128,6 +133,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         assignment.prepared.split(storage, "eval") if has_eval else None,
         control,
         listeners=[tracking.apply],
+        static_graph=static_graph,
     )
     world.mark("data")
     with tracking:

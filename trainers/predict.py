@@ -21,8 +21,7 @@ from outlast.trainers.data.readers import BadRowCounter, read_rows, usable_rows
 from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.merge_lora import load_adapted
-from outlast.trainers.tasks.base import Record, Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Record, Task, find_task
 
 
 def choose_checkpoint(store: RunStore, which: str | None, retention: Retention) -> ResolvedCheckpoint:

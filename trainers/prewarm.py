@@ -12,7 +12,7 @@ import transformers
 
 from outlast.trainers.models.build import model_class
 from outlast.trainers.models.transformers_internals import get_checkpoint_conversion_mapping, model_mapping
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import find_task
 
 
 def prewarm(task: str, model_type: str | None) -> None:

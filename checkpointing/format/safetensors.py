@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-Buffer = bytes | memoryview
+from outlast.checkpointing.storage.base import Buffer
 
 DTYPES = {
     "F64": torch.float64,
@@ -95,12 +95,6 @@ def stream(
         yield tensor_bytes(fetch(name))
 
 
-def decode(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors in a file as views of `buffer`, a contiguous uint8 tensor. Raises SafetensorsError."""
-    offsets, _ = parse_header(bytes_view(buffer), buffer.numel())
-    return {name: as_tensor(buffer[begin : begin + spec.num_bytes], spec) for name, (spec, begin) in offsets.items()}
-
-
 def header_bytes(data: Buffer) -> int:
     """Return how many bytes `parse_header` needs, from a file's first eight."""
     return 8 + int.from_bytes(data[:8], "little")
@@ -109,8 +103,7 @@ def header_bytes(data: Buffer) -> int:
 def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str, str]]:
     """Parse the start of a file, at least `header_bytes`; return each tensor's spec and first byte, and the metadata.
 
-    Raises:
-        SafetensorsError: The header does not describe a file of `num_bytes`.
+    Raises SafetensorsError if the header does not describe a file of `num_bytes`.
     """
     try:
         length = int.from_bytes(data[:8], "little")
@@ -136,10 +129,3 @@ def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[TensorSp
     if begin + expected != num_bytes:
         raise SafetensorsError(f"{num_bytes - begin - expected} bytes belong to no tensor")
     return offsets, metadata
-
-
-def as_tensor(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """Reinterpret a one-dimensional uint8 tensor as `spec`; a view, unless it is misaligned."""
-    is_misaligned = data.storage_offset() % spec.dtype.itemsize or data.data_ptr() % spec.dtype.itemsize
-    aligned = data.clone() if is_misaligned else data
-    return aligned.view(spec.dtype).reshape(spec.shape)

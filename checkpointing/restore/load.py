@@ -27,12 +27,8 @@ def restore(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Load a checkpoint if every rank finds it intact. Every rank calls it.
 
-    Returns:
-        Its loop state, on every rank; or None and the faults, one line per file. The weights may then be a mixture.
-
-    Raises:
-        ConfigError: The checkpoint is of another model, or has no optimizer state.
-        StorageError: It could not be read, which proves nothing.
+    Returns its loop state, on every rank; or None and the faults, one line per file: the weights may then be a mixture.
+    Raises ConfigError if it is of another model or lacks optimizer state, and StorageError, which proves nothing.
     """
     storage, directory = store.storage, store.checkpoint_dir(manifest.ref)
     headers = ranks.run_on_all(lambda: _read_headers(storage, directory, manifest, ranks))

@@ -24,7 +24,7 @@ import xxhash
 
 from outlast.checkpointing.errors import DamagedError
 from outlast.checkpointing.format.layout import STATE_DIR
-from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest
+from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry, Manifest
 from outlast.checkpointing.format.safetensors import (
     SafetensorsError,
     TensorSpec,
@@ -55,27 +55,12 @@ class StoredTensor:
 Index = dict[str, list[StoredTensor]]
 
 
-def _truncated(entry: FileEntry, num_bytes: int) -> DamagedError:
-    return DamagedError(f"{entry.path}: truncated to {num_bytes:,} of {entry.num_bytes:,} bytes")
-
-
-def _longer(entry: FileEntry) -> DamagedError:
-    return DamagedError(f"{entry.path}: longer than the {entry.num_bytes:,} bytes that were committed")
-
-
-def _changed(entry: FileEntry, block: int | None) -> DamagedError:
-    where = "by its whole digest" if block is None else f"first in the 16 MiB block at byte {block * BLOCK_BYTES:,}"
-    return DamagedError(f"{entry.path}: bytes changed, {where}")
-
-
 def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
     """Read the index of a safetensors file from its verified header. Raises as `read_verified`."""
     head = b""
     try:
-        for number in range(len(entry.blocks)):
-            block = torch.empty(_block_bytes(entry, number), dtype=torch.uint8)
-            _read_block(storage, directory, entry, number, bytes_view(block))
-            head += bytes_view(block)
+        for block in read_blocks(storage, directory, entry):
+            head += block
             if len(head) >= header_bytes(head):
                 break
         places, metadata = parse_header(head, entry.num_bytes)
@@ -107,16 +92,16 @@ def _read_block_once(
         with storage.open(f"{directory}/{entry.path}") as file:
             position = _fill(file, begin, into)
             if position < end:
-                raise _truncated(entry, position)
+                raise DamagedError(f"{entry.path}: truncated to {position:,} of {entry.num_bytes:,} bytes")
             if end == entry.num_bytes and file.seek(0, os.SEEK_END) > end:
-                raise _longer(entry)
+                raise DamagedError(f"{entry.path}: longer than the {end:,} bytes that were committed")
     except FileNotFoundError:
         raise DamagedError(f"{entry.path}: missing") from None
     digest = xxhash.xxh3_64()
     for view in into:
         digest.update(view)
-    if digest.hexdigest() != entry.blocks[number]:
-        raise _changed(entry, number)
+    if end > begin and digest.hexdigest() != entry.blocks[number]:  # an empty file has no block
+        raise DamagedError(f"{entry.path}: bytes changed, first in the 16 MiB block at byte {begin:,}")
 
 
 def _fill(file: BinaryIO, position: int, into: Sequence[memoryview]) -> int:
@@ -280,39 +265,11 @@ def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[
 
 
 def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
-    """Read and verify a file as a uint8 tensor of shape [num_bytes].
-
-    Raises:
-        DamagedError: The file is missing or differs.
-        StorageError: It could not be read.
-    """
-    return retry(lambda: _read_verified(storage, directory, entry))
-
-
-def _read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
+    """Read a file as a uint8 tensor. Raises DamagedError if it is missing or differs, and StorageError."""
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    view = bytes_view(buffer)
-    digester, position = Digester(), 0
-    try:
-        with storage.open(f"{directory}/{entry.path}") as file:
-            while position < entry.num_bytes:
-                part = view[position : position + BLOCK_BYTES]
-                count = file.readinto(part)  # type: ignore[attr-defined]
-                if not count:
-                    break
-                digester.update(part[:count])
-                position += count
-            is_longer = bool(file.read(1))
-    except FileNotFoundError:
-        raise DamagedError(f"{entry.path}: missing") from None
-    if position < entry.num_bytes:
-        raise _truncated(entry, position)
-    if is_longer:
-        raise _longer(entry)
-    actual = digester.entry(entry.path)
-    if actual != entry:
-        pairs = zip(actual.blocks, entry.blocks, strict=False)
-        raise _changed(entry, next((number for number, (a, b) in enumerate(pairs) if a != b), None))
+    for number in range(max(1, len(entry.blocks))):
+        part = buffer[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+        _read_block(storage, directory, entry, number, bytes_view(part))
     return buffer
 
 

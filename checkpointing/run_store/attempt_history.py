@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -68,14 +69,14 @@ class AttemptEnd:
 
 
 def end_of_attempt(
-    final: events.FinalEvent | None,
-    failed: events.AttemptErrorEvent | None,
-    failure: events.GroupFailureEvent | None,
-    resize: events.ResizeEvent | None,
     alive: Mapping[str, Any],
     *,
-    has_successor: bool,
-    is_open: bool,
+    final: events.FinalEvent | None = None,
+    failed: events.AttemptErrorEvent | None = None,
+    failure: events.GroupFailureEvent | None = None,
+    resize: events.ResizeEvent | None = None,
+    has_successor: bool = False,
+    is_open: bool = False,
 ) -> AttemptEnd:
     """Derive how an attempt ended from its own records and those of its launch.
 
@@ -194,24 +195,18 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
         failures = [event for event in launch_events if isinstance(event, events.GroupFailureEvent)]
         failure_of = {event.attempt: event for event in failures}
         digest, own = alive.get("settings", ""), attempts_of.get(launch, [])
-        dated: list[tuple[float, AttemptRecord]] = [
-            (
-                event.t,
-                AttemptRecord(
-                    end_of_attempt(None, None, event, None, alive, has_successor=True, is_open=False), digest
-                ),
-            )
+        dated = [
+            (event.t, AttemptRecord(end_of_attempt(alive, failure=event), digest))
             for event in failures
             if event.attempt == "unclaimed" and event.t >= began_at
         ]
         for attempt in own:
-            claim, failure = claims[attempt], failure_of.get(str(attempt))
-            steps = committed[attempt]
-            has_successor, is_open = attempt != own[-1], launch == live
-            item = _read_record(
-                store, attempt, claim, steps, failure, alive, has_successor=has_successor, is_open=is_open
+            failure = failure_of.get(str(attempt))
+            end = partial(
+                end_of_attempt, alive, failure=failure, has_successor=attempt != own[-1], is_open=launch == live
             )
-            dated.append((claim.get("claimed_at", 0.0), item))
+            item = _read_record(store, attempt, claims[attempt], committed[attempt], failure, end)
+            dated.append((claims[attempt].get("claimed_at", 0.0), item))
         if not dated and not failures and launch != live:
             records += _launch_without_attempts(alive)
         records += [item for _, item in sorted(dated, key=lambda pair: pair[0])]
@@ -238,12 +233,9 @@ def _read_record(
     claim: Mapping[str, Any],
     commits: tuple[int, ...],
     failure: events.GroupFailureEvent | None,
-    alive: Mapping[str, Any],
-    *,
-    has_successor: bool,
-    is_open: bool,
+    end: Callable[..., AttemptEnd],
 ) -> AttemptRecord:
-    """Read the record of an attempt; see `end_of_attempt` for the arguments."""
+    """Read the record of an attempt; `end` is `end_of_attempt` with what its launch recorded."""
     resume: events.ResumeEvent | None = None
     final: events.FinalEvent | None = None
     failed: events.AttemptErrorEvent | None = None
@@ -262,7 +254,7 @@ def _read_record(
             case events.NonFiniteEvent():
                 has_begun = True
     return AttemptRecord(
-        end_of_attempt(final, failed, failure, None, alive, has_successor=has_successor, is_open=is_open),
+        end(final=final, failed=failed),
         settings=settings_digest(claim.get("settings", {})),
         commits=commits,
         attempt=attempt,

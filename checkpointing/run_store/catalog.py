@@ -20,14 +20,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from outlast.checkpointing.format.layout import (
-    MANIFEST,
-    AttemptId,
-    CheckpointRef,
-    parse_checkpoint,
-)
+from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
 from outlast.checkpointing.run_store.deletion import deletions
 from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
@@ -73,10 +68,7 @@ class Catalog:
 def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
     """Read the manifest of a checkpoint.
 
-    Raises:
-        FileNotFoundError: It does not exist.
-        ManifestError: It is damaged, or belongs to another checkpoint.
-        StorageError: The read failed.
+    Raises FileNotFoundError, ManifestError if it is damaged or belongs to another checkpoint, and StorageError.
     """
     manifest = Manifest.parse(read_bytes(store, f"{store.checkpoint_dir(ref)}/{MANIFEST}"))
     if manifest.ref != ref:
@@ -96,6 +88,8 @@ def build_catalog(store: RunStore, below: AttemptId | None = None, doubtful: Col
 
     With `below` only lower attempts count, as for an attempt that chooses its own resume point.
     """
+    owner: AttemptId | None = None
+    accepted: list[Manifest] = []
     rejected: list[RejectedCheckpoint] = []
     for attempt in reversed(list_attempts(store)):
         if below is not None and attempt >= below:
@@ -105,28 +99,22 @@ def build_catalog(store: RunStore, below: AttemptId | None = None, doubtful: Col
         if valid:
             older, damaged, missing = _read_manifests(store, valid[0].lineage)
             rejected += damaged + _lost_commits(store, missing)
-            refused = sorted(rejected, key=_newest_first)
-            return Catalog(attempt, (*valid, *older), tuple(refused), frozenset(doubtful))
-    return Catalog(None, (), tuple(sorted(rejected, key=_newest_first)))
-
-
-def _newest_first(item: RejectedCheckpoint) -> tuple[int, int, str]:
-    return (-item.ref.step, -item.ref.attempt.number, item.ref.attempt.nonce)
+            owner, accepted = attempt, valid + older
+            break
+    rejected.sort(key=lambda item: item.ref, reverse=True)
+    return Catalog(owner, tuple(accepted), tuple(rejected), frozenset(doubtful))
 
 
 def _read_attempt(store: RunStore, attempt: AttemptId) -> tuple[list[Manifest], list[RejectedCheckpoint]]:
     """Return an attempt's own commits: the intact ones, newest first, and those that are damaged or lost."""
     directory = store.attempt_dir(attempt)
-    folders = [entry.name for entry in store.list(directory) if entry.num_bytes is None]
-    steps = {step for step in map(parse_checkpoint, folders) if step is not None}
-    committed = _standing_commits(store, directory)
-    refs = [CheckpointRef(step, attempt) for step in steps | committed]
-    valid, damaged, missing = _read_manifests(store, refs)
-    return valid, damaged + _lost_commits(store, [ref for ref in missing if ref.step in committed])
+    committed = {CheckpointRef(step, attempt) for step in _standing_commits(store, directory)}
+    valid, damaged, missing = _read_manifests(store, committed.union(list_checkpoints_of(store, attempt)))
+    return valid, damaged + _lost_commits(store, [ref for ref in missing if ref in committed])
 
 
 def _read_manifests(
-    store: RunStore, refs: Sequence[CheckpointRef]
+    store: RunStore, refs: Collection[CheckpointRef]
 ) -> tuple[list[Manifest], list[RejectedCheckpoint], list[CheckpointRef]]:
     """Return the intact, the damaged and the missing ones, each newest first."""
     valid: list[Manifest] = []
@@ -147,10 +135,8 @@ def _lost_commits(store: RunStore, missing: Sequence[CheckpointRef]) -> list[Rej
     lost = set(missing) - deletions(store) if missing else set()
     if lost:  # a deletion may have been recorded after the journal was read
         lost -= deletions(store.fresh())
-    return [RejectedCheckpoint(ref, (_MISSING_MANIFEST,)) for ref in missing if ref in lost]
-
-
-_MISSING_MANIFEST = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
+    reason = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
+    return [RejectedCheckpoint(ref, (reason,)) for ref in missing if ref in lost]
 
 
 def _standing_commits(store: RunStore, directory: str) -> set[int]:

@@ -12,21 +12,26 @@ from concurrent.futures import ThreadPoolExecutor
 from types import UnionType
 from typing import Any
 
-from outlast.checkpointing.format.layout import CLAIM, AttemptId
+from outlast.checkpointing.format.layout import CLAIM, AttemptId, CheckpointRef, parse_checkpoint
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.base import list_directories, read_object
 from outlast.checkpointing.storage.retry import retry
 
 
 def list_attempts(store: RunStore) -> list[AttemptId]:
     """Return every claim of the run, lowest first."""
-    entries = retry(lambda: store.list(store.attempts_dir))
-    names = (AttemptId.parse(entry.name) for entry in entries if entry.num_bytes is None)
-    return sorted(attempt for attempt in names if attempt is not None)
+    names = retry(lambda: list_directories(store, store.attempts_dir))
+    return sorted(filter(None, map(AttemptId.parse, names)))
+
+
+def list_checkpoints_of(store: RunStore, attempt: AttemptId) -> list[CheckpointRef]:
+    """Return the checkpoint directories of an attempt, committed or not."""
+    steps = map(parse_checkpoint, list_directories(store, store.attempt_dir(attempt)))
+    return [CheckpointRef(step, attempt) for step in steps if step is not None]
 
 
 def list_launches(store: RunStore) -> list[str]:
-    return [entry.name for entry in store.list(f"{store.run}/launches") if entry.num_bytes is None]
+    return list_directories(store, f"{store.run}/launches")
 
 
 def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
@@ -40,12 +45,7 @@ def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
 
 def read_claim(store: RunStore, attempt: AttemptId) -> dict[str, Any]:
     """Read a claim; empty if it is missing or damaged."""
-    try:
-        body = json.loads(read_bytes(store, f"{store.attempt_dir(attempt)}/{CLAIM}"))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return {}
-    if not isinstance(body, dict):
-        return {}
+    body = read_object(store, f"{store.attempt_dir(attempt)}/{CLAIM}")
     expected: dict[str, type | UnionType] = {"launch": str, "claimed_at": int | float}
     return {key: value for key, value in body.items() if isinstance(value, expected.get(key, object))}
 

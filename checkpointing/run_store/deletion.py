@@ -8,19 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outlast.checkpointing.format.layout import (
-    MANIFEST,
-    AttemptId,
-    CheckpointRef,
-    pins_dir,
-    prune_dir,
-    prunes_dir,
-)
+from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, pins_dir, prune_dir, prunes_dir
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.events import DeleteEvent, DeletingEvent, SparedEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, Journal, read_events
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.storage.base import walk
+from outlast.checkpointing.storage.base import list_directories, walk
 
 
 def deletions(store: RunStore) -> set[CheckpointRef]:
@@ -46,8 +39,7 @@ def exempt_pinned(
 ) -> tuple[list[CheckpointRef], set[CheckpointRef]]:
     """Announce deletions in the deleter's `journal`, whose events must be durable at once.
 
-    Returns:
-        The checkpoints that may be deleted, and those that are pinned.
+    Returns the checkpoints that may be deleted, and those that are pinned.
     """
     if not doomed:
         return [], set()
@@ -70,15 +62,11 @@ def is_being_deleted(store: RunStore, ref: CheckpointRef) -> bool:
 
 
 def list_pins(store: RunStore) -> set[CheckpointRef]:
-    entries = store.list(pins_dir(store.run))
-    names = (CheckpointRef.parse(entry.name) for entry in entries if entry.num_bytes is not None)
-    return {ref for ref in names if ref is not None}
+    files = (entry.name for entry in store.list(pins_dir(store.run)) if entry.num_bytes is not None)
+    return set(filter(None, map(CheckpointRef.parse, files)))
 
 
 def commit_journals(store: RunStore) -> list[str]:
     """Return the directories of all writers that commit or delete: attempts and prunes."""
-    prunes = [entry.name for entry in store.list(prunes_dir(store.run)) if entry.num_bytes is None]
-    return [
-        *(store.attempt_dir(attempt) for attempt in list_attempts(store)),
-        *(prune_dir(store.run, name) for name in prunes),
-    ]
+    attempts = [store.attempt_dir(attempt) for attempt in list_attempts(store)]
+    return attempts + [prune_dir(store.run, name) for name in list_directories(store, prunes_dir(store.run))]

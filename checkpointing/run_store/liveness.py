@@ -18,7 +18,7 @@ from typing import Any
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.base import Storage, read_object
 
 HEARTBEAT_S = 5.0
 GRACE_PERIOD_S = 15.0
@@ -123,8 +123,4 @@ class LivenessFile:
 
 def read_liveness(store: RunStore, launch: str) -> dict[str, Any]:
     """Read the liveness file of a launch; empty if it is missing or damaged."""
-    try:
-        body = json.loads(read_bytes(store.storage, f"{store.launch_dir(launch)}/alive.json"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}
+    return read_object(store.storage, f"{store.launch_dir(launch)}/alive.json")

@@ -42,21 +42,14 @@ class SegmentFile:
         return self.name.endswith(".parquet")
 
     @property
-    def range(self) -> tuple[int, int]:
-        return self.first, self.last
+    def segments(self) -> list[tuple[str, int]]:
+        """The segments whose events it holds."""
+        return [(self.journal, number) for number in range(self.first, self.last + 1)]
 
     def contains(self, other: SegmentFile) -> bool:
         """Return whether this compacted file contains all events of another file."""
-        return (
-            self.journal == other.journal
-            and _is_within(other.range, self.range)
-            and self.is_compacted
-            and self != other
-        )
-
-
-def _is_within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
-    return outer[0] <= inner[0] and inner[1] <= outer[1]
+        is_within = self.journal == other.journal and self.first <= other.first and other.last <= self.last
+        return self.is_compacted and is_within and self != other
 
 
 def segment_name(journal: str, number: int) -> str:
@@ -110,7 +103,8 @@ class SegmentReader:
     def __init__(self, storage: ReadableStorage, directory: str, stream: str) -> None:
         self._storage, self._directory, self._stream = storage, directory, stream
         self._sizes: dict[str, int] = {}
-        self._returned: dict[str, dict[tuple[int, int], int]] = {}  # number of events by range of segments, by journal
+        self._returned: dict[tuple[str, int], int] = {}  # number of events by segment
+        self._done: set[tuple[str, int]] = set()  # segments that were returned from a compacted file
         self._unreadable: set[str] = set()
 
     def new(self) -> Iterator[list[bytes] | CompactedEvents]:
@@ -135,16 +129,15 @@ class SegmentReader:
                 return
 
     def _is_given(self, file: SegmentFile) -> bool:
-        if self._sizes.get(file.name) == file.num_bytes:
-            return True
-        ranges = self._returned.get(file.journal, ())
-        return any(segments != file.range and _is_within(file.range, segments) for segments in ranges)
+        return self._sizes.get(file.name) == file.num_bytes or self._done.issuperset(file.segments)
 
     def _parse(self, file: SegmentFile, data: bytes | None) -> list[bytes] | CompactedEvents | None:
         """Return the new events of a file; None if it is gone or unreadable."""
         if data is None:
             return None
-        events: list[bytes] | CompactedEvents
+        new: list[bytes] | CompactedEvents
+        counts: tuple[int, ...]
+        known = [self._returned.get(segment, 0) for segment in file.segments]
         if file.is_compacted:
             from outlast.checkpointing.run_store.compacted_segment import CompactionError, from_parquet
 
@@ -153,24 +146,14 @@ class SegmentReader:
             except CompactionError:
                 self._unreadable.add(file.name)
                 return None
+            self._done.update(file.segments)
+            counts, new = events.counts, events.after(known) if any(known) else events
         else:
-            events = data.splitlines()
-        returned = self._returned.setdefault(file.journal, {})
-        known = [segments for segments in returned if _is_within(segments, file.range)]
-        counts = {segments: returned.pop(segments) for segments in known}
-        returned[file.range] = len(events)
+            lines = data.splitlines()
+            counts, new = (len(lines),), lines[known[0] :]
+        self._returned.update(zip(file.segments, counts, strict=False))
         self._sizes[file.name] = file.num_bytes
-        if isinstance(events, list):
-            return events[counts.get(file.range, 0) :]
-        if not counts:
-            return events
-        # Of a single segment as many as were returned; of a compacted file all, whatever lies between.
-        given = [0] * len(events.counts)
-        for (first, last), count in counts.items():
-            given[first - file.first : last - file.first + 1] = (
-                [count] if first == last else events.counts[first - file.first : last - file.first + 1]
-            )
-        return events.after(given)
+        return new
 
     def _read(self, files: list[SegmentFile]) -> Iterator[tuple[SegmentFile, bytes | None]]:
         if len(files) < 2:

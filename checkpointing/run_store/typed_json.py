@@ -71,7 +71,7 @@ def _parser(hint: Any) -> Callable[[Any], Any]:
     if hint is Any:
         return lambda value: value
     if hint in (int, float):
-        return _number(hint)
+        return partial(_number, hint)
     inner = [_parser(part) for part in get_args(hint) if part not in (NoneType, Ellipsis)]
     if get_origin(hint) is UnionType:
         return lambda value: None if value is None else inner[0](value)
@@ -91,10 +91,7 @@ def _checked(expected: type, value: Any) -> Any:
     return value
 
 
-def _number(expected: type) -> Callable[[Any], Any]:
-    def parse(value: Any) -> Any:
-        if type(value) is expected is float or (type(value) is int and -(2**63) <= value < 2**63):
-            return expected(value)
-        raise TypeError(f"{value!r} is not of type {expected.__name__}")
-
-    return parse
+def _number(expected: type, value: Any) -> Any:
+    if type(value) is expected is float or (type(value) is int and -(2**63) <= value < 2**63):
+        return expected(value)
+    raise TypeError(f"{value!r} is not of type {expected.__name__}")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
@@ -28,7 +28,6 @@ from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
 from outlast.checkpointing.storage.retry import retry
 
-T = TypeVar("T")
 EventSink = Callable[[events.Event], None]
 
 
@@ -65,20 +64,16 @@ class Committer:
             self._journal = Journal(store.storage, store.attempt_dir(attempt), 0, stream=COMMITS, flush_s=0)
 
     def note(self, event: events.Event) -> None:
-        """Write an event durably to the stream `commits` (rank 0 only)."""
-        if self._ranks.rank == 0:
-            self._journal.write(event)
+        """Write an event durably to the stream `commits`, on rank 0."""
+        self._journal.write(event)
 
     def commit(
         self, payload: RankPayload, metrics: Mapping[str, float], declaration: Mapping[str, Any], began: float
     ) -> bool:
         """Write, commit and acknowledge a checkpoint, and apply retention. Every rank calls it.
 
-        `began` is when the save began, by the monotonic clock. Returns False when this attempt is superseded.
-
-        Raises:
-            ConfigError: The step was saved before.
-            StorageError: A rank could not write. Earlier checkpoints are unchanged.
+        `began` is when the save began, by the monotonic clock. Returns False when this attempt is superseded. Raises
+        ConfigError if the step was saved before, and StorageError if a rank could not write: what was saved is intact.
         """
         if payload.step in self._begun:  # it may be committed, and only the response was lost
             raise ConfigError(
@@ -138,16 +133,14 @@ class Committer:
         try:
             pinned = deletion.list_pins(self._store.fresh())
             kept = self._retain(pinned)
-            if self._orphans_collected:
-                self._delete_pending()
-            else:
+            if not self._orphans_collected:
                 with suppress(StorageError):  # retried below
                     self._delete_pending()
                 self._abort_uploads()
                 orphans = self._find_orphans({item.ref for item in kept[1]} | pinned)
                 self._pending_deletions = list(dict.fromkeys([*self._pending_deletions, *orphans]))
                 self._orphans_collected = True
-                self._delete_pending()
+            self._delete_pending()
         except StorageError as error:
             self._emit(events.DeleteFailedEvent(doomed=tuple(map(str, self._pending_deletions)), error=error.message))
         return kept
@@ -157,7 +150,10 @@ class Committer:
         doomed, self._pending_deletions, failure = self._pending_deletions, [], None
         for ref in doomed:
             try:
-                self._delete(ref)
+                event = events.DeleteEvent(step=ref.step, attempt=str(ref.attempt))
+                self._journal.write(event)
+                self._emit(event)
+                delete_checkpoint(self._store, ref)
             except StorageError as error:
                 self._pending_deletions.append(ref)
                 failure = error
@@ -174,11 +170,9 @@ class Committer:
         keep = self._retention.keep([RetentionCandidate(item.ref, item.metrics) for item in accepted], pinned)
         doomed = [item.ref for item in accepted if item.ref not in keep]
         doomed, spared = deletion.exempt_pinned(self._store, self._journal, doomed)
-        keep |= spared
-        commits = [item for item in self.commits if item.ref in keep]
-        lineage = [item for item in self.lineage if item.ref in keep]
         self._pending_deletions += doomed
-        return commits, lineage
+        keep |= spared
+        return [item for item in self.commits if item.ref in keep], [item for item in self.lineage if item.ref in keep]
 
     def _abort_uploads(self) -> None:
         try:
@@ -190,19 +184,9 @@ class Committer:
                 self._emit(events.UploadsAbortedEvent(count=count))
 
     def _find_orphans(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
-        for attempt in claims.list_attempts(self._store.fresh()):
-            if attempt >= self._attempt:
-                return
-            for entry in self._store.storage.list(self._store.attempt_dir(attempt)):
-                step = layout.parse_checkpoint(entry.name) if entry.num_bytes is None else None
-                if step is not None and CheckpointRef(step, attempt) not in kept:
-                    yield CheckpointRef(step, attempt)
-
-    def _delete(self, ref: CheckpointRef) -> None:
-        event = events.DeleteEvent(step=ref.step, attempt=str(ref.attempt))
-        self._journal.write(event)
-        self._emit(event)
-        delete_checkpoint(self._store, ref)
+        now = self._store.fresh()
+        lower = (attempt for attempt in claims.list_attempts(now) if attempt < self._attempt)
+        return (ref for attempt in lower for ref in claims.list_checkpoints_of(now, attempt) if ref not in kept)
 
 
 def abort_orphans(store: RunStore, below: AttemptId) -> int:

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,9 @@ class StagingBuffer:
         target, position = {}, 0
         for name, part in parts.items():
             flat = self._buffer[position : position + part.tensor.numel() * part.tensor.element_size()]
-            target[name] = part.with_tensor(flat.view(part.tensor.dtype).view(part.tensor.shape))
+            target[name] = replace(part, tensor=flat.view(part.tensor.dtype).view(part.tensor.shape))
             position += _padded(part)
-        copy = HostCopy({name: (part.tensor, target[name].tensor) for name, part in parts.items()}, target)
-        try:
-            copy.begin(now)
-        except BaseException:
-            copy.close()
-            raise
-        return copy
+        return HostCopy({name: (part.tensor, target[name].tensor) for name, part in parts.items()}, target, now)
 
 
 class HostCopy:
@@ -82,17 +77,23 @@ class HostCopy:
         fenced_s: Seconds that the optimizer's step has waited for it.
     """
 
-    def __init__(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], parts: Mapping[str, LocalShard]) -> None:
+    def __init__(
+        self,
+        pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        parts: Mapping[str, LocalShard],
+        now: Collection[str],
+    ) -> None:
         self.parts = parts
         self.fenced_s = 0.0
         self._pairs = dict(pairs)
         self._done = threading.Event()
         self._on_device: Any = None
+        self._begin(now)
         # A hook of every optimizer: a second one may change the same weights.
         self._hook = register_optimizer_step_pre_hook(lambda *_: self._fence())
 
     @torch.no_grad()
-    def begin(self, now: Collection[str]) -> None:
+    def _begin(self, now: Collection[str]) -> None:
         """Copy what cannot wait; on a device, start the rest on a side stream."""
         is_on_device = any(source.is_cuda for source, _ in self._pairs.values())
         for name in now:

@@ -69,9 +69,7 @@ class RankPayload:
 def write_payload(storage: Storage, directory: str, ranks: RankGroup, payload: RankPayload) -> list[FileEntry]:
     """Write this rank's files. Every rank calls it; weights are sent over the group of `ranks`.
 
-    Raises:
-        StorageError: A write failed.
-        TypeError: safetensors does not support a dtype.
+    Raises StorageError, or TypeError for a dtype that safetensors does not support.
     """
     with ThreadPoolExecutor(2) as pool:  # weights and state at the same time
         state = pool.submit(_write_state, storage, directory, ranks, payload)

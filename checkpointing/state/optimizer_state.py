@@ -24,8 +24,7 @@ _NUMBER_NAMES = {cls.__name__: cls for cls in _NUMBERS}
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return the optimizer's per-parameter state by name, not copied.
 
-    Raises:
-        ConfigError: A value is neither a tensor nor a number.
+    Raises ConfigError for a value that is neither a tensor nor a number.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in _named_parameters(model).items():

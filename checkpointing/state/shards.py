@@ -8,7 +8,7 @@ Nothing here communicates.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,9 +55,6 @@ class LocalShard:
     shape: tuple[int, ...]  #: shape of the complete tensor
     is_sharded: bool = False  #: whether the tensor is distributed over ranks; otherwise every rank holds all of it
     is_copy: bool = False  #: whether a lower rank holds the same region
-
-    def with_tensor(self, tensor: torch.Tensor) -> LocalShard:
-        return replace(self, tensor=tensor)
 
 
 def local_shard(tensor: torch.Tensor) -> LocalShard:

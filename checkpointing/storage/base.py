@@ -10,9 +10,10 @@ that does not respond proves nothing about its content.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -57,6 +58,20 @@ def read_bytes(storage: ReadableStorage, path: str) -> bytes:
     """Read a file. Raises as `Storage.open`."""
     with storage.open(path) as file:
         return file.read()
+
+
+def read_object(storage: ReadableStorage, path: str) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing, damaged or something else. Raises StorageError."""
+    try:
+        body = json.loads(read_bytes(storage, path))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def list_directories(storage: ReadableStorage, path: str) -> list[str]:
+    """List the names of the directories directly under `path`, sorted. Raises StorageError."""
+    return [entry.name for entry in storage.list(path) if entry.num_bytes is None]
 
 
 def walk(storage: Storage, path: str) -> Iterator[Entry]:

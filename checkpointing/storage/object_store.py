@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import BinaryIO, TypeVar, cast
+from typing import BinaryIO, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
@@ -24,10 +24,8 @@ from pyarrow import fs
 
 from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
-from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.base import Buffer, Entry, T
 from outlast.checkpointing.storage.retry import call_with_retries
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -42,15 +42,8 @@ class TensorChange:
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values; NaN and infinite numbers as text."""
-        return {
-            "name": self.name,
-            "change": self.change.value,
-            "dtypes": list(self.dtypes),
-            "shapes": [None if shape is None else list(shape) for shape in self.shapes],
-            "norms": [_number(norm) for norm in self.norms],
-            "distance": _number(self.distance),
-            "largest": _number(self.largest),
-        }
+        numbers = {"distance": _number(self.distance), "largest": _number(self.largest)}
+        return asdict(self) | numbers | {"change": self.change.value, "norms": tuple(map(_number, self.norms))}
 
 
 def _number(value: float | None) -> float | str | None:
@@ -76,10 +69,7 @@ def diff_checkpoints(
 ) -> CheckpointDiff:
     """Compare weights, settings and, with `optimizer`, optimizer state. Both checkpoints are held in memory.
 
-    Raises:
-        DamagedError: One of them is damaged.
-        NoCheckpointError: One of them was deleted meanwhile.
-        StorageError: The storage failed.
+    Raises as `damage_or_deletion`, and StorageError.
     """
     ours, theirs = _tensors(first, optimizer), _tensors(second, optimizer)
     names = sorted(ours.keys() | theirs.keys())

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,9 +24,9 @@ from outlast.checkpointing.format.layout import STATE_DIR, WEIGHTS
 from outlast.checkpointing.format.safetensors import encode, tensor_bytes
 from outlast.checkpointing.restore.reader import read_tensors, read_verified
 from outlast.checkpointing.tools.query import ResolvedCheckpoint, damage_or_deletion
-from outlast.checkpointing.tools.slow_tokenizer_files import TOKENIZER, slow_tokenizer_files
 
 CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
 ADAPTER = "adapter_model"
 ADAPTER_WEIGHTS = f"{ADAPTER}.safetensors"
 _RUN_FILES = ("trainer_state.json",)  # describe the training rather than the model
@@ -87,11 +88,8 @@ def converted(content: Content, dtype: Dtype) -> Content:
             raise ConfigError(f"{name} holds values too large for {dtype.value}", hint="export with --dtype bf16")
     config = {key: value for key, value in json.loads(content.file(CONFIG)).items() if key != "torch_dtype"}
     config["dtype"] = str(dtype.torch).removeprefix("torch.")
-    return replace(content, weights=weights, files={**content.files, CONFIG: _json(config)})
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
+    text = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+    return replace(content, weights=weights, files={**content.files, CONFIG: text})
 
 
 def write_safetensors(content: Content, path: Path) -> None:
@@ -120,9 +118,7 @@ def export_directory(
 ) -> None:
     """Write a Hugging Face directory; with `old_vocab` also the vocabulary files of slow tokenizers.
 
-    Raises:
-        ConfigError: `out` exists, or the tokenizer has no such vocabulary files.
-        StorageError: Writing failed; `out` is unchanged.
+    Raises ConfigError if `out` exists or the tokenizer has no such files, and StorageError; `out` is then unchanged.
     """
     check_free([out])
     files = {**content.files, **(slow_tokenizer_files(content.file(TOKENIZER)) if old_vocab else {})}
@@ -143,16 +139,10 @@ def export_parts(
     vocab: Path | None = None,
     write_weights: WriteWeights = write_safetensors,
 ) -> list[Path]:
-    """Write weights, configuration and vocabulary files to separate paths, as far as they are given.
+    """Write weights, configuration and vocabulary files to separate paths, as far as given; return the files written.
 
     `vocab` is a directory, or with a suffix, such as `words.txt`, a single vocabulary file.
-
-    Returns:
-        The files written.
-
-    Raises:
-        ConfigError: A path exists, or the vocabulary does not fit into one file.
-        StorageError: Writing failed.
+    Raises ConfigError if a path exists or the vocabulary does not fit into one file, and StorageError.
     """
     small = {} if config is None else {config: content.file(CONFIG)}
     if vocab is not None:
@@ -196,3 +186,47 @@ def _renamed_into_place(target: Path) -> Iterator[Path]:
             shutil.rmtree(staged)
         else:
             staged.unlink(missing_ok=True)
+
+
+# -- vocabulary files of slow tokenizers: entries only, without how text is normalized and split -----------------------
+
+
+def slow_tokenizer_files(tokenizer: bytes) -> dict[str, bytes]:
+    """Convert the content of tokenizer.json. Raises ConfigError for kinds of tokenizers without such files.
+
+    Returns by name `vocab.txt` (WordPiece), or `vocab.json` and `merges.txt` (BPE); and `added_tokens.json` for tokens
+    that these lack.
+    """
+    content = json.loads(tokenizer)
+    model = content["model"]
+    model_type = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
+    if model_type == "WordPiece":
+        files = {"vocab.txt": _lines(_ordered_tokens(model["vocab"]))}
+    elif model_type == "BPE":
+        merges = [item if isinstance(item, str) else " ".join(item) for item in model["merges"]]
+        vocab = {token: model["vocab"][token] for token in sorted(model["vocab"], key=model["vocab"].__getitem__)}
+        files = {"vocab.json": _compact_json(vocab), "merges.txt": _lines(["#version: 0.2", *merges])}
+    else:
+        raise ConfigError(
+            f"{TOKENIZER} has a {model_type} model, for which there are no old-style vocabulary files",
+            hint=f"use {TOKENIZER} itself, with AutoTokenizer",
+        )
+    added = {item["content"]: item["id"] for item in content.get("added_tokens") or ()}
+    if missing := {token: number for token, number in added.items() if token not in model["vocab"]}:
+        files["added_tokens.json"] = _compact_json(missing)
+    return files
+
+
+def _ordered_tokens(vocab: Mapping[str, int]) -> list[str]:
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    if [vocab[token] for token in tokens] != list(range(len(tokens))):
+        raise ConfigError(f"the vocabulary of {TOKENIZER} skips numbers, which vocab.txt cannot express")
+    return tokens
+
+
+def _lines(lines: list[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _compact_json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

@@ -13,15 +13,9 @@ import time
 from dataclasses import dataclass
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.format.layout import (
-    AttemptId,
-    CheckpointRef,
-    parse_checkpoint,
-    pin_path,
-    prune_dir,
-)
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, pin_path, prune_dir
 from outlast.checkpointing.format.manifest import Manifest
-from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
 from outlast.checkpointing.run_store.deletion import (
     delete_checkpoint,
     deletions,
@@ -53,12 +47,7 @@ class PrunePlan:
 
 
 def plan_prune(store: RunStore, retention: Retention) -> PrunePlan:
-    """Plan a prune to a policy.
-
-    Raises:
-        ConfigError: The highest claim has fewer than two commits, or the run does not exist.
-        StorageError: The storage failed.
-    """
+    """Plan a prune to a policy. Raises ConfigError unless the highest claim has two commits, and as `load_catalog`."""
     accepted = load_catalog(store).accepted
     highest = list_attempts(store)[-1]
     own = [manifest.ref for manifest in accepted if manifest.ref.attempt == highest]
@@ -80,12 +69,7 @@ def plan_prune(store: RunStore, retention: Retention) -> PrunePlan:
 
 def _remains(store: RunStore, accepted: set[CheckpointRef]) -> tuple[CheckpointRef, ...]:
     deleted = deletions(store) - accepted
-    existing = {
-        CheckpointRef(step, attempt)
-        for attempt in {ref.attempt for ref in deleted}
-        for entry in store.list(store.attempt_dir(attempt))
-        if entry.num_bytes is None and (step := parse_checkpoint(entry.name)) is not None
-    }
+    existing = {ref for attempt in {ref.attempt for ref in deleted} for ref in list_checkpoints_of(store, attempt)}
     # Object stores may still list a directory after its last file is deleted.
     return tuple(sorted(ref for ref in existing & deleted if any(walk(store.storage, store.checkpoint_dir(ref)))))
 
@@ -93,8 +77,7 @@ def _remains(store: RunStore, accepted: set[CheckpointRef]) -> tuple[CheckpointR
 def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
     """Execute a plan and return the outcome: checkpoints that were pinned meanwhile are among those kept.
 
-    Raises:
-        StorageError: The storage failed, or a new attempt began meanwhile; the remaining checkpoints are intact.
+    Raises StorageError if the storage failed or a new attempt began meanwhile; the remaining checkpoints are intact.
     """
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
     journal = Journal(store.storage, prune_dir(store.run, name), 0, stream=COMMITS, flush_s=0)
@@ -122,9 +105,7 @@ def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
 def pin(store: RunStore, which: str, retention: Retention) -> CheckpointRef:
     """Pin a checkpoint, named as for `pick_manifest`.
 
-    Raises:
-        NoCheckpointError: It does not exist, or retention is deleting it; it is then not pinned.
-        StorageError: The storage failed.
+    Raises NoCheckpointError if it does not exist or retention is deleting it, and StorageError.
     """
     ref = pick_manifest(store, which, retention).ref
     if ref in list_pins(store):
@@ -144,9 +125,7 @@ def pin(store: RunStore, which: str, retention: Retention) -> CheckpointRef:
 def unpin(store: RunStore, which: str) -> CheckpointRef:
     """Remove a pin, named by step or step@attempt; the next retention may then delete the checkpoint.
 
-    Raises:
-        ConfigError: No such checkpoint is pinned, or the run does not exist.
-        StorageError: The storage failed.
+    Raises ConfigError if no such checkpoint is pinned, and as `load_catalog`.
     """
     load_catalog(store)
     pins = sorted(list_pins(store), reverse=True)

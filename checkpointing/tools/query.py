@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outlast.checkpointing.error_hints import did_you_mean
-from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError
+from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.layout import MANIFEST, RECORD, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.catalog import Catalog, build_catalog, read_manifest
@@ -20,8 +20,10 @@ from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.base import list_directories, read_bytes
 from outlast.checkpointing.storage.retry import retry
+
+_MAX_PASSES = 5  # over a run that changes while it is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,7 @@ class ResolvedCheckpoint:
 def load_catalog(store: RunStore) -> Catalog:
     """Build the catalog of an existing run.
 
-    Raises:
-        ConfigError: The run does not exist.
-        NoCheckpointError: No worker has claimed it yet.
-        StorageError: The storage could not be read.
+    Raises ConfigError if the run does not exist, NoCheckpointError if no worker has claimed it yet, and StorageError.
     """
     existing_attempts(store)
     return retry(lambda: build_catalog(store))
@@ -65,7 +64,7 @@ def existing_attempts(store: RunStore) -> list[AttemptId]:
     """Return the attempts of an existing run, oldest first. Raises as `load_catalog`."""
     if not (attempts := list_attempts(store)):
         run, url = store.run, store.storage.url
-        names = [entry.name for entry in retry(lambda: store.storage.list("")) if entry.num_bytes is None]
+        names = retry(lambda: list_directories(store.storage, ""))
         if run in names and retry(lambda: list_launches(store)):
             raise NoCheckpointError(
                 f"run {run!r} in {url} has begun, but no worker has claimed it: there is no checkpoint yet",
@@ -125,9 +124,7 @@ def _record(store: RunStore, launch: str) -> str | None:
 def pick_manifest(store: RunStore, which: str, retention: Retention | None = None) -> Manifest:
     """Return the accepted checkpoint named `newest`, `best`, by a step, or by step@attempt.
 
-    Raises:
-        ConfigError: `which` is not a valid name, or the run does not exist.
-        NoCheckpointError: The checkpoint does not exist.
+    Raises ConfigError if `which` is no such name, NoCheckpointError if there is none, and as `load_catalog`.
     """
     retention = retention or Retention()
     if which not in ("newest", "best") and not which.isdecimal() and CheckpointRef.parse(which) is None:
@@ -184,9 +181,7 @@ def newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, M
 def damage_or_deletion(source: ResolvedCheckpoint) -> Iterator[None]:
     """Wrap reads of a checkpoint's files, to tell damage from a deletion by the run.
 
-    Raises:
-        DamagedError: As raised by the reads, with the checkpoint's URL.
-        NoCheckpointError: The checkpoint was deleted while it was read.
+    Raises the reads' DamagedError with the checkpoint's URL, or NoCheckpointError if it was deleted while it was read.
     """
     try:
         yield
@@ -199,3 +194,89 @@ def damage_or_deletion(source: ResolvedCheckpoint) -> Iterator[None]:
             ) from error
         hint = f"`outlast checkpoints verify {source.store.url}` shows which checkpoints are intact; use one of them"
         raise DamagedError(f"{source.url}: {error.message}", hint=hint) from error
+
+
+# -- verification ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationResult:
+    """The result of verifying a checkpoint or the finished model; it is intact if there are no faults.
+
+    `path` begins with the storage's URL, or for `find_model` at the storage root.
+    """
+
+    path: str
+    step: int
+    num_bytes: int
+    faults: tuple[str, ...]
+
+
+class _ChangedWhileReading(Exception):
+    """The run changed while it was read."""
+
+
+def verify_run(
+    store: RunStore, which: str | None = None, retention: Retention | None = None
+) -> list[VerificationResult]:
+    """Verify every byte of all accepted checkpoints and the model, or of one, named as for `resolve_checkpoint`.
+
+    Raises as `pick_manifest`, and StorageError also if the run changed during each attempt.
+    """
+    for _ in range(_MAX_PASSES):
+        catalog = load_catalog(store)
+        wanted = which
+        if which in ("newest", "best"):
+            wanted = pick_manifest(store, which, retention).ref.name
+        verdicts = [
+            VerificationResult(store.checkpoint_url(item.ref), item.ref.step, 0, item.reasons)
+            for item in catalog.rejected
+            if wanted in (None, str(item.ref.step), item.ref.name)
+        ]
+        try:
+            for manifest in catalog.accepted:
+                if wanted in (None, str(manifest.ref.step), manifest.ref.name):
+                    verdicts.append(_verify(store, manifest, catalog.owner))
+        except _ChangedWhileReading:
+            store = store.fresh()
+            continue
+        if which in (None, "model") and (model := find_model(store)):
+            verdicts.append(replace(model, path=f"{store.storage.url}/{model.path}"))
+        if which is not None and not verdicts:
+            resolve_checkpoint(store, which, retention or Retention())  # raises with the names of existing ones
+        return verdicts
+    raise StorageError(f"run {store.run!r} changed {_MAX_PASSES} times while it was read", hint="try again later")
+
+
+def _verify(store: RunStore, manifest: Manifest, owner: AttemptId | None) -> VerificationResult:
+    from outlast.checkpointing.restore.verify import verify  # imports torch, which listings do not need
+
+    directory = store.checkpoint_dir(manifest.ref)
+    faults = verify(store.storage, directory, manifest)
+    if faults:
+        now = store.fresh()
+        try:
+            read_manifest(now, manifest.ref)
+        except (FileNotFoundError, ManifestError) as error:
+            raise _ChangedWhileReading from error
+        if build_catalog(now).owner != owner:
+            raise _ChangedWhileReading
+    return VerificationResult(store.checkpoint_url(manifest.ref), manifest.ref.step, manifest.num_bytes, tuple(faults))
+
+
+def find_model(store: RunStore) -> VerificationResult | None:
+    """Verify the run's finished model; None if there is none. Raises StorageError.
+
+    It is the newest one of the attempt that owns the checkpoints, or of a later one that found the last step committed.
+    """
+    from outlast.checkpointing.restore.verify import verify
+
+    owner = build_catalog(store).owner
+    attempts = [attempt for attempt in list_attempts(store) if owner is not None and attempt >= owner]
+    directory, manifest = newest_model(store, attempts)
+    if manifest is None:
+        return None
+    if isinstance(manifest, ManifestError):
+        return VerificationResult(directory, 0, 0, (f"{MANIFEST}: {manifest}",))
+    faults = verify(store.storage, directory, manifest)
+    return VerificationResult(directory, manifest.ref.step, manifest.num_bytes, tuple(faults))

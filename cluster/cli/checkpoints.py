@@ -5,29 +5,26 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option, Typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Base, Code, Run, StorageRoot, Trusted, make_code_importable
+from outlast.cluster.cli.options import AsJson, Base, Code, Run, StorageRoot, Texts, Trusted, make_code_importable
 from outlast.cluster.config.run_reference import find_run
 from outlast.cluster.formatting import size, when
 
 if TYPE_CHECKING:
-    from outlast.checkpointing.run_store.retention_policy import Retention
-    from outlast.checkpointing.run_store.store import RunStore
     from outlast.checkpointing.tools.diff import CheckpointDiff
-    from outlast.checkpointing.tools.export import Content, Dtype, WriteWeights
-    from outlast.checkpointing.tools.pin_and_prune import PrunePlan
+    from outlast.checkpointing.tools.export import Content, WriteWeights
     from outlast.checkpointing.tools.query import ResolvedCheckpoint
 
-checkpoints = typer.Typer(
-    help="List, verify, compare, keep, delete and export a run's checkpoints.", no_args_is_help=True
-)
+checkpoints = Typer(help="List, verify, compare, keep, delete and export a run's checkpoints.", no_args_is_help=True)
 
-CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="newest, best, a step, or step@attempt.")]
+_OR_MODEL = "newest, best, model, a step, or step@attempt."
+CheckpointName = Annotated[str, Argument(metavar="CHECKPOINT", help="newest, best, a step, or step@attempt.")]
 
 
 @checkpoints.command("ls")
@@ -73,17 +70,12 @@ def show(run: Run, which: CheckpointName = "newest", storage: StorageRoot = "./r
 @checkpoints.command()
 def verify(
     run: Run,
-    which: Annotated[
-        str | None,
-        typer.Argument(metavar="CHECKPOINT", help="Only this one: newest, best, model, a step, or step@attempt."),
-    ] = None,
+    which: Annotated[str | None, Argument(metavar="CHECKPOINT", help=f"Only this one: {_OR_MODEL}")] = None,
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
     """Read every byte and compare it with the committed digests. Exit code 5 if anything is damaged."""
-    from dataclasses import asdict
-
-    from outlast.checkpointing.tools.verify_run import verify_run
+    from outlast.checkpointing.tools.query import verify_run
 
     store, retention = find_run(run, storage)
     verdicts = verify_run(store, which, retention)
@@ -96,15 +88,13 @@ def verify(
                 print(f"         {fault}")
         if not verdicts:
             print("no checkpoints yet", file=sys.stderr)
-    raise typer.Exit(5 if any(item.faults for item in verdicts) else 0)
+    raise Exit(5 if any(item.faults for item in verdicts) else 0)
 
 
 @checkpoints.command()
 def path(
     run: Run,
-    which: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="newest, best, model, a step, or step@attempt.")
-    ] = "newest",
+    which: Annotated[str, Argument(metavar="CHECKPOINT", help=_OR_MODEL)] = "newest",
     storage: StorageRoot = "./runs",
 ) -> None:
     """Print the path of a checkpoint, for `from_pretrained`."""
@@ -117,12 +107,10 @@ def path(
 @checkpoints.command()
 def diff(
     run: Run,
-    first: Annotated[str, typer.Argument(metavar="A", help="newest, best, model, a step, or step@attempt.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
-    other: Annotated[
-        str | None, typer.Option("--with", metavar="RUN", help="The run of B, if it is another one.")
-    ] = None,
-    optimizer: Annotated[bool, typer.Option("--optimizer", help="Compare the optimizer state too.")] = False,
+    first: Annotated[str, Argument(metavar="A", help=_OR_MODEL)],
+    second: Annotated[str, Argument(metavar="B", help="Likewise.")],
+    other: Annotated[str | None, Option("--with", metavar="RUN", help="The run of B, if it is another one.")] = None,
+    optimizer: Annotated[bool, Option("--optimizer", help="Compare the optimizer state too.")] = False,
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -137,13 +125,8 @@ def diff(
     theirs = commands.resolve_checkpoint(store, second, retention)
     result = diff_checkpoints(ours, theirs, optimizer=optimizer)
     if as_json:
-        body = {
-            "a": ours.url,
-            "b": theirs.url,
-            "settings": result.settings,
-            "tensors": [item.as_json() for item in result.tensors],
-        }
-        print(json.dumps(body, indent=1))
+        tensors = [item.as_json() for item in result.tensors]
+        print(json.dumps({"a": ours.url, "b": theirs.url, "settings": result.settings, "tensors": tensors}, indent=1))
         return
     print(f"a  {ours.url}\nb  {theirs.url}")
     _print_diff(result)
@@ -163,9 +146,8 @@ def _print_diff(result: CheckpointDiff) -> None:
     for item in different:
         numbers = (*item.norms, item.distance, item.largest)
         shown = "  ".join(f"{'-' if number is None else format(number, '.5g'):>11}" for number in numbers)
-        specs = [
-            f"{dtype} {list(shape)}" for dtype, shape in zip(item.dtypes, item.shapes, strict=True) if shape is not None
-        ]
+        tensors = zip(item.dtypes, item.shapes, strict=True)
+        specs = [f"{dtype} {list(shape)}" for dtype, shape in tensors if shape is not None]
         print(f"{item.change.value:8}  {shown}  {item.name} {' → '.join(dict.fromkeys(specs))}")
 
 
@@ -182,7 +164,7 @@ def pin(run: Run, which: CheckpointName, storage: StorageRoot = "./runs", as_jso
 @checkpoints.command()
 def unpin(
     run: Run,
-    which: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A step, or step@attempt.")],
+    which: Annotated[str, Argument(metavar="CHECKPOINT", help="A step, or step@attempt.")],
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
@@ -197,84 +179,70 @@ def unpin(
 @checkpoints.command()
 def prune(
     run: Run,
-    keep_last: Annotated[int | None, typer.Option(min=2, help="Number of newest checkpoints to keep.")] = None,
+    keep_last: Annotated[int | None, Option(min=2, help="Number of newest checkpoints to keep.")] = None,
     keep_best: Annotated[
-        int | None, typer.Option(min=0, help="Number of best checkpoints, by the run's metric, to keep.")
+        int | None, Option(min=0, help="Number of best checkpoints, by the run's metric, to keep.")
     ] = None,
-    keep_every: Annotated[
-        int | None, typer.Option(min=0, help="Keep the last checkpoint of every so many steps.")
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; default: only show what would be deleted.")] = False,
+    keep_every: Annotated[int | None, Option(min=0, help="Keep the last checkpoint of every so many steps.")] = None,
+    yes: Annotated[bool, Option("--yes", help="Delete; default: only show what would be deleted.")] = False,
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
     """Delete checkpoints that retention does not keep. Defaults are the run's settings; pins are kept."""
-    from dataclasses import replace
-
     from outlast.checkpointing.tools import pin_and_prune as keeping
 
     store, retention = find_run(run, storage)
-    retention = replace(
-        retention,
-        keep_last=retention.keep_last if keep_last is None else keep_last,
-        keep_best=retention.keep_best if keep_best is None else keep_best,
-        keep_every=retention.keep_every if keep_every is None else keep_every,
-    )
+    given: dict[str, Any] = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
+    retention = replace(retention, **{key: number for key, number in given.items() if number is not None})
     plan = keeping.plan_prune(store, retention)
     if yes:
         plan = keeping.prune(store, plan)
+    kept = [manifest.ref.name for manifest in plan.kept]
     if as_json:
-        print(json.dumps(_plan_as_json(plan, yes), indent=1))
+        names = {
+            "deleted": [manifest.ref.name for manifest in plan.doomed],
+            "remains": [ref.name for ref in plan.remains],
+            "kept": kept,
+        }
+        print(json.dumps({"done": yes, **names, "bytes": plan.num_bytes}, indent=1))
         return
     for manifest in plan.doomed:
         print(f"{'deleted' if yes else 'would delete'}  {manifest.ref.name}  {size(manifest.num_bytes)}")
     for ref in plan.remains:
         print(f"{'deleted' if yes else 'would delete'}  {ref.name}  rest of an interrupted deletion")
-    print(f"{'kept' if yes else 'would keep'}  {', '.join(manifest.ref.name for manifest in plan.kept)}")
+    print(f"{'kept' if yes else 'would keep'}  {', '.join(kept)}")
     if not yes and (plan.doomed or plan.remains):
         print(f"{size(plan.num_bytes)} would be freed; repeat the command with --yes to delete", file=sys.stderr)
-
-
-def _plan_as_json(plan: PrunePlan, done: bool) -> dict[str, Any]:
-    return {
-        "done": done,
-        "deleted": [manifest.ref.name for manifest in plan.doomed],
-        "remains": [ref.name for ref in plan.remains],
-        "kept": [manifest.ref.name for manifest in plan.kept],
-        "bytes": plan.num_bytes,
-    }
 
 
 @checkpoints.command()
 def export(
     run: Run,
     arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
+        Texts,
+        Argument(
             metavar="[CHECKPOINT] [OUT]",
             help="The checkpoint (newest, best, model, a step, step@attempt; default: newest), and a new directory. "
             "No OUT with --weights, --config or --vocab.",
         ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as saved.")] = None,
+    dtype: Annotated[str | None, Option(help="bf16, fp16 or fp32; default: as saved.")] = None,
     format_: Annotated[
-        str | None, typer.Option("--format", help="safetensors, or pytorch: pytorch_model.bin, a raw state_dict.")
+        str | None, Option("--format", help="safetensors, or pytorch: pytorch_model.bin, a raw state_dict.")
     ] = None,
-    old_vocab: Annotated[
-        bool, typer.Option("--old-vocab", help="Add vocab.txt, or vocab.json and merges.txt.")
-    ] = False,
+    old_vocab: Annotated[bool, Option("--old-vocab", help="Add vocab.txt, or vocab.json and merges.txt.")] = False,
     weights: Annotated[
-        Path | None, typer.Option(help="Write the weights to this file; as pytorch unless it ends with .safetensors.")
+        Path | None, Option(help="Write the weights to this file; as pytorch unless it ends with .safetensors.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="Write the configuration to this file.")] = None,
+    config: Annotated[Path | None, Option(help="Write the configuration to this file.")] = None,
     vocab: Annotated[
         Path | None,
-        typer.Option(help="Write the old-style vocabulary to this directory, or to this file if it is a single one."),
+        Option(help="Write the old-style vocabulary to this directory, or to this file if it is a single one."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="For an adapter: merge it into its base model, and write the result.")
+        bool, Option("--merge", help="For an adapter: merge it into its base model, and write the result.")
     ] = False,
-    card: Annotated[bool, typer.Option("--card/--no-card", help="Write a model card, README.md, too.")] = True,
+    card: Annotated[bool, Option("--card/--no-card", help="Write a model card, README.md, too.")] = True,
     base: Base = None,
     code: Code = None,
     trusted: Trusted = False,
@@ -282,6 +250,9 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Verify and copy a checkpoint as a plain Hugging Face directory, or parts of it to given paths."""
+    from outlast.checkpointing.tools import query as commands
+    from outlast.checkpointing.tools.export import check_free, converted, export_directory, export_parts, read_content
+
     parts = {"weights": weights, "config": config, "vocab": vocab}
     which, out = _which_and_out(arguments or [], any(parts.values()))
     if base and not merge:
@@ -290,65 +261,32 @@ def export(
         raise ConfigError("--old-vocab needs OUT", hint="or give --vocab PATH, which writes the same files to PATH")
     if merge:
         make_code_importable(run, code)
-    merging = {"base": base, "trusted": trusted} if merge else None
-    source, written = _export(
-        find_run(run, storage),
-        which,
-        out,
-        parts,
-        _weights_format(format_, weights),
-        _dtype(dtype),
-        old_vocab,
-        merging,
-        with_card=card,
-    )
-    paths = [str(path) for path in written]
-    print(json.dumps({"source": source, "written": paths}, indent=1) if as_json else "\n".join(paths))
-
-
-def _export(
-    resolved_run: tuple[RunStore, Retention],
-    which: str,
-    out: Path | None,
-    parts: dict[str, Path | None],
-    form: tuple[WriteWeights, str | None, str],
-    dtype: Dtype | None,
-    old_vocab: bool,
-    merging: dict[str, Any] | None,
-    *,
-    with_card: bool,
-) -> tuple[str, list[Path]]:
-    """Export. Return the checkpoint's URL, and the paths written."""
-    from outlast.checkpointing.tools import query as commands
-    from outlast.checkpointing.tools.export import check_free, converted, export_directory, export_parts, read_content
-
-    write, weights_name, caveat = form
-    check_free([out] if out is not None else [path for path in (parts["weights"], parts["config"]) if path is not None])
-    store, retention = resolved_run
+    store, retention = find_run(run, storage)
+    write, weights_name, caveat = _weights_format(format_, weights)
+    to_dtype = _dtype(dtype)
+    check_free([out] if out is not None else [path for path in (weights, config) if path is not None])
     checkpoint = commands.resolve_checkpoint(store, which, retention)
     content = read_content(checkpoint)
-    if merging is not None:
+    if merge:
         from outlast.trainers.models.merge_lora import merge as merged
 
-        content = merged(content, checkpoint.declaration, **merging)
-    if dtype is not None:
-        content = converted(content, dtype)
+        content = merged(content, checkpoint.declaration, base=base, trusted=trusted)
+    if to_dtype is not None:
+        content = converted(content, to_dtype)
     if out is not None:
-        if with_card:
-            content = _add_card(checkpoint, content)
+        content = _add_card(checkpoint, content) if card else content
         export_directory(content, out, weights_name=weights_name, write_weights=write, old_vocab=old_vocab)
         written = [out]
     else:
         written = export_parts(content, **parts, write_weights=write)
-    if caveat and (out is not None or parts["weights"] is not None):
+    if caveat and (out is not None or weights is not None):
         print(f"outlast: {caveat}", file=sys.stderr)
-    return checkpoint.url, written
+    paths = [str(path) for path in written]
+    print(json.dumps({"source": checkpoint.url, "written": paths}, indent=1) if as_json else "\n".join(paths))
 
 
 def _add_card(checkpoint: ResolvedCheckpoint, content: Content) -> Content:
     """Add a model card, unless the model has one."""
-    from dataclasses import replace
-
     from outlast.cluster.monitoring.model_card import CARD
     from outlast.cluster.monitoring.model_card import model_card as write_card
 
@@ -359,21 +297,16 @@ def _which_and_out(arguments: list[str], parts: bool) -> tuple[str, Path | None]
     limit = 1 if parts else 2
     if len(arguments) > limit or not (arguments or parts):
         expected = "at most a CHECKPOINT, and no OUT," if parts else "OUT, or CHECKPOINT and OUT,"
-        raise ConfigError(
-            f"export takes {expected} after RUN; given: {' '.join(arguments) or 'nothing'}",
-            hint="outlast checkpoints export RUN best OUT",
-        )
+        problem = f"export takes {expected} after RUN; given: {' '.join(arguments) or 'nothing'}"
+        raise ConfigError(problem, hint="outlast checkpoints export RUN best OUT")
     if parts:
         return (arguments[0] if arguments else "newest"), None
     if "://" in arguments[-1]:
-        raise ConfigError(
-            f"export writes to a local directory, not to {arguments[-1]}", hint="name a directory, then copy it"
-        )
+        problem = f"export writes to a local directory, not to {arguments[-1]}"
+        raise ConfigError(problem, hint="name a directory, then copy it")
     if len(arguments) == 1 and re.fullmatch(r"newest|best|model|\d+(@[\w-]+)?", arguments[0]):
-        raise ConfigError(
-            f"{arguments[0]} is a checkpoint; the directory OUT is missing",
-            hint=f"outlast checkpoints export RUN {arguments[0]} OUT, or ./{arguments[0]} for a directory of that name",
-        )
+        hint = f"outlast checkpoints export RUN {arguments[0]} OUT, or ./{arguments[0]} for a directory of that name"
+        raise ConfigError(f"{arguments[0]} is a checkpoint; the directory OUT is missing", hint=hint)
     return (arguments[0] if len(arguments) == 2 else "newest"), Path(arguments[-1])
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
-from outlast.cluster.cli.options import AsJson
-
-if TYPE_CHECKING:
-    from outlast.cluster.preflight.doctor_rules import Requirements
-    from outlast.cluster.preflight.finding import Finding
+from outlast.checkpointing.errors import PreflightError
+from outlast.cluster.cli.options import AsJson, Overrides
+from outlast.cluster.preflight.doctor_rules import Requirements
+from outlast.cluster.preflight.finding import Finding, Level
 
 #: Begin of the JSON report, by which it is found in a job's log.
 JSON_HEAD = '{"checks": '
@@ -21,48 +22,45 @@ JSON_HEAD = '{"checks": '
 
 def doctor(
     run_file: Annotated[
-        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run file, whose requirements to check.")
+        Path | None, Argument(metavar="[RUN.yaml]", help="A run file, whose requirements to check.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")
-    ] = None,
+    overrides: Overrides = None,
     address: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="A Ray cluster, or its job server (http://HEAD:8265); default: RAY_ADDRESS, else "
             "RAY_API_SERVER_ADDRESS, else a new local one."
         ),
     ] = None,
-    storage: Annotated[str | None, typer.Option(help="Without a run file: a storage to test.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only the checks that `train` runs too.")] = False,
+    storage: Annotated[str | None, Option(help="Without a run file: a storage to test.")] = None,
+    quick: Annotated[bool, Option("--quick", help="Only the checks that `train` runs too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a cluster from every node: versions, devices, memory, disk, storage, clocks, ports, an all-reduce.
 
     Exit code 3 if a check failed; warnings do not count.
     """
-    import os
-
-    from outlast.cluster.preflight.doctor_rules import Requirements
-    from outlast.cluster.preflight.finding import Level
-
     target = address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
     if target and target.startswith(("http://", "https://")):
         findings = _run_as_job(target, run_file, overrides or [], storage, quick)
     else:
-        requirements = Requirements(storage=storage and _absolute(storage))
+        at = storage if storage is None or "://" in storage else str(Path(storage).absolute())
+        requirements = Requirements(storage=at)
         if run_file is not None:
             from outlast.cluster.config.run_file import load_run
             from outlast.cluster.preflight.doctor import requirements_of
 
             requirements = requirements_of(load_run(str(run_file), overrides or [])[0].at_home(run_file.parent))
         findings = _run_here(target, requirements, quick)
-    _print(findings, as_json)
-    raise typer.Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
-
-
-def _absolute(storage: str) -> str:
-    return storage if "://" in storage else str(Path(storage).absolute())
+    if as_json:
+        rows = [{**asdict(finding), "level": finding.level.value} for finding in findings]
+        print(JSON_HEAD + json.dumps(rows) + "}")
+    else:
+        for finding in findings:
+            print(f"{finding.level.value:8} {finding.check:12} {finding.text}")
+            if finding.hint:
+                print(f"{'':22}→ {finding.hint}")
+    raise Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
 
 
 def _run_here(address: str | None, requirements: Requirements, quick: bool) -> list[Finding]:
@@ -80,9 +78,7 @@ def _run_as_job(
     address: str, run_file: Path | None, overrides: list[str], storage: str | None, quick: bool
 ) -> list[Finding]:
     """Run the checks on the cluster, as a job of its job server."""
-    from outlast.checkpointing.errors import PreflightError
     from outlast.cluster.jobs import ray_jobs as jobs
-    from outlast.cluster.preflight.finding import Finding, Level
 
     arguments, declared = ["doctor", "--json", *(["--quick"] if quick else [])], None
     if run_file is not None:
@@ -98,23 +94,8 @@ def _run_as_job(
     lines = [line for line in log.splitlines() if line.startswith(JSON_HEAD)]
     if not lines:
         print(log, file=sys.stderr, end="")
-        raise PreflightError(
-            f"doctor at {address} ended without a report; its log is above",
-            hint="the cluster's image needs outlast's dependencies: `pip install outlast` there",
-        )
+        hint = "the cluster's image needs outlast's dependencies: `pip install outlast` there"
+        raise PreflightError(f"doctor at {address} ended without a report; its log is above", hint=hint)
     rows = [{**row, "level": Level(row["level"])} for row in json.loads(lines[-1])["checks"]]
     findings = [Finding(**row) for row in rows if row["check"] != "job server"]
     return findings + jobs.check_server(address)
-
-
-def _print(findings: list[Finding], as_json: bool) -> None:
-    from dataclasses import asdict
-
-    if as_json:
-        rows: list[dict[str, Any]] = [{**asdict(finding), "level": finding.level.value} for finding in findings]
-        print(JSON_HEAD + json.dumps(rows) + "}")
-        return
-    for finding in findings:
-        print(f"{finding.level.value:8} {finding.check:12} {finding.text}")
-        if finding.hint:
-            print(f"{'':22}→ {finding.hint}")

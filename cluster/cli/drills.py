@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Exit, Option
 
-from outlast.cluster.cli.options import AsJson, Overrides, RunFile, writing
+from outlast.cluster.cli.options import AsJson, Overrides, RunFile, Texts, writing
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--dir", help="The folder to write to.")] = Path("outlast-demo"),
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON.")
-    ] = None,
+    folder: Annotated[Path, Option("--dir", help="The folder to write to.")] = Path("outlast-demo"),
+    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write the findings as JSON.")] = None,
 ) -> None:
     """Train on two workers, kill one during a save, resume, and compare with an undisturbed run.
 
@@ -27,29 +26,25 @@ def demo(
     if json_file is not None:
         with writing(json_file):
             json_file.write_text(json.dumps(findings, indent=1) + "\n")
-    raise typer.Exit(0 if all(findings["equal"].values()) else 1)
+    raise Exit(0 if all(findings["equal"].values()) else 1)
 
 
 def drill(
     run_file: RunFile,
     overrides: Overrides = None,
     faults: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fault", metavar="FAULT", help="kill, kill-in-save, error, stop, damage or driver; repeatable. All."
-        ),
+        Texts,
+        Option("--fault", metavar="FAULT", help="kill, kill-in-save, error, stop, damage or driver; repeatable. All."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each copy.")] = 12,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: a new local one.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the copies in the storage.")] = False,
+    steps: Annotated[int, Option(help="Steps of each copy.")] = 12,
+    address: Annotated[str | None, Option(help="A Ray cluster; default: a new local one.")] = None,
+    keep: Annotated[bool, Option("--keep", help="Keep the copies in the storage.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Inject faults into short copies of your run; check that each resumes with the same bits, and how fast.
 
     Exit code 1 if one does not.
     """
-    from dataclasses import asdict
-
     from outlast.cluster.drills.drill import parse_faults, run_drill
 
     results = run_drill(
@@ -57,4 +52,4 @@ def drill(
     )
     if as_json:
         print(json.dumps([asdict(finding) for finding in results], indent=1))
-    raise typer.Exit(0 if all(finding.is_good for finding in results) else 1)
+    raise Exit(0 if all(finding.is_good for finding in results) else 1)

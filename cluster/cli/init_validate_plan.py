@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Overrides, RunFile
-from outlast.trainers.config.task_table import TASKS
+from outlast.cluster.cli.options import AsJson, Overrides, RunFile, writing
+from outlast.trainers.config.model import TASKS
 
 
 def init(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path("run.yaml"),
-    task: Annotated[str, typer.Option(help=f"The model's task: {', '.join(TASKS)}.")] = "causal-lm",
+    file: Annotated[Path, Argument(metavar="FILE", help="The file to write.")] = Path("run.yaml"),
+    task: Annotated[str, Option(help=f"The model's task: {', '.join(TASKS)}.")] = "causal-lm",
 ) -> None:
     """Write a commented starter run file. Never overwrites a file."""
     from outlast.cluster.config.starter_files import template
@@ -24,13 +24,12 @@ def init(
     if file.suffix == ".toml":
         raise ConfigError("run files are YAML; TOML is not read", hint=f"outlast init {file.with_suffix('.yaml')}")
     text = template(task, str(file))
-    try:
-        with file.open("x", encoding="utf-8") as opened:
-            opened.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{file} already exists; nothing was written", hint="name another file") from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}", hint="name another path") from error
+    with writing(file):
+        try:
+            with file.open("x", encoding="utf-8") as opened:
+                opened.write(text)
+        except FileExistsError:
+            raise ConfigError(f"{file} already exists; nothing was written", hint="name another file") from None
     print(file)
     print(f"set model.path and data.train in it, then: outlast validate {file}", file=sys.stderr)
 
@@ -40,7 +39,7 @@ def validate(
     overrides: Overrides = None,
     deep: Annotated[
         bool,
-        typer.Option("--deep", help="Also prepare the data (kept for the run), build the model, write to the storage."),
+        Option("--deep", help="Also prepare the data (kept for the run), try the first step, write to the storage."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +58,7 @@ def validate(
     if not findings and not deep:
         for line in unverified(str(run_file), overrides or []):
             print(f"{run_file}: {line}", file=sys.stderr)
-    raise typer.Exit(2 if findings else 0)
+    raise Exit(2 if findings else 0)
 
 
 def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Exit, Option
 
 from outlast.cluster.cli.options import Address, AsJson, Follow, Overrides, Run, RunFile, Ship, ShippedCode, StorageRoot
-from outlast.cluster.config.run_reference import RUN_FILES, find_run
+from outlast.cluster.config.run_reference import RUN_FILES, find_run, run_name
 
 if TYPE_CHECKING:
     from outlast.cluster.config.run_config import RunConfig
@@ -21,9 +22,7 @@ def submit(
     overrides: Overrides = None,
     address: Address = None,
     follow: Follow = False,
-    supervise: Annotated[
-        bool, typer.Option("--supervise", help="Keep running, and submit again when it fails.")
-    ] = False,
+    supervise: Annotated[bool, Option("--supervise", help="Keep running, and submit again when it fails.")] = False,
     code: ShippedCode = None,
     ship: Ship = True,
 ) -> None:
@@ -34,15 +33,15 @@ def submit(
     from outlast.cluster.config.run_file import load_run
 
     if follow and supervise:
-        raise typer.BadParameter("--follow shows one job, --supervise all of them; give one of the two")
+        raise BadParameter("--follow shows one job, --supervise all of them; give one of the two")
     config, declared = load_run(str(run_file), overrides or [])
     if supervise:
         _supervise([(config, declared)], address, code, ship)
     _submit(config, declared, address, follow, code, ship)
 
 
-def supervise_runs(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Run files, or existing runs.")],
+def supervise(
+    runs: Annotated[list[str], Argument(metavar="RUN…", help="Run files, or existing runs.")],
     overrides: Overrides = None,
     address: Address = None,
     code: ShippedCode = None,
@@ -65,16 +64,16 @@ def supervise_runs(
 def _supervise(
     settings: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
 ) -> None:
+    from outlast.cluster.jobs import supervisor
     from outlast.cluster.jobs.ray_jobs import check_reachable
-    from outlast.cluster.jobs.supervisor import Supervisor, supervise
 
     for config, _ in settings:
         check_reachable(config)
-    raise typer.Exit(supervise([Supervisor(config, declared, address, code, ship) for config, declared in settings]))
+    runs = [supervisor.Supervisor(config, declared, address, code, ship) for config, declared in settings]
+    raise Exit(supervisor.supervise(runs))
 
 
 def _load_from_storage(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
-    """Load a run's settings from its storage."""
     from outlast.cluster.config.run_file import settings_of
     from outlast.cluster.config.run_reference import declared_settings
 
@@ -111,28 +110,25 @@ def _submit(
     print(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", file=sys.stderr)
     print(job.id)
     if follow:
-        from outlast.cluster.monitoring.console_progress import terminal
-        from outlast.cluster.monitoring.watch import live_panel
+        from outlast.cluster.monitoring.console_progress import live_panel, terminal
 
         with live_panel(config.store, terminal()):
             ended = jobs.follow(client, job.id)
-        raise typer.Exit(ended.exit_code)
+        raise Exit(ended.exit_code)
 
 
-def list_runs(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
+def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
     """List the runs in --storage, or with --address a cluster's submissions."""
     rows: list[dict[str, Any]]
     if address is not None:
-        from dataclasses import asdict
-
         from outlast.cluster.jobs import ray_jobs as jobs
 
         rows = [asdict(job) for job in jobs.jobs_of(jobs.connect(address))]
     else:
         from outlast.checkpointing.storage.factory import open_storage
-        from outlast.cluster.monitoring.status import list_runs as runs_in
+        from outlast.cluster.monitoring.status import list_runs
 
-        rows = runs_in(open_storage(storage))
+        rows = list_runs(open_storage(storage))
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -146,15 +142,15 @@ def list_runs(address: Address = None, storage: StorageRoot = "./runs", as_json:
 def logs(
     run: Run,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Print until the job ends.")] = False,
+    follow: Annotated[bool, Option("--follow", help="Print until the job ends.")] = False,
 ) -> None:
     """Print the log of a run's newest job. With --follow the exit code is the job's."""
     from outlast.cluster.jobs import ray_jobs as jobs
 
     client = jobs.connect(address)
-    job = jobs.newest_job(client, _run_name(run))
+    job = jobs.newest_job(client, run_name(run))
     if follow:
-        raise typer.Exit(jobs.follow(client, job.id).exit_code)
+        raise Exit(jobs.follow(client, job.id).exit_code)
     print(client.get_job_logs(job.id), end="")
 
 
@@ -162,19 +158,10 @@ def stop(run: Run, address: Address = None) -> None:
     """Have a run's job commit a checkpoint and end, and wait for it. The exit code is the job's."""
     from outlast.cluster.jobs import ray_jobs as jobs
 
-    name = _run_name(run)
+    name = run_name(run)
     job = jobs.stop(jobs.connect(address), name)
     if job is None:
         print(f"run {name} has no live job", file=sys.stderr)
         return
     print(f"{job.id}: {job.status}; to resume: outlast resume {run}", file=sys.stderr)
-    raise typer.Exit(job.exit_code)
-
-
-def _run_name(text: str) -> str:
-    """Return the run's name from any form of RUN."""
-    if text.endswith(RUN_FILES):
-        from outlast.cluster.config.run_file import load_run
-
-        return load_run(text)[0].name
-    return text.rstrip("/").rpartition("/")[2]
+    raise Exit(job.exit_code)

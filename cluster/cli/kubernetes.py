@@ -4,96 +4,83 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option, Typer
 
-from outlast.cluster.cli.options import AsJson, RunFile, writing
-from outlast.cluster.config.run_reference import RUN_FILES
+from outlast.checkpointing.errors import ConfigError
+from outlast.cluster.cli.options import AsJson, RunFile, Texts, writing
+from outlast.cluster.config.run_reference import run_name
 from outlast.cluster.formatting import counted
+from outlast.cluster.preflight.finding import Finding, Level
 
 if TYPE_CHECKING:
     from outlast.cluster.kubernetes.client import KubernetesNamespace
-    from outlast.cluster.preflight.finding import Finding
 
-k8s = typer.Typer(help="Run on Kubernetes.", no_args_is_help=True)
+k8s = Typer(help="Run on Kubernetes.", no_args_is_help=True)
 
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its run file.")]
-Objects = Annotated[str, typer.Argument(metavar="FILE", help="Manifests, as printed by `render`; - for stdin.")]
-Context = Annotated[str | None, typer.Option(help="A context of the kubeconfig; default: the current one.")]
-Namespace = Annotated[str | None, typer.Option(help="Namespace; default: the context's.")]
-
-
-@k8s.callback()
-def _k8s() -> None:
-    """Run on Kubernetes."""
+RunName = Annotated[str, Argument(metavar="RUN", help="A run's name, or its run file.")]
+Objects = Annotated[str, Argument(metavar="FILE", help="Manifests, as printed by `render`; - for stdin.")]
+Context = Annotated[str | None, Option(help="A context of the kubeconfig; default: the current one.")]
+Namespace = Annotated[str | None, Option(help="Namespace; default: the context's.")]
 
 
 @k8s.command()
 def render(
     run_file: RunFile,
-    image: Annotated[str | None, typer.Option(help="Image with outlast and Ray in it; not :latest.")] = None,
-    pull_secret: Annotated[str | None, typer.Option(help="A secret to pull the image with.")] = None,
-    namespace: Annotated[
-        str | None, typer.Option(help="Namespace of all objects; default: kubectl's current one.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the RayJob; default: made from the run's.")] = None,
-    labels: Annotated[
-        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label for the RayJob; repeatable.")
-    ] = None,
-    queue: Annotated[str | None, typer.Option(help="A local queue of Kueue.")] = None,
-    claim: Annotated[str | None, typer.Option(help="An existing volume claim; default: a new one.")] = None,
-    claim_size: Annotated[str | None, typer.Option(help="Size of a new claim.")] = None,
-    storage_class: Annotated[str | None, typer.Option(help="Storage class of a new claim.")] = None,
-    mount: Annotated[str | None, typer.Option(help="Mount path of the claim; default: checkpoint.storage.")] = None,
-    secret: Annotated[str | None, typer.Option(help="A secret whose keys become environment variables.")] = None,
-    service_account: Annotated[str | None, typer.Option(help="An existing service account.")] = None,
-    network_policy: Annotated[bool, typer.Option(help="Limit the pods' network traffic.")] = True,
+    image: Annotated[str | None, Option(help="Image with outlast and Ray in it; not :latest.")] = None,
+    pull_secret: Annotated[str | None, Option(help="A secret to pull the image with.")] = None,
+    namespace: Annotated[str | None, Option(help="Namespace of all objects; default: kubectl's current one.")] = None,
+    name: Annotated[str | None, Option(help="Name of the RayJob; default: made from the run's.")] = None,
+    labels: Annotated[Texts, Option("--label", metavar="KEY=VALUE", help="A label for the RayJob; repeatable.")] = None,
+    queue: Annotated[str | None, Option(help="A local queue of Kueue.")] = None,
+    claim: Annotated[str | None, Option(help="An existing volume claim; default: a new one.")] = None,
+    claim_size: Annotated[str | None, Option(help="Size of a new claim.")] = None,
+    storage_class: Annotated[str | None, Option(help="Storage class of a new claim.")] = None,
+    mount: Annotated[str | None, Option(help="Mount path of the claim; default: checkpoint.storage.")] = None,
+    secret: Annotated[str | None, Option(help="A secret whose keys become environment variables.")] = None,
+    service_account: Annotated[str | None, Option(help="An existing service account.")] = None,
+    network_policy: Annotated[bool, Option(help="Limit the pods' network traffic.")] = True,
     egress_ports: Annotated[
-        list[int] | None, typer.Option("--egress-port", help="A port that the pods may reach at any address.")
+        list[int] | None, Option("--egress-port", help="A port that the pods may reach at any address.")
     ] = None,
-    worker_cpus: Annotated[
-        int | None, typer.Option(help="CPUs of a worker if scale.cpus_per_worker is not set.")
-    ] = None,
-    worker_memory: Annotated[str | None, typer.Option(help="Memory of a worker.")] = None,
-    head_cpus: Annotated[int | None, typer.Option(help="CPUs of the head.")] = None,
-    head_memory: Annotated[str | None, typer.Option(help="Memory of the head.")] = None,
-    shm: Annotated[str | None, typer.Option(help="Size of /dev/shm, part of the memory.")] = None,
-    spot: Annotated[bool, typer.Option("--spot", help="Run workers on spot nodes only.")] = False,
+    worker_cpus: Annotated[int | None, Option(help="CPUs of a worker if scale.cpus_per_worker is not set.")] = None,
+    worker_memory: Annotated[str | None, Option(help="Memory of a worker.")] = None,
+    head_cpus: Annotated[int | None, Option(help="CPUs of the head.")] = None,
+    head_memory: Annotated[str | None, Option(help="Memory of the head.")] = None,
+    shm: Annotated[str | None, Option(help="Size of /dev/shm, part of the memory.")] = None,
+    spot: Annotated[bool, Option("--spot", help="Run workers on spot nodes only.")] = False,
     fallback: Annotated[
-        bool, typer.Option("--fallback", help="With --spot: use other nodes if no spot node is available.")
+        bool, Option("--fallback", help="With --spot: use other nodes if no spot node is available.")
     ] = False,
-    fallback_after_s: Annotated[int | None, typer.Option(help="Seconds to wait for a spot node.")] = None,
-    head_nodes: Annotated[
-        list[str] | None, typer.Option("--head-node", metavar="KEY=VALUE", help="A node label for the head.")
-    ] = None,
+    fallback_after_s: Annotated[int | None, Option(help="Seconds to wait for a spot node.")] = None,
+    head_nodes: Annotated[Texts, Option("--head-node", metavar="KEY=VALUE", help="A node label for the head.")] = None,
     worker_nodes: Annotated[
-        list[str] | None, typer.Option("--worker-node", metavar="KEY=VALUE", help="A node label for workers.")
+        Texts, Option("--worker-node", metavar="KEY=VALUE", help="A node label for workers.")
     ] = None,
     worker_taints: Annotated[
-        list[str] | None,
-        typer.Option("--worker-taint", metavar="KEY=VALUE:EFFECT", help="A taint that workers tolerate."),
+        Texts, Option("--worker-taint", metavar="KEY=VALUE:EFFECT", help="A taint that workers tolerate.")
     ] = None,
-    backoff_limit: Annotated[int | None, typer.Option(help="How often a failed job is started again.")] = None,
-    grace_s: Annotated[int | None, typer.Option(help="Seconds from a pod's SIGTERM to its SIGKILL.")] = None,
-    notice_s: Annotated[int | None, typer.Option(help="Seconds until a spot node's end, as announced to Ray.")] = None,
+    backoff_limit: Annotated[int | None, Option(help="How often a failed job is started again.")] = None,
+    grace_s: Annotated[int | None, Option(help="Seconds from a pod's SIGTERM to its SIGKILL.")] = None,
+    notice_s: Annotated[int | None, Option(help="Seconds until a spot node's end, as announced to Ray.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write to this file; default: stdout.")
+        Path | None, Option("--output", metavar="FILE", help="Write to this file; default: stdout.")
     ] = None,
     into: Annotated[
-        Path | None, typer.Option("--into", metavar="DIR", help="Write a folder for `kubectl apply -k` instead.")
+        Path | None, Option("--into", metavar="DIR", help="Write a folder for `kubectl apply -k` instead.")
     ] = None,
     components: Annotated[
-        list[str] | None,
-        typer.Option(
+        Texts,
+        Option(
             "--with", metavar="COMPONENT", help="With --into: dev, gpu, kueue, monitoring, nfs or spot; repeatable."
         ),
     ] = None,
 ) -> None:
     """Print the RayJob and what it needs, for kubectl or `apply`."""
     given = {key: value for key, value in locals().items() if key not in ("run_file", "output", "into", "components")}
-    from outlast.checkpointing.errors import ConfigError
     from outlast.cluster.config.run_file import load_run
     from outlast.cluster.kubernetes.kustomize import write_folder
     from outlast.cluster.kubernetes.render import render, to_yaml, warnings_for
@@ -120,23 +107,17 @@ def render(
 
 @k8s.command()
 def lint(
-    files: Annotated[list[str], typer.Argument(metavar="FILE…", help="Manifests; - for stdin.")],
+    files: Annotated[list[str], Argument(metavar="FILE…", help="Manifests; - for stdin.")],
     as_json: AsJson = False,
 ) -> None:
     """Check manifests: what KubeRay refuses (exit code 2), and what makes the loss of a node expensive (warnings)."""
-    from dataclasses import asdict
-
-    from outlast.cluster.kubernetes.lint.linter import lint
-
-    objects = [item for file in files for item in _read(file)]
-    findings = lint(objects)
-    _warn_unchecked(objects)
+    _, findings = _read_and_lint(files)
     if as_json:
         print(json.dumps([{**asdict(finding), "level": finding.level.value} for finding in findings]))
     else:
         for finding in findings:
             print(_line(finding))
-    raise typer.Exit(_worst(findings))
+    raise Exit(_worst(findings))
 
 
 @k8s.command()
@@ -144,19 +125,15 @@ def apply(
     file: Objects,
     context: Context = None,
     namespace: Namespace = None,
-    force: Annotated[bool, typer.Option("--force", help="Take over fields that another field manager set.")] = False,
+    force: Annotated[bool, Option("--force", help="Take over fields that another field manager set.")] = False,
 ) -> None:
     """Lint manifests, then apply them on the server's side. Failed ones are not applied: exit code 2."""
-    from outlast.cluster.kubernetes.lint.linter import lint
-    from outlast.cluster.preflight.finding import Level
-
-    objects = _read(file)
-    findings = [finding for finding in lint(objects) if finding.level is not Level.OK]
-    _warn_unchecked(objects)
+    objects, findings = _read_and_lint([file])
     for finding in findings:
-        print(_line(finding), file=sys.stderr)
+        if finding.level is not Level.OK:
+            print(_line(finding), file=sys.stderr)
     if code := _worst(findings):
-        raise typer.Exit(code)
+        raise Exit(code)
     for line in _cluster(context, namespace).apply(objects, force=force):
         print(line)
 
@@ -164,7 +141,7 @@ def apply(
 @k8s.command()
 def status(run: RunName, context: Context = None, namespace: Namespace = None, as_json: AsJson = False) -> None:
     """Show a run's RayJobs, pods and warnings. `outlast status` shows the training's progress."""
-    body = _cluster(context, namespace).status(_name(run))
+    body = _cluster(context, namespace).status(run_name(run))
     if as_json:
         print(json.dumps(body))
         return
@@ -172,9 +149,8 @@ def status(run: RunName, context: Context = None, namespace: Namespace = None, a
         state = " ".join(str(job[key]) for key in ("deployment", "job", "reason") if job[key])
         print(f"rayjob/{job['name']}  {job['phase']}: {state}")
         attempts = f"{job['tries_failed']} of {job['backoff_limit'] + 1} job attempts failed"
-        print(
-            f"  cluster {job['cluster'] or '-'}, workers {job['workers_ready']} of {job['workers_wanted']}; {attempts}"
-        )
+        workers = f"workers {job['workers_ready']} of {job['workers_wanted']}"
+        print(f"  cluster {job['cluster'] or '-'}, {workers}; {attempts}")
         if job["message"]:
             print(f"  {job['message']}")
     for pod in body["pods"]:
@@ -188,13 +164,13 @@ def status(run: RunName, context: Context = None, namespace: Namespace = None, a
 @k8s.command()
 def suspend(run: RunName, context: Context = None, namespace: Namespace = None) -> None:
     """Commit a checkpoint, then free the run's nodes."""
-    print(_cluster(context, namespace).suspend(_name(run)))
+    print(_cluster(context, namespace).suspend(run_name(run)))
 
 
 @k8s.command()
 def resume(run: RunName, context: Context = None, namespace: Namespace = None) -> None:
     """Resume a suspended run, or one whose RayJob has ended: a new RayJob then resumes from storage."""
-    print(_cluster(context, namespace).resume(_name(run)))
+    print(_cluster(context, namespace).resume(run_name(run)))
 
 
 @k8s.command()
@@ -202,12 +178,10 @@ def delete(
     run: RunName,
     context: Context = None,
     namespace: Namespace = None,
-    storage: Annotated[
-        bool, typer.Option("--storage", help="Delete the volume claim too, with all checkpoints.")
-    ] = False,
+    storage: Annotated[bool, Option("--storage", help="Delete the volume claim too, with all checkpoints.")] = False,
 ) -> None:
     """Delete a run's objects. A running run commits a checkpoint first."""
-    for line in _cluster(context, namespace).delete(_name(run), storage=storage):
+    for line in _cluster(context, namespace).delete(run_name(run), storage=storage):
         print(line)
 
 
@@ -217,16 +191,7 @@ def _cluster(context: str | None, namespace: str | None) -> KubernetesNamespace:
     return KubernetesNamespace(context, namespace)
 
 
-def _name(run: str) -> str:
-    if run.endswith(RUN_FILES):
-        from outlast.cluster.config.run_file import load_run
-
-        return load_run(run)[0].name
-    return run
-
-
 def _read(file: str) -> list[dict[str, Any]]:
-    from outlast.checkpointing.errors import ConfigError
     from outlast.cluster.kubernetes.lint.linter import read_objects
 
     hint = "give a file that `outlast k8s render` wrote"
@@ -239,12 +204,15 @@ def _read(file: str) -> list[dict[str, Any]]:
     return read_objects(text)
 
 
-def _warn_unchecked(objects: list[dict[str, Any]]) -> None:
-    """Report objects that have no rules, because lint's silence is no approval of them."""
-    from outlast.cluster.kubernetes.lint.linter import unchecked_objects
+def _read_and_lint(files: list[str]) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """Read and lint objects; report those that have no rules, because lint's silence is no approval of them."""
+    from outlast.cluster.kubernetes.lint.linter import lint, unchecked_objects
 
+    objects = [item for file in files for item in _read(file)]
+    findings = lint(objects)
     if names := unchecked_objects(objects):
         print(f"outlast: not checked, no rules for: {', '.join(names)}", file=sys.stderr)
+    return objects, findings
 
 
 def _line(finding: Finding) -> str:
@@ -253,6 +221,4 @@ def _line(finding: Finding) -> str:
 
 def _worst(findings: list[Finding]) -> int:
     """Return 2 if KubeRay would refuse an object, else 0; warnings do not count."""
-    from outlast.cluster.preflight.finding import Level
-
     return 2 if any(finding.level is Level.FAILED for finding in findings) else 0

@@ -10,9 +10,9 @@ import json
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from typer import Exit, Option, Typer
 
 from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import OutlastError
@@ -20,14 +20,14 @@ from outlast.cluster.cli.checkpoints import checkpoints
 from outlast.cluster.cli.doctor import doctor
 from outlast.cluster.cli.drills import demo, drill
 from outlast.cluster.cli.init_validate_plan import init, plan, validate
-from outlast.cluster.cli.jobs import list_runs, logs, resume, stop, submit, supervise_runs
+from outlast.cluster.cli.jobs import list_, logs, resume, stop, submit, supervise
 from outlast.cluster.cli.kubernetes import k8s
 from outlast.cluster.cli.options import AsJson
 from outlast.cluster.cli.status import report, status
 from outlast.cluster.cli.train import train
 from outlast.cluster.cli.try_command import try_
 
-app = typer.Typer(
+app = Typer(
     name="outlast",
     help="Fine-tune Hugging Face models on Ray; outlast the machines the run is on.",
     no_args_is_help=True,
@@ -36,37 +36,24 @@ app = typer.Typer(
     rich_markup_mode=None,  # markup doubles the start-up time
     context_settings={"max_content_width": 120},
 )
-app.command()(init)
-app.command()(validate)
-app.command()(plan)
-app.add_typer(checkpoints, name="checkpoints")
-app.command("try")(try_)
-app.command()(doctor)
-app.command()(status)
-app.command()(report)
-app.add_typer(k8s, name="k8s")
-app.command()(train)
-app.command()(demo)
-app.command()(drill)
 
 
 def _print_version(is_set: bool) -> None:
     if is_set:
         version()
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False,
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions, then exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print versions, then exit.")
     ] = False,
 ) -> None:
     """Global options; `main` reads --debug itself."""
 
 
-@app.command()
 def version(as_json: AsJson = False) -> None:
     """Print versions for a bug report."""
     from outlast.cluster.cli.version_report import versions
@@ -75,13 +62,12 @@ def version(as_json: AsJson = False) -> None:
     print(json.dumps(numbers) if as_json else "\n".join(f"{name} {value or '-'}" for name, value in numbers.items()))
 
 
-app.command()(submit)
-app.command("supervise")(supervise_runs)
-app.command()(resume)
-app.command("list")(list_runs)
-app.command()(logs)
-app.command()(stop)
-
+_COMMANDS: list[Any] = [init, validate, plan, try_, doctor, status, report, train, demo, drill, version]
+_COMMANDS += [submit, supervise, resume, list_, logs, stop]
+for _function in _COMMANDS:
+    app.command(_function.__name__.rstrip("_"))(_function)
+app.add_typer(checkpoints, name="checkpoints")
+app.add_typer(k8s, name="k8s")
 for _group in (app, checkpoints, k8s):
     for _command in _group.registered_commands:  # the docstring's first sentence
         _command.short_help = (_command.callback.__doc__ or "").partition("\n")[0].split(". ")[0].rstrip(".") + "."
@@ -96,22 +82,14 @@ def main() -> None:
     except OutlastError as error:
         _fail(error.message, error.hint, error.exit_code, debug)
     except KeyboardInterrupt:
-        _fail(
-            "interrupted",
-            "run the same command again to resume from the newest checkpoint, if there is one",
-            130,
-            debug,
-        )
+        hint = "run the same command again to resume from the newest checkpoint, if there is one"
+        _fail("interrupted", hint, 130, debug)
     except Exception as error:  # noqa: BLE001 - last resort: report it, and how to get the traceback
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             hint = "stop other programs on this machine, or use a machine with more memory"
             _fail(f"this machine is out of memory: {first_line(error)}", hint, 1, debug)
-        _fail(
-            f"unexpected {type(error).__name__}: {error}",
-            "run again as `outlast --debug …` for the traceback",
-            1,
-            debug,
-        )
+        hint = "run again as `outlast --debug …` for the traceback"
+        _fail(f"unexpected {type(error).__name__}: {error}", hint, 1, debug)
 
 
 def _fail(message: str, hint: str, code: int, debug: bool) -> None:

@@ -7,32 +7,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_reference import RUN_FILES
 
+Texts = list[str] | None
 Address = Annotated[
-    str | None, typer.Option(help="The cluster's job server, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
+    str | None, Option(help="The cluster's job server, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
 ]
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
-Follow = Annotated[bool, typer.Option("--follow", help="Show its log until it ends; exit with its exit code.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, run file or name.")]
-StorageRoot = Annotated[str, typer.Option("--storage", help="The storage of runs that are given by name.")]
+RunFile = Annotated[Path, Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
+Follow = Annotated[bool, Option("--follow", help="Show its log until it ends; exit with its exit code.")]
+Run = Annotated[str, Argument(metavar="RUN", help="A run's directory, run file or name.")]
+StorageRoot = Annotated[str, Option("--storage", help="The storage of runs that are given by name.")]
 Code = Annotated[
-    Path | None,
-    typer.Option(help="The directory of your own Python files; default: the run file's, or the current one."),
+    Path | None, Option(help="The directory of your own Python files; default: the run file's, or the current one.")
 ]
-Base = Annotated[
-    str | None, typer.Option(help="For an adapter: path of its base model; default: the path at training.")
-]
-Trusted = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the checkpoint.")]
-Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
-Ship = Annotated[bool, typer.Option(help="Send this outlast along, so that the cluster runs the same version.")]
+Base = Annotated[str | None, Option(help="For an adapter: path of its base model; default: the path at training.")]
+Trusted = Annotated[bool, Option("--trust-remote-code", help="Run code from the checkpoint.")]
+Overrides = Annotated[Texts, Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
+Ship = Annotated[bool, Option(help="Send this outlast along, so that the cluster runs the same version.")]
 ShippedCode = Annotated[
-    Path | None, typer.Option("--code", help="A directory of your own Python files, importable on the workers.")
+    Path | None, Option("--code", help="A directory of your own Python files, importable on the workers.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
 @contextlib.contextmanager

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import BadParameter, Exit, Option
 
 from outlast.cluster.cli.options import Address, AsJson, Run, StorageRoot, writing
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
 
 if TYPE_CHECKING:
-    from outlast.cluster.monitoring.run_snapshot import RunSnapshot
+    from outlast.cluster.monitoring.status import RunSnapshot
 
 
 def status(
     run: Run,
     address: Address = None,
     storage: StorageRoot = "./runs",
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Update until the run has ended; exit with its result.")
-    ] = False,
+    watch: Annotated[bool, Option("--watch", help="Update until the run has ended; exit with its result.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a run's progress, from its storage; with --address, its jobs too.
@@ -31,30 +31,25 @@ def status(
     been silent for ten minutes: a supervisor would have restarted it. A custom loop has no driver; it is shown until
     Ctrl-C.
     """
-    import time
-    from dataclasses import asdict
-
-    from outlast.cluster.monitoring.run_snapshot import take_snapshot
-    from outlast.cluster.monitoring.status import as_values
-    from outlast.cluster.monitoring.timeline_from_events import State
-    from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+    from outlast.cluster.monitoring.status import as_values, take_snapshot
+    from outlast.cluster.monitoring.timeline import State, TimelineReader
 
     if watch and (as_json or address):
-        raise typer.BadParameter("--watch shows the run's storage in the terminal; omit --json and --address")
+        raise BadParameter("--watch shows the run's storage in the terminal; omit --json and --address")
     store, _ = find_run(run, storage)
     if watch:
-        from outlast.cluster.monitoring import watch as watcher
         from outlast.cluster.monitoring.console_progress import terminal
+        from outlast.cluster.monitoring.console_progress import watch as watch_run
 
-        summary = watcher.watch(store, terminal())
-        raise typer.Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
+        summary = watch_run(store, terminal())
+        raise Exit({State.DONE: 0, State.STOPPED: 75}.get(summary.state, 1))
     timeline = TimelineReader(store).update()
     summary = take_snapshot(timeline, time.time())
     body = as_values(store, timeline, summary)
     if address is not None:
-        from outlast.cluster.jobs import ray_jobs as jobs
+        from outlast.cluster.jobs.ray_jobs import connect, jobs_of
 
-        body["jobs"] = [asdict(job) for job in jobs.jobs_of(jobs.connect(address), store.run)]
+        body["jobs"] = [asdict(job) for job in jobs_of(connect(address), store.run)]
     if as_json:
         print(json.dumps(body, indent=1))
         return
@@ -65,7 +60,7 @@ def _print(run: str, summary: RunSnapshot, body: dict[str, Any]) -> None:
     from rich.console import Console
 
     from outlast.cluster.monitoring.live_panel import panel
-    from outlast.cluster.monitoring.timeline_from_events import State
+    from outlast.cluster.monitoring.timeline import State
 
     console = Console(highlight=False)
     for line in panel(summary, console.width, num_interruptions=0):
@@ -94,9 +89,9 @@ def _print(run: str, summary: RunSnapshot, body: dict[str, Any]) -> None:
 def report(
     run: Run,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The file to write; default: RUN-report.html.")
+        Path | None, Option("-o", "--output", metavar="FILE", help="The file to write; default: RUN-report.html.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of every checkpoint first.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Read every byte of every checkpoint first.")] = False,
     storage: StorageRoot = "./runs",
 ) -> None:
     """Write an HTML report of a run: losses, failures, goodput, checkpoints, settings."""

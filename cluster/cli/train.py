@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Annotated
 
-import typer
+from typer import Exit, Option
 
 from outlast.cluster.cli.options import Overrides, RunFile
 
@@ -13,10 +13,8 @@ from outlast.cluster.cli.options import Overrides, RunFile
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: a new local one.")] = None,
-    take_over: Annotated[
-        bool, typer.Option("--take-over", help="Take the run over from another launch at once.")
-    ] = False,
+    address: Annotated[str | None, Option(help="A Ray cluster; default: a new local one.")] = None,
+    take_over: Annotated[bool, Option("--take-over", help="Take the run over from another launch at once.")] = False,
 ) -> None:
     """Start the run, or resume it, or report that it is done. Prints the path of the finished model.
 
@@ -42,4 +40,4 @@ def train(
         reporter.print_line(f"stopped, with a committed checkpoint; to resume: {again}")
     else:
         reporter.print_line(f"another launch has this run; to take it over: {again} --take-over")
-    raise typer.Exit(finished.outcome.exit_code)
+    raise Exit(finished.outcome.exit_code)

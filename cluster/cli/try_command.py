@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Annotated, Any
 from unicodedata import category
 
-import typer
+from typer import Option
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, Base, Code, Overrides, Run, StorageRoot, Trusted, make_code_importable
@@ -17,14 +17,13 @@ from outlast.cluster.config.run_reference import find_run
 def try_(
     run: Run,
     texts: Annotated[
-        list[str] | None,
-        typer.Option("--text", help="An input; JSON with names for tasks with several inputs."),
+        list[str] | None, Option("--text", help="An input; JSON with names for tasks with several inputs.")
     ] = None,
-    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="The same, for generative models.")] = None,
+    prompts: Annotated[list[str] | None, Option("--prompt", help="The same, for generative models.")] = None,
     overrides: Overrides = None,
-    files: Annotated[list[str] | None, typer.Option("--file", help="A file of inputs, as in data.train.")] = None,
+    files: Annotated[list[str] | None, Option("--file", help="A file of inputs, as in data.train.")] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="newest, best, a step, step@attempt; default: the finished model, else newest.")
+        str | None, Option(help="newest, best, a step, step@attempt; default: the finished model, else newest.")
     ] = None,
     base: Base = None,
     code: Code = None,

@@ -1,10 +1,11 @@
-"""Run files: read, overridden, expanded and checked into a `RunConfig`."""
+"""Run files: read, overridden, expanded and checked into a `RunConfig`; each finding has the line of its setting."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,53 @@ from pydantic import ValidationError
 from outlast.checkpointing.error_hints import first_line, nearest
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.config.yaml_lines import Lines, parse, settings_error
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding, check
 
+Lines = dict[KeyPath, int]
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedFinding:
+    """A finding, and where its setting was given."""
+
+    finding: SettingsFinding
+    line: int | None = None  #: its line in the run file, or that of the enclosing block; None if there is none
+    option: str = ""  #: the -s option, if the setting was given there
+
+    def __str__(self) -> str:
+        where = f"-s {self.option}" if self.option else f"line {self.line}" if self.line else ""
+        return f"{where}: {self.finding}" if where else str(self.finding)
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.finding
+        body = {"line": self.line, "key": found.key, "message": found.message, "suggestion": found.suggestion}
+        return {**body, "option": self.option} if self.option else body
+
+
+class SettingsError(ConfigError):
+    """Settings are not valid; the message lists every finding, in the order of their lines."""
+
+    def __init__(self, message: str, *, hint: str, findings: Sequence[LocatedFinding]) -> None:
+        super().__init__(message, hint=hint)
+        self.findings = tuple(findings)
+
+
+def locate_findings(
+    found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()
+) -> list[LocatedFinding]:
+    """Add to each finding the line of its setting, or of the enclosing block; sort by line."""
+    by_key = {item.partition("=")[0].strip(): item for item in overrides}
+    located = []
+    for item in found:
+        prefixes = [item.path[:end] for end in range(len(item.path), 0, -1)]
+        keys = [".".join(map(str, prefix)) for prefix in prefixes]
+        within = (key for key in by_key if key.startswith(f"{item.key}.") and key.rpartition(".")[2] in item.message)
+        option = next((by_key[key] for key in (*keys, *within) if key in by_key), "")
+        line = None if option else next((lines[prefix] for prefix in prefixes if prefix in lines), None)
+        located.append(LocatedFinding(item, line, option))
+    return sorted(located, key=lambda item: item.line or 0)
 
 
 def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
@@ -44,17 +87,20 @@ def settings_of(
     """Build the settings declared in `source`, a file or a run, with the `lines` of each key; else as `load_run`."""
     for item in overrides:
         override(declared, item)
-    missing = [
+    found: Sequence[SettingsFinding] = [
         SettingsFinding(path, f"the run file uses ${{env:{name}}}, but {name} is not set")
         for path, name in _unset_variables(declared)
     ]
-    if missing:
-        raise settings_error(source, missing, lines or {}, overrides)
-    body = expand(declared)
-    try:
-        return RunConfig.model_validate(body), declared
-    except ValidationError as error:
-        raise settings_error(source, check(RunConfig, body), lines or {}, overrides) from error
+    if not found:
+        body = expand(declared)
+        try:
+            return RunConfig.model_validate(body), declared
+        except ValidationError:
+            found = check(RunConfig, body)
+    located = locate_findings(found, lines or {}, overrides)
+    listing = "\n".join(f"  {item}" for item in located)
+    hint = f"edit {source}, or the -s options" if overrides else f"edit {source}"
+    raise SettingsError(f"settings of {source} are not valid:\n{listing}", hint=hint, findings=located)
 
 
 def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
@@ -71,15 +117,47 @@ def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
             hint = f"did you mean {candidates[near]}? `outlast init` writes a new one"
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"run file {path} cannot be read: {reason}", hint=hint) from error
-    return parse(text, path)
+    try:
+        body, lines = yaml.load(text, _UniqueKeyLoader), dict(_yaml_lines(yaml.compose(text, yaml.SafeLoader)))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        message = f"{getattr(error, 'problem', None) or error}"
+        found = [LocatedFinding(SettingsFinding((), message), mark.line + 1 if mark else None)]
+        raise SettingsError(f"run file {path} is not valid: {found[0]}", hint=f"edit {path}", findings=found) from error
+    if not isinstance(body, dict):
+        found = [LocatedFinding(SettingsFinding((), "holds no settings", "begin with `name: my-run`"))]
+        hint = "begin with `name: my-run`, or let `outlast init` write one"
+        raise SettingsError(f"run file {path} holds no settings", hint=hint, findings=found)
+    return body, lines
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML with unique keys; the library silently takes the last of several."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                problem = f"duplicate key {key!r}, again in line {key_node.start_mark.line + 1}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_lines(node: yaml.Node | None, path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    inner: list[tuple[int | str, yaml.Node, int]] = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [(str(key.value), value, key.start_mark.line) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(number, value, value.start_mark.line) for number, value in enumerate(node.value)]
+    for part, value, line in inner:
+        yield (*path, part), line + 1
+        yield from _yaml_lines(value, (*path, part))
 
 
 def override(body: dict[str, Any], given: str) -> None:
-    """Set one value of `body`; `given` is `key=value` with dots in the key.
-
-    Raises:
-        ConfigError: `given` is malformed, or its key is below a value.
-    """
+    """Set one value of `body`; `given` is `key=value` with dots in the key. ConfigError if it is malformed."""
     key, equals, text = given.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"-s {given} sets nothing", hint="write key=value, such as -s train.lr=1e-4")
@@ -88,9 +166,8 @@ def override(body: dict[str, Any], given: str) -> None:
     for parent in parents:
         block = block.setdefault(parent, {})
         if not isinstance(block, dict):
-            raise ConfigError(
-                f"-s {given}: {parent} holds a value, not a block", hint=f"leave out what follows {parent}"
-            )
+            hint = f"leave out what follows {parent}"
+            raise ConfigError(f"-s {given}: {parent} holds a value, not a block", hint=hint)
     try:
         block[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -114,14 +191,10 @@ def expand(value: Any) -> Any:
         return {key: expand(item) for key, item in value.items()}
     if isinstance(value, list):
         return [expand(item) for item in value]
-    if isinstance(value, str):
-        return _ENV.sub(_from_environment, value)
-    return value
+    return _ENV.sub(_from_environment, value) if isinstance(value, str) else value
 
 
 def _from_environment(match: re.Match[str]) -> str:
-    if match[1] not in os.environ:
-        raise ConfigError(
-            f"the run file uses ${{env:{match[1]}}}, but {match[1]} is not set", hint=f"export {match[1]}=…"
-        )
-    return os.environ[match[1]]
+    if (name := match[1]) not in os.environ:
+        raise ConfigError(f"the run file uses ${{env:{name}}}, but {name} is not set", hint=f"export {name}=…")
+    return os.environ[name]

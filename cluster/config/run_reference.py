@@ -19,59 +19,54 @@ def find_run(text: str, root: str) -> tuple[RunStore, Retention]:
     """Resolve RUN: a run file, a run's directory or URI, or a name under `root`.
 
     Returns:
-        The run, and its retention settings, which define its best checkpoint.
+        The run, and the retention settings that define its best checkpoint: those of its newest claim, or the default.
     """
+    from pydantic import ValidationError
+
     from outlast.checkpointing.format.layout import check_run_name
+    from outlast.checkpointing.run_store.retention_policy import Retention
     from outlast.checkpointing.run_store.store import RunStore
     from outlast.checkpointing.storage.factory import open_storage
+    from outlast.cluster.config.run_file import expand, load_run
+    from outlast.trainers.config.checkpoint import CheckpointSettings
 
     if text.endswith(RUN_FILES):
-        from outlast.cluster.config.run_file import load_run
-
         config = load_run(text)[0].at_home(Path(text).parent)
         return config.store, config.checkpoint.retention
     text = text.rstrip("/")
     if Path(text, "config.json").is_file():
-        raise ConfigError(
-            f"{text} is a model, not a run",
-            hint="give the run and a checkpoint's step; `from_pretrained` reads the model itself",
-        )
+        hint = "give the run and a checkpoint's step; `from_pretrained` reads the model itself"
+        raise ConfigError(f"{text} is a model, not a run", hint=hint)
     if "/" in text or Path(text, "attempts").is_dir():
         path = text if "://" in text else str(Path(text).absolute())
         root, _, text = path.rpartition("/")
     store = RunStore(open_storage(root), check_run_name(text))
     store.storage.list(store.run)  # no retries: the path may be mistyped
-    return store, _retention_of(store)
-
-
-def _retention_of(store: RunStore) -> Retention:
-    """Return the retention settings of the run's newest claim; the default if they cannot be read."""
-    from pydantic import ValidationError
-
-    from outlast.checkpointing.run_store.retention_policy import Retention
-    from outlast.cluster.config.run_file import expand
-    from outlast.trainers.config.checkpoint import CheckpointSettings
-
     try:
         declared = declared_settings(store).get("checkpoint", {})
-        return CheckpointSettings.model_validate(expand(declared)).retention
+        return store, CheckpointSettings.model_validate(expand(declared)).retention
     except (OutlastError, ValidationError):
-        return Retention()
+        return store, Retention()
+
+
+def run_name(text: str) -> str:
+    """Return the run's name from any form of RUN, without looking for the run. Raises ConfigError if it is none."""
+    if text.endswith(RUN_FILES):
+        from outlast.cluster.config.run_file import load_run
+
+        return load_run(text)[0].name
+    from outlast.checkpointing.format.layout import check_run_name
+
+    return check_run_name(text.rstrip("/").rpartition("/")[2])
 
 
 def declared_settings(store: RunStore) -> dict[str, Any]:
-    """Return the settings of the run's newest claim, as written.
-
-    Raises:
-        ConfigError: The run does not exist.
-        StorageError: No claim with settings can be read.
-    """
+    """Return the settings of the run's newest claim, as written; ConfigError if there is no such run."""
     from outlast.checkpointing.run_store.claims import read_claim
     from outlast.checkpointing.tools.query import existing_attempts
 
     for attempt in reversed(existing_attempts(store)):
         if settings := read_claim(store, attempt).get("settings"):
             return dict(settings)
-    raise StorageError(
-        f"run {store.run!r} in {store.storage.url} has no claim with settings", hint="give the run file instead"
-    )
+    problem = f"run {store.run!r} in {store.storage.url} has no claim with settings"
+    raise StorageError(problem, hint="give the run file instead")

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_config import RunConfig
-from outlast.trainers.config.task_table import TASKS, check_task_name
+from outlast.trainers.config.model import TASKS, check_task_name
 from outlast.trainers.config.validation_errors import model_at
 
 _WIDTH, _COLUMN = 100, 34
@@ -21,60 +21,41 @@ _WIDTH, _COLUMN = 100, 34
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """The task's own part of a starter file.
+    """The task's own part of a starter file."""
 
-    Attributes:
-        path: A pretrained model for it.
-        columns: The columns it reads.
-        lr: A usual peak learning rate.
-        more: Other settings under `data:` that it uses.
-        new: A model from scratch.
-    """
-
-    path: str
-    columns: tuple[str, ...]
-    lr: float = 2e-5
-    more: tuple[str, ...] = ()
+    path: str  #: a pretrained model for it
+    columns: tuple[str, ...]  #: the columns it reads
+    lr: float = 2e-5  #: a usual peak learning rate
+    more: tuple[str, ...] = ()  #: other settings under `data:` that it uses
+    #: A model from scratch.
     new: str = "{model_type: bert, num_hidden_layers: 4, num_attention_heads: 4, hidden_size: 128}"
 
 
 _GPT2 = "{model_type: gpt2, n_layer: 4, n_head: 4, n_embd: 128}"
+_DISTILBERT = "distilbert/distilbert-base-cased"
+_T5 = "{model_type: t5, num_layers: 2, num_heads: 4, d_model: 128, d_ff: 256, d_kv: 32}"
 EXAMPLES = {
     "causal-lm": Example("openai-community/gpt2", ("text",), 5e-5, new=_GPT2),
     "chat": Example("Qwen/Qwen3-0.6B", ("messages",), 1e-5, ("chat_template",), _GPT2),
     "masked-lm": Example("distilbert/distilroberta-base", ("text",), 5e-5, ("mask_share",)),
     "sequence-classification": Example("distilbert/distilbert-base-uncased", ("text", "label"), more=("problem",)),
-    "token-classification": Example("distilbert/distilbert-base-cased", ("tokens", "tags")),
-    "question-answering": Example(
-        "distilbert/distilbert-base-cased", ("question", "context", "answers"), more=("stride",)
-    ),
-    "seq2seq-lm": Example(
-        "google-t5/t5-small",
-        ("source", "target"),
-        1e-4,
-        ("max_target_length",),
-        "{model_type: t5, num_layers: 2, num_heads: 4, d_model: 128, d_ff: 256, d_kv: 32}",
-    ),
+    "token-classification": Example(_DISTILBERT, ("tokens", "tags")),
+    "question-answering": Example(_DISTILBERT, ("question", "context", "answers"), more=("stride",)),
+    "seq2seq-lm": Example("google-t5/t5-small", ("source", "target"), 1e-4, ("max_target_length",), _T5),
     "multiple-choice": Example("google-bert/bert-base-uncased", ("text", "choices", "label")),
     "double-heads": Example("openai-community/gpt2", ("text", "choices", "label"), new=_GPT2),
 }
 
 
 def template(task: str, file: str = "run.yaml") -> str:
-    """Return a commented run file for a task; `file` is its future name.
-
-    Raises:
-        ConfigError: The task is unknown, or is the user's own.
-    """
+    """Return a commented run file for a task; `file` is its future name. ConfigError for a task without an example."""
     if task not in EXAMPLES:
+        hint = f"begin with one of these: {', '.join(TASKS)}"
         try:
             check_task_name(task)
         except ValueError as error:
-            raise ConfigError(str(error), hint=f"begin with one of these: {', '.join(TASKS)}") from error
-        raise ConfigError(
-            f"{task} is a task of your own, which has no starter file",
-            hint=f"begin with one of these: {', '.join(TASKS)}",
-        )
+            raise ConfigError(str(error), hint=hint) from error
+        raise ConfigError(f"{task} is a task of your own, which has no starter file", hint=hint)
     return "\n".join(_lines(task, EXAMPLES[task], file)) + "\n"
 
 
@@ -108,8 +89,9 @@ def _block(name: str, given: dict[str, Any], more: tuple[str, ...]) -> Iterator[
     yield f"{name}:"
     for key, value in given.items():
         yield from _setting(name, key, value)
+    defaults = _model(name).model_construct().model_dump(mode="json")
     for key in more:
-        yield from _setting(name, key, _default(name, key), is_off=True)
+        yield from _setting(name, key, defaults[key], is_off=True)
 
 
 def _setting(block: str, key: str, value: Any, *, is_off: bool = False) -> Iterator[str]:
@@ -117,7 +99,8 @@ def _setting(block: str, key: str, value: Any, *, is_off: bool = False) -> Itera
     indent = "  " if block else ""
     shown = yaml.safe_dump(value, default_flow_style=True, sort_keys=False).removesuffix("...\n").strip()
     text = f"{indent}{'# ' if is_off else ''}{key}: {shown}"
-    comment = _first_sentence(block, key)
+    description = " ".join((_model(block).model_fields[key].description or "").split())
+    comment = re.split(r"(?<=[.])\s", description)[0]
     if len(text) < _COLUMN and _COLUMN + len(comment) + 2 <= _WIDTH + 20:
         yield f"{text:{_COLUMN}}# {comment}"
         return
@@ -129,12 +112,3 @@ def _model(block: str) -> type[BaseModel]:
     model = model_at(RunConfig, (block,) if block else ())
     assert model is not None, block
     return model
-
-
-def _first_sentence(block: str, key: str) -> str:
-    text = " ".join((_model(block).model_fields[key].description or "").split())
-    return re.split(r"(?<=[.])\s", text)[0]
-
-
-def _default(block: str, key: str) -> Any:
-    return _model(block).model_construct().model_dump(mode="json")[key]

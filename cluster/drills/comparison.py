@@ -26,7 +26,7 @@ from outlast.trainers.config.train import Exactness
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.preparation.prepare import prepare
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import find_task
 from outlast.trainers.user_code import make_importable
 
 E = TypeVar("E", bound=Event)
@@ -43,23 +43,14 @@ class FinalState:
 
 @dataclass(frozen=True, slots=True)
 class FirstDifference:
-    """Where a run begins to differ from the undisturbed one.
+    """Where a run begins to differ from the undisturbed one."""
 
-    Attributes:
-        step: The first step whose loss differs; None if all losses agree.
-        losses: Loss of that step in the undisturbed run, and in this one.
-        checkpoint: Step of the first checkpoint that differs, of those that both runs have; None if they agree.
-        tensor: Its first tensor that differs, in the order of the model, weights before moments.
-        largest: The largest absolute difference of an element of that tensor; None unless the shapes are equal.
-        before_fault: Whether a difference occurred before the fault.
-    """
-
-    step: int | None
-    losses: tuple[float | None, float | None]
-    checkpoint: int | None
-    tensor: str
-    largest: float | None
-    before_fault: bool
+    step: int | None  #: the first step whose loss differs; None if all losses agree
+    losses: tuple[float | None, float | None]  #: loss of that step in the undisturbed run, and in this one
+    checkpoint: int | None  #: step of the first checkpoint that differs, of those that both have; None if they agree
+    tensor: str  #: its first tensor that differs, in the order of the model, weights before moments
+    largest: float | None  #: largest absolute difference of an element of that tensor; None unless shapes are equal
+    before_fault: bool  #: whether a difference occurred before the fault
 
     def __str__(self) -> str:
         places = []
@@ -87,12 +78,12 @@ def events_of(store: RunStore, kind: type[E]) -> list[E]:
 def final_state(store: RunStore) -> FinalState:
     """Return the final state of a finished run."""
     newest = build_catalog(store).accepted[0]
-    digests = tensor_digests(store.storage, store.checkpoint_dir(newest.ref), newest)
-    losses: dict[int, set[float | None]] = {}
+    state = FinalState({}, {}, {})
+    for name, digest in tensor_digests(store.storage, store.checkpoint_dir(newest.ref), newest).items():
+        (state.optimizer if "/" in name else state.weights)[name] = digest
     for event in events_of(store, StepEvent):
-        losses.setdefault(event.step, set()).add(event.loss)
-    weights = {name: digest for name, digest in digests.items() if "/" not in name}
-    return FinalState(weights, {name: digest for name, digest in digests.items() if "/" in name}, losses)
+        state.losses.setdefault(event.step, set()).add(event.loss)
+    return state
 
 
 def differences(one: FinalState, other: FinalState) -> list[str]:
@@ -190,10 +181,10 @@ def explain(cause: Cause, config: TrainingConfig, builds: Sequence[str] | None) 
     """
     if cause is Cause.RESUME:
         text = (
-            "The undisturbed copy was repeated and gave the same bits, so kernels and code are deterministic. Only "
-            "resumed copies differ: the model built on a resume differs from the one built at the start, or model or "
-            "task keep state between steps that no checkpoint holds (plain attributes, non-persistent buffers, "
-            "caches)."
+            "The undisturbed copy was repeated and gave the same bits, so kernels and code are deterministic; only "
+            "resumed copies differ. A resume checks the layout, flags and buffers of the model it builds. So model or "
+            "task keep state from step to step that no checkpoint holds (plain attributes, caches), or their "
+            "constructors do something else in a resumed run."
         )
     elif builds:
         text = (

@@ -11,7 +11,7 @@ import pydoc_data.topics
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.events import EvalEvent, ResumeEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.tools.verify_run import find_model
+from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.drills import drill
 from outlast.cluster.drills.comparison import events_of, final_state
@@ -57,17 +57,14 @@ def run_demo(folder: Path) -> dict[str, Any]:
     with _timed(parts, "data"):
         prepared = prepare(killed, LocalStorage(directory / "runs"))
     console.print(f"  {num_texts:,} texts from Python's own documentation, {prepared.num_tokens['train']:,} tokens")
-    with _timed(parts, "ray"):
-        session = ray_session()
-        session.__enter__()
-    try:
+    with ExitStack() as stack:
+        with _timed(parts, "ray"):
+            stack.enter_context(ray_session())
         with _timed(parts, "killed run"), ProgressReporter("killed run") as reporter:
             copy = drill.RunCopy(killed, _declared(killed), KILL_AT)
             drill.inject(copy, drill.FaultKind.KILL_IN_SAVE, reporter, KILLED_RANK)
         with _timed(parts, "undisturbed run"), ProgressReporter("undisturbed run") as reporter:
             drill.RunCopy(undisturbed, _declared(undisturbed), 0).launch(tell=reporter)
-    finally:
-        session.__exit__(None, None, None)
     with _timed(parts, "comparison"):
         findings = _compare(copy)
     model_info = find_model(copy.store)
@@ -75,8 +72,8 @@ def run_demo(folder: Path) -> dict[str, Any]:
     model = directory / "runs" / model_info.path
     with _timed(parts, "plain transformers"):
         findings |= _load_without_outlast(model, killed, prepared)
-    findings |= {"parts_s": {name: round(s, 2) for name, s in parts.items()}, "run": str(directory / "runs/killed")}
-    findings["model"] = str(model)
+    findings |= {"parts_s": {name: round(s, 2) for name, s in parts.items()}}
+    findings |= {"run": str(directory / "runs/killed"), "model": str(model)}
     _summary(console, findings)
     return findings
 
@@ -171,22 +168,17 @@ def _summary(console: Console, findings: dict[str, Any]) -> None:
     if kill:
         victim = f"rank {kill['rank']} (pid {kill['pid']}) by SIGKILL, while writing checkpoint-{kill['step']}"
         table.add_row("killed", victim)
-        resume = (
-            f"from checkpoint-{findings['resumed_from']}; first new step {findings['recovery_s']:.1f} s after the kill"
-        )
-        table.add_row("resumed", resume)
+        after = f"first new step {findings['recovery_s']:.1f} s after the kill"
+        table.add_row("resumed", f"from checkpoint-{findings['resumed_from']}; {after}")
         table.add_row("repeated", counted(findings["lost_steps"], "step"))
     table.add_row("checkpoints kept", ", ".join(map(str, sorted(findings["checkpoints"]))))
-    loss = (
-        f"{evals[0]:.3f} before, {evals[NUM_STEPS]:.3f} after; {findings['eval_loss_loaded']:.3f} with from_pretrained"
-    )
-    table.add_row("evaluation loss", loss)
+    loaded = f"{findings['eval_loss_loaded']:.3f} with from_pretrained"
+    table.add_row("evaluation loss", f"{evals[0]:.3f} before, {evals[NUM_STEPS]:.3f} after; {loaded}")
     table.add_row("sample", f"{findings['sample']!r} (gibberish: the model is small, the training short)")
     for name, same in findings["equal"].items():
-        verdict = "[green]equal[/]" if same else "[bold red]DIFFERENT[/]"
-        table.add_row(name, f"{verdict} to the undisturbed run")
-    table.add_row("run", findings["run"])
-    table.add_row("model", findings["model"])
+        table.add_row(name, f"{'[green]equal[/]' if same else '[bold red]DIFFERENT[/]'} to the undisturbed run")
+    for name in ("run", "model"):
+        table.add_row(name, findings[name])
     console.print()
     console.print(table)
     if all(findings["equal"].values()):

@@ -52,45 +52,32 @@ STEPS_MIN = 8
 
 
 class FaultKind(Enum):
-    """A fault to inject."""
+    """A fault to inject, with its description."""
 
-    KILL = "kill"  #: SIGKILL of a worker, between a step's gradients and its weights
-    KILL_IN_SAVE = "kill-in-save"  #: SIGKILL of a worker while it writes a checkpoint
-    ERROR = "error"  #: an exception in a worker
-    STOP = "stop"  #: SIGTERM to the driver, then the same command again
-    DAMAGE = "damage"  #: the same, and one bit of the newest checkpoint's weights flips meanwhile
-    DRIVER = "driver"  #: SIGKILL of the driver, then the same command again
+    KILL = "kill", "a worker killed in a step"  #: by SIGKILL, between a step's gradients and its weights
+    KILL_IN_SAVE = "kill-in-save", "a worker killed while writing a checkpoint"
+    ERROR = "error", "an exception in a worker"
+    STOP = "stop", "the driver stopped and restarted"  #: SIGTERM, then the same command again
+    DAMAGE = "damage", "stopped, one bit of the newest checkpoint flipped, restarted"
+    DRIVER = "driver", "the driver killed and restarted"  #: SIGKILL, then the same command again
 
-    @property
-    def meaning(self) -> str:
-        """Description."""
-        return {
-            FaultKind.KILL: "a worker killed in a step",
-            FaultKind.KILL_IN_SAVE: "a worker killed while writing a checkpoint",
-            FaultKind.ERROR: "an exception in a worker",
-            FaultKind.STOP: "the driver stopped and restarted",
-            FaultKind.DAMAGE: "stopped, one bit of the newest checkpoint flipped, restarted",
-            FaultKind.DRIVER: "the driver killed and restarted",
-        }[self]
+    meaning: str
+
+    def __new__(cls, name: str, meaning: str = "") -> FaultKind:
+        member = object.__new__(cls)
+        member._value_, member.meaning = name, meaning
+        return member
 
 
 @dataclass(frozen=True, slots=True)
 class RunCopy:
-    """A copy of the run, with a fault or without.
+    """A copy of the run, with a fault or without."""
 
-    Attributes:
-        config: The settings, local paths absolute.
-        declared: The settings as written.
-        at: The step of the fault; for faults in a save, one that saves.
-        code: Directory of the user's Python files.
-        address: The Ray cluster; None for a local one.
-    """
-
-    config: RunConfig
-    declared: Mapping[str, Any]
-    at: int
-    code: str = ""
-    address: str | None = None
+    config: RunConfig  #: the settings, local paths absolute
+    declared: Mapping[str, Any]  #: the settings as written
+    at: int  #: the step of the fault; for faults in a save, one that saves
+    code: str = ""  #: directory of the user's Python files
+    address: str | None = None  #: the Ray cluster; None for a local one
 
     @property
     def store(self) -> RunStore:
@@ -108,31 +95,18 @@ class RunCopy:
 
 @dataclass(slots=True)
 class DrillResult:
-    """Result of one copy.
+    """Result of one copy."""
 
-    Attributes:
-        kind: The fault.
-        fault: The fault's record; None if it never occurred.
-        resumed_from: The step of the checkpoint it resumed from.
-        redone: Steps that were repeated.
-        seconds: From the fault to the end of the first new step.
-        seconds_per_step: The median of the undisturbed copy.
-        different: Tensors and losses that differ from the undisturbed copy's.
-        first: Where the difference begins.
-        cause: Why there is one, a value of `Cause`.
-        error: Why it did not resume.
-    """
-
-    kind: str
-    fault: Mapping[str, Any] | None = None
-    resumed_from: int | None = None
-    redone: int = 0
-    seconds: float | None = None
-    seconds_per_step: float | None = None
-    different: list[str] = field(default_factory=list)
-    first: FirstDifference | None = None
-    cause: str = ""
-    error: str = ""
+    kind: str  #: the fault
+    fault: Mapping[str, Any] | None = None  #: the fault's record; None if it never occurred
+    resumed_from: int | None = None  #: the step of the checkpoint it resumed from
+    redone: int = 0  #: steps that were repeated
+    seconds: float | None = None  #: from the fault to the end of the first new step
+    seconds_per_step: float | None = None  #: the median of the undisturbed copy
+    different: list[str] = field(default_factory=list)  #: tensors and losses that differ from the undisturbed copy's
+    first: FirstDifference | None = None  #: where the difference begins
+    cause: str = ""  #: why there is one, a value of `Cause`
+    error: str = ""  #: why it did not resume
 
     @property
     def is_good(self) -> bool:
@@ -154,17 +128,11 @@ class DrillResult:
 
 @dataclass(slots=True)
 class DrillReport:
-    """Results of all copies.
+    """Results of all copies."""
 
-    Attributes:
-        num_tensors: Number of tensors in a checkpoint.
-        findings: One for each fault.
-        explanation: Why copies differ; empty if none does.
-    """
-
-    num_tensors: int
-    findings: list[DrillResult] = field(default_factory=list)
-    explanation: str = ""
+    num_tensors: int  #: number of tensors in a checkpoint
+    findings: list[DrillResult] = field(default_factory=list)  #: one for each fault
+    explanation: str = ""  #: why copies differ; empty if none does
 
     @property
     def is_good(self) -> bool:
@@ -172,11 +140,7 @@ class DrillReport:
 
 
 def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank: int = 0) -> None:
-    """Run a copy to its end with a fault in worker `rank`.
-
-    Raises:
-        OutlastError: It did not resume.
-    """
+    """Run a copy to its end with a fault in worker `rank`. Raises OutlastError if it did not resume."""
     if kind in (FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
         point = FaultPoint.WHILE_WRITING if kind is FaultKind.KILL_IN_SAVE else FaultPoint.STEP
         action = FaultAction.EXCEPTION if kind is FaultKind.ERROR else FaultAction.SIGKILL
@@ -189,30 +153,28 @@ def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank:
         driver.start()
         driver.join()
     else:
-        copy.launch([pause], _Interrupter(copy, signal.SIGTERM, tell))
+        copy.launch([pause], _interrupter(copy, signal.SIGTERM, tell))
         if kind is FaultKind.DAMAGE:
             _flip_a_bit(copy)
     copy.launch(tell=tell)
 
 
-class _Interrupter:
-    """Receives a launch's events, and sends its own process a signal at the step of the fault."""
+def _interrupter(copy: RunCopy, number: signal.Signals, tell: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a receiver of a launch's events that sends its own process a signal, once, at the step of the fault."""
 
-    def __init__(self, copy: RunCopy, number: signal.Signals, tell: Any) -> None:
-        self._copy, self._number, self._tell = copy, number, tell
-        self._is_sent = False
-
-    def __call__(self, body: dict[str, Any]) -> None:
-        self._tell(body)
+    def receive(body: dict[str, Any]) -> None:
+        tell(body)
         event = parse_event(body)
-        if not self._is_sent and isinstance(event, StepEvent) and event.step >= self._copy.at - 1:
-            self._is_sent = True
-            write_record(self._copy.record, {"step": event.step, "action": self._number.name.lower()})
-            os.kill(os.getpid(), self._number)
+        if isinstance(event, StepEvent) and event.step >= copy.at - 1:
+            is_first = write_record(copy.record, {"step": event.step, "action": number.name.lower()})
+            if is_first:
+                os.kill(os.getpid(), number)
+
+    return receive
 
 
 def _run_until_killed(copy: RunCopy, pause: FaultSpec) -> None:
-    copy.launch([pause], _Interrupter(copy, signal.SIGKILL, lambda event: None))
+    copy.launch([pause], _interrupter(copy, signal.SIGKILL, lambda event: None))
 
 
 def _flip_a_bit(copy: RunCopy) -> None:
@@ -242,11 +204,7 @@ def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalSta
 
 
 def parse_faults(names: Sequence[str] | None) -> tuple[FaultKind, ...]:
-    """Return the faults that a user named; all if none is named.
-
-    Raises:
-        ConfigError: A fault is unknown.
-    """
+    """Return the faults that a user named; all if none is named. ConfigError if one is unknown."""
     known = {kind.value: kind for kind in FaultKind}
     for name in names or ():
         if name not in known:
@@ -266,36 +224,28 @@ def run_drill(
     address: str | None = None,
     keep: bool = False,
 ) -> list[DrillResult]:
-    """Drill a run, and print a table.
-
-    Args:
-        run_file: The run's own file.
-        overrides: As for `outlast train`.
-        kinds: The faults, each injected into its own copy.
-        num_steps: Steps of a copy, at least 8. It saves four times.
-        address: A Ray cluster; None for a local one.
-        keep: Keep the copies. They are always kept after a failure.
-
-    Raises:
-        OutlastError: The undisturbed copy failed; see `Launch.run`.
-    """
+    """Drill a run, each fault in a copy of its own, and print a table. The copies are kept after a failure."""
     if num_steps < STEPS_MIN:
         raise ConfigError(f"{num_steps} steps are too few for a drill", hint=f"give --steps {STEPS_MIN} or more")
     console = Console(stderr=True, highlight=False)
     stamp = f"{time.strftime('%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     copies: list[RunCopy] = []
+    every, name = num_steps // 4, load_run(str(run_file), overrides)[0].name
 
-    def copy(suffix: str, at: int = 0) -> RunCopy:
-        copies.append(_scaled_down(run_file, overrides, f"{stamp}-{suffix}", num_steps, at, address))
+    def make_copy(suffix: str, at: int = 0) -> RunCopy:
+        suffix = f"{stamp}-{suffix}"
+        scaled_down = [f"name={name[: 62 - len(suffix)]}-{suffix}", f"train.steps={num_steps}", "train.epochs=null"]
+        config, declared = load_run(str(run_file), [*overrides, *scaled_down, f"checkpoint.every={every}"])
+        folder = run_file.parent
+        copies.append(RunCopy(config.at_home(folder), declared, at, str(folder.absolute()), address))
         return copies[-1]
 
     with ray_session(address):
-        report = drill_copies(copy, kinds, num_steps)
+        report = drill_copies(make_copy, kinds, num_steps)
     _show(console, report, num_steps)
     if keep or not report.is_good:
-        console.print(
-            f"\nThe copies are kept in {copies[0].store.storage.url}: {', '.join(c.config.name for c in copies)}"
-        )
+        names = ", ".join(copy.config.name for copy in copies)
+        console.print(f"\nThe copies are kept in {copies[0].store.storage.url}: {names}")
     else:
         for done in copies:
             _remove(done)
@@ -325,7 +275,7 @@ def drill_copies(new_copy: Callable[..., RunCopy], kinds: Sequence[FaultKind], n
         finding = DrillResult(kind.value)
         try:
             with ProgressReporter(kind.value) as reporter:
-                inject(disturbed, kind, reporter, rank=_last_rank(disturbed))
+                inject(disturbed, kind, reporter, rank=disturbed.config.scale.min_workers - 1)
             finding = compare_with_reference(disturbed, kind, undisturbed)
         except OutlastError as error:
             finding.error, finding.fault = error.message, read_record(disturbed.record)
@@ -367,24 +317,6 @@ def _diagnose(
     if first is not None and first.step == 1 and reference.address is None:  # the workers' libraries are installed here
         builds = unequal_builds(reference.config, reference.store, reference.code)
     return explain(cause, reference.config, builds)
-
-
-def _scaled_down(
-    run_file: Path, overrides: Sequence[str], suffix: str, num_steps: int, at: int, address: str | None
-) -> RunCopy:
-    name = load_run(str(run_file), overrides)[0].name
-    changed = {
-        "name": f"{name[: 62 - len(suffix)]}-{suffix}",
-        "train.steps": num_steps,
-        "train.epochs": "null",
-        "checkpoint.every": num_steps // 4,
-    }
-    config, declared = load_run(str(run_file), [*overrides, *(f"{key}={value}" for key, value in changed.items())])
-    return RunCopy(config.at_home(run_file.parent), declared, at, str(run_file.parent.absolute()), address)
-
-
-def _last_rank(copy: RunCopy) -> int:
-    return copy.config.scale.min_workers - 1
 
 
 def _seconds_per_step(copy: RunCopy) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.run_store.claims import list_attempts
@@ -24,8 +24,8 @@ from outlast.checkpointing.run_store.events import ResizeEvent
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
-from outlast.cluster.config.run_config import RunConfig, ScaleSettings
-from outlast.cluster.fault_tolerance.coordinator import find_coordinator, result_or_default
+from outlast.cluster.config.run_config import ScaleSettings
+from outlast.cluster.fault_tolerance.coordinator import find_coordinator
 from outlast.cluster.formatting import counted
 from outlast.cluster.ray_internals import (
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
@@ -57,19 +57,8 @@ def scaling(scale: ScaleSettings, resources: Mapping[str, float]) -> ray.train.S
     )
 
 
-def resizers(config: RunConfig, launch: str) -> list[Resizer]:
-    """Return the callbacks of an elastic run; none for a fixed one."""
-    return [Resizer(config.checkpoint.storage, config.name, launch)] if config.scale.is_elastic else []
-
-
 class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Callback in Ray Train's controller. An exception here would end the run, so every foreseeable one is suppressed.
-
-    Args:
-        storage_url: The run's storage.
-        run: Name of the run.
-        launch: The launch.
-    """
+    """Callback in Ray Train's controller. An exception here would end the run, so every foreseeable one is caught."""
 
     def __init__(self, storage_url: str, run: str, launch: str) -> None:
         self._location = (storage_url, run, launch)
@@ -86,41 +75,27 @@ class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     ) -> None:
         if isinstance(current_state, ResizingState):
             self._is_planned = True
-            self._request_save(current_state.scaling_decision.num_workers)
+            size = counted(current_state.scaling_decision.num_workers, "worker")
+            coordinator = find_coordinator(self._location[2])
+            coordinator.request_save(f"the group is resized from {self._size} to {size}")
+            while coordinator.is_saved(SILENCE_S) is False:  # until rank 0 has committed, or cannot
+                time.sleep(_POLL_S)
         elif isinstance(current_state, RestartingState | ReschedulingState):
-            self._exempt_from_failures()
+            with suppress(RayError):  # otherwise Ray refreshes its view of the cluster by itself, later
+                autoscaling = get_or_create_autoscaling_coordinator()
+                ray.get(autoscaling.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         before, self._size = self._size, len(worker_group.get_workers())
         is_planned, self._is_planned = self._is_planned, False
-        if before not in (0, self._size):
-            self._record(before, self._size, is_planned)
-
-    def _request_save(self, size: int) -> None:
-        """Request a save; return when rank 0 has committed, or cannot."""
-        coordinator = find_coordinator(self._location[2])
-        if coordinator is None:
+        if before in (0, self._size):
             return
-        result_or_default(
-            coordinator.request_save.remote(f"the group is resized from {self._size} to {counted(size, 'worker')}")
-        )
-        while not result_or_default(coordinator.is_saved.remote(SILENCE_S), True):
-            time.sleep(_POLL_S)
-
-    def _exempt_from_failures(self) -> None:
-        with suppress(RayError, GetTimeoutError):  # otherwise Ray refreshes by itself, later
-            autoscaling = get_or_create_autoscaling_coordinator()
-            ray.get(autoscaling.get_reserved_resources.remote(self._requester, recompute=True), timeout=5)
-
-    def _record(self, before: int, now: int, is_planned: bool) -> None:
         url, run, launch = self._location
-        event = ResizeEvent(before=before, now=now, planned=is_planned, attempt=None)
+        event = ResizeEvent(before=before, now=self._size, planned=is_planned, attempt=None)
         with suppress(StorageError):  # the timeline has a gap; the claims hold the numbers of workers
             store = RunStore(open_storage(url), run)
             if self._journal is None:
                 self._journal = Journal(store.storage, store.launch_dir(launch), 0, stream="events-resize", flush_s=0)
             event = replace(event, attempt=next((str(attempt) for attempt in list_attempts(store)[-1:]), None))
             self._journal.write(event)
-        coordinator = find_coordinator(launch)
-        if coordinator is not None:
-            result_or_default(coordinator.exchange.remote([event.to_json()]))
+        find_coordinator(launch).exchange([event.to_json()])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
+from torch import nn
 
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.fault_injection import FaultSpec
@@ -28,7 +29,7 @@ from outlast.checkpointing.run_store.claims import launch_is_superseded
 from outlast.checkpointing.run_store.liveness import LivenessFile, find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.tools.verify_run import find_model
+from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.provenance import record_provenance
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
@@ -40,6 +41,7 @@ from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
 from outlast.cluster.preflight.doctor import preflight
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.checks.dry_step import dry_step
 from outlast.trainers.checks.model_checks import check_architecture, check_code, check_metric, check_model
 from outlast.trainers.checks.resume_checks import check_unchanged
 from outlast.trainers.data.batch_plan import make_plan
@@ -120,11 +122,11 @@ class Launch:
             store.storage.list(name)  # no retries: the path may be mistyped
             base = build_catalog(store).declaration
             check_unchanged(base, self.config, None)
-            model = find_model(store)
-            if model is not None and not model.faults:
-                return Finished(Outcome.DONE, self.id, _link_model(store, model.path))
-            if model is not None:
-                self._publish(events.DamagedModelEvent(model=model.path, faults=tuple(model.faults)))
+            published = find_model(store)
+            if published is not None and not published.faults:
+                return Finished(Outcome.DONE, self.id, _link_model(store, published.path))
+            if published is not None:
+                self._publish(events.DamagedModelEvent(model=published.path, faults=tuple(published.faults)))
             active = None if self.take_over else find_active_launch(store)
             if active:
                 self._publish(events.ActiveLaunchEvent(launch=active))
@@ -141,7 +143,8 @@ class Launch:
             prepared = prepare(self.config, store.storage, partial(self._encoders, address))
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
-            check_model(self.config, prepared, store.storage)
+            model = check_model(self.config, prepared, store.storage)[0]
+            static_graph = not base and self._dry_step(prepared, model)
             for note in prepared.notes:
                 self._publish(events.NoteEvent(text=note))
             store.storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
@@ -150,7 +153,7 @@ class Launch:
         exit_code: int | None = None
         message = ""
         try:
-            finished = self._train(store, prepared, address)
+            finished = self._train(store, prepared, address, static_graph=static_graph)
             exit_code = finished.outcome.exit_code
             return finished
         except INTERRUPTIONS:
@@ -172,7 +175,15 @@ class Launch:
         with ray_session(address):
             yield partial(encode_on_ray, code=self.code)
 
-    def _train(self, store: RunStore, prepared: Prepared, address: str | None) -> Finished:
+    def _dry_step(self, prepared: Prepared, model: nn.Module) -> bool:
+        """Try the first micro-batch here. Returns whether the graph of the model is static."""
+        self._publish(events.PhaseEvent(name="dry_step"))
+        found = dry_step(self.config, prepared, self.store.storage, model, on_gpu=self.config.scale.gpus_per_worker > 0)
+        if found.skipped:
+            self._publish(events.NoteEvent(text=f"the first step was not tried in advance: {found.skipped}"))
+        return found.static_graph
+
+    def _train(self, store: RunStore, prepared: Prepared, address: str | None, *, static_graph: bool) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.max_workers)
         self._publish(events.PhaseEvent(name="ray", num_steps=plan.num_steps, num_samples=prepared.num_samples))
         with ray_session(address) as is_joined:
@@ -184,6 +195,7 @@ class Launch:
                 launch=self.id,
                 prepared=prepared,
                 num_threads=max(1, int(cpus)),
+                static_graph=static_graph,
                 code=self.code,
                 faults=tuple(self.faults),
                 track=self.config.track,

@@ -38,30 +38,23 @@ class PrometheusGauges:
 
     def apply(self, event: events.Event, attempt: str | None) -> None:
         """Set the gauges from an event of rank 0 in `attempt`."""
+        values: dict[str, float | None] = {}
         match event:
             case events.PlanEvent():
+                values = {"num_steps": event.num_steps, "workers": event.world_size, "step": event.step}
                 if known := AttemptId.parse(attempt or ""):
-                    self._set("attempt", known.number)
-                self._set("num_steps", event.num_steps)
-                self._set("workers", event.world_size)
-                self._set("step", event.step)
+                    values["attempt"] = known.number
             case events.StepEvent():
-                self._set("step", event.step)
-                self._set("step_seconds", event.seconds)
-                self._set("loss", event.loss)
-                self._set("tokens_per_second", event.num_tokens / event.seconds if event.seconds > 0 else None)
+                values = {"step": event.step, "step_seconds": event.seconds, "loss": event.loss}
+                values["tokens_per_second"] = event.num_tokens / event.seconds if event.seconds > 0 else None
             case events.EvalEvent(scores=scores):
-                self._set("eval_loss", scores.get("eval_loss"))
+                values = {"eval_loss": scores.get("eval_loss")}
             case events.ResumeEvent():
-                self._set("checkpoint_step", event.step)
-                self._set("checkpoint_time_seconds", event.committed_at)
+                values = {"checkpoint_step": event.step, "checkpoint_time_seconds": event.committed_at}
             case events.CommitEvent():
-                self._set("checkpoint_step", event.step)
-                self._set("checkpoint_time_seconds", event.t or time.time())
+                values = {"checkpoint_step": event.step, "checkpoint_time_seconds": event.t or time.time()}
             case events.SaveEvent():
-                self._set("save_seconds", event.commit_s)
-                self._set("save_wait_seconds", event.blocked_s)
-
-    def _set(self, name: str, value: float | None) -> None:
-        if value is not None:
-            self._gauges[f"outlast_{name}"].set(value, tags=self._tags)
+                values = {"save_seconds": event.commit_s, "save_wait_seconds": event.blocked_s}
+        for name, value in values.items():
+            if value is not None:
+                self._gauges[f"outlast_{name}"].set(value, tags=self._tags)

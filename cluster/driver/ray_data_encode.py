@@ -33,8 +33,7 @@ from outlast.trainers.data.readers import read_files
 from outlast.trainers.data.sources import DataFile
 from outlast.trainers.data.tokenizer import load_tokenizer, tokenizer_files
 from outlast.trainers.preparation.encode import Piece, Split, encode_rows, with_error
-from outlast.trainers.tasks.base import Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Task, find_task
 from outlast.trainers.user_code import make_importable
 
 #: One task reads files of about this size in total.
@@ -54,19 +53,12 @@ class EncodePart:
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """Input of the Ray tasks of a split. Plain values, because it is sent to every worker.
-
-    Attributes:
-        split: The split.
-        facts: The task's facts about the training rows, as JSON.
-        tokenizer: The tokenizer's files by name.
-        code: Directory of the user's Python files, made importable if it exists.
-    """
+    """Input of the Ray tasks of a split. Plain values, because it is sent to every worker."""
 
     split: Split
-    facts: str
-    tokenizer: tuple[tuple[str, bytes], ...]
-    code: str
+    facts: str  #: the task's facts about the training rows, as JSON
+    tokenizer: tuple[tuple[str, bytes], ...]  #: its files by name
+    code: str  #: directory of the user's Python files, made importable if it exists
 
     def task(self) -> Task:
         """Return the task, made once in each process."""
@@ -88,8 +80,7 @@ def _task(name: str, settings: str, facts: str, tokenizer: tuple[tuple[str, byte
 def encode_on_ray(task: Task, split: Split, *, code: str = "") -> Generator[Piece, None, None]:
     """Encode a split on the running Ray, in constant memory. An `outlast.trainers.preparation.encode.Encoder`.
 
-    Raises:
-        RunFailed: Ray failed, or one of its tasks failed repeatedly.
+    Raises RunFailed if Ray failed, or one of its tasks failed repeatedly.
     """
     job = EncodeJob(split, json.dumps(task.facts), tuple(tokenizer_files(task.tokenizer).items()), code)
     parts = _parts(split.sources())

@@ -48,10 +48,8 @@ def ray_session(address: str | None = None) -> Iterator[bool]:
         folder = _ray_folder()
         quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": folder}
     try:
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-        ):  # the raylet prints messages of dead workers there
+        # The raylet prints messages of dead workers on standard output.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             # Workers import first from the working directory: a folder `outlast` must not be found there.
             with contextlib.chdir(folder or "."):
                 _init(address=address or "local", **quiet)

@@ -22,11 +22,11 @@ from outlast.checkpointing.run_store.attempt_history import settings_digest
 from outlast.checkpointing.run_store.events import PlanEvent, StoppingEvent, parse_event
 from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
-from outlast.cluster.driver.elastic_resize import resizers, scaling
+from outlast.cluster.driver.elastic_resize import Resizer, scaling
 from outlast.cluster.driver.signals import stop_event
 from outlast.cluster.driver.warm_standby import worker_environment
 from outlast.cluster.driver.worker import train_worker
-from outlast.cluster.fault_tolerance.coordinator import result_or_default, start_coordinator
+from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle, start_coordinator
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.formatting import counted
@@ -124,9 +124,9 @@ def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> Tra
     scale, launch, store = config.scale, assignment.launch, config.store
     os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, f"{max(POLL_S, scale.max_workers * POLL_S / 64):g}")
     resources = {"CPU": cpus} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-    recorder = FailureRecorder(
-        store.storage.url, config.name, launch, config.failure.limits, settings_digest(assignment.declared)
-    )
+    location, digest = (store.storage.url, config.name, launch), settings_digest(assignment.declared)
+    recorder = FailureRecorder(*location, config.failure.limits, digest)
+    resizers = [Resizer(*location)] if scale.is_elastic else []
     return Trainer(
         train_worker,
         train_loop_config={"assignment": assignment, "hang_after_s": config.failure.hang_after_s},
@@ -136,7 +136,7 @@ def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> Tra
             name=launch,
             storage_path=f"{store.url}/launches",
             failure_config=ray.train.FailureConfig(max_failures=-1, max_preemption_failures=-1),  # see failure_cause.py
-            callbacks=[recorder, *resizers(config, launch)],
+            callbacks=[recorder, *resizers],
             worker_runtime_env={"env_vars": worker_environment(config)},
         ),
     )
@@ -149,7 +149,7 @@ def _follow(thread: threading.Thread, coordinator: Any, listener: Callable[[dict
         is_stopping = has_begun = False
         while thread.is_alive():
             thread.join(0.25)
-            for event in result_or_default(coordinator.drain.remote(), []):
+            for event in CoordinatorHandle(coordinator).drain() or []:
                 has_begun |= isinstance(parse_event(event), PlanEvent)
                 listener(event)
             if stopping.is_set():

@@ -32,7 +32,7 @@ from outlast.cluster.ray_internals import (
     node_manager_pb2,
     node_manager_pb2_grpc,
 )
-from outlast.trainers.config.task_table import TASKS
+from outlast.trainers.config.model import TASKS
 
 NUM_SPARE_NODES = 2
 PREWARM_VARIABLE, _AFTER_VARIABLE = "OUTLAST_REHEARSED", "OUTLAST_STANDBY_AFTER_S"
@@ -50,7 +50,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     if config.model.path is not None:
         with suppress(OSError, ValueError):
             known = json.loads(Path(config.model.path, "config.json").read_text())
-    hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.prewarm_hook.warm"}
+    hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.worker.warm"}
     first = json.dumps([task, known.get("model_type")])
     return {**hook, PREWARM_VARIABLE: first, _AFTER_VARIABLE: str(config.failure.standby_after_s)}
 
@@ -59,9 +59,6 @@ class Standbys:
     """Keeps one standby process for each worker of an attempt, on its node, and one on each of a few spare nodes.
 
     Runs in rank 0's worker: Ray only uses standbys of the same job and runtime environment.
-
-    Args:
-        nodes: The node of each rank.
     """
 
     def __init__(self, nodes: Sequence[str]) -> None:
@@ -78,10 +75,13 @@ class Standbys:
             return
         self._next_check = now + _PERIOD_S
         context = ray.get_runtime_context()
+        text = context.get_runtime_env_string()
+        environment = get_runtime_env_info(RuntimeEnv.deserialize(text))
+        environment.serialized_runtime_env = text  # as Ray passes it for an actor: it decides which processes match
         request = node_manager_pb2.PrestartWorkersRequest(
             language=Language.PYTHON,
             job_id=bytes.fromhex(context.get_job_id()),
-            runtime_env_info=_environment_info(context.get_runtime_env_string()),
+            runtime_env_info=environment,
             keep_alive_duration_secs=_KEPT_S,
         )
         for node, required, address in self._unserved():
@@ -95,25 +95,15 @@ class Standbys:
     def _unserved(self) -> list[tuple[str, int, str]]:
         """Return the nodes still to be served: id, number of processes, address of the raylet."""
         alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        resource = (
-            "GPU" if any("GPU" in alive[node]["Resources"] for node in self._required if node in alive) else "CPU"
-        )
-        spare = [
-            node for node in alive if node not in self._required and alive[node]["Resources"].get(resource, 0) >= 1
-        ]
-        required = {**self._required, **dict.fromkeys(sorted(spare)[:NUM_SPARE_NODES], 1)}
+        uses_gpus = any("GPU" in alive[node]["Resources"] for node in self._required if node in alive)
+        kind = "GPU" if uses_gpus else "CPU"
+        spare = sorted(node for node in alive.keys() - self._required if alive[node]["Resources"].get(kind, 0) >= 1)
+        required = {**self._required, **dict.fromkeys(spare[:NUM_SPARE_NODES], 1)}
         return [
             (node, count, f"{alive[node]['NodeManagerAddress']}:{alive[node]['NodeManagerPort']}")
             for node, count in required.items()
             if node in alive and node not in self._served
         ]
-
-
-def _environment_info(text: str) -> Any:
-    """Return this runtime environment as Ray passes it for an actor; `text` decides which processes match."""
-    info = get_runtime_env_info(RuntimeEnv.deserialize(text))
-    info.serialized_runtime_env = text
-    return info
 
 
 def _num_waiting(raylet: Any, job: bytes) -> int:

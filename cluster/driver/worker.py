@@ -5,11 +5,13 @@ Ray restarts the group after every exception, so it must only raise what a resta
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,9 +28,8 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.driver.prometheus import PrometheusGauges
-from outlast.cluster.driver.warm_standby import Standbys
+from outlast.cluster.driver.warm_standby import PREWARM_VARIABLE, Standbys
 from outlast.cluster.fault_tolerance.failure_cause import RankError
-from outlast.cluster.fault_tolerance.oom_detection import log_of_this_process
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
 from outlast.cluster.ray_internals import actors
 from outlast.trainers.attempt import Assignment, run_attempt
@@ -50,13 +51,14 @@ def _watchdog(
         claimed = AttemptId.parse(client.attempt) if client.attempt else None
         return store.attempt_dir(claimed) if claimed else store.launch_dir(assignment.launch)
 
+    progress = client.step_progress
     if assignment.config.scale.parallel is Parallel.FSDP:  # a forward pass waits for the other ranks
-        client.step_progress.measures_work = False
+        progress.measures_work = False
     factor = COMPILE_FACTOR if assignment.config.train.compile else 1
     limit_s = None if hang_after_s is None else hang_after_s * factor
     group = world.broadcast(secrets.token_hex(8) if world.rank == 0 else None)
-    progress = client.step_progress
-    return Watchdog(client, group, world.rank, world.size, progress, limit_s, storage, directory, client.progress)
+    rank, size, listener = world.rank, world.size, client.progress
+    return Watchdog(client.coordinator, group, rank, size, progress, limit_s, storage, directory, listener)
 
 
 def _observers(run: str, nodes: Sequence[str]) -> Callable[[dict[str, Any]], None]:
@@ -73,6 +75,16 @@ def _observers(run: str, nodes: Sequence[str]) -> Callable[[dict[str, Any]], Non
     return apply
 
 
+def warm() -> None:
+    """Import what a worker will need. Ray calls it first in every worker process, and starts none where it raises."""
+    from outlast.trainers.prewarm import prewarm
+
+    task, model_type = json.loads(os.environ[PREWARM_VARIABLE])
+    if task:
+        with suppress(Exception):  # the attempt itself raises the error
+            prewarm(task, model_type)
+
+
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Run one attempt. Returns `{"outcome": …}`, or `{"error": …}` for an error that a restart cannot fix."""
     entered_at = time.time()
@@ -83,7 +95,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             storage = open_storage(assignment.config.checkpoint.storage)
             marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             node = ray.get_runtime_context().get_node_id()
-            world = World(ray.train.torch.get_device(), node, log_of_this_process(), marks)
+            world = World(ray.train.torch.get_device(), node, _log_of_this_process(), marks)
             # Rank 0 alone queries it: an error reported just now would reach some ranks only, the others would wait.
             if earlier := world.run_on_rank_0(client.earlier_failure):
                 return {"error": earlier}
@@ -104,6 +116,14 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             raise
         except Exception as error:  # noqa: BLE001 - raised again in a form that can be unpickled in the driver
             raise RankError.of(error) from None
+
+
+def _log_of_this_process() -> str:
+    """Return the file that this process' stderr is redirected to, or an empty string."""
+    with suppress(OSError):
+        target = Path("/proc/self/fd/2").readlink()
+        return str(target) if target.is_absolute() and not str(target).startswith("/dev/") else ""
+    return ""
 
 
 def _actor_at() -> float:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
@@ -25,11 +27,7 @@ CALL_TIMEOUT_S = 10.0
 
 
 class SaveRequest:
-    """A requested commit and its progress. Pure.
-
-    Args:
-        reason: Why; empty for no request.
-    """
+    """A requested commit and its progress; without a reason, no request. Pure."""
 
     def __init__(self, reason: str = "") -> None:
         self._reason = reason
@@ -162,17 +160,25 @@ def start_coordinator(launch: str) -> Any:
     return actor.options(name=f"coordinator-{launch}", namespace=NAMESPACE).remote()
 
 
-def find_coordinator(launch: str) -> Any:
-    """Return the coordinator of a launch, or None if it is gone."""
-    try:
-        return ray.get_actor(f"coordinator-{launch}", namespace=NAMESPACE)
-    except (ValueError, RayError):
-        return None
+class CoordinatorHandle:
+    """The coordinator, called from another process by the names of its methods. Calls return None if it is gone."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.actor is None:
+                return None
+            with suppress(RayError):
+                return ray.get(getattr(self.actor, method).remote(*arguments, **options), timeout=CALL_TIMEOUT_S)
+            return None
+
+        return call
 
 
-def result_or_default(call: Any, otherwise: Any = None) -> Any:
-    """Return the result of a call to the coordinator, or `otherwise` if the coordinator is gone."""
-    try:
-        return ray.get(call, timeout=CALL_TIMEOUT_S)
-    except (RayError, GetTimeoutError):
-        return otherwise
+def find_coordinator(launch: str) -> CoordinatorHandle:
+    """Return the coordinator of a launch; its `actor` is None if it is gone."""
+    with suppress(ValueError, RayError):
+        return CoordinatorHandle(ray.get_actor(f"coordinator-{launch}", namespace=NAMESPACE))
+    return CoordinatorHandle(None)

@@ -24,7 +24,7 @@ from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.retry import wait_until_responsive
-from outlast.cluster.fault_tolerance.coordinator import find_coordinator, result_or_default
+from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle, find_coordinator
 from outlast.cluster.fault_tolerance.failure_cause import (
     OWN_RAY,
     Cause,
@@ -34,7 +34,6 @@ from outlast.cluster.fault_tolerance.failure_cause import (
     RunFailed,
     classify,
     find_deaths,
-    heavier,
     unwrap_error,
 )
 from outlast.cluster.fault_tolerance.hang_detection import Hang
@@ -43,8 +42,7 @@ from outlast.cluster.ray_internals import WorkerGroupCallback, WorkerGroupStartu
 
 #: Bytes kept from the end of a log.
 _LOG_BYTES = 20_000
-
-
+SEARCH_S = 20.0
 #: Global, because the recorder is pickled to the controller, and a lock cannot be.
 _JOURNAL_LOCK = threading.Lock()
 
@@ -56,9 +54,6 @@ def gave_up(run: str, given_up: GiveUp) -> RunFailed:
         hint="fix the cause and run the same command again; if that changes no setting, add a note to let the run "
         "continue: -s failure.note='what was fixed'",
     )
-
-
-SEARCH_S = 20.0
 
 
 def own_log(workers: Sequence[Mapping[str, Any]], rank: int) -> str:
@@ -76,12 +71,7 @@ def own_log(workers: Sequence[Mapping[str, Any]], rank: int) -> str:
 class FailureRecorder(WorkerGroupCallback):
     """Records every end of a worker group, and ends the run when a limit is reached.
 
-    Args:
-        storage_url: The run's storage.
-        run: Name of the run.
-        launch: The launch.
-        limits: The restart limits.
-        settings: Digest of its settings, see `settings_digest`.
+    `settings` is the digest of the run's settings, see `settings_digest`.
     """
 
     def __init__(self, storage_url: str, run: str, launch: str, limits: RestartLimits, settings: str) -> None:
@@ -105,8 +95,7 @@ class FailureRecorder(WorkerGroupCallback):
                 self._is_waiting = True
                 with suppress(StorageError):  # the wait then counts as part of the restart
                     self._write(NoRoomEvent(since=round(began_at, 3)))
-                if (coordinator := find_coordinator(self._location[2])) is not None:
-                    result_or_default(coordinator.exchange.remote([NoRoomEvent().to_json()]))
+                find_coordinator(self._location[2]).exchange([NoRoomEvent().to_json()])
             raise
         self._is_waiting = False
 
@@ -148,17 +137,16 @@ class FailureRecorder(WorkerGroupCallback):
         self, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str, noticed_at: float
     ) -> None:
         coordinator = find_coordinator(self._location[2])
-        hung: Hang | None = None if coordinator is None else result_or_default(coordinator.take_hang.remote())
+        hung: Hang | None = coordinator.take_hang()
         hang = Failure(Cause.HANG, hung.ranks[0], hung.message) if hung else None
         deadline = time.monotonic() + (SEARCH_S if workers else 0)
         while True:
-            drained = bool(
-                coordinator is not None and result_or_default(coordinator.was_drained.remote(attempt), False)
-            )
+            drained = bool(coordinator.was_drained(attempt))
             deaths: list[Death] = []
             with suppress(RayError, RuntimeError, OSError):  # Ray's tables do not answer: the ranks' errors must do
                 deaths = find_deaths(workers)
-            failure = heavier(classify(errors.copy(), deaths, drained=drained), hang)
+            known = [item for item in (classify(errors.copy(), deaths, drained=drained), hang) if item]
+            failure = max(known, key=lambda item: item.cause.weight, default=None)
             if failure is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
@@ -175,16 +163,15 @@ class FailureRecorder(WorkerGroupCallback):
             message=failure.description,
             where=failure.where(workers, log),
             raised=failure.message if failure.cause is Cause.ERROR and "after step" in failure.message else None,
-            reached=None if coordinator is None else result_or_default(coordinator.reached.remote(attempt)),
+            reached=coordinator.reached(attempt),
         )
         number, limit, ends = -1, -1, False
         with suppress(StorageError):  # the timeline has a gap, and the next failure is checked again
             wait_until_responsive(open_storage(self._location[0]), self._location[1])
             self._write(event)
             number, limit, ends = self._check_limits(failure, coordinator)
-        if coordinator is not None:
-            live = replace(event, number=number, limit=limit, ends=ends, excerpt=failure.excerpt)
-            result_or_default(coordinator.exchange.remote([live.to_json()]))
+        live = replace(event, number=number, limit=limit, ends=ends, excerpt=failure.excerpt)
+        coordinator.exchange([live.to_json()])
 
     def _write_log(
         self, attempt: str, errors: Mapping[int, BaseException], workers: Sequence[Mapping[str, Any]], first: int
@@ -195,27 +182,22 @@ class FailureRecorder(WorkerGroupCallback):
         """
         url, run, launch = self._location
         unwrapped = {rank: unwrap_error(error) for rank, error in sorted(errors.items())}
-        parts = [
-            f"rank {rank}\n{error.traceback_text}\n"
-            for rank, error in unwrapped.items()
-            if isinstance(error, RankError)
-        ]
-        if not parts and (own := own_log(workers, first)):
-            parts = [own]
+        tracebacks = {rank: error.traceback_text for rank, error in unwrapped.items() if isinstance(error, RankError)}
+        text = "\n".join(f"rank {rank}\n{text}\n" for rank, text in tracebacks.items()) or own_log(workers, first)
         path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
         with suppress(StorageError):
-            if parts:
-                open_storage(url).put(path, ["\n".join(parts).encode()])
+            if text:
+                open_storage(url).put(path, [text.encode()])
                 return f"{url}/{path}"
         return ""
 
-    def _check_limits(self, failure: Failure, coordinator: Any) -> tuple[int, int, bool]:
+    def _check_limits(self, failure: Failure, coordinator: CoordinatorHandle) -> tuple[int, int, bool]:
         """End the run if a limit is reached. Returns the number of such failures, the limit, whether the run ends."""
         url, run, launch = self._location
         attempts = read_attempt_history(RunStore(open_storage(url), run), live=launch)
         given_up = decide_give_up(attempts, self._limits, self._settings)
-        if given_up is not None and coordinator is not None:
-            result_or_default(coordinator.give_up.remote(gave_up(run, given_up)))
+        if given_up is not None:
+            coordinator.give_up(gave_up(run, given_up))
         is_failure = failure.cause.is_failure
         alike = [item for item in count_failures(attempts, self._settings) if item.end.outcome.is_failure == is_failure]
         limit = self._limits.max_failures if is_failure else self._limits.max_preemptions

@@ -10,23 +10,19 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.run_store.attempt_history import is_secondary_error
-from outlast.cluster.fault_tolerance.oom_detection import (
-    DEVICE_ADVICE,
-    HOST_ADVICE,
-    is_device_shortage,
-    is_host_shortage,
-    was_killed_by_kernel,
-)
 from outlast.cluster.ray_internals import actors
+from outlast.trainers.host_info import num_oom_kills
 from outlast.trainers.user_code import describe_error, user_frames
 
 
@@ -61,10 +57,24 @@ class RankError(Exception):
 OWN_RAY = "outlast-ray-"
 #: Frames of the user's code that are shown.
 _NUM_FRAMES = 3
-
-
 #: Ray's words for an actor that it ended itself.
 _INTENDED = ("ray.kill", "out of scope", "intended", "ref count")
+
+DEVICE_ADVICE = (
+    "spread the model over the workers with scale.parallel: fsdp, or, in a run that has no checkpoint yet, halve "
+    "train.micro_batch, set train.gradient_checkpointing: true or train.precision: bf16"
+)
+HOST_ADVICE = (
+    "run fewer workers on a node (a larger scale.cpus_per_worker), set checkpoint.overlap: false, or take nodes with "
+    "more memory"
+)
+
+# Ray and the kernel end a process for lack of memory without an exception in it: texts, tables and counters show it. A
+# node that does not answer must not block a restart, and counts as unknown.
+_DEVICE_WORDS = ("CUDA out of memory", "HIP out of memory", "XPU out of memory", "CUDA_ERROR_OUT_OF_MEMORY")
+_HOST_WORDS = ("DefaultCPUAllocator", "MemoryError", "Cannot allocate memory")
+_RAY_WORDS = ("oom_context", "Memory on the node", "running low on memory")
+_TIMEOUT_S = 5.0
 
 
 class Cause(Enum):
@@ -110,11 +120,9 @@ class Failure:
         return f"{self.message}; to fix it, {self.cause.advice}" if self.cause.advice else self.message
 
     def where(self, workers: Sequence[Mapping[str, Any]], log: str = "") -> str:
-        """Return the ranks and the path of the log.
+        """Return the ranks of an attempt's claim, and the path of the log.
 
-        Args:
-            workers: The ranks in the attempt's claim.
-            log: Path of the whole traceback; without one, the first rank's own log is named if it is kept.
+        `log` is the path of the whole traceback; without one, the first rank's own log is named if it is kept.
         """
         ranks = f"rank {self.rank}" + (f" and {self.num_ranks - 1} more" if self.num_ranks > 1 else "")
         mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})
@@ -133,10 +141,8 @@ class Death:
 def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, drained: bool) -> Failure | None:
     """Return the cause of a group's end, or None while only secondary errors (broken connections) are known.
 
-    Args:
-        errors: Rank to the error that Ray reported for it.
-        deaths: Workers that died by themselves.
-        drained: Whether the loss of one of the group's nodes had been announced.
+    `errors` are Ray's, by rank; `deaths` are workers that died by themselves; `drained` is whether the loss of one of
+    the group's nodes had been announced.
     """
     failures = [Failure(_cause_of_death(death.message, drained), death.rank, death.message) for death in deaths]
     for rank, error in errors.items():
@@ -158,13 +164,9 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
 
 
 def _cause_of_error(message: str) -> Cause:
-    if is_device_shortage(message):
+    if any(word in message for word in _DEVICE_WORDS):
         return Cause.OUT_OF_DEVICE_MEMORY
     return Cause.OUT_OF_HOST_MEMORY if is_host_shortage(message) else Cause.ERROR
-
-
-def heavier(one: Failure | None, other: Failure | None) -> Failure | None:
-    return max((failure for failure in (one, other) if failure), key=lambda failure: failure.cause.weight, default=None)
 
 
 def unwrap_error(error: BaseException) -> BaseException:
@@ -188,9 +190,7 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
     """Return those of an attempt's workers that died by themselves, by Ray's node and actor tables.
 
     Nodes first: Ray Train often ends the workers of a lost node (`ray.kill`) before Ray marks the node as dead.
-
-    Args:
-        workers: The ranks in the attempt's claim: rank, node, pid.
+    `workers` are the ranks in the attempt's claim: rank, node, pid.
     """
     lost = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
     table = {(row["Address"]["NodeID"], row["Pid"]): row for row in actors().values()}
@@ -210,3 +210,26 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
                 message = "the kernel killed the worker because the node was running low on memory"
             deaths.append(Death(worker["rank"], message))
     return deaths
+
+
+def is_host_shortage(message: str) -> bool:
+    """Return whether an error message, or Ray's reason for ending a worker, means that host memory ran out."""
+    return any(word in message for word in (*_HOST_WORDS, *_RAY_WORDS))
+
+
+def was_killed_by_kernel(worker: Mapping[str, Any]) -> bool:
+    """Return whether the kernel of a dead worker's node has killed a process for lack of memory since the worker began.
+
+    `worker` is the rank in the attempt's claim: `node`, and `oom_kills` at its start.
+    """
+    before = worker.get("oom_kills")
+    if before is None:
+        return False
+    if worker["node"] == ray.get_runtime_context().get_node_id():
+        return (num_oom_kills() or 0) > int(before)
+    on_node = NodeAffinitySchedulingStrategy(worker["node"], soft=False)
+    read_count = ray.remote(num_cpus=0, scheduling_strategy=on_node, max_retries=0)(num_oom_kills)
+    with suppress(RayError, ValueError):  # the node does not answer: unknown
+        now: int | None = ray.get(read_count.remote(), timeout=_TIMEOUT_S)
+        return now is not None and now > int(before)
+    return False

@@ -15,27 +15,16 @@ SILENT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """One rank's progress.
-
-    Attributes:
-        rank: The rank.
-        size: World size.
-        host: Its host name.
-        phase: Its phase.
-        step: Steps done.
-        seconds: Time in the phase so far.
-        limit_s: The longest that the phase may take.
-        work_s: Its time for a micro-batch, if known.
-    """
+    """One rank's progress."""
 
     rank: int
-    size: int
+    size: int  #: of the world
     host: str
     phase: StepPhase
-    step: int
-    seconds: float
-    limit_s: float
-    work_s: float | None = None
+    step: int  #: steps done
+    seconds: float  #: time in the phase so far
+    limit_s: float  #: the longest that the phase may take
+    work_s: float | None = None  #: its time for a micro-batch, if known
 
     @property
     def position(self) -> tuple[int, int]:
@@ -53,19 +42,12 @@ class Hang:
 
 @dataclass(slots=True)
 class GroupProgress:
-    """Heartbeats of the ranks of one group.
+    """Heartbeats of the ranks of one group."""
 
-    Attributes:
-        beats: Rank to its last heartbeat, and when it arrived.
-        hang: The hang, once there is one.
-        written: The ranks whose stacks are written.
-        reported: Whether the end of the group has been explained.
-    """
-
-    beats: dict[int, tuple[Heartbeat, float]] = field(default_factory=dict)
+    beats: dict[int, tuple[Heartbeat, float]] = field(default_factory=dict)  #: by rank: the last, and when it arrived
     hang: Hang | None = None
-    written: set[int] = field(default_factory=set)
-    reported: bool = False
+    written: set[int] = field(default_factory=set)  #: ranks whose stacks are written
+    reported: bool = False  #: whether the end of the group has been explained
 
     def apply(self, beat: Heartbeat, now: float) -> Hang | None:
         """Add a heartbeat. A hang, once found, is kept."""
@@ -94,13 +76,10 @@ class GroupProgress:
 
 
 def find_hang(beats: Mapping[int, tuple[Heartbeat, float]]) -> Hang | None:
-    """Return the hang of a group, if any.
+    """Return the hang of a group, if any, from each rank's last heartbeat and its age in seconds.
 
     A rank that waits for others exceeds its limit without a fault of its own. So it does not count as hanging while
     another rank that is no further is running and within its limit.
-
-    Args:
-        beats: Rank to its last heartbeat, and the age of that in seconds.
     """
     silent = {rank for rank, (_, age) in beats.items() if age > SILENT_S}
     late = {rank for rank, (beat, age) in beats.items() if beat.seconds + age > beat.limit_s}
@@ -128,13 +107,10 @@ def describe(beat: Heartbeat, age: float) -> str:
 
 
 def find_slow(work: Mapping[int, float]) -> dict[int, float]:
-    """Return the slow ranks, each with its time relative to the others' median.
+    """Return the slow ranks, each with its time relative to the others' median, from their seconds for a micro-batch.
 
     Each rank is compared with the others alone, by median and median absolute deviation, so that it does not distort
     its own reference; at least 10 % of the median counts as noise, and more than five times the noise is slow.
-
-    Args:
-        work: Rank to its time for a micro-batch, in seconds.
     """
     slow = {}
     for rank, seconds in work.items():

@@ -18,27 +18,16 @@ SAVE_TIME_FACTOR = 1.5
 
 @dataclass(slots=True)
 class PreemptionWatch:
-    """Decides when to save, for one attempt.
+    """Decides when to save, for one attempt."""
 
-    Attributes:
-        nodes: Nodes that the attempt's workers are on; others do not matter.
-        margin_s: How long before the deadline the second save begins, if it takes no time.
-        save_s: How long the newest save since the notice took, from its beginning to its commit.
-    """
-
-    nodes: Collection[str]
-    margin_s: float = MARGIN_S
-    save_s: float = 0.0
+    nodes: Collection[str]  #: those that the attempt's workers are on
+    margin_s: float = MARGIN_S  #: how long before the deadline the second save begins, if it takes no time
+    save_s: float = 0.0  #: how long the newest save since the notice took, from its beginning to its commit
     _noticed: set[str] = field(default_factory=set)
     _last_saves: set[str] = field(default_factory=set)
 
     def check(self, draining: Mapping[str, float], now: float | None = None) -> str | None:
-        """Return why to save now, or None.
-
-        Args:
-            draining: The result of `ray_internals.draining_nodes`.
-            now: Seconds since the epoch.
-        """
+        """Return why to save at `now`, or None. `draining` is what `ray_internals.draining_nodes` returns."""
         now = time.time() if now is None else now
         ours = {node: deadline for node, deadline in draining.items() if node in self.nodes}
         if new := ours.keys() - self._noticed:

@@ -14,30 +14,19 @@ from outlast.checkpointing.run_store.attempt_history import AttemptOutcome, Atte
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """What a run survives since its last progress; -1 for no limit.
-
-    Attributes:
-        max_failures: Failures.
-        max_preemptions: Announced losses of nodes.
-        max_same_step: Failures at the same step that end the run.
-    """
+    """What a run survives since its last progress; -1 for no limit."""
 
     max_failures: int = 3
-    max_preemptions: int = -1
-    max_same_step: int = 3
+    max_preemptions: int = -1  #: announced losses of nodes
+    max_same_step: int = 3  #: failures at the same step that end the run
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Why a run is not restarted.
+    """Why a run is not restarted."""
 
-    Attributes:
-        reason: Which limit was reached.
-        attempts: The attempts that were counted, oldest first.
-    """
-
-    reason: str
-    attempts: tuple[AttemptRecord, ...]
+    reason: str  #: which limit was reached
+    attempts: tuple[AttemptRecord, ...]  #: those that were counted, oldest first
 
     @property
     def diagnosis(self) -> str:
@@ -76,10 +65,8 @@ def count_failures(attempts: Iterable[AttemptRecord], settings: str) -> list[Att
 def decide_give_up(attempts: Iterable[AttemptRecord], limits: RestartLimits, settings: str) -> GiveUp | None:
     """Decide whether to give the run up.
 
-    Args:
-        attempts: Its attempts, oldest first, at least those since its last progress.
-        limits: The limits.
-        settings: Digest of the settings that it would continue with.
+    `attempts` are its attempts, oldest first, at least those since its last progress; `settings` is the digest of the
+    settings that it would continue with.
     """
     found = count_failures(attempts, settings)
     failures = [item for item in found if item.end.outcome.is_failure]

@@ -17,14 +17,15 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.run_store.events import Event, HangEvent, SlowEvent, SlowRank
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.storage.base import Storage
+from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle
 from outlast.cluster.fault_tolerance.hang_detection import Hang, Heartbeat, describe, missing
 from outlast.trainers.loop.rank_activity import RankActivity, StepPhase
 
@@ -43,56 +44,26 @@ class StepTimedOut(OutlastError):
     """A rank waited for the others until its connection gave up."""
 
 
-class WatchdogTransport(Protocol):
-    """A connection to the coordinator. Each method returns None when it does not answer."""
-
-    def beat(self, group: str, beat: Heartbeat) -> tuple[Hang | None, list[SlowRank]] | None:
-        """Send a heartbeat. Returns the hang of the group, if any, and the slow ranks."""
-
-    def last_report(self, group: str, rank: int) -> bool | None:
-        """Report that a rank's stacks are written. Returns whether all ranks' are."""
-
-    def beats(self, group: str) -> dict[int, tuple[Heartbeat, float]] | None:
-        """Return every rank's last heartbeat and its age in seconds."""
-
-
+@dataclass(eq=False)
 class Watchdog:
-    """One rank's watchdog. Use as a context manager around the attempt.
+    """One rank's watchdog. Use as a context manager around the attempt."""
 
-    Args:
-        transport: The connection to the coordinator.
-        group: Name of the group, unique to it and equal on all its ranks.
-        rank: This rank.
-        size: World size.
-        step_progress: The loop's progress.
-        hang_after_s: The least time without progress that counts as a hang; None only detects slow ranks.
-        storage: The journal's storage.
-        directory: Returns the journal's directory; called when it is needed.
-        listener: Called with the event of slow ranks (rank 0).
-        period_s: Time between heartbeats.
-    """
+    coordinator: CoordinatorHandle
+    group: str  #: name of the group, unique to it and equal on all its ranks
+    rank: int
+    size: int
+    progress: RankActivity
+    hang_after_s: float | None  #: the least time without progress that counts as a hang; None only detects slow ranks
+    storage: Storage
+    directory: Callable[[], str]  #: returns the journal's directory; called when it is needed
+    listener: Callable[[dict[str, Any]], None]  #: called with the event of slow ranks (rank 0)
+    period_s: float = PERIOD_S
+    _journal: Journal | None = None
+    _slow: set[int] = field(default_factory=set)
+    _num_seen: int = 0
+    _closing: threading.Event = field(default_factory=threading.Event)
 
-    def __init__(
-        self,
-        transport: WatchdogTransport,
-        group: str,
-        rank: int,
-        size: int,
-        step_progress: RankActivity,
-        hang_after_s: float | None,
-        storage: Storage,
-        directory: Callable[[], str],
-        listener: Callable[[dict[str, Any]], None],
-        period_s: float = PERIOD_S,
-    ) -> None:
-        self._transport, self._group, self._rank, self._size = transport, group, rank, size
-        self._progress, self._hang_after_s = step_progress, hang_after_s
-        self._storage, self._directory, self._listener = storage, directory, listener
-        self._period_s = period_s
-        self._journal: Journal | None = None
-        self._slow: set[int] = set()
-        self._num_seen = 0
-        self._closing = threading.Event()
+    def __post_init__(self) -> None:
         self._thread = threading.Thread(target=self._watch, name="outlast-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -103,75 +74,74 @@ class Watchdog:
         self._closing.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._transport.beat(
-            self._group, replace(self._beat(), limit_s=inf)
-        )  # the others must not wait for a rank that has ended
+        # The others must not wait for a rank that has ended.
+        self.coordinator.beat(self.group, replace(self._beat(), limit_s=inf))
 
     def explain(self, error: BaseException) -> StepTimedOut | None:
         """Return the error of a timed-out collective with the ranks that are missing; None for other errors."""
         message = str(error)
         if "imed out" not in message and "imeout" not in message:
             return None
-        beats = self._transport.beats(self._group)
+        beats: dict[int, tuple[Heartbeat, float]] | None = self.coordinator.beats(self.group)
         if not beats:
             return None
-        others = {rank: beat for rank, beat in beats.items() if rank != self._rank} or beats
+        others = {rank: beat for rank, beat in beats.items() if rank != self.rank} or beats
         ranks = missing(others)
         whereabouts = "; ".join(describe(*others[rank]) for rank in ranks[:3])
-        phase, step, _ = self._progress.now
+        phase, step, _ = self.progress.now
         late = f"rank {', '.join(map(str, ranks))} did not arrive"
         return StepTimedOut(
-            f"rank {self._rank} waited in step {step + 1}, {phase.value}, and {late}: {whereabouts}",
+            f"rank {self.rank} waited in step {step + 1}, {phase.value}, and {late}: {whereabouts}",
             hint="set failure.hang_after below the connection's time-out: the journal then has the stacks of a hang",
         )
 
     def _watch(self) -> None:
-        while not self._closing.wait(self._period_s):
+        while not self._closing.wait(self.period_s):
             beat = self._beat()
-            if self._hang_after_s is not None:
+            if self.hang_after_s is not None:
                 rest_s = max(0.0, beat.limit_s - beat.seconds) + 2 * LAST_REPORT_S
                 faulthandler.dump_traceback_later(rest_s, exit=True, file=2)
-            answer = self._transport.beat(self._group, beat)
+            answer: tuple[Hang | None, list[SlowRank]] | None = self.coordinator.beat(self.group, beat)
             if answer is None:
                 continue
             hang, slow = answer
-            if hang is not None and self._hang_after_s is not None:
+            if hang is not None and self.hang_after_s is not None:
                 self._give_up(hang)
-            if self._rank == 0:
+            if self.rank == 0:
                 self._record_slow(slow)
 
     def _beat(self) -> Heartbeat:
-        phase, step, seconds = self._progress.now
+        phase, step, seconds = self.progress.now
         return Heartbeat(
-            self._rank,
-            self._size,
+            self.rank,
+            self.size,
             socket.gethostname(),
             phase,
             step,
             seconds,
             self.limit_s(phase),
-            self._progress.work_s,
+            self.progress.work_s,
         )
 
     def limit_s(self, phase: StepPhase) -> float:
         """Return how long this rank may stay in a phase."""
-        if self._hang_after_s is None:
+        if self.hang_after_s is None:
             return inf
-        usual = self._progress.step_s
+        usual = self.progress.step_s
         if usual is None or not phase.is_quick:
-            return max(self._hang_after_s * SLOW_PHASE_FACTOR, STEP_FACTOR * (usual or 0.0))
-        return max(self._hang_after_s, STEP_FACTOR * usual)
+            return max(self.hang_after_s * SLOW_PHASE_FACTOR, STEP_FACTOR * (usual or 0.0))
+        return max(self.hang_after_s, STEP_FACTOR * usual)
 
     def _give_up(self, hang: Hang) -> None:
         """Write the stacks, wait for the others to do so, and end the process."""
         faulthandler.dump_traceback_later(2 * LAST_REPORT_S, exit=True, file=2)  # the storage itself may hang
-        phase, step, _ = self._progress.now
+        phase, step, _ = self.progress.now
         with suppress(StorageError):  # the stacks are then in the worker's log alone
             missed, threads = tuple(hang.ranks), stacks()
-            self._write(HangEvent(rank=self._rank, missing=missed, step=step, phase=phase.value, threads=threads))
+            self._write(HangEvent(rank=self.rank, missing=missed, step=step, phase=phase.value, threads=threads))
         faulthandler.dump_traceback(2)
         deadline = time.monotonic() + LAST_REPORT_S
-        while not self._transport.last_report(self._group, self._rank) and time.monotonic() < deadline:
+        while not self.coordinator.last_report(self.group, self.rank) and time.monotonic() < deadline:
             time.sleep(0.1)
         os._exit(EXIT_CODE)
 
@@ -183,14 +153,14 @@ class Watchdog:
             return
         self._slow, self._num_seen = ranks, 0
         event = SlowEvent(ranks=tuple(slow))
-        self._listener(event.to_json())
+        self.listener(event.to_json())
         with suppress(StorageError):  # `status` then lacks it
             self._write(event)
 
     def _write(self, event: Event) -> None:
         if self._journal is None:
-            stream = f"events-watch-{self._group[:8]}"  # before the claim, groups share a directory
-            self._journal = Journal(self._storage, self._directory(), self._rank, stream=stream, flush_s=0)
+            stream = f"events-watch-{self.group[:8]}"  # before the claim, groups share a directory
+            self._journal = Journal(self.storage, self.directory(), self.rank, stream=stream, flush_s=0)
         self._journal.write(event)
 
 

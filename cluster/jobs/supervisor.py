@@ -29,13 +29,13 @@ from outlast.checkpointing.run_store.events import GroupFailureEvent
 from outlast.checkpointing.run_store.journal import Journal, last_event_at
 from outlast.checkpointing.run_store.liveness import find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.tools.verify_run import find_model
+from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, count_failures, decide_give_up
 from outlast.cluster.jobs import ray_jobs as jobs
 from outlast.cluster.jobs.ray_jobs import SubmittedJob
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+from outlast.cluster.monitoring.timeline import TimelineReader
 from outlast.cluster.monitoring.timeline_records import LaunchTimeline
 
 POLL_S = 2.0

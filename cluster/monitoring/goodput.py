@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -31,7 +31,7 @@ from math import inf
 
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.events import ResumeEvent
-from outlast.cluster.monitoring.timeline_from_events import Timeline
+from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline
 
 
@@ -89,12 +89,26 @@ class GoodputReport:
         return self.seconds[TimeCategory.TRAIN] / self.wall_s if self.wall_s else None
 
 
+@dataclass(frozen=True, slots=True)
+class _LaunchInterval:
+    """An interval in which a launch was active or, if `no_room`, waited for cluster resources."""
+
+    begin: float
+    end: float
+    launch: str
+    no_room: bool
+
+
 class _GoodputBuilder:
     """Appends spans at a cursor that never moves backwards."""
 
-    def __init__(self, begin: float, end: float) -> None:
+    def __init__(self, intervals: Iterable[_LaunchInterval], begin: float, end: float) -> None:
         self.cursor, self._end = begin, end
         self.spans: list[TimeSpan] = []
+        #: Launches that start no more groups, though they may take a while to end.
+        self.finished = set[str]()
+        self._ahead = deque(sorted(intervals, key=lambda item: item.begin))
+        self._overlapping: list[_LaunchInterval] = []
 
     def fill(self, until: float, category: TimeCategory) -> None:
         """Assign the time from the cursor up to `until`."""
@@ -106,6 +120,17 @@ class _GoodputBuilder:
         else:
             self.spans.append(TimeSpan(self.cursor, until, category))
         self.cursor = until
+
+    def fill_unowned(self, until: float) -> None:
+        """Assign time that no attempt owns: restart while a launch is active and has room, else wait."""
+        while self._ahead and self._ahead[0].begin < until:
+            self._overlapping.append(self._ahead.popleft())
+        self._overlapping = [item for item in self._overlapping if item.end > self.cursor]
+        found = [item for item in self._overlapping if item.no_room or item.launch not in self.finished]
+        cuts = sorted({at for item in found for at in (item.begin, item.end) if self.cursor < at < until})
+        for at in [*cuts, until]:
+            no_room = {item.no_room for item in found if item.begin <= self.cursor < item.end}
+            self.fill(at, TimeCategory.RESTART if no_room == {False} else TimeCategory.WAIT)
 
 
 def account_time(timeline: Timeline, now: float) -> GoodputReport:
@@ -122,46 +147,16 @@ def account_time(timeline: Timeline, now: float) -> GoodputReport:
         run_end = float(newest.alive["t"])
     else:
         run_end = now if newest is not None and newest.is_live(now) else timeline.last_seen_at(now)
-    builder, intervals = _GoodputBuilder(begin, run_end), _LaunchIntervals(timeline, now)
+    builder = _GoodputBuilder([*_active_intervals(timeline, now), *_no_room_intervals(timeline)], begin, run_end)
     last_step, ends, is_live = 0, timeline.ends, timeline.state(now).is_live
     for attempt, successor in timeline.attempt_pairs:
-        _fill_unowned(builder, intervals, attempt.claimed_at)
+        builder.fill_unowned(attempt.claimed_at)
         limit, end = successor.claimed_at if successor else inf, ends[attempt.id]
         _fill_owned(builder, attempt, end, limit, last_step, now if is_live else None)
         last_step = max(last_step, attempt.last_step_by(limit))
-        (intervals.finished.discard if end.has_successor else intervals.finished.add)(attempt.launch)
-    _fill_unowned(builder, intervals, inf)
+        (builder.finished.discard if end.has_successor else builder.finished.add)(attempt.launch)
+    builder.fill_unowned(inf)
     return GoodputReport(tuple(builder.spans))
-
-
-@dataclass(frozen=True, slots=True)
-class _LaunchInterval:
-    """An interval in which a launch was active or, if `no_room`, waited for cluster resources."""
-
-    begin: float
-    end: float
-    launch: str
-    no_room: bool
-
-
-class _LaunchIntervals:
-    """Finds the launches' intervals that overlap a query; queries must be in order of time.
-
-    Attributes:
-        finished: Launches that start no more groups, though they may take a while to end.
-    """
-
-    def __init__(self, timeline: Timeline, now: float) -> None:
-        intervals = [*_active_intervals(timeline, now), *_no_room_intervals(timeline)]
-        self._ahead = deque(sorted(intervals, key=lambda item: item.begin))
-        self._overlapping: list[_LaunchInterval] = []
-        self.finished = set[str]()
-
-    def overlapping(self, begin: float, end: float) -> list[_LaunchInterval]:
-        while self._ahead and self._ahead[0].begin < end:
-            self._overlapping.append(self._ahead.popleft())
-        self._overlapping = [item for item in self._overlapping if item.end > begin]
-        return [item for item in self._overlapping if item.no_room or item.launch not in self.finished]
 
 
 def _active_intervals(timeline: Timeline, now: float) -> Iterator[_LaunchInterval]:
@@ -185,15 +180,6 @@ def _no_room_intervals(timeline: Timeline) -> Iterator[_LaunchInterval]:
             yield _LaunchInterval(since, max(since, end), launch.id, no_room=True)
 
 
-def _fill_unowned(builder: _GoodputBuilder, intervals: _LaunchIntervals, until: float) -> None:
-    """Assign time that no attempt owns: restart while a launch is active and has room, else wait."""
-    found = intervals.overlapping(builder.cursor, until)
-    cuts = sorted({at for item in found for at in (item.begin, item.end) if builder.cursor < at < until})
-    for at in [*cuts, until]:
-        no_room = {item.no_room for item in found if item.begin <= builder.cursor < item.end}
-        builder.fill(at, TimeCategory.RESTART if no_room == {False} else TimeCategory.WAIT)
-
-
 def _fill_owned(
     builder: _GoodputBuilder, attempt: AttemptTimeline, end: AttemptEnd, limit: float, reached: int, now: float | None
 ) -> None:
@@ -214,7 +200,7 @@ def _fill_owned(
         else:
             builder.fill(until, starting)
 
-    pauses = [(item.began_at, item.ended_at, TimeCategory.EVALUATE) for item in attempt.evaluations]
+    pauses = [(item.t - item.seconds, item.t, TimeCategory.EVALUATE) for item in attempt.evaluations]
     for begin, until, category in sorted([*pauses, *_save_pauses(attempt)], key=lambda pause: pause[0]):
         fill(begin)
         builder.fill(min(until, limit), category)
@@ -242,7 +228,7 @@ def _redo_end(attempt: AttemptTimeline, reached: int) -> float:
 def _save_pauses(attempt: AttemptTimeline) -> Iterator[tuple[float, float, TimeCategory]]:
     """Yield the gaps after saved steps, and the parts of the next steps that waited for a copy."""
     steps = attempt.steps
-    evaluated = {item.step: item.ended_at for item in attempt.evaluations}
+    evaluated = {item.step: item.t for item in attempt.evaluations}
     for save in attempt.saves.values():
         index = steps.index_of(save.step)
         if index is None or index + 1 == len(steps):

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from outlast.cluster.formatting import clock, counted, duration, share, short, size
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
-from outlast.cluster.monitoring.run_snapshot import Interruption, RunSnapshot
-from outlast.cluster.monitoring.timeline_from_events import State
+from outlast.cluster.monitoring.status import Interruption, RunSnapshot
+from outlast.cluster.monitoring.timeline import State
 
 MAX_WIDTH = 100
 _LABEL_WIDTH = 9
@@ -68,9 +68,7 @@ def plain_line(summary: RunSnapshot) -> str:
 
 
 def _head(summary: RunSnapshot, width: int) -> Text:
-    line = Text()
-    line.append(f"{summary.run}  ", "bold")
-    line.append(summary.activity, _STATES.get(summary.state, "bold"))
+    line = Text.assemble((f"{summary.run}  ", "bold"), (summary.activity, _STATES.get(summary.state, "bold")))
     parts = [f"attempt {summary.attempt}"] if summary.attempt is not None else []
     if summary.world_size:
         parts.append(counted(summary.world_size, "worker"))
@@ -92,11 +90,10 @@ def _progress(summary: RunSnapshot, width: int) -> list[Text]:
     room = min(40, width - _LABEL_WIDTH - len(", ".join(parts)) - 2)
     if room < 8:
         return _labelled("step", [Text(part) for part in parts], width)
-    line, full = _line("step"), round(done * room)
-    line.append("━" * full, "green")
+    full = round(done * room)
+    line = _line("step").append("━" * full, "green")
     line.append("─" * (room - full), "bright_black")  # a lighter glyph too, for terminals without colours
-    line.append("  " + ", ".join(parts))
-    return [_cut(line, width)]
+    return [_cut(line.append("  " + ", ".join(parts)), width)]
 
 
 def _loss(summary: RunSnapshot, width: int) -> list[Text]:
@@ -106,12 +103,10 @@ def _loss(summary: RunSnapshot, width: int) -> list[Text]:
     room = min(32, width - _LABEL_WIDTH - len("  ".join([number, *parts])) - 2)
     if room < 8:
         return _labelled("loss", [Text(number, "bold"), *map(Text, parts)], width)
-    line = _line("loss")
-    line.append(number, "bold")
+    line = _line("loss").append(number, "bold")
     if len(summary.losses) > 1:
         line.append("  " + sparkline(summary.losses, room), "green")
-    line.append("".join(f"  {part}" for part in parts))
-    return [_cut(line, width)]
+    return [_cut(line.append("".join(f"  {part}" for part in parts)), width)]
 
 
 def _score_and_lr(summary: RunSnapshot) -> list[str]:
@@ -138,10 +133,8 @@ def _saved(summary: RunSnapshot) -> list[Text]:
         parts.append(Text(text))
         if newest.num_bytes:
             parts.append(Text(size(newest.num_bytes)))
-        if newest.verified_at:
-            parts.append(Text(f"verified {clock(newest.verified_at, summary.now)}", "green"))
-        else:
-            parts.append(Text("not verified yet", "dim"))
+        verified = newest.verified_at and Text(f"verified {clock(newest.verified_at, summary.now)}", "green")
+        parts.append(verified or Text("not verified yet", "dim"))
     elif summary.state.is_live:
         parts.append(Text("nothing yet", "dim"))
     if summary.save and summary.save.commit_s is not None and summary.save.blocked_s is not None:
@@ -153,8 +146,7 @@ def _saved(summary: RunSnapshot) -> list[Text]:
 def _goodput(report: GoodputReport, width: int) -> list[Text]:
     if report.goodput is None:
         return []
-    line = _line("goodput")
-    line.append(share(report.goodput), "bold")
+    line = _line("goodput").append(share(report.goodput), "bold")
     room = min(40, width - line.cell_len - 2)
     parts = [(category, seconds) for category, seconds in report.seconds.items() if seconds > 0]
     if room >= 16:
@@ -170,9 +162,7 @@ def _goodput(report: GoodputReport, width: int) -> list[Text]:
 
 
 def _interruption(item: Interruption, now: float) -> Text:
-    line = Text()
-    line.append(f"{clock(item.at, now)}  ", "dim")
-    line.append(item.cause, "yellow")
+    line = Text.assemble((f"{clock(item.at, now)}  ", "dim"), (item.cause, "yellow"))
     if item.rank is not None:
         line.append(f" (rank {item.rank})")
     if item.resumed_from is not None:
@@ -202,9 +192,7 @@ def _labelled(label: str, parts: Sequence[Text], width: int) -> list[Text]:
 
 
 def _line(label: str) -> Text:
-    line = Text()
-    line.append(f"{label:{_LABEL_WIDTH}}", "dim")
-    return line
+    return Text.assemble((f"{label:{_LABEL_WIDTH}}", "dim"))
 
 
 def _cut(line: Text, width: int) -> Text:

@@ -22,8 +22,8 @@ from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint
 from outlast.cluster.formatting import counted
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
-from outlast.trainers.config.task_table import TASKS
+from outlast.cluster.monitoring.timeline import TimelineReader
+from outlast.trainers.config.model import TASKS
 
 CARD = "README.md"
 #: What the Hub calls the tasks.
@@ -42,12 +42,7 @@ _LICENSE = "# license: it is yours to choose; https://hf.co/docs/hub/repositorie
 
 
 def model_card(found: ResolvedCheckpoint, content: Content) -> bytes:
-    """The card of a checkpoint, or of the finished model, as `README.md`.
-
-    Args:
-        found: What is exported.
-        content: What is written; an adapter's, unless it was merged.
-    """
+    """The card of a checkpoint, or of the finished model, as `README.md`; `content` is what is written of it."""
     known = _CardBuilder(found, content)
     return f"---\n{_LICENSE}{known.front_matter().to_yaml()}\n---\n\n{''.join(known.body())}".encode()
 
@@ -61,17 +56,17 @@ class _CardBuilder:
         attempt = found.manifest.ref.attempt
         self._declaration: Mapping[str, Any] = found.declaration or {}
         self._numerics_settings: Mapping[str, Any] = self._declaration.get("mathematics", {})
+        self._model: Mapping[str, Any] = self._numerics_settings.get("model", {})
+        self._task = str(self._model.get("task", ""))
         self._settings: Mapping[str, Any] = read_claim(found.store, attempt).get("settings", {})
         self._record: dict[str, Any] = {}
         with suppress(FileNotFoundError, ValueError):
             path = f"{found.store.launch_dir(found.manifest.launch)}/{RECORD}"
             self._record = json.loads(read_bytes(found.store.storage, path))
+        metrics = sorted(found.manifest.metrics.items())
+        self._metrics = {name: value for name, value in metrics if name.startswith("eval_")}
         timeline = TimelineReader(found.store).update()
         self._ends_before = Counter(end.cause for item, end in timeline.ends.items() if item < attempt)
-
-    @property
-    def _task(self) -> str:
-        return str(self._numerics_settings.get("model", {}).get("task", ""))
 
     @property
     def _base_model(self) -> str | None:
@@ -80,10 +75,6 @@ class _CardBuilder:
         path = (whole or self._settings).get("model", {}).get("path")
         is_id = isinstance(path, str) and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
         return path if is_id and (whole or "/" in path) else None
-
-    @property
-    def _metrics(self) -> dict[str, float]:
-        return {name: value for name, value in sorted(self._found.manifest.metrics.items()) if name.startswith("eval_")}
 
     def front_matter(self) -> ModelCardData:
         pipeline = PIPELINES.get(self._task)
@@ -101,16 +92,12 @@ class _CardBuilder:
         ]
         return ModelCardData(
             base_model=self._base_model,
-            library_name="peft" if self._is_adapter else "transformers" if self._is_of_transformers else None,
+            library_name="peft" if self._is_adapter else None if self._model.get("class_") else "transformers",
             pipeline_tag=pipeline,
             tags=["outlast", *(["lora"] if "lora" in self._settings.get("model", {}) else [])],
             model_name=self._found.store.run if results else None,
             eval_results=results or None,
         )
-
-    @property
-    def _is_of_transformers(self) -> bool:
-        return not self._numerics_settings.get("model", {}).get("class_")
 
     @property
     def _data_names(self) -> str:
@@ -133,27 +120,22 @@ class _CardBuilder:
         if fingerprint := self._declaration.get("data"):
             yield f", fingerprint `{fingerprint}`: of the bytes of the files, their order, and how they were cut"
         yield ".\n"
-        yield from self._training()
-        if self._numerics_settings:
-            text = yaml.safe_dump(_without_empty(self._numerics_settings), sort_keys=False, allow_unicode=True)
-            yield f"\n## Settings\n\nAll that affect the numerical result, beside the data:\n\n```yaml\n{text}```\n"
-
-    def _training(self) -> Iterator[str]:
-        made = self._declaration
         yield "\n## Training\n\n"
-        if made:
+        if made := self._declaration:
             versions = ", ".join(f"{name} {number}" for name, number in made.get("versions", {}).items())
             workers = counted(made["world_size"], "worker") if "world_size" in made else "workers"
             yield f"- {workers} ({made.get('parallel')}, {made.get('device')}); {versions}\n"
         code = self._record.get("code", {})
         if code.get("git"):
             changes = code.get("num_changed")
-            yield f"- code at commit `{code['git']}`" + (
-                f", {counted(changes, 'file')} changed since\n" if changes else "\n"
-            )
+            yield f"- code at commit `{code['git']}`"
+            yield f", {counted(changes, 'file')} changed since\n" if changes else "\n"
         causes = ", ".join(f"{count} × {cause}" for cause, count in sorted(self._ends_before.items()))
         yield f"- restarts survived: {self._ends_before.total()}" + (f" ({causes})\n" if causes else "\n")
         yield "- checkpoint verified against its digests when it was exported\n"
+        if self._numerics_settings:
+            text = yaml.safe_dump(_without_empty(self._numerics_settings), sort_keys=False, allow_unicode=True)
+            yield f"\n## Settings\n\nAll that affect the numerical result, beside the data:\n\n```yaml\n{text}```\n"
 
 
 def _without_empty(value: Any) -> Any:

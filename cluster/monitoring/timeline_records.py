@@ -1,4 +1,4 @@
-"""Records of which a timeline consists: launches, attempts, saves, evaluations, steps."""
+"""Records of which a timeline consists: launches, attempts, saves, steps."""
 
 from __future__ import annotations
 
@@ -96,16 +96,6 @@ class SaveRecord:
     fenced_s: float = 0.0  #: those of the wait that are within the next step
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationRecord:
-    """One evaluation after a step, with its scores (`eval_loss`, ...)."""
-
-    step: int
-    began_at: float
-    ended_at: float
-    scores: Mapping[str, float]
-
-
 @dataclass(slots=True)
 class AttemptTimeline:
     """One start of the worker group."""
@@ -116,7 +106,7 @@ class AttemptTimeline:
     plan: events.PlanEvent | None = None
     startup_timings: Mapping[str, float] = field(default_factory=dict)  #: when it reached which point of its startup
     steps: StepSeries = field(default_factory=StepSeries)
-    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    evaluations: list[events.EvalEvent] = field(default_factory=list)
     saves: dict[int, SaveRecord] = field(default_factory=dict)  #: by step
     final: events.FinalEvent | None = None  #: its last event, if it ended in order
     slow: Sequence[events.SlowRank] = ()  #: the slow ranks of the newest report
@@ -184,7 +174,7 @@ class AttemptTimeline:
             case events.UnderWayEvent(marks=timings):
                 self.startup_timings = timings
             case events.EvalEvent() as event:
-                self.evaluations.append(EvaluationRecord(event.step, event.t - event.seconds, event.t, event.scores))
+                self.evaluations.append(event)
             case events.CommitEvent() as event:
                 save = self.saves.setdefault(event.step, SaveRecord(event.step))
                 save.committed_at, save.num_bytes = event.t, event.num_bytes

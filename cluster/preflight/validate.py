@@ -20,10 +20,16 @@ from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.config.run_file import expand, load_run, override, read_run_file
-from outlast.cluster.config.yaml_lines import LocatedFinding, SettingsError, locate_findings
-from outlast.trainers.config.model import is_hub_id
-from outlast.trainers.config.task_table import is_dotted
+from outlast.cluster.config.run_file import (
+    LocatedFinding,
+    SettingsError,
+    expand,
+    load_run,
+    locate_findings,
+    override,
+    read_run_file,
+)
+from outlast.trainers.config.model import is_dotted, is_hub_id
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
 
@@ -131,7 +137,7 @@ def _architecture(config: RunConfig) -> None:
 def _columns(config: RunConfig) -> None:
     from outlast.trainers.data.columns import choose_columns
     from outlast.trainers.data.readers import first_row
-    from outlast.trainers.tasks.find_task import find_task
+    from outlast.trainers.tasks.base import find_task
 
     chosen = choose_columns(find_task(config.model.task).columns, config.data)
     row = first_row(config.data.train)
@@ -147,7 +153,7 @@ def _eval_columns(config: RunConfig) -> None:
     """Check that the held-out rows have the columns chosen from the training rows."""
     from outlast.trainers.data.columns import choose_columns
     from outlast.trainers.data.readers import first_row, missing_column_error
-    from outlast.trainers.tasks.find_task import find_task
+    from outlast.trainers.tasks.base import find_task
 
     source = config.data.eval
     if not source or config.data.eval_share:
@@ -209,13 +215,15 @@ def check_existing_run(config: RunConfig) -> None:
 
 
 def _prepare(config: RunConfig) -> None:
+    from outlast.trainers.checks.dry_step import dry_step
     from outlast.trainers.checks.model_checks import check_metric, check_model
     from outlast.trainers.preparation.prepare import prepare
 
     storage = open_storage(config.checkpoint.storage)
     prepared = prepare(config, storage)
     check_metric(config, prepared.facts)
-    check_model(config, prepared, storage)
+    model = check_model(config, prepared, storage)[0]
+    dry_step(config, prepared, storage, model, on_gpu=config.scale.gpus_per_worker > 0)
 
 
 def _write(config: RunConfig) -> None:

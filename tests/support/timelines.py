@@ -9,7 +9,7 @@ from typing import Any
 from outlast.checkpointing.format.layout import CLAIM, AttemptId, attempt_dir, launch_dir
 from outlast.checkpointing.run_store.journal import EVENTS
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.monitoring.timeline_from_events import Timeline
+from outlast.cluster.monitoring.timeline import Timeline
 
 Event = dict[str, Any]
 

@@ -31,8 +31,7 @@ from outlast.checkpointing.storage.object_store import ObjectStorage
 from outlast.checkpointing.storage.orphaned_uploads import _client, abort_uploads
 from outlast.checkpointing.tools.export import export_directory, read_content
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
-from outlast.checkpointing.tools.query import resolve_checkpoint
-from outlast.checkpointing.tools.verify_run import verify_run
+from outlast.checkpointing.tools.query import resolve_checkpoint, verify_run
 from outlast.cluster.drills import demo
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.ray_session import ray_session

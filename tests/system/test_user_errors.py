@@ -27,7 +27,7 @@ from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.run_store.liveness import LivenessFile
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.config.yaml_lines import SettingsError
+from outlast.cluster.config.run_file import SettingsError
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data.tokenizer import train_bpe

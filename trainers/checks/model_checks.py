@@ -24,8 +24,7 @@ from outlast.trainers.loop.optimizer import resolve_optimizer
 from outlast.trainers.models.build import build_model, check_head, check_names
 from outlast.trainers.models.lora import adapter_files, attach_lora
 from outlast.trainers.preparation.prepare import Prepared
-from outlast.trainers.tasks.base import Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Task, find_task
 
 #: Names of the embedding of absolute positions in architectures of transformers.
 _POSITIONS = ("wpe", "position_embeddings", "embed_positions")

@@ -19,7 +19,11 @@ from outlast.checkpointing.run_store.events import ChangedEvent
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.train import Exactness
 from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.models.canonical import describe_layout, layout_differences, layout_fingerprint
 from outlast.trainers.models.lora import base_digest
+
+#: Lines of a list of differences in an error.
+MAX_SHOWN = 5
 
 
 def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint: str | None) -> None:
@@ -109,6 +113,24 @@ def check_model_config(checkpointer: Checkpointer) -> None:
                 f"{', '.join(sorted(changed))}",
                 hint="restore the model directory, or start a new run with another `name:`",
             )
+
+
+def check_layout(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.Module) -> None:
+    """Declare the layout of the built model. Raise ConfigError if it differs from that of the checkpoint.
+
+    Other versions of the libraries may build it otherwise: `record_changes` writes them to the journal.
+    """
+    layout, mine = describe_layout(model), checkpointer.declaration
+    mine["layout"] = layout_fingerprint(layout)
+    if "layout" not in base or base["versions"] != mine["versions"]:
+        return
+    if changed := layout_differences(layout, base["layout"]):
+        shown = [*changed[:MAX_SHOWN], *([f"… {len(changed) - MAX_SHOWN} more"] if len(changed) > MAX_SHOWN else [])]
+        raise ConfigError(
+            f"the model was built otherwise than at the start of run {checkpointer.store.run!r}, so it would compute "
+            "other numbers:\n" + "\n".join(f"  {line}" for line in shown),
+            hint="restore the model's code and settings, or start a new run with another `name:`",
+        )
 
 
 def check_base_model(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.Module) -> None:

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
+from outlast.checkpointing.error_hints import did_you_mean
 from outlast.trainers.config.base import Settings
-from outlast.trainers.config.task_table import check_task_name, is_dotted
+
+#: Names of the built-in tasks and their classes.
+TASKS = {
+    "causal-lm": "outlast.trainers.tasks.causal_lm:CausalLM",
+    "chat": "outlast.trainers.tasks.chat:Chat",
+    "masked-lm": "outlast.trainers.tasks.masked_lm:MaskedLM",
+    "sequence-classification": "outlast.trainers.tasks.classification:SequenceClassification",
+    "token-classification": "outlast.trainers.tasks.classification:TokenClassification",
+    "question-answering": "outlast.trainers.tasks.question_answering:QuestionAnswering",
+    "seq2seq-lm": "outlast.trainers.tasks.seq2seq:Seq2SeqLM",
+    "multiple-choice": "outlast.trainers.tasks.multiple_choice:MultipleChoice",
+    "double-heads": "outlast.trainers.tasks.multiple_choice:DoubleHeads",
+}
+_DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_dotted(place: str) -> bool:
+    """Check whether this has the form `package.module:Name`."""
+    return _DOTTED.fullmatch(place) is not None
+
+
+def check_task_name(name: str) -> str:
+    """Return the name if it is in the table or a dotted path. Raises ValueError with the nearest name otherwise."""
+    if name in TASKS or is_dotted(name):
+        return name
+    known = did_you_mean(name, TASKS) or f"; known: {', '.join(TASKS)}"
+    raise ValueError(f"unknown task {name!r}{known} (a task of your own is package.module:Class)")
 
 
 def is_hub_id(model: str) -> bool:
@@ -63,7 +91,7 @@ class ModelSettings(Settings):
     """Train an adapter instead of the model. Needs peft, and `path`: checkpoints hold the adapter only."""
     tokenizer: TokenizerSettings | None = None
     """Required with `config`; with `path` the model's own tokenizer is the default."""
-    task: str = "causal-lm"
+    task: Annotated[str, AfterValidator(check_task_name)] = "causal-lm"
     """The training task. One of causal-lm, chat, masked-lm, sequence-classification, token-classification,
     question-answering, seq2seq-lm, multiple-choice, double-heads, or a class of your own, `package.module:Class`."""
 
@@ -73,11 +101,6 @@ class ModelSettings(Settings):
         if value is not None and not is_dotted(value):
             raise ValueError(f"{value!r} is not a class path: write package.module:Class, such as my_models:MyModel")
         return value
-
-    @field_validator("task")
-    @classmethod
-    def _is_task(cls, value: str) -> str:
-        return check_task_name(value)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:

@@ -190,17 +190,13 @@ class TrainSettings(Settings):
         return data
 
     @model_validator(mode="after")
-    def _fits(self) -> TrainSettings:
+    def _is_consistent(self) -> TrainSettings:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.batch % self.micro_batch:
             raise ValueError(f"micro_batch ({self.micro_batch}) must divide batch ({self.batch})")
         if self.early_stopping is not None and self.eval_every is None:
             raise ValueError("early_stopping needs eval_every")
-        return self
-
-    @model_validator(mode="after")
-    def _is_known(self) -> TrainSettings:
         if self.min_lr and self.schedule in (Schedule.CONSTANT, Schedule.INVERSE_SQRT):
             raise ValueError(f"min_lr must be 0 with schedule {self.schedule.value}, which has no end")
         if self.min_lr > self.lr:

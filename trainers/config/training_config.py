@@ -6,9 +6,9 @@ Every block refuses unknown keys. The docstring under a field gives its meaning,
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import check_run_name
@@ -30,7 +30,7 @@ from outlast.trainers.config.train import (
 class TrainingConfig(Settings):
     """All settings of the training loop."""
 
-    name: str
+    name: Annotated[str, AfterValidator(check_run_name)]
     """Name of the run, and of its directory in the storage."""
     seed: int = Field(0, ge=0, lt=2**63)
     """The only source of randomness: order of samples, new weights, dropout, masks."""
@@ -45,11 +45,6 @@ class TrainingConfig(Settings):
     """Use torch's deterministic algorithms. Some GPU kernels get slower; identical bits require it."""
     scale: ParallelSettings = Field(default_factory=ParallelSettings)
     failure: NonFiniteSettings = Field(default_factory=NonFiniteSettings)
-
-    @field_validator("name")
-    @classmethod
-    def _is_run_name(cls, value: str) -> str:
-        return check_run_name(value)
 
     @model_validator(mode="after")
     def _has_eval_data(self) -> TrainingConfig:

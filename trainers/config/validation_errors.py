@@ -17,19 +17,12 @@ Path = tuple[int | str, ...]
 
 @dataclass(frozen=True, slots=True)
 class SettingsFinding:
-    """One error of the settings.
+    """One error of the settings."""
 
-    Attributes:
-        path: The setting's path in the run file; empty if the error is not of one setting.
-        message: What is wrong.
-        suggestion: What to write instead, or what to do.
-        meant: For an unknown key, the path of the setting that was probably meant.
-    """
-
-    path: Path
-    message: str
-    suggestion: str = ""
-    meant: Path | None = None
+    path: Path  #: the setting's path in the run file; empty if the error is not of one setting
+    message: str  #: what is wrong
+    suggestion: str = ""  #: what to write instead, or what to do
+    meant: Path | None = None  #: for an unknown key, the path of the setting that was probably meant
 
     @property
     def key(self) -> str:
@@ -66,8 +59,9 @@ def _validate(model: type[BaseModel], body: Mapping[str, Any]) -> list[SettingsF
 def findings(error: ValidationError, model: type[BaseModel]) -> Iterator[SettingsFinding]:
     """Convert pydantic's errors to findings. The errors of all members of a union are one finding."""
     merged: dict[Path, SettingsFinding] = {}
+    settings = _settings(model)
     for detail in error.errors():
-        item = _finding(detail, model)
+        item = _finding(detail, settings)
         before = merged.get(item.path)
         if before is not None and before.message != item.message and item.path:
             item = SettingsFinding(
@@ -80,10 +74,10 @@ def findings(error: ValidationError, model: type[BaseModel]) -> Iterator[Setting
 _UNKNOWN = "unknown key"
 
 
-def _finding(detail: Any, model: type[BaseModel]) -> SettingsFinding:
-    path, given = _path_in_file(model, detail["loc"]), detail.get("input")
+def _finding(detail: Any, settings: Mapping[Path, Any]) -> SettingsFinding:
+    path, given = _path_in_file(settings, detail["loc"]), detail.get("input")
     if detail["type"] == "extra_forbidden":
-        return _unknown(model, path)
+        return _unknown(settings, path)
     cause = detail.get("ctx", {}).get("error")
     suggestion = cause.hint if isinstance(cause, ConfigError) else ""
     message = detail["msg"].removeprefix("Value error, ")
@@ -101,15 +95,15 @@ def _literals(expected: str) -> list[str]:
     return [part.strip("' ") for part in expected.replace(" or ", ", ").split(",")]
 
 
-def _unknown(model: type[BaseModel], path: Path) -> SettingsFinding:
+def _unknown(settings: Mapping[Path, Any], path: Path) -> SettingsFinding:
     """Make the finding of an unknown key: it suggests the nearest key of its block, or the block with such a key."""
     *block, name = path
-    known = sorted(_keys(model_at(model, tuple(block))))
+    known = sorted(str(other[-1]) for other in settings if other and other[:-1] == (*block,))
     if near := nearest(str(name), known):
         return SettingsFinding(path, _UNKNOWN, f"did you mean {near!r}?", (*block, near))
-    elsewhere = [path_elsewhere for path_elsewhere in _all_paths(model) if path_elsewhere[-1] == name]
+    elsewhere = [other for other in settings if other[-1:] == (name,)]
     if len(elsewhere) == 1:
-        block_name = ".".join(str(part) for part in elsewhere[0][:-1])
+        block_name = ".".join(map(str, elsewhere[0][:-1]))
         suggestion = f"it belongs under {block_name}:" if block_name else "it belongs at the top level"
         return SettingsFinding(path, _UNKNOWN, suggestion, elsewhere[0])
     return SettingsFinding(path, _UNKNOWN, f"known: {known}")
@@ -137,23 +131,29 @@ def _at(body: Any, path: Iterable[int | str]) -> Any:
     return body
 
 
-def _path_in_file(model: type[BaseModel], location: Path) -> Path:
+def _path_in_file(settings: Mapping[Path, Any], location: Path) -> Path:
     """Convert pydantic's location to a path in the run file: without the members of a union."""
-    path: list[int | str] = []
-    inner: type[BaseModel] | None = model
+    path: Path = ()
     in_mapping = False
     for part in location:
-        if inner is not None:
-            path.append(part)
-            annotation = _annotation(inner, str(part))
-            inner, in_mapping = _model_in(annotation), _is_mapping(annotation)
-        elif isinstance(part, int) or in_mapping:
-            path.append(part)
-    return tuple(path)
+        if isinstance(part, int) or in_mapping or _model_in(settings.get(path)):
+            path = (*path, part)
+            in_mapping = in_mapping or _is_mapping(settings.get(path))
+    return path
 
 
-def _annotation(model: type[BaseModel], key: str) -> Any:
-    return next((field.annotation for name, field in model.model_fields.items() if key in (field.alias, name)), None)
+def _settings(annotation: Any, path: Path = ()) -> dict[Path, Any]:
+    """Return the types of all settings and blocks by path."""
+    found = {path: annotation}
+    if model := _model_in(annotation):
+        for name, field in model.model_fields.items():
+            found |= _settings(field.annotation, (*path, field.alias or name))
+    return found
+
+
+def model_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
+    """Return the model of the block at a path; None if there is no such block."""
+    return _model_in(_settings(model).get(path))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
@@ -166,23 +166,3 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 def _is_mapping(annotation: Any) -> bool:
     return any(get_origin(candidate) is dict for candidate in (annotation, *get_args(annotation)))
-
-
-def _keys(model: type[BaseModel] | None) -> list[str]:
-    return [] if model is None else [field.alias or name for name, field in model.model_fields.items()]
-
-
-def model_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
-    """Return the model of the block at a path; None if there is no such block."""
-    inner: type[BaseModel] | None = model
-    for part in path:
-        inner = _model_in(_annotation(inner, str(part))) if inner is not None else None
-    return inner
-
-
-def _all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
-    """Iterate over the paths of all settings."""
-    for key in _keys(model):
-        yield (*path, key)
-        if inner := _model_in(_annotation(model, key)):
-            yield from _all_paths(inner, (*path, key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,19 +51,12 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """Counts of a file of samples.
-
-    Attributes:
-        num_samples: Samples in the file.
-        num_tokens: Tokens encoded, dropped ones included.
-        longest: Tokens of the longest sample, or of the longest choice.
-        num_dropped_tokens: Tokens of the last, incomplete sample of a packed file.
-    """
+    """Counts of a file of samples."""
 
     num_samples: int
-    num_tokens: int
-    longest: int
-    num_dropped_tokens: int = 0
+    num_tokens: int  #: encoded, dropped ones included
+    longest: int  #: tokens of the longest sample, or of the longest choice
+    num_dropped_tokens: int = 0  #: of the last, incomplete sample of a packed file
 
 
 def write_packed(samples: Iterable[Sample], length: int, path: Path) -> DatasetStats:
@@ -103,13 +97,8 @@ def write_samples(samples: Iterable[Sample], path: Path) -> DatasetStats:
             writer.write_batch(table)
             num_samples += len(group)
             num_tokens += sum(sample["input_ids"].size for sample in group)
-            longest = max(
-                longest,
-                *(
-                    int(sample["lengths"].max()) if "lengths" in sample else sample["input_ids"].size
-                    for sample in group
-                ),
-            )
+            sizes = (int(each["lengths"].max()) if "lengths" in each else each["input_ids"].size for each in group)
+            longest = max(longest, *sizes)
         if writer is not None:
             writer.close()
     return DatasetStats(num_samples, num_tokens, longest)
@@ -123,11 +112,6 @@ def _list_array(vectors: Sequence[npt.NDArray[Any]]) -> Any:
 
 def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Group items into lists of `size`; the last one may be shorter."""
-    batch: list[T] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
         yield batch

@@ -17,24 +17,29 @@ import numpy.typing as npt
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.seeds import derive_seed
 
 _ROUNDS = 6
 _BLOCK = 1024
+_MASK64 = (1 << 64) - 1
 U64 = npt.NDArray[np.uint64]
 
 
+def derive_seed(*parts: int) -> int:
+    """Hash integers to 64 bits (SplitMix64, Steele et al. 2014, chained). It is the run's only source of seeds."""
+    state = 0x6F75746C61737400
+    for part in parts:
+        state = (state ^ (part & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK64
+        state ^= state >> 31
+    return state
+
+
 def permute(seed: int, epoch: int, positions: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:
-    """Return the samples at `positions` of an epoch.
+    """Return the samples at `positions` of an epoch: indices in [0, size), of the shape of `positions`.
 
-    Args:
-        seed: The run's seed.
-        epoch: Number of the epoch, from 0.
-        positions: Positions in the epoch, each in [0, size). Any shape.
-        size: Number of samples, 1 to 2^62.
-
-    Returns:
-        Sample indices in [0, size), of the shape of `positions`. Over all positions, each exactly once.
+    Epochs count from 0, positions are in [0, size), and the size is 1 to 2^62. Over all positions of an epoch, each
+    sample occurs exactly once.
     """
     assert 1 <= size <= 1 << 62
     values = np.array(positions, dtype=np.uint64, ndmin=1)
@@ -75,21 +80,13 @@ def _samples_of_block(seed: int, num_samples: int, block: int) -> npt.NDArray[np
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Batches of a run: which samples each step and micro-batch has.
-
-    Attributes:
-        seed: The run's seed.
-        num_samples: Samples in an epoch.
-        batch: Samples in a global batch.
-        micro_batch: Samples in a micro-batch; divides `batch`.
-        total_samples: Samples in the run, over all epochs; the last step may be short.
-    """
+    """Batches of a run: which samples each step and micro-batch has."""
 
     seed: int
-    num_samples: int
-    batch: int
-    micro_batch: int
-    total_samples: int
+    num_samples: int  #: in an epoch
+    batch: int  #: samples in a global batch
+    micro_batch: int  #: samples in a micro-batch; divides `batch`
+    total_samples: int  #: over all epochs; the last step may be short
 
     @property
     def num_steps(self) -> int:
@@ -153,11 +150,7 @@ def share(count: int, rank: int, size: int) -> range:
 
 
 def make_plan(config: TrainingConfig, num_samples: int, world_size: int) -> BatchPlan:
-    """Make the plan of a run.
-
-    Raises:
-        ConfigError: There are more ranks than micro-batches in a step.
-    """
+    """Make the plan of a run. Raises ConfigError if there are more ranks than micro-batches in a step."""
     train = config.train
     if train.batch // train.micro_batch < world_size:
         raise ConfigError(

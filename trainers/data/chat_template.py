@@ -22,13 +22,8 @@ ASSISTANT = "assistant"
 def encode_chat(tokenizer: Any, messages: Any) -> tuple[list[int], list[bool]]:
     """Tokenize a conversation. Returns its tokens, and for each whether it belongs to an answer.
 
-    Args:
-        tokenizer: A fast tokenizer of transformers with a chat template.
-        messages: Mappings with `role` and `content`. Keys with value None count as absent, because columnar files have
-            every key in every message.
-
-    Raises:
-        ConfigError: The messages are malformed, have no answer, or the template rejects them.
+    Keys of a message with value None count as absent, because columnar files have every key in every message. Raises
+    ConfigError if the messages are malformed, have no answer, or the template rejects them.
     """
     turns = _check_turns(messages)
     template = chat_template(tokenizer)
@@ -48,11 +43,7 @@ def encode_chat(tokenizer: Any, messages: Any) -> tuple[list[int], list[bool]]:
 
 
 def chat_template(tokenizer: Any) -> str:
-    """Return the tokenizer's chat template.
-
-    Raises:
-        ConfigError: The tokenizer has no chat template.
-    """
+    """Return the tokenizer's chat template. Raises ConfigError if it has none."""
     try:
         return str(tokenizer.get_chat_template())
     except ValueError as error:

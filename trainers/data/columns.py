@@ -69,17 +69,11 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class ColumnMapping:
-    """The columns of a data file that a task reads.
+    """The columns of a data file that a task reads."""
 
-    Attributes:
-        columns: The task's columns, without optional ones that the data does not have.
-        names: Their names in the file, in the same order.
-        notes: Guesses to report to the user.
-    """
-
-    columns: tuple[Column, ...]
-    names: tuple[str, ...]
-    notes: tuple[str, ...]
+    columns: tuple[Column, ...]  #: the task's, without optional ones that the data does not have
+    names: tuple[str, ...]  #: their names in the file, in the same order
+    notes: tuple[str, ...]  #: guesses to report to the user
 
     def record(self, values: Sequence[Any]) -> dict[str, Any]:
         """Map the values of a row to roles."""

@@ -35,34 +35,21 @@ _RawRow = tuple[tuple[Any, ...] | str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a file.
+    """One row of a file."""
 
-    Attributes:
-        values: Values of the columns: text, numbers, lists, dicts or None. Empty when the row cannot be read.
-        where: File and row, such as `train.jsonl, row 3`, and the line if its number differs.
-        fault: Why the row cannot be read; None if it can.
-    """
-
-    values: tuple[Any, ...]
-    where: str
-    fault: str | None = None
+    values: tuple[Any, ...]  #: of the columns: text, numbers, lists, dicts or None; empty when the row cannot be read
+    where: str  #: file and row, such as `train.jsonl, row 3`, and the line if its number differs
+    fault: str | None = None  #: why the row cannot be read
 
 
 @dataclass(slots=True)
 class BadRowCounter:
-    """Counter of unusable rows: names the first three, and raises when there are more than the limit.
+    """Counter of unusable rows: names the first three, and raises when there are more than the limit."""
 
-    Attributes:
-        limit: How many rows may be skipped: `data.max_bad_rows`.
-        count: Unusable rows so far.
-        first: Error texts of the first three.
-        hint: Advice of the error.
-    """
-
-    limit: int
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-    hint: str = "fix them, or skip such rows: -s data.max_bad_rows=…"
+    limit: int  #: how many rows may be skipped: `data.max_bad_rows`
+    count: int = 0  #: unusable rows so far
+    first: list[str] = field(default_factory=list)  #: error texts of the first three
+    hint: str = "fix them, or skip such rows: -s data.max_bad_rows=…"  #: advice of the error
     _num_seen: int = 0
     _over_at: int | None = None
 
@@ -74,8 +61,7 @@ class BadRowCounter:
     def see(self, num_rows: int, faults: Mapping[int, str]) -> None:
         """Add the next rows: their number, and the faults among them by index.
 
-        Raises:
-            ConfigError: More than `limit` rows are unusable, and three are named or the look-ahead has ended.
+        Raises ConfigError once more than `limit` rows are unusable, and three are named or the look-ahead has ended.
         """
         for index, fault in sorted(faults.items()):
             row = self._num_seen + index
@@ -99,15 +85,10 @@ class BadRowCounter:
 def usable_rows(
     rows: Iterable[Row], bad: BadRowCounter, find_fault: Callable[[tuple[Any, ...]], str | None] = lambda values: None
 ) -> Iterator[Row]:
-    """Iterate over the usable rows and count the others in `bad`.
+    """Iterate over the usable rows and count the others in `bad`. Raises as `BadRowCounter.see`.
 
-    Args:
-        rows: Rows from `read_rows`.
-        bad: The counter; it may count over several calls.
-        find_fault: Returns the error text for a row's values, or None.
-
-    Raises:
-        ConfigError: More than `bad.limit` rows are unusable. Reading continues a little, to name the first three.
+    `find_fault` returns the error text for a row's values, or None. With too many unusable rows reading continues a
+    little, to name the first three.
     """
     for row in rows:
         fault = row.fault or find_fault(row.values)
@@ -118,11 +99,9 @@ def usable_rows(
 
 
 def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
-    """Read the rows of a source, in order, in constant memory. A row that cannot be read becomes a row with a fault.
+    """Read these columns of the rows of a source, in order, in constant memory; see `find_data_files`.
 
-    Args:
-        source: A file, a directory, a pattern, or a list of these; see `find_data_files`.
-        columns: Names of the columns to read, in this order.
+    A row that cannot be read becomes a row with a fault.
 
     Raises:
         ConfigError: A file is missing or not of the type its name states, or a column is in none of its rows.
@@ -134,8 +113,9 @@ def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[R
 def read_files(sources: Iterable[DataFile], columns: Sequence[str]) -> Iterator[Row]:
     """Read the rows of these files, as `read_rows`."""
     for item in sources:
+        _, read = _FORMATS[item.kind]
         with item.reading():
-            for number, (values, line) in enumerate(_READERS[item.kind](item, columns), 1):
+            for number, (values, line) in enumerate(read(item, columns), 1):
                 where = f"{item.name}, row {number}" + (f" (line {line})" if line not in (None, number) else "")
                 yield Row((), where, values) if isinstance(values, str) else Row(values, where)
 
@@ -143,14 +123,13 @@ def read_files(sources: Iterable[DataFile], columns: Sequence[str]) -> Iterator[
 def first_row(source: str | Sequence[str]) -> dict[str, Any]:
     """Return the columns of the first file with the values of its first readable row, None where there is none.
 
-    Raises:
-        ConfigError: As `read_rows`.
-        StorageError: As `read_rows`.
+    Raises as `read_rows`.
     """
     item = find_data_files(source)[0]
+    read_names, read = _FORMATS[item.kind]
     with item.reading():
-        names = _HEADERS[item.kind](item)
-        values = next((values for values, _ in _READERS[item.kind](item, names) if not isinstance(values, str)), None)
+        names = read_names(item)
+        values = next((values for values, _ in read(item, names) if not isinstance(values, str)), None)
         return dict(zip(names, values or [None] * len(names), strict=True))
 
 
@@ -180,11 +159,6 @@ def _decode(line: bytes) -> tuple[str, str | None]:
         return line.decode(errors="replace"), f"is not UTF-8 text: {error}"
 
 
-def _read_jsonl(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
-    """Read line by line, because pyarrow infers one type for a column and rejects rows of another."""
-    return _select_columns(source, columns, lambda: ((_parse(line), number) for number, line in _lines(source)))
-
-
 class _RowError(str):
     """Error text of a line, as opposed to a value that is a text."""
 
@@ -205,8 +179,11 @@ def _parse(line: bytes) -> Any:
     return item
 
 
-def _read_json(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
-    return _select_columns(source, columns, lambda: ((item, None) for item in _json_items(source)))
+def _objects(source: DataFile) -> Iterator[tuple[Any, int | None]]:
+    """Iterate over the items of a .json or .jsonl file, and their lines. pyarrow would infer one type for a column."""
+    if source.kind == ".json":
+        return ((item, None) for item in _json_items(source))
+    return ((_parse(line), number) for number, line in _lines(source))
 
 
 def _json_items(source: DataFile) -> Iterator[Any]:
@@ -246,12 +223,10 @@ def _skip_separators(text: str, at: int) -> int:
     return at
 
 
-def _select_columns(
-    source: DataFile, columns: Sequence[str], items: Callable[[], Iterator[tuple[Any, int | None]]]
-) -> Iterator[_RawRow]:
-    """Select columns of JSON objects. A first pass ends once each column was seen: after one object of a good file."""
+def _read_objects(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
+    """Read JSON objects. A first pass ends once each column was seen: after one object of a good file."""
     missing, seen = set(columns), dict[str, None]()
-    for item, _ in items():
+    for item, _ in _objects(source):
         if isinstance(item, dict):
             missing -= item.keys()
             seen |= dict.fromkeys(item)
@@ -259,7 +234,7 @@ def _select_columns(
             break
     if missing and seen:
         raise missing_column_error(source.name, [name for name in columns if name in missing], seen, _IN_EVERY_FILE)
-    for item, line in items():
+    for item, line in _objects(source):
         if not isinstance(item, dict):
             yield item if isinstance(item, _RowError) else "is not a JSON object", line
         elif absent := [name for name in columns if name not in item]:
@@ -349,12 +324,8 @@ def missing_column_error(where: str, missing: Sequence[str], available: Iterable
     return ConfigError(f"{where} has no {names}; it has {', '.join(available)}", hint=hint)
 
 
-def _object_names(items: Iterable[Any]) -> list[str]:
-    return next((list(item) for item in items if isinstance(item, dict)), [])
-
-
-def _csv_names(source: DataFile) -> list[str]:
-    return next((row for row in _csv_rows(source, []) if row), [])
+def _object_names(source: DataFile) -> list[str]:
+    return next((list(item) for item, _ in _objects(source) if isinstance(item, dict)), [])
 
 
 def _arrow_names(source: DataFile) -> list[str]:
@@ -367,23 +338,15 @@ def _parquet_names(source: DataFile) -> list[str]:
         return list(parquet.read_schema(raw).names)
 
 
-_HEADERS: dict[str, Callable[[DataFile], list[str]]] = {
-    ".txt": lambda source: ["text"],
-    ".jsonl": lambda source: _object_names(_parse(line) for _, line in _lines(source)),
-    ".json": lambda source: _object_names(_json_items(source)),
-    ".csv": _csv_names,
-    ".tsv": _csv_names,
-    ".parquet": _parquet_names,
-    ".arrow": _arrow_names,
-    ".feather": _arrow_names,
-}
-_READERS: dict[str, Callable[[DataFile, Sequence[str]], Iterator[_RawRow]]] = {
-    ".txt": _read_lines,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-    ".feather": _read_arrow,
+def _csv_names(source: DataFile) -> list[str]:
+    return next((row for row in _csv_rows(source, []) if row), [])
+
+
+#: By file type: the function that reads the names of the columns, and the one that reads the rows.
+_FORMATS: dict[str, tuple[Callable[[DataFile], list[str]], Callable[[DataFile, Sequence[str]], Iterator[_RawRow]]]] = {
+    ".txt": (lambda source: ["text"], _read_lines),
+    **dict.fromkeys((".jsonl", ".json"), (_object_names, _read_objects)),
+    **dict.fromkeys((".csv", ".tsv"), (_csv_names, _read_csv)),
+    ".parquet": (_parquet_names, _read_parquet),
+    **dict.fromkeys((".arrow", ".feather"), (_arrow_names, _read_arrow)),
 }

@@ -39,23 +39,14 @@ ListDir = Callable[[str], list[Entry]]
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One data file.
-
-    Attributes:
-        storage: The storage that has the file.
-        path: Its path there.
-        name: Its name in messages.
-        kind: File type, one of `KINDS`.
-        codec: Compression; None when it is not compressed.
-        num_bytes: Size of the file as stored.
-    """
+    """One data file."""
 
     storage: Storage
-    path: str
-    name: str
-    kind: str
-    codec: str | None
-    num_bytes: int
+    path: str  #: in the storage
+    name: str  #: in messages
+    kind: str  #: file type, one of `KINDS`
+    codec: str | None  #: compression
+    num_bytes: int  #: size as stored
 
     def open(self) -> BinaryIO:
         """Open the file for reading, decompressed. Raises as `Storage.open`."""
@@ -94,11 +85,6 @@ class DataFile:
         return str(digest.hexdigest())
 
 
-def as_list(source: str | Sequence[str] | None) -> list[str]:
-    """Return the paths or URLs of a setting as a list."""
-    return [source] if isinstance(source, str) else list(source or [])
-
-
 def find_data_files(source: str | Sequence[str]) -> list[DataFile]:
     """Find the files of a source, in the order of their rows.
 
@@ -107,14 +93,15 @@ def find_data_files(source: str | Sequence[str]) -> list[DataFile]:
         StorageError: A directory cannot be listed.
     """
     sources: list[DataFile] = []
-    opened = cache(lambda url: _listing(open_storage(url)))  # a directory is listed once for all its files
-    for location in as_list(source):
+    opened = cache(_open)  # a directory is listed once for all its files
+    for location in [source] if isinstance(source, str) else source:
         url, path = _split(location)
         sources += _expand(location, *opened(url), path)
     return sources
 
 
-def _listing(storage: Storage) -> tuple[Storage, ListDir]:
+def _open(url: str) -> tuple[Storage, ListDir]:
+    storage = open_storage(url)
     return storage, cache(storage.list)
 
 
@@ -143,12 +130,9 @@ def _expand(location: str, storage: Storage, list_dir: ListDir, path: str) -> li
             f"data file {location} does not exist", hint="set data.train (and data.eval) to existing files"
         )
     sources: list[DataFile] = []
-    for match in sorted(matches):
-        sources += (
-            [_source(storage, match, matches[match] or 0)]
-            if matches[match] is not None
-            else _directory(storage, match, list_dir)
-        )
+    for match, num_bytes in sorted(matches.items()):
+        is_directory = num_bytes is None
+        sources += _directory(storage, match, list_dir) if is_directory else [_source(storage, match, num_bytes or 0)]
     if list(matches) == [path] and not sources:
         hint = f"name its files, for example {location.rstrip('/')}/**/*.jsonl"
         raise ConfigError(f"data directory {location} has no file of a type that outlast reads", hint=hint)
@@ -174,8 +158,10 @@ def _matches(base: str, pattern: Sequence[str], list_dir: ListDir) -> Iterator[t
     entries = list_dir(base)
     if head == "**" and rest:
         yield from _matches(base, rest, list_dir)
-    literal = [entry for entry in entries if entry.name == head]
-    for entry in literal or [entry for entry in entries if _matches_pattern(entry.name, head)]:
+    found = [entry for entry in entries if entry.name == head]
+    if not found and _is_pattern(head):
+        found = [entry for entry in entries if not entry.name.startswith(".") and fnmatchcase(entry.name, head)]
+    for entry in found:
         path = _join(base, entry.name)
         if not rest:
             yield path, entry.num_bytes
@@ -185,10 +171,6 @@ def _matches(base: str, pattern: Sequence[str], list_dir: ListDir) -> Iterator[t
 
 def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
-
-
-def _matches_pattern(name: str, pattern: str) -> bool:
-    return _is_pattern(pattern) and not name.startswith(".") and fnmatchcase(name, pattern)
 
 
 def _join(base: str, name: str) -> str:
@@ -214,15 +196,12 @@ def _directory(storage: Storage, path: str, list_dir: ListDir) -> list[DataFile]
     sources = [item for item in sources if item.kind in KINDS]
     kinds = sorted({item.kind for item in sources})
     if len(kinds) > 1:
-        suffixes = sorted({item.kind + _suffix(item.codec) for item in sources if item.kind == kinds[0]})
+        codecs = {item.codec for item in sources if item.kind == kinds[0]}
+        suffixes = sorted(kinds[0] + suffix for suffix, codec in {"": None, **_CODECS}.items() if codec in codecs)
         patterns = ", ".join(f"{shown}/*{suffix}" for suffix in suffixes)
         hint = f"name the files to read, for example {patterns if len(suffixes) == 1 else f'[{patterns}]'}"
         raise ConfigError(f"data directory {shown} has files of several types: {', '.join(kinds)}", hint=hint)
     return sources
-
-
-def _suffix(codec: str | None) -> str:
-    return next((suffix for suffix, name in _CODECS.items() if name == codec), "")
 
 
 def _source(storage: Storage, path: str, num_bytes: int) -> DataFile:

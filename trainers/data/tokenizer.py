@@ -48,11 +48,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Load the tokenizer of a directory or hub id.
-
-    Raises:
-        ConfigError: The directory does not exist, or no tokenizer can be loaded from it or from the hub.
-    """
+    """Load the tokenizer of a directory or hub id. Raises ConfigError if none can be loaded from there."""
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ConfigError(f"model directory {path} does not exist", hint="set model.path to a directory or a hub id")
     _check_hub_connection(path)
@@ -88,7 +84,6 @@ def train_bpe(
     """Train a byte-level BPE tokenizer with `num_entries` entries.
 
     Args:
-        texts: Training texts.
         num_entries: Size of the vocabulary, special tokens included.
         special_tokens: Special tokens besides the end token, by their names in transformers.
         template: Templates of `tokenizers` for one text and for a pair.

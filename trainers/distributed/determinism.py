@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from outlast.trainers.data.seeds import derive_seed
+from outlast.trainers.data.batch_plan import derive_seed
 
 
 def seed_everything(*parts: int) -> None:

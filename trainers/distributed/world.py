@@ -82,8 +82,11 @@ class World(RankGroup):
             return -(-num_micro // self.size) - mine
         return int(isinstance(model, DistributedDataParallel) and not mine)
 
-    def parallelize(self, model: nn.Module, exactness: Exactness) -> nn.Module:
+    def parallelize(self, model: nn.Module, exactness: Exactness, *, static_graph: bool = False) -> nn.Module:
         """Wrap the model in DDP with the reducer for `exactness`.
+
+        Unless `static_graph` says that each backward pass gives every trained parameter a gradient, DDP looks through
+        the graph of each pass for those that get none. The bits are the same either way.
 
         Returns the model itself for a single rank, if it is sharded, and for `elastic`, whose reducer needs no wrapper.
         """
@@ -93,6 +96,7 @@ class World(RankGroup):
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             broadcast_buffers=bool(carried_state(model)),  # checkpoints hold rank 0's buffers
+            find_unused_parameters=not static_graph,
             gradient_as_bucket_view=True,  # avoids copying the sum back
         )
         is_ordered = exactness is Exactness.SAME_WORLD and self.size > 2

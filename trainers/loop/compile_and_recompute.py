@@ -31,13 +31,18 @@ def prepare_module(model: nn.Module, train: TrainSettings, ranks: RankGroup, dev
     """
     check_recomputes(model, train)
     if train.gradient_checkpointing:
-        inner: Any = model
-        enable = getattr(inner, "activation_checkpointing_enable", None)  # the name in newer transformers
-        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable_recomputing(model)
     if train.compile:
         limit_recompiles(_NUM_SHAPES)
         ranks.run_on_all(lambda: _check_compiler(device))
         model.compile(dynamic=False)
+
+
+def enable_recomputing(model: nn.Module) -> None:
+    """Let the model recompute its activations in the backward pass."""
+    inner: Any = model
+    enable = getattr(inner, "activation_checkpointing_enable", None)  # the name in newer transformers
+    (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def check_recomputes(model: nn.Module, train: TrainSettings) -> None:

@@ -9,8 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from outlast.checkpointing.state.named_weights import unwrap
 from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Samples
-from outlast.trainers.data.batch_plan import share
-from outlast.trainers.data.seeds import derive_seed
+from outlast.trainers.data.batch_plan import derive_seed, share
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.world import World
 from outlast.trainers.tasks.base import Sums, Task

@@ -64,6 +64,7 @@ class Loop:
         eval_data: Held-out samples, or None.
         control: The connection to the environment.
         listeners: Called with each event before `control`, on rank 0.
+        static_graph: Whether each backward pass is known to give every trained parameter a gradient.
 
     Attributes:
         step: Steps done.
@@ -81,9 +82,11 @@ class Loop:
         control: Control,
         *,
         listeners: Sequence[Callable[[dict[str, Any]], None]] = (),
+        static_graph: bool = False,
     ) -> None:
         self.config, self.world, self.checkpointer, self.model = config, world, checkpointer, model
         self.task, self.eval_data, self.control = task, eval_data, control
+        self._static_graph = static_graph
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.log_history: list[dict[str, Any]] = []
@@ -98,7 +101,7 @@ class Loop:
         self.world.mark("restore")
         if self.checkpointer.superseded:
             return Outcome.SUPERSEDED
-        self._train_step.prepare()
+        self._train_step.prepare(static_graph=self._static_graph)
         plan = {"num_steps": self.plan.num_steps, "batch": self.plan.batch}
         self._log.write(events.PlanEvent(**plan, world_size=self.world.size, step=self.step))
         if is_fresh and self.eval_data is not None:

@@ -106,10 +106,14 @@ class TrainStep:
             load_group_numbers(self.optimizer, saved["groups"])
         self._non_finite.restore(checkpointer, (saved or {}).get("left_out", []))
 
-    def prepare(self) -> None:
-        """Compile, parallelize and guard the model, once its weights are restored. Raises as `prepare_module`."""
+    def prepare(self, *, static_graph: bool = False) -> None:
+        """Compile, parallelize and guard the model, once its weights are restored. Raises as `prepare_module`.
+
+        Args:
+            static_graph: Whether each backward pass gives every trained parameter a gradient.
+        """
         prepare_module(self._model, self._train, self._world, self._world.device)
-        self._wrapped = self._world.parallelize(self._model, self._exactness)
+        self._wrapped = self._world.parallelize(self._model, self._exactness, static_graph=static_graph)
         recomputes = self._train.gradient_checkpointing
         self._buffer_guards = watch_buffers(self._model, self._exactness, recomputes=recomputes)
         self._model.train()

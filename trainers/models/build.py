@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from outlast.checkpointing.state.named_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
 from outlast.trainers.distributed.determinism import seed_everything
+from outlast.trainers.models.canonical import align_memory, freeze_like
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
@@ -48,6 +49,7 @@ def build_model(
     seed_everything(seed)
     if own is not None and not is_like_transformers(own):
         plain, files = build_plain(own, settings.config or {}, _token_settings(tokenizer))
+        align_memory(plain)
         return plain, {**files, **tokenizer_files(tokenizer)}
     with (
         _as_config_error("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"),
@@ -59,9 +61,11 @@ def build_model(
     if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_is_causal(model)
     files = {**_config_files(model), **tokenizer_files(tokenizer)}
+    _settle_attention(model, task.settings.max_length)
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new)
         files |= adapter_files(model)
+    align_memory(model)
     return model, files
 
 
@@ -166,17 +170,22 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
         model, info = builder.from_pretrained(
             settings.path, config=config, dtype=torch.float32, output_loading_info=True, **trusted
         )
+        with torch.device("meta"), suppress(Exception):  # a class of the user may need real tensors
+            freeze_like(model, _construct(builder, config, trusted))
         return model, sorted(info["missing_keys"])
     is_of_transformers = not settings.class_ and not settings.trust_remote_code
     # A checkpoint is about to replace the weights. Buffers that no file holds are still created.
     with no_init_weights() if is_of_transformers and not fresh else nullcontext():
-        if hasattr(builder, "from_config"):
-            model = builder.from_config(config, dtype=torch.float32, **trusted)
-        else:
-            model = builder(config).float()
+        model = _construct(builder, config, trusted)
     if is_of_transformers and not fresh:
         model.tie_weights()
     return model, []
+
+
+def _construct(builder: Any, config: Any, trusted: Mapping[str, Any]) -> Any:
+    if hasattr(builder, "from_config"):
+        return builder.from_config(config, dtype=torch.float32, **trusted)
+    return builder(config).float()
 
 
 def _trusted(settings: ModelSettings) -> dict[str, Any]:
@@ -253,6 +262,27 @@ def _default_config(given: Mapping[str, Any]) -> Any:
                 hint="check model.config",
             )
     return default
+
+
+def _settle_attention(model: Any, max_length: int) -> None:
+    """Choose full attention now for a model that would choose it at its first short batch, such as BigBird.
+
+    It would build the modules of full attention in that forward pass, with random numbers of the step, and keep them.
+
+    Raises:
+        ConfigError: Some batches may be long enough for sparse attention.
+    """
+    for module in [item for item in model.modules() if hasattr(item, "set_attention_type")]:
+        if module.attention_type != "block_sparse":
+            continue
+        limit = (5 + 2 * model.config.num_random_blocks) * model.config.block_size
+        if max_length > limit:
+            raise ConfigError(
+                f"{type(model).__name__} changes from block-sparse to full attention at its first batch of {limit} "
+                "tokens or less, and a resumed run could not repeat that",
+                hint=f'-s data.max_length={limit}, or set "attention_type": "original_full" in its configuration',
+            )
+        module.set_attention_type("original_full")
 
 
 def _check_is_causal(model: Any) -> None:

@@ -16,7 +16,7 @@ from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content, export_
 from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.lora import CONFIG, base_digest, need_peft
 from outlast.trainers.models.weight_names import file_naming
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import find_task
 
 
 def load_adapted(

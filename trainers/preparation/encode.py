@@ -7,31 +7,25 @@ that collects the pieces raises the same errors as if it had encoded the rows it
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Sample, in_batches
+from outlast.trainers.data.batch_plan import derive_seed
 from outlast.trainers.data.columns import ColumnMapping
-from outlast.trainers.data.readers import BadRowCounter, Row, read_files
-from outlast.trainers.data.seeds import derive_seed
+from outlast.trainers.data.readers import Row, read_files
 from outlast.trainers.data.sources import DataFile, find_data_files
 from outlast.trainers.tasks.base import Record, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A split of the data, and the columns to read.
-
-    Attributes:
-        config: The run's settings.
-        name: `train` or `eval`.
-        chosen: The columns to read.
-    """
+    """A split of the data, and the columns to read."""
 
     config: TrainingConfig
-    name: str
+    name: str  #: `train` or `eval`
     chosen: ColumnMapping
 
     @property
@@ -54,17 +48,11 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Result of encoding a batch of rows.
-
-    Attributes:
-        num_rows: Number of rows.
-        faults: Location and fault of each unusable row, by its index in the batch.
-        samples: Samples of the other rows, in order.
-    """
+    """Result of encoding a batch of rows."""
 
     num_rows: int
-    faults: Mapping[int, str]
-    samples: Sequence[Sample]
+    faults: Mapping[int, str]  #: location and fault of each unusable row, by its index in the batch
+    samples: Sequence[Sample]  #: of the other rows, in order
 
 
 #: A piece of a split; or, as the last piece, the error that ended it.
@@ -105,26 +93,3 @@ def encode_here(task: Task, split: Split) -> Generator[Piece, None, None]:
     """Encode a split in this process."""
     for rows in in_batches(with_error(split.rows(split.sources())), ROWS_PER_BATCH):
         yield from encode_rows(task, split.chosen, rows)
-
-
-@contextmanager
-def local_encoder() -> Iterator[Encoder]:
-    """Context of the encoder in this process."""
-    yield encode_here
-
-
-def usable_pieces(pieces: Iterator[Piece], bad: BadRowCounter) -> Iterator[Encoded]:
-    """Iterate over the encoded pieces while counting unusable rows in `bad`.
-
-    Raises:
-        ConfigError: There are more unusable rows than `bad.limit`.
-        OutlastError: A piece is an error.
-    """
-    for piece in pieces:
-        if isinstance(piece, OutlastError):
-            bad.end()
-            raise piece
-        bad.see(piece.num_rows, piece.faults)
-        if not bad.are_too_many:
-            yield piece
-    bad.end()

@@ -31,11 +31,7 @@ def cache_dir() -> Path:
 
 
 def limit_bytes() -> int:
-    """Return the limit of all copies together in bytes: `$OUTLAST_CACHE_GB`, or 50 GB.
-
-    Raises:
-        ConfigError: The variable is not a number.
-    """
+    """Return how many bytes all copies may take: `$OUTLAST_CACHE_GB`, or 50 GB; a wrong value is a ConfigError."""
     limit = os.environ.get("OUTLAST_CACHE_GB", DEFAULT_LIMIT)
     try:
         return int(float(limit) * 10**9)
@@ -46,12 +42,6 @@ def limit_bytes() -> int:
 
 def local_copy(storage: Storage, directory: str, fingerprint: str, entry: FileEntry) -> Path:
     """Return the path of this machine's verified copy of a file of prepared data; it is fetched if there is none.
-
-    Args:
-        storage: Storage of the data.
-        directory: Directory of the data there.
-        fingerprint: Fingerprint of the data.
-        entry: The file.
 
     Raises:
         DamagedError: The file in the storage was damaged after preparation.
@@ -92,13 +82,7 @@ def verified_chunks(storage: Storage, directory: str, entry: FileEntry) -> Itera
 
 
 def evict(root: Path, limit: int, *, spared: str) -> None:
-    """Remove the least recently used copies, until the rest takes `limit` bytes or all of it is in use.
-
-    Args:
-        root: The cache.
-        limit: Bytes that may remain.
-        spared: Name of a directory that must not be removed.
-    """
+    """Remove the least recently used copies but `spared`, until the rest takes `limit` bytes or all of it is in use."""
     with _locked(root / "evict.lock", fcntl.LOCK_EX):
         copies: list[tuple[float, Path, int]] = []
         for path in root.iterdir():

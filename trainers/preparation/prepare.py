@@ -11,15 +11,16 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
+from outlast.checkpointing.errors import ConfigError, DamagedError, OutlastError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
@@ -32,10 +33,9 @@ from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of
 from outlast.trainers.data.readers import BadRowCounter, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_data_files
 from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_bpe
-from outlast.trainers.preparation.encode import EncoderContext, Piece, Split, local_encoder, usable_pieces
+from outlast.trainers.preparation.encode import Encoder, EncoderContext, Piece, Split, encode_here
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
-from outlast.trainers.tasks.base import Record, Task
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import Record, Task, find_task
 
 FORMAT = 2
 LARGE_BYTES = 256 * 2**20
@@ -112,9 +112,8 @@ def prepare(config: TrainingConfig, storage: Storage, cluster: EncoderContext | 
     if prepared is None:
         is_large = cluster is not None and _is_large(config.data)
         try:
-            prepared = _make(
-                config, storage, fingerprint, directory, cluster if cluster and is_large else local_encoder
-            )
+            encoder = cluster() if cluster and is_large else nullcontext(encode_here)
+            prepared = _make(config, storage, fingerprint, directory, encoder)
         except StorageError:  # another preparer may have finished first, and aborted the uploads of this one
             prepared = _find(config, storage, directory)
             if prepared is None:
@@ -128,7 +127,9 @@ def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared 
     """Return existing prepared data; None if there is none, it is damaged, or more rows were skipped than allowed."""
     try:
         prepared = _from_json(json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
-        _verify(storage, prepared)
+        for entry in prepared.files:
+            for _ in verified_chunks(storage, prepared.directory, entry):
+                pass
     except (FileNotFoundError, DamagedError, ValueError, KeyError, TypeError):
         return None
     return prepared if prepared.num_bad_rows <= config.data.max_bad_rows else None
@@ -152,12 +153,6 @@ def _from_json(body: dict[str, Any]) -> Prepared:
     return Prepared(**{**body, "notes": tuple(body["notes"])}, files=files)
 
 
-def _verify(storage: Storage, prepared: Prepared) -> None:
-    for entry in prepared.files:
-        for _ in verified_chunks(storage, prepared.directory, entry):
-            pass
-
-
 def _fingerprint(config: TrainingConfig) -> str:
     digest = xxhash.xxh3_128()
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
@@ -166,7 +161,8 @@ def _fingerprint(config: TrainingConfig) -> str:
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
         for file in sorted(Path(path).iterdir()):
             if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
-                digest.update(f"{file.name}{_digest_file(file)}".encode())
+                with file.open("rb") as opened:
+                    digest.update(f"{file.name}{file_digest(opened, xxhash.xxh3_128).hexdigest()}".encode())
         tokenizer = {"files": "digested"}
     task = find_task(config.model.task)
     settings = {
@@ -184,16 +180,8 @@ def _fingerprint(config: TrainingConfig) -> str:
     return str(digest.hexdigest())
 
 
-def _digest_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        for chunk in iter(partial(file.read, BLOCK_BYTES), b""):
-            digest.update(chunk)
-    return str(digest.hexdigest())
-
-
 def _make(
-    config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, encoder: EncoderContext
+    config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, encoder: AbstractContextManager[Encoder]
 ) -> Prepared:
     task_class, settings = find_task(config.model.task), config.data
     chosen = choose_columns(task_class.columns, settings)
@@ -204,7 +192,7 @@ def _make(
         write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in tokenizer_files(tokenizer).items()
     ]
     bad, num_rows, stats = BadRowCounter(settings.max_bad_rows), dict[str, int](), {}
-    with tempfile.TemporaryDirectory() as folder, encoder() as encode:
+    with tempfile.TemporaryDirectory() as folder, encoder as encode:
         for name in ["train", "eval"] if settings.eval else ["train"]:
             path = Path(folder) / f"{name}.arrow"
             split = Split(config, name, chosen)
@@ -244,10 +232,17 @@ def _records(config: TrainingConfig, chosen: ColumnMapping) -> Iterator[Record]:
 
 
 def _samples(pieces: Iterator[Piece], bad: BadRowCounter, name: str, num_rows: dict[str, int]) -> Iterator[Sample]:
+    """Iterate over the samples; count the rows in `num_rows[name]`, the unusable ones in `bad`, which may raise."""
     num_rows[name] = 0
-    for piece in usable_pieces(pieces, bad):
-        num_rows[name] += piece.num_rows - len(piece.faults)
-        yield from piece.samples
+    for piece in pieces:
+        if isinstance(piece, OutlastError):
+            bad.end()
+            raise piece
+        bad.see(piece.num_rows, piece.faults)
+        if not bad.are_too_many:
+            num_rows[name] += piece.num_rows - len(piece.faults)
+            yield from piece.samples
+    bad.end()
 
 
 def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> DatasetStats:

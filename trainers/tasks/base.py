@@ -7,7 +7,7 @@ not the average over the global batch when counts differ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.data import DataSettings
+from outlast.trainers.config.model import TASKS
 from outlast.trainers.data.arrow_samples import Sample, in_batches
 from outlast.trainers.data.columns import Column
-
-if TYPE_CHECKING:
-    from outlast.trainers.config.data import DataSettings
-    from outlast.trainers.data.tokenizer import Tokenizer
+from outlast.trainers.data.tokenizer import Tokenizer
+from outlast.trainers.user_code import import_object
 
 #: A row of the data, keyed by role, such as {"text": "…", "label": 3}.
 Record = Mapping[str, Any]
@@ -175,6 +175,22 @@ class Task:
             f"task {type(self).__name__} cannot predict: it has no decode method",
             hint="define `decode`; see outlast.trainers.Task",
         )
+
+
+def find_task(name: str) -> type[Task]:
+    """Return the class of a task.
+
+    Raises ConfigError if it does not exist, is not a subclass of Task, or lacks a required attribute.
+    """
+    task = import_object(TASKS.get(name, name), "model.task")
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        hint = "derive the class from outlast.trainers.Task"
+        raise ConfigError(f"model.task {name!r} is not a subclass of Task", hint=hint)
+    defined = {attribute: hasattr(task, attribute) for attribute in ("auto_class", "columns")}
+    defined |= {method: getattr(task, method) is not getattr(Task, method) for method in ("encode", "loss")}
+    if missing := [attribute for attribute, is_defined in defined.items() if not is_defined]:
+        raise ConfigError(f"model.task {name} does not define {', '.join(missing)}", hint="see outlast.trainers.Task")
+    return task
 
 
 def pad(vectors: Sequence[npt.NDArray[Any]], value: float) -> torch.Tensor:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, name_of
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, TokenTask, ints
-
-if TYPE_CHECKING:
-    from outlast.trainers.config.data import DataSettings
 
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 _PROBLEM_TYPES = {
@@ -28,8 +26,7 @@ _PROBLEM_TYPES = {
 def sort_classes(settings: DataSettings, role: str, names: Iterable[str]) -> list[str]:
     """Order class names by their class index: whole numbers by value, all others by name.
 
-    Raises:
-        ConfigError: There are fewer than two classes.
+    Raises ConfigError for fewer than two classes.
     """
     classes = sorted(set(names), key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
     if len(classes) < 2:
@@ -50,8 +47,7 @@ def name_classes(config: Any, classes: Sequence[str]) -> None:
 def macro_f1(hits: torch.Tensor) -> float:
     """Compute the macro F1 over the classes that occur, as scikit-learn and torchmetrics do.
 
-    Args:
-        hits: True positives, false positives and false negatives, shape [classes, 3].
+    `hits` holds true positives, false positives and false negatives, shape [classes, 3].
     """
     right, wrong = hits[:, 0], hits[:, 1:].sum(1)
     occurs = right + wrong > 0
@@ -190,10 +186,10 @@ class SequenceClassification(Task):
                 continue
             probabilities = (logits.sigmoid() if self.problem == MULTI else logits.softmax(-1)).tolist()
             scores = dict(zip(self.classes, probabilities, strict=True))
-            best = (
-                [name for name, probability in scores.items() if probability > 0.5] if self.problem == MULTI else None
-            )
-            yield {**record, "label": max(scores, key=scores.__getitem__) if best is None else best, "scores": scores}
+            label: Any = max(scores, key=scores.__getitem__)
+            if self.problem == MULTI:
+                label = [name for name, probability in scores.items() if probability > 0.5]
+            yield {**record, "label": label, "scores": scores}
 
 
 class TokenClassification(TokenTask):
@@ -234,7 +230,8 @@ class TokenClassification(TokenTask):
             yield sample
 
     def _encoded(self, records: Sequence[Record]) -> Iterator[tuple[Record, list[str], Any]]:
-        words = [_words(record["tokens"]) for record in records]
+        given = [record["tokens"] for record in records]
+        words = [each.split() if isinstance(each, str) else each for each in given]
         encoded = self.tokenizer.inner(
             words, is_split_into_words=True, truncation=True, max_length=self.settings.max_length
         )
@@ -283,10 +280,6 @@ def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
         if word is not None:
             firsts.setdefault(word, position)
     return firsts
-
-
-def _words(given: list[str] | str) -> list[str]:
-    return given.split() if isinstance(given, str) else given
 
 
 def _is_number(value: Any) -> bool:

@@ -16,8 +16,7 @@ NUM_NEW_TOKENS = 64
 def generate_continuation(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
     """Generate at most `limit` tokens greedily: the continuation of a decoder, or the output of an encoder-decoder.
 
-    Raises:
-        ConfigError: The text is empty, or as long as the model's context.
+    Raises ConfigError if the text is empty, or as long as the model's context.
     """
     if not hasattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "generate"):
         return _greedy_continuation(task, model, encoded["input_ids"], limit)

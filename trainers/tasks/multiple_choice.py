@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,12 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, name_of
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, ints, mask, pad
-
-if TYPE_CHECKING:
-    from outlast.trainers.config.data import DataSettings
 
 
 class MultipleChoice(Task):

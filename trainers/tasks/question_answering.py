@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.data.tokenizer import Tokenizer
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, Batch, Record, Sums, Task, ints
-
-if TYPE_CHECKING:
-    from outlast.trainers.config.data import DataSettings
-    from outlast.trainers.data.tokenizer import Tokenizer
 
 MAX_ANSWER_TOKENS = 30
 NUM_STARTS = 20
@@ -137,8 +135,7 @@ def _logits(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 def _span(record: Record) -> tuple[int, int] | None:
     """Return the character span [start, stop) of the answer in the context; None for a row without an answer.
 
-    Raises:
-        ValueError: The answer is not in the context, or not at `answer_start`.
+    Raises ValueError if the answer is not in the context, or not at `answer_start`.
     """
     answers, context = record["answers"], record["context"]
     texts = answers["text"] if isinstance(answers, dict) else answers

@@ -1,4 +1,4 @@
-"""Tracker backends: TensorBoard, MLflow and Weights & Biases, through accelerate's trackers.
+"""Interface of tracker backends, and those of TensorBoard, MLflow and Weights & Biases, through accelerate's trackers.
 
 Each backend finds its tool's record of the run and continues it, so a restart must neither duplicate nor lose steps.
 """
@@ -10,22 +10,61 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import trackers_dir
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.tracking import Name
-from outlast.trainers.tracking.base import TrackerBackend, TrackerContext, Watermark
 
 SEGMENT_BYTES = 2**20
 PUT_S = 30.0
 _WIDTH = 20
+
+
+@dataclass(slots=True)
+class Watermark:
+    """Newest steps that a tracker has."""
+
+    floor: int = -1  #: of values that are not in `by_name`
+    by_name: dict[str, int] = field(default_factory=dict)
+
+    def news(self, values: Mapping[str, float], step: int) -> dict[str, float]:
+        """Return the values that the tracker does not have yet, and mark them as sent."""
+        fresh = {name: value for name, value in values.items() if step > self.by_name.get(name, self.floor)}
+        self.by_name |= dict.fromkeys(fresh, step)
+        return fresh
+
+
+class TrackerBackend(Protocol):
+    """Interface of a tracker, called from its own thread. Its methods may raise any exception and may block."""
+
+    def open(self) -> Watermark:
+        """Find the tracker's record of the run, or create it."""
+
+    def log(self, values: Mapping[str, float], step: int, at: float) -> None:
+        """Log the values of a step that took place at `at`, in seconds since the epoch."""
+
+    def close(self) -> None:
+        """Flush all values and close the tracker."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerContext:
+    """The run as a tracker sees it."""
+
+    store: RunStore
+    id: str  #: unique: another run of the same name has another id
+    settings: Mapping[str, Any]  #: as declared, flattened
+    project: str  #: the setting `track.project`
+    options: Mapping[str, Any]  #: the tracker's entry of `track.options`
 
 
 def _folder(context: TrackerContext, directory: str) -> tuple[Path, bool]:
@@ -49,8 +88,6 @@ class TensorBoard:
     On a file system they grow in place. An object store cannot append, so a segment is written on this machine and
     uploaded again every 30 seconds.
     """
-
-    name = "tensorboard"
 
     def __init__(self, context: TrackerContext) -> None:
         self._context = context
@@ -119,8 +156,6 @@ def _scalars(data: bytes) -> Iterator[tuple[str, int]]:
 class MLflow:
     """A run in the experiment named after the project; a tag identifies it after a restart."""
 
-    name = "mlflow"
-
     def __init__(self, context: TrackerContext) -> None:
         self._context = context
 
@@ -162,8 +197,6 @@ class WandB:
     Offline, no server has the newest step. So it is stored in a small file beside the data, written before the step
     is logged: a kill in between loses this step in the tracker, but duplicates none.
     """
-
-    name = "wandb"
 
     def __init__(self, context: TrackerContext) -> None:
         self._context = context

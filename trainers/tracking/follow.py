@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,12 +26,13 @@ from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.retry import call_with_retries
 from outlast.trainers.config.tracking import Name, TrackSettings
-from outlast.trainers.tracking.base import TrackedEvent, TrackerBackend, TrackerContext, Watermark
 
 if TYPE_CHECKING:
     from outlast.checkpointing.checkpointer import Checkpointer
+    from outlast.trainers.tracking.backends import TrackerBackend, Watermark
 
 T = TypeVar("T")
+TrackedEvent = events.StepEvent | events.EvalEvent | events.SaveEvent | events.UnderWayEvent
 
 QUEUE_EVENTS = 10_000
 CLOSE_S = 10.0
@@ -69,22 +71,16 @@ class _BackendUnavailable(Exception):
     """The attempt has ended, or the tracker cannot work here at all."""
 
 
+@dataclass(eq=False)
 class Follower:
-    """The thread of one tracker. It starts after the first step, which must not wait for the tracker's imports.
+    """The thread of one tracker. It starts after the first step, which must not wait for the tracker's imports."""
 
-    Args:
-        make_backend: Creates the backend, in the thread.
-        past: Returns events of earlier attempts that the run builds on, given the newest step that the tracker has.
-        report: Reports a problem to the user.
-    """
+    make_backend: Callable[[], TrackerBackend]  #: called in the thread
+    #: Returns events of earlier attempts that the run builds on, given the newest step that the tracker has.
+    past: Callable[[int], Iterable[TrackedEvent]]
+    report: Callable[[str], None]  #: reports a problem to the user
 
-    def __init__(
-        self,
-        make_backend: Callable[[], TrackerBackend],
-        past: Callable[[int], Iterable[TrackedEvent]],
-        report: Callable[[str], None],
-    ) -> None:
-        self._make_backend, self._past, self._report = make_backend, past, report
+    def __post_init__(self) -> None:
         self._queue: queue.Queue[TrackedEvent | None] = queue.Queue(QUEUE_EVENTS)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._closing = threading.Event()
@@ -101,7 +97,7 @@ class Follower:
         except queue.Full:
             if not self._is_dropping:
                 self._is_dropping = True
-                self._report(f"too slow or unreachable: its queue is full, steps from {event.step} on are dropped")
+                self.report(f"too slow or unreachable: its queue is full, steps from {event.step} on are dropped")
         if isinstance(event, events.UnderWayEvent):
             self.start()
 
@@ -117,14 +113,14 @@ class Follower:
             self._queue.put(None, timeout=max(0.0, deadline - time.monotonic()))
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._report("did not take all events in time; the journal has all of them")
+            self.report("did not take all events in time; the journal has all of them")
 
     def _run(self) -> None:
         with suppress(_BackendUnavailable):
-            backend = self._retry(self._make_backend)
+            backend = self._retry(self.make_backend)
             watermark = self._retry(backend.open)
             newest = watermark.by_name.get("train/loss", watermark.floor)
-            for event in self._retry(lambda: list(self._past(newest))):
+            for event in self._retry(lambda: list(self.past(newest))):
                 self._send(backend, watermark, event)
             while (event_or_end := self._queue.get()) is not None:
                 self._send(backend, watermark, event_or_end)
@@ -149,7 +145,7 @@ class Follower:
     def _is_transient(self, error: Exception) -> bool:
         if not self._error_reported:
             self._error_reported = True
-            self._report(f"{type(error).__name__}: {first_line(error)}")
+            self.report(f"{type(error).__name__}: {first_line(error)}")
         return not isinstance(error, ImportError | ConfigError)
 
     def _pauses(self) -> Iterator[float]:
@@ -196,11 +192,8 @@ def follow(
 ) -> Tracking:
     """Create the trackers of the settings; none on ranks other than 0.
 
-    Args:
-        settings: The settings under `track:`.
-        checkpointer: The checkpointer that has claimed the run.
-        declared: The run's settings as written, flattened.
-        progress: Receives notes about problems, besides the journal.
+    `declared` are the run's settings as written, flattened; `progress` receives notes about problems, besides the
+    journal.
     """
     tracking, journal = Tracking(), checkpointer.journal
     if journal is None:
@@ -208,7 +201,7 @@ def follow(
     store, attempt = checkpointer.store, checkpointer.attempt
 
     def make(name: Name) -> TrackerBackend:
-        from outlast.trainers.tracking.backends import BACKENDS  # imports accelerate
+        from outlast.trainers.tracking.backends import BACKENDS, TrackerContext  # imports accelerate
 
         first = list_attempts(store)[0]  # never deleted
         options = settings.options.get(name, {})
@@ -232,11 +225,7 @@ def follow(
 def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> Iterator[TrackedEvent]:
     """Return the events of earlier attempts for the steps that an attempt builds on, oldest first, each step once.
 
-    Args:
-        store: The run.
-        attempt: The attempt.
-        base: The step that it resumes from.
-        newest: Steps before this one are left out.
+    `base` is the step that the attempt resumes from; steps before `newest` are left out.
     """
     by_attempt: list[list[TrackedEvent]] = []
     for lower in reversed([item for item in list_attempts(store) if item < attempt]):

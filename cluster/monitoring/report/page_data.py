@@ -20,11 +20,11 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
-from outlast.checkpointing.tools.verify_run import VerificationResult
+from outlast.checkpointing.tools.query import VerificationResult
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
-from outlast.cluster.monitoring.run_snapshot import RunSnapshot, interruptions, verified_checkpoints
-from outlast.cluster.monitoring.timeline_from_events import Timeline
-from outlast.cluster.monitoring.timeline_records import AttemptTimeline, EvaluationRecord, NoteworthyEvent
+from outlast.cluster.monitoring.status import RunSnapshot, interruptions, verified_checkpoints
+from outlast.cluster.monitoring.timeline import Timeline
+from outlast.cluster.monitoring.timeline_records import AttemptTimeline, NoteworthyEvent
 
 MAX_POINTS = 2000
 MAX_EVALUATIONS = 600
@@ -69,6 +69,7 @@ def page_data(
     report, attempts = summary.goodput, timeline.claimed_attempts
     begin = report.spans[0].begin if report.spans else attempts[0].claimed_at if attempts else summary.now
     save, redo = summary.save, (span for span in report.spans if span.category is TimeCategory.REDO)
+    settings = next((item.claim["settings"] for item in reversed(attempts) if item.claim.get("settings")), None)
     redone_time = [[round(span.begin - begin, 2), round(span.end - begin, 2)] for span in redo]
     return {
         **summary.as_values(),
@@ -92,7 +93,7 @@ def page_data(
         **_attempts(timeline),
         "checkpoints": _checkpoints(timeline, catalog, pinned, verdicts, urls),
         "is_verified": verdicts is not None,
-        "settings": _settings(attempts),
+        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if settings else "",
         "changes": list(_changes(attempts))[-MAX_ROWS:],
     }
 
@@ -108,7 +109,12 @@ def _thinned(items: Sequence[T], value: Callable[[T], float]) -> list[T]:
     return [items[index] for index in thin(_column([value(item) for item in items]), MAX_EVALUATIONS)]
 
 
-def _eval_losses(attempts: Iterable[AttemptTimeline]) -> Iterator[tuple[EvaluationRecord, float]]:
+def _rising(seconds: Iterable[float]) -> list[float]:
+    """Round to 10 ms, and move what hosts' clocks put before the beginning or before its predecessor."""
+    return [float(at) for at in np.maximum.accumulate([0.0, *seconds]).round(2)[1:]]
+
+
+def _eval_losses(attempts: Iterable[AttemptTimeline]) -> Iterator[tuple[events.EvalEvent, float]]:
     """Yield each evaluation whose loss is finite."""
     for record in (record for item in attempts for record in item.evaluations):
         if isfinite(loss := record.scores.get("eval_loss", nan)):
@@ -155,21 +161,14 @@ def _by_time(timeline: Timeline, begin: float) -> dict[str, Any]:
         finite = np.flatnonzero(np.isfinite(losses))
         kept = finite[thin(losses[finite], max(16, MAX_POINTS * len(finite) // total))]
         if x and len(kept):
-            x.append(x[-1])
-            loss.append(None)
-            step.append(step[-1])
-        x += np.maximum(at[kept], x[-1] if x else 0.0).round(2).tolist()
+            x, loss, step = [*x, x[-1]], [*loss, None], [*step, step[-1]]
+        x += at[kept].tolist()
         loss += rounded(losses[kept])
         step += [int(number) for number in np.array(attempt.steps.step)[owned][kept]]
-    losses_at = _eval_losses(timeline.claimed_attempts)
-    scores = sorted((max(0.0, record.ended_at - begin), loss) for record, loss in losses_at)
-    evals = _thinned(scores, lambda score: score[1])
-    return {
-        "x": x,
-        "loss": loss,
-        "step": step,
-        "eval": {"x": [round(at, 2) for at, _ in evals], "loss": rounded(value for _, value in evals)},
-    }
+    evaluated = _eval_losses(timeline.claimed_attempts)
+    evals = _thinned(sorted((record.t - begin, value) for record, value in evaluated), lambda score: score[1])
+    scores = {"x": _rising(at for at, _ in evals), "loss": rounded(value for _, value in evals)}
+    return {"x": _rising(x), "loss": loss, "step": step, "eval": scores}
 
 
 def _speed(timeline: Timeline, begin: float) -> dict[str, Any]:
@@ -184,35 +183,29 @@ def _speed(timeline: Timeline, begin: float) -> dict[str, Any]:
         parts = max(1, min(len(at), max(8, 400 * len(at) // total)))
         bounds = np.linspace(0, len(at), parts + 1).astype(np.int64)
         if x:
-            x.append(x[-1])
-            y.append(None)
+            x, y = [*x, x[-1]], [*y, None]
         for first, end in pairwise(bounds):
             spent = seconds[first:end].sum()
-            x.append(max(round(float(at[end - 1]), 2), x[-1] if x else 0.0))
+            x.append(float(at[end - 1]))
             y.append(float(f"{amount[first:end].sum() / spent:.4g}") if spent > 0 else None)
-    return {"x": x, "y": y, "unit": "tokens/s" if has_tokens else "steps/s"}
+    return {"x": _rising(x), "y": y, "unit": "tokens/s" if has_tokens else "steps/s"}
 
 
 def _workers(timeline: Timeline, begin: float, now: float) -> dict[str, Any]:
     """Return the number of workers by seconds since the beginning; each value holds until the next."""
-    x: list[float] = []
-    y: list[int] = []
-
-    def put(at: float, size: int) -> None:
-        x.append(max(round(at - begin, 2), x[-1] if x else 0.0))
-        y.append(size)
-
-    put(begin, 0)
-    ends = timeline.ends
+    changes, ends = [(begin, 0)], timeline.ends
     for attempt, successor in timeline.attempt_pairs:
-        put(attempt.claimed_at, attempt.world_size or 0)
-        end = ends[attempt.id]
-        if end.is_over:
-            at = end.at or attempt.last_step_at or attempt.last_seen_at
-            put(min(at, successor.claimed_at) if successor else at, 0)
+        changes.append((attempt.claimed_at, attempt.world_size or 0))
+        ended_at = _ended_at(attempt, ends[attempt.id])
+        if ended_at is None:
+            changes.append((now, attempt.world_size or 0))
         else:
-            put(now, attempt.world_size or 0)
-    return {"x": x, "y": y}
+            changes.append((min(ended_at, successor.claimed_at) if successor else ended_at, 0))
+    return {"x": _rising(at - begin for at, _ in changes), "y": [size for _, size in changes]}
+
+
+def _ended_at(attempt: AttemptTimeline, end: AttemptEnd) -> float | None:
+    return (end.at or attempt.last_step_at or attempt.last_seen_at) if end.is_over else None
 
 
 def _markers(timeline: Timeline, begin: float) -> Iterator[dict[str, Any]]:
@@ -238,13 +231,9 @@ def _markers(timeline: Timeline, begin: float) -> Iterator[dict[str, Any]]:
 
 def _spans(report: GoodputReport, begin: float) -> list[list[float]]:
     """Return begin, end and index of the category of each span; of many spans, a coarser version."""
-    spans: Sequence[TimeSpan] = report.spans
-    if len(spans) > MAX_SPANS:
-        spans = _coarse(report)
-    categories = list(TimeCategory)
-    return [
-        [round(span.begin - begin, 2), round(span.end - begin, 2), categories.index(span.category)] for span in spans
-    ]
+    spans: Sequence[TimeSpan] = report.spans if len(report.spans) <= MAX_SPANS else _coarse(report)
+    number = {category: index for index, category in enumerate(TimeCategory)}
+    return [[round(span.begin - begin, 2), round(span.end - begin, 2), number[span.category]] for span in spans]
 
 
 def _coarse(report: GoodputReport) -> list[TimeSpan]:
@@ -285,7 +274,7 @@ def _attempt_row(attempt: AttemptTimeline, end: AttemptEnd) -> dict[str, Any]:
         "id": str(attempt.id),
         "launch": attempt.launch,
         "claimed_at": attempt.claimed_at,
-        "ended_at": (end.at or attempt.last_step_at or attempt.last_seen_at) if end.is_over else None,
+        "ended_at": _ended_at(attempt, end),
         "hosts": sorted({str(worker.get("host", "")) for worker in claim.get("workers", [])}),
         "world_size": attempt.world_size,
         "device": claim.get("device"),
@@ -344,18 +333,9 @@ def _verification(verdict: VerificationResult | None, resumed_at: float | None) 
         detail = "; ".join(verdict.faults) or "every byte was read for this report"
         return {"verification": "damaged" if verdict.faults else "verified", "detail": detail}
     if resumed_at is not None:
-        return {
-            "verification": "verified",
-            "detail": "every byte was read when an attempt resumed from it",
-            "at": resumed_at,
-        }
+        detail = "every byte was read when an attempt resumed from it"
+        return {"verification": "verified", "detail": detail, "at": resumed_at}
     return {"verification": "unverified", "detail": "digests were computed during the write; no later read is recorded"}
-
-
-def _settings(attempts: Sequence[AttemptTimeline]) -> str:
-    """Return the newest settings in the form of a run file."""
-    settings = next((item.claim["settings"] for item in reversed(attempts) if item.claim.get("settings")), None)
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if settings else ""
 
 
 def _changes(attempts: Sequence[AttemptTimeline]) -> Iterator[dict[str, Any]]:

@@ -19,12 +19,11 @@ from typing import Any
 from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import load_catalog
-from outlast.checkpointing.tools.verify_run import verify_run
+from outlast.checkpointing.tools.query import load_catalog, verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.page_data import page_data
-from outlast.cluster.monitoring.run_snapshot import take_snapshot
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+from outlast.cluster.monitoring.status import take_snapshot
+from outlast.cluster.monitoring.timeline import TimelineReader
 
 _PLACEHOLDERS = re.compile(r"\{\{([A-Za-z.]+)\}\}")
 _HEIGHT_PX = 900
@@ -43,16 +42,7 @@ class Report:
 
     @classmethod
     def read(cls, store: RunStore, *, verify: bool = False) -> Report:
-        """Read a run.
-
-        Args:
-            store: The run.
-            verify: Read every byte of every checkpoint first.
-
-        Raises:
-            ConfigError: There is no such run.
-            StorageError: The storage could not be read.
-        """
+        """Read a run; with `verify`, every byte of every checkpoint first. Raises as `run_report`."""
         timeline = TimelineReader(store).update()
         catalog = None if timeline.is_unclaimed else load_catalog(store)
         verdicts = verify_run(store) if verify and catalog else None

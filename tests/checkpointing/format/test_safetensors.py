@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outlast.checkpointing.format.safetensors import DTYPES, SafetensorsError, decode, encode, tensor_bytes
+from outlast.checkpointing.format.safetensors import DTYPES, SafetensorsError, encode, tensor_bytes
+from tests.support.decoded_safetensors import decode
 
 
 def joined(tensors: dict[str, torch.Tensor]) -> bytes:

@@ -13,9 +13,10 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.format.safetensors import decode, encode
+from outlast.checkpointing.format.safetensors import encode
 from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.state.optimizer_state import assign_to_ranks, load_optimizer, optimizer_tensors
+from tests.support.decoded_safetensors import decode
 from tests.support.small_model import digests_of, load_weights, train_step
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

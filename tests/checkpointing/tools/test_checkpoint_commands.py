@@ -23,17 +23,23 @@ from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.format.safetensors import decode
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.diff import ChangeKind, compare_tensors
-from outlast.checkpointing.tools.export import Content, Dtype, converted, export_directory, read_content
+from outlast.checkpointing.tools.export import (
+    Content,
+    Dtype,
+    converted,
+    export_directory,
+    read_content,
+    slow_tokenizer_files,
+)
 from outlast.checkpointing.tools.query import resolve_checkpoint
-from outlast.checkpointing.tools.slow_tokenizer_files import slow_tokenizer_files
 from outlast.cluster.cli.main import main
 from outlast.trainers.data.tokenizer import Tokenizer, tokenizer_files, train_bpe
 from outlast.trainers.models.torch_save_export import write_state_dict
+from tests.support.decoded_safetensors import decode
 
 PAGE = Path(__file__).parents[3] / "docs/how-to/export.md"
 TEXT = "the worker was lost, and the run went on from the newest checkpoint that is proven whole"

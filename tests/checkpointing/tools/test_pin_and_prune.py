@@ -20,8 +20,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.pin_and_prune import pin, plan_prune, prune, unpin
-from outlast.checkpointing.tools.query import list_checkpoints
-from outlast.checkpointing.tools.verify_run import verify_run
+from outlast.checkpointing.tools.query import list_checkpoints, verify_run
 from tests.support.small_model import digests_of, small_model, train_step
 
 NARROW = Retention(2)

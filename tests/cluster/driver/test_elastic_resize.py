@@ -17,7 +17,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_file import load_run
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as coordinator_module
-from outlast.cluster.fault_tolerance.coordinator import Coordinator, SaveRequest
+from outlast.cluster.fault_tolerance.coordinator import Coordinator, CoordinatorHandle, SaveRequest
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.data.batch_plan import make_plan
 from tests.support.groups.worker_group import tiny_config
@@ -97,7 +97,7 @@ def test_a_save_request_ends_when_rank_0_is_gone() -> None:
 
 
 def test_a_save_request_and_an_announced_loss_at_once_are_both_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator_module, "find_coordinator", lambda launch: None)
+    monkeypatch.setattr(coordinator_module, "find_coordinator", lambda launch: CoordinatorHandle(None))
     client = CoordinatorClient("no-launch", 0, 1)
     client._saves.extend([REASON, "a node is about to be lost"])
     assert [client.save_requested() for _ in range(3)] == [REASON, "a node is about to be lost", None]

@@ -145,7 +145,7 @@ def test_two_drivers_one_goes_on(
     polite, second = start(*longer), start(*longer, "--take-over")
     code, _, err = ended(polite)
     assert code == 75
-    assert "is at work on this run" in err
+    assert "is active on this run" in err
     assert "--take-over" in err
     (code, _, err), (code_2, _, err_2) = ended(first), ended(second)
     assert (code, code_2) == (75, 0), (err, err_2)
@@ -205,7 +205,7 @@ def test_a_bug_in_the_users_code_is_shown_once_and_tried_twice(
     code, _, err = ended(start("-s", "model.task=late:Late", "-s", "train.eval_every=null"))
     assert code == 1, err
     assert err.count('raise KeyError("labels")') == 1
-    assert err.count("starting again") == 1
+    assert err.count("; restarting (") == 1
     assert "the same error twice without a step in between" in err
     assert err.count("late.py, line 10") == 3
     assert "Traceback" not in err
@@ -231,7 +231,7 @@ def test_demo(tmp_path: Path) -> None:
     assert findings["eval_loss_loaded"] == pytest.approx(findings["eval_loss"]["100"], rel=1e-6)
     assert Path(findings["model"], "model.safetensors").is_file()
     assert (Path(findings["run"]) / "attempts").is_dir()
-    assert "by SIGKILL, while it wrote checkpoint-50" in done.stderr
+    assert "by SIGKILL, while writing checkpoint-50" in done.stderr
     claims = [json.loads(path.read_text()) for path in Path(findings["run"]).glob("attempts/*/claim.json")]
     assert len(claims) == 2
     found = read_status(RunStore(LocalStorage(Path(findings["run"]).parent), "killed"))

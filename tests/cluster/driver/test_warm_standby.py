@@ -49,7 +49,7 @@ def test_a_rehearsal_imports_what_a_model_needs_and_changes_nothing_else() -> No
 def test_what_cannot_be_rehearsed_is_left_to_the_attempt(
     task: str, model_type: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from outlast.cluster.driver.prewarm_hook import warm
+    from outlast.cluster.driver.worker import warm
 
     config = tiny_config("run", "/runs", "/data.txt", sections={"model": {"task": task}})
     settings = RunConfig.model_validate(config.model_dump())
@@ -72,8 +72,8 @@ def test_an_attempt_starts_no_actor_for_datasets() -> None:
 
 
 def test_a_rehearsal_that_fails_keeps_no_worker_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
-    from outlast.cluster.driver import prewarm_hook
     from outlast.cluster.driver import warm_standby as standby
+    from outlast.cluster.driver import worker
     from outlast.trainers import prewarm as rehearsal
 
     def fail(task: str, model_type: str | None) -> None:
@@ -81,7 +81,7 @@ def test_a_rehearsal_that_fails_keeps_no_worker_from_starting(monkeypatch: pytes
 
     monkeypatch.setattr(rehearsal, "prewarm", fail)
     monkeypatch.setenv(standby.PREWARM_VARIABLE, '["causal-lm", "gpt2"]')
-    prewarm_hook.warm()
+    worker.warm()
 
 
 @pytest.mark.ray

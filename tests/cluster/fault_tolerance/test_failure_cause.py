@@ -22,9 +22,16 @@ from outlast.cluster.driver.coordinator_client import CoordinatorClient
 from outlast.cluster.fault_tolerance import coordinator as coordinator_module
 from outlast.cluster.fault_tolerance import failure_callback as failure_recorder
 from outlast.cluster.fault_tolerance import failure_cause as failures
+from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder, own_log
-from outlast.cluster.fault_tolerance.failure_cause import Cause, Death, Failure, RankError, classify
-from outlast.cluster.fault_tolerance.oom_detection import was_killed_by_kernel
+from outlast.cluster.fault_tolerance.failure_cause import (
+    Cause,
+    Death,
+    Failure,
+    RankError,
+    classify,
+    was_killed_by_kernel,
+)
 from outlast.cluster.fault_tolerance.preemption_saves import PreemptionWatch
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.host_info import num_oom_kills
@@ -139,7 +146,7 @@ def test_a_save_at_the_notice_and_one_at_the_end() -> None:
 
 
 def test_the_last_save_begins_the_earlier_the_longer_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator_module, "find_coordinator", lambda launch: None)
+    monkeypatch.setattr(coordinator_module, "find_coordinator", lambda launch: CoordinatorHandle(None))
     client = CoordinatorClient("no-launch", 0, 1)
     client.watch(["ours"])
     assert client._watch is not None
@@ -178,7 +185,7 @@ def test_the_log_of_a_rank_is_kept_where_it_would_go_with_its_driver(tmp_path: P
 def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: None)
+    monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: CoordinatorHandle(None))
     monkeypatch.setattr(failure_recorder, "find_deaths", lambda workers: [])
     storage, launch = LocalStorage(tmp_path), "20260101-000000-a"
     storage.put(f"{launch_dir('run', launch)}/alive.json", [b'{"settings": "now"}'])

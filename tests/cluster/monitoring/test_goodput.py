@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, account_time
-from outlast.cluster.monitoring.timeline_from_events import Timeline
+from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import LOST_AFTER_S
 from tests.support.timelines import (
     attempt,

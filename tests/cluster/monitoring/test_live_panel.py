@@ -20,9 +20,9 @@ from outlast.checkpointing.run_store.events import SlowRank
 from outlast.cluster.formatting import clock, duration, share, short, size
 from outlast.cluster.monitoring.console_progress import ProgressReporter
 from outlast.cluster.monitoring.live_panel import _apportion, panel, plain_line, sparkline
-from outlast.cluster.monitoring.run_snapshot import RunSnapshot, take_snapshot
+from outlast.cluster.monitoring.status import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
-from outlast.cluster.monitoring.timeline_from_events import Timeline
+from outlast.cluster.monitoring.timeline import Timeline
 from tests.support.timelines import (
     attempt,
     done,

@@ -33,8 +33,8 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.monitoring.report.page_data import MAX_POINTS, MAX_SPANS, page_data, thin
 from outlast.cluster.monitoring.report.report import Report, run_report
-from outlast.cluster.monitoring.run_snapshot import take_snapshot
-from outlast.cluster.monitoring.timeline_from_events import Timeline
+from outlast.cluster.monitoring.status import take_snapshot
+from outlast.cluster.monitoring.timeline import Timeline
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.browser import CHROMIUM, Browser, Page, chromium

@@ -23,10 +23,10 @@ from outlast.checkpointing.format.layout import launch_dir
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.status import status
+from outlast.cluster.monitoring.console_progress import LOST_TIMEOUT_S, WATCH_PERIOD_S, watch
 from outlast.cluster.monitoring.status import list_runs, read_status
-from outlast.cluster.monitoring.timeline_from_events import State
+from outlast.cluster.monitoring.timeline import State
 from outlast.cluster.monitoring.timeline_records import LOST_AFTER_S
-from outlast.cluster.monitoring.watch import LOST_TIMEOUT_S, WATCH_PERIOD_S, watch
 from tests.support.small_model import small_model
 from tests.support.timelines import (
     attempt,

@@ -19,13 +19,12 @@ from outlast.checkpointing.save.save_schedule import SaveCosts
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.config.run_file import load_run
+from outlast.cluster.config.run_file import SettingsError, load_run
 from outlast.cluster.config.starter_files import EXAMPLES, template
-from outlast.cluster.config.yaml_lines import SettingsError
 from outlast.cluster.preflight.estimate import describe, estimate_run
 from outlast.cluster.preflight.validate import validate
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.task_table import TASKS
+from outlast.trainers.config.model import TASKS
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
 from tests.support.groups.worker_group import run_group, tiny_config

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from outlast.checkpointing.format.layout import AttemptId, attempt_dir
 from outlast.checkpointing.storage.factory import open_storage
-from outlast.cluster.fault_tolerance.coordinator import Coordinator
+from outlast.cluster.fault_tolerance.coordinator import Coordinator, CoordinatorHandle
 from outlast.cluster.fault_tolerance.watchdog import Watchdog
 from outlast.trainers.loop.rank_activity import RankActivity, StepPhase
 from tests.support.groups.worker_group import Quiet
@@ -42,8 +42,8 @@ def serve(address: Path) -> Iterator[Coordinator]:
         yield coordinator
 
 
-class SocketTransport:
-    """A `WatchdogTransport` over the socket."""
+class SocketTransport(CoordinatorHandle):
+    """A `CoordinatorHandle` over the socket."""
 
     def __init__(self, address: str) -> None:
         self._connection: Connection[Any, Any] = Client(address, family="AF_UNIX")

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.trainers.data.batch_plan import BatchPlan, permute, share
-from outlast.trainers.data.seeds import derive_seed
+from outlast.trainers.data.batch_plan import BatchPlan, derive_seed, permute, share
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 2**31)

@@ -17,7 +17,7 @@ from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.tools.verify_run import find_model
+from outlast.checkpointing.tools.query import find_model
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.config.train import EarlyStoppingSettings

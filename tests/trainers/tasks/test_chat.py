@@ -17,7 +17,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import find_task
 from tests.support.groups.worker_group import digests, fault, run_group
 from tests.support.tasks.cases import GPT2, paragraphs
 from tests.trainers.data.test_chat_template import PLAIN

@@ -31,18 +31,16 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.train import Precision
 from outlast.trainers.data.arrow_samples import Sample, Samples
-from outlast.trainers.data.batch_plan import BatchPlan
+from outlast.trainers.data.batch_plan import BatchPlan, derive_seed
 from outlast.trainers.data.columns import Column, ColumnType
-from outlast.trainers.data.seeds import derive_seed
 from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared, prepare
-from outlast.trainers.tasks.base import Batch, Record, Task
+from outlast.trainers.tasks.base import Batch, Record, Task, find_task
 from outlast.trainers.tasks.classification import SequenceClassification
-from outlast.trainers.tasks.find_task import find_task
 from tests.support.groups.worker_group import digests, fault, losses, run_group
 from tests.support.tasks.cases import CASES, Case
 

@@ -27,8 +27,8 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.loop.train_loop import Outcome
-from outlast.trainers.tracking.base import TrackedEvent, Watermark
-from outlast.trainers.tracking.follow import Follower, check_trackers, metric_values
+from outlast.trainers.tracking.backends import Watermark
+from outlast.trainers.tracking.follow import Follower, TrackedEvent, check_trackers, metric_values
 from tests.conftest import Reference
 from tests.support.groups.worker_group import Quiet, digests, losses, resumed, run_group
 from tests.support.s3_server import s3_server
@@ -137,7 +137,7 @@ import os, signal
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.trainers.tracking import backends
-from outlast.trainers.tracking.base import TrackerContext
+from outlast.trainers.tracking.backends import TrackerContext
 backends.SEGMENT_BYTES, backends.PUT_S = 1000, 0
 tracker = backends.TensorBoard(TrackerContext(RunStore(open_storage(url), "run"), "run-1", {"a": 1}, "outlast", {}))
 watermark = tracker.open()

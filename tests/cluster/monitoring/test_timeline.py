@@ -28,12 +28,12 @@ from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance import coordinator as coordinator_module
 from outlast.cluster.fault_tolerance import failure_callback as failure_recorder
+from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.cluster.monitoring.goodput import TimeCategory, account_time
-from outlast.cluster.monitoring.run_snapshot import take_snapshot
-from outlast.cluster.monitoring.timeline_from_events import State
-from outlast.cluster.monitoring.timeline_from_storage import TimelineReader
+from outlast.cluster.monitoring.status import take_snapshot
+from outlast.cluster.monitoring.timeline import State, TimelineReader
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import fault, run_group
@@ -237,7 +237,7 @@ def test_the_coordinator_remembers_the_last_step_of_a_killed_rank_0() -> None:
 
 
 def test_no_room_is_recorded_once_for_each_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: None)
+    monkeypatch.setattr(failure_recorder, "find_coordinator", lambda launch: CoordinatorHandle(None))
     recorder = FailureRecorder(str(tmp_path), "run", "one", RestartLimits(), "")
 
     def try_to_start(*, room: bool) -> None:

@@ -1,0 +1,163 @@
+"""The dry step: it finds before the workers start what else only the first step shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.checks import dry_step as dry_step_module
+from outlast.trainers.checks.dry_step import DryStep, dry_step
+from outlast.trainers.checks.model_checks import check_model
+from outlast.trainers.loop.train_loop import Outcome
+from tests.support.groups.worker_group import StopAt, digests, losses, run_group
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+XLNET = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+FLAUBERT = {"model_type": "flaubert", "emb_dim": 32, "n_layers": 2, "n_heads": 4, "layerdrop": 0.5}
+SWITCH = {"model_type": "switch_transformers", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+SWITCH |= {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+TRANSLATION = {"source": {"column": "text"}, "target": {"column": "text"}}
+
+
+def model(config: Mapping[str, Any], task: str = "causal-lm") -> dict[str, Any]:
+    return {"model": {"config": dict(config), "task": task}}
+
+
+def dry(assignment: Assignment, storage: LocalStorage, *, on_gpu: bool = False) -> DryStep:
+    meta = check_model(assignment.config, assignment.prepared, storage)[0]
+    return dry_step(assignment.config, assignment.prepared, storage, meta, on_gpu=on_gpu)
+
+
+def test_a_plain_model_has_a_static_graph(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
+    assert dry(assign("plain"), storage) == DryStep(static_graph=True)
+
+
+def test_unused_parameters_are_named(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
+    found = dry(assign("xlnet", sections=model(XLNET)), storage)
+    assert not found.static_graph
+    assert "transformer.mask_emb" in found.unused
+
+
+def test_layer_drop_makes_the_graph_vary(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
+    assert not dry(assign("flaubert", sections=model(FLAUBERT, "masked-lm")), storage).static_graph
+
+
+def test_a_large_model_is_not_tried(
+    assign: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_step_module, "MAX_OPERATIONS", 1000)
+    assert dry(assign("large"), storage).skipped.endswith("parameters is too large for this machine")
+
+
+@pytest.fixture
+def short_vocabulary(tmp_path: Path) -> str:
+    """A pretrained model whose embedding has fewer tokens than its tokenizer."""
+    config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_a_token_without_an_embedding(
+    assign: Callable[..., Assignment], storage: LocalStorage, short_vocabulary: str
+) -> None:
+    path = {"model": {"path": short_vocabulary, "config": None, "tokenizer": {"train_bpe": 400}}}
+    with pytest.raises(ConfigError, match="first micro-batch fails in GPT2LMHeadModel: IndexError: index out of range"):
+        dry(assign("short", sections=path), storage)
+
+
+NO_LOSS = """
+import torch
+from outlast.trainers.tasks.causal_lm import CausalLM
+
+
+class Detached(CausalLM):
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch).detach()
+
+
+class PerToken(CausalLM):
+    def loss(self, outputs, batch):
+        return outputs.logits.sum(-1)
+
+
+class NeedsGpu(CausalLM):
+    def loss(self, outputs, batch):
+        raise RuntimeError("this kernel is for CUDA only")
+"""
+
+
+@pytest.fixture
+def own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd_tasks.py").write_text(NO_LOSS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Detached", "PerToken"])
+def test_a_loss_that_trains_nothing(
+    kind: str, assign: Callable[..., Assignment], storage: LocalStorage, own_tasks: None
+) -> None:
+    with pytest.raises(ConfigError, match=f"odd_tasks:{kind} gives no loss to train on"):
+        dry(assign("odd", sections={"model": {"task": f"odd_tasks:{kind}"}}), storage)
+
+
+def test_a_model_for_gpus_is_left_to_them(
+    assign: Callable[..., Assignment], storage: LocalStorage, own_tasks: None
+) -> None:
+    assignment = assign("gpu", sections={"model": {"task": "odd_tasks:NeedsGpu"}})
+    assert dry(assignment, storage, on_gpu=True).skipped.startswith("it needs a GPU: RuntimeError: this kernel is for")
+    with pytest.raises(ConfigError, match=r"this kernel is for CUDA only \(.*odd_tasks.py, line 18\)"):
+        dry(assignment, storage)
+
+
+def test_sparse_attention_of_long_batches_is_refused(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
+    big_bird = {"model_type": "big_bird", **BERT, "block_size": 2, "num_random_blocks": 1}
+    with pytest.raises(
+        ConfigError, match="changes from block-sparse to full attention at its first batch of 14 tokens"
+    ):
+        dry(assign("bird", sections=model(big_bird, "masked-lm")), storage)
+
+
+@pytest.mark.parametrize("exactness", ["same-world", "elastic"])
+@pytest.mark.parametrize(
+    ("kind", "config", "task"), [("xlnet", XLNET, "causal-lm"), ("flaubert", FLAUBERT, "masked-lm")]
+)
+def test_unused_parameters_train_to_the_same_bits(
+    kind: str,
+    config: Mapping[str, Any],
+    task: str,
+    exactness: str,
+    assign: Callable[..., Assignment],
+    storage: LocalStorage,
+) -> None:
+    """XLNet has a parameter that no batch uses; FlauBERT drops layers at random, so each micro-batch uses others."""
+    sections = {**model(config, task), "exactness": exactness}
+    name = f"unused-{kind}-{exactness}"
+    size = 2 if exactness == "elastic" else 3
+    undisturbed = run_group(assign(name, sections=sections), storage, size)
+    assert [item.outcome for item in undisturbed] == [Outcome.DONE] * size, undisturbed[0].error
+    assert run_group(assign(f"{name}-2", sections=sections), storage, size, StopAt(4))[0].outcome is Outcome.STOPPED
+    assert run_group(assign(f"{name}-2", sections=sections, launch="b"), storage, 1 if size == 2 else size)[0].outcome
+    assert digests(storage, f"{name}-2") == digests(storage, name)
+    assert losses(storage, f"{name}-2") == losses(storage, name)
+
+
+def test_a_parameter_that_nothing_uses_keeps_its_value(
+    assign: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    """As in a plain torch loop: no gradient, so neither moments nor weight decay."""
+    sections = model(XLNET)
+    assert run_group(assign("kept", sections=sections, weight_decay=0.1), storage, 2)[0].outcome is Outcome.DONE
+    begun = run_group(assign("begun", sections=sections, weight_decay=0.1, steps=1), storage, 2)
+    assert begun[0].outcome is Outcome.DONE
+    kept, after_1 = digests(storage, "kept"), digests(storage, "begun")
+    assert kept["transformer.mask_emb"] == after_1["transformer.mask_emb"]
+    assert not [name for name in kept if name.startswith("transformer.mask_emb/")], "it has no moments"
+    changed = [name for name, digest in kept.items() if after_1.get(name) != digest]
+    assert len(changed) > len(kept) // 2

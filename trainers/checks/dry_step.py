@@ -1,0 +1,134 @@
+"""The dry step: the first micro-batch, forward and backward, on the host, before any worker is started.
+
+It finds what else only the first step shows, such as a token that the embedding lacks or a head whose logits do not fit
+the labels, and which parameters get no gradient. It changes nothing: the model is built for it, and dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from outlast.checkpointing.errors import ConfigError, OutlastError
+from outlast.checkpointing.save.staging import free_bytes
+from outlast.checkpointing.state.named_weights import unwrap
+from outlast.checkpointing.storage.base import Storage
+from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.batch_plan import make_plan
+from outlast.trainers.distributed.determinism import seed_everything
+from outlast.trainers.distributed.world import World
+from outlast.trainers.loop.buffer_change_check import watch_buffers
+from outlast.trainers.loop.compile_and_recompute import enable_recomputing
+from outlast.trainers.models.build import build_model
+from outlast.trainers.preparation.prepare import Prepared
+from outlast.trainers.tasks.base import Batch, Task, find_task
+from outlast.trainers.user_code import describe_error
+
+#: Floating-point operations that a dry step may take: about half a minute on two cores.
+MAX_OPERATIONS = 2e12
+#: Words of errors that may come from the host having no GPU.
+_NEEDS_GPU = re.compile(r"cuda|triton|\bgpu|flash|not implemented", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class DryStep:
+    """What a dry step found.
+
+    Attributes:
+        static_graph: Whether every trained parameter gets a gradient from every micro-batch, as far as is known.
+        unused: Trained parameters without a gradient.
+        skipped: Why there was no dry step; empty if there was one.
+    """
+
+    static_graph: bool = False
+    unused: tuple[str, ...] = ()
+    skipped: str = ""
+
+
+def dry_step(config: TrainingConfig, prepared: Prepared, storage: Storage, meta: nn.Module, *, on_gpu: bool) -> DryStep:
+    """Run the first micro-batch of a run; with fewer samples, if it would take too long.
+
+    Args:
+        config: The settings.
+        prepared: The prepared data.
+        storage: Holds it.
+        meta: The model without memory, from `check_model`; a large one is not run here.
+        on_gpu: Whether the workers have GPUs: then errors that may come from their lack here are not raised.
+
+    Raises:
+        ConfigError: The step fails, or trains nothing, or changes the model in a way that a resume cannot repeat.
+    """
+    plan = make_plan(config, prepared.num_samples, 1)
+    positions = plan.cut(plan.positions(0))[0]
+    num_parameters = sum(parameter.numel() for parameter in meta.parameters())
+    longest = max(prepared.longest.values(), default=1)
+    num_samples = min(len(positions), int(MAX_OPERATIONS / (6 * max(1, num_parameters * longest))))
+    if not num_samples or 16 * num_parameters > free_bytes() // 2:
+        return DryStep(skipped=f"a model of {num_parameters:,} parameters is too large for this machine")
+    positions = positions[:num_samples]
+    tokenizer = prepared.tokenizer(storage)
+    task = find_task(config.model.task)(config.data, tokenizer, prepared.facts)
+    model = build_model(config.model, task, tokenizer, config.seed, fresh=True)[0].train()
+    batch = task.collate(prepared.split(storage, "train").take(plan.samples(positions)), plan.keys(positions))
+    if config.train.gradient_checkpointing:
+        enable_recomputing(model)
+    guards = watch_buffers(model, config.exactness, recomputes=config.train.gradient_checkpointing)
+    modules = dict(model.named_modules())
+    seed_everything(config.seed, 0, 0)
+    try:
+        _forward_backward(config, model, task, batch)
+    except OutlastError:
+        raise
+    except Exception as error:
+        if on_gpu and _NEEDS_GPU.search(str(error)):
+            return DryStep(skipped=f"it needs a GPU: {describe_error(error)}")
+        raise ConfigError(
+            f"the first micro-batch fails in {type(unwrap(model)).__name__}: {describe_error(error)}",
+            hint="check that `model:`, its tokenizer and `data:` belong together",
+        ) from error
+    for guard in guards:
+        guard.check()
+    _check_modules(modules, model)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    unused = tuple(name for name, parameter in trained if parameter.grad is None)
+    if len(unused) == len(trained):
+        raise ConfigError("no parameter gets a gradient from the loss", hint="check the loss of the task, and freezing")
+    return DryStep(not unused and not graph_may_vary(model, task), unused)
+
+
+def _forward_backward(config: TrainingConfig, model: nn.Module, task: Task, batch: Batch) -> None:
+    with World().autocast(config.train.precision):
+        loss: Any = task.loss_sum(model, batch)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise ConfigError(
+            f"task {config.model.task} gives no loss to train on: it must be one number that depends on the weights",
+            hint="return the sum over the batch, as a tensor, from the `loss` of the task",
+        )
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _check_modules(before: dict[str, nn.Module], model: nn.Module) -> None:
+    """Raise ConfigError if the forward pass replaced a module: a resumed run would begin with the old one."""
+    for name, module in model.named_modules():
+        if before.get(name) is not module:
+            raise ConfigError(
+                f"{type(unwrap(model)).__name__} replaces {name} during training; a resumed run could not repeat that",
+                hint="choose the final form in the model's configuration",
+            )
+
+
+def graph_may_vary(model: nn.Module, task: Task) -> bool:
+    """Return whether the trained part may differ between micro-batches: LayerDrop, separate experts, users' code."""
+    inner: Any = unwrap(model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if not type(inner).__module__.startswith("transformers.") or not type(task).__module__.startswith("outlast."):
+        return True
+    drops = any("layerdrop" in name and value for name, value in inner.config.to_dict().items())
+    return drops or any(
+        name.endswith("experts") and isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        for name, module in inner.named_modules()
+    )

@@ -1,0 +1,113 @@
+"""The canonical form of a built model: the same memory layout and the same flags, whatever the start was.
+
+`from_pretrained` leaves weights at the addresses that the file gives them, and a resume allocates new memory. On a CPU,
+a row times a matrix gives other bits at other addresses, so each tensor is moved to aligned, contiguous memory.
+`from_pretrained` also loses `requires_grad=False` of tables that a constructor freezes, such as sinusoidal positions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from outlast.checkpointing.format.safetensors import tensor_bytes
+
+#: Bytes; the alignment of torch's own allocations on a CPU, and the widest vector registers.
+ALIGNMENT = 64
+
+
+def align_memory(model: nn.Module) -> None:
+    """Move each parameter and buffer that is not aligned or not contiguous to memory of its own.
+
+    Tensors that share all their memory still do. Those that overlap in part keep their memory.
+    """
+    same: dict[tuple[Any, ...], list[torch.Tensor]] = defaultdict(list)
+    for tensor in _tensors(model).values():
+        if not tensor.is_meta and tensor.numel():
+            same[tensor.data_ptr(), _end(tensor), *tensor.shape, *tensor.stride(), tensor.dtype].append(tensor)
+    last_end, previous, overlapping = 0, (), set()
+    for key in sorted(same, key=lambda item: item[:2]):
+        if key[0] < last_end:
+            overlapping |= {previous, key}
+        last_end, previous = max(last_end, key[1]), key
+    for key in same.keys() - overlapping:
+        tensor = same[key][0]
+        if not (tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0):
+            moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
+            for tied in same[key]:
+                tied.data = moved
+
+
+def freeze_like(model: nn.Module, reference: nn.Module) -> None:
+    """Set `requires_grad` of each parameter as in `reference`, a model of the same class that was not loaded."""
+    frozen = {name for name, parameter in reference.named_parameters() if not parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def describe_layout(model: nn.Module) -> dict[str, str]:
+    """Describe all that may change a model's numbers besides its weights, by name of the tensor or class.
+
+    For each parameter and buffer: type, shape, strides, alignment, whether it is trained, which tensor it shares memory
+    with, and the digest of a buffer that no checkpoint holds. For each class of modules: the plain attributes.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    saved = model.state_dict(keep_vars=True).keys()
+    layout = {}
+    for name, tensor in _tensors(model).items():
+        place = (tensor.data_ptr(), *tensor.shape, *tensor.stride()) if tensor.numel() else (name,)
+        tie = first.setdefault(place, name)
+        words = [str(tensor.dtype).removeprefix("torch."), f"{list(tensor.shape)}", f"strides {tensor.stride()}"]
+        words.append("trained" if tensor.requires_grad else "not trained")
+        words += [f"tied to {tie}"] if tie != name else []
+        words += [] if tensor.data_ptr() % ALIGNMENT == 0 else ["not aligned"]
+        words += [] if name in saved else [f"not saved, digest {xxhash.xxh3_64_hexdigest(tensor_bytes(tensor))}"]
+        layout[name] = ", ".join(words)
+    modules: dict[str, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        modules[type(module).__qualname__].append(f"{name}{_plain_attributes(module)}")
+    layout["parameters"] = f"order {_digest(str([name for name, _ in model.named_parameters()]))}"
+    for kind, found in modules.items():
+        layout[f"modules {kind}"] = f"{len(found)}, attributes {xxhash.xxh3_64_hexdigest(str(found).encode())}"
+    return layout
+
+
+def layout_fingerprint(layout: Mapping[str, str]) -> str:
+    """Return 16 hexadecimal digits for each line of `describe_layout`: the digests of its name and of its text."""
+    return "".join(f"{_digest(name)}{_digest(text)}" for name, text in layout.items())
+
+
+def layout_differences(layout: Mapping[str, str], fingerprint: str) -> list[str]:
+    """Return the lines of a layout that differ from a fingerprint, and how many of its lines the layout lacks."""
+    starts = range(0, len(fingerprint), 16)
+    before = {fingerprint[start : start + 8]: fingerprint[start + 8 : start + 16] for start in starts}
+    changed = [f"{name} is {text}" for name, text in layout.items() if before.get(_digest(name)) != _digest(text)]
+    lost = before.keys() - {_digest(name) for name in layout}
+    return changed + ([f"{len(lost)} tensors or classes are gone"] if lost else [])
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh32_hexdigest(text.encode())
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _end(tensor: torch.Tensor) -> int:
+    last = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, plain) and not name.startswith("_") and name != "training"
+    }
