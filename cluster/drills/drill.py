@@ -78,6 +78,7 @@ class RunCopy:
     at: int  #: the step of the fault; for faults in a save, one that saves
     code: str = ""  #: directory of the user's Python files
     address: str | None = None  #: the Ray cluster; None for a local one
+    pause_at: int = 0  #: a step at which training pauses, so that an earlier save is committed; 0 for none
 
     @property
     def store(self) -> RunStore:
@@ -110,7 +111,7 @@ class DrillResult:
 
     @property
     def is_good(self) -> bool:
-        return self.fault is not None and not self.different and not self.error
+        return bool(self.fault and self.resumed_from) and not self.different and not self.error
 
     def __str__(self) -> str:
         if self.error:
@@ -121,8 +122,9 @@ class DrillResult:
             return f"[bold red]DIFFERENT[/]: {counts}; first {self.first or self.different[0]}"
         if self.fault is None:
             return "[bold red]the fault never occurred[/]"
-        source = f"step {self.resumed_from}" if self.resumed_from else "the beginning"
-        ended = f"resumed from {source}, {counted(self.redone, 'step')} repeated, "
+        if not self.resumed_from:
+            return "[bold red]no checkpoint was committed before the fault[/], so no resume was tried: add --steps"
+        ended = f"resumed from step {self.resumed_from}, {counted(self.redone, 'step')} repeated, "
         return ended + f"next new step after {self.seconds:.1f} s: [green]the same bits[/]"
 
 
@@ -141,19 +143,20 @@ class DrillReport:
 
 def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank: int = 0) -> None:
     """Run a copy to its end with a fault in worker `rank`. Raises OutlastError if it did not resume."""
+    saved = FaultSpec(FaultPoint.STEP, copy.pause_at, rank, FaultAction.PAUSE, f"{copy.record}.saved")
     if kind in (FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
         point = FaultPoint.WHILE_WRITING if kind is FaultKind.KILL_IN_SAVE else FaultPoint.STEP
         action = FaultAction.EXCEPTION if kind is FaultKind.ERROR else FaultAction.SIGKILL
-        copy.launch([FaultSpec(point, copy.at, rank, action, copy.record)], tell)
+        copy.launch([saved, FaultSpec(point, copy.at, rank, action, copy.record)], tell)
         return
     # The pause keeps the copy from ending before its driver receives the step's event.
     pause = FaultSpec(FaultPoint.STEP, copy.at, rank, FaultAction.PAUSE, f"{copy.record}.pause")
     if kind is FaultKind.DRIVER:
-        driver = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(copy, pause))
+        driver = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(copy, [saved, pause]))
         driver.start()
         driver.join()
     else:
-        copy.launch([pause], _interrupter(copy, signal.SIGTERM, tell))
+        copy.launch([saved, pause], _interrupter(copy, signal.SIGTERM, tell))
         if kind is FaultKind.DAMAGE:
             _flip_a_bit(copy)
     copy.launch(tell=tell)
@@ -173,8 +176,8 @@ def _interrupter(copy: RunCopy, number: signal.Signals, tell: Any) -> Callable[[
     return receive
 
 
-def _run_until_killed(copy: RunCopy, pause: FaultSpec) -> None:
-    copy.launch([pause], _interrupter(copy, signal.SIGKILL, lambda event: None))
+def _run_until_killed(copy: RunCopy, pauses: Sequence[FaultSpec]) -> None:
+    copy.launch(pauses, _interrupter(copy, signal.SIGKILL, lambda event: None))
 
 
 def _flip_a_bit(copy: RunCopy) -> None:
@@ -237,7 +240,7 @@ def run_drill(
         scaled_down = [f"name={name[: 62 - len(suffix)]}-{suffix}", f"train.steps={num_steps}", "train.epochs=null"]
         config, declared = load_run(str(run_file), [*overrides, *scaled_down, f"checkpoint.every={every}"])
         folder = run_file.parent
-        copies.append(RunCopy(config.at_home(folder), declared, at, str(folder.absolute()), address))
+        copies.append(RunCopy(config.at_home(folder), declared, at, str(folder.absolute()), address, every + 1))
         return copies[-1]
 
     with ray_session(address):
