@@ -14,8 +14,6 @@ acknowledged: durable, and this attempt's claim is still the highest. `async_sav
 to the host while the next step computes its gradients, and written in the background, one save at a time.
 """
 
-from __future__ import annotations
-
 import json
 import socket
 import time
@@ -167,6 +165,7 @@ class Checkpointer:
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
+            self.naming = train_state.naming
             self._committer.lineage = list(self.catalogue.accepted[index:])
             event = events.ResumeEvent(
                 step=manifest.ref.step,

@@ -1,7 +1,5 @@
 """Parts of messages: the first line of an error, and the nearest known word. They raise nothing."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

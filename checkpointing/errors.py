@@ -12,8 +12,6 @@ A message states what happened and where; `hint` is the next command or step. Be
 `run_store/catalog.py`. Errors cross process borders, so each one pickles with its fields.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 

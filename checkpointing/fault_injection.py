@@ -4,8 +4,6 @@ A fault is a real one, such as SIGKILL to the own process, and leaves a record f
 fired. Unless `arm` was called, nothing here has any effect.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -7,8 +7,6 @@ contain pickles (`optimizer.pt`, `rng_state.pth`): loading them trusts their wri
 attacks.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -1,7 +1,5 @@
 """Private parts of torch: imported here alone. Tried on torch 2.13."""
 
-from __future__ import annotations
-
 import torch
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,

@@ -1,7 +1,5 @@
 """Formatting of numbers, sizes and times for one line of text, and of values for JSON. Pure."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from math import isfinite

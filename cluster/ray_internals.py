@@ -4,8 +4,6 @@ Ray may change them in any release. `TRIED_ON` lists those that they were tried 
 `tests/cluster/test_ray_internals.py` holds what the code relies on.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

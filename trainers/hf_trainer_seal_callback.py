@@ -8,8 +8,6 @@ manifest, verification, fallback and fsync. It does not add what only outlast's 
 checkpoints without pickles.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

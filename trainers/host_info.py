@@ -1,7 +1,5 @@
 """Facts about this host for reports and failure causes: hardware, and kills by the kernel. It must never raise."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

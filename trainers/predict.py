@@ -1,7 +1,5 @@
 """Predictions with a run's model for `outlast try`. A checkpoint is verified byte for byte before it is loaded."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Libraries import most of their code at first use: transformers when a class is l
 constructed. Nothing here may change what is computed.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.parallel
 import transformers

@@ -4,8 +4,6 @@ To find an error in user code, an error text names only the user's frames: not t
 or of Python.
 """
 
-from __future__ import annotations
-
 import sys
 import sysconfig
 import traceback

@@ -3,8 +3,6 @@
 Each rank reads what it needs; together they read every byte. A checkpoint that any rank finds damaged is never used.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -37,6 +35,7 @@ def restore(
     indexes = [item for by_path, _ in headers for item in by_path.items()]
     weights = merge(index for path, index in indexes if not _is_state(path))
     moments = merge(index for path, index in indexes if _is_state(path))
+    train_state.use_naming_of(weights)
     compare_weights(train_state.specs, _specs(weights))
     if train_state.optimizer is not None and not any(_is_state(entry.path) for entry in manifest.files):
         raise ConfigError(

@@ -7,8 +7,6 @@ A file is read completely, in parallel, or only where a rank needs it: the manif
 so a slice is verified by the blocks that it touches.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Verification of a checkpoint against its manifest. Never writes, and never uses the bytes it reads."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

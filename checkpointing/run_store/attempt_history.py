@@ -9,8 +9,6 @@ supervisor and pod that reads the same store decides alike, however often each o
 - Preemptions are counted separately, and intended ends are not counted.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -14,8 +14,6 @@ So a zombie's commit is never acknowledged once its successor has claimed, and n
 committed. Being superseded is an outcome, not an exception. Nothing here writes, except `delete_checkpoint`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Listing claims and comparing them is the run's only mutual exclusion. A claim is never changed, reused or deleted.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A pin does not depend on what the run's attempts are doing. A deletion is announ
 written before announcements are read. So one of the two sees the other, and a granted pin holds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, pins_dir, prune_dir, prunes_dir

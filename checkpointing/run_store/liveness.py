@@ -4,8 +4,6 @@ They only prevent that a second launch supersedes a running one by accident. Cor
 claims ensure it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

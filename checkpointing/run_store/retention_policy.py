@@ -1,7 +1,5 @@
 """Retention policy: which checkpoints to keep, as a pure function. Deleting is the caller's part."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass

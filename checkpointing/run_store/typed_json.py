@@ -3,8 +3,6 @@
 A value of a wrong type is replaced by the field's default or refused; it never reaches an instance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """`BackgroundSave`: a save that runs in a thread. One at a time; its owner must `join` it."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

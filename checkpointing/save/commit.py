@@ -5,8 +5,6 @@ written, then the claims are listed; only then is the commit acknowledged, and n
 acknowledged commit. Runs in the caller's thread or in the background, on a rank group of its own.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress

@@ -49,6 +49,8 @@ class WeightNaming:
     #: For a weight that is several in the file, such as stacked experts: the names in the file, and the part of the
     #: weight that each is. Takes precedence over `names`.
     cuts: Mapping[str, Mapping[str, Cut]] = field(default_factory=dict)
+    #: Other namings that an earlier checkpoint of the run may have; the run then goes on with that one.
+    others: tuple[WeightNaming, ...] = ()
 
     def of(self, name: str) -> Mapping[str, Cut]:
         """Return the names in the file for a weight, each with its part; empty if it is not saved."""
@@ -70,7 +72,7 @@ def named_weights(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, tor
     seen: set[tuple[object, ...]] = set()
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in inner.state_dict(keep_vars=True).items():
-        key, parts = _identity(tensor), naming.of(plain_name(name))
+        key, parts = identity(tensor), naming.of(plain_name(name))
         if not parts or key in seen:
             continue
         seen.add(key)
@@ -95,7 +97,8 @@ def plain_name(name: str) -> str:
     return _INNER.sub("", name)
 
 
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+def identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return a key that tied weights share, and others do not."""
     if tensor.numel() == 0 or isinstance(tensor, DTensor):
         return ("itself", id(tensor))  # sharding keeps tied parameters the same object
     storage = tensor.untyped_storage()

@@ -5,8 +5,6 @@ Under DDP every rank has the same optimizer state and writes a part of it; under
 marked by its type (`weight/step:int`), because a tensor in its place would round differently.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

@@ -3,8 +3,6 @@
 Names, types and shards are computed once per save or restore. Nothing here communicates or copies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch
@@ -28,16 +26,30 @@ class TrainState:
     """A model's weights and its optimizer's state, as this rank holds them.
 
     Attributes:
+        naming: The names of the weights.
         specs: Type and full shape of every weight, in the model's order; the same on every rank.
         weights: This rank's shard of every weight; shares the model's memory.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, naming: WeightNaming = ALL) -> None:
-        self._model, self.optimizer, self.naming = model, optimizer, naming
-        tensors = named_weights(model, naming)
+        self._model, self.optimizer = model, optimizer
+        self._regions: Mapping[str, Region] = {}
+        self._use(naming)
+
+    def _use(self, naming: WeightNaming) -> None:
+        self.naming, tensors = naming, named_weights(self._model, naming)
         self.specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         self.weights = {name: local_shard(tensor) for name, tensor in tensors.items()}
-        self._regions: Mapping[str, Region] = {}
+
+    def use_naming_of(self, saved: Collection[str]) -> None:
+        """Change to the naming of a checkpoint with the weights `saved`, if it is one of `naming.others`."""
+        first = self.naming
+        for naming in first.others:
+            if self.specs.keys() == set(saved):
+                return
+            self._use(naming)
+        if self.specs.keys() != set(saved) and first.others:
+            self._use(first)
 
     def weights_to_write(self, rank: int) -> dict[str, LocalShard]:
         """Return the weights that a rank writes: its part of sharded ones, and on rank 0 all others."""

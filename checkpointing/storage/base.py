@@ -8,8 +8,6 @@ A missing file is a `FileNotFoundError`, because absence is proof. Any other fai
 that does not respond proves nothing about its content.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Choice of the storage backend for a URL."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from urllib.parse import urlsplit
 

@@ -3,8 +3,6 @@
 Concurrent writers of other hosts are expected. A file never appears in part, and nothing here takes a lock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -9,8 +9,6 @@ Credentials and endpoints come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDP
 never from a run file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator

@@ -4,8 +4,6 @@ pyarrow cannot see them, so this needs boto3 (the extra `s3`). Without it, and o
 a lifecycle rule of the bucket that aborts incomplete uploads has the same effect later.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache

@@ -3,8 +3,6 @@
 Only idempotent operations may be retried. A refusal (`StorageRefused`) and a missing file are never retried.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from itertools import repeat, takewhile

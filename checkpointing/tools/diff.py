@@ -3,8 +3,6 @@
 Reads verified bytes only; never writes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass

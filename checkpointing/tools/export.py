@@ -4,8 +4,6 @@ Every byte is verified while it is read, output appears completely or not at all
 has no training state and no manifest, so outlast never resumes from one.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -5,8 +5,6 @@ attempt's own retention: only if the highest claim has two commits, never its ne
 deletions are events in a journal of its own, so that a deleted checkpoint is not reported as damaged.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 import time

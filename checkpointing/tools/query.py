@@ -4,8 +4,6 @@ A run may delete checkpoints while they are read. So a failed read is only repor
 exists afterwards and the owner of the run is unchanged; otherwise the query restarts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace

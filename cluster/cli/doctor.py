@@ -1,7 +1,5 @@
 """The `doctor` command: runs the checks on this machine, on a cluster, or as a job of its job server."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """The commands that inject faults: `demo` and `drill`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands before a run: `init` writes a run file, `validate` checks it, `plan` estimates the run."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

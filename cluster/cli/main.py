@@ -4,8 +4,6 @@ Data goes to stdout, progress and errors to stderr. `outlast --help` must import
 packages are imported where they are used.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Arguments and options that commands share. An option has one meaning in all commands."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command that trains from this machine: `train`."""
 
-from __future__ import annotations
-
 import shlex
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The `try` command: predictions of a run's model. It must work without Ray."""
 
-from __future__ import annotations
-
 import json
 from itertools import chain
 from typing import Annotated, Any

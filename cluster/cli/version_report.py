@@ -1,7 +1,5 @@
 """Versions for a bug report. Must import none of the packages that it reports: one of them may be broken."""
 
-from __future__ import annotations
-
 import platform
 import runpy
 from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,5 @@
 """Run files: read, overridden, expanded and checked into a `RunConfig`; each finding has the line of its setting."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Sequence

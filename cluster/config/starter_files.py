@@ -1,7 +1,5 @@
 """Starter run files, one for each task. Comments must come from the settings' docstrings, so that they stay correct."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections.abc import Iterator

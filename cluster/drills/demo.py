@@ -3,8 +3,6 @@
 Nothing is simulated, and nothing is downloaded. It must write only to its own folder.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import pydoc_data.topics

@@ -5,8 +5,6 @@ before the group is ended, and delays that until rank 0 has committed. After a l
 only makes Ray refresh its view of the cluster, which is otherwise up to 20 s old.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A launch is one start of the driver. It checks the storage first (is the run don
 the data, and runs the workers with Ray Train. The run's store is the truth; Ray's view of the run is never used for it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 import signal

@@ -3,8 +3,6 @@
 They are for charts and alerts; training must never depend on them. The loss of rank 0 leaves a gap in the series.
 """
 
-from __future__ import annotations
-
 import time
 
 from ray.util.metrics import Gauge

@@ -4,8 +4,6 @@ The driver writes it once per launch, in a thread: no worker waits for it. It mu
 environment variable; in the code, values that look like credentials are replaced by the variables' names.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -5,8 +5,6 @@ one. A user error travels as a value and is raised at its place in the order of 
 single process would raise.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -3,8 +3,6 @@
 It must never leave an embedded Ray or its folder behind, nor shut down a cluster that it only joined.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

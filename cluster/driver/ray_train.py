@@ -3,8 +3,6 @@
 Ray's own checkpoint manager and failure counts must stay unused; each launch has a Ray run name of its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

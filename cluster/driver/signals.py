@@ -4,8 +4,6 @@ Handlers must never do work: they set an event or raise, and the main thread doe
 another thread, which cannot set handlers, nothing is changed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

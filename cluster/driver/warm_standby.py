@@ -5,8 +5,6 @@ ran a task cannot become an actor, so the raylets are asked for processes that h
 Training must never depend on it: without a standby a restart only takes longer.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

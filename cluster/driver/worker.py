@@ -3,8 +3,6 @@
 Ray restarts the group after every exception, so it must only raise what a restart may fix.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -6,8 +6,6 @@ restarted, a stop request waits for the next signal, the live display is not upd
 as a failure.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 It runs in Ray Train's controller and must never delay a restart: the cause is searched in a thread of its own.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time

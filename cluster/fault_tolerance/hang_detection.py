@@ -1,7 +1,5 @@
 """Hangs and slow ranks, decided from the ranks' heartbeats. Pure: the coordinator collects the heartbeats."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median

@@ -5,8 +5,6 @@ than promised; the second just before the deadline, because the group trains unt
 How long before the deadline depends on how long a save takes.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 A pure function of the attempts and the limits: it must never read a clock or a storage.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The files that are sent along with a job: the run file, the user's Python files and outlast itself. Never data."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

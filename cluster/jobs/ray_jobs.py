@@ -5,8 +5,6 @@ the libraries. The n-th submission of a run is the job `<run>-<n>`; a run with a
 must be read from its storage, which outlives the cluster, and never from its jobs.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -41,23 +39,14 @@ _DRIVER_CPUS = 0.01
 
 @dataclass(frozen=True, slots=True)
 class SubmittedJob:
-    """One submission of a run.
+    """One submission of a run."""
 
-    Attributes:
-        id: `<run>-<n>`.
-        run: Name of the run.
-        number: The n.
-        status: The job server's: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        message: The job server's message.
-        driver_exit_code: The driver's exit code, if it ended by itself.
-    """
-
-    id: str
-    run: str
-    number: int
-    status: str
-    message: str = ""
-    driver_exit_code: int | None = None
+    id: str  #: `<run>-<n>`
+    run: str  #: name of the run
+    number: int  #: the n
+    status: str  #: the job server's: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED
+    message: str = ""  #: the job server's
+    driver_exit_code: int | None = None  #: None if the driver did not end by itself
 
     @property
     def exit_code(self) -> int:
@@ -74,11 +63,7 @@ class SubmittedJob:
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """Connect to the job server at `address` (`http://head:8265`), or at RAY_API_SERVER_ADDRESS.
-
-    Raises:
-        PreflightError: No job server answers there, or it requires another token.
-    """
+    """Connect to the job server at `address` or RAY_API_SERVER_ADDRESS (`http://head:8265`). Raises PreflightError."""
     server = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not server:
         raise PreflightError(
@@ -108,9 +93,8 @@ def check_server(address: str) -> list[Finding]:
     if is_local:
         return [Finding(Level.OK, "job server", f"{address} is open to this machine only")]
     text = f"{address} is open: any client that reaches it can run code on the cluster"
-    return [
-        Finding(Level.WARNING, "job server", text, "start every node with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN")
-    ]
+    hint = "start every node with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN"
+    return [Finding(Level.WARNING, "job server", text, hint)]
 
 
 def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[SubmittedJob]:
@@ -130,11 +114,7 @@ def _job(details: JobDetails) -> SubmittedJob | None:
 
 
 def check_reachable(config: RunConfig) -> None:
-    """Check that paths are valid on other machines.
-
-    Raises:
-        ConfigError: The path of the storage, the data or the model is relative.
-    """
+    """Raise ConfigError if the path of the storage, the data or the model is relative: other machines use it too."""
     tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
     paths = {
         "checkpoint.storage": config.checkpoint.storage,
@@ -151,11 +131,7 @@ def check_reachable(config: RunConfig) -> None:
 
 
 def check_named_code(config: RunConfig, code: Path | None) -> None:
-    """Check names of architectures, of their settings, and of classes in `code`.
-
-    Raises:
-        ConfigError: A name does not exist.
-    """
+    """Raise ConfigError if a name of an architecture, of a setting of one, or of a class in `code` does not exist."""
     if code is not None:
         make_importable(str(code.absolute()))
     paths = (config.model.class_, config.model.task, config.train.optimizer)
@@ -173,18 +149,14 @@ def submit(
     ship: bool = True,
     ignoring: Collection[str] = (),
 ) -> tuple[SubmittedJob, bool]:
-    """Submit a run, unless it has a live job.
+    """Submit a run, unless it has a live job. Return the job, and whether it is new.
 
     Args:
-        client: The job server.
-        config: The settings.
+        client, config: The job server, and the settings.
         declared: The settings as written, `${env:…}` unexpanded; these are sent.
         code: A directory of the user's Python files, which become importable on every worker.
         ship: Send this outlast along, so that the cluster runs the same version.
         ignoring: Ids of jobs that are reported live but are not.
-
-    Returns:
-        The job, and whether it is new.
 
     Raises:
         PreflightError: The job server refused the job.
@@ -216,15 +188,9 @@ def submit(
 
 
 def run_command(client: JobSubmissionClient, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
-    """Run a command of outlast on the cluster, as a job of no run, with this outlast, and wait for its end.
+    """Run a command of outlast on the cluster, as a job of no run, with this outlast. Return its log when it has ended.
 
-    Args:
-        client: The job server.
-        arguments: The command and its arguments.
-        declared: A run's settings as written, which the command finds in `run.yaml`.
-
-    Returns:
-        The job's log.
+    The command finds the `declared` settings of a run in `run.yaml`.
     """
     with bundle(declared or {}, None) as folder:
         job = client.submit_job(
@@ -251,26 +217,18 @@ def find_job(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
 
 
 def newest_job(client: JobSubmissionClient, run: str) -> SubmittedJob:
-    """Return a run's newest job.
-
-    Raises:
-        PreflightError: The cluster has no job of the run.
-    """
+    """Return a run's newest job. Raises PreflightError if the cluster has none."""
     if jobs := jobs_of(client, run):
         return jobs[-1]
     raise PreflightError(f"the cluster has no job of run {run!r}", hint="`outlast list --address …` shows all jobs")
 
 
 def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
-    """Print the job's log to stderr as it grows, until the job ends.
-
-    Raises:
-        PreflightError: The job server, and the job with it, was lost.
-    """
+    """Print the job's log to stderr as it grows, until the job ends. Raises PreflightError if the server is lost."""
     seen = 0
     while True:
         try:
-            details = client.get_job_info(job_id)
+            job = find_job(client, job_id)
             log = client.get_job_logs(job_id)
         except (RuntimeError, OSError) as error:
             raise PreflightError(
@@ -281,9 +239,7 @@ def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
         sys.stderr.write(log[seen:])
         sys.stderr.flush()
         seen = len(log)
-        if details.status.is_terminal():
-            job = _job(details)
-            assert job is not None
+        if not job.is_live:
             return job
         time.sleep(_POLL_S)
 

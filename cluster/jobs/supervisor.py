@@ -5,8 +5,6 @@ any time. It attaches to a live job, and gives up by the rule in `restart_policy
 harmless: the newest launch wins. `decide`, which is pure, decides what to do next.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 import threading
@@ -80,26 +78,17 @@ def decide(
 
 
 def pause_s(number: int, chance: float) -> float:
-    """Return the seconds before the next submission: exponential backoff with jitter.
-
-    Args:
-        number: Failed submissions so far, from 1.
-        chance: Uniform in [0, 1).
-    """
+    """Return the seconds before the next submission: exponential backoff by the number of failed ones, from 1, with
+    jitter by `chance`, uniform in [0, 1)."""
     return min(MAX_PAUSE_S, PAUSE_S * 2.0 ** min(number - 1, 30)) * (0.5 + chance / 2)
 
 
 @dataclass(slots=True)
 class StallDetector:
-    """Detects that a job in state RUNNING makes no progress: its heartbeat or its events stop changing.
+    """Detects that a job in state RUNNING makes no progress: its heartbeat or its events stop changing."""
 
-    Attributes:
-        stall_s: Seconds without any event of the workers after which it is stalled.
-        now: A clock of this machine only, so that no other clock need be right.
-    """
-
-    stall_s: float
-    now: Callable[[], float] = time.monotonic
+    stall_s: float  #: seconds without any event of the workers after which it is stalled
+    now: Callable[[], float] = time.monotonic  #: a clock of this machine only, so that no other clock need be right
     _last_changes: dict[str, tuple[Any, float]] = field(default_factory=dict)
 
     def finding(self, beat: Any, event: Any) -> str | None:
@@ -127,23 +116,14 @@ class StallDetector:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Keeps one run running until it is done, stopped, or given up.
-
-    Attributes:
-        config: The settings.
-        declared: The settings as written.
-        address: The job server; it need not answer yet.
-        code: A directory of the user's Python files.
-        ship: Send this outlast along.
-        ending: Set it to end the supervisor; the job continues.
-    """
+    """Keeps one run running until it is done, stopped, or given up."""
 
     config: RunConfig
-    declared: Mapping[str, Any]
-    address: str | None
-    code: Path | None = None
-    ship: bool = True
-    ending: threading.Event = field(default_factory=threading.Event)
+    declared: Mapping[str, Any]  #: the settings as written
+    address: str | None  #: the job server; it need not answer yet
+    code: Path | None = None  #: a directory of the user's Python files
+    ship: bool = True  #: send this outlast along
+    ending: threading.Event = field(default_factory=threading.Event)  #: ends the supervisor; the job continues
     _ignored_jobs: set[str] = field(default_factory=set)
     _timeline_reader: TimelineReader | None = None
     _beats: dict[str, Any] = field(default_factory=dict)
@@ -168,7 +148,7 @@ class Supervisor:
             except (PreflightError, StorageError, RuntimeError, OSError) as error:
                 num_unreachable += 1
                 reason = error.message if isinstance(error, OutlastError) else first_line(error)
-                self._wait(pause_s(num_unreachable, random.random()), reason)
+                self._wait(num_unreachable, reason)
                 continue
             if ended is not None:
                 return ended
@@ -179,15 +159,12 @@ class Supervisor:
         if self._is_done():
             self.say("done")
             return 0
-        launches = self._launches()
+        launches = list_launches(self.store)
         client = jobs.connect(self.address)
-        live = [
-            job for job in jobs.jobs_of(client, self.config.name) if job.is_live and job.id not in self._ignored_jobs
-        ]
-        if not live:
-            given_up = self._reason_to_give_up()
-            if given_up is not None:
-                raise gave_up(self.config.name, given_up)
+        submitted = jobs.jobs_of(client, self.config.name)
+        is_live = any(job.is_live and job.id not in self._ignored_jobs for job in submitted)
+        if not is_live and (given_up := self._reason_to_give_up()) is not None:
+            raise gave_up(self.config.name, given_up)
         job, is_new = jobs.submit(
             client, self.config, self.declared, code=self.code, ship=self.ship, ignoring=self._ignored_jobs
         )
@@ -200,17 +177,15 @@ class Supervisor:
             return 0
         given_up = self._reason_to_give_up()
         has_worked = bool(list_attempts(self.store))
-        active_launch = (
-            find_active_launch(self.store) if ended.exit_code == _RESUMABLE_EXIT_CODE and not by_us else None
-        )
-        action = decide(
-            ended, given_up, by_us=by_us, has_worked=has_worked, has_active_launch=active_launch is not None
-        )
+        may_be_taken = ended.exit_code == _RESUMABLE_EXIT_CODE and not by_us
+        active_launch = find_active_launch(self.store) if may_be_taken else None
+        has_active = active_launch is not None
+        action = decide(ended, given_up, by_us=by_us, has_worked=has_worked, has_active_launch=has_active)
         self.say(f"{ended.id} ended: {ended.status.lower()}, exit code {ended.exit_code}{_last_message_line(ended)}")
         if action is NextAction.SUBMIT:
-            number = self._num_failed(launches if is_new else [], ended)
+            num_failed = self._num_failed(launches if is_new else [], ended)
             reason = f"no worker started: {_last_log_line(client, ended)}" if self._num_without_launch else ""
-            self._wait(pause_s(number, random.random()), reason)
+            self._wait(num_failed, reason)
             return None
         if active_launch is not None:
             self.say(f"launch {active_launch} is active and keeps the run")
@@ -273,27 +248,20 @@ class Supervisor:
         if launch is None:
             return  # the job has no launch yet
         journal = Journal(self.store.storage, self.store.launch_dir(launch.id), 1, flush_s=0)
-        name = str(attempt or "unclaimed")
-        journal.write(GroupFailureEvent(attempt=name, cause=_STALLED, rank=0, message=finding))
+        journal.write(GroupFailureEvent(attempt=str(attempt or "unclaimed"), cause=_STALLED, rank=0, message=finding))
 
     def _reason_to_give_up(self) -> GiveUp | None:
         records = read_attempt_history(self.store)
         return decide_give_up(records, self.config.failure.limits, settings_digest(self.declared))
 
-    def _launches(self) -> list[str]:
-        return list_launches(self.store)
-
     def _num_failed(self, before: Sequence[str], ended: SubmittedJob) -> int:
         """Return the number of failed submissions since the last progress, at least 1.
 
         The storage has no record of a job that ended before its launch, and a launch that found the cluster too small
-        is no attempt, so those are counted here.
-
-        Args:
-            before: The run's launches before the job; none for a job that was already running.
-            ended: The job.
+        is no attempt, so those are counted here. `before` are the run's launches before the job; none for a job that
+        was already running.
         """
-        had_no_launch = self._launches() == list(before) or ended.exit_code == PreflightError.exit_code
+        had_no_launch = list_launches(self.store) == list(before) or ended.exit_code == PreflightError.exit_code
         self._num_without_launch = self._num_without_launch + 1 if had_no_launch else 0
         failures = count_failures(read_attempt_history(self.store), settings_digest(self.declared))
         return max(1, len(failures) + self._num_without_launch)
@@ -302,7 +270,8 @@ class Supervisor:
         model = find_model(self.store)
         return model is not None and not model.faults
 
-    def _wait(self, seconds: float, reason: str) -> None:
+    def _wait(self, num_failed: int, reason: str) -> None:
+        seconds = pause_s(num_failed, random.random())
         self.say(f"{reason + '; ' if reason else ''}trying again in {seconds:.0f} s")
         self.ending.wait(seconds)
 

@@ -1,12 +1,11 @@
 """Accessors for a RayJob of any shape: a missing value, or one of another type, reads as empty. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: Path of a problem, and its description.
 LintComplaint = tuple[str, str]
+CLUSTER = "spec.rayClusterSpec"
 
 
 def mapping(value: Any, *keys: str) -> Mapping[str, Any]:
@@ -48,6 +47,12 @@ def ray_groups(cluster: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
         yield "head", head
     for group in mappings(cluster, "workerGroupSpecs"):
         yield "worker", group
+
+
+def worker_groups(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every worker group of a RayJob with its path."""
+    for number, group in enumerate(mappings(mapping(job, "spec", "rayClusterSpec"), "workerGroupSpecs")):
+        yield f"{CLUSTER}.workerGroupSpecs[{number}]", group
 
 
 def pod_templates(job: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

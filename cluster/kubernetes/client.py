@@ -4,8 +4,6 @@ A thin layer without state: `render.py` builds the objects, `rayjob_successor.py
 successor, KubeRay does the rest. Objects of a run are found by its label; nothing else may be touched.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
@@ -80,17 +78,15 @@ class KubernetesNamespace:
         try:
             from kubernetes import client, config, dynamic
         except ImportError as error:
-            raise PreflightError(
-                "Kubernetes' Python client is not installed", hint='pip install "outlast[k8s]"'
-            ) from error
+            hint = 'pip install "outlast[k8s]"'
+            raise PreflightError("Kubernetes' Python client is not installed", hint=hint) from error
         settings = client.Configuration()
         settings.retries = 2
         try:
             default_namespace = _configure(settings, context, config)
         except (config.ConfigException, OSError) as error:
-            raise PreflightError(
-                f"no cluster is configured: {first_line(error)}", hint="set KUBECONFIG, or give --context"
-            ) from error
+            hint = "set KUBECONFIG, or give --context"
+            raise PreflightError(f"no cluster is configured: {first_line(error)}", hint=hint) from error
         self.namespace = namespace or default_namespace
         self._given_namespace = namespace
         # By default the client caches the API's resources in a file that every user may write.
@@ -99,18 +95,12 @@ class KubernetesNamespace:
             self._client = dynamic.DynamicClient(client.ApiClient(settings), cache_file=cache)
 
     def apply(self, objects: Sequence[Mapping[str, Any]], *, force: bool = False) -> list[str]:
-        """Apply objects on the server's side, in the given order. Unknown fields are refused.
+        """Apply objects on the server's side, in the given order. `force` takes over fields of other field managers.
 
-        Args:
-            objects: The objects.
-            force: Take over fields that another field manager has set.
-
-        Returns:
-            One line for each object, and notes on what applying a RayJob does not change.
+        Return one line for each object, and notes on what applying a RayJob does not change.
 
         Raises:
-            ConfigError: The cluster refuses an object, or another field manager owns a field of it.
-            PreflightError: The cluster does not answer, or denies access.
+            ConfigError: The cluster refuses an object or an unknown field, or another field manager owns a field.
         """
         for item in objects:
             if not mapping(item, "metadata").get("name"):
@@ -130,8 +120,7 @@ class KubernetesNamespace:
             name = _name(item)
             if before is not None:
                 _check_owner(name, mapping(before, "metadata"), mapping(item, "metadata"))
-            with _api_errors(name):
-                after = self._apply(item, force=force)
+            after = self._apply(item, force=force)
             changed = before is None or before["metadata"].get("generation") != after["metadata"].get("generation")
             lines.append(f"{name} {'created' if before is None else 'applied'}")
             if item["kind"] == "RayJob" and before is not None:
@@ -145,11 +134,7 @@ class KubernetesNamespace:
         return sorted(self._list("RayJob", RAY, run), key=lambda job: str(job["metadata"].get("creationTimestamp")))
 
     def newest(self, run: str) -> dict[str, Any]:
-        """Return the run's newest RayJob.
-
-        Raises:
-            PreflightError: The run has none.
-        """
+        """Return the run's newest RayJob. Raises PreflightError if the run has none."""
         jobs = self.jobs(run)
         if not jobs:
             raise PreflightError(
@@ -164,12 +149,10 @@ class KubernetesNamespace:
         jobs = self.jobs(run)
         pods = [_pod_row(pod) for pod in self._list("Pod", "v1", run)]
         names = {row["name"] for row in pods}.union(*(event_sources(job) for job in jobs))
-        with _api_errors():
-            events = self._resource("Event", "v1").get(namespace=self.namespace).to_dict()["items"]
         warnings = [
             {"t": event.get("lastTimestamp") or event.get("eventTime"), "of": event["involvedObject"].get("name")}
             | {key: event.get(key) for key in ("reason", "message", "count")}
-            for event in events
+            for event in self._list("Event", "v1")
             if event.get("type") == "Warning" and event["involvedObject"].get("name") in names
         ]
         return {
@@ -181,14 +164,7 @@ class KubernetesNamespace:
         }
 
     def suspend(self, run: str) -> str:
-        """Suspend the run, which frees its nodes; the workers commit first.
-
-        Returns:
-            A line that states what was done.
-
-        Raises:
-            PreflightError: The run has no RayJob, or Kueue schedules it.
-        """
+        """Suspend the run, which frees its nodes; the workers commit first. Return a line that states what was done."""
         job = self.newest(run)
         name = job["metadata"]["name"]
         if phase(job) is not JobPhase.LIVE:
@@ -198,14 +174,7 @@ class KubernetesNamespace:
         return f"rayjob/{name} suspended; to resume it: outlast k8s resume {run}"
 
     def resume(self, run: str) -> str:
-        """Resume a run that was suspended or has ended.
-
-        Returns:
-            A line that states what was done.
-
-        Raises:
-            PreflightError: The run has no RayJob, its RayJob is being deleted, or Kueue schedules it.
-        """
+        """Resume a run that was suspended or has ended. Return a line that states what was done."""
         job = self.newest(run)
         name = job["metadata"]["name"]
         match phase(job):
@@ -221,30 +190,20 @@ class KubernetesNamespace:
                 return f"rayjob/{name} resumed"
         taken = [item["metadata"]["name"] for item in self._list("RayJob", RAY)]
         new_job = successor(job, taken, spec_of=last_applied(self.jobs(run)))
-        with _api_errors(_name(new_job)):
-            self._apply(new_job)
+        self._apply(new_job)
         return f"{_name(new_job)} created; it resumes where {name} ended"
 
     def delete(self, run: str, *, storage: bool = False) -> list[str]:
-        """Delete the run's objects; the driver commits first.
+        """Delete the run's objects, after the driver's commit; with `storage` the volume claim and checkpoints too.
 
-        Args:
-            run: Name of the run.
-            storage: Delete the volume claim too, and with it the checkpoints.
-
-        Returns:
-            One line for each object that was deleted or kept.
-
-        Raises:
-            PreflightError: The run has no objects.
+        Return one line for each object that was deleted or kept. Raises PreflightError if there are none.
         """
         kinds = KINDS | ({_CLAIM: "v1"} if storage else {})
         deleted = []
         for kind, version in kinds.items():
             for item in self._list(kind, version, run, "app.kubernetes.io/name=outlast"):
                 name = item["metadata"]["name"]
-                with _api_errors(f"{kind}/{name}".lower()):
-                    self._resource(kind, version).delete(name=name, namespace=self.namespace)
+                self._call("delete", kind, version, name=name)
                 deleted.append(f"{kind}/{name} deleted".lower())
         kept = [] if storage else self._list(_CLAIM, "v1", run)
         if not deleted and not kept:
@@ -256,47 +215,36 @@ class KubernetesNamespace:
         return deleted + [f"claim {name} kept, with the checkpoints; --storage deletes it too" for name in names]
 
     def _set_suspend(self, name: str, value: bool) -> None:
-        with _api_errors(f"rayjob/{name}"):
-            self._resource("RayJob", RAY).patch(
-                name=name,
-                namespace=self.namespace,
-                body={"spec": {"suspend": value}},
-                content_type="application/merge-patch+json",
-                field_manager=MANAGER,
-            )
+        patch = {"body": {"spec": {"suspend": value}}, "content_type": "application/merge-patch+json"}
+        self._call("patch", "RayJob", RAY, name=name, field_manager=MANAGER, **patch)
 
     def _apply(self, item: Mapping[str, Any], *, force: bool = False) -> dict[str, Any]:
-        applied = self._resource(item["kind"], item["apiVersion"]).server_side_apply(
-            body=dict(item),
-            namespace=mapping(item, "metadata").get("namespace") or self.namespace,
-            field_manager=MANAGER,
-            force_conflicts=force,
-            query_params=[("fieldValidation", "Strict")],
-        )
-        body: dict[str, Any] = applied.to_dict()
-        return body
+        options = {"force_conflicts": force, "query_params": [("fieldValidation", "Strict")]}
+        return self._call_on(item, "server_side_apply", body=dict(item), field_manager=MANAGER, **options)
 
     def _find(self, item: Mapping[str, Any]) -> dict[str, Any] | None:
-        meta = mapping(item, "metadata")
         try:
-            with _api_errors(_name(item)):
-                found = self._resource(item["kind"], item["apiVersion"]).get(
-                    name=meta["name"], namespace=meta.get("namespace") or self.namespace
-                )
+            return self._call_on(item, "get")
         except _NotFound:
             return None
-        body: dict[str, Any] = found.to_dict()
-        return body
 
     def _list(self, kind: str, version: str, run: str | None = None, *more: str) -> list[dict[str, Any]]:
         labels = ",".join((f"{RUN_LABEL}={run}", *more)) if run else ""
-        with _api_errors(kind.lower()):
-            found = self._resource(kind, version).get(namespace=self.namespace, label_selector=labels)
-        items: list[dict[str, Any]] = found.to_dict()["items"]
+        items: list[dict[str, Any]] = self._call("get", kind, version, label_selector=labels)["items"]
         return items
 
-    def _resource(self, kind: str, version: str) -> Any:
-        return self._client.resources.get(kind=kind, api_version=version)
+    def _call_on(self, item: Mapping[str, Any], verb: str, **arguments: Any) -> dict[str, Any]:
+        """Call a method of the official client on an object, in its own namespace if it names one."""
+        meta = item["metadata"]
+        arguments |= {"name": meta["name"], "namespace": meta.get("namespace") or self.namespace}
+        return self._call(verb, item["kind"], item["apiVersion"], **arguments)
+
+    def _call(self, verb: str, kind: str, version: str, **arguments: Any) -> dict[str, Any]:
+        """Call a method of the official client on a kind's objects, in this namespace by default."""
+        with _api_errors("/".join(filter(None, (kind, arguments.get("name")))).lower()):
+            resource = self._client.resources.get(kind=kind, api_version=version)
+            body: dict[str, Any] = getattr(resource, verb)(**{"namespace": self.namespace, **arguments}).to_dict()
+        return body
 
 
 def _configure(settings: Any, context: str | None, config: Any) -> str:
@@ -320,9 +268,6 @@ def _api_errors(name: str = "") -> Iterator[None]:
 
     try:
         yield
-    except NotFoundError as error:
-        message = f"{name}: {_message(error)}".removeprefix(": ")
-        raise _NotFound(message, hint="kubectl get namespaces; give an existing one with --namespace") from error
     except ResourceNotFoundError as error:
         raise PreflightError(
             f"the cluster has no such kind of object: {first_line(error)}",
@@ -330,15 +275,16 @@ def _api_errors(name: str = "") -> Iterator[None]:
         ) from error
     except ApiException as error:
         message = f"{name}: {_message(error)}".removeprefix(": ")
+        if isinstance(error, NotFoundError):
+            raise _NotFound(message, hint="kubectl get namespaces; give an existing one with --namespace") from error
         if error.status == 409:
             raise ConfigError(message, hint="another field manager set these fields; --force takes over") from error
         if error.status in (400, 422):
             raise ConfigError(message, hint="outlast k8s lint FILE") from error
         raise PreflightError(message, hint="kubectl auth can-i --list shows your permissions") from error
     except HTTPError as error:
-        raise PreflightError(
-            f"the cluster does not answer: {first_line(error)}", hint="kubectl cluster-info"
-        ) from error
+        message = f"the cluster does not answer: {first_line(error)}"
+        raise PreflightError(message, hint="kubectl cluster-info") from error
 
 
 def _name(item: Mapping[str, Any]) -> str:
@@ -375,15 +321,13 @@ def _job_row(job: Mapping[str, Any]) -> dict[str, Any]:
 def _pod_row(pod: Mapping[str, Any]) -> dict[str, Any]:
     states = mappings(mapping(pod, "status"), "containerStatuses")
     ended = [mapping(state, where, "terminated") for state in states for where in ("state", "lastState")]
-    waits = [
-        str(mapping(state, "state", "waiting").get("reason")) for state in states if mapping(state, "state", "waiting")
-    ]
+    waiting = [mapping(state, "state", "waiting") for state in states]
     return {
         "name": pod["metadata"]["name"],
         "role": mapping(pod, "metadata", "labels").get("ray.io/node-type", "submitter"),
         "phase": mapping(pod, "status").get("phase"),
         "node": mapping(pod, "spec").get("nodeName"),
         "restarts": sum(int(state.get("restartCount", 0)) for state in states),
-        "waits_for": waits[0] if waits else None,
+        "waits_for": next((str(item.get("reason")) for item in waiting if item), None),
         "last_end": next((str(item.get("reason")) for item in ended if item), None),
     }

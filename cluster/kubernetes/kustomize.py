@@ -3,8 +3,6 @@
 Rendering again replaces `rendered.yaml` only; every other file in the folder is the user's and must not be overwritten.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -26,15 +24,7 @@ def component_names() -> list[str]:
 
 
 def write_folder(folder: Path, objects: list[dict[str, Any]], components: Sequence[str]) -> list[Path]:
-    """Write or update the folder. Components that are already in it keep their changes.
-
-    Args:
-        folder: The folder; created if it does not exist.
-        objects: The rendered objects.
-        components: Names of the components to add.
-
-    Returns:
-        The files and folders written.
+    """Write or update the folder; components that are already in it keep their changes. Return the paths written.
 
     Raises:
         ConfigError: A component is unknown or does not fit this run, or the folder's kustomization.yaml is not one.
@@ -49,7 +39,9 @@ def write_folder(folder: Path, objects: list[dict[str, Any]], components: Sequen
     for name in components:
         target = folder / "components" / name
         if not target.exists():
-            _copy(_components() / name, target)
+            target.mkdir(parents=True)
+            for file in (_components() / name).iterdir():
+                (target / file.name).write_bytes(file.read_bytes())
             written.append(target)
     index = folder / "kustomization.yaml"
     body = _body(index)
@@ -90,9 +82,3 @@ def _body(index: Path) -> dict[str, Any]:
 
 def _components() -> Traversable:
     return files("outlast.k8s") / "components"
-
-
-def _copy(source: Traversable, target: Path) -> None:
-    target.mkdir(parents=True)
-    for item in source.iterdir():
-        (target / item.name).write_bytes(item.read_bytes())

@@ -4,8 +4,7 @@ A RayJob that has ended never runs again; `resume` creates the next, which resum
 that of the RayJob that was applied last, which need not be the newest: `apply` always writes to the first. Pure.
 """
 
-from __future__ import annotations
-
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -32,10 +31,6 @@ class JobPhase(Enum):
     ENDED = "ended"  #: it failed, was stopped, or was refused: only another RayJob can resume the run
     LEAVING = "leaving"  #: it is being deleted
 
-    @property
-    def is_over(self) -> bool:
-        return self in (JobPhase.DONE, JobPhase.ENDED)
-
 
 def phase(job: Mapping[str, Any]) -> JobPhase:
     """Return a RayJob's phase by its status."""
@@ -48,21 +43,15 @@ def phase(job: Mapping[str, Any]) -> JobPhase:
 
 
 def next_name(name: str, taken: Sequence[str], *, is_counted: bool = True) -> str:
-    """Return the name of the RayJob after `name`, short enough for KubeRay.
+    """Return the name of the RayJob after `name`, short enough for KubeRay, and not one of `taken`.
 
-    Args:
-        name: The predecessor's name.
-        taken: Names in use.
-        is_counted: Whether a number at the end counts RayJobs; else it is part of the run's own name.
+    A number at the end counts RayJobs if `is_counted`; else it is part of the run's own name.
     """
     match = re.fullmatch(r"(.+)-(\d+)", name) if is_counted else None
     stem, number = (match[1], int(match[2])) if match else (name, 1)
-    while True:
-        number += 1
-        suffix = f"-{number}"
-        candidate = f"{stem[: MAX_NAME - len(suffix)].rstrip('-')}{suffix}"
-        if candidate not in taken:
-            return candidate
+    suffixes = (f"-{following}" for following in itertools.count(number + 1))
+    candidates = (f"{stem[: MAX_NAME - len(suffix)].rstrip('-')}{suffix}" for suffix in suffixes)
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def last_applied(jobs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -82,12 +71,9 @@ def last_applied(jobs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def successor(
     job: Mapping[str, Any], taken: Sequence[str], *, spec_of: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the RayJob that resumes where `job` ended, under the next name.
+    """Return the RayJob that resumes where `job`, the run's newest, ended, under the next name that is not `taken`.
 
-    Args:
-        job: The run's newest RayJob.
-        taken: Names in use.
-        spec_of: The RayJob whose spec, labels and annotations to take; default: `job`.
+    It has the spec, labels and annotations of `spec_of`; default: `job`.
     """
     meta, source = mapping(job, "metadata"), spec_of or job
     dropped = ("kubectl.kubernetes.io/last-applied-configuration", RESUMES)
@@ -120,15 +106,12 @@ def event_sources(job: Mapping[str, Any]) -> set[str]:
 
 
 def apply_notes(job: Mapping[str, Any], newest: Mapping[str, Any], *, changed: bool) -> list[str]:
-    """Return notes on what applying an existing RayJob does not change.
+    """Return notes on what an apply did not change, given the RayJob after it, and the run's newest, perhaps the same.
 
-    Args:
-        job: The RayJob after the apply.
-        newest: The run's newest, which may be `job`.
-        changed: Whether the spec of `job` changed.
+    `changed` is whether the spec of `job` changed.
     """
     run, name = mapping(job, "metadata", "labels").get(RUN_LABEL), newest["metadata"]["name"]
-    if phase(newest).is_over:
+    if phase(newest) in (JobPhase.DONE, JobPhase.ENDED):
         return [f"  rayjob/{name} is {phase(newest).value} and never runs again; to resume: outlast k8s resume {run}"]
     if name != job["metadata"]["name"] and phase(newest) is not JobPhase.LEAVING:
         return [

@@ -5,8 +5,6 @@ import neither torch nor ray. They must never write a secret: the run file is co
 and secrets are named, not read. Only the run's name and its storage's mount path are expanded from the environment.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import posixpath
@@ -106,11 +104,7 @@ def to_yaml(objects: list[dict[str, Any]]) -> str:
 
 
 def job_name(run: str, settings: K8sSettings) -> str:
-    """Return the RayJob's name: the given one, or one made from the run's name.
-
-    Raises:
-        ConfigError: The run's name cannot be converted.
-    """
+    """Return the RayJob's name: the given one, or one made from the run's name. Raises ConfigError if that fails."""
     if settings.name is not None:
         return settings.name
     name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
@@ -151,7 +145,8 @@ def _network_policy(config: RunConfig, settings: K8sSettings) -> dict[str, Any]:
     """Allow egress on the ports that the run file needs, to any address: an object store has no fixed one."""
     body = _template("networkpolicy")
     ports = set(settings.egress_ports)
-    needs_https = any(_is_remote(path) for path in _sources(config).values()) or _uses_hub(config)
+    uses_hub = not all(map(_is_path, _model_names(config).values()))
+    needs_https = any(_is_remote(path) for path in _sources(config).values()) or uses_hub
     if needs_https or "wandb" in (config.track.to or ()):
         ports.add(443)
     if _autoscales(config, settings):
@@ -191,18 +186,13 @@ def _ray_job(config: RunConfig, settings: K8sSettings, name: str, claim: str, mo
     cluster["workerGroupSpecs"] = _worker_groups(group, config, settings)
     if not _autoscales(config, settings):
         _remove_autoscaler(cluster, head["spec"])
-    for variable in cluster.get("autoscalerOptions", {}).get("env", []):
-        if variable["name"] == _ALLOCATE_VARIABLE:
-            variable["value"] = str(settings.fallback_after_s)
+    else:
+        _set_variables(cluster["autoscalerOptions"], {_ALLOCATE_VARIABLE: settings.fallback_after_s})
     return job
 
 
 def _autoscales(config: RunConfig, settings: K8sSettings) -> bool:
-    """Return whether Ray's autoscaler sets the number of pods.
-
-    Raises:
-        ConfigError: It does, but the run is for a Kueue queue.
-    """
+    """Return whether Ray's autoscaler sets the number of pods. Raises ConfigError if so in a Kueue queue."""
     autoscales = config.scale.is_elastic or settings.fallback
     if autoscales and settings.queue:
         raise ConfigError(
@@ -218,29 +208,22 @@ def _worker_groups(group: dict[str, Any], config: RunConfig, settings: K8sSettin
     scale = config.scale
     group.update(replicas=scale.min_workers, minReplicas=scale.min_workers, maxReplicas=scale.max_workers)
     if settings.spot:
-        _set_affinity(group["template"]["spec"], _spot_only_terms())
+        group["template"]["spec"]["affinity"] = _node_affinity("In")
     if not settings.fallback:
         return [group]
     on_demand = copy.deepcopy(group)
-    _set_affinity(on_demand["template"]["spec"], _on_demand_only_terms())
+    on_demand["template"]["spec"]["affinity"] = _node_affinity("NotIn")
     for item, name, priority in ((group, "spot", 10), (on_demand, "on-demand", 0)):
         item.update(groupName=name, replicas=0, minReplicas=0, maxReplicas=scale.max_workers, priority=priority)
     return [group, on_demand]
 
 
-def _spot_only_terms() -> list[dict[str, Any]]:
-    """Return one term for each cloud; terms are alternatives."""
-    return [{"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]} for key, value in SPOT.items()]
-
-
-def _on_demand_only_terms() -> list[dict[str, Any]]:
-    """Return one term for all clouds; all expressions of a term must hold."""
-    return [{"matchExpressions": [{"key": key, "operator": "NotIn", "values": [value]} for key, value in SPOT.items()]}]
-
-
-def _set_affinity(pod: dict[str, Any], terms: list[dict[str, Any]]) -> None:
-    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
-    pod["affinity"] = {"nodeAffinity": required}
+def _node_affinity(operator: str) -> dict[str, Any]:
+    """Return an affinity to spot nodes only (In), or to others (NotIn). Terms are alternatives, so In has one for each
+    cloud; all expressions of a term must hold, so NotIn has one term for all clouds."""
+    rules = [{"key": key, "operator": operator, "values": [value]} for key, value in SPOT.items()]
+    terms = [{"matchExpressions": [rule]} for rule in rules] if operator == "In" else [{"matchExpressions": rules}]
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
 
 
 def _remove_autoscaler(cluster: dict[str, Any], head: dict[str, Any]) -> None:
@@ -283,13 +266,9 @@ def _configure_ray_pod(
 ) -> None:
     container = pod["containers"][0]
     pod["terminationGracePeriodSeconds"] = settings.grace_s
-    timeouts = {
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": announced_s,
-        "RAY_JOB_STOP_WAIT_TIME_S": settings.grace_s - _STOP_BEFORE_GRACE_S,
-    }
-    for variable in container["env"]:
-        if variable["name"] in timeouts:
-            variable["value"] = str(timeouts[variable["name"]])
+    stop_wait_s = settings.grace_s - _STOP_BEFORE_GRACE_S
+    timeouts = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": announced_s, "RAY_JOB_STOP_WAIT_TIME_S": stop_wait_s}
+    _set_variables(container, timeouts)
     [shm] = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
     shm["emptyDir"]["sizeLimit"] = settings.shm
     if settings.secret:
@@ -297,6 +276,12 @@ def _configure_ray_pod(
     if mount:
         container["volumeMounts"].append({"name": "storage", "mountPath": mount})
         pod["volumes"].append({"name": "storage", "persistentVolumeClaim": {"claimName": claim}})
+
+
+def _set_variables(container: dict[str, Any], values: Mapping[str, int]) -> None:
+    for variable in container["env"]:
+        if variable["name"] in values:
+            variable["value"] = str(values[variable["name"]])
 
 
 def _mount_path(config: RunConfig, settings: K8sSettings) -> str | None:
@@ -329,25 +314,20 @@ def _whole_number(key: str, value: float) -> int:
 
 def _sources(config: RunConfig) -> dict[str, str]:
     """Return the settings that are paths or URLs, by key."""
+    local = {key: name for key, name in _model_names(config).items() if _is_path(name)}
+    return {"checkpoint.storage": config.checkpoint.storage, **config.data.places, **local}
+
+
+def _model_names(config: RunConfig) -> dict[str, str]:
+    """Return the paths or hub ids of model and tokenizer, by key."""
     tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
-    paths = {
-        "checkpoint.storage": config.checkpoint.storage,
-        **config.data.places,
-        "model.path": _local_path(config.model.path),
-        "model.tokenizer.path": _local_path(tokenizer),
-    }
-    return {key: path for key, path in paths.items() if path}
+    names = {"model.path": config.model.path, "model.tokenizer.path": tokenizer}
+    return {key: name for key, name in names.items() if name}
 
 
-def _uses_hub(config: RunConfig) -> bool:
-    """Return whether the model or the tokenizer may be a hub id."""
-    tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
-    return any(name and not _local_path(name) for name in (config.model.path, tokenizer))
-
-
-def _local_path(name: str | None) -> str | None:
-    """Return `name` if it can only be a path; any other name may be a hub id."""
-    return name if name and name.startswith(("/", "./", "../", "~")) else None
+def _is_path(name: str) -> bool:
+    """Return whether a model's name can only be a path; any other may be a hub id."""
+    return name.startswith(("/", "./", "../", "~"))
 
 
 def _is_remote(path: str) -> bool:

@@ -26,10 +26,8 @@ _SYSTEM_DIRS = frozenset(
 )
 _IMAGE_DIRS = frozenset({"/", "/home", "/home/ray", "/opt", "/var"})
 
-#: Options that are given once for each value, by setting.
-_REPEATED_OPTIONS = {
-    name: name.removesuffix("s") for name in ("labels", "egress_ports", "head_nodes", "worker_nodes")
-} | {"worker_taints": "worker_taint"}
+#: Settings whose option is given once for each value, and named in the singular.
+_REPEATED_OPTIONS = ("labels", "egress_ports", "head_nodes", "worker_nodes", "worker_taints")
 
 
 def _name(max_length: int) -> AfterValidator:
@@ -53,9 +51,8 @@ def _quantity(value: str) -> str:
 def _bytes(value: str) -> float:
     number = value.rstrip("KMGTki")
     unit = value.removeprefix(number)
-    return float(number) * (1024.0 if unit.endswith("i") else 1000.0) ** (
-        "KMGT".find(unit[:1].upper()) + 1 if unit else 0
-    )
+    exponent = "KMGT".index(unit[0].upper()) + 1 if unit else 0
+    return float(number) * (1024.0 if unit.endswith("i") else 1000.0) ** exponent
 
 
 def _taint(value: str) -> str:
@@ -171,19 +168,11 @@ class K8sSettings(Settings):
         return dict(item.split("=", 1) for item in value)
 
     @model_validator(mode="after")
-    def _check_fallback(self) -> K8sSettings:
+    def _check_combinations(self) -> K8sSettings:
         if self.fallback and not self.spot:
             raise ValueError("--fallback needs --spot: it is from spot nodes to others")
-        return self
-
-    @model_validator(mode="after")
-    def _check_notice(self) -> K8sSettings:
         if self.announced_s >= self.grace_s:
             raise ValueError(f"--notice-s ({self.notice_s}) must be less than --grace-s ({self.grace_s})")
-        return self
-
-    @model_validator(mode="after")
-    def _check_shared_memory(self) -> K8sSettings:
         for option, memory in (("--worker-memory", self.worker_memory), ("--head-memory", self.head_memory)):
             if _bytes(self.shm) >= _bytes(memory):
                 raise ValueError(f"--shm ({self.shm}) must be less than {option} ({memory}), which includes it")
@@ -196,11 +185,7 @@ class K8sSettings(Settings):
 
 
 def k8s_settings(**given: Any) -> K8sSettings:
-    """Parse the settings as given on a command line.
-
-    Raises:
-        ConfigError: A setting is not valid; the message lists every finding.
-    """
+    """Parse the settings as given on a command line. Raises ConfigError with every finding."""
     try:
         return K8sSettings.model_validate({key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
@@ -215,7 +200,8 @@ def _as_option(finding: SettingsFinding) -> str:
     if not finding.path:
         return finding.message
     setting = str(finding.path[0])
-    line = f"--{_REPEATED_OPTIONS.get(setting, setting).replace('_', '-')}: {finding.message}"
+    option = setting.removesuffix("s") if setting in _REPEATED_OPTIONS else setting
+    line = f"--{option.replace('_', '-')}: {finding.message}"
     return f"{line}; {finding.suggestion}" if finding.suggestion else line
 
 
@@ -226,11 +212,7 @@ def is_pinned(image: str) -> bool:
 
 
 def checked_mount(path: str, what: str) -> str:
-    """Return `path`, normalized, if a volume mounted there hides no files of the image.
-
-    Raises:
-        ConfigError: It would; the message names the setting `what`.
-    """
+    """Return `path`, normalized. Raises ConfigError, naming the setting `what`, if it would hide files of the image."""
     if not path.startswith("/"):
         raise ConfigError(
             f"{what} {path!r} is relative, but pods need an absolute path",

@@ -4,8 +4,6 @@ Lines are neither padded nor framed, so a terminal that is made narrower has not
 information that the words lack.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -3,8 +3,6 @@
 Unknown fields are omitted, never guessed. Intended use, limits and license are left to the user.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -3,8 +3,6 @@
 It is read from the run's storage, so it needs no cluster.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -8,13 +8,12 @@ storage that every node writes and all others read. The rest measures: listing l
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -63,8 +62,7 @@ def requirements_of(config: RunConfig) -> Requirements:
 
 def _weights_bytes(path: str | None) -> int | None:
     """Return the bytes in fp32 of the weights in a local model directory; None if there is none."""
-    folder = Path(path) if path else None
-    if folder is None or not folder.is_dir():
+    if not path or not (folder := Path(path)).is_dir():
         return None
     files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     body: dict[str, Any] = {}
@@ -83,23 +81,15 @@ def _newest_bytes(config: RunConfig) -> int | None:
 
 
 def preflight(config: RunConfig, tell: Callable[[NoteEvent], None]) -> None:
-    """Run the quick part before a run; warnings go to `tell`.
-
-    Raises:
-        PreflightError: A check failed.
-    """
-    failed = []
-    for finding in examine(requirements_of(config), quick=True):
-        if finding.level is Level.FAILED:
-            failed.append(finding)
-        elif finding.level is Level.WARNING:
+    """Run the quick part before a run; warnings go to `tell`. Raises PreflightError if a check failed."""
+    findings = examine(requirements_of(config), quick=True)
+    for finding in findings:
+        if finding.level is Level.WARNING:
             tell(NoteEvent(text=f"{finding.check}: {finding.text} ({finding.hint})"))
-    if failed:
-        raise PreflightError(
-            "; ".join(f"{finding.check}: {finding.text}" for finding in failed),
-            hint="; ".join(dict.fromkeys(finding.hint for finding in failed))
-            + "; for details: `outlast doctor RUN.yaml`",
-        )
+    if failed := [finding for finding in findings if finding.level is Level.FAILED]:
+        text = "; ".join(f"{finding.check}: {finding.text}" for finding in failed)
+        hints = "; ".join(dict.fromkeys(finding.hint for finding in failed))
+        raise PreflightError(text, hint=f"{hints}; for details: `outlast doctor RUN.yaml`")
 
 
 def job_server_address() -> str | None:
@@ -112,13 +102,10 @@ def examine(requirements: Requirements, *, quick: bool) -> list[Finding]:
     """Examine every node that could run a worker, and this one."""
     folder = f".doctor/{secrets.token_hex(4)}"
     with _Nodes(requirements, folder, in_process=quick) as nodes:
-        facts = nodes.call("facts", gpus=requirements.gpus > 0)
-        nodes.drop_failed(facts)
-        facts = {node: fact for node, fact in facts.items() if "fault" not in fact}
+        facts = nodes.drop_failed(nodes.call("facts", gpus=requirements.gpus > 0))
         if not facts:
-            return nodes.unresponsive or [
-                Finding(Level.WARNING, "nodes", "no usable node", "see `ray status`; start nodes")
-            ]
+            no_node = Finding(Level.WARNING, "nodes", "no usable node", "see `ray status`; start nodes")
+            return nodes.unresponsive or [no_node]
         findings = [
             *doctor_rules.check_versions(facts),
             *doctor_rules.check_devices(facts, nodes.resources, requirements),
@@ -136,23 +123,17 @@ def examine(requirements: Requirements, *, quick: bool) -> list[Finding]:
 class _Nodes:
     """The probes, by the name of their node. A context manager: at its end they clean up and are killed.
 
-    Args:
-        requirements: The run's requirements.
-        folder: Folder in the storage that the probes write to.
-        in_process: If this node is the only one, run its probe in this process.
+    They write to `folder` in the storage. With `in_process` the probe runs in this process if this is the only node.
     """
 
     def __init__(self, requirements: Requirements, folder: str, *, in_process: bool) -> None:
         here = ray.get_runtime_context().get_node_id()
-        rows = [
-            node for node in _usable_nodes() if node["NodeID"] == here or _fits_worker(node["Resources"], requirements)
-        ]
-        names = _node_names(rows)
-        rows.sort(key=lambda row: names[row["NodeID"]])
-        self.ids = {names[row["NodeID"]]: row["NodeID"] for row in rows}
-        self.resources: dict[str, Mapping[str, float]] = {names[row["NodeID"]]: row["Resources"] for row in rows}
+        usable = _usable_nodes()
+        fitting = [row for row in usable if row["NodeID"] == here or _fits_worker(row["Resources"], requirements)]
+        rows = _by_name(fitting)
+        self.ids: dict[str, str] = {name: row["NodeID"] for name, row in rows.items()}
+        self.resources: dict[str, Mapping[str, float]] = {name: row["Resources"] for name, row in rows.items()}
         self.unresponsive: list[Finding] = []
-        self.files = {node: str(number) for number, node in enumerate(self.ids)}
         self._arguments = (requirements.storage, folder)
         self._local = in_process and len(rows) == 1
         for module in _BY_VALUE:
@@ -167,9 +148,7 @@ class _Nodes:
     def __enter__(self) -> _Nodes:
         return self
 
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._arguments[0] is not None:
             self.call("clean", timeout_s=STORAGE_TIMEOUT_S)
         for module in _BY_VALUE:
@@ -208,11 +187,12 @@ class _Nodes:
                 self._drop(node, reason)
         return answers
 
-    def drop_failed(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Drop the nodes whose answers are faults."""
+    def drop_failed(self, answers: Mapping[str, Any]) -> dict[str, Any]:
+        """Drop the nodes whose answers are faults. Return the other answers."""
         for node, answer in answers.items():
             if "fault" in answer:
                 self._drop(node, answer["fault"])
+        return {node: answer for node, answer in answers.items() if "fault" not in answer}
 
     def _drop(self, node: str, reason: str) -> None:
         del self._probes[node]
@@ -247,15 +227,13 @@ def _fits_worker(resources: Mapping[str, float], requirements: Requirements) -> 
     return resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= requirements.gpus
 
 
-def _node_names(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return names of nodes by id: the host name if unique, else Ray's, else with the id appended."""
-    hosts = Counter(row["NodeManagerHostname"] for row in rows)
-    names = {
-        row["NodeID"]: row["NodeManagerHostname"] if hosts[row["NodeManagerHostname"]] == 1 else row["NodeName"]
-        for row in rows
-    }
-    count = Counter(names.values())
-    return {node: name if count[name] == 1 else f"{name}-{node[:6]}" for node, name in names.items()}
+def _by_name(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the nodes by name, sorted: the host name if unique, else Ray's, else with the id appended."""
+    hosts = [row["NodeManagerHostname"] for row in rows]
+    names = [host if hosts.count(host) == 1 else row["NodeName"] for host, row in zip(hosts, rows, strict=True)]
+    pairs = zip(names, rows, strict=True)
+    by_name = {f"{name}-{row['NodeID'][:6]}" if names.count(name) > 1 else name: row for name, row in pairs}
+    return {name: by_name[name] for name in sorted(by_name)}
 
 
 def _call_locally(probe: Probe, method: str, given: tuple[Any, ...], same: Mapping[str, Any]) -> Any:
@@ -275,27 +253,23 @@ def _check_storage(nodes: _Nodes, facts: Facts, requirements: Requirements, *, q
     """Have every node write a token and read all others; then measure listing lag and speed."""
     may_lag = doctor_rules.uses_network_file_system(facts)
     limit_s = (QUICK_TIMEOUT_S if quick else CACHED_TIMEOUT_S) if may_lag else UNCACHED_TIMEOUT_S
-    writers = nodes.call("write", each={node: (nodes.files[node],) for node in facts}, timeout_s=STORAGE_TIMEOUT_S)
+    writers = nodes.call("write", each={node: (nodes.ids[node],) for node in facts}, timeout_s=STORAGE_TIMEOUT_S)
     working = [node for node, answer in writers.items() if "token" in answer]
-    files = {nodes.files[node]: node for node in working}
+    files = {node: nodes.ids[node] for node in working}
     seen = nodes.call(
-        "watch", names=list(files), limit_s=limit_s, each=dict.fromkeys(working, ()), timeout_s=limit_s + CALL_TIMEOUT_S
+        "watch", files=files, limit_s=limit_s, each=dict.fromkeys(working, ()), timeout_s=limit_s + CALL_TIMEOUT_S
     )
-    seen = {node: _by_node(answer, files) for node, answer in seen.items()}
     findings = doctor_rules.check_shared(facts, requirements, writers, seen)
     if quick or any(finding.level is Level.FAILED for finding in findings) or not working:
         return findings
     if len(working) > 1:
         findings += _measure_lag(nodes, working, requirements, CACHED_TIMEOUT_S if may_lag else UNCACHED_TIMEOUT_S)
-    large = {node: f"{nodes.files[node]}-large" for node in working}
+    large = {node: f"{nodes.ids[node]}-large" for node in working}
+    own = {node: (large[node], SPEED_BYTES) for node in working}
+    written = nodes.call("write_speed", each=own, timeout_s=STORAGE_TIMEOUT_S)
+    of_next = {node: (large[peer],) for node, peer in zip(working, [*working[1:], working[0]], strict=True)}
+    read = nodes.call("read_speed", each=of_next, timeout_s=STORAGE_TIMEOUT_S)
     speeds: dict[str, Any] = {}
-    written = nodes.call(
-        "write_speed", each={node: (large[node], SPEED_BYTES) for node in working}, timeout_s=STORAGE_TIMEOUT_S
-    )
-    next_node = dict(zip(working, [*working[1:], working[0]], strict=True))
-    read = nodes.call(
-        "read_speed", each={node: (large[next_node[node]],) for node in working}, timeout_s=STORAGE_TIMEOUT_S
-    )
     for node in working:
         both = {**written.get(node, {"fault": "no answer"}), **read.get(node, {"fault": "no answer"})}
         if "fault" in both:
@@ -307,38 +281,24 @@ def _check_storage(nodes: _Nodes, facts: Facts, requirements: Requirements, *, q
 
 def _measure_lag(nodes: _Nodes, working: list[str], requirements: Requirements, limit_s: float) -> list[Finding]:
     """Look for the files before they exist, which fills negative caches; then write on all nodes at once."""
-    own_file = {node: f"{nodes.files[node]}-late" for node in working}
-    by_file = {file: node for node, file in own_file.items()}
-    nodes.call("watch", names=list(by_file), limit_s=0.0)
-    answers = nodes.call(
-        "write_and_watch",
-        each={node: (own_file[node], list(by_file), limit_s) for node in working},
-        timeout_s=limit_s + CALL_TIMEOUT_S,
-    )
+    files = {node: f"{nodes.ids[node]}-late" for node in working}
+    nodes.call("watch", files=files, limit_s=0.0)
+    each = {node: (files[node], files, limit_s) for node in working}
+    answers = nodes.call("write_and_watch", each=each, timeout_s=limit_s + CALL_TIMEOUT_S)
+    answers = {node: answer for node, answer in answers.items() if "fault" not in answer}
     offsets = {node: offset for node, (offset, _) in nodes.clock_offsets().items()}
     lags: dict[tuple[str, str], float | None] = {}
-    for reader, answer in answers.items():
-        for file, writer in by_file.items():
-            if "fault" in answer or "fault" in answers.get(writer, {"fault": ""}) or writer == reader:
-                continue
-            written = answers[writer]["written"] - offsets.get(writer, 0.0)
-            missed = answer["missed"].get(file, 0.0) - offsets.get(reader, 0.0)
-            lags[writer, reader] = max(0.0, missed - written) if file in answer["read"] else None
+    for writer, reader in itertools.permutations(answers, 2):
+        written = answers[writer]["written"] - offsets.get(writer, 0.0)
+        missed = answers[reader]["missed"].get(writer, 0.0) - offsets.get(reader, 0.0)
+        lags[writer, reader] = max(0.0, missed - written) if writer in answers[reader]["read"] else None
     return doctor_rules.check_lag(lags, requirements)
-
-
-def _by_node(answer: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
-    if "fault" in answer:
-        return answer
-    return {"read": {files[name]: text for name, text in answer["read"].items()}}
 
 
 def _check_network(nodes: _Nodes, facts: Facts, requirements: Requirements) -> list[Finding]:
     """Connect all nodes that may run workers with each other; if that works, run an all-reduce."""
     working = [node for node in facts if nodes.resources[node].get("CPU", 0) or nodes.resources[node].get("GPU", 0)]
-    answers = nodes.call("listen", each=dict.fromkeys(working, ()))
-    nodes.drop_failed(answers)
-    endpoints = {node: tuple(answer) for node, answer in answers.items() if "fault" not in answer}
+    endpoints = nodes.drop_failed(nodes.call("listen", each=dict.fromkeys(working, ())))
     others = {node: ({peer: endpoints[peer] for peer in endpoints if peer != node},) for node in endpoints}
     faults = nodes.call("check_connection", each=others)
     findings = doctor_rules.check_ports({node: facts[node] for node in endpoints}, faults)
@@ -351,9 +311,8 @@ def _check_network(nodes: _Nodes, facts: Facts, requirements: Requirements) -> l
 
 def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], requirements: Requirements) -> list[Finding]:
     """Run an all-reduce with one rank on each node, or two on a single one; each with a GPU if the run needs GPUs."""
-    backend, hosts = (
-        ("nccl", [node for node in working if facts[node]["gpus"]]) if requirements.gpus else ("gloo", working)
-    )
+    backend = "nccl" if requirements.gpus else "gloo"
+    hosts = [node for node in working if facts[node]["gpus"] or not requirements.gpus]
     if not hosts:
         return []  # reported by `devices`
     ranks = hosts if len(hosts) > 1 else hosts * 2
@@ -366,9 +325,7 @@ def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], requirements: R
             probe.all_reduce.remote(rank, len(ranks), rendezvous, backend, REDUCE_BYTES, REDUCE_TIMEOUT_S)
             for rank, probe in enumerate(probes)
         ]
-        answers = dict(
-            zip(_rank_names(ranks), ray.get(calls, timeout=CALL_TIMEOUT_S + 2 * REDUCE_TIMEOUT_S), strict=True)
-        )
+        results = ray.get(calls, timeout=CALL_TIMEOUT_S + 2 * REDUCE_TIMEOUT_S)
     except (RayError, GetTimeoutError) as error:
         hint = "the GPUs may be in use: repeat it while nothing runs" if requirements.gpus else "see `ray status`"
         text = f"{backend} was not tested: {first_line(error)}"
@@ -376,9 +333,5 @@ def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], requirements: R
     finally:
         for probe in probes:
             ray.kill(probe)
-    return doctor_rules.check_all_reduce(answers, backend, facts, REDUCE_BYTES)
-
-
-def _rank_names(nodes: list[str]) -> list[str]:
-    """Return the ranks' names: their node's, with a number if a node has two."""
-    return nodes if len(set(nodes)) == len(nodes) else [f"{node} #{number}" for number, node in enumerate(nodes)]
+    names = ranks if len(set(ranks)) == len(ranks) else [f"{node} #{number}" for number, node in enumerate(ranks)]
+    return doctor_rules.check_all_reduce(dict(zip(names, results, strict=True)), backend, facts, REDUCE_BYTES)

@@ -5,8 +5,6 @@ standard library are imported where they are used (`ray_internals` is sent along
 evaluate nothing, and must leave no file behind.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -21,8 +19,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +77,10 @@ class Probe:
         self._put(name, [token.encode()])
         return {"token": token, "written": time.time()}
 
-    def watch(self, names: Iterable[str], limit_s: float) -> dict[str, Any]:
-        """List and read files until all are visible, or `limit_s` has passed.
+    def watch(self, files: Mapping[str, str], limit_s: float) -> dict[str, Any]:
+        """List and read the nodes' files until all are visible, or `limit_s` has passed.
 
-        Returns:
-            The text of each visible file, and the time of the last attempt that missed each.
+        Return by node the text of each visible file, and the time of the last attempt that missed each.
         """
         from outlast.checkpointing.storage.base import read_bytes
 
@@ -91,25 +88,22 @@ class Probe:
         read: dict[str, str] = {}
         missed: dict[str, float] = {}
         while True:
-            for name in sorted(set(names) - read.keys()):
+            for node in sorted(files.keys() - read.keys()):
                 began = time.time()
                 listed = {entry.name for entry in storage.list(self._folder)}
-                try:
-                    text = read_bytes(storage, f"{self._folder}/{name}").decode(errors="replace")
-                except FileNotFoundError:
-                    missed[name] = began
-                    continue
-                if name in listed:
-                    read[name] = text
-                else:
-                    missed[name] = began
-            if read.keys() >= set(names) or time.monotonic() > deadline:
+                with contextlib.suppress(FileNotFoundError):
+                    text = read_bytes(storage, f"{self._folder}/{files[node]}").decode(errors="replace")
+                    if files[node] in listed:
+                        read[node] = text
+                if node not in read:
+                    missed[node] = began
+            if read.keys() >= files.keys() or time.monotonic() > deadline:
                 return {"read": read, "missed": missed}
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.2)
 
-    def write_and_watch(self, name: str, others: Iterable[str], limit_s: float) -> dict[str, Any]:
-        return {**self.write(name), **self.watch(others, limit_s)}
+    def write_and_watch(self, name: str, files: Mapping[str, str], limit_s: float) -> dict[str, Any]:
+        return {**self.write(name), **self.watch(files, limit_s)}
 
     def write_speed(self, name: str, num_bytes: int) -> dict[str, float]:
         """Write a large file and several small ones. Return bytes per second, and seconds per small file."""
@@ -196,8 +190,7 @@ class Probe:
     ) -> dict[str, Any]:
         """Run an all-reduce over all ranks twice: once to connect, once to measure.
 
-        Returns:
-            `rate` in bytes per second, or `fault` with the library's message.
+        Return `rate` in bytes per second, or `fault` with the library's message.
         """
         import torch
         import torch.distributed as dist
@@ -236,16 +229,13 @@ def _versions() -> dict[str, str]:
 def _code_digest() -> str:
     """Return a digest of outlast's code: a copy that was sent along with a job has no version."""
     digest = hashlib.sha256()
-    for package in ("checkpointing", "trainers", "cluster"):
-        try:
-            spec = find_spec(f"outlast.{package}")
-        except ModuleNotFoundError:
-            spec = None
-        for folder in (spec.submodule_search_locations if spec else None) or ():
-            for path in sorted(Path(folder).rglob("*.py")):
-                digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-        if spec is None:
-            return "missing"
+    try:
+        packages = [import_module(f"outlast.{name}") for name in ("checkpointing", "trainers", "cluster")]
+    except ModuleNotFoundError:
+        return "missing"
+    for folder in (Path(place) for package in packages for place in package.__path__):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 
 

@@ -1,8 +1,7 @@
 """Rules of `outlast doctor`: they turn the nodes' measurements into findings, each with what to do. Pure."""
 
-from __future__ import annotations
-
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,44 +25,20 @@ SLOW_LINK_BYTES_PER_S = 10e6
 #: A name server answers within milliseconds, or a lookup takes several seconds.
 SLOW_LOOKUP_S = 1.0
 #: File systems that several machines mount; only their listings can lag.
-NETWORK_FILE_SYSTEMS = (
-    "nfs",
-    "cifs",
-    "smb",
-    "fuse",
-    "ceph",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "9p",
-    "glusterfs",
-    "virtiofs",
-    "afs",
-)
+NETWORK_FILE_SYSTEM = re.compile("nfs|cifs|smb|fuse|ceph|lustre|gpfs|beegfs|9p|glusterfs|virtiofs|afs")
 
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """Requirements of a run on a cluster.
+    """Requirements of a run on a cluster."""
 
-    Attributes:
-        storage: URL or path of the run's storage; None without a run.
-        workers: Number of worker processes.
-        cpus: CPUs of each; None for an equal share.
-        gpus: GPUs of each.
-        settle_s: Listing lag that the run allows.
-        weights_bytes: Size of the weights in fp32, if durations.
-        newest_bytes: Size of the newest checkpoint, if there is one.
-        keep_last: Number of checkpoints kept.
-    """
-
-    storage: str | None = None
+    storage: str | None = None  #: URL or path of the run's storage; None without a run
     workers: int = 1
-    cpus: float | None = None
-    gpus: float = 0
-    settle_s: float = 0
-    weights_bytes: int | None = None
-    newest_bytes: int | None = None
+    cpus: float | None = None  #: CPUs of each worker; None for an equal share
+    gpus: float = 0  #: GPUs of each worker
+    settle_s: float = 0  #: listing lag that the run allows
+    weights_bytes: int | None = None  #: size of the weights in fp32, if known
+    newest_bytes: int | None = None  #: size of the newest checkpoint, if there is one
     keep_last: int = 3
 
 
@@ -106,19 +81,15 @@ def check_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], ne
     """Check that the workers fit, and that processors are of one kind: else results differ in the last bits."""
     report = _Findings("devices")
     available = {key: sum(node.get(key, 0) for node in resources.values()) for key in ("CPU", "GPU")}
-    needed = {"CPU": (needs.cpus or 0) * needs.workers, "GPU": needs.gpus * needs.workers}
-    for key, number in needed.items():
-        if number > available[key] + 1e-6:
-            report.fail(
-                f"{counted(needs.workers, 'worker')} need {number:g} {key}s, the cluster has {available[key]:g}",
-                "add nodes, or lower scale.workers",
-            )
+    for key, each in (("CPU", needs.cpus or 0), ("GPU", needs.gpus)):
+        if (number := each * needs.workers) > available[key] + 1e-6:
+            text = f"{counted(needs.workers, 'worker')} need {number:g} {key}s, the cluster has {available[key]:g}"
+            report.fail(text, "add nodes, or lower scale.workers")
     for node, fact in facts.items():
         offered, gpus = resources.get(node, {}).get("GPU", 0), fact["gpus"]
         if needs.gpus and offered and not gpus:
-            report.warn(
-                f"{node} offers {offered:g} GPUs, nvidia-smi finds none", "ignore this for GPUs of other vendors"
-            )
+            text = f"{node} offers {offered:g} GPUs, nvidia-smi finds none"
+            report.warn(text, "ignore this for GPUs of other vendors")
         elif needs.gpus and offered > len(gpus):
             report.fail(
                 f"{node} offers {offered:g} GPUs, nvidia-smi finds {len(gpus)}",
@@ -127,9 +98,8 @@ def check_devices(facts: Facts, resources: Mapping[str, Mapping[str, float]], ne
     hint = "exact resume needs equal processors: use nodes of one kind, or expect differences in the last bits"
     worker_nodes = {node: fact for node, fact in facts.items() if resources.get(node, {}).get("CPU", 0)}
     cpu_kinds = _group_by(worker_nodes, lambda fact: fact["cpu"])
-    gpu_kinds = _group_by(
-        {node: fact for node, fact in facts.items() if fact["gpus"]}, lambda fact: fact["gpus"][0]["name"]
-    )
+    gpu_nodes = {node: fact for node, fact in facts.items() if fact["gpus"]}
+    gpu_kinds = _group_by(gpu_nodes, lambda fact: fact["gpus"][0]["name"])
     for kinds in (cpu_kinds, gpu_kinds):
         if len(kinds) > 1:
             report.warn("; ".join(f"{kind} on {_join_nodes(nodes)}" for kind, nodes in kinds.items()), hint)
@@ -178,20 +148,17 @@ def check_disk(facts: Facts, needs: Requirements) -> list[Finding]:
             )
     checkpoint_bytes = needs.newest_bytes or 3 * (needs.weights_bytes or 0)  # weights and two moments
     spaces = {node: fact["storage"] for node, fact in facts.items() if fact["storage"] and "free" in fact["storage"]}
+    num_kept = needs.keep_last + 1
+    need_of_all = f"{counted(num_kept, 'checkpoint')} need about {size(checkpoint_bytes * num_kept)}"
+    if not checkpoint_bytes:
+        need_of_all = f"a run needs at least {size(MIN_DISK_BYTES)}"
     for node, space in spaces.items():
         where = f"{needs.storage} has {size(space['free'])} free (seen from {node})"
         if space["free"] < checkpoint_bytes:
-            report.fail(
-                f"{where}; one checkpoint needs about {size(checkpoint_bytes)}",
-                "free some space, or use another storage",
-            )
-        elif space["free"] < max(checkpoint_bytes * (needs.keep_last + 1), MIN_DISK_BYTES):
-            num_kept = needs.keep_last + 1
-            need = f"{counted(num_kept, 'checkpoint')} need about {size(checkpoint_bytes * num_kept)}"
-            report.warn(
-                f"{where}; {need if checkpoint_bytes else f'a run needs at least {size(MIN_DISK_BYTES)}'}",
-                "free some space, or lower keep_last",
-            )
+            text = f"{where}; one checkpoint needs about {size(checkpoint_bytes)}"
+            report.fail(text, "free some space, or use another storage")
+        elif space["free"] < max(checkpoint_bytes * num_kept, MIN_DISK_BYTES):
+            report.warn(f"{where}; {need_of_all}", "free some space, or lower keep_last")
         if report.items and len({(item["kind"], item["source"]) for item in spaces.values()}) == 1:
             break  # the same everywhere
     min_free = min((fact["disk"]["free"] for fact in facts.values() if fact["disk"]), default=0)
@@ -202,14 +169,7 @@ def check_disk(facts: Facts, needs: Requirements) -> list[Finding]:
 def check_shared(
     facts: Facts, needs: Requirements, writers: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mapping[str, Any]]
 ) -> list[Finding]:
-    """Check that each node can read what every other one wrote.
-
-    Args:
-        facts: Properties of the nodes.
-        needs: The run's requirements.
-        writers: Results of `write`, by node; with `fault` if it failed.
-        seen: Results of `watch`, by node; likewise.
-    """
+    """Check that each node can read what every other one wrote: the nodes' results of `write` and of `watch`."""
     report, url = _Findings("storage"), needs.storage
     for verb, answers in (("write to", writers), ("read", seen)):
         for fault, nodes in _group_by(answers, lambda answer: answer.get("fault")).items():
@@ -217,13 +177,9 @@ def check_shared(
                 hint = next(str(answers[node].get("hint", "")) for node in nodes)
                 report.fail(f"{_join_nodes(nodes)} cannot {verb} {url}: {fault}", hint)
     tokens = {node: answer["token"] for node, answer in writers.items() if "token" in answer}
-    unseen: dict[str, list[str]] = {}
-    for node, answer in seen.items():
-        if "read" in answer:
-            missing = [peer for peer, token in tokens.items() if answer["read"].get(peer) != token]
-            if missing:
-                unseen[node] = missing
-    if unseen:
+    read = {node: answer["read"] for node, answer in seen.items() if "read" in answer}
+    missing = {node: [peer for peer in tokens if read[node].get(peer) != tokens[peer]] for node in read}
+    if unseen := {node: peers for node, peers in missing.items() if peers}:
         isolated = [node for node in unseen if len(unseen[node]) == len(tokens.keys() - {node})]
         outliers = isolated if len(isolated) < len(seen) else list(unseen)
         writers_missed = sorted({peer for node in outliers for peer in unseen[node]})
@@ -273,11 +229,7 @@ def check_speed(speeds: Mapping[str, Mapping[str, float]]) -> list[Finding]:
 
 
 def check_clock(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:
-    """Check how far clocks differ from this node's. Never a failure: nothing is ordered by clocks.
-
-    Args:
-        offsets: Seconds ahead, and their error bound, by node.
-    """
+    """Check the clocks by the seconds each is ahead, and their error. Never a failure: nothing is ordered by clocks."""
     report = _Findings("clock")
     for node, (offset, error) in offsets.items():
         if abs(offset) - error > CLOCK_WARNING_S:
@@ -292,24 +244,15 @@ def check_clock(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:
 
 
 def check_ports(facts: Facts, faults: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Check that each node reaches each other one at an arbitrary port, as gloo and NCCL use them.
-
-    Args:
-        facts: Properties of the nodes.
-        faults: Connection errors, by the connecting node and its peer.
-    """
+    """Check the connections at arbitrary ports, as gloo and NCCL use them; `faults` are by node and by its peer."""
     report = _Findings("ports")
     pairs = {(node, peer): fault for node, by_peer in faults.items() for peer, fault in by_peer.items()}
     for (node, peer), fault in pairs.items():
         is_mutual = (peer, node) in pairs
         if is_mutual and node > peer:
             continue  # reported for the reverse pair
-        report.fail(
-            f"{node} and {peer} cannot reach each other: {fault}"
-            if is_mutual
-            else f"{node} cannot reach {peer}: {fault}",
-            "open all ports between the nodes: firewall, security group, network policy",
-        )
+        what = f"{node} and {peer} cannot reach each other" if is_mutual else f"{node} cannot reach {peer}"
+        report.fail(f"{what}: {fault}", "open all ports between the nodes: firewall, security group, network policy")
     for node, fact in facts.items():
         has_peers = any(other["address"] != fact["address"] for other in facts.values())
         if has_peers and (not fact["gloo_address"] or fact["gloo_address"].startswith("127.")):
@@ -324,21 +267,18 @@ def check_ports(facts: Facts, faults: Mapping[str, Mapping[str, str]]) -> list[F
 
 def check_name_lookup(seconds: Mapping[str, float | Mapping[str, str]]) -> list[Finding]:
     """Check each node's time for a reverse name lookup, which torch does in each worker that joins a group."""
-    report, durations = (
-        _Findings("names"),
-        {node: duration for node, duration in seconds.items() if isinstance(duration, float)},
-    )
+    report = _Findings("names")
+    durations = {node: duration for node, duration in seconds.items() if isinstance(duration, float)}
+    if not durations:
+        return []
+    longest_s = max(durations.values())
     if slow := [node for node, duration in durations.items() if duration > SLOW_LOOKUP_S]:
         report.warn(
-            f"{_join_nodes(slow)}: a reverse name lookup takes up to {max(durations.values()):.1f} s and delays each "
-            "start of the workers",
+            f"{_join_nodes(slow)}: a reverse name lookup takes up to {longest_s:.1f} s and delays each start of the "
+            "workers",
             "add the nodes' addresses to the DNS server in /etc/resolv.conf, or list them in /etc/hosts",
         )
-    return (
-        report.or_ok(f"each reverse name lookup ends within {max(durations.values()) * 1000:.0f} ms")
-        if durations
-        else []
-    )
+    return report.or_ok(f"each reverse name lookup ends within {longest_s * 1000:.0f} ms")
 
 
 def check_all_reduce(
@@ -350,19 +290,18 @@ def check_all_reduce(
     rates = [answer["rate"] for answer in answers.values() if "rate" in answer]
     for fault, nodes in faults.items():
         if fault is not None:
+            known = [(node, facts[node]) for node in nodes if node in facts]
             where = ", ".join(
-                f"{node} at {facts[node]['gloo_address']} ({facts[node]['gloo_interface'] or facts[node]['interface']})"
-                for node in nodes
-                if node in facts
+                f"{node} at {fact['gloo_address']} ({fact['gloo_interface'] or fact['interface']})"
+                for node, fact in known
             )
             report.fail(
                 f"{backend} failed on {_join_nodes(nodes)} ({where}): {fault}",
                 f"set {backend.upper()}_SOCKET_IFNAME, where Ray starts, to the interface that connects the nodes",
             )
     if rates and not report.items and min(rates) < SLOW_LINK_BYTES_PER_S:
-        report.warn(
-            f"{backend}: {size(min(rates))}/s", "put the nodes on one network; each step all-reduces the gradients"
-        )
+        hint = "put the nodes on one network; each step all-reduces the gradients"
+        report.warn(f"{backend}: {size(min(rates))}/s", hint)
     speed = f": {size(num_bytes)} at {size(min(rates))}/s" if rates else ""
     return report.or_ok(f"{backend}, {len(answers)} ranks{speed}")
 
@@ -370,7 +309,7 @@ def check_all_reduce(
 def uses_network_file_system(facts: Facts) -> bool:
     """Return whether a listing may lag: some node's storage is a network file system."""
     kinds = [fact["storage"]["kind"] for fact in facts.values() if fact["storage"]]
-    return any(kind.startswith(NETWORK_FILE_SYSTEMS) for kind in kinds)
+    return any(NETWORK_FILE_SYSTEM.match(kind) for kind in kinds)
 
 
 def _file_system(facts: Facts, node: str) -> str:

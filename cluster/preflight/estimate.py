@@ -4,8 +4,6 @@ Steps and tokens follow from the prepared data, sizes from the model built witho
 the storage and of this machine's memory. An assumption must be named as one.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,56 +26,32 @@ _OTHER_FILES = 4
 
 @dataclass(frozen=True, slots=True)
 class DataPlan:
-    """Amount of data of a run.
+    """Amount of data of a run."""
 
-    Attributes:
-        num_steps: Optimizer updates.
-        num_samples: Samples of an epoch.
-        num_eval_samples: Held-out samples.
-        eval_share: Share of the rows held out; None if evaluation has its own data, or none.
-        epochs: Passes over the data.
-        tokens: Tokens of all steps.
-        tokens_per_step: Mean tokens of a step.
-    """
-
-    num_steps: int
-    num_samples: int
-    num_eval_samples: int
-    eval_share: float | None
-    epochs: float
-    tokens: int
-    tokens_per_step: int
+    num_steps: int  #: optimizer updates
+    num_samples: int  #: samples of an epoch
+    num_eval_samples: int  #: held-out samples
+    eval_share: float | None  #: share of the rows held out; None if evaluation has its own data, or none
+    epochs: float  #: passes over the data
+    tokens: int  #: tokens of all steps
+    tokens_per_step: int  #: mean tokens of a step
 
 
 @dataclass(frozen=True, slots=True)
 class SaveEstimate:
-    """Cost of saves, from measurements on this machine.
+    """Cost of saves, from measurements on this machine; speeds are in bytes per second."""
 
-    Attributes:
-        measured_bytes: Bytes written and read for the measurement.
-        write_speed: Bytes per second that one process writes durably to the storage.
-        read_speed: Bytes per second that it reads back.
-        put_s: Seconds for a small file.
-        copy_speed: Bytes per second of a copy in memory.
-        commit_s: Seconds from the beginning of a save to its commit, if all workers together write no faster.
-        blocked_s: Seconds that training waits at most.
-        restart_s: Seconds from a failure to the next step; 0, because it is unknown before a run.
-        between_failures_s: Mean time between interruptions: of this run so far, and an assumed one.
-        auto_s: The interval that `every: auto` chooses from these.
-        first_s: Seconds until its first save.
-    """
-
-    measured_bytes: int
-    write_speed: float
-    read_speed: float
-    put_s: float
-    copy_speed: float
-    commit_s: float
-    blocked_s: float
-    restart_s: float
-    between_failures_s: float
-    auto_s: float
-    first_s: float = FIRST_AUTO_S
+    measured_bytes: int  #: bytes written and read for the measurement
+    write_speed: float  #: of one process that writes durably to the storage
+    read_speed: float  #: of one process that reads it back
+    put_s: float  #: seconds for a small file
+    copy_speed: float  #: of a copy in memory
+    commit_s: float  #: seconds from the beginning of a save to its commit, if all workers together write no faster
+    blocked_s: float  #: seconds that training waits at most
+    restart_s: float  #: seconds from a failure to the next step; 0, because it is unknown before a run
+    between_failures_s: float  #: mean time between interruptions: of this run so far, and an assumed one
+    auto_s: float  #: the interval that `every: auto` chooses from these
+    first_s: float = FIRST_AUTO_S  #: seconds until its first save
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """The result line that `doctor` and `k8s lint` share: a level, the text, and what to do. Imports nothing of outlast."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 
@@ -18,16 +16,9 @@ class Level(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One result of a check.
-
-    Attributes:
-        level: Its severity.
-        check: The check, or the object that was checked.
-        text: What was found, and where.
-        hint: What to do.
-    """
+    """One result of a check."""
 
     level: Level
-    check: str
-    text: str
-    hint: str = ""
+    check: str  #: the check, or the object that was checked
+    text: str  #: what was found, and where
+    hint: str = ""  #: what to do

@@ -5,8 +5,6 @@ the storage. The deep check prepares the data and builds the model, as `outlast 
 the prepared data is kept for the run.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import secrets
@@ -29,36 +27,35 @@ from outlast.cluster.config.run_file import (
     override,
     read_run_file,
 )
+from outlast.trainers.checks.dry_step import dry_step
+from outlast.trainers.checks.model_checks import check_architecture, check_code, check_metric, check_model
+from outlast.trainers.checks.resume_checks import check_unchanged
 from outlast.trainers.config.model import is_dotted, is_hub_id
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
+from outlast.trainers.data.batch_plan import make_plan
+from outlast.trainers.data.columns import choose_columns
+from outlast.trainers.data.readers import first_row, missing_column_error
+from outlast.trainers.preparation.prepare import prepare
+from outlast.trainers.tasks.base import find_task
+from outlast.trainers.tracking.follow import check_trackers
+from outlast.trainers.user_code import make_importable
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check.
+    """One check."""
 
-    Attributes:
-        key: The setting to report unless the error names another.
-        run: The check; it raises OutlastError.
-        blocks: Blocks of settings that it reads; it is skipped if one of them is invalid.
-    """
-
-    key: str
-    run: Callable[[RunConfig], None]
-    blocks: frozenset[str]
+    key: str  #: the setting to report unless the error names another
+    run: Callable[[RunConfig], object]  #: it raises OutlastError
+    blocks: frozenset[str]  #: blocks of settings that it reads; it is skipped if one of them is invalid
 
 
 _KEY = re.compile(r"\b(?:model|data|train|checkpoint|scale|failure|track)(?:\.[a-z_]+)+\b")
 
 
 def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) -> list[LocatedFinding]:
-    """Return all errors of a run file.
-
-    Args:
-        path: The run file.
-        overrides: `key=value`, as for `load_run`.
-        deep: Also prepare the data, build the model, and write to the storage.
+    """Return all errors of a run file; `deep` also prepares the data, builds the model, and writes to the storage.
 
     Raises:
         ConfigError: The file cannot be read.
@@ -71,8 +68,6 @@ def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) ->
         config = _load_without(path, overrides, [item.finding.path for item in invalid])
     if config is None:
         return invalid
-    from outlast.trainers.user_code import make_importable
-
     make_importable(str(Path(path).parent.absolute()))
     config = config.at_home(Path(path).parent)
     invalid_blocks = {str(item.finding.path[0]) for item in invalid}
@@ -122,23 +117,7 @@ def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[SettingsFi
                 yield SettingsFinding(tuple(key.split(".")), error.message, error.hint)
 
 
-def _code(config: RunConfig) -> None:
-    from outlast.trainers.checks.model_checks import check_code
-
-    check_code(config)
-
-
-def _architecture(config: RunConfig) -> None:
-    from outlast.trainers.checks.model_checks import check_architecture
-
-    check_architecture(config)
-
-
 def _columns(config: RunConfig) -> None:
-    from outlast.trainers.data.columns import choose_columns
-    from outlast.trainers.data.readers import first_row
-    from outlast.trainers.tasks.base import find_task
-
     chosen = choose_columns(find_task(config.model.task).columns, config.data)
     row = first_row(config.data.train)
     values = [row.get(name) for name in chosen.names]
@@ -151,10 +130,6 @@ def _columns(config: RunConfig) -> None:
 
 def _eval_columns(config: RunConfig) -> None:
     """Check that the held-out rows have the columns chosen from the training rows."""
-    from outlast.trainers.data.columns import choose_columns
-    from outlast.trainers.data.readers import first_row, missing_column_error
-    from outlast.trainers.tasks.base import find_task
-
     source = config.data.eval
     if not source or config.data.eval_share:
         return
@@ -165,16 +140,8 @@ def _eval_columns(config: RunConfig) -> None:
         raise missing_column_error(str(source), missing, row, "give it the columns of data.train")
 
 
-def _batch(config: RunConfig) -> None:
-    from outlast.trainers.data.batch_plan import make_plan
-
-    make_plan(config, 1, config.scale.max_workers)
-
-
 def _metric(config: RunConfig) -> None:
     """Check the metric without the rows; sequence-classification may find its problem type only there."""
-    from outlast.trainers.checks.model_checks import check_metric
-
     if is_dotted(config.model.task):
         return  # its metrics may depend on the rows
     problems = [config.data.problem] if config.data.problem else ["single-label", "regression"]
@@ -186,12 +153,6 @@ def _metric(config: RunConfig) -> None:
             errors.append(error)
     if len(errors) == len(problems):
         raise errors[0]
-
-
-def _trackers(config: RunConfig) -> None:
-    from outlast.trainers.tracking.follow import check_trackers
-
-    check_trackers(config.track)
 
 
 def _storage(config: RunConfig) -> None:
@@ -208,17 +169,11 @@ def _storage(config: RunConfig) -> None:
 
 def check_existing_run(config: RunConfig) -> None:
     """Raise ConfigError if a run of this name exists in the storage with other settings."""
-    from outlast.trainers.checks.resume_checks import check_unchanged
-
     _storage(config)
     check_unchanged(build_catalog(config.store).declaration, config, None)
 
 
 def _prepare(config: RunConfig) -> None:
-    from outlast.trainers.checks.dry_step import dry_step
-    from outlast.trainers.checks.model_checks import check_metric, check_model
-    from outlast.trainers.preparation.prepare import prepare
-
     storage = open_storage(config.checkpoint.storage)
     prepared = prepare(config, storage)
     check_metric(config, prepared.facts)
@@ -237,11 +192,11 @@ _ALL = frozenset(RunConfig.model_fields)
 _CHEAP = (
     Check("data.train", _columns, frozenset({"model", "data"})),
     Check("data.eval", _eval_columns, frozenset({"model", "data"})),
-    Check("model", _code, frozenset({"model"})),
-    Check("model.path", _architecture, frozenset({"model"})),
-    Check("train.batch", _batch, frozenset({"train", "scale"})),
+    Check("model", check_code, frozenset({"model"})),
+    Check("model.path", check_architecture, frozenset({"model"})),
+    Check("train.batch", lambda config: make_plan(config, 1, config.scale.max_workers), frozenset({"train", "scale"})),
     Check("checkpoint.metric", _metric, frozenset({"model", "data", "train", "checkpoint"})),
-    Check("track.to", _trackers, frozenset({"track"})),
+    Check("track.to", lambda config: check_trackers(config.track), frozenset({"track"})),
     Check("checkpoint.storage", _storage, frozenset({"checkpoint"})),
     Check("name", check_existing_run, _ALL),
 )

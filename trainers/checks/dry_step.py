@@ -4,8 +4,6 @@ It finds what else only the first step shows, such as a token that the embedding
 the labels, and which parameters get no gradient. It changes nothing: the model is built for it, and dropped.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ So a wrong name, an invalid setting or an adapter without target modules is one 
 allocate the model's memory or read its weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 A resumed run must compute what an uninterrupted one computes; whatever would change its numbers is refused here.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

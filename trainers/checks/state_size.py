@@ -1,7 +1,5 @@
 """Estimate of a run's state in bytes: model and optimizer are built on the meta device, which allocates no memory."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Base of all settings: their class, which is frozen and refuses unknown keys, and intervals, parsed at validation."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Annotated, Any
 

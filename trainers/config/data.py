@@ -1,7 +1,5 @@
 """Settings under `data:`: sources, columns by role, and how rows become samples."""
 
-from __future__ import annotations
-
 import re
 from enum import Enum
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Settings under `track:`: which experiment trackers receive the metrics. They must not hold credentials."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, Literal
 

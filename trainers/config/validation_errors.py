@@ -1,7 +1,5 @@
 """Errors of settings for users: all findings at once, each with its key and the probably intended key or value."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Arrow files of samples: written once, in constant memory; read by index, memory-mapped."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice

@@ -6,8 +6,6 @@ is a Feistel network over the next power of four, walked until the result is in 
 arbitrary finite domains", 2002). So step 10^9 costs the same as step 0. The result must never depend on the world size.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import lru_cache

@@ -5,8 +5,6 @@ text between the rendered prompt for it and its end. That requires the rendering
 a prefix of the full rendering, which is checked, because some templates rewrite earlier turns.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Columns of a data file that a task reads: their types, their names, and the guess when none was named."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum

@@ -4,8 +4,6 @@ A row that cannot be read is a fault of that row, and reading continues. A file 
 or that has a requested column in none of its rows, is an error.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

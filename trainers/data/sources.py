@@ -5,8 +5,6 @@ part of a run's identity. Nothing here reads a file's content, except the metada
 names its files.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence

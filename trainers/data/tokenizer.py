@@ -1,7 +1,5 @@
 """Tokenizers: loaded from a directory or the hub, or trained on the run's data."""
 
-from __future__ import annotations
-
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +52,10 @@ def load_tokenizer(path: str) -> Tokenizer:
     _check_hub_connection(path)
     try:
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    except ImportError as error:  # a tokenizer that is not one of `tokenizers`
+        raise ConfigError(
+            f"the tokenizer of {path!r} cannot be loaded: {first_line(error)}", hint="install that package"
+        ) from error
     except (OSError, ValueError) as error:
         hint = "name a directory that has tokenizer.json, or a hub id that can be reached: model.path, model.tokenizer"
         reason = first_line(error)

@@ -1,7 +1,5 @@
 """Deterministic kernels, and seeds of all random generators. A seed must never depend on the rank."""
 
-from __future__ import annotations
-
 import os
 import random
 

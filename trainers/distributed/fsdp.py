@@ -4,8 +4,6 @@ Each pass through a sharded model is collective, so ranks with fewer micro-batch
 added in rank order, as under DDP; this module enforces the order, because no library guarantees one.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any

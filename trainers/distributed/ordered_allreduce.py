@@ -6,8 +6,6 @@ parts of it (all-to-all), adds them in rank order and distributes the sum (all-g
 moves as many bytes as a ring. Addition of two terms is commutative, so two ranks do not need it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ receives every subtree's part of it (all-to-all), finishes the tree, and distrib
 adds in the same order without communication.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """The ranks of an attempt: rank and size, device, sums over the ranks, and the choice of the gradient reducer."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

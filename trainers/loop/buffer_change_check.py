@@ -5,8 +5,6 @@ depend on which rank saw which samples; and buffers that are not saved, such as 
 the longest sequence so far, would be lost by a restart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import torch

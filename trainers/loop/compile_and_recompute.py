@@ -4,8 +4,6 @@ Neither may make a step depend on earlier steps. So a kernel is compiled for one
 on which shape came first.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -3,8 +3,6 @@
 The loop must never import Ray; a cluster implements this protocol.
 """
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 from outlast.trainers.loop.rank_activity import StepPhase

@@ -3,8 +3,6 @@
 It must never keep state of its own, so that a resumed run stops at the same step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluation: loss and scores over a held-out set, sharded over the ranks, the same number at any world size."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule

@@ -1,7 +1,5 @@
 """Events of the step loop: rank 0 writes them into the attempt's journal and passes them to live listeners."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

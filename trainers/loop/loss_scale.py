@@ -3,8 +3,6 @@
 So its state must be in every checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Learning-rate schedules: a step's rate as a pure function of settings and step, so that no state is saved."""
 
-from __future__ import annotations
-
 import math
 
 from outlast.trainers.config.train import Schedule, TrainSettings

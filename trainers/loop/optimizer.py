@@ -4,8 +4,6 @@ Nothing here may keep state of its own: an optimizer's state is saved with the c
 numbers of its parameter groups in the loop state.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress

@@ -3,8 +3,6 @@
 The loop writes, a watchdog in another thread reads. Nothing here may decide what is trained.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 An estimate must never end a run: storage errors here are suppressed.
 """
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
 

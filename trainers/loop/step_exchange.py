@@ -1,7 +1,5 @@
 """Plain data that passes between the ranks of a step, and from a step to the next one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 

@@ -4,8 +4,6 @@
 passes it requests to stop or save, and receives its progress.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -8,8 +8,6 @@ It must never decide when to evaluate, save or stop: it carries those requests i
 agreement.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping

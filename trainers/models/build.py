@@ -3,8 +3,6 @@
 Errors of transformers become one ConfigError each. Nothing here may read pretrained weights that a checkpoint replaces.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -25,7 +23,7 @@ from outlast.trainers.models.canonical import align_memory, freeze_like
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
-from outlast.trainers.models.weight_names import file_naming
+from outlast.trainers.models.weight_names import file_naming, initialize_not_saved
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.user_code import describe_error
 
@@ -179,6 +177,7 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
         model = _construct(builder, config, trusted)
     if is_of_transformers and not fresh:
         model.tie_weights()
+        initialize_not_saved(model)
     return model, []
 
 
@@ -215,6 +214,11 @@ def model_class(task: Task | type[Task], config: Any) -> Any:
     if not name:
         known = ", ".join(task.exact_classes)
         raise ConfigError(f"the task supports {known} models, not {config.model_type}", hint="check `model:`")
+    if (reason := task.refusal(config)) is not None:
+        raise ConfigError(
+            f"the task does not support {config.model_type} models: {reason}",
+            hint="set model.path or model.config to another architecture, or model.task to another task",
+        )
     return getattr(transformers, name)
 
 

@@ -5,8 +5,6 @@ a row times a matrix gives other bits at other addresses, so each tensor is move
 `from_pretrained` also loses `requires_grad=False` of tables that a constructor freezes, such as sinusoidal positions.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any

@@ -6,8 +6,6 @@ A class like those of transformers (it has a `config_class`) is built from its c
 the arguments of a transformers model and returns an object with `.logits`.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Mapping

@@ -6,8 +6,6 @@
 must be the same at each start: its digest is compared.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """Adapters loaded with their base model, or merged into it, by peft. The base model must match the run's digest."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A checkpoint holds tied weights once, but a strict `load_state_dict` needs all o
 determines which names share a tensor, so the model is built on the meta device to find out.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Parts of transformers that it does not document: imported here alone. Tried on transformers 5.23 and 5.24."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping as get_checkpoint_conversion_mapping

@@ -4,8 +4,6 @@ A remote encoder gets plain values (`Split`) and returns pieces (`Encoded`) that
 that collects the pieces raises the same errors as if it had encoded the rows itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Copies are verified at each use, so any of them may be deleted at any time; a ma
 readers end. The least recently used are evicted first.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -6,8 +6,6 @@ uploads below it are aborted: their writers are dead, or will find the prepared 
 bytes of the sources and every setting that changes the samples.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterator, Mapping

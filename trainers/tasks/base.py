@@ -4,8 +4,6 @@ A task never uses the model's own `outputs.loss`: most heads average over the mi
 not the average over the global batch when counts differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -107,6 +105,11 @@ class Task:
         return IGNORED if name == "labels" else 0
 
     # -- the head ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def refusal(cls, config: Any) -> str | None:
+        """Return why models of this transformers configuration cannot learn the task; None if they can."""
+        return None
 
     def configure(self, config: Any) -> None:
         """Set what the head needs in the model's configuration, such as the number of classes."""

@@ -3,8 +3,6 @@
 Samples have `input_ids` only, all of one length; a task with padding or masked labels is `chat`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Chat: train on the assistant's answers of conversations, rendered by the tokenizer's chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Classification of texts, text pairs and tokens. Regression is sequence classification with one number as target."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 

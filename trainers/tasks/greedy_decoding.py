@@ -1,7 +1,5 @@
 """Greedy text generation, for the predictions of `outlast try` only: training and evaluation must not use it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -11,6 +9,8 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.tasks.base import Task
 
 NUM_NEW_TOKENS = 64
+#: What training gives to a model that generates; a tokenizer may return more, such as `token_type_ids`.
+INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
 def generate_continuation(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
@@ -31,9 +31,11 @@ def generate_continuation(task: Task, model: Any, encoded: Any, limit: int) -> t
             f"the text {begin!r}… has {given} tokens and fills the model's context of {context} tokens",
             hint="give a shorter text",
         )
-    padding = task.tokenizer.inner.pad_token_id
-    options = {"max_new_tokens": num_new, "do_sample": False, "pad_token_id": padding}
-    tokens = model.generate(**encoded.to(model.device), **options)[0]
+    options = {"max_new_tokens": num_new, "do_sample": False, "pad_token_id": task.tokenizer.inner.pad_token_id}
+    inputs = {name: encoded[name].to(model.device) for name in INPUTS if name in encoded}
+    if "decoder_input_ids" in inputs:
+        options["decoder_start_token_id"] = int(inputs["decoder_input_ids"][0, 0])  # else another may be put before it
+    tokens = model.generate(**inputs, **options)[0]
     generated: torch.Tensor = tokens if config.is_encoder_decoder else tokens[given:]
     return generated
 

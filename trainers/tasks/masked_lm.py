@@ -1,7 +1,5 @@
 """Masked language modelling. Which tokens are masked is a function of (seed, epoch, sample) only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 

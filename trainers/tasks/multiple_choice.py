@@ -1,7 +1,5 @@
 """Multiple choice: which of several texts fits best; with a language-model head as well for GPT and GPT-2."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain

@@ -3,8 +3,6 @@
 Each backend finds its tool's record of the run and continues it, so a restart must neither duplicate nor lose steps.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import tempfile

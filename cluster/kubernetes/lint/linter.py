@@ -2,8 +2,6 @@
 `kubectl apply --server-side --dry-run=server --validate=strict` has the cluster check them. Pure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,6 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.kubernetes.accessors import LintComplaint, mapping
 from outlast.cluster.kubernetes.lint.operator_rules import operator_complaints
-from outlast.cluster.kubernetes.lint.placement_rules import invalid_groups, placement_risks
 from outlast.cluster.kubernetes.lint.pod_security_rules import security_complaints
 from outlast.cluster.kubernetes.lint.reliability_rules import budget_complaints, claim_complaints, reliability_risks
 from outlast.cluster.kubernetes.lint.run_file_rules import missing_config_maps, run_file_mismatches
@@ -22,29 +19,22 @@ from outlast.cluster.preflight.finding import Finding, Level
 _RULES: dict[str, list[tuple[Level, Callable[[Mapping[str, Any]], Iterator[LintComplaint]]]]] = {
     "RayJob": [
         (Level.FAILED, operator_complaints),
-        (Level.FAILED, invalid_groups),
         (Level.FAILED, inline_secrets),
         (Level.WARNING, reliability_risks),
-        (Level.WARNING, placement_risks),
         (Level.WARNING, security_complaints),
     ],
     "ConfigMap": [(Level.WARNING, config_map_complaints)],
     "PersistentVolumeClaim": [(Level.WARNING, claim_complaints)],
     "PodDisruptionBudget": [(Level.WARNING, budget_complaints)],
+    "NetworkPolicy": [],  # needs no rule
+    "ServiceAccount": [],
 }
-
-#: Kinds that need no rule.
-_KINDS_WITHOUT_RULES = ("NetworkPolicy", "ServiceAccount")
 
 _HINT = "give what `outlast k8s render` prints"
 
 
 def read_objects(text: str) -> list[dict[str, Any]]:
-    """Return the objects of a YAML stream, those in a `List` included.
-
-    Raises:
-        ConfigError: The text is not YAML, holds other things, or nothing.
-    """
+    """Return the objects of a YAML stream, those in a `List` included. Raises ConfigError if it holds anything else."""
     try:
         documents = [item for item in yaml.safe_load_all(text) if item is not None]
     except (yaml.YAMLError, ValueError) as error:
@@ -68,7 +58,7 @@ def _objects_in(document: Any) -> Iterator[dict[str, Any]]:
 
 def unchecked_objects(objects: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the objects of kinds that have no rules, as `kind/name`."""
-    return [_name(item) for item in objects if str(item.get("kind")) not in (*_RULES, *_KINDS_WITHOUT_RULES)]
+    return [_name(item) for item in objects if str(item.get("kind")) not in _RULES]
 
 
 def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -81,7 +71,7 @@ def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
     findings = []
     for item in objects:
         kind, name = str(item.get("kind")), _name(item)
-        own = list(_rule_findings(name, item))
+        own = [finding for level, rule in _RULES.get(kind, []) for finding in _findings(level, name, rule(item))]
         if kind == "RayJob":
             own += _findings(Level.FAILED, name, run_file_mismatches(item, config_maps))
             if any(other.get("kind") != "RayJob" for other in objects):  # else it may be in the cluster already
@@ -94,11 +84,6 @@ def lint(objects: Sequence[Mapping[str, Any]]) -> list[Finding]:
 def _name(item: Mapping[str, Any]) -> str:
     meta = mapping(item, "metadata")
     return f"{item.get('kind')}/{meta.get('name') or meta.get('generateName')}".lower()
-
-
-def _rule_findings(name: str, item: Mapping[str, Any]) -> Iterator[Finding]:
-    for level, rule in _RULES.get(str(item.get("kind")), []):
-        yield from _findings(level, name, rule(item))
 
 
 def _findings(level: Level, name: str, complaints: Iterable[LintComplaint]) -> list[Finding]:

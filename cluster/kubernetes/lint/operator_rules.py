@@ -1,24 +1,26 @@
 """What KubeRay 1.7's operator refuses in a RayJob although its CRD allows it: the rules of its `validation.go`.
 
 The API server accepts such an object, and the operator only writes `ValidationFailed` into its status, which is easily
-overlooked. Pure; no rule trusts the shape of what it reads.
+overlooked. Groups that it cannot create pods for belong here too. Pure; no rule trusts the shape of what it reads.
 """
 
-from __future__ import annotations
-
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
 from outlast.cluster.kubernetes.accessors import (
+    CLUSTER,
     LintComplaint,
     autoscales,
     env_variables,
     first_container,
     mapping,
     mappings,
+    pod_templates,
+    worker_groups,
 )
 from outlast.cluster.kubernetes.settings import LABEL, MAX_NAME
 
@@ -29,6 +31,7 @@ GATED = {
     "tlsOptions": "RayClusterMTLS",
     "historyServerOptions": "RayClusterHistoryServer",
 }
+_GATE = "the operator's feature gate {}, which is off by default"
 _GENERATED = 5  # characters that the API server adds to generateName
 _AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
 _DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
@@ -47,10 +50,22 @@ def operator_complaints(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
     yield from _lifetime(spec)
     yield from _submission(spec, cluster)
     yield from _deletion(spec, cluster)
-    if not cluster:
-        return
-    for where, text in _cluster(cluster, mapping(job, "metadata", "annotations")):
-        yield f"spec.rayClusterSpec.{where}", text
+    if cluster:
+        for where, text in _cluster(cluster, mapping(job, "metadata", "annotations")):
+            yield f"{CLUSTER}.{where}", text
+    yield from _invalid_groups(job)
+
+
+def _invalid_groups(job: Mapping[str, Any]) -> Iterator[LintComplaint]:
+    """Yield groups that the operator accepts but cannot create pods for, or cannot distinguish."""
+    for role, pod in pod_templates(job):
+        for key in ("initContainers", "containers"):
+            for container in mappings(mapping(pod, "spec"), key):
+                if not container.get("image"):
+                    yield role, f"container {container.get('name')} has no image, so no pod can be created"
+    names = Counter(str(group["groupName"]) for _, group in worker_groups(job) if group.get("groupName"))
+    for name in (name for name, count in names.items() if count > 1):
+        yield f"{CLUSTER}.workerGroupSpecs", f"several groups are named {name}, but KubeRay counts pods by group name"
 
 
 def _lifetime(spec: Mapping[str, Any]) -> Iterator[LintComplaint]:
@@ -85,8 +100,7 @@ def _submission(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator
     if mode == "InteractiveMode" and retries:
         yield "spec.backoffLimit", "must be 0 in InteractiveMode"
     if mode == "SidecarMode":
-        excluded = [key for key in ("submitterPodTemplate", "submitterConfig", "clusterSelector") if key in spec]
-        if excluded:
+        if excluded := [key for key in ("submitterPodTemplate", "submitterConfig", "clusterSelector") if key in spec]:
             yield "spec.submissionMode", f"SidecarMode excludes {', '.join(excluded)}"
         if mapping(cluster, "headGroupSpec", "template", "spec").get("restartPolicy", "Never") != "Never":
             yield "spec.rayClusterSpec.headGroupSpec", "restartPolicy must be Never or unset in SidecarMode"
@@ -98,13 +112,13 @@ def _submission(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator
 
 
 def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    strategy = mapping(spec, "deletionStrategy")
     if "deletionStrategy" not in spec:
         return
+    strategy = mapping(spec, "deletionStrategy")
     rules, where = mappings(strategy, "deletionRules"), "spec.deletionStrategy"
     policies = [mapping(strategy, key).get("policy") for key in ("onSuccess", "onFailure")]
-    shuts_down, is_old = spec.get("shutdownAfterJobFinishes") is True, any(key in strategy for key in _OLD_KEYS)
-    if rules and (shuts_down or is_old):
+    shuts_down = spec.get("shutdownAfterJobFinishes") is True
+    if rules and (shuts_down or "onSuccess" in strategy or "onFailure" in strategy):
         yield where, "deletionRules exclude shutdownAfterJobFinishes, onSuccess and onFailure"
     if not rules and None in policies:
         yield where, "give deletionRules, or both onSuccess.policy and onFailure.policy"
@@ -130,9 +144,6 @@ def _deletion(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[L
             yield where, f"for {status[0] or status[1]}, ttlSeconds must not decrease from workers to cluster to RayJob"
 
 
-_OLD_KEYS = ("onSuccess", "onFailure")
-
-
 def _cluster(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[LintComplaint]:
     head = mapping(cluster, "headGroupSpec")
     if not first_container(head):
@@ -144,10 +155,11 @@ def _cluster(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iter
         yield "upgradeStrategy", "is not allowed in a RayJob's cluster"
     for key, gate in GATED.items():
         if key in cluster:
-            yield key, f"needs the operator's feature gate {gate}, which is off by default"
+            yield key, f"needs {_GATE.format(gate)}"
     yield from _tables(cluster, annotations)
     yield from _autoscaler(cluster)
-    yield from _token(cluster)
+    if mapping(cluster, "authOptions").get("mode") == "token" and _release(cluster) < _TOKEN_SINCE:
+        yield "authOptions", f"token needs rayVersion 2.52.0 or newer (it is {cluster.get('rayVersion')!r})"
 
 
 def _group_resources(where: str, group: Mapping[str, Any]) -> Iterator[LintComplaint]:
@@ -191,10 +203,8 @@ def _tables(cluster: Mapping[str, Any], annotations: Mapping[str, Any]) -> Itera
     if "REDIS_USERNAME" in named or mapping(head, "rayStartParams").get("redis-username"):
         yield "headGroupSpec", "set Redis' user in gcsFaultToleranceOptions.redisUsername"
     if options.get("backend") == "rocksdb":
-        yield (
-            "gcsFaultToleranceOptions",
-            "rocksdb needs the operator's feature gate GCSFaultToleranceEmbeddedStorage, which is off by default",
-        )
+        gate = "GCSFaultToleranceEmbeddedStorage"
+        yield "gcsFaultToleranceOptions", f"rocksdb needs {_GATE.format(gate)}"
 
 
 def _autoscaler(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
@@ -205,22 +215,14 @@ def _autoscaler(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if autoscales(cluster) and "version" in options and version_variable is not None:
         yield "autoscalerOptions.version", f"is also set by {_AUTOSCALER_V2}; remove that variable"
     if autoscales(cluster) and options.get("version") == "v2":
-        for where, group in (("headGroupSpec", head), *(("workerGroupSpecs", g) for g in _groups(cluster))):
+        groups = mappings(cluster, "workerGroupSpecs")
+        for where, group in (("headGroupSpec", head), *(("workerGroupSpecs", group) for group in groups)):
             if mapping(group, "template", "spec").get("restartPolicy", "Never") != "Never":
                 yield where, "restartPolicy must be Never or unset with autoscaler v2"
     if _number(options.get("idleTimeoutSeconds")) < 0:
         yield "autoscalerOptions.idleTimeoutSeconds", "must not be negative"
     if "KUBERAY_GEN_AUTOSCALER_START_CMD" in env_variables(options):
         yield "autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is reserved for the operator"
-
-
-def _token(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    if mapping(cluster, "authOptions").get("mode") == "token" and _release(cluster) < _TOKEN_SINCE:
-        yield "authOptions", f"token needs rayVersion 2.52.0 or newer (it is {cluster.get('rayVersion')!r})"
-
-
-def _groups(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return mappings(cluster, "workerGroupSpecs")
 
 
 def _is_v2(cluster: Mapping[str, Any]) -> bool:

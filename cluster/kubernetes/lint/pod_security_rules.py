@@ -3,8 +3,6 @@
 A pod's security context applies to each of its containers, unless the container overrides it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,6 +54,5 @@ def _forbidden(context: Mapping[str, Any]) -> Iterator[str]:
         yield "runAsUser 0"
     if context.get("privileged"):
         yield "privileged: true"
-    added = [name for name in strings(mapping(context, "capabilities"), "add") if name != _ALLOWED_CAPABILITY]
-    if added:
+    if added := [name for name in strings(mapping(context, "capabilities"), "add") if name != _ALLOWED_CAPABILITY]:
         yield f"capabilities.add [{', '.join(added)}]"

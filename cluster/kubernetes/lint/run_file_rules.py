@@ -1,7 +1,5 @@
 """Mismatches between a RayJob and the run file in its ConfigMap. Pure; no rule trusts the shape of what it reads."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -10,24 +8,21 @@ from typing import Any
 import yaml
 
 from outlast.cluster.kubernetes.accessors import (
+    CLUSTER,
     LintComplaint,
     first_container,
     mapping,
     mappings,
     pod_templates,
     ray_groups,
+    worker_groups,
 )
 
 
 def run_file_mismatches(
     job: Mapping[str, Any], config_maps: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[LintComplaint]:
-    """Yield mismatches between a RayJob and the run file in its ConfigMap.
-
-    Args:
-        job: The RayJob.
-        config_maps: The data of every given ConfigMap, by name.
-    """
+    """Yield mismatches between a RayJob and the run file in its ConfigMap, given every ConfigMap's data by name."""
     cluster = mapping(job, "spec", "rayClusterSpec")
     pod = mapping(cluster, "headGroupSpec", "template", "spec")
     names = [str(mapping(volume, "configMap").get("name")) for volume in mappings(pod, "volumes")]
@@ -36,34 +31,26 @@ def run_file_mismatches(
         [run] = [yaml.safe_load(text) for text in texts if isinstance(text, str)]
     except (ValueError, yaml.YAMLError):
         return
-    groups, scale = mappings(cluster, "workerGroupSpecs"), mapping(run, "scale")
+    scale = mapping(run, "scale")
     workers = scale.get("workers", 1)
-    max_workers = (
-        max((n for n in workers if isinstance(n, int)), default=None) if isinstance(workers, list) else workers
-    )
-    capacity = sum(number for group in groups if isinstance(number := group.get("maxReplicas"), int))
-    if isinstance(max_workers, int) and capacity < max_workers:
-        yield ("spec.rayClusterSpec.workerGroupSpecs", f"maxReplicas allows {capacity} workers of {max_workers}")
+    counts = [number for number in (workers if isinstance(workers, list) else [workers]) if isinstance(number, int)]
+    capacity = sum(number for _, group in worker_groups(job) if isinstance(number := group.get("maxReplicas"), int))
+    if counts and capacity < max(counts):
+        yield f"{CLUSTER}.workerGroupSpecs", f"maxReplicas allows {capacity} workers of {max(counts)}"
     gpus, cpus = scale.get("gpus_per_worker", 0), scale.get("cpus_per_worker")
-    for number, group in enumerate(groups):
+    for where, group in worker_groups(job):
         pod_cpus = _cpus(group)
         if isinstance(cpus, int | float) and pod_cpus is not None and pod_cpus < cpus:
-            yield (
-                f"spec.rayClusterSpec.workerGroupSpecs[{number}]",
-                f"{pod_cpus} CPUs in each pod, but scale.cpus_per_worker is {cpus:g}: no worker fits",
-            )
+            yield where, f"{pod_cpus} CPUs in each pod, but scale.cpus_per_worker is {cpus:g}: no worker fits"
         pod_gpus = mapping(first_container(group), "resources", "limits").get("nvidia.com/gpu", 0)
         if isinstance(gpus, int) and str(pod_gpus) != str(gpus):
-            yield (
-                f"spec.rayClusterSpec.workerGroupSpecs[{number}]",
-                f"{pod_gpus} GPUs in each pod, but scale.gpus_per_worker is {gpus}",
-            )
+            yield where, f"{pod_gpus} GPUs in each pod, but scale.gpus_per_worker is {gpus}"
     storage = str(mapping(run, "checkpoint").get("storage", "./runs"))
     if storage.startswith("/"):
         for role, group in ray_groups(cluster):
             paths = [str(mount.get("mountPath")) for mount in mappings(first_container(group), "volumeMounts")]
             if not any(f"{storage}/".startswith(f"{path.rstrip('/')}/") for path in paths):
-                yield (role, f"nothing is mounted at checkpoint.storage {storage}: checkpoints are lost with the pod")
+                yield role, f"nothing is mounted at checkpoint.storage {storage}: checkpoints are lost with the pod"
 
 
 def missing_config_maps(job: Mapping[str, Any], config_maps: Mapping[str, Any]) -> Iterator[LintComplaint]:

@@ -1,7 +1,6 @@
 """Credentials written in a manifest where only their secret should be named. Pure; no message repeats a value."""
 
-from __future__ import annotations
-
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,20 +23,18 @@ _ADVICE = "name a secret instead (envFrom, or valueFrom.secretKeyRef)"
 def is_credential(name: str, value: Any) -> bool:
     """Return whether a variable holds a credential in plain text.
 
-    Args:
-        name: Its name; only whole words count, so `MAX_NEW_TOKENS` is not a credential.
-        value: Its value as written. A number, a word such as `true`, or a reference to another variable is not one.
+    Only whole words of the name count, so `MAX_NEW_TOKENS` is not a credential. Neither is a value as written that is a
+    number, a word such as `true`, or a reference to another variable.
     """
     parts = [part for part in re.split(r"[^A-Z0-9]+", name.upper()) if part]
     if not isinstance(value, str) or not value or value.startswith("$") or _PLAIN.fullmatch(value):
         return False
     if _PATH_WORDS & set(parts) or (parts[-1:] == ["CREDENTIALS"] and value.startswith("/")):
         return False
-    pairs = [*zip(["", *parts], parts, strict=False)]
     return any(
         (word in _SECRET_WORDS and not (word == "TOKEN" and before in _TOKEN_PREFIXES))
         or (word == "KEY" and before in _KEY_PREFIXES)
-        for before, word in pairs
+        for before, word in itertools.pairwise(["", *parts])
     )
 
 
@@ -64,10 +61,8 @@ def config_map_complaints(config_map: Mapping[str, Any]) -> Iterator[LintComplai
             yield f"data.{key}", "looks like a credential, which belongs in a Secret, not in a ConfigMap"
         if str(key).endswith((".yaml", ".yml")):
             for path in _credential_paths(_parsed(value)):
-                yield (
-                    f"data.{key}",
-                    f"{path} looks like a credential; write ${{env:NAME}} instead, and set NAME by a secret",
-                )
+                advice = "write ${env:NAME} instead, and set NAME by a secret"
+                yield f"data.{key}", f"{path} looks like a credential; {advice}"
 
 
 def _inline(command: str) -> list[str]:

@@ -4,8 +4,6 @@ Pure apart from numpy. The size of the result hardly depends on the length of th
 smallest and the largest value remain, so that no spike is lost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import isfinite, nan

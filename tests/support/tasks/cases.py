@@ -33,6 +33,16 @@ DISTILBERT = {
 GPT = {"model_type": "openai-gpt", "n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64}
 GPT2 = {**GPT, "model_type": "gpt2"}
 T5 = {"model_type": "t5", "num_layers": 1, "num_heads": 2, "d_model": 32, "d_kv": 16, "d_ff": 64}
+M2M = {
+    "model_type": "m2m_100",
+    "d_model": 32,
+    **{f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")},
+    **{
+        f"{part}_{name}": size
+        for part in ("encoder", "decoder")
+        for name, size in {"ffn_dim": 64, "layerdrop": 0}.items()
+    },
+}
 
 
 def paragraphs() -> Iterator[str]:
@@ -155,6 +165,7 @@ CASES = {
     "masked-lm": Case("masked-lm", BERT, text_only),
     "tags": Case("token-classification", DISTILBERT, with_tags),
     "seq2seq-lm": Case("seq2seq-lm", T5, with_first_words),
+    "seq2seq-lm without its own shift": Case("seq2seq-lm", M2M, with_first_words),
     "answers": Case("question-answering", BERT, with_answer, own=_answer_loss, data={"stride": 8}, own_batch=1),
     "choices": Case("multiple-choice", BERT, with_choices, lr=2e-2),
     "double-heads gpt2": Case("double-heads", GPT2, with_choices, own=_both_losses, own_batch=1),
