@@ -55,7 +55,7 @@ class FirstDifference:
     def __str__(self) -> str:
         places = []
         if self.step is not None:
-            expected, found = (str(loss) for loss in self.losses)
+            expected, found = ("none" if loss is None else f"{loss:.9g}" for loss in self.losses)
             places.append(f"loss of step {self.step} ({found}, undisturbed {expected})")
         if self.checkpoint is not None:
             size = "" if self.largest is None else f" (by up to {self.largest:.2g})"
