@@ -30,7 +30,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def write_rows(path: Path) -> None:
     rows = [
-        {"text": text, "label": "long" if len(text) > 70 else "short", "prompt": text[:20], "answer": text[20:]}
+        {"text": text, "label": "long" if len(text) > 70 else "short", "source": text[:20], "target": text[20:]}
         for text in paragraphs()
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -38,14 +38,12 @@ def write_rows(path: Path) -> None:
 
 def run_file(model: Path, task: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Micro-batches of one row: there the bits depend on the addresses of the weights."""
-    columns: dict[str, Any] = {"text": ["prompt", "answer"]} if task == "seq2seq-lm" else {"text": "text"}
-    if task == "sequence-classification":
-        columns["label"] = "label"
+    columns = {"sequence-classification": {"text": "text", "label": "label"}, "causal-lm": {"text": "text"}}
     return {
         "name": "pretrained",
         "seed": 7,
         "model": {"path": str(model), "task": task, **settings},
-        "data": {"train": "rows.jsonl", "max_length": 48, **columns},
+        "data": {"train": "rows.jsonl", "max_length": 48, **columns.get(task, {})},
         "train": {"steps": 8, "batch": 4, "micro_batch": 1, "lr": 1e-4},
         "scale": {"workers": 2, "cpus_per_worker": 0.5},
         "checkpoint": {"storage": "runs", "keep_last": 2, "overlap": False},
