@@ -18,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import WEIGHTS
 from outlast.checkpointing.format.safetensors import TensorSpec
+from outlast.checkpointing.state.shards import Cut
 
 _WRAPPERS = (DataParallel, DistributedDataParallel)
 #: Prefixes that wrappers of inner modules (`torch.compile`, activation checkpointing) add to names.
@@ -33,10 +34,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
-
-
-#: An index or range per dimension; an index removes the dimension. Empty: the full weight.
-Cut = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +63,22 @@ ALL = WeightNaming()
 def named_weights(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, torch.Tensor]:
     """Return parameters and persistent buffers in the order of `state_dict`; tied ones once, by the first name.
 
-    The tensors are the model's own, not copies; DTensors where the model is sharded.
+    The tensors are the model's own, not copies; DTensors where the model is sharded, and those cannot be cut.
     """
+    return {name: tensor[cut] if cut else tensor for name, (tensor, cut) in weight_slices(model, naming).items()}
+
+
+def weight_slices(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, tuple[torch.Tensor, Cut]]:
+    """As `named_weights`, but return for each weight the tensor of the model and the part of it that the weight is."""
     inner = unwrap(model)
     seen: set[tuple[object, ...]] = set()
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, tuple[torch.Tensor, Cut]] = {}
     for name, tensor in inner.state_dict(keep_vars=True).items():
         key, parts = identity(tensor), naming.of(plain_name(name))
         if not parts or key in seen:
             continue
         seen.add(key)
-        for file_name, cut in parts.items():
-            if cut and isinstance(tensor, DTensor):
-                raise ConfigError(
-                    f"{name} is sharded and is several weights in a file, which is not supported",
-                    hint="train this architecture without sharding (DDP)",
-                )
-            weights[file_name] = tensor.detach()[cut] if cut else tensor.detach()
+        weights |= {file_name: (tensor.detach(), cut) for file_name, cut in parts.items()}
     return weights
 
 

@@ -8,7 +8,7 @@ Nothing here communicates.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.torch_internals import compute_local_shape_and_global_offset
+
+#: An index or range per dimension; an index removes the dimension. Empty: the full tensor.
+Cut = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,24 @@ class LocalShard:
     shape: tuple[int, ...]  #: shape of the complete tensor
     is_sharded: bool = False  #: whether the tensor is distributed over ranks; otherwise every rank holds all of it
     is_copy: bool = False  #: whether a lower rank holds the same region
+
+    def cut(self, cut: Cut) -> LocalShard:
+        """Return what this rank holds of a slice of the tensor, in coordinates of that slice; possibly nothing."""
+        if not cut:
+            return self
+        ranges = [
+            range(at, at + 1) if isinstance(at, int) else range(*at.indices(length))
+            for at, length in zip(cut, self.shape, strict=True)
+        ]
+        kept = [dim for dim, at in enumerate(cut) if not isinstance(at, int)]
+        shape = tuple(len(ranges[dim]) for dim in kept)
+        held = self.region.intersection(Region(tuple(at.start for at in ranges), tuple(len(at) for at in ranges)))
+        if held is None:
+            region = Region((0,) * len(shape), (0, *shape[1:]))
+            return replace(self, tensor=self.tensor.new_empty(region.shape), region=region, shape=shape)
+        view = held.of(self.tensor, within=self.region)[tuple(0 if isinstance(at, int) else slice(None) for at in cut)]
+        offset = tuple(held.offset[dim] - ranges[dim].start for dim in kept)
+        return replace(self, tensor=view, region=Region(offset, tuple(view.shape)), shape=shape)
 
 
 def local_shard(tensor: torch.Tensor) -> LocalShard:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.format.safetensors import TensorSpec
-from outlast.checkpointing.state.named_weights import ALL, WeightNaming, named_weights, parameter_names
+from outlast.checkpointing.state.named_weights import ALL, WeightNaming, parameter_names, weight_slices
 from outlast.checkpointing.state.optimizer_state import (
     assign_to_ranks,
     devices_of_state,
@@ -37,9 +37,9 @@ class TrainState:
         self._use(naming)
 
     def _use(self, naming: WeightNaming) -> None:
-        self.naming, tensors = naming, named_weights(self._model, naming)
-        self.specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-        self.weights = {name: local_shard(tensor) for name, tensor in tensors.items()}
+        self.naming, slices = naming, weight_slices(self._model, naming)
+        self.weights = {name: local_shard(tensor).cut(cut) for name, (tensor, cut) in slices.items()}
+        self.specs = {name: TensorSpec(part.tensor.dtype, part.shape) for name, part in self.weights.items()}
 
     def use_naming_of(self, saved: Collection[str]) -> None:
         """Change to the naming of a checkpoint with the weights `saved`, if it is one of `naming.others`."""

@@ -178,7 +178,9 @@ def _prepare(config: RunConfig) -> None:
     prepared = prepare(config, storage)
     check_metric(config, prepared.facts)
     model = check_model(config, prepared, storage)[0]
-    dry_step(config, prepared, storage, model, on_gpu=config.scale.gpus_per_worker > 0)
+    dry_step(
+        config, prepared, storage, model, num_workers=config.scale.max_workers, on_gpu=config.scale.gpus_per_worker > 0
+    )
 
 
 def _write(config: RunConfig) -> None:

@@ -17,7 +17,8 @@ import torch
 import transformers
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.state.named_weights import ALL, Cut, WeightNaming, identity, named_weights
+from outlast.checkpointing.state.named_weights import ALL, WeightNaming, identity, named_weights
+from outlast.checkpointing.state.shards import Cut
 from outlast.trainers.models.transformers_internals import revert_weight_conversion
 
 CONVERSION_ERRORS = (ValueError, KeyError, AttributeError, RuntimeError, IndexError)

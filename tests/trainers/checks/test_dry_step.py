@@ -32,7 +32,7 @@ def model(config: Mapping[str, Any], task: str = "causal-lm") -> dict[str, Any]:
 
 def dry(assignment: Assignment, storage: LocalStorage, *, on_gpu: bool = False) -> DryStep:
     meta = check_model(assignment.config, assignment.prepared, storage)[0]
-    return dry_step(assignment.config, assignment.prepared, storage, meta, on_gpu=on_gpu)
+    return dry_step(assignment.config, assignment.prepared, storage, meta, num_workers=2, on_gpu=on_gpu)
 
 
 def test_a_plain_model_has_a_static_graph(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
@@ -114,6 +114,19 @@ def test_a_model_for_gpus_is_left_to_them(
     assert dry(assignment, storage, on_gpu=True).skipped.startswith("it needs a GPU: RuntimeError: this kernel is for")
     with pytest.raises(ConfigError, match=r"this kernel is for CUDA only \(.*odd_tasks.py, line 18\)"):
         dry(assignment, storage)
+
+
+REFORMER = {"model_type": "reformer", "hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16}
+REFORMER |= {"attn_layers": ["local", "local"], "feed_forward_size": 48, "axial_pos_embds": False, "is_decoder": True}
+REFORMER |= {"max_position_embeddings": 64, "local_attn_chunk_length": 4}
+
+
+def test_a_backward_pass_within_the_backward_pass(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
+    """Reformer's reversible layers: under DDP the gradient would be added before it is complete."""
+    with pytest.raises(ConfigError, match="ReformerModelWithLMHead runs backward passes within its backward pass"):
+        dry(assign("reversible", sections=model(REFORMER)), storage)
+    elastic = {**model(REFORMER), "exactness": "elastic"}
+    dry(assign("reversible-elastic", sections=elastic), storage)
 
 
 def test_sparse_attention_of_long_batches_is_refused(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
