@@ -118,7 +118,8 @@ class DrillResult:
             return f"[bold red]did not resume[/]: {self.error}"
         if self.different:
             num_losses = sum(name.startswith("loss of step ") for name in self.different)
-            counts = f"{counted(len(self.different) - num_losses, 'tensor')} and {num_losses or 'no'} losses"
+            counts = counted(len(self.different) - num_losses, "tensor")
+            counts += f" and the losses of {counted(num_losses, 'step')}" if num_losses else ", but no loss"
             return f"[bold red]DIFFERENT[/]: {counts}; first {self.first or self.different[0]}"
         if self.fault is None:
             return "[bold red]the fault never occurred[/]"
