@@ -74,7 +74,7 @@ def check(assignment: Assignment, url: str) -> bool:
     check_architecture(config)
     check_metric(config, prepared.facts)
     model, _ = check_model(config, prepared, storage)
-    return dry_step(config, prepared, storage, model, on_gpu=False).static_graph
+    return dry_step(config, prepared, storage, model, num_workers=2, on_gpu=False).static_graph
 
 
 class Kept(Loop):
