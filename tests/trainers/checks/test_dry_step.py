@@ -22,7 +22,7 @@ from outlast.trainers.models import build
 from tests.support.groups.worker_group import StopAt, digests, losses, run_group
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-XLNET = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+XLNET = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "attn_type": "uni"}
 XLNET |= {"attn_type": "uni"}
 FLAUBERT = {"model_type": "flaubert", "emb_dim": 32, "n_layers": 2, "n_heads": 4, "layerdrop": 0.5}
 SWITCH = {"model_type": "switch_transformers", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
