@@ -212,9 +212,8 @@ def _check_is_causal(model: nn.Module, task: Task, batch: Batch) -> None:
 
 def _is_of_libraries(model: nn.Module, task: Task) -> bool:
     """Return whether neither the model nor the task is code of the user."""
-    return type(_base_model(model)).__module__.startswith("transformers.") and type(task).__module__.startswith(
-        "outlast."
-    )
+    modules = type(_base_model(model)).__module__, type(task).__module__
+    return modules[0].startswith("transformers.") and modules[1].startswith("outlast.")
 
 
 def _base_model(model: nn.Module) -> Any:

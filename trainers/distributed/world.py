@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -90,6 +91,8 @@ class World(RankGroup):
         """
         if self.size == 1 or isinstance(model, FSDPModule) or exactness is Exactness.ELASTIC:
             return model
+        if not static_graph:
+            model.register_forward_hook(_show_tensors)
         wrapped = DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
@@ -101,3 +104,20 @@ class World(RankGroup):
         hook = rank_order_hook if is_ordered else any_order_hook
         wrapped.register_comm_hook(None, lambda _, bucket: hook(bucket))  # DDP rejects hooks with string annotations
         return wrapped
+
+
+class _Outputs(dict[str, Any]):
+    """Outputs of a user's model as a dict, with the attributes of the object that the model returned."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__(vars(returned))
+        self._returned = returned
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._returned, name)
+
+
+def _show_tensors(_module: nn.Module, _args: Any, outputs: Any) -> Any:
+    """Return outputs in which DDP finds the tensors: it looks into no plain object, and would miss the whole graph."""
+    is_known = isinstance(outputs, (torch.Tensor, list, tuple, dict)) or is_dataclass(outputs)
+    return outputs if is_known or not hasattr(outputs, "__dict__") else _Outputs(outputs)

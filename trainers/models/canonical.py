@@ -107,5 +107,5 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in sorted(vars(module).items())
-        if isinstance(value, plain) and not name.startswith("_") and name != "training"
+        if isinstance(value, plain) and not name.startswith("_") and name not in ("training", "name_or_path")
     }
