@@ -19,7 +19,7 @@ from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer
 from outlast.trainers.loop.compile_and_recompute import check_recomputes
 from outlast.trainers.loop.optimizer import resolve_optimizer
-from outlast.trainers.models.build import build_model, check_head, check_names
+from outlast.trainers.models.build import build_model, check_head, check_names, weight_naming
 from outlast.trainers.models.lora import adapter_files, attach_lora
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import Task, find_task
@@ -66,11 +66,13 @@ def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) ->
     own, longest = check_names(config.model), max(prepared.longest.values(), default=0)
     try:
         with torch.device("meta"):
-            return _build(config, task, tokenizer, longest)
+            model, files = _build(config, task, tokenizer, longest)
     except Exception:
         if own is None or issubclass(own, transformers.PreTrainedModel):
             raise  # all models of transformers can be built on the meta device
-        return _build(config, task, tokenizer, longest)
+        model, files = _build(config, task, tokenizer, longest)
+    weight_naming(model)  # refuses an architecture whose files outlast cannot write
+    return model, files
 
 
 def _build(

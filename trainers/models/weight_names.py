@@ -41,7 +41,7 @@ def file_naming(model: Any) -> WeightNaming:
     tensors = model.state_dict(keep_vars=True)
     cuts: dict[str, Mapping[str, Cut]] = {}
     if _is_converted(model, all_names):
-        cuts = {name: _cuts(model, name, tensors[name].detach()) for name in frozenset().union(*choices)}
+        cuts = {name: _cuts(model, name, tensors[name].detach()) for name in sorted(frozenset().union(*choices))}
     naming, *others = [_naming(model, names, names == first, cuts) for names in choices]
     return replace(naming, others=tuple(others)) if others else naming
 
@@ -108,8 +108,10 @@ def _is_recomputed(model: Any, name: str) -> bool:
 
 def _cuts(model: Any, name: str, tensor: torch.Tensor) -> dict[str, Cut]:
     """Return the weights in the file that one weight is cut into, by name."""
-    numbers = torch.arange(tensor.numel()).view(tensor.shape)
     try:
+        if revert_weight_conversion(model, {name: tensor}).get(name) is tensor:
+            return {name: ()}  # most weights; the numbers of a large one would take its memory twice over
+        numbers = torch.arange(tensor.numel()).view(tensor.shape)
         parts = revert_weight_conversion(model, {name: numbers})
     except CONVERSION_ERRORS as error:
         raise _refusal(model, name) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from outlast.checkpointing.save import writer
 from outlast.checkpointing.save.writer import weight_files
 from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
-from outlast.checkpointing.state.shards import Region
+from outlast.checkpointing.state.shards import LocalShard, Region
 from outlast.checkpointing.storage.local import LocalStorage
 from tests.support.groups.ranks import on_ranks
 
@@ -265,3 +266,23 @@ def test_weights_are_split_in_order(limit: int, expected: dict[str, list[str]]) 
     }
     specs["c"] = TensorSpec(torch.float16, (8,))
     assert weight_files(specs, limit) == expected
+
+
+@given(st.data())
+def test_the_slices_of_shards_are_the_slice_of_the_whole(data: st.DataObject) -> None:
+    """As of stacked experts, of which each is a weight in the file; shards end anywhere in the first dimension."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    cut: list[int | slice] = []
+    for length in shape:
+        begin = data.draw(st.integers(0, length - 1))
+        is_index = len(cut) < len(shape) - 1 and data.draw(st.booleans())
+        cut.append(begin if is_index else slice(begin, data.draw(st.integers(begin + 1, length))))
+    whole = torch.arange(prod(shape)).view(shape)
+    found = torch.full_like(whole[tuple(cut)], -1)
+    ends = sorted({0, shape[0], *data.draw(st.lists(st.integers(0, shape[0]), max_size=3))})
+    for begin, end in pairwise(ends):
+        region = Region((begin, *[0] * (len(shape) - 1)), (end - begin, *shape[1:]))
+        part = LocalShard(whole[begin:end], region, shape, is_sharded=True).cut(tuple(cut))
+        assert (part.shape, part.region.shape) == (tuple(found.shape), tuple(part.tensor.shape))
+        part.region.of(found, Region.whole(part.shape)).copy_(part.tensor)
+    assert torch.equal(found, whole[tuple(cut)])

@@ -19,7 +19,7 @@ from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, train_bpe
 from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.models.weight_names import file_naming
-from outlast.trainers.tasks.find_task import find_task
+from outlast.trainers.tasks.base import find_task
 from tests.support.tasks.seq2seq_models import build, tiny
 
 _BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 60}
