@@ -28,7 +28,8 @@ compared bit for bit (weights, buffers, optimizer state, losses, on every rank) 
 steps, or killed in the third, and resumed by other processes. The cases of a type's first task are all combinations of
 {{from `model.config`, from `model.path`}} × {{1 rank, 2 ranks with ddp, 2 ranks with fsdp}} × {{micro-batches of one
 row, of two}}; other tasks have one for each kind of ranks; one case of each pair is killed. What a run publishes is
-loaded by plain `from_pretrained`: same logits, and the weights' names are those that `save_pretrained` writes.
+loaded by plain `from_pretrained`: same logits, and the weights' names are those that `save_pretrained` writes. (Where
+transformers' own round trip changes weights, as a Funnel's padding row, the logits are those after that.)
 
 - **works**: equal bits in every case.
 - **refused**: `outlast validate --deep` and `outlast train` refuse it before any worker starts, for the reason given.

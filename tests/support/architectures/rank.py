@@ -125,6 +125,7 @@ def compare_reloaded(folder: Path, loop: Loop, model: Any) -> list[str]:
     with tempfile.TemporaryDirectory() as place:
         (model if model is not None else loaded).save_pretrained(place)
         theirs, ours = load_all(Path(place)), load_all(folder)
+        again = getattr(transformers, task.auto_class).from_pretrained(place)
     if theirs.keys() != ours.keys():
         more, fewer = sorted(ours.keys() - theirs.keys())[:3], sorted(theirs.keys() - ours.keys())[:3]
         found.append(f"file keys: only ours {more}, only save_pretrained's {fewer}")
@@ -132,8 +133,9 @@ def compare_reloaded(folder: Path, loop: Loop, model: Any) -> list[str]:
     if unequal:
         found.append(f"file values: {unequal[:3]}")
     if model is not None:
-        mine, other = logits(model, task, loop), logits(loaded, task, loop)
-        if not all(torch.equal(mine[name], other[name]) for name in mine):
+        mine, other, plain = (logits(item, task, loop) for item in (model, loaded, again))
+        # Reading a Funnel zeroes the padding token's row, which tied weights train: so does a plain round trip.
+        if not any(all(torch.equal(given[name], other[name]) for name in mine) for given in (mine, plain)):
             found.append("logits differ after from_pretrained")
     return found
 
