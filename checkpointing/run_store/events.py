@@ -101,7 +101,7 @@ class NoCheckpointEvent(Event, kind="no-checkpoint"):
 class ChangedEvent(Event, kind="changed"):
     """Something that may change between attempts differs from what the resume point was made with."""
 
-    what: Annotated[str, "`world_size`, `parallel`, `versions` or `device`"]
+    what: Annotated[str, "`world_size`, `parallel`, `versions`, `device` or `processor` (of rank 0)"]
     before: Annotated[Any, "value at the resume point"]
     now: Annotated[Any, "value of this attempt"]
     same_bits: Annotated[bool, "whether results stay bitwise equal"] = False

@@ -63,13 +63,13 @@ ALL = WeightNaming()
 def named_weights(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, torch.Tensor]:
     """Return parameters and persistent buffers in the order of `state_dict`; tied ones once, by the first name.
 
-    The tensors are the model's own, not copies; DTensors where the model is sharded, which `naming` must not cut.
+    The tensors are the model's own, not copies; DTensors where the model is sharded, and those cannot be cut.
     """
-    return {name: tensor[cut] if cut else tensor for name, (tensor, cut) in weight_parts(model, naming).items()}
+    return {name: tensor[cut] if cut else tensor for name, (tensor, cut) in weight_slices(model, naming).items()}
 
 
-def weight_parts(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, tuple[torch.Tensor, Cut]]:
-    """Return, for each weight in the file, the model's own tensor and the part of it; as `named_weights`."""
+def weight_slices(model: nn.Module, naming: WeightNaming = ALL) -> dict[str, tuple[torch.Tensor, Cut]]:
+    """As `named_weights`, but return for each weight the tensor of the model and the part of it that the weight is."""
     inner = unwrap(model)
     seen: set[tuple[object, ...]] = set()
     weights: dict[str, tuple[torch.Tensor, Cut]] = {}

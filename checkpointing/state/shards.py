@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.torch_internals import compute_local_shape_and_global_offset
 
-#: An index or range per dimension; an index removes the dimension. Empty: the full weight.
+#: An index or range per dimension; an index removes the dimension. Empty: the full tensor.
 Cut = tuple[int | slice, ...]
 
 
@@ -59,26 +59,23 @@ class LocalShard:
     is_sharded: bool = False  #: whether the tensor is distributed over ranks; otherwise every rank holds all of it
     is_copy: bool = False  #: whether a lower rank holds the same region
 
-    def cut(self, part: Cut) -> LocalShard:
-        """Return this rank's part of a slice of the tensor, in coordinates of the slice; empty if it holds none."""
-        if not part:
+    def cut(self, cut: Cut) -> LocalShard:
+        """Return what this rank holds of a slice of the tensor, in coordinates of that slice; possibly nothing."""
+        if not cut:
             return self
-        ranges = [item if isinstance(item, slice) else slice(item, item + 1) for item in part]
-        begins = tuple(item.start for item in ranges)
-        sliced = Region(begins, tuple(item.stop - item.start for item in ranges))
-        kept = [dim for dim, item in enumerate(part) if isinstance(item, slice)]
-        shape = tuple(sliced.shape[dim] for dim in kept)
-        common = self.region.intersection(sliced)
-        if common is None:
-            empty = (0, *shape[1:])
-            return replace(
-                self, tensor=self.tensor.new_empty(empty), region=Region((0,) * len(shape), empty), shape=shape
-            )
-        region = Region(
-            tuple(common.offset[dim] - begins[dim] for dim in kept), tuple(common.shape[dim] for dim in kept)
-        )
-        held = common.of(self.tensor, self.region)[tuple(slice(None) if dim in kept else 0 for dim in range(len(part)))]
-        return replace(self, tensor=held, region=region, shape=shape)
+        ranges = [
+            range(at, at + 1) if isinstance(at, int) else range(*at.indices(length))
+            for at, length in zip(cut, self.shape, strict=True)
+        ]
+        kept = [dim for dim, at in enumerate(cut) if not isinstance(at, int)]
+        shape = tuple(len(ranges[dim]) for dim in kept)
+        held = self.region.intersection(Region(tuple(at.start for at in ranges), tuple(len(at) for at in ranges)))
+        if held is None:
+            region = Region((0,) * len(shape), (0, *shape[1:]))
+            return replace(self, tensor=self.tensor.new_empty(region.shape), region=region, shape=shape)
+        view = held.of(self.tensor, within=self.region)[tuple(0 if isinstance(at, int) else slice(None) for at in cut)]
+        offset = tuple(held.offset[dim] - ranges[dim].start for dim in kept)
+        return replace(self, tensor=view, region=Region(offset, tuple(view.shape)), shape=shape)
 
 
 def local_shard(tensor: torch.Tensor) -> LocalShard:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.format.safetensors import TensorSpec
-from outlast.checkpointing.state.named_weights import ALL, WeightNaming, parameter_names, weight_parts
+from outlast.checkpointing.state.named_weights import ALL, WeightNaming, parameter_names, weight_slices
 from outlast.checkpointing.state.optimizer_state import (
     assign_to_ranks,
     devices_of_state,
@@ -37,8 +37,8 @@ class TrainState:
         self._use(naming)
 
     def _use(self, naming: WeightNaming) -> None:
-        self.naming, parts = naming, weight_parts(self._model, naming)
-        self.weights = {name: local_shard(tensor).cut(cut) for name, (tensor, cut) in parts.items()}
+        self.naming, slices = naming, weight_slices(self._model, naming)
+        self.weights = {name: local_shard(tensor).cut(cut) for name, (tensor, cut) in slices.items()}
         self.specs = {name: TensorSpec(part.tensor.dtype, part.shape) for name, part in self.weights.items()}
 
     def use_naming_of(self, saved: Collection[str]) -> None:

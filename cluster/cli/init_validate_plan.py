@@ -9,7 +9,7 @@ from typer import Argument, Exit, Option
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, Overrides, RunFile, writing
-from outlast.trainers.config.model import TASKS
+from outlast.trainers.config.task_table import TASKS
 
 
 def init(

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_config import RunConfig
-from outlast.trainers.config.model import TASKS, check_task_name
+from outlast.trainers.config.task_table import TASKS, check_task_name
 from outlast.trainers.config.validation_errors import model_at
 
 _WIDTH, _COLUMN = 100, 34

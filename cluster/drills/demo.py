@@ -25,6 +25,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.drills import drill
+from outlast.cluster.drills.comparison import events_of, final_state
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.console_progress import ProgressReporter
@@ -118,9 +119,9 @@ def _timed(parts: dict[str, float], name: str) -> Iterator[None]:
 
 def _compare(copy: drill.RunCopy) -> dict[str, Any]:
     store = copy.store
-    killed, undisturbed = drill.final_state(store), drill.final_state(RunStore(store.storage, "undisturbed"))
+    killed, undisturbed = final_state(store), final_state(RunStore(store.storage, "undisturbed"))
     result = drill.compare_with_reference(copy, drill.FaultKind.KILL_IN_SAVE, undisturbed)
-    losses, num_resumed = killed.losses, len(drill.events_of(store, ResumeEvent))
+    losses, num_resumed = killed.losses, len(events_of(store, ResumeEvent))
     return {
         "equal": {
             "weights": bool(killed.weights) and killed.weights == undisturbed.weights,
@@ -134,7 +135,7 @@ def _compare(copy: drill.RunCopy) -> dict[str, Any]:
         "resumed_from": result.resumed_from,
         "num_tensors": len(killed.weights) + len(killed.optimizer),
         "checkpoints": [item.ref.step for item in build_catalog(store).accepted],
-        "eval_loss": {e.step: e.scores["eval_loss"] for e in drill.events_of(store, EvalEvent)},
+        "eval_loss": {e.step: e.scores["eval_loss"] for e in events_of(store, EvalEvent)},
         "loss": {step: min(filter(None, losses[step])) for step in (1, NUM_STEPS) if step in losses},
     }
 

@@ -1,8 +1,8 @@
 """`outlast drill`: injects faults into scaled-down copies of a user's run, and checks that each resumes exactly.
 
 One copy runs undisturbed; then one copy for each fault is interrupted in the middle and resumes. All must end with the
-same bits. The copies are stored beside the run, use its data, and are deleted on success. The run itself is never
-touched.
+same bits. If one does not, the undisturbed copy is repeated, to find out whether the resume is the cause. The copies
+are stored beside the run, use its data, and are deleted on success. The run itself is never touched.
 """
 
 from __future__ import annotations
@@ -18,26 +18,35 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, read_record, write_record
-from outlast.checkpointing.restore.verify import tensor_digests
-from outlast.checkpointing.run_store.catalog import build_catalog, run_events
-from outlast.checkpointing.run_store.events import Event, ResumeEvent, StepEvent, parse_event
+from outlast.checkpointing.run_store.catalog import build_catalog
+from outlast.checkpointing.run_store.events import ResumeEvent, StepEvent, parse_event
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes, walk
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.config.run_file import load_run
+from outlast.cluster.drills.comparison import (
+    Cause,
+    FinalState,
+    FirstDifference,
+    differences,
+    events_of,
+    explain,
+    final_state,
+    first_difference,
+    unequal_builds,
+    weight_order,
+)
 from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.console_progress import ProgressReporter
 from outlast.trainers.loop.train_loop import Outcome
-
-E = TypeVar("E", bound=Event)
 
 STEPS_MIN = 8
 
@@ -69,6 +78,7 @@ class RunCopy:
     at: int  #: the step of the fault; for faults in a save, one that saves
     code: str = ""  #: directory of the user's Python files
     address: str | None = None  #: the Ray cluster; None for a local one
+    pause_at: int = 0  #: a step at which training pauses, so that an earlier save is committed; 0 for none
 
     @property
     def store(self) -> RunStore:
@@ -95,53 +105,59 @@ class DrillResult:
     seconds: float | None = None  #: from the fault to the end of the first new step
     seconds_per_step: float | None = None  #: the median of the undisturbed copy
     different: list[str] = field(default_factory=list)  #: tensors and losses that differ from the undisturbed copy's
+    first: FirstDifference | None = None  #: where the difference begins
+    cause: str = ""  #: why there is one, a value of `Cause`
     error: str = ""  #: why it did not resume
 
     @property
     def is_good(self) -> bool:
-        return self.fault is not None and not self.different and not self.error
+        return bool(self.fault and self.resumed_from) and not self.different and not self.error
+
+    def __str__(self) -> str:
+        if self.error:
+            return f"[bold red]did not resume[/]: {self.error}"
+        if self.different:
+            num_losses = sum(name.startswith("loss of step ") for name in self.different)
+            counts = counted(len(self.different) - num_losses, "tensor")
+            counts += f" and the losses of {counted(num_losses, 'step')}" if num_losses else ", but no loss"
+            return f"[bold red]DIFFERENT[/]: {counts}; first {self.first or self.different[0]}"
+        if self.fault is None:
+            return "[bold red]the fault never occurred[/]"
+        if not self.resumed_from:
+            return "[bold red]no checkpoint was committed before the fault[/], so no resume was tried: add --steps"
+        ended = f"resumed from step {self.resumed_from}, {counted(self.redone, 'step')} repeated, "
+        return ended + f"next new step after {self.seconds:.1f} s: [green]the same bits[/]"
 
 
-@dataclass(frozen=True, slots=True)
-class FinalState:
-    """SHA-256 of every weight and optimizer tensor, and all losses of each step over all attempts."""
+@dataclass(slots=True)
+class DrillReport:
+    """Results of all copies."""
 
-    weights: dict[str, str]
-    optimizer: dict[str, str]
-    losses: dict[int, set[float | None]]
+    num_tensors: int  #: number of tensors in a checkpoint
+    findings: list[DrillResult] = field(default_factory=list)  #: one for each fault
+    explanation: str = ""  #: why copies differ; empty if none does
 
-
-def events_of(store: RunStore, kind: type[E]) -> list[E]:
-    """All events of one kind, lowest attempt first."""
-    return [event for _, body in run_events(store) if isinstance(event := parse_event(body), kind)]
-
-
-def final_state(store: RunStore) -> FinalState:
-    """Return the final state of a finished run."""
-    newest = build_catalog(store).accepted[0]
-    state = FinalState({}, {}, {})
-    for name, digest in tensor_digests(store.storage, store.checkpoint_dir(newest.ref), newest).items():
-        (state.optimizer if "/" in name else state.weights)[name] = digest
-    for event in events_of(store, StepEvent):
-        state.losses.setdefault(event.step, set()).add(event.loss)
-    return state
+    @property
+    def is_good(self) -> bool:
+        return all(finding.is_good for finding in self.findings)
 
 
 def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank: int = 0) -> None:
     """Run a copy to its end with a fault in worker `rank`. Raises OutlastError if it did not resume."""
+    saved = FaultSpec(FaultPoint.STEP, copy.pause_at, rank, FaultAction.PAUSE, f"{copy.record}.saved")
     if kind in (FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
         point = FaultPoint.WHILE_WRITING if kind is FaultKind.KILL_IN_SAVE else FaultPoint.STEP
         action = FaultAction.EXCEPTION if kind is FaultKind.ERROR else FaultAction.SIGKILL
-        copy.launch([FaultSpec(point, copy.at, rank, action, copy.record)], tell)
+        copy.launch([saved, FaultSpec(point, copy.at, rank, action, copy.record)], tell)
         return
     # The pause keeps the copy from ending before its driver receives the step's event.
     pause = FaultSpec(FaultPoint.STEP, copy.at, rank, FaultAction.PAUSE, f"{copy.record}.pause")
     if kind is FaultKind.DRIVER:
-        driver = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(copy, pause))
+        driver = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(copy, [saved, pause]))
         driver.start()
         driver.join()
     else:
-        copy.launch([pause], _interrupter(copy, signal.SIGTERM, tell))
+        copy.launch([saved, pause], _interrupter(copy, signal.SIGTERM, tell))
         if kind is FaultKind.DAMAGE:
             _flip_a_bit(copy)
     copy.launch(tell=tell)
@@ -161,8 +177,8 @@ def _interrupter(copy: RunCopy, number: signal.Signals, tell: Any) -> Callable[[
     return receive
 
 
-def _run_until_killed(copy: RunCopy, pause: FaultSpec) -> None:
-    copy.launch([pause], _interrupter(copy, signal.SIGKILL, lambda event: None))
+def _run_until_killed(copy: RunCopy, pauses: Sequence[FaultSpec]) -> None:
+    copy.launch(pauses, _interrupter(copy, signal.SIGKILL, lambda event: None))
 
 
 def _flip_a_bit(copy: RunCopy) -> None:
@@ -189,14 +205,6 @@ def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalSta
         finding.seconds = round(min(new) - fault["t"], 2) if new else None
     finding.different = differences(final_state(copy.store), undisturbed)
     return finding
-
-
-def differences(one: FinalState, other: FinalState) -> list[str]:
-    """Return the names of the tensors, and the steps of the losses, that differ."""
-    tensors, expected = one.weights | one.optimizer, other.weights | other.optimizer
-    names = sorted(name for name in tensors.keys() | expected.keys() if tensors.get(name) != expected.get(name))
-    steps = sorted(one.losses.keys() | other.losses.keys())
-    return names + [f"loss of step {step}" for step in steps if one.losses.get(step) != other.losses.get(step)]
 
 
 def parse_faults(names: Sequence[str] | None) -> tuple[FaultKind, ...]:
@@ -233,35 +241,86 @@ def run_drill(
         scaled_down = [f"name={name[: 62 - len(suffix)]}-{suffix}", f"train.steps={num_steps}", "train.epochs=null"]
         config, declared = load_run(str(run_file), [*overrides, *scaled_down, f"checkpoint.every={every}"])
         folder = run_file.parent
-        copies.append(RunCopy(config.at_home(folder), declared, at, str(folder.absolute()), address))
+        copies.append(RunCopy(config.at_home(folder), declared, at, str(folder.absolute()), address, every + 1))
         return copies[-1]
 
-    findings = []
     with ray_session(address):
-        reference = make_copy("undisturbed")
-        with ProgressReporter("undisturbed") as reporter:
-            reference.launch(tell=reporter)
-        undisturbed = final_state(reference.store)
-        seconds_per_step = _seconds_per_step(reference)
-        for kind in kinds:
-            disturbed = make_copy(kind.value, 2 * every if kind is FaultKind.KILL_IN_SAVE else 2 * every + 1)
-            finding = DrillResult(kind.value)
-            try:
-                with ProgressReporter(kind.value) as reporter:
-                    inject(disturbed, kind, reporter, rank=disturbed.config.scale.min_workers - 1)
-                finding = compare_with_reference(disturbed, kind, undisturbed)
-            except OutlastError as error:
-                finding.error, finding.fault = error.message, read_record(disturbed.record)
-            finding.seconds_per_step = seconds_per_step
-            findings.append(finding)
-    _show(console, findings, len(undisturbed.weights) + len(undisturbed.optimizer), num_steps)
-    if keep or not all(finding.is_good for finding in findings):
+        report = drill_copies(make_copy, kinds, num_steps)
+    _show(console, report, num_steps)
+    if keep or not report.is_good:
         names = ", ".join(copy.config.name for copy in copies)
-        console.print(f"\nThe copies are kept in {reference.store.storage.url}: {names}")
+        console.print(f"\nThe copies are kept in {copies[0].store.storage.url}: {names}")
     else:
         for done in copies:
             _remove(done)
-    return findings
+    return report.findings
+
+
+def drill_copies(new_copy: Callable[..., RunCopy], kinds: Sequence[FaultKind], num_steps: int) -> DrillReport:
+    """Run an undisturbed copy and one for each fault, compare them, and diagnose a difference.
+
+    Args:
+        new_copy: Makes a copy from a suffix of its name and, for a disturbed one, the step of the fault.
+        kinds: The faults.
+        num_steps: Steps of a copy.
+
+    Raises:
+        OutlastError: The undisturbed copy failed.
+    """
+    reference = new_copy("undisturbed")
+    with ProgressReporter("undisturbed") as reporter:
+        reference.launch(tell=reporter)
+    undisturbed = final_state(reference.store)
+    report = DrillReport(len(undisturbed.weights) + len(undisturbed.optimizer))
+    differing = []
+    for kind in kinds:
+        every = num_steps // 4
+        disturbed = new_copy(kind.value, 2 * every if kind is FaultKind.KILL_IN_SAVE else 2 * every + 1)
+        finding = DrillResult(kind.value)
+        try:
+            with ProgressReporter(kind.value) as reporter:
+                inject(disturbed, kind, reporter, rank=disturbed.config.scale.min_workers - 1)
+            finding = compare_with_reference(disturbed, kind, undisturbed)
+        except OutlastError as error:
+            finding.error, finding.fault = error.message, read_record(disturbed.record)
+        finding.seconds_per_step = _seconds_per_step(reference)
+        report.findings.append(finding)
+        if finding.different:
+            differing.append((finding, disturbed))
+    if differing:
+        try:
+            report.explanation = _diagnose(differing, reference, new_copy)
+        except OutlastError as error:
+            report.explanation = f"The cause was not found: {error.message}"
+    return report
+
+
+def _diagnose(
+    differing: Sequence[tuple[DrillResult, RunCopy]], reference: RunCopy, new_copy: Callable[..., RunCopy]
+) -> str:
+    """Find where each copy begins to differ, and the cause. Returns the explanation."""
+    order = weight_order(reference.config, reference.store, reference.code)
+    for finding, disturbed in differing:
+        finding.first = first_difference(
+            disturbed.store,
+            reference.store,
+            order,
+            fault_at=finding.fault["t"] if finding.fault else None,
+            resumed_from=finding.resumed_from,
+        )
+    first = next((f.first for f, _ in differing if f.first and f.first.before_fault), None)
+    if first is None:
+        repeated = new_copy("repeated")
+        with ProgressReporter("repeated") as reporter:
+            repeated.launch(tell=reporter)
+        first = first_difference(repeated.store, reference.store, order)
+    cause = Cause.RESUME if first is None else Cause.NOT_DETERMINISTIC
+    for finding, _ in differing:
+        finding.cause = cause.value
+    builds = None
+    if first is not None and first.step == 1 and reference.address is None:  # the workers' libraries are installed here
+        builds = unequal_builds(reference.config, reference.store, reference.code)
+    return explain(cause, reference.config, builds)
 
 
 def _seconds_per_step(copy: RunCopy) -> float:
@@ -276,21 +335,13 @@ def _remove(copy: RunCopy) -> None:
         storage.delete(f"{run}/{entry.name}")
 
 
-def _show(console: Console, findings: Sequence[DrillResult], num_tensors: int, num_steps: int) -> None:
+def _show(console: Console, report: DrillReport, num_steps: int) -> None:
     console.print()
-    for finding in findings:
-        if finding.error:
-            ended = f"[bold red]did not resume[/]: {finding.error}"
-        elif finding.fault is None:
-            ended = "[bold red]the fault never occurred[/]"
-        elif finding.different:
-            more = f" and {len(finding.different) - 3} more" if len(finding.different) > 3 else ""
-            ended = f"[bold red]DIFFERENT[/]: {', '.join(finding.different[:3])}{more}"
-        else:
-            source = f"step {finding.resumed_from}" if finding.resumed_from else "the beginning"
-            ended = f"resumed from {source}, {counted(finding.redone, 'step')} repeated, "
-            ended += f"next new step after {finding.seconds:.1f} s: [green]the same bits[/]"
-        console.print(f"  {FaultKind(finding.kind).meaning}: {ended}", soft_wrap=True)
-    if all(finding.is_good for finding in findings):
-        proof = f"all {num_tensors} tensors and {num_steps} losses agree"
-        console.print(f"\n[bold green]This run resumes exactly[/]: {len(findings)} of {len(findings)}, {proof}.")
+    for finding in report.findings:
+        console.print(f"  {FaultKind(finding.kind).meaning}: {finding}", soft_wrap=True)
+    if report.explanation:
+        console.print(f"\n{report.explanation}", soft_wrap=True)
+    if report.is_good:
+        proof = f"all {report.num_tensors} tensors and {num_steps} losses agree"
+        num = len(report.findings)
+        console.print(f"\n[bold green]This run resumes exactly[/]: {num} of {num}, {proof}.")

@@ -176,7 +176,14 @@ class Launch:
     def _dry_step(self, prepared: Prepared, model: nn.Module) -> bool:
         """Try the first micro-batch here. Returns whether the graph of the model is static."""
         self._publish(events.PhaseEvent(name="dry_step"))
-        found = dry_step(self.config, prepared, self.store.storage, model, on_gpu=self.config.scale.gpus_per_worker > 0)
+        found = dry_step(
+            self.config,
+            prepared,
+            self.store.storage,
+            model,
+            num_workers=self.config.scale.max_workers,
+            on_gpu=self.config.scale.gpus_per_worker > 0,
+        )
         if found.skipped:
             self._publish(events.NoteEvent(text=f"the first step was not tried in advance: {found.skipped}"))
         return found.static_graph

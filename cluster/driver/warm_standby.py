@@ -30,7 +30,7 @@ from outlast.cluster.ray_internals import (
     node_manager_pb2,
     node_manager_pb2_grpc,
 )
-from outlast.trainers.config.model import TASKS
+from outlast.trainers.config.task_table import TASKS
 
 NUM_SPARE_NODES = 2
 PREWARM_VARIABLE, _AFTER_VARIABLE = "OUTLAST_REHEARSED", "OUTLAST_STANDBY_AFTER_S"

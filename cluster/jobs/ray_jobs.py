@@ -29,7 +29,7 @@ from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.bundle import bundle, copy_package
 from outlast.cluster.preflight.finding import TOKEN_HINT, Finding, Level
 from outlast.trainers.checks import model_checks as preflight
-from outlast.trainers.config.model import is_dotted
+from outlast.trainers.config.task_table import is_dotted
 from outlast.trainers.user_code import make_importable
 
 STOP_WAIT_S = 600

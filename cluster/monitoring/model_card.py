@@ -21,7 +21,7 @@ from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.timeline import TimelineReader
-from outlast.trainers.config.model import TASKS
+from outlast.trainers.config.task_table import TASKS
 
 CARD = "README.md"
 #: What the Hub calls the tasks.

@@ -30,7 +30,8 @@ from outlast.cluster.config.run_file import (
 from outlast.trainers.checks.dry_step import dry_step
 from outlast.trainers.checks.model_checks import check_architecture, check_code, check_metric, check_model
 from outlast.trainers.checks.resume_checks import check_unchanged
-from outlast.trainers.config.model import is_dotted, is_hub_id
+from outlast.trainers.config.model import is_hub_id
+from outlast.trainers.config.task_table import is_dotted
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
 from outlast.trainers.data.batch_plan import make_plan
@@ -178,7 +179,9 @@ def _prepare(config: RunConfig) -> None:
     prepared = prepare(config, storage)
     check_metric(config, prepared.facts)
     model = check_model(config, prepared, storage)[0]
-    dry_step(config, prepared, storage, model, on_gpu=config.scale.gpus_per_worker > 0)
+    dry_step(
+        config, prepared, storage, model, num_workers=config.scale.max_workers, on_gpu=config.scale.gpus_per_worker > 0
+    )
 
 
 def _write(config: RunConfig) -> None:

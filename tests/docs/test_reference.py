@@ -32,7 +32,7 @@ def test_a_page_is_up_to_date(name: str) -> None:
 def test_every_setting_and_every_command_is_there() -> None:
     """Found without the generator's own walk over settings and commands."""
     from outlast.cluster.config.run_file import load_run
-    from outlast.trainers.config.model import TASKS
+    from outlast.trainers.config.task_table import TASKS
 
     settings = (DOCS / "reference/settings.md").read_text()
     commands = (DOCS / "reference/commands.md").read_text()

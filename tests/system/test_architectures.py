@@ -25,7 +25,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.model import ModelSettings
-from outlast.trainers.config.train import Exactness
+from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.world import World
@@ -35,7 +35,7 @@ from outlast.trainers.models.weight_names import file_naming
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.checkpointing.state.test_shards import state_digests
 from tests.support.groups.ranks import on_ranks
-from tests.support.groups.worker_group import digests, fault, losses, newest, run_group
+from tests.support.groups.worker_group import digests, fault, losses, newest, run_group, with_parallel
 
 COMMON = {
     "hidden_size": 32,
@@ -181,20 +181,33 @@ def test_what_is_neither_renamed_nor_cut_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["mixtral", *(pytest.param(kind, marks=pytest.mark.faults) for kind in ("openai-gpt", "llama", "gpt_neox"))],
+    ("kind", "parallel"),
+    [
+        ("mixtral", Parallel.DDP),
+        ("mixtral", Parallel.FSDP),
+        *(pytest.param(kind, Parallel.DDP, marks=pytest.mark.faults) for kind in ("openai-gpt", "llama", "gpt_neox")),
+    ],
 )
 def test_killed_and_resumed_equals_uninterrupted(
-    kind: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+    kind: str, parallel: Parallel, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
 ) -> None:
     config = {"model_type": kind, **ARCHITECTURES[kind][1]}
     sections = {"model": {"config": config}, "checkpoint": {"overlap": True}}
-    assert run_group(assign(kind, sections=sections), storage, 2)[0].outcome is Outcome.DONE
+    run = f"{kind}-{parallel.value}"
+
+    def make(name: str, **options: Any) -> Assignment:
+        return with_parallel(assign(name, sections=sections, **options), parallel)
+
+    assert run_group(make(run), storage, 2)[0].outcome is Outcome.DONE
     strike = fault(FaultPoint.WHILE_WRITING, 6, 0, FaultAction.SIGKILL, tmp_path)
-    run_group(assign(f"{kind}-killed", sections=sections, faults=(strike,)), storage, 2)
+    run_group(make(f"{run}-killed", faults=(strike,)), storage, 2)
     assert Path(strike.record).exists()
-    again = run_group(assign(f"{kind}-killed", sections=sections, launch="second"), storage, 2)
+    again = run_group(make(f"{run}-killed", launch="second"), storage, 2)
     assert again[0].outcome is Outcome.DONE
-    assert digests(storage, f"{kind}-killed") == digests(storage, kind)
-    assert losses(storage, f"{kind}-killed") == losses(storage, kind)
-    assert newest(storage, kind).ref.step == 10
+    assert digests(storage, f"{run}-killed") == digests(storage, run)
+    assert losses(storage, f"{run}-killed") == losses(storage, run)
+    assert newest(storage, run).ref.step == 10
+    [folder] = Path(storage.path(run)).glob("attempts/*/checkpoint-10")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), "every weight found its place"
+    assert named_weights(model, weight_naming(model)).keys() == load_file(folder / "model.safetensors").keys()

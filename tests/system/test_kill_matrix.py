@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
@@ -261,6 +262,17 @@ def test_another_world_size_goes_on(assign: Assign, storage: LocalStorage, refer
     assert losses(storage, "resize") == pytest.approx(reference(2).losses, rel=1e-5)
     changed = [event for _, event in run_events(RunStore(storage, "resize")) if event["event"] == "changed"]
     assert [(event["what"], event["before"], event["now"]) for event in changed] == [("world_size", 2, 3)]
+
+
+def test_another_processor_is_recorded(assign: Assign, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels may give other bits in the same steps."""
+    here = torch.backends.cpu.get_cpu_capability()  # read once per process
+    run_group(assign("processor"), storage, 1, StopAt(4))
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert run_group(assign("processor", launch="second"), storage, 1)[0].outcome is Outcome.DONE
+    [changed] = [event for _, event in run_events(RunStore(storage, "processor")) if event["event"] == "changed"]
+    assert (changed["what"], changed["before"], changed["now"]) == ("processor", here, "DEFAULT")
+    assert not changed["same_bits"]
 
 
 SLOWLY = pytest.mark.faults

@@ -15,6 +15,7 @@ from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.save.staging import free_bytes
 from outlast.checkpointing.state.named_weights import unwrap
 from outlast.checkpointing.storage.base import Storage
+from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import seed_everything
@@ -28,6 +29,8 @@ from outlast.trainers.user_code import describe_error
 
 #: Floating-point operations that a dry step may take: about half a minute on two cores.
 MAX_OPERATIONS = 2e12
+#: Share of the largest logit by which logits may differ for other reasons than a token that they depend on.
+MAX_LEAK = 1e-4
 #: Words of errors that may come from the host having no GPU.
 _NEEDS_GPU = re.compile(r"cuda|triton|\bgpu|flash|not implemented", re.IGNORECASE)
 
@@ -47,38 +50,41 @@ class DryStep:
     skipped: str = ""
 
 
-def dry_step(config: TrainingConfig, prepared: Prepared, storage: Storage, meta: nn.Module, *, on_gpu: bool) -> DryStep:
-    """Run the first micro-batch of a run; with fewer samples, if it would take too long.
+def dry_step(
+    config: TrainingConfig, prepared: Prepared, storage: Storage, meta: nn.Module, *, num_workers: int, on_gpu: bool
+) -> DryStep:
+    """Run the first micro-batch of a run, and the second one forward only; both with fewer samples if that takes long.
 
     Args:
         config: The settings.
         prepared: The prepared data.
         storage: Holds it.
         meta: The model without memory, from `check_model`; a large one is not run here.
+        num_workers: The largest number of workers.
         on_gpu: Whether the workers have GPUs: then errors that may come from their lack here are not raised.
 
     Raises:
         ConfigError: The step fails, or trains nothing, or changes the model in a way that a resume cannot repeat.
     """
-    plan = make_plan(config, prepared.num_samples, 1)
-    positions = plan.cut(plan.positions(0))[0]
     num_parameters = sum(parameter.numel() for parameter in meta.parameters())
     longest = max(prepared.longest.values(), default=1)
-    num_samples = min(len(positions), int(MAX_OPERATIONS / (6 * max(1, num_parameters * longest))))
-    if not num_samples or 16 * num_parameters > free_bytes() // 2:
+    most = int(MAX_OPERATIONS / (6 * max(1, num_parameters * longest)))
+    if not most or 16 * num_parameters > free_bytes() // 2:
         return DryStep(skipped=f"a model of {num_parameters:,} parameters is too large for this machine")
-    positions = positions[:num_samples]
     tokenizer = prepared.tokenizer(storage)
     task = find_task(config.model.task)(config.data, tokenizer, prepared.facts)
     model = build_model(config.model, task, tokenizer, config.seed, fresh=True)[0].train()
-    batch = task.collate(prepared.split(storage, "train").take(plan.samples(positions)), plan.keys(positions))
+    plan, samples = make_plan(config, prepared.num_samples, 1), prepared.split(storage, "train")
+    batches = [
+        task.collate(samples.take(plan.samples(positions[:most])), plan.keys(positions[:most]))
+        for positions in plan.cut(plan.positions(0))[:2]
+    ]
     if config.train.gradient_checkpointing:
         enable_recomputing(model)
     guards = watch_buffers(model, config.exactness, recomputes=config.train.gradient_checkpointing)
     modules = dict(model.named_modules())
-    seed_everything(config.seed, 0, 0)
     try:
-        _forward_backward(config, model, task, batch)
+        used = _run(config, model, task, batches)
     except OutlastError:
         raise
     except Exception as error:
@@ -91,22 +97,49 @@ def dry_step(config: TrainingConfig, prepared: Prepared, storage: Storage, meta:
     for guard in guards:
         guard.check()
     _check_modules(modules, model)
+    if task.auto_class == "AutoModelForCausalLM" and _is_of_libraries(model, task):
+        _check_is_causal(model, task, batch)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     unused = tuple(name for name, parameter in trained if parameter.grad is None)
     if len(unused) == len(trained):
         raise ConfigError("no parameter gets a gradient from the loss", hint="check the loss of the task, and freezing")
+    by_ddp = config.scale.parallel is Parallel.DDP and config.exactness is not Exactness.ELASTIC and num_workers > 1
+    if by_ddp and any(parameter.grad is not None and parameter not in used for _, parameter in trained):
+        raise ConfigError(
+            f"{type(unwrap(model)).__name__} runs backward passes within its backward pass, which DDP does not support",
+            hint="-s exactness=elastic",
+        )
     return DryStep(not unused and not graph_may_vary(model, task), unused)
 
 
-def _forward_backward(config: TrainingConfig, model: nn.Module, task: Task, batch: Batch) -> None:
-    with World().autocast(config.train.precision):
-        loss: Any = task.loss_sum(model, batch)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise ConfigError(
-            f"task {config.model.task} gives no loss to train on: it must be one number that depends on the weights",
-            hint="return the sum over the batch, as a tensor, from the `loss` of the task",
-        )
-    loss.backward()  # type: ignore[no-untyped-call]
+def _run(config: TrainingConfig, model: nn.Module, task: Task, batches: list[Batch]) -> set[nn.Parameter]:
+    """Run the first batch forward and backward, the others forward. Returns the parameters in the loss's graph."""
+    used: set[nn.Parameter] = set()
+    for number, batch in enumerate(batches):
+        seed_everything(config.seed, 0, number)
+        with World().autocast(config.train.precision):
+            loss: Any = task.loss_sum(model, batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ConfigError(
+                f"task {config.model.task} gives no loss to train on: it must be one number that depends on weights",
+                hint="return the sum over the batch, as a tensor, from the `loss` of the task",
+            )
+        if number == 0:
+            used = _leaves(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+    return used
+
+
+def _leaves(loss: torch.Tensor) -> set[Any]:
+    """Return the tensors that the backward pass from `loss` would give a gradient."""
+    found, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found |= {node.variable} if hasattr(node, "variable") else set()
+            waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 def _check_modules(before: dict[str, nn.Module], model: nn.Module) -> None:
@@ -119,12 +152,42 @@ def _check_modules(before: dict[str, nn.Module], model: nn.Module) -> None:
             )
 
 
+def _check_is_causal(model: nn.Module, task: Task, batch: Batch) -> None:
+    """Raise ConfigError if the prediction of a token depends on the token: the model would learn to copy it."""
+    [ids] = batch["input_ids"][:1]
+    ids = ids[: int(batch["attention_mask"][0].sum())] if "attention_mask" in batch else ids
+    other = ids.clone()
+    other[-1] = ids[-1] - 1 if ids[-1] else 1
+    model.eval()
+    with torch.no_grad():
+        first, second = (
+            task.forward(model, {"input_ids": item[None], "attention_mask": torch.ones_like(item[None])}).logits[:, :-1]
+            for item in (ids, other)
+        )
+    if first.numel() and (first - second).abs().max() > MAX_LEAK * first.abs().max():
+        raise ConfigError(
+            f"{type(unwrap(model)).__name__} attends to the tokens that it predicts, so it would learn nothing",
+            hint="configure it as a decoder, or use a decoder such as gpt2 or llama",
+        )
+
+
+def _is_of_libraries(model: nn.Module, task: Task) -> bool:
+    """Return whether neither the model nor the task is code of the user."""
+    return type(_base_model(model)).__module__.startswith("transformers.") and type(task).__module__.startswith(
+        "outlast."
+    )
+
+
+def _base_model(model: nn.Module) -> Any:
+    inner: Any = unwrap(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 def graph_may_vary(model: nn.Module, task: Task) -> bool:
     """Return whether the trained part may differ between micro-batches: LayerDrop, separate experts, users' code."""
-    inner: Any = unwrap(model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if not type(inner).__module__.startswith("transformers.") or not type(task).__module__.startswith("outlast."):
+    if not _is_of_libraries(model, task):
         return True
+    inner = _base_model(model)
     drops = any("layerdrop" in name and value for name, value in inner.config.to_dict().items())
     return drops or any(
         name.endswith("experts") and isinstance(module, (nn.ModuleList, nn.ModuleDict))

@@ -145,7 +145,7 @@ def record_changes(checkpointer: Checkpointer, base: Mapping[str, Any], exactnes
     """Write to the journal which changes are allowed, and whether the numbers stay the same to the last bit."""
     if checkpointer.journal is None:
         return
-    for key in ("world_size", "parallel", "versions", "device"):
+    for key in ("world_size", "parallel", "versions", "device", "processor"):
         before, now = base.get(key), checkpointer.declaration[key]
         if before not in (None, now):
             same_bits = key == "world_size" and exactness is Exactness.ELASTIC

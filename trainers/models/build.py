@@ -178,6 +178,9 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
     if is_of_transformers and not fresh:
         model.tie_weights()
         initialize_not_saved(model)
+    if settings.path is not None and hasattr(model, "can_generate") and model.can_generate():
+        with suppress(OSError):  # without such a file, `from_pretrained` makes it from the model's configuration too
+            model.generation_config = transformers.GenerationConfig.from_pretrained(settings.path)
     return model, []
 
 
@@ -290,9 +293,17 @@ def _settle_attention(model: Any, max_length: int) -> None:
 
 
 def _check_is_causal(model: Any) -> None:
-    """Raise ConfigError for an encoder: it attends to the token that it predicts, and would learn nothing."""
-    if getattr(model.config, "is_decoder", None) is False and not model.can_generate():
-        raise ConfigError(
-            f"{type(model).__name__} is configured as an encoder: it attends to the tokens that it predicts",
-            hint="set model.config.is_decoder: true, or use a decoder such as gpt2 or llama",
-        )
+    """Raise ConfigError if the model attends to the tokens that it predicts: it would learn nothing."""
+    config = model.config
+    is_encoder = getattr(config, "is_decoder", None) is False and not config.model_type.startswith("gpt_neox")
+    remedies = {
+        "is_decoder: true": is_encoder,  # gpt_neox has the setting, and does not heed it
+        "causal: true": getattr(config, "causal", None) is False,  # XLM
+        "attn_type: uni": getattr(config, "attn_type", None) == "bi",  # XLNet
+    }
+    for remedy, is_needed in remedies.items():
+        if is_needed:
+            raise ConfigError(
+                f"{type(model).__name__} is configured as an encoder: it attends to the tokens that it predicts",
+                hint=f"set model.config.{remedy}, or use a decoder such as gpt2 or llama",
+            )

@@ -15,10 +15,11 @@ from torch.nn import functional
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.config.model import TASKS
+from outlast.trainers.config.task_table import TASKS
 from outlast.trainers.data.arrow_samples import Sample, in_batches
 from outlast.trainers.data.columns import Column
 from outlast.trainers.data.tokenizer import Tokenizer
+from outlast.trainers.tasks.model_inputs import run_model
 from outlast.trainers.user_code import import_object
 
 #: A row of the data, keyed by role, such as {"text": "…", "label": 3}.
@@ -113,12 +114,13 @@ class Task:
 
     def configure(self, config: Any) -> None:
         """Set what the head needs in the model's configuration, such as the number of classes."""
-        if config.pad_token_id is None:  # GPT-2 classifies from the last token that is not padding
-            config.pad_token_id = self.tokenizer.inner.pad_token_id
+        text = config if hasattr(config, "pad_token_id") else getattr(config, "text_config", config)
+        if getattr(text, "pad_token_id", None) is None:  # GPT-2 classifies from the last token that is not padding
+            text.pad_token_id = self.tokenizer.inner.pad_token_id
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """Run the model on the batch without its targets. Returns the model's outputs."""
-        return model(**{name: value for name, value in batch.items() if name not in self.targets})
+        return run_model(model, {name: value for name, value in batch.items() if name not in self.targets})
 
     def count(self, batch: Batch) -> int:
         """Count the terms in the loss sum of this batch."""

@@ -109,10 +109,11 @@ class SequenceClassification(Task):
         if records and "text_pair" in records[0]:
             texts.append([record["text_pair"] for record in records])
         encoded = self.tokenizer.inner(*texts, truncation=True, max_length=self.settings.max_length)
+        types = encoded.get("token_type_ids", ())
         for index, record in enumerate(records):
             sample = {"input_ids": ints(encoded["input_ids"][index] or [self.padding("input_ids")])}
-            if len(texts) > 1 and "token_type_ids" in encoded:
-                sample["token_type_ids"] = ints(encoded["token_type_ids"][index])
+            if types and (len(texts) > 1 or any(types[index])):  # XLNet's class token has a type of its own
+                sample["token_type_ids"] = ints(types[index])
             if "label" in record:
                 sample["labels"] = self._target(record["label"])
             yield sample
@@ -220,6 +221,8 @@ class TokenClassification(TokenTask):
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         for record, _, encoded in self._encoded(records):
             sample = {"input_ids": ints(encoded.ids)}
+            if any(encoded.type_ids) and "token_type_ids" in self.tokenizer.inner.model_input_names:
+                sample["token_type_ids"] = ints(encoded.type_ids)
             if "tags" in record:
                 firsts, labels = _first_tokens(encoded.word_ids), ints([IGNORED] * len(encoded.ids))
                 for word, position in firsts.items():

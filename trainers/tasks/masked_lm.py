@@ -70,7 +70,8 @@ class MaskedLM(TokenTask):
                 raise ConfigError(
                     f"{record['text']!r} has no mask token", hint=f"write {inner.mask_token} for a masked word"
                 )
-            probabilities = model(**encoded.to(device)).logits[0].float().softmax(-1).cpu()
+            given = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+            probabilities = self.forward(model, given).logits[0].float().softmax(-1).cpu()
             guesses = []
             for position in positions.tolist():
                 best = probabilities[position].topk(NUM_GUESSES)

@@ -15,7 +15,8 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import read_record, write_record
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.drills.drill import FaultKind, FinalState, differences, parse_faults
+from outlast.cluster.drills.comparison import Cause, FinalState, FirstDifference, differences, explain
+from outlast.cluster.drills.drill import DrillResult, FaultKind, parse_faults
 from tests.support.groups.worker_group import tiny_config
 from tests.support.s3_server import s3_server
 
@@ -43,6 +44,30 @@ def test_an_unknown_fault_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown fault 'flood'") as caught:
         parse_faults(["flood"])
     assert "kill-in-save" in caught.value.hint
+
+
+def test_a_restart_from_the_beginning_proves_no_resume() -> None:
+    result = DrillResult("kill", {"t": 1.0}, resumed_from=4, seconds=2.0)
+    assert result.is_good
+    assert "resumed from step 4" in str(result)
+    result = replace(result, resumed_from=0)
+    assert not result.is_good
+    assert "no checkpoint was committed before the fault" in str(result)
+    result = replace(result, resumed_from=4, different=["a", "b", "loss of step 5"])
+    assert not result.is_good
+    assert "2 tensors and the losses of 1 step; first a" in str(result)
+    first = FirstDifference(5, (2.5, 2.75), 6, "w", 1e-9, before_fault=False)
+    shown = str(replace(result, first=first))
+    assert shown.endswith("first loss of step 5 (2.75, undisturbed 2.5), w (by up to 1e-09) in checkpoint 6")
+
+
+def test_settings_that_promise_no_equal_bits_are_named(text_file: str) -> None:
+    config = tiny_config("mine", "runs", text_file)
+    assert "deterministic: false" not in explain(Cause.RESUME, config, None)
+    config = tiny_config("mine", "runs", text_file, sections={"deterministic": False, "exactness": "fast"})
+    text = explain(Cause.NOT_DETERMINISTIC, config, [])
+    assert "`deterministic: false` allows" in text
+    assert "`exactness: fast` does not fix" in text
 
 
 def test_a_record_is_written_once_on_any_storage(tmp_path: Path) -> None:

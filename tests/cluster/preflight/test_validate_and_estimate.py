@@ -24,7 +24,7 @@ from outlast.cluster.config.starter_files import EXAMPLES, template
 from outlast.cluster.preflight.estimate import describe, estimate_run
 from outlast.cluster.preflight.validate import validate
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.model import TASKS
+from outlast.trainers.config.task_table import TASKS
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
 from tests.support.groups.worker_group import run_group, tiny_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from outlast.trainers.checks import dry_step as dry_step_module
 from outlast.trainers.checks.dry_step import DryStep, dry_step
 from outlast.trainers.checks.model_checks import check_model
 from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models import build
 from tests.support.groups.worker_group import StopAt, digests, losses, run_group
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 XLNET = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+XLNET |= {"attn_type": "uni"}
 FLAUBERT = {"model_type": "flaubert", "emb_dim": 32, "n_layers": 2, "n_heads": 4, "layerdrop": 0.5}
 SWITCH = {"model_type": "switch_transformers", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 SWITCH |= {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
@@ -32,7 +35,7 @@ def model(config: Mapping[str, Any], task: str = "causal-lm") -> dict[str, Any]:
 
 def dry(assignment: Assignment, storage: LocalStorage, *, on_gpu: bool = False) -> DryStep:
     meta = check_model(assignment.config, assignment.prepared, storage)[0]
-    return dry_step(assignment.config, assignment.prepared, storage, meta, on_gpu=on_gpu)
+    return dry_step(assignment.config, assignment.prepared, storage, meta, num_workers=2, on_gpu=on_gpu)
 
 
 def test_a_plain_model_has_a_static_graph(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
@@ -47,6 +50,44 @@ def test_unused_parameters_are_named(assign: Callable[..., Assignment], storage:
 
 def test_layer_drop_makes_the_graph_vary(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
     assert not dry(assign("flaubert", sections=model(FLAUBERT, "masked-lm")), storage).static_graph
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"model_type": "bert", **BERT}, "is_decoder: true"),
+        ({**XLNET, "attn_type": "bi"}, "attn_type: uni"),
+        ({"model_type": "xlm", "emb_dim": 32, "n_layers": 2, "n_heads": 4}, "causal: true"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_an_encoder_is_no_causal_model(
+    config: dict[str, Any], remedy: str, assign: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    assignment = assign("encoder", sections=model(config))
+    with pytest.raises(ConfigError, match="attends to the tokens that it predicts") as caught:
+        check_model(assignment.config, assignment.prepared, storage)
+    assert remedy in str(caught.value.hint)
+    key, value = remedy.split(": ")
+    config = {**config, key: {"true": True}.get(value, value)}
+    assert not dry(assign("encoder", sections=model(config)), storage).skipped
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "chat"])
+def test_a_prediction_that_depends_on_the_predicted_token(
+    task: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the architecture's configuration says."""
+    monkeypatch.setattr(build, "_check_is_causal", lambda model: None)
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
+    rows.write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    sections = model({"model_type": "bert", **BERT}, task)
+    if task == "chat":
+        template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        sections["data"] = {"train": str(rows), "chat_template": template, "max_length": 32}
+    with pytest.raises(ConfigError, match="BertLMHeadModel attends to the tokens that it predicts, so it would learn"):
+        dry(assign("leak", sections=sections), storage)
 
 
 def test_a_large_model_is_not_tried(
@@ -114,6 +155,19 @@ def test_a_model_for_gpus_is_left_to_them(
     assert dry(assignment, storage, on_gpu=True).skipped.startswith("it needs a GPU: RuntimeError: this kernel is for")
     with pytest.raises(ConfigError, match=r"this kernel is for CUDA only \(.*odd_tasks.py, line 18\)"):
         dry(assignment, storage)
+
+
+REFORMER = {"model_type": "reformer", "hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16}
+REFORMER |= {"attn_layers": ["local", "local"], "feed_forward_size": 48, "axial_pos_embds": False, "is_decoder": True}
+REFORMER |= {"max_position_embeddings": 64, "local_attn_chunk_length": 4}
+
+
+def test_a_backward_pass_within_the_backward_pass(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
+    """Reformer's reversible layers: under DDP the gradient would be added before it is complete."""
+    with pytest.raises(ConfigError, match="ReformerModelWithLMHead runs backward passes within its backward pass"):
+        dry(assign("reversible", sections=model(REFORMER)), storage)
+    elastic = {**model(REFORMER), "exactness": "elastic"}
+    dry(assign("reversible-elastic", sections=elastic), storage)
 
 
 def test_sparse_attention_of_long_batches_is_refused(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
