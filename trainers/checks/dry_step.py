@@ -98,7 +98,7 @@ def dry_step(
         guard.check()
     _check_modules(modules, model)
     if task.auto_class == "AutoModelForCausalLM" and _is_of_libraries(model, task):
-        _check_is_causal(model, task, batch)
+        _check_is_causal(model, task, batches[0])
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     unused = tuple(name for name, parameter in trained if parameter.grad is None)
     if len(unused) == len(trained):
