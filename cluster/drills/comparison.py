@@ -63,7 +63,7 @@ class FirstDifference:
         return ", ".join(places)
 
 
-class Cause(Enum):
+class DifferenceCause(Enum):
     """Why a run does not end with the bits of the undisturbed one."""
 
     NOT_DETERMINISTIC = "not-deterministic"  #: undisturbed runs differ from each other
@@ -171,7 +171,7 @@ def _build(config: TrainingConfig, store: RunStore, code: str) -> Mapping[str, s
     return {name: tensor_digest(tensor.detach()) for name, tensor in tensors.items()}
 
 
-def explain(cause: Cause, config: TrainingConfig, builds: Sequence[str] | None) -> str:
+def explain(cause: DifferenceCause, config: TrainingConfig, builds: Sequence[str] | None) -> str:
     """Explain a cause in a paragraph.
 
     Args:
@@ -179,7 +179,7 @@ def explain(cause: Cause, config: TrainingConfig, builds: Sequence[str] | None) 
         config: The settings of the run.
         builds: Result of `unequal_builds`; None if it was not called.
     """
-    if cause is Cause.RESUME:
+    if cause is DifferenceCause.RESUME:
         text = (
             "The undisturbed copy was repeated and gave the same bits, so kernels and code are deterministic; only "
             "resumed copies differ. A resume checks the layout, flags and buffers of the model it builds. So model or "

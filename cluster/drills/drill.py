@@ -31,7 +31,7 @@ from outlast.checkpointing.storage.base import read_bytes, walk
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.config.run_file import load_run
 from outlast.cluster.drills.comparison import (
-    Cause,
+    DifferenceCause,
     FinalState,
     FirstDifference,
     differences,
@@ -106,7 +106,7 @@ class DrillResult:
     seconds_per_step: float | None = None  #: the median of the undisturbed copy
     different: list[str] = field(default_factory=list)  #: tensors and losses that differ from the undisturbed copy's
     first: FirstDifference | None = None  #: where the difference begins
-    cause: str = ""  #: why there is one, a value of `Cause`
+    cause: str = ""  #: why there is one, a value of `DifferenceCause`
     error: str = ""  #: why it did not resume
 
     @property
@@ -314,7 +314,7 @@ def _diagnose(
         with ProgressReporter("repeated") as reporter:
             repeated.launch(tell=reporter)
         first = first_difference(repeated.store, reference.store, order)
-    cause = Cause.RESUME if first is None else Cause.NOT_DETERMINISTIC
+    cause = DifferenceCause.RESUME if first is None else DifferenceCause.NOT_DETERMINISTIC
     for finding, _ in differing:
         finding.cause = cause.value
     builds = None

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
+from outlast.checkpointing.format.safetensors import tensor_bytes
 from outlast.checkpointing.save.staging import free_bytes
 from outlast.checkpointing.state.named_weights import unwrap
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.batch_plan import make_plan
-from outlast.trainers.distributed.determinism import seed_everything
+from outlast.trainers.distributed.determinism import make_deterministic, seed_everything
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.buffer_change_check import watch_buffers
 from outlast.trainers.loop.compile_and_recompute import enable_recomputing
@@ -53,7 +55,7 @@ class DryStep:
 def dry_step(
     config: TrainingConfig, prepared: Prepared, storage: Storage, meta: nn.Module, *, num_workers: int, on_gpu: bool
 ) -> DryStep:
-    """Run the first micro-batch of a run, and the second one forward only; both with fewer samples if that takes long.
+    """Run the first micro-batch of a run twice, and the second forward only; with fewer samples if that takes long.
 
     Args:
         config: The settings.
@@ -81,7 +83,9 @@ def dry_step(
     ]
     if config.train.gradient_checkpointing:
         enable_recomputing(model)
-    guards = watch_buffers(model, config.exactness, recomputes=config.train.gradient_checkpointing)
+    will_shard = config.scale.parallel is Parallel.FSDP and num_workers > 1
+    recomputes = config.train.gradient_checkpointing
+    guards = watch_buffers(model, config.exactness, recomputes=recomputes, will_shard=will_shard)
     modules = dict(model.named_modules())
     try:
         used = _run(config, model, task, batches)
@@ -103,31 +107,66 @@ def dry_step(
     unused = tuple(name for name, parameter in trained if parameter.grad is None)
     if len(unused) == len(trained):
         raise ConfigError("no parameter gets a gradient from the loss", hint="check the loss of the task, and freezing")
-    by_ddp = config.scale.parallel is Parallel.DDP and config.exactness is not Exactness.ELASTIC and num_workers > 1
-    if by_ddp and any(parameter.grad is not None and parameter not in used for _, parameter in trained):
+    is_nested = any(parameter.grad is not None and parameter not in used for _, parameter in trained)
+    if is_nested and unused and num_workers > 1 and _uses_ddp(config):
         raise ConfigError(
-            f"{type(unwrap(model)).__name__} runs backward passes within its backward pass, which DDP does not support",
-            hint="-s exactness=elastic",
+            f"{type(unwrap(model)).__name__} runs backward passes within its backward pass, and {unused[0]} gets no "
+            "gradient; DDP does not support both",
+            hint="-s exactness=elastic, or freeze that parameter",
         )
-    return DryStep(not unused and not graph_may_vary(model, task), unused)
+    return DryStep(not unused and (is_nested or not graph_may_vary(model, task)), unused)
+
+
+def _uses_ddp(config: TrainingConfig) -> bool:
+    return config.scale.parallel is Parallel.DDP and config.exactness is not Exactness.ELASTIC
 
 
 def _run(config: TrainingConfig, model: nn.Module, task: Task, batches: list[Batch]) -> set[nn.Parameter]:
-    """Run the first batch forward and backward, the others forward. Returns the parameters in the loss's graph."""
-    used: set[nn.Parameter] = set()
-    for number, batch in enumerate(batches):
-        seed_everything(config.seed, 0, number)
-        with World().autocast(config.train.precision):
-            loss: Any = task.loss_sum(model, batch)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ConfigError(
-                f"task {config.model.task} gives no loss to train on: it must be one number that depends on weights",
-                hint="return the sum over the batch, as a tensor, from the `loss` of the task",
-            )
-        if number == 0:
-            used = _leaves(loss)
-            loss.backward()  # type: ignore[no-untyped-call]
+    """Run the first batch twice, forward and backward, and the others forward. Returns the parameters in the graph."""
+    before = torch.are_deterministic_algorithms_enabled()
+    make_deterministic(config.deterministic, torch.get_num_threads())
+    try:
+        for batch in batches[1:]:
+            _loss(config, model, task, batch)
+        (first, _), (second, used) = (_pass(config, model, task, batches[0]) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    if config.exactness is not Exactness.FAST and first != second:
+        name = next(name for name in {**first, **second} if first.get(name) != second.get(name))
+        raise ConfigError(
+            f"two passes over the first micro-batch with the same seed differ in {name}: "
+            f"{type(unwrap(model)).__name__} draws random numbers of its own, or remembers earlier batches",
+            hint="draw random numbers from torch's default generator; or set exactness: fast, which promises no bits",
+        )
     return used
+
+
+def _pass(
+    config: TrainingConfig, model: nn.Module, task: Task, batch: Batch
+) -> tuple[dict[str, str], set[nn.Parameter]]:
+    """Return digests of the loss and of each gradient, by name of the parameter, and the parameters in the graph."""
+    model.zero_grad(set_to_none=True)
+    loss = _loss(config, model, task, batch)
+    used = _leaves(loss)
+    loss.backward()
+    found = {"the loss": loss} | {f"the gradient of {name}": item.grad for name, item in model.named_parameters()}
+    return {name: _digest(item) for name, item in found.items() if item is not None}, used
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(tensor_bytes(tensor.detach()))
+
+
+def _loss(config: TrainingConfig, model: nn.Module, task: Task, batch: Batch) -> Any:
+    seed_everything(config.seed, 0, 0)
+    with World().autocast(config.train.precision):
+        loss = task.loss_sum(model, batch)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise ConfigError(
+            f"task {config.model.task} gives no loss to train on: it must be one number that depends on weights",
+            hint="return the sum over the batch, as a tensor, from the `loss` of the task",
+        )
+    return loss
 
 
 def _leaves(loss: torch.Tensor) -> set[Any]:
@@ -184,12 +223,9 @@ def _base_model(model: nn.Module) -> Any:
 
 
 def graph_may_vary(model: nn.Module, task: Task) -> bool:
-    """Return whether the trained part may differ between micro-batches: LayerDrop, separate experts, users' code."""
+    """Return whether the parameters in use may differ between micro-batches: LayerDrop, experts, users' code."""
     if not _is_of_libraries(model, task):
         return True
     inner = _base_model(model)
     drops = any("layerdrop" in name and value for name, value in inner.config.to_dict().items())
-    return drops or any(
-        name.endswith("experts") and isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        for name, module in inner.named_modules()
-    )
+    return drops or any("experts" in name for name, _ in inner.named_modules())  # none may get a token

@@ -60,15 +60,18 @@ def _digest(buffer: torch.Tensor) -> str:
     return f"{buffer.dtype}{list(buffer.shape)}{xxhash.xxh3_128_hexdigest(tensor_bytes(buffer))}"
 
 
-def watch_buffers(model: nn.Module, exactness: Exactness, *, recomputes: bool) -> list[BufferGuard]:
+def watch_buffers(
+    model: nn.Module, exactness: Exactness, *, recomputes: bool, will_shard: bool = False
+) -> list[BufferGuard]:
     """Return the guards that the settings require. Call it after resuming, which writes to buffers.
 
     Args:
         model: The model, unwrapped.
         exactness: The promised exactness.
+        will_shard: Whether the model stands for one that is sharded.
         recomputes: Whether forward passes run twice, so that they would update a buffer twice.
     """
-    is_sharded = isinstance(model, FSDPModule)
+    is_sharded = will_shard or isinstance(model, FSDPModule)
     if is_sharded or exactness is Exactness.ELASTIC:
         why = "scale.parallel: fsdp" if is_sharded else "exactness: elastic"
         hint = "use exactness: same-world and scale.parallel: ddp, which keep rank 0's buffers if they are persistent"

@@ -15,7 +15,7 @@ import yaml
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import read_record, write_record
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.cluster.drills.comparison import Cause, FinalState, FirstDifference, differences, explain
+from outlast.cluster.drills.comparison import DifferenceCause, FinalState, FirstDifference, differences, explain
 from outlast.cluster.drills.drill import DrillResult, FaultKind, parse_faults
 from tests.support.groups.worker_group import tiny_config
 from tests.support.s3_server import s3_server
@@ -63,9 +63,9 @@ def test_a_restart_from_the_beginning_proves_no_resume() -> None:
 
 def test_settings_that_promise_no_equal_bits_are_named(text_file: str) -> None:
     config = tiny_config("mine", "runs", text_file)
-    assert "deterministic: false" not in explain(Cause.RESUME, config, None)
+    assert "deterministic: false" not in explain(DifferenceCause.RESUME, config, None)
     config = tiny_config("mine", "runs", text_file, sections={"deterministic": False, "exactness": "fast"})
-    text = explain(Cause.NOT_DETERMINISTIC, config, [])
+    text = explain(DifferenceCause.NOT_DETERMINISTIC, config, [])
     assert "`deterministic: false` allows" in text
     assert "`exactness: fast` does not fix" in text
 

@@ -101,6 +101,7 @@ class Odd(nn.Module):
         self.turned = nn.Parameter(torch.arange(6.0).view(2, 3).t())
         self.whole = nn.Parameter(memory[50:70])
         self.part = nn.Parameter(memory[55:60])
+        self.expanded: torch.Tensor
         self.register_buffer("expanded", torch.arange(5.0).expand(3, 5), persistent=False)
         self.register_buffer("empty", torch.zeros(0, 3))
 
@@ -130,16 +131,15 @@ def untied(model: Odd) -> None:
 
 
 def other_table(model: Odd) -> None:
-    model.expanded += 1
+    model.expanded.add_(1)
 
 
 def reordered(model: Odd) -> None:
-    whole = model._parameters.pop("whole")
-    model.whole = whole
+    model._parameters["whole"] = model._parameters.pop("whole")
 
 
 def other_flag(model: Odd) -> None:
-    model.use_bias = True
+    model.use_bias = True  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from outlast.trainers.tasks.base import Task, find_task
 
 WORDS = {word: number for number, word in enumerate(["<pad>", "<cls>", "<sep>", "<mask>", "<unk>", *"abcdefghij"])}
 FACTS = {"problem": "single-label", "classes": ["no", "yes"], "num_choices": 2}
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32},
     "xlm": {"emb_dim": 16, "n_layers": 1, "n_heads": 2},
     "flaubert": {"emb_dim": 16, "n_layers": 1, "n_heads": 2},
