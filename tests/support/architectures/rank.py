@@ -67,14 +67,14 @@ def _with_head(config: Any, task: str) -> Any:
     raise AssertionError(task)
 
 
-def check(assignment: Assignment, url: str) -> bool:
+def check(assignment: Assignment, url: str, num_workers: int) -> bool:
     """Check a run as `train` does before it starts workers. Returns whether the model's graph is static."""
     config, prepared, storage = assignment.config, assignment.prepared, LocalStorage(Path(url))
     check_code(config)
     check_architecture(config)
     check_metric(config, prepared.facts)
     model, _ = check_model(config, prepared, storage)
-    return dry_step(config, prepared, storage, model, num_workers=2, on_gpu=False).static_graph
+    return dry_step(config, prepared, storage, model, num_workers=num_workers, on_gpu=False).static_graph
 
 
 class Kept(Loop):
