@@ -21,6 +21,7 @@ from outlast.trainers.loop.compile_and_recompute import check_recomputes
 from outlast.trainers.loop.optimizer import resolve_optimizer
 from outlast.trainers.models.build import build_model, check_head, check_names, weight_naming
 from outlast.trainers.models.lora import adapter_files, attach_lora
+from outlast.trainers.models.transformers_internals import model_mapping
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import Task, find_task
 
@@ -72,7 +73,20 @@ def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) ->
             raise  # all models of transformers can be built on the meta device
         model, files = _build(config, task, tokenizer, longest)
     weight_naming(model)  # refuses an architecture whose files outlast cannot write
+    _check_reloads(model, task)
     return model, files
+
+
+def _check_reloads(model: nn.Module, task: Task) -> None:
+    """Raise ConfigError if the task's Auto class builds a part of a composite model, and cannot load that part."""
+    config = getattr(model, "config", None)
+    types = model_mapping(getattr(transformers, task.auto_class, None))
+    if types and type(config).__module__.startswith("transformers.") and type(config) not in types:
+        raise ConfigError(
+            f"{type(model).__name__} is of type {config.model_type}, which no {task.auto_class} loads: what the run "
+            "publishes could not be loaded",
+            hint="use another architecture, or a class of your own: model.class",
+        )
 
 
 def _build(

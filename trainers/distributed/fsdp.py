@@ -48,7 +48,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     candidates = [item for _, items in lists for item in items if type(item).__name__ in no_split]
     if not candidates and lists:
         _, largest = max(lists, key=lambda named: sum(parameter.numel() for parameter in named[1].parameters()))
-        candidates = list(largest)
+        candidates = [part for item in largest for part in (item if isinstance(item, nn.ModuleList) else [item])]
     uses = _uses(model)
     return [item for item in candidates if (own := _uses(item)) and all(uses[key] == own[key] for key in own)]
 

@@ -67,14 +67,14 @@ def _with_head(config: Any, task: str) -> Any:
     raise AssertionError(task)
 
 
-def check(assignment: Assignment, url: str) -> bool:
+def check(assignment: Assignment, url: str, num_workers: int) -> bool:
     """Check a run as `train` does before it starts workers. Returns whether the model's graph is static."""
     config, prepared, storage = assignment.config, assignment.prepared, LocalStorage(Path(url))
     check_code(config)
     check_architecture(config)
     check_metric(config, prepared.facts)
     model, _ = check_model(config, prepared, storage)
-    return dry_step(config, prepared, storage, model, num_workers=2, on_gpu=False).static_graph
+    return dry_step(config, prepared, storage, model, num_workers=num_workers, on_gpu=False).static_graph
 
 
 class Kept(Loop):
@@ -125,15 +125,17 @@ def compare_reloaded(folder: Path, loop: Loop, model: Any) -> list[str]:
     with tempfile.TemporaryDirectory() as place:
         (model if model is not None else loaded).save_pretrained(place)
         theirs, ours = load_all(Path(place)), load_all(folder)
+        again = getattr(transformers, task.auto_class).from_pretrained(place)
     if theirs.keys() != ours.keys():
         more, fewer = sorted(ours.keys() - theirs.keys())[:3], sorted(theirs.keys() - ours.keys())[:3]
         found.append(f"file keys: only ours {more}, only save_pretrained's {fewer}")
     unequal = [name for name in theirs if name in ours and not torch.equal(theirs[name], ours[name])]
-    if unequal:
+    if unequal and model is not None:  # a resume shows the values of a sharded one
         found.append(f"file values: {unequal[:3]}")
     if model is not None:
-        mine, other = logits(model, task, loop), logits(loaded, task, loop)
-        if not all(torch.equal(mine[name], other[name]) for name in mine):
+        mine, other, plain = (logits(item, task, loop) for item in (model, loaded, again))
+        # Reading a Funnel zeroes the padding token's row, which tied weights train: so does a plain round trip.
+        if not any(all(torch.equal(given[name], other[name]) for name in mine) for given in (mine, plain)):
             found.append("logits differ after from_pretrained")
     return found
 
@@ -143,10 +145,10 @@ def load_all(folder: Path) -> Mapping[str, torch.Tensor]:
 
 
 def logits(model: Any, task: Task, loop: Any) -> dict[str, torch.Tensor]:
-    samples = loop._train_step._data.take([0, 1])
+    samples = loop._train_step._data.take(list(range(loop.config.train.micro_batch)))
     torch.manual_seed(0)
     with torch.no_grad():
-        outputs = task.forward(model.eval(), task.collate(samples, [1, 2]))
+        outputs = task.forward(model.eval(), task.collate(samples, [1] * len(samples)))
     return {name: outputs[name].clone() for name in ("logits", "start_logits", "end_logits") if name in outputs}
 
 

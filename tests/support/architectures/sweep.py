@@ -17,7 +17,7 @@ from typing import Any
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.trainers.attempt import Assignment
 from tests.support.architectures import rank
-from tests.support.architectures.cases import STOPPED_AT, Case, Place, Ranks, Source, settings_of, tokens_of
+from tests.support.architectures.cases import STOPPED_AT, Case, Place, Source, settings_of, tokens_of
 from tests.support.architectures.processes import Answer, Processes
 from tests.support.groups.worker_group import Quiet, StopAt, fault
 
@@ -116,9 +116,9 @@ class Sweep:
             assignment = self._assignment(case, "check")
         except Exception as error:  # noqa: BLE001 - it is the finding
             return self._end(case, ERROR, f"settings: {type(error).__name__}: {error}"[:300])
-        same = replace(case, ranks=Ranks.DDP if case.ranks is Ranks.ONE else case.ranks, killed=False)
+        same = replace(case, killed=False)
         if same not in self._checked:
-            self._checked[same] = processes.call(rank.check, assignment, place.storage.url)[0]
+            [self._checked[same]] = processes.call(rank.check, assignment, place.storage.url, case.ranks.size)
         answer = self._checked[same]
         if answer.kind == "ok":
             self._static[case] = answer.value
