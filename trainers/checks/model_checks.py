@@ -79,7 +79,7 @@ def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) ->
 
 def _check_reloads(model: nn.Module, task: Task) -> None:
     """Raise ConfigError if the task's Auto class builds a part of a composite model, and cannot load that part."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     types = model_mapping(getattr(transformers, task.auto_class, None))
     if types and type(config).__module__.startswith("transformers.") and type(config) not in types:
         raise ConfigError(
