@@ -123,7 +123,7 @@ def test_a_start_reads_everything_once(
     (tmp_path / "run.yaml").write_text((STORED / "run.yaml").read_text().replace("storage: runs", f"storage: {runs}"))
     config, declared = load_run(str(tmp_path / "run.yaml"))
     launch = Launch(config.at_home(tmp_path), declared, take_over=True)
-    monkeypatch.setattr(Launch, "_train", lambda *_: Finished(Outcome.STOPPED, launch.id))
+    monkeypatch.setattr(Launch, "_train", lambda *_, **__: Finished(Outcome.STOPPED, launch.id))
     operations.clear()
     assert launch.run().outcome is Outcome.STOPPED
     read = check_once(operations, "golden")
