@@ -23,7 +23,6 @@ import torch.distributed as dist
 from outlast.checkpointing.errors import OutlastError
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.support.architectures.preload"])
 
 LIMIT_S = 60.0
 COLLECTIVE_S = 20.0

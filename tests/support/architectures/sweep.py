@@ -6,10 +6,11 @@ Returns verdicts; it asserts nothing.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,13 @@ class Sweep:
 
 
 def sweep(folder: Path, cases: Sequence[Case], num_parts: int = 1) -> list[Verdict]:
-    """Sweep cases in several parts at once."""
+    """Sweep cases, several parts at once, in a process of its own: its fork server is not that of other tests."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_sweep, folder, cases, num_parts).result()
+
+
+def _sweep(folder: Path, cases: Sequence[Case], num_parts: int) -> list[Verdict]:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.support.architectures.preload"])
     with ThreadPoolExecutor(num_parts) as pool:
         parts = [Sweep(folder / f"part-{number}", cases[number::num_parts]) for number in range(num_parts)]
         return [verdict for verdicts in pool.map(Sweep.run, parts) for verdict in verdicts]

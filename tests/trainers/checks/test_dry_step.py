@@ -40,7 +40,7 @@ def dry(assignment: Assignment, storage: LocalStorage, *, on_gpu: bool = False) 
 
 
 def test_a_plain_model_has_a_static_graph(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
-    assert dry(assign("plain"), storage) == DryStep(static_graph=True)
+    assert dry(assign("dry-plain"), storage) == DryStep(static_graph=True)
 
 
 def test_unused_parameters_are_named(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
@@ -95,7 +95,7 @@ def test_a_large_model_is_not_tried(
     assign: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dry_step_module, "MAX_OPERATIONS", 1000)
-    assert dry(assign("large"), storage).skipped.endswith("parameters is too large for this machine")
+    assert dry(assign("dry-large"), storage).skipped.endswith("parameters is too large for this machine")
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_loss_that_trains_nothing(
     kind: str, assign: Callable[..., Assignment], storage: LocalStorage, own_tasks: None
 ) -> None:
     with pytest.raises(ConfigError, match=f"odd_tasks:{kind} gives no loss to train on"):
-        dry(assign("odd", sections={"model": {"task": f"odd_tasks:{kind}"}}), storage)
+        dry(assign("dry-odd", sections={"model": {"task": f"odd_tasks:{kind}"}}), storage)
 
 
 def test_a_model_for_gpus_is_left_to_them(
@@ -213,7 +213,7 @@ def test_a_backward_pass_within_the_backward_pass(
     assign: Callable[..., Assignment], storage: LocalStorage, own_models: None
 ) -> None:
     """Reentrant checkpoints hide parameters from DDP's look through the graph, so that must not be needed."""
-    assignment = assign("nested", sections={"model": nested("Nested")})
+    assignment = assign("dry-nested", sections={"model": nested("Nested")})
     assert dry(assignment, storage).static_graph
     ended = run_group(replace(assignment, static_graph=True), storage, 2)
     assert [item.outcome for item in ended] == [Outcome.DONE] * 2
@@ -262,10 +262,10 @@ def test_a_parameter_that_nothing_uses_keeps_its_value(
 ) -> None:
     """As in a plain torch loop: no gradient, so neither moments nor weight decay."""
     sections = model(XLNET)
-    assert run_group(assign("kept", sections=sections, weight_decay=0.1), storage, 2)[0].outcome is Outcome.DONE
-    begun = run_group(assign("begun", sections=sections, weight_decay=0.1, steps=1), storage, 2)
+    assert run_group(assign("dry-kept", sections=sections, weight_decay=0.1), storage, 2)[0].outcome is Outcome.DONE
+    begun = run_group(assign("dry-begun", sections=sections, weight_decay=0.1, steps=1), storage, 2)
     assert begun[0].outcome is Outcome.DONE
-    kept, after_1 = digests(storage, "kept"), digests(storage, "begun")
+    kept, after_1 = digests(storage, "dry-kept"), digests(storage, "dry-begun")
     assert kept["transformer.mask_emb"] == after_1["transformer.mask_emb"]
     assert not [name for name in kept if name.startswith("transformer.mask_emb/")], "it has no moments"
     changed = [name for name, digest in kept.items() if after_1.get(name) != digest]
