@@ -103,7 +103,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     check_unchanged(base, config, assignment.prepared.fingerprint)
     check_samples(base, checkpointer.declaration)
     num_threads = int(base.get("num_threads", assignment.num_threads))
-    static_graph = bool(base.get("static_graph", assignment.static_graph))
+    # Version 0.1.0 did not declare it, and trained static graphs only, on several workers.
+    static_graph = bool(base.get("static_graph", base.get("world_size", 1) > 1 or assignment.static_graph))
     checkpointer.declaration |= {"num_threads": num_threads, "static_graph": static_graph}
     make_deterministic(config.deterministic, num_threads)
 

@@ -114,21 +114,25 @@ def check_model_config(checkpointer: Checkpointer) -> None:
 
 
 def check_layout(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.Module) -> None:
-    """Declare the layout of the built model. Raise ConfigError if it differs from that of the checkpoint.
+    """Declare the layout of the model that rank 0 built. Raise ConfigError if the checkpoint's was another.
 
-    Other versions of the libraries may build it otherwise: `record_changes` writes them to the journal.
+    With other libraries, or on another processor, it may differ: `record_changes` writes these to the journal.
     """
-    layout, mine = describe_layout(model), checkpointer.declaration
-    mine["layout"] = layout_fingerprint(layout)
-    if "layout" not in base or base["versions"] != mine["versions"]:
-        return
-    if changed := layout_differences(layout, base["layout"]):
-        shown = [*changed[:MAX_SHOWN], *([f"… {len(changed) - MAX_SHOWN} more"] if len(changed) > MAX_SHOWN else [])]
-        raise ConfigError(
-            f"the model was built otherwise than at the start of run {checkpointer.store.run!r}, so it would compute "
-            "other numbers:\n" + "\n".join(f"  {line}" for line in shown),
-            hint="restore the model's code and settings, or start a new run with another `name:`",
-        )
+
+    def check() -> None:
+        layout, mine = describe_layout(model), checkpointer.declaration
+        mine["layout"] = layout_fingerprint(layout)
+        if "layout" not in base or any(base[key] != mine[key] for key in ("versions", "processor")):
+            return
+        if changed := layout_differences(layout, base["layout"]):
+            more = [f"… {len(changed) - MAX_SHOWN} more"] if len(changed) > MAX_SHOWN else []
+            raise ConfigError(
+                f"the model was built otherwise than at the start of run {checkpointer.store.run!r}, so it would "
+                "compute other numbers:\n" + "\n".join(f"  {line}" for line in [*changed[:MAX_SHOWN], *more]),
+                hint="restore the model's code and settings, or start a new run with another `name:`",
+            )
+
+    checkpointer.ranks.run_on_rank_0(check)
 
 
 def check_base_model(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from outlast.checkpointing.state.named_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
 from outlast.trainers.distributed.determinism import seed_everything
-from outlast.trainers.models.canonical import align_memory, freeze_like
+from outlast.trainers.models.canonical import align_memory, match_constructor
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
@@ -164,14 +164,15 @@ def weight_naming(model: nn.Module) -> WeightNaming:
 def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> tuple[Any, list[str]]:
     """Construct the model. Returns it, and the names of weights that its pretrained files lack."""
     trusted = _trusted(settings)
+    is_of_transformers = not settings.class_ and not settings.trust_remote_code
     if settings.path is not None and (fresh or settings.lora):  # an adapter's checkpoint lacks the base weights
         model, info = builder.from_pretrained(
             settings.path, config=config, dtype=torch.float32, output_loading_info=True, **trusted
         )
-        with torch.device("meta"), suppress(Exception):  # a class of the user may need real tensors
-            freeze_like(model, _construct(builder, config, trusted))
+        # A class of the user may set buffers in its constructor only, which `from_pretrained` runs without memory.
+        with torch.device("meta") if is_of_transformers else nullcontext():
+            match_constructor(model, _construct(builder, config, trusted))
         return model, sorted(info["missing_keys"])
-    is_of_transformers = not settings.class_ and not settings.trust_remote_code
     # A checkpoint is about to replace the weights. Buffers that no file holds are still created.
     with no_init_weights() if is_of_transformers and not fresh else nullcontext():
         model = _construct(builder, config, trusted)

@@ -2,7 +2,8 @@
 
 `from_pretrained` leaves weights at the addresses that the file gives them, and a resume allocates new memory. On a CPU,
 a row times a matrix gives other bits at other addresses, so each tensor is moved to aligned, contiguous memory.
-`from_pretrained` also loses `requires_grad=False` of tables that a constructor freezes, such as sinusoidal positions.
+`from_pretrained` also loses `requires_grad=False` of tables that a constructor freezes, such as sinusoidal positions;
+and it leaves buffers that no file holds uninitialized, unless the class sets them in `_init_weights`.
 """
 
 from collections import defaultdict
@@ -41,11 +42,21 @@ def align_memory(model: nn.Module) -> None:
                 tied.data = moved
 
 
-def freeze_like(model: nn.Module, reference: nn.Module) -> None:
-    """Set `requires_grad` of each parameter as in `reference`, a model of the same class that was not loaded."""
+def match_constructor(model: nn.Module, reference: nn.Module) -> None:
+    """Set what `from_pretrained` loses to what the constructor of the class sets.
+
+    Args:
+        model: A model that was loaded.
+        reference: A model of the same class that was only constructed. `requires_grad` of each parameter is taken from
+            it, and the buffers that no file holds, unless it is on the meta device.
+    """
     frozen = {name for name, parameter in reference.named_parameters() if not parameter.requires_grad}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+    saved, buffers = model.state_dict(keep_vars=True).keys(), dict(reference.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in saved and name in buffers and not buffers[name].is_meta:
+            buffer.data = buffers[name].detach().clone()
 
 
 def describe_layout(model: nn.Module) -> dict[str, str]:
@@ -71,26 +82,25 @@ def describe_layout(model: nn.Module) -> dict[str, str]:
         modules[type(module).__qualname__].append(f"{name}{_plain_attributes(module)}")
     layout["parameters"] = f"order {_digest(str([name for name, _ in model.named_parameters()]))}"
     for kind, found in modules.items():
-        layout[f"modules {kind}"] = f"{len(found)}, attributes {xxhash.xxh3_64_hexdigest(str(found).encode())}"
+        layout[f"modules {kind}"] = f"{len(found)}, attributes {_digest(str(found))}"
     return layout
 
 
 def layout_fingerprint(layout: Mapping[str, str]) -> str:
-    """Return 16 hexadecimal digits for each line of `describe_layout`: the digests of its name and of its text."""
-    return "".join(f"{_digest(name)}{_digest(text)}" for name, text in layout.items())
+    """Return the digest of each line of `describe_layout`, 16 hexadecimal digits."""
+    return "".join(_digest(f"{name} {text}") for name, text in layout.items())
 
 
 def layout_differences(layout: Mapping[str, str], fingerprint: str) -> list[str]:
-    """Return the lines of a layout that differ from a fingerprint, and how many of its lines the layout lacks."""
-    starts = range(0, len(fingerprint), 16)
-    before = {fingerprint[start : start + 8]: fingerprint[start + 8 : start + 16] for start in starts}
-    changed = [f"{name} is {text}" for name, text in layout.items() if before.get(_digest(name)) != _digest(text)]
-    lost = before.keys() - {_digest(name) for name in layout}
-    return changed + ([f"{len(lost)} tensors or classes are gone"] if lost else [])
+    """Return the lines of a layout that a fingerprint does not hold, and how many lines more the fingerprint has."""
+    before = {fingerprint[start : start + 16] for start in range(0, len(fingerprint), 16)}
+    changed = [f"{name} is {text}" for name, text in layout.items() if _digest(f"{name} {text}") not in before]
+    num_gone = len(before) - len(layout)
+    return changed + ([f"{num_gone} tensors or classes are gone"] if num_gone > 0 else [])
 
 
 def _digest(text: str) -> str:
-    return xxhash.xxh32_hexdigest(text.encode())
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -184,6 +184,58 @@ class Changing(GPT2LMHeadModel):
 """
 
 
+OWN_TABLES = """
+import torch
+from transformers import GPT2LMHeadModel
+
+
+class Tables(GPT2LMHeadModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer.wpe.requires_grad_(False)
+        tables = {"DEFAULT": 1.0}
+        value = tables.get(torch.backends.cpu.get_cpu_capability(), 2.0)
+        self.register_buffer("table", torch.full((3,), value), persistent=False)
+"""
+
+
+@pytest.fixture
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_tables.py").write_text(OWN_TABLES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_a_class_of_the_user_keeps_its_frozen_weights(
+    own_tables: None, assign: Callable[..., Assignment], storage: LocalStorage, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """`from_pretrained` loses the flag that the constructor sets."""
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.inner.save_pretrained(tmp_path / "base")
+    own = {"class": "own_tables:Tables", "path": str(tmp_path / "base"), "config": None, "tokenizer": None}
+    name = "frozen-tables"
+    assert run_group(assign(name, sections={"model": own}), storage, 1, StopAt(4))[0].outcome is Outcome.STOPPED
+    before = digests(storage, name)
+    [ended] = run_group(assign(name, sections={"model": own}, launch="second"), storage, 1)
+    assert ended.outcome is Outcome.DONE, ended.error
+    after = digests(storage, name)
+    assert before["transformer.wpe.weight"] == after["transformer.wpe.weight"]
+    assert before["transformer.wte.weight"] != after["transformer.wte.weight"]
+
+
+def test_another_processor_may_compute_other_tables(
+    own_tables: None, assign: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node of another type takes over: recorded, not refused. A rank that is not rank 0 may be one at any time."""
+    config = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    sections = {"model": {"class": "own_tables:Tables", "config": config}}
+    assert run_group(assign("moved", sections=sections), storage, 1, StopAt(4))[0].outcome is Outcome.STOPPED
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    [ended] = run_group(assign("moved", sections=sections, launch="second"), storage, 1)
+    assert ended.outcome is Outcome.DONE, ended.error
+
+
 def test_a_resume_of_a_model_that_is_built_otherwise_is_refused(
     assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
