@@ -6,13 +6,14 @@ import os
 import pydoc_data.topics
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -74,6 +75,15 @@ def docs_block() -> Callable[[str], str]:
         return text.split("```python tests/")[1].split("\n", 1)[1].split("```")[0]
 
     return block
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the ranks of a test: with more threads, experts add in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

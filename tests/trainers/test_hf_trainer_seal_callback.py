@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,6 @@ def test_a_limit_of_one_is_refused(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), save_total_limit=1, use_cpu=True)
     with pytest.raises(ConfigError, match="save_total_limit=1"):
         SealCheckpoints().on_train_begin(args, TrainerState(), TrainerControl())
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ About 30 s; the killed runs of `-m faults` two minutes more.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +135,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     twice = on_ranks(2, train, str(folder), "twice", 2)
     (folder / "states.json").write_text(json.dumps([*whole, *twice]))
     return folder
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As in the ranks: with more, experts add in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
