@@ -47,7 +47,7 @@ class WeightNaming:
     #: weight that each is. Takes precedence over `names`.
     cuts: Mapping[str, Mapping[str, Cut]] = field(default_factory=dict)
     #: Other namings that an earlier checkpoint of the run may have; the run then goes on with that one.
-    others: tuple[WeightNaming, ...] = ()
+    older: tuple[WeightNaming, ...] = ()
 
     def of(self, name: str) -> Mapping[str, Cut]:
         """Return the names in the file for a weight, each with its part; empty if it is not saved."""

@@ -71,8 +71,9 @@ class LocalShard:
         shape = tuple(len(ranges[dim]) for dim in kept)
         held = self.region.intersection(Region(tuple(at.start for at in ranges), tuple(len(at) for at in ranges)))
         if held is None:
-            region = Region((0,) * len(shape), (0, *shape[1:]))
-            return replace(self, tensor=self.tensor.new_empty(region.shape), region=region, shape=shape)
+            region = Region((0,) * len(shape), (0, *shape[1:]) if shape else ())
+            empty = self.tensor.new_empty(region.shape)  # a scalar is never empty: another rank holds this one
+            return replace(self, tensor=empty, region=region, shape=shape, is_copy=self.is_copy or not shape)
         view = held.of(self.tensor, within=self.region)[tuple(0 if isinstance(at, int) else slice(None) for at in cut)]
         offset = tuple(held.offset[dim] - ranges[dim].start for dim in kept)
         return replace(self, tensor=view, region=Region(offset, tuple(view.shape)), shape=shape)

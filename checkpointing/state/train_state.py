@@ -42,13 +42,13 @@ class TrainState:
         self.specs = {name: TensorSpec(part.tensor.dtype, part.shape) for name, part in self.weights.items()}
 
     def use_naming_of(self, saved: Collection[str]) -> None:
-        """Change to the naming of a checkpoint with the weights `saved`, if it is one of `naming.others`."""
+        """Change to the naming of a checkpoint with the weights `saved`, if it is one of `naming.older`."""
         first = self.naming
-        for naming in first.others:
+        for naming in first.older:
             if self.specs.keys() == set(saved):
                 return
             self._use(naming)
-        if self.specs.keys() != set(saved) and first.others:
+        if self.specs.keys() != set(saved) and first.older:
             self._use(first)
 
     def weights_to_write(self, rank: int) -> dict[str, LocalShard]:

@@ -158,7 +158,7 @@ def unequal_builds(config: TrainingConfig, store: RunStore, code: str) -> list[s
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         first, second = pool.map(_build, *zip(*[(config, store, code)] * 2, strict=True))
-    return [name for name in first if first[name] != second.get(name)]
+    return [name for name in {**first, **second} if first.get(name) != second.get(name)]
 
 
 def _build(config: TrainingConfig, store: RunStore, code: str) -> Mapping[str, str]:

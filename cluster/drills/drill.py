@@ -78,7 +78,7 @@ class RunCopy:
     at: int  #: the step of the fault; for faults in a save, one that saves
     code: str = ""  #: directory of the user's Python files
     address: str | None = None  #: the Ray cluster; None for a local one
-    pause_at: int = 0  #: a step at which training pauses, so that an earlier save is committed; 0 for none
+    pause_at: int | None = None  #: a step, from 0, at which training pauses, so that an earlier save is committed
 
     @property
     def store(self) -> RunStore:
@@ -106,7 +106,7 @@ class DrillResult:
     seconds_per_step: float | None = None  #: the median of the undisturbed copy
     different: list[str] = field(default_factory=list)  #: tensors and losses that differ from the undisturbed copy's
     first: FirstDifference | None = None  #: where the difference begins
-    cause: str = ""  #: why there is one, a value of `DifferenceCause`
+    cause: DifferenceCause | None = None  #: why there is one
     error: str = ""  #: why it did not resume
 
     @property
@@ -144,20 +144,22 @@ class DrillReport:
 
 def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank: int = 0) -> None:
     """Run a copy to its end with a fault in worker `rank`. Raises OutlastError if it did not resume."""
-    saved = FaultSpec(FaultPoint.STEP, copy.pause_at, rank, FaultAction.PAUSE, f"{copy.record}.saved")
+    faults = []
+    if copy.pause_at is not None:
+        faults.append(FaultSpec(FaultPoint.STEP, copy.pause_at, rank, FaultAction.PAUSE, f"{copy.record}.saved"))
     if kind in (FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
         point = FaultPoint.WHILE_WRITING if kind is FaultKind.KILL_IN_SAVE else FaultPoint.STEP
         action = FaultAction.EXCEPTION if kind is FaultKind.ERROR else FaultAction.SIGKILL
-        copy.launch([saved, FaultSpec(point, copy.at, rank, action, copy.record)], tell)
+        copy.launch([*faults, FaultSpec(point, copy.at, rank, action, copy.record)], tell)
         return
     # The pause keeps the copy from ending before its driver receives the step's event.
-    pause = FaultSpec(FaultPoint.STEP, copy.at, rank, FaultAction.PAUSE, f"{copy.record}.pause")
+    faults.append(FaultSpec(FaultPoint.STEP, copy.at, rank, FaultAction.PAUSE, f"{copy.record}.pause"))
     if kind is FaultKind.DRIVER:
-        driver = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(copy, [saved, pause]))
+        driver = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(copy, faults))
         driver.start()
         driver.join()
     else:
-        copy.launch([saved, pause], _interrupter(copy, signal.SIGTERM, tell))
+        copy.launch(faults, _interrupter(copy, signal.SIGTERM, tell))
         if kind is FaultKind.DAMAGE:
             _flip_a_bit(copy)
     copy.launch(tell=tell)
@@ -273,8 +275,8 @@ def drill_copies(new_copy: Callable[..., RunCopy], kinds: Sequence[FaultKind], n
     undisturbed = final_state(reference.store)
     report = DrillReport(len(undisturbed.weights) + len(undisturbed.optimizer))
     differing = []
+    every = num_steps // 4
     for kind in kinds:
-        every = num_steps // 4
         disturbed = new_copy(kind.value, 2 * every if kind is FaultKind.KILL_IN_SAVE else 2 * every + 1)
         finding = DrillResult(kind.value)
         try:
@@ -316,7 +318,7 @@ def _diagnose(
         first = first_difference(repeated.store, reference.store, order)
     cause = DifferenceCause.RESUME if first is None else DifferenceCause.NOT_DETERMINISTIC
     for finding, _ in differing:
-        finding.cause = cause.value
+        finding.cause = cause
     builds = None
     if first is not None and first.step == 1 and reference.address is None:  # the workers' libraries are installed here
         builds = unequal_builds(reference.config, reference.store, reference.code)

@@ -73,7 +73,8 @@ def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) ->
             raise  # all models of transformers can be built on the meta device
         model, files = _build(config, task, tokenizer, longest)
     weight_naming(model)  # refuses an architecture whose files outlast cannot write
-    _check_reloads(model, task)
+    if own is None:
+        _check_reloads(model, task)
     return model, files
 
 

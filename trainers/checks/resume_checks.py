@@ -127,7 +127,7 @@ def check_layout(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.
         if changed := layout_differences(layout, base["layout"]):
             more = [f"… {len(changed) - MAX_SHOWN} more"] if len(changed) > MAX_SHOWN else []
             raise ConfigError(
-                f"the model was built otherwise than at the start of run {checkpointer.store.run!r}, so it would "
+                f"the model differs from the one that run {checkpointer.store.run!r} was started with, so it would "
                 "compute other numbers:\n" + "\n".join(f"  {line}" for line in [*changed[:MAX_SHOWN], *more]),
                 hint="restore the model's code and settings, or start a new run with another `name:`",
             )

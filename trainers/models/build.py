@@ -55,11 +55,11 @@ def build_model(
     ):
         config = _given_config(settings, own, tokenizer)
         task.configure(config)
-        model, new = _build(settings, own or model_class(task, config), config, fresh)
+        model, new = _build(settings, own or model_class(task, config), config, seed, fresh)
     if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_is_causal(model)
     files = {**_config_files(model), **tokenizer_files(tokenizer)}
-    _settle_attention(model, task.settings.max_length)
+    _use_full_attention(model, task.settings.max_length)
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new)
         files |= adapter_files(model)
@@ -161,7 +161,7 @@ def weight_naming(model: nn.Module) -> WeightNaming:
     return adapter_naming(model) if is_adapted(model) else file_naming(model)
 
 
-def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> tuple[Any, list[str]]:
+def _build(settings: ModelSettings, builder: Any, config: Any, seed: int, fresh: bool) -> tuple[Any, list[str]]:
     """Construct the model. Returns it, and the names of weights that its pretrained files lack."""
     trusted = _trusted(settings)
     is_of_transformers = not settings.class_ and not settings.trust_remote_code
@@ -170,7 +170,9 @@ def _build(settings: ModelSettings, builder: Any, config: Any, fresh: bool) -> t
             settings.path, config=config, dtype=torch.float32, output_loading_info=True, **trusted
         )
         # A class of the user may set buffers in its constructor only, which `from_pretrained` runs without memory.
-        with torch.device("meta") if is_of_transformers else nullcontext():
+        with torch.device("meta") if is_of_transformers else torch.random.fork_rng(devices=[]):
+            if not is_of_transformers:
+                seed_everything(seed)  # as a resume does before it constructs the model
             match_constructor(model, _construct(builder, config, trusted))
         return model, sorted(info["missing_keys"])
     # A checkpoint is about to replace the weights. Buffers that no file holds are still created.
@@ -218,7 +220,7 @@ def model_class(task: Task | type[Task], config: Any) -> Any:
     if not name:
         known = ", ".join(task.exact_classes)
         raise ConfigError(f"the task supports {known} models, not {config.model_type}", hint="check `model:`")
-    if (reason := task.refusal(config)) is not None:
+    if (reason := task.unsupported_reason(config)) is not None:
         raise ConfigError(
             f"the task does not support {config.model_type} models: {reason}",
             hint="set model.path or model.config to another architecture, or model.task to another task",
@@ -272,7 +274,7 @@ def _default_config(given: Mapping[str, Any]) -> Any:
     return default
 
 
-def _settle_attention(model: Any, max_length: int) -> None:
+def _use_full_attention(model: Any, max_length: int) -> None:
     """Choose full attention now for a model that would choose it at its first short batch, such as BigBird.
 
     It would build the modules of full attention in that forward pass, with random numbers of the step, and keep them.

@@ -36,8 +36,10 @@ def align_memory(model: nn.Module) -> None:
         last_end, previous = max(last_end, key[1]), key
     for key in same.keys() - overlapping:
         tensor = same[key][0]
-        if not (tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0):
-            moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
+        moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        # `is_contiguous` ignores the strides of dimensions of size 1.
+        if tensor.stride() != moved.stride() or tensor.data_ptr() % ALIGNMENT:
+            moved.copy_(tensor.detach())
             for tied in same[key]:
                 tied.data = moved
 
@@ -63,7 +65,9 @@ def describe_layout(model: nn.Module) -> dict[str, str]:
     """Describe all that may change a model's numbers besides its weights, by name of the tensor or class.
 
     For each parameter and buffer: type, shape, strides, alignment, whether it is trained, which tensor it shares memory
-    with, and the digest of a buffer that no checkpoint holds. For each class of modules: the plain attributes.
+    with, and the digest of a buffer that no checkpoint holds: `float32, [8, 4], strides (4, 1), trained`. For each
+    class of modules of torch or transformers: the values of each plain attribute, such as `p` of `Dropout`. Attributes
+    of other classes may hold what differs between two starts: paths, times, names of hosts.
     """
     first: dict[tuple[Any, ...], str] = {}
     saved = model.state_dict(keep_vars=True).keys()
@@ -77,12 +81,15 @@ def describe_layout(model: nn.Module) -> dict[str, str]:
         words += [] if tensor.data_ptr() % ALIGNMENT == 0 else ["not aligned"]
         words += [] if name in saved else [f"not saved, digest {xxhash.xxh3_64_hexdigest(tensor_bytes(tensor))}"]
         layout[name] = ", ".join(words)
-    modules: dict[str, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        modules[type(module).__qualname__].append(f"{name}{_plain_attributes(module)}")
-    layout["parameters"] = f"order {_digest(str([name for name, _ in model.named_parameters()]))}"
-    for kind, found in modules.items():
-        layout[f"modules {kind}"] = f"{len(found)}, attributes {_digest(str(found))}"
+    layout["parameters"] = f"in the order {_digest(str([name for name, _ in model.named_parameters()]))}"
+    attributes: dict[str, dict[str, Any]] = defaultdict(dict)
+    for module_name, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.", "transformers.")):
+            for name, value in _plain_attributes(module).items():
+                attributes[f"{name} of {type(module).__qualname__}"][module_name] = value
+    for name, values in attributes.items():
+        [value, *others] = set(map(repr, values.values()))
+        layout[name] = f"{value if not others else 'not everywhere the same'}, {_digest(str(values))}"
     return layout
 
 
@@ -92,11 +99,11 @@ def layout_fingerprint(layout: Mapping[str, str]) -> str:
 
 
 def layout_differences(layout: Mapping[str, str], fingerprint: str) -> list[str]:
-    """Return the lines of a layout that a fingerprint does not hold, and how many lines more the fingerprint has."""
+    """Return the lines of a layout that a fingerprint lacks, and how many lines more the fingerprint has."""
     before = {fingerprint[start : start + 16] for start in range(0, len(fingerprint), 16)}
     changed = [f"{name} is {text}" for name, text in layout.items() if _digest(f"{name} {text}") not in before]
     num_gone = len(before) - len(layout)
-    return changed + ([f"{num_gone} tensors or classes are gone"] if num_gone > 0 else [])
+    return changed + ([f"{num_gone} tensors or attributes are gone"] if num_gone > 0 else [])
 
 
 def _digest(text: str) -> str:

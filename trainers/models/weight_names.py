@@ -21,7 +21,7 @@ from outlast.checkpointing.state.named_weights import ALL, WeightNaming, identit
 from outlast.checkpointing.state.shards import Cut
 from outlast.trainers.models.transformers_internals import revert_weight_conversion
 
-CONVERSION_ERRORS = (ValueError, KeyError, AttributeError, RuntimeError, IndexError)
+_CONVERSION_ERRORS = (ValueError, KeyError, AttributeError, RuntimeError, IndexError)
 
 
 def file_naming(model: Any) -> WeightNaming:
@@ -43,7 +43,7 @@ def file_naming(model: Any) -> WeightNaming:
     if _is_converted(model, all_names):
         cuts = {name: _cuts(model, name, tensors[name].detach()) for name in sorted(frozenset().union(*choices))}
     naming, *others = [_naming(model, names, names == first, cuts) for names in choices]
-    return replace(naming, others=tuple(others)) if others else naming
+    return replace(naming, older=tuple(others)) if others else naming
 
 
 def names_not_saved(model: Any) -> set[str]:
@@ -62,7 +62,7 @@ def initialize_not_saved(model: Any) -> None:
 def _is_converted(model: Any, weights: dict[str, torch.Tensor]) -> bool:
     try:
         return revert_weight_conversion(model, weights) is not weights
-    except CONVERSION_ERRORS as error:
+    except _CONVERSION_ERRORS as error:
         raise _refusal(model, "weights") from error
 
 
@@ -113,7 +113,7 @@ def _cuts(model: Any, name: str, tensor: torch.Tensor) -> dict[str, Cut]:
             return {name: ()}  # most weights; the numbers of a large one would take its memory twice over
         numbers = torch.arange(tensor.numel()).view(tensor.shape)
         parts = revert_weight_conversion(model, {name: numbers})
-    except CONVERSION_ERRORS as error:
+    except _CONVERSION_ERRORS as error:
         raise _refusal(model, name) from error
     cuts = {file_name: _cut(numbers, part) for file_name, part in parts.items()}
     if None in cuts.values() or sum(part.numel() for part in parts.values()) != tensor.numel():

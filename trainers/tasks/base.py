@@ -108,7 +108,7 @@ class Task:
     # -- the head ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def refusal(cls, config: Any) -> str | None:
+    def unsupported_reason(cls, config: Any) -> str | None:
         """Return why models of this transformers configuration cannot learn the task; None if they can."""
         return None
 

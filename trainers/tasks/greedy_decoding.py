@@ -10,7 +10,7 @@ from outlast.trainers.tasks.base import Task
 
 NUM_NEW_TOKENS = 64
 #: What training gives to a model that generates; a tokenizer may return more, such as `token_type_ids`.
-INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
+_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
 def generate_continuation(task: Task, model: Any, encoded: Any, limit: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ def generate_continuation(task: Task, model: Any, encoded: Any, limit: int) -> t
             hint="give a shorter text",
         )
     options = {"max_new_tokens": num_new, "do_sample": False, "pad_token_id": task.tokenizer.inner.pad_token_id}
-    inputs = {name: encoded[name].to(model.device) for name in INPUTS if name in encoded}
+    inputs = {name: encoded[name].to(model.device) for name in _INPUTS if name in encoded}
     if "decoder_input_ids" in inputs:
         options["decoder_start_token_id"] = int(inputs["decoder_input_ids"][0, 0])  # else another may be put before it
     tokens = model.generate(**inputs, **options)[0]

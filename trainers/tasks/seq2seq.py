@@ -41,7 +41,7 @@ class Seq2SeqLM(TokenTask):
         self._smoothing, self._has_streams = 0.0, False
 
     @classmethod
-    def refusal(cls, config: Any) -> str | None:
+    def unsupported_reason(cls, config: Any) -> str | None:
         if not getattr(config, "is_encoder_decoder", False):
             return "it is not an encoder with a decoder"
         decoder = config.decoder if config.model_type == "encoder-decoder" else None

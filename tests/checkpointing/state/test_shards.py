@@ -275,8 +275,7 @@ def test_the_slices_of_shards_are_the_slice_of_the_whole(data: st.DataObject) ->
     cut: list[int | slice] = []
     for length in shape:
         begin = data.draw(st.integers(0, length - 1))
-        is_index = len(cut) < len(shape) - 1 and data.draw(st.booleans())
-        cut.append(begin if is_index else slice(begin, data.draw(st.integers(begin + 1, length))))
+        cut.append(begin if data.draw(st.booleans()) else slice(begin, data.draw(st.integers(begin + 1, length))))
     whole = torch.arange(prod(shape)).view(shape)
     found = torch.full_like(whole[tuple(cut)], -1)
     ends = sorted({0, shape[0], *data.draw(st.lists(st.integers(0, shape[0]), max_size=3))})
@@ -284,5 +283,7 @@ def test_the_slices_of_shards_are_the_slice_of_the_whole(data: st.DataObject) ->
         region = Region((begin, *[0] * (len(shape) - 1)), (end - begin, *shape[1:]))
         part = LocalShard(whole[begin:end], region, shape, is_sharded=True).cut(tuple(cut))
         assert (part.shape, part.region.shape) == (tuple(found.shape), tuple(part.tensor.shape))
+        if part.is_copy:
+            continue
         part.region.of(found, Region.whole(part.shape)).copy_(part.tensor)
     assert torch.equal(found, whole[tuple(cut)])

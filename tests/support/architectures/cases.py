@@ -71,7 +71,7 @@ class Case:
         source: Where the weights come from.
         ranks: The ranks.
         rows: Rows of a micro-batch.
-        killed: Whether a rank is killed in the third step; otherwise the run is stopped after the second.
+        killed: Whether a rank is killed in the fourth step; otherwise the run is stopped after the second.
     """
 
     model_type: str
@@ -145,10 +145,16 @@ class Place:
             if tokens_of(case) != case.task:
                 tokenizer = {"path": str(self.tokenizer_folder(tokens_of(case)))}
             model = {"config": settings_of(case.model_type, case.task), "tokenizer": tokenizer}
-        return self._config(case.task, run, {**model, "task": case.task}, case.rows, case.ranks)
+        return self._config(case.task, run, {**model, "task": case.task}, case.rows, case.ranks, case.killed)
 
     def _config(
-        self, task: str, run: str, model: Mapping[str, Any], rows: int = 1, ranks: Ranks = Ranks.ONE
+        self,
+        task: str,
+        run: str,
+        model: Mapping[str, Any],
+        rows: int = 1,
+        ranks: Ranks = Ranks.ONE,
+        killed: bool = False,
     ) -> TrainingConfig:
         data = {"train": str(self._rows(task)), "max_length": 16, "max_target_length": 8, "stride": 4}
         train = {"steps": NUM_STEPS, "batch": 4, "micro_batch": rows, "lr": 1e-3}
@@ -158,7 +164,8 @@ class Place:
             "model": model,
             "data": data,
             "train": train,
-            "checkpoint": {"storage": self.storage.url, "every": STOPPED_AT},
+            # A killed rank must not lose the save of an earlier step.
+            "checkpoint": {"storage": self.storage.url, "every": STOPPED_AT, "overlap": not killed},
             "scale": {"parallel": "fsdp" if ranks is Ranks.FSDP else "ddp"},
         }
         return TrainingConfig.model_validate(body)

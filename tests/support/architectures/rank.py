@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
+from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.optimizer_state import optimizer_tensors
 from outlast.checkpointing.storage.local import LocalStorage
@@ -152,9 +153,16 @@ def logits(model: Any, task: Task, loop: Any) -> dict[str, torch.Tensor]:
     return {name: outputs[name].clone() for name in ("logits", "start_logits", "end_logits") if name in outputs}
 
 
-def losses(url: str, run: str) -> dict[int, float]:
-    """The loss of every step. A step that was done twice counts twice if it had another loss."""
-    from outlast.checkpointing.run_store.catalog import run_events
+def losses(url: str, run: str) -> dict[int, list[float]]:
+    """The losses of every step; one, if a step that was done twice had the same one."""
+    found: dict[int, list[float]] = {}
+    for event in events(url, run, "step"):
+        known = found.setdefault(event["step"], [])
+        known += [event["loss"]] if event["loss"] not in known else []
+    return found
 
-    events = [event for _, event in run_events(RunStore(LocalStorage(Path(url)), run)) if event["event"] == "step"]
-    return {event["step"]: event["loss"] for event in events}
+
+def events(url: str, run: str, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind, of all attempts."""
+    found = run_events(RunStore(LocalStorage(Path(url)), run))
+    return [event for _, event in found if event["event"] == kind]

@@ -5,13 +5,12 @@ Returns verdicts; it asserts nothing.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +162,9 @@ class Sweep:
         answers = processes.call(rank.train, self._assignment(case, run, "second"), url, Quiet(), reload=False)
         if self._ended(case, "resume", answers):
             return None
+        steps = [event["step"] for event in rank.events(url, run, "resume")]
+        if steps != [STOPPED_AT]:
+            return self._end(case, ERROR, f"it resumed from the steps {steps}")
         for number, (whole, answer) in enumerate(zip(self._whole[case], answers, strict=True)):
             theirs, ours = whole["digests"], answer.value["digests"]
             names = dict.fromkeys([*theirs, *ours])
@@ -190,7 +192,3 @@ def _sweep(folder: Path, cases: Sequence[Case], num_parts: int) -> list[Verdict]
     with ThreadPoolExecutor(num_parts) as pool:
         parts = [Sweep(folder / f"part-{number}", cases[number::num_parts]) for number in range(num_parts)]
         return [verdict for verdicts in pool.map(Sweep.run, parts) for verdict in verdicts]
-
-
-def write(path: Path, verdicts: Sequence[Verdict], seconds: float) -> None:
-    path.write_text(json.dumps({"seconds": round(seconds), "verdicts": [asdict(item) for item in verdicts]}, indent=1))
