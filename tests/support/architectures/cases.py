@@ -71,7 +71,7 @@ class Case:
         source: Where the weights come from.
         ranks: The ranks.
         rows: Rows of a micro-batch.
-        killed: Whether a rank is killed in the fourth step; otherwise the run is stopped after the second.
+        killed: Whether a rank is killed in the fourth step; otherwise the run is stopped after the third.
     """
 
     model_type: str
