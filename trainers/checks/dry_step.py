@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.format.safetensors import tensor_bytes
 from outlast.checkpointing.save.staging import free_bytes
 from outlast.checkpointing.state.named_weights import unwrap
 from outlast.checkpointing.storage.base import Storage
@@ -22,11 +20,12 @@ from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic, seed_everything
 from outlast.trainers.distributed.world import World
-from outlast.trainers.loop.buffer_change_check import watch_buffers
+from outlast.trainers.loop.buffer_change_check import tensor_digest, watch_buffers
 from outlast.trainers.loop.compile_and_recompute import enable_recomputing
 from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import Batch, Task, find_task
+from outlast.trainers.tasks.model_inputs import base_model
 from outlast.trainers.user_code import describe_error
 
 #: Floating-point operations that a dry step may take: about half a minute on two cores.
@@ -70,15 +69,15 @@ def dry_step(
     """
     num_parameters = sum(parameter.numel() for parameter in meta.parameters())
     longest = max(prepared.longest.values(), default=1)
-    most = int(MAX_OPERATIONS / (6 * max(1, num_parameters * longest)))
-    if not most or 16 * num_parameters > free_bytes() // 2:
+    max_samples = int(MAX_OPERATIONS / (6 * max(1, num_parameters * longest)))
+    if not max_samples or 16 * num_parameters > free_bytes() // 2:
         return DryStep(skipped=f"a model of {num_parameters:,} parameters is too large for this machine")
     tokenizer = prepared.tokenizer(storage)
     task = find_task(config.model.task)(config.data, tokenizer, prepared.facts)
     model = build_model(config.model, task, tokenizer, config.seed, fresh=True)[0].train()
     plan, samples = make_plan(config, prepared.num_samples, 1), prepared.split(storage, "train")
     batches = [
-        task.collate(samples.take(plan.samples(positions[:most])), plan.keys(positions[:most]))
+        task.collate(samples.take(plan.samples(positions[:max_samples])), plan.keys(positions[:max_samples]))
         for positions in plan.cut(plan.positions(0))[:2]
     ]
     if config.train.gradient_checkpointing:
@@ -102,19 +101,19 @@ def dry_step(
         guard.check()
     _check_modules(modules, model)
     if task.auto_class == "AutoModelForCausalLM" and _is_of_libraries(model, task):
-        _check_is_causal(model, task, batches[0])
+        _check_no_lookahead(model, task, batches[0])
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     unused = tuple(name for name, parameter in trained if parameter.grad is None)
     if len(unused) == len(trained):
         raise ConfigError("no parameter gets a gradient from the loss", hint="check the loss of the task, and freezing")
-    is_nested = any(parameter.grad is not None and parameter not in used for _, parameter in trained)
-    if is_nested and unused and num_workers > 1 and _uses_ddp(config):
+    has_nested_backward = any(parameter.grad is not None and parameter not in used for _, parameter in trained)
+    if has_nested_backward and unused and num_workers > 1 and _uses_ddp(config):
         raise ConfigError(
             f"{type(unwrap(model)).__name__} runs backward passes within its backward pass, and {unused[0]} gets no "
             "gradient; DDP does not support both",
             hint="-s exactness=elastic, or freeze that parameter",
         )
-    return DryStep(not unused and (is_nested or not graph_may_vary(model, task)), unused)
+    return DryStep(not unused and (has_nested_backward or not graph_may_vary(model, task)), unused)
 
 
 def _uses_ddp(config: TrainingConfig) -> bool:
@@ -152,11 +151,7 @@ def _pass(
     used = _leaves(loss)
     loss.backward()
     found = {"the loss": loss} | {f"the gradient of {name}": item.grad for name, item in model.named_parameters()}
-    return {name: _digest(item) for name, item in found.items() if item is not None}, used
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    return xxhash.xxh3_128_hexdigest(tensor_bytes(tensor.detach()))
+    return {name: tensor_digest(item) for name, item in found.items() if item is not None}, used
 
 
 def _loss(config: TrainingConfig, model: nn.Module, task: Task, batch: Batch) -> Any:
@@ -193,7 +188,7 @@ def _check_modules(before: dict[str, nn.Module], model: nn.Module) -> None:
             )
 
 
-def _check_is_causal(model: nn.Module, task: Task, batch: Batch) -> None:
+def _check_no_lookahead(model: nn.Module, task: Task, batch: Batch) -> None:
     """Raise ConfigError if the prediction of a token depends on the token: the model would learn to copy it."""
     [ids] = batch["input_ids"][:1]
     ids = ids[: int(batch["attention_mask"][0].sum())] if "attention_mask" in batch else ids
@@ -207,26 +202,21 @@ def _check_is_causal(model: nn.Module, task: Task, batch: Batch) -> None:
         )
     if first.numel() and (first - second).abs().max() > MAX_LEAK * first.abs().max():
         raise ConfigError(
-            f"{type(unwrap(model)).__name__} attends to the tokens that it predicts, so it would learn nothing",
+            f"{type(unwrap(model)).__name__} sees the tokens that it predicts, so it would only learn to copy them",
             hint="configure it as a decoder, or use a decoder such as gpt2 or llama",
         )
 
 
 def _is_of_libraries(model: nn.Module, task: Task) -> bool:
     """Return whether neither the model nor the task is code of the user."""
-    modules = type(_base_model(model)).__module__, type(task).__module__
+    modules = type(base_model(model)).__module__, type(task).__module__
     return modules[0].startswith("transformers.") and modules[1].startswith("outlast.")
-
-
-def _base_model(model: nn.Module) -> Any:
-    inner: Any = unwrap(model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def graph_may_vary(model: nn.Module, task: Task) -> bool:
     """Return whether the parameters in use may differ between micro-batches: LayerDrop, experts, users' code."""
     if not _is_of_libraries(model, task):
         return True
-    inner = _base_model(model)
+    inner = base_model(model)
     drops = any("layerdrop" in name and value for name, value in inner.config.to_dict().items())
     return drops or any("experts" in name for name, _ in inner.named_modules())  # none may get a token

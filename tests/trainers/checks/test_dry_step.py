@@ -23,7 +23,6 @@ from tests.support.groups.worker_group import StopAt, digests, losses, run_group
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 XLNET = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "attn_type": "uni"}
-XLNET |= {"attn_type": "uni"}
 FLAUBERT = {"model_type": "flaubert", "emb_dim": 32, "n_layers": 2, "n_heads": 4, "layerdrop": 0.5}
 SWITCH = {"model_type": "switch_transformers", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 SWITCH |= {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
@@ -66,7 +65,7 @@ def test_an_encoder_is_no_causal_model(
     config: dict[str, Any], remedy: str, assign: Callable[..., Assignment], storage: LocalStorage
 ) -> None:
     assignment = assign("encoder", sections=model(config))
-    with pytest.raises(ConfigError, match="attends to the tokens that it predicts") as caught:
+    with pytest.raises(ConfigError, match="sees the tokens that it predicts") as caught:
         check_model(assignment.config, assignment.prepared, storage)
     assert remedy in str(caught.value.hint)
     key, value = remedy.split(": ")
@@ -79,7 +78,7 @@ def test_a_prediction_that_depends_on_the_predicted_token(
     task: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the architecture's configuration says."""
-    monkeypatch.setattr(build, "_check_is_causal", lambda model: None)
+    monkeypatch.setattr(build, "_check_decoder_config", lambda model: None)
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 40)
@@ -87,7 +86,9 @@ def test_a_prediction_that_depends_on_the_predicted_token(
     if task == "chat":
         template = "{% for m in messages %}{{ m.content }}{% endfor %}"
         sections["data"] = {"train": str(rows), "chat_template": template, "max_length": 32}
-    with pytest.raises(ConfigError, match="BertLMHeadModel attends to the tokens that it predicts, so it would learn"):
+    with pytest.raises(
+        ConfigError, match="BertLMHeadModel sees the tokens that it predicts, so it would only learn to"
+    ):
         dry(assign("leak", sections=sections), storage)
 
 
@@ -252,7 +253,8 @@ def test_unused_parameters_train_to_the_same_bits(
     undisturbed = run_group(assign(name, sections=sections), storage, size)
     assert [item.outcome for item in undisturbed] == [Outcome.DONE] * size, undisturbed[0].error
     assert run_group(assign(f"{name}-2", sections=sections), storage, size, StopAt(4))[0].outcome is Outcome.STOPPED
-    assert run_group(assign(f"{name}-2", sections=sections, launch="b"), storage, 1 if size == 2 else size)[0].outcome
+    resumed = run_group(assign(f"{name}-2", sections=sections, launch="b"), storage, 1 if size == 2 else size)
+    assert resumed[0].outcome is Outcome.DONE
     assert digests(storage, f"{name}-2") == digests(storage, name)
     assert losses(storage, f"{name}-2") == losses(storage, name)
 
