@@ -63,6 +63,15 @@ class DryStep:
     unused: tuple[str, ...] = ()
     skipped: str = ""
 
+    @property
+    def notes(self) -> list[str]:
+        """Return what a user should know of it, one sentence each."""
+        found = [f"the first step was not tried in advance: {self.skipped}"] if self.skipped else []
+        if self.unused:
+            names = ", ".join(self.unused[:3]) + (", …" if len(self.unused) > 3 else "")
+            found.append(f"the first micro-batch gives no gradient to {len(self.unused)} trained parameters: {names}")
+        return found
+
 
 class _Trial:
     """The model, built to be tried, and its passes.
