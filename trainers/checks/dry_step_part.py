@@ -14,7 +14,7 @@ from outlast.trainers.tasks.base import Batch, Task, TokenTask
 from outlast.trainers.tasks.model_inputs import base_model
 
 #: Floating-point operations that a dry step may take: about half a minute on two cores.
-MAX_OPERATIONS = 2e12
+MAX_OPERATIONS = 1e12
 #: Operations for each parameter and token: one pass forward, and two forward and backward.
 _OPERATIONS = 2 + 2 * 6
 #: Bytes for each parameter: the weight and its gradient, each twice for a moment.

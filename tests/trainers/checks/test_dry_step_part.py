@@ -83,4 +83,4 @@ def test_a_classifier_has_no_logits_of_words() -> None:
 
 def test_the_time_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_step_part, "free_bytes", lambda: 10**12)
-    assert max_tokens(torch.nn.Linear(1000, 1000, bias=False, device="meta"), task(CausalLM), 1) == 142_857
+    assert max_tokens(torch.nn.Linear(1000, 1000, bias=False, device="meta"), task(CausalLM), 1) == 71_428
