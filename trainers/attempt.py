@@ -64,7 +64,7 @@ class Assignment:
         launch: The launch that this attempt belongs to.
         prepared: The prepared data.
         num_threads: Intra-op threads of a worker, unless the run was started with another number.
-        static_graph: Whether a dry step found that each backward pass gives every trained parameter a gradient.
+        static_graph: Whether each backward pass gives every trained parameter a gradient, as far as a dry step tells.
         code: Directory of the user's Python files; made importable if it exists.
         faults: Faults to arm.
         track: Experiment trackers; None for none.

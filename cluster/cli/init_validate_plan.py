@@ -45,7 +45,10 @@ def validate(
     from outlast.cluster.preflight.validate import unverified
     from outlast.cluster.preflight.validate import validate as findings_of
 
-    findings = findings_of(str(run_file), overrides or [], deep=deep)
+    def note(text: str) -> None:
+        print(f"{run_file}: {text}", file=sys.stderr)
+
+    findings = findings_of(str(run_file), overrides or [], deep=deep, note=note)
     if as_json:
         print(json.dumps([item.as_json() for item in findings], indent=1))
     else:
@@ -55,7 +58,7 @@ def validate(
             print(f"{run_file}: no errors found" + ("" if deep else " (--deep also reads all rows)"))
     if not findings and not deep:
         for line in unverified(str(run_file), overrides or []):
-            print(f"{run_file}: {line}", file=sys.stderr)
+            note(line)
     raise Exit(2 if findings else 0)
 
 

@@ -184,8 +184,8 @@ class Launch:
             num_workers=self.config.scale.max_workers,
             on_gpu=self.config.scale.gpus_per_worker > 0,
         )
-        if found.skipped:
-            self._publish(events.NoteEvent(text=f"the first step was not tried in advance: {found.skipped}"))
+        for note in found.notes:
+            self._publish(events.NoteEvent(text=note))
         return found.static_graph
 
     def _train(self, store: RunStore, prepared: Prepared, address: str | None, *, static_graph: bool) -> Finished:

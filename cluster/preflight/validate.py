@@ -55,8 +55,16 @@ class Check:
 _KEY = re.compile(r"\b(?:model|data|train|checkpoint|scale|failure|track)(?:\.[a-z_]+)+\b")
 
 
-def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) -> list[LocatedFinding]:
+def validate(
+    path: str, overrides: Sequence[str] = (), *, deep: bool = False, note: Callable[[str], object] = lambda _: None
+) -> list[LocatedFinding]:
     """Return all errors of a run file; `deep` also prepares the data, builds the model, and writes to the storage.
+
+    Args:
+        path: The run file.
+        overrides: Settings from the command line.
+        deep: Whether to make the deep checks too.
+        note: Receives what the deep checks could not try, and what they found that is no error, one sentence each.
 
     Raises:
         ConfigError: The file cannot be read.
@@ -74,7 +82,7 @@ def validate(path: str, overrides: Sequence[str] = (), *, deep: bool = False) ->
     invalid_blocks = {str(item.finding.path[0]) for item in invalid}
     found = list(_findings(config, [check for check in _CHEAP if not check.blocks & invalid_blocks]))
     if deep and not invalid and not found:
-        found = list(_findings(config, _DEEP))
+        found = list(_findings(config, _deep_checks(note)))
     located = [*invalid, *locate_findings(found, read_run_file(path)[1], overrides)]
     return sorted(located, key=lambda item: item.line or 0)
 
@@ -174,14 +182,16 @@ def check_existing_run(config: RunConfig) -> None:
     check_unchanged(build_catalog(config.store).declaration, config, None)
 
 
-def _prepare(config: RunConfig) -> None:
+def _prepare(config: RunConfig, note: Callable[[str], object]) -> None:
     storage = open_storage(config.checkpoint.storage)
     prepared = prepare(config, storage)
     check_metric(config, prepared.facts)
     model = check_model(config, prepared, storage)[0]
-    dry_step(
+    found = dry_step(
         config, prepared, storage, model, num_workers=config.scale.max_workers, on_gpu=config.scale.gpus_per_worker > 0
     )
+    for text in found.notes:
+        note(text)
 
 
 def _write(config: RunConfig) -> None:
@@ -203,4 +213,7 @@ _CHEAP = (
     Check("checkpoint.storage", _storage, frozenset({"checkpoint"})),
     Check("name", check_existing_run, _ALL),
 )
-_DEEP = (Check("data", _prepare, _ALL), Check("checkpoint.storage", _write, _ALL))
+
+
+def _deep_checks(note: Callable[[str], object]) -> tuple[Check, ...]:
+    return Check("data", lambda config: _prepare(config, note), _ALL), Check("checkpoint.storage", _write, _ALL)

@@ -2,39 +2,50 @@
 
 It finds what else only the first step shows, such as a token that the embedding lacks or a head whose logits do not fit
 the labels, and which parameters get no gradient. It changes nothing: the model is built for it, and dropped.
+
+It must not refuse what trains: an error that a smaller part of a micro-batch, this machine's memory or its lack of a
+GPU may explain means that there was no dry step.
 """
 
 import re
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.checkpointing.save.staging import free_bytes
-from outlast.checkpointing.state.named_weights import unwrap
+from outlast.checkpointing.state.named_weights import carried_state, unwrap
 from outlast.checkpointing.storage.base import Storage
+from outlast.trainers.checks.dry_step_part import cut, max_tokens, parts, size
 from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic, seed_everything
 from outlast.trainers.distributed.world import World
-from outlast.trainers.loop.buffer_change_check import watch_buffers
+from outlast.trainers.loop.buffer_change_check import tensor_digest, watch_buffers
 from outlast.trainers.loop.compile_and_recompute import enable_recomputing
 from outlast.trainers.models.build import build_model
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import Batch, Task, find_task
+from outlast.trainers.tasks.model_inputs import base_model
 from outlast.trainers.user_code import describe_error
 
-#: Floating-point operations that a dry step may take: about half a minute on two cores.
-MAX_OPERATIONS = 2e12
 #: Share of the largest logit by which logits may differ for other reasons than a token that they depend on.
 MAX_LEAK = 1e-4
 #: Words of errors that may come from the host having no GPU.
-_NEEDS_GPU = re.compile(r"cuda|triton|\bgpu|flash|not implemented", re.IGNORECASE)
+_NEEDS_GPU = re.compile(
+    r"cu(da|dnn|blas)|triton|\bgpu|flash|nvidia|rocm|\bhip|active driver|not implemented|'CPU' backend", re.IGNORECASE
+)
+#: Packages whose kernels are for GPUs only.
+_GPU_PACKAGES = frozenset(
+    ("apex", "bitsandbytes", "causal_conv1d", "cupy", "fla", "flash_attn", "flash_attn_interface", "flashinfer")
+    + ("kernels", "liger_kernel", "mamba_ssm", "tilelang", "transformer_engine", "triton", "unsloth", "xformers")
+)
+#: Words of errors of an allocation that failed; torch raises them as RuntimeError.
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,7 @@ class DryStep:
 
     Attributes:
         static_graph: Whether every trained parameter gets a gradient from every micro-batch, as far as is known.
+            Without a dry step it is taken to be so, except for architectures known for the contrary.
         unused: Trained parameters without a gradient.
         skipped: Why there was no dry step; empty if there was one.
     """
@@ -51,124 +63,248 @@ class DryStep:
     unused: tuple[str, ...] = ()
     skipped: str = ""
 
+    @property
+    def notes(self) -> list[str]:
+        """Return what a user should know of it, one sentence each."""
+        found = [f"the first step was not tried in advance: {self.skipped}"] if self.skipped else []
+        if self.unused:
+            names = ", ".join(self.unused[:3]) + (", …" if len(self.unused) > 3 else "")
+            found.append(f"the first micro-batch gives no gradient to {len(self.unused)} trained parameters: {names}")
+        return found
+
+
+class _Trial:
+    """The model, built to be tried, and its passes.
+
+    Args:
+        config: The settings.
+        model: The model.
+        task: What it learns.
+        will_shard: Whether the workers will shard it.
+
+    Attributes:
+        is_whole: Whether what was run is the whole first micro-batch.
+        digests: Digests of loss and gradients in each of the two passes over it, by name.
+        in_graph: Parameters in the graph of its loss.
+        sees_ahead: Whether the prediction of a token depends on the token.
+    """
+
+    def __init__(self, config: TrainingConfig, model: nn.Module, task: Task, *, will_shard: bool) -> None:
+        self.config, self.model, self.task, self.name = config, model, task, type(unwrap(model)).__name__
+        recomputes = config.train.gradient_checkpointing
+        if recomputes:
+            enable_recomputing(model)
+        self._guards = watch_buffers(model, config.exactness, recomputes=recomputes, will_shard=will_shard)
+        self._modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
+        self.is_whole, self.sees_ahead = True, False
+        self.digests: list[dict[str, str]] = []
+        self.in_graph: set[Any] = set()
+        self._saved = {name: buffers[name].clone() for name in carried_state(model) if name in buffers}
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        """Run the first batch twice, forward and backward, and the others forward.
+
+        Raises ConfigError if a pass changes what no pass may change, and whatever the model and the task raise.
+        """
+        was_deterministic, num_threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+        try:
+            for batch in batches[1:]:
+                self._loss(batch)
+            for threads in (num_threads, 1):  # a library may add in another order each time, with several threads
+                make_deterministic(self.config.deterministic, threads)
+                self.digests = [self._pass(batches[0]) for _ in range(2)]
+                if self.digests[0] == self.digests[1] or self.config.exactness is Exactness.FAST:
+                    break
+        finally:
+            torch.set_num_threads(num_threads)
+            torch.use_deterministic_algorithms(was_deterministic)
+        self.check_state()
+        self._restore()
+        if self.task.auto_class == "AutoModelForCausalLM" and not _is_of_users(self.model, self.task):
+            self.sees_ahead = _sees_ahead(self.model, self.task, batches[0])
+
+    def check_state(self) -> None:
+        """Raise ConfigError if the forward pass changed buffers that it must not, or replaced a module."""
+        for guard in self._guards:
+            guard.check()
+        for name, module in self.model.named_modules():
+            if self._modules.get(name) is not module:
+                raise ConfigError(
+                    f"{self.name} replaces {name} during training; a resumed run could not repeat that",
+                    hint="choose the final form in the model's configuration",
+                )
+
+    def _restore(self) -> None:
+        """Restore the saved buffers: a checkpoint holds them, so a pass may depend on the one before through them."""
+        buffers = dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, before in self._saved.items():
+                if name in buffers and buffers[name].shape == before.shape:
+                    buffers[name].copy_(before)
+                else:
+                    owner, _, leaf = name.rpartition(".")
+                    self.model.get_submodule(owner)._buffers[leaf] = before.clone()
+
+    def _pass(self, batch: Batch) -> dict[str, str]:
+        self.model.zero_grad(set_to_none=True)
+        loss = self._loss(batch)
+        self.in_graph = _leaves(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        found = {"the loss": loss} | {
+            f"the gradient of {name}": item.grad
+            for name, item in self.model.named_parameters()
+            if item.grad is not None
+        }
+        return {name: tensor_digest(item.to_dense()) for name, item in found.items()}
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        self._restore()
+        seed_everything(self.config.seed, 0, 0)
+        with World().autocast(self.config.train.precision):
+            loss = self.task.loss_sum(self.model, batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ConfigError(
+                f"task {self.config.model.task} gives no loss to train on: it must be one number that depends on "
+                "weights",
+                hint="return the sum over the batch, as a tensor, from the `loss` of the task",
+            )
+        return loss
+
 
 def dry_step(
     config: TrainingConfig, prepared: Prepared, storage: Storage, meta: nn.Module, *, num_workers: int, on_gpu: bool
 ) -> DryStep:
-    """Run the first micro-batch of a run twice, and the second forward only; with fewer samples if that takes long.
+    """Run the first micro-batch of a run twice, and the second forward only; parts of them if they are too large.
 
     Args:
         config: The settings.
         prepared: The prepared data.
         storage: Holds it.
-        meta: The model without memory, from `check_model`; a large one is not run here.
+        meta: The model without memory, from `check_model`; one that is too large is not built here.
         num_workers: The largest number of workers.
         on_gpu: Whether the workers have GPUs: then errors that may come from their lack here are not raised.
 
     Raises:
         ConfigError: The step fails, or trains nothing, or changes the model in a way that a resume cannot repeat.
     """
-    num_parameters = sum(parameter.numel() for parameter in meta.parameters())
-    longest = max(prepared.longest.values(), default=1)
-    most = int(MAX_OPERATIONS / (6 * max(1, num_parameters * longest)))
-    if not most or 16 * num_parameters > free_bytes() // 2:
-        return DryStep(skipped=f"a model of {num_parameters:,} parameters is too large for this machine")
-    tokenizer = prepared.tokenizer(storage)
-    task = find_task(config.model.task)(config.data, tokenizer, prepared.facts)
-    model = build_model(config.model, task, tokenizer, config.seed, fresh=True)[0].train()
+    task = find_task(config.model.task)(config.data, prepared.tokenizer(storage), prepared.facts)
+    try:
+        tried = _try_parts(config, prepared, storage, task, meta, will_shard=_will_shard(config, num_workers))
+        if isinstance(tried, _Trial):
+            return _judge(tried, num_workers)
+    except Exception as error:
+        tried = _excuse(error, on_gpu=on_gpu)
+        if not tried and isinstance(error, OutlastError):
+            raise
+        if not tried:
+            raise ConfigError(
+                f"the first micro-batch fails in {type(unwrap(meta)).__name__}: {describe_error(error)}",
+                hint="check that `model:`, its tokenizer and `data:` belong together",
+            ) from error
+    return DryStep(static_graph=not (not _is_of_users(meta, task) and graph_may_vary(meta)), skipped=tried)
+
+
+def _try_parts(
+    config: TrainingConfig, prepared: Prepared, storage: Storage, task: Task, meta: nn.Module, *, will_shard: bool
+) -> _Trial | str:
+    """Run the first micro-batches, or the first of their parts that does not fail. Returns why none was run, if so."""
     plan, samples = make_plan(config, prepared.num_samples, 1), prepared.split(storage, "train")
     batches = [
-        task.collate(samples.take(plan.samples(positions[:most])), plan.keys(positions[:most]))
+        task.collate(samples.take(plan.samples(positions)), plan.keys(positions))
         for positions in plan.cut(plan.positions(0))[:2]
     ]
-    if config.train.gradient_checkpointing:
-        enable_recomputing(model)
-    will_shard = config.scale.parallel is Parallel.FSDP and num_workers > 1
-    recomputes = config.train.gradient_checkpointing
-    guards = watch_buffers(model, config.exactness, recomputes=recomputes, will_shard=will_shard)
-    modules = dict(model.named_modules())
-    try:
-        used = _run(config, model, task, batches)
-    except OutlastError:
-        raise
-    except Exception as error:
-        if on_gpu and _NEEDS_GPU.search(str(error)):
-            return DryStep(skipped=f"it needs a GPU: {describe_error(error)}")
+    whole = size(batches[0], max(prepared.longest.values(), default=1))
+    chosen = parts(*whole, max_tokens(meta, task, whole[1]))
+    if not chosen:
+        num_parameters = sum(parameter.numel() for parameter in meta.parameters())
+        return f"a model of {num_parameters:,} parameters is too large for this machine"
+    model, _ = build_model(config.model, task, prepared.tokenizer(storage), config.seed, fresh=True)
+    trial, skipped = _Trial(config, model.train(), task, will_shard=will_shard), ""
+    for part in chosen:
+        trial.is_whole = part == whole
+        try:
+            trial.run(batches if trial.is_whole else cut(batches, task, part[0], part[1] / whole[1]))
+        except Exception as error:
+            trial.check_state()  # a change of the model may be the cause
+            if trial.is_whole:
+                raise
+            skipped = f"a part of the first micro-batch fails, and all of it is too large: {describe_error(error)}"
+        else:
+            return trial
+    return skipped
+
+
+def _judge(trial: _Trial, num_workers: int) -> DryStep:
+    """Return what a trial found. Raises ConfigError as `dry_step`."""
+    config, model, name = trial.config, trial.model, trial.name
+    (first, second), in_graph = trial.digests, trial.in_graph
+    differing = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    if differing and config.exactness is not Exactness.FAST:
         raise ConfigError(
-            f"the first micro-batch fails in {type(unwrap(model)).__name__}: {describe_error(error)}",
-            hint="check that `model:`, its tokenizer and `data:` belong together",
-        ) from error
-    for guard in guards:
-        guard.check()
-    _check_modules(modules, model)
-    if task.auto_class == "AutoModelForCausalLM" and _is_of_libraries(model, task):
-        _check_is_causal(model, task, batches[0])
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    unused = tuple(name for name, parameter in trained if parameter.grad is None)
+            f"two passes over the first micro-batch with the same seed differ in {differing[0]}: {name} draws random "
+            "numbers of its own, or remembers earlier batches",
+            hint="draw random numbers from torch's default generator; or set exactness: fast, which promises no bits",
+        )
+    if trial.sees_ahead:
+        raise ConfigError(
+            f"{name} sees the tokens that it predicts, so it would only learn to copy them",
+            hint="configure it as a decoder, or use a decoder such as gpt2 or llama",
+        )
+    trained = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
+    unused = tuple(key for key, parameter in trained if parameter.grad is None)
     if len(unused) == len(trained):
         raise ConfigError("no parameter gets a gradient from the loss", hint="check the loss of the task, and freezing")
-    is_nested = any(parameter.grad is not None and parameter not in used for _, parameter in trained)
-    if is_nested and unused and num_workers > 1 and _uses_ddp(config):
+    sparse = [key for key, parameter in trained if parameter.grad is not None and parameter.grad.is_sparse]
+    if sparse:
         raise ConfigError(
-            f"{type(unwrap(model)).__name__} runs backward passes within its backward pass, and {unused[0]} gets no "
-            "gradient; DDP does not support both",
+            f"{sparse[0]} gets a sparse gradient, of which torch computes no norm",
+            hint="make its nn.Embedding with sparse=False",
+        )
+    has_nested_backward = any(parameter.grad is not None and parameter not in in_graph for _, parameter in trained)
+    is_static = has_nested_backward or not (_is_of_users(model, trial.task) or graph_may_vary(model))
+    if not unused or (has_nested_backward and not trial.is_whole):  # all of the micro-batch may use them
+        return DryStep(is_static, unused)
+    if has_nested_backward and num_workers > 1 and _uses_ddp(config):
+        raise ConfigError(
+            f"{name} runs backward passes within its backward pass, and {unused[0]} gets no gradient; DDP does not "
+            "support both",
             hint="-s exactness=elastic, or freeze that parameter",
         )
-    return DryStep(not unused and (is_nested or not graph_may_vary(model, task)), unused)
+    return DryStep(static_graph=False, unused=unused)
+
+
+def _will_shard(config: TrainingConfig, num_workers: int) -> bool:
+    return config.scale.parallel is Parallel.FSDP and num_workers > 1
 
 
 def _uses_ddp(config: TrainingConfig) -> bool:
     return config.scale.parallel is Parallel.DDP and config.exactness is not Exactness.ELASTIC
 
 
-def _run(config: TrainingConfig, model: nn.Module, task: Task, batches: list[Batch]) -> set[nn.Parameter]:
-    """Run the first batch twice, forward and backward, and the others forward. Returns the parameters in the graph."""
-    was_deterministic, num_threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    try:
-        for batch in batches[1:]:
-            _loss(config, model, task, batch)
-        for threads in (num_threads, 1):  # a library may add in another order each time, with several threads
-            make_deterministic(config.deterministic, threads)
-            (first, _), (second, used) = (_pass(config, model, task, batches[0]) for _ in range(2))
-            if first == second or config.exactness is Exactness.FAST:
-                return used
-    finally:
-        torch.set_num_threads(num_threads)
-        torch.use_deterministic_algorithms(was_deterministic)
-    name = next(name for name in {**first, **second} if first.get(name) != second.get(name))
-    raise ConfigError(
-        f"two passes over the first micro-batch with the same seed differ in {name}: "
-        f"{type(unwrap(model)).__name__} draws random numbers of its own, or remembers earlier batches",
-        hint="draw random numbers from torch's default generator; or set exactness: fast, which promises no bits",
-    )
+def _excuse(error: BaseException, *, on_gpu: bool) -> str:
+    """Return what about this machine may be the cause of an error of the model; empty if nothing is."""
+    causes = list(_causes(error))
+    if any(isinstance(item, MemoryError) or _NO_MEMORY.search(str(item)) for item in causes):
+        return f"this machine has too little memory: {describe_error(error)}"
+    if on_gpu and any(_NEEDS_GPU.search(str(item)) or _GPU_PACKAGES & _packages(item) for item in causes):
+        return f"it needs a GPU: {describe_error(error)}"
+    return ""
 
 
-def _pass(
-    config: TrainingConfig, model: nn.Module, task: Task, batch: Batch
-) -> tuple[dict[str, str], set[nn.Parameter]]:
-    """Return digests of the loss and of each gradient, by name of the parameter, and the parameters in the graph."""
-    model.zero_grad(set_to_none=True)
-    loss = _loss(config, model, task, batch)
-    used = _leaves(loss)
-    loss.backward()
-    found = {"the loss": loss} | {f"the gradient of {name}": item.grad for name, item in model.named_parameters()}
-    return {name: _digest(item) for name, item in found.items() if item is not None}, used
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the errors of models and libraries that led to this one, itself included."""
+    while error is not None:
+        if isinstance(error, OutlastError):
+            error = error.__cause__
+        else:
+            yield error
+            error = error.__cause__ or error.__context__
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    return xxhash.xxh3_128_hexdigest(tensor_bytes(tensor.detach()))
-
-
-def _loss(config: TrainingConfig, model: nn.Module, task: Task, batch: Batch) -> Any:
-    seed_everything(config.seed, 0, 0)
-    with World().autocast(config.train.precision):
-        loss = task.loss_sum(model, batch)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise ConfigError(
-            f"task {config.model.task} gives no loss to train on: it must be one number that depends on weights",
-            hint="return the sum over the batch, as a tensor, from the `loss` of the task",
-        )
-    return loss
+def _packages(error: BaseException) -> set[str]:
+    """Return the names of the packages that a traceback goes through."""
+    names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return {str(name).partition(".")[0] for name in names}
 
 
 def _leaves(loss: torch.Tensor) -> set[Any]:
@@ -183,18 +319,8 @@ def _leaves(loss: torch.Tensor) -> set[Any]:
     return found
 
 
-def _check_modules(before: dict[str, nn.Module], model: nn.Module) -> None:
-    """Raise ConfigError if the forward pass replaced a module: a resumed run would begin with the old one."""
-    for name, module in model.named_modules():
-        if before.get(name) is not module:
-            raise ConfigError(
-                f"{type(unwrap(model)).__name__} replaces {name} during training; a resumed run could not repeat that",
-                hint="choose the final form in the model's configuration",
-            )
-
-
-def _check_is_causal(model: nn.Module, task: Task, batch: Batch) -> None:
-    """Raise ConfigError if the prediction of a token depends on the token: the model would learn to copy it."""
+def _sees_ahead(model: nn.Module, task: Task, batch: Batch) -> bool:
+    """Return whether the prediction of a token depends on the token."""
     [ids] = batch["input_ids"][:1]
     ids = ids[: int(batch["attention_mask"][0].sum())] if "attention_mask" in batch else ids
     other = ids.clone()
@@ -205,28 +331,31 @@ def _check_is_causal(model: nn.Module, task: Task, batch: Batch) -> None:
             task.forward(model, {"input_ids": item[None], "attention_mask": torch.ones_like(item[None])}).logits[:, :-1]
             for item in (ids, other)
         )
-    if first.numel() and (first - second).abs().max() > MAX_LEAK * first.abs().max():
-        raise ConfigError(
-            f"{type(unwrap(model)).__name__} attends to the tokens that it predicts, so it would learn nothing",
-            hint="configure it as a decoder, or use a decoder such as gpt2 or llama",
-        )
+    model.train()
+    return bool(first.numel()) and bool((first - second).abs().max() > MAX_LEAK * first.abs().max())
 
 
-def _is_of_libraries(model: nn.Module, task: Task) -> bool:
-    """Return whether neither the model nor the task is code of the user."""
-    modules = type(_base_model(model)).__module__, type(task).__module__
-    return modules[0].startswith("transformers.") and modules[1].startswith("outlast.")
+def _is_of_users(model: nn.Module, task: Task) -> bool:
+    """Return whether the model or the task is code of the user."""
+    modules = type(base_model(model)).__module__, type(task).__module__
+    return not (modules[0].startswith("transformers.") and modules[1].startswith("outlast."))
 
 
-def _base_model(model: nn.Module) -> Any:
-    inner: Any = unwrap(model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+def graph_may_vary(model: nn.Module) -> bool:
+    """Return whether the parameters that a model of transformers uses may differ between micro-batches.
+
+    They do with LayerDrop, and with experts, none of which may get a token.
+    """
+    modules = dict(base_model(model).named_modules())
+    configs = {id(item): item for module in modules.values() if (item := getattr(module, "config", None)) is not None}
+    drops = any(_drops_layers(item.to_dict()) for item in configs.values() if hasattr(item, "to_dict"))
+    return drops or any("experts" in name for name in modules)
 
 
-def graph_may_vary(model: nn.Module, task: Task) -> bool:
-    """Return whether the parameters in use may differ between micro-batches: LayerDrop, experts, users' code."""
-    if not _is_of_libraries(model, task):
-        return True
-    inner = _base_model(model)
-    drops = any("layerdrop" in name and value for name, value in inner.config.to_dict().items())
-    return drops or any("experts" in name for name, _ in inner.named_modules())  # none may get a token
+def _drops_layers(settings: Any) -> bool:
+    """Return whether settings, or those within them, set a probability of leaving a layer out."""
+    if isinstance(settings, (list, tuple)):
+        return any(map(_drops_layers, settings))
+    return isinstance(settings, dict) and any(
+        ("layerdrop" in str(name).lower() and value) or _drops_layers(value) for name, value in settings.items()
+    )

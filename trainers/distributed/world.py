@@ -1,9 +1,11 @@
 """The ranks of an attempt: rank and size, device, sums over the ranks, and the choice of the gradient reducer."""
 
+import keyword
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
-from types import MappingProxyType
+from dataclasses import is_dataclass, make_dataclass
+from functools import lru_cache
+from types import MappingProxyType, MemberDescriptorType, new_class
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.named_weights import carried_state
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.trainers.config.train import Exactness, Precision
@@ -106,18 +109,47 @@ class World(RankGroup):
         return wrapped
 
 
-class _Outputs(dict[str, Any]):
-    """Outputs of a user's model as a dict, with the attributes of the object that the model returned."""
-
-    def __init__(self, returned: Any) -> None:
-        super().__init__(vars(returned))
-        self._returned = returned
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._returned, name)
-
-
 def _show_tensors(_module: nn.Module, _args: Any, outputs: Any) -> Any:
-    """Return outputs in which DDP finds the tensors: it looks into no plain object, and would miss the whole graph."""
-    is_known = isinstance(outputs, (torch.Tensor, list, tuple, dict)) or is_dataclass(outputs)
-    return outputs if is_known or not hasattr(outputs, "__dict__") else _Outputs(outputs)
+    """Return outputs in which DDP finds the tensors: it looks into no plain object, and would miss the whole graph.
+
+    A plain object becomes a copy of a class derived from its own, which is also a dataclass.
+    """
+    if isinstance(outputs, (torch.Tensor, list, tuple, dict)) or is_dataclass(outputs):
+        return outputs
+    own: Any = type(outputs)
+    slots, attributes = _slots(outputs), getattr(outputs, "__dict__", {})
+    names = tuple(name for name in (*slots, *attributes) if name.isidentifier() and not keyword.iskeyword(name))
+    if not names:
+        return outputs
+    try:
+        derived, create = _derived(own, names)
+        copied = create(derived)
+    except TypeError as error:
+        raise ConfigError(
+            f"DDP cannot find the tensors in outputs of type {own.__name__}: {error}",
+            hint="return a dict, a dataclass or a ModelOutput of transformers from the model",
+        ) from error
+    for name, value in slots.items():
+        object.__setattr__(copied, name, value)  # also of a frozen class
+    if attributes:
+        copied.__dict__.update(attributes)
+    return copied
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    """Return the attributes in `__slots__` that are set."""
+    found = (vars(base).items() for base in type(value).__mro__ if "__slots__" in vars(base))
+    names = [name for items in found for name, item in items if isinstance(item, MemberDescriptorType)]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+@lru_cache(maxsize=64)
+def _derived(own: type, names: tuple[str, ...]) -> tuple[type, Callable[[type], Any]]:
+    """Derive a class whose dataclass fields are `names`. Returns it, and what creates its objects without arguments."""
+    made: Any = make_dataclass("Fields", names)
+    derived = new_class(
+        own.__name__, (own,), exec_body=lambda body: body.update(__dataclass_fields__=made.__dataclass_fields__)
+    )
+    constructors = (vars(base).get("__new__") for base in own.__mro__)
+    create = next(item for item in constructors if item is not None and not isinstance(item, staticmethod))
+    return derived, create  # the first that is not written in Python, so that it needs no arguments

@@ -33,7 +33,7 @@ class BufferGuard:
         self, model: nn.Module, why: str, hint: str, free: Collection[str] = (), only: Collection[str] | None = None
     ) -> None:
         self._model, self._why, self._hint, self._free, self._only = model, why, hint, free, only
-        self._seen = {name: (buffer, buffer._version, _digest(buffer)) for name, buffer in self._guarded()}
+        self._seen = {name: (buffer, buffer._version, tensor_digest(buffer)) for name, buffer in self._guarded()}
 
     def check(self) -> None:
         """Raise ConfigError if a buffer has another value. Writing the same value, as DDP does, is allowed."""
@@ -41,7 +41,7 @@ class BufferGuard:
             before, version, digest = self._seen.get(name, (None, 0, ""))
             if buffer is before and buffer._version == version:
                 continue
-            if _digest(buffer) != digest:
+            if tensor_digest(buffer) != digest:
                 raise ConfigError(
                     f"buffer {name} changes in the forward pass; {self._why} holds for models without such state only",
                     hint=self._hint,
@@ -56,8 +56,9 @@ class BufferGuard:
         ]
 
 
-def _digest(buffer: torch.Tensor) -> str:
-    return f"{buffer.dtype}{list(buffer.shape)}{xxhash.xxh3_128_hexdigest(tensor_bytes(buffer))}"
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Digest type, shape and elements."""
+    return f"{tensor.dtype}{list(tensor.shape)}{xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))}"
 
 
 def watch_buffers(

@@ -57,7 +57,7 @@ def build_model(
         task.configure(config)
         model, new = _build(settings, own or model_class(task, config), config, seed, fresh)
     if own is None and task.auto_class == "AutoModelForCausalLM":
-        _check_is_causal(model)
+        _check_decoder_config(model)
     files = {**_config_files(model), **tokenizer_files(tokenizer)}
     _use_full_attention(model, task.settings.max_length)
     if settings.lora is not None:
@@ -295,8 +295,8 @@ def _use_full_attention(model: Any, max_length: int) -> None:
         module.set_attention_type("original_full")
 
 
-def _check_is_causal(model: Any) -> None:
-    """Raise ConfigError if the model attends to the tokens that it predicts: it would learn nothing."""
+def _check_decoder_config(model: Any) -> None:
+    """Raise ConfigError if the model sees the tokens that it predicts: it would only learn to copy them."""
     config = model.config
     is_encoder = getattr(config, "is_decoder", None) is False and not config.model_type.startswith("gpt_neox")
     remedies = {
@@ -307,6 +307,6 @@ def _check_is_causal(model: Any) -> None:
     for remedy, is_needed in remedies.items():
         if is_needed:
             raise ConfigError(
-                f"{type(model).__name__} is configured as an encoder: it attends to the tokens that it predicts",
+                f"{type(model).__name__} is configured as an encoder: it sees the tokens that it predicts",
                 hint=f"set model.config.{remedy}, or use a decoder such as gpt2 or llama",
             )

@@ -7,6 +7,7 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.tasks.base import Task
+from outlast.trainers.tasks.model_inputs import base_model
 
 NUM_NEW_TOKENS = 64
 #: What training gives to a model that generates; a tokenizer may return more, such as `token_type_ids`.
@@ -18,7 +19,7 @@ def generate_continuation(task: Task, model: Any, encoded: Any, limit: int) -> t
 
     Raises ConfigError if the text is empty, or as long as the model's context.
     """
-    if not hasattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "generate"):
+    if not hasattr(base_model(model), "generate"):
         return _greedy_continuation(task, model, encoded["input_ids"], limit)
     given, config = encoded["input_ids"].shape[1], model.config
     context = None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)

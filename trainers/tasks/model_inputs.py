@@ -12,6 +12,12 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.named_weights import unwrap
 
 
+def base_model(model: nn.Module) -> Any:
+    """Return the model inside wrappers and adapters."""
+    inner: Any = unwrap(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 def run_model(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     """Run a model on token ids with padding on the right, shape [samples, …, length]. Returns its outputs.
 
@@ -26,8 +32,7 @@ def run_model(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None or mask is None or ids.shape != mask.shape:
         return model(**inputs)
-    inner: Any = unwrap(model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = base_model(model)
     config = getattr(inner, "config", None)
     padding, model_type = getattr(config, "pad_token_id", None), getattr(config, "model_type", None)
     if (getattr(config, "type_vocab_size", None) or 2) < 2:

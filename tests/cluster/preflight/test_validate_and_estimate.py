@@ -24,6 +24,7 @@ from outlast.cluster.config.starter_files import EXAMPLES, template
 from outlast.cluster.preflight.estimate import describe, estimate_run
 from outlast.cluster.preflight.validate import validate
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.checks import dry_step_part
 from outlast.trainers.config.task_table import TASKS
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.preparation.prepare import prepare
@@ -300,6 +301,20 @@ def test_the_deep_check_reads_every_row(tmp_path: Path, body: dict[str, Any]) ->
     assert "rows.jsonl" in found.finding.message
     assert "201" in found.finding.message, "it names the row"
     assert validate(str(path), ["data.max_bad_rows=1"], deep=True) == []
+
+
+def test_the_deep_check_notes_what_is_no_error(
+    tmp_path: Path, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, notes = tmp_path / "run.yaml", list[str]()
+    xlnet = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "attn_type": "uni"}
+    path.write_text(yaml.safe_dump({**body, "model": {**body["model"], "config": xlnet}}))
+    assert validate(str(path), deep=True, note=notes.append) == []
+    [unused] = notes
+    assert "gives no gradient to 5 trained parameters: transformer.mask_emb, transformer.layer.0" in unused
+    monkeypatch.setattr(dry_step_part, "free_bytes", lambda: 0)
+    assert validate(str(path), deep=True, note=notes.append) == []
+    assert notes[1].startswith("the first step was not tried in advance: a model of")
 
 
 def test_an_existing_run_with_other_settings(

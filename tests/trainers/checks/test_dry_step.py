@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks import dry_step as dry_step_module
-from outlast.trainers.checks.dry_step import DryStep, dry_step
+from outlast.trainers.checks import dry_step_part
+from outlast.trainers.checks.dry_step import DryStep, dry_step, graph_may_vary
 from outlast.trainers.checks.model_checks import check_model
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models import build
@@ -23,7 +25,6 @@ from tests.support.groups.worker_group import StopAt, digests, losses, run_group
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 XLNET = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "attn_type": "uni"}
-XLNET |= {"attn_type": "uni"}
 FLAUBERT = {"model_type": "flaubert", "emb_dim": 32, "n_layers": 2, "n_heads": 4, "layerdrop": 0.5}
 SWITCH = {"model_type": "switch_transformers", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 SWITCH |= {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
@@ -53,6 +54,15 @@ def test_layer_drop_makes_the_graph_vary(assign: Callable[..., Assignment], stor
     assert not dry(assign("flaubert", sections=model(FLAUBERT, "masked-lm")), storage).static_graph
 
 
+def test_layer_drop_of_a_part_of_a_model() -> None:
+    encoder, decoder = transformers.BertConfig(**BERT), transformers.BartConfig(d_model=32, decoder_layerdrop=0.5)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    with torch.device("meta"):
+        assert graph_may_vary(transformers.EncoderDecoderModel(config))
+        config.decoder.decoder_layerdrop = 0.0
+        assert not graph_may_vary(transformers.EncoderDecoderModel(config))
+
+
 @pytest.mark.parametrize(
     ("config", "remedy"),
     [
@@ -66,7 +76,7 @@ def test_an_encoder_is_no_causal_model(
     config: dict[str, Any], remedy: str, assign: Callable[..., Assignment], storage: LocalStorage
 ) -> None:
     assignment = assign("encoder", sections=model(config))
-    with pytest.raises(ConfigError, match="attends to the tokens that it predicts") as caught:
+    with pytest.raises(ConfigError, match="sees the tokens that it predicts") as caught:
         check_model(assignment.config, assignment.prepared, storage)
     assert remedy in str(caught.value.hint)
     key, value = remedy.split(": ")
@@ -79,7 +89,7 @@ def test_a_prediction_that_depends_on_the_predicted_token(
     task: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the architecture's configuration says."""
-    monkeypatch.setattr(build, "_check_is_causal", lambda model: None)
+    monkeypatch.setattr(build, "_check_decoder_config", lambda model: None)
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 40)
@@ -87,15 +97,42 @@ def test_a_prediction_that_depends_on_the_predicted_token(
     if task == "chat":
         template = "{% for m in messages %}{{ m.content }}{% endfor %}"
         sections["data"] = {"train": str(rows), "chat_template": template, "max_length": 32}
-    with pytest.raises(ConfigError, match="BertLMHeadModel attends to the tokens that it predicts, so it would learn"):
+    with pytest.raises(
+        ConfigError, match="BertLMHeadModel sees the tokens that it predicts, so it would only learn to"
+    ):
         dry(assign("leak", sections=sections), storage)
 
 
-def test_a_large_model_is_not_tried(
+def limit_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(dry_step_module, "max_tokens", lambda *_: tokens)
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "flaubert", **FLAUBERT}], ids=["plain", "layerdrop"])
+def test_a_model_that_is_too_large_is_not_tried(
+    config: dict[str, Any], assign: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then its graph counts as static, as in version 0.1.0, unless its configuration says otherwise."""
+    monkeypatch.setattr(dry_step_part, "free_bytes", lambda: 2**20)
+    found = dry(assign("dry-large", sections=model(config, "masked-lm") if config else {}), storage)
+    assert found.skipped.endswith("parameters is too large for this machine")
+    assert found.static_graph is not bool(config)
+
+
+def test_a_model_that_takes_too_long_is_tried_with_shorter_texts(
     assign: Callable[..., Assignment], storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dry_step_module, "MAX_OPERATIONS", 1000)
-    assert dry(assign("dry-large"), storage).skipped.endswith("parameters is too large for this machine")
+    limit_tokens(monkeypatch, 20)
+    seen = set()
+    loss = dry_step_module._Trial._loss
+
+    def record(trial: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.add(batch["input_ids"].shape)
+        return loss(trial, batch)
+
+    monkeypatch.setattr(dry_step_module._Trial, "_loss", record)
+    sections = {"data": {"max_length": 32}}
+    assert dry(assign("dry-short", sections=sections, micro_batch=4), storage) == DryStep(static_graph=True)
+    assert seen == {(1, 16)}
 
 
 @pytest.fixture
@@ -138,6 +175,24 @@ class Unseeded(CausalLM):
 class NeedsGpu(CausalLM):
     def loss(self, outputs, batch):
         raise RuntimeError("this kernel is for CUDA only")
+
+
+class NoDriver(CausalLM):
+    def loss(self, outputs, batch):
+        import flash_attn
+
+        return flash_attn.run()
+
+
+class NoMemory(CausalLM):
+    def loss(self, outputs, batch):
+        return outputs.logits.new_empty(2**60).sum()
+
+
+class Pairs(CausalLM):
+    def loss(self, outputs, batch):
+        first, second = outputs.logits.mean((1, 2))
+        return super().loss(outputs, batch) + (first - second) ** 2
 """
 
 
@@ -162,6 +217,36 @@ def test_a_model_for_gpus_is_left_to_them(
     assert dry(assignment, storage, on_gpu=True).skipped.startswith("it needs a GPU: RuntimeError: this kernel is for")
     with pytest.raises(ConfigError, match=r"this kernel is for CUDA only \(.*odd_tasks.py, line 24\)"):
         dry(assignment, storage)
+
+
+def test_a_kernel_for_gpus_is_known_by_its_package(
+    assign: Callable[..., Assignment], storage: LocalStorage, own_tasks: None, tmp_path: Path
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("def run():\n    raise RuntimeError('0 active ([])')")
+    assignment = assign("package", sections={"model": {"task": "odd_tasks:NoDriver"}})
+    assert dry(assignment, storage, on_gpu=True).skipped.startswith("it needs a GPU: RuntimeError: 0 active")
+    with pytest.raises(ConfigError, match="0 active"):
+        dry(assignment, storage)
+
+
+def test_memory_that_is_not_there(assign: Callable[..., Assignment], storage: LocalStorage, own_tasks: None) -> None:
+    assignment = assign("no-memory", sections={"model": {"task": "odd_tasks:NoMemory"}})
+    assert dry(assignment, storage).skipped.startswith("this machine has too little memory: RuntimeError")
+
+
+def test_a_part_of_a_micro_batch_that_fails_proves_nothing(
+    assign: Callable[..., Assignment], storage: LocalStorage, own_tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss over pairs fails with one sample; with shorter texts, both are there."""
+    assignment = assign("pairs", sections={"model": {"task": "odd_tasks:Pairs"}}, micro_batch=2)
+    assert not dry(assignment, storage).skipped
+    limit_tokens(monkeypatch, 16)
+    found = dry(assignment, storage)
+    assert found.skipped.startswith("a part of the first micro-batch fails, and all of it is too large: ValueError")
+    assert found.static_graph
+    limit_tokens(monkeypatch, 40)
+    long = assign("pairs", sections={"model": {"task": "odd_tasks:Pairs"}, "data": {"max_length": 32}}, micro_batch=2)
+    assert not dry(long, storage).skipped
 
 
 def test_random_numbers_without_a_seed(
@@ -195,6 +280,18 @@ class NestedWithSpare(Nested):
     def __init__(self, config):
         super().__init__(config)
         self.spare = torch.nn.Parameter(torch.zeros(3))
+
+
+class Normed(GPT2LMHeadModel):
+    def __init__(self, config):
+        super().__init__(config)
+        torch.nn.utils.parametrizations.spectral_norm(self.transformer.h[0].mlp.c_fc)
+
+
+class Sparse(GPT2LMHeadModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer.wpe = torch.nn.Embedding(config.n_positions, config.n_embd, sparse=True)
 """
 
 
@@ -225,6 +322,20 @@ def test_a_backward_pass_within_the_backward_pass(
     assert [item.outcome for item in run_group(elastic, storage, 2)] == [Outcome.DONE] * 2
 
 
+def test_saved_buffers_that_change_make_no_difference_between_passes(
+    assign: Callable[..., Assignment], storage: LocalStorage, own_models: None
+) -> None:
+    """The vectors of spectral normalization are in every checkpoint."""
+    assert not dry(assign("normed", sections={"model": nested("Normed")}), storage).skipped
+
+
+def test_sparse_gradients_are_refused(
+    assign: Callable[..., Assignment], storage: LocalStorage, own_models: None
+) -> None:
+    with pytest.raises(ConfigError, match=r"transformer.wpe.weight gets a sparse gradient, of which torch computes no"):
+        dry(assign("sparse", sections={"model": nested("Sparse")}), storage)
+
+
 def test_sparse_attention_of_long_batches_is_refused(assign: Callable[..., Assignment], storage: LocalStorage) -> None:
     big_bird = {"model_type": "big_bird", **BERT, "block_size": 2, "num_random_blocks": 1}
     with pytest.raises(
@@ -252,7 +363,8 @@ def test_unused_parameters_train_to_the_same_bits(
     undisturbed = run_group(assign(name, sections=sections), storage, size)
     assert [item.outcome for item in undisturbed] == [Outcome.DONE] * size, undisturbed[0].error
     assert run_group(assign(f"{name}-2", sections=sections), storage, size, StopAt(4))[0].outcome is Outcome.STOPPED
-    assert run_group(assign(f"{name}-2", sections=sections, launch="b"), storage, 1 if size == 2 else size)[0].outcome
+    resumed = run_group(assign(f"{name}-2", sections=sections, launch="b"), storage, 1 if size == 2 else size)
+    assert resumed[0].outcome is Outcome.DONE
     assert digests(storage, f"{name}-2") == digests(storage, name)
     assert losses(storage, f"{name}-2") == losses(storage, name)
 
