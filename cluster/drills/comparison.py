@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TypeVar
 
 from outlast.checkpointing.format.manifest import Manifest
@@ -63,7 +63,7 @@ class FirstDifference:
         return ", ".join(places)
 
 
-class DifferenceCause(Enum):
+class DifferenceCause(StrEnum):
     """Why a run does not end with the bits of the undisturbed one."""
 
     NOT_DETERMINISTIC = "not-deterministic"  #: undisturbed runs differ from each other

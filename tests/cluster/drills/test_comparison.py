@@ -105,7 +105,7 @@ def drilled(tmp_path: Path, text_file: str) -> Callable[[str], DrillReport]:
 def test_a_forward_pass_that_is_not_deterministic(drilled: Callable[[str], DrillReport]) -> None:
     report = drilled("Random")
     found = report.findings[0]
-    assert (found.cause, found.error) == (DifferenceCause.NOT_DETERMINISTIC.value, "")
+    assert (found.cause, found.error) == (DifferenceCause.NOT_DETERMINISTIC, "")
     assert found.first is not None
     assert found.first.step == 1
     assert found.first.before_fault
@@ -123,13 +123,13 @@ def test_a_forward_pass_that_is_not_deterministic_after_the_fault(drilled: Calla
     assert found.first is not None
     assert found.first.step == 8
     assert not found.first.before_fault
-    assert found.cause == DifferenceCause.NOT_DETERMINISTIC.value
+    assert found.cause == DifferenceCause.NOT_DETERMINISTIC
 
 
 def test_state_that_no_checkpoint_holds(drilled: Callable[[str], DrillReport]) -> None:
     report = drilled("Growing")
     found = report.findings[0]
-    assert (found.cause, found.error, found.resumed_from) == (DifferenceCause.RESUME.value, "", 4)
+    assert (found.cause, found.error, found.resumed_from) == (DifferenceCause.RESUME, "", 4)
     assert found.first is not None
     assert (found.first.step, found.first.checkpoint, found.first.tensor) == (5, 6, "embed.weight")
     assert not found.first.before_fault
@@ -139,7 +139,7 @@ def test_state_that_no_checkpoint_holds(drilled: Callable[[str], DrillReport]) -
 def test_a_model_that_is_not_built_from_the_seed(drilled: Callable[[str], DrillReport]) -> None:
     report = drilled("Unseeded")
     found = report.findings[0]
-    assert found.cause == DifferenceCause.NOT_DETERMINISTIC.value
+    assert found.cause == DifferenceCause.NOT_DETERMINISTIC
     assert found.first is not None
     assert found.first.step == 1
     assert "1 tensor of two new models differ, first head.bias" in report.explanation

@@ -64,5 +64,8 @@ def test_a_run_from_a_pretrained_model_resumes_exactly(case: str, tmp_path: Path
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=880)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
-    assert [(item["kind"], item["different"], item["cause"]) for item in found] == [("kill", [], ""), ("stop", [], "")]
+    assert [(item["kind"], item["different"], item["cause"]) for item in found] == [
+        ("kill", [], None),
+        ("stop", [], None),
+    ]
     assert all(item["resumed_from"] for item in found), "not from the beginning"

@@ -35,11 +35,24 @@ class Rising(nn.Module):
         if width == 7:
             raise RuntimeError("not seven")
 """
+TEXT_PART = """
+from transformers import CLIPTextConfig, PreTrainedModel
+from torch import nn
+
+class TextPart(PreTrainedModel):  # the Auto class of its task does not know this configuration, and need not
+    config_class = CLIPTextConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.post_init()
+"""
 
 
 @pytest.fixture
 def own_code(tmp_path: Path) -> str:
     (tmp_path / "rising.py").write_text(OWN)
+    (tmp_path / "text_part.py").write_text(TEXT_PART)
     (tmp_path / "sinking.py").write_text("import torch\n\nfloat(nothing)\n")
     make_importable(str(tmp_path))
     return str(tmp_path)
@@ -103,7 +116,8 @@ def test_valid_models_pass(
     base = make_base(tmp_path / "base", text_file)
     (base / "model.safetensors").unlink()
     adapted = {"path": str(base), "config": None, "tokenizer": None}
-    for model in (gpt2(), own(8), adapted, {**adapted, "lora": LORA}):
+    text_part = {"class": "text_part:TextPart", "config": {"num_hidden_layers": 1, "hidden_size": 16}}
+    for model in (gpt2(), own(8), text_part, adapted, {**adapted, "lora": LORA}):
         assignment = assign("preflight", sections={"model": model})
         check_model(assignment.config, assignment.prepared, storage)
     assignment = assign("preflight", sections={"model": {**adapted, "lora": {"target_modules": ["q_prj"]}}})
