@@ -95,7 +95,11 @@ class Sweep:
         for kind in ("refused", "error", "hung", "died"):
             found = [answer for answer in answers if answer.kind == kind]
             # A rank that raised breaks the connection of the other, which reports that.
-            found.sort(key=lambda answer: "Connection closed by peer" in str(answer.value))
+            found.sort(
+                key=lambda answer: any(
+                    text in str(answer.value) for text in ("Connection closed by peer", "Connection reset by peer")
+                )
+            )
             if found:
                 late = "refused by the workers only: " if kind == "refused" else ""
                 self._end(case, ERROR, f"{phase}: {late}{found[0].value or kind}")
