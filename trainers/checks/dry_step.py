@@ -9,7 +9,7 @@ GPU may explain means that there was no dry step.
 
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.state.named_weights import carried_state, unwrap
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.checks.dry_step_part import cut, max_tokens, parts, size
+from outlast.trainers.checks.sharded_graph import BlockUse, check_can_shard, drops_layers
 from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.batch_plan import make_plan
@@ -33,6 +34,8 @@ from outlast.trainers.tasks.base import Batch, Task, find_task
 from outlast.trainers.tasks.model_inputs import base_model
 from outlast.trainers.user_code import describe_error
 
+#: Micro-batches of which the parameters that get a gradient are compared, where all must be the same.
+NUM_COMPARED = 4
 #: Share of the largest logit by which logits may differ for other reasons than a token that they depend on.
 MAX_LEAK = 1e-4
 #: Words of errors that may come from the host having no GPU.
@@ -86,6 +89,8 @@ class _Trial:
         is_whole: Whether what was run is the whole first micro-batch.
         digests: Digests of loss and gradients in each of the two passes over it, by name.
         in_graph: Parameters in the graph of its loss.
+        in_outputs: Those in the graphs of the model's outputs.
+        varies: Whether micro-batches give gradients to different parameters.
         sees_ahead: Whether the prediction of a token depends on the token.
     """
 
@@ -96,20 +101,24 @@ class _Trial:
             enable_recomputing(model)
         self._guards = watch_buffers(model, config.exactness, recomputes=recomputes, will_shard=will_shard)
         self._modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
-        self.is_whole, self.sees_ahead = True, False
+        self.is_whole, self.sees_ahead, self.varies = True, False, False
         self.digests: list[dict[str, str]] = []
         self.in_graph: set[Any] = set()
+        self._block_use = BlockUse(model) if will_shard else None
+        self._outputs: list[Any] = []
+        self.in_outputs: set[Any] = set()
+        model.register_forward_hook(lambda _module, _args, outputs: self._outputs.append(outputs))
         self._saved = {name: buffers[name].clone() for name in carried_state(model) if name in buffers}
 
     def run(self, batches: Sequence[Batch]) -> None:
-        """Run the first batch twice, forward and backward, and the others forward.
+        """Run the first batch twice, forward and backward; before that the second forward, or all to compare them.
 
         Raises ConfigError if a pass changes what no pass may change, and whatever the model and the task raise.
         """
         was_deterministic, num_threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         try:
-            for batch in batches[1:]:
-                self._loss(batch)
+            for number, batch in enumerate(batches[1:NUM_COMPARED] if self._block_use else batches[1:2], 1):
+                self._leaves(self._loss(batch, number))
             for threads in (num_threads, 1):  # a library may add in another order each time, with several threads
                 make_deterministic(self.config.deterministic, threads)
                 self.digests = [self._pass(batches[0]) for _ in range(2)]
@@ -119,6 +128,14 @@ class _Trial:
             torch.set_num_threads(num_threads)
             torch.use_deterministic_algorithms(was_deterministic)
         self.check_state()
+        if self._block_use is not None:
+            self._block_use.check()
+        if self.has_nested_backward and _is_of_users(self.model, self.task):
+            trained = set(self.digests[0])
+            self.varies = any(
+                set(self._pass(item, number)) != trained for number, item in enumerate(batches[1:NUM_COMPARED], 1)
+            )
+            self._pass(batches[0])
         self._restore()
         if self.task.auto_class == "AutoModelForCausalLM" and not _is_of_users(self.model, self.task):
             self.sees_ahead = _sees_ahead(self.model, self.task, batches[0])
@@ -145,10 +162,24 @@ class _Trial:
                     owner, _, leaf = name.rpartition(".")
                     self.model.get_submodule(owner)._buffers[leaf] = before.clone()
 
-    def _pass(self, batch: Batch) -> dict[str, str]:
+    @property
+    def has_nested_backward(self) -> bool:
+        """Whether a parameter has a gradient that the graph of the loss does not lead to."""
+        found = [item for item in self.model.parameters() if item.requires_grad and item.grad is not None]
+        return any(item not in self.in_graph for item in found)
+
+    def _leaves(self, loss: torch.Tensor) -> set[Any]:
+        """Return the parameters in the graph of a loss that was just computed, and compare with what outputs show."""
+        found = _leaves([loss])
+        if self._block_use is not None:
+            self._block_use.end(found)
+        self.in_outputs = _leaves(tensors_in(self._outputs))
+        return found
+
+    def _pass(self, batch: Batch, number: int = 0) -> dict[str, str]:
         self.model.zero_grad(set_to_none=True)
-        loss = self._loss(batch)
-        self.in_graph = _leaves(loss)
+        loss = self._loss(batch, number)
+        self.in_graph = self._leaves(loss)
         loss.backward()  # type: ignore[no-untyped-call]
         found = {"the loss": loss} | {
             f"the gradient of {name}": item.grad
@@ -157,9 +188,12 @@ class _Trial:
         }
         return {name: tensor_digest(item.to_dense()) for name, item in found.items()}
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _loss(self, batch: Batch, number: int = 0) -> torch.Tensor:
         self._restore()
-        seed_everything(self.config.seed, 0, 0)
+        self._outputs.clear()
+        if self._block_use is not None:
+            self._block_use.begin()
+        seed_everything(self.config.seed, 0, number)
         with World().autocast(self.config.train.precision):
             loss = self.task.loss_sum(self.model, batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -188,8 +222,10 @@ def dry_step(
         ConfigError: The step fails, or trains nothing, or changes the model in a way that a resume cannot repeat.
     """
     task = find_task(config.model.task)(config.data, prepared.tokenizer(storage), prepared.facts)
+    if will_shard := config.scale.parallel is Parallel.FSDP and num_workers > 1:
+        check_can_shard(meta)
     try:
-        tried = _try_parts(config, prepared, storage, task, meta, will_shard=_will_shard(config, num_workers))
+        tried = _try_parts(config, prepared, storage, task, meta, will_shard=will_shard)
         if isinstance(tried, _Trial):
             return _judge(tried, num_workers)
     except Exception as error:
@@ -211,7 +247,7 @@ def _try_parts(
     plan, samples = make_plan(config, prepared.num_samples, 1), prepared.split(storage, "train")
     batches = [
         task.collate(samples.take(plan.samples(positions)), plan.keys(positions))
-        for positions in plan.cut(plan.positions(0))[:2]
+        for positions in plan.cut(plan.positions(0))[:NUM_COMPARED]
     ]
     whole = size(batches[0], max(prepared.longest.values(), default=1))
     chosen = parts(*whole, max_tokens(meta, task, whole[1]))
@@ -260,21 +296,29 @@ def _judge(trial: _Trial, num_workers: int) -> DryStep:
             f"{sparse[0]} gets a sparse gradient, of which torch computes no norm",
             hint="make its nn.Embedding with sparse=False",
         )
-    has_nested_backward = any(parameter.grad is not None and parameter not in in_graph for _, parameter in trained)
+    has_nested_backward, is_ddp = trial.has_nested_backward, num_workers > 1 and _uses_ddp(config)
+    beside = [key for key, parameter in trained if parameter in in_graph - trial.in_outputs]
+    if beside and is_ddp and not has_nested_backward:
+        raise ConfigError(
+            f"the loss depends on {beside[0]} by another way than the outputs of {name}, where DDP looks for it",
+            hint="return what the loss needs from the model's `forward`; or -s exactness=elastic",
+        )
+    if trial.varies and is_ddp:
+        raise ConfigError(
+            f"{name} runs backward passes within its backward pass, and micro-batches give gradients to different "
+            "parameters; DDP does not support both",
+            hint="-s exactness=elastic, or checkpoint with use_reentrant=False",
+        )
     is_static = has_nested_backward or not (_is_of_users(model, trial.task) or graph_may_vary(model))
     if not unused or (has_nested_backward and not trial.is_whole):  # all of the micro-batch may use them
         return DryStep(is_static, unused)
-    if has_nested_backward and num_workers > 1 and _uses_ddp(config):
+    if has_nested_backward and is_ddp:
         raise ConfigError(
             f"{name} runs backward passes within its backward pass, and {unused[0]} gets no gradient; DDP does not "
             "support both",
             hint="-s exactness=elastic, or freeze that parameter",
         )
     return DryStep(static_graph=False, unused=unused)
-
-
-def _will_shard(config: TrainingConfig, num_workers: int) -> bool:
-    return config.scale.parallel is Parallel.FSDP and num_workers > 1
 
 
 def _uses_ddp(config: TrainingConfig) -> bool:
@@ -307,9 +351,19 @@ def _packages(error: BaseException) -> set[str]:
     return {str(name).partition(".")[0] for name in names}
 
 
-def _leaves(loss: torch.Tensor) -> set[Any]:
-    """Return the tensors that the backward pass from `loss` would give a gradient."""
-    found, seen, waiting = set(), set(), [loss.grad_fn]
+def tensors_in(outputs: Any) -> list[torch.Tensor]:
+    """Return the tensors in outputs of a model: those in lists, dicts, dataclasses, and attributes of plain objects."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    if isinstance(outputs, (list, tuple)):
+        return [tensor for item in outputs for tensor in tensors_in(item)]
+    inner = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
+    return [tensor for item in inner.values() for tensor in tensors_in(item)]
+
+
+def _leaves(tensors: Sequence[torch.Tensor]) -> set[Any]:
+    """Return the leaves that the backward passes from `tensors` would give a gradient."""
+    found, seen, waiting = set[Any](), set[Any](), [tensor.grad_fn for tensor in tensors]
     while waiting:
         node: Any = waiting.pop()
         if node is not None and node not in seen:
@@ -346,16 +400,4 @@ def graph_may_vary(model: nn.Module) -> bool:
 
     They do with LayerDrop, and with experts, none of which may get a token.
     """
-    modules = dict(base_model(model).named_modules())
-    configs = {id(item): item for module in modules.values() if (item := getattr(module, "config", None)) is not None}
-    drops = any(_drops_layers(item.to_dict()) for item in configs.values() if hasattr(item, "to_dict"))
-    return drops or any("experts" in name for name in modules)
-
-
-def _drops_layers(settings: Any) -> bool:
-    """Return whether settings, or those within them, set a probability of leaving a layer out."""
-    if isinstance(settings, (list, tuple)):
-        return any(map(_drops_layers, settings))
-    return isinstance(settings, dict) and any(
-        ("layerdrop" in str(name).lower() and value) or _drops_layers(value) for name, value in settings.items()
-    )
+    return drops_layers(model) or any("experts" in name for name, _ in base_model(model).named_modules())

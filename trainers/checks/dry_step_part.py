@@ -45,9 +45,9 @@ def activation_bytes(model: nn.Module, task: Task, width: int) -> int:
     for module in model.modules():
         is_table = isinstance(module, nn.Embedding)
         for weight in module.parameters(recurse=False):
-            layers += weight.shape[-1] if is_table or weight.ndim < 2 else sum(weight.shape[-2:])
+            layers += sum(weight.shape[-1:] if is_table else weight.shape[-2:])
             if has_logits_of_words or not is_table:
-                widest = max(widest, *weight.shape[-2:])
+                widest = max((widest, *weight.shape[-2:]))
     config: Any = getattr(base_model(model), "config", None)
     counts = [getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers")]
     heads, depth = (count if isinstance(count, int) else 0 for count in counts)

@@ -6,15 +6,18 @@ added in rank order, as under DDP; this module enforces the order, because no li
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.train import Exactness
 from outlast.trainers.distributed.ordered_allreduce import sum_of_parts
 from outlast.trainers.distributed.world import World
@@ -55,6 +58,41 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def _uses(module: nn.Module) -> Counter[int]:
     return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+
+
+class BlockOrder:
+    """The order in which this rank gathers the parts of a sharded model. It must be the same on all ranks.
+
+    Args:
+        model: The sharded model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._order: list[int] = []
+        self._names: list[str] = []
+        for name, module in model.named_modules():
+            if isinstance(module, FSDPModule):
+                module.register_forward_pre_hook(partial(self._begin, len(self._names)))  # type: ignore[attr-defined]
+                self._names.append(name)
+
+    def _begin(self, index: int, _module: nn.Module, _args: Any) -> None:
+        self._order.append(index)
+
+    def check(self, world: World) -> None:
+        """Compare the passes since the last call. Every rank calls it, before the weights change.
+
+        Raises:
+            ConfigError: The ranks gathered different parts, so the gradients are wrong.
+        """
+        order, self._order = self._order, []
+        digests = torch.zeros(world.size, dtype=torch.float64)
+        digests[world.rank] = xxhash.xxh3_64_intdigest(str(order).encode()) >> 12  # a float64 holds 52 bits
+        if (digests := world.add(digests)).ne(digests[0]).any():
+            raise ConfigError(
+                f"the ranks ran different blocks of the sharded model in one step, rank {world.rank} "
+                f"{', '.join(self._names[index] or 'the model' for index in order[:10])}, …: their gradients are wrong",
+                hint="-s scale.parallel=ddp",
+            )
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

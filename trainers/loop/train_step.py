@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -29,7 +30,7 @@ from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import BatchPlan, share
 from outlast.trainers.distributed.determinism import seed_everything
-from outlast.trainers.distributed.fsdp import whole
+from outlast.trainers.distributed.fsdp import BlockOrder, whole
 from outlast.trainers.distributed.tree_allreduce import TreeReducer
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.buffer_change_check import watch_buffers
@@ -112,6 +113,7 @@ class TrainStep:
         """
         prepare_module(self._model, self._train, self._world, self._world.device)
         self._wrapped = self._world.parallelize(self._model, self._exactness, static_graph=static_graph)
+        self._block_order = BlockOrder(self._model) if isinstance(self._model, FSDPModule) else None
         recomputes = self._train.gradient_checkpointing
         self._buffer_guards = watch_buffers(self._model, self._exactness, recomputes=recomputes)
         self._model.train()
@@ -142,6 +144,8 @@ class TrainStep:
         losses = self._compute_gradients(step, cut, batches, lambda: agree().count)
         agreed = agree()
         self._control.at(StepPhase.EXCHANGE, step)
+        if self._block_order is not None:
+            self._block_order.check(self._world)
         if self._tree is not None:
             self._tree.finish(len(cut))
         self._control.at(StepPhase.UPDATE, step)

@@ -125,9 +125,9 @@ def test_a_model_that_takes_too_long_is_tried_with_shorter_texts(
     seen = set()
     loss = dry_step_module._Trial._loss
 
-    def record(trial: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def record(trial: Any, batch: dict[str, torch.Tensor], number: int = 0) -> torch.Tensor:
         seen.add(batch["input_ids"].shape)
-        return loss(trial, batch)
+        return loss(trial, batch, number)
 
     monkeypatch.setattr(dry_step_module._Trial, "_loss", record)
     sections = {"data": {"max_length": 32}}
