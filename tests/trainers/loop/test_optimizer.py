@@ -93,7 +93,7 @@ def test_rates_are_those_of_transformers(
     [
         ({"schedule": "constant", "min_lr": 0.01}, "min_lr must be 0 with schedule constant"),
         ({"min_lr": 0.2}, "min_lr .0.2. must not exceed lr .0.1."),
-        ({"schedule": "cosinus"}, "must be 'cosine'"),
+        ({"schedule": "cosinus"}, "Input should be 'cosine'"),
         ({"optimizer": "adamW"}, "unknown optimizer 'adamW'; did you mean 'adamw'"),
         ({"optimizer": "adam_w"}, "unknown optimizer 'adam_w'; did you mean 'adamw'"),
         ({"optimizer": "sgd", "optimizer_options": {"momentun": 0.9}}, "SGD has no such option; did you mean 'mom"),
