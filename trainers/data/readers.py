@@ -77,7 +77,11 @@ class BadRowCounter:
         """End the count after the last row. Raises as `see`."""
         if self.are_too_many:
             message = f"more than {self.limit:,} rows (data.max_bad_rows) are unusable; the first ones:"
-            raise ConfigError(self.first[0] if self.count == 1 else "\n  ".join([message, *self.first]), hint=self.hint)
+            if self.count == 1:
+                raise ConfigError(
+                    self.first[0], hint=self.hint.replace("fix them", "fix it").replace("such rows", "it")
+                )
+            raise ConfigError("\n  ".join([message, *self.first]), hint=self.hint)
 
 
 def usable_rows(
