@@ -51,7 +51,7 @@ def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 def describe_error(error: BaseException) -> str:
     """Describe an error in one line, with file and line of the user's code that raised it."""
-    message = " ".join(str(error).split())[:300]
+    message = " ".join(str(error).split())[:300].rstrip(".")
     frames = user_frames(error)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {message}{where}"

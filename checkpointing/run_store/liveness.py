@@ -80,11 +80,13 @@ class LivenessFile:
     """Keeps the liveness file of this launch up to date from a thread.
 
     `settings` is the `settings_digest` of the launch, `began` its start in seconds since the epoch; None is now.
+    `progress` is written with each heartbeat: what the driver knows and a killed rank 0 left out of its journal.
     """
 
     def __init__(self, storage: Storage, path: str, settings: str = "", began: float | None = None) -> None:
         self._storage, self._path, self._settings = storage, path, settings
         self._began = time.time() if began is None else began
+        self.progress: Mapping[str, Any] = {}
         self._beat = 0
         self._ended = threading.Event()
         self._put(None)
@@ -103,6 +105,7 @@ class LivenessFile:
             "exit_code": exit_code,
             "settings": self._settings,
             "error": error,
+            "progress": dict(self.progress),
         }
         self._storage.put(self._path, [json.dumps(body).encode()])
 

@@ -136,7 +136,7 @@ def _print_diff(result: CheckpointDiff) -> None:
     from outlast.checkpointing.tools.diff import ChangeKind
 
     for key, pair in (result.settings or {}).items():
-        print(f"{key}: {pair[0]!r} → {pair[1]!r}")
+        print(f"{key.removeprefix('mathematics.')}: {pair[0]!r} → {pair[1]!r}")
     if not result.settings:
         print("the settings are not recorded" if result.settings is None else "the settings are the same")
     print("tensors: " + ", ".join(f"{result.count(change)} {change.value}" for change in ChangeKind))

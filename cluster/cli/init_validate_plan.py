@@ -66,7 +66,7 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False
     """Estimate a run: steps, memory, checkpoints, cost of saves. Prepares the data, which is kept for the run."""
     from outlast.cluster.config.run_file import load_run
     from outlast.cluster.preflight.estimate import describe, estimate_run
-    from outlast.cluster.preflight.validate import check_existing_run
+    from outlast.cluster.preflight.validate import compare_existing_run
     from outlast.trainers.user_code import make_importable
 
     config, _ = load_run(str(run_file), overrides or [])
@@ -74,7 +74,5 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False
     config = config.at_home(run_file.parent)
     estimate = estimate_run(config)
     print(json.dumps(estimate.as_json(), indent=1) if as_json else "\n".join(describe(estimate)))
-    try:
-        check_existing_run(config)
-    except ConfigError as error:
-        print(f"outlast train will fail: {error.message}\n  → {error.hint}", file=sys.stderr)
+    for found in compare_existing_run(config, estimate.walk.fingerprint):
+        print(f"outlast train will fail: {found}", file=sys.stderr)

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Exit, Option
 
-from outlast.cluster.cli.options import Address, AsJson, Follow, Overrides, Run, RunFile, Ship, ShippedCode, StorageRoot
+from outlast.cluster.cli.options import (
+    Address,
+    AsJson,
+    Follow,
+    Overrides,
+    Run,
+    RunFile,
+    Ship,
+    ShippedCode,
+    StorageRoot,
+    print_runs,
+)
 from outlast.cluster.config.run_reference import RUN_FILES, find_run, run_name
 
 if TYPE_CHECKING:
@@ -134,9 +145,7 @@ def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJ
         return
     if not rows:
         print(f"no runs {'on this cluster' if address is not None else f'in {storage}'}", file=sys.stderr)
-    for row in rows:
-        state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
-        print(f"{row.get('id') or row['run']:32}  {state}")
+    print_runs(rows)
 
 
 def logs(

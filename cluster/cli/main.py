@@ -64,7 +64,7 @@ _COMMANDS: list[Any] = [init, validate, plan, try_, doctor, status, report, trai
 _COMMANDS += [submit, supervise, resume, list_, logs, stop]
 for _function in _COMMANDS:
     app.command(_function.__name__.rstrip("_"))(_function)
-app.add_typer(checkpoints, name="checkpoints")
+app.add_typer(checkpoints, name="checkpoints", short_help=checkpoints.info.help)
 app.add_typer(k8s, name="k8s")
 for _group in (app, checkpoints, k8s):
     for _command in _group.registered_commands:  # the docstring's first sentence
@@ -79,9 +79,10 @@ def main() -> None:
         app(prog_name="outlast")
     except OutlastError as error:
         _fail(error.message, error.hint, error.exit_code, debug)
-    except KeyboardInterrupt:
-        hint = "run the same command again to resume from the newest checkpoint, if there is one"
-        _fail("interrupted", hint, 130, debug)
+    except SystemExit as error:
+        if not isinstance(error.__context__ and error.__context__.__cause__, KeyboardInterrupt):
+            raise  # typer exits without a message after Ctrl-C
+        _fail("interrupted", "run the same command again", 130, debug)
     except Exception as error:  # noqa: BLE001 - last resort: report it, and how to get the traceback
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             hint = "stop other programs on this machine, or use a machine with more memory"

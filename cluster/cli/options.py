@@ -1,9 +1,9 @@
 """Arguments and options that commands share. An option has one meaning in all commands."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -38,6 +38,13 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}", hint="name another path") from error
+
+
+def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print one line for each run or job, of the values of `list_runs` or those of a job."""
+    for row in rows:
+        state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
+        print(f"{row.get('id') or row['run']:32}  {state}")
 
 
 def make_code_importable(run: str, code: Path | None) -> None:

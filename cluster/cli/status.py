@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Exit, Option
 
-from outlast.cluster.cli.options import Address, AsJson, Run, StorageRoot, writing
+from outlast.cluster.cli.options import Address, AsJson, Run, StorageRoot, print_runs, writing
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
 
@@ -25,18 +25,22 @@ def status(
     watch: Annotated[bool, Option("--watch", help="Update until the run has ended; exit with its result.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run's progress, from its storage; with --address, its jobs too.
+    """Show a run's progress, from its storage; with --address, its jobs too. For a storage, list its runs.
 
     With --watch the exit code is 0 for a finished run, 75 for a stopped one, 1 for one that failed or whose driver has
     been silent for ten minutes: a supervisor would have restarted it. A custom loop has no driver; it is shown until
     Ctrl-C.
     """
+    from outlast.checkpointing.run_store.claims import list_attempts, list_launches
     from outlast.cluster.monitoring.status import as_values, take_snapshot
     from outlast.cluster.monitoring.timeline import State, TimelineReader
 
     if watch and (as_json or address):
         raise BadParameter("--watch shows the run's storage in the terminal; omit --json and --address")
     store, _ = find_run(run, storage)
+    if not list_attempts(store) and not list_launches(store) and (rows := _runs_in(run)):
+        print(json.dumps(rows, indent=1)) if as_json else print_runs(rows)
+        return
     if watch:
         from outlast.cluster.monitoring.console_progress import terminal
         from outlast.cluster.monitoring.console_progress import watch as watch_run
@@ -54,6 +58,15 @@ def status(
         print(json.dumps(body, indent=1))
         return
     _print(run, summary, body)
+
+
+def _runs_in(storage: str) -> list[dict[str, Any]]:
+    """Return the runs of a storage that was given instead of a run."""
+    from outlast.checkpointing.storage.factory import open_storage
+    from outlast.cluster.monitoring.status import list_runs
+
+    is_storage = "://" in storage or Path(storage).is_dir()
+    return list_runs(open_storage(storage)) if is_storage else []
 
 
 def _print(run: str, summary: RunSnapshot, body: dict[str, Any]) -> None:

@@ -1,11 +1,23 @@
 """The command that trains from this machine: `train`."""
 
+from __future__ import annotations
+
+import os
 import shlex
-from typing import Annotated
+import sys
+import threading
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
 from outlast.cluster.cli.options import Overrides, RunFile
+
+if TYPE_CHECKING:
+    from outlast.cluster.driver.launch import Launch
+    from outlast.cluster.monitoring.console_progress import ProgressReporter
+
+#: How long a second Ctrl-C waits for the storage.
+_QUIT_S = 1.0
 
 
 def train(
@@ -16,19 +28,25 @@ def train(
 ) -> None:
     """Start the run, or resume it, or report that it is done. Prints the path of the finished model.
 
-    Ctrl-C and SIGTERM commit a checkpoint first (exit code 75).
+    Ctrl-C and SIGTERM commit a checkpoint first (exit code 75); the second one quits at once.
     """
     from outlast.cluster.config.run_file import load_run
+    from outlast.cluster.driver.signals import respond_to_signals
 
     config, declared = load_run(str(run_file), overrides or [])
-    from outlast.cluster.driver.launch import Launch
-    from outlast.cluster.monitoring.console_progress import ProgressReporter
-    from outlast.trainers.loop.train_loop import Outcome
+    interruption = _Interruption(config.name)
+    with respond_to_signals(interruption.announce, interruption.quit):
+        print(f"{config.name}: starting", file=sys.stderr)
+        from outlast.cluster.driver.launch import Launch
+        from outlast.cluster.monitoring.console_progress import ProgressReporter
+        from outlast.trainers.loop.train_loop import Outcome
 
-    config = config.at_home(run_file.parent)
-    with ProgressReporter(config.name, store=config.store, keep=True) as reporter:
-        code = str(run_file.parent.absolute())
-        finished = Launch(config, declared, take_over=take_over, code=code, tell=reporter).run(address)
+        config = config.at_home(run_file.parent)
+        with ProgressReporter(config.name, store=config.store, keep=True) as reporter:
+            code = str(run_file.parent.absolute())
+            launch = Launch(config, declared, take_over=take_over, code=code, tell=reporter)
+            interruption.reporter, interruption.launch = reporter, launch
+            finished = launch.run(address)
     options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])
     again = shlex.join(["outlast", "train", str(run_file), *options])
     if finished.model is not None:
@@ -39,3 +57,35 @@ def train(
     else:
         reporter.print_line(f"another launch has this run; to take it over: {again} --take-over")
     raise Exit(finished.outcome.exit_code)
+
+
+class _Interruption:
+    """What Ctrl-C prints and does at once, while the main thread may be busy for seconds."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self.reporter: ProgressReporter | None = None
+        self.launch: Launch | None = None
+
+    def announce(self) -> None:
+        """Answer the first one; once training has begun, the launch does."""
+        if self.reporter is None or not self.reporter.has_plan:
+            self._print("stop requested; ending before the first step (press Ctrl-C again to quit immediately)")
+
+    def quit(self) -> None:
+        """Answer the second one: record and print what is saved, and end the process, as Ray ends with it."""
+        found: list[tuple[int, str]] = [(130, "nothing is saved" if self.launch is None else "the storage is slow")]
+        launch: Any = self.launch
+        if launch is not None:
+            thread = threading.Thread(target=lambda: found.append(launch.quit()), daemon=True)
+            thread.start()
+            thread.join(_QUIT_S)
+        exit_code, saved = found[-1]
+        self._print(f"quit immediately; {saved}")
+        os._exit(exit_code)
+
+    def _print(self, text: str) -> None:
+        if self.reporter is not None:
+            self.reporter.print_line(text)
+        else:
+            print(f"{self._title}: {text}", file=sys.stderr, flush=True)

@@ -26,10 +26,11 @@ class LocatedFinding:
 
     finding: SettingsFinding
     line: int | None = None  #: its line in the run file, or that of the enclosing block; None if there is none
-    option: str = ""  #: the -s option, if the setting was given there
+    option: str = ""  #: the -s options, if the setting or a part of the block was given there
 
     def __str__(self) -> str:
-        where = f"-s {self.option}" if self.option else f"line {self.line}" if self.line else ""
+        given = [f"line {self.line}"] if self.line else []
+        where = " with ".join([*given, f"-s {self.option}"] if self.option else given)
         return f"{where}: {self.finding}" if where else str(self.finding)
 
     def as_json(self) -> dict[str, Any]:
@@ -49,15 +50,23 @@ class SettingsError(ConfigError):
 def locate_findings(
     found: Sequence[SettingsFinding], lines: Lines, overrides: Sequence[str] = ()
 ) -> list[LocatedFinding]:
-    """Add to each finding the line of its setting, or of the enclosing block; sort by line."""
+    """Add to each finding where its setting was given; sort by line.
+
+    That is the -s option of the setting, else its line or that of the enclosing block. Options inside a block at fault
+    are named too: alone, if the message names the key of one.
+    """
     by_key = {item.partition("=")[0].strip(): item for item in overrides}
     located = []
     for item in found:
         prefixes = [item.path[:end] for end in range(len(item.path), 0, -1)]
         keys = [".".join(map(str, prefix)) for prefix in prefixes]
-        within = (key for key in by_key if key.startswith(f"{item.key}.") and key.rpartition(".")[2] in item.message)
-        option = next((by_key[key] for key in (*keys, *within) if key in by_key), "")
+        inside = [key for key in by_key if key.startswith(f"{item.key}.")]
+        named = [key for key in inside if re.search(rf"\b{re.escape(key.rpartition('.')[2])}\b", item.message)]
+        option = next((by_key[key] for key in (*keys, *named) if key in by_key), "")
         line = None if option else next((lines[prefix] for prefix in prefixes if prefix in lines), None)
+        others = {str(path[-1]) for path in lines if path[: len(item.path)] == item.path != path}
+        if not option and others.isdisjoint(re.findall(r"\w+", item.message)):
+            option = " -s ".join(by_key[key] for key in inside)
         located.append(LocatedFinding(item, line, option))
     return sorted(located, key=lambda item: item.line or 0)
 

@@ -94,13 +94,27 @@ class Launch:
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     began: float = field(default_factory=time.time, init=False)
     id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3))
+    _liveness: LivenessFile | None = field(default=None, init=False)
 
     def _publish(self, event: events.Event) -> None:
         self._publish_body(event.to_json())
 
     def _publish_body(self, body: dict[str, Any]) -> None:
+        self._note_progress(body)
         with contextlib.redirect_stdout(self.stdout):  # `ray_session` redirects it to /dev/null
             self.tell({"t": time.time(), "launch": self.id, **body})
+
+    def _note_progress(self, body: dict[str, Any]) -> None:
+        """Keep the newest attempt's plan and last step for the liveness file."""
+        event, attempt = events.parse_event(body), body.get("sender")
+        if self._liveness is None or not isinstance(attempt, str):
+            return
+        known = self._liveness.progress
+        known = known if known.get("attempt") == attempt else {"attempt": attempt, "step": 0}
+        if isinstance(event, events.PlanEvent):
+            self._liveness.progress = {**known, "num_steps": event.num_steps}
+        elif isinstance(event, events.StepEvent):
+            self._liveness.progress = {**known, "step": event.step, "ended_at": event.ended_at}
 
     @property
     def store(self) -> RunStore:
@@ -111,7 +125,27 @@ class Launch:
         try:
             return self._run(address)
         except INTERRUPTIONS:
-            raise Interrupted("interrupted; nothing is saved", hint="run the same command again") from None
+            raise Interrupted(f"interrupted; {self._saved()[1]}", hint="run the same command again") from None
+
+    def quit(self) -> tuple[int, str]:
+        """Record that the driver's process is about to exit without an orderly end; callable from any thread.
+
+        Returns the exit code, and what is saved.
+        """
+        exit_code, saved = self._saved()
+        if self._liveness is not None:
+            self._liveness.end(exit_code)
+        return exit_code, saved
+
+    def _saved(self) -> tuple[int, str]:
+        """Return the exit code of an interrupted launch, and what of the run is saved."""
+        try:
+            accepted = build_catalog(self.store.fresh()).accepted
+        except OutlastError:
+            return Interrupted.exit_code, "the storage does not tell what is saved"
+        if not accepted:
+            return Interrupted.exit_code, "nothing is saved"
+        return Outcome.STOPPED.exit_code, f"the newest checkpoint is of step {accepted[0].ref.step}"
 
     def _run(self, address: str | None) -> Finished:
         store, name = self.store, self.config.name
@@ -146,7 +180,8 @@ class Launch:
             for note in prepared.notes:
                 self._publish(events.NoteEvent(text=note))
             store.storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
-            liveness = LivenessFile(store.storage, f"{store.launch_dir(self.id)}/alive.json", digest, self.began)
+            path = f"{store.launch_dir(self.id)}/alive.json"
+            liveness = self._liveness = LivenessFile(store.storage, path, digest, self.began)
             record = record_provenance(store, self.config, self.declared, self.id, prepared, self.code)
         exit_code: int | None = None
         message = ""

@@ -26,6 +26,8 @@ from outlast.cluster.preflight.finding import TOKEN_HINT
 
 OBJECT_STORE_BYTES = 200 * 2**20
 CONNECT_TIMEOUT_S = 2.0
+_SOCKET_BYTES = 107  # of the path of a Unix socket
+_SOCKET = "/sockets/plasma_store"
 
 
 @contextlib.contextmanager
@@ -104,12 +106,26 @@ def _check_answers(address: str) -> None:
 
 
 def _ray_folder() -> str:
-    """Make the folder of an embedded Ray; remove those whose driver is gone."""
-    for other in Path(tempfile.gettempdir()).glob(f"{OWN_RAY}*"):
+    """Make the folder of an embedded Ray, in `RAY_TMPDIR` if it is set; remove those whose driver is gone.
+
+    Raises PreflightError if Ray cannot work in that directory.
+    """
+    variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
+    longest = _SOCKET_BYTES - len(f"/{OWN_RAY}12345678/session_2026-01-01_00-00-00_000000_{os.getpid()}{_SOCKET}")
+    if len(os.fsencode(root)) > longest:
+        message = f"{variable} {root} is too long: the path of a socket has at most {_SOCKET_BYTES} bytes"
+        raise PreflightError(message, hint=f"set {variable} to a directory of at most {longest} characters")
+    for other in root.glob(f"{OWN_RAY}*"):
         with contextlib.suppress(OSError, ValueError):
             pid, started = (other / "driver").read_text().split()
             if not is_process_alive(int(pid), started):
                 shutil.rmtree(other, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=OWN_RAY)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=OWN_RAY, dir=root)
+    except OSError as error:
+        message = f"no local Ray can be started in {variable} {root}: {error.strerror}"
+        raise PreflightError(message, hint=f"set {variable} to a writable directory") from error
     Path(folder, "driver").write_text(f"{os.getpid()} {process_start(os.getpid())}")
     return folder

@@ -1,17 +1,23 @@
 """SIGINT and SIGTERM in the driver's process: the first one requests a stop, the second one interrupts at once.
 
-Handlers must never do work: they set an event or raise, and the main thread does the rest. Where the driver runs in
-another thread, which cannot set handlers, nothing is changed.
+Handlers must never do work: they set an event or raise, and the main thread does the rest. A thread answers the user,
+because the main thread may be in a library that does not return for seconds. Where the driver runs in another thread,
+which cannot set handlers, nothing is changed.
 """
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 #: What SIGINT and SIGTERM raise in the main thread; Ray's own handler, set while it starts, raises the second.
 INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
+
+
+#: How long the end of the process waits for the answer to a signal.
+_ANSWER_S = 1.0
 
 
 def interrupt_on_sigterm() -> None:
@@ -35,6 +41,36 @@ def stop_event() -> Iterator[threading.Event]:
 
     with handle_signals(handle):
         yield stopping
+
+
+@contextlib.contextmanager
+def respond_to_signals(first: Callable[[], object], second: Callable[[], object]) -> Iterator[None]:
+    """Call `first` at the first SIGINT or SIGTERM in the body and `second` at the next, at once, from a thread.
+
+    The signals' handlers stay as they are, and run when the main thread is back in Python.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def respond() -> None:
+        responses = [second, first]
+        with reader:
+            while number := reader.recv(1):  # empty at the end of the body
+                if number[0] in (signal.SIGINT, signal.SIGTERM) and responses:
+                    responses.pop()()
+
+    thread = threading.Thread(target=respond, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        thread.join(_ANSWER_S)
 
 
 @contextlib.contextmanager

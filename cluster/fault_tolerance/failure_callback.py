@@ -152,14 +152,14 @@ class FailureRecorder(WorkerGroupCallback):
         failure = failure or Failure(
             Cause.ERROR, rank, (str(errors[rank]).strip().splitlines() or ["no error message"])[-1]
         )
-        log = self._write_log(attempt, errors, workers, failure.rank)
+        log, others = self._write_log(attempt, errors, workers, failure.rank)
         event = GroupFailureEvent(
             attempt=attempt,
             noticed_at=round(noticed_at, 3),
             cause=failure.cause.value,
             rank=failure.rank,
             message=failure.description,
-            where=failure.where(workers, log),
+            where=failure.where(workers, log, others),
             raised=failure.message if failure.cause is Cause.ERROR and "after step" in failure.message else None,
             reached=coordinator.reached(attempt),
         )
@@ -173,21 +173,22 @@ class FailureRecorder(WorkerGroupCallback):
 
     def _write_log(
         self, attempt: str, errors: Mapping[int, BaseException], workers: Sequence[Mapping[str, Any]], first: int
-    ) -> str:
-        """Write the ranks' tracebacks, or else the first rank's own log, into the launch's directory.
+    ) -> tuple[str, str]:
+        """Write the ranks' tracebacks, and the end of the first rank's own log if it has none, beside the journal.
 
-        Returns the path; empty if there is nothing to write.
+        Returns the path; as the second value if the file holds nothing of the first rank; empty if there is none.
         """
         url, run, launch = self._location
         unwrapped = {rank: unwrap_error(error) for rank, error in sorted(errors.items())}
         tracebacks = {rank: error.traceback_text for rank, error in unwrapped.items() if isinstance(error, RankError)}
-        text = "\n".join(f"rank {rank}\n{text}\n" for rank, text in tracebacks.items()) or own_log(workers, first)
+        own = "" if first in tracebacks else own_log(workers, first)
+        text = "\n".join([*([own] if own else []), *(f"rank {rank}\n{text}\n" for rank, text in tracebacks.items())])
         path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
         with suppress(StorageError):
             if text:
                 open_storage(url).put(path, [text.encode()])
-                return f"{url}/{path}"
-        return ""
+                return (f"{url}/{path}", "") if own or first in tracebacks else ("", f"{url}/{path}")
+        return "", ""
 
     def _check_limits(self, failure: Failure, coordinator: CoordinatorHandle) -> tuple[int, int, bool]:
         """End the run if a limit is reached. Returns the number of such failures, the limit, whether the run ends."""

@@ -57,6 +57,11 @@ class RankError(Exception):
 OWN_RAY = "outlast-ray-"
 #: Frames of the user's code that are shown.
 _NUM_FRAMES = 3
+#: Ray's words for a process that ended without reporting an error. Ray does not know the signal.
+_SILENT = ("worker process has died", "died unexpectedly")
+_LEFT_NO_MESSAGE = (
+    "the worker process ended and left no error message: killed by a signal, crashed in native code, or out of memory"
+)
 #: Ray's words for an actor that it ended itself.
 _INTENDED = ("ray.kill", "out of scope", "intended", "ref count")
 
@@ -119,15 +124,17 @@ class Failure:
         """One line: the message, and what to change."""
         return f"{self.message}; to fix it, {self.cause.advice}" if self.cause.advice else self.message
 
-    def where(self, workers: Sequence[Mapping[str, Any]], log: str = "") -> str:
+    def where(self, workers: Sequence[Mapping[str, Any]], log: str = "", others: str = "") -> str:
         """Return the ranks of an attempt's claim, and the path of the log.
 
-        `log` is the path of the whole traceback; without one, the first rank's own log is named if it is kept.
+        `log` is the path of the whole traceback; without one, the first rank's own log is named if it is kept. `others`
+        is the path of a file that holds only other ranks' errors.
         """
         ranks = f"rank {self.rank}" + (f" and {self.num_ranks - 1} more" if self.num_ranks > 1 else "")
         mine: Mapping[str, Any] = next((worker for worker in workers if worker["rank"] == self.rank), {})
         own = f"{mine['host']}:{mine['log']}" if mine.get("log") and OWN_RAY not in mine["log"] else ""
-        return f"{ranks}, log {log or own}" if log or own else ranks
+        text = f"{ranks}, log {log or own}" if log or own else ranks
+        return f"{text}, errors of the other ranks {others}" if others else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +159,7 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
             continue  # it cannot be reached just now: Ray's tables will show whether it or its node is gone
         if isinstance(error, RayActorError):
             drained = drained or bool(getattr(error, "preempted", False))
-            failures.append(Failure(_cause_of_death(message, drained), rank, message.splitlines()[0]))
+            failures.append(Failure(_cause_of_death(message, drained), rank, _plain_death(message.splitlines()[0])))
         elif not is_secondary_error(message):
             excerpt = error.excerpt if isinstance(error, RankError) else ""
             failures.append(Failure(_cause_of_error(message), rank, message.splitlines()[-1], excerpt=excerpt))
@@ -203,13 +210,17 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
         cause = str(row.get("DeathCause", ""))
         if row.get("State") == "DEAD" and not any(word in cause for word in _INTENDED):
             match = re.search(r'error_message: "(.*?)(?:\.|\\n|")', cause)
-            message = match[1] if match else "the worker died"
+            message = _plain_death(match[1] if match else "the worker died")
             if is_host_shortage(cause):
                 message = "Ray ended the worker because the node was running low on memory"
             elif was_killed_by_kernel(worker):
                 message = "the kernel killed the worker because the node was running low on memory"
             deaths.append(Death(worker["rank"], message))
     return deaths
+
+
+def _plain_death(message: str) -> str:
+    return _LEFT_NO_MESSAGE if any(word in message for word in _SILENT) else message
 
 
 def is_host_shortage(message: str) -> bool:

@@ -85,6 +85,11 @@ class ProgressReporter:
             self._display.keep = self._keep and bool(self._timeline.attempts)
             self._display.__exit__()
 
+    @property
+    def has_plan(self) -> bool:
+        """Whether the workers have begun to train."""
+        return any(attempt.plan is not None for attempt in self._timeline.attempts.values())
+
     def print_line(self, text: str) -> None:
         """Print a line that stays, above the panel."""
         self._print(f"{self._title}: {text}")

@@ -42,6 +42,9 @@ def panel(summary: RunSnapshot, width: int, *, num_interruptions: int = 3) -> li
     if summary.interruptions:
         lost, count = summary.num_lost_steps, len(summary.interruptions)
         text = f"{lost:,} step{'' if lost == 1 else 's'}, in {counted(count, 'interruption')}"
+        if summary.interruptions[-1].resumed_from is None:  # the next start determines what it loses
+            text = f"{counted(count, 'interruption')}, the last one not resumed yet"
+            text += f"; {lost:,} steps lost by the others" if lost else ""
         lines += _labelled("lost", [Text(text)], width)
         shown = summary.interruptions[-num_interruptions:] if num_interruptions else ()
         lines += [_cut(_line("").append_text(_interruption(item, summary.now)), width) for item in shown]
@@ -80,7 +83,8 @@ def _head(summary: RunSnapshot, width: int) -> Text:
 
 def _progress(summary: RunSnapshot, width: int) -> list[Text]:
     if not summary.num_steps:
-        return []
+        is_known = summary.attempt is not None and summary.state is not State.UNATTENDED
+        return _labelled("step", [Text(f"{summary.step:,}, as far as is recorded")], width) if is_known else []
     done = min(1.0, summary.step / summary.num_steps)
     parts = [f"{summary.step:,}/{summary.num_steps:,} {share(done)}"]
     if summary.left_s:

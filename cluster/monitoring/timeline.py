@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd, end_of_attempt, launches_in_order
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches, read_claim
-from outlast.checkpointing.run_store.events import AttemptErrorEvent, DoneEvent, GroupFailureEvent, parse_event
+from outlast.checkpointing.run_store.events import AttemptErrorEvent, DoneEvent, GroupFailureEvent, Reached, parse_event
 from outlast.checkpointing.run_store.journal import JournalTail
 from outlast.checkpointing.run_store.liveness import is_dead, read_liveness
 from outlast.checkpointing.run_store.store import RunStore
@@ -67,6 +67,18 @@ class Timeline:
         self.launch(launch).apply(event)
         if isinstance(event, GroupFailureEvent) and event.reached and (attempt := AttemptId.parse(event.attempt)):
             self.attempt(attempt).reached = event.reached
+
+    def apply_progress(self, progress: Any) -> None:
+        """Add what a driver wrote of an attempt with its heartbeat; ignore wrong types."""
+        body = progress if isinstance(progress, dict) else {}
+        attempt = AttemptId.parse(str(body.get("attempt")))
+        if attempt is None or (known := self.attempts.get(attempt)) is None:
+            return
+        step, ended_at, num_steps = (body.get(key) for key in ("step", "ended_at", "num_steps"))
+        if type(num_steps) is int:
+            known.num_steps = num_steps
+        if type(step) is int and isinstance(ended_at, float) and step > (known.reached.step if known.reached else 0):
+            known.reached = Reached(step, ended_at)
 
     @property
     def claimed_attempts(self) -> list[AttemptTimeline]:
@@ -242,6 +254,7 @@ class TimelineReader:
                 launch.is_gone = not launch.has_ended and is_dead(launch.alive)
                 if not launch.is_gone:
                     break
+            self.timeline.apply_progress(launch.alive.get("progress"))
             for event in self._new_events(self._store.launch_dir(launch.id)):
                 if isinstance(event, dict):  # a driver writes no step columns
                     self.timeline.apply_launch_event(launch.id, event)

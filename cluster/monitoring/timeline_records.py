@@ -113,6 +113,7 @@ class AttemptTimeline:
     notes: list[NoteworthyEvent] = field(default_factory=list)  #: events that the report lists
     #: The last step that the coordinator received, because a killed rank 0 leaves it out of its journal.
     reached: events.Reached | None = None
+    num_steps: int | None = None  #: its planned steps by the driver, in case its own journal lacks the plan
     last_seen_at: float = 0.0  #: the time of its newest event
 
     @property

@@ -305,18 +305,23 @@ def _space(path: str) -> dict[str, Any] | None:
 
 def _file_system(storage_url: str | None) -> dict[str, Any] | None:
     """Return type, source and space of a local storage's file system on this node; None for an object store."""
-    import psutil
-
     if storage_url is None or ("://" in storage_url and not storage_url.startswith("file://")):
         return None
     path = Path(storage_url.removeprefix("file://"))
     existing = next(parent for parent in (path, *path.parents) if parent.exists()).resolve()
-    space = _space(str(existing)) or {}
+    mount, source, kind = mount_of(existing)
+    return {"mount": mount, "source": source, "kind": kind, **(_space(str(existing)) or {})}
+
+
+def mount_of(existing: Path) -> tuple[str, str, str]:
+    """Return mount point, source and type of the file system of a path without links."""
+    import psutil
+
     mounts = [mount for mount in psutil.disk_partitions(all=True) if existing.is_relative_to(mount.mountpoint)]
     if not mounts:
-        return {"mount": "", "source": "", "kind": "unknown", **space}
+        return "", "", "unknown"
     best = max(reversed(mounts), key=lambda mount: len(mount.mountpoint))  # a later mount hides an earlier one
-    return {"mount": best.mountpoint, "source": best.device, "kind": best.fstype, **space}
+    return best.mountpoint, best.device, best.fstype
 
 
 def _addresses() -> dict[str, Any]:

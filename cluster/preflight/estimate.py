@@ -35,6 +35,8 @@ class DataPlan:
     epochs: float  #: passes over the data
     tokens: int  #: tokens of all steps
     tokens_per_step: int  #: mean tokens of a step
+    fingerprint: str = ""  #: identifies the data
+    notes: tuple[str, ...] = ()  #: guesses and skipped rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,8 @@ def estimate_run(config: RunConfig) -> RunEstimate:
         epochs=plan.epoch(plan.num_steps),
         tokens=round(plan.total_samples * per_sample),
         tokens_per_step=round(plan.batch * per_sample),
+        fingerprint=prepared.fingerprint,
+        notes=prepared.notes,
     )
     size = estimate_state(config, prepared, storage, workers)
     retention = config.checkpoint.retention
@@ -147,6 +151,7 @@ def describe(estimate: RunEstimate) -> Iterator[str]:
         f"{walk.tokens:,} tokens, {walk.tokens_per_step:,} per step; {walk.num_eval_samples:,} samples held out"
         f"{of_rows}"
     )
+    yield from (f"note: {text}" for text in walk.notes)
     yield f"model: {size.model}, {size.num_parameters:,} parameters, {size.num_trained:,} of them trained"
     yield (
         f"memory per worker ({estimate.workers} workers, {estimate.parallel}): weights {format_size(memory.weights)}, "

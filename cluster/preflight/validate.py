@@ -5,6 +5,8 @@ the storage. The deep check prepares the data and builds the model, as `outlast 
 the prepared data is kept for the run.
 """
 
+import contextlib
+import itertools
 import os
 import re
 import secrets
@@ -27,17 +29,18 @@ from outlast.cluster.config.run_file import (
     override,
     read_run_file,
 )
+from outlast.cluster.preflight.doctor_probe import mount_of
 from outlast.trainers.checks.dry_step import dry_step
 from outlast.trainers.checks.model_checks import check_architecture, check_code, check_metric, check_model
-from outlast.trainers.checks.resume_checks import check_unchanged
+from outlast.trainers.checks.resume_checks import changed_settings
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.task_table import is_dotted
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
 from outlast.trainers.data.batch_plan import make_plan
-from outlast.trainers.data.columns import choose_columns
-from outlast.trainers.data.readers import first_row, missing_column_error
-from outlast.trainers.preparation.prepare import prepare
+from outlast.trainers.data.columns import ColumnMapping, choose_columns
+from outlast.trainers.data.readers import first_row, missing_column_error, read_rows
+from outlast.trainers.preparation.prepare import LARGE_BYTES, Prepared, data_fingerprint, prepare, stored_bytes
 from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import check_trackers
 from outlast.trainers.user_code import make_importable
@@ -48,10 +51,14 @@ class Check:
     """One check."""
 
     key: str  #: the setting to report unless the error names another
-    run: Callable[[RunConfig], object]  #: it raises OutlastError
+    run: Callable[[RunConfig], object]  #: it raises OutlastError, or returns a list of findings
     blocks: frozenset[str]  #: blocks of settings that it reads; it is skipped if one of them is invalid
 
 
+#: Types of file systems that hold no files of users, whatever their permissions state.
+_NO_FILES = ("proc", "sysfs", "cgroup", "cgroup2", "devpts", "debugfs", "securityfs", "tracefs")
+#: Larger data is compared with an existing run's by --deep only: it takes longer than a second to read.
+_QUICK_BYTES = LARGE_BYTES
 _KEY = re.compile(r"\b(?:model|data|train|checkpoint|scale|failure|track)(?:\.[a-z_]+)+\b")
 
 
@@ -88,12 +95,18 @@ def validate(
 
 
 def unverified(path: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Return what `validate` does not verify of a valid run file, one sentence each."""
+    """Return what `validate` guesses or does not verify of a valid run file, one sentence each."""
     config = load_run(path, overrides)[0].at_home(Path(path).parent)
+    found = list(_chosen(config).notes)
     path_or_id = config.model.path or ""
     if is_hub_id(path_or_id):
-        return [f"model.path {path_or_id} is taken for a hub id and was not checked (a directory: ./{path_or_id})"]
-    return []
+        found.append(f"model.path {path_or_id} is taken for a hub id and was not checked (a directory: ./{path_or_id})")
+    cpus = config.scale.min_workers * (config.scale.cpus_per_worker or 0)
+    if cpus > (here := os.cpu_count() or 1):
+        found.append(f"scale: the workers need {cpus:g} CPUs, and this machine has {here}; a cluster may have more")
+    if stored_bytes(config.data) >= _QUICK_BYTES and build_catalog(config.store).declaration:
+        found.append(f"run {config.name!r} exists; whether its data is the same is checked with --deep only")
+    return found
 
 
 def _load_without(path: str, overrides: Sequence[str], invalid: Sequence[KeyPath]) -> RunConfig | None:
@@ -114,27 +127,42 @@ def _load_without(path: str, overrides: Sequence[str], invalid: Sequence[KeyPath
 
 
 def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[SettingsFinding]:
-    reported = set()
+    reported, paths = set[str](), set[KeyPath]()
     for check in checks:
         try:
-            check.run(config)
+            result = check.run(config)
+            found = result if isinstance(result, list) else []
         except OutlastError as error:
             match = _KEY.search(error.message) if isinstance(error, ConfigError) else None
             key = match[0] if match else check.key
-            if error.message not in reported:  # one mistake may fail several checks
-                reported.add(error.message)
-                yield SettingsFinding(tuple(key.split(".")), error.message, error.hint)
+            found = [SettingsFinding(tuple(key.split(".")), error.message, error.hint)]
+            if error.message in reported:  # one mistake may fail several checks
+                continue
+            reported.add(error.message)
+        else:
+            found = [item for item in found if item.path not in paths]
+        paths |= {item.path for item in found}
+        yield from found
+
+
+def _chosen(config: RunConfig) -> ColumnMapping:
+    return choose_columns(find_task(config.model.task).columns, config.data)
+
+
+def _check_first_row(config: RunConfig, key: str, source: str | Sequence[str]) -> None:
+    """Raise ConfigError if the first row cannot be used, as the preparation of the data would."""
+    chosen = _chosen(config)
+    for row in itertools.islice(read_rows(source, chosen.names), 1):
+        fault = row.fault or chosen.fault(row.values)
+        if fault and not config.data.max_bad_rows:
+            raise ConfigError(
+                f"the first row of {key} cannot be used: {row.where}: {fault}",
+                hint="fix it, or set data.max_bad_rows",
+            )
 
 
 def _columns(config: RunConfig) -> None:
-    chosen = choose_columns(find_task(config.model.task).columns, config.data)
-    row = first_row(config.data.train)
-    values = [row.get(name) for name in chosen.names]
-    fault = chosen.fault(values) if row and any(value is not None for value in values) else None
-    if fault and not config.data.max_bad_rows:
-        raise ConfigError(
-            f"the first row of data.train cannot be used: {fault}", hint="fix it, or set data.max_bad_rows"
-        )
+    _check_first_row(config, "data.train", config.data.train)
 
 
 def _eval_columns(config: RunConfig) -> None:
@@ -143,10 +171,10 @@ def _eval_columns(config: RunConfig) -> None:
     if not source or config.data.eval_share:
         return
     row = first_row(source)
-    chosen = choose_columns(find_task(config.model.task).columns, config.data)
-    missing = [name for name in chosen.names if name not in row] if row else []
+    missing = [name for name in _chosen(config).names if name not in row] if row else []
     if missing:
         raise missing_column_error(str(source), missing, row, "give it the columns of data.train")
+    _check_first_row(config, "data.eval", source)
 
 
 def _metric(config: RunConfig) -> None:
@@ -172,26 +200,51 @@ def _storage(config: RunConfig) -> None:
         existing = next(folder for folder in (path, *path.parents) if folder.exists())
         if not existing.is_dir():
             raise ConfigError(f"checkpoint.storage {path}: {existing} is not a directory", hint="name another path")
-        if not os.access(existing, os.W_OK | os.X_OK):
+        if not os.access(existing, os.W_OK | os.X_OK) or mount_of(existing.resolve())[2] in _NO_FILES:
             raise ConfigError(f"checkpoint.storage {path}: {existing} is not writable", hint="name another path")
 
 
-def check_existing_run(config: RunConfig) -> None:
-    """Raise ConfigError if a run of this name exists in the storage with other settings."""
+def compare_existing_run(config: RunConfig, fingerprint: str | None = None) -> list[SettingsFinding]:
+    """Return the differences from a run of this name that exists in the storage, in settings and data.
+
+    Without the data's fingerprint, files of less than `_QUICK_BYTES` are read to compare them.
+    """
     _storage(config)
-    check_unchanged(build_catalog(config.store).declaration, config, None)
+    base = build_catalog(config.store).declaration
+    with contextlib.suppress(ConfigError):  # data that cannot be read is reported by itself
+        if base and not fingerprint and stored_bytes(config.data) < _QUICK_BYTES:
+            fingerprint = data_fingerprint(config)
+    hint = f"run {config.name!r} exists: restore it, or start a new run with another `name:`"
+    changed = changed_settings(base, config, fingerprint)
+    return [SettingsFinding(tuple(key.split(".")), text, hint) for key, text in changed.items()]
 
 
-def _prepare(config: RunConfig, note: Callable[[str], object]) -> None:
-    storage = open_storage(config.checkpoint.storage)
-    prepared = prepare(config, storage)
-    check_metric(config, prepared.facts)
-    model = check_model(config, prepared, storage)[0]
-    found = dry_step(
-        config, prepared, storage, model, num_workers=config.scale.max_workers, on_gpu=config.scale.gpus_per_worker > 0
-    )
-    for text in found.notes:
-        note(text)
+@dataclass(slots=True)
+class _Trial:
+    """The deep checks of data and model; the second needs what the first prepared."""
+
+    note: Callable[[str], object]
+    prepared: Prepared | None = None
+
+    def check_data(self, config: RunConfig) -> list[SettingsFinding]:
+        prepared = prepare(config, open_storage(config.checkpoint.storage))
+        if found := compare_existing_run(config, prepared.fingerprint):
+            return found
+        for text in prepared.notes:
+            self.note(text)
+        check_metric(config, prepared.facts)
+        self.prepared = prepared
+        return []
+
+    def check_model(self, config: RunConfig) -> None:
+        if self.prepared is None:
+            return
+        storage = open_storage(config.checkpoint.storage)
+        model = check_model(config, self.prepared, storage)[0]
+        on_gpu = config.scale.gpus_per_worker > 0
+        found = dry_step(config, self.prepared, storage, model, num_workers=config.scale.max_workers, on_gpu=on_gpu)
+        for text in found.notes:
+            self.note(text)
 
 
 def _write(config: RunConfig) -> None:
@@ -211,9 +264,14 @@ _CHEAP = (
     Check("checkpoint.metric", _metric, frozenset({"model", "data", "train", "checkpoint"})),
     Check("track.to", lambda config: check_trackers(config.track), frozenset({"track"})),
     Check("checkpoint.storage", _storage, frozenset({"checkpoint"})),
-    Check("name", check_existing_run, _ALL),
+    Check("name", compare_existing_run, _ALL),
 )
 
 
 def _deep_checks(note: Callable[[str], object]) -> tuple[Check, ...]:
-    return Check("data", lambda config: _prepare(config, note), _ALL), Check("checkpoint.storage", _write, _ALL)
+    trial = _Trial(note)
+    return (
+        Check("data", trial.check_data, _ALL),
+        Check("model", trial.check_model, _ALL),
+        Check("checkpoint.storage", _write, _ALL),
+    )

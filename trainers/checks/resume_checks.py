@@ -38,25 +38,35 @@ def check_unchanged(base: Mapping[str, Any], config: TrainingConfig, fingerprint
     Raises:
         ConfigError: A setting that determines the run's numbers has changed.
     """
-    if not base:
-        return
-    numerics_settings = config.numerics_settings()
-    before, now = flatten(_with_defaults(base["mathematics"], numerics_settings, config)), flatten(numerics_settings)
-    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    changed = [f"{key.rstrip('_')} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
-    if fingerprint is not None and base["data"] != fingerprint:
-        changed.append("the data is not the same (the files, or the settings under data: or model.tokenizer)")
-    if changed:
+    if changed := changed_settings(base, config, fingerprint):
         hint = "restore them, or start a new run with another `name:`"
-        if {line.split()[0] for line in changed} <= {"train.steps", "train.epochs"}:
+        if changed.keys() <= {"train.steps", "train.epochs"}:
             model = f"{config.checkpoint.storage}/{config.name}/model"
             hint = "restore them to resume; to train the finished model further, start a run with another `name:` "
             hint += f"and `model: {{path: {model}}}`"
         raise ConfigError(
             f"run {config.name!r} was started with other settings, and cannot resume with these:\n"
-            + "\n".join(f"  {line}" for line in changed),
+            + "\n".join(f"  {line}" for line in changed.values()),
             hint=hint,
         )
+
+
+def changed_settings(base: Mapping[str, Any], config: TrainingConfig, fingerprint: str | None) -> dict[str, str]:
+    """Return what differs from the settings that a run was started with, as `check_unchanged`: key to text."""
+    if not base:
+        return {}
+    numerics_settings = config.numerics_settings()
+    before, now = flatten(_with_defaults(base["mathematics"], numerics_settings, config)), flatten(numerics_settings)
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    texts = {key.rstrip("_"): f"was {_shown(before, key)}, is {_shown(now, key)}" for key in keys}
+    changed = {key: f"{key} {text}" for key, text in texts.items()}
+    if fingerprint is not None and base["data"] != fingerprint:
+        changed["data"] = "the data is not the same (the files, or the settings under data: or model.tokenizer)"
+    return changed
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return "not set" if settings.get(key) is None else repr(settings[key])
 
 
 def check_samples(base: Mapping[str, Any], now: Mapping[str, Any]) -> None:

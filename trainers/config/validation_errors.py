@@ -28,7 +28,7 @@ class SettingsFinding:
 
     def __str__(self) -> str:
         text = self.message if self.message.startswith(self.key) else f"{self.key}: {self.message}"
-        return f"{text}; {self.suggestion}" if self.suggestion else text
+        return f"{text.rstrip('.')}; {self.suggestion}" if self.suggestion else text
 
 
 def check(model: type[BaseModel], body: Mapping[str, Any]) -> list[SettingsFinding]:
@@ -78,7 +78,7 @@ def _finding(detail: Any, settings: Mapping[Path, Any]) -> SettingsFinding:
         return _unknown(settings, path)
     cause = detail.get("ctx", {}).get("error")
     suggestion = cause.hint if isinstance(cause, ConfigError) else ""
-    message = detail["msg"].removeprefix("Value error, ")
+    message = _plain(detail)
     if cause is None and isinstance(given, str | int | float):
         message += f" (it is {given!r})"
     if detail["type"] in ("literal_error", "enum") and (
@@ -86,6 +86,28 @@ def _finding(detail: Any, settings: Mapping[Path, Any]) -> SettingsFinding:
     ):
         suggestion = f"did you mean {near!r}?"
     return SettingsFinding(path, message, suggestion)
+
+
+#: What pydantic's kinds of errors mean, by their first word.
+_EXPECTED = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be a text",
+    "list": "must be a list",
+    "dict": "must be a block of settings",
+    "model": "must be a block of settings",
+    "missing": "must be set",
+}
+
+
+def _plain(detail: Any) -> str:
+    """Return the message of an error of pydantic in plain words."""
+    kind, _, what = detail["type"].partition("_")
+    if kind in _EXPECTED and what in ("", "type", "parsing", "from_float"):
+        return _EXPECTED[kind]
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return f"must {message.removeprefix('Input should ')}" if message.startswith("Input should ") else message
 
 
 def _literals(expected: str) -> list[str]:

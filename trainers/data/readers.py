@@ -77,7 +77,11 @@ class BadRowCounter:
         """End the count after the last row. Raises as `see`."""
         if self.are_too_many:
             message = f"more than {self.limit:,} rows (data.max_bad_rows) are unusable; the first ones:"
-            raise ConfigError(self.first[0] if self.count == 1 else "\n  ".join([message, *self.first]), hint=self.hint)
+            if self.count == 1:
+                raise ConfigError(
+                    self.first[0], hint=self.hint.replace("fix them", "fix it").replace("such rows", "it")
+                )
+            raise ConfigError("\n  ".join([message, *self.first]), hint=self.hint)
 
 
 def usable_rows(
@@ -119,16 +123,23 @@ def read_files(sources: Iterable[DataFile], columns: Sequence[str]) -> Iterator[
 
 
 def first_row(source: str | Sequence[str]) -> dict[str, Any]:
-    """Return the columns of the first file with the values of its first readable row, None where there is none.
+    """Return the columns of the first file with rows, and the values of its first readable row, None if it has none.
 
-    Raises as `read_rows`.
+    Raises ConfigError if no file has a row, and as `read_rows`.
     """
-    item = find_data_files(source)[0]
-    read_names, read = _FORMATS[item.kind]
-    with item.reading():
-        names = read_names(item)
-        values = next((values for values, _ in read(item, names) if not isinstance(values, str)), None)
-        return dict(zip(names, values or [None] * len(names), strict=True))
+    for item in find_data_files(source):
+        read_names, read = _FORMATS[item.kind]
+        has_rows = False
+        with item.reading():
+            names = read_names(item)
+            for values, _ in read(item, names):
+                if not isinstance(values, str):
+                    return dict(zip(names, values, strict=True))
+                has_rows = True
+            if has_rows:
+                return dict.fromkeys(names)
+    shown = source if isinstance(source, str) else ", ".join(source)
+    raise ConfigError(f"{shown} has no rows", hint="set data.train (and data.eval) to files with rows")
 
 
 def _read_lines(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:

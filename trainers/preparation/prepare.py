@@ -104,7 +104,7 @@ def prepare(config: TrainingConfig, storage: Storage, cluster: EncoderContext | 
         ConfigError: A file or column is missing, too many rows are unusable, or there is less text than one sample.
         StorageError: Reading or writing failed.
     """
-    fingerprint = _fingerprint(config)
+    fingerprint = data_fingerprint(config)
     directory = f".data/{fingerprint}"
     prepared = _find(config, storage, directory)
     if prepared is None:
@@ -137,7 +137,12 @@ def _is_large(settings: DataSettings) -> bool:
     """Decide whether the cluster encodes the rows."""
     if settings.prepare is not PrepareMode.AUTO:
         return settings.prepare is PrepareMode.CLUSTER
-    return sum(source.num_bytes for source in find_data_files(list(settings.places.values()))) >= LARGE_BYTES
+    return stored_bytes(settings) >= LARGE_BYTES
+
+
+def stored_bytes(settings: DataSettings) -> int:
+    """Return the size of all data files as stored. Raises as `find_data_files`."""
+    return sum(source.num_bytes for source in find_data_files(list(settings.places.values())))
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -151,7 +156,8 @@ def _from_json(body: dict[str, Any]) -> Prepared:
     return Prepared(**{**body, "notes": tuple(body["notes"])}, files=files)
 
 
-def _fingerprint(config: TrainingConfig) -> str:
+def data_fingerprint(config: TrainingConfig) -> str:
+    """Return the fingerprint of a run's data; it reads every byte of the sources. Raises as `prepare`."""
     digest = xxhash.xxh3_128()
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
         digest.update(digest_sources(source).encode())
@@ -214,7 +220,7 @@ def _make(
         files=tuple(files),
         longest={name: item.longest for name, item in stats.items()},
     )
-    if _fingerprint(config) != fingerprint:
+    if data_fingerprint(config) != fingerprint:
         hint = "run the same command again when no process writes to them"
         raise ConfigError("the data files changed while they were read", hint=hint)
     body = asdict(prepared)

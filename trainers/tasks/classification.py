@@ -27,8 +27,10 @@ def sort_classes(settings: DataSettings, role: str, names: Iterable[str]) -> lis
     Raises ConfigError for fewer than two classes.
     """
     classes = sorted(set(names), key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
+    name = name_of(settings, role)
+    if not classes:
+        raise ConfigError(f"{settings.train} has no usable row, so no class of {name!r}", hint="add rows to it")
     if len(classes) < 2:
-        name = name_of(settings, role)
         raise ConfigError(
             f"{settings.train}: column {name!r} has only one class: {classes}; classification needs at least two",
             hint=f"add rows of another class, or name another column: -s data.{role}=…",

@@ -208,8 +208,8 @@ def test_diff_within_a_run(here: Path, outlast: Outlast) -> None:
 
 def test_diff_across_runs(here: Path, outlast: Outlast) -> None:
     said = outlast("checkpoints", "diff", "runs/my-run", "best", "model", "--with", "runs/my-other").out
-    assert "mathematics.train.of: 'my-run' → 'my-other'" in said
-    assert "mathematics.train.lr" not in said
+    assert "\ntrain.of: 'my-run' → 'my-other'" in said
+    assert "train.lr" not in said
     assert re.search(r"tensors: 0 equal, 16 changed, 12 added, 0 removed", said)
     shutil.rmtree(checkpoint("my-other", 1000))
     said = outlast("checkpoints", "diff", "runs/my-run", "best", "model", "--with", "runs/my-other").out

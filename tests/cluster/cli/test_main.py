@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,7 +47,25 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "checkpoints" in done.stdout
+    assert "checkpoints List, verify, compare, keep, delete and export a run's checkpoints." in " ".join(
+        done.stdout.split()
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_before_anything_runs_is_answered(signum: signal.Signals, tmp_path: Path) -> None:
+    """While it imports, and once more later."""
+    (tmp_path / "a.yaml").write_text("name: a\nmodel: {path: gpt2}\ndata: {train: none.txt}\n")
+    process = subprocess.Popen(
+        [OUTLAST, "train", str(tmp_path / "a.yaml")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "a: starting\n"
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out) == (130, "")
+    assert err.startswith("a: stop requested; ending before the first step (press Ctrl-C again to quit immediately)\n")
+    assert "outlast: interrupted" in err
 
 
 def test_version_for_a_bug_report() -> None:

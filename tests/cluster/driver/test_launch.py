@@ -188,8 +188,24 @@ def test_a_signal_while_ray_starts_ends_it_at_once(
     process.send_signal(signum)
     code, out, err = ended(process)
     assert (code, out) == (130, ""), err
+    assert "stop requested; ending before the first step" in err
     assert "interrupted; nothing is saved" in err
     assert "commit" not in err
+    assert read_status(RunStore(LocalStorage(tmp_path), "run"))["state"] == "stopped"
+
+
+@pytest.mark.faults  # half a minute
+def test_a_second_signal_quits_at_once(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """Even while the main thread waits for Ray to start; the launch counts as stopped, not as lost."""
+    process = start()
+    assert process.stderr is not None
+    for awaited in ("starting workers", "stop requested"):
+        while awaited not in (line := process.stderr.readline()):
+            assert line, process.communicate()
+        process.send_signal(signal.SIGINT)
+    code, out, err = ended(process)
+    assert (code, out) == (130, "")
+    assert err == "run: quit immediately; nothing is saved\n"
     assert read_status(RunStore(LocalStorage(tmp_path), "run"))["state"] == "stopped"
 
 

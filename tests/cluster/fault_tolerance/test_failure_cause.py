@@ -175,11 +175,32 @@ def test_the_log_of_a_rank_is_kept_where_it_would_go_with_its_driver(tmp_path: P
     here.write_text("terminate called after throwing\n")
     mine = [{"rank": 1, "host": "here", "log": str(here)}]
     recorder = FailureRecorder(str(tmp_path), "run", "one", RestartLimits(), "")
-    log = recorder._write_log("0001-aaaa", {1: ActorDiedError()}, mine, 1)
+    log, others = recorder._write_log("0001-aaaa", {1: ActorDiedError()}, mine, 1)
+    assert others == ""
     assert "terminate called" in Path(log).read_text()
     gone = Failure(Cause.WORKER_DIED, 1, "the worker died")
     assert (gone.where(mine, log), gone.where(mine)) == (f"rank 1, log {log}", "rank 1")
     assert own_log([{"rank": 1, "host": "far", "log": "/tmp/ray/worker.err"}], 1) == ""
+
+
+def test_a_file_without_the_first_rank_is_called_what_it_is(tmp_path: Path) -> None:
+    recorder = FailureRecorder(str(tmp_path), "run", "one", RestartLimits(), "")
+    errors = {0: raised("nothing", step=3), 1: ActorDiedError()}
+    found = classify(errors, [], drained=False)
+    assert found is not None
+    assert (found.cause, found.rank) == (Cause.WORKER_DIED, 1)
+    assert "left no error message: killed by a signal, crashed in native code, or out of memory" in found.message
+    log, others = recorder._write_log("0001-aaaa", errors, [], 1)
+    assert log == ""
+    assert Path(others).read_text().startswith("rank 0\n")
+    assert found.where([], log, others) == f"rank 1, errors of the other ranks {others}"
+    here = tmp_path / f"{failures.OWN_RAY}x" / "worker.err"
+    here.parent.mkdir()
+    here.write_text("Fatal Python error: Segmentation fault\n")
+    log, others = recorder._write_log("0001-aaaa", errors, [{"rank": 1, "host": "here", "log": str(here)}], 1)
+    assert others == ""
+    assert Path(log).read_text().startswith("rank 1, the end of its log\nFatal Python error: Segmentation fault\n")
+    assert "rank 0\n" in Path(log).read_text()
 
 
 def test_groups_that_fail_before_their_claim_in_the_same_words_count_each(

@@ -199,3 +199,30 @@ def test_watching_until_the_end_where_there_is_no_terminal(tmp_path: Path) -> No
     assert (watching.returncode, out, err) == (0, "", "")
     assert "there is no run" in outlast("status", str(tmp_path / "nobody"), "--watch", code=2).stderr
     assert "--watch" in outlast("status", "nobody", "--watch", "--json", code=2).stderr
+
+
+def test_what_only_the_driver_recorded_of_an_attempt(tmp_path: Path) -> None:
+    """Rank 0 was killed before it wrote its journal: the steps are those of the driver's heartbeat."""
+    storage = LocalStorage(tmp_path)
+    name, alive, events = launch("a", 100.0, 130.0, 130)
+    progress = {"attempt": "0001-0001", "step": 7, "ended_at": 129.5, "num_steps": 400}
+    write(storage, "run", (name, {**alive, "progress": progress}, events), attempt(1, 110.0))
+    found = read_status(RunStore(storage, "run"))
+    assert (found["state"], found["step"], found["num_steps"]) == ("stopped", 7, 400)
+    shown = outlast("status", str(tmp_path / "run")).stdout
+    assert "7/400" in shown
+    assert "1 interruption, the last one not resumed yet" in shown
+    assert "0 steps" not in shown
+    for wrong in (None, 3, {"attempt": "0009-0001", "step": 7}, {"attempt": "0001-0001", "step": "7", "num_steps": []}):
+        write(storage, "run", (name, {**alive, "progress": wrong}, events), attempt(1, 110.0))
+        assert read_status(RunStore(storage, "run"))["step"] == 0
+    assert "0, as far as is recorded" in outlast("status", str(tmp_path / "run")).stdout
+
+
+def test_the_runs_of_a_storage(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    for run in ("one", "two"):
+        write(storage, run, launch("a", 100.0, 130.0, 75), attempt(1, 110.0, start(110.0), plan(110.0)))
+    lines = outlast("status", str(tmp_path)).stdout.splitlines()
+    assert [line.split() for line in lines] == [[run, "stopped", "step", "0/100"] for run in ("one", "two")]
+    assert [run["run"] for run in json.loads(outlast("status", str(tmp_path), "--json").stdout)] == ["one", "two"]

@@ -139,8 +139,8 @@ FOUND = [
     (3, "lr", "unknown key", "it belongs under train:"),
     (7, "model.tokenizer.train_bep", "unknown key", "did you mean 'train_bpe'?"),
     (11, "train.stepz", "unknown key", "did you mean 'steps'?"),
-    (12, "train.batch", "valid integer", ""),
-    (13, "train.schedule", "Input should be 'cosine', ", "did you mean 'cosine'?"),
+    (12, "train.batch", "must be a whole number (it is 'many')", ""),
+    (13, "train.schedule", "must be 'cosine', ", "did you mean 'cosine'?"),
     (15, "checkpoint.keep_last", "greater than or equal to 2 (it is 1)", ""),
 ]
 
@@ -209,7 +209,7 @@ def test_a_finding_in_an_option_names_the_option(tmp_path: Path, body: dict[str,
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(body))
     [found] = validate(str(path), ["train.lr=fast"])
-    assert str(found).startswith("-s train.lr=fast: train.lr: Input should be a valid number")
+    assert str(found).startswith("-s train.lr=fast: train.lr: must be a number (it is 'fast')")
     with pytest.raises(SettingsError, match="are not valid"):
         load_run(str(path), ["train.lr=fast"])
     [found] = validate(str(path), ["train.micro_batch=3"])

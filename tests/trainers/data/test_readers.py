@@ -380,3 +380,12 @@ def test_a_line_that_is_a_text_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n"abc"\n""\n3\n')
     faults = [row.fault for row in read_rows(str(tmp_path / "rows.jsonl"), ["text"])]
     assert faults == [None, *["is not a JSON object"] * 3]
+
+
+@pytest.mark.parametrize(("num_bad", "hint"), [(1, "fix it, or skip it: "), (2, "fix them, or skip such rows: ")])
+def test_the_advice_is_for_as_many_rows(num_bad: int, hint: str) -> None:
+    bad = BadRowCounter(0)
+    bad.see(2, dict.fromkeys(range(num_bad), "is wrong"))
+    with pytest.raises(ConfigError) as caught:
+        bad.end()
+    assert caught.value.hint.startswith(hint)

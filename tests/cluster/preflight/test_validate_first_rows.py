@@ -1,0 +1,130 @@
+"""`outlast validate` of data whose first row or columns are wrong, of guesses, and of data of an existing run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+from pyarrow import feather, parquet
+
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.config.run_file import load_run
+from outlast.cluster.preflight import validate as validate_module
+from outlast.cluster.preflight.estimate import describe, estimate_run
+from outlast.cluster.preflight.validate import unverified, validate
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.loop.train_loop import Outcome
+from tests.support.groups.worker_group import run_group, tiny_config
+
+NO_ROWS = pa.table({"text": pa.array([], pa.string())})
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, text_file: str) -> str:
+    body = tiny_config("run", str(tmp_path / "runs"), text_file).model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(body))
+    return str(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.jsonl", b"\x80\x81\xff\x00\n" * 3, "a.jsonl, row 1: is not UTF-8 text"),
+        ("a.jsonl", b'{"text": \n{"text": "good"}\n', "a.jsonl, row 1: cannot be read as .jsonl"),
+        ("a.csv", b'text\n"not closed\nmore\n', "a.csv, row 1 (line 3): cannot be read as .csv"),
+        ("a.csv", b"text\n", "a.csv has no rows"),
+        ("a.tsv", b"text\tother\n", "a.tsv has no rows"),
+        ("a.json", b"[]", "a.json has no rows"),
+        ("a.txt", b"\n\n", "a.txt has no rows"),
+        ("a.parquet", lambda path: parquet.write_table(NO_ROWS, path), "a.parquet has no rows"),
+        ("a.arrow", lambda path: feather.write_feather(NO_ROWS, str(path)), "a.arrow has no rows"),
+    ],
+)
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_a_first_row_that_cannot_be_read(
+    key: str, name: str, content: bytes | Callable[[Path], None], text: str, run_file: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    [found] = validate(run_file, [f"data.{key}={path}"])
+    assert text in found.finding.message
+    assert found.option == f"data.{key}={path}"
+
+
+def test_rows_may_follow_in_the_next_file(run_file: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n")
+    (tmp_path / "b.csv").write_text("text\nwords\n")
+    assert validate(run_file, [f"data.train={tmp_path}/*.csv"]) == []
+
+
+def test_a_bad_first_row_that_may_be_skipped(run_file: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xff\n{"text": "good"}\n')
+    assert validate(run_file, [f"data.train={tmp_path / 'a.jsonl'}", "data.max_bad_rows=1"]) == []
+
+
+def test_a_guessed_column_is_reported_each_time(run_file: str, tmp_path: Path) -> None:
+    rows = "".join(f"the film was number {number},{number % 2}\n" for number in range(60))
+    (tmp_path / "a.csv").write_text("review,sentiment\n" + rows)
+    given = ["model.task=sequence-classification", f"data.train={tmp_path / 'a.csv'}", "data.text=review"]
+    guess, notes = "no column 'label'; using 'sentiment' as data.label", list[str]()
+    assert unverified(run_file, given) == [guess]
+    for _ in range(2):  # the second time, the data has been prepared
+        assert validate(run_file, given, deep=True, note=notes.append) == []
+        assert notes.pop() == guess
+        assert f"note: {guess}" in describe(estimate_run(load_run(run_file, given)[0]))
+    assert unverified(run_file, [*given, "data.label=sentiment"]) == []
+
+
+def test_more_cpus_than_this_machine_has(run_file: str) -> None:
+    [found] = unverified(run_file, ["scale.cpus_per_worker=4000"])
+    assert "the workers need 4000 CPUs, and this machine has" in found
+    assert unverified(run_file, ["scale.cpus_per_worker=0.1"]) == []
+
+
+def test_storage_that_holds_no_files(run_file: str) -> None:
+    """Root may write there by its permissions, and cannot."""
+    [found] = validate(run_file, ["checkpoint.storage=/proc/runs"])
+    assert "/proc is not writable" in found.finding.message
+
+
+def test_an_option_at_fault_is_named(run_file: str) -> None:
+    [found] = validate(run_file, ["trian.lr=1"])
+    assert str(found) == "-s trian.lr=1: trian: unknown key; did you mean 'train'?"
+    [found] = validate(run_file, ["model.config.n_head=3"], deep=True)
+    assert found.finding.key == "model"
+    assert found.option == "model.config.n_head=3"
+    line = Path(run_file).read_text().splitlines().index("model:") + 1
+    assert str(found).startswith(f"line {line} with -s model.config.n_head=3: model: the model cannot be built")
+    assert ".;" not in str(found)
+    assert ")." not in str(found)
+
+
+def test_data_of_an_existing_run(
+    assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assignment = assign("begun", steps=3)
+    assert run_group(assignment, storage, 1)[0].outcome is Outcome.DONE
+    declared: dict[str, Any] = dict(assignment.declared)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(declared))
+    path = str(tmp_path / "run.yaml")
+    rows = [json.dumps({"text": f"other words, number {number}, " * 20}) for number in range(40)]
+    (tmp_path / "other.jsonl").write_text("\n".join(rows))
+    other = [f"data.train={tmp_path / 'other.jsonl'}"]
+    [found] = validate(path, other)
+    assert "the data is not the same" in found.finding.message
+    assert found.option == other[0]
+    assert unverified(path) == []
+    monkeypatch.setattr(validate_module, "_QUICK_BYTES", 10)
+    assert validate(path, other) == []
+    assert unverified(path, other) == ["run 'begun' exists; whether its data is the same is checked with --deep only"]
+    [found] = validate(path, other, deep=True)
+    assert "the data is not the same" in found.finding.message
+    [found] = validate(path, ["model.config.n_heads=2"])  # not valid, and another value than that of the run
+    assert "did you mean 'n_head'" in found.finding.message
+    [found] = validate(path, ["model.config.n_inner=128"])
+    assert "model.config.n_inner was not set, is 128" in found.finding.message
