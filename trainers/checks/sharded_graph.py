@@ -53,6 +53,11 @@ def check_can_shard(model: nn.Module) -> None:
             "on its tokens",
             hint=_DDP,
         )
+    if getattr(getattr(base_model(model), "config", None), "zero_expert_num", 0):  # of LongCat-Flash
+        raise ConfigError(
+            f"{name} cannot be sharded: all tokens of a rank may go to experts without weights (zero_expert_num)",
+            hint=_DDP,
+        )
 
 
 def drops_layers(model: nn.Module) -> bool:
