@@ -22,6 +22,7 @@ from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.models.canonical import align_memory, match_constructor, untied_pair
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
+from outlast.trainers.models.tensor_checks import check_tensors
 from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
 from outlast.trainers.models.weight_names import file_naming, initialize_not_saved
 from outlast.trainers.tasks.base import Task
@@ -47,6 +48,7 @@ def build_model(
     seed_everything(seed)
     if own is not None and not is_like_transformers(own):
         plain, files = build_plain(own, settings.config or {}, _token_settings(tokenizer))
+        check_tensors(plain)
         align_memory(plain)
         return plain, {**files, **tokenizer_files(tokenizer)}
     with (
@@ -63,6 +65,7 @@ def build_model(
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new)
         files |= adapter_files(model)
+    check_tensors(model)
     align_memory(model)
     return model, files
 
