@@ -14,8 +14,10 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.train import Exactness
+from outlast.trainers.config.train import Exactness, NonFinite
+from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.buffer_change_check import watch_buffers
+from outlast.trainers.loop.non_finite import NonFiniteGuard
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import run_group
 
@@ -144,12 +146,17 @@ def test_a_teacher_that_follows_its_student_needs_one_worker(
     assert "parameter teacher.weight changes in the forward pass" in ended[0].error.message
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within torch.compile
 def test_names_within_a_compiled_module() -> None:
-    model = nn.ModuleDict({"inner": torch.compile(Counts(), backend="eager")})
+    counts = Counts()
+    model = nn.Sequential()
+    model.inner = torch.compile(counts, backend="eager")  # type: ignore[assignment]
     [guard] = watch_buffers(model, Exactness.SAME_WORLD, recomputes=False)
-    model["inner"].saved.add_(1)
+    non_finite = NonFiniteGuard(NonFinite.SKIP, World(), model)
+    non_finite.begin()
+    counts("saved")
     guard.check()
-    model["inner"].lost.add_(1)
+    non_finite.undo()
+    assert not counts.get_buffer("saved").any()
+    counts("lost")
     with pytest.raises(ConfigError, match=r"buffer inner\.lost changes"):
         guard.check()
