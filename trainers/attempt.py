@@ -30,6 +30,7 @@ from outlast.trainers.checks.resume_checks import (
     check_base_model,
     check_layout,
     check_model_config,
+    check_ranks_agree,
     check_samples,
     check_unchanged,
     flatten,
@@ -114,6 +115,7 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
     checkpointer.naming = weight_naming(model)
     check_model_config(checkpointer)
+    check_ranks_agree(world, model)
     check_layout(checkpointer, base, model)
     if is_adapted(model):
         check_base_model(checkpointer, base, model)

@@ -123,6 +123,11 @@ def compare_weights(own: Mapping[str, TensorSpec], saved: Mapping[str, TensorSpe
         )
 
 
+def plain_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers by the names that `named_weights` gives them. The tensors are the model's own."""
+    return [(plain_name(name), buffer) for name, buffer in unwrap(model).named_buffers()]
+
+
 def carried_state(model: nn.Module) -> list[str]:
     """Return the names of saved tensors that are not parameters, such as running means.
 

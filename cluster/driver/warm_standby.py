@@ -40,9 +40,13 @@ _KEPT_S = 365 * 86400  # until the job ends
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
-    """Return the environment variables of a worker of this run, standbys included: what to import, for which model."""
+    """Return the environment variables of a worker of this run, standbys included: what to import, for which model.
+
+    Python's hashes are those of one seed, so that a model which iterates over a set does so alike in each process.
+    """
+    seed = {"PYTHONHASHSEED": "0"}
     if config.failure.standby_after_s is None:
-        return {}
+        return seed
     task = config.model.task if config.model.task in TASKS else ""  # a user's own may not be importable yet
     known: Mapping[str, Any] = config.model.config or {}
     if config.model.path is not None:
@@ -50,7 +54,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
             known = json.loads(Path(config.model.path, "config.json").read_text())
     hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.worker.warm"}
     first = json.dumps([task, known.get("model_type")])
-    return {**hook, PREWARM_VARIABLE: first, _AFTER_VARIABLE: str(config.failure.standby_after_s)}
+    return {**seed, **hook, PREWARM_VARIABLE: first, _AFTER_VARIABLE: str(config.failure.standby_after_s)}
 
 
 class Standbys:

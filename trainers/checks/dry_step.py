@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
-from outlast.checkpointing.state.named_weights import carried_state, unwrap
+from outlast.checkpointing.state.named_weights import carried_state, plain_name, unwrap
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.checks.dry_step_part import cut, max_tokens, parts, size
+from outlast.trainers.checks.parameter_watch import ParameterWatch
+from outlast.trainers.checks.resume_rehearsal import check_resume, is_affordable, prepare_resume
 from outlast.trainers.checks.sharded_graph import BlockUse, check_can_shard, drops_layers
 from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
@@ -87,6 +89,7 @@ class _Trial:
 
     Attributes:
         is_whole: Whether what was run is the whole first micro-batch.
+        batches: What was run.
         digests: Digests of loss and gradients in each of the two passes over it, by name.
         in_graph: Parameters in the graph of its loss.
         in_outputs: Those in the graphs of the model's outputs.
@@ -100,21 +103,29 @@ class _Trial:
         if recomputes:
             enable_recomputing(model)
         self._guards = watch_buffers(model, config.exactness, recomputes=recomputes, will_shard=will_shard)
-        self._modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
+        self._modules = dict(model.named_modules())
         self.is_whole, self.sees_ahead, self.varies = True, False, False
+        self.batches: Sequence[Batch] = ()
         self.digests: list[dict[str, str]] = []
         self.in_graph: set[Any] = set()
+        self.in_outputs: set[Any] = set()
         self._block_use = BlockUse(model) if will_shard else None
         self._outputs: list[Any] = []
-        self.in_outputs: set[Any] = set()
         model.register_forward_hook(lambda _module, _args, outputs: self._outputs.append(outputs))
-        self._saved = {name: buffers[name].clone() for name in carried_state(model) if name in buffers}
+        self._step = 0
+        self.remember()
+
+    def remember(self) -> None:
+        """Take the weights and saved buffers as those that each pass starts from."""
+        self.parameters, carried = ParameterWatch(self.model), set(carried_state(self.model))
+        self._saved = {name: item.clone() for name, item in self.model.named_buffers() if plain_name(name) in carried}
 
     def run(self, batches: Sequence[Batch]) -> None:
         """Run the first batch twice, forward and backward; before that the second forward, or all to compare them.
 
         Raises ConfigError if a pass changes what no pass may change, and whatever the model and the task raise.
         """
+        self.batches = batches
         was_deterministic, num_threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         try:
             for number, batch in enumerate(batches[1:NUM_COMPARED] if self._block_use else batches[1:2], 1):
@@ -140,8 +151,21 @@ class _Trial:
         if self.task.auto_class == "AutoModelForCausalLM" and not _is_of_users(self.model, self.task):
             self.sees_ahead = _sees_ahead(self.model, self.task, batches[0])
 
+    def rehearse_resume(self, again: nn.Module, task: Task, batch: Batch) -> None:
+        """Compare a pass of the used model with one of a model and task that were built again, on equal weights.
+
+        Raises ConfigError if they differ: the used one keeps what no checkpoint holds.
+        """
+        self._restore()
+        prepare_resume(self.model, again)
+        self.remember()
+        other = _Trial(self.config, again.train(), task, will_shard=False)
+        self._step = other._step = 1
+        check_resume(self.model, (lambda: self._pass(batch), lambda: other._pass(batch)))
+
     def check_state(self) -> None:
-        """Raise ConfigError if the forward pass changed buffers that it must not, or replaced a module."""
+        """Raise ConfigError if the forward pass changed buffers that it must not, or replaced a module or parameter."""
+        self.parameters.check_objects()
         for guard in self._guards:
             guard.check()
         for name, module in self.model.named_modules():
@@ -152,7 +176,8 @@ class _Trial:
                 )
 
     def _restore(self) -> None:
-        """Restore the saved buffers: a checkpoint holds them, so a pass may depend on the one before through them."""
+        """Restore what a checkpoint holds: a pass may depend on the one before through it."""
+        self.parameters.restore()
         buffers = dict(self.model.named_buffers())
         with torch.no_grad():
             for name, before in self._saved.items():
@@ -193,9 +218,10 @@ class _Trial:
         self._outputs.clear()
         if self._block_use is not None:
             self._block_use.begin()
-        seed_everything(self.config.seed, 0, number)
+        seed_everything(self.config.seed, self._step, number)
         with World().autocast(self.config.train.precision):
             loss = self.task.loss_sum(self.model, batch)
+        self.parameters.look()
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ConfigError(
                 f"task {self.config.model.task} gives no loss to train on: it must be one number that depends on "
@@ -221,13 +247,15 @@ def dry_step(
     Raises:
         ConfigError: The step fails, or trains nothing, or changes the model in a way that a resume cannot repeat.
     """
-    task = find_task(config.model.task)(config.data, prepared.tokenizer(storage), prepared.facts)
+    task = _make_task(config, prepared, storage)
     if will_shard := config.scale.parallel is Parallel.FSDP and num_workers > 1:
         check_can_shard(meta)
     try:
         tried = _try_parts(config, prepared, storage, task, meta, will_shard=will_shard)
         if isinstance(tried, _Trial):
-            return _judge(tried, num_workers)
+            found = _judge(tried, num_workers)
+            _rehearse_resume(tried, prepared, storage)
+            return found
     except Exception as error:
         tried = _excuse(error, on_gpu=on_gpu)
         if not tried and isinstance(error, OutlastError):
@@ -238,6 +266,21 @@ def dry_step(
                 hint="check that `model:`, its tokenizer and `data:` belong together",
             ) from error
     return DryStep(static_graph=not (not _is_of_users(meta, task) and graph_may_vary(meta)), skipped=tried)
+
+
+def _make_task(config: TrainingConfig, prepared: Prepared, storage: Storage) -> Task:
+    return find_task(config.model.task)(config.data, prepared.tokenizer(storage), prepared.facts)
+
+
+def _rehearse_resume(trial: _Trial, prepared: Prepared, storage: Storage) -> None:
+    """Play a resume, of a model or task of the user that is small enough for it."""
+    config, model = trial.config, trial.model
+    if config.exactness is Exactness.FAST or not trial.is_whole or not _is_of_users(model, trial.task):
+        return
+    if is_affordable(model, trial.task, trial.batches[-1]):
+        task = _make_task(config, prepared, storage)
+        again, _ = build_model(config.model, task, prepared.tokenizer(storage), config.seed, fresh=False)
+        trial.rehearse_resume(again, task, trial.batches[-1])
 
 
 def _try_parts(
@@ -274,6 +317,8 @@ def _judge(trial: _Trial, num_workers: int) -> DryStep:
     """Return what a trial found. Raises ConfigError as `dry_step`."""
     config, model, name = trial.config, trial.model, trial.name
     (first, second), in_graph = trial.digests, trial.in_graph
+    if num_workers > 1 or config.exactness is Exactness.ELASTIC:
+        trial.parameters.check_values()
     differing = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     if differing and config.exactness is not Exactness.FAST:
         raise ConfigError(

@@ -17,8 +17,8 @@ from outlast.trainers.tasks.model_inputs import base_model
 MAX_OPERATIONS = 1e12
 #: Operations for each parameter and token: one pass forward, and two forward and backward.
 _OPERATIONS = 2 + 2 * 6
-#: Bytes for each parameter: the weight and its gradient, each twice for a moment.
-_WEIGHT_BYTES = 16
+#: Bytes for each parameter: the weight and its gradient, each twice for a moment; and a copy of the weight.
+_WEIGHT_BYTES = 20
 #: Texts are not made shorter than this number of tokens.
 _SHORTEST = 16
 

@@ -21,6 +21,7 @@ from outlast.trainers.loop.compile_and_recompute import check_recomputes
 from outlast.trainers.loop.optimizer import resolve_optimizer
 from outlast.trainers.models.build import build_model, check_head, check_names, weight_naming
 from outlast.trainers.models.lora import adapter_files, attach_lora
+from outlast.trainers.models.tensor_checks import check_dtypes
 from outlast.trainers.models.transformers_internals import model_mapping
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import Task, find_task
@@ -72,7 +73,7 @@ def check_model(config: TrainingConfig, prepared: Prepared, storage: Storage) ->
         if own is None or issubclass(own, transformers.PreTrainedModel):
             raise  # all models of transformers can be built on the meta device
         model, files = _build(config, task, tokenizer, longest)
-    weight_naming(model)  # refuses an architecture whose files outlast cannot write
+    check_dtypes(model, weight_naming(model))  # the latter refuses an architecture whose files outlast cannot write
     if own is None:
         _check_reloads(model, task)
     return model, files

@@ -1,12 +1,15 @@
 """Checks of a resume: which settings, data and model may not change between attempts, and a record of what did.
 
-A resumed run must compute what an uninterrupted one computes; whatever would change its numbers is refused here.
+A resumed run must compute what an uninterrupted one computes; whatever would change its numbers is refused here. So is
+a model that the ranks of one attempt build differently.
 """
 
 import json
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
+import xxhash
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -14,6 +17,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.restore.reader import read_verified
 from outlast.checkpointing.run_store.events import ChangedEvent
+from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.train import Exactness
 from outlast.trainers.config.training_config import TrainingConfig
@@ -143,6 +147,28 @@ def check_layout(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.
             )
 
     checkpointer.ranks.run_on_rank_0(check)
+
+
+def check_ranks_agree(ranks: RankGroup, model: nn.Module) -> None:
+    """Raise ConfigError if ranks built other parameters, or in another order: gradients are added by position.
+
+    Every rank calls it. Buffers may differ, as may the processors of the ranks: rank 0's are used.
+    """
+    mine = [
+        f"{name} {list(parameter.shape)}{'' if parameter.requires_grad else ', not trained'}"
+        for name, parameter in model.named_parameters()
+    ]
+    if len(set(ranks.gather(xxhash.xxh3_128_hexdigest("\n".join(mine).encode())))) == 1:
+        return
+    first, *others = ranks.gather(mine)
+    for rank, theirs in enumerate(others, 1):
+        for number, (here, there) in enumerate(zip_longest(first, theirs, fillvalue="none"), 1):
+            if here != there:
+                raise ConfigError(
+                    f"the ranks build different models: parameter {number} is {here} on rank 0, and {there} on rank "
+                    f"{rank}",
+                    hint="build the model from its settings only: not from a set's order, the rank, host or time",
+                )
 
 
 def check_base_model(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.Module) -> None:

@@ -1,11 +1,12 @@
-"""Guard for buffers that no forward pass may change, because the mode of training could not restore the change.
+"""Guard for tensors that no forward pass may change, because the mode of training could not restore the change.
 
 A checkpoint holds parameters and rank 0's persistent buffers. So where ranks do not share buffers, a running mean would
 depend on which rank saw which samples; and buffers that are not saved, such as the frequencies of a RoPE that grow with
-the longest sequence so far, would be lost by a restart.
+the longest sequence so far, would be lost by a restart. Parameters that are not trained, such as those of a teacher
+that follows its student, would differ between ranks for the rest of the run.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import xxhash
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import tensor_bytes
-from outlast.checkpointing.state.named_weights import carried_state
+from outlast.checkpointing.state.named_weights import carried_state, plain_buffers
 from outlast.trainers.config.train import Exactness
 
 
@@ -27,23 +28,38 @@ class BufferGuard:
         hint: Advice for a buffer that changes.
         free: Names of buffers that may change.
         only: Names of the guarded ones; by default all others, also new ones.
+        tensors: What to guard instead of the buffers.
     """
 
     def __init__(
-        self, model: nn.Module, why: str, hint: str, free: Collection[str] = (), only: Collection[str] | None = None
+        self,
+        model: nn.Module,
+        why: str,
+        hint: str,
+        free: Collection[str] = (),
+        only: Collection[str] | None = None,
+        tensors: Callable[[nn.Module], list[tuple[str, torch.Tensor]]] = plain_buffers,
     ) -> None:
         self._model, self._why, self._hint, self._free, self._only = model, why, hint, free, only
+        self._tensors, self._kind = tensors, "buffer" if tensors is plain_buffers else "parameter"
         self._seen = {name: (buffer, buffer._version, tensor_digest(buffer)) for name, buffer in self._guarded()}
 
     def check(self) -> None:
         """Raise ConfigError if a buffer has another value. Writing the same value, as DDP does, is allowed."""
         for name, buffer in self._guarded():
-            before, version, digest = self._seen.get(name, (None, 0, ""))
+            if name not in self._seen:
+                raise ConfigError(
+                    f"{self._kind} {name} appears in the forward pass; {self._why} holds for models only that have "
+                    "all of theirs from the start",
+                    hint="register it in the constructor",
+                )
+            before, version, digest = self._seen[name]
             if buffer is before and buffer._version == version:
                 continue
             if tensor_digest(buffer) != digest:
                 raise ConfigError(
-                    f"buffer {name} changes in the forward pass; {self._why} holds for models without such state only",
+                    f"{self._kind} {name} changes in the forward pass; {self._why} holds for models without such state "
+                    "only",
                     hint=self._hint,
                 )
             self._seen[name] = (buffer, buffer._version, digest)
@@ -51,7 +67,7 @@ class BufferGuard:
     def _guarded(self) -> list[tuple[str, torch.Tensor]]:
         return [
             (name, buffer)
-            for name, buffer in self._model.named_buffers()
+            for name, buffer in self._tensors(self._model)
             if name not in self._free and (self._only is None or name in self._only)
         ]
 
@@ -85,3 +101,14 @@ def watch_buffers(
         hint = "set train.gradient_checkpointing: false"
         guards.append(BufferGuard(model, "train.gradient_checkpointing", hint, only=saved))
     return guards
+
+
+def watch_frozen(model: nn.Module) -> BufferGuard:
+    """Return the guard for parameters that are not trained, where ranks do not share what a forward pass changes."""
+    hint = "keep it in a persistent buffer, with exactness: same-world and scale.parallel: ddp"
+    names = {name for name, _ in _frozen(model)}
+    return BufferGuard(model, "training on several workers", hint, only=names, tensors=_frozen)
+
+
+def _frozen(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, item) for name, item in model.named_parameters() if not item.requires_grad]

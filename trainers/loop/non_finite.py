@@ -18,7 +18,7 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.events import LeftOutEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
-from outlast.checkpointing.state.named_weights import carried_state
+from outlast.checkpointing.state.named_weights import carried_state, plain_buffers
 from outlast.trainers.config.train import NonFinite
 from outlast.trainers.distributed.world import World
 
@@ -88,12 +88,12 @@ class NonFiniteGuard:
     def begin(self) -> None:
         """Copy what a step's forward passes may change."""
         if self._carried:
-            buffers = dict(self._model.named_buffers())
+            buffers = dict(plain_buffers(self._model))
             self._kept = {name: buffers[name].clone() for name in self._carried if name in buffers}
 
     def undo(self) -> None:
         """Restore what the step's forward passes changed."""
-        buffers = dict(self._model.named_buffers())
+        buffers = dict(plain_buffers(self._model))
         with torch.no_grad():
             for name, before in self._kept.items():
                 buffers[name].copy_(before)

@@ -33,7 +33,7 @@ from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.distributed.fsdp import BlockOrder, whole
 from outlast.trainers.distributed.tree_allreduce import TreeReducer
 from outlast.trainers.distributed.world import World
-from outlast.trainers.loop.buffer_change_check import watch_buffers
+from outlast.trainers.loop.buffer_change_check import watch_buffers, watch_frozen
 from outlast.trainers.loop.compile_and_recompute import prepare_module
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.event_log import EventLog
@@ -44,6 +44,7 @@ from outlast.trainers.loop.optimizer import group_numbers, load_group_numbers, m
 from outlast.trainers.loop.rank_activity import StepPhase, Stopwatch
 from outlast.trainers.loop.step_exchange import DeferredMetrics, PlannedSave, StepConsensus, StepRequests
 from outlast.trainers.tasks.base import Batch, Task
+from outlast.trainers.tasks.model_inputs import base_model
 
 Positions = npt.NDArray[np.int64]
 
@@ -116,6 +117,9 @@ class TrainStep:
         self._block_order = BlockOrder(self._model) if isinstance(self._model, FSDPModule) else None
         recomputes = self._train.gradient_checkpointing
         self._buffer_guards = watch_buffers(self._model, self._exactness, recomputes=recomputes)
+        is_own = not type(base_model(self._model)).__module__.startswith("transformers.")  # those change no parameter
+        if is_own and not isinstance(self._model, FSDPModule) and (self._world.size > 1 or self._tree is not None):
+            self._buffer_guards.append(watch_frozen(self._model))
         self._model.train()
 
     def update(self, step: int, requests: Callable[[], StepRequests]) -> StepRequests:

@@ -19,9 +19,10 @@ from outlast.checkpointing.state.named_weights import WeightNaming
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
 from outlast.trainers.distributed.determinism import seed_everything
-from outlast.trainers.models.canonical import align_memory, match_constructor
+from outlast.trainers.models.canonical import align_memory, match_constructor, untied_pair
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
+from outlast.trainers.models.tensor_checks import check_tensors
 from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
 from outlast.trainers.models.weight_names import file_naming, initialize_not_saved
 from outlast.trainers.tasks.base import Task
@@ -47,6 +48,7 @@ def build_model(
     seed_everything(seed)
     if own is not None and not is_like_transformers(own):
         plain, files = build_plain(own, settings.config or {}, _token_settings(tokenizer))
+        check_tensors(plain)
         align_memory(plain)
         return plain, {**files, **tokenizer_files(tokenizer)}
     with (
@@ -63,6 +65,7 @@ def build_model(
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new)
         files |= adapter_files(model)
+    check_tensors(model)
     align_memory(model)
     return model, files
 
@@ -173,7 +176,12 @@ def _build(settings: ModelSettings, builder: Any, config: Any, seed: int, fresh:
         with torch.device("meta") if is_of_transformers else torch.random.fork_rng(devices=[]):
             if not is_of_transformers:
                 seed_everything(seed)  # as a resume does before it constructs the model
-            match_constructor(model, _construct(builder, config, trusted))
+            constructed = _construct(builder, config, trusted)
+            match_constructor(model, constructed)
+        if not settings.lora:  # else a resume loads these files too
+            if is_of_transformers:
+                constructed.tie_weights()
+            _check_ties(model, constructed)
         return model, sorted(info["missing_keys"])
     # A checkpoint is about to replace the weights. Buffers that no file holds are still created.
     with no_init_weights() if is_of_transformers and not fresh else nullcontext():
@@ -185,6 +193,23 @@ def _build(settings: ModelSettings, builder: Any, config: Any, seed: int, fresh:
         with suppress(OSError):  # without such a file, `from_pretrained` makes it from the model's configuration too
             model.generation_config = transformers.GenerationConfig.from_pretrained(settings.path)
     return model, []
+
+
+def _check_ties(model: nn.Module, constructed: nn.Module) -> None:
+    """Raise ConfigError if a model that was loaded ties other weights than one that a resume constructs."""
+    name = type(model).__name__
+    if pair := untied_pair(model, constructed):
+        raise ConfigError(
+            f"the files of {name} hold two values for the tied weights {pair[0]} and {pair[1]}",
+            hint="remove one of them from the files; or, if they are meant to differ, set tie_word_embeddings: false "
+            "in its config.json",
+        )
+    if pair := untied_pair(constructed, model):
+        raise ConfigError(
+            f"the from_pretrained of {name} ties {pair[0]} and {pair[1]}, and its constructor does not: a resumed run "
+            "could not repeat that",
+            hint="tie them in the constructor, such as by self.post_init()",
+        )
 
 
 def _construct(builder: Any, config: Any, trusted: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ import xxhash
 from torch import nn
 
 from outlast.checkpointing.format.safetensors import tensor_bytes
+from outlast.checkpointing.state.named_weights import identity
 
 #: Bytes; the alignment of torch's own allocations on a CPU, and the widest vector registers.
 ALIGNMENT = 64
@@ -59,6 +60,21 @@ def match_constructor(model: nn.Module, reference: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name not in saved and name in buffers and not buffers[name].is_meta:
             buffer.data = buffers[name].detach().clone()
+
+
+def untied_pair(model: nn.Module, reference: nn.Module) -> tuple[str, str] | None:
+    """Return the names of two parameters that another model of the class ties, and this one does not, if any."""
+    mine, tied = _tied_names(model), _tied_names(reference)
+    pairs = ((name, other) for name, others in tied.items() if name in mine for other in others)
+    return next(((name, other) for name, other in pairs if other not in mine[name]), None)
+
+
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return for each parameter the names of all that are tied to it, itself included."""
+    same: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same[identity(parameter)].append(name)
+    return {name: names for names in same.values() for name in names}
 
 
 def describe_layout(model: nn.Module) -> dict[str, str]:

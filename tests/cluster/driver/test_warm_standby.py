@@ -60,6 +60,16 @@ def test_what_cannot_be_rehearsed_is_left_to_the_attempt(
     warm()
 
 
+@pytest.mark.parametrize("standby_after_s", [None, 5.0])
+def test_sets_have_one_order_in_all_workers(standby_after_s: float | None) -> None:
+    settings = RunConfig.model_validate(tiny_config("run", "/runs", "/data.txt").model_dump())
+    failure = settings.failure.model_copy(update={"standby_after_s": standby_after_s})
+    environment = {**os.environ, **worker_environment(settings.model_copy(update={"failure": failure}))}
+    code = "print(list({f'layer{number}' for number in range(20)}))"
+    orders = {subprocess.check_output([sys.executable, "-c", code], env=environment) for _ in range(3)}
+    assert len(orders) == 1
+
+
 def test_an_attempt_starts_no_actor_for_datasets() -> None:
     """Of Ray's own parts that one is left out, and no other."""
     size = ray.train.ScalingConfig(num_workers=1)

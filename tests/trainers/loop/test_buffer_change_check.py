@@ -14,13 +14,35 @@ from torch import nn
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.config.train import Exactness
+from outlast.trainers.config.train import Exactness, NonFinite
+from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.buffer_change_check import watch_buffers
+from outlast.trainers.loop.non_finite import NonFiniteGuard
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import run_group
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEACHER = """
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+class Teacher(nn.Module):
+    def __init__(self, vocab_size, width=8):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size)
+        self.teacher, self.other = (nn.Linear(width, vocab_size).requires_grad_(False) for _ in range(2))
+
+    def forward(self, input_ids, **_):
+        if self.training:
+            with torch.no_grad():
+                self.other.weight.mul_(1)
+                self.teacher.weight.lerp_(self.head.weight, 0.1)
+        hidden = self.embed(input_ids)
+        return SimpleNamespace(logits=self.head(hidden) + self.teacher(hidden) + self.other(hidden))
+"""
 REMEMBERING = """
 from recurrent import RecurrentLM
 
@@ -106,3 +128,35 @@ def test_a_memory_and_recomputed_activations_are_refused(
     [ended] = run_group(replace(assignment, code=str(tmp_path)), storage, 1)
     assert ended.error is not None
     assert "buffer memory changes in the forward pass; train.gradient_checkpointing" in ended.error.message
+
+
+@pytest.mark.parametrize(("exactness", "size"), [("same-world", 1), ("same-world", 2), ("elastic", 1)])
+def test_a_teacher_that_follows_its_student_needs_one_worker(
+    exactness: str, size: int, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+) -> None:
+    """Whether or not a dry step saw it."""
+    (tmp_path / "teacher.py").write_text(TEACHER)
+    sections = {"model": {"class": "teacher:Teacher", "config": {"width": 8}}, "exactness": exactness}
+    assignment = replace(assign(f"teacher-{exactness}-{size}", sections=sections, steps=2), code=str(tmp_path))
+    ended = run_group(assignment, storage, size)
+    if (exactness, size) == ("same-world", 1):
+        assert ended[0].outcome is Outcome.DONE
+        return
+    assert isinstance(ended[0].error, ConfigError)
+    assert "parameter teacher.weight changes in the forward pass" in ended[0].error.message
+
+
+def test_names_within_a_compiled_module() -> None:
+    counts = Counts()
+    model = nn.Sequential()
+    model.inner = torch.compile(counts, backend="eager")  # type: ignore[assignment]
+    [guard] = watch_buffers(model, Exactness.SAME_WORLD, recomputes=False)
+    non_finite = NonFiniteGuard(NonFinite.SKIP, World(), model)
+    non_finite.begin()
+    counts("saved")
+    guard.check()
+    non_finite.undo()
+    assert not counts.get_buffer("saved").any()
+    counts("lost")
+    with pytest.raises(ConfigError, match=r"buffer inner\.lost changes"):
+        guard.check()

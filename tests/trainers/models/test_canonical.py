@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from outlast.checkpointing.errors import ConfigError
@@ -87,6 +88,32 @@ def test_weights_are_those_of_the_files(pretrained: tuple[str, Path], tokenizer:
     theirs = getattr(transformers, f"AutoModelFor{KINDS[kind][0]}").from_pretrained(folder).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "added", "tied"),
+    [
+        ("gpt2", "lm_head.weight", "transformer.wte.weight and lm_head.weight"),
+        ("pegasus", "model.encoder.embed_tokens.weight", "model.shared.weight and model.encoder.embed_tokens.weight"),
+    ],
+    indirect=["pretrained"],
+)
+def test_files_with_two_values_for_tied_weights(
+    pretrained: tuple[str, Path], added: str, tied: str, tokenizer: Tokenizer
+) -> None:
+    """transformers then leaves them untied, and a resume would construct a model that ties them."""
+    kind, folder = pretrained
+    file = folder / "model.safetensors"
+    weights, before = load_file(file), file.read_bytes()
+    [table] = [tensor for name, tensor in weights.items() if name.endswith(("wte.weight", "shared.weight"))]
+    try:
+        save_file({**weights, added: table.clone()}, file, metadata={"format": "pt"})
+        build(kind, folder, tokenizer, fresh=True)
+        save_file({**weights, added: table + 1}, file, metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=f"hold two values for the tied weights {tied}"):
+            build(kind, folder, tokenizer, fresh=True)
+    finally:
+        file.write_bytes(before)
 
 
 class Odd(nn.Module):
