@@ -36,7 +36,8 @@ from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.data.columns import choose_columns
-from outlast.trainers.data.readers import first_row, missing_column_error
+from outlast.trainers.data.readers import first_row
+from outlast.trainers.data.sources import missing_column_error
 from outlast.trainers.preparation.prepare import prepare
 from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import check_trackers
@@ -128,7 +129,7 @@ def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[SettingsFi
 
 def _columns(config: RunConfig) -> None:
     chosen = choose_columns(find_task(config.model.task).columns, config.data)
-    row = first_row(config.data.train)
+    row = first_row(config.data.train, config.data.csv)
     values = [row.get(name) for name in chosen.names]
     fault = chosen.fault(values) if row and any(value is not None for value in values) else None
     if fault and not config.data.max_bad_rows:
@@ -142,7 +143,7 @@ def _eval_columns(config: RunConfig) -> None:
     source = config.data.eval
     if not source or config.data.eval_share:
         return
-    row = first_row(source)
+    row = first_row(source, config.data.csv)
     chosen = choose_columns(find_task(config.model.task).columns, config.data)
     missing = [name for name in chosen.names if name not in row] if row else []
     if missing:
