@@ -109,7 +109,9 @@ def read_records(task: Task, config: TrainingConfig, source: str) -> Iterator[Re
             name_of(config.data, column.role) for column in input_columns(task) if not column.is_optional
         )
         raise ConfigError(error.message, hint=f"give --file rows with {names}") from error
-    for row in usable_rows(read_rows(source, chosen.names), BadRowCounter(0, hint=f"fix {source}"), chosen.fault):
+    for row in usable_rows(
+        read_rows(source, chosen.names, settings.csv), BadRowCounter(0, hint=f"fix {source}"), chosen.fault
+    ):
         yield chosen.record(row.values)
 
 

@@ -39,7 +39,8 @@ from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.data.columns import ColumnMapping, choose_columns
-from outlast.trainers.data.readers import first_row, missing_column_error, read_rows
+from outlast.trainers.data.readers import first_row, read_rows
+from outlast.trainers.data.sources import missing_column_error
 from outlast.trainers.preparation.prepare import LARGE_BYTES, Prepared, data_fingerprint, prepare, stored_bytes
 from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import check_trackers
@@ -152,7 +153,7 @@ def _chosen(config: RunConfig) -> ColumnMapping:
 def _check_first_row(config: RunConfig, key: str, source: str | Sequence[str]) -> None:
     """Raise ConfigError if the first row cannot be used, as the preparation of the data would."""
     chosen = _chosen(config)
-    for row in itertools.islice(read_rows(source, chosen.names), 1):
+    for row in itertools.islice(read_rows(source, chosen.names, config.data.csv), 1):
         fault = row.fault or chosen.fault(row.values)
         if fault and not config.data.max_bad_rows:
             raise ConfigError(
@@ -170,7 +171,7 @@ def _eval_columns(config: RunConfig) -> None:
     source = config.data.eval
     if not source or config.data.eval_share:
         return
-    row = first_row(source)
+    row = first_row(source, config.data.csv)
     missing = [name for name in _chosen(config).names if name not in row] if row else []
     if missing:
         raise missing_column_error(str(source), missing, row, "give it the columns of data.train")

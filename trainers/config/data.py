@@ -1,5 +1,6 @@
 """Settings under `data:`: sources, columns by role, and how rows become samples."""
 
+import codecs
 import re
 from enum import Enum
 from typing import Any, Literal
@@ -15,6 +16,38 @@ class PrepareMode(Enum):
     AUTO = "auto"  #: on the cluster when the files are large
     HERE = "here"
     CLUSTER = "cluster"
+
+
+class Quote(Enum):
+    """How a .csv or .tsv file encloses texts that contain a delimiter or a line break."""
+
+    AUTO = "auto"  #: double, and an error for a file with tabs that looks unquoted
+    DOUBLE = "double"  #: in double quotation marks
+    NONE = "none"  #: not at all: a quotation mark is a character as any other
+
+
+class CsvSettings(Settings):
+    """The dialect of .csv and .tsv files."""
+
+    delimiter: str | None = Field(None, min_length=1, max_length=1)
+    """Character between fields. Default: a comma, in a .tsv file a tab; where the header has none, another of comma,
+    tab, `;` and `|` that it has."""
+    quote: Quote = Quote.AUTO
+    """How texts are enclosed: in double quotation marks, or not at all (none), as in the files of GLUE. auto stops at a
+    row of a file with tabs whose quotation marks join lines that each have all fields."""
+    encoding: str = "utf-8"
+    """Encoding of the text, such as cp1252. UTF-16 and UTF-32 with a byte order mark are recognized, in other text
+    files too."""
+    missing: tuple[str, ...] = ("",)
+    """Fields that hold no value, such as `["", "NA"]`. A row without a value that the task needs is unusable."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        try:
+            return codecs.lookup(value).name
+        except LookupError:
+            raise ValueError(f"{value!r} is not an encoding that Python knows, such as utf-8 or cp1252") from None
 
 
 class DataSettings(Settings):
@@ -62,6 +95,8 @@ class DataSettings(Settings):
     the tokenizer."""
     mask_share: float = Field(0.15, gt=0, lt=1)
     """Share of tokens that masked-lm predicts."""
+    csv: CsvSettings = CsvSettings()
+    """Dialect of .csv and .tsv files."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of columns by role, for tasks of your own."""
     options: dict[str, Any] = Field(default_factory=dict)

@@ -6,8 +6,9 @@ from enum import Enum
 from typing import Any
 
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.data.readers import first_row, missing_column_error
-from outlast.trainers.data.sources import find_data_files
+from outlast.trainers.data.csv_reader import csv_note
+from outlast.trainers.data.readers import first_row
+from outlast.trainers.data.sources import find_data_files, missing_column_error
 
 
 class ColumnType(Enum):
@@ -80,6 +81,8 @@ class ColumnMapping:
     def fault(self, values: Sequence[Any]) -> str | None:
         """Return the first value of the wrong type as an error text; None if all types are right."""
         for column, name, value in zip(self.columns, self.names, values, strict=True):
+            if value is None and column.kind is not ColumnType.ANY:
+                return f"column {name!r} holds no value"
             if not column.kind.fits(value):
                 shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}…"
                 return f"column {name!r} holds {shown}, not {column.kind.value}"
@@ -100,7 +103,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> ColumnM
     Raises:
         ConfigError: Columns are missing and cannot be guessed; the message names all of them.
     """
-    available = first_row(settings.train)
+    available = first_row(settings.train, settings.csv)
     needed = tuple(column for column in columns if not column.is_optional)
     only_lines = len(needed) == 1 and {item.kind for item in find_data_files(settings.train)} == {".txt"}
     if only_lines or not available:  # without any column, reading the rows reports the error
@@ -123,6 +126,8 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> ColumnM
         keys = " and ".join(f"data.{column.role}" for column in missing)
         example = " ".join(f"-s data.{column.role}={likely}" for column, likely in missing.items())
         raise missing_column_error(str(settings.train), names, available, f"set {keys}, for example {example}")
+    csv_files = [item for item in find_data_files(settings.train, settings.csv) if item.kind in (".csv", ".tsv")]
+    notes += [note for item in csv_files[:1] if (note := csv_note(item))]
     used = tuple(column for column in columns if column in found)
     return ColumnMapping(used, tuple(found[column] for column in used), tuple(notes))
 

@@ -4,12 +4,11 @@ A row that cannot be read is a fault of that row, and reading continues. A file 
 or that has a requested column in none of its rows, is an error.
 """
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 import pyarrow as pa
@@ -17,15 +16,22 @@ from pyarrow import parquet
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.trainers.data.sources import DataFile, find_data_files
+from outlast.trainers.config.data import CsvSettings
+from outlast.trainers.data.csv_reader import csv_names, read_csv
+from outlast.trainers.data.sources import (
+    DEFAULT_CSV,
+    IN_EVERY_FILE,
+    DataFile,
+    find_data_files,
+    missing_column_error,
+)
+from outlast.trainers.data.text_lines import open_text, read_lines
 
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 2**20
-_FIELD_BYTES = 64 * 2**20  # a longer .csv field is taken for an unbalanced quotation mark
+_ITEM_CHARS = 64 * 2**20  # a longer JSON value is an error
 _NUM_NAMED = 3
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # byte order mark, which some editors write before UTF-8
 _LOOKAHEAD_ROWS = 10_000
-_IN_EVERY_FILE = "every file needs this column: rename the right column, or leave this file out"
 
 #: The values of a row, or the error text; and the line on which it ends, for files with lines.
 _RawRow = tuple[tuple[Any, ...] | str, int | None]
@@ -100,7 +106,7 @@ def usable_rows(
     bad.end()
 
 
-def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
+def read_rows(source: str | Sequence[str], columns: Sequence[str], csv: CsvSettings = DEFAULT_CSV) -> Iterator[Row]:
     """Read these columns of the rows of a source, in order, in constant memory; see `find_data_files`.
 
     A row that cannot be read becomes a row with a fault.
@@ -109,7 +115,7 @@ def read_rows(source: str | Sequence[str], columns: Sequence[str]) -> Iterator[R
         ConfigError: A file is missing or not of the type its name states, or a column is in none of its rows.
         StorageError: Reading failed.
     """
-    yield from read_files(find_data_files(source), columns)
+    yield from read_files(find_data_files(source, csv), columns)
 
 
 def read_files(sources: Iterable[DataFile], columns: Sequence[str]) -> Iterator[Row]:
@@ -119,22 +125,27 @@ def read_files(sources: Iterable[DataFile], columns: Sequence[str]) -> Iterator[
         with item.reading():
             for number, (values, line) in enumerate(read(item, columns), 1):
                 where = f"{item.name}, row {number}" + (f" (line {line})" if line not in (None, number) else "")
-                yield Row((), where, values) if isinstance(values, str) else Row(values, where)
+                yield Row((), where, values) if isinstance(values, str) else Row(tuple(map(_value, values)), where)
 
 
-def first_row(source: str | Sequence[str]) -> dict[str, Any]:
+def _value(value: Any) -> Any:
+    """Return None for a number that is none, which some writers of Parquet put where there is no value."""
+    return None if isinstance(value, float) and isnan(value) else value
+
+
+def first_row(source: str | Sequence[str], csv: CsvSettings = DEFAULT_CSV) -> dict[str, Any]:
     """Return the columns of the first file with rows, and the values of its first readable row, None if it has none.
 
     Raises ConfigError if no file has a row, and as `read_rows`.
     """
-    for item in find_data_files(source):
+    for item in find_data_files(source, csv):
         read_names, read = _FORMATS[item.kind]
         has_rows = False
         with item.reading():
             names = read_names(item)
             for values, _ in read(item, names):
                 if not isinstance(values, str):
-                    return dict(zip(names, values, strict=True))
+                    return dict(zip(names, map(_value, values), strict=True))
                 has_rows = True
             if has_rows:
                 return dict.fromkeys(names)
@@ -146,37 +157,17 @@ def _read_lines(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
     if len(columns) > 1:
         hint = "use a file with columns, such as .jsonl, .csv or .parquet"
         raise ConfigError(f"{source.name}: a .txt file has no column {columns[1]!r}", hint=hint)
-    for number, line in _lines(source):
-        text, fault = _decode(line)
-        yield fault or (text.rstrip("\r\n"),), number
-
-
-def _lines(source: DataFile) -> Iterator[tuple[int, bytes]]:
-    """Iterate over the non-empty lines and their numbers."""
-    with source.open() as file:
-        for number, line in enumerate(file, 1):
-            text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if text.strip():
-                yield number, text
-
-
-def _decode(line: bytes) -> tuple[str, str | None]:
-    """Decode a line. Returns the text, with replacement characters where needed, and the error text or None."""
-    try:
-        return line.decode(), None
-    except UnicodeDecodeError as error:
-        return line.decode(errors="replace"), f"is not UTF-8 text: {error}"
+    for number, text, fault in read_lines(source):
+        if text.strip():
+            yield fault or (text.rstrip("\r\n"),), number
 
 
 class _RowError(str):
     """Error text of a line, as opposed to a value that is a text."""
 
 
-def _parse(line: bytes) -> Any:
+def _parse(text: str) -> Any:
     """Parse a line of JSON. Returns its value, or a `_RowError`."""
-    text, fault = _decode(line)
-    if fault:
-        return _RowError(fault)
     try:
         item = json.loads(text)
         if "\\ud" in text.lower():
@@ -191,14 +182,45 @@ def _parse(line: bytes) -> Any:
 def _objects(source: DataFile) -> Iterator[tuple[Any, int | None]]:
     """Iterate over the items of a .json or .jsonl file, and their lines. pyarrow would infer one type for a column."""
     if source.kind == ".json":
-        return ((item, None) for item in _json_items(source))
-    return ((_parse(line), number) for number, line in _lines(source))
+        return ((item, None) for item in _rows_within(_json_items(source)))
+    lines = ((number, text, fault) for number, text, fault in read_lines(source) if text.strip())
+    return ((_RowError(fault) if fault else _parse(text), number) for number, text, fault in lines)
+
+
+def _rows_within(items: Iterator[Any]) -> Iterator[Any]:
+    """Iterate over items; if the only one is an object with a list under `data`, over the rows in that.
+
+    Such is the form of SQuAD: articles of paragraphs, each a context with questions.
+    """
+    first = next(items, None)
+    inner = first.get("data") if isinstance(first, dict) else None
+    if not isinstance(inner, list) or not all(isinstance(item, dict) for item in inner):
+        yield from [] if first is None else [first]
+    elif (second := next(items, None)) is not None:
+        yield from (first, second)
+    else:
+        for row in inner:
+            yield from _squad_rows(row) if isinstance(row.get("paragraphs"), list) else [row]
+    yield from items
+
+
+def _squad_rows(article: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Iterate over the questions of an article, as the `datasets` library gives them."""
+    try:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                answers = question.get("answers") or []
+                columns = {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
+                about = {"id": question.get("id"), "title": article.get("title"), "context": paragraph["context"]}
+                yield {**about, "question": question["question"], "answers": columns}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"an article is not in the form of SQuAD: {error!r}") from error
 
 
 def _json_items(source: DataFile) -> Iterator[Any]:
     """Iterate over the items of one JSON list, or over concatenated JSON values, reading in chunks."""
     decoder, text, at, size, in_list = json.JSONDecoder(), "", 0, _BUFFER_BYTES, None
-    with io.TextIOWrapper(source.open(), encoding="utf-8-sig") as file:
+    with open_text(source) as file:
         while True:
             more = file.read(size)
             text, at = text[at:] + more, 0
@@ -212,7 +234,7 @@ def _json_items(source: DataFile) -> Iterator[Any]:
                 try:
                     item, end = decoder.raw_decode(text, at)
                 except json.JSONDecodeError as error:
-                    if not more or len(text) - at > _FIELD_BYTES:
+                    if not more or len(text) - at > _ITEM_CHARS:
                         raise ValueError(f"{error.msg} near {text[at : at + 40]!r}") from error
                     break
                 if end == len(text) and more:
@@ -242,7 +264,7 @@ def _read_objects(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]
         if not missing:
             break
     if missing and seen:
-        raise missing_column_error(source.name, [name for name in columns if name in missing], seen, _IN_EVERY_FILE)
+        raise missing_column_error(source.name, [name for name in columns if name in missing], seen, IN_EVERY_FILE)
     for item, line in _objects(source):
         if not isinstance(item, dict):
             yield item if isinstance(item, _RowError) else "is not a JSON object", line
@@ -250,44 +272,6 @@ def _read_objects(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]
             yield f"has no column {absent[0]!r}", line
         else:
             yield tuple(item[name] for name in columns), line
-
-
-def _csv_rows(source: DataFile, faults: list[str]) -> Any:
-    """Open a reader of the csv module. Decoding errors of the row it returns are appended to `faults`."""
-    csv.field_size_limit(_FIELD_BYTES)
-
-    def texts() -> Iterator[str]:
-        with source.open() as file:
-            for number, line in enumerate(file):
-                text, fault = _decode(line if number else line.removeprefix(_BYTE_ORDER_MARK))
-                faults.extend([fault] if fault else [])
-                yield text
-
-    return csv.reader(texts(), delimiter="\t" if source.kind == ".tsv" else ",", strict=True)
-
-
-def _read_csv(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
-    faults: list[str] = []
-    rows = _csv_rows(source, faults)
-    header: list[str] = next((row for row in rows if row), [])
-    if missing := [column for column in columns if column not in header]:
-        raise missing_column_error(source.name, missing, header, _IN_EVERY_FILE)
-    indices = [header.index(column) for column in columns]
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            row = []
-            faults.append(f"cannot be read as {source.kind}: {error}")
-        if row is None:
-            return
-        if row and len(row) != len(header):
-            faults.append(f"has {len(row)} fields but the header has {len(header)}")
-        if faults:
-            yield faults[0], rows.line_num
-            faults.clear()
-        elif row:
-            yield tuple(row[index] for index in indices), rows.line_num
 
 
 def _read_parquet(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
@@ -324,13 +308,7 @@ def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_RawRow]
 
 def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None:
     if missing := [column for column in columns if column not in schema.names]:
-        raise missing_column_error(name, missing, schema.names, _IN_EVERY_FILE)
-
-
-def missing_column_error(where: str, missing: Sequence[str], available: Iterable[str], hint: str) -> ConfigError:
-    """Make the error for missing columns; it lists the available ones."""
-    names = f"column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
-    return ConfigError(f"{where} has no {names}; it has {', '.join(available)}", hint=hint)
+        raise missing_column_error(name, missing, schema.names, IN_EVERY_FILE)
 
 
 def _object_names(source: DataFile) -> list[str]:
@@ -347,15 +325,11 @@ def _parquet_names(source: DataFile) -> list[str]:
         return list(parquet.read_schema(raw).names)
 
 
-def _csv_names(source: DataFile) -> list[str]:
-    return next((row for row in _csv_rows(source, []) if row), [])
-
-
 #: By file type: the function that reads the names of the columns, and the one that reads the rows.
 _FORMATS: dict[str, tuple[Callable[[DataFile], list[str]], Callable[[DataFile, Sequence[str]], Iterator[_RawRow]]]] = {
     ".txt": (lambda source: ["text"], _read_lines),
     **dict.fromkeys((".jsonl", ".json"), (_object_names, _read_objects)),
-    **dict.fromkeys((".csv", ".tsv"), (_csv_names, _read_csv)),
+    **dict.fromkeys((".csv", ".tsv"), (csv_names, read_csv)),
     ".parquet": (_parquet_names, _read_parquet),
     **dict.fromkeys((".arrow", ".feather"), (_arrow_names, _read_arrow)),
 }

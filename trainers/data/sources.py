@@ -7,9 +7,9 @@ names its files.
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
@@ -25,12 +25,16 @@ from outlast.checkpointing.format.manifest import BLOCK_BYTES
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.config.data import CsvSettings
 
 _PLAIN = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 KINDS = (*_PLAIN, ".parquet", ".arrow", ".feather")
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER_BYTES = 2**20
 _DATASET, _DATASETS, _STATE = "dataset_info.json", "dataset_dict.json", "state.json"  # of the datasets library
+
+DEFAULT_CSV = CsvSettings()
+IN_EVERY_FILE = "every file needs this column: rename the right column, or leave this file out"
 
 ListDir = Callable[[str], list[Entry]]
 
@@ -45,6 +49,7 @@ class DataFile:
     kind: str  #: file type, one of `KINDS`
     codec: str | None  #: compression
     num_bytes: int  #: size as stored
+    csv: CsvSettings = DEFAULT_CSV  #: dialect of .csv and .tsv files
 
     def open(self) -> BinaryIO:
         """Open the file for reading, decompressed. Raises as `Storage.open`."""
@@ -83,8 +88,12 @@ class DataFile:
         return str(digest.hexdigest())
 
 
-def find_data_files(source: str | Sequence[str]) -> list[DataFile]:
+def find_data_files(source: str | Sequence[str], csv: CsvSettings = DEFAULT_CSV) -> list[DataFile]:
     """Find the files of a source, in the order of their rows.
+
+    Args:
+        source: Paths, patterns or URLs.
+        csv: Dialect of the .csv and .tsv files among them.
 
     Raises:
         ConfigError: A file does not exist, is empty, or is of an unknown type.
@@ -95,7 +104,7 @@ def find_data_files(source: str | Sequence[str]) -> list[DataFile]:
     for location in [source] if isinstance(source, str) else source:
         url, path = _split(location)
         sources += _expand(location, *opened(url), path)
-    return sources
+    return [replace(item, csv=csv) for item in sources]
 
 
 def _open(url: str) -> tuple[Storage, ListDir]:
@@ -213,3 +222,9 @@ def _display_name(storage: Storage, path: str) -> str:
     if isinstance(storage, LocalStorage):
         return str(storage.path(path))
     return f"{storage.url.split('?')[0]}/{path}"
+
+
+def missing_column_error(where: str, missing: Sequence[str], available: Iterable[str], hint: str) -> ConfigError:
+    """Make the error for missing columns; it lists the available ones."""
+    names = f"column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
+    return ConfigError(f"{where} has no {names}; it has {', '.join(available)}", hint=hint)

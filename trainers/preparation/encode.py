@@ -34,7 +34,8 @@ class Split:
     def sources(self) -> list[DataFile]:
         """Return the split's files, in order. Raises as `find_data_files`."""
         data = self.config.data
-        return find_data_files(data.eval or [] if self.name == "eval" and not self.is_share else data.train)
+        source = data.eval or [] if self.name == "eval" and not self.is_share else data.train
+        return find_data_files(source, data.csv)
 
     def rows(self, sources: Sequence[DataFile], first: int = 0) -> Iterator[Row]:
         """Read the split's rows from these files; their first row has the number `first`. Raises as `read_files`."""

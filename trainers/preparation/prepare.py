@@ -24,7 +24,7 @@ from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
-from outlast.trainers.config.data import DataSettings, PrepareMode
+from outlast.trainers.config.data import CsvSettings, DataSettings, PrepareMode
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
@@ -180,6 +180,8 @@ def data_fingerprint(config: TrainingConfig) -> str:
         "eval": config.data.eval_share,
         "seed": config.seed if config.data.eval_share else 0,
     }
+    if config.data.csv != CsvSettings():  # which earlier releases did not have
+        settings["csv"] = config.data.csv.model_dump(mode="json")
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return str(digest.hexdigest())
 

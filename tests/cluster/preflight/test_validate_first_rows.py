@@ -36,7 +36,7 @@ def run_file(tmp_path: Path, text_file: str) -> str:
     [
         ("a.jsonl", b"\x80\x81\xff\x00\n" * 3, "a.jsonl, row 1: is not UTF-8 text"),
         ("a.jsonl", b'{"text": \n{"text": "good"}\n', "a.jsonl, row 1: cannot be read as .jsonl"),
-        ("a.csv", b'text\n"not closed\nmore\n', "a.csv, row 1 (line 3): cannot be read as .csv"),
+        ("a.csv", b'text\n"not closed\nmore\n', "a.csv, row 1 (line 3): a quotation mark in line 2"),
         ("a.csv", b"text\n", "a.csv has no rows"),
         ("a.tsv", b"text\tother\n", "a.tsv has no rows"),
         ("a.json", b"[]", "a.json has no rows"),

@@ -141,17 +141,19 @@ def test_a_missing_column_is_reported_with_the_available_ones(name: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("row", "message"), [(None, "None"), (5, "5"), (["a"], r"\['a'\]")], ids=["null", "number", "list"]
+    ("row", "message"),
+    [(None, "no value"), (5, "5, not text"), (["a"], r"\['a'\], not text")],
+    ids=["null", "number", "list"],
 )
 def test_a_row_that_is_not_text_is_named(row: Any, message: str, tmp_path: Path, storage: LocalStorage) -> None:
     write_jsonl(tmp_path / "train.jsonl", ["one", "two", row, "four"])
-    with pytest.raises(ConfigError, match=rf"train.jsonl, row 3: column 'text' holds {message}, not text"):
+    with pytest.raises(ConfigError, match=rf"train.jsonl, row 3: column 'text' holds {message}"):
         prepare(config_of(storage, tmp_path / "train.jsonl"), storage)
 
 
 def test_a_parquet_row_without_text_is_named(tmp_path: Path, storage: LocalStorage) -> None:
     write_parquet(tmp_path / "train.parquet", [*DOCUMENTS, None])
-    with pytest.raises(ConfigError, match=r"row 121: column 'text' holds None, not text"):
+    with pytest.raises(ConfigError, match=r"row 121: column 'text' holds no value"):
         prepare(config_of(storage, tmp_path / "train.parquet"), storage)
 
 
