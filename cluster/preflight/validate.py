@@ -214,7 +214,7 @@ def compare_existing_run(config: RunConfig, fingerprint: str | None = None) -> l
     base = build_catalog(config.store).declaration
     with contextlib.suppress(ConfigError):  # data that cannot be read is reported by itself
         if base and not fingerprint and stored_bytes(config.data) < _QUICK_BYTES:
-            fingerprint = data_fingerprint(config)
+            fingerprint = data_fingerprint(config, base["data"])
     hint = f"run {config.name!r} exists: restore it, or start a new run with another `name:`"
     changed = changed_settings(base, config, fingerprint)
     return [SettingsFinding(tuple(key.split(".")), text, hint) for key, text in changed.items()]
@@ -228,7 +228,8 @@ class _Trial:
     prepared: Prepared | None = None
 
     def check_data(self, config: RunConfig) -> list[SettingsFinding]:
-        prepared = prepare(config, open_storage(config.checkpoint.storage))
+        started = build_catalog(config.store).declaration
+        prepared = prepare(config, open_storage(config.checkpoint.storage), like=started.get("data"))
         if found := compare_existing_run(config, prepared.fingerprint):
             return found
         for text in prepared.notes:

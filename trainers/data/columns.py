@@ -58,12 +58,14 @@ class Column:
         kind: Type of its values.
         is_target: Whether the model learns to predict it; prediction does not need it.
         is_optional: Whether the task works without it, when it is neither named nor in the data.
+        since: The first version of the task that reads it.
     """
 
     role: str
     kind: ColumnType
     is_target: bool = False
     is_optional: bool = False
+    since: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
-from outlast.trainers.config.data import CsvSettings, DataSettings, PrepareMode
+from outlast.trainers.config.base import Settings
+from outlast.trainers.config.data import DataSettings, PrepareMode
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
@@ -40,6 +41,8 @@ LARGE_BYTES = 256 * 2**20
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_TOKENIZER = ("config.json", "generation_config.json", "trainer_state.json", "manifest.json")
 _DATA_MANIFEST = "data.json"
+#: Options of tasks that are part of every fingerprint: release 0.1.0 had them.
+_FIRST_OPTIONS = ("options", "problem", "stride", "max_target_length", "chat_template", "mask_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +95,22 @@ class Prepared:
         return Samples(local_copy(storage, self.directory, self.fingerprint, entry))
 
 
-def prepare(config: TrainingConfig, storage: Storage, cluster: EncoderContext | None = None) -> Prepared:
+def prepare(
+    config: TrainingConfig, storage: Storage, cluster: EncoderContext | None = None, *, like: str | None = None
+) -> Prepared:
     """Return the prepared data of a run: the existing one after verification, or else prepare it.
 
     Args:
         config: The run's settings.
         storage: Storage of the prepared data.
         cluster: Remote encoder for `data.prepare: cluster` (or auto); without it, rows are encoded in this process.
+        like: The fingerprint that a run was started with: see `data_fingerprint`.
 
     Raises:
         ConfigError: A file or column is missing, too many rows are unusable, or there is less text than one sample.
         StorageError: Reading or writing failed.
     """
-    fingerprint = data_fingerprint(config)
+    fingerprint = data_fingerprint(config, like)
     directory = f".data/{fingerprint}"
     prepared = _find(config, storage, directory)
     if prepared is None:
@@ -156,34 +162,55 @@ def _from_json(body: dict[str, Any]) -> Prepared:
     return Prepared(**{**body, "notes": tuple(body["notes"])}, files=files)
 
 
-def data_fingerprint(config: TrainingConfig) -> str:
-    """Return the fingerprint of a run's data; it reads every byte of the sources. Raises as `prepare`."""
-    digest = xxhash.xxh3_128()
+def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
+    """Return the fingerprint of a run's data; it reads every byte of the sources. Raises as `prepare`.
+
+    Args:
+        config: The run's settings.
+        like: The fingerprint that a run was started with. It is returned if it only differs by the version of the task,
+            so that the run goes on with the samples of an earlier release; `check_samples` compares them.
+    """
+    sources = xxhash.xxh3_128()
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
-        digest.update(digest_sources(source).encode())
+        sources.update(digest_sources(source).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
         for file in sorted(Path(path).iterdir()):
             if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
                 with file.open("rb") as opened:
-                    digest.update(f"{file.name}{file_digest(opened, xxhash.xxh3_128).hexdigest()}".encode())
+                    sources.update(f"{file.name}{file_digest(opened, xxhash.xxh3_128).hexdigest()}".encode())
         tokenizer = {"files": "digested"}
+    fingerprints = []
+    for version in range(find_task(config.model.task).version, 0, -1):
+        digest = sources.copy()
+        settings = _data_settings(config, tokenizer, version)
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        fingerprints.append(str(digest.hexdigest()))
+    return like if like in fingerprints else fingerprints[0]
+
+
+def _data_settings(config: TrainingConfig, tokenizer: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return all settings that determine the samples; those that release 0.1.0 did not have, if they are set."""
     task = find_task(config.model.task)
-    settings = {
+    options = {name: getattr(config.data, name) for name in ("options", "csv", *task.options)}
+    plain = {
+        name: value.model_dump(mode="json") if isinstance(value, Settings) else value for name, value in options.items()
+    }
+    defaults = {name: DataSettings.model_fields[name].get_default(call_default_factory=True) for name in options}
+    return {
         "format": FORMAT,
         "tokenizer": tokenizer,
-        "task": [config.model.task, task.version],
-        "columns": {column.role: name_of(config.data, column.role) for column in task.columns},
+        "task": [config.model.task, version],
+        "columns": {item.role: name_of(config.data, item.role) for item in task.columns if item.since <= version},
         # 0: earlier releases included the limit, although it does not change the samples
-        "options": {"max_bad_rows": 0, **{name: getattr(config.data, name) for name in ("options", *task.options)}},
+        "options": {
+            "max_bad_rows": 0,
+            **{name: plain[name] for name in options if name in _FIRST_OPTIONS or options[name] != defaults[name]},
+        },
         "max_length": config.data.max_length,
         "eval": config.data.eval_share,
         "seed": config.seed if config.data.eval_share else 0,
     }
-    if config.data.csv != CsvSettings():  # which earlier releases did not have
-        settings["csv"] = config.data.csv.model_dump(mode="json")
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    return str(digest.hexdigest())
 
 
 def _make(
@@ -222,7 +249,7 @@ def _make(
         files=tuple(files),
         longest={name: item.longest for name, item in stats.items()},
     )
-    if data_fingerprint(config) != fingerprint:
+    if data_fingerprint(config, fingerprint) != fingerprint:
         hint = "run the same command again when no process writes to them"
         raise ConfigError("the data files changed while they were read", hint=hint)
     body = asdict(prepared)

@@ -60,7 +60,7 @@ class Task:
     special_tokens: ClassVar[Mapping[str, str]] = {}
     #: Templates of `tokenizers` for one text and for a pair, for such a tokenizer; None adds no special tokens.
     template: ClassVar[tuple[str, str] | None] = None
-    #: Increase it when `encode` changes: prepared data of another version is not reused.
+    #: Increase it when `encode` changes: only a run that was started with another version reuses its prepared data.
     version: ClassVar[int] = 1
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
