@@ -169,13 +169,18 @@ class _RowError(str):
 def _parse(text: str) -> Any:
     """Parse a line of JSON. Returns its value, or a `_RowError`."""
     try:
-        item = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(item, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return _RowError("has an unpaired surrogate, which is not a character")
+        return _with_characters(json.loads(text), text)
     except (ValueError, RecursionError) as error:
         return _RowError(f"cannot be read as .jsonl: {error}")
+
+
+def _with_characters(item: Any, text: str) -> Any:
+    """Return a value parsed from JSON text; a `_RowError` if no encoding has all its characters."""
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(item, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return _RowError("has an unpaired surrogate, which is not a character")
     return item
 
 
@@ -239,7 +244,7 @@ def _json_items(source: DataFile) -> Iterator[Any]:
                     break
                 if end == len(text) and more:
                     break  # a number may continue in the next chunk
-                yield item
+                yield _with_characters(item, text[at:end])
                 at = end
             if not more:
                 if in_list:
@@ -302,8 +307,10 @@ def _read_arrow(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
 
 
 def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_RawRow]:
-    values = zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
-    return ((row, None) for row in values)
+    used = [batch.column(name) for name in columns]
+    for column in used:
+        column.validate(full=True)  # reading a damaged one would end the process
+    return ((row, None) for row in zip(*(column.to_pylist() for column in used), strict=True))
 
 
 def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None:
