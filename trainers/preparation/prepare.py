@@ -40,6 +40,8 @@ LARGE_BYTES = 256 * 2**20
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_TOKENIZER = ("config.json", "generation_config.json", "trainer_state.json", "manifest.json")
 _DATA_MANIFEST = "data.json"
+#: Options that release 0.1.0 had. Later ones count only if they are set, so that its data stays valid.
+_FIRST_OPTIONS = ("options", "chat_template", "problem", "stride", "max_target_length", "mask_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +171,23 @@ def data_fingerprint(config: TrainingConfig) -> str:
                     digest.update(f"{file.name}{file_digest(opened, xxhash.xxh3_128).hexdigest()}".encode())
         tokenizer = {"files": "digested"}
     task = find_task(config.model.task)
+    own = [column.role for column in task.columns if not column.is_sparse]
+    names = {column.role: name_of(config.data, column.role) for column in task.all_columns()}
+    options = {name: getattr(config.data, name) for name in ("options", *task.options)}
     settings = {
         "format": FORMAT,
         "tokenizer": tokenizer,
-        "task": [config.model.task, task.version],
-        "columns": {column.role: name_of(config.data, column.role) for column in task.columns},
+        "task": [config.model.task, task.data_version(config.data, partial(_named_tokenizer, config))],
+        "columns": {role: name for role, name in names.items() if role in own or name != role},
         # 0: earlier releases included the limit, although it does not change the samples
-        "options": {"max_bad_rows": 0, **{name: getattr(config.data, name) for name in ("options", *task.options)}},
+        "options": {
+            "max_bad_rows": 0,
+            **{
+                name: value
+                for name, value in options.items()
+                if name in _FIRST_OPTIONS or value != DataSettings.model_fields[name].get_default()
+            },
+        },
         "max_length": config.data.max_length,
         "eval": config.data.eval_share,
         "seed": config.seed if config.data.eval_share else 0,
@@ -190,7 +202,7 @@ def _make(
     config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, encoder: AbstractContextManager[Encoder]
 ) -> Prepared:
     task_class, settings = find_task(config.model.task), config.data
-    chosen = choose_columns(task_class.columns, settings)
+    chosen = choose_columns(task_class.columns, settings, task_class.forms)
     facts = task_class.survey(settings, _records(config, chosen))
     tokenizer = _tokenizer(config, task_class, chosen)
     task = task_class(settings, tokenizer, facts)
@@ -234,7 +246,7 @@ def _records(config: TrainingConfig, chosen: ColumnMapping) -> Iterator[Record]:
     """Read the training rows whose columns have the right types. Raises ConfigError for too many other rows."""
     split = Split(config, "train", chosen)
     for row in usable_rows(split.rows(split.sources()), BadRowCounter(config.data.max_bad_rows), chosen.fault):
-        yield chosen.record(row.values)
+        yield chosen.record(row)
 
 
 def _samples(pieces: Iterator[Piece], bad: BadRowCounter, name: str, num_rows: dict[str, int]) -> Iterator[Sample]:
@@ -265,8 +277,17 @@ def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> D
 
 
 def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping) -> Tokenizer:
+    if (named := _named_tokenizer(config)) is not None:
+        return named
+    texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))
+    num_entries = config.model.tokenizer.train_bpe if config.model.tokenizer else None
+    assert num_entries is not None
+    return train_bpe(texts, num_entries, task.special_tokens, task.template)
+
+
+def _named_tokenizer(config: TrainingConfig) -> Tokenizer | None:
+    """Load the tokenizer that the settings name; None if it is trained on the data."""
     settings = config.model.tokenizer
     if settings is not None and settings.train_bpe is not None:
-        texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))
-        return train_bpe(texts, settings.train_bpe, task.special_tokens, task.template)
+        return None
     return load_tokenizer(settings.path if settings and settings.path else str(config.model.path))
