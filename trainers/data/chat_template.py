@@ -12,6 +12,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -36,10 +37,10 @@ def encode_chat(
     return ChatTemplate(tokenizer).encode(messages, tools, train_on=train_on)
 
 
-def chat_template(tokenizer: Any) -> str:
-    """Return the tokenizer's chat template. Raises ConfigError if it has none."""
+def chat_template(tokenizer: Any, tools: Tools = None) -> str:
+    """Return the tokenizer's chat template; it may have another one for tools. Raises ConfigError if it has none."""
     try:
-        return str(tokenizer.get_chat_template())
+        return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
         raise ConfigError(
             "the tokenizer has no chat template, which conversations need",
@@ -58,7 +59,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> None:
-        self.text = chat_template(tokenizer)
+        self.text = f"{chat_template(tokenizer)}\n{chat_template(tokenizer, [])}"
         self._tokenizer, self._arguments = tokenizer, arguments
         for name in arguments:
             if not re.search(rf"\b{re.escape(name)}\b", self.text):
@@ -88,7 +89,7 @@ class ChatTemplate:
     def adapt(self, messages: Any, tools: Tools) -> list[Turn]:
         """Convert messages to the forms that the template takes.
 
-        - Keys with value None are absent; a content of None stays if the template does not write it as a word.
+        - Keys with value None are absent, as transformers has it.
         - Parts of a content are joined, unless the template takes nothing but parts.
         - The arguments of a tool call are given as JSON text or as an object, whichever the template takes.
 
@@ -102,7 +103,7 @@ class ChatTemplate:
             for turn in turns:
                 if isinstance(turn.get("content"), str):
                     turn["content"] = [{"type": "text", "text": turn["content"]}]
-        turns = self._with_arguments(self._with_nulls(turns, tools), tools)
+        turns = self._with_arguments(turns, tools)
         others = [turn for turn in turns if isinstance(turn.get("content"), (list, dict)) and not _text_of(turn)]
         if others:
             rendered = self.render(turns, tools)
@@ -124,36 +125,20 @@ class ChatTemplate:
 
         return not is_shown(_PROBE) and is_shown([{"type": "text", "text": _PROBE}])
 
-    def _with_nulls(self, turns: list[Turn], tools: Tools) -> list[Turn]:
-        """Take away contents of None that the template would write as the word None, or not accept."""
-        if all("content" not in turn or turn["content"] is not None for turn in turns):
-            return turns
-        words = [{**turn, "content": "None"} if turn.get("content", "") is None else turn for turn in turns]
-        try:
-            if self.render(turns, tools) != self.render(words, tools):
-                return turns
-        except ConfigError:
-            pass
-        return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
-
     def _with_arguments(self, turns: list[Turn], tools: Tools) -> list[Turn]:
         """Give the arguments of tool calls as JSON text, or as objects, as the template takes them."""
         arguments = [function["arguments"] for turn in turns for function in _functions(turn)]
         if any(isinstance(item, str) for item in arguments):
             probes = _map_arguments(turns, lambda item: _JSON_PROBE if isinstance(item, str) else item)
-            try:
+            with suppress(ConfigError):
                 if _JSON_PROBE in self.render(probes, tools):
                     return turns
-            except ConfigError:
-                pass
             return _map_arguments(turns, _parse_arguments)
         if any(isinstance(item, dict) and item for item in arguments):
-            try:
+            with suppress(ConfigError):
                 rendered = self.render(turns, tools)
                 if not any(item and isinstance(item, dict) and str(item) in rendered for item in arguments):
                     return turns
-            except ConfigError:
-                pass
             return _map_arguments(turns, lambda item: json.dumps(item, ensure_ascii=False))
         return turns
 
@@ -176,7 +161,7 @@ class ChatTemplate:
         if tools and full == self.render(turns):
             hint = "set data.chat_template to one that shows them, or data.tools: null"
             raise ConfigError("the chat template does not show the tools (data.tools: null leaves them out)", hint=hint)
-        if _GENERATION.search(self.text):
+        if _GENERATION.search(chat_template(self._tokenizer, tools)):
             tokens, mask = self._by_marks(turns, tools, learned)
             shown = dict.fromkeys(learned, full)
         else:
@@ -253,13 +238,11 @@ class ChatTemplate:
 
 
 def _check_turns(messages: Any) -> list[Turn]:
-    """Return copies of the messages without keys of value None, except contents. Raises ConfigError."""
+    """Return copies of the messages without keys of value None. Raises ConfigError if they are malformed."""
     if not isinstance(messages, Sequence) or not all(isinstance(item, Mapping) for item in messages):
         raise ConfigError("messages are not a list of {role, content}", hint="fix that row")
-    turns = [{key: value for key, value in item.items() if value is not None or key == "content"} for item in messages]
+    turns = [{key: value for key, value in item.items() if value is not None} for item in messages]
     for number, turn in enumerate(turns, 1):
-        if turn.get("content", "") is None and "tool_calls" not in turn:
-            del turn["content"]
         if not isinstance(turn.get("role"), str) or not ("content" in turn or "tool_calls" in turn):
             raise ConfigError(f"message {number} has no role or no content", hint="fix that row")
     return turns
