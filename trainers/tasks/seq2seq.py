@@ -72,7 +72,7 @@ class Seq2SeqLM(TokenTask):
 
     def configure(self, config: Any) -> None:
         super().configure(config)
-        if getattr(config, "decoder_start_token_id", None) is None and config.model_type not in _START_FROM_TARGET:
+        if getattr(config, "decoder_start_token_id", None) is None and config.model_type not in _START_OF_THEIR_OWN:
             raise ConfigError(
                 f"the configuration of the {config.model_type} model has no decoder_start_token_id, which its decoder "
                 "reads before a target",
@@ -140,8 +140,8 @@ class Seq2SeqLM(TokenTask):
         return decoder_inputs(model, letter)[:, : len(self._leading_tokens()) + 1]
 
 
-#: Types whose decoder begins with the target's own last token, the mark of its language.
-_START_FROM_TARGET = ("mbart", "plbart")
+#: Types whose decoder begins with a token of the target itself, or with the token for the beginning or end of texts.
+_START_OF_THEIR_OWN = ("mbart", "plbart", "fsmt", "t5gemma", "t5gemma2")
 
 
 def _set_language(inner: Any, attribute: str, language: str) -> None:
