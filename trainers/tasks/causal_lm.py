@@ -40,7 +40,7 @@ class CausalLM(Task):
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
         super().__init__(settings, tokenizer, facts)
         self._begin = begin_tokens(settings, tokenizer)
-        self.packs = settings.packing and not facts.get("completions")  # type: ignore[misc]
+        self.packs = settings.packing and not facts.get("completions")
         if facts.get("completions"):
             require_fast(tokenizer, "a prompt with a completion")
 
