@@ -147,13 +147,14 @@ def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[SettingsFi
 
 
 def _chosen(config: RunConfig) -> ColumnMapping:
-    return choose_columns(find_task(config.model.task).columns, config.data)
+    task = find_task(config.model.task)
+    return choose_columns(task.columns, config.data, task.forms)
 
 
 def _check_first_row(config: RunConfig, key: str, source: str | Sequence[str]) -> None:
     """Raise ConfigError if the first row cannot be used, as the preparation of the data would."""
     chosen = _chosen(config)
-    for row in itertools.islice(read_rows(source, chosen.names, config.data.csv), 1):
+    for row in itertools.islice(read_rows(source, chosen.names, config.data.csv, chosen.sparse_names), 1):
         fault = row.fault or chosen.fault(row.values)
         if fault and not config.data.max_bad_rows:
             raise ConfigError(
@@ -172,7 +173,8 @@ def _eval_columns(config: RunConfig) -> None:
     if not source or config.data.eval_share:
         return
     row = first_row(source, config.data.csv)
-    missing = [name for name in _chosen(config).names if name not in row] if row else []
+    chosen = _chosen(config)
+    missing = [name for name in chosen.names if name not in row and name not in chosen.sparse_names] if row else []
     if missing:
         raise missing_column_error(str(source), missing, row, "give it the columns of data.train")
     _check_first_row(config, "data.eval", source)

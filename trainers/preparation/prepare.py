@@ -41,8 +41,8 @@ LARGE_BYTES = 256 * 2**20
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_TOKENIZER = ("config.json", "generation_config.json", "trainer_state.json", "manifest.json")
 _DATA_MANIFEST = "data.json"
-#: Options of tasks that are part of every fingerprint: release 0.1.0 had them.
-_FIRST_OPTIONS = ("options", "problem", "stride", "max_target_length", "chat_template", "mask_share")
+#: Options that release 0.1.0 had. Later ones count only if they are set, so that its data stays valid.
+_FIRST_OPTIONS = ("options", "chat_template", "problem", "stride", "max_target_length", "mask_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,8 @@ def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
                     sources.update(f"{file.name}{file_digest(opened, xxhash.xxh3_128).hexdigest()}".encode())
         tokenizer = {"files": "digested"}
     fingerprints = []
-    for version in range(find_task(config.model.task).version, 0, -1):
+    newest = find_task(config.model.task).data_version(config.data, partial(_named_tokenizer, config))
+    for version in range(newest, 0, -1):
         digest = sources.copy()
         settings = _data_settings(config, tokenizer, version)
         digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -192,6 +193,8 @@ def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
 def _data_settings(config: TrainingConfig, tokenizer: Mapping[str, Any], version: int) -> dict[str, Any]:
     """Return all settings that determine the samples; those that release 0.1.0 did not have, if they are set."""
     task = find_task(config.model.task)
+    own = [column.role for column in task.columns if not column.is_sparse]
+    names = {column.role: name_of(config.data, column.role) for column in task.all_columns()}
     options = {name: getattr(config.data, name) for name in ("options", "csv", *task.options)}
     plain = {
         name: value.model_dump(mode="json") if isinstance(value, Settings) else value for name, value in options.items()
@@ -201,7 +204,7 @@ def _data_settings(config: TrainingConfig, tokenizer: Mapping[str, Any], version
         "format": FORMAT,
         "tokenizer": tokenizer,
         "task": [config.model.task, version],
-        "columns": {item.role: name_of(config.data, item.role) for item in task.columns if item.since <= version},
+        "columns": {role: name for role, name in names.items() if role in own or name != role},
         # 0: earlier releases included the limit, although it does not change the samples
         "options": {
             "max_bad_rows": 0,
@@ -217,7 +220,7 @@ def _make(
     config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, encoder: AbstractContextManager[Encoder]
 ) -> Prepared:
     task_class, settings = find_task(config.model.task), config.data
-    chosen = choose_columns(task_class.columns, settings)
+    chosen = choose_columns(task_class.columns, settings, task_class.forms)
     facts = task_class.survey(settings, _records(config, chosen))
     tokenizer = _tokenizer(config, task_class, chosen)
     task = task_class(settings, tokenizer, facts)
@@ -261,7 +264,7 @@ def _records(config: TrainingConfig, chosen: ColumnMapping) -> Iterator[Record]:
     """Read the training rows whose columns have the right types. Raises ConfigError for too many other rows."""
     split = Split(config, "train", chosen)
     for row in usable_rows(split.rows(split.sources()), BadRowCounter(config.data.max_bad_rows), chosen.fault):
-        yield chosen.record(row.values)
+        yield chosen.record(row)
 
 
 def _samples(pieces: Iterator[Piece], bad: BadRowCounter, name: str, num_rows: dict[str, int]) -> Iterator[Sample]:
@@ -292,8 +295,17 @@ def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> D
 
 
 def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping) -> Tokenizer:
+    if (named := _named_tokenizer(config)) is not None:
+        return named
+    texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))
+    num_entries = config.model.tokenizer.train_bpe if config.model.tokenizer else None
+    assert num_entries is not None
+    return train_bpe(texts, num_entries, task.special_tokens, task.template)
+
+
+def _named_tokenizer(config: TrainingConfig) -> Tokenizer | None:
+    """Load the tokenizer that the settings name; None if it is trained on the data."""
     settings = config.model.tokenizer
     if settings is not None and settings.train_bpe is not None:
-        texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))
-        return train_bpe(texts, settings.train_bpe, task.special_tokens, task.template)
+        return None
     return load_tokenizer(settings.path if settings and settings.path else str(config.model.path))
