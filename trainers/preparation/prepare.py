@@ -16,6 +16,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+import transformers
 import xxhash
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, OutlastError, StorageError
@@ -180,6 +181,11 @@ def data_fingerprint(config: TrainingConfig) -> str:
         "eval": config.data.eval_share,
         "seed": config.seed if config.data.eval_share else 0,
     }
+    if model := _model_facts(config, task):
+        settings["model"] = model
+    for name in ("labels", "label_form"):  # which earlier releases did not have
+        if (value := getattr(config.data, name)) != DataSettings.model_fields[name].default:
+            settings[name] = value
     if config.data.csv != CsvSettings():  # which earlier releases did not have
         settings["csv"] = config.data.csv.model_dump(mode="json")
     digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -191,7 +197,9 @@ def _make(
 ) -> Prepared:
     task_class, settings = find_task(config.model.task), config.data
     chosen = choose_columns(task_class.columns, settings)
-    facts = task_class.survey(settings, _records(config, chosen))
+    labels = {"labels": list(chosen.labels)} if chosen.labels and settings.labels is None else {}
+    facts = task_class.survey(settings.model_copy(update=labels), _records(config, chosen))
+    facts = task_class.match_model(settings, facts, _model_facts(config, task_class))
     tokenizer = _tokenizer(config, task_class, chosen)
     task = task_class(settings, tokenizer, facts)
     files = [
@@ -262,6 +270,17 @@ def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> D
             hint="provide more text, or set a smaller data.max_length",
         )
     return stats
+
+
+def _model_facts(config: TrainingConfig, task: type[Task]) -> dict[str, Any]:
+    """Return what the task's samples depend on in the pretrained model's configuration."""
+    if config.model.path is None or task.model_facts.__func__ is Task.model_facts.__func__:  # type: ignore[attr-defined]
+        return {}
+    try:
+        body, _ = transformers.PreTrainedConfig.get_config_dict(config.model.path)
+    except (OSError, ValueError):  # loading the model reports it
+        return {}
+    return task.model_facts(body)
 
 
 def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping) -> Tokenizer:
