@@ -26,9 +26,10 @@ from outlast.trainers.tasks.labels import (
     shown,
     survey_classes,
     survey_multi_hot,
+    with_notes,
     written_list,
 )
-from outlast.trainers.tasks.model_inputs import CLASSIFY_AT_END
+from outlast.trainers.tasks.model_inputs import CLASSIFY_AT_END, text_config
 
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 _PROBLEM_TYPES = {
@@ -131,7 +132,7 @@ class SequenceClassification(Task):
         if settings.problem is None and problem != SINGLE:
             notes.append(f"column {name!r} is used for {problem} (data.problem)")
             if problem == REGRESSION and seen.are_whole and all(map(_is_whole, seen.classes())):
-                numbers = sorted(seen.classes(), key=float)
+                numbers = [class_name(number) for number in sorted(map(float, seen.classes()))]
                 notes[0] += f"; all its labels are whole ({shown(numbers)}): for classes set data.problem: single-label"
         facts: dict[str, Any] = {"problem": problem, "classes": []}
         if problem == REGRESSION:
@@ -140,10 +141,10 @@ class SequenceClassification(Task):
                     f"data.labels and data.label_form are for classes, and column {name!r} is used for regression",
                     hint="remove them, or set data.problem: single-label",
                 )
-            return {**facts, **({"notes": notes} if notes else {})}
+            return with_notes(facts, notes)
         found = cls._survey_classes(settings, seen, problem)
         notes += found.pop("notes", [])
-        return {**facts, **found, **({"notes": notes} if notes else {})}
+        return with_notes({**facts, **found}, notes)
 
     @classmethod
     def _survey_classes(cls, settings: DataSettings, seen: _Seen, problem: str) -> dict[str, Any]:
@@ -166,13 +167,24 @@ class SequenceClassification(Task):
     @classmethod
     def model_facts(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         facts = head_labels(config, "ForSequenceClassification")
+        if facts.get("has_head") and (
+            len(facts["labels"]) == 1 or config.get("problem_type") == _PROBLEM_TYPES[REGRESSION]
+        ):
+            facts["is_regression"] = True
         if config.get("model_type") in CLASSIFY_AT_END:
             facts["classifies_at_end"] = True
         return facts
 
     @classmethod
     def match_model(cls, settings: DataSettings, facts: dict[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-        found = facts if facts["problem"] == REGRESSION else match_head(settings, facts, model, "label")
+        found = facts
+        if model.get("is_regression") and settings.problem is None and all(map(_is_number, facts["classes"])):
+            note = (
+                f"column {name_of(settings, 'label')!r} is used for regression, as by the model's head (data.problem)"
+            )
+            found = {"problem": REGRESSION, "classes": [], "notes": [note]}
+        elif facts["problem"] != REGRESSION:
+            found = match_head(settings, facts, model, "label")
         return {**found, "classifies_at_end": True} if model.get("classifies_at_end") else found
 
     def fault(self, record: Record) -> str | None:
@@ -246,9 +258,14 @@ class SequenceClassification(Task):
 
     def configure(self, config: Any) -> None:
         super().configure(config)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        if getattr(text, "pad_token_id", None) is None:  # such as Gemma 3, which classifies by this one
+        text = text_config(config)
+        if getattr(text, "pad_token_id", None) in (None, -1):  # such as Gemma 3, which classifies by this one
             text.pad_token_id = self.tokenizer.inner.pad_token_id
+        if config.model_type in ("mbart", "plbart") and config.pad_token_id == config.eos_token_id:
+            raise ConfigError(
+                f"{config.model_type} models find the end of a text by its padding, and pad_token_id is eos_token_id",
+                hint="set another pad_token in the tokenizer, and pad_token_id in the model's config.json",
+            )
         config.problem_type = _PROBLEM_TYPES[self.problem]
         if self.classes:
             name_classes(config, self.classes)

@@ -27,6 +27,12 @@ def shown(names: Collection[str]) -> str:
     return ", ".join(first) + (f", … ({len(names)} in all)" if len(names) > _NUM_SHOWN else "")
 
 
+def with_notes(facts: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+    """Return facts with these notes, and without any if there are none."""
+    bare = {name: value for name, value in facts.items() if name != "notes"}
+    return {**bare, "notes": list(notes)} if notes else bare
+
+
 def class_name(value: Any) -> str:
     """Return the class that a value names. A whole number written as a fraction, as by pandas, is that number."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -79,7 +85,9 @@ def survey_classes(settings: DataSettings, role: str, found: Collection[str]) ->
     if settings.labels is None:
         return {"classes": sort_classes(settings, role, found)}
     classes, column = list(settings.labels), name_of(settings, role)
-    are_indexes = not set(classes) & set(found) and all(item.isdecimal() or item.lower() in _BOOLS for item in found)
+    are_indexes = not set(classes) & set(found) and all(
+        item.removeprefix("-").isdecimal() or item.lower() in _BOOLS for item in found
+    )
     facts: dict[str, Any] = {"classes": classes, "given": True, "form": INDEX if are_indexes and found else NAMES}
     if facts["form"] == INDEX:
         facts["names"] = classes
@@ -89,7 +97,7 @@ def survey_classes(settings: DataSettings, role: str, found: Collection[str]) ->
         seen, notes = set(classes) & set(found), []
     if absent := [name for name in classes if name not in seen]:
         notes.append(f"no training row has the class {shown(absent)}")
-    return {**facts, "notes": notes}
+    return with_notes(facts, notes)
 
 
 def survey_multi_hot(settings: DataSettings, role: str, widths: Collection[int]) -> dict[str, Any]:
@@ -108,8 +116,9 @@ def survey_multi_hot(settings: DataSettings, role: str, widths: Collection[int])
         )
     classes = list(settings.labels) if settings.labels is not None else [str(index) for index in range(num)]
     note = f"column {column!r} holds multi-hot labels of the classes {shown(classes)} (data.label_form)"
-    hint = [] if settings.labels is not None else ["data.labels gives the classes names"]
-    return {"classes": classes, "form": MULTI_HOT, "given": settings.labels is not None, "notes": [note, *hint]}
+    if settings.labels is None:
+        return {"classes": classes, "form": MULTI_HOT, "notes": [f"{note}; data.labels names them"]}
+    return {"classes": classes, "form": MULTI_HOT, "given": True, "notes": [note]}
 
 
 class LabelIndex:
@@ -200,10 +209,10 @@ def match_head(settings: DataSettings, facts: dict[str, Any], head: Mapping[str,
         if settings.labels is not None:
             if ordered != classes:
                 notes.append(f"data.labels orders the classes otherwise than the model's head: {shown(theirs)}")
-            return {**facts, "notes": notes}
+            return with_notes(facts, notes)
         if ordered != classes:
             notes.append(f"the classes have the order of the model's head: {shown(ordered)}")
-        return {**facts, "classes": ordered, "notes": notes}
+        return with_notes({**facts, "classes": ordered}, notes)
     if not head["has_head"]:
         return facts
     if not agreed and not facts.get("given") and all(map(str.isdecimal, classes)):
@@ -217,7 +226,7 @@ def match_head(settings: DataSettings, facts: dict[str, Any], head: Mapping[str,
         )
     if head["are_names"]:
         notes.append(f"the model's head has the classes {shown(theirs)}; it learns {shown(classes)} in their place")
-    return {**facts, "notes": notes}
+    return with_notes(facts, notes)
 
 
 def _match_numbers(facts: dict[str, Any], head: Mapping[str, Any], column: str) -> dict[str, Any]:
@@ -235,12 +244,12 @@ def _match_numbers(facts: dict[str, Any], head: Mapping[str, Any], column: str) 
     if not are_indexes:
         if head["are_names"]:
             notes.append(f"the model's head has the classes {shown(theirs)}; it learns {shown(classes)} in their place")
-        return {**facts, "notes": notes}
+        return with_notes(facts, notes)
     names = theirs if head["are_names"] else [str(index) for index in range(len(theirs))]
     if names != classes:
         notes.append(f"the labels of column {column!r} are indexes of the classes of the model's head: {shown(names)}")
     form = {} if is_multi_hot else {"form": INDEX, "names": names}
-    return {**facts, **form, "classes": names, "notes": notes}
+    return with_notes({**facts, **form, "classes": names}, notes)
 
 
 def name_classes(config: Any, classes: Sequence[str]) -> None:

@@ -22,11 +22,22 @@ def base_model(model: nn.Module) -> Any:
 CLASSIFY_AT_END = ("bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5")
 
 
-def padding_id(config: Any) -> int | None:
-    """Return the padding token of a model's configuration, or of the text part of it; None if it has none."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = [getattr(part, "pad_token_id", None) for part in (text, config)]
+def padding_id(model: nn.Module) -> int | None:
+    """Return the padding token of a model's configuration; None if it has none.
+
+    Decoders with images classify by that of the text part of their configuration.
+    """
+    config = getattr(model, "config", None)
+    parts = [config]
+    if "ForSequenceClassification" in type(model).__name__ and not getattr(config, "is_encoder_decoder", False):
+        parts = [text_config(config), config]
+    ids = [getattr(part, "pad_token_id", None) for part in parts]
     return next((token_id for token_id in ids if isinstance(token_id, int)), None)
+
+
+def text_config(config: Any) -> Any:
+    """Return the text part of a model's configuration, or all of it."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def run_model(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
@@ -46,7 +57,7 @@ def run_model(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
         return model(**inputs)
     inner = base_model(model)
     config = getattr(inner, "config", None)
-    padding, model_type = padding_id(config), getattr(config, "model_type", None)
+    padding, model_type = padding_id(inner), getattr(config, "model_type", None)
     end = getattr(config, "eos_token_id", None)
     if padding == end and model_type in CLASSIFY_AT_END and hasattr(inner, "classification_head"):
         padding = int(end == 0)
