@@ -7,7 +7,7 @@ from typing import Any
 
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.csv_reader import csv_note
-from outlast.trainers.data.readers import Row, first_row
+from outlast.trainers.data.readers import Row, class_names, first_row
 from outlast.trainers.data.sources import find_data_files, missing_column_error
 
 
@@ -35,7 +35,7 @@ class ColumnType(Enum):
             case ColumnType.LABEL:
                 return isinstance(value, (str, int))
             case ColumnType.VALUE:
-                return isinstance(value, (str, int, float)) or _is_list_of(value, (str, int))
+                return isinstance(value, (str, int, float)) or _is_list_of(value, (str, int, float))
             case ColumnType.LABELS:
                 return _is_list_of(value, (str, int))
             case ColumnType.MESSAGES:
@@ -76,6 +76,8 @@ class Column:
         is_target: Whether the model learns to predict it; prediction does not need it.
         is_optional: Whether the task works without it, when it is neither named nor in the data.
         is_sparse: Whether a row, or all, may lack it: then its value is None.
+        is_class: Whether its values are classes: where the file gives them names (ClassLabel of the `datasets`
+            library), these replace the numbers.
     """
 
     role: str
@@ -83,6 +85,7 @@ class Column:
     is_target: bool = False
     is_optional: bool = False
     is_sparse: bool = False
+    is_class: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ class ColumnMapping:
     columns: tuple[Column, ...]  #: the task's, without optional ones that the data does not have
     names: tuple[str, ...]  #: their names in the file, in the same order
     notes: tuple[str, ...]  #: guesses to report to the user
+    named: tuple[str, ...] = ()  #: names of columns whose numbers become the class names that the files give them
+    labels: tuple[str, ...] | None = None  #: these class names, in the order of their index
 
     @property
     def sparse_names(self) -> frozenset[str]:
@@ -183,7 +188,22 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
     csv_files = [item for item in find_data_files(settings.train, settings.csv) if item.kind in (".csv", ".tsv")]
     notes += [note for item in csv_files[:1] if (note := csv_note(item))]
     used = tuple(column for column in columns if column in found)
-    return ColumnMapping(used, tuple(found[column] for column in used), tuple(notes))
+    labels = _labels_of_file([found[column] for column in used if column.is_class], settings, notes)
+    named = tuple(labels)
+    return ColumnMapping(
+        used, tuple(found[column] for column in used), tuple(notes), named, labels[named[0]] if named else None
+    )
+
+
+def _labels_of_file(columns: Sequence[str], settings: DataSettings, notes: list[str]) -> dict[str, tuple[str, ...]]:
+    """Return the class names that the first training file gives columns, unless `data.labels` has others."""
+    [first] = find_data_files(settings.train, settings.csv)[:1]
+    labels = class_names(first, columns)
+    for column, names in labels.items():
+        if settings.labels is not None and not set(names) <= set(settings.labels):
+            return {}  # the numbers are indexes of data.labels
+        notes.append(f"column {column!r} has the class names of its data set: {', '.join(names[:8])}")
+    return labels
 
 
 def _is_named(settings: DataSettings, column: Column) -> bool:

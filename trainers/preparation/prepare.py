@@ -16,6 +16,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+import transformers
 import xxhash
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, OutlastError, StorageError
@@ -200,7 +201,9 @@ def _data_settings(config: TrainingConfig, tokenizer: Mapping[str, Any], version
         name: value.model_dump(mode="json") if isinstance(value, Settings) else value for name, value in options.items()
     }
     defaults = {name: DataSettings.model_fields[name].get_default(call_default_factory=True) for name in options}
+    model = _model_facts(config, task) if version > 1 else {}
     return {
+        **({"model": model} if model else {}),
         "format": FORMAT,
         "tokenizer": tokenizer,
         "task": [config.model.task, version],
@@ -221,7 +224,9 @@ def _make(
 ) -> Prepared:
     task_class, settings = find_task(config.model.task), config.data
     chosen = choose_columns(task_class.columns, settings, task_class.forms)
-    facts = task_class.survey(settings, _records(config, chosen))
+    labels = {"labels": list(chosen.labels)} if chosen.labels and settings.labels is None else {}
+    facts = task_class.survey(settings.model_copy(update=labels), _records(config, chosen))
+    facts = task_class.match_model(settings, facts, _model_facts(config, task_class))
     tokenizer = _tokenizer(config, task_class, chosen)
     task = task_class(settings, tokenizer, facts)
     files = [
@@ -292,6 +297,17 @@ def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> D
             hint="provide more text, or set a smaller data.max_length",
         )
     return stats
+
+
+def _model_facts(config: TrainingConfig, task: type[Task]) -> dict[str, Any]:
+    """Return what the task's samples depend on in the pretrained model's configuration."""
+    if config.model.path is None or task.model_facts.__func__ is Task.model_facts.__func__:  # type: ignore[attr-defined]
+        return {}
+    try:
+        body, _ = transformers.PreTrainedConfig.get_config_dict(config.model.path)
+    except (OSError, ValueError):  # loading the model reports it
+        return {}
+    return task.model_facts(body)
 
 
 def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping) -> Tokenizer:
