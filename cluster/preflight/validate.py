@@ -42,6 +42,7 @@ from outlast.trainers.data.columns import ColumnMapping, choose_columns
 from outlast.trainers.data.readers import first_row, read_rows
 from outlast.trainers.data.sources import missing_column_error
 from outlast.trainers.preparation.prepare import LARGE_BYTES, Prepared, data_fingerprint, prepare, stored_bytes
+from outlast.trainers.preview import data_facts, describe_data
 from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import check_trackers
 from outlast.trainers.user_code import make_importable
@@ -231,7 +232,7 @@ class _Trial:
         prepared = prepare(config, open_storage(config.checkpoint.storage))
         if found := compare_existing_run(config, prepared.fingerprint):
             return found
-        for text in prepared.notes:
+        for text in (*prepared.notes, *describe_data(data_facts(config, prepared))):
             self.note(text)
         check_metric(config, prepared.facts)
         self.prepared = prepared

@@ -15,6 +15,8 @@ from outlast.trainers.loop.step_exchange import DeferredMetrics
 
 #: Entries of training steps at most: with the default interval, and with any interval.
 _NUM_BY_DEFAULT, _NUM_AT_MOST = 500, 2000
+#: What an entry takes in a checkpoint's two files, about.
+ENTRY_BYTES = 280
 
 
 class LogHistory:

@@ -7,6 +7,7 @@ that collects the pieces raises the same errors as if it had encoded the rows it
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.trainers.config.training_config import TrainingConfig
@@ -15,6 +16,7 @@ from outlast.trainers.data.batch_plan import derive_seed
 from outlast.trainers.data.columns import ColumnMapping
 from outlast.trainers.data.readers import Row, read_files
 from outlast.trainers.data.sources import DataFile, find_data_files
+from outlast.trainers.preparation.sample_counts import count_cut, count_empty
 from outlast.trainers.tasks.base import Record, Task
 
 
@@ -25,6 +27,7 @@ class Split:
     config: TrainingConfig
     name: str  #: `train` or `eval`
     chosen: ColumnMapping
+    limit: int | None = None  #: rows to read at most, for a preview
 
     @property
     def is_share(self) -> bool:
@@ -39,6 +42,9 @@ class Split:
 
     def rows(self, sources: Sequence[DataFile], first: int = 0) -> Iterator[Row]:
         """Read the split's rows from these files; their first row has the number `first`. Raises as `read_files`."""
+        return islice(self._rows(sources, first), self.limit)
+
+    def _rows(self, sources: Sequence[DataFile], first: int) -> Iterator[Row]:
         threshold = int((self.config.data.eval_share or 0.0) * 2**64)
         for number, row in enumerate(read_files(sources, self.chosen.names), first):
             if not self.is_share or (derive_seed(self.config.seed, number) < threshold) is (self.name == "eval"):
@@ -52,6 +58,8 @@ class Encoded:
     num_rows: int
     faults: Mapping[int, str]  #: location and fault of each unusable row, by its index in the batch
     samples: Sequence[Sample]  #: of the other rows, in order
+    num_cut: int = 0  #: rows of which the sample is truncated
+    num_empty: int = 0  #: rows without a token of their own
 
 
 #: A piece of a split; or, as the last piece, the error that ended it.
@@ -83,7 +91,9 @@ def encode_rows(task: Task, chosen: ColumnMapping, rows: Sequence[Row | OutlastE
         else:
             records.append(record)
     try:
-        return [Encoded(len(rows), faults, list(task.encode(records)) if records else [])]
+        samples = list(task.encode(records)) if records else []
+        counts = count_cut(task, records, samples), count_empty(task, records, samples)
+        return [Encoded(len(rows), faults, samples, *counts)]
     except OutlastError as error:
         return [error]
 
