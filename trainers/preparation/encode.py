@@ -6,9 +6,10 @@ that collects the pieces raises the same errors as if it had encoded the rows it
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
+from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import OutlastError
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Sample, in_batches
@@ -80,15 +81,16 @@ def with_error(rows: Iterator[Row]) -> Iterator[Row | OutlastError]:
 
 def encode_rows(task: Task, chosen: ColumnMapping, rows: Sequence[Row | OutlastError]) -> list[Piece]:
     """Check the rows up to the first error, and encode the usable ones."""
-    faults, records = dict[int, str](), list[Record]()
+    faults, usable, records = dict[int, str](), list[Row](), list[Record]()
     for index, row in enumerate(rows):
         if isinstance(row, OutlastError):
             return [*encode_rows(task, chosen, rows[:index]), row]
         fault = row.fault or chosen.fault(row.values)
         record = {} if fault else chosen.record(row.values)
-        if fault := fault or task.fault(record):
+        if fault := fault or _fault(task, record):
             faults[index] = f"{row.where}: {fault}"
         else:
+            usable.append(row)
             records.append(record)
     try:
         samples = list(task.encode(records)) if records else []
@@ -96,6 +98,39 @@ def encode_rows(task: Task, chosen: ColumnMapping, rows: Sequence[Row | OutlastE
         return [Encoded(len(rows), faults, samples, *counts)]
     except OutlastError as error:
         return [error]
+    except Exception as error:
+        if not _is_of_tokenizers(error):
+            raise
+        tried = {row.where: _rejects(task, record) for row, record in zip(usable, records, strict=True)}
+        rejected = {where: fault for where, fault in tried.items() if fault}
+        if not rejected:
+            raise
+        marked = [replace(row, fault=rejected.get(row.where, row.fault)) for row in rows if isinstance(row, Row)]
+        return encode_rows(task, chosen, marked)
+
+
+def _fault(task: Task, record: Record) -> str | None:
+    """Return why the task cannot use a row; None if it can."""
+    try:
+        return task.fault(record)
+    except Exception as error:
+        if not _is_of_tokenizers(error):
+            raise
+        return f"the tokenizer rejects it: {first_line(error)}"
+
+
+def _rejects(task: Task, record: Record) -> str | None:
+    """Return why the tokenizer rejects a row that is encoded by itself; None if it does not."""
+    try:
+        list(task.encode([record]))
+    except Exception as error:  # noqa: BLE001 - the one that ended the batch is raised where this is no answer
+        return f"the tokenizer rejects it: {first_line(error)}" if _is_of_tokenizers(error) else None
+    return None
+
+
+def _is_of_tokenizers(error: Exception) -> bool:
+    """Return whether the error is of `tokenizers`, which raises nothing more specific than Exception."""
+    return type(error) is Exception
 
 
 def encode_here(task: Task, split: Split) -> Generator[Piece, None, None]:
