@@ -21,6 +21,7 @@ from outlast.cluster.cli.init_validate_plan import init, plan, validate
 from outlast.cluster.cli.jobs import list_, logs, resume, stop, submit, supervise
 from outlast.cluster.cli.kubernetes import k8s
 from outlast.cluster.cli.options import AsJson
+from outlast.cluster.cli.preview import preview
 from outlast.cluster.cli.status import report, status
 from outlast.cluster.cli.train import train
 from outlast.cluster.cli.try_command import try_
@@ -60,7 +61,7 @@ def version(as_json: AsJson = False) -> None:
     print(json.dumps(numbers) if as_json else "\n".join(f"{name} {value or '-'}" for name, value in numbers.items()))
 
 
-_COMMANDS: list[Any] = [init, validate, plan, try_, doctor, status, report, train, demo, drill, version]
+_COMMANDS: list[Any] = [init, preview, validate, plan, try_, doctor, status, report, train, demo, drill, version]
 _COMMANDS += [submit, supervise, resume, list_, logs, stop]
 for _function in _COMMANDS:
     app.command(_function.__name__.rstrip("_"))(_function)

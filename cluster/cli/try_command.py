@@ -3,12 +3,21 @@
 import json
 from itertools import chain
 from typing import Annotated, Any
-from unicodedata import category
 
 from typer import Option
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Base, Code, Overrides, Run, StorageRoot, Trusted, make_code_importable
+from outlast.cluster.cli.options import (
+    AsJson,
+    Base,
+    Code,
+    Overrides,
+    Run,
+    StorageRoot,
+    Trusted,
+    escaped,
+    make_code_importable,
+)
 from outlast.cluster.config.run_reference import find_run
 
 
@@ -70,4 +79,4 @@ def _format_value(value: Any) -> str:
         return ", ".join(f"{name} {_format_value(item)}" for name, item in value.items())
     if isinstance(value, list):
         return "[" + ", ".join(map(_format_value, value)) + "]"
-    return "".join(repr(letter)[1:-1] if category(letter) == "Cc" else letter for letter in str(value))
+    return escaped(str(value))

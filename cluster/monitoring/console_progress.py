@@ -73,6 +73,7 @@ class ProgressReporter:
         self._activity = "starting"
         self._launch = ""
         self._printed_at = 0.0
+        self._printed_step = -1
         self._excerpts: set[str] = set()
 
     def __enter__(self) -> ProgressReporter:
@@ -117,12 +118,19 @@ class ProgressReporter:
                 return
             self._printed_at = time.monotonic()
         if isinstance(event, events.StepEvent | events.DoneEvent):
-            self.print_line(plain_line(self._summarize()))
+            self._print_progress(is_end=isinstance(event, events.DoneEvent))
         for line in self._describe(event):
             self.print_line(line)
         if isinstance(event, events.GroupFailureEvent) and event.excerpt and event.message not in self._excerpts:
             self._excerpts.add(event.message)
             self._print(event.excerpt)
+
+    def _print_progress(self, *, is_end: bool) -> None:
+        """Print the progress as a line; not again at the end, nor where the panel stays and shows it."""
+        summary = self._summarize()
+        if not (is_end and (summary.step == self._printed_step or (self._display is not None and self._keep))):
+            self.print_line(plain_line(summary))
+        self._printed_step = summary.step
 
     def _update_timeline(self, event: events.Event, body: dict[str, Any]) -> None:
         attempt = AttemptId.parse(str(body.get("sender")))

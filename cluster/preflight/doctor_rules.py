@@ -150,7 +150,7 @@ def check_disk(facts: Facts, needs: Requirements) -> list[Finding]:
     spaces = {node: fact["storage"] for node, fact in facts.items() if fact["storage"] and "free" in fact["storage"]}
     num_kept = needs.keep_last + 1
     need_of_all = f"{counted(num_kept, 'checkpoint')} need about {size(checkpoint_bytes * num_kept)}"
-    if not checkpoint_bytes:
+    if checkpoint_bytes * num_kept < MIN_DISK_BYTES:
         need_of_all = f"a run needs at least {size(MIN_DISK_BYTES)}"
     for node, space in spaces.items():
         where = f"{needs.storage} has {size(space['free'])} free (seen from {node})"

@@ -42,6 +42,7 @@ from outlast.trainers.data.columns import ColumnMapping, choose_columns
 from outlast.trainers.data.readers import first_row, read_rows
 from outlast.trainers.data.sources import missing_column_error
 from outlast.trainers.preparation.prepare import LARGE_BYTES, Prepared, data_fingerprint, prepare, stored_bytes
+from outlast.trainers.preview import data_facts, describe_data
 from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import check_trackers
 from outlast.trainers.user_code import make_importable
@@ -136,7 +137,7 @@ def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[SettingsFi
         except OutlastError as error:
             match = _KEY.search(error.message) if isinstance(error, ConfigError) else None
             key = match[0] if match else check.key
-            found = [SettingsFinding(tuple(key.split(".")), error.message, error.hint)]
+            found = [SettingsFinding(_path_of(key, error.message, config), error.message, error.hint)]
             if error.message in reported:  # one mistake may fail several checks
                 continue
             reported.add(error.message)
@@ -144,6 +145,16 @@ def _findings(config: RunConfig, checks: Sequence[Check]) -> Iterator[SettingsFi
             found = [item for item in found if item.path not in paths]
         paths |= {item.path for item in found}
         yield from found
+
+
+def _path_of(key: str, message: str, config: RunConfig) -> KeyPath:
+    """Return the path of a setting; of a list of data files, that of the one which the message names."""
+    places = {name: place for name, place in config.data.places.items() if name.startswith(f"{key}[")}
+    named = [name for name, place in places.items() if place in message]
+    if not named:
+        return tuple(key.split("."))
+    most_specific = max(named, key=lambda name: len(places[name]))
+    return *key.split("."), int(most_specific.removeprefix(f"{key}[").removesuffix("]"))
 
 
 def _chosen(config: RunConfig) -> ColumnMapping:
@@ -234,7 +245,7 @@ class _Trial:
         prepared = prepare(config, open_storage(config.checkpoint.storage), like=started.get("data"))
         if found := compare_existing_run(config, prepared.fingerprint):
             return found
-        for text in prepared.notes:
+        for text in (*prepared.notes, *describe_data(data_facts(config, prepared))):
             self.note(text)
         check_metric(config, prepared.facts)
         self.prepared = prepared

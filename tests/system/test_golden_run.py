@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
@@ -103,6 +104,9 @@ def test_plain_processes_continue_it_on_any_processor(folder: Path) -> None:
         step: LOSSES[step] for step in range(1, RESUMED_FROM + 1)
     }
     assert tensor_digests(newest_checkpoint(folder)).keys() == UNDISTURBED["tensors"].keys()
+    state = TrainerState.load_from_json(str(newest_checkpoint(folder) / "trainer_state.json"))
+    logged = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
+    assert logged == {step: losses[step] for step in range(RESUMED_FROM + 1, NUM_STEPS + 1)}, "it begins at the resume"
 
 
 @pytest.mark.ray

@@ -18,6 +18,7 @@ from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.batch_plan import make_plan, share
 from outlast.trainers.distributed.tree_allreduce import TreeSum
+from outlast.trainers.loop.log_history import ENTRY_BYTES, LogHistory
 from outlast.trainers.loop.optimizer import make_optimizer
 from outlast.trainers.models.build import weight_naming
 from outlast.trainers.preparation.prepare import Prepared
@@ -53,6 +54,7 @@ class StateSize:
         memory: Memory of a worker.
         files: Bytes of each file of a checkpoint, as far as they are known before training.
         share_bytes: Bytes of each checkpoint that the worker with the largest share writes.
+        history_bytes: Bytes that the history of the steps takes at the end, about.
     """
 
     model: str
@@ -61,10 +63,11 @@ class StateSize:
     memory: Memory
     files: Mapping[str, int]
     share_bytes: int
+    history_bytes: int = 0
 
     @property
     def checkpoint_bytes(self) -> int:
-        return sum(self.files.values())
+        return sum(self.files.values()) + self.history_bytes
 
 
 def estimate_state(config: TrainingConfig, prepared: Prepared, storage: Storage, size: int) -> StateSize:
@@ -97,6 +100,7 @@ def estimate_state(config: TrainingConfig, prepared: Prepared, storage: Storage,
     files = {name: len(data) for name, data in small_files.items()}
     files |= _weight_files(weights, config, naming)
     files |= {optimizer_shard(rank, size): _file_bytes(moments, names) for rank, names in enumerate(assigned)}
+    plan = make_plan(config, prepared.num_samples, size)
     return StateSize(
         model=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -104,6 +108,7 @@ def estimate_state(config: TrainingConfig, prepared: Prepared, storage: Storage,
         memory=memory,
         files=files,
         share_bytes=share_bytes,
+        history_bytes=plan.num_steps // LogHistory(plan, config.train.log_every).every * ENTRY_BYTES,
     )
 
 

@@ -159,6 +159,11 @@ class TrainSettings(Settings):
     eval_every: Interval | None = None
     """Evaluation interval in steps (200) or epochs ("1 epoch"); the end is always evaluated. Default: only the end."""
 
+    log_every: int | None = Field(None, ge=1)
+    """Steps between two entries of `log_history` in a checkpoint's trainer_state.json: mean loss, gradient norm and
+    learning rate. Default: so many that a run has at most 500 entries; there are never more than 2,000, and the steps
+    between two grow instead. Journal and trackers have every step."""
+
     @field_validator("eval_every", mode="before")
     @classmethod
     def _is_not_zero(cls, value: Any) -> Any:

@@ -67,6 +67,7 @@ class TrainingConfig(Settings):
         settings = self.model_dump(mode="json", include={"seed", "model", "train", "exactness", "deterministic"})
         has_no_effect = {
             "eval_every": self.train.early_stopping is None,
+            "log_every": True,
             "gradient_checkpointing": not self.train.compile,  # recomputes the same bits with the same kernels
             "loss_scale": self.train.precision is not Precision.FP16,
             "loss_scale_window": self.train.precision is not Precision.FP16,

@@ -1,8 +1,10 @@
 """Errors of settings for users: all findings at once, each with its key and the probably intended key or value."""
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -85,6 +87,8 @@ def _finding(detail: Any, settings: Mapping[Path, Any]) -> SettingsFinding:
         near := nearest(str(given), _literals(detail["ctx"]["expected"]))
     ):
         suggestion = f"did you mean {near!r}?"
+    if detail["type"] == "string_type" and isinstance(given, int | float | date):
+        suggestion = f"put it in quotes: {json.dumps(str(given))}"
     return SettingsFinding(path, message, suggestion)
 
 

@@ -13,6 +13,12 @@ from outlast.trainers.data.text_lines import read_lines
 
 _FIELD_BYTES = 64 * 2**20  # a longer field is taken for an unbalanced quotation mark
 _DELIMITERS = (",", "\t", ";", "|")
+#: Errors of the csv module, and what they mean in the file.
+_REASONS = {
+    "new-line character": "has a carriage return within a field that is not quoted",
+    "expected after": "has text after a quotation mark that closes; one within quoted text must be doubled "
+    "(or set data.csv.quote: none)",
+}
 _ENCODING = "-s data.csv.encoding=cp1252, or the encoding that it was written in"
 
 
@@ -133,7 +139,12 @@ def read_csv(source: DataFile, columns: Sequence[str]) -> Iterator[tuple[tuple[A
 
 def _explain(error: csv.Error, line: int) -> str:
     reason = str(error)
-    if "unexpected end of data" in reason or "field larger" in reason:
+    if "field larger" in reason:
+        return f"has a field of more than {_FIELD_BYTES:,} characters, perhaps from a quotation mark that opens a text"
+    for part, meaning in _REASONS.items():
+        if part in reason:
+            return meaning
+    if "unexpected end of data" in reason:
         what = f"a quotation mark in line {line} opens a text that does not end"
         return f"{what}; if texts are not quoted, set data.csv.quote: none"
     return f"cannot be split into fields: {reason}"

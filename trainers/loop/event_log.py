@@ -6,6 +6,7 @@ from typing import Any
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.run_store.events import Event, StepEvent
+from outlast.trainers.loop.log_history import LogHistory
 from outlast.trainers.loop.step_exchange import DeferredMetrics
 
 
@@ -14,11 +15,14 @@ class EventLog:
 
     Args:
         checkpointer: Owns the journal; its own events go to the same listeners.
+        history: Receives each step, on every rank.
         listeners: Called with each event, in this order, on rank 0. They must return at once.
     """
 
-    def __init__(self, checkpointer: Checkpointer, *listeners: Callable[[dict[str, Any]], None]) -> None:
-        self._checkpointer, self._listeners = checkpointer, listeners
+    def __init__(
+        self, checkpointer: Checkpointer, history: LogHistory, *listeners: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._checkpointer, self._history, self._listeners = checkpointer, history, listeners
         checkpointer.listener = self._publish
 
     def write(self, event: Event) -> None:
@@ -32,7 +36,8 @@ class EventLog:
         self._checkpointer.note(event)
 
     def step(self, done: DeferredMetrics, loss: float) -> None:
-        """Record a step, once its losses are added over the ranks."""
+        """Record a step, once its losses are added over the ranks. Every rank calls it."""
+        self._history.add_step(done, loss)
         if self._checkpointer.journal is None:
             return  # reading the norm waits for the device
         event = StepEvent(

@@ -5,7 +5,6 @@ passes it requests to stop or save, and receives its progress.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -25,9 +24,9 @@ from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.control import Control
-from outlast.trainers.loop.early_stopping import patience_state
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.event_log import EventLog
+from outlast.trainers.loop.log_history import LogHistory, patience_state
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.save_timer import SaveTimer
@@ -87,9 +86,9 @@ class Loop:
         self._static_graph = static_graph
         self.step = 0
         self.metrics: dict[str, float] = {}
-        self.log_history: list[dict[str, Any]] = []
         self.plan = make_plan(config, len(train_data), world.size)
-        self._log = EventLog(checkpointer, *listeners, control.progress)
+        self.history = LogHistory(self.plan, config.train.log_every)
+        self._log = EventLog(checkpointer, self.history, *listeners, control.progress)
         self._train_step = TrainStep(config, self.plan, world, model, task, train_data, control, self._log)
         self._save_timer = SaveTimer(config.checkpoint.every, checkpointer)
 
@@ -159,13 +158,15 @@ class Loop:
     def _is_over(self) -> bool:
         """Return whether no step is left; the same on all ranks and after a resume."""
         stopping = self.config.train.early_stopping
-        too_long = stopping is not None and patience_state(stopping, self.log_history).num_waited >= stopping.patience
+        too_long = (
+            stopping is not None and patience_state(stopping, self.history.evaluations).num_waited >= stopping.patience
+        )
         return too_long or self.step == self.plan.num_steps
 
     def _record_early_stop(self) -> None:
         stopping = self.config.train.early_stopping
         assert stopping is not None
-        best = patience_state(stopping, self.log_history)
+        best = patience_state(stopping, self.history.evaluations)
         reason = f"{best.num_waited} evaluations without a better {stopping.metric}"
         self._log.write(events.EarlyStopEvent(step=self.step, reason=reason, best=best.best, best_step=best.best_step))
 
@@ -183,7 +184,7 @@ class Loop:
         fault_point(FaultPoint.EVALUATING, self.step)
         scores = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
         self.metrics |= scores
-        self.log_history.append({"step": self.step, "epoch": self.plan.epoch(self.step), **scores})
+        self.history.add_evaluation(self.step, scores)
         self._log.write(events.EvalEvent(step=self.step, scores=scores, seconds=round(time.monotonic() - began, 4)))
 
     def _save_if_due(self, agreed: StepRequests, *, is_evaluated: bool, is_over: bool) -> bool:
@@ -207,14 +208,15 @@ class Loop:
         if self._train_step.loss is not None:
             self.metrics["loss"] = self._train_step.loss
         metrics = dict(self.metrics)
-        if not (self.log_history and self.log_history[-1]["step"] == self.step):
+        evaluations = self.history.evaluations
+        if not (evaluations and evaluations[-1]["step"] == self.step):
             metrics = {name: value for name, value in metrics.items() if not name.startswith("eval_")}
         state = {
             "step": self.step,
             "epoch": self.plan.epoch(self.step),
             "position": self.step * self.plan.batch % self.plan.num_samples,
             "metrics": self.metrics,
-            "log_history": self.log_history,
+            **self.history.state(),
             "num_threads": torch.get_num_threads(),
             **self._train_step.state(),
         }
@@ -228,17 +230,13 @@ class Loop:
 
     def _trainer_state(self) -> bytes:
         """Return the Hugging Face Trainer's `trainer_state.json`, for tools that read it."""
-        state = {
-            "global_step": self.step,
-            "epoch": self.plan.epoch(self.step),
-            "max_steps": self.plan.num_steps,
-            "num_train_epochs": math.ceil(self.plan.epoch(self.plan.num_steps)),
-            "train_batch_size": self.plan.micro_batch,
-            "log_history": self.log_history,
-            "is_world_process_zero": True,
-            "is_local_process_zero": True,
-        }
-        return json.dumps(state, indent=1, sort_keys=True).encode() + b"\n"
+        settings = self.config.checkpoint
+        state = self.history.trainer_state(self.step, settings.metric, settings.metric_mode)
+        store, best_step = self.checkpointer.store, state["best_global_step"]
+        refs = [CheckpointRef(self.step, self.checkpointer.attempt), *(item.ref for item in self.checkpointer.accepted)]
+        if best := next((ref for ref in refs if ref.step == best_step), None):
+            state["best_model_checkpoint"] = store.checkpoint_url(best)
+        return json.dumps(state, sort_keys=True).encode() + b"\n"  # indented, it takes four times as long
 
     def _resume(self) -> bool:
         """Restore the resume point, if any. Returns True on a fresh start."""
@@ -247,7 +245,8 @@ class Loop:
             return False
         self._train_step.load(state, self.checkpointer)
         if state is not None:
-            self.step, self.metrics, self.log_history = state["step"], state["metrics"], state["log_history"]
+            self.step, self.metrics = state["step"], state["metrics"]
+            self.history.load(state)
         return state is None
 
     def _finish(self) -> Outcome:

@@ -8,7 +8,7 @@ bytes of the sources and every setting that changes the samples.
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -63,6 +63,8 @@ class Prepared:
         notes: Guesses and skipped rows to report to the user.
         files: All files with their digests.
         longest: Tokens of the longest sample (or choice), by split; empty in data of earlier releases.
+        num_cut: Rows whose sample is truncated, by split; empty in data of earlier releases.
+        num_empty: Rows without a token of their own, by split; empty in data of earlier releases.
     """
 
     fingerprint: str
@@ -77,6 +79,8 @@ class Prepared:
     notes: tuple[str, ...]
     files: tuple[FileEntry, ...]
     longest: Mapping[str, int] = field(default_factory=dict)
+    num_cut: Mapping[str, int] = field(default_factory=dict)
+    num_empty: Mapping[str, int] = field(default_factory=dict)
 
     def tokenizer(self, storage: Storage) -> Tokenizer:
         """Load the run's tokenizer as it was when the data was prepared."""
@@ -126,6 +130,16 @@ def prepare(
     with suppress(StorageError):  # leftover uploads cost storage and nothing else
         abort_uploads(storage, directory)
     return prepared
+
+
+def prepare_first(config: TrainingConfig, storage: Storage, name: str, num_rows: int) -> Prepared:
+    """Prepare the first rows of a split, for a preview; `storage` is a temporary one.
+
+    Facts such as the classes are those of all training rows unless the files are large; a tokenizer is trained on the
+    first rows only. Raises as `prepare`.
+    """
+    encoder = nullcontext(encode_here)
+    return _make(config, storage, "first-rows", ".data/first-rows", encoder, names=(name,), limit=num_rows)
 
 
 def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared | None:
@@ -220,25 +234,35 @@ def _data_settings(config: TrainingConfig, tokenizer: Mapping[str, Any], version
 
 
 def _make(
-    config: TrainingConfig, storage: Storage, fingerprint: str, directory: str, encoder: AbstractContextManager[Encoder]
+    config: TrainingConfig,
+    storage: Storage,
+    fingerprint: str,
+    directory: str,
+    encoder: AbstractContextManager[Encoder],
+    *,
+    names: Sequence[str] = (),
+    limit: int | None = None,
 ) -> Prepared:
+    """Prepare the splits `names`, by default all; with a limit, of that many rows each."""
     task_class, settings = find_task(config.model.task), config.data
     chosen = choose_columns(task_class.columns, settings, task_class.forms)
+    survey_limit = limit if limit and stored_bytes(settings) >= LARGE_BYTES else None
     labels = {"labels": list(chosen.labels)} if chosen.labels and settings.labels is None else {}
-    facts = task_class.survey(settings.model_copy(update=labels), _records(config, chosen))
+    facts = task_class.survey(settings.model_copy(update=labels), _records(config, chosen, survey_limit))
     facts = task_class.match_model(settings, facts, _model_facts(config, task_class))
-    tokenizer = _tokenizer(config, task_class, chosen)
+    tokenizer = _tokenizer(config, task_class, chosen, limit)
     task = task_class(settings, tokenizer, facts)
     files = [
         write_file(storage, directory, f"tokenizer/{name}", [data]) for name, data in tokenizer_files(tokenizer).items()
     ]
-    bad, num_rows, stats = BadRowCounter(settings.max_bad_rows), dict[str, int](), {}
+    bad, counts, stats = BadRowCounter(settings.max_bad_rows), dict[str, RowCounts](), {}
     with tempfile.TemporaryDirectory() as folder, encoder as encode:
-        for name in ["train", "eval"] if settings.eval else ["train"]:
+        for name in names or (["train", "eval"] if settings.eval else ["train"]):
+            counts[name] = RowCounts()
             path = Path(folder) / f"{name}.arrow"
-            split = Split(config, name, chosen)
+            split = Split(config, name, chosen, limit)
             with closing(encode(task, split)) as pieces:
-                stats[name] = _write(task, _samples(pieces, bad, name, num_rows), split, path)
+                stats[name] = _write(task, _samples(pieces, bad, counts[name]), split, path, counts[name])
             with path.open("rb") as file:
                 chunks = iter(partial(file.read, BLOCK_BYTES), b"")
                 files.append(write_file(storage, directory, f"{name}.arrow", chunks))
@@ -246,9 +270,9 @@ def _make(
     prepared = Prepared(
         fingerprint=fingerprint,
         directory=directory,
-        num_samples=stats["train"].num_samples,
+        num_samples=stats["train"].num_samples if "train" in stats else 0,
         num_eval_samples=stats["eval"].num_samples if "eval" in stats else 0,
-        num_rows=num_rows,
+        num_rows={name: item.rows for name, item in counts.items()},
         num_bad_rows=bad.count,
         num_tokens={name: item.num_tokens for name, item in stats.items()},
         num_dropped_tokens={name: item.num_dropped_tokens for name, item in stats.items()},
@@ -256,8 +280,10 @@ def _make(
         notes=(*chosen.notes, *facts.get("notes", ()), *(notes if bad.count else ())),
         files=tuple(files),
         longest={name: item.longest for name, item in stats.items()},
+        num_cut={name: item.cut for name, item in counts.items()},
+        num_empty={name: item.empty for name, item in counts.items()},
     )
-    if data_fingerprint(config, fingerprint) != fingerprint:
+    if limit is None and data_fingerprint(config, fingerprint) != fingerprint:
         hint = "run the same command again when no process writes to them"
         raise ConfigError("the data files changed while they were read", hint=hint)
     body = asdict(prepared)
@@ -265,38 +291,62 @@ def _make(
     return prepared
 
 
-def _records(config: TrainingConfig, chosen: ColumnMapping) -> Iterator[Record]:
+@dataclass(slots=True)
+class RowCounts:
+    """Counts of a split's usable rows."""
+
+    rows: int = 0  #: all of them
+    cut: int = 0  #: truncated ones
+    empty: int = 0  #: those without a token of their own
+
+
+def _records(config: TrainingConfig, chosen: ColumnMapping, limit: int | None) -> Iterator[Record]:
     """Read the training rows whose columns have the right types. Raises ConfigError for too many other rows."""
-    split = Split(config, "train", chosen)
+    split = Split(config, "train", chosen, limit)
     for row in usable_rows(split.rows(split.sources()), BadRowCounter(config.data.max_bad_rows), chosen.fault):
         yield chosen.record(row)
 
 
-def _samples(pieces: Iterator[Piece], bad: BadRowCounter, name: str, num_rows: dict[str, int]) -> Iterator[Sample]:
-    """Iterate over the samples; count the rows in `num_rows[name]`, the unusable ones in `bad`, which may raise."""
-    num_rows[name] = 0
+def _samples(pieces: Iterator[Piece], bad: BadRowCounter, counts: RowCounts) -> Iterator[Sample]:
+    """Iterate over the samples; count the rows in `counts`, the unusable ones in `bad`, which may raise."""
     for piece in pieces:
         if isinstance(piece, OutlastError):
             bad.end()
             raise piece
         bad.see(piece.num_rows, piece.faults)
         if not bad.are_too_many:
-            num_rows[name] += piece.num_rows - len(piece.faults)
+            counts.rows += piece.num_rows - len(piece.faults)
+            counts.cut += piece.num_cut
+            counts.empty += piece.num_empty
             yield from piece.samples
     bad.end()
 
 
-def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path) -> DatasetStats:
+def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path, counts: RowCounts) -> DatasetStats:
     settings = split.config.data
     stats = write_packed(samples, settings.max_length, path) if task.packs else write_samples(samples, path)
     if not stats.num_samples:
-        source = settings.eval if split.name == "eval" and not split.is_share else settings.train
-        raise ConfigError(
-            f"{source}: the {split.name} split has {stats.num_tokens:,} tokens, less than one sample "
-            f"(data.max_length {settings.max_length})",
-            hint="provide more text, or set a smaller data.max_length",
-        )
+        raise _no_sample_error(task, split, counts.rows, stats.num_tokens)
     return stats
+
+
+def _no_sample_error(task: Task, split: Split, num_rows: int, num_tokens: int) -> ConfigError:
+    """Make the error of a split without a sample; `num_rows` are its usable rows."""
+    settings = split.config.data
+    source = settings.eval if split.name == "eval" and not split.is_share else settings.train
+    where, hint = f"{source}: the {split.name} split has", "give it more rows"
+    if split.is_share:
+        where = f"data.eval: {settings.eval} of the rows of {source} are held out, and the {split.name} split has"
+        wanted = "larger" if split.name == "eval" else "smaller"
+        hint = f"set a {wanted} share, or data.eval to a file of its own"
+    if not num_rows:
+        return ConfigError(f"{where} no usable row", hint=hint)
+    rows = f"{num_rows:,} row{'' if num_rows == 1 else 's'}"
+    if not task.packs:
+        return ConfigError(f"{where} {rows} without any text", hint=hint)
+    short = f"{num_tokens:,} tokens, less than one sample (data.max_length {settings.max_length})"
+    hint = f"{hint if split.is_share else 'provide more text'}, or set a smaller data.max_length"
+    return ConfigError(f"{where} {rows} with {short}", hint=hint)
 
 
 def _model_facts(config: TrainingConfig, task: type[Task]) -> dict[str, Any]:
@@ -310,7 +360,7 @@ def _model_facts(config: TrainingConfig, task: type[Task]) -> dict[str, Any]:
     return task.model_facts(body)
 
 
-def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping) -> Tokenizer:
+def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping, limit: int | None) -> Tokenizer:
     if (named := _named_tokenizer(config)) is not None:
         return named
     texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))

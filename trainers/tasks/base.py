@@ -58,6 +58,8 @@ class Task:
     targets: ClassVar[tuple[str, ...]] = ("labels",)
     #: Whether the samples of all rows are joined and cut into pieces of `max_length`; they then have `input_ids` only.
     packs: bool = False
+    #: Whether `encode` splits a long row into several samples, or leaves one out, instead of truncating it.
+    splits: ClassVar[bool] = False
     #: Special tokens for a tokenizer trained on the data, by their names in transformers.
     special_tokens: ClassVar[Mapping[str, str]] = {}
     #: Templates of `tokenizers` for one text and for a pair, for such a tokenizer; None adds no special tokens.

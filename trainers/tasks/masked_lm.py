@@ -25,6 +25,7 @@ class MaskedLM(TokenTask):
     auto_class = "AutoModelForMaskedLM"
     columns: ClassVar[tuple[Column, ...]] = (Column("text", ColumnType.TEXT),)
     options = ("mask_share",)
+    splits = True
     special_tokens = BERT_TOKENS
     template = BERT_TEMPLATE
 

@@ -32,6 +32,7 @@ class QuestionAnswering(Task):
         Column("answers", ColumnType.ANSWERS, is_target=True),
     )
     options = ("stride",)
+    splits = True
     targets = ("start", "end")
     special_tokens = BERT_TOKENS
     template = BERT_TEMPLATE

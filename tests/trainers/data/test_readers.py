@@ -263,7 +263,7 @@ def test_a_url_with_credentials_is_refused_and_not_printed() -> None:
          {2: "cannot be read as .jsonl", 3: "not a JSON object", 4: "no column 'text'", 5: "not UTF-8", 6: "unpaired"}),
         ("a.json", b'[{"text": "1"}, 7, {"id": 1}, {"text": "2"}]', {2: "not a JSON object", 3: "no column 'text'"}),
         ("a.csv", b'id,text\n1,1\n\n1\n1,2,3\n1,"a"b\n1,\xff\n1,2\n',
-         {2: "has 1 fields but the header has 2", 3: "has 3 fields", 4: "expected after", 5: "not UTF-8"}),
+         {2: "has 1 fields but the header has 2", 3: "has 3 fields", 4: "must be doubled", 5: "not UTF-8"}),
         ("a.txt", b"1\n\xff\n2\n", {2: "not UTF-8"}),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from outlast.checkpointing.tools.query import find_model
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.model_checks import check_metric
 from outlast.trainers.config.train import EarlyStoppingSettings
-from outlast.trainers.loop.early_stopping import PatienceState, patience_state
+from outlast.trainers.loop.log_history import PatienceState, patience_state
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import digests, fault, losses, run_group, tiny_config
 
