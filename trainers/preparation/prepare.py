@@ -30,7 +30,7 @@ from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, w
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
 from outlast.trainers.data.readers import BadRowCounter, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_data_files
-from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, tokenizer_source, train_bpe
 from outlast.trainers.preparation.encode import Encoder, EncoderContext, Piece, Split, encode_here
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
 from outlast.trainers.tasks.base import Record, Task, find_task
@@ -162,6 +162,8 @@ def data_fingerprint(config: TrainingConfig) -> str:
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
         digest.update(digest_sources(source).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
+    if path := tokenizer.get("path"):
+        tokenizer["path"] = tokenizer_source(str(path))
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
         for file in sorted(Path(path).iterdir()):
             if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
@@ -182,6 +184,8 @@ def data_fingerprint(config: TrainingConfig) -> str:
     }
     if config.data.csv != CsvSettings():  # which earlier releases did not have
         settings["csv"] = config.data.csv.model_dump(mode="json")
+    if config.model.add_tokens:
+        settings["add_tokens"] = list(config.model.add_tokens)
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return str(digest.hexdigest())
 
@@ -269,4 +273,5 @@ def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping) 
     if settings is not None and settings.train_bpe is not None:
         texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))
         return train_bpe(texts, settings.train_bpe, task.special_tokens, task.template)
-    return load_tokenizer(settings.path if settings and settings.path else str(config.model.path))
+    path = settings.path if settings and settings.path else str(config.model.path)
+    return load_tokenizer(path, config.model.add_tokens)
