@@ -24,7 +24,7 @@ from outlast.trainers.models.canonical import align_memory, match_constructor, u
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.embedding import grow_embedding
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
-from outlast.trainers.models.pretrained import LoadReport, load_pretrained
+from outlast.trainers.models.pretrained import LoadReport, load_pretrained, uninitialized
 from outlast.trainers.models.tensor_checks import check_tensors
 from outlast.trainers.models.transformers_internals import (
     custom_object_save,
@@ -197,6 +197,12 @@ def _build(settings: ModelSettings, builder: Any, config: Any, seed: int, fresh:
                 seed_everything(seed)  # as a resume does before it constructs the model
             constructed = _construct(builder, config, trusted)
             match_constructor(model, constructed)
+        if unset := uninitialized(model, report.new):
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                seed_everything(seed)
+                made = _construct(builder, config, trusted).state_dict()
+                for name in unset:
+                    model.state_dict(keep_vars=True)[name].copy_(made[name])
         if not settings.lora:  # else a resume loads these files too
             if is_of_transformers:
                 constructed.tie_weights()

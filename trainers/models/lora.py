@@ -138,10 +138,10 @@ def _tied_embeddings(model: Any) -> tuple[str, str] | None:
 
 def _read_config(path: str, wrapper: str | None, modules: list[str]) -> Any:
     """Return the configuration of an adapter that goes on training. Raises ConfigError if it is for another task."""
-    config = need_peft().PeftConfig.from_pretrained(path)
-    kind = getattr(config.peft_type, "value", config.peft_type)
+    kind = json.loads((Path(path) / ADAPTER_CONFIG).read_bytes()).get("peft_type")
     if kind != "LORA":
         raise ConfigError(f"the adapter {path} is of type {kind}; only LORA is supported", hint="use a LoRA adapter")
+    config = need_peft().PeftConfig.from_pretrained(path)
     if config.task_type and wrapper and config.task_type != wrapper:
         raise ConfigError(
             f"the adapter {path} was trained for {config.task_type}, and model.task needs {wrapper}",
@@ -184,10 +184,11 @@ def is_adapted(model: Any) -> bool:
 def base_digest(model: Any) -> str:
     """Digest the base model of an adapter, all that is not trained: equal weights, equal digest."""
     inner: Any = unwrap(model)
-    trained = adapter_naming(inner).names or {}
+    state, trained = inner.state_dict(keep_vars=True), adapter_naming(inner).names or {}
+    tensors = {id(tensor) for name, tensor in state.items() if plain_name(name) in trained}
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(inner.state_dict().items()):
-        if name not in trained and ".original_module." not in name:
+        if id(state[name]) not in tensors and ".original_module." not in name:
             digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
             digest.update(tensor_bytes(tensor))
     return str(digest.hexdigest())
@@ -208,13 +209,20 @@ def adapter_naming(model: Any) -> WeightNaming:
             f"the model has the adapters {', '.join(inner.peft_config)}; a checkpoint holds one, called 'default'",
             hint="train one adapter at a time",
         )
-    own = {id(tensor): plain_name(name) for name, tensor in inner.state_dict(keep_vars=True).items()}
     # Embeddings that are trained in full are among the saved modules; peft would add their frozen weights.
     embedding = getattr(inner, "get_input_embeddings", lambda: None)()
     layers: Any = False if isinstance(embedding, ModulesToSaveWrapper) else "auto"
     state = inner.state_dict(keep_vars=True)
     saved = get_peft_model_state_dict(inner, state_dict=state, save_embedding_layers=layers)
-    return WeightNaming(ADAPTER_WEIGHTS, {own[id(tensor)]: name for name, tensor in saved.items()})
+    own: dict[int, str] = {}
+    for name, tensor in state.items():
+        own.setdefault(id(tensor), plain_name(name))
+    files: dict[str, list[str]] = {}
+    for name, tensor in saved.items():
+        files.setdefault(own[id(tensor)], []).append(name)
+    # peft needs tied weights under each of their names.
+    cuts = {name: dict.fromkeys(several, ()) for name, several in files.items() if len(several) > 1}
+    return WeightNaming(ADAPTER_WEIGHTS, {name: several[0] for name, several in files.items()}, cuts)
 
 
 def adapter_files(model: Any) -> dict[str, bytes]:

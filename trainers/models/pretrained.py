@@ -7,6 +7,7 @@ all heads of an architecture share. Prefixes that wrappers left in the files' na
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,7 @@ def load_pretrained(
     with torch.random.fork_rng(devices=[]):  # what follows must not change the random numbers of a new adapter
         fault = _fault(model, misfit, path, new_head=new_head)
     if fault is not None:
-        for removed, renaming in _renamings(misfit.unexpected):
+        for removed, renaming in _renamings(misfit.unexpected, _source_prefix(config)):
             renamed = {**options, "key_mapping": renaming}
             tried, info = _load(builder, path, {**renamed, "device_map": "meta"})
             if _fault(tried, _Misfit.of(info), path, new_head=new_head) is None:
@@ -98,8 +99,21 @@ def _load(builder: Any, path: str, options: Mapping[str, Any]) -> tuple[Any, Map
     return model, info
 
 
-def _renamings(names: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _source_class(config: Any) -> Any:
+    """Return the transformers class that a configuration names as that of its weights, if there is one."""
+    names = getattr(config, "architectures", None) or [""]
+    source = getattr(transformers, str(names[0]), None)
+    return source if isinstance(source, type) and issubclass(source, transformers.PreTrainedModel) else None
+
+
+def _source_prefix(config: Any) -> str:
+    """Return the name before the base model's in the files; LlamaForQuestionAnswering has another than its siblings."""
+    return str(getattr(_source_class(config), "base_model_prefix", ""))
+
+
+def _renamings(names: Sequence[str], source_prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield prefixes that wrappers may have left in the names, and the renaming that removes them."""
+    holders = [item for item in (*_HOLDERS, source_prefix) if item]
     wrappers = [item for item in _WRAPPERS if any(item in name.split(".") for name in names)]
     # A renaming is applied once to a name, so a repeated prefix needs several; each key of a mapping must differ.
     inner = {rf"(?<![^.]){item}\.{'(?:)' * time}": "" for item in wrappers for time in range(_MAX_NESTED)}
@@ -108,7 +122,7 @@ def _renamings(names: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     outer = dict[str, str]()
     plain = [re.sub("|".join(inner), "", name) if inner else name for name in names]
     for _ in range(_MAX_NESTED):
-        holder = next((item for item in _HOLDERS if any(name.startswith(f"{item}.") for name in plain)), None)
+        holder = next((item for item in holders if any(name.startswith(f"{item}.") for name in plain)), None)
         if holder is None:
             return
         outer[rf"^{holder}\.{'(?:)' * len(outer)}"] = ""
@@ -185,17 +199,38 @@ def _without_pooler(base: Any) -> set[str]:
 
 def _lost_head(model: Any, missing: Sequence[str]) -> list[str]:
     """Return the missing weights of a head that models of the files' own class have."""
-    names = getattr(model.config, "architectures", None) or [""]
-    source = getattr(transformers, str(names[0]), None)
-    if not (isinstance(source, type) and issubclass(source, transformers.PreTrainedModel)):
-        return []
-    kind: Any = source
-    if not isinstance(model.config, kind.config_class or ()):
+    source = _source_class(model.config)
+    if source is None or not isinstance(model.config, source.config_class or ()):
         return []
     with torch.device("meta"):
-        made = kind(model.config)
+        made = source(model.config)
         expected = set(made.state_dict())
     return [item for item in missing if item in expected]
+
+
+def uninitialized(model: Any, new: Sequence[str]) -> list[str]:
+    """Return the new weights that transformers leaves uninitialized: the class sets them in its constructor only.
+
+    `from_pretrained` does not run that with memory, so they hold whatever was there before.
+    """
+    found = []
+    for name in new:
+        names = name.split(".")
+        if not isinstance(model, transformers.PreTrainedModel) or len(names) < 2:
+            continue
+        for owner in (names[:-1], names[:-2]):
+            again = deepcopy(model.get_submodule(".".join(owner))) if owner else None
+            if again is None:
+                continue
+            tensor = again.state_dict(keep_vars=True)[".".join(names[len(owner) :])]
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                tensor.fill_(torch.nan)
+                model._init_weights(again)
+                if not tensor.isnan().any():
+                    break
+        else:
+            found.append(name)
+    return found
 
 
 def _notes(model: Any, misfit: _Misfit, path: str) -> Iterator[str]:
