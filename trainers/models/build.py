@@ -73,7 +73,7 @@ def build_model(
             new += grow_embedding(model, len(tokenizer), seed, has_weights=has_weights)
     if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_decoder_config(model)
-    files = {**_config_files(model), **tokenizer_files(tokenizer)}
+    files = {**_config_files(model, tokenizer), **tokenizer_files(tokenizer)}
     _use_full_attention(model, task.settings.max_length)
     if settings.lora is not None:
         model = attach_lora(model, settings.lora, task.auto_class, new, fresh=fresh)
@@ -248,8 +248,9 @@ def _trusted(settings: ModelSettings) -> dict[str, Any]:
     return {} if settings.class_ else {"trust_remote_code": settings.trust_remote_code}
 
 
-def _config_files(model: Any) -> dict[str, bytes]:
+def _config_files(model: Any, tokenizer: Tokenizer) -> dict[str, bytes]:
     model.config.architectures = [type(model).__name__]
+    _stop_at_end_token(model, tokenizer.inner.eos_token_id)
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         if getattr(model, "_auto_class", None) is not None:  # remote code is saved with the model
@@ -258,6 +259,16 @@ def _config_files(model: Any) -> dict[str, bytes]:
         if hasattr(model, "can_generate") and model.can_generate():
             model.generation_config.save_pretrained(folder)
         return read_folder(folder)
+
+
+def _stop_at_end_token(model: Any, token_id: int | None) -> None:
+    """Add the tokenizer's end token to those at which generation stops, as the Trainer of transformers does."""
+    generation = getattr(model, "generation_config", None)
+    if token_id is None or generation is None or generation.eos_token_id is None:
+        return
+    known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if token_id not in known:
+        generation.eos_token_id = [token_id, *known]
 
 
 def model_class(task: Task | type[Task], config: Any) -> Any:
