@@ -104,7 +104,8 @@ def _special_tokens(meta: nn.Module, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield a note for each special token on which the tokenizer and the model's configurations disagree."""
     if not isinstance(meta, transformers.PreTrainedModel):
         return
-    files = {"config.json": meta.config.get_text_config(), "generation_config.json": meta.generation_config}
+    generation = getattr(meta, "generation_config", None)
+    files = {"config.json": meta.config.get_text_config(), "generation_config.json": generation}
     for name in ("bos_token", "eos_token", "pad_token"):
         own = getattr(tokenizer.inner, f"{name}_id")
         for file, known in files.items():
