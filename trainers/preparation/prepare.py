@@ -32,7 +32,7 @@ from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, w
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
 from outlast.trainers.data.readers import BadRowCounter, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_data_files
-from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, tokenizer_source, train_bpe
 from outlast.trainers.preparation.encode import Encoder, EncoderContext, Piece, Split, encode_here
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
 from outlast.trainers.tasks.base import Record, Task, find_task
@@ -189,6 +189,8 @@ def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
         sources.update(digest_sources(source).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
+    if path := tokenizer.get("path"):
+        tokenizer["path"] = tokenizer_source(str(path))
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
         for file in sorted(Path(path).iterdir()):
             if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
@@ -218,6 +220,7 @@ def _data_settings(config: TrainingConfig, tokenizer: Mapping[str, Any], version
     model = _model_facts(config, task) if version > 1 else {}
     return {
         **({"model": model} if model else {}),
+        **({"add_tokens": list(config.model.add_tokens)} if config.model.add_tokens else {}),
         "format": FORMAT,
         "tokenizer": tokenizer,
         "task": [config.model.task, version],
@@ -351,7 +354,7 @@ def _no_sample_error(task: Task, split: Split, num_rows: int, num_tokens: int) -
 
 def _model_facts(config: TrainingConfig, task: type[Task]) -> dict[str, Any]:
     """Return what the task's samples depend on in the pretrained model's configuration."""
-    if config.model.path is None or task.model_facts.__func__ is Task.model_facts.__func__:  # type: ignore[attr-defined]
+    if config.model.path is None or config.model.new_head or task.model_facts.__func__ is Task.model_facts.__func__:  # type: ignore[attr-defined]
         return {}
     try:
         body, _ = transformers.PreTrainedConfig.get_config_dict(config.model.path)
@@ -363,7 +366,7 @@ def _model_facts(config: TrainingConfig, task: type[Task]) -> dict[str, Any]:
 def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping, limit: int | None) -> Tokenizer:
     if (named := _named_tokenizer(config)) is not None:
         return named
-    texts = (text for record in _records(config, chosen) for text in texts_in(list(record.values())))
+    texts = (text for record in _records(config, chosen, limit) for text in texts_in(list(record.values())))
     num_entries = config.model.tokenizer.train_bpe if config.model.tokenizer else None
     assert num_entries is not None
     return train_bpe(texts, num_entries, task.special_tokens, task.template)
@@ -374,4 +377,5 @@ def _named_tokenizer(config: TrainingConfig) -> Tokenizer | None:
     settings = config.model.tokenizer
     if settings is not None and settings.train_bpe is not None:
         return None
-    return load_tokenizer(settings.path if settings and settings.path else str(config.model.path))
+    path = settings.path if settings and settings.path else str(config.model.path)
+    return load_tokenizer(path, config.model.add_tokens)
