@@ -1,5 +1,6 @@
 """Columns of a data file that a task reads: their types, their names, and the guess when none was named."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -7,7 +8,7 @@ from typing import Any
 
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.csv_reader import csv_note
-from outlast.trainers.data.readers import Row, class_names, first_row
+from outlast.trainers.data.readers import Row, class_names, first_row, read_rows
 from outlast.trainers.data.sources import find_data_files, missing_column_error
 
 
@@ -39,8 +40,7 @@ class ColumnType(Enum):
             case ColumnType.LABELS:
                 return _is_list_of(value, (str, int))
             case ColumnType.MESSAGES:
-                is_json = isinstance(value, str) and value.lstrip().startswith("[{")
-                return (_is_list_of(value, (dict,)) and bool(value)) or is_json
+                return (_is_list_of(value, (dict,)) and bool(value)) or is_list_of_objects(value)
             case ColumnType.TURNS:
                 return isinstance(value, str) or (_is_list_of(value, (dict,)) and bool(value))
             case ColumnType.TOOLS:
@@ -60,6 +60,11 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def is_list_of_objects(value: Any) -> bool:
+    """Check whether a value is a text that begins as the JSON of a list of objects."""
+    return isinstance(value, str) and re.match(r"\s*\[\s*\{", value) is not None
 
 
 def _is_list_of(value: Any, types: tuple[type, ...]) -> bool:
@@ -172,6 +177,10 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
     for column in columns:
         is_named = _is_named(settings, column)
         if column in found or (column.is_optional and not is_named):
+            continue
+        if column.is_sparse:  # a later row may have it; reading raises if none has
+            next(read_rows(settings.train, [names[column]], settings.csv), None)
+            found[column] = names[column]
             continue
         taken = {*found.values(), *missing.values()}
         free = [name for name, value in available.items() if name not in taken and column.kind.fits(value)]

@@ -354,7 +354,7 @@ def _no_sample_error(task: Task, split: Split, num_rows: int, num_tokens: int) -
 
 def _model_facts(config: TrainingConfig, task: type[Task]) -> dict[str, Any]:
     """Return what the task's samples depend on in the pretrained model's configuration."""
-    if config.model.path is None or config.model.new_head or task.model_facts.__func__ is Task.model_facts.__func__:  # type: ignore[attr-defined]
+    if config.model.path is None or task.model_facts.__func__ is Task.model_facts.__func__:  # type: ignore[attr-defined]
         return {}
     try:
         body, _ = transformers.PreTrainedConfig.get_config_dict(config.model.path)
