@@ -88,7 +88,7 @@ class ModelSettings(Settings):
     """Whether a head is made new where the files in `path` lack it or hold it with another size, such as for other
     classes. Without it such files are refused. A head that a model of their class never has is always made new."""
     add_tokens: tuple[str, ...] = ()
-    """Special tokens to add to the tokenizer; implies `resize`."""
+    """Tokens to add to the tokenizer, as its `add_tokens` does; implies `resize`."""
     resize: bool = False
     """Whether the embedding in `path` grows to the size of the tokenizer if it has fewer rows. transformers initializes
     the new rows from the mean and covariance of the others."""

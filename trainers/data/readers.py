@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from math import isnan
 from typing import Any
 
@@ -29,6 +30,7 @@ from outlast.trainers.data.sources import (
 from outlast.trainers.data.text_lines import open_text, read_lines
 
 _BATCH_ROWS = 1024
+_FIRST_ROWS = 100
 _BUFFER_BYTES = 2**20
 _ITEM_CHARS = 64 * 2**20  # a longer JSON value is an error
 _NUM_NAMED = 3
@@ -198,21 +200,21 @@ def class_names(source: DataFile, columns: Sequence[str]) -> dict[str, tuple[str
 
 
 def first_row(source: str | Sequence[str], csv: CsvSettings = DEFAULT_CSV) -> dict[str, Any]:
-    """Return the columns of the first file with rows, and the values of its first readable row, None if it has none.
+    """Return the columns of the first file with rows, and the first value of each among its first rows, None if none.
 
-    Raises ConfigError if no file has a row, and as `read_rows`.
+    A row that lacks a value, or is damaged, thus does not change which columns are chosen. Raises ConfigError if no
+    file has a row, and as `read_rows`.
     """
     for item in find_data_files(source, csv):
-        read_names, read = _FORMATS[item.kind]
-        has_rows = False
         with item.reading():
-            names = read_names(item)
-            for values, _ in read(item, names):
-                if not isinstance(values, str):
-                    return dict(zip(names, map(_value, values), strict=True))
-                has_rows = True
-            if has_rows:
-                return dict.fromkeys(names)
+            names = _FORMATS[item.kind][0](item)
+            row, num_rows = dict[str, Any].fromkeys(names), 0
+            for values, _ in islice(_read(item, names, names), _FIRST_ROWS):
+                num_rows += 1
+                for name, value in zip(names, () if isinstance(values, str) else values, strict=False):
+                    row[name] = _value(value) if row[name] is None else row[name]
+            if num_rows:
+                return row
     shown = source if isinstance(source, str) else ", ".join(source)
     raise ConfigError(f"{shown} has no rows", hint="set data.train (and data.eval) to files with rows")
 
@@ -383,7 +385,8 @@ def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None
 
 
 def _object_names(source: DataFile) -> list[str]:
-    return next((list(item) for item, _ in _objects(source) if isinstance(item, dict)), [])
+    objects = (item for item, _ in islice(_objects(source), _FIRST_ROWS) if isinstance(item, dict))
+    return list(dict.fromkeys(name for item in objects for name in item))
 
 
 def _schema(source: DataFile) -> pa.Schema:

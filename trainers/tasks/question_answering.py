@@ -32,6 +32,7 @@ class QuestionAnswering(Task):
         Column("answers", ColumnType.ANSWERS, is_target=True),
     )
     options = ("stride",)
+    version = 2
     splits = True
     targets = ("start", "end")
     special_tokens = BERT_TOKENS
@@ -183,15 +184,21 @@ def _span(record: Record) -> tuple[int, int] | None:
 
 
 def _tokens_of(window: Any, span: tuple[int, int]) -> tuple[int, int]:
-    """Return the first and last token of the span in a window; (0, 0) unless the window contains all of it."""
+    """Return the first and last token of the span in a window; (0, 0) unless the window contains all of it.
+
+    Of several tokens of one character, such as the mark of a word's beginning, the last one begins the span and the
+    first one ends it, as in the examples of transformers, unless that is no span.
+    """
     inside = [
         position
         for position, (sequence, (begin, end)) in enumerate(zip(window.sequence_ids, window.offsets, strict=True))
         if sequence == 1 and begin < span[1] and end > span[0]
     ]
-    if not inside or window.offsets[inside[0]][0] > span[0] or window.offsets[inside[-1]][1] < span[1]:
+    begins = [position for position in inside if window.offsets[position][0] <= span[0]]
+    ends = [position for position in inside if window.offsets[position][1] >= span[1]]
+    if not begins or not ends:
         return 0, 0
-    return inside[0], inside[-1]
+    return (begins[-1], ends[0]) if begins[-1] <= ends[0] else (inside[0], inside[-1])
 
 
 def _spans(window: Any, starts: torch.Tensor, ends: torch.Tensor) -> list[tuple[float, int, int]]:

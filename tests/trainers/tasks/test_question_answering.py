@@ -112,3 +112,12 @@ def test_padding_on_the_left_changes_nothing(tokenizer: Any, tmp_path: Path) -> 
         split = prepared(each, tmp_path, rows).split(storage, "train")
         found.append([{key: value.tolist() for key, value in item.items()} for item in split.take(range(len(split)))])
     assert found[0] == found[1]
+
+
+def test_an_answer_of_one_character_with_several_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"question": "what?", "context": "the \N{PARTY POPPER} is here", "answers": ["\N{PARTY POPPER}"]}
+    made = prepared(tokenizer, tmp_path, [row])
+    [sample] = made.split(LocalStorage(tmp_path / "store"), "train").take([0])
+    ids = sample["input_ids"][int(sample["start"][0]) : int(sample["end"][0]) + 1]
+    assert len(ids) > 1
+    assert tokenizer.decode(ids.tolist()).strip() == "\N{PARTY POPPER}"
