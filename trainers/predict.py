@@ -14,7 +14,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, export_directory, read_content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint, resolve_checkpoint
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.columns import Column, choose_columns, name_of
+from outlast.trainers.data.columns import Column, RowForm, choose_columns, name_of
 from outlast.trainers.data.readers import BadRowCounter, read_rows, usable_rows
 from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import load_saved
@@ -81,7 +81,7 @@ def parse_record(task: Task, given: Any) -> Record:
         ConfigError: An input is missing or has the wrong type.
     """
     columns = input_columns(task)
-    needed = [column for column in columns if not column.is_optional]
+    needed = [column for column in columns if not (column.is_optional or column.is_sparse)]
     if isinstance(given, str):
         given = {needed[0].role: given} if len(needed) == 1 else {}
     missing = [column.role for column in needed if column.role not in given]
@@ -103,16 +103,23 @@ def read_records(task: Task, config: TrainingConfig, source: str) -> Iterator[Re
     """Read the rows of a file that has the run's column names. Raises as reading the run's data does."""
     settings = config.data.model_copy(update={"train": source})
     try:
-        chosen = choose_columns(input_columns(task), settings)
+        forms = [
+            RowForm(form.name, tuple(column for column in form.columns if not column.is_target)) for form in task.forms
+        ]
+        chosen = choose_columns(input_columns(task), settings, forms)
     except ConfigError as error:
         names = " and ".join(
-            name_of(config.data, column.role) for column in input_columns(task) if not column.is_optional
+            name_of(config.data, column.role)
+            for column in input_columns(task)
+            if not (column.is_optional or column.is_sparse)
         )
         raise ConfigError(error.message, hint=f"give --file rows with {names}") from error
     for row in usable_rows(
-        read_rows(source, chosen.names, settings.csv), BadRowCounter(0, hint=f"fix {source}"), chosen.fault
+        read_rows(source, chosen.names, settings.csv, chosen.sparse_names),
+        BadRowCounter(0, hint=f"fix {source}"),
+        chosen.fault,
     ):
-        yield chosen.record(row.values)
+        yield chosen.record(row)
 
 
 def predict(task: Task, model: nn.Module, records: Sequence[Record] | Iterator[Record]) -> Iterator[dict[str, Any]]:

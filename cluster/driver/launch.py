@@ -172,7 +172,7 @@ class Launch:
             if given_up is not None:
                 raise gave_up(name, given_up)
             self._publish(events.PhaseEvent(name="data"))
-            prepared = prepare(self.config, store.storage, partial(self._encoders, address))
+            prepared = prepare(self.config, store.storage, partial(self._encoders, address), like=base.get("data"))
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
             model = check_model(self.config, prepared, store.storage)[0]

@@ -140,7 +140,7 @@ def _count(given: pa.Table, job: EncodeJob) -> pa.Table:
     """Count the rows up to an error, which reading them reports."""
     part, count = pickle.loads(given["part"][0].as_py()), 0
     with suppress(OutlastError):
-        for _ in read_files(part.sources, job.split.chosen.names):
+        for _ in read_files(part.sources, job.split.chosen.names, job.split.chosen.sparse_names):
             count += 1
     return pa.table({"count": [count]})
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.save.save_schedule import FIRST_AUTO_S, SaveCosts
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.formatting import size as format_size
@@ -85,7 +86,7 @@ def estimate_run(config: RunConfig) -> RunEstimate:
         StorageError: The storage failed.
     """
     storage = config.store.storage
-    prepared = prepare(config, storage)
+    prepared = prepare(config, storage, like=build_catalog(config.store).declaration.get("data"))
     check_metric(config, prepared.facts)
     workers = config.scale.max_workers
     plan = make_plan(config, prepared.num_samples, workers)

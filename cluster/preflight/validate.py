@@ -158,13 +158,14 @@ def _path_of(key: str, message: str, config: RunConfig) -> KeyPath:
 
 
 def _chosen(config: RunConfig) -> ColumnMapping:
-    return choose_columns(find_task(config.model.task).columns, config.data)
+    task = find_task(config.model.task)
+    return choose_columns(task.columns, config.data, task.forms)
 
 
 def _check_first_row(config: RunConfig, key: str, source: str | Sequence[str]) -> None:
     """Raise ConfigError if the first row cannot be used, as the preparation of the data would."""
     chosen = _chosen(config)
-    for row in itertools.islice(read_rows(source, chosen.names, config.data.csv), 1):
+    for row in itertools.islice(read_rows(source, chosen.names, config.data.csv, chosen.sparse_names), 1):
         fault = row.fault or chosen.fault(row.values)
         if fault and not config.data.max_bad_rows:
             raise ConfigError(
@@ -183,7 +184,8 @@ def _eval_columns(config: RunConfig) -> None:
     if not source or config.data.eval_share:
         return
     row = first_row(source, config.data.csv)
-    missing = [name for name in _chosen(config).names if name not in row] if row else []
+    chosen = _chosen(config)
+    missing = [name for name in chosen.names if name not in row and name not in chosen.sparse_names] if row else []
     if missing:
         raise missing_column_error(str(source), missing, row, "give it the columns of data.train")
     _check_first_row(config, "data.eval", source)
@@ -225,7 +227,7 @@ def compare_existing_run(config: RunConfig, fingerprint: str | None = None) -> l
     base = build_catalog(config.store).declaration
     with contextlib.suppress(ConfigError):  # data that cannot be read is reported by itself
         if base and not fingerprint and stored_bytes(config.data) < _QUICK_BYTES:
-            fingerprint = data_fingerprint(config)
+            fingerprint = data_fingerprint(config, base["data"])
     hint = f"run {config.name!r} exists: restore it, or start a new run with another `name:`"
     changed = changed_settings(base, config, fingerprint)
     return [SettingsFinding(tuple(key.split(".")), text, hint) for key, text in changed.items()]
@@ -239,7 +241,8 @@ class _Trial:
     prepared: Prepared | None = None
 
     def check_data(self, config: RunConfig) -> list[SettingsFinding]:
-        prepared = prepare(config, open_storage(config.checkpoint.storage))
+        started = build_catalog(config.store).declaration
+        prepared = prepare(config, open_storage(config.checkpoint.storage), like=started.get("data"))
         if found := compare_existing_run(config, prepared.fingerprint):
             return found
         for text in (*prepared.notes, *describe_data(data_facts(config, prepared))):

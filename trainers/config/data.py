@@ -93,12 +93,39 @@ class DataSettings(Settings):
     chat_template: str | None = None
     """A Jinja template for conversations that replaces the tokenizer's own (base models have none); it is saved with
     the tokenizer."""
+    tools: str | None = "tools"
+    """Column with the tools that the chat template shows for a conversation, a list or its JSON text, for chat; a row
+    may lack it. null: leave them out."""
+    roles: dict[str, str] = Field(default_factory=dict)
+    """Roles of messages by the names that the data has for them, such as `{bot: assistant}`, for chat. ShareGPT's names
+    need none."""
+    train_on: Literal["all", "last"] = "all"
+    """Which of the assistant's messages chat learns: all, or the last one of a conversation. A message with `weight: 0`
+    or `train: false` is not learned in any case."""
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, such as `{enable_thinking: false}`."""
+    prompt: str = "prompt"
+    """Column with the prompt of a completion, for chat and causal-lm: a text, or for chat a list of messages."""
+    completion: str = "completion"
+    """Column with the completion. Where the data has these two columns, only the completion is learned."""
+    begin_token: bool | Literal["auto"] = "auto"
+    """Whether each document begins with the tokenizer's token for the beginning of a text, for causal-lm. auto: as the
+    tokenizer begins a text."""
+    packing: bool = True
+    """Whether causal-lm concatenates documents. false: a document is a sample, padded in its batch, and a longer one is
+    truncated. Rows of prompt and completion are never packed."""
+    source_language: str | None = None
+    """Language of the sources, as the tokenizer names it (its `src_lang`), for seq2seq-lm with a multilingual model."""
+    target_language: str | None = None
+    """Language of the targets, as the tokenizer names it (its `tgt_lang`). The model is published with it: its
+    `generate` writes in this language."""
     mask_share: float = Field(0.15, gt=0, lt=1)
     """Share of tokens that masked-lm predicts."""
     csv: CsvSettings = CsvSettings()
     """Dialect of .csv and .tsv files."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Names of columns by role, for tasks of your own."""
+    """Names of columns by role, for tasks of your own, and for other forms of rows, such as `{instruction: question}`.
+    """
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of a task of your own."""
     max_bad_rows: int = Field(0, ge=0)
@@ -107,8 +134,8 @@ class DataSettings(Settings):
     """Where rows are encoded to samples: in the process that starts the run (here), or by Ray Data on the cluster. The
     resulting bytes are the same. auto uses the cluster from 256 MiB of files on, measured as stored."""
     max_length: int = Field(512, ge=2)
-    """Tokens per sample. For causal-lm, documents are concatenated with an end token and cut into samples of this
-    length; attention crosses document borders, and an incomplete last sample is dropped. For other tasks a text is a
+    """Tokens per sample. For causal-lm with packing, documents are concatenated with an end token and cut into samples
+    of this length; attention crosses document borders, and an incomplete last sample is dropped. Otherwise a text is a
     sample, and longer texts are truncated."""
 
     @property

@@ -3,47 +3,44 @@
 A template may mark the assistant's text with `{% generation %}`; then its marks are used. Otherwise an answer is the
 text between the rendered prompt for it and its end. That requires the rendering of each prefix of a conversation to be
 a prefix of the full rendering, which is checked, because some templates rewrite earlier turns.
+
+Templates differ in the forms of messages that they take. A form that this one would write as Python's notation, or
+leave out, is converted to one that it takes, or else an error: see `ChatTemplate.adapt`.
 """
 
+import copy
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.data.conversation_forms import ASSISTANT, Turn
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-ASSISTANT = "assistant"
+_PROBE = "outlast-probe"
+_JSON_PROBE = '{"outlast-probe": "x"}'
+#: What a template raises for a value that it does not expect.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+Tools = Sequence[Any] | None
 
 
-def encode_chat(tokenizer: Any, messages: Any) -> tuple[list[int], list[bool]]:
-    """Tokenize a conversation. Returns its tokens, and for each whether it belongs to an answer.
+def encode_chat(
+    tokenizer: Any, messages: Any, tools: Tools = None, *, train_on: str = "all"
+) -> tuple[list[int], list[bool]]:
+    """Tokenize a conversation, as `ChatTemplate.encode`."""
+    return ChatTemplate(tokenizer).encode(messages, tools, train_on=train_on)
 
-    Keys of a message with value None count as absent, because columnar files have every key in every message. Raises
-    ConfigError if the messages are malformed, have no answer, or the template rejects them.
-    """
-    turns = _check_turns(messages)
-    template = chat_template(tokenizer)
+
+def chat_template(tokenizer: Any, tools: Tools = None) -> str:
+    """Return the tokenizer's chat template; it may have another one for tools. Raises ConfigError if it has none."""
     try:
-        if _GENERATION.search(template):
-            encoded = tokenizer.apply_chat_template(
-                turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            tokens, mask = list(encoded["input_ids"]), [bool(item) for item in encoded["assistant_masks"]]
-        else:
-            tokens, mask = _by_prefixes(tokenizer, turns)
-    except TemplateError as error:
-        raise ConfigError(f"the chat template rejects the conversation: {error}", hint="fix that row") from error
-    if not any(mask):
-        raise ConfigError("the chat template renders no token of an answer", hint="fix that row or the template")
-    return tokens, mask
-
-
-def chat_template(tokenizer: Any) -> str:
-    """Return the tokenizer's chat template. Raises ConfigError if it has none."""
-    try:
-        return str(tokenizer.get_chat_template())
+        return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
         raise ConfigError(
             "the tokenizer has no chat template, which conversations need",
@@ -51,39 +48,275 @@ def chat_template(tokenizer: Any) -> str:
         ) from error
 
 
-def _check_turns(messages: Any) -> list[dict[str, Any]]:
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: A tokenizer of transformers that has one.
+        arguments: Arguments of the template, such as {enable_thinking: false}.
+
+    Raises ConfigError if there is none, or it has no such arguments.
+    """
+
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.text = f"{chat_template(tokenizer)}\n{chat_template(tokenizer, [])}"
+        self._tokenizer, self._arguments = tokenizer, arguments
+        for name in arguments:
+            if not re.search(rf"\b{re.escape(name)}\b", self.text):
+                hint = "leave it out, or check its name"
+                raise ConfigError(f"the chat template has no argument {name!r} (data.template_arguments)", hint=hint)
+
+    # -- rendering -----------------------------------------------------------------------------------------------------
+
+    def render(self, turns: Sequence[Turn], tools: Tools = None, *, add_generation_prompt: bool = False) -> str:
+        """Render messages to text. Raises ConfigError if the template rejects them."""
+        return str(self._apply(turns, tools, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+    def prompt(self, turns: Sequence[Turn], tools: Tools) -> Any:
+        """Render and tokenize what the model reads before its next answer, as tensors."""
+        turns = self.adapt(turns, tools)
+        return self._apply(turns, tools, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+
+    def _apply(self, turns: Sequence[Turn], tools: Tools, **options: Any) -> Any:
+        given = list(tools) if tools is not None else None
+        try:
+            return self._tokenizer.apply_chat_template(list(turns), tools=given, **options, **self._arguments)
+        except _TEMPLATE_ERRORS as error:
+            raise ConfigError(f"the chat template rejects the conversation: {error}", hint="fix that row") from error
+
+    # -- forms of messages ---------------------------------------------------------------------------------------------
+
+    def adapt(self, messages: Any, tools: Tools) -> list[Turn]:
+        """Convert messages to the forms that the template takes.
+
+        - Keys with value None are absent, as transformers has it.
+        - Parts of a content are joined, unless the template takes nothing but parts.
+        - The arguments of a tool call are given as JSON text or as an object, whichever the template takes.
+
+        Raises ConfigError if the messages are malformed, or the template writes a content in Python's notation.
+        """
+        turns = _check_turns(messages)
+        for number, turn in enumerate(turns, 1):
+            if isinstance(turn.get("content"), list) and _are_parts(turn["content"]):
+                turn["content"] = _join_parts(turn["content"], number)
+        if self._takes_only_parts:
+            for turn in turns:
+                if isinstance(turn.get("content"), str):
+                    turn["content"] = [{"type": "text", "text": turn["content"]}]
+        turns = self._with_arguments(turns, tools)
+        others = [turn for turn in turns if isinstance(turn.get("content"), (list, dict)) and not _text_of(turn)]
+        if others:
+            rendered = self.render(turns, tools)
+            for turn in others:
+                if turn["content"] and str(turn["content"]) in rendered:
+                    shown = str(turn["content"])[:60]
+                    raise ConfigError(f"the content {shown} is neither a text nor a list of parts", hint="fix that row")
+        return turns
+
+    @cached_property
+    def _takes_only_parts(self) -> bool:
+        """Whether the template shows a content that is a list of parts, and leaves out one that is a text."""
+
+        def is_shown(content: Any) -> bool:
+            try:
+                return _PROBE in self.render([{"role": "user", "content": content}])
+            except ConfigError:
+                return False
+
+        return not is_shown(_PROBE) and is_shown([{"type": "text", "text": _PROBE}])
+
+    def _with_arguments(self, turns: list[Turn], tools: Tools) -> list[Turn]:
+        """Give the arguments of tool calls as JSON text, or as objects, as the template takes them."""
+        arguments = [function["arguments"] for turn in turns for function in _functions(turn)]
+        if any(isinstance(item, str) for item in arguments):
+            probes = _map_arguments(turns, lambda item: _JSON_PROBE if isinstance(item, str) else item)
+            with suppress(ConfigError):
+                if _JSON_PROBE in self.render(probes, tools):
+                    return turns
+            return _map_arguments(turns, _parse_arguments)
+        if any(isinstance(item, dict) and item for item in arguments):
+            with suppress(ConfigError):
+                rendered = self.render(turns, tools)
+                if not any(item and isinstance(item, dict) and str(item) in rendered for item in arguments):
+                    return turns
+            return _map_arguments(turns, lambda item: json.dumps(item, ensure_ascii=False))
+        return turns
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def encode(self, messages: Any, tools: Tools = None, *, train_on: str = "all") -> tuple[list[int], list[bool]]:
+        """Tokenize a conversation. Returns its tokens, and for each whether it belongs to an answer that is learned.
+
+        Args:
+            messages: The conversation. An answer with `weight: 0` or `train: false` is not learned.
+            tools: The tools that the template shows.
+            train_on: `all` answers, or only the `last` message of the assistant.
+
+        Raises ConfigError if the messages are malformed, have no answer to learn, or the template rejects them or
+        shows no part of an answer.
+        """
+        turns = self.adapt(messages, tools)
+        learned = _learned(turns, train_on)
+        full = self.render(turns, tools)
+        if tools and full == self.render(turns):
+            hint = "set data.chat_template to one that shows them, or data.tools: null"
+            raise ConfigError("the chat template does not show the tools (data.tools: null leaves them out)", hint=hint)
+        if _GENERATION.search(chat_template(self._tokenizer, tools)):
+            tokens, mask = self._by_marks(turns, tools, learned)
+            shown = dict.fromkeys(learned, full)
+        else:
+            spans = {number: self._locate(turns, tools, number, full) for number in learned}
+            tokens, mask = self._by_spans(full, list(spans.values()))
+            shown = {number: full[begin:end] for number, (begin, end) in spans.items()}
+        for number, text in shown.items():
+            self._check_shown(turns, tools, number, text)
+        if not any(mask):
+            raise ConfigError("the chat template renders no token of an answer", hint="fix that row or the template")
+        return tokens, mask
+
+    def _by_marks(self, turns: list[Turn], tools: Tools, learned: Sequence[int]) -> tuple[list[int], list[bool]]:
+        """Tokenize with the template's own marks. The marked tokens of a prefix belong to the answers in it."""
+
+        def marked(last: int) -> tuple[list[int], list[bool]]:
+            options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+            encoded = self._apply(turns[:last], tools, **options)
+            return list(encoded["input_ids"]), [bool(item) for item in encoded["assistant_masks"]]
+
+        tokens, mask = marked(len(turns))
+        answers = _answers(turns)
+        if len(learned) == len(answers):
+            return tokens, mask
+        ends = [sum(marked(number)[1]) if number else 0 for number in answers[1:]] + [sum(mask)]
+        begins = [sum(marked(answers[0])[1]) if answers[0] else 0, *ends[:-1]]
+        positions = [position for position, is_marked in enumerate(mask) if is_marked]
+        kept = set[int]()
+        for number, begin, end in zip(answers, begins, ends, strict=True):
+            kept |= set(positions[begin:end]) if number in learned else set()
+        return tokens, [position in kept for position in range(len(tokens))]
+
+    def _locate(self, turns: list[Turn], tools: Tools, number: int, full: str) -> tuple[int, int]:
+        """Return where an answer begins and ends in the full rendering."""
+        if number == 0:
+            raise ConfigError(f"the first message has the role {ASSISTANT!r} and answers nothing", hint="fix that row")
+        begin = self.render(turns[:number], tools, add_generation_prompt=True)
+        end = self.render(turns[: number + 1], tools)
+        if not (end.startswith(begin) and full.startswith(end)):
+            raise ConfigError(
+                f"the chat template renders the conversation up to message {number + 1} differently from the full "
+                "conversation, so the answer cannot be located",
+                hint="put {% generation %} … {% endgeneration %} around the answers in the template, or set "
+                "data.train_on: last",
+            )
+        return len(begin), len(end)
+
+    def _by_spans(self, full: str, answers: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Tokenize the rendering. A token belongs to an answer if it contains a character of it."""
+        encoded = self._tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        mask = [
+            any(start < last and stop > first for first, last in answers) for start, stop in encoded["offset_mapping"]
+        ]
+        return list(encoded["input_ids"]), mask
+
+    def _check_shown(self, turns: list[Turn], tools: Tools, number: int, shown: str) -> None:
+        """Raise ConfigError if an answer, or its tool calls, are left out of the rendering."""
+        turn = turns[number]
+        text = _text_of(turn).strip()
+        if text and text not in shown:
+            probes = [dict(item) for item in turns]
+            probes[number]["content"] = f"{_text_of(turn)} {_PROBE}"
+            if self._takes_only_parts:
+                probes[number]["content"] = [{"type": "text", "text": probes[number]["content"]}]
+            if _PROBE not in self.render(probes, tools):
+                raise ConfigError(f"the chat template does not show the answer in message {number + 1}", hint="fix it")
+        for call in turn.get("tool_calls") or []:
+            name = (call.get("function") or call).get("name") if isinstance(call, Mapping) else None
+            if not isinstance(name, str) or name not in shown:
+                raise ConfigError(
+                    f"the chat template does not show the tool calls of message {number + 1}",
+                    hint="set data.chat_template to one that shows them",
+                )
+
+
+def _check_turns(messages: Any) -> list[Turn]:
+    """Return copies of the messages without keys of value None. Raises ConfigError if they are malformed."""
     if not isinstance(messages, Sequence) or not all(isinstance(item, Mapping) for item in messages):
         raise ConfigError("messages are not a list of {role, content}", hint="fix that row")
     turns = [{key: value for key, value in item.items() if value is not None} for item in messages]
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn.get("role"), str) or not ("content" in turn or "tool_calls" in turn):
             raise ConfigError(f"message {number} has no role or no content", hint="fix that row")
-    if not any(turn["role"] == ASSISTANT for turn in turns):
-        raise ConfigError(f"no message has the role {ASSISTANT!r}, so there is nothing to learn", hint="fix that row")
     return turns
 
 
-def _by_prefixes(tokenizer: Any, turns: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
-    """Find answers by rendering prefixes. A token belongs to an answer if it contains a character of it."""
-    if turns[0]["role"] == ASSISTANT:
-        raise ConfigError(f"the first message has the role {ASSISTANT!r} and answers nothing", hint="fix that row")
-    full = _render(tokenizer, turns)
-    answers = []
-    for number, turn in enumerate(turns):
-        if turn["role"] == ASSISTANT:
-            begin = _render(tokenizer, turns[:number], add_generation_prompt=True)
-            end = _render(tokenizer, turns[: number + 1])
-            if not (end.startswith(begin) and full.startswith(end)):
-                raise ConfigError(
-                    f"the chat template renders the conversation up to message {number + 1} differently from the full "
-                    "conversation, so the answer cannot be located",
-                    hint="put {% generation %} … {% endgeneration %} around the answers in the template",
-                )
-            answers.append((len(begin), len(end)))
-    encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    mask = [any(start < last and stop > first for first, last in answers) for start, stop in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), mask
+def _answers(turns: Sequence[Turn]) -> list[int]:
+    return [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
 
 
-def _render(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt))
+def _learned(turns: Sequence[Turn], train_on: str) -> list[int]:
+    """Return the indices of the messages whose text is learned. Raises ConfigError if there are none."""
+    answers = _answers(turns)
+    if not answers:
+        raise ConfigError(f"no message has the role {ASSISTANT!r}, so there is nothing to learn", hint="fix that row")
+    learned = [number for number in answers if _is_learned(turns[number], number + 1)]
+    if train_on == "last":
+        learned = [number for number in learned if number == answers[-1]]
+    if not learned:
+        which = "the last answer has" if train_on == "last" else "all answers have"
+        raise ConfigError(f"{which} weight 0 or train: false, so there is nothing to learn", hint="fix that row")
+    return learned
+
+
+def _is_learned(turn: Turn, number: int) -> bool:
+    for key in ("weight", "train"):
+        if turn.get(key, 1) not in (0, 1):
+            raise ConfigError(
+                f"message {number} has {key} {turn[key]!r}, which is neither 0 nor 1", hint="fix that row"
+            )
+    return bool(turn.get("weight", 1)) and bool(turn.get("train", 1))
+
+
+def _are_parts(content: list[Any]) -> bool:
+    return all(isinstance(part, Mapping) and "type" in part for part in content)
+
+
+def _join_parts(parts: Sequence[Mapping[str, Any]], number: int) -> str:
+    for part in parts:
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise ConfigError(f"message {number} has a part of type {part['type']!r}, not a text", hint="fix that row")
+    return "".join(part["text"] for part in parts)
+
+
+def _text_of(turn: Turn) -> str:
+    """Return the text of a content that is a text or one part; empty for another."""
+    content = turn.get("content")
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping):
+        content = content[0].get("text")
+    return content if isinstance(content, str) else ""
+
+
+def _functions(turn: Turn) -> Iterator[dict[str, Any]]:
+    """Iterate over the functions that a message calls with arguments."""
+    calls = turn.get("tool_calls")
+    for call in calls if isinstance(calls, list) else []:
+        function = (call.get("function") or call) if isinstance(call, dict) else None
+        if isinstance(function, dict) and "arguments" in function:
+            yield function
+
+
+def _map_arguments(turns: Sequence[Turn], convert: Callable[[Any], Any]) -> list[Turn]:
+    """Return the messages with converted arguments of tool calls."""
+    copies = copy.deepcopy(list(turns))
+    for turn in copies:
+        for function in _functions(turn):
+            function["arguments"] = convert(function["arguments"])
+    return copies
+
+
+def _parse_arguments(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given) if given.strip() else {}
+    except (ValueError, RecursionError) as error:
+        message = f"the arguments of a tool call cannot be read as JSON, which the chat template needs: {error}"
+        raise ConfigError(message, hint="fix that row") from error

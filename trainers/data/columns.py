@@ -1,13 +1,13 @@
 """Columns of a data file that a task reads: their types, their names, and the guess when none was named."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.csv_reader import csv_note
-from outlast.trainers.data.readers import first_row
+from outlast.trainers.data.readers import Row, first_row
 from outlast.trainers.data.sources import find_data_files, missing_column_error
 
 
@@ -20,6 +20,8 @@ class ColumnType(Enum):
     VALUE = "a class, a list of classes or a number"
     LABELS = "a list of texts or whole numbers"
     MESSAGES = "a list of {role, content}"
+    TURNS = "a text or a list of {role, content}"
+    TOOLS = "a list of tools, or its JSON text"
     ANSWERS = "an answer, a list of answers, or {text: […], answer_start: […]}"
     ANY = "anything"
 
@@ -37,12 +39,27 @@ class ColumnType(Enum):
             case ColumnType.LABELS:
                 return _is_list_of(value, (str, int))
             case ColumnType.MESSAGES:
-                return _is_list_of(value, (dict,)) and bool(value)
+                is_json = isinstance(value, str) and value.lstrip().startswith("[{")
+                return (_is_list_of(value, (dict,)) and bool(value)) or is_json
+            case ColumnType.TURNS:
+                return isinstance(value, str) or (_is_list_of(value, (dict,)) and bool(value))
+            case ColumnType.TOOLS:
+                return isinstance(value, str) or _is_list_of(value, (dict, str))
             case ColumnType.ANSWERS:
                 texts = value.get("text") if isinstance(value, dict) else value
                 return isinstance(texts, str) or _is_list_of(texts, (str,))
             case ColumnType.ANY:
                 return True
+
+
+_NESTED = (ColumnType.MESSAGES, ColumnType.TURNS, ColumnType.TOOLS)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return nested lists and dicts without the keys whose value is None, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_list_of(value: Any, types: tuple[type, ...]) -> bool:
@@ -58,12 +75,22 @@ class Column:
         kind: Type of its values.
         is_target: Whether the model learns to predict it; prediction does not need it.
         is_optional: Whether the task works without it, when it is neither named nor in the data.
+        is_sparse: Whether a row, or all, may lack it: then its value is None.
     """
 
     role: str
     kind: ColumnType
     is_target: bool = False
     is_optional: bool = False
+    is_sparse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RowForm:
+    """Another form of rows that a task reads; the names of its columns show it."""
+
+    name: str
+    columns: tuple[Column, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +101,26 @@ class ColumnMapping:
     names: tuple[str, ...]  #: their names in the file, in the same order
     notes: tuple[str, ...]  #: guesses to report to the user
 
-    def record(self, values: Sequence[Any]) -> dict[str, Any]:
-        """Map the values of a row to roles."""
-        return {column.role: value for column, value in zip(self.columns, values, strict=True)}
+    @property
+    def sparse_names(self) -> frozenset[str]:
+        """Names of the columns that a row may lack."""
+        return frozenset(name for column, name in zip(self.columns, self.names, strict=True) if column.is_sparse)
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """Map the values of a row to roles.
+
+        In messages and tools of a columnar file a key without a value is absent: every item of a column has all keys.
+        """
+        return {
+            column.role: without_nulls(value) if row.is_columnar and column.kind in _NESTED else value
+            for column, value in zip(self.columns, row.values, strict=True)
+        }
 
     def fault(self, values: Sequence[Any]) -> str | None:
         """Return the first value of the wrong type as an error text; None if all types are right."""
         for column, name, value in zip(self.columns, self.names, values, strict=True):
+            if value is None and column.is_sparse:
+                continue
             if value is None and column.kind is not ColumnType.ANY:
                 return f"column {name!r} holds no value"
             if not column.kind.fits(value):
@@ -94,24 +134,38 @@ def name_of(settings: DataSettings, role: str) -> str:
     return str(settings.columns.get(role) or getattr(settings, role, role))
 
 
-def choose_columns(columns: Sequence[Column], settings: DataSettings) -> ColumnMapping:
+def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Sequence[RowForm] = ()) -> ColumnMapping:
     """Find a task's columns in the training data.
 
     A column that is neither named in the settings nor in the data under its role's name is guessed, if exactly one
-    column of the data has the right type.
+    column of the data has the right type. If no column of the task is in the data, and all those of another form of
+    rows are, or one of them is named in the settings, that form is chosen.
 
     Raises:
         ConfigError: Columns are missing and cannot be guessed; the message names all of them.
     """
     available = first_row(settings.train, settings.csv)
-    needed = tuple(column for column in columns if not column.is_optional)
+    form = _find_form(columns, settings, forms, available)
+    columns = [
+        column
+        for column in (form.columns if form else columns)
+        if not (column.is_sparse and getattr(settings, column.role, column.role) is None)
+    ]
+    needed = tuple(column for column in columns if not (column.is_optional or column.is_sparse))
     only_lines = len(needed) == 1 and {item.kind for item in find_data_files(settings.train)} == {".txt"}
     if only_lines or not available:  # without any column, reading the rows reports the error
         return ColumnMapping(needed, tuple(name_of(settings, column.role) for column in needed), ())
-    found = {column: name for column in columns if (name := name_of(settings, column.role)) in available}
+    names = {column: name_of(settings, column.role) for column in columns}
+    found = {
+        column: name
+        for column, name in names.items()
+        if name in available or (column.is_sparse and not _is_named(settings, column))
+    }
     notes, missing = [], dict[Column, str]()
+    if form:
+        notes.append(f"rows are read in the form of {form.name}: columns {', '.join(names[item] for item in needed)}")
     for column in columns:
-        is_named = column.role in settings.model_fields_set | settings.columns.keys()
+        is_named = _is_named(settings, column)
         if column in found or (column.is_optional and not is_named):
             continue
         taken = {*found.values(), *missing.values()}
@@ -122,14 +176,33 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings) -> ColumnM
         found[column] = free[0]
         notes.append(f"no column {name_of(settings, column.role)!r}; using {free[0]!r} as data.{column.role}")
     if missing:
-        names = [name_of(settings, column.role) for column in missing]
+        absent = [names[column] for column in missing]
         keys = " and ".join(f"data.{column.role}" for column in missing)
         example = " ".join(f"-s data.{column.role}={likely}" for column, likely in missing.items())
-        raise missing_column_error(str(settings.train), names, available, f"set {keys}, for example {example}")
+        raise missing_column_error(str(settings.train), absent, available, f"set {keys}, for example {example}")
     csv_files = [item for item in find_data_files(settings.train, settings.csv) if item.kind in (".csv", ".tsv")]
     notes += [note for item in csv_files[:1] if (note := csv_note(item))]
     used = tuple(column for column in columns if column in found)
     return ColumnMapping(used, tuple(found[column] for column in used), tuple(notes))
+
+
+def _is_named(settings: DataSettings, column: Column) -> bool:
+    return column.role in settings.model_fields_set | settings.columns.keys()
+
+
+def _find_form(
+    columns: Sequence[Column], settings: DataSettings, forms: Sequence[RowForm], available: Mapping[str, Any]
+) -> RowForm | None:
+    """Return the form of the rows; None for the task's own columns."""
+    own = [column for column in columns if not (column.is_optional or column.is_sparse)]
+    if any(_is_named(settings, column) or name_of(settings, column.role) in available for column in own):
+        return None
+    for form in forms:
+        needed = [column for column in form.columns if not column.is_sparse]
+        are_there = all(name_of(settings, column.role) in available for column in needed)
+        if are_there or any(_is_named(settings, column) for column in needed):
+            return form
+    return None
 
 
 def texts_in(value: Any) -> Iterator[str]:

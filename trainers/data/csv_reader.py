@@ -147,7 +147,7 @@ def _explain(error: csv.Error, line: int) -> str:
     if "unexpected end of data" in reason:
         what = f"a quotation mark in line {line} opens a text that does not end"
         return f"{what}; if texts are not quoted, set data.csv.quote: none"
-    return f"cannot be read as .csv: {reason}"
+    return f"cannot be split into fields: {reason}"
 
 
 def _check_unquoted(source: DataFile, file: CsvFile, begin: int) -> None:

@@ -5,7 +5,7 @@ or that has a requested column in none of its rows, is an error.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isnan
@@ -32,6 +32,7 @@ _BUFFER_BYTES = 2**20
 _ITEM_CHARS = 64 * 2**20  # a longer JSON value is an error
 _NUM_NAMED = 3
 _LOOKAHEAD_ROWS = 10_000
+_COLUMNAR = (".parquet", ".arrow", ".feather")
 
 #: The values of a row, or the error text; and the line on which it ends, for files with lines.
 _RawRow = tuple[tuple[Any, ...] | str, int | None]
@@ -44,6 +45,7 @@ class Row:
     values: tuple[Any, ...]  #: of the columns: text, numbers, lists, dicts or None; empty when the row cannot be read
     where: str  #: file and row, such as `train.jsonl, row 3`, and the line if its number differs
     fault: str | None = None  #: why the row cannot be read
+    is_columnar: bool = False  #: from a file of columns, in which each item of a list has the keys of all
 
 
 @dataclass(slots=True)
@@ -106,26 +108,50 @@ def usable_rows(
     bad.end()
 
 
-def read_rows(source: str | Sequence[str], columns: Sequence[str], csv: CsvSettings = DEFAULT_CSV) -> Iterator[Row]:
+def read_rows(
+    source: str | Sequence[str],
+    columns: Sequence[str],
+    csv: CsvSettings = DEFAULT_CSV,
+    sparse: Collection[str] = (),
+) -> Iterator[Row]:
     """Read these columns of the rows of a source, in order, in constant memory; see `find_data_files`.
 
-    A row that cannot be read becomes a row with a fault.
+    A row that cannot be read becomes a row with a fault. A row may lack the columns named in `sparse`: their value is
+    None then.
 
     Raises:
         ConfigError: A file is missing or not of the type its name states, or a column is in none of its rows.
         StorageError: Reading failed.
     """
-    yield from read_files(find_data_files(source, csv), columns)
+    yield from read_files(find_data_files(source, csv), columns, sparse)
 
 
-def read_files(sources: Iterable[DataFile], columns: Sequence[str]) -> Iterator[Row]:
+def read_files(sources: Iterable[DataFile], columns: Sequence[str], sparse: Collection[str] = ()) -> Iterator[Row]:
     """Read the rows of these files, as `read_rows`."""
     for item in sources:
-        _, read = _FORMATS[item.kind]
+        is_columnar = item.kind in _COLUMNAR
         with item.reading():
-            for number, (values, line) in enumerate(read(item, columns), 1):
+            for number, (values, line) in enumerate(_read(item, columns, sparse), 1):
                 where = f"{item.name}, row {number}" + (f" (line {line})" if line not in (None, number) else "")
-                yield Row((), where, values) if isinstance(values, str) else Row(tuple(map(_value, values)), where)
+                if isinstance(values, str):
+                    yield Row((), where, values)
+                else:
+                    yield Row(tuple(map(_value, values)), where, is_columnar=is_columnar)
+
+
+def _read(item: DataFile, columns: Sequence[str], sparse: Collection[str]) -> Iterator[_RawRow]:
+    """Read the rows of one file."""
+    read_names, read = _FORMATS[item.kind]
+    if not sparse:
+        yield from read(item, columns)
+    elif read is _read_objects:
+        yield from _read_objects(item, columns, sparse)
+    else:
+        names = read_names(item)
+        present = [name for name in columns if name in names or name not in sparse]
+        for values, line in read(item, present):
+            known = {} if isinstance(values, str) else dict(zip(present, values, strict=True))
+            yield values if isinstance(values, str) else tuple(known.get(name) for name in columns), line
 
 
 def _value(value: Any) -> Any:
@@ -169,13 +195,18 @@ class _RowError(str):
 def _parse(text: str) -> Any:
     """Parse a line of JSON. Returns its value, or a `_RowError`."""
     try:
-        item = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(item, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return _RowError("has an unpaired surrogate, which is not a character")
+        return _with_characters(json.loads(text), text)
     except (ValueError, RecursionError) as error:
         return _RowError(f"cannot be read as .jsonl: {error}")
+
+
+def _with_characters(item: Any, text: str) -> Any:
+    """Return a value parsed from JSON text; a `_RowError` if no encoding has all its characters."""
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(item, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return _RowError("has an unpaired surrogate, which is not a character")
     return item
 
 
@@ -239,7 +270,7 @@ def _json_items(source: DataFile) -> Iterator[Any]:
                     break
                 if end == len(text) and more:
                     break  # a number may continue in the next chunk
-                yield item
+                yield _with_characters(item, text[at:end])
                 at = end
             if not more:
                 if in_list:
@@ -254,9 +285,9 @@ def _skip_separators(text: str, at: int) -> int:
     return at
 
 
-def _read_objects(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_objects(source: DataFile, columns: Sequence[str], sparse: Collection[str] = ()) -> Iterator[_RawRow]:
     """Read JSON objects. A first pass ends once each column was seen: after one object of a good file."""
-    missing, seen = set(columns), dict[str, None]()
+    missing, seen = set(columns) - set(sparse), dict[str, None]()
     for item, _ in _objects(source):
         if isinstance(item, dict):
             missing -= item.keys()
@@ -268,10 +299,10 @@ def _read_objects(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]
     for item, line in _objects(source):
         if not isinstance(item, dict):
             yield item if isinstance(item, _RowError) else "is not a JSON object", line
-        elif absent := [name for name in columns if name not in item]:
+        elif absent := [name for name in columns if name not in item and name not in sparse]:
             yield f"has no column {absent[0]!r}", line
         else:
-            yield tuple(item[name] for name in columns), line
+            yield tuple(item.get(name) for name in columns), line
 
 
 def _read_parquet(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
@@ -302,8 +333,10 @@ def _read_arrow(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
 
 
 def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_RawRow]:
-    values = zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
-    return ((row, None) for row in values)
+    used = [batch.column(name) for name in columns]
+    for column in used:
+        column.validate(full=True)  # reading a damaged one would end the process
+    return ((row, None) for row in zip(*(column.to_pylist() for column in used), strict=True))
 
 
 def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -71,7 +71,7 @@ class DataFile:
             yield
         except ConfigError:
             raise
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             reason = first_line(error)
             is_storage = isinstance(error, OSError) and (error.errno or not isinstance(self.storage, LocalStorage))
             if is_storage and not isinstance(error, FileNotFoundError):
@@ -189,12 +189,11 @@ def _directory(storage: Storage, path: str, list_dir: ListDir) -> list[DataFile]
     entries = {entry.name: entry.num_bytes for entry in list_dir(path) if entry.num_bytes is not None}
     shown = _display_name(storage, path)
     if _DATASETS in entries:
-        splits = json.loads(read_bytes(storage, _join(path, _DATASETS)))["splits"]
+        splits = _named_in(storage, _join(path, _DATASETS), lambda body: body["splits"])
         hint = f"name one of them, for example {shown}/{splits[0] if splits else 'train'}"
         raise ConfigError(f"data directory {shown} has several data sets: {', '.join(splits)}", hint=hint)
     if _STATE in entries and _DATASET in entries:
-        parts = json.loads(read_bytes(storage, _join(path, _STATE)))["_data_files"]
-        order = [str(part["filename"]) for part in parts]
+        order = _named_in(storage, _join(path, _STATE), lambda body: [part["filename"] for part in body["_data_files"]])
         if missing := [name for name in order if name not in entries]:
             raise ConfigError(f"data set {shown} lacks its file {missing[0]}", hint="copy the whole data set again")
     else:
@@ -228,3 +227,18 @@ def missing_column_error(where: str, missing: Sequence[str], available: Iterable
     """Make the error for missing columns; it lists the available ones."""
     names = f"column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
     return ConfigError(f"{where} has no {names}; it has {', '.join(available)}", hint=hint)
+
+
+def _named_in(storage: Storage, path: str, select: Callable[[Any], list[str]]) -> list[str]:
+    """Return the names that a file of the datasets library lists. Raises ConfigError if it lists none."""
+    try:
+        names = select(json.loads(read_bytes(storage, path)))
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
+        reason = "it has no list of names"
+    except (ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    raise ConfigError(
+        f"{_display_name(storage, path)} is not what the datasets library writes: {reason}",
+        hint="save the data set again",
+    )

@@ -56,7 +56,9 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise ConfigError(
             f"the tokenizer of {path!r} cannot be loaded: {first_line(error)}", hint="install that package"
         ) from error
-    except (OSError, ValueError) as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the Rust library
+            raise
         hint = "name a directory that has tokenizer.json, or a hub id that can be reached: model.path, model.tokenizer"
         reason = first_line(error)
         if Path(path).is_dir() and not any(Path(path).glob("*token*")):

@@ -60,6 +60,8 @@ def build_model(
         model, new = _build(settings, own or model_class(task, config), config, seed, fresh)
     if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_decoder_config(model)
+    if getattr(model, "generation_config", None) is not None:
+        task.configure_generation(model.generation_config)
     files = {**_config_files(model), **tokenizer_files(tokenizer)}
     _use_full_attention(model, task.settings.max_length)
     if settings.lora is not None:

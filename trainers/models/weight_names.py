@@ -67,9 +67,9 @@ def _is_converted(model: Any, weights: dict[str, torch.Tensor]) -> bool:
 
 
 def _naming(model: Any, names: frozenset[str], is_all: bool, cuts: Mapping[str, Mapping[str, Cut]]) -> WeightNaming:
-    file_names = [item for name in names for item in cuts.get(name, (name,))]
+    file_names = [item for name in sorted(names) for item in cuts.get(name, (name,))]
     if len(set(file_names)) != len(file_names):
-        raise _refusal(model, next(item for item in file_names if file_names.count(item) > 1))
+        raise _refusal(model, min(item for item in file_names if file_names.count(item) > 1))
     changed = {name: parts for name, parts in cuts.items() if name in names and parts != {name: ()}}
     if is_all:
         return WeightNaming(cuts=changed) if changed else ALL

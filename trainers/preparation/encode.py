@@ -47,7 +47,7 @@ class Split:
 
     def _rows(self, sources: Sequence[DataFile], first: int) -> Iterator[Row]:
         threshold = int((self.config.data.eval_share or 0.0) * 2**64)
-        for number, row in enumerate(read_files(sources, self.chosen.names), first):
+        for number, row in enumerate(read_files(sources, self.chosen.names, self.chosen.sparse_names), first):
             if not self.is_share or (derive_seed(self.config.seed, number) < threshold) is (self.name == "eval"):
                 yield row
 
@@ -86,7 +86,7 @@ def encode_rows(task: Task, chosen: ColumnMapping, rows: Sequence[Row | OutlastE
         if isinstance(row, OutlastError):
             return [*encode_rows(task, chosen, rows[:index]), row]
         fault = row.fault or chosen.fault(row.values)
-        record = {} if fault else chosen.record(row.values)
+        record = {} if fault else chosen.record(row)
         if fault := fault or _fault(task, record):
             faults[index] = f"{row.where}: {fault}"
         else:

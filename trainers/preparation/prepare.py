@@ -24,7 +24,8 @@ from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
-from outlast.trainers.config.data import CsvSettings, DataSettings, PrepareMode
+from outlast.trainers.config.base import Settings
+from outlast.trainers.config.data import DataSettings, PrepareMode
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
@@ -40,6 +41,8 @@ LARGE_BYTES = 256 * 2**20
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_TOKENIZER = ("config.json", "generation_config.json", "trainer_state.json", "manifest.json")
 _DATA_MANIFEST = "data.json"
+#: Options that release 0.1.0 had. Later ones count only if they are set, so that its data stays valid.
+_FIRST_OPTIONS = ("options", "chat_template", "problem", "stride", "max_target_length", "mask_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +99,22 @@ class Prepared:
         return Samples(local_copy(storage, self.directory, self.fingerprint, entry))
 
 
-def prepare(config: TrainingConfig, storage: Storage, cluster: EncoderContext | None = None) -> Prepared:
+def prepare(
+    config: TrainingConfig, storage: Storage, cluster: EncoderContext | None = None, *, like: str | None = None
+) -> Prepared:
     """Return the prepared data of a run: the existing one after verification, or else prepare it.
 
     Args:
         config: The run's settings.
         storage: Storage of the prepared data.
         cluster: Remote encoder for `data.prepare: cluster` (or auto); without it, rows are encoded in this process.
+        like: The fingerprint that a run was started with: see `data_fingerprint`.
 
     Raises:
         ConfigError: A file or column is missing, too many rows are unusable, or there is less text than one sample.
         StorageError: Reading or writing failed.
     """
-    fingerprint = data_fingerprint(config)
+    fingerprint = data_fingerprint(config, like)
     directory = f".data/{fingerprint}"
     prepared = _find(config, storage, directory)
     if prepared is None:
@@ -170,34 +176,58 @@ def _from_json(body: dict[str, Any]) -> Prepared:
     return Prepared(**{**body, "notes": tuple(body["notes"])}, files=files)
 
 
-def data_fingerprint(config: TrainingConfig) -> str:
-    """Return the fingerprint of a run's data; it reads every byte of the sources. Raises as `prepare`."""
-    digest = xxhash.xxh3_128()
+def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
+    """Return the fingerprint of a run's data; it reads every byte of the sources. Raises as `prepare`.
+
+    Args:
+        config: The run's settings.
+        like: The fingerprint that a run was started with. It is returned if it only differs by the version of the task,
+            so that the run goes on with the samples of an earlier release; `check_samples` compares them.
+    """
+    sources = xxhash.xxh3_128()
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
-        digest.update(digest_sources(source).encode())
+        sources.update(digest_sources(source).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
         for file in sorted(Path(path).iterdir()):
             if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
                 with file.open("rb") as opened:
-                    digest.update(f"{file.name}{file_digest(opened, xxhash.xxh3_128).hexdigest()}".encode())
+                    sources.update(f"{file.name}{file_digest(opened, xxhash.xxh3_128).hexdigest()}".encode())
         tokenizer = {"files": "digested"}
+    fingerprints = []
+    newest = find_task(config.model.task).data_version(config.data, partial(_named_tokenizer, config))
+    for version in range(newest, 0, -1):
+        digest = sources.copy()
+        settings = _data_settings(config, tokenizer, version)
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        fingerprints.append(str(digest.hexdigest()))
+    return like if like in fingerprints else fingerprints[0]
+
+
+def _data_settings(config: TrainingConfig, tokenizer: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return all settings that determine the samples; those that release 0.1.0 did not have, if they are set."""
     task = find_task(config.model.task)
-    settings = {
+    own = [column.role for column in task.columns if not column.is_sparse]
+    names = {column.role: name_of(config.data, column.role) for column in task.all_columns()}
+    options = {name: getattr(config.data, name) for name in ("options", "csv", *task.options)}
+    plain = {
+        name: value.model_dump(mode="json") if isinstance(value, Settings) else value for name, value in options.items()
+    }
+    defaults = {name: DataSettings.model_fields[name].get_default(call_default_factory=True) for name in options}
+    return {
         "format": FORMAT,
         "tokenizer": tokenizer,
-        "task": [config.model.task, task.version],
-        "columns": {column.role: name_of(config.data, column.role) for column in task.columns},
+        "task": [config.model.task, version],
+        "columns": {role: name for role, name in names.items() if role in own or name != role},
         # 0: earlier releases included the limit, although it does not change the samples
-        "options": {"max_bad_rows": 0, **{name: getattr(config.data, name) for name in ("options", *task.options)}},
+        "options": {
+            "max_bad_rows": 0,
+            **{name: plain[name] for name in options if name in _FIRST_OPTIONS or options[name] != defaults[name]},
+        },
         "max_length": config.data.max_length,
         "eval": config.data.eval_share,
         "seed": config.seed if config.data.eval_share else 0,
     }
-    if config.data.csv != CsvSettings():  # which earlier releases did not have
-        settings["csv"] = config.data.csv.model_dump(mode="json")
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    return str(digest.hexdigest())
 
 
 def _make(
@@ -212,7 +242,7 @@ def _make(
 ) -> Prepared:
     """Prepare the splits `names`, by default all; with a limit, of that many rows each."""
     task_class, settings = find_task(config.model.task), config.data
-    chosen = choose_columns(task_class.columns, settings)
+    chosen = choose_columns(task_class.columns, settings, task_class.forms)
     survey_limit = limit if limit and stored_bytes(settings) >= LARGE_BYTES else None
     facts = task_class.survey(settings, _records(config, chosen, survey_limit))
     tokenizer = _tokenizer(config, task_class, chosen, limit)
@@ -248,7 +278,7 @@ def _make(
         num_cut={name: item.cut for name, item in counts.items()},
         num_empty={name: item.empty for name, item in counts.items()},
     )
-    if limit is None and data_fingerprint(config) != fingerprint:
+    if limit is None and data_fingerprint(config, fingerprint) != fingerprint:
         hint = "run the same command again when no process writes to them"
         raise ConfigError("the data files changed while they were read", hint=hint)
     body = asdict(prepared)
@@ -269,7 +299,7 @@ def _records(config: TrainingConfig, chosen: ColumnMapping, limit: int | None) -
     """Read the training rows whose columns have the right types. Raises ConfigError for too many other rows."""
     split = Split(config, "train", chosen, limit)
     for row in usable_rows(split.rows(split.sources()), BadRowCounter(config.data.max_bad_rows), chosen.fault):
-        yield chosen.record(row.values)
+        yield chosen.record(row)
 
 
 def _samples(pieces: Iterator[Piece], bad: BadRowCounter, counts: RowCounts) -> Iterator[Sample]:
@@ -315,8 +345,17 @@ def _no_sample_error(task: Task, split: Split, num_rows: int, num_tokens: int) -
 
 
 def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping, limit: int | None) -> Tokenizer:
+    if (named := _named_tokenizer(config)) is not None:
+        return named
+    texts = (text for record in _records(config, chosen, limit) for text in texts_in(list(record.values())))
+    num_entries = config.model.tokenizer.train_bpe if config.model.tokenizer else None
+    assert num_entries is not None
+    return train_bpe(texts, num_entries, task.special_tokens, task.template)
+
+
+def _named_tokenizer(config: TrainingConfig) -> Tokenizer | None:
+    """Load the tokenizer that the settings name; None if it is trained on the data."""
     settings = config.model.tokenizer
     if settings is not None and settings.train_bpe is not None:
-        texts = (text for record in _records(config, chosen, limit) for text in texts_in(list(record.values())))
-        return train_bpe(texts, settings.train_bpe, task.special_tokens, task.template)
+        return None
     return load_tokenizer(settings.path if settings and settings.path else str(config.model.path))

@@ -4,7 +4,7 @@ A task never uses the model's own `outputs.loss`: most heads average over the mi
 not the average over the global batch when counts differ.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.task_table import TASKS
 from outlast.trainers.data.arrow_samples import Sample, in_batches
-from outlast.trainers.data.columns import Column
+from outlast.trainers.data.columns import Column, RowForm
 from outlast.trainers.data.tokenizer import Tokenizer
 from outlast.trainers.tasks.model_inputs import run_model
 from outlast.trainers.user_code import import_object
@@ -50,23 +50,30 @@ class Task:
     exact_classes: ClassVar[Mapping[str, str]] = {}
     #: Columns read from each row.
     columns: ClassVar[tuple[Column, ...]]
+    #: Other forms of rows that the task reads.
+    forms: ClassVar[tuple[RowForm, ...]] = ()
     #: Settings under `data:`, besides columns and `max_length`, that affect samples or batches.
     options: ClassVar[tuple[str, ...]] = ()
     #: Names in a batch that are not passed to the model.
     targets: ClassVar[tuple[str, ...]] = ("labels",)
     #: Whether the samples of all rows are joined and cut into pieces of `max_length`; they then have `input_ids` only.
-    packs: ClassVar[bool] = False
+    packs: bool = False
     #: Whether `encode` splits a long row into several samples, or leaves one out, instead of truncating it.
     splits: ClassVar[bool] = False
     #: Special tokens for a tokenizer trained on the data, by their names in transformers.
     special_tokens: ClassVar[Mapping[str, str]] = {}
     #: Templates of `tokenizers` for one text and for a pair, for such a tokenizer; None adds no special tokens.
     template: ClassVar[tuple[str, str] | None] = None
-    #: Increase it when `encode` changes: prepared data of another version is not reused.
+    #: Increase it when `encode` changes: only a run that was started with another version reuses its prepared data.
     version: ClassVar[int] = 1
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
         self.settings, self.tokenizer, self.facts = settings, tokenizer, facts
+
+    @classmethod
+    def all_columns(cls) -> list[Column]:
+        """Return the columns of all forms of rows."""
+        return [*cls.columns, *(column for form in cls.forms for column in form.columns)]
 
     # -- rows and samples ----------------------------------------------------------------------------------------------
 
@@ -74,6 +81,14 @@ class Task:
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
         """Collect facts about all training rows that encoding needs, such as the classes. Returns plain JSON."""
         return {}
+
+    @classmethod
+    def data_version(cls, settings: DataSettings, load_tokenizer: Callable[[], Tokenizer | None]) -> int:
+        """Return `version`, or another one if only these settings and this tokenizer get other samples than before.
+
+        `load_tokenizer` returns None for a tokenizer that is trained on the data.
+        """
+        return cls.version
 
     def fault(self, record: Record) -> str | None:
         """Return why a row is unusable although each of its columns has the right type; None if it is usable."""
@@ -113,6 +128,9 @@ class Task:
     def unsupported_reason(cls, config: Any) -> str | None:
         """Return why models of this transformers configuration cannot learn the task; None if they can."""
         return None
+
+    def configure_generation(self, config: Any) -> None:
+        """Set what the model needs in its generation configuration; nothing by default."""
 
     def configure(self, config: Any) -> None:
         """Set what the head needs in the model's configuration, such as the number of classes."""
@@ -198,6 +216,15 @@ def find_task(name: str) -> type[Task]:
     if missing := [attribute for attribute, is_defined in defined.items() if not is_defined]:
         raise ConfigError(f"model.task {name} does not define {', '.join(missing)}", hint="see outlast.trainers.Task")
     return task
+
+
+def require_fast(tokenizer: Tokenizer, what: str) -> None:
+    """Raise ConfigError unless the tokenizer knows which characters a token stands for."""
+    if not tokenizer.inner.is_fast:
+        raise ConfigError(
+            f"{what} needs a tokenizer of the library `tokenizers`, and {type(tokenizer.inner).__name__} is none",
+            hint="name one that has a tokenizer.json: model.tokenizer.path",
+        )
 
 
 def pad(vectors: Sequence[npt.NDArray[Any]], value: float) -> torch.Tensor:

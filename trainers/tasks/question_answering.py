@@ -12,7 +12,7 @@ from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.data.tokenizer import Tokenizer
-from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, Batch, Record, Sums, Task, ints
+from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, Batch, Record, Sums, Task, ints, require_fast
 
 MAX_ANSWER_TOKENS = 30
 NUM_STARTS = 20
@@ -39,6 +39,7 @@ class QuestionAnswering(Task):
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
         super().__init__(settings, tokenizer, facts)
+        require_fast(tokenizer, "question-answering")
         if not tokenizer.inner.num_special_tokens_to_add(pair=True):
             raise ConfigError(
                 "the tokenizer adds no special token before a question, which question-answering needs",
@@ -50,7 +51,28 @@ class QuestionAnswering(Task):
             span = _span(record)
         except ValueError as error:
             return str(error)
-        return "its answer is empty" if span and span[0] == span[1] else None
+        return "its answer is empty" if span and span[0] == span[1] else self._question_fault(record)
+
+    @property
+    def _stride(self) -> int:
+        """Overlap of two windows, in tokens."""
+        return min(self.settings.stride, self.settings.max_length // 4)
+
+    def _question_fault(self, record: Record) -> str | None:
+        """Return why the question leaves too few tokens for the context; None if it leaves enough."""
+        inner, length = self.tokenizer.inner, self.settings.max_length
+
+        def num_tokens(text: str) -> int:
+            return len(inner(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+        question = num_tokens(record["question"].strip())
+        room = length - inner.num_special_tokens_to_add(pair=True) - question
+        if room > self._stride or (room > 0 and num_tokens(record["context"]) <= room):
+            return None
+        return (
+            f"its question has {question} tokens, which leaves {max(room, 0)} of data.max_length {length} for the "
+            f"context, and windows of it overlap by {self._stride} (data.stride)"
+        )
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         for record, windows in zip(records, self._windows(records), strict=True):
@@ -70,7 +92,7 @@ class QuestionAnswering(Task):
             [record["context"] for record in records],
             truncation="only_second",
             max_length=length,
-            stride=min(self.settings.stride, length // 4),
+            stride=self._stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
@@ -143,9 +165,16 @@ def _span(record: Record) -> tuple[int, int] | None:
     starts = [starts] if isinstance(starts, int) else starts
     if not texts:
         return None
-    start = starts[0] if starts else context.find(texts[0])
+    found = context.find(texts[0])
+    start = starts[0] if starts else found
+    if not isinstance(start, int):
+        raise ValueError(f"its answer_start is {start!r}, not a whole number")
     if start < 0 or context[start : start + len(texts[0])] != texts[0]:
-        raise ValueError(f"its answer {texts[0][:60]!r} is not in the context{' at answer_start' if starts else ''}")
+        where = f" at answer_start {start}" if starts else ""
+        raise ValueError(
+            f"its answer {texts[0][:60]!r} is not in the context{where}"
+            + (f"; it begins at character {found}" if starts and found >= 0 else "")
+        )
     return start, start + len(texts[0])
 
 

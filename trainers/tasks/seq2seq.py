@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from outlast.checkpointing.error_hints import did_you_mean
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.named_weights import unwrap
 from outlast.trainers.data.arrow_samples import Sample
@@ -30,7 +31,7 @@ class Seq2SeqLM(TokenTask):
         Column("source", ColumnType.TEXT),
         Column("target", ColumnType.TEXT, is_target=True),
     )
-    options = ("max_target_length",)
+    options = ("max_target_length", "source_language", "target_language")
     special_tokens: ClassVar = {
         "pad_token": "<|pad|>"
     }  # not the end token: the decoder starts with it, and must learn to predict the end token
@@ -39,6 +40,9 @@ class Seq2SeqLM(TokenTask):
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
         super().__init__(settings, tokenizer, facts)
         self._smoothing, self._has_streams = 0.0, False
+        for attribute in ("source_language", "target_language"):
+            if (language := getattr(settings, attribute)) is not None:
+                _set_language(tokenizer.inner, attribute, language)
 
     @classmethod
     def unsupported_reason(cls, config: Any) -> str | None:
@@ -54,7 +58,7 @@ class Seq2SeqLM(TokenTask):
         if getattr(inner, "tgt_lang", "") is None:  # transformers would mark the targets as it marks the sources
             raise ConfigError(
                 f"{type(inner).__name__} marks texts with their language, and has no language of targets",
-                hint="set tokenizer.tgt_lang = …, then save_pretrained into model.path (or tokenizer.path)",
+                hint="set data.target_language, and data.source_language",
             )
         sources = inner([record["source"] for record in records], truncation=True, max_length=settings.max_length)
         targets = inner(
@@ -68,10 +72,33 @@ class Seq2SeqLM(TokenTask):
 
     def configure(self, config: Any) -> None:
         super().configure(config)
-        if getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = config.pad_token_id
+        if getattr(config, "decoder_start_token_id", None) is None and config.model_type not in _START_OF_THEIR_OWN:
+            raise ConfigError(
+                f"the configuration of the {config.model_type} model has no decoder_start_token_id, which its decoder "
+                "reads before a target",
+                hint="set it in config.json (or model.config) to the token that the model was trained with, such as "
+                "the id of its bos, cls or pad token",
+            )
         if config.model_type == "prophetnet":
             self._smoothing, self._has_streams = config.eps, not config.disable_ngram_loss
+
+    def configure_generation(self, config: Any) -> None:
+        """Let `generate` write in the target's language, as transformers' own examples do."""
+        inner = self.tokenizer.inner
+        if getattr(inner, "tgt_lang", None) is None:
+            return
+        language = inner.convert_tokens_to_ids(inner.tgt_lang)
+        if (labels := inner(text_target="a")["input_ids"])[-1] == language:  # mBART: the decoder reads the mark first
+            config.decoder_start_token_id, config.forced_bos_token_id = language, None
+        elif self._leading_tokens() == labels[:1]:
+            config.forced_bos_token_id = labels[0]
+            if config.decoder_start_token_id is None:
+                config.decoder_start_token_id = labels[-1]
+
+    def _leading_tokens(self) -> list[int]:
+        """Return the tokens that precede the first word of a target, such as the mark of its language."""
+        empty, letter = (self.tokenizer.inner(text_target=text)["input_ids"] for text in ("", "a"))
+        return [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], zip(empty, letter, strict=False))]
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(
@@ -109,10 +136,30 @@ class Seq2SeqLM(TokenTask):
 
     def _target_start(self, model: nn.Module) -> torch.Tensor:
         """Return what the decoder reads before it writes a target's first word, such as the token of the language."""
-        inner = self.tokenizer.inner
-        empty, letter = (inner(text_target=text)["input_ids"] for text in ("", "a"))
-        num_leading = len([*takewhile(lambda pair: pair[0] == pair[1], zip(empty, letter, strict=False))])
-        return decoder_inputs(model, torch.tensor([letter]))[:, : num_leading + 1]
+        letter = torch.tensor([self.tokenizer.inner(text_target="a")["input_ids"]])
+        return decoder_inputs(model, letter)[:, : len(self._leading_tokens()) + 1]
+
+
+#: Types whose decoder begins with a token of the target itself, or with the token for the beginning or end of texts.
+_START_OF_THEIR_OWN = ("mbart", "plbart", "fsmt", "t5gemma", "t5gemma2")
+
+
+def _set_language(inner: Any, attribute: str, language: str) -> None:
+    """Set the language that the tokenizer marks sources or targets with. Raises ConfigError if it has none such."""
+    name = {"source_language": "src_lang", "target_language": "tgt_lang"}[attribute]
+    if not hasattr(inner, name):
+        raise ConfigError(
+            f"data.{attribute} is set, and {type(inner).__name__} does not mark texts with a language",
+            hint=f"leave data.{attribute} out, or use the tokenizer of a multilingual model",
+        )
+    known = [*getattr(inner, "lang_code_to_token", {}), *inner.all_special_tokens]
+    known += [str(token) for token in inner.added_tokens_decoder.values()]
+    if language not in known and f"__{language}__" not in known:
+        raise ConfigError(
+            f"data.{attribute} {language!r} is not a language of {type(inner).__name__}{did_you_mean(language, known)}",
+            hint="name it as the tokenizer does, for example eng_Latn (NLLB), en_XX (mBART) or en (M2M-100)",
+        )
+    setattr(inner, name, language)
 
 
 def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:

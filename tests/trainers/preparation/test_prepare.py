@@ -25,6 +25,7 @@ from outlast.trainers.data.readers import read_rows
 from outlast.trainers.preparation import prepare as data
 from outlast.trainers.preparation.encode import Encoder, encode_here
 from outlast.trainers.preparation.prepare import Prepared, prepare
+from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.support.groups.worker_group import tiny_config
 
 Write = Callable[[Path, Sequence[Any]], None]
@@ -386,6 +387,22 @@ def test_what_changes_the_samples_changes_the_fingerprint(
     write_txt(tmp_path / "train.txt", DOCUMENTS)
     before = prepare(config_of(storage, tmp_path / "train.txt"), storage)
     assert prepare(config_of(storage, tmp_path / "train.txt", **change), storage).fingerprint != before.fingerprint
+
+
+def test_a_run_goes_on_with_the_samples_of_an_earlier_version_of_its_task(
+    tmp_path: Path, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_txt(tmp_path / "train.txt", DOCUMENTS)
+    config = config_of(storage, tmp_path / "train.txt")
+    first = prepare(config, storage)
+    monkeypatch.setattr(CausalLM, "version", CausalLM.version + 1)
+    later = prepare(config, storage)
+    assert later.fingerprint != first.fingerprint
+    assert prepare(config, storage, like=first.fingerprint) == first
+    assert prepare(config, storage, like=later.fingerprint) == later
+    with (tmp_path / "train.txt").open("a") as file:
+        file.write("another document\n")
+    assert prepare(config, storage, like=first.fingerprint).fingerprint not in (first.fingerprint, later.fingerprint)
 
 
 def flip(path: Path) -> None:

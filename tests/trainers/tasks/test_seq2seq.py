@@ -12,15 +12,21 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import DataCollatorForSeq2Seq, MBartTokenizer, NllbTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer
-from outlast.trainers.models.build import model_class
+from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.models.build import build_model, model_class
+from outlast.trainers.preparation.prepare import prepare
 from outlast.trainers.tasks.base import IGNORED
 from outlast.trainers.tasks.seq2seq import Seq2SeqLM
+from tests.support.groups.worker_group import run_group, tiny_config
 from tests.support.tasks.seq2seq_models import CONFIGS, DECODES, END, PAD, VOCABULARY, build, tiny
 
 
@@ -183,3 +189,96 @@ def test_generates_in_the_target_language(case: Multilingual) -> None:
         start = case.start(tokenizer, target)
         [expected] = model.generate(**given, **start, do_sample=False, max_length=1 + NUM_NEW)
         assert predicted["target"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("case", MULTILINGUAL, ids=lambda case: case.model_type)
+def test_languages_can_be_set(case: Multilingual, tmp_path: Path) -> None:
+    """Samples are those of a tokenizer that was loaded with them, and the published model writes in the target's."""
+    source, target = case.languages[::-1]
+    case.tokenizer().save_pretrained(tmp_path / "model")
+    build(tiny(case.model_type, vocab_size=len(case.tokenizer()), decoder_start_token_id=END)).save_pretrained(
+        tmp_path / "model"
+    )
+    rows = [{"source": TEXTS[1], "target": TEXTS[0]}, {"source": TEXTS[3], "target": TEXTS[2]}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {
+        "model": {"path": str(tmp_path / "model"), "config": None, "tokenizer": None, "task": "seq2seq-lm"},
+        "data": {"max_length": 20, "eval": None, "source_language": source, "target_language": target},
+    }
+    storage = LocalStorage(tmp_path / "store")
+    file = str(tmp_path / "rows.jsonl")
+    config = tiny_config("languages", storage.url, file, sections=sections, eval_every=None)
+    prepared = prepare(config, storage)
+    task = Seq2SeqLM(config.data, prepared.tokenizer(storage), prepared.facts)
+    model, files = build_model(config.model, task, task.tokenizer, 3, fresh=True)
+
+    plain = type(case.tokenizer()).from_pretrained(tmp_path / "model", src_lang=source, tgt_lang=target)
+    samples = prepared.split(storage, "train").take(range(4))
+    expected = plain([row["source"] for row in rows], text_target=[row["target"] for row in rows])
+    assert [item["input_ids"].tolist() for item in samples] == expected["input_ids"]
+    assert [item["labels"].tolist() for item in samples] == expected["labels"]
+    batch = task.collate(samples, [])
+    model.eval()
+    torch.testing.assert_close(task.loss_sum(model, batch) / task.count(batch), model(**batch).loss)
+
+    (tmp_path / "published").mkdir()
+    for name, data in files.items():
+        (tmp_path / "published" / name).write_bytes(data)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "published")
+    given = plain(TEXTS[1], return_tensors="pt")
+    start = case.start(plain, target)
+    [expected] = model.generate(**given, **start, do_sample=False, max_length=NUM_NEW)
+    [found] = model.generate(**given, generation_config=generation, do_sample=False, max_length=NUM_NEW)
+    assert found.tolist() == expected.tolist()
+    assert plain.convert_tokens_to_ids(target) in found.tolist()[:2]
+
+
+def test_an_unknown_language_is_refused() -> None:
+    data = DataSettings(train="none", source_language="eng_Latin", target_language="fra_Latn")
+    with pytest.raises(ConfigError, match=r"data\.source_language 'eng_Latin' is not a .*did you mean 'eng_Latn'"):
+        Seq2SeqLM(data, Tokenizer(nllb_tokenizer()), {})
+    with pytest.raises(ConfigError, match=r"data\.source_language is set, and Padding does not mark texts"):
+        Seq2SeqLM(data, Tokenizer(Padding()), {})
+
+
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_no_token_that_the_decoder_starts_with_is_refused(model_type: str) -> None:
+    """Just for the types whose own forward then fails."""
+    config = tiny(model_type)
+    try:
+        config.decoder_start_token_id = None
+    except StrictDataclassFieldValidationError:
+        return  # transformers itself does not load such a configuration
+    ids = torch.tensor([[5, 6, END]])
+    try:
+        build(config)(input_ids=ids, labels=ids.clone())
+    except (TypeError, ValueError, AssertionError):
+        with pytest.raises(ConfigError, match=f"the {model_type} model has no decoder_start_token_id"):
+            make_task(config)
+    else:
+        make_task(config)
+
+
+def test_a_multilingual_model_with_another_tokenizer_is_trained(tmp_path: Path) -> None:
+    """M2M-100 with a tokenizer that marks no language; some of its layers are left out at random in training."""
+    tokenizer = train_bpe(iter(TEXTS * 9), 300, Seq2SeqLM.special_tokens, Seq2SeqLM.template).inner
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": END, "decoder_start_token_id": END}
+    build(tiny("m2m_100", vocab_size=len(tokenizer), **special)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"source": TEXTS[number], "target": TEXTS[number + 1]} for number in (0, 2)] * 8
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {
+        "model": {"path": str(tmp_path / "model"), "config": None, "tokenizer": None, "task": "seq2seq-lm"},
+        "data": {"max_length": 20, "eval": None},
+    }
+    storage = LocalStorage(tmp_path / "store")
+    file = str(tmp_path / "rows.jsonl")
+    config = tiny_config("m2m", storage.url, file, sections=sections, eval_every=None)
+    prepared = prepare(config, storage)
+    task = Seq2SeqLM(config.data, prepared.tokenizer(storage), prepared.facts)
+    model = transformers.M2M100ForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    batch = task.collate(prepared.split(storage, "train").take(range(4)), [])
+    torch.testing.assert_close(task.loss_sum(model, batch) / task.count(batch), model(**batch).loss)
+    declared = config.model_dump(mode="json", exclude_defaults=True)
+    assert run_group(Assignment(config, declared, "only", prepared), storage, 2)[0].outcome is Outcome.DONE

@@ -1,0 +1,119 @@
+"""Rows of published forms as conversations: messages, ShareGPT's turns, Alpaca's columns, prompt and completion.
+
+A conversation is a list of messages as chat templates take them, and the tools of the row. What a row does not say
+plainly is an error that names the message.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.data import DataSettings
+from outlast.trainers.data.columns import Column, ColumnType, RowForm
+
+ASSISTANT = "assistant"
+Turn = dict[str, Any]
+
+TOOLS = Column("tools", ColumnType.TOOLS, is_sparse=True)
+_SYSTEM = Column("system", ColumnType.TEXT, is_sparse=True)
+FORMS = (
+    RowForm("ShareGPT", (Column("conversations", ColumnType.MESSAGES), _SYSTEM, TOOLS)),
+    RowForm(
+        "prompt and completion",
+        (Column("prompt", ColumnType.TURNS), Column("completion", ColumnType.TURNS, is_target=True), TOOLS),
+    ),
+    RowForm(
+        "Alpaca",
+        (
+            Column("instruction", ColumnType.TEXT),
+            Column("output", ColumnType.TEXT, is_target=True),
+            Column("input", ColumnType.TEXT, is_sparse=True),
+            _SYSTEM,
+        ),
+    ),
+)
+#: Roles that templates know by name.
+_STANDARD_ROLES = ("system", "developer", "user", ASSISTANT, "tool", "function", "ipython")
+_SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT, "observation": "tool"}
+_SHAREGPT_ROLES |= {role: role for role in ("system", "user", ASSISTANT, "tool")}
+
+
+def read_conversation(
+    record: Mapping[str, Any], settings: DataSettings, template: str
+) -> tuple[list[Turn], list[Any] | None]:
+    """Read the conversation of a row in any form. Returns its messages and tools.
+
+    Args:
+        record: The row, by roles of columns.
+        settings: Names of roles.
+        template: The chat template's text: a role that it names is known.
+
+    Raises ConfigError if a message has an unknown role or form, or a JSON text cannot be read.
+    """
+    turns = [_rename_role(turn, number, settings, template) for number, turn in enumerate(_turns(record), 1)]
+    if record.get("system") and (not turns or turns[0]["role"] != "system"):
+        turns.insert(0, {"role": "system", "content": record["system"]})
+    return turns, read_tools(record.get("tools"))
+
+
+def _turns(record: Mapping[str, Any]) -> list[Turn]:
+    if "instruction" in record:
+        texts = [text for text in (record["instruction"], record.get("input")) if text]
+        turns = [{"role": "user", "content": "\n".join(texts)}]
+        return turns + ([{"role": ASSISTANT, "content": record["output"]}] if "output" in record else [])
+    if "prompt" in record:
+        prompt = _messages(record["prompt"], "user")
+        # The loss is on the completion only.
+        prompt = [{**turn, "train": False} if turn.get("role") == ASSISTANT else turn for turn in prompt]
+        return prompt + (_messages(record["completion"], ASSISTANT) if "completion" in record else [])
+    return _messages(record["messages"] if "messages" in record else record["conversations"], "user")
+
+
+def _messages(given: Any, role: str) -> list[Turn]:
+    """Return the list of messages that `given` is; a text is one message of the role, or a list as JSON text."""
+    if isinstance(given, str):
+        if not given.lstrip().startswith("[{"):
+            return [{"role": role, "content": given}]
+        given = _parse(given, "the conversation")
+    if not isinstance(given, Sequence) or not all(isinstance(item, Mapping) for item in given):
+        raise ConfigError("messages are not a list of {role, content}", hint="fix that row")
+    return [dict(item) for item in given]
+
+
+def _rename_role(turn: Turn, number: int, settings: DataSettings, template: str) -> Turn:
+    """Return a message with the role that templates know; ShareGPT's {from, value} becomes {role, content}."""
+    is_sharegpt = "from" in turn and turn.get("role") is None
+    names = {**(_SHAREGPT_ROLES if is_sharegpt else {}), **settings.roles}
+    given = turn["from"] if is_sharegpt else turn.get("role")
+    if not isinstance(given, str):
+        raise ConfigError(f"message {number} has no role or no content", hint="fix that row")
+    known = [*names, *(() if is_sharegpt else _STANDARD_ROLES)]
+    if given not in known and (is_sharegpt or not any(f"{mark}{given}{mark}" in template for mark in "'\"")):
+        raise ConfigError(
+            f"message {number} has the unknown role {given!r} (known: {', '.join(known)}; others: data.roles)",
+            hint="set data.roles",
+        )
+    if not is_sharegpt:
+        return {**turn, "role": names.get(given, given)}
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role")}
+    return {"role": names[given], "content": turn.get("value"), **rest}
+
+
+def read_tools(given: Any) -> list[Any] | None:
+    """Read the tools of a row: a list of objects, of their JSON texts, or the JSON text of all. None if it has none."""
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return None
+    tools = _parse(given, "tools") if isinstance(given, str) else given
+    if isinstance(tools, list):
+        tools = [_parse(item, "a tool") if isinstance(item, str) else item for item in tools]
+    if not isinstance(tools, list) or not all(isinstance(item, Mapping) for item in tools):
+        raise ConfigError("its tools are not a list of objects", hint="fix that row, or set data.tools: null")
+    return [dict(item) for item in tools]
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{what} cannot be read as JSON: {error}", hint="fix that row") from error
