@@ -19,11 +19,12 @@ from outlast.trainers.preparation.sample_counts import LIMITS
 from outlast.trainers.tasks.base import IGNORED, Task, find_task
 from outlast.trainers.tasks.causal_lm import CausalLM
 from outlast.trainers.tasks.chat import Chat
-from outlast.trainers.tasks.classification import SequenceClassification, TokenClassification
+from outlast.trainers.tasks.classification import SequenceClassification
 from outlast.trainers.tasks.masked_lm import MaskedLM
 from outlast.trainers.tasks.multiple_choice import DoubleHeads, MultipleChoice
 from outlast.trainers.tasks.question_answering import QuestionAnswering
 from outlast.trainers.tasks.seq2seq import Seq2SeqLM
+from outlast.trainers.tasks.token_classification import TokenClassification
 
 _NUM_CLASSES, _NUM_VALUES = 20, 20
 

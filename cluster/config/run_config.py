@@ -114,6 +114,9 @@ class RunConfig(TrainingConfig):
             return absolute(path) if path and Path(absolute(path)).is_dir() else path
 
         model = self.model.model_copy(update={"path": absolute_if_exists(self.model.path)})
+        if model.lora:
+            lora = model.lora.model_copy(update={"path": absolute_if_exists(model.lora.path)})
+            model = model.model_copy(update={"lora": lora})
         if model.tokenizer:
             tokenizer = model.tokenizer.model_copy(update={"path": absolute_if_exists(model.tokenizer.path)})
             model = model.model_copy(update={"tokenizer": tokenizer})

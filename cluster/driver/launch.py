@@ -41,6 +41,7 @@ from outlast.cluster.preflight.doctor import preflight
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.dry_step import dry_step
 from outlast.trainers.checks.model_checks import check_architecture, check_code, check_metric, check_model
+from outlast.trainers.checks.pretrained_checks import check_pretrained
 from outlast.trainers.checks.resume_checks import check_unchanged
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.loop.train_loop import Outcome
@@ -176,7 +177,7 @@ class Launch:
             check_unchanged(base, self.config, prepared.fingerprint)
             check_metric(self.config, prepared.facts)
             model = check_model(self.config, prepared, store.storage)[0]
-            static_graph = not base and self._dry_step(prepared, model)
+            static_graph = not base and self._try_model(prepared, model)
             for note in prepared.notes:
                 self._publish(events.NoteEvent(text=note))
             store.storage.put(f"{name}/run.yaml", [yaml.safe_dump(dict(self.declared), sort_keys=False).encode()])
@@ -208,8 +209,13 @@ class Launch:
         with ray_session(address):
             yield partial(encode_on_ray, code=self.code)
 
-    def _dry_step(self, prepared: Prepared, model: nn.Module) -> bool:
-        """Try the first micro-batch here. Returns whether the graph of the model is static."""
+    def _try_model(self, prepared: Prepared, model: nn.Module) -> bool:
+        """Check the pretrained files, and try the first micro-batch here. Returns whether the model's graph is static.
+
+        A resumed run does not read these files.
+        """
+        for note in check_pretrained(self.config, prepared, self.store.storage, model):
+            self._publish(events.NoteEvent(text=note))
         self._publish(events.PhaseEvent(name="dry_step"))
         found = dry_step(
             self.config,

@@ -14,7 +14,8 @@ from outlast.checkpointing.save.save_schedule import FIRST_AUTO_S, SaveCosts
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.formatting import size as format_size
 from outlast.cluster.preflight.doctor_probe import Probe
-from outlast.trainers.checks.model_checks import check_metric
+from outlast.trainers.checks.model_checks import check_metric, check_model
+from outlast.trainers.checks.pretrained_checks import check_pretrained
 from outlast.trainers.checks.state_size import StateSize, copy_speed, estimate_state
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.loop.save_timer import between_failures, history_of
@@ -88,6 +89,9 @@ def estimate_run(config: RunConfig) -> RunEstimate:
     storage = config.store.storage
     prepared = prepare(config, storage, like=build_catalog(config.store).declaration.get("data"))
     check_metric(config, prepared.facts)
+    notes = list[str]()
+    if not build_catalog(config.store).declaration:  # a resumed run does not read the pretrained files
+        notes = check_pretrained(config, prepared, storage, check_model(config, prepared, storage)[0])
     workers = config.scale.max_workers
     plan = make_plan(config, prepared.num_samples, workers)
     per_sample = (prepared.num_tokens["train"] - prepared.num_dropped_tokens["train"]) / prepared.num_samples
@@ -100,7 +104,7 @@ def estimate_run(config: RunConfig) -> RunEstimate:
         tokens=round(plan.total_samples * per_sample),
         tokens_per_step=round(plan.batch * per_sample),
         fingerprint=prepared.fingerprint,
-        notes=prepared.notes,
+        notes=(*prepared.notes, *notes),
         found=data_facts(config, prepared),
     )
     size = estimate_state(config, prepared, storage, workers)

@@ -32,6 +32,7 @@ from outlast.cluster.config.run_file import (
 from outlast.cluster.preflight.doctor_probe import mount_of
 from outlast.trainers.checks.dry_step import dry_step
 from outlast.trainers.checks.model_checks import check_architecture, check_code, check_metric, check_model
+from outlast.trainers.checks.pretrained_checks import check_pretrained
 from outlast.trainers.checks.resume_checks import changed_settings
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.task_table import is_dotted
@@ -256,6 +257,8 @@ class _Trial:
             return
         storage = open_storage(config.checkpoint.storage)
         model = check_model(config, self.prepared, storage)[0]
+        for text in check_pretrained(config, self.prepared, storage, model):
+            self.note(text)
         on_gpu = config.scale.gpus_per_worker > 0
         found = dry_step(config, self.prepared, storage, model, num_workers=config.scale.max_workers, on_gpu=on_gpu)
         for text in found.notes:

@@ -14,6 +14,7 @@ from torch import nn
 from outlast.checkpointing.error_hints import nearest
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.base import Storage
+from outlast.trainers.config.adapter_directory import with_base
 from outlast.trainers.config.model import is_hub_id
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,7 +28,7 @@ from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import Task, find_task
 
 #: Names of the embedding of absolute positions in architectures of transformers.
-_POSITIONS = ("wpe", "position_embeddings", "embed_positions")
+_POSITIONS = ("wpe", "position_embedding", "position_embeddings", "embed_positions", "positions_embed", "pos_embed")
 
 
 def check_code(config: TrainingConfig) -> None:
@@ -47,10 +48,10 @@ def check_architecture(config: TrainingConfig) -> None:
     Raises:
         ConfigError: The model does not exist, or its architecture does not support the task.
     """
-    settings, own = config.model, check_names(config.model)
-    given = settings.path or ""
+    given, own = config.model.path or "", check_names(config.model)
     if is_hub_id(given):
         return
+    settings = with_base(config.model)
     if given:
         load_tokenizer(settings.tokenizer.path if settings.tokenizer and settings.tokenizer.path else given)
     if own is None:
@@ -94,13 +95,12 @@ def _check_reloads(model: nn.Module, task: Task) -> None:
 def _build(
     config: TrainingConfig, task: Task, tokenizer: Tokenizer, longest: int
 ) -> tuple[nn.Module, dict[str, bytes]]:
-    bare = config.model.model_copy(
-        update={"lora": None}
-    )  # with an adapter, build_model would read the base model's weights
+    settings = with_base(config.model)
+    bare = settings.model_copy(update={"lora": None})  # with an adapter, it would read the base model's weights
     model, files = build_model(bare, task, tokenizer, config.seed, fresh=False)
     _check_positions(model, longest)
-    if config.model.lora is not None:
-        model = attach_lora(model, config.model.lora, task.auto_class)
+    if settings.lora is not None:
+        model = attach_lora(model, settings.lora, task.auto_class, fresh=False)
         files |= adapter_files(model)
     check_recomputes(model, config.train)
     return model, files
@@ -113,8 +113,11 @@ def _check_positions(model: nn.Module, longest: int) -> None:
     for name, table in model.named_modules():
         if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
             first = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
-            if longest > table.num_embeddings - first:
-                limit = table.num_embeddings - first
+            limit = table.num_embeddings - first
+            declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            if isinstance(declared, int):  # Nystromformer's table has two rows more, which no padding index shows
+                limit = min(limit, declared)
+            if longest > limit:
                 raise ConfigError(
                     f"the longest sample has {longest} tokens, but {type(model).__name__} has only {limit} positions "
                     f"({name})",

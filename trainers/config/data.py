@@ -68,6 +68,13 @@ class DataSettings(Settings):
     """Column with the conversation, a list of {role, content}, for chat."""
     problem: Literal["single-label", "multi-label", "regression"] | None = None
     """What sequence-classification predicts. Default: lists are multi-label, fractions are regression."""
+    labels: list[str] | None = Field(None, min_length=2)
+    """Names of the classes in the order of their index, for sequence- and token-classification. The data's labels are
+    these names, or numbers from 0. Default: the names of a ClassLabel column of the `datasets` library, or else the
+    labels in the data, sorted; in the order of the pretrained model's head where its names agree."""
+    label_form: Literal["auto", "names", "multi-hot"] = "auto"
+    """Form of lists of labels: the names (or numbers from 0) of a row's classes, or multi-hot, with a 0 or 1 for each
+    class. auto takes lists of 0 and 1 that are all of one length for multi-hot."""
     text_pair: str = "text_pair"
     """Column with the second text of a pair to classify; optional."""
     tokens: str = "tokens"
@@ -155,6 +162,16 @@ class DataSettings(Settings):
             elif source:
                 paths[key] = source
         return paths
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _are_unique(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        names = [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in value]
+        if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
+            raise ValueError(f"{', '.join(repeated)} is there more than once")
+        return names
 
     @field_validator("eval")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,8 +41,37 @@ class LoraSettings(Settings):
     """Scale of the update: alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the matrices' input in training."""
-    target_modules: tuple[str, ...] | Literal["all-linear"] | None = None
-    """Names of the modules to adapt, or all-linear. Default: peft's choice for this architecture."""
+    target_modules: tuple[str, ...] | str | None = None
+    """Names of the modules to adapt, a regular expression of their full names, or all-linear. Default: peft's choice
+    for this architecture."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules that are trained in full and saved with the adapter, such as embed_tokens and lm_head. A new
+    head is always among them."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained and saved: none, all of the model, or those of the adapted modules."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(r) instead: rank-stabilized LoRA."""
+    dora: bool = False
+    """Train the magnitudes of the adapted weights too: weight-decomposed LoRA (DoRA)."""
+    path: str | None = None
+    """Directory of an adapter in peft's layout that goes on training, on the model in `model.path`. Its own files give
+    rank, scale, modules and weights, so the settings above must be left out."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _is_regular_expression(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _path_alone(self) -> LoraSettings:
+        others = sorted(self.model_fields_set - {"path"})
+        if self.path is not None and others:
+            raise ValueError(f"the adapter in path has its own settings; leave out {', '.join(others)}")
+        return self
 
 
 class ModelSettings(Settings):
@@ -50,7 +80,18 @@ class ModelSettings(Settings):
     model_config = ConfigDict(populate_by_name=True)
 
     path: str | None = None
-    """A local directory in the Hugging Face layout, or a hub id."""
+    """A local directory in the Hugging Face layout, or a hub id. The directory of an adapter stands for its base model
+    with `lora: {path: …}`: the adapter goes on training."""
+    overrides: dict[str, Any] | None = None
+    """Entries of the configuration in `path` to replace, such as `attention_dropout` or `rope_parameters`."""
+    new_head: bool = False
+    """Whether a head is made new where the files in `path` lack it or hold it with another size, such as for other
+    classes. Without it such files are refused. A head that a model of their class never has is always made new."""
+    add_tokens: tuple[str, ...] = ()
+    """Special tokens to add to the tokenizer; implies `resize`."""
+    resize: bool = False
+    """Whether the embedding in `path` grows to the size of the tokenizer if it has fewer rows. transformers initializes
+    the new rows from the mean and covariance of the others."""
     config: dict[str, Any] | None = None
     """Configuration of a new model, including `model_type`; vocabulary size and special tokens come from the tokenizer.
     """
@@ -80,6 +121,9 @@ class ModelSettings(Settings):
             raise ValueError("give either path (a pretrained model) or config (a new one)")
         if self.lora is not None and self.path is None:
             raise ValueError("lora needs path: an adapter can only be used with the pretrained model it was trained on")
+        only_pretrained = [name for name in ("overrides", "new_head", "add_tokens", "resize") if getattr(self, name)]
+        if self.path is None and only_pretrained:
+            raise ValueError(f"{only_pretrained[0]} needs path: it changes a pretrained model")
         if self.config is not None and "model_type" not in self.config and self.class_ is None:
             raise ValueError("config needs a model_type, such as gpt2 or llama")
         if self.config is not None and self.tokenizer is None:

@@ -9,7 +9,7 @@ TASKS = {
     "chat": "outlast.trainers.tasks.chat:Chat",
     "masked-lm": "outlast.trainers.tasks.masked_lm:MaskedLM",
     "sequence-classification": "outlast.trainers.tasks.classification:SequenceClassification",
-    "token-classification": "outlast.trainers.tasks.classification:TokenClassification",
+    "token-classification": "outlast.trainers.tasks.token_classification:TokenClassification",
     "question-answering": "outlast.trainers.tasks.question_answering:QuestionAnswering",
     "seq2seq-lm": "outlast.trainers.tasks.seq2seq:Seq2SeqLM",
     "multiple-choice": "outlast.trainers.tasks.multiple_choice:MultipleChoice",

@@ -81,4 +81,6 @@ class TrainingConfig(Settings):
         settings["model"].pop("trust_remote_code")
         if self.model.path:
             settings["model"]["path"] = PurePath(self.model.path).name  # a directory may move
+        if self.model.lora and self.model.lora.path:
+            settings["model"]["lora"]["path"] = PurePath(self.model.lora.path).name
         return settings

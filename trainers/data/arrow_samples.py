@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 T = TypeVar("T")
 
@@ -41,6 +42,13 @@ class Samples:
             return None
         places = (divmod(int(index), ROWS_PER_BATCH) for index in indices)
         return [len(self._reader.get_batch(batch).column(column)[row]) for batch, row in places]
+
+    def largest(self, names: Iterable[str]) -> int:
+        """Return the largest number in the vectors of these names; -1 if there is none."""
+        columns = [self._names.index(name) for name in names if name in self._names]
+        batches = map(self._reader.get_batch, range(self._reader.num_record_batches))
+        maxima = (pc.max(batch.column(column).flatten()).as_py() for batch in batches for column in columns)
+        return max((int(item) for item in maxima if item is not None), default=-1)
 
     def _sample(self, index: int) -> Sample:
         batch, row = self._reader.get_batch(index // ROWS_PER_BATCH), index % ROWS_PER_BATCH

@@ -228,7 +228,8 @@ class ChatTemplate:
                 probes[number]["content"] = [{"type": "text", "text": probes[number]["content"]}]
             if _PROBE not in self.render(probes, tools):
                 raise ConfigError(f"the chat template does not show the answer in message {number + 1}", hint="fix it")
-        for call in turn.get("tool_calls") or []:
+        calls = turn.get("tool_calls") or []
+        for call in calls if isinstance(calls, list) else [calls]:
             name = (call.get("function") or call).get("name") if isinstance(call, Mapping) else None
             if not isinstance(name, str) or name not in shown:
                 raise ConfigError(

@@ -1,5 +1,6 @@
 """Columns of a data file that a task reads: their types, their names, and the guess when none was named."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -7,7 +8,7 @@ from typing import Any
 
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.csv_reader import csv_note
-from outlast.trainers.data.readers import Row, first_row
+from outlast.trainers.data.readers import Row, class_names, first_row, read_rows
 from outlast.trainers.data.sources import find_data_files, missing_column_error
 
 
@@ -35,12 +36,11 @@ class ColumnType(Enum):
             case ColumnType.LABEL:
                 return isinstance(value, (str, int))
             case ColumnType.VALUE:
-                return isinstance(value, (str, int, float)) or _is_list_of(value, (str, int))
+                return isinstance(value, (str, int, float)) or _is_list_of(value, (str, int, float))
             case ColumnType.LABELS:
                 return _is_list_of(value, (str, int))
             case ColumnType.MESSAGES:
-                is_json = isinstance(value, str) and value.lstrip().startswith("[{")
-                return (_is_list_of(value, (dict,)) and bool(value)) or is_json
+                return (_is_list_of(value, (dict,)) and bool(value)) or is_list_of_objects(value)
             case ColumnType.TURNS:
                 return isinstance(value, str) or (_is_list_of(value, (dict,)) and bool(value))
             case ColumnType.TOOLS:
@@ -62,6 +62,11 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def is_list_of_objects(value: Any) -> bool:
+    """Check whether a value is a text that begins as the JSON of a list of objects."""
+    return isinstance(value, str) and re.match(r"\s*\[\s*\{", value) is not None
+
+
 def _is_list_of(value: Any, types: tuple[type, ...]) -> bool:
     return isinstance(value, list) and all(isinstance(item, types) for item in value)
 
@@ -76,6 +81,8 @@ class Column:
         is_target: Whether the model learns to predict it; prediction does not need it.
         is_optional: Whether the task works without it, when it is neither named nor in the data.
         is_sparse: Whether a row, or all, may lack it: then its value is None.
+        is_class: Whether its values are classes: where the file gives them names (ClassLabel of the `datasets`
+            library), these replace the numbers.
     """
 
     role: str
@@ -83,6 +90,7 @@ class Column:
     is_target: bool = False
     is_optional: bool = False
     is_sparse: bool = False
+    is_class: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,8 @@ class ColumnMapping:
     columns: tuple[Column, ...]  #: the task's, without optional ones that the data does not have
     names: tuple[str, ...]  #: their names in the file, in the same order
     notes: tuple[str, ...]  #: guesses to report to the user
+    named: tuple[str, ...] = ()  #: names of columns whose numbers become the class names that the files give them
+    labels: tuple[str, ...] | None = None  #: these class names, in the order of their index
 
     @property
     def sparse_names(self) -> frozenset[str]:
@@ -168,6 +178,10 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
         is_named = _is_named(settings, column)
         if column in found or (column.is_optional and not is_named):
             continue
+        if column.is_sparse:  # a later row may have it; reading raises if none has
+            next(read_rows(settings.train, [names[column]], settings.csv), None)
+            found[column] = names[column]
+            continue
         taken = {*found.values(), *missing.values()}
         free = [name for name, value in available.items() if name not in taken and column.kind.fits(value)]
         if is_named or len(free) != 1:
@@ -183,7 +197,22 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
     csv_files = [item for item in find_data_files(settings.train, settings.csv) if item.kind in (".csv", ".tsv")]
     notes += [note for item in csv_files[:1] if (note := csv_note(item))]
     used = tuple(column for column in columns if column in found)
-    return ColumnMapping(used, tuple(found[column] for column in used), tuple(notes))
+    labels = _labels_of_file([found[column] for column in used if column.is_class], settings, notes)
+    named = tuple(labels)
+    return ColumnMapping(
+        used, tuple(found[column] for column in used), tuple(notes), named, labels[named[0]] if named else None
+    )
+
+
+def _labels_of_file(columns: Sequence[str], settings: DataSettings, notes: list[str]) -> dict[str, tuple[str, ...]]:
+    """Return the class names that the first training file gives columns, unless `data.labels` has others."""
+    [first] = find_data_files(settings.train, settings.csv)[:1]
+    labels = class_names(first, columns)
+    for column, names in labels.items():
+        if settings.labels is not None and not set(names) <= set(settings.labels):
+            return {}  # the numbers are indexes of data.labels
+        notes.append(f"column {column!r} has the class names of its data set: {', '.join(names[:8])}")
+    return labels
 
 
 def _is_named(settings: DataSettings, column: Column) -> bool:

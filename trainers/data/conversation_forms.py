@@ -6,11 +6,12 @@ plainly is an error that names the message.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.data.columns import Column, ColumnType, RowForm
+from outlast.trainers.data.columns import Column, ColumnType, RowForm, is_list_of_objects
 
 ASSISTANT = "assistant"
 Turn = dict[str, Any]
@@ -71,11 +72,14 @@ def _turns(record: Mapping[str, Any]) -> list[Turn]:
 
 
 def _messages(given: Any, role: str) -> list[Turn]:
-    """Return the list of messages that `given` is; a text is one message of the role, or a list as JSON text."""
+    """Return the list of messages that `given` is, or is the JSON text of; another text is one message of the role."""
     if isinstance(given, str):
-        if not given.lstrip().startswith("[{"):
-            return [{"role": role, "content": given}]
-        given = _parse(given, "the conversation")
+        text, given = given, None
+        if is_list_of_objects(text):
+            with suppress(ValueError, RecursionError):
+                given = json.loads(text)
+        if not given or not all("role" in item or "from" in item for item in given if isinstance(item, dict)):
+            return [{"role": role, "content": text}]
     if not isinstance(given, Sequence) or not all(isinstance(item, Mapping) for item in given):
         raise ConfigError("messages are not a list of {role, content}", hint="fix that row")
     return [dict(item) for item in given]

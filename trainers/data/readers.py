@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import isnan
 from typing import Any
 
@@ -126,17 +127,25 @@ def read_rows(
     yield from read_files(find_data_files(source, csv), columns, sparse)
 
 
-def read_files(sources: Iterable[DataFile], columns: Sequence[str], sparse: Collection[str] = ()) -> Iterator[Row]:
-    """Read the rows of these files, as `read_rows`."""
+def read_files(
+    sources: Iterable[DataFile], columns: Sequence[str], sparse: Collection[str] = (), named: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Read the rows of these files, as `read_rows`.
+
+    Numbers in the columns `named` become the names that a file's own `class_names` give them.
+    """
     for item in sources:
         is_columnar = item.kind in _COLUMNAR
+        labels = class_names(item, named)
+        convert = [partial(_class_name, labels[name]) if name in labels else _value for name in columns]
         with item.reading():
             for number, (values, line) in enumerate(_read(item, columns, sparse), 1):
                 where = f"{item.name}, row {number}" + (f" (line {line})" if line not in (None, number) else "")
                 if isinstance(values, str):
                     yield Row((), where, values)
                 else:
-                    yield Row(tuple(map(_value, values)), where, is_columnar=is_columnar)
+                    found = tuple(each(value) for each, value in zip(convert, values, strict=True))
+                    yield Row(found, where, is_columnar=is_columnar)
 
 
 def _read(item: DataFile, columns: Sequence[str], sparse: Collection[str]) -> Iterator[_RawRow]:
@@ -157,6 +166,35 @@ def _read(item: DataFile, columns: Sequence[str], sparse: Collection[str]) -> It
 def _value(value: Any) -> Any:
     """Return None for a number that is none, which some writers of Parquet put where there is no value."""
     return None if isinstance(value, float) and isnan(value) else value
+
+
+def _class_name(names: Sequence[str], value: Any) -> Any:
+    """Return the name of a class index, or of each of a list; None for -1, which is no class."""
+    if isinstance(value, list):
+        return [_class_name(names, item) for item in value]
+    if not isinstance(value, int) or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None
+
+
+def class_names(source: DataFile, columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the class names of columns, by index, that the `datasets` library wrote into a file's schema."""
+    if not columns or source.kind not in (".parquet", ".arrow", ".feather"):
+        return {}
+    with source.reading():
+        metadata = _schema(source).metadata or {}
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    found = dict[str, tuple[str, ...]]()
+    for column in columns:
+        feature = features.get(column) if isinstance(features, dict) else None
+        while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):  # of a list
+            feature = feature["feature"]
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
+            found[column] = tuple(map(str, feature["names"]))
+    return found
 
 
 def first_row(source: str | Sequence[str], csv: CsvSettings = DEFAULT_CSV) -> dict[str, Any]:
@@ -348,14 +386,16 @@ def _object_names(source: DataFile) -> list[str]:
     return next((list(item) for item, _ in _objects(source) if isinstance(item, dict)), [])
 
 
-def _arrow_names(source: DataFile) -> list[str]:
+def _schema(source: DataFile) -> pa.Schema:
+    if source.kind == ".parquet":
+        with source.open() as raw:
+            return parquet.read_schema(raw)
     with _open_arrow(source) as reader:
-        return list(reader.schema.names)
+        return reader.schema
 
 
-def _parquet_names(source: DataFile) -> list[str]:
-    with source.open() as raw:
-        return list(parquet.read_schema(raw).names)
+def _schema_names(source: DataFile) -> list[str]:
+    return list(_schema(source).names)
 
 
 #: By file type: the function that reads the names of the columns, and the one that reads the rows.
@@ -363,6 +403,6 @@ _FORMATS: dict[str, tuple[Callable[[DataFile], list[str]], Callable[[DataFile, S
     ".txt": (lambda source: ["text"], _read_lines),
     **dict.fromkeys((".jsonl", ".json"), (_object_names, _read_objects)),
     **dict.fromkeys((".csv", ".tsv"), (csv_names, read_csv)),
-    ".parquet": (_parquet_names, _read_parquet),
-    **dict.fromkeys((".arrow", ".feather"), (_arrow_names, _read_arrow)),
+    ".parquet": (_schema_names, _read_parquet),
+    **dict.fromkeys((".arrow", ".feather"), (_schema_names, _read_arrow)),
 }

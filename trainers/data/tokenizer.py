@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.adapter_directory import base_of, is_adapter_directory
 
 _CONNECT_TIMEOUT_S = 5.0
 END_TOKEN = "<|endoftext|>"
@@ -45,8 +46,24 @@ class Tokenizer:
         return [[*ids, self.inner.eos_token_id] for ids in encoded]
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """Load the tokenizer of a directory or hub id. Raises ConfigError if none can be loaded from there."""
+def load_tokenizer(path: str, added: Sequence[str] = ()) -> Tokenizer:
+    """Load the tokenizer of a directory or hub id, and add tokens to it. An adapter may have that of its base model.
+
+    Raises ConfigError if none can be loaded from there.
+    """
+    path = tokenizer_source(path)
+    tokenizer = _load_tokenizer(path)
+    tokenizer.inner.add_tokens(list(added))
+    return tokenizer
+
+
+def tokenizer_source(path: str) -> str:
+    """Return the directory or hub id that has the tokenizer: that of an adapter's base model if it has none itself."""
+    has_own = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return base_of(path) if is_adapter_directory(path) and not has_own else path
+
+
+def _load_tokenizer(path: str) -> Tokenizer:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ConfigError(f"model directory {path} does not exist", hint="set model.path to a directory or a hub id")
     _check_hub_connection(path)

@@ -16,14 +16,22 @@ from torch import nn
 from outlast.checkpointing.error_hints import did_you_mean
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.state.named_weights import WeightNaming
+from outlast.trainers.config.adapter_directory import with_base
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
 from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.models.canonical import align_memory, match_constructor, untied_pair
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
+from outlast.trainers.models.embedding import grow_embedding
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
+from outlast.trainers.models.pretrained import LoadReport, load_pretrained, uninitialized
 from outlast.trainers.models.tensor_checks import check_tensors
-from outlast.trainers.models.transformers_internals import custom_object_save, model_mapping, no_init_weights
+from outlast.trainers.models.transformers_internals import (
+    custom_object_save,
+    model_mapping,
+    no_init_weights,
+    quiet_transformers,
+)
 from outlast.trainers.models.weight_names import file_naming, initialize_not_saved
 from outlast.trainers.tasks.base import Task
 from outlast.trainers.user_code import describe_error
@@ -44,6 +52,7 @@ def build_model(
     Raises:
         ConfigError: The model cannot be found or built, or cannot be saved under the names it is loaded by.
     """
+    settings = with_base(settings)
     own = check_names(settings)
     seed_everything(seed)
     if own is not None and not is_like_transformers(own):
@@ -53,19 +62,23 @@ def build_model(
         return plain, {**files, **tokenizer_files(tokenizer)}
     with (
         _as_config_error("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"),
-        _without_progress_bars(),
+        quiet_transformers(),
     ):
         config = _given_config(settings, own, tokenizer)
         task.configure(config)
-        model, new = _build(settings, own or model_class(task, config), config, seed, fresh)
+        builder = own or model_class(task, config)
+        model, new = _build(settings, builder, config, seed, fresh)
+        if settings.resize or settings.add_tokens:
+            has_weights = fresh or settings.lora is not None
+            new += grow_embedding(model, len(tokenizer), seed, has_weights=has_weights)
     if own is None and task.auto_class == "AutoModelForCausalLM":
         _check_decoder_config(model)
     if getattr(model, "generation_config", None) is not None:
         task.configure_generation(model.generation_config)
-    files = {**_config_files(model), **tokenizer_files(tokenizer)}
+    files = {**_config_files(model, tokenizer), **tokenizer_files(tokenizer)}
     _use_full_attention(model, task.settings.max_length)
     if settings.lora is not None:
-        model = attach_lora(model, settings.lora, task.auto_class, new)
+        model = attach_lora(model, settings.lora, task.auto_class, new, fresh=fresh)
         files |= adapter_files(model)
     check_tensors(model)
     align_memory(model)
@@ -78,6 +91,11 @@ def check_names(settings: ModelSettings) -> Any:
     Raises:
         ConfigError: The class or architecture does not exist, or has no such setting.
     """
+    if settings.path and (Path(settings.path) / "attempts").is_dir():
+        raise ConfigError(
+            f"model.path {settings.path} is the directory of a run",
+            hint=f"name its model, {settings.path}/model; or a checkpoint: outlast checkpoints path {settings.path}",
+        )
     own = load_class(settings.class_) if settings.class_ else None
     if own is not None and not is_like_transformers(own) and settings.path is not None:
         raise ConfigError(f"{settings.class_} has no from_pretrained", hint="give model.config instead of model.path")
@@ -88,9 +106,10 @@ def check_names(settings: ModelSettings) -> Any:
 
 def check_head(settings: ModelSettings, task: type[Task]) -> None:
     """Raise ConfigError if transformers has no head for the task on the architecture of `model:`."""
+    settings = with_base(settings)
     with _as_config_error("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"):
         if settings.path is not None:
-            config = transformers.AutoConfig.from_pretrained(settings.path, **_trusted(settings))
+            config = _pretrained_config(transformers.AutoConfig, settings)
         else:
             config = transformers.AutoConfig.for_model((settings.config or {})["model_type"])
         builder = model_class(task, config)
@@ -101,6 +120,21 @@ def check_head(settings: ModelSettings, task: type[Task]) -> None:
                 f"{task.auto_class} class of this architecture",
                 hint="set model.path or model.config to another architecture, or model.task to another task",
             )
+
+
+def load_report(settings: ModelSettings, task: Task, tokenizer: Tokenizer) -> LoadReport:
+    """Compare the files in `model.path` with the model, by names and sizes only.
+
+    Raises:
+        ConfigError: They lack weights, or hold them in other sizes.
+    """
+    with _as_config_error("the model cannot be loaded", "check `model:`", ""), quiet_transformers():
+        config = _given_config(settings, None, tokenizer)
+        task.configure(config)
+        builder, trusted = model_class(task, config), _trusted(settings)
+        return load_pretrained(
+            builder, str(settings.path), config, new_head=settings.new_head, on_meta=True, **trusted
+        )[1]
 
 
 def load_saved(
@@ -125,7 +159,7 @@ def load_saved(
     if base is not None:
         what, hint = f"the adapter's base model cannot be loaded from {base!r}", "name its directory with --base"
     trust = {} if own else {"trust_remote_code": trusted}
-    with _as_config_error(what, hint, "give --trust-remote-code"), _without_progress_bars():
+    with _as_config_error(what, hint, "give --trust-remote-code"), quiet_transformers():
         config = (own.config_class if own else transformers.AutoConfig).from_pretrained(folder, **trust)
         builder = own or model_class(task, config)
         return builder.from_pretrained(base or folder, config=config, dtype=torch.float32, **trust)
@@ -144,19 +178,6 @@ def _as_config_error(what: str, hint: str, trusting: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {describe_error(error)}", hint=hint) from error
 
 
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Disable the progress bar of transformers, which would overwrite lines on stderr."""
-    if not transformers.logging.is_progress_bar_enabled():
-        yield
-        return
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.enable_progress_bar()
-
-
 def weight_naming(model: nn.Module) -> WeightNaming:
     """Return which of the model's weights a checkpoint holds, and under which names. Call it before sharding.
 
@@ -171,20 +192,24 @@ def _build(settings: ModelSettings, builder: Any, config: Any, seed: int, fresh:
     trusted = _trusted(settings)
     is_of_transformers = not settings.class_ and not settings.trust_remote_code
     if settings.path is not None and (fresh or settings.lora):  # an adapter's checkpoint lacks the base weights
-        model, info = builder.from_pretrained(
-            settings.path, config=config, dtype=torch.float32, output_loading_info=True, **trusted
-        )
+        model, report = load_pretrained(builder, settings.path, config, new_head=settings.new_head, **trusted)
         # A class of the user may set buffers in its constructor only, which `from_pretrained` runs without memory.
         with torch.device("meta") if is_of_transformers else torch.random.fork_rng(devices=[]):
             if not is_of_transformers:
                 seed_everything(seed)  # as a resume does before it constructs the model
             constructed = _construct(builder, config, trusted)
             match_constructor(model, constructed)
+        if unset := uninitialized(model, report.new):
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                seed_everything(seed)
+                made = _construct(builder, config, trusted).state_dict()
+                for name in unset:
+                    model.state_dict(keep_vars=True)[name].copy_(made[name])
         if not settings.lora:  # else a resume loads these files too
             if is_of_transformers:
                 constructed.tie_weights()
             _check_ties(model, constructed)
-        return model, sorted(info["missing_keys"])
+        return model, list(report.new)
     # A checkpoint is about to replace the weights. Buffers that no file holds are still created.
     with no_init_weights() if is_of_transformers and not fresh else nullcontext():
         model = _construct(builder, config, trusted)
@@ -225,8 +250,9 @@ def _trusted(settings: ModelSettings) -> dict[str, Any]:
     return {} if settings.class_ else {"trust_remote_code": settings.trust_remote_code}
 
 
-def _config_files(model: Any) -> dict[str, bytes]:
+def _config_files(model: Any, tokenizer: Tokenizer) -> dict[str, bytes]:
     model.config.architectures = [type(model).__name__]
+    _stop_at_end_token(model, tokenizer.inner.eos_token_id)
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         if getattr(model, "_auto_class", None) is not None:  # remote code is saved with the model
@@ -235,6 +261,16 @@ def _config_files(model: Any) -> dict[str, bytes]:
         if hasattr(model, "can_generate") and model.can_generate():
             model.generation_config.save_pretrained(folder)
         return read_folder(folder)
+
+
+def _stop_at_end_token(model: Any, token_id: int | None) -> None:
+    """Add the tokenizer's end token to those at which generation stops, as the Trainer of transformers does."""
+    generation = getattr(model, "generation_config", None)
+    if token_id is None or generation is None or generation.eos_token_id is None:
+        return
+    known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if token_id not in known:
+        generation.eos_token_id = [token_id, *known]
 
 
 def model_class(task: Task | type[Task], config: Any) -> Any:
@@ -267,8 +303,7 @@ def _token_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _given_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> Any:
     if settings.path is not None:
-        known = own.config_class if own else transformers.AutoConfig
-        return known.from_pretrained(settings.path, **_trusted(settings))
+        return _pretrained_config(own.config_class if own else transformers.AutoConfig, settings)
     special, given = _token_settings(tokenizer), dict(settings.config or {})
     if own is not None:
         return own.config_class(**{**special, **given})
@@ -277,6 +312,27 @@ def _given_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> An
         starts = [special["bos_token_id"], special["pad_token_id"]]
         special["decoder_start_token_id"] = next((number for number in starts if number is not None), None)
     return transformers.AutoConfig.for_model(given.pop("model_type"), **{**special, **given})
+
+
+def _pretrained_config(known: Any, settings: ModelSettings) -> Any:
+    """Read the configuration in `model.path`, with the entries of `model.overrides`. Raises ConfigError for others."""
+    config = known.from_pretrained(settings.path, **_trusted(settings))
+    if not settings.overrides:
+        return config
+    entries = config.to_dict()
+    fixed = ("model_type", "architectures", "auto_map", "transformers_version")
+    names = [*(name for name in entries if name not in fixed), *config.attribute_map, "rope_scaling"]
+    for key in settings.overrides:
+        if key not in names:
+            raise ConfigError(
+                f"model.overrides.{key}: the configuration of {config.model_type} in {settings.path} has no such entry"
+                f"{did_you_mean(key, names)}",
+                hint="check model.overrides",
+            )
+    # Made anew, so that the class checks and completes the entries.
+    changed = type(config).from_dict({**entries, **settings.overrides})
+    changed.name_or_path = config.name_or_path
+    return changed
 
 
 def _default_config(given: Mapping[str, Any]) -> Any:

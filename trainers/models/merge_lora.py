@@ -11,8 +11,9 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import WEIGHTS
 from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content, export_directory
+from outlast.trainers.config.adapter_directory import ADAPTER_CONFIG
 from outlast.trainers.models.build import load_saved
-from outlast.trainers.models.lora import CONFIG, base_digest, need_peft
+from outlast.trainers.models.lora import base_digest, need_peft
 from outlast.trainers.models.weight_names import file_naming
 from outlast.trainers.tasks.base import find_task
 
@@ -32,7 +33,7 @@ def load_adapted(
         ConfigError: The base model does not exist or has other weights.
     """
     peft, settings = need_peft(), declaration["mathematics"]["model"]
-    base = base or str(json.loads((folder / CONFIG).read_bytes())["base_model_name_or_path"])
+    base = base or str(json.loads((folder / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"])
     model = load_saved(folder, find_task(settings["task"]), settings.get("class_"), base=base, trusted=trusted)
     adapted = peft.PeftModel.from_pretrained(model, folder)
     adapted.peft_config["default"].base_model_name_or_path = base  # peft reads the base model's configuration there
@@ -58,5 +59,5 @@ def merge(
         export_directory(content, folder)
         merged = load_adapted(folder, declaration, base, trusted=trusted).merge_and_unload()
     weights = {name: tensor.contiguous() for name, tensor in named_weights(merged, file_naming(merged)).items()}
-    files = {name: data for name, data in content.files.items() if name != CONFIG}
+    files = {name: data for name, data in content.files.items() if name != ADAPTER_CONFIG}
     return replace(content, weights=weights, files=files, weights_name=WEIGHTS)

@@ -47,7 +47,8 @@ class Split:
 
     def _rows(self, sources: Sequence[DataFile], first: int) -> Iterator[Row]:
         threshold = int((self.config.data.eval_share or 0.0) * 2**64)
-        for number, row in enumerate(read_files(sources, self.chosen.names, self.chosen.sparse_names), first):
+        chosen = self.chosen
+        for number, row in enumerate(read_files(sources, chosen.names, chosen.sparse_names, chosen.named), first):
             if not self.is_share or (derive_seed(self.config.seed, number) < threshold) is (self.name == "eval"):
                 yield row
 

@@ -16,6 +16,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+import transformers
 import xxhash
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, OutlastError, StorageError
@@ -31,7 +32,7 @@ from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, w
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
 from outlast.trainers.data.readers import BadRowCounter, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_data_files
-from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_bpe
+from outlast.trainers.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, tokenizer_source, train_bpe
 from outlast.trainers.preparation.encode import Encoder, EncoderContext, Piece, Split, encode_here
 from outlast.trainers.preparation.local_cache import local_copy, verified_chunks
 from outlast.trainers.tasks.base import Record, Task, find_task
@@ -188,6 +189,8 @@ def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
         sources.update(digest_sources(source).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
+    if path := tokenizer.get("path"):
+        tokenizer["path"] = tokenizer_source(str(path))
     for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
         for file in sorted(Path(path).iterdir()):
             if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
@@ -214,7 +217,10 @@ def _data_settings(config: TrainingConfig, tokenizer: Mapping[str, Any], version
         name: value.model_dump(mode="json") if isinstance(value, Settings) else value for name, value in options.items()
     }
     defaults = {name: DataSettings.model_fields[name].get_default(call_default_factory=True) for name in options}
+    model = _model_facts(config, task) if version > 1 else {}
     return {
+        **({"model": model} if model else {}),
+        **({"add_tokens": list(config.model.add_tokens)} if config.model.add_tokens else {}),
         "format": FORMAT,
         "tokenizer": tokenizer,
         "task": [config.model.task, version],
@@ -244,7 +250,9 @@ def _make(
     task_class, settings = find_task(config.model.task), config.data
     chosen = choose_columns(task_class.columns, settings, task_class.forms)
     survey_limit = limit if limit and stored_bytes(settings) >= LARGE_BYTES else None
-    facts = task_class.survey(settings, _records(config, chosen, survey_limit))
+    labels = {"labels": list(chosen.labels)} if chosen.labels and settings.labels is None else {}
+    facts = task_class.survey(settings.model_copy(update=labels), _records(config, chosen, survey_limit))
+    facts = task_class.match_model(settings, facts, _model_facts(config, task_class))
     tokenizer = _tokenizer(config, task_class, chosen, limit)
     task = task_class(settings, tokenizer, facts)
     files = [
@@ -344,6 +352,17 @@ def _no_sample_error(task: Task, split: Split, num_rows: int, num_tokens: int) -
     return ConfigError(f"{where} {rows} with {short}", hint=hint)
 
 
+def _model_facts(config: TrainingConfig, task: type[Task]) -> dict[str, Any]:
+    """Return what the task's samples depend on in the pretrained model's configuration."""
+    if config.model.path is None or task.model_facts.__func__ is Task.model_facts.__func__:  # type: ignore[attr-defined]
+        return {}
+    try:
+        body, _ = transformers.PreTrainedConfig.get_config_dict(config.model.path)
+    except (OSError, ValueError):  # loading the model reports it
+        return {}
+    return task.model_facts(body)
+
+
 def _tokenizer(config: TrainingConfig, task: type[Task], chosen: ColumnMapping, limit: int | None) -> Tokenizer:
     if (named := _named_tokenizer(config)) is not None:
         return named
@@ -358,4 +377,5 @@ def _named_tokenizer(config: TrainingConfig) -> Tokenizer | None:
     settings = config.model.tokenizer
     if settings is not None and settings.train_bpe is not None:
         return None
-    return load_tokenizer(settings.path if settings and settings.path else str(config.model.path))
+    path = settings.path if settings and settings.path else str(config.model.path)
+    return load_tokenizer(path, config.model.add_tokens)

@@ -90,6 +90,16 @@ class Task:
         """
         return cls.version
 
+    @classmethod
+    def model_facts(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what encoding depends on in the pretrained model's `config.json`, as plain JSON."""
+        return {}
+
+    @classmethod
+    def match_model(cls, settings: DataSettings, facts: dict[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+        """Match the result of `survey` with that of `model_facts`, such as the order of the classes."""
+        return facts
+
     def fault(self, record: Record) -> str | None:
         """Return why a row is unusable although each of its columns has the right type; None if it is usable."""
         return None
@@ -135,7 +145,9 @@ class Task:
     def configure(self, config: Any) -> None:
         """Set what the head needs in the model's configuration, such as the number of classes."""
         text = config if hasattr(config, "pad_token_id") else getattr(config, "text_config", config)
-        if getattr(text, "pad_token_id", None) is None:  # GPT-2 classifies from the last token that is not padding
+        given = getattr(text, "pad_token_id", None)
+        # GPT-2 classifies from the last token that is not padding. A negative id is not in the embedding.
+        if given is None or (given < 0 and not self.packs):
             text.pad_token_id = self.tokenizer.inner.pad_token_id
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:

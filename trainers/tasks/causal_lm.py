@@ -80,11 +80,10 @@ class CausalLM(Task):
     def _completed(self, records: Sequence[Record]) -> Iterator[tuple[list[int], list[int]]]:
         """Encode prompts with their completions. A token is learned if it has a character of the completion."""
         texts = [record["prompt"] + record["completion"] for record in records]
-        ends = [ids[-1] for ids in self.tokenizer.encode([""] * len(texts))]
+        end = self.tokenizer.encode([""])[0][-1]
         encoded = self.tokenizer.inner(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for record, ids, offsets, end in zip(
-            records, encoded["input_ids"], encoded["offset_mapping"], ends, strict=True
-        ):
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for record, (ids, offsets) in zip(records, pairs, strict=True):
             first = len(record["prompt"])
             learned = [token if stop > first else IGNORED for token, (_, stop) in zip(ids, offsets, strict=True)]
             has_end = ids[-1:] == [end]

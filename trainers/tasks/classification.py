@@ -1,6 +1,7 @@
-"""Classification of texts, text pairs and tokens. Regression is sequence classification with one number as target."""
+"""Classification of texts and text pairs. Regression is sequence classification with one number as target."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,24 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, name_of
-from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, TokenTask, ints
+from outlast.trainers.tasks.base import Batch, Record, Sums, Task, ints
+from outlast.trainers.tasks.class_scores import class_hits, count_hits, macro_f1
+from outlast.trainers.tasks.labels import (
+    MISSING_TEXTS,
+    MULTI_HOT,
+    LabelIndex,
+    class_name,
+    head_labels,
+    is_multi_hot,
+    match_head,
+    name_classes,
+    shown,
+    survey_classes,
+    survey_multi_hot,
+    with_notes,
+    written_list,
+)
+from outlast.trainers.tasks.model_inputs import CLASSIFY_AT_END, text_config
 
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 _PROBLEM_TYPES = {
@@ -21,37 +39,58 @@ _PROBLEM_TYPES = {
 }
 
 
-def sort_classes(settings: DataSettings, role: str, names: Iterable[str]) -> list[str]:
-    """Order class names by their class index: whole numbers by value, all others by name.
+@dataclass(slots=True)
+class _Seen:
+    """The labels of the training rows."""
 
-    Raises ConfigError for fewer than two classes.
-    """
-    classes = sorted(set(names), key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
-    name = name_of(settings, role)
-    if not classes:
-        raise ConfigError(f"{settings.train} has no usable row, so no class of {name!r}", hint="add rows to it")
-    if len(classes) < 2:
-        raise ConfigError(
-            f"{settings.train}: column {name!r} has only one class: {classes}; classification needs at least two",
-            hint=f"add rows of another class, or name another column: -s data.{role}=…",
-        )
-    return classes
+    kinds: set[type] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)  #: of labels that are not lists
+    in_lists: set[str] = field(default_factory=set)  #: of items of lists
+    widths: set[int] = field(default_factory=set)  #: lengths of lists
+    are_multi_hot: bool = True  #: whether all lists are of 0 and 1
+    are_whole: bool = True  #: whether all floats are whole numbers
+    are_written_lists: bool = True  #: whether all labels are texts that write lists
 
+    def see(self, label: Any) -> None:
+        self.kinds.add(list if isinstance(label, list) else type(label))
+        items = label if isinstance(label, list) else written_list(label)
+        if isinstance(items, list):
+            self.widths.add(len(items))
+            self.in_lists |= set(map(class_name, items))
+            self.are_multi_hot = self.are_multi_hot and is_multi_hot(items)
+        if isinstance(label, float):
+            self.are_whole = self.are_whole and label.is_integer()
+        elif not isinstance(label, list):
+            self.names.add(str(label))
+            self.are_written_lists = self.are_written_lists and items is not None
+        if isinstance(label, float) and self.are_whole:
+            self.names.add(class_name(label))
 
-def name_classes(config: Any, classes: Sequence[str]) -> None:
-    """Set the class names in a model's configuration."""
-    config.id2label = dict(enumerate(classes))
-    config.label2id = {label: index for index, label in enumerate(classes)}
+    @property
+    def has_lists(self) -> bool:
+        return self.kinds == {list} or (self.kinds == {str} and self.are_written_lists)
 
+    @property
+    def are_number_texts(self) -> bool:
+        """Whether all texts are numbers, some of them fractions: values of a .csv file are all texts."""
+        values = {name for name in self.names if name.lower() not in MISSING_TEXTS}
+        are_fractions = any(not name.lstrip("+-").isdecimal() for name in values)
+        return self.kinds == {str} and are_fractions and all(map(_is_number, values))
 
-def macro_f1(hits: torch.Tensor) -> float:
-    """Compute the macro F1 over the classes that occur, as scikit-learn and torchmetrics do.
+    def guess(self, settings: DataSettings) -> str:
+        """Return the problem that the labels are for."""
+        if self.has_lists:
+            return MULTI
+        if self.kinds == {str} and self.are_number_texts:
+            return REGRESSION if settings.labels is None else SINGLE
+        has_numbers = float in self.kinds and str not in self.kinds
+        return REGRESSION if has_numbers and not (self.are_whole and settings.labels is not None) else SINGLE
 
-    `hits` holds true positives, false positives and false negatives, shape [classes, 3].
-    """
-    right, wrong = hits[:, 0], hits[:, 1:].sum(1)
-    occurs = right + wrong > 0
-    return (2 * right / (2 * right + wrong))[occurs].mean().item()
+    def classes(self) -> set[str]:
+        """Return the class names of labels that are not lists. Among numbers, texts such as `nan` are none."""
+        named = {name for name in self.names if name.lower() not in MISSING_TEXTS}
+        are_numbers = bool(named) and all(map(str.isdecimal, named))
+        return named if are_numbers else self.names
 
 
 class SequenceClassification(Task):
@@ -60,51 +99,120 @@ class SequenceClassification(Task):
     auto_class = "AutoModelForSequenceClassification"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("text", ColumnType.TEXT),
-        Column("label", ColumnType.VALUE, is_target=True),
+        Column("label", ColumnType.VALUE, is_target=True, is_class=True),
         Column("text_pair", ColumnType.TEXT, is_optional=True),
     )
-    options = ("problem",)
+    options = ("problem", "labels", "label_form")
     template = ("$A", "$A <|endoftext|> $B")
+    version = 2
 
     def __init__(self, settings: DataSettings, tokenizer: Any, facts: Mapping[str, Any]) -> None:
         super().__init__(settings, tokenizer, facts)
         self.problem, self.classes = facts["problem"], facts["classes"]
-        self._indices = {name: index for index, name in enumerate(self.classes)}
+        self._labels = LabelIndex(facts)
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        kinds, labels = set(), set()
+        seen, name = _Seen(), name_of(settings, "label")
         for record in records:
-            label = record["label"]
-            kinds.add(list if isinstance(label, list) else type(label))
-            if not isinstance(label, float):
-                labels |= {str(item) for item in (label if isinstance(label, list) else [label])}
-        guess = MULTI if kinds == {list} else REGRESSION if float in kinds and str not in kinds else SINGLE
-        if guess is SINGLE and kinds == {str} and any("." in item for item in labels) and all(map(_is_number, labels)):
-            guess = REGRESSION  # values of a .csv file are all texts
+            seen.see(record["label"])
+        guess = seen.guess(settings)
         problem = settings.problem or guess
-        numbers = kinds & {int, float, bool} or (str in kinds and any(map(_is_number, labels)))
-        if kinds and not {SINGLE: kinds & {str, int, bool}, MULTI: kinds & {list}, REGRESSION: numbers}[problem]:
+        kinds, notes = seen.kinds, list[str]()
+        fitting = {
+            SINGLE: kinds & {str, int, bool} or (kinds == {float} and seen.are_whole),
+            MULTI: seen.has_lists or list in kinds,
+            REGRESSION: kinds & {int, float, bool} or (str in kinds and any(map(_is_number, seen.names))),
+        }
+        if kinds and not fitting[problem]:
             raise ConfigError(
-                f"data.problem is {problem}, but column {name_of(settings, 'label')!r} has no such labels",
+                f"data.problem is {problem}, but column {name!r} has no such labels",
                 hint=f"set data.problem: {guess}, or name another column as data.label",
             )
-        facts: dict[str, Any] = {"problem": problem, "classes": []}
-        if problem != REGRESSION:
-            facts["classes"] = sort_classes(settings, "label", labels)
         if settings.problem is None and problem != SINGLE:
-            facts["notes"] = [f"column {name_of(settings, 'label')!r} is used for {problem} (data.problem)"]
+            notes.append(f"column {name!r} is used for {problem} (data.problem)")
+            if problem == REGRESSION and seen.are_whole and all(map(_is_whole, seen.classes())):
+                numbers = [class_name(number) for number in sorted(map(float, seen.classes()))]
+                notes[0] += f"; all its labels are whole ({shown(numbers)}): for classes set data.problem: single-label"
+        facts: dict[str, Any] = {"problem": problem, "classes": []}
+        if problem == REGRESSION:
+            if settings.labels is not None or settings.label_form == MULTI_HOT:
+                raise ConfigError(
+                    f"data.labels and data.label_form are for classes, and column {name!r} is used for regression",
+                    hint="remove them, or set data.problem: single-label",
+                )
+            return with_notes(facts, notes)
+        found = cls._survey_classes(settings, seen, problem)
+        notes += found.pop("notes", [])
+        return with_notes({**facts, **found}, notes)
+
+    @classmethod
+    def _survey_classes(cls, settings: DataSettings, seen: _Seen, problem: str) -> dict[str, Any]:
+        if problem == SINGLE:
+            if settings.label_form == MULTI_HOT:
+                raise ConfigError(
+                    f"data.label_form is multi-hot, but column {name_of(settings, 'label')!r} does not hold lists",
+                    hint="remove data.label_form, or name another column as data.label",
+                )
+            names = {class_name(float(name)) for name in seen.names} if seen.are_number_texts else seen.classes()
+            numbers = {"are_numbers": True} if seen.are_number_texts else {}
+            return {**survey_classes(settings, "label", names), **numbers}
+        fits = settings.labels is None or seen.widths == {len(settings.labels)}
+        is_plain = seen.are_multi_hot and len(seen.widths) == 1 and max(seen.widths) >= 2 and fits
+        written = {} if list in seen.kinds else {"are_written_lists": True}
+        if settings.label_form == MULTI_HOT or (settings.label_form == "auto" and is_plain):
+            return {**survey_multi_hot(settings, "label", seen.widths), **written}
+        return {**survey_classes(settings, "label", seen.in_lists), **written}
+
+    @classmethod
+    def model_facts(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        facts = head_labels(config, "ForSequenceClassification")
+        if facts.get("has_head") and (
+            len(facts["labels"]) == 1 or config.get("problem_type") == _PROBLEM_TYPES[REGRESSION]
+        ):
+            facts["is_regression"] = True
+        if config.get("model_type") in CLASSIFY_AT_END:
+            facts["classifies_at_end"] = True
         return facts
 
+    @classmethod
+    def match_model(cls, settings: DataSettings, facts: dict[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+        found = facts
+        if model.get("is_regression") and settings.problem is None and all(map(_is_number, facts["classes"])):
+            note = (
+                f"column {name_of(settings, 'label')!r} is used for regression, as by the model's head (data.problem)"
+            )
+            found = {"problem": REGRESSION, "classes": [], "notes": [note]}
+        elif facts["problem"] != REGRESSION:
+            found = match_head(settings, facts, model, "label")
+        return {**found, "classifies_at_end": True} if model.get("classifies_at_end") else found
+
     def fault(self, record: Record) -> str | None:
-        label, name = record["label"], name_of(self.settings, "label")
+        label, name = self._value(record["label"]), name_of(self.settings, "label")
+        if self.facts.get("classifies_at_end") and (fault := self._end_fault(record)) is not None:
+            return fault
         if self.problem == REGRESSION:
             return None if _is_number(label) else f"column {name!r} holds {label!r}, not a number"
-        if isinstance(label, list) is not (self.problem == MULTI) or isinstance(label, float):
+        if self.facts.get("form") == MULTI_HOT:
+            if isinstance(label, list) and is_multi_hot(label) and len(label) == len(self.classes):
+                return None
+            return f"column {name!r} holds {label!r}, not a list of {len(self.classes)} numbers, 0 or 1"
+        if isinstance(label, list) is not (self.problem == MULTI) or _is_fraction(label):
             return f"column {name!r} holds {label!r}, not {'a list of classes' if self.problem == MULTI else 'a class'}"
-        labels = map(str, label if isinstance(label, list) else [label])
-        unknown = [item for item in labels if item not in self._indices]
-        return f"label {unknown[0]!r} is in the evaluation data but not in the training data" if unknown else None
+        return self._labels.fault(label if isinstance(label, list) else [label])
+
+    def _end_fault(self, record: Record) -> str | None:
+        """Return an error text for a text that contains the end token, of which such models expect a fixed number."""
+        end = self.tokenizer.inner.eos_token
+        columns = [role for role in ("text", "text_pair") if end and end in record.get(role, "")]
+        return f"its {columns[0]} contains {end!r}, the token that the model classifies from" if columns else None
+
+    def _value(self, label: Any) -> Any:
+        """Return the label that a text of a .csv file writes."""
+        if self.facts.get("are_written_lists"):
+            items = written_list(label)
+            return label if items is None else items
+        return float(label) if self.facts.get("are_numbers") and _is_number(label) else label
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         texts = [[record["text"] for record in records]]
@@ -112,6 +220,7 @@ class SequenceClassification(Task):
             texts.append([record["text_pair"] for record in records])
         encoded = self.tokenizer.inner(*texts, truncation=True, max_length=self.settings.max_length)
         types = encoded.get("token_type_ids", ())
+        self._check_end(encoded["input_ids"])
         for index, record in enumerate(records):
             sample = {"input_ids": ints(encoded["input_ids"][index] or [self.padding("input_ids")])}
             if types and (len(texts) > 1 or any(types[index])):  # XLNet's class token has a type of its own
@@ -120,13 +229,25 @@ class SequenceClassification(Task):
                 sample["labels"] = self._target(record["label"])
             yield sample
 
+    def _check_end(self, ids: Sequence[Sequence[int]]) -> None:
+        """Raise ConfigError if the tokenizer does not end texts with the token that the model classifies from."""
+        end = self.tokenizer.inner.eos_token_id
+        if self.facts.get("classifies_at_end") and any(end not in each for each in ids):
+            raise ConfigError(
+                "the model classifies from the end token of a text, and its tokenizer adds none",
+                hint="use the tokenizer that the model was trained with, or set a post-processor in its tokenizer.json",
+            )
+
     def _target(self, label: Any) -> Any:
+        value = self._value(label)
         if self.problem == REGRESSION:
-            return np.asarray([float(label)], dtype=np.float32)
+            return np.asarray([float(value)], dtype=np.float32)
         if self.problem == SINGLE:
-            return ints([self._indices[str(label)]])
+            return ints([self._labels.index(value)])
+        if self.facts.get("form") == MULTI_HOT:
+            return np.asarray(value, dtype=np.float32)
         target = np.zeros(len(self.classes), dtype=np.float32)
-        target[[self._indices[str(item)] for item in label]] = 1
+        target[[self._labels.index(item) for item in value]] = 1
         return target
 
     def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
@@ -137,6 +258,14 @@ class SequenceClassification(Task):
 
     def configure(self, config: Any) -> None:
         super().configure(config)
+        text = text_config(config)
+        if getattr(text, "pad_token_id", None) in (None, -1):  # such as Gemma 3, which classifies by this one
+            text.pad_token_id = self.tokenizer.inner.pad_token_id
+        if config.model_type in ("mbart", "plbart") and config.pad_token_id == config.eos_token_id:
+            raise ConfigError(
+                f"{config.model_type} models find the end of a text by its padding, and pad_token_id is eos_token_id",
+                hint="set another pad_token in the tokenizer, and pad_token_id in the model's config.json",
+            )
         config.problem_type = _PROBLEM_TYPES[self.problem]
         if self.classes:
             name_classes(config, self.classes)
@@ -156,7 +285,9 @@ class SequenceClassification(Task):
 
     @classmethod
     def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("mse", "mae") if facts["problem"] == REGRESSION else ("accuracy", "f1")
+        if facts["problem"] == REGRESSION:
+            return "mse", "mae"
+        return ("accuracy", "f1", "subset_accuracy") if facts["problem"] == MULTI else ("accuracy", "f1")
 
     def tally(self, outputs: Any, batch: Batch) -> Sums:
         logits, labels = outputs.logits.float(), batch["labels"]
@@ -168,7 +299,8 @@ class SequenceClassification(Task):
         if self.problem == MULTI:
             # torchmetrics would take logits that are all in [0, 1] for probabilities.
             predicted = (logits > 0).long()
-            return {"hits": _hits(multilabel_stat_scores(predicted, labels.long(), len(self.classes), average=None))}
+            stat_scores = multilabel_stat_scores(predicted, labels.long(), len(self.classes), average=None)
+            return {"hits": class_hits(stat_scores), "exact": (predicted == labels).all(-1).sum()}
         return {"hits": count_hits(logits, labels)}
 
     def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -178,7 +310,10 @@ class SequenceClassification(Task):
         right, wrong = sums["hits"][:, 0].sum().item(), sums["hits"][:, 1:].sum().item()
         # With one class per sample, count is the samples; with several, it is the classes of all samples.
         accuracy = right / count if self.problem == SINGLE else 1 - wrong / count
-        return {"accuracy": accuracy, "f1": macro_f1(sums["hits"])}
+        scores = {"accuracy": accuracy, "f1": macro_f1(sums["hits"])}
+        if self.problem == MULTI:
+            scores["subset_accuracy"] = sums["exact"].item() / (count / len(self.classes))
+        return scores
 
     def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
         for record, logits in zip(records, outputs.logits.float().cpu(), strict=True):
@@ -193,96 +328,14 @@ class SequenceClassification(Task):
             yield {**record, "label": label, "scores": scores}
 
 
-class TokenClassification(TokenTask):
-    """Predict the tag of every word. The first token of a word has the word's tag as label; the others have none."""
+def _is_whole(name: str) -> bool:
+    return _is_number(name) and float(name).is_integer()
 
-    auto_class = "AutoModelForTokenClassification"
-    columns: ClassVar[tuple[Column, ...]] = (
-        Column("tokens", ColumnType.TEXTS),
-        Column("tags", ColumnType.LABELS, is_target=True),
+
+def _is_fraction(label: Any) -> bool:
+    return any(
+        isinstance(item, float) and not item.is_integer() for item in (label if isinstance(label, list) else [label])
     )
-    special_tokens = BERT_TOKENS
-    template = BERT_TEMPLATE
-
-    def __init__(self, settings: DataSettings, tokenizer: Any, facts: Mapping[str, Any]) -> None:
-        super().__init__(settings, tokenizer, facts)
-        self.classes = facts["classes"]
-        self._indices = {name: index for index, name in enumerate(self.classes)}
-
-    @classmethod
-    def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        return {"classes": sort_classes(settings, "tags", (str(tag) for record in records for tag in record["tags"]))}
-
-    def fault(self, record: Record) -> str | None:
-        words, tags = record["tokens"], record["tags"]
-        if not words or len(words) != len(tags):
-            return f"it has {len(words)} words but {len(tags)} tags"
-        unknown = [tag for tag in map(str, tags) if tag not in self._indices]
-        return f"tag {unknown[0]!r} is in the evaluation data but not in the training data" if unknown else None
-
-    def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
-        for record, _, encoded in self._encoded(records):
-            sample = {"input_ids": ints(encoded.ids)}
-            if any(encoded.type_ids) and "token_type_ids" in self.tokenizer.inner.model_input_names:
-                sample["token_type_ids"] = ints(encoded.type_ids)
-            if "tags" in record:
-                firsts, labels = _first_tokens(encoded.word_ids), ints([IGNORED] * len(encoded.ids))
-                for word, position in firsts.items():
-                    labels[position] = self._indices[str(record["tags"][word])]
-                sample["labels"] = labels
-            yield sample
-
-    def _encoded(self, records: Sequence[Record]) -> Iterator[tuple[Record, list[str], Any]]:
-        given = [record["tokens"] for record in records]
-        words = [each.split() if isinstance(each, str) else each for each in given]
-        encoded = self.tokenizer.inner(
-            words, is_split_into_words=True, truncation=True, max_length=self.settings.max_length
-        )
-        yield from zip(records, words, encoded.encodings, strict=True)
-
-    def configure(self, config: Any) -> None:
-        super().configure(config)
-        name_classes(config, self.classes)
-
-    @classmethod
-    def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("accuracy", "f1")
-
-    def tally(self, outputs: Any, batch: Batch) -> Sums:
-        return {"hits": count_hits(outputs.logits.flatten(0, 1), batch["labels"].flatten())}
-
-    def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        return {"accuracy": (sums["hits"][:, 0].sum() / sums["count"]).item(), "f1": macro_f1(sums["hits"])}
-
-    def decode(self, outputs: Any, batch: Batch, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
-        predicted = outputs.logits.argmax(-1).tolist()
-        for (_, words, encoded), indices in zip(self._encoded(records), predicted, strict=True):
-            tags = [None] * len(words)
-            for word, position in _first_tokens(encoded.word_ids).items():
-                tags[word] = self.classes[indices[position]]
-            yield {"tokens": words, "tags": tags}
-
-
-def count_hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Count true positives, false positives and false negatives, shape [classes, 3]. Labels of -100 do not count."""
-    from torchmetrics.functional.classification import multiclass_stat_scores
-
-    num_classes = logits.shape[-1]
-    stat_scores = multiclass_stat_scores(logits.argmax(-1), labels, num_classes, average=None, ignore_index=IGNORED)
-    return _hits(stat_scores)
-
-
-def _hits(stat_scores: torch.Tensor) -> torch.Tensor:
-    return stat_scores[:, [0, 1, 3]]
-
-
-def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
-    """Return the position of each word's first token, by the word's index."""
-    firsts: dict[int, int] = {}
-    for position, word in enumerate(word_ids):
-        if word is not None:
-            firsts.setdefault(word, position)
-    return firsts
 
 
 def _is_number(value: Any) -> bool:

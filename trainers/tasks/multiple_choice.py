@@ -28,10 +28,14 @@ class MultipleChoice(Task):
     )
     special_tokens = BERT_TOKENS
     template: ClassVar[tuple[str, str] | None] = BERT_TEMPLATE
+    version: ClassVar[int] = 2
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        counts = Counter(len(record["choices"]) for record in records)
+        counts, fitting = Counter[int](), Counter(dict.fromkeys(_FORMS, 0))
+        for record in records:
+            counts[len(record["choices"])] += 1
+            fitting.update(form for form in _FORMS if _right(record, form) is not None)
         [(num_choices, _)] = counts.most_common(1) or [(0, 0)]
         if num_choices < 2:
             name = name_of(settings, "choices")
@@ -39,13 +43,23 @@ class MultipleChoice(Task):
                 f"{settings.train}: column {name!r} has {num_choices} choices in most rows; at least two are needed",
                 hint="give rows with two or more choices, or name another column: -s data.choices=…",
             )
-        return {"num_choices": num_choices}
+        form = max(_FORMS, key=fitting.__getitem__)
+        column = name_of(settings, "label")
+        notes = [f"column {column!r} holds letters: A is the first choice"] if form == "letter" else []
+        return {"num_choices": num_choices, "form": form, **({"notes": notes} if notes else {})}
 
     def fault(self, record: Record) -> str | None:
         choices, num_choices = record["choices"], self.facts["num_choices"]
         if len(choices) != num_choices:
             return f"it has {len(choices)} choices, not {num_choices}"
-        return None if _right(record) is not None else f"label {record['label']!r} is not one of the choices"
+        if self._right(record) is not None:
+            return None
+        if choices.count(record["label"]) > 1:
+            return f"label {record['label']!r} is more than one of the choices"
+        return f"label {record['label']!r} is not one of the choices" + _WHERE[self.facts.get("form", "text")]
+
+    def _right(self, record: Record) -> int | None:
+        return _right(record, self.facts.get("form"))
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         """Encode the choices of a row one after the other, with the length of each."""
@@ -60,7 +74,7 @@ class MultipleChoice(Task):
         sample = {"input_ids": ints([*chain(*ids)]), "lengths": ints([len(choice) for choice in ids])}
         if types is not None:
             sample["token_type_ids"] = ints([*chain(*types)])
-        if "label" in record and (right := _right(record)) is not None:
+        if "label" in record and (right := self._right(record)) is not None:
             sample["labels"] = ints([right])
         return sample
 
@@ -158,10 +172,21 @@ class DoubleHeads(MultipleChoice):
         return logits
 
 
-def _right(record: Record) -> int | None:
+#: What a label may be, the likeliest first: a column has one form, so that "1" is not a text here and an index there.
+_FORMS = ("text", "index", "letter")
+_WHERE = {"text": "", "index": ", which are counted from 0", "letter": ", which are A, B and so on"}
+
+
+def _right(record: Record, form: str | None) -> int | None:
     """Return the index of the right choice; None if the label is not one of the choices."""
     label, choices = record["label"], record["choices"]
-    if label in choices:
-        return list(choices).index(label)
+    if form is None:  # data of earlier releases
+        return _right(record, "text") if label in choices else _right(record, "index")
+    if form == "text":
+        return list(choices).index(label) if choices.count(label) == 1 else None
     text = str(label)
-    return int(text) if text.isdecimal() and int(text) < len(choices) else None
+    if form == "index":
+        index = int(text) if text.isdecimal() else len(choices)
+    else:
+        index = ord(text.upper()) - ord("A") if len(text) == 1 and text.isascii() and text.isalpha() else len(choices)
+    return index if index < len(choices) else None

@@ -105,6 +105,10 @@ class QuestionAnswering(Task):
         batch = super().collate(samples, keys)
         return {**batch, "start": batch["start"][:, 0], "end": batch["end"][:, 0]}
 
+    def configure(self, config: Any) -> None:
+        super().configure(config)
+        config.num_labels = 2  # a first and a last token, whatever the head of the files was for
+
     def count(self, batch: Batch) -> int:
         return len(batch["start"])
 

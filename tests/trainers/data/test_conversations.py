@@ -5,6 +5,7 @@ The expected tokens and texts come from transformers alone.
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.chat_template import ChatTemplate
+from outlast.trainers.data.conversation_forms import read_conversation
 from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.predict import read_records
 from outlast.trainers.preparation.prepare import Prepared, prepare
@@ -151,6 +156,10 @@ def test_the_tools_can_have_another_name_or_be_left_out(chats: Chats) -> None:
     rows = [{"messages": row["messages"], "functions": row["tools"]} for row in ROWS[:2]]
     expected = [chats.plain(row["messages"], TOOL_TEMPLATE, tools=row["tools"]) for row in ROWS[:2]]
     assert chats.samples(chats.write(rows), TOOL_TEMPLATE, tools="functions") == expected
+    later = [{"messages": ROWS[2]["messages"]}, *rows]
+    assert chats.samples(chats.write(later), TOOL_TEMPLATE, tools="functions")[1:] == expected
+    with pytest.raises(ConfigError, match=r"rows\.jsonl has no column 'function'; it has messages, functions"):
+        chats.samples(chats.write(rows), TOOL_TEMPLATE, tools="function")
     expected = [chats.plain(row["messages"], TOOL_TEMPLATE) for row in ROWS]
     assert chats.samples(chats.write(ROWS), TOOL_TEMPLATE, tools=None) == expected
 
@@ -378,6 +387,26 @@ def test_forms_of_rows_are_recognized_and_reported(chats: Chats, form: str, name
     assert any(f"in the form of {title}" in note for note in chats.prepared.notes)
 
 
+def test_a_prompt_may_look_like_json(chats: Chats) -> None:
+    for text in ('[{"a": 1}]', "[{not json", "[ { }, 5]"):
+        messages = [{"role": "user", "content": text}, ASKED[1]]
+        file = chats.write([{"prompt": text, "completion": "a"}])
+        assert chats.samples(file, NO_TOOLS) == [chats.plain(messages, NO_TOOLS)]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_conversations_in_a_csv_file(chats: Chats, name: str) -> None:
+    """Its fields are texts: a list is given as JSON, and an empty field is no value."""
+    path = chats.folder / name
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="," if name.endswith("csv") else "\t")
+        writer.writerow(["messages", "tools"])
+        for row in ROWS:
+            writer.writerow([json.dumps(row["messages"], indent=1), json.dumps(row["tools"]) if "tools" in row else ""])
+    expected = [chats.plain(row["messages"], TOOL_TEMPLATE, tools=row.get("tools")) for row in ROWS]
+    assert chats.samples(path, TOOL_TEMPLATE) == expected
+
+
 def test_rows_that_lack_what_a_form_may_lack(chats: Chats) -> None:
     rows = [{"instruction": "q", "output": "a"}, {"instruction": "q", "input": "x", "output": "a"}]
     asked = [{"role": "user", "content": "q\nx"}, ASKED[1]]
@@ -434,3 +463,28 @@ def test_rows_for_prediction(chats: Chats) -> None:
 def test_the_template_object_has_the_tokenizers_text(tokenizer: Any) -> None:
     tokenizer.chat_template = NO_TOOLS
     assert ChatTemplate(tokenizer).render(ASKED) == tokenizer.apply_chat_template(ASKED, tokenize=False)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["content", "tool_calls", "weight", "train", "role", "from", "value", "function"])
+
+
+@given(st.dictionaries(KEYS, JSON, min_size=1), st.one_of(JSON, st.just(TOOLS)), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_message_is_a_sample_or_a_bad_row(
+    tokenizer: Any, change: dict[str, Any], tools: Any, is_user: bool
+) -> None:
+    tokenizer.chat_template = TOOL_TEMPLATE
+    messages = json.loads(json.dumps(calling(path="a")))
+    messages[0 if is_user else 1] |= change
+    data, template = DataSettings(train="none"), ChatTemplate(tokenizer)
+    try:
+        tokens, mask = template.encode(*read_conversation({"messages": messages, "tools": tools}, data, template.text))
+    except ConfigError:
+        return
+    assert any(mask)
+    assert len(mask) == len(tokens)

@@ -438,7 +438,7 @@ def test_the_best_is_damaged_and_the_next_is_published(
     [
         ([{"text": "a", "kind": "x"}, {"text": "b", "kind": "x"}], "has only one class"),
         ([{"text": "a"}], "has no column 'kind'"),
-        ([{"text": "a", "kind": None}], "row 1: column 'kind' holds None"),
+        ([{"text": "a", "kind": None}], "row 1: column 'kind' holds no value"),
     ],
 )
 def test_unusable_labels(
