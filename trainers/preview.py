@@ -203,7 +203,7 @@ def _words(task: TokenClassification, ids: Sequence[int], labels: Sequence[int])
 def data_facts(config: TrainingConfig, prepared: Prepared) -> dict[str, Any]:
     """Return what was guessed and counted, as JSON."""
     task = find_task(config.model.task)
-    chosen = choose_columns(task.columns, config.data)
+    chosen = choose_columns(task.columns, config.data, task.forms)
     facts = {name: value for name, value in prepared.facts.items() if name != "notes"}
     return {
         "task": config.model.task,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from outlast.checkpointing.errors import ConfigError
@@ -53,7 +54,10 @@ def look(folder: Path, sections: dict[str, Any], limit: int = 1000) -> Previewed
             (folder / entry.path).write_bytes(read_bytes(storage, f"{prepared.directory}/{entry.path}"))
     rows = [json.loads(line) for line in Path(sections["data"]["train"]).read_text().splitlines()]
     samples = preview_samples(config, prepared, storage, "train", COUNT)
-    return Previewed(config, prepared, samples, rows, AutoTokenizer.from_pretrained(tokenizer))
+    inner = AutoTokenizer.from_pretrained(tokenizer)
+    if config.model.task == "token-classification":  # as in the examples of transformers
+        inner.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    return Previewed(config, prepared, samples, rows, inner)
 
 
 @pytest.fixture(scope="module")

@@ -454,3 +454,16 @@ def test_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
         "run: resumed from 0001-0001/checkpoint-3",
         "run: step 3/?  loss 2.000",
     ]
+
+
+def test_the_last_step_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outlast.cluster.monitoring.console_progress.PLAIN_PERIOD_S", 0.0)
+    file = io.StringIO()
+    with ProgressReporter("run", Console(file=file, width=200)) as reporter:
+        for event in (start(2), plan(3, 2), *steps(1, 2, 4), done(20, 2)):
+            reporter({"sender": "0001-0001", **event})
+    assert [line.partition("  ")[0] for line in file.getvalue().splitlines() if "step" in line] == [
+        "run: workers are ready; starting with step 1",
+        "run: step 1/2",
+        "run: step 2/2",
+    ]

@@ -347,3 +347,18 @@ def test_a_probe_travels_to_a_node_without_outlast(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, ["missing", tempfile.gettempdir()]), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("free", "newest", "expected"),
+    [
+        (500_000_000, 1_000_000, "has 500.0 MB free (seen from a); a run needs at least 1.1 GB"),
+        (2_000_000_000, 1_000_000_000, "has 2.0 GB free (seen from a); 4 checkpoints need about 4.0 GB"),
+        (500_000_000, 900_000_000, "has 500.0 MB free (seen from a); one checkpoint needs about 900.0 MB"),
+    ],
+)
+def test_a_warning_about_space_states_more_than_is_free(free: int, newest: int, expected: str) -> None:
+    disk = {"path": "/tmp", "free": 10**12, "total": 10**12}
+    facts = {"a": {"disk": disk, "storage": {"kind": "ext4", "source": "/dev/a", "free": free}}}
+    [finding] = rules.check_disk(facts, Requirements(storage="/runs", newest_bytes=newest))
+    assert finding.text == f"/runs {expected}"

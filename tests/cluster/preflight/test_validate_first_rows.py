@@ -130,3 +130,29 @@ def test_data_of_an_existing_run(
     assert "did you mean 'n_head'" in found.finding.message
     [found] = validate(path, ["model.config.n_inner=128"])
     assert "model.config.n_inner was not set, is 128" in found.finding.message
+
+
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_the_line_of_a_file_in_a_list(key: str, run_file: str, tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("words\n")
+    path = Path(run_file)
+    body = yaml.safe_load(path.read_text())
+    body["data"][key] = [str(tmp_path / "good.txt"), str(tmp_path / "gone.txt")]
+    path.write_text(yaml.safe_dump(body))
+    [found] = validate(run_file)
+    [line] = [number for number, text in enumerate(path.read_text().splitlines(), 1) if "gone.txt" in text]
+    assert (found.line, found.finding.key) == (line, f"data.{key}.1")
+    [found] = validate(run_file, [f"data.{key}=[{tmp_path}/lost.txt]"])
+    assert (found.line, found.option) == (None, f"data.{key}=[{tmp_path}/lost.txt]")
+
+
+@pytest.mark.parametrize("name", ["123", "1.5", "2026-01-01"])
+def test_a_name_that_yaml_reads_as_something_else(name: str, run_file: str) -> None:
+    path = Path(run_file)
+    path.write_text(path.read_text().replace("name: run\n", f"name: {name}\n"))
+    [found] = validate(run_file)
+    assert found.finding.key == "name"
+    assert found.finding.message.startswith("must be a text")
+    assert found.finding.suggestion == f'put it in quotes: "{name}"'
+    path.write_text(path.read_text().replace(f"name: {name}\n", f'name: "{name}"\n'))
+    assert validate(run_file) == []

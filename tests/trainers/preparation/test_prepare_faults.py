@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,8 +11,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
@@ -116,3 +122,28 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
         assert num_tokens > num_rows * 100
         peaks.append(peak)
     assert peaks[1] - peaks[0] < 40 * 2**20
+
+
+def test_a_text_that_the_tokenizer_rejects_is_a_bad_row(tmp_path: Path) -> None:
+    """`tokenizers` raises a bare Exception for it, and not before the rows of a batch are encoded together."""
+    inner = tokenizers.Tokenizer(WordLevel({"the": 0, "cat": 1, "end": 2}, unk_token="unknown"))
+    inner.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="end").save_pretrained(tmp_path / "words")
+    with pytest.raises(Exception, match=r"WordLevel error: Missing"):
+        inner.encode("the dog")
+    rows = tmp_path / "rows.jsonl"
+    texts = ["the cat", "cat the", "the dog", "cat cat"]
+    rows.write_text("".join(json.dumps({"text": text, "label": at % 2}) + "\n" for at, text in enumerate(texts)))
+    sections: dict[str, Any] = {
+        "model": {"task": "sequence-classification", "tokenizer": {"path": str(tmp_path / "words")}},
+        "data": {"eval": None},
+        "train": {"eval_every": None},
+    }
+    storage = LocalStorage(tmp_path / "runs")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 3: the tokenizer rejects it: WordLevel error"):
+        prepare(tiny_config("run", storage.url, str(rows), sections=sections), storage)
+    sections["data"]["max_bad_rows"] = 1
+    prepared = prepare(tiny_config("run", storage.url, str(rows), sections=sections), storage)
+    assert (prepared.num_bad_rows, prepared.num_samples) == (1, 3)
+    ids = [sample["input_ids"].tolist() for sample in prepared.split(storage, "train").take(range(3))]
+    assert ids == [[0, 1], [1, 0], [1, 1]]
