@@ -168,7 +168,7 @@ class Workshop:
             theirs = None
         if theirs is None:
             return Ending("accepted")
-        usable = [(text, str(label)) for text, label in theirs if isinstance(text, str) and _is_class(label)]
+        usable = [(text, _class_of(label)) for text, label in theirs if isinstance(text, str) and _is_class(label)]
         if target in ("csv", "tsv"):  # some rows are unusable here, and completed there
             rest = iter(usable)
             if len(usable) - len(ours) <= prepared.num_bad_rows and all(row in rest for row in ours):
@@ -227,7 +227,11 @@ def _is_whole(row: Any) -> bool:
 
 
 def _is_class(label: Any) -> bool:
-    return isinstance(label, (str, int))
+    return isinstance(label, (str, int)) or (isinstance(label, float) and label.is_integer())
+
+
+def _class_of(label: Any) -> str:
+    return str(int(label)) if isinstance(label, float) else str(label)
 
 
 # -- independent readers: text and label of each row; None where they cannot tell -----------------------------------

@@ -5,6 +5,7 @@ that names file and place; never in an unexpected exception, a crash or a hang.
 from __future__ import annotations
 
 import multiprocessing
+import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,12 +16,13 @@ import pytest
 from tests.system.mutations.targets import DATA, TARGETS, Workshop
 
 FEW, MANY = range(30), range(30, 750)  # of each type: 10,500 in all
-LIMIT_S = 600.0
+LIMIT_S, MEMORY = 600.0, 8 * 2**30
 _workshop: Workshop | None = None
 
 
 def _open_workshop(folder: str) -> None:
     global _workshop
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # a file that asks for more must not get it
     _workshop = Workshop(Path(folder))
 
 
