@@ -17,6 +17,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.adapter_directory import base_of, is_adapter_directory
 
 _CONNECT_TIMEOUT_S = 5.0
+_MAX_HOLES = 2**20  #: token ids without a token
 END_TOKEN = "<|endoftext|>"
 
 
@@ -68,7 +69,12 @@ def _load_tokenizer(path: str) -> Tokenizer:
         raise ConfigError(f"model directory {path} does not exist", hint="set model.path to a directory or a hub id")
     _check_hub_connection(path)
     try:
-        return Tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        inner = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        vocabulary = inner.get_vocab()
+        largest = max(vocabulary, key=vocabulary.__getitem__, default="")
+        if vocabulary.get(largest, 0) > _MAX_HOLES + 16 * len(vocabulary):  # it could not be saved: that takes memory
+            raise ValueError(f"token {largest!r} of {len(vocabulary):,} has the id {vocabulary[largest]:,}")
+        return Tokenizer(inner)
     except ImportError as error:  # a tokenizer that is not one of `tokenizers`
         raise ConfigError(
             f"the tokenizer of {path!r} cannot be loaded: {first_line(error)}", hint="install that package"

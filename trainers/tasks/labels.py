@@ -18,7 +18,7 @@ NAMES, INDEX, MULTI_HOT = "names", "index", "multi-hot"
 #: How programs write that there is no value. Among numbers these are no classes.
 MISSING_TEXTS = frozenset({"", "nan", "na", "n/a", "null", "none"})
 _BOOLS = {"false": 0, "true": 1}
-_NUM_SHOWN = 8
+_NUM_SHOWN, _MAX_CLASSES = 8, 100_000
 
 
 def shown(names: Collection[str]) -> str:
@@ -175,14 +175,14 @@ def head_labels(config: Mapping[str, Any], head: str) -> dict[str, Any]:
 
     Empty without a head of this kind (`ForSequenceClassification`) or names.
     """
-    has_head = any(str(name).endswith(head) for name in config.get("architectures") or [])
-    by_index = config.get("id2label") or {index: name for name, index in (config.get("label2id") or {}).items()}
     try:
+        has_head = any(str(name).endswith(head) for name in config.get("architectures") or [])
+        by_index = config.get("id2label") or {index: name for name, index in (config.get("label2id") or {}).items()}
         labels = [str(name) for _, name in sorted((int(index), name) for index, name in by_index.items())]
-    except (TypeError, ValueError, AttributeError):
+        if not labels and has_head:
+            labels = [f"LABEL_{index}" for index in range(min(config.get("num_labels") or 2, _MAX_CLASSES))]
+    except (TypeError, ValueError, AttributeError):  # loading the configuration reports it
         return {}
-    if not labels and has_head:
-        labels = [f"LABEL_{index}" for index in range(config.get("num_labels") or 2)]
     are_names = not all(re.fullmatch(r"LABEL_\d+", name) for name in labels)
     if len(labels) != len(set(labels)) or not (has_head or are_names):
         return {}
