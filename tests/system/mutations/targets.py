@@ -181,10 +181,10 @@ class Workshop:
 
     # -- model and settings --------------------------------------------------------------------------------------------
 
-    def _run_file(self, place: Path, model: Path) -> Path:
+    def _run_file(self, place: Path, model: Path, task: str = "sequence-classification") -> Path:
         body = {
             "name": "run",
-            "model": {"path": str(model), "task": "sequence-classification"},
+            "model": {"path": str(model), "task": task},
             "data": {"train": str(self.original / "rows.jsonl"), "max_length": 32},
             "train": {"epochs": 1, "batch": 2, "micro_batch": 1, "lr": 1e-3, "clip": 1.0},
             "scale": {"workers": 1, "cpus_per_worker": 0.5},
@@ -197,7 +197,8 @@ class Workshop:
         model = shutil.copytree(self.model, place / "model")
         path = model / target
         path.write_bytes(mutate(path.read_bytes(), path.suffix, seed))
-        return self._validated(self._run_file(place, model), (str(model), target, "model"))
+        task = "causal-lm" if seed % 2 else "sequence-classification"
+        return self._validated(self._run_file(place, model, task), (str(model), target, "model"))
 
     def _settings(self, place: Path, seed: int) -> Ending:
         run_file = self._run_file(place, self.model)
@@ -212,7 +213,7 @@ class Workshop:
             return Ending("refused", "" if run_file.name in error.message else f"no file: {error.message[:300]}")
         if not found:
             return Ending("accepted")
-        texts = [f"{'.'.join(map(str, item.finding.path))}: {item.finding.message}" for item in found]
+        texts = [f"{'.'.join(map(str, item.finding.path))}: {item.finding.message} {item.finding.suggestion}" for item in found]
         if named and not any(name in text for name in named for text in texts):
             return Ending("refused", f"it names no file: {texts[0][:300]}")
         if "unexpected" in texts[0]:
