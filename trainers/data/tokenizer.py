@@ -74,6 +74,8 @@ def _load_tokenizer(path: str) -> Tokenizer:
         largest = max(vocabulary, key=vocabulary.__getitem__, default="")
         if vocabulary.get(largest, 0) > _MAX_HOLES + 16 * len(vocabulary):  # it could not be saved: that takes memory
             raise ValueError(f"token {largest!r} of {len(vocabulary):,} has the id {vocabulary[largest]:,}")
+        if not isinstance(inner.model_max_length, int | float):  # transformers compares it with every text
+            raise ValueError(f"model_max_length in tokenizer_config.json is {inner.model_max_length!r}, not a number")
         return Tokenizer(inner)
     except ImportError as error:  # a tokenizer that is not one of `tokenizers`
         raise ConfigError(

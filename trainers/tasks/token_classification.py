@@ -93,7 +93,10 @@ class TokenClassification(TokenTask):
 
     @classmethod
     def score_names(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
-        entities = ("entity_precision", "entity_recall", "entity_f1") if has_entities(facts["classes"]) else ()
+        classes = facts.get("classes")  # unknown before the rows are read
+        entities = (
+            ("entity_precision", "entity_recall", "entity_f1") if classes is None or has_entities(classes) else ()
+        )
         return ("accuracy", "f1", *entities)
 
     def tally(self, outputs: Any, batch: Batch) -> Sums:

@@ -140,7 +140,7 @@ def test_tokens_without_an_embedding(llama: Path, tmp_path: Path) -> None:
     assert "has 402 tokens, and the embedding of LlamaForCausalLM has 400 rows" in error
     assert "it lacks <|im_start|>, <|im_end|>" in error
     assert "model.resize: true" in error
-    assert "rows" not in Run(tmp_path, {"path": "llama", "task": "chat", "resize": True}, rows).notes()
+    assert "embedding" not in Run(tmp_path, {"path": "llama", "task": "chat", "resize": True}, rows).notes()
     unused = Run(tmp_path, {"path": "llama"}, LINES).notes()
     assert "the data has none of the others: <|im_start|>, <|im_end|>" in unused
 
