@@ -210,7 +210,9 @@ def adapter_naming(model: Any) -> WeightNaming:
             hint="train one adapter at a time",
         )
     # Embeddings that are trained in full are among the saved modules; peft would add their frozen weights.
-    embedding = getattr(inner, "get_input_embeddings", lambda: None)()
+    embedding = None
+    with suppress(NotImplementedError, AttributeError):
+        embedding = inner.get_input_embeddings()
     layers: Any = False if isinstance(embedding, ModulesToSaveWrapper) else "auto"
     state = inner.state_dict(keep_vars=True)
     saved = get_peft_model_state_dict(inner, state_dict=state, save_embedding_layers=layers)
