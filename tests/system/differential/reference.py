@@ -61,7 +61,9 @@ def _tags(tokenizer: Any, config: Any, rows: Sequence[Row]) -> list[Example]:
     space = " " if "ByteLevel" in repr(tokenizer.backend_tokenizer.pre_tokenizer) else ""
     examples = []
     for row in rows:
-        encoded = tokenizer([space + word for word in row["tokens"]], is_split_into_words=True, truncation=True, max_length=MAX_LENGTH)
+        encoded = tokenizer(
+            [space + word for word in row["tokens"]], is_split_into_words=True, truncation=True, max_length=MAX_LENGTH
+        )
         words = encoded.word_ids()
         labels = [
             config.label2id[row["tags"][word]] if word is not None and words.index(word) == position else IGNORED
