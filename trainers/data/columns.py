@@ -92,6 +92,11 @@ class Column:
     is_sparse: bool = False
     is_class: bool = False
 
+    @property
+    def is_required(self) -> bool:
+        """Whether each row of the data must have it."""
+        return not (self.is_optional or self.is_sparse)
+
 
 @dataclass(frozen=True, slots=True)
 class RowForm:
@@ -161,7 +166,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
         for column in (form.columns if form else columns)
         if not (column.is_sparse and getattr(settings, column.role, column.role) is None)
     ]
-    needed = tuple(column for column in columns if not (column.is_optional or column.is_sparse))
+    needed = tuple(column for column in columns if column.is_required)
     only_lines = len(needed) == 1 and {item.kind for item in find_data_files(settings.train)} == {".txt"}
     if only_lines or not available:  # without any column, reading the rows reports the error
         return ColumnMapping(needed, tuple(name_of(settings, column.role) for column in needed), ())
@@ -223,7 +228,7 @@ def _find_form(
     columns: Sequence[Column], settings: DataSettings, forms: Sequence[RowForm], available: Mapping[str, Any]
 ) -> RowForm | None:
     """Return the form of the rows; None for the task's own columns."""
-    own = [column for column in columns if not (column.is_optional or column.is_sparse)]
+    own = [column for column in columns if column.is_required]
     if any(_is_named(settings, column) or name_of(settings, column.role) in available for column in own):
         return None
     for form in forms:

@@ -6,6 +6,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from outlast.checkpointing.error_hints import shorten_list
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.columns import choose_columns
 from outlast.trainers.preparation.prepare import Prepared
@@ -48,10 +49,8 @@ def describe_summary(body: Mapping[str, Any]) -> Iterator[str]:
     yield f"task {body['task']}, columns: {columns}"
     for name, value in body["facts"].items():
         if isinstance(value, list):
-            shown = ", ".join(f"{index} {item}" for index, item in enumerate(value[:_NUM_CLASSES]))
-            more = f", … ({len(value):,} in all)" if len(value) > _NUM_CLASSES else ""
             if value:
-                yield f"{name}: {shown}{more}"
+                yield f"{name}: {shorten_list([f'{index} {item}' for index, item in enumerate(value)], _NUM_CLASSES)}"
         elif not isinstance(value, dict):
             yield f"{name.replace('_', ' ')}: {value}"
     for split, counts in body["splits"].items():

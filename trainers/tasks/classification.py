@@ -21,9 +21,9 @@ from outlast.trainers.tasks.labels import (
     class_name,
     head_labels,
     is_multi_hot,
+    listed,
     match_head,
     name_classes,
-    shown,
     survey_classes,
     survey_multi_hot,
     with_notes,
@@ -133,7 +133,9 @@ class SequenceClassification(Task):
             notes.append(f"column {name!r} is used for {problem} (data.problem)")
             if problem == REGRESSION and seen.are_whole and all(map(_is_whole, seen.classes())):
                 numbers = [class_name(number) for number in sorted(map(float, seen.classes()))]
-                notes[0] += f"; all its labels are whole ({shown(numbers)}): for classes set data.problem: single-label"
+                notes[0] += (
+                    f"; all its labels are whole ({listed(numbers)}): for classes set data.problem: single-label"
+                )
         facts: dict[str, Any] = {"problem": problem, "classes": []}
         if problem == REGRESSION:
             if settings.labels is not None or settings.label_form == MULTI_HOT:
