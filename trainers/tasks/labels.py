@@ -38,8 +38,8 @@ def class_name(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def written_list(value: Any) -> list[Any] | None:
-    """Return the list that a text writes, in JSON or in Python, as in a .csv file; None if it is another text."""
+def parse_list(value: Any) -> list[Any] | None:
+    """Parse a text that is a list in the notation of JSON or Python, as in a .csv file; None for another value."""
     if not isinstance(value, str) or not value.lstrip().startswith("[") or not value.rstrip().endswith("]"):
         return None
     for parse in (json.loads, ast.literal_eval):
@@ -103,7 +103,7 @@ def survey_classes(settings: DataSettings, role: str, found: Collection[str]) ->
 def survey_multi_hot(settings: DataSettings, role: str, widths: Collection[int]) -> dict[str, Any]:
     """Return the facts about multi-hot labels: lists of as many numbers as there are classes.
 
-    Raises ConfigError if that number cannot be told, or is not that of `data.labels`.
+    Raises ConfigError if that number is unclear, or is not that of `data.labels`.
     """
     column = name_of(settings, role)
     num = len(settings.labels) if settings.labels is not None else max(widths, default=0)
@@ -171,7 +171,7 @@ def _index(item: str) -> int | None:
 
 
 def head_labels(config: Mapping[str, Any], head: str) -> dict[str, Any]:
-    """Return what a model's `config.json` says of the classes of its head: `labels` by index, and if they `are_names`.
+    """Return the classes of the head in a model's `config.json`: `labels` by index, and whether they `are_names`.
 
     Empty without a head of this kind (`ForSequenceClassification`) or names.
     """
@@ -208,7 +208,7 @@ def match_head(settings: DataSettings, facts: dict[str, Any], head: Mapping[str,
         ordered = [agreed.get(name, name) for name in theirs]
         if settings.labels is not None:
             if ordered != classes:
-                notes.append(f"data.labels orders the classes otherwise than the model's head: {listed(theirs)}")
+                notes.append(f"data.labels has the classes in another order than the model's head: {listed(theirs)}")
             return with_notes(facts, notes)
         if ordered != classes:
             notes.append(f"the classes have the order of the model's head: {listed(ordered)}")
