@@ -66,13 +66,15 @@ def preview_samples(
     samples = prepared.split(storage, split)
     numbers = range(min(count, len(samples)))
     return [
-        PreviewSample(number, sample["input_ids"].size if "input_ids" in sample else 0, *_shown(task, sample, key))
+        PreviewSample(
+            number, sample["input_ids"].size if "input_ids" in sample else 0, *_describe_sample(task, sample, key)
+        )
         for number, sample in zip(numbers, samples.take(numbers), strict=True)
         for key in [derive_seed(config.seed, 0, number)]  # of the first epoch
     ]
 
 
-def _shown(task: Task, sample: Sample, key: int) -> tuple[tuple[Passage, ...], dict[str, str]]:
+def _describe_sample(task: Task, sample: Sample, key: int) -> tuple[tuple[Passage, ...], dict[str, str]]:
     """Return the texts of a sample and its targets; `key` is the seed of its randomness."""
     if "input_ids" not in sample:
         return (), _values(sample)
@@ -81,8 +83,8 @@ def _shown(task: Task, sample: Sample, key: int) -> tuple[tuple[Passage, ...], d
     match task:
         case MaskedLM():
             batch = task.collate([sample], [key])
-            ids, wanted = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-            return (Passage("text", _segments(inner, ids, _decoded(inner, wanted))),), {}
+            ids, masked = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+            return (Passage("text", _segments(inner, ids, _decoded(inner, masked))),), {}
         case QuestionAnswering():
             return _question(inner, ids, int(sample["start"][0]), int(sample["end"][0]))
         case MultipleChoice():
@@ -96,13 +98,13 @@ def _shown(task: Task, sample: Sample, key: int) -> tuple[tuple[Passage, ...], d
             source = Passage("source", _segments(inner, ids))
             return (source, Passage("target", _segments(inner, target, [""] * len(target)))), {}
         case CausalLM() | Chat():
-            wanted = ids if labels is None else labels
-            learned = [None, *("" if label != IGNORED else None for label in wanted[1:])]
+            targets = ids if labels is None else labels
+            learned = [None, *("" if label != IGNORED else None for label in targets[1:])]
             return (Passage("text", _segments(inner, ids, learned)),), {}
-    return _own(inner, ids, sample)
+    return _user_sample(inner, ids, sample)
 
 
-def _own(inner: Any, ids: Sequence[int], sample: Sample) -> tuple[tuple[Passage, ...], dict[str, str]]:
+def _user_sample(inner: Any, ids: Sequence[int], sample: Sample) -> tuple[tuple[Passage, ...], dict[str, str]]:
     """Show a sample of a user's task: labels of the length of the text belong to its tokens."""
     labels = sample["labels"].tolist() if "labels" in sample else []
     if len(labels) != len(ids):

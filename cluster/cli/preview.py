@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Overrides, RunFile, escaped
+from outlast.cluster.cli.options import AsJson, Overrides, RunFile
+from outlast.cluster.formatting import escaped
 
 if TYPE_CHECKING:
     from rich.text import Text

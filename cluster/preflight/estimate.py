@@ -40,7 +40,7 @@ class DataPlan:
     tokens_per_step: int  #: mean tokens of a step
     fingerprint: str = ""  #: identifies the data
     notes: tuple[str, ...] = ()  #: guesses and skipped rows
-    found: Mapping[str, Any] = field(default_factory=dict)  #: columns, classes and counts, of `summarize_data`
+    summary: Mapping[str, Any] = field(default_factory=dict)  #: columns, classes and counts, of `summarize_data`
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def estimate_run(config: RunConfig) -> RunEstimate:
         tokens_per_step=round(plan.batch * per_sample),
         fingerprint=prepared.fingerprint,
         notes=(*prepared.notes, *notes),
-        found=summarize_data(config, prepared),
+        summary=summarize_data(config, prepared),
     )
     size = estimate_state(config, prepared, storage, workers)
     retention = config.checkpoint.retention
@@ -160,7 +160,7 @@ def describe(estimate: RunEstimate) -> Iterator[str]:
         f"{of_rows}"
     )
     yield from (f"note: {text}" for text in walk.notes)
-    yield from describe_summary(walk.found)
+    yield from describe_summary(walk.summary)
     yield f"model: {size.model}, {size.num_parameters:,} parameters, {size.num_trained:,} of them trained"
     yield (
         f"memory per worker ({estimate.workers} workers, {estimate.parallel}): weights {format_size(memory.weights)}, "

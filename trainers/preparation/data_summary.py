@@ -51,7 +51,7 @@ def describe_summary(body: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(value, list):
             if value:
                 yield f"{name}: {shorten_list([f'{index} {item}' for index, item in enumerate(value)], _NUM_CLASSES)}"
-        elif not isinstance(value, dict):
+        elif not isinstance(value, dict | bool):  # facts for the task, not for the user
             yield f"{name.replace('_', ' ')}: {value}"
     for split, counts in body["splits"].items():
         yield from _describe_split(split, counts, body["limits"])

@@ -12,7 +12,7 @@ from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, name_of
 from outlast.trainers.tasks.base import Batch, Record, Sums, Task, ints
-from outlast.trainers.tasks.class_scores import class_hits, count_hits, macro_f1
+from outlast.trainers.tasks.class_scores import count_hits, count_multi_hits, macro_f1
 from outlast.trainers.tasks.label_survey import MULTI, REGRESSION, SINGLE, LabelSurvey, is_number
 from outlast.trainers.tasks.labels import (
     MULTI_HOT,
@@ -240,13 +240,9 @@ class SequenceClassification(Task):
         if self.problem == REGRESSION:
             error = (logits[:, 0] - labels).double()
             return {"squared": error.square().sum(), "absolute": error.abs().sum()}
-        from torchmetrics.functional.classification import multilabel_stat_scores
-
         if self.problem == MULTI:
-            # torchmetrics would take logits that are all in [0, 1] for probabilities.
             predicted = (logits > 0).long()
-            stat_scores = multilabel_stat_scores(predicted, labels.long(), len(self.classes), average=None)
-            return {"hits": class_hits(stat_scores), "exact": (predicted == labels).all(-1).sum()}
+            return {"hits": count_multi_hits(predicted, labels.long()), "exact": (predicted == labels).all(-1).sum()}
         return {"hits": count_hits(logits, labels)}
 
     def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
