@@ -35,9 +35,11 @@ WORLDS = ((1, Parallel.DDP), (2, Parallel.DDP), (3, Parallel.DDP), (2, Parallel.
 MOMENTS = ("mid-epoch", "epoch-end", "evaluation", "accumulation")
 FAST = {
     "causal-lm-2-fsdp-evaluation-1",
+    "completions-2-ddp-accumulation-1",
     "masked-lm-3-ddp-epoch-end-3",
     "seq2seq-lm-2-ddp-accumulation-1",
     "tags-1-ddp-mid-epoch-3",
+    "unpacked-2-fsdp-mid-epoch-1",
 }
 
 

@@ -142,6 +142,10 @@ def with_first_words(text: str) -> Row:
     return {"source": text, "target": " ".join(text.split()[:3])}
 
 
+def with_completion(text: str) -> Row:
+    return {"prompt": text[:20], "completion": text[20:]}
+
+
 def _answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     given = {name: value for name, value in batch.items() if name not in ("start", "end")}
     loss: torch.Tensor = model(**given, start_positions=batch["start"], end_positions=batch["end"]).loss
@@ -162,6 +166,8 @@ CASES = {
     "multi-label": Case("sequence-classification", BERT, with_topics),
     "regression": Case("sequence-classification", DISTILBERT, with_number),
     "chat": Case("chat", GPT2, with_turns, data={"chat_template": TURNS, "max_length": 48}),
+    "unpacked": Case("causal-lm", GPT2, text_only, data={"packing": False}),
+    "completions": Case("causal-lm", GPT2, with_completion),
     "masked-lm": Case("masked-lm", BERT, text_only),
     "tags": Case("token-classification", DISTILBERT, with_tags),
     "seq2seq-lm": Case("seq2seq-lm", T5, with_first_words),

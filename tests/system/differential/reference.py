@@ -61,13 +61,12 @@ def _tags(tokenizer: Any, config: Any, rows: Sequence[Row]) -> list[Example]:
     space = " " if "ByteLevel" in repr(tokenizer.backend_tokenizer.pre_tokenizer) else ""
     examples = []
     for row in rows:
-        encoded = tokenizer(
-            [space + word for word in row["tokens"]], is_split_into_words=True, truncation=True, max_length=MAX_LENGTH
-        )
-        words = encoded.word_ids()
+        words = [space + word for word in row["tokens"]]
+        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=MAX_LENGTH)
+        of_tokens = encoded.word_ids()
         labels = [
-            config.label2id[row["tags"][word]] if word is not None and words.index(word) == position else IGNORED
-            for position, word in enumerate(words)
+            config.label2id[row["tags"][word]] if word is not None and of_tokens.index(word) == position else IGNORED
+            for position, word in enumerate(of_tokens)
         ]
         examples.append(Example({**encoded, "labels": labels}, labels, sum(item != IGNORED for item in labels)))
     return examples

@@ -34,7 +34,7 @@ def process() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.parametrize(("name", "kind", "kind_of_file"), cases())
+@pytest.mark.parametrize(("name", "kind", "kind_of_file"), list(cases()))
 def test_the_first_step_is_that_of_transformers(
     name: str, kind: str, kind_of_file: str, process: ProcessPoolExecutor, tmp_path: Path
 ) -> None:

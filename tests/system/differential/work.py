@@ -144,3 +144,17 @@ def evaluate_once(name: str, kind: str, folder: str, micro_batch: int) -> dict[s
                 (example.labels, logits if kind == "answers" else logits[0], outputs.loss.item(), example.terms)
             )
     return {"scores": scores, "predictions": predictions, "labels": model.config.id2label}
+
+
+def run_once(body: dict[str, Any]) -> dict[str, Any]:
+    """Run a run of one step. Returns what its events and its published model say."""
+    torch.set_num_threads(1)
+    config = TrainingConfig.model_validate(body)
+    storage = LocalStorage(Path(config.checkpoint.storage))
+    run_attempt(Assignment(config, body, "first", prepare(config, storage)), storage, World(), Quiet())
+    found: dict[str, Any] = {}
+    for _, event in run_events(RunStore(storage, config.name)):
+        if event["event"] in ("step", "eval"):
+            found |= event
+    [model] = (Path(config.checkpoint.storage) / config.name / "attempts").glob("*/model")
+    return {**found, "id2label": transformers.AutoConfig.from_pretrained(model).id2label}

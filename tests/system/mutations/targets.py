@@ -213,10 +213,8 @@ class Workshop:
             return Ending("refused", "" if run_file.name in error.message else f"no file: {error.message[:300]}")
         if not found:
             return Ending("accepted")
-        texts = [
-            f"{'.'.join(map(str, item.finding.path))}: {item.finding.message} {item.finding.suggestion}"
-            for item in found
-        ]
+        messages = [(item.finding.path, item.finding.message, item.finding.suggestion) for item in found]
+        texts = [f"{'.'.join(map(str, path))}: {message} {suggestion}" for path, message, suggestion in messages]
         if named and not any(name in text for name in named for text in texts):
             return Ending("refused", f"it names no file: {texts[0][:300]}")
         if "unexpected" in texts[0]:
