@@ -101,7 +101,7 @@ def check_decoder(model: Any) -> None:
     config = model.config
     is_encoder = getattr(config, "is_decoder", None) is False and not config.model_type.startswith("gpt_neox")
     remedies = {
-        "is_decoder: true": is_encoder,  # gpt_neox has the setting, and does not heed it
+        "is_decoder: true": is_encoder,  # gpt_neox has the setting, and ignores it
         "causal: true": getattr(config, "causal", None) is False,  # XLM
         "attn_type: uni": getattr(config, "attn_type", None) == "bi",  # XLNet
     }
