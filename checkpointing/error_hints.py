@@ -1,7 +1,8 @@
-"""Parts of messages: the first line of an error, and the nearest known word. They raise nothing."""
+"""Parts of messages: the first line of an error, the nearest known word, the first of many names. None raises."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import islice
 
 
 def first_line(error: BaseException) -> str:
@@ -19,3 +20,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown word: the nearest known one, or nothing."""
     return f"; did you mean {near!r}?" if (near := nearest(word, known)) else ""
+
+
+def shorten_list(names: Collection[str], limit: int, noun: str = "in all") -> str:
+    """Return the first names of a list as text; of a longer one with the number of all, such as (12 weights)."""
+    first = ", ".join(islice(names, limit))
+    return f"{first}, … ({len(names):,} {noun})" if len(names) > limit else first

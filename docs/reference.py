@@ -108,10 +108,18 @@ def _default(field: FieldInfo) -> str:
         return "required"
     stated = "Default" in (field.description or "")
     value = field.default.value if isinstance(field.default, Enum) else field.default
-    if field.default_factory is not None or value is None or value == "" or (stated and not isinstance(value, bool)):
+    if isinstance(value, tuple):
+        value = list(value)
+    if (
+        field.default_factory is not None
+        or isinstance(value, BaseModel)
+        or value is None
+        or value == ""
+        or (stated and not isinstance(value, bool))
+    ):
         return ""
     shown = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
-    return f"`{'[]' if value == () else shown}`"
+    return f"`{shown}`"
 
 
 def _block(annotation: Any) -> type[BaseModel] | None:
@@ -191,7 +199,8 @@ def _verb(path: str, command: Any) -> str:
         if callable(default) or default in (None, False, "") or parameter.required:
             shown = "required" if parameter.required else ""
         else:
-            shown = f"`{str(default).lower() if default is True else default}`"
+            value = default.value if isinstance(default, Enum) else default
+            shown = f"`{str(value).lower() if value is True else value}`"
         if parameter.param_type_name == "argument":
             name = parameter.metavar or parameter.name.upper()
             words.append(name if parameter.required or name.startswith("[") else f"[{name}]")

@@ -81,7 +81,7 @@ def parse_record(task: Task, given: Any) -> Record:
         ConfigError: An input is missing or has the wrong type.
     """
     columns = input_columns(task)
-    needed = [column for column in columns if not (column.is_optional or column.is_sparse)]
+    needed = [column for column in columns if column.is_required]
     if isinstance(given, str):
         given = {needed[0].role: given} if len(needed) == 1 else {}
     missing = [column.role for column in needed if column.role not in given]
@@ -108,11 +108,7 @@ def read_records(task: Task, config: TrainingConfig, source: str) -> Iterator[Re
         ]
         chosen = choose_columns(input_columns(task), settings, forms)
     except ConfigError as error:
-        names = " and ".join(
-            name_of(config.data, column.role)
-            for column in input_columns(task)
-            if not (column.is_optional or column.is_sparse)
-        )
+        names = " and ".join(name_of(config.data, column.role) for column in input_columns(task) if column.is_required)
         raise ConfigError(error.message, hint=f"give --file rows with {names}") from error
     for row in usable_rows(
         read_rows(source, chosen.names, settings.csv, chosen.sparse_names),

@@ -1,10 +1,10 @@
-"""Prepared samples as text, with the learned tokens marked, and what was found out about the data.
+"""Prepared samples as text, with the learned tokens marked.
 
 Texts are decoded from the samples as a batch gives them to the model, never taken from the rows: a mistake of the
 preparation must show. Nothing here formats for a terminal.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -13,9 +13,7 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.batch_plan import derive_seed
-from outlast.trainers.data.columns import choose_columns
 from outlast.trainers.preparation.prepare import Prepared
-from outlast.trainers.preparation.sample_counts import LIMITS
 from outlast.trainers.tasks.base import IGNORED, Task, find_task
 from outlast.trainers.tasks.causal_lm import CausalLM
 from outlast.trainers.tasks.chat import Chat
@@ -26,7 +24,7 @@ from outlast.trainers.tasks.question_answering import QuestionAnswering
 from outlast.trainers.tasks.seq2seq import Seq2SeqLM
 from outlast.trainers.tasks.token_classification import TokenClassification
 
-_NUM_CLASSES, _NUM_VALUES = 20, 20
+_NUM_VALUES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +66,15 @@ def preview_samples(
     samples = prepared.split(storage, split)
     numbers = range(min(count, len(samples)))
     return [
-        PreviewSample(number, sample["input_ids"].size if "input_ids" in sample else 0, *_shown(task, sample, key))
+        PreviewSample(
+            number, sample["input_ids"].size if "input_ids" in sample else 0, *_describe_sample(task, sample, key)
+        )
         for number, sample in zip(numbers, samples.take(numbers), strict=True)
         for key in [derive_seed(config.seed, 0, number)]  # of the first epoch
     ]
 
 
-def _shown(task: Task, sample: Sample, key: int) -> tuple[tuple[Passage, ...], dict[str, str]]:
+def _describe_sample(task: Task, sample: Sample, key: int) -> tuple[tuple[Passage, ...], dict[str, str]]:
     """Return the texts of a sample and its targets; `key` is the seed of its randomness."""
     if "input_ids" not in sample:
         return (), _values(sample)
@@ -83,8 +83,8 @@ def _shown(task: Task, sample: Sample, key: int) -> tuple[tuple[Passage, ...], d
     match task:
         case MaskedLM():
             batch = task.collate([sample], [key])
-            ids, wanted = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-            return (Passage("text", _segments(inner, ids, _decoded(inner, wanted))),), {}
+            ids, masked = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+            return (Passage("text", _segments(inner, ids, _decoded(inner, masked))),), {}
         case QuestionAnswering():
             return _question(inner, ids, int(sample["start"][0]), int(sample["end"][0]))
         case MultipleChoice():
@@ -98,13 +98,13 @@ def _shown(task: Task, sample: Sample, key: int) -> tuple[tuple[Passage, ...], d
             source = Passage("source", _segments(inner, ids))
             return (source, Passage("target", _segments(inner, target, [""] * len(target)))), {}
         case CausalLM() | Chat():
-            wanted = ids if labels is None else labels
-            learned = [None, *("" if label != IGNORED else None for label in wanted[1:])]
+            targets = ids if labels is None else labels
+            learned = [None, *("" if label != IGNORED else None for label in targets[1:])]
             return (Passage("text", _segments(inner, ids, learned)),), {}
-    return _own(inner, ids, sample)
+    return _user_sample(inner, ids, sample)
 
 
-def _own(inner: Any, ids: Sequence[int], sample: Sample) -> tuple[tuple[Passage, ...], dict[str, str]]:
+def _user_sample(inner: Any, ids: Sequence[int], sample: Sample) -> tuple[tuple[Passage, ...], dict[str, str]]:
     """Show a sample of a user's task: labels of the length of the text belong to its tokens."""
     labels = sample["labels"].tolist() if "labels" in sample else []
     if len(labels) != len(ids):
@@ -195,78 +195,3 @@ def _words(task: TokenClassification, ids: Sequence[int], labels: Sequence[int])
         segments.append(Segment(full[begin:stop], tag is not None, tag or ""))
         begin = stop
     return tuple(segments)
-
-
-# -- what was found out about the data ---------------------------------------------------------------------------------
-
-
-def data_facts(config: TrainingConfig, prepared: Prepared) -> dict[str, Any]:
-    """Return what was guessed and counted, as JSON."""
-    task = find_task(config.model.task)
-    chosen = choose_columns(task.columns, config.data, task.forms)
-    facts = {name: value for name, value in prepared.facts.items() if name != "notes"}
-    return {
-        "task": config.model.task,
-        "columns": {column.role: name for column, name in zip(chosen.columns, chosen.names, strict=True)},
-        "facts": facts,
-        "notes": list(prepared.notes),
-        "limits": {name: getattr(config.data, name) for name in ("max_length", *task.options) if name in LIMITS},
-        "splits": {
-            name: {
-                "rows": prepared.num_rows[name],
-                "samples": prepared.num_samples if name == "train" else prepared.num_eval_samples,
-                "tokens": prepared.num_tokens[name],
-                "longest": prepared.longest.get(name),
-                "cut": prepared.num_cut.get(name),
-                "empty": prepared.num_empty.get(name),
-                "dropped_tokens": prepared.num_dropped_tokens[name],
-            }
-            for name in prepared.num_rows
-        },
-        "skipped_rows": prepared.num_bad_rows,
-    }
-
-
-def describe_data(body: Mapping[str, Any]) -> Iterator[str]:
-    """Yield `data_facts` as lines of text, without the notes."""
-    columns = ", ".join(role if role == name else f"{role} = {name}" for role, name in body["columns"].items())
-    yield f"task {body['task']}, columns: {columns}"
-    for name, value in body["facts"].items():
-        if isinstance(value, list):
-            shown = ", ".join(f"{index} {item}" for index, item in enumerate(value[:_NUM_CLASSES]))
-            more = f", … ({len(value):,} in all)" if len(value) > _NUM_CLASSES else ""
-            if value:
-                yield f"{name}: {shown}{more}"
-        elif not isinstance(value, dict):
-            yield f"{name.replace('_', ' ')}: {value}"
-    for split, counts in body["splits"].items():
-        yield from _describe_split(split, counts, body["limits"])
-
-
-def _describe_split(split: str, counts: Mapping[str, Any], limits: Mapping[str, int]) -> Iterator[str]:
-    amount = [_counted(counts[noun], noun.removesuffix("s")) for noun in ("rows", "samples", "tokens")]
-    longest = [f"at most {counts['longest']:,} in a sample"] if counts["longest"] else []
-    yield f"{split}: {', '.join([*amount, *longest])}"
-    if counts["cut"] is None:  # data that an earlier release prepared
-        return
-    cut_at = " and ".join(f"data.{name} {limit}" for name, limit in limits.items())
-    rows, dropped = counts["rows"], counts["dropped_tokens"]
-    parts = [
-        f"{_counted(counts['cut'], 'row')} cut at {cut_at} ({_share(counts['cut'], rows)})",
-        f"{_counted(counts['empty'], 'row')} without text ({_share(counts['empty'], rows)})",
-    ]
-    if dropped:
-        parts.append(f"{_counted(dropped, 'token')} dropped at the end ({_share(dropped, counts['tokens'])})")
-    yield f"{split}: {', '.join(parts)}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _share(count: int, total: int) -> str:
-    """Format a share; neither a small one as 0 % nor one below 1 as 100 %."""
-    percent = 100 * count / max(total, 1)
-    if 0 < percent < 0.1:
-        return "<0.1 %"
-    return ">99.9 %" if 99.95 <= percent < 100 else f"{percent:.3g} %"

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
-from unicodedata import category
 
 from typer import Argument, Option
 
@@ -29,13 +28,7 @@ Ship = Annotated[bool, Option(help="Send this outlast along, so that the cluster
 ShippedCode = Annotated[
     Path | None, Option("--code", help="A directory of your own Python files, importable on the workers.")
 ]
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
-
-
-def escaped(text: str) -> str:
-    """Escape characters that would act on a terminal: control and format characters, also those that reorder text."""
-    return "".join(ascii(letter)[1:-1] if category(letter) in _UNPRINTABLE else letter for letter in text)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Overrides, RunFile, escaped
+from outlast.cluster.cli.options import AsJson, Overrides, RunFile
+from outlast.cluster.formatting import escaped
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -61,9 +62,10 @@ def preview(
 
         storage: Storage = config.store.storage if all_rows else LocalStorage(Path(folder))
         prepared = prepare(config, storage) if all_rows else prepare_first(config, storage, split.value, NUM_ROWS)
-        from outlast.trainers.preview import data_facts, describe_data, preview_samples
+        from outlast.trainers.preparation.data_summary import describe_summary, summarize_data
+        from outlast.trainers.preview import preview_samples
 
-        facts = data_facts(config, prepared)
+        facts = summarize_data(config, prepared)
         samples = preview_samples(config, prepared, storage, split.value, rows)
     is_part = not all_rows and prepared.num_rows[split.value] + prepared.num_bad_rows >= NUM_ROWS
     if as_json:
@@ -72,7 +74,7 @@ def preview(
         return
     if is_part:
         print(f"from the first {NUM_ROWS:,} rows of the {split.value} split; --all prepares all rows")
-    for line in [*(f"note: {text}" for text in prepared.notes), *describe_data(facts)]:
+    for line in [*(f"note: {text}" for text in prepared.notes), *describe_summary(facts)]:
         print(escaped(line))
     for sample in samples:
         print(f"\n{split.value} sample {sample.number}, {sample.num_tokens:,} tokens")

@@ -15,10 +15,10 @@ from outlast.cluster.cli.options import (
     Run,
     StorageRoot,
     Trusted,
-    escaped,
     make_code_importable,
 )
 from outlast.cluster.config.run_reference import find_run
+from outlast.cluster.formatting import escaped
 
 
 def try_(

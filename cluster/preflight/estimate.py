@@ -19,8 +19,8 @@ from outlast.trainers.checks.pretrained_checks import check_pretrained
 from outlast.trainers.checks.state_size import StateSize, copy_speed, estimate_state
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.loop.save_timer import between_failures, history_of
+from outlast.trainers.preparation.data_summary import describe_summary, summarize_data
 from outlast.trainers.preparation.prepare import prepare
-from outlast.trainers.preview import data_facts, describe_data
 
 _MIN_BYTES, _MAX_BYTES = 2**20, 64 * 2**20
 #: Other files of a checkpoint: two of the loop's state, the manifest, the journal.
@@ -40,7 +40,7 @@ class DataPlan:
     tokens_per_step: int  #: mean tokens of a step
     fingerprint: str = ""  #: identifies the data
     notes: tuple[str, ...] = ()  #: guesses and skipped rows
-    found: Mapping[str, Any] = field(default_factory=dict)  #: columns, classes and counts, of `data_facts`
+    summary: Mapping[str, Any] = field(default_factory=dict)  #: columns, classes and counts, of `summarize_data`
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def estimate_run(config: RunConfig) -> RunEstimate:
         tokens_per_step=round(plan.batch * per_sample),
         fingerprint=prepared.fingerprint,
         notes=(*prepared.notes, *notes),
-        found=data_facts(config, prepared),
+        summary=summarize_data(config, prepared),
     )
     size = estimate_state(config, prepared, storage, workers)
     retention = config.checkpoint.retention
@@ -160,7 +160,7 @@ def describe(estimate: RunEstimate) -> Iterator[str]:
         f"{of_rows}"
     )
     yield from (f"note: {text}" for text in walk.notes)
-    yield from describe_data(walk.found)
+    yield from describe_summary(walk.summary)
     yield f"model: {size.model}, {size.num_parameters:,} parameters, {size.num_trained:,} of them trained"
     yield (
         f"memory per worker ({estimate.workers} workers, {estimate.parallel}): weights {format_size(memory.weights)}, "

@@ -42,8 +42,8 @@ from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.data.columns import ColumnMapping, choose_columns
 from outlast.trainers.data.readers import first_row, read_rows
 from outlast.trainers.data.sources import missing_column_error
+from outlast.trainers.preparation.data_summary import describe_summary, summarize_data
 from outlast.trainers.preparation.prepare import LARGE_BYTES, Prepared, data_fingerprint, prepare, stored_bytes
-from outlast.trainers.preview import data_facts, describe_data
 from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import check_trackers
 from outlast.trainers.user_code import make_importable
@@ -246,7 +246,7 @@ class _Trial:
         prepared = prepare(config, open_storage(config.checkpoint.storage), like=started.get("data"))
         if found := compare_existing_run(config, prepared.fingerprint):
             return found
-        for text in (*prepared.notes, *describe_data(data_facts(config, prepared))):
+        for text in (*prepared.notes, *describe_summary(summarize_data(config, prepared))):
             self.note(text)
         check_metric(config, prepared.facts)
         self.prepared = prepared

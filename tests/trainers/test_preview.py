@@ -20,8 +20,9 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
+from outlast.trainers.preparation.data_summary import describe_summary, summarize_data
 from outlast.trainers.preparation.prepare import Prepared, prepare, prepare_first
-from outlast.trainers.preview import PreviewSample, data_facts, describe_data, preview_samples
+from outlast.trainers.preview import PreviewSample, preview_samples
 from outlast.trainers.tasks.base import Record, Task
 from tests.support.groups.worker_group import tiny_config
 from tests.support.tasks.cases import CASES, TURNS, Row
@@ -184,7 +185,7 @@ def test_packed_documents(tmp_path: Path) -> None:
         it.decode(ids[begin : begin + 16]) for begin in range(0, len(ids) - 15, 16)
     ][:COUNT]
     assert all([segment.is_learned for segment in item.passages[0].segments] == [False, True] for item in it.samples)
-    [counts] = data_facts(it.config, it.prepared)["splits"].values()
+    [counts] = summarize_data(it.config, it.prepared)["splits"].values()
     assert (counts["cut"], counts["dropped_tokens"]) == (0, len(ids) % 16)
 
 
@@ -300,7 +301,7 @@ def test_a_few_rows_of_many(tmp_path: Path) -> None:
     it = look(tmp_path, sections, limit=10)
     assert it.prepared.facts["classes"] == ["bad", "good"]
     assert (it.prepared.num_rows, it.prepared.num_samples) == ({"train": 10}, 10)
-    lines = list(describe_data(data_facts(it.config, it.prepared)))
+    lines = list(describe_summary(summarize_data(it.config, it.prepared)))
     assert lines[:3] == [
         "task sequence-classification, columns: text, label",
         "problem: single-label",
@@ -327,7 +328,7 @@ def test_prepared_data_of_an_earlier_release_has_no_counts(tmp_path: Path) -> No
     assert manifest.read_bytes() == before, "it is used as it is"
     assert again.fingerprint == prepared.fingerprint
     assert not again.num_cut
-    assert not any("cut" in line for line in describe_data(data_facts(config, again)))
+    assert not any("cut" in line for line in describe_summary(summarize_data(config, again)))
 
 
 def test_an_eval_share_of_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from outlast.checkpointing.error_hints import shorten_list
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.format.layout import MANIFEST
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
@@ -85,8 +86,8 @@ def _check_tokens(
     if rows is None or len(tokenizer) <= rows:
         return
     inner = tokenizer.inner
-    names = [inner.convert_ids_to_tokens(number) for number in range(rows, len(tokenizer))]
-    shown = ", ".join(map(str, names[:_MAX_SHOWN])) + (f", … ({len(names)} tokens)" if len(names) > _MAX_SHOWN else "")
+    names = [str(inner.convert_ids_to_tokens(number)) for number in range(rows, len(tokenizer))]
+    shown = shorten_list(names, _MAX_SHOWN, "tokens")
     text = f"the tokenizer has {len(tokenizer)} tokens, and the embedding of {type(meta).__name__} has {rows} rows"
     last = max((prepared.split(storage, name).largest(_TOKEN_VECTORS) for name in prepared.num_tokens), default=-1)
     if max(last, inner.pad_token_id if inner.pad_token_id is not None else -1) < rows:

@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.data.conversation_forms import ASSISTANT, Turn
+from outlast.trainers.data.conversation_forms import ASSISTANT, Turn, parse_json
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "outlast-probe"
@@ -28,13 +28,6 @@ _JSON_PROBE = '{"outlast-probe": "x"}'
 #: What a template raises for a value that it does not expect.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 Tools = Sequence[Any] | None
-
-
-def encode_chat(
-    tokenizer: Any, messages: Any, tools: Tools = None, *, train_on: str = "all"
-) -> tuple[list[int], list[bool]]:
-    """Tokenize a conversation, as `ChatTemplate.encode`."""
-    return ChatTemplate(tokenizer).encode(messages, tools, train_on=train_on)
 
 
 def chat_template(tokenizer: Any, tools: Tools = None) -> str:
@@ -227,7 +220,9 @@ class ChatTemplate:
             if self._takes_only_parts:
                 probes[number]["content"] = [{"type": "text", "text": probes[number]["content"]}]
             if _PROBE not in self.render(probes, tools):
-                raise ConfigError(f"the chat template does not show the answer in message {number + 1}", hint="fix it")
+                raise ConfigError(
+                    f"the chat template does not show the answer in message {number + 1}", hint="fix that row"
+                )
         calls = turn.get("tool_calls") or []
         for call in calls if isinstance(calls, list) else [calls]:
             name = (call.get("function") or call).get("name") if isinstance(call, Mapping) else None
@@ -316,8 +311,6 @@ def _map_arguments(turns: Sequence[Turn], convert: Callable[[Any], Any]) -> list
 def _parse_arguments(given: Any) -> Any:
     if not isinstance(given, str):
         return given
-    try:
-        return json.loads(given) if given.strip() else {}
-    except (ValueError, RecursionError) as error:
-        message = f"the arguments of a tool call cannot be read as JSON, which the chat template needs: {error}"
-        raise ConfigError(message, hint="fix that row") from error
+    if not given.strip():
+        return {}
+    return parse_json(given, "the arguments of a tool call, which the chat template needs as an object,")

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from outlast.checkpointing.error_hints import shorten_list
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.csv_reader import csv_note
 from outlast.trainers.data.readers import Row, class_names, first_row, read_rows
 from outlast.trainers.data.sources import find_data_files, missing_column_error
+
+_NUM_SHOWN = 8
 
 
 class ColumnType(Enum):
@@ -40,7 +43,7 @@ class ColumnType(Enum):
             case ColumnType.LABELS:
                 return _is_list_of(value, (str, int))
             case ColumnType.MESSAGES:
-                return (_is_list_of(value, (dict,)) and bool(value)) or is_list_of_objects(value)
+                return (_is_list_of(value, (dict,)) and bool(value)) or begins_as_objects(value)
             case ColumnType.TURNS:
                 return isinstance(value, str) or (_is_list_of(value, (dict,)) and bool(value))
             case ColumnType.TOOLS:
@@ -62,7 +65,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def is_list_of_objects(value: Any) -> bool:
+def begins_as_objects(value: Any) -> bool:
     """Check whether a value is a text that begins as the JSON of a list of objects."""
     return isinstance(value, str) and re.match(r"\s*\[\s*\{", value) is not None
 
@@ -91,6 +94,11 @@ class Column:
     is_optional: bool = False
     is_sparse: bool = False
     is_class: bool = False
+
+    @property
+    def is_required(self) -> bool:
+        """Whether each row of the data must have it."""
+        return not (self.is_optional or self.is_sparse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,19 +169,46 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
         for column in (form.columns if form else columns)
         if not (column.is_sparse and getattr(settings, column.role, column.role) is None)
     ]
-    needed = tuple(column for column in columns if not (column.is_optional or column.is_sparse))
-    only_lines = len(needed) == 1 and {item.kind for item in find_data_files(settings.train)} == {".txt"}
+    required = tuple(column for column in columns if column.is_required)
+    only_lines = len(required) == 1 and {item.kind for item in find_data_files(settings.train)} == {".txt"}
     if only_lines or not available:  # without any column, reading the rows reports the error
-        return ColumnMapping(needed, tuple(name_of(settings, column.role) for column in needed), ())
+        return ColumnMapping(required, tuple(name_of(settings, column.role) for column in required), ())
+    notes = list[str]()
+    if form:
+        shown = ", ".join(name_of(settings, column.role) for column in required)
+        notes.append(f"rows are read in the form of {form.name}: columns {shown}")
+    found = _find_names(columns, settings, available, notes)
+    csv_files = [item for item in find_data_files(settings.train, settings.csv) if item.kind in (".csv", ".tsv")]
+    notes += [note for item in csv_files[:1] if (note := csv_note(item))]
+    used = tuple(column for column in columns if column in found)
+    labels = _labels_of_file([found[column] for column in used if column.is_class], settings, notes)
+    named = tuple(labels)
+    return ColumnMapping(
+        used, tuple(found[column] for column in used), tuple(notes), named, labels[named[0]] if named else None
+    )
+
+
+def _find_names(
+    columns: Sequence[Column], settings: DataSettings, available: Mapping[str, Any], notes: list[str]
+) -> dict[Column, str]:
+    """Return the names of the columns in the data, guessed ones too, which are added to `notes`.
+
+    Args:
+        columns: The task's columns.
+        settings: Its names of columns.
+        available: The columns of the data, each with its first value.
+        notes: Guesses to report to the user.
+
+    Raises:
+        ConfigError: Columns are missing and cannot be guessed.
+    """
     names = {column: name_of(settings, column.role) for column in columns}
     found = {
         column: name
         for column, name in names.items()
         if name in available or (column.is_sparse and not _is_named(settings, column))
     }
-    notes, missing = [], dict[Column, str]()
-    if form:
-        notes.append(f"rows are read in the form of {form.name}: columns {', '.join(names[item] for item in needed)}")
+    missing = dict[Column, str]()
     for column in columns:
         is_named = _is_named(settings, column)
         if column in found or (column.is_optional and not is_named):
@@ -188,20 +223,13 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
             missing[column] = next(iter(free), "NAME")
             continue
         found[column] = free[0]
-        notes.append(f"no column {name_of(settings, column.role)!r}; using {free[0]!r} as data.{column.role}")
+        notes.append(f"no column {names[column]!r}; using {free[0]!r} as data.{column.role}")
     if missing:
         absent = [names[column] for column in missing]
         keys = " and ".join(f"data.{column.role}" for column in missing)
         example = " ".join(f"-s data.{column.role}={likely}" for column, likely in missing.items())
         raise missing_column_error(str(settings.train), absent, available, f"set {keys}, for example {example}")
-    csv_files = [item for item in find_data_files(settings.train, settings.csv) if item.kind in (".csv", ".tsv")]
-    notes += [note for item in csv_files[:1] if (note := csv_note(item))]
-    used = tuple(column for column in columns if column in found)
-    labels = _labels_of_file([found[column] for column in used if column.is_class], settings, notes)
-    named = tuple(labels)
-    return ColumnMapping(
-        used, tuple(found[column] for column in used), tuple(notes), named, labels[named[0]] if named else None
-    )
+    return found
 
 
 def _labels_of_file(columns: Sequence[str], settings: DataSettings, notes: list[str]) -> dict[str, tuple[str, ...]]:
@@ -211,7 +239,7 @@ def _labels_of_file(columns: Sequence[str], settings: DataSettings, notes: list[
     for column, names in labels.items():
         if settings.labels is not None and not set(names) <= set(settings.labels):
             return {}  # the numbers are indexes of data.labels
-        notes.append(f"column {column!r} has the class names of its data set: {', '.join(names[:8])}")
+        notes.append(f"column {column!r} has the class names of its data set: {shorten_list(names, _NUM_SHOWN)}")
     return labels
 
 
@@ -223,13 +251,13 @@ def _find_form(
     columns: Sequence[Column], settings: DataSettings, forms: Sequence[RowForm], available: Mapping[str, Any]
 ) -> RowForm | None:
     """Return the form of the rows; None for the task's own columns."""
-    own = [column for column in columns if not (column.is_optional or column.is_sparse)]
+    own = [column for column in columns if column.is_required]
     if any(_is_named(settings, column) or name_of(settings, column.role) in available for column in own):
         return None
     for form in forms:
-        needed = [column for column in form.columns if not column.is_sparse]
-        are_there = all(name_of(settings, column.role) in available for column in needed)
-        if are_there or any(_is_named(settings, column) for column in needed):
+        required = [column for column in form.columns if column.is_required]
+        are_there = all(name_of(settings, column.role) in available for column in required)
+        if are_there or any(_is_named(settings, column) for column in required):
             return form
     return None
 

@@ -1,7 +1,7 @@
 """Rows of published forms as conversations: messages, ShareGPT's turns, Alpaca's columns, prompt and completion.
 
-A conversation is a list of messages as chat templates take them, and the tools of the row. What a row does not say
-plainly is an error that names the message.
+A conversation is a list of messages as chat templates take them, and the tools of the row. What is not clear
+in a row is an error that names the message.
 """
 
 import json
@@ -11,9 +11,10 @@ from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.data.columns import Column, ColumnType, RowForm, is_list_of_objects
+from outlast.trainers.data.columns import Column, ColumnType, RowForm, begins_as_objects
 
 ASSISTANT = "assistant"
+#: A message of a conversation: its role, its content, and what else the row has of it.
 Turn = dict[str, Any]
 
 TOOLS = Column("tools", ColumnType.TOOLS, is_sparse=True)
@@ -55,7 +56,7 @@ def read_conversation(
     turns = [_rename_role(turn, number, settings, template) for number, turn in enumerate(_turns(record), 1)]
     if record.get("system") and (not turns or turns[0]["role"] != "system"):
         turns.insert(0, {"role": "system", "content": record["system"]})
-    return turns, read_tools(record.get("tools"))
+    return turns, _read_tools(record.get("tools"))
 
 
 def _turns(record: Mapping[str, Any]) -> list[Turn]:
@@ -72,10 +73,10 @@ def _turns(record: Mapping[str, Any]) -> list[Turn]:
 
 
 def _messages(given: Any, role: str) -> list[Turn]:
-    """Return the list of messages that `given` is, or is the JSON text of; another text is one message of the role."""
+    """Return a list of messages, given as such or as its JSON text; another text is one message of the role."""
     if isinstance(given, str):
         text, given = given, None
-        if is_list_of_objects(text):
+        if begins_as_objects(text):
             with suppress(ValueError, RecursionError):
                 given = json.loads(text)
         if not given or not all("role" in item or "from" in item for item in given if isinstance(item, dict)):
@@ -104,19 +105,20 @@ def _rename_role(turn: Turn, number: int, settings: DataSettings, template: str)
     return {"role": names[given], "content": turn.get("value"), **rest}
 
 
-def read_tools(given: Any) -> list[Any] | None:
+def _read_tools(given: Any) -> list[Any] | None:
     """Read the tools of a row: a list of objects, of their JSON texts, or the JSON text of all. None if it has none."""
     if given is None or (isinstance(given, str) and not given.strip()):
         return None
-    tools = _parse(given, "tools") if isinstance(given, str) else given
+    tools = parse_json(given, "tools") if isinstance(given, str) else given
     if isinstance(tools, list):
-        tools = [_parse(item, "a tool") if isinstance(item, str) else item for item in tools]
+        tools = [parse_json(item, "a tool") if isinstance(item, str) else item for item in tools]
     if not isinstance(tools, list) or not all(isinstance(item, Mapping) for item in tools):
         raise ConfigError("its tools are not a list of objects", hint="fix that row, or set data.tools: null")
     return [dict(item) for item in tools]
 
 
-def _parse(text: str, what: str) -> Any:
+def parse_json(text: str, what: str) -> Any:
+    """Parse JSON text in a row. Raises ConfigError, with the name `what`, if it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import Quote
-from outlast.trainers.data.sources import IN_EVERY_FILE, DataFile, missing_column_error
+from outlast.trainers.data.sources import IN_EVERY_FILE, DataFile, RawRow, missing_column_error
 from outlast.trainers.data.text_lines import read_lines
 
 _FIELD_BYTES = 64 * 2**20  # a longer field is taken for an unbalanced quotation mark
@@ -103,11 +103,8 @@ def csv_note(source: DataFile) -> str | None:
     return None if delimiter == usual else f"{source.name}: fields are separated by {delimiter!r} (data.csv.delimiter)"
 
 
-def read_csv(source: DataFile, columns: Sequence[str]) -> Iterator[tuple[tuple[Any, ...] | str, int | None]]:
-    """Read the values of columns, all of them texts or None. Yields an error text for a row that cannot be read.
-
-    The second item is the line on which the row ends.
-    """
+def read_csv(source: DataFile, columns: Sequence[str]) -> Iterator[RawRow]:
+    """Read the values of columns, all of them texts or None. Yields an error text for a row that cannot be read."""
     file = open_csv(source)
     if absent := [name for name in columns if name not in file.header]:
         raise missing_column_error(source.name, absent, file.header, IN_EVERY_FILE)

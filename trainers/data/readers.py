@@ -20,25 +20,23 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.data import CsvSettings
 from outlast.trainers.data.csv_reader import csv_names, read_csv
+from outlast.trainers.data.json_reader import object_names, read_objects
 from outlast.trainers.data.sources import (
+    COLUMNAR,
     DEFAULT_CSV,
+    FIRST_ROWS,
     IN_EVERY_FILE,
     DataFile,
+    RawRow,
     find_data_files,
     missing_column_error,
 )
-from outlast.trainers.data.text_lines import open_text, read_lines
+from outlast.trainers.data.text_lines import read_lines
 
 _BATCH_ROWS = 1024
-_FIRST_ROWS = 100
 _BUFFER_BYTES = 2**20
-_ITEM_CHARS = 64 * 2**20  # a longer JSON value is an error
 _NUM_NAMED = 3
 _LOOKAHEAD_ROWS = 10_000
-_COLUMNAR = (".parquet", ".arrow", ".feather")
-
-#: The values of a row, or the error text; and the line on which it ends, for files with lines.
-_RawRow = tuple[tuple[Any, ...] | str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ def read_files(
     Numbers in the columns `named` become the names that a file's own `class_names` give them.
     """
     for item in sources:
-        is_columnar = item.kind in _COLUMNAR
+        is_columnar = item.kind in COLUMNAR
         labels = class_names(item, named)
         convert = [partial(_class_name, labels[name]) if name in labels else _value for name in columns]
         with item.reading():
@@ -150,13 +148,13 @@ def read_files(
                     yield Row(found, where, is_columnar=is_columnar)
 
 
-def _read(item: DataFile, columns: Sequence[str], sparse: Collection[str]) -> Iterator[_RawRow]:
+def _read(item: DataFile, columns: Sequence[str], sparse: Collection[str]) -> Iterator[RawRow]:
     """Read the rows of one file."""
     read_names, read = _FORMATS[item.kind]
     if not sparse:
         yield from read(item, columns)
-    elif read is _read_objects:
-        yield from _read_objects(item, columns, sparse)
+    elif read is read_objects:
+        yield from read_objects(item, columns, sparse)
     else:
         names = read_names(item)
         present = [name for name in columns if name in names or name not in sparse]
@@ -181,7 +179,7 @@ def _class_name(names: Sequence[str], value: Any) -> Any:
 
 def class_names(source: DataFile, columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Return the class names of columns, by index, that the `datasets` library wrote into a file's schema."""
-    if not columns or source.kind not in (".parquet", ".arrow", ".feather"):
+    if not columns or source.kind not in COLUMNAR:
         return {}
     with source.reading():
         metadata = _schema(source).metadata or {}
@@ -209,7 +207,7 @@ def first_row(source: str | Sequence[str], csv: CsvSettings = DEFAULT_CSV) -> di
         with item.reading():
             names = _FORMATS[item.kind][0](item)
             row, num_rows = dict[str, Any].fromkeys(names), 0
-            for values, _ in islice(_read(item, names, names), _FIRST_ROWS):
+            for values, _ in islice(_read(item, names, names), FIRST_ROWS):
                 num_rows += 1
                 for name, value in zip(names, () if isinstance(values, str) else values, strict=False):
                     row[name] = _value(value) if row[name] is None else row[name]
@@ -219,7 +217,7 @@ def first_row(source: str | Sequence[str], csv: CsvSettings = DEFAULT_CSV) -> di
     raise ConfigError(f"{shown} has no rows", hint="set data.train (and data.eval) to files with rows")
 
 
-def _read_lines(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_lines(source: DataFile, columns: Sequence[str]) -> Iterator[RawRow]:
     if len(columns) > 1:
         hint = "use a file with columns, such as .jsonl, .csv or .parquet"
         raise ConfigError(f"{source.name}: a .txt file has no column {columns[1]!r}", hint=hint)
@@ -228,124 +226,7 @@ def _read_lines(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
             yield fault or (text.rstrip("\r\n"),), number
 
 
-class _RowError(str):
-    """Error text of a line, as opposed to a value that is a text."""
-
-
-def _parse(text: str) -> Any:
-    """Parse a line of JSON. Returns its value, or a `_RowError`."""
-    try:
-        return _with_characters(json.loads(text), text)
-    except (ValueError, RecursionError) as error:
-        return _RowError(f"cannot be read as .jsonl: {error}")
-
-
-def _with_characters(item: Any, text: str) -> Any:
-    """Return a value parsed from JSON text; a `_RowError` if no encoding has all its characters."""
-    if "\\ud" in text.lower():
-        try:
-            json.dumps(item, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return _RowError("has an unpaired surrogate, which is not a character")
-    return item
-
-
-def _objects(source: DataFile) -> Iterator[tuple[Any, int | None]]:
-    """Iterate over the items of a .json or .jsonl file, and their lines. pyarrow would infer one type for a column."""
-    if source.kind == ".json":
-        return ((item, None) for item in _rows_within(_json_items(source)))
-    lines = ((number, text, fault) for number, text, fault in read_lines(source) if text.strip())
-    return ((_RowError(fault) if fault else _parse(text), number) for number, text, fault in lines)
-
-
-def _rows_within(items: Iterator[Any]) -> Iterator[Any]:
-    """Iterate over items; if the only one is an object with a list under `data`, over the rows in that.
-
-    Such is the form of SQuAD: articles of paragraphs, each a context with questions.
-    """
-    first = next(items, None)
-    inner = first.get("data") if isinstance(first, dict) else None
-    if not isinstance(inner, list) or not all(isinstance(item, dict) for item in inner):
-        yield from [] if first is None else [first]
-    elif (second := next(items, None)) is not None:
-        yield from (first, second)
-    else:
-        for row in inner:
-            yield from _squad_rows(row) if isinstance(row.get("paragraphs"), list) else [row]
-    yield from items
-
-
-def _squad_rows(article: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Iterate over the questions of an article, as the `datasets` library gives them."""
-    try:
-        for paragraph in article["paragraphs"]:
-            for question in paragraph["qas"]:
-                answers = question.get("answers") or []
-                columns = {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
-                about = {"id": question.get("id"), "title": article.get("title"), "context": paragraph["context"]}
-                yield {**about, "question": question["question"], "answers": columns}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"an article is not in the form of SQuAD: {error!r}") from error
-
-
-def _json_items(source: DataFile) -> Iterator[Any]:
-    """Iterate over the items of one JSON list, or over concatenated JSON values, reading in chunks."""
-    decoder, text, at, size, in_list = json.JSONDecoder(), "", 0, _BUFFER_BYTES, None
-    with open_text(source) as file:
-        while True:
-            more = file.read(size)
-            text, at = text[at:] + more, 0
-            if in_list is None and text.strip():
-                in_list, text = text.lstrip()[0] == "[", text.lstrip().removeprefix("[")
-            while (at := _skip_separators(text, at)) < len(text):
-                if in_list and text[at] == "]":
-                    if text[at + 1 :].strip() or file.read(1):
-                        raise ValueError("the file has data after the list")
-                    return
-                try:
-                    item, end = decoder.raw_decode(text, at)
-                except json.JSONDecodeError as error:
-                    if not more or len(text) - at > _ITEM_CHARS:
-                        raise ValueError(f"{error.msg} near {text[at : at + 40]!r}") from error
-                    break
-                if end == len(text) and more:
-                    break  # a number may continue in the next chunk
-                yield _with_characters(item, text[at:end])
-                at = end
-            if not more:
-                if in_list:
-                    raise ValueError("the list is not closed")
-                return
-            size = max(_BUFFER_BYTES, len(text) - at)
-
-
-def _skip_separators(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n,":
-        at += 1
-    return at
-
-
-def _read_objects(source: DataFile, columns: Sequence[str], sparse: Collection[str] = ()) -> Iterator[_RawRow]:
-    """Read JSON objects. A first pass ends once each column was seen: after one object of a good file."""
-    missing, seen = set(columns) - set(sparse), dict[str, None]()
-    for item, _ in _objects(source):
-        if isinstance(item, dict):
-            missing -= item.keys()
-            seen |= dict.fromkeys(item)
-        if not missing:
-            break
-    if missing and seen:
-        raise missing_column_error(source.name, [name for name in columns if name in missing], seen, IN_EVERY_FILE)
-    for item, line in _objects(source):
-        if not isinstance(item, dict):
-            yield item if isinstance(item, _RowError) else "is not a JSON object", line
-        elif absent := [name for name in columns if name not in item and name not in sparse]:
-            yield f"has no column {absent[0]!r}", line
-        else:
-            yield tuple(item.get(name) for name in columns), line
-
-
-def _read_parquet(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_parquet(source: DataFile, columns: Sequence[str]) -> Iterator[RawRow]:
     with source.open() as raw:
         file = parquet.ParquetFile(raw, buffer_size=_BUFFER_BYTES)
         _check_columns(source.name, columns, file.schema_arrow)
@@ -363,7 +244,7 @@ def _open_arrow(source: DataFile) -> Iterator[Any]:
         yield pa.ipc.open_file(raw) if is_file else pa.ipc.open_stream(raw)
 
 
-def _read_arrow(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _read_arrow(source: DataFile, columns: Sequence[str]) -> Iterator[RawRow]:
     with _open_arrow(source) as reader:
         _check_columns(source.name, columns, reader.schema)
         is_file = isinstance(reader, pa.ipc.RecordBatchFileReader)
@@ -372,7 +253,7 @@ def _read_arrow(source: DataFile, columns: Sequence[str]) -> Iterator[_RawRow]:
                 yield from _rows_of(batch.slice(begin, _BATCH_ROWS), columns)
 
 
-def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_RawRow]:
+def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[RawRow]:
     used = [batch.column(name) for name in columns]
     for column in used:
         column.validate(full=True)  # reading a damaged one would end the process
@@ -382,11 +263,6 @@ def _rows_of(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[_RawRow]
 def _check_columns(name: str, columns: Sequence[str], schema: pa.Schema) -> None:
     if missing := [column for column in columns if column not in schema.names]:
         raise missing_column_error(name, missing, schema.names, IN_EVERY_FILE)
-
-
-def _object_names(source: DataFile) -> list[str]:
-    objects = (item for item, _ in islice(_objects(source), _FIRST_ROWS) if isinstance(item, dict))
-    return list(dict.fromkeys(name for item in objects for name in item))
 
 
 def _schema(source: DataFile) -> pa.Schema:
@@ -402,9 +278,9 @@ def _schema_names(source: DataFile) -> list[str]:
 
 
 #: By file type: the function that reads the names of the columns, and the one that reads the rows.
-_FORMATS: dict[str, tuple[Callable[[DataFile], list[str]], Callable[[DataFile, Sequence[str]], Iterator[_RawRow]]]] = {
+_FORMATS: dict[str, tuple[Callable[[DataFile], list[str]], Callable[[DataFile, Sequence[str]], Iterator[RawRow]]]] = {
     ".txt": (lambda source: ["text"], _read_lines),
-    **dict.fromkeys((".jsonl", ".json"), (_object_names, _read_objects)),
+    **dict.fromkeys((".jsonl", ".json"), (object_names, read_objects)),
     **dict.fromkeys((".csv", ".tsv"), (csv_names, read_csv)),
     ".parquet": (_schema_names, _read_parquet),
     **dict.fromkeys((".arrow", ".feather"), (_schema_names, _read_arrow)),

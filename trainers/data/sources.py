@@ -28,13 +28,19 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.data import CsvSettings
 
 _PLAIN = (".txt", ".jsonl", ".json", ".csv", ".tsv")
-KINDS = (*_PLAIN, ".parquet", ".arrow", ".feather")
+COLUMNAR = (".parquet", ".arrow", ".feather")
+KINDS = (*_PLAIN, *COLUMNAR)
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER_BYTES = 2**20
 _DATASET, _DATASETS, _STATE = "dataset_info.json", "dataset_dict.json", "state.json"  # of the datasets library
 
 DEFAULT_CSV = CsvSettings()
 IN_EVERY_FILE = "every file needs this column: rename the right column, or leave this file out"
+
+#: Rows that show the columns of a file and their types.
+FIRST_ROWS = 100
+#: The values of a row, or the error text; and the line on which it ends, for files with lines.
+RawRow = tuple[tuple[Any, ...] | str, int | None]
 
 ListDir = Callable[[str], list[Entry]]
 

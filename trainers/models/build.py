@@ -13,7 +13,6 @@ import torch
 import transformers
 from torch import nn
 
-from outlast.checkpointing.error_hints import did_you_mean
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.state.named_weights import WeightNaming
 from outlast.trainers.config.adapter_directory import with_base
@@ -24,7 +23,15 @@ from outlast.trainers.models.canonical import align_memory, match_constructor, u
 from outlast.trainers.models.custom_model import build_plain, is_like_transformers, load_class, load_plain
 from outlast.trainers.models.embedding import grow_embedding
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
-from outlast.trainers.models.pretrained import LoadReport, load_pretrained, uninitialized
+from outlast.trainers.models.model_config import (
+    check_decoder,
+    default_config,
+    make_config,
+    read_config,
+    token_settings,
+    trust_arguments,
+)
+from outlast.trainers.models.pretrained import LoadReport, find_uninitialized, load_pretrained
 from outlast.trainers.models.tensor_checks import check_tensors
 from outlast.trainers.models.transformers_internals import (
     custom_object_save,
@@ -56,7 +63,7 @@ def build_model(
     own = check_names(settings)
     seed_everything(seed)
     if own is not None and not is_like_transformers(own):
-        plain, files = build_plain(own, settings.config or {}, _token_settings(tokenizer))
+        plain, files = build_plain(own, settings.config or {}, token_settings(tokenizer))
         check_tensors(plain)
         align_memory(plain)
         return plain, {**files, **tokenizer_files(tokenizer)}
@@ -64,7 +71,7 @@ def build_model(
         _as_config_error("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"),
         quiet_transformers(),
     ):
-        config = _given_config(settings, own, tokenizer)
+        config = make_config(settings, own, tokenizer)
         task.configure(config)
         builder = own or model_class(task, config)
         model, new = _build(settings, builder, config, seed, fresh)
@@ -72,7 +79,7 @@ def build_model(
             has_weights = fresh or settings.lora is not None
             new += grow_embedding(model, len(tokenizer), seed, has_weights=has_weights)
     if own is None and task.auto_class == "AutoModelForCausalLM":
-        _check_decoder_config(model)
+        check_decoder(model)
     if getattr(model, "generation_config", None) is not None:
         task.configure_generation(model.generation_config)
     files = {**_config_files(model, tokenizer), **tokenizer_files(tokenizer)}
@@ -100,7 +107,7 @@ def check_names(settings: ModelSettings) -> Any:
     if own is not None and not is_like_transformers(own) and settings.path is not None:
         raise ConfigError(f"{settings.class_} has no from_pretrained", hint="give model.config instead of model.path")
     if own is None and settings.config is not None:
-        _default_config(settings.config)
+        default_config(settings.config)
     return own
 
 
@@ -109,7 +116,7 @@ def check_head(settings: ModelSettings, task: type[Task]) -> None:
     settings = with_base(settings)
     with _as_config_error("the model cannot be built", "check `model:`", "set model.trust_remote_code: true"):
         if settings.path is not None:
-            config = _pretrained_config(transformers.AutoConfig, settings)
+            config = read_config(transformers.AutoConfig, settings)
         else:
             config = transformers.AutoConfig.for_model((settings.config or {})["model_type"])
         builder = model_class(task, config)
@@ -129,9 +136,9 @@ def load_report(settings: ModelSettings, task: Task, tokenizer: Tokenizer) -> Lo
         ConfigError: They lack weights, or hold them in other sizes.
     """
     with _as_config_error("the model cannot be loaded", "check `model:`", ""), quiet_transformers():
-        config = _given_config(settings, None, tokenizer)
+        config = make_config(settings, None, tokenizer)
         task.configure(config)
-        builder, trusted = model_class(task, config), _trusted(settings)
+        builder, trusted = model_class(task, config), trust_arguments(settings)
         return load_pretrained(
             builder, str(settings.path), config, new_head=settings.new_head, on_meta=True, **trusted
         )[1]
@@ -189,7 +196,7 @@ def weight_naming(model: nn.Module) -> WeightNaming:
 
 def _build(settings: ModelSettings, builder: Any, config: Any, seed: int, fresh: bool) -> tuple[Any, list[str]]:
     """Construct the model. Returns it, and the names of weights that its pretrained files lack."""
-    trusted = _trusted(settings)
+    trusted = trust_arguments(settings)
     is_of_transformers = not settings.class_ and not settings.trust_remote_code
     if settings.path is not None and (fresh or settings.lora):  # an adapter's checkpoint lacks the base weights
         model, report = load_pretrained(builder, settings.path, config, new_head=settings.new_head, **trusted)
@@ -199,7 +206,7 @@ def _build(settings: ModelSettings, builder: Any, config: Any, seed: int, fresh:
                 seed_everything(seed)  # as a resume does before it constructs the model
             constructed = _construct(builder, config, trusted)
             match_constructor(model, constructed)
-        if unset := uninitialized(model, report.new):
+        if unset := find_uninitialized(model, report.new):
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 seed_everything(seed)
                 made = _construct(builder, config, trusted).state_dict()
@@ -245,11 +252,6 @@ def _construct(builder: Any, config: Any, trusted: Mapping[str, Any]) -> Any:
     return builder(config).float()
 
 
-def _trusted(settings: ModelSettings) -> dict[str, Any]:
-    """Return `trust_remote_code` explicitly: transformers would prompt for it. An imported class runs in any case."""
-    return {} if settings.class_ else {"trust_remote_code": settings.trust_remote_code}
-
-
 def _config_files(model: Any, tokenizer: Tokenizer) -> dict[str, bytes]:
     model.config.architectures = [type(model).__name__]
     _stop_at_end_token(model, tokenizer.inner.eos_token_id)
@@ -291,72 +293,6 @@ def model_class(task: Task | type[Task], config: Any) -> Any:
     return getattr(transformers, name)
 
 
-def _token_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    inner = tokenizer.inner
-    return {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": inner.bos_token_id,
-        "eos_token_id": inner.eos_token_id,
-        "pad_token_id": inner.pad_token_id,
-    }
-
-
-def _given_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> Any:
-    if settings.path is not None:
-        return _pretrained_config(own.config_class if own else transformers.AutoConfig, settings)
-    special, given = _token_settings(tokenizer), dict(settings.config or {})
-    if own is not None:
-        return own.config_class(**{**special, **given})
-    default = _default_config(given)
-    if getattr(default, "is_encoder_decoder", False):
-        starts = [special["bos_token_id"], special["pad_token_id"]]
-        special["decoder_start_token_id"] = next((number for number in starts if number is not None), None)
-    return transformers.AutoConfig.for_model(given.pop("model_type"), **{**special, **given})
-
-
-def _pretrained_config(known: Any, settings: ModelSettings) -> Any:
-    """Read the configuration in `model.path`, with the entries of `model.overrides`. Raises ConfigError for others."""
-    config = known.from_pretrained(settings.path, **_trusted(settings))
-    if not settings.overrides:
-        return config
-    entries = config.to_dict()
-    fixed = ("model_type", "architectures", "auto_map", "transformers_version")
-    names = [*(name for name in entries if name not in fixed), *config.attribute_map, "rope_scaling"]
-    for key in settings.overrides:
-        if key not in names:
-            raise ConfigError(
-                f"model.overrides.{key}: the configuration of {config.model_type} in {settings.path} has no such entry"
-                f"{did_you_mean(key, names)}",
-                hint="check model.overrides",
-            )
-    # Made anew, so that the class checks and completes the entries.
-    changed = type(config).from_dict({**entries, **settings.overrides})
-    changed.name_or_path = config.name_or_path
-    return changed
-
-
-def _default_config(given: Mapping[str, Any]) -> Any:
-    """Return an architecture's default configuration. Raises ConfigError if it or one of these settings is unknown."""
-    model_type, known_types = given["model_type"], list(transformers.CONFIG_MAPPING)
-    if model_type not in known_types:
-        raise ConfigError(
-            f"model.config.model_type {model_type!r} is unknown to transformers {transformers.__version__}"
-            f"{did_you_mean(model_type, known_types)}",
-            hint="name a known one, or use a class of your own: model.class",
-        )
-    default = transformers.AutoConfig.for_model(model_type)
-    known = ["model_type", *default.to_dict(), *default.attribute_map]
-    if getattr(default, "is_encoder_decoder", False):
-        known.append("decoder_start_token_id")
-    for key in given:
-        if key not in known:
-            raise ConfigError(
-                f"model.config.{key}: {model_type} models have no such setting{did_you_mean(key, known)}",
-                hint="check model.config",
-            )
-    return default
-
-
 def _use_full_attention(model: Any, max_length: int) -> None:
     """Choose full attention now for a model that would choose it at its first short batch, such as BigBird.
 
@@ -376,20 +312,3 @@ def _use_full_attention(model: Any, max_length: int) -> None:
                 hint=f'-s data.max_length={limit}, or set "attention_type": "original_full" in its configuration',
             )
         module.set_attention_type("original_full")
-
-
-def _check_decoder_config(model: Any) -> None:
-    """Raise ConfigError if the model sees the tokens that it predicts: it would only learn to copy them."""
-    config = model.config
-    is_encoder = getattr(config, "is_decoder", None) is False and not config.model_type.startswith("gpt_neox")
-    remedies = {
-        "is_decoder: true": is_encoder,  # gpt_neox has the setting, and does not heed it
-        "causal: true": getattr(config, "causal", None) is False,  # XLM
-        "attn_type: uni": getattr(config, "attn_type", None) == "bi",  # XLNet
-    }
-    for remedy, is_needed in remedies.items():
-        if is_needed:
-            raise ConfigError(
-                f"{type(model).__name__} is configured as an encoder: it sees the tokens that it predicts",
-                hint=f"set model.config.{remedy}, or use a decoder such as gpt2 or llama",
-            )

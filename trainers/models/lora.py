@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from outlast.checkpointing.error_hints import did_you_mean, first_line
+from outlast.checkpointing.error_hints import did_you_mean, first_line, shorten_list
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import tensor_bytes
 from outlast.checkpointing.state.named_weights import WeightNaming, carried_state, plain_name, unwrap
@@ -172,8 +172,7 @@ def _load_adapter(adapted: Any, path: str) -> None:
     missing = sorted(set(result.missing_keys) & set(adapter_naming(adapted).names or ()))
     for what, names in (("lacks", missing), ("has more than its configuration names:", result.unexpected_keys)):
         if names:
-            more = f", … ({len(names)} weights)" if len(names) > 3 else ""
-            raise ConfigError(f"the adapter {path} {what} {', '.join(names[:3])}{more}", hint=hint)
+            raise ConfigError(f"the adapter {path} {what} {shorten_list(names, 3, 'weights')}", hint=hint)
 
 
 def is_adapted(model: Any) -> bool:

@@ -15,8 +15,9 @@ import torch
 import transformers
 from torch import nn
 
+from outlast.checkpointing.error_hints import shorten_list
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.models.transformers_internals import model_mapping, quiet_transformers
+from outlast.trainers.models.transformers_internals import initialize_weights, model_mapping, quiet_transformers
 
 #: Names of wrapping modules: torch.compile, FSDP, activation checkpointing. No model has modules of these names.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -71,25 +72,25 @@ def load_pretrained(
     """
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True, **trusted}
     is_own = isinstance(builder, type) and not issubclass(builder, transformers.PreTrainedModel)
-    if not is_own or hasattr(builder, "_model_mapping"):
+    if not is_own or model_mapping(builder) is not None:
         options["ignore_mismatched_sizes"] = True  # sizes are compared here, for all weights at once
     if on_meta:
         options["device_map"] = "meta"
     model, info = _load(builder, path, options)
     misfit, notes = _Misfit.of(info), list[str]()
     with torch.random.fork_rng(devices=[]):  # what follows must not change the random numbers of a new adapter
-        fault = _fault(model, misfit, path, new_head=new_head)
-    if fault is not None:
+        error = _find_error(model, misfit, path, new_head=new_head)
+    if error is not None:
         for removed, renaming in _renamings(misfit.unexpected, _source_prefix(config)):
             renamed = {**options, "key_mapping": renaming}
             tried, info = _load(builder, path, {**renamed, "device_map": "meta"})
-            if _fault(tried, _Misfit.of(info), path, new_head=new_head) is None:
+            if _find_error(tried, _Misfit.of(info), path, new_head=new_head) is None:
                 model, info = (tried, info) if on_meta else _load(builder, path, renamed)
-                misfit, fault = _Misfit.of(info), None
+                misfit, error = _Misfit.of(info), None
                 notes.append(f"the names of the weights in {path} have the prefix {removed}, which is left out")
                 break
-    if fault is not None:
-        raise fault
+    if error is not None:
+        raise error
     return model, LoadReport((*misfit.missing, *misfit.resized), (*notes, *_notes(model, misfit, path)))
 
 
@@ -130,7 +131,7 @@ def _renamings(names: Sequence[str], source_prefix: str) -> Iterator[tuple[str, 
         yield ", ".join([*(f"{item}." for item in wrappers), *(f"{holder}." for _ in outer)]), {**inner, **outer}
 
 
-def _fault(model: Any, misfit: _Misfit, path: str, *, new_head: bool) -> ConfigError | None:
+def _find_error(model: Any, misfit: _Misfit, path: str, *, new_head: bool) -> ConfigError | None:
     """Return the error about weights that do not fit; None if they do, or only make a new head."""
     if not misfit.missing and not misfit.resized:
         return None
@@ -139,21 +140,23 @@ def _fault(model: Any, misfit: _Misfit, path: str, *, new_head: bool) -> ConfigE
     if not lost and not new_head:
         lost = _lost_head(model, misfit.missing)
     if lost:
-        beside = f"; they have {_shown(misfit.unexpected)}, which it has not" if misfit.unexpected else ""
+        beside = f"; they have {_listed(misfit.unexpected)}, which {name} does not have" if misfit.unexpected else ""
         hint = "check that the directory is complete, and that config.json is that of these weights"
         if not any(item in essential for item in lost):
             hint += "; or set model.new_head: true to make the head new"
-        return ConfigError(f"the files of model.path {path} lack {_shown(lost)}, which {name} needs{beside}", hint=hint)
+        return ConfigError(
+            f"the files of model.path {path} lack {_listed(lost)}, which {name} needs{beside}", hint=hint
+        )
     sizes = {item: size for item, size in misfit.resized.items() if item in essential}
     if sizes:
         return ConfigError(
             f"the files of model.path {path} hold weights of {name} in other sizes than its configuration: "
-            f"{_shown_sizes(sizes)}",
+            f"{_listed_sizes(sizes)}",
             hint="restore its config.json, and leave sizes out of model.overrides",
         )
     if misfit.resized and not new_head:
         return ConfigError(
-            f"the head in model.path {path} has another size than this run needs: {_shown_sizes(misfit.resized)}",
+            f"the head in model.path {path} has another size than this run needs: {_listed_sizes(misfit.resized)}",
             hint="use the labels that the model was trained with; or set model.new_head: true to make the head new",
         )
     return None
@@ -208,15 +211,17 @@ def _lost_head(model: Any, missing: Sequence[str]) -> list[str]:
     return [item for item in missing if item in expected]
 
 
-def uninitialized(model: Any, new: Sequence[str]) -> list[str]:
+def find_uninitialized(model: Any, new: Sequence[str]) -> list[str]:
     """Return the new weights that transformers leaves uninitialized: the class sets them in its constructor only.
 
     `from_pretrained` does not run that with memory, so they hold whatever was there before.
     """
+    if not isinstance(model, transformers.PreTrainedModel):
+        return []
     found = []
     for name in new:
         names = name.split(".")
-        if not isinstance(model, transformers.PreTrainedModel) or len(names) < 2:
+        if len(names) < 2:
             continue
         for owner in (names[:-1], names[:-2]):
             again = deepcopy(model.get_submodule(".".join(owner))) if owner else None
@@ -225,7 +230,7 @@ def uninitialized(model: Any, new: Sequence[str]) -> list[str]:
             tensor = again.state_dict(keep_vars=True)[".".join(names[len(owner) :])]
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 tensor.fill_(torch.nan)
-                model._init_weights(again)
+                initialize_weights(model, again)
                 if not tensor.isnan().any():
                     break
         else:
@@ -235,17 +240,16 @@ def uninitialized(model: Any, new: Sequence[str]) -> list[str]:
 
 def _notes(model: Any, misfit: _Misfit, path: str) -> Iterator[str]:
     if misfit.missing:
-        yield f"new, because the files of {path} lack them: {_shown(misfit.missing)}"
+        yield f"new, because the files of {path} lack them: {_listed(misfit.missing)}"
     if misfit.resized:
-        yield f"new, because of another size in {path}: {_shown_sizes(misfit.resized)} (model.new_head)"
+        yield f"new, because of another size in {path}: {_listed_sizes(misfit.resized)} (model.new_head)"
     if misfit.unexpected:
-        yield f"not used by {type(model).__name__}: {_shown(misfit.unexpected)} of {path}"
+        yield f"not used by {type(model).__name__}: {_listed(misfit.unexpected)} of {path}"
 
 
-def _shown(names: Sequence[str]) -> str:
-    more = f", … ({len(names)} weights)" if len(names) > _MAX_SHOWN else ""
-    return ", ".join(names[:_MAX_SHOWN]) + more
+def _listed(names: Sequence[str]) -> str:
+    return shorten_list(names, _MAX_SHOWN, "weights")
 
 
-def _shown_sizes(sizes: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> str:
-    return _shown([f"{name} is {there} in the files and {here} here" for name, (there, here) in sizes.items()])
+def _listed_sizes(sizes: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> str:
+    return _listed([f"{name} is {there} in the files and {here} here" for name, (there, here) in sizes.items()])

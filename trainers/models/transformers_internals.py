@@ -16,6 +16,11 @@ def model_mapping(auto_class: Any) -> Any:
     return getattr(auto_class, "_model_mapping", None)
 
 
+def initialize_weights(model: Any, module: Any) -> None:
+    """Initialize the weights of a module as `from_pretrained` initializes those that the files lack."""
+    model._init_weights(module)
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the warnings and progress bars of transformers."""

@@ -19,7 +19,7 @@ import transformers
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.named_weights import ALL, WeightNaming, identity, named_weights
 from outlast.checkpointing.state.shards import Cut
-from outlast.trainers.models.transformers_internals import revert_weight_conversion
+from outlast.trainers.models.transformers_internals import initialize_weights, revert_weight_conversion
 
 _CONVERSION_ERRORS = (ValueError, KeyError, AttributeError, RuntimeError, IndexError)
 
@@ -56,7 +56,7 @@ def initialize_not_saved(model: Any) -> None:
     """Initialize the weights that no file holds, of a model that was built without initialization."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name in sorted(names_not_saved(model)):
-            model._init_weights(model.get_submodule(name.rpartition(".")[0]))
+            initialize_weights(model, model.get_submodule(name.rpartition(".")[0]))
 
 
 def _is_converted(model: Any, weights: dict[str, torch.Tensor]) -> bool:
@@ -102,7 +102,7 @@ def _is_recomputed(model: Any, name: str) -> bool:
         return not tensor.requires_grad
     again = deepcopy(module)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model._init_weights(again)
+        initialize_weights(model, again)
     return torch.equal(getattr(again, own_name), tensor)
 
 

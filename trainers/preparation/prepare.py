@@ -190,8 +190,8 @@ def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
         sources.update(digest_sources(source).encode())
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
     if path := tokenizer.get("path"):
-        tokenizer["path"] = tokenizer_source(str(path))
-    for path in [item for item in (tokenizer.get("path"),) if item and Path(item).is_dir()]:
+        path = tokenizer["path"] = tokenizer_source(str(path))
+    if path and Path(path).is_dir():
         for file in sorted(Path(path).iterdir()):
             if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
                 with file.open("rb") as opened:
@@ -340,8 +340,8 @@ def _no_sample_error(task: Task, split: Split, num_rows: int, num_tokens: int) -
     where, hint = f"{source}: the {split.name} split has", "give it more rows"
     if split.is_share:
         where = f"data.eval: {settings.eval} of the rows of {source} are held out, and the {split.name} split has"
-        wanted = "larger" if split.name == "eval" else "smaller"
-        hint = f"set a {wanted} share, or data.eval to a file of its own"
+        which = "larger" if split.name == "eval" else "smaller"
+        hint = f"set a {which} share, or data.eval to a file of its own"
     if not num_rows:
         return ConfigError(f"{where} no usable row", hint=hint)
     rows = f"{num_rows:,} row{'' if num_rows == 1 else 's'}"

@@ -231,7 +231,7 @@ def find_task(name: str) -> type[Task]:
 
 
 def require_fast(tokenizer: Tokenizer, what: str) -> None:
-    """Raise ConfigError unless the tokenizer knows which characters a token stands for."""
+    """Raise ConfigError unless the tokenizer gives the characters that each token stands for."""
     if not tokenizer.inner.is_fast:
         raise ConfigError(
             f"{what} needs a tokenizer of the library `tokenizers`, and {type(tokenizer.inner).__name__} is none",

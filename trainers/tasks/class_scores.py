@@ -11,6 +11,8 @@ import torch
 
 from outlast.trainers.tasks.base import IGNORED
 
+#: Columns of torchmetrics: true positives, false positives, (true negatives,) false negatives.
+_HITS = [0, 1, 3]
 _TAG = re.compile(r"O|[BIES](-.+)?")
 
 
@@ -30,11 +32,20 @@ def count_hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     num_classes = logits.shape[-1]
     stat_scores = multiclass_stat_scores(logits.argmax(-1), labels, num_classes, average=None, ignore_index=IGNORED)
-    return class_hits(stat_scores)
+    return stat_scores[:, _HITS]
 
 
-def class_hits(stat_scores: torch.Tensor) -> torch.Tensor:
-    return stat_scores[:, [0, 1, 3]]
+def count_multi_hits(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Count as `count_hits`, of several classes per sample.
+
+    Args:
+        predicted: 0 or 1 for each class, shape [samples, classes]. Not logits: torchmetrics would take those that are
+            all in [0, 1] for probabilities.
+        labels: Likewise.
+    """
+    from torchmetrics.functional.classification import multilabel_stat_scores
+
+    return multilabel_stat_scores(predicted, labels, labels.shape[-1], average=None)[:, _HITS]
 
 
 def has_entities(classes: Sequence[str]) -> bool:

@@ -1,7 +1,6 @@
 """Classification of texts and text pairs. Regression is sequence classification with one number as target."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,84 +12,29 @@ from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, name_of
 from outlast.trainers.tasks.base import Batch, Record, Sums, Task, ints
-from outlast.trainers.tasks.class_scores import class_hits, count_hits, macro_f1
+from outlast.trainers.tasks.class_scores import count_hits, count_multi_hits, macro_f1
+from outlast.trainers.tasks.label_survey import MULTI, REGRESSION, SINGLE, LabelSurvey, is_number
 from outlast.trainers.tasks.labels import (
-    MISSING_TEXTS,
     MULTI_HOT,
     LabelIndex,
     class_name,
     head_labels,
     is_multi_hot,
+    listed,
     match_head,
     name_classes,
-    shown,
+    parse_list,
     survey_classes,
     survey_multi_hot,
     with_notes,
-    written_list,
 )
 from outlast.trainers.tasks.model_inputs import CLASSIFY_AT_END, text_config
 
-SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 _PROBLEM_TYPES = {
     SINGLE: "single_label_classification",
     MULTI: "multi_label_classification",
     REGRESSION: "regression",
 }
-
-
-@dataclass(slots=True)
-class _Seen:
-    """The labels of the training rows."""
-
-    kinds: set[type] = field(default_factory=set)
-    names: set[str] = field(default_factory=set)  #: of labels that are not lists
-    in_lists: set[str] = field(default_factory=set)  #: of items of lists
-    widths: set[int] = field(default_factory=set)  #: lengths of lists
-    are_multi_hot: bool = True  #: whether all lists are of 0 and 1
-    are_whole: bool = True  #: whether all floats are whole numbers
-    are_written_lists: bool = True  #: whether all labels are texts that write lists
-
-    def see(self, label: Any) -> None:
-        self.kinds.add(list if isinstance(label, list) else type(label))
-        items = label if isinstance(label, list) else written_list(label)
-        if isinstance(items, list):
-            self.widths.add(len(items))
-            self.in_lists |= set(map(class_name, items))
-            self.are_multi_hot = self.are_multi_hot and is_multi_hot(items)
-        if isinstance(label, float):
-            self.are_whole = self.are_whole and label.is_integer()
-        elif not isinstance(label, list):
-            self.names.add(str(label))
-            self.are_written_lists = self.are_written_lists and items is not None
-        if isinstance(label, float) and self.are_whole:
-            self.names.add(class_name(label))
-
-    @property
-    def has_lists(self) -> bool:
-        return self.kinds == {list} or (self.kinds == {str} and self.are_written_lists)
-
-    @property
-    def are_number_texts(self) -> bool:
-        """Whether all texts are numbers, some of them fractions: values of a .csv file are all texts."""
-        values = {name for name in self.names if name.lower() not in MISSING_TEXTS}
-        are_fractions = any(not name.lstrip("+-").isdecimal() for name in values)
-        return self.kinds == {str} and are_fractions and all(map(_is_number, values))
-
-    def guess(self, settings: DataSettings) -> str:
-        """Return the problem that the labels are for."""
-        if self.has_lists:
-            return MULTI
-        if self.kinds == {str} and self.are_number_texts:
-            return REGRESSION if settings.labels is None else SINGLE
-        has_numbers = float in self.kinds and str not in self.kinds
-        return REGRESSION if has_numbers and not (self.are_whole and settings.labels is not None) else SINGLE
-
-    def classes(self) -> set[str]:
-        """Return the class names of labels that are not lists. Among numbers, texts such as `nan` are none."""
-        named = {name for name in self.names if name.lower() not in MISSING_TEXTS}
-        are_numbers = bool(named) and all(map(str.isdecimal, named))
-        return named if are_numbers else self.names
 
 
 class SequenceClassification(Task):
@@ -113,16 +57,16 @@ class SequenceClassification(Task):
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        seen, name = _Seen(), name_of(settings, "label")
+        labels, name = LabelSurvey(), name_of(settings, "label")
         for record in records:
-            seen.see(record["label"])
-        guess = seen.guess(settings)
+            labels.add(record["label"])
+        guess = labels.guess(settings)
         problem = settings.problem or guess
-        kinds, notes = seen.kinds, list[str]()
+        kinds, notes = labels.kinds, list[str]()
         fitting = {
-            SINGLE: kinds & {str, int, bool} or (kinds == {float} and seen.are_whole),
-            MULTI: seen.has_lists or list in kinds,
-            REGRESSION: kinds & {int, float, bool} or (str in kinds and any(map(_is_number, seen.names))),
+            SINGLE: kinds & {str, int, bool} or (kinds == {float} and labels.are_whole),
+            MULTI: labels.has_lists or list in kinds,
+            REGRESSION: kinds & {int, float, bool} or (str in kinds and any(map(is_number, labels.names))),
         }
         if kinds and not fitting[problem]:
             raise ConfigError(
@@ -131,9 +75,11 @@ class SequenceClassification(Task):
             )
         if settings.problem is None and problem != SINGLE:
             notes.append(f"column {name!r} is used for {problem} (data.problem)")
-            if problem == REGRESSION and seen.are_whole and all(map(_is_whole, seen.classes())):
-                numbers = [class_name(number) for number in sorted(map(float, seen.classes()))]
-                notes[0] += f"; all its labels are whole ({shown(numbers)}): for classes set data.problem: single-label"
+            if problem == REGRESSION and labels.are_whole and all(map(_is_whole, labels.classes())):
+                numbers = [class_name(number) for number in sorted(map(float, labels.classes()))]
+                notes[0] += (
+                    f"; all its labels are whole ({listed(numbers)}): for classes set data.problem: single-label"
+                )
         facts: dict[str, Any] = {"problem": problem, "classes": []}
         if problem == REGRESSION:
             if settings.labels is not None or settings.label_form == MULTI_HOT:
@@ -142,27 +88,27 @@ class SequenceClassification(Task):
                     hint="remove them, or set data.problem: single-label",
                 )
             return with_notes(facts, notes)
-        found = cls._survey_classes(settings, seen, problem)
+        found = cls._survey_classes(settings, labels, problem)
         notes += found.pop("notes", [])
         return with_notes({**facts, **found}, notes)
 
     @classmethod
-    def _survey_classes(cls, settings: DataSettings, seen: _Seen, problem: str) -> dict[str, Any]:
+    def _survey_classes(cls, settings: DataSettings, labels: LabelSurvey, problem: str) -> dict[str, Any]:
         if problem == SINGLE:
             if settings.label_form == MULTI_HOT:
                 raise ConfigError(
                     f"data.label_form is multi-hot, but column {name_of(settings, 'label')!r} does not hold lists",
                     hint="remove data.label_form, or name another column as data.label",
                 )
-            names = {class_name(float(name)) for name in seen.names} if seen.are_number_texts else seen.classes()
-            numbers = {"are_numbers": True} if seen.are_number_texts else {}
+            names = {class_name(float(name)) for name in labels.names} if labels.are_number_texts else labels.classes()
+            numbers = {"are_numbers": True} if labels.are_number_texts else {}
             return {**survey_classes(settings, "label", names), **numbers}
-        fits = settings.labels is None or seen.widths == {len(settings.labels)}
-        is_plain = seen.are_multi_hot and len(seen.widths) == 1 and max(seen.widths) >= 2 and fits
-        written = {} if list in seen.kinds else {"are_written_lists": True}
+        fits = settings.labels is None or labels.widths == {len(settings.labels)}
+        is_plain = labels.are_multi_hot and len(labels.widths) == 1 and max(labels.widths) >= 2 and fits
+        written = {} if list in labels.kinds else {"are_written_lists": True}
         if settings.label_form == MULTI_HOT or (settings.label_form == "auto" and is_plain):
-            return {**survey_multi_hot(settings, "label", seen.widths), **written}
-        return {**survey_classes(settings, "label", seen.in_lists), **written}
+            return {**survey_multi_hot(settings, "label", labels.widths), **written}
+        return {**survey_classes(settings, "label", labels.in_lists), **written}
 
     @classmethod
     def model_facts(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +124,7 @@ class SequenceClassification(Task):
     @classmethod
     def match_model(cls, settings: DataSettings, facts: dict[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
         found = facts
-        if model.get("is_regression") and settings.problem is None and all(map(_is_number, facts["classes"])):
+        if model.get("is_regression") and settings.problem is None and all(map(is_number, facts["classes"])):
             note = (
                 f"column {name_of(settings, 'label')!r} is used for regression, as by the model's head (data.problem)"
             )
@@ -192,7 +138,7 @@ class SequenceClassification(Task):
         if self.facts.get("classifies_at_end") and (fault := self._end_fault(record)) is not None:
             return fault
         if self.problem == REGRESSION:
-            return None if _is_number(label) else f"column {name!r} holds {label!r}, not a number"
+            return None if is_number(label) else f"column {name!r} holds {label!r}, not a number"
         if self.facts.get("form") == MULTI_HOT:
             if isinstance(label, list) and is_multi_hot(label) and len(label) == len(self.classes):
                 return None
@@ -210,9 +156,9 @@ class SequenceClassification(Task):
     def _value(self, label: Any) -> Any:
         """Return the label that a text of a .csv file writes."""
         if self.facts.get("are_written_lists"):
-            items = written_list(label)
+            items = parse_list(label)
             return label if items is None else items
-        return float(label) if self.facts.get("are_numbers") and _is_number(label) else label
+        return float(label) if self.facts.get("are_numbers") and is_number(label) else label
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         texts = [[record["text"] for record in records]]
@@ -294,13 +240,9 @@ class SequenceClassification(Task):
         if self.problem == REGRESSION:
             error = (logits[:, 0] - labels).double()
             return {"squared": error.square().sum(), "absolute": error.abs().sum()}
-        from torchmetrics.functional.classification import multilabel_stat_scores
-
         if self.problem == MULTI:
-            # torchmetrics would take logits that are all in [0, 1] for probabilities.
             predicted = (logits > 0).long()
-            stat_scores = multilabel_stat_scores(predicted, labels.long(), len(self.classes), average=None)
-            return {"hits": class_hits(stat_scores), "exact": (predicted == labels).all(-1).sum()}
+            return {"hits": count_multi_hits(predicted, labels.long()), "exact": (predicted == labels).all(-1).sum()}
         return {"hits": count_hits(logits, labels)}
 
     def scores(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -329,19 +271,10 @@ class SequenceClassification(Task):
 
 
 def _is_whole(name: str) -> bool:
-    return _is_number(name) and float(name).is_integer()
+    return is_number(name) and float(name).is_integer()
 
 
 def _is_fraction(label: Any) -> bool:
     return any(
         isinstance(item, float) and not item.is_integer() for item in (label if isinstance(label, list) else [label])
     )
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, list):
-        return False
-    try:
-        return bool(np.isfinite(float(value)))
-    except ValueError:
-        return False

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from outlast.checkpointing.error_hints import shorten_list
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.columns import name_of
@@ -21,10 +22,9 @@ _BOOLS = {"false": 0, "true": 1}
 _NUM_SHOWN, _MAX_CLASSES = 8, 100_000
 
 
-def shown(names: Collection[str]) -> str:
-    """Return names as text, the first ones of many."""
-    first = list(names)[:_NUM_SHOWN]
-    return ", ".join(first) + (f", … ({len(names)} in all)" if len(names) > _NUM_SHOWN else "")
+def listed(names: Collection[str]) -> str:
+    """Return names of classes as text, the first ones of many."""
+    return shorten_list(names, _NUM_SHOWN)
 
 
 def with_notes(facts: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def class_name(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def written_list(value: Any) -> list[Any] | None:
-    """Return the list that a text writes, in JSON or in Python, as in a .csv file; None if it is another text."""
+def parse_list(value: Any) -> list[Any] | None:
+    """Parse a text that is a list in the notation of JSON or Python, as in a .csv file; None for another value."""
     if not isinstance(value, str) or not value.lstrip().startswith("[") or not value.rstrip().endswith("]"):
         return None
     for parse in (json.loads, ast.literal_eval):
@@ -92,18 +92,18 @@ def survey_classes(settings: DataSettings, role: str, found: Collection[str]) ->
     if facts["form"] == INDEX:
         facts["names"] = classes
         seen = {classes[index] for item in found if (index := _index(item)) is not None and index < len(classes)}
-        notes = [f"column {column!r} holds indexes of the classes {shown(classes)}"]
+        notes = [f"column {column!r} holds indexes of the classes {listed(classes)}"]
     else:
         seen, notes = set(classes) & set(found), []
     if absent := [name for name in classes if name not in seen]:
-        notes.append(f"no training row has the class {shown(absent)}")
+        notes.append(f"no training row has the class {listed(absent)}")
     return with_notes(facts, notes)
 
 
 def survey_multi_hot(settings: DataSettings, role: str, widths: Collection[int]) -> dict[str, Any]:
     """Return the facts about multi-hot labels: lists of as many numbers as there are classes.
 
-    Raises ConfigError if that number cannot be told, or is not that of `data.labels`.
+    Raises ConfigError if that number is unclear, or is not that of `data.labels`.
     """
     column = name_of(settings, role)
     num = len(settings.labels) if settings.labels is not None else max(widths, default=0)
@@ -115,7 +115,7 @@ def survey_multi_hot(settings: DataSettings, role: str, widths: Collection[int])
             "name the classes in data.labels",
         )
     classes = list(settings.labels) if settings.labels is not None else [str(index) for index in range(num)]
-    note = f"column {column!r} holds multi-hot labels of the classes {shown(classes)} (data.label_form)"
+    note = f"column {column!r} holds multi-hot labels of the classes {listed(classes)} (data.label_form)"
     if settings.labels is None:
         return {"classes": classes, "form": MULTI_HOT, "notes": [f"{note}; data.labels names them"]}
     return {"classes": classes, "form": MULTI_HOT, "given": True, "notes": [note]}
@@ -157,9 +157,9 @@ class LabelIndex:
                 f"{what} {unknown!r} is not a class as the others are (data.csv.missing lists fields without a value)"
             )
         if self._form == INDEX:
-            return f"{what} {unknown!r} is not an index of the {len(self._names)} classes {shown(self._names)}"
+            return f"{what} {unknown!r} is not an index of the {len(self._names)} classes {listed(self._names)}"
         if self.is_given:
-            return f"{what} {unknown!r} is not one of the classes {shown(self.classes)} (data.labels)"
+            return f"{what} {unknown!r} is not one of the classes {listed(self.classes)} (data.labels)"
         return f"{what} {unknown!r} is in the evaluation data but not in the training data"
 
 
@@ -171,7 +171,7 @@ def _index(item: str) -> int | None:
 
 
 def head_labels(config: Mapping[str, Any], head: str) -> dict[str, Any]:
-    """Return what a model's `config.json` says of the classes of its head: `labels` by index, and if they `are_names`.
+    """Return the classes of the head in a model's `config.json`: `labels` by index, and whether they `are_names`.
 
     Empty without a head of this kind (`ForSequenceClassification`) or names.
     """
@@ -208,10 +208,10 @@ def match_head(settings: DataSettings, facts: dict[str, Any], head: Mapping[str,
         ordered = [agreed.get(name, name) for name in theirs]
         if settings.labels is not None:
             if ordered != classes:
-                notes.append(f"data.labels orders the classes otherwise than the model's head: {shown(theirs)}")
+                notes.append(f"data.labels has the classes in another order than the model's head: {listed(theirs)}")
             return with_notes(facts, notes)
         if ordered != classes:
-            notes.append(f"the classes have the order of the model's head: {shown(ordered)}")
+            notes.append(f"the classes have the order of the model's head: {listed(ordered)}")
         return with_notes({**facts, "classes": ordered}, notes)
     if not head["has_head"]:
         return facts
@@ -220,12 +220,12 @@ def match_head(settings: DataSettings, facts: dict[str, Any], head: Mapping[str,
     if agreed and not facts.get("given") and head["are_names"]:
         absent = [name for name in classes if name not in agreed.values()]
         raise ConfigError(
-            f"{settings.train}: column {name_of(settings, role)!r} has the classes {shown(classes)}, the model's head "
-            f"has {shown(theirs)}: {shown(absent)} is not among them",
+            f"{settings.train}: column {name_of(settings, role)!r} has the classes {listed(classes)}, the model's head "
+            f"has {listed(theirs)}: {listed(absent)} is not among them",
             hint="name the classes in the order of their index: -s 'data.labels=[…]'",
         )
     if head["are_names"]:
-        notes.append(f"the model's head has the classes {shown(theirs)}; it learns {shown(classes)} in their place")
+        notes.append(f"the model's head has the classes {listed(theirs)}; it learns {listed(classes)} in their place")
     return with_notes(facts, notes)
 
 
@@ -237,17 +237,19 @@ def _match_numbers(facts: dict[str, Any], head: Mapping[str, Any], column: str) 
     are_indexes = len(theirs) == len(classes) if is_multi_hot else max(numbers) < len(theirs)
     if are_indexes and min(numbers) > 0 and head["are_names"]:
         raise ConfigError(
-            f"column {column!r} has the labels {shown(classes)}, the model's head has the classes {shown(theirs)}: "
+            f"column {column!r} has the labels {listed(classes)}, the model's head has the classes {listed(theirs)}: "
             "the labels may count from 0 or from 1",
             hint="name the classes in the order of their index: -s 'data.labels=[…]'",
         )
     if not are_indexes:
         if head["are_names"]:
-            notes.append(f"the model's head has the classes {shown(theirs)}; it learns {shown(classes)} in their place")
+            notes.append(
+                f"the model's head has the classes {listed(theirs)}; it learns {listed(classes)} in their place"
+            )
         return with_notes(facts, notes)
     names = theirs if head["are_names"] else [str(index) for index in range(len(theirs))]
     if names != classes:
-        notes.append(f"the labels of column {column!r} are indexes of the classes of the model's head: {shown(names)}")
+        notes.append(f"the labels of column {column!r} are indexes of the classes of the model's head: {listed(names)}")
     form = {} if is_multi_hot else {"form": INDEX, "names": names}
     return with_notes({**facts, **form, "classes": names}, notes)
 

@@ -15,6 +15,7 @@ from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, name_of
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, Task, ints, mask, pad
+from outlast.trainers.tasks.labels import with_notes
 
 
 class MultipleChoice(Task):
@@ -46,7 +47,7 @@ class MultipleChoice(Task):
         form = max(_FORMS, key=fitting.__getitem__)
         column = name_of(settings, "label")
         notes = [f"column {column!r} holds letters: A is the first choice"] if form == "letter" else []
-        return {"num_choices": num_choices, "form": form, **({"notes": notes} if notes else {})}
+        return with_notes({"num_choices": num_choices, "form": form}, notes)
 
     def fault(self, record: Record) -> str | None:
         choices, num_choices = record["choices"], self.facts["num_choices"]

@@ -89,7 +89,7 @@ def test_a_prediction_that_depends_on_the_predicted_token(
     task: str, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the architecture's configuration says."""
-    monkeypatch.setattr(build, "_check_decoder_config", lambda model: None)
+    monkeypatch.setattr(build, "check_decoder", lambda model: None)
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 40)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.data.chat_template import encode_chat
+from outlast.trainers.data.chat_template import ChatTemplate
 from outlast.trainers.data.tokenizer import train_bpe
 
 PLAIN = """{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}\
@@ -38,7 +38,7 @@ TWO = chat("system: be kind", "user: hello", "assistant: hello you", "user: how?
 def answers(tokenizer: Any, template: str, messages: Any) -> list[str]:
     """The texts that have loss; the tokens must equal the library's own rendering."""
     tokenizer.chat_template = template
-    tokens, mask = encode_chat(tokenizer, messages)
+    tokens, mask = ChatTemplate(tokenizer).encode(messages)
     assert tokens == list(tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"])
     assert len(mask) == len(tokens)
     runs: list[list[int]] = []
@@ -69,7 +69,7 @@ def test_any_text_in_any_order(tokenizer: Any, turns: list[tuple[str, str]]) -> 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = FORGETFUL
     with pytest.raises(ConfigError, match="up to message 3 differently from the full") as caught:
-        encode_chat(tokenizer, TWO)
+        ChatTemplate(tokenizer).encode(TWO)
     assert "{% generation %}" in caught.value.hint
 
 
@@ -78,7 +78,7 @@ def test_keys_without_a_value_are_absent(tokenizer: Any) -> None:
     template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls is defined %}TOOL{% endif %}")
     tokenizer.chat_template = template
     filled = [{**turn, "tool_calls": None} for turn in TWO]
-    assert encode_chat(tokenizer, filled) == encode_chat(tokenizer, TWO)
+    assert ChatTemplate(tokenizer).encode(filled) == ChatTemplate(tokenizer).encode(TWO)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_keys_without_a_value_are_absent(tokenizer: Any) -> None:
 def test_malformed_conversations(messages: Any, message: str, tokenizer: Any) -> None:
     tokenizer.chat_template = PLAIN
     with pytest.raises(ConfigError, match=message):
-        encode_chat(tokenizer, messages)
+        ChatTemplate(tokenizer).encode(messages)
 
 
 def test_a_tokenizer_without_a_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template") as caught:
-        encode_chat(tokenizer, TWO)
+        ChatTemplate(tokenizer).encode(TWO)
     assert "data.chat_template" in caught.value.hint
