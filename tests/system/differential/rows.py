@@ -52,7 +52,7 @@ def _answers(text: str) -> Row:
 
 def _choices(text: str) -> Row:
     right = len(text) % 2
-    choices = [text[20:60].upper(), text[20:]] if right else [text[20:], text[20:60].upper()]
+    choices = [text[60:19:-1], text[20:]] if right else [text[20:], text[60:19:-1]]
     return {"text": text[:20], "choices": choices, "label": right}
 
 
