@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from outlast.checkpointing.error_hints import shorten_list
+from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.csv_reader import csv_note
 from outlast.trainers.data.readers import Row, class_names, first_row, read_rows
@@ -181,7 +183,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
     csv_files = [item for item in find_data_files(settings.train, settings.csv) if item.kind in (".csv", ".tsv")]
     notes += [note for item in csv_files[:1] if (note := csv_note(item))]
     used = tuple(column for column in columns if column in found)
-    labels = _labels_of_file([found[column] for column in used if column.is_class], settings, notes)
+    labels = _labels_of_files([found[column] for column in used if column.is_class], settings, notes)
     named = tuple(labels)
     return ColumnMapping(
         used, tuple(found[column] for column in used), tuple(notes), named, labels[named[0]] if named else None
@@ -232,14 +234,36 @@ def _find_names(
     return found
 
 
-def _labels_of_file(columns: Sequence[str], settings: DataSettings, notes: list[str]) -> dict[str, tuple[str, ...]]:
-    """Return the class names that the first training file gives columns, unless `data.labels` has others."""
-    [first] = find_data_files(settings.train, settings.csv)[:1]
-    labels = class_names(first, columns)
-    for column, names in labels.items():
-        if settings.labels is not None and not set(names) <= set(settings.labels):
-            return {}  # the numbers are indexes of data.labels
-        notes.append(f"column {column!r} has the class names of its data set: {shorten_list(names, _NUM_SHOWN)}")
+def _labels_of_files(columns: Sequence[str], settings: DataSettings, notes: list[str]) -> dict[str, tuple[str, ...]]:
+    """Return the class names that files give columns, unless `data.labels` has others.
+
+    Of the files in one directory, the first one is read: they have one schema.
+
+    Raises ConfigError if the names are those of `data.labels` in part.
+    """
+    if not columns:
+        return {}
+    files = find_data_files(settings.train, settings.csv)
+    if settings.eval and not settings.eval_share:
+        with suppress(OutlastError):  # preparation reports it; predictions do not need it
+            files += find_data_files(settings.eval, settings.csv)
+    firsts = {(file.kind, file.name.rpartition("/")[0]): file for file in reversed(files)}
+    labels = dict[str, tuple[str, ...]]()
+    for file in reversed(firsts.values()):
+        for column, names in class_names(file, columns).items():
+            labels.setdefault(column, names)
+    wanted = settings.labels
+    for column, names in list(labels.items()):
+        if wanted is None or set(names) <= set(wanted):
+            notes.append(f"column {column!r} has the class names of its data set: {shorten_list(names, _NUM_SHOWN)}")
+            continue
+        if {name.casefold() for name in names} & {name.casefold() for name in wanted}:
+            raise ConfigError(
+                f"{settings.train}: column {column!r} has the class names {shorten_list(names, _NUM_SHOWN)} of its data "
+                f"set, and data.labels has {shorten_list(wanted, _NUM_SHOWN)}: they agree in part",
+                hint="write all names of the data set in data.labels, in the order of their index",
+            )
+        del labels[column]  # the numbers are indexes of data.labels
     return labels
 
 

@@ -52,7 +52,7 @@ def prepared(storage: LocalStorage, tmp_path: Path) -> Callable[..., Prepared]:
     """Prepares rows, or a file, for a new model or one of a directory."""
 
     def make(rows: Any, *, model: Path | None = None, task: str = CLASSIFIER, **data: Any) -> Prepared:
-        source = rows if isinstance(rows, str) else write(tmp_path / "rows.jsonl", rows)
+        source = rows if isinstance(rows, str | None) else write(tmp_path / "rows.jsonl", rows)
         chosen = {"task": task, **({"config": None, "tokenizer": None, "path": str(model)} if model else {})}
         sections = {"model": chosen, "data": {"train": source, "eval": None, **data}}
         return prepare(tiny_config("labels", storage.url, "", sections=sections, eval_every=None), storage)
@@ -301,7 +301,9 @@ def test_names_of_a_class_label_are_kept_in_their_order(
     assert any("has the class names of its data set: zoo, ape, cat" in note for note in found.notes)
     other = prepared(str(path), max_bad_rows=1, labels=["cat", "ape", "zoo"])
     assert learned(other, storage) == [[2], [1], [2]], "the same names in another order"
-    other = prepared(str(path), max_bad_rows=1, labels=["Zoo", "Affe", "Katze"])
+    other = prepared(str(path), max_bad_rows=1, labels=["Park", "Affe", "Katze"])
+    with pytest.raises(ConfigError, match="zoo, ape, cat of its data set, and data.labels has .* they agree in part"):
+        prepared(str(path), max_bad_rows=1, labels=["Zoo", "Affe", "Katze"])
     assert (learned(other, storage), other.facts["classes"][1]) == ([[0], [1], [0]], "Affe")
 
 
@@ -314,6 +316,19 @@ def test_a_file_has_its_own_order_of_class_labels(
         made.to_parquet(tmp_path / f"{name}.parquet")
     found = prepared(str(tmp_path / "*.parquet"))
     assert learned(found, storage) == [[0], [1], [0], [1]]
+
+
+def test_names_in_a_later_file_and_in_the_evaluation_file(
+    prepared: Callable[..., Prepared], storage: LocalStorage, tmp_path: Path
+) -> None:
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["yes", "no"]))
+    datasets.Dataset.from_list(labelled(["no", "yes"]), features=features).to_parquet(tmp_path / "b.parquet")
+    names = write(tmp_path / "names.jsonl", labelled(["no", "yes"]))
+    both = [str(names), str(tmp_path / "b.parquet")]
+    found = prepared(None, train=both)
+    assert (found.facts["classes"], learned(found, storage)) == (["yes", "no"], [[1], [0], [1], [0]])
+    found = prepared(str(names), eval=str(tmp_path / "b.parquet"))
+    assert found.num_rows["eval"] == 2
 
 
 def test_names_of_tags_are_kept(prepared: Callable[..., Prepared], storage: LocalStorage, tmp_path: Path) -> None:
