@@ -259,8 +259,8 @@ def _labels_of_files(columns: Sequence[str], settings: DataSettings, notes: list
             continue
         if {name.casefold() for name in names} & {name.casefold() for name in wanted}:
             raise ConfigError(
-                f"{settings.train}: column {column!r} has the class names {shorten_list(names, _NUM_SHOWN)} of its data "
-                f"set, and data.labels has {shorten_list(wanted, _NUM_SHOWN)}: they agree in part",
+                f"{settings.train}: column {column!r} has the class names {shorten_list(names, _NUM_SHOWN)} of its "
+                f"data set, and data.labels has {shorten_list(wanted, _NUM_SHOWN)}: they agree in part",
                 hint="write all names of the data set in data.labels, in the order of their index",
             )
         del labels[column]  # the numbers are indexes of data.labels

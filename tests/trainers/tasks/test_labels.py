@@ -302,7 +302,7 @@ def test_names_of_a_class_label_are_kept_in_their_order(
     other = prepared(str(path), max_bad_rows=1, labels=["cat", "ape", "zoo"])
     assert learned(other, storage) == [[2], [1], [2]], "the same names in another order"
     other = prepared(str(path), max_bad_rows=1, labels=["Park", "Affe", "Katze"])
-    with pytest.raises(ConfigError, match="zoo, ape, cat of its data set, and data.labels has .* they agree in part"):
+    with pytest.raises(ConfigError, match=r"zoo, ape, cat of its data set, and data.labels has .* they agree in part"):
         prepared(str(path), max_bad_rows=1, labels=["Zoo", "Affe", "Katze"])
     assert (learned(other, storage), other.facts["classes"][1]) == ([[0], [1], [0]], "Affe")
 
