@@ -11,6 +11,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, name_of
+from outlast.trainers.data.written_lists import parse_list
 from outlast.trainers.tasks.base import Batch, Record, Sums, Task, ints
 from outlast.trainers.tasks.class_scores import count_hits, count_multi_hits, macro_f1
 from outlast.trainers.tasks.label_survey import MULTI, REGRESSION, SINGLE, LabelSurvey, is_number
@@ -23,7 +24,6 @@ from outlast.trainers.tasks.labels import (
     listed,
     match_head,
     name_classes,
-    parse_list,
     survey_classes,
     survey_multi_hot,
     with_notes,
@@ -103,10 +103,11 @@ class SequenceClassification(Task):
             names = {class_name(float(name)) for name in labels.names} if labels.are_number_texts else labels.classes()
             numbers = {"are_numbers": True} if labels.are_number_texts else {}
             return {**survey_classes(settings, "label", names), **numbers}
-        fits = settings.labels is None or labels.widths == {len(settings.labels)}
+        fits = settings.labels is None or set(labels.widths) == {len(settings.labels)}
         is_plain = labels.are_multi_hot and len(labels.widths) == 1 and max(labels.widths) >= 2 and fits
-        written = {} if list in labels.kinds else {"are_written_lists": True}
-        if settings.label_form == MULTI_HOT or (settings.label_form == "auto" and is_plain):
+        is_hot = labels.have_repeats or is_plain
+        written = {"are_written_lists": True} if str in labels.kinds else {}
+        if settings.label_form == MULTI_HOT or (settings.label_form == "auto" and is_hot):
             return {**survey_multi_hot(settings, "label", labels.widths), **written}
         return {**survey_classes(settings, "label", labels.in_lists), **written}
 
@@ -142,10 +143,15 @@ class SequenceClassification(Task):
         if self.facts.get("form") == MULTI_HOT:
             if isinstance(label, list) and is_multi_hot(label) and len(label) == len(self.classes):
                 return None
-            return f"column {name!r} holds {label!r}, not a list of {len(self.classes)} numbers, 0 or 1"
+            return (
+                f"column {name!r} holds {label!r}, not a list of {len(self.classes)} numbers, 0 or 1 (data.label_form)"
+            )
         if isinstance(label, list) is not (self.problem == MULTI) or _is_fraction(label):
             return f"column {name!r} holds {label!r}, not {'a list of classes' if self.problem == MULTI else 'a class'}"
-        return self._labels.fault(label if isinstance(label, list) else [label])
+        items = label if isinstance(label, list) else [label]
+        if (fault := self._labels.fault(items)) is None and len(set(map(self._labels.of, items))) < len(items):
+            return f"column {name!r} holds {label!r}, which has a class more than once (data.label_form)"
+        return fault
 
     def _end_fault(self, record: Record) -> str | None:
         """Return an error text for a text that contains the end token, of which such models expect a fixed number."""

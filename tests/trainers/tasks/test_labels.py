@@ -154,6 +154,18 @@ def test_multi_hot_classes_get_names_and_the_loss_is_the_models_own(
             "data.labels and data.label_form are for classes",
         ),
         ([[0.5, 0.5], [0.1, 0.9]], {}, r"row 1: .* not a list of classes"),
+        ([*HOT, [1, 0]], {}, r"row 5: .* holds \[1, 0\], not a list of 3 numbers, 0 or 1"),
+        ([*HOT, []], {}, r"row 5: .* holds \[\], not a list of 3 numbers"),
+        ([*HOT, [1, 0, 2]], {}, r"row 5: .* holds \[1, 0, 2\], not a list of 3 numbers"),
+        ([*HOT, [1.0, 0.0, 0.5]], {}, r"row 5: .* not a list of 3 numbers"),
+        ([*HOT, ["a"]], {}, r"row 5: .* not a list of 3 numbers"),
+        ([[1, 0], *HOT], {"labels": ["a", "b", "c"]}, r"row 1: .* holds \[1, 0\], not a list of 3 numbers"),
+        ([*HOT, [0, 2]], {"labels": ["a", "b", "c"]}, r"row 5: .* holds \[0, 2\], not a list of 3 numbers"),
+        (HOT, {"label_form": "names"}, r"row 1: .* holds \[1, 0, 1\], which has a class more than once"),
+        ([["a", "b"], ["b", "b"]], {}, r"row 2: .* which has a class more than once"),
+        ([[0, 2], [2, 2]], {"labels": ["a", "b", "c"]}, r"row 2: .* which has a class more than once"),
+        ([*map(str, HOT), "[1, 0"], {}, r"row 5: .* holds '\[1, 0', not a list of 3 numbers"),
+        ([["a"], ["b"], "a"], {}, r"row 3: .* holds 'a', not a list of classes"),
     ],
 )
 def test_labels_that_are_not_multi_hot(
@@ -161,6 +173,14 @@ def test_labels_that_are_not_multi_hot(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         prepared(labelled(labels), **data)
+
+
+def test_an_odd_row_of_a_multi_hot_column_is_skipped(prepared: Callable[..., Prepared], storage: LocalStorage) -> None:
+    for odd in ([1, 0], [1, 0, 2]):
+        found = prepared(labelled([*HOT[:2], odd, *HOT[2:]]), max_bad_rows=1)
+        assert (learned(found, storage), found.facts["classes"]) == (HOT, ["0", "1", "2"])
+    found = prepared(labelled([[True, True], [False, True]]))
+    assert learned(found, storage) == [[1, 1], [0, 1]]
 
 
 def test_lists_of_names_and_of_indexes(prepared: Callable[..., Prepared], storage: LocalStorage) -> None:
