@@ -192,6 +192,30 @@ def test_lists_of_names_and_of_indexes(prepared: Callable[..., Prepared], storag
     assert learned(found, storage) == [[1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [(["a", "b"], "single-label"), ([0.5, 1.5], "regression"), ([["a"], ["a", "b"]], "multi-label")],
+)
+@pytest.mark.parametrize("empty", ["", "  ", "\t"])
+def test_an_empty_text_is_no_label(
+    empty: str, labels: list[Any], problem: str, suffix: str, prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    is_list, path = isinstance(labels[0], list), tmp_path / f"a{suffix}"
+    odd = ["a", empty] if is_list else empty
+    if suffix == ".jsonl":
+        write(path, labelled([*labels, odd]))
+    else:
+        kept = labels if is_list else list(map(str, labels))
+        frame = pd.DataFrame(labelled([*kept, odd]))
+        _ = frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
+    with pytest.raises(ConfigError, match=rf"a{suffix}, row 3.*column 'label' holds .*no value"):
+        prepared(str(path))
+    found = prepared(str(path), max_bad_rows=1)
+    assert (found.facts["problem"], found.num_samples) == (problem, 2)
+    assert found.facts["classes"] == ([] if problem == "regression" else ["a", "b"])
+
+
 # -- names and their order ---------------------------------------------------------------------------------------------
 
 
@@ -339,11 +363,12 @@ def test_a_file_has_its_own_order_of_class_labels(
 def test_names_of_tags_are_kept(prepared: Callable[..., Prepared], storage: LocalStorage, tmp_path: Path) -> None:
     tag = datasets.ClassLabel(names=["O", "B-PER", "I-PER"])
     features = datasets.Features(tokens=datasets.List(datasets.Value("string")), tags=datasets.List(tag))
-    rows = [{"tokens": ["Ann", "Lee", "ran"], "tags": [1, 2, 0]}, {"tokens": ["it", "ran"], "tags": [0, 0]}]
+    rows = [{"tokens": ["Ann", "Lee", "ran"], "tags": [1, 2, 0]}, {"tokens": ["it", "ran"], "tags": [0, -100]}]
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
     found = prepared(str(tmp_path / "a.parquet"), task=NER)
     assert found.facts["classes"] == ["O", "B-PER", "I-PER"]
     assert [label for label in learned(found, storage)[0] if label >= 0] == [1, 2, 0]
+    assert [label for label in learned(found, storage)[1] if label >= 0] == [0]
     integers = prepared([dict(row) for row in rows], task=NER, labels=["O", "B-PER", "I-PER"])
     assert learned(integers, storage) == learned(found, storage)
 
