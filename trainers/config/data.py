@@ -41,6 +41,10 @@ class CsvSettings(Settings):
     missing: tuple[str, ...] = ("",)
     """Fields that hold no value, such as `["", "NA"]`. A row without a value that the task needs is unusable."""
 
+    decimal: Literal[".", ","] = "."
+    """Decimal mark of numbers. With a comma, a field that is a whole number or a fraction in this notation, such as
+    `1.234,5`, is read with a point and without those of thousands (1234.5)."""
+
     @field_validator("encoding")
     @classmethod
     def _is_known(cls, value: str) -> str:

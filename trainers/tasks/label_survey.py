@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from outlast.trainers.config.data import DataSettings
+from outlast.trainers.data.csv_reader import has_decimal_comma
 from outlast.trainers.data.written_lists import parse_list
 from outlast.trainers.tasks.labels import MISSING_TEXTS, class_name, is_multi_hot
 
@@ -58,6 +59,13 @@ class LabelSurvey:
         values = {name for name in self.names if name.lower() not in MISSING_TEXTS}
         are_fractions = any(not name.lstrip("+-").isdecimal() for name in values)
         return self.kinds == {str} and are_fractions and all(map(is_number, values))
+
+    @property
+    def have_decimal_commas(self) -> bool:
+        """Whether all texts are numbers, some of them with a decimal comma."""
+        values = {name for name in self.names if name.lower() not in MISSING_TEXTS}
+        are_numbers = all(is_number(name) or has_decimal_comma(name) for name in values)
+        return self.kinds == {str} and are_numbers and any(map(has_decimal_comma, values))
 
     def guess(self, settings: DataSettings) -> str:
         """Return the problem that the labels are for."""

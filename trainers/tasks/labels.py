@@ -15,7 +15,7 @@ from outlast.trainers.data.columns import name_of
 
 NAMES, INDEX, MULTI_HOT = "names", "index", "multi-hot"
 #: How programs write that there is no value. Among numbers these are no classes.
-MISSING_TEXTS = frozenset({"", "nan", "na", "n/a", "null", "none"})
+MISSING_TEXTS = frozenset({"", "nan", "na", "n/a", "#n/a", "null", "none"})
 _BOOLS = {"false": 0, "true": 1}
 _NUM_SHOWN, _MAX_CLASSES = 8, 100_000
 
@@ -113,6 +113,29 @@ def survey_multi_hot(settings: DataSettings, role: str, widths: Mapping[int, int
     if settings.labels is None:
         return {"classes": classes, "form": MULTI_HOT, "notes": [f"{note}; data.labels names them"]}
     return {"classes": classes, "form": MULTI_HOT, "given": True, "notes": [note]}
+
+
+def note_classes(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts with notes about classes found in the data that may be an oversight."""
+    if facts.get("given") or facts.get("form", NAMES) != NAMES:
+        return dict(facts)
+    classes, notes = list(facts["classes"]), list(facts.get("notes", ()))
+    are_numbers = all(re.fullmatch(r"[+-]?\d+", name) for name in classes)
+    if are_numbers and classes != [str(index) for index in range(len(classes))]:
+        notes.append(f"the labels {listed(classes)} get the indexes {listed(list(map(str, range(len(classes)))))}")
+    alike = dict[str, list[str]]()
+    for name in classes:
+        alike.setdefault(name.strip().casefold(), []).append(name)
+    notes += [
+        f"the classes {listed(list(map(repr, names)))} differ only in case or surrounding space"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+    if missing := [repr(name) for name in classes if name.strip().lower() in MISSING_TEXTS]:
+        notes.append(
+            f"{listed(missing)} is used as a class; data.csv.missing lists the fields of .csv files without a value"
+        )
+    return with_notes(facts, notes)
 
 
 class LabelIndex:

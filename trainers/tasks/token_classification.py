@@ -12,7 +12,14 @@ from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, TokenTask, ints
 from outlast.trainers.tasks.class_scores import count_entities, count_hits, entity_scores, has_entities, macro_f1
-from outlast.trainers.tasks.labels import LabelIndex, head_labels, match_head, name_classes, survey_classes
+from outlast.trainers.tasks.labels import (
+    LabelIndex,
+    head_labels,
+    match_head,
+    name_classes,
+    note_classes,
+    survey_classes,
+)
 
 
 class TokenClassification(TokenTask):
@@ -50,7 +57,7 @@ class TokenClassification(TokenTask):
 
     @classmethod
     def match_model(cls, settings: DataSettings, facts: dict[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-        return match_head(settings, facts, model, "tags")
+        return note_classes(match_head(settings, facts, model, "tags"))
 
     def fault(self, record: Record) -> str | None:
         words, tags = record["tokens"], record["tags"]

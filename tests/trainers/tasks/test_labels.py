@@ -325,6 +325,54 @@ def test_a_missing_value_among_numbers_is_no_class(
     assert found.facts["classes"] == ([] if problem == "regression" else numbers)
 
 
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        ([1, 5, 2], "the labels 1, 2, 5 get the indexes 0, 1, 2"),
+        (["1", "2"], "the labels 1, 2 get the indexes 0, 1"),
+        ([-1, 0, 1], "the labels -1, 0, 1 get the indexes 0, 1, 2"),
+        ([[1], [1, 3]], "the labels 1, 3 get the indexes 0, 1"),
+        (["Pos", "pos", "neg"], "the classes 'Pos', 'pos' differ only in case or surrounding space"),
+        (["pos ", "pos"], "the classes 'pos', 'pos ' differ only in case or surrounding space"),
+        (["a", "n/a", "NaN"], "'NaN', 'n/a' is used as a class"),
+        (["a", "#N/A"], "'#N/A' is used as a class"),
+    ],
+)
+def test_classes_that_may_be_an_oversight_are_noted(
+    labels: list[Any], note: str, prepared: Callable[..., Prepared]
+) -> None:
+    assert any(note in item for item in prepared(labelled(labels)).notes)
+    if not isinstance(labels[0], list):
+        rows = [{"tokens": ["text"], "tags": [label]} for label in labels]
+        assert any(note in item for item in prepared(rows, task=NER).notes)
+        classes = list(map(str, labels))
+        assert not any(note in item for item in prepared(labelled(labels), labels=classes).notes), "the user's own"
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], ["a", "b"], [True, False]])
+def test_other_classes_are_not_noted(labels: list[Any], prepared: Callable[..., Prepared]) -> None:
+    assert prepared(labelled(labels)).notes == ()
+
+
+def test_decimal_commas(prepared: Callable[..., Prepared], storage: LocalStorage, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text;score\na;1.234,5\nb;0,5\nc;2,0\n")
+    found = prepared(str(path))
+    assert any("look like numbers, and are used as classes; data.csv.decimal" in note for note in found.notes)
+    with pytest.raises(
+        ConfigError, match=r"no such labels; the first is '1.234,5' \(.*a.csv, row 1 \(line 2\)\)"
+    ) as caught:
+        prepared(str(path), problem="regression", label="score")
+    assert "set data.csv.decimal: ','" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"the first is '1.234,5'"):
+        prepared(str(path), problem="regression")  # with a column that is guessed
+    found = prepared(str(path), csv={"decimal": ","})
+    assert (found.facts["problem"], learned(found, storage)) == ("regression", [[1234.5], [0.5], [2.0]])
+    path.write_text("text;label\na;0.25\nb;0,5\n")
+    with pytest.raises(ConfigError, match=r"row 2 .* holds '0,5', not a number \(data.csv.decimal"):
+        prepared(str(path), problem="regression")
+
+
 # -- ClassLabel of the datasets library --------------------------------------------------------------------------------
 
 
@@ -441,7 +489,7 @@ def test_labels_and_the_names_of_a_head(
     found = prepared(labelled(labels), model=saved(tmp_path / "model", **names(*theirs)))
     assert found.facts["classes"] == (list(theirs) if classes is None else classes)
     assert learned(found, storage) == [[target] for target in targets]
-    assert [note in item for item in found.notes] == [True] if note else not found.notes
+    assert any(note in item for item in found.notes) if note else not found.notes
 
 
 @pytest.mark.parametrize(
