@@ -41,6 +41,10 @@ class CsvSettings(Settings):
     missing: tuple[str, ...] = ("",)
     """Fields that hold no value, such as `["", "NA"]`. A row without a value that the task needs is unusable."""
 
+    decimal: Literal[".", ","] = "."
+    """Decimal mark of numbers. With a comma, a field that is a whole number or a fraction in this notation, such as
+    `1.234,5`, is read with a point and without those of thousands (1234.5)."""
+
     @field_validator("encoding")
     @classmethod
     def _is_known(cls, value: str) -> str:
@@ -74,7 +78,8 @@ class DataSettings(Settings):
     labels in the data, sorted; in the order of the pretrained model's head where its names agree."""
     label_form: Literal["auto", "names", "multi-hot"] = "auto"
     """Form of lists of labels: the names (or numbers from 0) of a row's classes, or multi-hot, with a 0 or 1 for each
-    class. auto takes lists of 0 and 1 that are all of one length for multi-hot."""
+    class. auto takes lists of 0 and 1 for multi-hot if all are of one length, or one has the same number
+    twice."""
     text_pair: str = "text_pair"
     """Column with the second text of a pair to classify; optional."""
     tokens: str = "tokens"

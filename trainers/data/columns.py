@@ -13,6 +13,7 @@ from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.csv_reader import csv_note
 from outlast.trainers.data.readers import Row, class_names, first_row, read_rows
 from outlast.trainers.data.sources import find_data_files, missing_column_error
+from outlast.trainers.data.written_lists import parse_list
 
 _NUM_SHOWN = 8
 
@@ -37,13 +38,13 @@ class ColumnType(Enum):
             case ColumnType.TEXT:
                 return isinstance(value, str)
             case ColumnType.TEXTS:
-                return _is_list_of(value, (str,))
+                return _is_list_of(_as_list(value), (str,))
             case ColumnType.LABEL:
                 return isinstance(value, (str, int))
             case ColumnType.VALUE:
                 return isinstance(value, (str, int, float)) or _is_list_of(value, (str, int, float))
             case ColumnType.LABELS:
-                return _is_list_of(value, (str, int))
+                return _is_list_of(_as_list(value), (str, int))
             case ColumnType.MESSAGES:
                 return (_is_list_of(value, (dict,)) and bool(value)) or begins_as_objects(value)
             case ColumnType.TURNS:
@@ -57,6 +58,8 @@ class ColumnType(Enum):
                 return True
 
 
+_LISTS = (ColumnType.TEXTS, ColumnType.LABELS)
+_LABELS = (ColumnType.LABEL, ColumnType.VALUE, ColumnType.LABELS)
 _NESTED = (ColumnType.MESSAGES, ColumnType.TURNS, ColumnType.TOOLS)
 
 
@@ -70,6 +73,16 @@ def without_nulls(value: Any) -> Any:
 def begins_as_objects(value: Any) -> bool:
     """Check whether a value is a text that begins as the JSON of a list of objects."""
     return isinstance(value, str) and re.match(r"\s*\[\s*\{", value) is not None
+
+
+def _as_list(value: Any) -> Any:
+    """Return the list that a text writes, as in a .csv file; any other value as it is."""
+    items = parse_list(value)
+    return value if items is None else items
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def _is_list_of(value: Any, types: tuple[type, ...]) -> bool:
@@ -127,25 +140,34 @@ class ColumnMapping:
         return frozenset(name for column, name in zip(self.columns, self.names, strict=True) if column.is_sparse)
 
     def record(self, row: Row) -> dict[str, Any]:
-        """Map the values of a row to roles.
+        """Map the values of a row to roles. A list that is written as a text becomes a list.
 
         In messages and tools of a columnar file a key without a value is absent: every item of a column has all keys.
         """
-        return {
-            column.role: without_nulls(value) if row.is_columnar and column.kind in _NESTED else value
-            for column, value in zip(self.columns, row.values, strict=True)
-        }
+        record = dict[str, Any]()
+        for column, value in zip(self.columns, row.values, strict=True):
+            if row.is_columnar and column.kind in _NESTED:
+                record[column.role] = without_nulls(value)
+            else:
+                record[column.role] = _as_list(value) if column.kind in _LISTS else value
+        return record
 
     def fault(self, values: Sequence[Any]) -> str | None:
         """Return the first value of the wrong type as an error text; None if all types are right."""
         for column, name, value in zip(self.columns, self.names, values, strict=True):
             if value is None and column.is_sparse:
                 continue
-            if value is None and column.kind is not ColumnType.ANY:
+            is_label = column.is_target and column.kind in _LABELS
+            if (value is None and column.kind is not ColumnType.ANY) or (is_label and _is_blank(value)):
                 return f"column {name!r} holds no value"
             if not column.kind.fits(value):
                 shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}…"
                 return f"column {name!r} holds {shown}, not {column.kind.value}"
+            items = _as_list(value) if is_label else None
+            if isinstance(items, list) and (empty := next(filter(_is_blank, items), None)) is not None:
+                return (
+                    f"column {name!r} holds a list in which item {items.index(empty)} is {empty!r}, which is no value"
+                )
         return None
 
 

@@ -19,6 +19,7 @@ _REASONS = {
     "expected after": "has text after a quotation mark that closes; one within quoted text must be doubled "
     "(or set data.csv.quote: none)",
 }
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?(\d{1,3}(\.\d{3})+|\d+)(,\d+)?([eE][+-]?\d+)?\s*")
 _ENCODING = "-s data.csv.encoding=cp1252, or the encoding that it was written in"
 
 
@@ -91,6 +92,16 @@ def _delimiter(header: str, kind: str, is_quoted: bool) -> str:
     return usual if usual in names else max(_DELIMITERS, key=lambda mark: (names.count(mark), mark == usual))
 
 
+def has_decimal_comma(text: str) -> bool:
+    """Check whether a text is a number whose decimal mark is a comma."""
+    return "," in text and _DECIMAL_COMMA.fullmatch(text) is not None
+
+
+def _with_point(text: str) -> str:
+    """Return a number whose decimal mark is a comma with a point instead; any other text as it is."""
+    return text.replace(".", "").replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text
+
+
 def csv_names(source: DataFile) -> list[str]:
     """Return the names of the columns."""
     return open_csv(source).header
@@ -114,6 +125,7 @@ def read_csv(source: DataFile, columns: Sequence[str]) -> Iterator[RawRow]:
                 f"{source.name} has {file.header.count(name)} columns {name!r}", hint="rename one of them"
             )
     indices, missing = [file.header.index(name) for name in columns], frozenset(source.csv.missing)
+    convert = _with_point if source.csv.decimal == "," else str
     while True:
         file.lines.clear()
         begin = file.rows.line_num + 1
@@ -131,7 +143,7 @@ def read_csv(source: DataFile, columns: Sequence[str]) -> Iterator[RawRow]:
             yield file.faults[0], file.rows.line_num
             file.faults.clear()
         elif row:
-            yield tuple(None if row[index] in missing else row[index] for index in indices), file.rows.line_num
+            yield tuple(None if row[index] in missing else convert(row[index]) for index in indices), file.rows.line_num
 
 
 def _explain(error: csv.Error, line: int) -> str:

@@ -37,6 +37,7 @@ _BATCH_ROWS = 1024
 _BUFFER_BYTES = 2**20
 _NUM_NAMED = 3
 _LOOKAHEAD_ROWS = 10_000
+_IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +170,12 @@ def _value(value: Any) -> Any:
 
 
 def _class_name(names: Sequence[str], value: Any) -> Any:
-    """Return the name of a class index, or of each of a list; None for -1, which is no class."""
+    """Return the name of a class index, or of each of a list; None for -1, which is no class.
+
+    -100 in a list stays: it marks words without a label.
+    """
     if isinstance(value, list):
-        return [_class_name(names, item) for item in value]
+        return [item if item == _IGNORED else _class_name(names, item) for item in value]
     if not isinstance(value, int) or value >= len(names):
         return value
     return names[value] if value >= 0 else None

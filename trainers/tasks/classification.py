@@ -10,7 +10,10 @@ from torch.nn import functional
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.columns import Column, ColumnType, name_of
+from outlast.trainers.data.columns import Column, ColumnType, choose_columns, name_of
+from outlast.trainers.data.csv_reader import has_decimal_comma
+from outlast.trainers.data.readers import read_rows
+from outlast.trainers.data.written_lists import parse_list
 from outlast.trainers.tasks.base import Batch, Record, Sums, Task, ints
 from outlast.trainers.tasks.class_scores import count_hits, count_multi_hits, macro_f1
 from outlast.trainers.tasks.label_survey import MULTI, REGRESSION, SINGLE, LabelSurvey, is_number
@@ -23,7 +26,7 @@ from outlast.trainers.tasks.labels import (
     listed,
     match_head,
     name_classes,
-    parse_list,
+    note_classes,
     survey_classes,
     survey_multi_hot,
     with_notes,
@@ -35,6 +38,9 @@ _PROBLEM_TYPES = {
     MULTI: "multi_label_classification",
     REGRESSION: "regression",
 }
+
+
+_DECIMAL = "data.csv.decimal: ',' reads decimal commas in .csv files"
 
 
 class SequenceClassification(Task):
@@ -69,10 +75,9 @@ class SequenceClassification(Task):
             REGRESSION: kinds & {int, float, bool} or (str in kinds and any(map(is_number, labels.names))),
         }
         if kinds and not fitting[problem]:
-            raise ConfigError(
-                f"data.problem is {problem}, but column {name!r} has no such labels",
-                hint=f"set data.problem: {guess}, or name another column as data.label",
-            )
+            raise _no_such_labels(settings, problem, guess, labels)
+        if problem == SINGLE and labels.have_decimal_commas:
+            notes.append(f"the labels of column {name!r} look like numbers, and are used as classes; {_DECIMAL}")
         if settings.problem is None and problem != SINGLE:
             notes.append(f"column {name!r} is used for {problem} (data.problem)")
             if problem == REGRESSION and labels.are_whole and all(map(_is_whole, labels.classes())):
@@ -103,10 +108,11 @@ class SequenceClassification(Task):
             names = {class_name(float(name)) for name in labels.names} if labels.are_number_texts else labels.classes()
             numbers = {"are_numbers": True} if labels.are_number_texts else {}
             return {**survey_classes(settings, "label", names), **numbers}
-        fits = settings.labels is None or labels.widths == {len(settings.labels)}
+        fits = settings.labels is None or set(labels.widths) == {len(settings.labels)}
         is_plain = labels.are_multi_hot and len(labels.widths) == 1 and max(labels.widths) >= 2 and fits
-        written = {} if list in labels.kinds else {"are_written_lists": True}
-        if settings.label_form == MULTI_HOT or (settings.label_form == "auto" and is_plain):
+        is_hot = labels.have_repeats or is_plain
+        written = {"are_written_lists": True} if str in labels.kinds else {}
+        if settings.label_form == MULTI_HOT or (settings.label_form == "auto" and is_hot):
             return {**survey_multi_hot(settings, "label", labels.widths), **written}
         return {**survey_classes(settings, "label", labels.in_lists), **written}
 
@@ -130,7 +136,7 @@ class SequenceClassification(Task):
             )
             found = {"problem": REGRESSION, "classes": [], "notes": [note]}
         elif facts["problem"] != REGRESSION:
-            found = match_head(settings, facts, model, "label")
+            found = note_classes(match_head(settings, facts, model, "label"))
         return {**found, "classifies_at_end": True} if model.get("classifies_at_end") else found
 
     def fault(self, record: Record) -> str | None:
@@ -138,14 +144,20 @@ class SequenceClassification(Task):
         if self.facts.get("classifies_at_end") and (fault := self._end_fault(record)) is not None:
             return fault
         if self.problem == REGRESSION:
-            return None if is_number(label) else f"column {name!r} holds {label!r}, not a number"
+            hint = f" ({_DECIMAL})" if isinstance(label, str) and has_decimal_comma(label) else ""
+            return None if is_number(label) else f"column {name!r} holds {label!r}, not a number{hint}"
         if self.facts.get("form") == MULTI_HOT:
             if isinstance(label, list) and is_multi_hot(label) and len(label) == len(self.classes):
                 return None
-            return f"column {name!r} holds {label!r}, not a list of {len(self.classes)} numbers, 0 or 1"
+            return (
+                f"column {name!r} holds {label!r}, not a list of {len(self.classes)} numbers, 0 or 1 (data.label_form)"
+            )
         if isinstance(label, list) is not (self.problem == MULTI) or _is_fraction(label):
             return f"column {name!r} holds {label!r}, not {'a list of classes' if self.problem == MULTI else 'a class'}"
-        return self._labels.fault(label if isinstance(label, list) else [label])
+        items = label if isinstance(label, list) else [label]
+        if (fault := self._labels.fault(items)) is None and len(set(map(self._labels.of, items))) < len(items):
+            return f"column {name!r} holds {label!r}, which has a class more than once (data.label_form)"
+        return fault
 
     def _end_fault(self, record: Record) -> str | None:
         """Return an error text for a text that contains the end token, of which such models expect a fixed number."""
@@ -268,6 +280,20 @@ class SequenceClassification(Task):
             if self.problem == MULTI:
                 label = [name for name, probability in scores.items() if probability > 0.5]
             yield {**record, "label": label, "scores": scores}
+
+
+def _no_such_labels(settings: DataSettings, problem: str, guess: str, labels: LabelSurvey) -> ConfigError:
+    """Make the error for labels that the problem cannot have; it shows the first of them."""
+    chosen = choose_columns(SequenceClassification.columns, settings)
+    name = next(name for column, name in zip(chosen.columns, chosen.names, strict=True) if column.role == "label")
+    message, hint = f"data.problem is {problem}, but column {name!r} has no such labels", f"set data.problem: {guess}"
+    for row in read_rows(settings.train, [name], settings.csv):
+        if row.values and row.values[0] is not None:
+            message += f"; the first is {row.values[0]!r} ({row.where})"
+            break
+    if problem == REGRESSION and labels.have_decimal_commas:
+        hint = "set data.csv.decimal: ',' if they have decimal commas, as it reads them in .csv files"
+    return ConfigError(message, hint=f"{hint}, or name another column as data.label")
 
 
 def _is_whole(name: str) -> bool:

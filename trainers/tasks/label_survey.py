@@ -1,12 +1,15 @@
 """Survey of the labels of sequence classification: the problem that they are for, and their classes."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.tasks.labels import MISSING_TEXTS, class_name, is_multi_hot, parse_list
+from outlast.trainers.data.csv_reader import has_decimal_comma
+from outlast.trainers.data.written_lists import parse_list
+from outlast.trainers.tasks.labels import MISSING_TEXTS, class_name, is_multi_hot
 
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 
@@ -18,31 +21,37 @@ class LabelSurvey:
     kinds: set[type] = field(default_factory=set)
     names: set[str] = field(default_factory=set)  #: of labels that are not lists
     in_lists: set[str] = field(default_factory=set)  #: of items of lists
-    widths: set[int] = field(default_factory=set)  #: lengths of lists
+    widths: Counter[int] = field(default_factory=Counter)  #: how many lists have each length
     are_multi_hot: bool = True  #: whether all lists are of 0 and 1
+    have_repeats: bool = False  #: whether a list of 0 and 1 has one of them twice, so that it cannot list classes
     are_whole: bool = True  #: whether all floats are whole numbers
-    are_written_lists: bool = True  #: whether all labels are texts that write lists
+    num_lists: int = 0  #: labels that are lists, or texts that write lists
+    num_others: int = 0
 
     def add(self, label: Any) -> None:
         """Add the label of a row."""
         self.kinds.add(list if isinstance(label, list) else type(label))
         items = label if isinstance(label, list) else parse_list(label)
-        if isinstance(items, list):
-            self.widths.add(len(items))
+        if items is None:
+            self.num_others += 1
+        else:
+            self.num_lists += 1
+            self.widths[len(items)] += 1
             self.in_lists |= set(map(class_name, items))
-            self.are_multi_hot = self.are_multi_hot and is_multi_hot(items)
+            is_hot = is_multi_hot(items)
+            self.are_multi_hot = self.are_multi_hot and is_hot
+            self.have_repeats = self.have_repeats or (is_hot and len(set(items)) < len(items))
         if isinstance(label, float):
             self.are_whole = self.are_whole and label.is_integer()
         elif not isinstance(label, list):
             self.names.add(str(label))
-            self.are_written_lists = self.are_written_lists and items is not None
         if isinstance(label, float) and self.are_whole:
             self.names.add(class_name(label))
 
     @property
     def has_lists(self) -> bool:
-        """Whether all labels are lists, or texts that write lists."""
-        return self.kinds == {list} or (self.kinds == {str} and self.are_written_lists)
+        """Whether most labels are lists, or texts that write lists; the others are then unusable."""
+        return self.num_lists > self.num_others
 
     @property
     def are_number_texts(self) -> bool:
@@ -50,6 +59,13 @@ class LabelSurvey:
         values = {name for name in self.names if name.lower() not in MISSING_TEXTS}
         are_fractions = any(not name.lstrip("+-").isdecimal() for name in values)
         return self.kinds == {str} and are_fractions and all(map(is_number, values))
+
+    @property
+    def have_decimal_commas(self) -> bool:
+        """Whether all texts are numbers, some of them with a decimal comma."""
+        values = {name for name in self.names if name.lower() not in MISSING_TEXTS}
+        are_numbers = all(is_number(name) or has_decimal_comma(name) for name in values)
+        return self.kinds == {str} and are_numbers and any(map(has_decimal_comma, values))
 
     def guess(self, settings: DataSettings) -> str:
         """Return the problem that the labels are for."""

@@ -4,8 +4,6 @@ The order comes from, in this order: `data.labels`, or the class names of a data
 model's head, where its names agree; the names themselves, whole numbers by value.
 """
 
-import ast
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,7 +15,7 @@ from outlast.trainers.data.columns import name_of
 
 NAMES, INDEX, MULTI_HOT = "names", "index", "multi-hot"
 #: How programs write that there is no value. Among numbers these are no classes.
-MISSING_TEXTS = frozenset({"", "nan", "na", "n/a", "null", "none"})
+MISSING_TEXTS = frozenset({"", "nan", "na", "n/a", "#n/a", "null", "none"})
 _BOOLS = {"false": 0, "true": 1}
 _NUM_SHOWN, _MAX_CLASSES = 8, 100_000
 
@@ -38,22 +36,16 @@ def class_name(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def parse_list(value: Any) -> list[Any] | None:
-    """Parse a text that is a list in the notation of JSON or Python, as in a .csv file; None for another value."""
-    if not isinstance(value, str) or not value.lstrip().startswith("[") or not value.rstrip().endswith("]"):
-        return None
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            items = parse(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        return items if isinstance(items, list) and all(isinstance(item, str | int | float) for item in items) else None
-    return None
-
-
 def is_multi_hot(items: Iterable[Any]) -> bool:
     """Check whether all items are 0, 1 or bools."""
     return all(isinstance(item, int | float) and item in (0, 1) for item in items)
+
+
+def most_common_width(widths: Mapping[int, int]) -> int | None:
+    """Return the length of most lists, given how many have each; None if there is no such length of at least 2."""
+    ordered = sorted(widths.items(), key=lambda item: -item[1])
+    is_tie = len(ordered) > 1 and ordered[0][1] == ordered[1][1]
+    return None if not ordered or is_tie or ordered[0][0] < 2 else ordered[0][0]
 
 
 def sort_classes(settings: DataSettings, role: str, names: Iterable[str]) -> list[str]:
@@ -100,14 +92,16 @@ def survey_classes(settings: DataSettings, role: str, found: Collection[str]) ->
     return with_notes(facts, notes)
 
 
-def survey_multi_hot(settings: DataSettings, role: str, widths: Collection[int]) -> dict[str, Any]:
+def survey_multi_hot(settings: DataSettings, role: str, widths: Mapping[int, int]) -> dict[str, Any]:
     """Return the facts about multi-hot labels: lists of as many numbers as there are classes.
 
-    Raises ConfigError if that number is unclear, or is not that of `data.labels`.
+    `widths` holds how many lists have each length. Rows of another length than most are unusable.
+
+    Raises ConfigError if no length is that of most.
     """
     column = name_of(settings, role)
-    num = len(settings.labels) if settings.labels is not None else max(widths, default=0)
-    if num < 2 or (settings.labels is None and len(widths) > 1):
+    num = len(settings.labels) if settings.labels is not None else most_common_width(widths)
+    if num is None:
         raise ConfigError(
             f"{settings.train}: the labels of column {column!r} are not multi-hot: their lengths are "
             f"{', '.join(map(str, sorted(widths))) or 'none'}",
@@ -119,6 +113,29 @@ def survey_multi_hot(settings: DataSettings, role: str, widths: Collection[int])
     if settings.labels is None:
         return {"classes": classes, "form": MULTI_HOT, "notes": [f"{note}; data.labels names them"]}
     return {"classes": classes, "form": MULTI_HOT, "given": True, "notes": [note]}
+
+
+def note_classes(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts with notes about classes found in the data that may be an oversight."""
+    if facts.get("given") or facts.get("form", NAMES) != NAMES:
+        return dict(facts)
+    classes, notes = list(facts["classes"]), list(facts.get("notes", ()))
+    are_numbers = all(re.fullmatch(r"[+-]?\d+", name) for name in classes)
+    if are_numbers and classes != [str(index) for index in range(len(classes))]:
+        notes.append(f"the labels {listed(classes)} get the indexes {listed(list(map(str, range(len(classes)))))}")
+    alike = dict[str, list[str]]()
+    for name in classes:
+        alike.setdefault(name.strip().casefold(), []).append(name)
+    notes += [
+        f"the classes {listed(list(map(repr, names)))} differ only in case or surrounding space"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+    if missing := [repr(name) for name in classes if name.strip().lower() in MISSING_TEXTS]:
+        notes.append(
+            f"{listed(missing)} is used as a class; data.csv.missing lists the fields of .csv files without a value"
+        )
+    return with_notes(facts, notes)
 
 
 class LabelIndex:

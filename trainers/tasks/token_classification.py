@@ -12,11 +12,21 @@ from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.tasks.base import BERT_TEMPLATE, BERT_TOKENS, IGNORED, Batch, Record, Sums, TokenTask, ints
 from outlast.trainers.tasks.class_scores import count_entities, count_hits, entity_scores, has_entities, macro_f1
-from outlast.trainers.tasks.labels import LabelIndex, head_labels, match_head, name_classes, survey_classes
+from outlast.trainers.tasks.labels import (
+    LabelIndex,
+    head_labels,
+    match_head,
+    name_classes,
+    note_classes,
+    survey_classes,
+)
 
 
 class TokenClassification(TokenTask):
-    """Predict the tag of every word. The first token of a word has the word's tag as label; the others have none."""
+    """Predict the tag of every word. The first token of a word has the word's tag as label; the others have none.
+
+    A word with the tag -100 has no label.
+    """
 
     auto_class = "AutoModelForTokenClassification"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -37,7 +47,9 @@ class TokenClassification(TokenTask):
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        return survey_classes(settings, "tags", {str(tag) for record in records for tag in record["tags"]})
+        return survey_classes(
+            settings, "tags", {str(tag) for record in records for tag in record["tags"] if not _is_ignored(tag)}
+        )
 
     @classmethod
     def model_facts(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +57,7 @@ class TokenClassification(TokenTask):
 
     @classmethod
     def match_model(cls, settings: DataSettings, facts: dict[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-        return match_head(settings, facts, model, "tags")
+        return note_classes(match_head(settings, facts, model, "tags"))
 
     def fault(self, record: Record) -> str | None:
         words, tags = record["tokens"], record["tags"]
@@ -55,7 +67,8 @@ class TokenClassification(TokenTask):
             # Only marks, controls and separators may have no token; looking at the others would take long.
             if all(unicodedata.category(char)[0] in "MCZ" for char in word) and not self._has_tokens(word):
                 return f"word {index} of it, {word!r}, has no token in this tokenizer, so its tag cannot be learned"
-        return self._labels.fault(tags, "tag")
+        labelled = [tag for tag in tags if not _is_ignored(tag)]
+        return self._labels.fault(labelled, "tag") if labelled else "it has no tag to learn: all are -100"
 
     def _has_tokens(self, word: str) -> bool:
         given = [self._prefixed(word)]
@@ -72,7 +85,8 @@ class TokenClassification(TokenTask):
             if "tags" in record:
                 firsts, labels = _first_tokens(encoded.word_ids), ints([IGNORED] * len(encoded.ids))
                 for word, position in firsts.items():
-                    labels[position] = self._labels.index(record["tags"][word])
+                    if not _is_ignored(tag := record["tags"][word]):
+                        labels[position] = self._labels.index(tag)
                 sample["labels"] = labels
             yield sample
 
@@ -132,6 +146,10 @@ def needs_prefix_space(inner: Any) -> bool:
         for space in ("", " ")
     )
     return plain != spaced
+
+
+def _is_ignored(tag: Any) -> bool:
+    return str(tag).strip() == str(IGNORED)
 
 
 def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:

@@ -134,6 +134,18 @@ def test_another_delimiter_is_reported(tmp_path: Path) -> None:
     assert chosen.notes == (f"{tmp_path / 'a.csv'}: fields are separated by ';' (data.csv.delimiter)",)
 
 
+def test_numbers_with_a_decimal_comma(tmp_path: Path) -> None:
+    numbers = ["0,5", "-1,25", "1.234,5", "1.234.567", "12", "3,5e2", "+7,0", "0"]
+    others = ["1,2,3", "a 1,5", "1,", ",5", "1.2.3", "12.34,5", "v1.234"]
+    path = tmp_path / "a.csv"
+    path.write_text("".join(f"{line}\n" for line in ["text;label", *(f"x;{item}" for item in [*numbers, *others])]))
+    found = [label for _, label in values(path, decimal=",")]
+    frame = pd.read_csv(path, sep=";", decimal=",", thousands=".", nrows=len(numbers))
+    assert [float(label) for label in found[: len(numbers)]] == frame["label"].tolist()
+    assert found[len(numbers) :] == others
+    assert [label for _, label in values(path)] == [*numbers, *others], "by default all fields are texts"
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("line_break", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json"])

@@ -154,6 +154,18 @@ def test_multi_hot_classes_get_names_and_the_loss_is_the_models_own(
             "data.labels and data.label_form are for classes",
         ),
         ([[0.5, 0.5], [0.1, 0.9]], {}, r"row 1: .* not a list of classes"),
+        ([*HOT, [1, 0]], {}, r"row 5: .* holds \[1, 0\], not a list of 3 numbers, 0 or 1"),
+        ([*HOT, []], {}, r"row 5: .* holds \[\], not a list of 3 numbers"),
+        ([*HOT, [1, 0, 2]], {}, r"row 5: .* holds \[1, 0, 2\], not a list of 3 numbers"),
+        ([*HOT, [1.0, 0.0, 0.5]], {}, r"row 5: .* not a list of 3 numbers"),
+        ([*HOT, ["a"]], {}, r"row 5: .* not a list of 3 numbers"),
+        ([[1, 0], *HOT], {"labels": ["a", "b", "c"]}, r"row 1: .* holds \[1, 0\], not a list of 3 numbers"),
+        ([*HOT, [0, 2]], {"labels": ["a", "b", "c"]}, r"row 5: .* holds \[0, 2\], not a list of 3 numbers"),
+        (HOT, {"label_form": "names"}, r"row 1: .* holds \[1, 0, 1\], which has a class more than once"),
+        ([["a", "b"], ["b", "b"]], {}, r"row 2: .* which has a class more than once"),
+        ([[0, 2], [2, 2]], {"labels": ["a", "b", "c"]}, r"row 2: .* which has a class more than once"),
+        ([*map(str, HOT), "[1, 0"], {}, r"row 5: .* holds '\[1, 0', not a list of 3 numbers"),
+        ([["a"], ["b"], "a"], {}, r"row 3: .* holds 'a', not a list of classes"),
     ],
 )
 def test_labels_that_are_not_multi_hot(
@@ -163,6 +175,14 @@ def test_labels_that_are_not_multi_hot(
         prepared(labelled(labels), **data)
 
 
+def test_an_odd_row_of_a_multi_hot_column_is_skipped(prepared: Callable[..., Prepared], storage: LocalStorage) -> None:
+    for odd in ([1, 0], [1, 0, 2]):
+        found = prepared(labelled([*HOT[:2], odd, *HOT[2:]]), max_bad_rows=1)
+        assert (learned(found, storage), found.facts["classes"]) == (HOT, ["0", "1", "2"])
+    found = prepared(labelled([[True, True], [False, True]]))
+    assert learned(found, storage) == [[1, 1], [0, 1]]
+
+
 def test_lists_of_names_and_of_indexes(prepared: Callable[..., Prepared], storage: LocalStorage) -> None:
     found = prepared(labelled([["b"], ["a", "b"], []]))
     assert (learned(found, storage), found.facts["classes"]) == ([[0, 1], [1, 1], [0, 0]], ["a", "b"])
@@ -170,6 +190,30 @@ def test_lists_of_names_and_of_indexes(prepared: Callable[..., Prepared], storag
     assert learned(found, storage) == [[0, 0, 1], [1, 1, 0]]
     found = prepared(labelled([[1, 0], [0, 1]]), label_form="names")
     assert learned(found, storage) == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [(["a", "b"], "single-label"), ([0.5, 1.5], "regression"), ([["a"], ["a", "b"]], "multi-label")],
+)
+@pytest.mark.parametrize("empty", ["", "  ", "\t"])
+def test_an_empty_text_is_no_label(
+    empty: str, labels: list[Any], problem: str, suffix: str, prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    is_list, path = isinstance(labels[0], list), tmp_path / f"a{suffix}"
+    odd = ["a", empty] if is_list else empty
+    if suffix == ".jsonl":
+        write(path, labelled([*labels, odd]))
+    else:
+        kept = labels if is_list else list(map(str, labels))
+        frame = pd.DataFrame(labelled([*kept, odd]))
+        _ = frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
+    with pytest.raises(ConfigError, match=rf"a{suffix}, row 3.*column 'label' holds .*no value"):
+        prepared(str(path))
+    found = prepared(str(path), max_bad_rows=1)
+    assert (found.facts["problem"], found.num_samples) == (problem, 2)
+    assert found.facts["classes"] == ([] if problem == "regression" else ["a", "b"])
 
 
 # -- names and their order ---------------------------------------------------------------------------------------------
@@ -281,6 +325,54 @@ def test_a_missing_value_among_numbers_is_no_class(
     assert found.facts["classes"] == ([] if problem == "regression" else numbers)
 
 
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        ([1, 5, 2], "the labels 1, 2, 5 get the indexes 0, 1, 2"),
+        (["1", "2"], "the labels 1, 2 get the indexes 0, 1"),
+        ([-1, 0, 1], "the labels -1, 0, 1 get the indexes 0, 1, 2"),
+        ([[1], [1, 3]], "the labels 1, 3 get the indexes 0, 1"),
+        (["Pos", "pos", "neg"], "the classes 'Pos', 'pos' differ only in case or surrounding space"),
+        (["pos ", "pos"], "the classes 'pos', 'pos ' differ only in case or surrounding space"),
+        (["a", "n/a", "NaN"], "'NaN', 'n/a' is used as a class"),
+        (["a", "#N/A"], "'#N/A' is used as a class"),
+    ],
+)
+def test_classes_that_may_be_an_oversight_are_noted(
+    labels: list[Any], note: str, prepared: Callable[..., Prepared]
+) -> None:
+    assert any(note in item for item in prepared(labelled(labels)).notes)
+    if not isinstance(labels[0], list):
+        rows = [{"tokens": ["text"], "tags": [label]} for label in labels]
+        assert any(note in item for item in prepared(rows, task=NER).notes)
+        classes = list(map(str, labels))
+        assert not any(note in item for item in prepared(labelled(labels), labels=classes).notes), "the user's own"
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], ["a", "b"], [True, False]])
+def test_other_classes_are_not_noted(labels: list[Any], prepared: Callable[..., Prepared]) -> None:
+    assert prepared(labelled(labels)).notes == ()
+
+
+def test_decimal_commas(prepared: Callable[..., Prepared], storage: LocalStorage, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text;score\na;1.234,5\nb;0,5\nc;2,0\n")
+    found = prepared(str(path))
+    assert any("look like numbers, and are used as classes; data.csv.decimal" in note for note in found.notes)
+    with pytest.raises(
+        ConfigError, match=r"no such labels; the first is '1.234,5' \(.*a.csv, row 1 \(line 2\)\)"
+    ) as caught:
+        prepared(str(path), problem="regression", label="score")
+    assert "set data.csv.decimal: ','" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"the first is '1.234,5'"):
+        prepared(str(path), problem="regression")  # with a column that is guessed
+    found = prepared(str(path), csv={"decimal": ","})
+    assert (found.facts["problem"], learned(found, storage)) == ("regression", [[1234.5], [0.5], [2.0]])
+    path.write_text("text;label\na;0.25\nb;0,5\n")
+    with pytest.raises(ConfigError, match=r"row 2 .* holds '0,5', not a number \(data.csv.decimal"):
+        prepared(str(path), problem="regression")
+
+
 # -- ClassLabel of the datasets library --------------------------------------------------------------------------------
 
 
@@ -334,11 +426,12 @@ def test_names_in_a_later_file_and_in_the_evaluation_file(
 def test_names_of_tags_are_kept(prepared: Callable[..., Prepared], storage: LocalStorage, tmp_path: Path) -> None:
     tag = datasets.ClassLabel(names=["O", "B-PER", "I-PER"])
     features = datasets.Features(tokens=datasets.List(datasets.Value("string")), tags=datasets.List(tag))
-    rows = [{"tokens": ["Ann", "Lee", "ran"], "tags": [1, 2, 0]}, {"tokens": ["it", "ran"], "tags": [0, 0]}]
+    rows = [{"tokens": ["Ann", "Lee", "ran"], "tags": [1, 2, 0]}, {"tokens": ["it", "ran"], "tags": [0, -100]}]
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
     found = prepared(str(tmp_path / "a.parquet"), task=NER)
     assert found.facts["classes"] == ["O", "B-PER", "I-PER"]
     assert [label for label in learned(found, storage)[0] if label >= 0] == [1, 2, 0]
+    assert [label for label in learned(found, storage)[1] if label >= 0] == [0]
     integers = prepared([dict(row) for row in rows], task=NER, labels=["O", "B-PER", "I-PER"])
     assert learned(integers, storage) == learned(found, storage)
 
@@ -411,7 +504,7 @@ def test_labels_and_the_names_of_a_head(
     found = prepared(labelled(labels), model=saved(tmp_path / "model", **names(*theirs)))
     assert found.facts["classes"] == (list(theirs) if classes is None else classes)
     assert learned(found, storage) == [[target] for target in targets]
-    assert [note in item for item in found.notes] == [True] if note else not found.notes
+    assert any(note in item for item in found.notes) if note else not found.notes
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import pytest
 import torch
 import transformers
@@ -150,6 +152,89 @@ def test_a_word_without_a_token_is_an_unusable_row(kind: str, word: str) -> None
     assert fault is not None
     assert f"word 1 of it, {word!r}, has no token" in fault
     assert task.fault({"tokens": ["Software", "…"], "tags": ["B", "O"]}) is None
+
+
+def test_words_without_a_label_are_those_of_transformers() -> None:
+    """Its examples put -100 where there is no label; its own losses leave these out."""
+    seqeval_metrics = pytest.importorskip("seqeval.metrics", reason="needs seqeval")
+    inner = tokenizer_of("bert")
+    config = transformers.BertConfig(vocab_size=len(inner), num_labels=3, hidden_size=16, num_attention_heads=2)
+    config.num_hidden_layers, config.intermediate_size = 1, 16
+    model = transformers.BertForTokenClassification(config).eval()
+    task = task_of(inner)
+    rows = [["B", -100, "O", "I", "-100", "O", "O"], ["-100", "B", "I", "O", "O", -100, -100]]
+    samples = list(task.encode([{"tokens": WORDS, "tags": tags} for tags in rows]))
+    numbers = {"B": 0, "I": 1, "O": 2, -100: -100, "-100": -100}
+    for tags, sample in zip(rows, samples, strict=True):
+        words = inner(WORDS, is_split_into_words=True).word_ids()
+        firsts = {word: words.index(word) for word in range(len(WORDS))}
+        expected = [numbers[tags[word]] if firsts.get(word) == at else -100 for at, word in enumerate(words)]
+        assert sample["labels"].tolist() == expected
+    batch = task.collate(samples, [0, 0])
+    outputs = model(**batch)
+    torch.testing.assert_close(task.loss_sum(model, batch) / task.count(batch), outputs.loss)
+    assert task.count(batch) == 9
+    kept = [
+        [(tag, guess) for tag, guess in zip(right, found, strict=True) if tag != -100]
+        for right, found in zip(batch["labels"].tolist(), outputs.logits.argmax(-1).tolist(), strict=True)
+    ]
+    named = [[["BIO"[pair[side]] for pair in each] for each in kept] for side in (0, 1)]
+    scores = task.scores({**task.tally(outputs, batch), "count": torch.tensor(9)})
+    assert scores["accuracy"] == pytest.approx(seqeval_metrics.accuracy_score(*named))
+    assert scores["entity_f1"] == pytest.approx(seqeval_metrics.f1_score(*named))
+
+
+@pytest.mark.parametrize("labels", [None, ["B", "I", "O"]])
+@pytest.mark.parametrize("tags", [["B", -100], ["B", "-100"], [0, -100]])
+def test_the_tag_of_a_word_without_a_label_is_no_class(
+    labels: list[str] | None, tags: list[Any], tmp_path: Path, assign: Callable[..., Assignment]
+) -> None:
+    rows = [tags, ["O", "I"] if tags[0] == "B" else [2, 1], [-100, -100], ["", tags[0]]]
+    data = {"train": write(tmp_path, rows), "eval": None, "max_bad_rows": 2, "labels": labels}
+    sections = {"model": {"task": "token-classification", "config": BERT}, "data": data}
+    prepared = assign("words", sections=sections, eval_every=None).prepared
+    expected = ["B", "I", "O"] if labels or tags[0] == "B" else ["0", "1", "2"]
+    assert (prepared.facts["classes"], prepared.num_samples) == (expected, 2)
+    with pytest.raises(ConfigError) as caught:
+        assign("bad", sections={**sections, "data": {**data, "max_bad_rows": 1}}, eval_every=None)
+    assert "rows.jsonl, row 3: it has no tag to learn: all are -100" in str(caught.value)
+    assert "rows.jsonl, row 4: column 'tags' holds a list in which item 0 is '', which is no value" in str(caught.value)
+
+
+def write(folder: Path, tags: list[list[Any]]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"tokens": ["a", "b"], "tags": row}) + "\n" for row in tags))
+    return str(path)
+
+
+@pytest.mark.parametrize("write_list", [json.dumps, repr])
+def test_lists_in_a_csv_file(
+    write_list: Callable[[Any], str], tmp_path: Path, assign: Callable[..., Assignment]
+) -> None:
+    rows = [(["I", "don't", 'say "a"'], ["O", "O", "B-X"]), (["Oslo"], ["B-X"])]
+    written = [[write_list(item) for item in row] for row in rows]
+    pd.DataFrame(written, columns=["words", "tags"]).to_csv(tmp_path / "rows.csv", index=False)
+    pd.DataFrame(rows, columns=["words", "tags"]).to_parquet(tmp_path / "rows.parquet")
+    found = []
+    for name in ("rows.csv", "rows.parquet"):
+        data = {"train": str(tmp_path / name), "eval": None}
+        sections = {"model": {"task": "token-classification", "config": BERT}, "data": data}
+        given = assign(name, sections=sections, eval_every=None)
+        assert any("using 'words' as data.tokens" in note for note in given.prepared.notes)
+        found.append((given.prepared.facts, given.prepared.num_tokens, given.prepared.num_samples))
+    assert found[0] == found[1]
+
+
+def test_lists_that_are_printed_without_commas(tmp_path: Path, assign: Callable[..., Assignment]) -> None:
+    """numpy prints them so, and Python would join their texts to one."""
+    path = tmp_path / "rows.csv"
+    rows = [[np.array(["I", "ran"]), np.array(["O", "B"])]]
+    pd.DataFrame(rows, columns=["tokens", "tags"]).to_csv(path, index=False)
+    sections = {"model": {"task": "token-classification", "config": BERT}, "data": {"train": str(path), "eval": None}}
+    with pytest.raises(
+        ConfigError, match=r"row 1 .line 2.: column 'tokens' holds \"\['I' 'ran'\]\", not a list of texts"
+    ):
+        assign("words", sections=sections, eval_every=None)
 
 
 def test_a_rows_words_and_tags(tmp_path: Path, assign: Callable[..., Assignment]) -> None:
