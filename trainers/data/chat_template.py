@@ -256,10 +256,25 @@ def _learned(turns: Sequence[Turn], train_on: str) -> list[int]:
     learned = [number for number in answers if _is_learned(turns[number], number + 1)]
     if train_on == "last":
         learned = [number for number in learned if number == answers[-1]]
+    for number in learned:
+        if _is_empty(turns[number]):
+            raise ConfigError(f"message {number + 1} is an answer without text", hint="fix that row")
     if not learned:
         which = "the last answer has" if train_on == "last" else "all answers have"
         raise ConfigError(f"{which} weight 0 or train: false, so there is nothing to learn", hint="fix that row")
     return learned
+
+
+def _is_empty(turn: Turn) -> bool:
+    """Check whether a message has nothing but its role: no text, no calls of tools, nothing else to render."""
+    content = turn.get("content")
+    has_other_content = bool(content) and not isinstance(content, str) and not _is_text_part(content)
+    others = turn.keys() - {"role", "content", "weight", "train", "name"}
+    return not (_text_of(turn).strip() or has_other_content or any(turn[key] for key in others))
+
+
+def _is_text_part(content: Any) -> bool:
+    return isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping) and "text" in content[0]
 
 
 def _is_learned(turn: Turn, number: int) -> bool:

@@ -17,7 +17,7 @@ from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, RowForm
 from outlast.trainers.data.tokenizer import Tokenizer
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, ints, next_token_loss, require_fast
+from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, begins_late, ints, next_token_loss, require_fast
 from outlast.trainers.tasks.greedy_decoding import NUM_NEW_TOKENS, generate_continuation
 
 
@@ -56,18 +56,20 @@ class CausalLM(Task):
 
     def fault(self, record: Record) -> str | None:
         if "completion" in record:
-            if not record["completion"]:
+            if not record["completion"].strip():
                 return "its completion is empty"
             [(_, labels)] = self._completed([record])
-            return (
-                None if any(label != IGNORED for label in labels[1:]) else "its completion begins after data.max_length"
-            )
+            is_learned = [label != IGNORED for label in labels]
+            if not any(is_learned[1 : self.settings.max_length]):
+                return begins_late("completion", is_learned, self.settings)
+            return None
         return None if self.packs or record["text"] else "its text is empty"
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         if records and "completion" in records[0]:
             for ids, labels in self._completed(records):
-                yield {"input_ids": ints(ids), "labels": ints(labels)}
+                length = self.settings.max_length
+                yield {"input_ids": ints(ids[:length]), "labels": ints(labels[:length])}
             return
         for ids in self.tokenizer.encode([record["text"] for record in records]):
             ids = [*self._begin, *ids]
@@ -78,7 +80,10 @@ class CausalLM(Task):
                 yield {"input_ids": kept, "labels": kept}
 
     def _completed(self, records: Sequence[Record]) -> Iterator[tuple[list[int], list[int]]]:
-        """Encode prompts with their completions. A token is learned if it has a character of the completion."""
+        """Encode prompts with their completions, not truncated.
+
+        A token is learned if it has a character of the completion.
+        """
         texts = [record["prompt"] + record["completion"] for record in records]
         end = self.tokenizer.encode([""])[0][-1]
         encoded = self.tokenizer.inner(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -89,7 +94,7 @@ class CausalLM(Task):
             has_end = ids[-1:] == [end]
             tokens = [*self._begin, *ids, *([] if has_end else [end])]
             labels = [*(IGNORED for _ in self._begin), *learned, *([] if has_end else [end])]
-            yield tokens[: self.settings.max_length], labels[: self.settings.max_length]
+            yield tokens, labels
 
     def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
         if not self.packs:

@@ -15,7 +15,7 @@ from outlast.trainers.data.chat_template import ChatTemplate
 from outlast.trainers.data.columns import Column, ColumnType
 from outlast.trainers.data.conversation_forms import FORMS, TOOLS, read_conversation
 from outlast.trainers.data.tokenizer import Tokenizer
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, ints, next_token_loss, require_fast
+from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, begins_late, ints, next_token_loss, require_fast
 from outlast.trainers.tasks.greedy_decoding import NUM_NEW_TOKENS, generate_continuation
 
 _Tokens = tuple[list[int], list[bool]]
@@ -44,7 +44,7 @@ class Chat(Task):
         except ConfigError as error:
             return error.message
         if not any(encoded[1][1 : self.settings.max_length]):
-            return "its answers begin after data.max_length"
+            return begins_late("answer", encoded[1], self.settings)
         self._encoded[id(record)] = record, encoded  # holding the record keeps its id from being reused
         return None
 

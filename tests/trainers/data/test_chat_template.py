@@ -92,6 +92,14 @@ def test_keys_without_a_value_are_absent(tokenizer: Any) -> None:
         (chat("assistant: hello"), "answers nothing"),
         ([{"role": "user"}, *TWO], "message 1 has no role or no content"),
         ([{"content": "hi"}], "message 1 has no role or no content"),
+        (chat("user: hello", "assistant: "), "message 2 is an answer without text"),
+        (chat("user: hello", "assistant: \n "), "message 2 is an answer without text"),
+        (
+            [*TWO[:2], {"role": "assistant", "content": [{"type": "text", "text": ""}]}],
+            "message 3 is an answer without",
+        ),
+        ([*TWO[:2], {"role": "assistant", "content": [], "tool_calls": []}], "message 3 is an answer without"),
+        ([*TWO, *chat("user: so?", "assistant: ")], "message 7 is an answer without text"),
         ([*TWO, {"role": "critic", "content": "no"}], "rejects the conversation: a role of its own: critic"),
     ],
 )
@@ -99,6 +107,13 @@ def test_malformed_conversations(messages: Any, message: str, tokenizer: Any) ->
     tokenizer.chat_template = PLAIN
     with pytest.raises(ConfigError, match=message):
         ChatTemplate(tokenizer).encode(messages)
+
+
+def test_an_empty_answer_that_is_not_learned_or_calls_a_tool(tokenizer: Any) -> None:
+    assert answers(tokenizer, PLAIN, [*chat("user: hello"), {"role": "assistant", "content": "", "weight": 0}, *TWO])
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
+    tokenizer.chat_template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
+    assert ChatTemplate(tokenizer).encode([*TWO[:2], {"role": "assistant", "content": "", "tool_calls": calls}])
 
 
 def test_a_tokenizer_without_a_template(tokenizer: Any) -> None:

@@ -317,7 +317,7 @@ def test_bad_rows_are_counted_and_skipped() -> None:
     rows = list(usable_rows(rows_with({3: "torn"}), bad, lambda values: "is nine" if values[0] == 9 else None))
     assert [row.values[0] for row in rows] == [1, 2, 4, 5, 6, 7, 8, 10]
     assert (bad.count, bad.first) == (2, ["a.jsonl, row 3: torn", "a.jsonl, row 9: is nine"])
-    with pytest.raises(ConfigError, match=r"more than 2 rows \(data\.max_bad_rows\) are unusable"):
+    with pytest.raises(ConfigError, match=r"3 of the first 10 rows are unusable \(data\.max_bad_rows is 2\); "):
         list(usable_rows(rows_with({1: "torn"}), bad))
 
 
@@ -382,10 +382,22 @@ def test_a_line_that_is_a_text_is_a_bad_row(tmp_path: Path) -> None:
     assert faults == [None, *["is not a JSON object"] * 3]
 
 
+def test_the_share_of_unusable_rows_is_told() -> None:
+    rows = rows_with({number: "torn" for number in range(1, 10_000) if number % 5}, 10_000)
+    with pytest.raises(
+        ConfigError, match=r"80 of the first 100 rows are unusable \(data\.max_bad_rows is 0\)"
+    ) as caught:
+        list(usable_rows(rows, BadRowCounter(limit=0)))
+    assert "data.max_bad_rows" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"40 of the first 40 rows are unusable") as caught:
+        list(usable_rows(rows_with(dict.fromkeys(range(1, 41), "torn"), 40), BadRowCounter(limit=3)))
+    assert caught.value.hint == "fix them", "no row would be left"
+
+
 @pytest.mark.parametrize(("num_bad", "hint"), [(1, "fix it, or skip it: "), (2, "fix them, or skip such rows: ")])
 def test_the_advice_is_for_as_many_rows(num_bad: int, hint: str) -> None:
     bad = BadRowCounter(0)
-    bad.see(2, dict.fromkeys(range(num_bad), "is wrong"))
+    bad.see(3, dict.fromkeys(range(num_bad), "is wrong"))
     with pytest.raises(ConfigError) as caught:
         bad.end()
     assert caught.value.hint.startswith(hint)

@@ -165,7 +165,11 @@ def test_the_loss_is_on_the_completion(run: Run, names: dict[str, str]) -> None:
     ("row", "message"),
     [
         ({"prompt": "a", "completion": ""}, "its completion is empty"),
-        ({"prompt": "word " * 40, "completion": "b"}, r"its completion begins after data\.max_length"),
+        ({"prompt": "a", "completion": " \n"}, "its completion is empty"),
+        (
+            {"prompt": "word " * 40, "completion": "b"},
+            r"its first completion begins at token \d+: set data\.max_length",
+        ),
     ],
 )
 def test_completions_that_teach_nothing(run: Run, row: dict[str, Any], message: str) -> None:
