@@ -155,8 +155,30 @@ def read_files(
                     yield Row(found, where, is_columnar=is_columnar)
 
 
+def value_at(value: Any, keys: Sequence[str]) -> Any:
+    """Return a value within nested objects; None if there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def _read(item: DataFile, columns: Sequence[str], sparse: Collection[str]) -> Iterator[RawRow]:
-    """Read the rows of one file."""
+    """Read the rows of one file. A name such as `translation.en` is a key of the objects in a column."""
+    names = _FORMATS[item.kind][0](item) if any("." in name for name in columns) else columns
+    paths = [[name] if name in names else name.split(".") for name in columns]
+    heads = [path[0] if path[0] in names else name for path, name in zip(paths, columns, strict=True)]
+    if heads == list(columns):
+        yield from _read_columns(item, columns, sparse)
+        return
+    sparse_heads = {head for head, name in zip(heads, columns, strict=True) if name in sparse}
+    for values, line in _read_columns(item, heads, sparse_heads):
+        if not isinstance(values, str):
+            values = tuple(value_at(value, path[1:]) for value, path in zip(values, paths, strict=True))
+        yield values, line
+
+
+def _read_columns(item: DataFile, columns: Sequence[str], sparse: Collection[str]) -> Iterator[RawRow]:
+    """Read the values of whole columns of one file."""
     read_names, read = _FORMATS[item.kind]
     if not sparse:
         yield from read(item, columns)

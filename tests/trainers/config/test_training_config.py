@@ -176,7 +176,7 @@ def test_micro_batch_has_a_default(train: dict[str, Any], micro_batch: int) -> N
         ({"name": None}, "name: must be a text"),
         (
             {"data": {"labels": [False, "maybe"]}},
-            "data.labels.0: must be a text; YAML reads no, off and false as false: put the word in quotes, such as",
+            "data.labels.0: must be a text (it is False); YAML reads no, off and false as false: put the word in",
         ),
         ({"data": {"text": True}}, 'YAML reads yes, on and true as true: put the word in quotes, such as "yes"'),
     ],
