@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.data.conversation_forms import ASSISTANT, Turn, parse_json
+from outlast.trainers.data.conversation_forms import ASSISTANT, Turn, incomplete_error, parse_json
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "outlast-probe"
@@ -240,7 +240,7 @@ def _check_turns(messages: Any) -> list[Turn]:
     turns = [{key: value for key, value in item.items() if value is not None} for item in messages]
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn.get("role"), str) or not ("content" in turn or "tool_calls" in turn):
-            raise ConfigError(f"message {number} has no role or no content", hint="fix that row")
+            raise incomplete_error(turn, number)
     return turns
 
 
@@ -303,6 +303,15 @@ def _text_of(turn: Turn) -> str:
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping):
         content = content[0].get("text")
     return content if isinstance(content, str) else ""
+
+
+def answer_text(turn: Turn) -> str:
+    """Return a message's text; of one without text its tool calls, as JSON."""
+    content = turn.get("content")
+    if isinstance(content, list) and _are_parts(content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    calls = turn.get("tool_calls")
+    return str(content or (json.dumps(calls, ensure_ascii=False) if calls else ""))
 
 
 def _functions(turn: Turn) -> Iterator[dict[str, Any]]:

@@ -244,7 +244,7 @@ def begins_late(what: str, is_learned: Sequence[bool], settings: DataSettings) -
     first = next((number for number, is_one in enumerate(is_learned[1:], 2) if is_one), None)
     if first is None:
         return f"its {what} has no token"
-    return f"its first {what} begins at token {first}: set data.max_length, which is {settings.max_length}, to more"
+    return f"its {what} begins at token {first}: set data.max_length, which is {settings.max_length}, to more"
 
 
 def pad(vectors: Sequence[npt.NDArray[Any]], value: float) -> torch.Tensor:

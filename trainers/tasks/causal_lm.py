@@ -5,6 +5,7 @@ the completion is learned.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,12 @@ from outlast.trainers.data.columns import Column, ColumnType, RowForm
 from outlast.trainers.data.tokenizer import Tokenizer
 from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, begins_late, ints, next_token_loss, require_fast
 from outlast.trainers.tasks.greedy_decoding import NUM_NEW_TOKENS, generate_continuation
+
+_NUM_SURVEYED = 100  # rows that show whether prompts end in a space
+_SPACES = (
+    "most prompts end in a space, which many tokenizers join with the completion's first word: the model may go on "
+    "otherwise from a prompt alone; begin the completions with the space instead"
+)
 
 
 class CausalLM(Task):
@@ -46,7 +53,11 @@ class CausalLM(Task):
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        return {"completions": True} if "completion" in next(records, {}) else {}
+        first = list(islice(records, _NUM_SURVEYED))
+        if not first or "completion" not in first[0]:
+            return {}
+        num_spaces = sum(record["prompt"].endswith(" ") for record in first)
+        return {"completions": True, **({"notes": [_SPACES]} if 2 * num_spaces > len(first) else {})}
 
     @classmethod
     def data_version(cls, settings: DataSettings, load_tokenizer: Callable[[], Tokenizer | None]) -> int:
