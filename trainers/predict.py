@@ -1,7 +1,7 @@
 """Predictions with a run's model for `outlast try`. A checkpoint is verified byte for byte before it is loaded."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,37 @@ def read_records(task: Task, config: TrainingConfig, source: str) -> Iterator[Re
         BadRowCounter(0, hint=f"fix {source}"),
         chosen.fault,
     ):
-        yield chosen.record(row)
+        yield FileRecord(chosen.record(row), row.where)
 
 
-def predict(task: Task, model: nn.Module, records: Sequence[Record] | Iterator[Record]) -> Iterator[dict[str, Any]]:
-    """Predict rows, one result for each row."""
-    with torch.no_grad():
-        yield from task.predict(model, records)
+class FileRecord(dict[str, Any]):
+    """A row of a file, and its place there."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+
+def predict(task: Task, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+    """Predict rows, one result for each row. An error names the row of the file, or the rows that are one batch."""
+    places = list[str]()  # of the rows without a result
+
+    def watched() -> Iterator[Record]:
+        try:
+            for record in records:
+                places.append(getattr(record, "where", ""))
+                yield record
+        except ConfigError:  # of reading: it names its row
+            places.clear()
+            raise
+
+    try:
+        with torch.no_grad():
+            for answer in task.predict(model, watched()):
+                del places[:1]
+                yield answer
+    except ConfigError as error:
+        if not (places and places[0]):
+            raise
+        rows = places[0] if len(places) == 1 else f"{places[0]} and the {len(places) - 1} rows after it"
+        raise ConfigError(f"{rows}: {error.message}", hint=error.hint) from error

@@ -87,7 +87,11 @@ def _finding(detail: Any, settings: Mapping[Path, Any]) -> SettingsFinding:
         near := nearest(str(given), _literals(detail["ctx"]["expected"]))
     ):
         suggestion = f"did you mean {near!r}?"
-    if detail["type"] == "string_type" and isinstance(given, int | float | date):
+    if detail["type"] == "string_type" and isinstance(given, bool):
+        words = "yes, on and true" if given else "no, off and false"
+        suggestion = f"YAML reads {words} as {str(given).lower()}: put the word in quotes, such as "
+        suggestion += '"yes"' if given else '"no"'
+    elif detail["type"] == "string_type" and isinstance(given, int | float | date):
         suggestion = f"put it in quotes: {json.dumps(str(given))}"
     return SettingsFinding(path, message, suggestion)
 

@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.trainers.data.conversation_forms import ASSISTANT, Turn, parse_json
+from outlast.trainers.data.conversation_forms import ASSISTANT, Turn, incomplete_error, parse_json
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "outlast-probe"
@@ -240,7 +240,7 @@ def _check_turns(messages: Any) -> list[Turn]:
     turns = [{key: value for key, value in item.items() if value is not None} for item in messages]
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn.get("role"), str) or not ("content" in turn or "tool_calls" in turn):
-            raise ConfigError(f"message {number} has no role or no content", hint="fix that row")
+            raise incomplete_error(turn, number)
     return turns
 
 
@@ -256,10 +256,25 @@ def _learned(turns: Sequence[Turn], train_on: str) -> list[int]:
     learned = [number for number in answers if _is_learned(turns[number], number + 1)]
     if train_on == "last":
         learned = [number for number in learned if number == answers[-1]]
+    for number in learned:
+        if _is_empty(turns[number]):
+            raise ConfigError(f"message {number + 1} is an answer without text", hint="fix that row")
     if not learned:
         which = "the last answer has" if train_on == "last" else "all answers have"
         raise ConfigError(f"{which} weight 0 or train: false, so there is nothing to learn", hint="fix that row")
     return learned
+
+
+def _is_empty(turn: Turn) -> bool:
+    """Check whether a message has nothing but its role: no text, no calls of tools, nothing else to render."""
+    content = turn.get("content")
+    has_other_content = bool(content) and not isinstance(content, str) and not _is_text_part(content)
+    others = turn.keys() - {"role", "content", "weight", "train", "name"}
+    return not (_text_of(turn).strip() or has_other_content or any(turn[key] for key in others))
+
+
+def _is_text_part(content: Any) -> bool:
+    return isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping) and "text" in content[0]
 
 
 def _is_learned(turn: Turn, number: int) -> bool:
@@ -288,6 +303,15 @@ def _text_of(turn: Turn) -> str:
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping):
         content = content[0].get("text")
     return content if isinstance(content, str) else ""
+
+
+def answer_text(turn: Turn) -> str:
+    """Return a message's text; of one without text its tool calls, as JSON."""
+    content = turn.get("content")
+    if isinstance(content, list) and _are_parts(content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    calls = turn.get("tool_calls")
+    return str(content or (json.dumps(calls, ensure_ascii=False) if calls else ""))
 
 
 def _functions(turn: Turn) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Columns of a data file that a task reads: their types, their names, and the guess when none was named."""
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 from outlast.checkpointing.error_hints import shorten_list
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.trainers.config.data import DataSettings
-from outlast.trainers.data.csv_reader import csv_note
-from outlast.trainers.data.readers import Row, class_names, first_row, read_rows
+from outlast.trainers.data.csv_reader import csv_advice, csv_note
+from outlast.trainers.data.readers import Row, class_names, first_row, read_rows, value_at
 from outlast.trainers.data.sources import find_data_files, missing_column_error
 from outlast.trainers.data.written_lists import parse_list
 
@@ -133,6 +134,19 @@ class ColumnMapping:
     notes: tuple[str, ...]  #: guesses to report to the user
     named: tuple[str, ...] = ()  #: names of columns whose numbers become the class names that the files give them
     labels: tuple[str, ...] | None = None  #: these class names, in the order of their index
+    available: tuple[str, ...] = ()  #: names of all columns of the data
+
+    @property
+    def used(self) -> dict[str, str]:
+        """Names of the columns that the data has, by role."""
+        pairs = zip(self.columns, self.names, strict=True)
+        return {column.role: name for column, name in pairs if name in self.available or not column.is_sparse}
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the columns that the task does not read."""
+        heads = {name.partition(".")[0] for name in self.names if name not in self.available}
+        return [name for name in self.available if name not in self.names and name not in heads]
 
     @property
     def sparse_names(self) -> frozenset[str]:
@@ -187,6 +201,9 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
         ConfigError: Columns are missing and cannot be guessed; the message names all of them.
     """
     available = first_row(settings.train, settings.csv)
+    names = tuple(available)
+    every = [*columns, *(column for form in forms for column in form.columns)]
+    available |= _named_keys([name_of(settings, column.role) for column in every], available)
     form = _find_form(columns, settings, forms, available)
     columns = [
         column
@@ -196,24 +213,35 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
     required = tuple(column for column in columns if column.is_required)
     only_lines = len(required) == 1 and {item.kind for item in find_data_files(settings.train)} == {".txt"}
     if only_lines or not available:  # without any column, reading the rows reports the error
-        return ColumnMapping(required, tuple(name_of(settings, column.role) for column in required), ())
+        return ColumnMapping(
+            required, tuple(name_of(settings, column.role) for column in required), (), available=names
+        )
     notes = list[str]()
     if form:
         shown = ", ".join(name_of(settings, column.role) for column in required)
         notes.append(f"rows are read in the form of {form.name}: columns {shown}")
-    found = _find_names(columns, settings, available, notes)
+    found = _find_names(columns, settings, available, notes, () if form else forms)
     csv_files = [item for item in find_data_files(settings.train, settings.csv) if item.kind in (".csv", ".tsv")]
     notes += [note for item in csv_files[:1] if (note := csv_note(item))]
     used = tuple(column for column in columns if column in found)
     labels = _labels_of_files([found[column] for column in used if column.is_class], settings, notes)
     named = tuple(labels)
     return ColumnMapping(
-        used, tuple(found[column] for column in used), tuple(notes), named, labels[named[0]] if named else None
+        used,
+        tuple(found[column] for column in used),
+        tuple(notes),
+        named,
+        labels[named[0]] if named else None,
+        names,
     )
 
 
 def _find_names(
-    columns: Sequence[Column], settings: DataSettings, available: Mapping[str, Any], notes: list[str]
+    columns: Sequence[Column],
+    settings: DataSettings,
+    available: Mapping[str, Any],
+    notes: list[str],
+    forms: Sequence[RowForm],
 ) -> dict[Column, str]:
     """Return the names of the columns in the data, guessed ones too, which are added to `notes`.
 
@@ -222,6 +250,7 @@ def _find_names(
         settings: Its names of columns.
         available: The columns of the data, each with its first value.
         notes: Guesses to report to the user.
+        forms: Other forms of rows, to suggest.
 
     Raises:
         ConfigError: Columns are missing and cannot be guessed.
@@ -244,16 +273,58 @@ def _find_names(
         taken = {*found.values(), *missing.values()}
         free = [name for name, value in available.items() if name not in taken and column.kind.fits(value)]
         if is_named or len(free) != 1:
-            missing[column] = next(iter(free), "NAME")
+            inner = [name for name, value in _keys(available) if name not in taken and column.kind.fits(value)]
+            missing[column] = next(iter([*free, *inner]), "NAME")
             continue
         found[column] = free[0]
         notes.append(f"no column {names[column]!r}; using {free[0]!r} as data.{column.role}")
     if missing:
         absent = [names[column] for column in missing]
-        keys = " and ".join(f"data.{column.role}" for column in missing)
-        example = " ".join(f"-s data.{column.role}={likely}" for column, likely in missing.items())
-        raise missing_column_error(str(settings.train), absent, available, f"set {keys}, for example {example}")
+        advice = _advice({column.role: likely for column, likely in missing.items()}, settings, available, forms)
+        raise missing_column_error(str(settings.train), absent, available, advice)
     return found
+
+
+def _named_keys(names: Sequence[str], available: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the names that are keys of objects in a column, such as `translation.en`, with their values."""
+    found = dict[str, Any]()
+    for name in names:
+        head, *keys = name.split(".")
+        if keys and name not in available and isinstance(available.get(head), dict):
+            found[name] = value_at(available[head], keys)
+    return found
+
+
+def _keys(available: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Iterate over the keys of objects in columns, and their values."""
+    for name, value in available.items():
+        for key, item in value.items() if isinstance(value, dict) else ():
+            yield f"{name}.{key}", item
+
+
+def _advice(
+    missing: Mapping[str, str], settings: DataSettings, available: Mapping[str, Any], forms: Sequence[RowForm]
+) -> str:
+    """Return what to do about missing columns: `missing` has likely names by role."""
+    parts = list[str]()
+    if {"chosen", "rejected"} <= available.keys():
+        parts.append("preference data (chosen, rejected) is no task yet")
+        if ColumnType.MESSAGES.fits(available["chosen"]) and "messages" in missing:
+            parts.append("to learn the chosen conversations: -s data.messages=chosen")
+        elif "prompt" in available and forms:
+            parts.append("to learn the chosen answers: -s data.completion=chosen")
+        return "; ".join(parts)
+    keys = " and ".join(f"data.{role}" for role in missing)
+    parts.append(f"set {keys}, for example {_options(missing)}")
+    texts = [name for name, value in available.items() if isinstance(value, str)]
+    if len(texts) > 1 and any(column.role == "completion" for form in forms for column in form.columns):
+        parts.append(f"or, for prompts with answers, {_options({'prompt': texts[0], 'completion': texts[-1]})}")
+    [first] = find_data_files(settings.train, settings.csv)[:1]
+    return "; ".join([*parts, *(csv_advice(first) if first.kind in (".csv", ".tsv") else ())])
+
+
+def _options(names: Mapping[str, str]) -> str:
+    return " ".join(f"-s {shlex.quote(f'data.{role}={name}')}" for role, name in names.items())
 
 
 def _labels_of_files(columns: Sequence[str], settings: DataSettings, notes: list[str]) -> dict[str, tuple[str, ...]]:

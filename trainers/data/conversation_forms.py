@@ -4,7 +4,9 @@ A conversation is a list of messages as chat templates take them, and the tools 
 in a row is an error that names the message.
 """
 
+import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -37,6 +39,9 @@ FORMS = (
 )
 #: Roles that templates know by name.
 _STANDARD_ROLES = ("system", "developer", "user", ASSISTANT, "tool", "function", "ipython")
+_CALL = "function_call"  # of ShareGPT: its value is the JSON of a call
+#: A text that is meant for a list of messages, whether or not it can be read.
+_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 _SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT, "observation": "tool"}
 _SHAREGPT_ROLES |= {role: role for role in ("system", "user", ASSISTANT, "tool")}
 
@@ -69,17 +74,30 @@ def _turns(record: Mapping[str, Any]) -> list[Turn]:
         # The loss is on the completion only.
         prompt = [{**turn, "train": False} if turn.get("role") == ASSISTANT else turn for turn in prompt]
         return prompt + (_messages(record["completion"], ASSISTANT) if "completion" in record else [])
-    return _messages(record["messages"] if "messages" in record else record["conversations"], "user")
+    given = record["messages"] if "messages" in record else record["conversations"]
+    if not isinstance(given, str):
+        return _messages(given, "user")
+    if (objects := _parse_objects(given)) is None and _LIKE_MESSAGES.match(given):
+        raise ConfigError("messages are neither the JSON text of a list nor in Python's notation", hint="fix that row")
+    return _messages(objects or given, "user")
+
+
+def _parse_objects(text: str) -> list[Any] | None:
+    """Parse a text that is a list of objects in the notation of JSON or Python; None for another text."""
+    if not begins_as_objects(text):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            items = parse(text.strip())
+            return items if isinstance(items, list) and all(isinstance(item, dict) for item in items) else None
+    return None
 
 
 def _messages(given: Any, role: str) -> list[Turn]:
-    """Return a list of messages, given as such or as its JSON text; another text is one message of the role."""
+    """Return a list of messages, given as such or as its text; another text is one message of the role."""
     if isinstance(given, str):
-        text, given = given, None
-        if begins_as_objects(text):
-            with suppress(ValueError, RecursionError):
-                given = json.loads(text)
-        if not given or not all("role" in item or "from" in item for item in given if isinstance(item, dict)):
+        text, given = given, _parse_objects(given)
+        if not given or not all("role" in item or "from" in item for item in given):
             return [{"role": role, "content": text}]
     if not isinstance(given, Sequence) or not all(isinstance(item, Mapping) for item in given):
         raise ConfigError("messages are not a list of {role, content}", hint="fix that row")
@@ -92,8 +110,10 @@ def _rename_role(turn: Turn, number: int, settings: DataSettings, template: str)
     names = {**(_SHAREGPT_ROLES if is_sharegpt else {}), **settings.roles}
     given = turn["from"] if is_sharegpt else turn.get("role")
     if not isinstance(given, str):
-        raise ConfigError(f"message {number} has no role or no content", hint="fix that row")
-    known = [*names, *(() if is_sharegpt else _STANDARD_ROLES)]
+        raise incomplete_error(turn, number)
+    if is_sharegpt and given == _CALL and _CALL not in settings.roles:
+        return _read_call(turn, number)
+    known = [*names, *((_CALL,) if is_sharegpt else ()), *(() if is_sharegpt else _STANDARD_ROLES)]
     if given not in known and (is_sharegpt or not any(f"{mark}{given}{mark}" in template for mark in "'\"")):
         raise ConfigError(
             f"message {number} has the unknown role {given!r} (known: {', '.join(known)}; others: data.roles)",
@@ -101,8 +121,34 @@ def _rename_role(turn: Turn, number: int, settings: DataSettings, template: str)
         )
     if not is_sharegpt:
         return {**turn, "role": names.get(given, given)}
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role")}
-    return {"role": names[given], "content": turn.get("value"), **rest}
+    if "value" not in turn and not turn.get("tool_calls"):
+        raise incomplete_error(turn, number)
+    return {"role": names[given], "content": turn.get("value"), **_rest(turn)}
+
+
+def _rest(turn: Turn) -> Turn:
+    return {key: value for key, value in turn.items() if key not in ("from", "value", "role")}
+
+
+def _read_call(turn: Turn, number: int) -> Turn:
+    """Return ShareGPT's call of a function, or of a list of them, as a message of the assistant with tool calls."""
+    value = turn.get("value")
+    calls = parse_json(value, f"the function call in message {number}") if isinstance(value, str) else value
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise ConfigError(f"message {number} calls a function without a name", hint="fix that row")
+    functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
+    called = [{"type": "function", "function": function} for function in functions]
+    return {"role": ASSISTANT, "content": "", "tool_calls": called, **_rest(turn)}
+
+
+def incomplete_error(turn: Mapping[str, Any], number: int) -> ConfigError:
+    """Make the error of a message that lacks its role or its content."""
+    keys = ", ".join(map(str, turn)) or "no keys"
+    return ConfigError(
+        f"message {number} has no role or no content: it has {keys}, not role and content, or from and value",
+        hint="fix that row",
+    )
 
 
 def _read_tools(given: Any) -> list[Any] | None:

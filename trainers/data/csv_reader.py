@@ -3,15 +3,18 @@
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import Quote
-from outlast.trainers.data.sources import IN_EVERY_FILE, DataFile, RawRow, missing_column_error
+from outlast.trainers.data.sources import FIRST_ROWS, IN_EVERY_FILE, DataFile, RawRow, missing_column_error
 from outlast.trainers.data.text_lines import read_lines
 
 _FIELD_BYTES = 64 * 2**20  # a longer field is taken for an unbalanced quotation mark
+_NAME_WORDS = 4  # a longer name of a column is taken for a text
 _DELIMITERS = (",", "\t", ";", "|")
 #: Errors of the csv module, and what they mean in the file.
 _REASONS = {
@@ -20,6 +23,7 @@ _REASONS = {
     "(or set data.csv.quote: none)",
 }
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?(\d{1,3}(\.\d{3})+|\d+)(,\d+)?([eE][+-]?\d+)?\s*")
+_SEPARATOR = re.compile(r"sep=(.)[\r\n]*")  # Excel writes it before the header
 _ENCODING = "-s data.csv.encoding=cp1252, or the encoding that it was written in"
 
 
@@ -56,18 +60,20 @@ def open_csv(source: DataFile) -> CsvFile:
         yield from before
         for _, text, fault in lines:
             opened.lines.append(text)
-            opened.faults.extend([fault] if fault else [])
+            opened.faults.extend([f"{fault}; {_ENCODING}"] if fault else [])
             yield text
 
-    before, first = list[str](), ""
+    before, first, declared = list[str](), "", None
     for number, first, fault in lines:
         if fault:
             raise ConfigError(f"{source.name}: its header, line {number}, {fault}", hint=_ENCODING)
+        if declared is None and (mark := _SEPARATOR.fullmatch(first)):
+            declared, first = mark[1], "\n"
         before.append(first)
         if first.strip():
             break
     is_quoted = source.csv.quote is not Quote.NONE
-    opened.delimiter = source.csv.delimiter or _delimiter(first, source.kind, is_quoted)
+    opened.delimiter = source.csv.delimiter or declared or _delimiter(first, source.kind, is_quoted)
     quoting: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if not is_quoted else {}
     after = first.split(opened.delimiter)[1:]
     opened.rows = csv.reader(
@@ -103,8 +109,24 @@ def _with_point(text: str) -> str:
 
 
 def csv_names(source: DataFile) -> list[str]:
-    """Return the names of the columns."""
-    return open_csv(source).header
+    """Return the names of the columns. One without a name, as spreadsheets and pandas write them, cannot be read."""
+    return [name for name in open_csv(source).header if name]
+
+
+def csv_advice(source: DataFile) -> list[str]:
+    """Return what may explain that a file lacks a column: another encoding, or no line with names."""
+    file = open_csv(source)
+    with suppress(csv.Error):
+        for _ in islice(file.rows, FIRST_ROWS):
+            pass
+    advice = [f"the file is not UTF-8: {_ENCODING}"] if file.faults else []
+    if any(_looks_like_data(name) for name in file.header):
+        advice.append("the first line is taken for the names of the columns: put one with names before it")
+    return advice
+
+
+def _looks_like_data(name: str) -> bool:
+    return re.fullmatch(r"[-+]?\d+([.,]\d+)?", name.strip()) is not None or len(name.split()) > _NAME_WORDS
 
 
 def csv_note(source: DataFile) -> str | None:
@@ -118,7 +140,7 @@ def read_csv(source: DataFile, columns: Sequence[str]) -> Iterator[RawRow]:
     """Read the values of columns, all of them texts or None. Yields an error text for a row that cannot be read."""
     file = open_csv(source)
     if absent := [name for name in columns if name not in file.header]:
-        raise missing_column_error(source.name, absent, file.header, IN_EVERY_FILE)
+        raise missing_column_error(source.name, absent, filter(None, file.header), IN_EVERY_FILE)
     for name in columns:
         if file.header.count(name) > 1:
             raise ConfigError(

@@ -38,6 +38,7 @@ _BUFFER_BYTES = 2**20
 _NUM_NAMED = 3
 _LOOKAHEAD_ROWS = 10_000
 _IGNORED = -100
+_COUNTED_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,10 @@ class Row:
 
 @dataclass(slots=True)
 class BadRowCounter:
-    """Counter of unusable rows: names the first three, and raises when there are more than the limit."""
+    """Counter of unusable rows: names the first three, and raises when there are more than the limit.
+
+    Once there are, it sees at least the next 100 rows, to say how many of them are unusable.
+    """
 
     limit: int  #: how many rows may be skipped: `data.max_bad_rows`
     count: int = 0  #: unusable rows so far
@@ -69,29 +73,32 @@ class BadRowCounter:
     def see(self, num_rows: int, faults: Mapping[int, str]) -> None:
         """Add the next rows: their number, and the faults among them by index.
 
-        Raises ConfigError once more than `limit` rows are unusable, and three are named or the look-ahead has ended.
+        Raises ConfigError once more than `limit` rows are unusable, and the look-ahead has ended.
         """
-        for index, fault in sorted(faults.items()):
-            row = self._num_seen + index
-            if self._over_at is None or (row - self._over_at <= _LOOKAHEAD_ROWS and len(self.first) < _NUM_NAMED):
+        for index in range(num_rows):
+            if (fault := faults.get(index)) is not None:
                 self.count += 1
                 self.first += [fault] if len(self.first) < _NUM_NAMED else []
                 if self.count > self.limit and self._over_at is None:
-                    self._over_at = row
-        self._num_seen += num_rows
-        are_enough = len(self.first) == _NUM_NAMED
-        if self._over_at is not None and (are_enough or self._num_seen - self._over_at > _LOOKAHEAD_ROWS):
-            self.end()
+                    self._over_at = self._num_seen
+            self._num_seen += 1
+            if self._over_at is not None:
+                num_ahead = self._num_seen - self._over_at
+                if num_ahead >= (_COUNTED_ROWS if len(self.first) == _NUM_NAMED else _LOOKAHEAD_ROWS):
+                    self.end()
 
     def end(self) -> None:
         """End the count after the last row. Raises as `see`."""
-        if self.are_too_many:
-            message = f"more than {self.limit:,} rows (data.max_bad_rows) are unusable; the first ones:"
-            if self.count == 1:
-                raise ConfigError(
-                    self.first[0], hint=self.hint.replace("fix them", "fix it").replace("such rows", "it")
-                )
-            raise ConfigError("\n  ".join([message, *self.first]), hint=self.hint)
+        if not self.are_too_many:
+            return
+        hint = self.hint
+        if self.count == self._num_seen:  # skipping them would leave nothing
+            hint = hint.partition(", or skip")[0]
+        if self.count == 1:
+            raise ConfigError(self.first[0], hint=hint.replace("fix them", "fix it").replace("such rows", "it"))
+        amount = f"{self.count:,} of the first {self._num_seen:,} rows are unusable"
+        message = f"{amount} (data.max_bad_rows is {self.limit:,}); the first ones:"
+        raise ConfigError("\n  ".join([message, *self.first]), hint=hint)
 
 
 def usable_rows(
@@ -149,8 +156,30 @@ def read_files(
                     yield Row(found, where, is_columnar=is_columnar)
 
 
+def value_at(value: Any, keys: Sequence[str]) -> Any:
+    """Return a value within nested objects; None if there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def _read(item: DataFile, columns: Sequence[str], sparse: Collection[str]) -> Iterator[RawRow]:
-    """Read the rows of one file."""
+    """Read the rows of one file. A name such as `translation.en` is a key of the objects in a column."""
+    names = _FORMATS[item.kind][0](item) if any("." in name for name in columns) else columns
+    paths = [[name] if name in names else name.split(".") for name in columns]
+    heads = [path[0] if path[0] in names else name for path, name in zip(paths, columns, strict=True)]
+    if heads == list(columns):
+        yield from _read_columns(item, columns, sparse)
+        return
+    sparse_heads = {head for head, name in zip(heads, columns, strict=True) if name in sparse}
+    for values, line in _read_columns(item, heads, sparse_heads):
+        if not isinstance(values, str):
+            values = tuple(value_at(value, path[1:]) for value, path in zip(values, paths, strict=True))
+        yield values, line
+
+
+def _read_columns(item: DataFile, columns: Sequence[str], sparse: Collection[str]) -> Iterator[RawRow]:
+    """Read the values of whole columns of one file."""
     read_names, read = _FORMATS[item.kind]
     if not sparse:
         yield from read(item, columns)

@@ -23,7 +23,8 @@ def summarize_data(config: TrainingConfig, prepared: Prepared) -> dict[str, Any]
     facts = {name: value for name, value in prepared.facts.items() if name != "notes"}
     return {
         "task": config.model.task,
-        "columns": {column.role: name for column, name in zip(chosen.columns, chosen.names, strict=True)},
+        "columns": chosen.used,
+        "unused_columns": chosen.unused,
         "facts": facts,
         "notes": list(prepared.notes),
         "limits": {name: getattr(config.data, name) for name in ("max_length", *task.options) if name in LIMITS},
@@ -46,7 +47,8 @@ def summarize_data(config: TrainingConfig, prepared: Prepared) -> dict[str, Any]
 def describe_summary(body: Mapping[str, Any]) -> Iterator[str]:
     """Yield `summarize_data` as lines of text, without the notes."""
     columns = ", ".join(role if role == name else f"{role} = {name}" for role, name in body["columns"].items())
-    yield f"task {body['task']}, columns: {columns}"
+    unused = f"; not used: {shorten_list(body['unused_columns'], _NUM_CLASSES)}" if body["unused_columns"] else ""
+    yield f"task {body['task']}, columns: {columns}{unused}"
     for name, value in body["facts"].items():
         if isinstance(value, list):
             if value:

@@ -239,6 +239,14 @@ def require_fast(tokenizer: Tokenizer, what: str) -> None:
         )
 
 
+def begins_late(what: str, is_learned: Sequence[bool], settings: DataSettings) -> str:
+    """Return the error text of a row whose learned tokens, marked as such, begin after `data.max_length`."""
+    first = next((number for number, is_one in enumerate(is_learned[1:], 2) if is_one), None)
+    if first is None:
+        return f"its {what} has no token"
+    return f"its {what} begins at token {first}: set data.max_length, which is {settings.max_length}, to more"
+
+
 def pad(vectors: Sequence[npt.NDArray[Any]], value: float) -> torch.Tensor:
     """Pad vectors to a matrix of int64 or float32, shape [vectors, longest]."""
     longest = max(map(len, vectors))

@@ -5,6 +5,7 @@ the completion is learned.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,8 +18,14 @@ from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import Column, ColumnType, RowForm
 from outlast.trainers.data.tokenizer import Tokenizer
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, ints, next_token_loss, require_fast
+from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, begins_late, ints, next_token_loss, require_fast
 from outlast.trainers.tasks.greedy_decoding import NUM_NEW_TOKENS, generate_continuation
+
+_NUM_SURVEYED = 100  # rows that show whether prompts end in a space
+_SPACES = (
+    "most prompts end in a space, which many tokenizers join with the completion's first word: the model may go on "
+    "otherwise from a prompt alone; begin the completions with the space instead"
+)
 
 
 class CausalLM(Task):
@@ -46,7 +53,11 @@ class CausalLM(Task):
 
     @classmethod
     def survey(cls, settings: DataSettings, records: Iterator[Record]) -> dict[str, Any]:
-        return {"completions": True} if "completion" in next(records, {}) else {}
+        first = list(islice(records, _NUM_SURVEYED))
+        if not first or "completion" not in first[0]:
+            return {}
+        num_spaces = sum(record["prompt"].endswith(" ") for record in first)
+        return {"completions": True, **({"notes": [_SPACES]} if 2 * num_spaces > len(first) else {})}
 
     @classmethod
     def data_version(cls, settings: DataSettings, load_tokenizer: Callable[[], Tokenizer | None]) -> int:
@@ -56,18 +67,20 @@ class CausalLM(Task):
 
     def fault(self, record: Record) -> str | None:
         if "completion" in record:
-            if not record["completion"]:
+            if not record["completion"].strip():
                 return "its completion is empty"
             [(_, labels)] = self._completed([record])
-            return (
-                None if any(label != IGNORED for label in labels[1:]) else "its completion begins after data.max_length"
-            )
+            is_learned = [label != IGNORED for label in labels]
+            if not any(is_learned[1 : self.settings.max_length]):
+                return begins_late("completion", is_learned, self.settings)
+            return None
         return None if self.packs or record["text"] else "its text is empty"
 
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         if records and "completion" in records[0]:
             for ids, labels in self._completed(records):
-                yield {"input_ids": ints(ids), "labels": ints(labels)}
+                length = self.settings.max_length
+                yield {"input_ids": ints(ids[:length]), "labels": ints(labels[:length])}
             return
         for ids in self.tokenizer.encode([record["text"] for record in records]):
             ids = [*self._begin, *ids]
@@ -78,7 +91,10 @@ class CausalLM(Task):
                 yield {"input_ids": kept, "labels": kept}
 
     def _completed(self, records: Sequence[Record]) -> Iterator[tuple[list[int], list[int]]]:
-        """Encode prompts with their completions. A token is learned if it has a character of the completion."""
+        """Encode prompts with their completions, not truncated.
+
+        A token is learned if it has a character of the completion.
+        """
         texts = [record["prompt"] + record["completion"] for record in records]
         end = self.tokenizer.encode([""])[0][-1]
         encoded = self.tokenizer.inner(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -89,7 +105,7 @@ class CausalLM(Task):
             has_end = ids[-1:] == [end]
             tokens = [*self._begin, *ids, *([] if has_end else [end])]
             labels = [*(IGNORED for _ in self._begin), *learned, *([] if has_end else [end])]
-            yield tokens[: self.settings.max_length], labels[: self.settings.max_length]
+            yield tokens, labels
 
     def collate(self, samples: Sequence[Sample], keys: Sequence[int]) -> Batch:
         if not self.packs:

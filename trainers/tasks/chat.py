@@ -11,11 +11,11 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.state.named_weights import unwrap
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.arrow_samples import Sample
-from outlast.trainers.data.chat_template import ChatTemplate
+from outlast.trainers.data.chat_template import ChatTemplate, answer_text
 from outlast.trainers.data.columns import Column, ColumnType
-from outlast.trainers.data.conversation_forms import FORMS, TOOLS, read_conversation
+from outlast.trainers.data.conversation_forms import ASSISTANT, FORMS, TOOLS, read_conversation
 from outlast.trainers.data.tokenizer import Tokenizer
-from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, ints, next_token_loss, require_fast
+from outlast.trainers.tasks.base import IGNORED, Batch, Record, Task, begins_late, ints, next_token_loss, require_fast
 from outlast.trainers.tasks.greedy_decoding import NUM_NEW_TOKENS, generate_continuation
 
 _Tokens = tuple[list[int], list[bool]]
@@ -44,7 +44,7 @@ class Chat(Task):
         except ConfigError as error:
             return error.message
         if not any(encoded[1][1 : self.settings.max_length]):
-            return "its answers begin after data.max_length"
+            return begins_late("first answer", encoded[1], self.settings)
         self._encoded[id(record)] = record, encoded  # holding the record keeps its id from being reused
         return None
 
@@ -72,8 +72,15 @@ class Chat(Task):
         return next_token_loss(outputs.logits, batch["labels"])
 
     def predict(self, model: nn.Module, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-        """Answer conversations, each a list of messages or one question as a text."""
+        """Answer conversations, each a list of messages or one question as a text.
+
+        The answers that a conversation ends with are what is to be predicted, and not shown to the model.
+        """
         for record in records:
             turns, tools = read_conversation(record, self.settings, self._template.text)
+            expected = list[str]()
+            while "prompt" not in record and len(turns) > 1 and turns[-1]["role"] == ASSISTANT:
+                expected.insert(0, answer_text(turns.pop()))
             tokens = generate_continuation(self, unwrap(model), self._template.prompt(turns, tools), NUM_NEW_TOKENS)
-            yield {"messages": turns, "answer": self.tokenizer.inner.decode(tokens, skip_special_tokens=True)}
+            answer = self.tokenizer.inner.decode(tokens, skip_special_tokens=True)
+            yield {"messages": turns, "answer": answer, **({"expected": "\n".join(expected)} if expected else {})}

@@ -69,9 +69,9 @@ def test_what_is_printed(run_file: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_a_guessed_column_and_overrides(run_file: Callable[..., Path]) -> None:
-    path = run_file("classes", [{"review": f"x{at} y{at} z{at}", "label": at % 2} for at in range(6)])
+    path = run_file("classes", [{"review": f"x{at} y{at} z{at}", "label": at % 2, "idx": at} for at in range(6)])
     printed = preview(path, "-s", "data.text=review", "-s", "data.max_length=2", "--rows", 0)
-    assert "columns: text = review, label" in printed
+    assert "columns: text = review, label; not used: idx\n" in printed
     assert "6 rows cut at data.max_length 2 (100 %)" in printed
     assert "sample 0" not in printed
 

@@ -66,6 +66,23 @@ def test_classes_of_texts_and_of_a_file(finished: Callable[[str], str], tmp_path
     assert plain.startswith("text: a  label: ")
 
 
+def test_conversations_with_their_answers(finished: Callable[[str], str], tmp_path: Path) -> None:
+    """The answer at the end of a conversation is compared with, not read; an error names its row."""
+    run, rows = finished("chat"), tmp_path / "rows.jsonl"
+    asked = {"role": "user", "content": "how?"}
+    rows.write_text(json.dumps({"messages": [asked, {"role": "assistant", "content": "so"}]}) + "\n")
+    [alone] = ask(run, "--text", "how?")
+    assert ask(run, "--file", str(rows)) == [{**alone, "expected": "so"}]
+    assert "expected" not in alone
+    with rows.open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "critic", "content": "no"}]}) + "\n")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 2: message 1 has the unknown role 'critic'"):
+        ask(run, "--file", str(rows))
+    rows.write_text('{"messages": [{"content": "no"}]}\n{"messages": 5}\n')
+    with pytest.raises(ConfigError, match=r"^/[^:]*rows\.jsonl, row 1: message 1 has no role or no content"):
+        ask(run, "--file", str(rows))
+
+
 def test_hidden_words_are_guessed(finished: Callable[[str], str], tmp_path: Path) -> None:
     """With the mask token of a tokenizer trained here, as in the README."""
     run, text = finished("masked-lm"), "The <|mask|> is here."

@@ -174,6 +174,11 @@ def test_micro_batch_has_a_default(train: dict[str, Any], micro_batch: int) -> N
         ({"seed": -1}, "seed: must be greater than or equal to 0"),
         ({"seed": 2**63}, "seed: must be less than"),
         ({"name": None}, "name: must be a text"),
+        (
+            {"data": {"labels": [False, "maybe"]}},
+            "data.labels.0: must be a text (it is False); YAML reads no, off and false as false: put the word in",
+        ),
+        ({"data": {"text": True}}, 'YAML reads yes, on and true as true: put the word in quotes, such as "yes"'),
     ],
 )
 def test_invalid_settings(sections: dict[str, Any], message: str) -> None:

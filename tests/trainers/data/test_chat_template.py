@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.data import DataSettings
 from outlast.trainers.data.chat_template import ChatTemplate
+from outlast.trainers.data.conversation_forms import read_conversation
 from outlast.trainers.data.tokenizer import train_bpe
 
 PLAIN = """{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}\
@@ -32,6 +35,8 @@ def chat(*turns: str) -> list[dict[str, Any]]:
     return [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
 
 
+CALLING = """{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<end>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 TWO = chat("system: be kind", "user: hello", "assistant: hello you", "user: how?", "assistant: wörld 🙂")
 
 
@@ -92,6 +97,14 @@ def test_keys_without_a_value_are_absent(tokenizer: Any) -> None:
         (chat("assistant: hello"), "answers nothing"),
         ([{"role": "user"}, *TWO], "message 1 has no role or no content"),
         ([{"content": "hi"}], "message 1 has no role or no content"),
+        (chat("user: hello", "assistant: "), "message 2 is an answer without text"),
+        (chat("user: hello", "assistant: \n "), "message 2 is an answer without text"),
+        (
+            [*TWO[:2], {"role": "assistant", "content": [{"type": "text", "text": ""}]}],
+            "message 3 is an answer without",
+        ),
+        ([*TWO[:2], {"role": "assistant", "content": [], "tool_calls": []}], "message 3 is an answer without"),
+        ([*TWO, *chat("user: so?", "assistant: ")], "message 7 is an answer without text"),
         ([*TWO, {"role": "critic", "content": "no"}], "rejects the conversation: a role of its own: critic"),
     ],
 )
@@ -99,6 +112,63 @@ def test_malformed_conversations(messages: Any, message: str, tokenizer: Any) ->
     tokenizer.chat_template = PLAIN
     with pytest.raises(ConfigError, match=message):
         ChatTemplate(tokenizer).encode(messages)
+
+
+def test_an_empty_answer_that_is_not_learned_or_calls_a_tool(tokenizer: Any) -> None:
+    assert answers(tokenizer, PLAIN, [*chat("user: hello"), {"role": "assistant", "content": "", "weight": 0}, *TWO])
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
+    tokenizer.chat_template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
+    assert ChatTemplate(tokenizer).encode([*TWO[:2], {"role": "assistant", "content": "", "tool_calls": calls}])
+
+
+def read(messages: Any, **data: Any) -> list[dict[str, Any]]:
+    return read_conversation({"messages": messages}, DataSettings(train="none", **data), PLAIN)[0]
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_calls_of_sharegpt(tokenizer: Any, is_list: bool) -> None:
+    call = {"name": "weather", "arguments": {"city": "Bern"}}
+    given = [
+        {"from": "human", "value": "how?"},
+        {"from": "function_call", "value": json.dumps([call] * 2 if is_list else call)},
+        {"from": "observation", "value": "9"},
+        {"from": "gpt", "value": "so"},
+    ]
+    calls = [{"type": "function", "function": call}] * (2 if is_list else 1)
+    plain = [
+        {"role": "user", "content": "how?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "9"},
+        {"role": "assistant", "content": "so"},
+    ]
+    tokenizer.chat_template = CALLING
+    expected = list(tokenizer.apply_chat_template(plain)["input_ids"])
+    assert ChatTemplate(tokenizer).encode(read(given))[0] == expected
+    assert read(given, roles={"function_call": "assistant"})[1]["content"] == given[1]["value"]
+
+
+@pytest.mark.parametrize("value", ["no json", "5", "[]", '{"arguments": {}}', None, '{"name": 5}'])
+def test_calls_of_sharegpt_that_are_none(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"function call in message 1|message 1 calls a function without a name"):
+        read([{"from": "function_call", "value": value}])
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            [{"speaker": "user", "text": "hi"}],
+            "message 1 has no role or no content: it has speaker, text, not role and",
+        ),
+        (json.dumps([{"speaker": "user", "text": "hi"}]), "message 1 has no role or no content: it has speaker, text,"),
+        ([{"from": "human", "text": "hi"}], "message 1 has no role or no content: it has from, text,"),
+        ("[{'role': 'user', 'content': array([1])}]", "neither the JSON text of a list nor in Python's notation"),
+        ('[{"role": "user"', "neither the JSON text of a list nor in Python's notation"),
+    ],
+)
+def test_messages_of_other_forms(messages: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(messages)
 
 
 def test_a_tokenizer_without_a_template(tokenizer: Any) -> None:

@@ -394,15 +394,15 @@ def test_a_prompt_may_look_like_json(chats: Chats) -> None:
         assert chats.samples(file, NO_TOOLS) == [chats.plain(messages, NO_TOOLS)]
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
-def test_conversations_in_a_csv_file(chats: Chats, name: str) -> None:
-    """Its fields are texts: a list is given as JSON, and an empty field is no value."""
+@pytest.mark.parametrize(("name", "as_text"), [("rows.csv", json.dumps), ("rows.tsv", json.dumps), ("rows.csv", str)])
+def test_conversations_in_a_csv_file(chats: Chats, name: str, as_text: Callable[[Any], str]) -> None:
+    """Its fields are texts: a list is given as JSON or as pandas writes it, and an empty field is no value."""
     path = chats.folder / name
     with path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter="," if name.endswith("csv") else "\t")
         writer.writerow(["messages", "tools"])
         for row in ROWS:
-            writer.writerow([json.dumps(row["messages"], indent=1), json.dumps(row["tools"]) if "tools" in row else ""])
+            writer.writerow([as_text(row["messages"]), json.dumps(row["tools"]) if "tools" in row else ""])
     expected = [chats.plain(row["messages"], TOOL_TEMPLATE, tools=row.get("tools")) for row in ROWS]
     assert chats.samples(path, TOOL_TEMPLATE) == expected
 

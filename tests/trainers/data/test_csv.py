@@ -117,6 +117,52 @@ def test_a_header_in_another_encoding(tmp_path: Path) -> None:
     assert "data.csv.encoding" in str(caught.value.hint)
 
 
+def advice(path: Path, **data: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        choose_columns(SequenceClassification.columns, DataSettings(train=str(path), **data))
+    return caught.value.hint
+
+
+def test_rows_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_bytes("Text;Note\nschön;1\ngut;2\n".encode("cp1252"))
+    assert "the file is not UTF-8: -s data.csv.encoding=cp1252" in advice(path)
+    [first, second] = read_rows(str(path), ["Text"])
+    assert "-s data.csv.encoding=cp1252" in (first.fault or "")
+    assert second.values == ("gut",)
+    assert "UTF-8" not in advice(path, csv={"encoding": "cp1252"})
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_the_delimiter_that_excel_declares(mark: str, tmp_path: Path) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_text(f"sep={mark}\n" + f"text,{mark}label\na,b{mark}0\nc{mark}1\n")
+    assert [row.values for row in read_rows(str(path), ["text,", "label"])] == [("a,b", "0"), ("c", "1")]
+    assert rows_end(path, ["label"]) == "excel.csv, row 2 (line 4)"
+
+
+def rows_end(path: Path, columns: list[str]) -> str:
+    return Path([row.where for row in read_rows(str(path), columns)][-1]).name
+
+
+def test_columns_without_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(",text,label,,\n0,good,1,,\n1,bad,0,,\n")
+    assert values(path) == [("good", "1"), ("bad", "0")]
+    chosen = choose_columns(SequenceClassification.columns, DataSettings(train=str(path)))
+    assert (chosen.available, chosen.unused) == (("text", "label"), [])
+
+
+@pytest.mark.parametrize("header", ["Hotel Paris,0", "It is a good film,good", "3.5,x"])
+def test_a_file_without_names_of_columns(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{header}\nHotel Bern,1\n")
+    assert "the first line is taken for the names of the columns" in advice(path)
+    path.write_text("Text of review,Stars\na,1\n")
+    assert "the first line" not in advice(path)
+    assert "-s 'data.text=Text of review'" in advice(path), "quoted for a shell"
+
+
 def test_two_columns_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label,text\na,b,c\n")
     with pytest.raises(ConfigError, match="has 2 columns 'text'"):

@@ -19,6 +19,8 @@ from pyarrow import feather
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.factory import open_storage
+from outlast.trainers.config.data import DataSettings
+from outlast.trainers.data.columns import Column, ColumnType, choose_columns
 from outlast.trainers.data.readers import BadRowCounter, Row, first_row, read_rows, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_data_files
 from tests.support.s3_server import s3_server
@@ -308,6 +310,34 @@ def test_a_column_that_some_rows_lack_is_not_missing(tmp_path: Path) -> None:
         texts(str(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow"])
+def test_keys_of_objects_in_a_column(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    rows = [{"id": 1, "pair": {"en": "one", "de": "eins"}}, {"id": 2, "pair": {"en": "two", "de": None}}]
+    table = pa.Table.from_pylist(rows)
+    match kind:
+        case "parquet":
+            pq.write_table(table, path)
+        case "arrow":
+            with pa.ipc.new_stream(path, table.schema) as stream:
+                stream.write_table(table)
+        case _:
+            path.write_text("\n".join(map(json.dumps, rows)))
+    names = ["pair.de", "id", "pair.en", "pair.fr"]
+    assert [row.values for row in read_rows(str(path), names)] == [("eins", 1, "one", None), (None, 2, "two", None)]
+    columns = [Column("source", ColumnType.TEXT), Column("target", ColumnType.TEXT)]
+    with pytest.raises(ConfigError) as caught:
+        choose_columns(columns, DataSettings(train=str(path)))
+    assert "-s data.source=pair." in caught.value.hint
+    chosen = choose_columns(columns, DataSettings(train=str(path), source="pair.en", target="pair.de"))
+    assert (chosen.used, chosen.unused) == ({"source": "pair.en", "target": "pair.de"}, ["id"])
+
+
+def test_a_column_whose_name_has_a_dot(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", [{"a.b": "1", "a": {"b": "2"}}])
+    assert [row.values for row in read_rows(str(tmp_path / "a.jsonl"), ["a.b", "a"])] == [("1", {"b": "2"})]
+
+
 def rows_with(faults: dict[int, str], count: int = 10) -> list[Row]:
     return [Row((number,), f"a.jsonl, row {number}", faults.get(number)) for number in range(1, count + 1)]
 
@@ -317,7 +347,7 @@ def test_bad_rows_are_counted_and_skipped() -> None:
     rows = list(usable_rows(rows_with({3: "torn"}), bad, lambda values: "is nine" if values[0] == 9 else None))
     assert [row.values[0] for row in rows] == [1, 2, 4, 5, 6, 7, 8, 10]
     assert (bad.count, bad.first) == (2, ["a.jsonl, row 3: torn", "a.jsonl, row 9: is nine"])
-    with pytest.raises(ConfigError, match=r"more than 2 rows \(data\.max_bad_rows\) are unusable"):
+    with pytest.raises(ConfigError, match=r"3 of the first 20 rows are unusable \(data\.max_bad_rows is 2\); "):
         list(usable_rows(rows_with({1: "torn"}), bad))
 
 
@@ -382,10 +412,22 @@ def test_a_line_that_is_a_text_is_a_bad_row(tmp_path: Path) -> None:
     assert faults == [None, *["is not a JSON object"] * 3]
 
 
+def test_the_share_of_unusable_rows_is_told() -> None:
+    rows = rows_with({number: "torn" for number in range(1, 10_000) if number % 5}, 10_000)
+    with pytest.raises(
+        ConfigError, match=r"80 of the first 100 rows are unusable \(data\.max_bad_rows is 0\)"
+    ) as caught:
+        list(usable_rows(rows, BadRowCounter(limit=0)))
+    assert "data.max_bad_rows" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"40 of the first 40 rows are unusable") as caught:
+        list(usable_rows(rows_with(dict.fromkeys(range(1, 41), "torn"), 40), BadRowCounter(limit=3)))
+    assert caught.value.hint == "fix them", "no row would be left"
+
+
 @pytest.mark.parametrize(("num_bad", "hint"), [(1, "fix it, or skip it: "), (2, "fix them, or skip such rows: ")])
 def test_the_advice_is_for_as_many_rows(num_bad: int, hint: str) -> None:
     bad = BadRowCounter(0)
-    bad.see(2, dict.fromkeys(range(num_bad), "is wrong"))
+    bad.see(3, dict.fromkeys(range(num_bad), "is wrong"))
     with pytest.raises(ConfigError) as caught:
         bad.end()
     assert caught.value.hint.startswith(hint)

@@ -165,12 +165,23 @@ def test_the_loss_is_on_the_completion(run: Run, names: dict[str, str]) -> None:
     ("row", "message"),
     [
         ({"prompt": "a", "completion": ""}, "its completion is empty"),
-        ({"prompt": "word " * 40, "completion": "b"}, r"its completion begins after data\.max_length"),
+        ({"prompt": "a", "completion": " \n"}, "its completion is empty"),
+        (
+            {"prompt": "word " * 40, "completion": "b"},
+            r"its completion begins at token \d+: set data\.max_length",
+        ),
     ],
 )
 def test_completions_that_teach_nothing(run: Run, row: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"rows\.jsonl, row 7: {message}"):
         run.samples(run.config([*COMPLETIONS, row]))
+
+
+def test_prompts_that_end_in_a_space_are_noted(run: Run) -> None:
+    rows = [{"prompt": f"{row['prompt']} ", "completion": row["completion"].strip()} for row in COMPLETIONS]
+    for given, is_noted in ((rows, True), ([*COMPLETIONS, rows[0]], False)):
+        notes = prepare(run.config(given), run.storage).notes
+        assert any("prompts end in a space" in note for note in notes) == is_noted
 
 
 def test_texts_are_continued_as_they_are_learned(run: Run) -> None:

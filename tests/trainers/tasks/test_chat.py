@@ -14,10 +14,13 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.config.data import DataSettings
+from outlast.trainers.data.columns import choose_columns
 from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.base import find_task
+from outlast.trainers.tasks.chat import Chat
 from tests.support.groups.worker_group import digests, fault, run_group
 from tests.support.tasks.cases import GPT2, paragraphs
 from tests.trainers.data.test_chat_template import PLAIN
@@ -57,6 +60,24 @@ def test_the_loss_is_the_models_own_on_the_answers(
     with torch.no_grad():
         [prediction] = task.predict(model, [{"messages": "Hello"}])
     assert prediction["messages"] == [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"question": "a", "context": "b", "response": "c"}, "-s data.prompt=question -s data.completion=response"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is no task yet; to learn the chosen answers: -s data.compl"),
+        (
+            {"chosen": conversation("a" * 40), "rejected": conversation("b" * 40)},
+            "is no task yet; to learn the chosen conversations: -s data.messages=chosen",
+        ),
+    ],
+)
+def test_forms_that_are_suggested(row: dict[str, Any], advice: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError) as caught:
+        choose_columns(Chat.columns, DataSettings(train=str(tmp_path / "rows.jsonl")), Chat.forms)
+    assert advice in caught.value.hint
 
 
 def test_a_conversation_without_an_answer_is_named(
