@@ -54,6 +54,14 @@ class CsvSettings(Settings):
             raise ValueError(f"{value!r} is not an encoding that Python knows, such as utf-8 or cp1252") from None
 
 
+#: Arguments of a chat template that the task gives, and of the method that renders it.
+_RESERVED_ARGUMENTS = (
+    *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+)
+
+
 class DataSettings(Settings):
     """Where the rows come from, which columns a task reads, and how texts become samples."""
 
@@ -177,6 +185,14 @@ class DataSettings(Settings):
         if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
             raise ValueError(f"{', '.join(repeated)} is there more than once")
         return names
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _are_the_templates_own(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in _RESERVED_ARGUMENTS:
+                raise ValueError(f"{name} is set by the task; leave it out")
+        return value
 
     @field_validator("eval")
     @classmethod

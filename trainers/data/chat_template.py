@@ -14,10 +14,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import groupby, pairwise
 from types import MappingProxyType
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.data.conversation_forms import ASSISTANT, Turn, incomplete_error, parse_json
@@ -25,8 +26,6 @@ from outlast.trainers.data.conversation_forms import ASSISTANT, Turn, incomplete
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "outlast-probe"
 _JSON_PROBE = '{"outlast-probe": "x"}'
-#: What a template raises for a value that it does not expect.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 Tools = Sequence[Any] | None
 
 
@@ -47,17 +46,31 @@ class ChatTemplate:
     Args:
         tokenizer: A tokenizer of transformers that has one.
         arguments: Arguments of the template, such as {enable_thinking: false}.
+        name: What errors of its syntax call it.
 
-    Raises ConfigError if there is none, or it has no such arguments.
+    Raises ConfigError if there is none, it is no template, or it has no such arguments.
     """
 
-    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+        name: str = "the tokenizer's chat template",
+    ) -> None:
         self.text = f"{chat_template(tokenizer)}\n{chat_template(tokenizer, [])}"
         self._tokenizer, self._arguments = tokenizer, arguments
-        for name in arguments:
-            if not re.search(rf"\b{re.escape(name)}\b", self.text):
+        for key in arguments:
+            if not re.search(rf"\b{re.escape(key)}\b", self.text):
                 hint = "leave it out, or check its name"
-                raise ConfigError(f"the chat template has no argument {name!r} (data.template_arguments)", hint=hint)
+                raise ConfigError(f"the chat template has no argument {key!r} (data.template_arguments)", hint=hint)
+        choices: tuple[Tools, ...] = (None, [{}])
+        for tools in choices:
+            try:
+                self.render([{"role": "user", "content": _PROBE}], tools)
+            except ConfigError as error:
+                if isinstance(error.__cause__, TemplateSyntaxError):
+                    hint = "correct the template, or set data.chat_template to another one"
+                    raise ConfigError(f"{name} has a syntax error: {error.__cause__}", hint=hint) from error
 
     # -- rendering -----------------------------------------------------------------------------------------------------
 
@@ -74,7 +87,7 @@ class ChatTemplate:
         given = list(tools) if tools is not None else None
         try:
             return self._tokenizer.apply_chat_template(list(turns), tools=given, **options, **self._arguments)
-        except _TEMPLATE_ERRORS as error:
+        except Exception as error:  # the template is the user's program, which may raise anything
             raise ConfigError(f"the chat template rejects the conversation: {error}", hint="fix that row") from error
 
     # -- forms of messages ---------------------------------------------------------------------------------------------
@@ -168,24 +181,43 @@ class ChatTemplate:
         return tokens, mask
 
     def _by_marks(self, turns: list[Turn], tools: Tools, learned: Sequence[int]) -> tuple[list[int], list[bool]]:
-        """Tokenize with the template's own marks. The marked tokens of a prefix belong to the answers in it."""
-
-        def marked(last: int) -> tuple[list[int], list[bool]]:
-            options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-            encoded = self._apply(turns[:last], tools, **options)
-            return list(encoded["input_ids"]), [bool(item) for item in encoded["assistant_masks"]]
-
-        tokens, mask = marked(len(turns))
+        """Tokenize with the template's own marks, without those of the answers that are not learned."""
+        tokens, mask = self._marked(turns, tools)
         answers = _answers(turns)
         if len(learned) == len(answers):
             return tokens, mask
-        ends = [sum(marked(number)[1]) if number else 0 for number in answers[1:]] + [sum(mask)]
-        begins = [sum(marked(answers[0])[1]) if answers[0] else 0, *ends[:-1]]
-        positions = [position for position, is_marked in enumerate(mask) if is_marked]
-        kept = set[int]()
-        for number, begin, end in zip(answers, begins, ends, strict=True):
-            kept |= set(positions[begin:end]) if number in learned else set()
+        spans = self._spans_by_prefix(turns, tools, tokens, mask) or _runs(mask)
+        if len(spans) != len(answers):
+            raise ConfigError(
+                f"the chat template marks {len(spans)} spans, and the conversation has {len(answers)} messages of the "
+                "assistant, so those with weight 0 or before the last one cannot be told apart",
+                hint="mark each message by one {% generation %} … {% endgeneration %} in the template",
+            )
+        kept = {position for number, span in zip(answers, spans, strict=True) if number in learned for position in span}
         return tokens, [position in kept for position in range(len(tokens))]
+
+    def _marked(self, turns: Sequence[Turn], tools: Tools) -> tuple[list[int], list[bool]]:
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = self._apply(turns, tools, **options)
+        return list(encoded["input_ids"]), [bool(item) for item in encoded["assistant_masks"]]
+
+    def _spans_by_prefix(
+        self, turns: list[Turn], tools: Tools, tokens: list[int], mask: list[bool]
+    ) -> list[list[int]] | None:
+        """Return the marked tokens of each answer: those that a prefix has more than the prefix before the answer.
+
+        None unless each prefix is rendered as it is in the full conversation; a template may rewrite earlier turns.
+        """
+        answers, ends = _answers(turns), list[int]()
+        for last in [*answers, len(turns)]:
+            try:
+                head, marks = self._marked(turns[:last], tools) if last else ([], [])
+            except ConfigError:  # such as a template that requires a user's message
+                return None
+            if tokens[: len(head)] != head or mask[: len(head)] != marks:
+                return None
+            ends.append(len(head))
+        return [[position for position in range(begin, end) if mask[position]] for begin, end in pairwise(ends)]
 
     def _locate(self, turns: list[Turn], tools: Tools, number: int, full: str) -> tuple[int, int]:
         """Return where an answer begins and ends in the full rendering."""
@@ -284,6 +316,12 @@ def _is_learned(turn: Turn, number: int) -> bool:
                 f"message {number} has {key} {turn[key]!r}, which is neither 0 nor 1", hint="fix that row"
             )
     return bool(turn.get("weight", 1)) and bool(turn.get("train", 1))
+
+
+def _runs(mask: Sequence[bool]) -> list[list[int]]:
+    """Return the positions of each contiguous run of marked tokens."""
+    groups = groupby(range(len(mask)), key=mask.__getitem__)
+    return [list(positions) for is_marked, positions in groups if is_marked]
 
 
 def _are_parts(content: list[Any]) -> bool:

@@ -142,7 +142,8 @@ def train_bpe(
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Return the contents of the tokenizer's files by name."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.inner.save_pretrained(folder)
+        has_several = isinstance(tokenizer.inner.chat_template, dict)  # in a folder of their own, unless they are JSON
+        tokenizer.inner.save_pretrained(folder, save_jinja_files=not has_several)
         return read_folder(folder)
 
 

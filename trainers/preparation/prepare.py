@@ -6,6 +6,7 @@ uploads below it are aborted: their writers are dead, or will find the prepared 
 bytes of the sources and every setting that changes the samples.
 """
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ from outlast.trainers.tasks.base import Record, Task, find_task
 FORMAT = 2
 LARGE_BYTES = 256 * 2**20
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+#: Names of other files of a tokenizer, which release 0.1.0 left out of the fingerprint.
+_LATER_TOKENIZER_FILES = ("additional_chat_templates/*.jinja", "*.spm", "*.vocab", "*.codes", "*.tokenizer")
 _NOT_TOKENIZER = ("config.json", "generation_config.json", "trainer_state.json", "manifest.json")
 _DATA_MANIFEST = "data.json"
 #: Options that release 0.1.0 had. Later ones count only if they are set, so that its data stays valid.
@@ -183,7 +186,8 @@ def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
     Args:
         config: The run's settings.
         like: The fingerprint that a run was started with. It is returned if it only differs by the version of the task,
-            so that the run goes on with the samples of an earlier release; `check_samples` compares them.
+            or by files of the tokenizer that earlier releases left out, so that the run goes on with the samples of an
+            earlier release; `check_samples` compares them.
     """
     sources = xxhash.xxh3_128()
     for source in [config.data.train, *([config.data.eval] if config.data.eval and not config.data.eval_share else [])]:
@@ -191,20 +195,29 @@ def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
     tokenizer = config.model.tokenizer.model_dump() if config.model.tokenizer else {"path": config.model.path}
     if path := tokenizer.get("path"):
         path = tokenizer["path"] = tokenizer_source(str(path))
-    if path and Path(path).is_dir():
-        for file in sorted(Path(path).iterdir()):
+    starts = [sources]
+    if path and (folder := Path(path)).is_dir():
+        for file in sorted(folder.iterdir()):
             if file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NOT_TOKENIZER and file.is_file():
-                with file.open("rb") as opened:
-                    sources.update(f"{file.name}{file_digest(opened, xxhash.xxh3_128).hexdigest()}".encode())
+                sources.update(f"{file.name}{_file_digest(file)}".encode())
+        if later := sorted(file for pattern in _LATER_TOKENIZER_FILES for file in folder.glob(pattern)):
+            starts.insert(0, sources.copy())
+            for file in later:
+                starts[0].update(f"{file.relative_to(folder)}{_file_digest(file)}".encode())
         tokenizer = {"files": "digested"}
     fingerprints = []
     newest = find_task(config.model.task).data_version(config.data, partial(_named_tokenizer, config))
-    for version in range(newest, 0, -1):
-        digest = sources.copy()
+    for version, start in itertools.product(range(newest, 0, -1), starts):
+        digest = start.copy()
         settings = _data_settings(config, tokenizer, version)
         digest.update(json.dumps(settings, sort_keys=True).encode())
         fingerprints.append(str(digest.hexdigest()))
     return like if like in fingerprints else fingerprints[0]
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return str(file_digest(opened, xxhash.xxh3_128).hexdigest())
 
 
 def _data_settings(config: TrainingConfig, tokenizer: Mapping[str, Any], version: int) -> dict[str, Any]:

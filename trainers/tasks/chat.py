@@ -32,10 +32,11 @@ class Chat(Task):
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
         super().__init__(settings, tokenizer, facts)
+        name = "the tokenizer's chat template"
         if settings.chat_template is not None:
-            tokenizer.inner.chat_template = settings.chat_template
+            tokenizer.inner.chat_template, name = settings.chat_template, "data.chat_template"
         self._encoded: dict[int, tuple[Record, _Tokens]] = {}
-        self._template = ChatTemplate(tokenizer.inner, settings.template_arguments)
+        self._template = ChatTemplate(tokenizer.inner, settings.template_arguments, name)
         require_fast(tokenizer, "chat")
 
     def fault(self, record: Record) -> str | None:

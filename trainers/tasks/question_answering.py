@@ -1,5 +1,6 @@
 """Extractive question answering: the span of a context that answers a question."""
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -52,7 +53,11 @@ class QuestionAnswering(Task):
             span = _span(record)
         except ValueError as error:
             return str(error)
-        return "its answer is empty" if span and span[0] == span[1] else self._question_fault(record)
+        if span is not None:
+            begin, end = _trim(span, record["context"])
+            if begin == end:
+                return "its answer is empty"
+        return self._question_fault(record)
 
     @property
     def _stride(self) -> int:
@@ -78,8 +83,10 @@ class QuestionAnswering(Task):
     def encode(self, records: Sequence[Record]) -> Iterator[Sample]:
         for record, windows in zip(records, self._windows(records), strict=True):
             span = _span(record) if "answers" in record else None
-            for window in windows:
-                start, end = _tokens_of(window, span) if span else (0, 0)
+            tokens = [_tokens_of(window, span) if span else (0, 0) for window in windows]
+            if span and not any(end for _, end in tokens):  # many tokenizers have no token of a space at an end
+                tokens = [_tokens_of(window, _trim(span, record["context"])) for window in windows]
+            for window, (start, end) in zip(windows, tokens, strict=True):
                 sample = {"input_ids": ints(window.ids), "start": ints([start]), "end": ints([end])}
                 if "token_type_ids" in self.tokenizer.inner.model_input_names:
                     sample["token_type_ids"] = ints(window.type_ids)
@@ -181,6 +188,16 @@ def _span(record: Record) -> tuple[int, int] | None:
             + (f"; it begins at character {found}" if starts and found >= 0 else "")
         )
     return start, start + len(texts[0])
+
+
+def _trim(span: tuple[int, int], context: str) -> tuple[int, int]:
+    """Return the span without spaces and invisible characters at its ends; an empty one if it has no others."""
+    shown = [position for position in range(*span) if _is_visible(context[position])]
+    return (shown[0], shown[-1] + 1) if shown else (span[0], span[0])
+
+
+def _is_visible(character: str) -> bool:
+    return not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
 
 
 def _tokens_of(window: Any, span: tuple[int, int]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -23,6 +24,16 @@ MARKED = """{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}\
 {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 FORGETFUL = """{% for m in messages %}<{{ m.role }}>{% if loop.last %}<think>{% endif %}{{ m.content }}<end>
 {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+#: Shows the thinking of answers after the last question only, as Qwen3's template does.
+THINKING = """{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}\
+{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<{{ m.role }}>\
+{% if m.role == 'assistant' %}{% generation %}{% if loop.index0 < ns.last %}{{ m.content.split('</think>')[-1] }}\
+{% else %}{{ m.content }}{% endif %}<end>{% endgeneration %}{% else %}{{ m.content }}<end>{% endif %}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+#: Shows the thinking of the last message only.
+LAST_THINKING = THINKING.replace("loop.index0 < ns.last", "not loop.last")
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +187,71 @@ def test_a_tokenizer_without_a_template(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="no chat template") as caught:
         ChatTemplate(tokenizer).encode(TWO)
     assert "data.chat_template" in caught.value.hint
+
+
+THOUGHT = chat("user: one", "assistant: <think>say so</think>hello", "assistant: you", "user: two", "assistant: world")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "unlearned", "train_on", "expected"),
+    [
+        (THINKING, THOUGHT, (1,), "all", ["you<end>", "world<end>"]),
+        (THINKING, THOUGHT, (2,), "all", ["hello<end>", "world<end>"]),
+        (THINKING, THOUGHT, (4,), "all", ["hello<end>", "you<end>"]),
+        (THINKING, THOUGHT, (), "last", ["world<end>"]),
+        (LAST_THINKING, THOUGHT, (1,), "all", ["you<end>", "world<end>"]),
+        (LAST_THINKING, THOUGHT[:3], (), "last", ["you<end>"]),
+        (MARKED, TWO, (2,), "all", ["wörld 🙂<end>"]),
+    ],
+)
+def test_marks_of_a_template_that_leaves_out_thinking(
+    tokenizer: Any, template: str, messages: Any, unlearned: tuple[int, ...], train_on: str, expected: list[str]
+) -> None:
+    tokenizer.chat_template = template
+    weighted = [{**turn, "weight": int(number not in unlearned)} for number, turn in enumerate(messages)]
+    tokens, mask = ChatTemplate(tokenizer).encode(weighted, train_on=train_on)
+    full = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={}
+    )
+    assert tokens == list(full["input_ids"])
+    assert all(marked for marked, learned in zip(full["assistant_masks"], mask, strict=True) if learned)
+    runs = [list(run) for learned, run in groupby(range(len(mask)), key=mask.__getitem__) if learned]
+    assert [tokenizer.decode([tokens[position] for position in run]) for run in runs] == expected
+
+
+def test_marks_that_belong_to_no_message(tokenizer: Any) -> None:
+    """Two marks in one message that is also rewritten: which of the marks belongs to which message is unknown."""
+    twice = THINKING.replace("<end>{% endgeneration %}", "{% endgeneration %}|{% generation %}<end>{% endgeneration %}")
+    tokenizer.chat_template = twice
+    weighted = [{**turn, "weight": 0} if number == 1 else turn for number, turn in enumerate(THOUGHT)]
+    with pytest.raises(ConfigError, match="marks 6 spans, and the conversation has 3 messages of the assistant"):
+        ChatTemplate(tokenizer).encode(weighted)
+    assert sum(ChatTemplate(tokenizer).encode(THOUGHT)[1])
+    plain = MARKED.replace("<end>{% endgeneration %}", "{% endgeneration %}|{% generation %}<end>{% endgeneration %}")
+    tokenizer.chat_template = plain  # a prefix of this one is rendered as in the full conversation
+    tokens, mask = ChatTemplate(tokenizer).encode([{**turn, "weight": int(turn is TWO[4])} for turn in TWO])
+    learned = [token for token, is_learned in zip(tokens, mask, strict=True) if is_learned]
+    assert tokenizer.decode(learned) == "wörld 🙂<end>"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% include 'x' %}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 'x'.encode('latin-1').decode('utf-16') }}",
+    ],
+)
+def test_a_template_that_raises(tokenizer: Any, statement: str) -> None:
+    tokenizer.chat_template = PLAIN + statement
+    with pytest.raises(ConfigError, match="the chat template rejects the conversation: "):
+        ChatTemplate(tokenizer).encode(TWO)
+
+
+@pytest.mark.parametrize("text", ["{{", "{% for m in messages %}", "{{ m | nothing }}", "{% if %}"])
+def test_a_template_with_a_syntax_error(tokenizer: Any, text: str) -> None:
+    tokenizer.chat_template = text
+    with pytest.raises(ConfigError, match="the tokenizer's chat template has a syntax error: "):
+        ChatTemplate(tokenizer)

@@ -16,12 +16,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Samples, write_samples
 from outlast.trainers.data.readers import read_rows
+from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.preparation import prepare as data
 from outlast.trainers.preparation.encode import Encoder, encode_here
 from outlast.trainers.preparation.prepare import Prepared, prepare
@@ -403,6 +405,36 @@ def test_a_run_goes_on_with_the_samples_of_an_earlier_version_of_its_task(
     with (tmp_path / "train.txt").open("a") as file:
         file.write("another document\n")
     assert prepare(config, storage, like=first.fingerprint).fingerprint not in (first.fingerprint, later.fingerprint)
+
+
+def test_named_chat_templates_belong_to_the_fingerprint(tmp_path: Path, storage: LocalStorage) -> None:
+    """The prepared data keeps them, and is made again when one of them changes."""
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "tokenizer"
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    rows.write_text(json.dumps({"messages": messages, "tools": [{"name": "ls"}]}) + "\n")
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = train_bpe(iter(["hello world"]), 300).inner
+    model = {"tokenizer": {"path": str(folder)}, "task": "chat"}
+    sections = {"model": model, "data": {"max_length": 64, "eval": None}}
+    config = tiny_config("run", storage.url, str(rows), sections=sections, eval_every=None)
+
+    def save(tools: str | None) -> str:
+        tokenizer.chat_template = {"default": plain, "tool_use": f"{tools}{plain}"} if tools else plain
+        tokenizer.save_pretrained(folder)
+        return data.data_fingerprint(config)
+
+    alone = save(None)
+    first = save("{{ tools | tojson }}A")
+    assert (folder / "additional_chat_templates/tool_use.jinja").is_file()
+    made = prepare(config, storage)
+    inner = made.tokenizer(storage).inner
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tools=[{"name": "ls"}])["input_ids"]
+    assert inner.apply_chat_template(messages, tools=[{"name": "ls"}])["input_ids"] == expected
+    assert made.split(storage, "train").take([0])[0]["input_ids"].tolist() == list(expected)
+    assert len({alone, first, save("{{ tools | tojson }}B")}) == 3
+    assert data.data_fingerprint(config, alone) == alone, "a run of 0.1.0, which left them out, goes on"
+    (folder / "source.spm").write_bytes(b"x")
+    assert data.data_fingerprint(config) not in (alone, first)
 
 
 def flip(path: Path) -> None:

@@ -121,3 +121,44 @@ def test_an_answer_of_one_character_with_several_tokens(tokenizer: Any, tmp_path
     ids = sample["input_ids"][int(sample["start"][0]) : int(sample["end"][0]) + 1]
     assert len(ids) > 1
     assert tokenizer.decode(ids.tolist()).strip() == "\N{PARTY POPPER}"
+
+
+def of_example(tokenizer: Any, question: str, context: str, start: int, text: str) -> tuple[int, int]:
+    """Return the tokens of an answer as the example of transformers (run_qa.py) does, for a context in one window."""
+    encoded = tokenizer(question, context, return_offsets_mapping=True)
+    offsets, sequences = encoded["offset_mapping"], encoded.sequence_ids()
+    first, last = sequences.index(1), len(sequences) - 1
+    while sequences[last] != 1:
+        last -= 1
+    while first < len(offsets) and offsets[first][0] <= start:
+        first += 1
+    while offsets[last][1] >= start + len(text):
+        last -= 1
+    return first - 1, last + 1
+
+
+@pytest.mark.parametrize("text", ["sky ", " sky", " sky ", "sky\u200b", "sky\n", "\u00a0\tsky", " blue\n"])
+@pytest.mark.parametrize("kind", ["words", "bytes"])
+def test_spaces_around_an_answer(tokenizer: Any, tmp_path: Path, text: str, kind: str) -> None:
+    """Such tokenizers have no token of a space alone; the answer is that without it."""
+    if kind == "words":
+        words = {name: number for number, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "sky", "x"])}
+        tokenizer = transformers.BertTokenizer(vocab=words)
+    context = f"the {text} is x, x sky"
+    start, plain = context.index(text), text.strip(" \n\t\u200b\u00a0")
+    row = {"question": "what?", "context": context, "answers": {"text": [text], "answer_start": [start]}}
+    made = prepared(tokenizer, tmp_path, [row])
+    [sample] = made.split(LocalStorage(tmp_path / "store"), "train").take([0])
+    expected = of_example(tokenizer, "what?", context, context.index(plain), plain)
+    assert expected > (0, 0)
+    found = int(sample["start"][0]), int(sample["end"][0])
+    if kind == "words":
+        assert found == expected
+    else:  # a byte-level tokenizer may have a token of the space
+        assert found[0] <= expected[0] <= expected[1] <= found[1] <= expected[1] + 2
+
+
+def test_an_answer_of_spaces_is_a_bad_row(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"question": "what?", "context": SKY, "answers": {"text": [" "], "answer_start": [3]}}
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 1: its answer is empty"):
+        prepared(tokenizer, tmp_path, [row])
