@@ -270,9 +270,9 @@ def _check_turns(messages: Any) -> list[Turn]:
     if not isinstance(messages, Sequence) or not all(isinstance(item, Mapping) for item in messages):
         raise ConfigError("messages are not a list of {role, content}", hint="fix that row")
     turns = [{key: value for key, value in item.items() if value is not None} for item in messages]
-    for number, turn in enumerate(turns, 1):
+    for number, (turn, given) in enumerate(zip(turns, messages, strict=True), 1):
         if not isinstance(turn.get("role"), str) or not ("content" in turn or "tool_calls" in turn):
-            raise incomplete_error(turn, number)
+            raise incomplete_error(given, number)
     return turns
 
 

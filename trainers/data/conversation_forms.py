@@ -144,7 +144,7 @@ def _read_call(turn: Turn, number: int) -> Turn:
 
 def incomplete_error(turn: Mapping[str, Any], number: int) -> ConfigError:
     """Make the error of a message that lacks its role or its content."""
-    keys = ", ".join(map(str, turn)) or "no keys"
+    keys = ", ".join(f"{key}{' (null)' if value is None else ''}" for key, value in turn.items()) or "no keys"
     return ConfigError(
         f"message {number} has no role or no content: it has {keys}, not role and content, or from and value",
         hint="fix that row",

@@ -108,6 +108,10 @@ def test_keys_without_a_value_are_absent(tokenizer: Any) -> None:
         (chat("assistant: hello"), "answers nothing"),
         ([{"role": "user"}, *TWO], "message 1 has no role or no content"),
         ([{"content": "hi"}], "message 1 has no role or no content"),
+        (
+            [{"role": "user", "content": None}],
+            r"message 1 has no role or no content: it has role, content \(null\), not",
+        ),
         (chat("user: hello", "assistant: "), "message 2 is an answer without text"),
         (chat("user: hello", "assistant: \n "), "message 2 is an answer without text"),
         (
