@@ -31,6 +31,7 @@ from outlast.trainers.distributed.world import World, tensors_for_ddp
 from outlast.trainers.loop.buffer_change_check import tensor_digest, watch_buffers
 from outlast.trainers.loop.compile_and_recompute import enable_recomputing
 from outlast.trainers.models.build import build_model
+from outlast.trainers.models.tensor_checks import check_finite
 from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import Batch, Task, find_task
 from outlast.trainers.tasks.model_inputs import base_model
@@ -298,6 +299,9 @@ def _try_parts(
         num_parameters = sum(parameter.numel() for parameter in meta.parameters())
         return f"a model of {num_parameters:,} parameters is too large for this machine"
     model, _ = build_model(config.model, task, prepared.tokenizer(storage), config.seed, fresh=True)
+    if config.model.path is not None:
+        lora = config.model.lora.path if config.model.lora else None
+        check_finite(model, [f"model.path {config.model.path}", *([f"model.lora.path {lora}"] if lora else [])])
     trial, skipped = _Trial(config, model.train(), task, will_shard=will_shard), ""
     for part in chosen:
         trial.is_whole = part == whole

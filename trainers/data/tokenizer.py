@@ -33,14 +33,14 @@ class Tokenizer:
         return len(self.inner)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts for packing. Returns the token ids of each text, ending with the end token.
+        """Encode documents. Returns the token ids of each text, ending with the end token.
 
         Raises:
             ConfigError: The tokenizer has no end-of-text token.
         """
         if self.inner.eos_token_id is None:
             raise ConfigError(
-                "the tokenizer has no end-of-text token, which packing needs between documents",
+                "the tokenizer has no end-of-text token, which is put after each document",
                 hint="set an eos_token in its tokenizer_config.json, or use another tokenizer: model.tokenizer",
             )
         encoded = self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -18,12 +18,13 @@ from typing import Any
 import xxhash
 
 from outlast.checkpointing.error_hints import did_you_mean, first_line, shorten_list
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.format.safetensors import tensor_bytes
 from outlast.checkpointing.state.named_weights import WeightNaming, carried_state, plain_name, unwrap
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS
 from outlast.trainers.config.adapter_directory import ADAPTER_CONFIG
 from outlast.trainers.config.model import LoraSettings
+from outlast.trainers.user_code import describe_error
 
 #: Task types of peft that have a wrapper of their own, by Auto class.
 _TASKS = {
@@ -33,6 +34,8 @@ _TASKS = {
     "AutoModelForTokenClassification": "TOKEN_CLS",
     "AutoModelForQuestionAnswering": "QUESTION_ANS",
 }
+_RESTORE = f"restore the files of the adapter, {ADAPTER_CONFIG} among them"
+_PREFIX = "base_model.model."  #: of the base model's names in an adapter's file
 _GENERATIVE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
@@ -73,12 +76,10 @@ def attach_lora(
         )
         with warnings.catch_warnings(action="ignore"):  # of tied embeddings: `_new_config` keeps them tied
             adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")})
-        raise ConfigError(
-            f"peft cannot adapt {type(model).__name__}: {first_line(error)}",
-            hint=f"set model.lora.target_modules; this model has: {', '.join(names)}",
-        ) from error
+    except OutlastError:
+        raise
+    except Exception as error:  # of peft, torch and the packages that a setting needs
+        raise _not_adaptable(model, settings, error) from error
     if carried:
         raise ConfigError(
             f"{type(model).__name__} has state besides its weights ({carried[0]}), which checkpoints of an adapter "
@@ -88,6 +89,21 @@ def attach_lora(
     if settings.path and fresh:
         _load_adapter(adapted, settings.path)
     return adapted
+
+
+def _not_adaptable(model: Any, settings: LoraSettings, error: Exception) -> ConfigError:
+    """Make the error of settings that peft refuses: those of `model.lora`, or of an adapter's own file."""
+    name, modules = type(model).__name__, [item for item, module in model.named_modules() if hasattr(module, "weight")]
+    known = f"this model has: {', '.join(sorted({item.rpartition('.')[2] for item in modules}))}"
+    reason = first_line(error) if isinstance(error, ValueError) else describe_error(error)
+    is_of_modules = "arget" in str(error) and "module" in str(error)
+    if settings.path:
+        hint = f"correct {ADAPTER_CONFIG}, or use another adapter"
+        if is_of_modules:
+            hint = f"use the base model of the adapter; {known}"
+        return ConfigError(f"{settings.path}/{ADAPTER_CONFIG}: peft cannot adapt {name}: {reason}", hint=hint)
+    hint = f"set model.lora.target_modules; {known}" if is_of_modules else "check model.lora"
+    return ConfigError(f"peft cannot adapt {name}: {reason}", hint=hint)
 
 
 def _modules_to_save(model: Any, settings: LoraSettings, new: Collection[str]) -> list[str]:
@@ -149,7 +165,8 @@ def _read_config(path: str, wrapper: str | None, modules: list[str]) -> Any:
         )
     saved = list(config.modules_to_save or ())
     lacking = [name for name in modules if not any(name == item or name.endswith(f".{item}") for item in saved)]
-    if lacking:
+    # peft saves an embedding that was resized without naming its modules.
+    if lacking and (lacking := [name for name in lacking if f"{_PREFIX}{name}.weight" not in _read_weights(path)]):
         raise ConfigError(
             f"neither the adapter {path} nor its base model has weights of {', '.join(lacking)}",
             hint="use the base model with this head; or train a new adapter on it: model.path, model.lora",
@@ -160,19 +177,45 @@ def _read_config(path: str, wrapper: str | None, modules: list[str]) -> Any:
 
 def _load_adapter(adapted: Any, path: str) -> None:
     """Load the weights of an adapter. Raises ConfigError if they are not those of its configuration."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    hint = f"restore the files of the adapter, {ADAPTER_CONFIG} among them"
+    weights, naming = _read_weights(path), adapter_naming(adapted)
+    state = {plain_name(name): tensor for name, tensor in adapted.state_dict().items()}
+    sizes = {file: list(state[name].shape) for name, file in (naming.names or {}).items()}
+    others = [
+        f"{name} is {list(weights[name].shape)} in the file and {size} here"
+        for name, size in sorted(sizes.items())
+        if name in weights and list(weights[name].shape) != size
+    ]
+    if others:
+        raise ConfigError(
+            f"the adapter {path} holds weights in other sizes than its configuration and the base model: "
+            f"{shorten_list(others, 3, 'weights')}",
+            hint=f"restore its {ADAPTER_CONFIG}; or use its base model, with model.resize: true if its tokenizer grew",
+        )
     try:
-        weights = load_peft_weights(path, device="cpu")
         with warnings.catch_warnings(action="ignore"):
             result = set_peft_model_state_dict(adapted, weights)
-    except Exception as error:  # of torch, safetensors and peft; the file is the user's
-        raise ConfigError(f"the adapter {path} cannot be loaded: {first_line(error)}", hint=hint) from error
-    missing = sorted(set(result.missing_keys) & set(adapter_naming(adapted).names or ()))
+    except Exception as error:  # of torch and peft; the file is the user's
+        raise ConfigError(f"the adapter {path} cannot be loaded: {describe_error(error)}", hint=_RESTORE) from error
+    missing = sorted(set(result.missing_keys) & set(naming.names or ()))
     for what, names in (("lacks", missing), ("has more than its configuration names:", result.unexpected_keys)):
         if names:
-            raise ConfigError(f"the adapter {path} {what} {shorten_list(names, 3, 'weights')}", hint=hint)
+            raise ConfigError(f"the adapter {path} {what} {shorten_list(names, 3, 'weights')}", hint=_RESTORE)
+
+
+def _read_weights(path: str) -> dict[str, Any]:
+    """Read the weights of an adapter by their names in its file. Raises ConfigError if that cannot be read."""
+    from peft import load_peft_weights
+
+    names = (ADAPTER_WEIGHTS, "adapter_model.bin")
+    name = next((item for item in names if (Path(path) / item).is_file()), None)
+    if name is None:
+        raise ConfigError(f"the adapter {path} has no {ADAPTER_WEIGHTS}", hint=_RESTORE)
+    try:
+        return dict(load_peft_weights(path, device="cpu"))
+    except Exception as error:  # of torch and safetensors
+        raise ConfigError(f"{path}/{name} cannot be read: {describe_error(error)}", hint=_RESTORE) from error
 
 
 def is_adapted(model: Any) -> bool:
@@ -214,7 +257,8 @@ def adapter_naming(model: Any) -> WeightNaming:
         embedding = inner.get_input_embeddings()
     layers: Any = False if isinstance(embedding, ModulesToSaveWrapper) else "auto"
     state = inner.state_dict(keep_vars=True)
-    saved = get_peft_model_state_dict(inner, state_dict=state, save_embedding_layers=layers)
+    with warnings.catch_warnings(action="ignore"):  # of embeddings that were resized, which are saved
+        saved = get_peft_model_state_dict(inner, state_dict=state, save_embedding_layers=layers)
     own: dict[int, str] = {}
     for name, tensor in state.items():
         own.setdefault(id(tensor), plain_name(name))

@@ -13,6 +13,14 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer
 
+#: Entries that the task sets, and the settings that they follow from.
+_OF_HEADS = {
+    "id2label": "data.labels",
+    "label2id": "data.labels",
+    "num_labels": "data.labels; model.new_head: true makes a head of another size",
+    "problem_type": "data.problem",
+}
+
 
 def make_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> Any:
     """Return the configuration of the model before the task configures its head.
@@ -43,9 +51,15 @@ def read_config(config_class: Any, settings: ModelSettings) -> Any:
     if not settings.overrides:
         return config
     entries = config.to_dict()
-    fixed = ("model_type", "architectures", "auto_map", "transformers_version")
+    fixed = ("model_type", "architectures", "auto_map", "transformers_version", *_OF_HEADS)
     names = [*(name for name in entries if name not in fixed), *config.attribute_map, "rope_scaling"]
+    if "rope_theta" in (entries.get("rope_parameters") or {}):
+        names.append("rope_theta")
     for key in settings.overrides:
+        if key in _OF_HEADS:
+            raise ConfigError(
+                f"model.overrides.{key} has no effect: the task sets it by the data", hint=f"set {_OF_HEADS[key]}"
+            )
         if key not in names:
             raise ConfigError(
                 f"model.overrides.{key}: the configuration of {config.model_type} in {settings.path} has no such entry"
@@ -53,9 +67,36 @@ def read_config(config_class: Any, settings: ModelSettings) -> Any:
                 hint="check model.overrides",
             )
     # Made anew, so that the class checks and completes the entries.
-    changed = type(config).from_dict({**entries, **settings.overrides})
+    changed = type(config).from_dict({**entries, **_rotary(settings.overrides, entries.get("rope_parameters"))})
     changed.name_or_path = config.name_or_path
     return changed
+
+
+def _rotary(overrides: Mapping[str, Any], files: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the overrides with all of `rope_parameters`: what they leave out of its base is that of the files.
+
+    transformers would take the architecture's default for it, and ignore `rope_theta` beside `rope_parameters`.
+    """
+    given, parameters = dict(overrides), dict(files or {})
+    if not parameters or not {"rope_scaling", "rope_parameters", "rope_theta"} & given.keys():
+        return given
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(given.get(name, 0), Mapping | None):
+            parameters = _with_base(given.pop(name) or {"rope_type": "default"}, parameters)
+    if "rope_theta" in given:
+        parameters["rope_theta"] = given.pop("rope_theta")
+    return {"rope_parameters": parameters, **given}
+
+
+def _with_base(given: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the base of the files, for each type of layer if they differ."""
+    base = {name: files[name] for name in ("rope_theta", "partial_rotary_factor") if name in files}
+    nested = {
+        name: _with_base(item, files[name])
+        for name, item in given.items()
+        if isinstance(item, Mapping) and isinstance(files.get(name), Mapping)
+    }
+    return {**base, **given, **nested}
 
 
 def default_config(given: Mapping[str, Any]) -> Any:

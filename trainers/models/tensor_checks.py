@@ -1,12 +1,15 @@
 """Tensors that a model may not have: those that no checkpoint, alignment or digest can handle."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from outlast.checkpointing.error_hints import shorten_list
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.safetensors import DTYPES
-from outlast.checkpointing.state.named_weights import WeightNaming, named_weights
+from outlast.checkpointing.state.named_weights import WeightNaming, named_weights, plain_name
 
 
 def check_tensors(model: nn.Module) -> None:
@@ -34,6 +37,16 @@ def check_tensors(model: nn.Module) -> None:
                 f"the state of {name} has {key}, which is neither a parameter nor a buffer; no checkpoint holds it",
                 hint="keep it in a persistent buffer, instead of get_extra_state or a hook of state_dict",
             )
+
+
+def check_finite(model: nn.Module, paths: Sequence[str]) -> None:
+    """Raise ConfigError if a weight of a model that was loaded from these directories has NaN or an infinite value."""
+    found = [plain_name(name) for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+    if found:
+        raise ConfigError(
+            f"the files of {' and '.join(paths)} hold NaN or infinite values in {shorten_list(found, 3, 'weights')}",
+            hint="use other files: no step with these weights has a finite loss",
+        )
 
 
 def check_dtypes(model: nn.Module, naming: WeightNaming) -> None:

@@ -278,7 +278,7 @@ def _make(
             path = Path(folder) / f"{name}.arrow"
             split = Split(config, name, chosen, limit)
             with closing(encode(task, split)) as pieces:
-                stats[name] = _write(task, _samples(pieces, bad, counts[name]), split, path, counts[name])
+                stats[name] = _write(task, _samples(pieces, bad, counts[name]), split, path, counts[name], bad.first)
             with path.open("rb") as file:
                 chunks = iter(partial(file.read, BLOCK_BYTES), b"")
                 files.append(write_file(storage, directory, f"{name}.arrow", chunks))
@@ -338,16 +338,18 @@ def _samples(pieces: Iterator[Piece], bad: BadRowCounter, counts: RowCounts) -> 
     bad.end()
 
 
-def _write(task: Task, samples: Iterator[Sample], split: Split, path: Path, counts: RowCounts) -> DatasetStats:
+def _write(
+    task: Task, samples: Iterator[Sample], split: Split, path: Path, counts: RowCounts, faults: Sequence[str]
+) -> DatasetStats:
     settings = split.config.data
     stats = write_packed(samples, settings.max_length, path) if task.packs else write_samples(samples, path)
     if not stats.num_samples:
-        raise _no_sample_error(task, split, counts.rows, stats.num_tokens)
+        raise _no_sample_error(task, split, counts.rows, stats.num_tokens, faults)
     return stats
 
 
-def _no_sample_error(task: Task, split: Split, num_rows: int, num_tokens: int) -> ConfigError:
-    """Make the error of a split without a sample; `num_rows` are its usable rows."""
+def _no_sample_error(task: Task, split: Split, num_rows: int, num_tokens: int, faults: Sequence[str]) -> ConfigError:
+    """Make the error of a split without a sample: `num_rows` are usable, `faults` are those of the first others."""
     settings = split.config.data
     source = settings.eval if split.name == "eval" and not split.is_share else settings.train
     where, hint = f"{source}: the {split.name} split has", "give it more rows"
@@ -356,7 +358,8 @@ def _no_sample_error(task: Task, split: Split, num_rows: int, num_tokens: int) -
         which = "larger" if split.name == "eval" else "smaller"
         hint = f"set a {which} share, or data.eval to a file of its own"
     if not num_rows:
-        return ConfigError(f"{where} no usable row", hint=hint)
+        reasons = "\n  ".join(["; the first unusable ones:", *faults]) if faults else ""
+        return ConfigError(f"{where} no usable row{reasons}", hint=hint)
     rows = f"{num_rows:,} row{'' if num_rows == 1 else 's'}"
     if not task.packs:
         return ConfigError(f"{where} {rows} without any text", hint=hint)

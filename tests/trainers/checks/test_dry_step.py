@@ -151,6 +151,23 @@ def test_a_token_without_an_embedding(
         dry(assign("short", sections=path), storage)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_that_are_not_finite(
+    value: float, adapted: bool, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+) -> None:
+    config = transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+    made = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        made.transformer.h[1].ln_1.bias[3] = value
+    made.save_pretrained(tmp_path)
+    lora = {"r": 2} if adapted else None
+    body = {"model": {"path": str(tmp_path), "config": None, "tokenizer": {"train_bpe": 400}, "lora": lora}}
+    with pytest.raises(ConfigError, match=r"hold NaN or infinite values in .*transformer\.h\.1\.ln_1\.bias$") as caught:
+        dry(assign(f"not-finite-{adapted}", sections=body), storage)
+    assert f"model.path {tmp_path}" in caught.value.message
+
+
 OWN_TASKS = """
 import os
 

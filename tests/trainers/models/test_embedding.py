@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from outlast.trainers.distributed.determinism import seed_everything
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.models.canonical import describe_layout
+from outlast.trainers.models.model_config import read_config
 from outlast.trainers.preparation.prepare import data_fingerprint
 from outlast.trainers.tasks.causal_lm import CausalLM
 from tests.support.groups.worker_group import StopAt, digests, losses, run_group
@@ -129,6 +131,9 @@ def test_entries_of_the_configuration_are_replaced(
     [
         ("atention_dropout", "has no such entry; did you mean 'attention_dropout'?"),
         ("model_type", "has no such entry"),
+        ("id2label", "has no effect: the task sets it by the data"),
+        ("num_labels", "has no effect: the task sets it by the data"),
+        ("problem_type", "has no effect: the task sets it by the data"),
         ("hidden_size", "hold weights of LlamaForCausalLM in other sizes"),
     ],
 )
@@ -138,6 +143,37 @@ def test_entries_that_cannot_be_replaced(
     [ended] = run_group(add("no-overrides", {"overrides": {key: 64}}), storage, 1)
     assert message in str(ended.error)
     assert not storage.path("no-overrides/model").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 7000.0},
+        {"rope_theta": 7000.0, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        {"rope_scaling": None},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 9000.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ],
+    ids=str,
+)
+def test_the_base_of_rotary_positions_is_that_of_the_files(
+    changes: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As if the entries were replaced in a config.json of the form that most models have."""
+    scaling = {"rope_type": "linear", "factor": 3.0}
+    transformers.LlamaConfig(vocab_size=300, **TINY).save_pretrained(tmp_path)
+    body = json.loads((tmp_path / "config.json").read_bytes())
+    del body["rope_parameters"]
+    body |= {"rope_theta": 500000.0, "rope_scaling": scaling, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    made = read_config(transformers.AutoConfig, ModelSettings(path=str(tmp_path), overrides=changes))
+    expected = {**body, **changes}
+    if "rope_parameters" in changes:
+        del expected["rope_scaling"]
+    assert made.rope_parameters == transformers.LlamaConfig.from_dict(expected).rope_parameters
+    assert made.rope_parameters["rope_theta"] in (500000.0, 7000.0, 9000.0)
 
 
 def test_generation_stops_at_the_tokenizer_s_end_token_too(tokenizer: Tokenizer, tmp_path: Path) -> None:

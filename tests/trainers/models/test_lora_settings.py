@@ -191,9 +191,55 @@ def test_adapters_that_do_not_fit(
     assert (
         "foreign" in error(changed("weights", {**weights, "base_model.model.foreign": weights[name].clone()})).message
     )
-    assert "cannot be loaded" in error(changed("r", 7)).message
+    other = error(changed("r", 7)).message
+    assert f"{name} is [3, 32] in the file and [7, 32] here" in other
     assert "IA3" in error(changed("peft_type", "IA3")).message
     assert "was trained for SEQ_CLS, and model.task needs CAUSAL_LM" in error(changed("task_type", "SEQ_CLS")).message
+    gone = changed("r", 3)
+    (Path(gone) / "adapter_model.safetensors").unlink()
+    assert error(gone).message == f"the adapter {gone} has no adapter_model.safetensors"
+    (Path(gone) / "adapter_model.safetensors").write_bytes(b"no weights")
+    assert f"{gone}/adapter_model.safetensors cannot be read: " in error(gone).message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bias", "x"),
+        ("r", "a"),
+        ("r", 0),
+        ("task_type", "BOGUS"),
+        ("target_modules", [1]),
+        ("target_modules", "("),
+        ("target_modules", ["nope"]),
+        ("lora_dropout", "x"),
+        ("lora_dropout", 2),
+        ("modules_to_save", 5),
+        ("rank_pattern", [1]),
+        ("alpha_pattern", 5),
+        ("layers_to_transform", "x"),
+        ("megatron_config", {"a": 1}),
+        ("lora_alpha", None),
+        ("eva_config", 5),
+        ("init_lora_weights", "zzz"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_peft_refuses(
+    key: str, value: Any, adapt: Callable[..., Assignment], storage: LocalStorage, base: Path, tmp_path: Path
+) -> None:
+    plain_adapter(base, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_bytes()), key: value}))
+    error = refused(adapt("refused", {"path": str(tmp_path / "adapter")}), storage)
+    assert error.message.startswith(f"{file}: peft cannot adapt LlamaForCausalLM: ")
+    assert "model.lora.target_modules" not in error.hint
+    assert ("this model has: " in error.hint) == (value == ["nope"])
+
+
+def test_the_hint_names_the_setting_that_peft_refuses(adapt: Callable[..., Assignment], storage: LocalStorage) -> None:
+    error = refused(adapt("no-target", {"target_modules": ["q_prj"]}), storage)
+    assert error.hint.startswith("set model.lora.target_modules; this model has: down_proj, ")
 
 
 def test_a_missing_base_model_is_named(
@@ -242,3 +288,61 @@ def test_added_tokens_are_trained_and_saved_with_the_adapter(
     assert torch.equal(logits(adapted), logits(ours))
     rows = adapted.get_input_embeddings().weight
     assert rows.shape[0] == 402
+
+
+def test_a_run_with_added_tokens_and_an_adapter_goes_on_training(
+    adapt: Callable[..., Assignment], storage: LocalStorage, base: Path
+) -> None:
+    """Its adapter holds the embeddings, which are larger than the base model's."""
+    tokens = ["<|one|>", "return"]
+    first = adapt("grown-first", {"r": 4}, model={"add_tokens": tokens})
+    assert run_group(first, storage, 1)[0].outcome is Outcome.DONE
+    folder = directory(storage, first.config.name)
+    theirs = AutoModelForCausalLM.from_pretrained(base)
+    theirs.resize_token_embeddings(402)
+    theirs = peft.PeftModel.from_pretrained(theirs, folder)
+    for options in ({"resize": True}, {"add_tokens": tokens}):
+        again = adapt(f"grown-{next(iter(options))}", None, model={"path": str(folder), "lora": None, **options})
+        assert torch.equal(logits(build(again, storage)[0]), logits(theirs))
+
+    def make(name: str, **options: Any) -> Assignment:
+        return adapt(f"grown-{name}", None, model={"path": str(folder), "lora": None, "resize": True}, **options)
+
+    before = load_file(folder / "adapter_model.safetensors")
+    after = load_file(directory(storage, start_and_resume(make, storage)) / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    embedding = "base_model.model.model.embed_tokens.weight"
+    assert not torch.equal(before[embedding], after[embedding]), "the embedding is trained on"
+
+
+def test_an_adapter_of_peft_with_a_resized_embedding_goes_on_training(
+    adapt: Callable[..., Assignment], storage: LocalStorage, base: Path, tmp_path: Path
+) -> None:
+    """peft saves the embeddings with the adapter, although they are not trained."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<|one|>", "return"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(402)
+    model.save_pretrained(tmp_path / "grown")
+    theirs = plain_adapter(tmp_path / "grown", tmp_path / "adapter")
+    theirs.peft_config["default"].base_model_name_or_path = str(base)
+    with pytest.warns(UserWarning, match="the embedding layer has been resized"):
+        theirs.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    embedding = "base_model.model.model.embed_tokens.weight"
+    assert saved[embedding].shape[0] == 402
+
+    def make(name: str, **options: Any) -> Assignment:
+        settings = {"path": str(tmp_path / "adapter"), "lora": None, "resize": True}
+        return adapt(f"resized-{name}", None, model=settings, **options)
+
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    plain.resize_token_embeddings(402)
+    expected = logits(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter"))
+    assert torch.equal(logits(build(make("start"), storage)[0]), expected)
+    folder = directory(storage, start_and_resume(make, storage))
+    after = load_file(folder / "adapter_model.safetensors")
+    assert after.keys() == saved.keys()
+    assert torch.equal(after[embedding], saved[embedding])
+    assert not all(torch.equal(after[name], saved[name]) for name in saved)

@@ -197,3 +197,11 @@ def test_texts_are_continued_as_they_are_learned(run: Run) -> None:
         )
     continuation = expected[given["input_ids"].shape[1] :]
     assert found["continuation"] == run.tokenizer.decode(continuation, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_tokenizer_without_an_end_token(packing: bool, tokenizer: Any, tmp_path: Path) -> None:
+    backend = tokenizer.backend_tokenizer
+    run = Run(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<unk>"), tmp_path)
+    with pytest.raises(ConfigError, match="no end-of-text token, which is put after each document"):
+        run.samples(run.config(ROWS, packing=packing))

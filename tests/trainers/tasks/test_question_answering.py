@@ -162,3 +162,12 @@ def test_an_answer_of_spaces_is_a_bad_row(tokenizer: Any, tmp_path: Path) -> Non
     row = {"question": "what?", "context": SKY, "answers": {"text": [" "], "answer_start": [3]}}
     with pytest.raises(ConfigError, match=r"rows\.jsonl, row 1: its answer is empty"):
         prepared(tokenizer, tmp_path, [row])
+
+
+def test_rows_that_are_all_unusable_are_named(tokenizer: Any, tmp_path: Path) -> None:
+    """Within the limit of bad rows, which says nothing of the others."""
+    rows = [{**GOOD, "answers": {"text": ["sky"], "answer_start": [number]}} for number in (5, 6)]
+    with pytest.raises(ConfigError, match="the train split has no usable row; the first unusable ones:") as caught:
+        prepared(tokenizer, tmp_path, rows, max_bad_rows=9)
+    assert "rows.jsonl, row 1: its answer 'sky' is not in the context at answer_start 5" in caught.value.message
+    assert "rows.jsonl, row 2: " in caught.value.message
