@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -29,40 +27,14 @@ from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
-from outlast.trainers.preparation.prepare import Prepared, prepare
+from outlast.trainers.preparation.prepare import Prepared
 from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tasks.classification import SequenceClassification
 from tests.support.groups.worker_group import run_group, tiny_config
+from tests.support.tasks.label_rows import labelled, learned, write
 
 NER, CLASSIFIER = "token-classification", "sequence-classification"
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def labelled(labels: Sequence[Any]) -> list[dict[str, Any]]:
-    return [{"text": f"text number {index}", "label": label} for index, label in enumerate(labels)]
-
-
-@pytest.fixture
-def prepared(storage: LocalStorage, tmp_path: Path) -> Callable[..., Prepared]:
-    """Prepares rows, or a file, for a new model or one of a directory."""
-
-    def make(rows: Any, *, model: Path | None = None, task: str = CLASSIFIER, **data: Any) -> Prepared:
-        source = rows if isinstance(rows, str | None) else write(tmp_path / "rows.jsonl", rows)
-        chosen = {"task": task, **({"config": None, "tokenizer": None, "path": str(model)} if model else {})}
-        sections = {"model": chosen, "data": {"train": source, "eval": None, **data}}
-        return prepare(tiny_config("labels", storage.url, "", sections=sections, eval_every=None), storage)
-
-    return make
-
-
-def learned(found: Prepared, storage: LocalStorage) -> list[Any]:
-    samples = found.split(storage, "train").take(range(found.num_samples))
-    return [sample["labels"].tolist() for sample in samples]
 
 
 def saved(folder: Path, head: str = "SequenceClassification", bias: Sequence[float] = (), **config: Any) -> Path:
@@ -192,30 +164,6 @@ def test_lists_of_names_and_of_indexes(prepared: Callable[..., Prepared], storag
     assert learned(found, storage) == [[1, 1], [1, 1]]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
-@pytest.mark.parametrize(
-    ("labels", "problem"),
-    [(["a", "b"], "single-label"), ([0.5, 1.5], "regression"), ([["a"], ["a", "b"]], "multi-label")],
-)
-@pytest.mark.parametrize("empty", ["", "  ", "\t"])
-def test_an_empty_text_is_no_label(
-    empty: str, labels: list[Any], problem: str, suffix: str, prepared: Callable[..., Prepared], tmp_path: Path
-) -> None:
-    is_list, path = isinstance(labels[0], list), tmp_path / f"a{suffix}"
-    odd = ["a", empty] if is_list else empty
-    if suffix == ".jsonl":
-        write(path, labelled([*labels, odd]))
-    else:
-        kept = labels if is_list else list(map(str, labels))
-        frame = pd.DataFrame(labelled([*kept, odd]))
-        _ = frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
-    with pytest.raises(ConfigError, match=rf"a{suffix}, row 3.*column 'label' holds .*no value"):
-        prepared(str(path))
-    found = prepared(str(path), max_bad_rows=1)
-    assert (found.facts["problem"], found.num_samples) == (problem, 2)
-    assert found.facts["classes"] == ([] if problem == "regression" else ["a", "b"])
-
-
 # -- names and their order ---------------------------------------------------------------------------------------------
 
 
@@ -262,115 +210,6 @@ def test_the_order_does_not_depend_on_the_hash_seed() -> None:
         for seed in range(4)
     }
     assert orders == {b"['b', '001', '01', '1', '2', '10']\n"}
-
-
-# -- the same rows in every file type ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("labels", "data", "problem", "classes"),
-    [
-        ([0.0, 1.0, 2.0, 1.0], {}, "regression", []),
-        ([0.0, 1.0, 2.0, 1.0], {"problem": "single-label"}, "single-label", ["0", "1", "2"]),
-        ([0.0, 1.0, 2.0, 1.0], {"labels": ["a", "b", "c"]}, "single-label", ["a", "b", "c"]),
-        ([0.25, 1.0, -1e-7, 1.0], {}, "regression", []),
-        ([3, 1, 20, 1], {}, "single-label", ["1", "3", "20"]),
-        ([3, 1, 20, 1], {"problem": "regression"}, "regression", []),
-        ([True, False, True, True], {}, "single-label", ["False", "True"]),
-        (["b", "a", "b", "None"], {}, "single-label", ["None", "a", "b"]),
-        ([["b", "a"], ["c"], ["b"], ["c"]], {}, "multi-label", ["a", "b", "c"]),
-    ],
-)
-def test_a_file_type_does_not_change_the_task(
-    labels: list[Any],
-    data: dict[str, Any],
-    problem: str,
-    classes: list[str],
-    prepared: Callable[..., Prepared],
-    storage: LocalStorage,
-    tmp_path: Path,
-) -> None:
-    rows, samples = labelled(labels), []
-    frame = pd.DataFrame(rows)
-    frame.to_csv(tmp_path / "a.csv", index=False)
-    frame.to_parquet(tmp_path / "a.parquet")
-    write(tmp_path / "a.jsonl", rows)
-    for name in ("a.csv", "a.parquet", "a.jsonl"):
-        found = prepared(str(tmp_path / name), **data)
-        assert (found.facts["problem"], found.facts["classes"]) == (problem, classes), name
-        samples.append(learned(found, storage))
-    assert samples[0] == samples[1] == samples[2]
-    if problem == "regression":
-        assert samples[0] == [[np.float32(label)] for label in labels]
-
-
-def test_whole_numbers_that_are_fractions_are_said(prepared: Callable[..., Prepared]) -> None:
-    [note] = prepared(labelled([0.0, 1.0, 2.0])).notes
-    assert "used for regression" in note
-    assert "all its labels are whole (0, 1, 2): for classes set data.problem: single-label" in note
-
-
-@pytest.mark.parametrize(
-    ("numbers", "problem"), [(["0.5", "1.5", "2.5"], "regression"), (["0", "1", "2"], "single-label")]
-)
-@pytest.mark.parametrize("missing", ["nan", "NaN", "NA", "null", "None"])
-def test_a_missing_value_among_numbers_is_no_class(
-    numbers: list[str], problem: str, missing: str, prepared: Callable[..., Prepared], tmp_path: Path
-) -> None:
-    pd.DataFrame(labelled([*numbers, missing])).to_csv(tmp_path / "a.csv", index=False)
-    with pytest.raises(ConfigError, match=rf"a.csv, row 4 .line 5.: .*{missing}"):
-        prepared(str(tmp_path / "a.csv"))
-    found = prepared(str(tmp_path / "a.csv"), max_bad_rows=1)
-    assert (found.facts["problem"], found.num_samples) == (problem, 3)
-    assert found.facts["classes"] == ([] if problem == "regression" else numbers)
-
-
-@pytest.mark.parametrize(
-    ("labels", "note"),
-    [
-        ([1, 5, 2], "the labels 1, 2, 5 get the indexes 0, 1, 2"),
-        (["1", "2"], "the labels 1, 2 get the indexes 0, 1"),
-        ([-1, 0, 1], "the labels -1, 0, 1 get the indexes 0, 1, 2"),
-        ([[1], [1, 3]], "the labels 1, 3 get the indexes 0, 1"),
-        (["Pos", "pos", "neg"], "the classes 'Pos', 'pos' differ only in case or surrounding space"),
-        (["pos ", "pos"], "the classes 'pos', 'pos ' differ only in case or surrounding space"),
-        (["a", "n/a", "NaN"], "'NaN', 'n/a' is used as a class"),
-        (["a", "#N/A"], "'#N/A' is used as a class"),
-    ],
-)
-def test_classes_that_may_be_an_oversight_are_noted(
-    labels: list[Any], note: str, prepared: Callable[..., Prepared]
-) -> None:
-    assert any(note in item for item in prepared(labelled(labels)).notes)
-    if not isinstance(labels[0], list):
-        rows = [{"tokens": ["text"], "tags": [label]} for label in labels]
-        assert any(note in item for item in prepared(rows, task=NER).notes)
-        classes = list(map(str, labels))
-        assert not any(note in item for item in prepared(labelled(labels), labels=classes).notes), "the user's own"
-
-
-@pytest.mark.parametrize("labels", [[0, 1, 2], ["a", "b"], [True, False]])
-def test_other_classes_are_not_noted(labels: list[Any], prepared: Callable[..., Prepared]) -> None:
-    assert prepared(labelled(labels)).notes == ()
-
-
-def test_decimal_commas(prepared: Callable[..., Prepared], storage: LocalStorage, tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("text;score\na;1.234,5\nb;0,5\nc;2,0\n")
-    found = prepared(str(path))
-    assert any("look like numbers, and are used as classes; data.csv.decimal" in note for note in found.notes)
-    with pytest.raises(
-        ConfigError, match=r"no such labels; the first is '1.234,5' \(.*a.csv, row 1 \(line 2\)\)"
-    ) as caught:
-        prepared(str(path), problem="regression", label="score")
-    assert "set data.csv.decimal: ','" in caught.value.hint
-    with pytest.raises(ConfigError, match=r"the first is '1.234,5'"):
-        prepared(str(path), problem="regression")  # with a column that is guessed
-    found = prepared(str(path), csv={"decimal": ","})
-    assert (found.facts["problem"], learned(found, storage)) == ("regression", [[1234.5], [0.5], [2.0]])
-    path.write_text("text;label\na;0.25\nb;0,5\n")
-    with pytest.raises(ConfigError, match=r"row 2 .* holds '0,5', not a number \(data.csv.decimal"):
-        prepared(str(path), problem="regression")
 
 
 # -- ClassLabel of the datasets library --------------------------------------------------------------------------------
