@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from itertools import groupby
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.data import DataSettings
@@ -259,3 +262,10 @@ def test_a_template_with_a_syntax_error(tokenizer: Any, text: str) -> None:
     tokenizer.chat_template = text
     with pytest.raises(ConfigError, match="the tokenizer's chat template has a syntax error: "):
         ChatTemplate(tokenizer)
+
+
+def test_arguments_that_the_task_gives() -> None:
+    given = set(inspect.signature(transformers.PreTrainedTokenizerFast.apply_chat_template).parameters)
+    for name in {"messages", *given} - {"self", "documents", "kwargs"}:
+        with pytest.raises(ValidationError, match=f"{name} is set by the task; leave it out"):
+            DataSettings(train="x", template_arguments={name: True})

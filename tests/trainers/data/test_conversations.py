@@ -6,7 +6,6 @@ The expected tokens and texts come from transformers alone.
 from __future__ import annotations
 
 import csv
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from pydantic import ValidationError
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
@@ -352,13 +349,6 @@ def test_arguments_of_the_template(chats: Chats) -> None:
     assert chats.samples(file, thinking, template_arguments={"no_thinking": True}) == [expected]
     with pytest.raises(ConfigError, match="no argument 'no_thinkng'"):
         chats.samples(file, thinking, template_arguments={"no_thinkng": True})
-
-
-def test_arguments_that_the_task_gives(chats: Chats) -> None:
-    given = set(inspect.signature(transformers.PreTrainedTokenizerFast.apply_chat_template).parameters)
-    for name in {"messages", *given} - {"self", "documents", "kwargs"}:
-        with pytest.raises(ValidationError, match=f"{name} is set by the task; leave it out"):
-            DataSettings(train="x", template_arguments={name: True})
 
 
 def test_a_syntax_error_is_no_fault_of_a_row(chats: Chats) -> None:
