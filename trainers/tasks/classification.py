@@ -78,6 +78,11 @@ class SequenceClassification(Task):
             raise _no_such_labels(settings, problem, guess, labels)
         if problem == SINGLE and labels.have_decimal_commas:
             notes.append(f"the labels of column {name!r} look like numbers, and are used as classes; {_DECIMAL}")
+        if problem == SINGLE and settings.problem is None and labels.mix_fractions_and_texts:
+            notes.append(
+                f"column {name!r} holds fractions and other texts, each a class; as numbers, with the others unusable: "
+                "data.problem: regression"
+            )
         if settings.problem is None and problem != SINGLE:
             notes.append(f"column {name!r} is used for {problem} (data.problem)")
             if problem == REGRESSION and labels.are_whole and all(map(_is_whole, labels.classes())):
@@ -105,9 +110,11 @@ class SequenceClassification(Task):
                     f"data.label_form is multi-hot, but column {name_of(settings, 'label')!r} does not hold lists",
                     hint="remove data.label_form, or name another column as data.label",
                 )
-            names = {class_name(float(name)) for name in labels.names} if labels.are_number_texts else labels.classes()
-            numbers = {"are_numbers": True} if labels.are_number_texts else {}
-            return {**survey_classes(settings, "label", names), **numbers}
+            names = labels.classes()
+            if not labels.are_number_texts or (settings.labels is not None and names & set(settings.labels)):
+                return survey_classes(settings, "label", names)
+            numbers = {class_name(float(name)) for name in names if is_number(name)}
+            return {**survey_classes(settings, "label", numbers), "are_numbers": True}
         fits = settings.labels is None or set(labels.widths) == {len(settings.labels)}
         is_plain = labels.are_multi_hot and len(labels.widths) == 1 and max(labels.widths) >= 2 and fits
         is_hot = labels.have_repeats or is_plain

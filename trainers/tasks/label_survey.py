@@ -11,6 +11,7 @@ from outlast.trainers.data.csv_reader import has_decimal_comma
 from outlast.trainers.data.written_lists import parse_list
 from outlast.trainers.tasks.labels import MISSING_TEXTS, class_name, is_multi_hot
 
+_LARGEST = float(np.finfo(np.float32).max)
 SINGLE, MULTI, REGRESSION = "single-label", "multi-label", "regression"
 
 
@@ -56,16 +57,25 @@ class LabelSurvey:
     @property
     def are_number_texts(self) -> bool:
         """Whether all texts are numbers, some of them fractions: values of a .csv file are all texts."""
-        values = {name for name in self.names if name.lower() not in MISSING_TEXTS}
-        are_fractions = any(not name.lstrip("+-").isdecimal() for name in values)
-        return self.kinds == {str} and are_fractions and all(map(is_number, values))
+        are_fractions = any(not name.lstrip("+-").isdecimal() for name in self._values)
+        return self.kinds == {str} and are_fractions and all(map(is_number, self._values))
+
+    @property
+    def mix_fractions_and_texts(self) -> bool:
+        """Whether some texts are fractions, and others are no numbers."""
+        numbers = {name for name in self._values if is_number(name)}
+        return numbers != self._values and any(not name.lstrip("+-").isdecimal() for name in numbers)
+
+    @property
+    def _values(self) -> set[str]:
+        """The names that hold a value, if they were numbers; an infinite one is none."""
+        return {name for name in self.names if name.lower() not in MISSING_TEXTS and not _is_infinite(name)}
 
     @property
     def have_decimal_commas(self) -> bool:
         """Whether all texts are numbers, some of them with a decimal comma."""
-        values = {name for name in self.names if name.lower() not in MISSING_TEXTS}
-        are_numbers = all(is_number(name) or has_decimal_comma(name) for name in values)
-        return self.kinds == {str} and are_numbers and any(map(has_decimal_comma, values))
+        are_numbers = all(is_number(name) or has_decimal_comma(name) for name in self._values)
+        return self.kinds == {str} and are_numbers and any(map(has_decimal_comma, self._values))
 
     def guess(self, settings: DataSettings) -> str:
         """Return the problem that the labels are for."""
@@ -73,21 +83,25 @@ class LabelSurvey:
             return MULTI
         if self.are_number_texts:
             return REGRESSION if settings.labels is None else SINGLE
-        has_numbers = float in self.kinds and str not in self.kinds
+        has_numbers = float in self.kinds and (str not in self.kinds or all(map(is_number, self._values)))
         return REGRESSION if has_numbers and not (self.are_whole and settings.labels is not None) else SINGLE
 
     def classes(self) -> set[str]:
         """Return the class names of labels that are not lists. Among numbers, texts such as `nan` are none."""
-        named = {name for name in self.names if name.lower() not in MISSING_TEXTS}
+        named = self._values
         are_numbers = bool(named) and all(map(str.isdecimal, named))
         return named if are_numbers else self.names
 
 
 def is_number(value: Any) -> bool:
-    """Check whether a label is a finite number, or a text of one."""
-    if isinstance(value, list):
+    """Check whether a label is a number of float32, or a text of one; Python alone reads underscores in it."""
+    if isinstance(value, list) or (isinstance(value, str) and "_" in value):
         return False
     try:
-        return bool(np.isfinite(float(value)))
-    except ValueError:
+        return abs(float(value)) <= _LARGEST
+    except (ValueError, OverflowError):
         return False
+
+
+def _is_infinite(name: str) -> bool:
+    return name.lower().lstrip("+-") in ("inf", "infinity")

@@ -15,7 +15,7 @@ from outlast.trainers.data.columns import name_of
 
 NAMES, INDEX, MULTI_HOT = "names", "index", "multi-hot"
 #: How programs write that there is no value. Among numbers these are no classes.
-MISSING_TEXTS = frozenset({"", "nan", "na", "n/a", "#n/a", "null", "none"})
+MISSING_TEXTS = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "missing", "?", "-", "."})
 _BOOLS = {"false": 0, "true": 1}
 _NUM_SHOWN, _MAX_CLASSES = 8, 100_000
 
@@ -48,12 +48,24 @@ def most_common_width(widths: Mapping[int, int]) -> int | None:
     return None if not ordered or is_tie or ordered[0][0] < 2 else ordered[0][0]
 
 
+def _class_order(name: str) -> tuple[int, str, str]:
+    """Return the key of a class in the order of classes; that of a whole number for any count of digits."""
+    digits = name.lstrip("0") if name.isdecimal() else ""
+    return len(digits) + name.isdecimal(), digits, name
+
+
+def _as_whole(name: str) -> str | None:
+    """Return the whole number that a text such as 1.0 writes; None for other texts."""
+    match = re.fullmatch(r"([+-]?\d+)\.0+", name)
+    return match[1] if match else None
+
+
 def sort_classes(settings: DataSettings, role: str, names: Iterable[str]) -> list[str]:
     """Order class names by their class index: whole numbers by value, all others by name.
 
     Raises ConfigError for fewer than two classes.
     """
-    classes = sorted(set(names), key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    classes = sorted(set(names), key=_class_order)
     name = name_of(settings, role)
     if not classes:
         raise ConfigError(f"{settings.train} has no usable row, so no class of {name!r}", hint="add rows to it")
@@ -80,6 +92,11 @@ def survey_classes(settings: DataSettings, role: str, found: Collection[str]) ->
     are_indexes = not set(classes) & set(found) and all(
         item.removeprefix("-").isdecimal() or item.lower() in _BOOLS for item in found
     )
+    if are_indexes and (written := {_as_whole(name) for name in classes} & set(found)):
+        raise ConfigError(
+            f"column {column!r} has the labels {listed(sorted(written))}, and data.labels writes them with a fraction",
+            hint="write data.labels as the rows have them, such as 1 instead of 1.0",
+        )
     facts: dict[str, Any] = {"classes": classes, "given": True, "form": INDEX if are_indexes and found else NAMES}
     if facts["form"] == INDEX:
         facts["names"] = classes

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -146,3 +147,44 @@ def test_decimal_commas(prepared: Callable[..., Prepared], storage: LocalStorage
     path.write_text("text;label\na;0.25\nb;0,5\n")
     with pytest.raises(ConfigError, match=r"row 2 .* holds '0,5', not a number \(data.csv.decimal"):
         prepared(str(path), problem="regression")
+
+
+# -- numbers and other texts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odd", ["#N/A", "inf", "-nan", "<NA>", "?", "-", "missing"])
+def test_one_odd_cell_among_fractions_is_unusable(odd: str, prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f"text,label\na,0.5\nb,0.7\nc,{odd}\n")
+    found = prepared(str(tmp_path / "rows.csv"), max_bad_rows=1)
+    assert (found.facts["problem"], found.num_rows["train"]) == ("regression", 2)
+    with pytest.raises(ConfigError, match="row 3"):
+        prepared(str(tmp_path / "rows.csv"))
+
+
+def test_odd_texts_among_numbers_of_json(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(labelled([0.5, 0.7, "n/a", 0.3]), max_bad_rows=1)
+    assert (found.facts["problem"], found.num_rows["train"]) == ("regression", 3)
+    found = prepared(labelled(["0.5", "0.7", "abc"]))
+    assert any("holds fractions and other texts" in note for note in found.notes)
+
+
+def test_texts_that_only_python_takes_for_numbers(prepared: Callable[..., Prepared]) -> None:
+    assert prepared(labelled(["1_1", "1_2", "2_1"])).facts["classes"] == ["1_1", "1_2", "2_1"]
+
+
+def test_numbers_beyond_those_of_the_model(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(labelled([0.5, 1e300, 10**400, 0.25]), max_bad_rows=2)
+    assert (found.facts["problem"], found.num_rows["train"]) == ("regression", 2)
+    classes = prepared(labelled(["1" * 5000, "0", "1"])).facts["classes"]
+    assert classes == ["0", "1", "1" * 5000]
+
+
+def test_class_names_that_are_numbers(prepared: Callable[..., Prepared], storage: LocalStorage, tmp_path: Path) -> None:
+    names = ["1.0", "2.0", "3.0"]
+    found = prepared(labelled(["1.0", "2.0", "1.0"]), labels=names)
+    assert learned(found, storage) == [[0], [1], [0]]
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=names))
+    datasets.Dataset.from_list(labelled([0, 2, 0]), features=features).to_parquet(tmp_path / "a.parquet")
+    assert learned(prepared(str(tmp_path / "a.parquet")), storage) == [[0], [2], [0]]
+    with pytest.raises(ConfigError, match="writes them with a fraction"):
+        prepared(labelled([1.0, 2.0, 1.0]), labels=names)
