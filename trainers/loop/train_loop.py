@@ -16,7 +16,7 @@ from torch import nn
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import DamagedError, NoCheckpointError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
-from outlast.checkpointing.format.layout import CheckpointRef
+from outlast.checkpointing.format.layout import CheckpointRef, checkpoint_name
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.retention_policy import RetentionCandidate
 from outlast.trainers.config.training_config import TrainingConfig
@@ -232,10 +232,8 @@ class Loop:
         """Return the Hugging Face Trainer's `trainer_state.json`, for tools that read it."""
         settings = self.config.checkpoint
         state = self.history.trainer_state(self.step, settings.metric, settings.metric_mode)
-        store, best_step = self.checkpointer.store, state["best_global_step"]
-        refs = [CheckpointRef(self.step, self.checkpointer.attempt), *(item.ref for item in self.checkpointer.accepted)]
-        if best := next((ref for ref in refs if ref.step == best_step), None):
-            state["best_model_checkpoint"] = store.checkpoint_url(best)
+        if settings.keep_best and state["best_global_step"] is not None:  # else it may not be kept, or never was saved
+            state["best_model_checkpoint"] = checkpoint_name(state["best_global_step"])
         return json.dumps(state, sort_keys=True).encode() + b"\n"  # indented, it takes four times as long
 
     def _resume(self) -> bool:

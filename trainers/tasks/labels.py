@@ -92,7 +92,7 @@ def survey_classes(settings: DataSettings, role: str, found: Collection[str]) ->
     are_indexes = not set(classes) & set(found) and all(
         item.removeprefix("-").isdecimal() or item.lower() in _BOOLS for item in found
     )
-    if are_indexes and (written := {_as_whole(name) for name in classes} & set(found)):
+    if are_indexes and (written := {whole for name in classes if (whole := _as_whole(name))} & set(found)):
         raise ConfigError(
             f"column {column!r} has the labels {listed(sorted(written))}, and data.labels writes them with a fraction",
             hint="write data.labels as the rows have them, such as 1 instead of 1.0",

@@ -217,7 +217,7 @@ class Workshop:
         texts = [f"{'.'.join(map(str, path))}: {message} {suggestion}" for path, message, suggestion in messages]
         if named and not any(name in text for name in named for text in texts):
             return Ending("refused", f"it names no file: {texts[0][:300]}")
-        if "unexpected" in texts[0]:
+        if re.search(r"unexpected \w*(Error|Exception)", texts[0]):
             return Ending("refused", texts[0][:300])
         has_place = all(item.line or item.finding.path or _PLACE.search(item.finding.message) for item in found)
         return Ending("refused", "" if has_place else f"no place: {texts[0][:300]}")

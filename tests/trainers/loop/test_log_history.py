@@ -111,9 +111,7 @@ def test_what_transformers_reads(undisturbed: TrainerState, storage: LocalStorag
     assert undisturbed.best_metric == min(measured[4], measured[8], measured[10])
     assert undisturbed.best_global_step is not None
     assert measured[undisturbed.best_global_step] == undisturbed.best_metric
-    assert undisturbed.best_model_checkpoint is not None
-    assert Path(undisturbed.best_model_checkpoint).name == f"checkpoint-{undisturbed.best_global_step}"
-    assert Path(undisturbed.best_model_checkpoint, "model.safetensors").is_file()
+    assert undisturbed.best_model_checkpoint == f"checkpoint-{undisturbed.best_global_step}"
     assert (undisturbed.global_step, undisturbed.max_steps, undisturbed.logging_steps) == (10, 10, 3)
     assert find_model(RunStore(storage, "logged")) is not None
 
