@@ -11,6 +11,18 @@ from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_v
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.task_table import check_task_name, is_dotted
 
+_MAX_NAME_BYTES = 255  # of file systems
+
+
+def _fits_a_path(value: str) -> str:
+    if any(len(part.encode(errors="replace")) > _MAX_NAME_BYTES for part in value.split("/")):
+        raise ValueError(f"is no directory and no hub id: a name has more than {_MAX_NAME_BYTES} bytes")
+    return value
+
+
+#: A directory or a hub id.
+ModelPath = Annotated[str, AfterValidator(_fits_a_path)]
+
 
 def is_hub_id(model: str) -> bool:
     """Check whether a `model.path` (absolute, if it is a directory) is an id on the Hugging Face hub."""
@@ -22,7 +34,7 @@ class TokenizerSettings(Settings):
 
     train_bpe: int | None = Field(None, ge=257)
     """Train a byte-level BPE tokenizer with this many entries on the training text."""
-    path: str | None = None
+    path: ModelPath | None = None
     """Use the tokenizer of this local directory or hub id."""
 
     @model_validator(mode="after")
@@ -79,7 +91,7 @@ class ModelSettings(Settings):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    path: str | None = None
+    path: ModelPath | None = None
     """A local directory in the Hugging Face layout, or a hub id. The directory of an adapter stands for its base model
     with `lora: {path: …}`: the adapter goes on training."""
     overrides: dict[str, Any] | None = None
