@@ -86,19 +86,24 @@ def rows_of(file: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DATA / file).read_text().splitlines()]
 
 
+def loss_of_transformers(model_folder: Path, file: str) -> float:
+    """The mean loss of a classifier over the texts of a file, each alone."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(model_folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    losses = []
+    for row in rows_of(file):
+        logits = model(**tokenizer(row["text"], truncation=True, max_length=64, return_tensors="pt")).logits
+        losses.append(functional.cross_entropy(logits, torch.tensor([model.config.label2id[row["label"]]])).item())
+    return float(np.mean(losses))
+
+
 def test_padding_does_not_change_the_loss(
     settings: Callable[..., dict[str, Any]], models: Path, process: ProcessPoolExecutor
 ) -> None:
     body = settings("sequence-classification", "llama-classifier", "len.jsonl")
     body["train"] |= {"batch": 12, "micro_batch": 12}
     loss = process.submit(run_once, body).result()["loss"]
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(models / "llama-classifier")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "llama-classifier")
-    alone = []
-    for row in rows_of("len.jsonl"):
-        logits = model(**tokenizer(row["text"], truncation=True, max_length=64, return_tensors="pt")).logits
-        alone.append(functional.cross_entropy(logits, torch.tensor([model.config.label2id[row["label"]]])).item())
-    assert loss == pytest.approx(np.mean(alone), rel=1e-5)
+    assert loss == pytest.approx(loss_of_transformers(models / "llama-classifier", "len.jsonl"), rel=1e-5)
 
 
 def test_multi_hot_labels(settings: Callable[..., dict[str, Any]]) -> None:
@@ -173,13 +178,8 @@ def test_the_heads_order_of_classes(
 ) -> None:
     body = settings("sequence-classification", "bert-positive-first", "posneg.jsonl", eval=str(DATA / "posneg.jsonl"))
     found = process.submit(run_once, body).result()
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(models / "bert-positive-first").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "bert-positive-first")
-    losses = []
-    for row in rows_of("posneg.jsonl"):
-        logits = model(**tokenizer(row["text"], return_tensors="pt")).logits
-        losses.append(functional.cross_entropy(logits, torch.tensor([model.config.label2id[row["label"]]])).item())
-    assert found["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    expected = loss_of_transformers(models / "bert-positive-first", "posneg.jsonl")
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert round(found["eval_loss"], 3) == 0.889
     assert found["id2label"] == {0: "positive", 1: "negative"}
     assert any("order of the model's head" in note for note in made(body)[0].notes)
@@ -313,7 +313,7 @@ def test_quotation_marks_that_join_rows(settings: Callable[..., dict[str, Any]],
     assert prepared.num_rows["train"] == 6
 
 
-def test_guesses_of_columnar_files_are_said(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_guesses_of_columnar_files_are_reported(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     prepared, samples = made(settings("sequence-classification", "bert", "floatlab.parquet"))
     labels = parquet.read_table(DATA / "floatlab.parquet")["label"].to_pylist()
     assert [float(sample["labels"][0]) for sample in samples] == labels

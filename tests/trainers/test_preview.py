@@ -289,7 +289,7 @@ def test_rows_without_text(name: str, tmp_path: Path) -> None:
 
 
 def test_a_few_rows_of_many(tmp_path: Path) -> None:
-    """Classes are those of all rows, counts those of the first ones, and nothing is said of the others."""
+    """Classes are those of all rows, counts those of the first ones only."""
     rows = tmp_path / "rows.jsonl"
     labels = ["bad"] * 50 + ["good"] * 50
     rows.write_text(

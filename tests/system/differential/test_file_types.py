@@ -109,6 +109,9 @@ def test_every_type_of_file_gives_the_samples_of_transformers(kind: str, model: 
             with tempfile.TemporaryDirectory() as place:
                 found = samples(kind, folder, Path(place), rows, kind_of_file)
             assert found == (expected, len(bad)), kind_of_file
+        mixed = [{name: value for name, value in row.items() if value is not None} for row in rows]
+        with tempfile.TemporaryDirectory() as place:
+            assert samples(kind, folder, Path(place), mixed, "jsonl") == (expected, len(bad)), "rows of several schemas"
 
     check()
 

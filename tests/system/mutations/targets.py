@@ -64,7 +64,7 @@ class Ending:
 
     Attributes:
         fault: What is wrong with the ending; empty for a right one.
-        kind: `same samples`, `refused`, or `accepted` where no independent reader says more.
+        kind: `same samples`, `refused`, or `accepted` where no independent reader can compare.
     """
 
     kind: str

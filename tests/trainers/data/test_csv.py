@@ -1,4 +1,4 @@
-"""Dialects of .csv and .tsv files, and encodings of all text files. What the rows are, pandas says."""
+"""Dialects of .csv and .tsv files, and encodings of all text files. pandas reads the expected rows."""
 
 from __future__ import annotations
 

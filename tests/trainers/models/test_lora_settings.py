@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.fault_injection import FaultAction, FaultPoint
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.model import LoraSettings, ModelSettings
+from outlast.trainers.config.train import Parallel
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
 from outlast.trainers.tasks.causal_lm import CausalLM
-from tests.support.groups.worker_group import StopAt, digests, losses, run_group
+from tests.support.groups.worker_group import StopAt, digests, fault, losses, run_group, with_parallel
 from tests.trainers.models.test_lora import directory, logits, make_base
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -32,6 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "regex": {"r": 4, "target_modules": r".*layers\.1\..*(q|v)_proj"},
     "saved": {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]},
 }
+
+FAST = [("dora", Parallel.FSDP), ("saved", Parallel.DDP)]
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
@@ -84,6 +90,30 @@ def test_settings_of_peft(
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(ours))
+
+
+@pytest.mark.parametrize(
+    ("setting", "parallel"),
+    [
+        pytest.param(*case, marks=() if case in FAST else pytest.mark.faults, id=f"{case[0]}-{case[1].value}")
+        for case in product(SETTINGS, Parallel)
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    setting: str, parallel: Parallel, adapt: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+) -> None:
+    def make(name: str, **options: Any) -> Assignment:
+        run = f"lora-{setting}-{parallel.value}-{name}"
+        return with_parallel(adapt(run, SETTINGS[setting], **options), parallel)
+
+    whole, killed = make("whole"), make("killed")
+    assert run_group(whole, storage, 2)[0].outcome is Outcome.DONE
+    injected = fault(FaultPoint.WHILE_WRITING, 6, 1, FaultAction.SIGKILL, tmp_path)
+    assert run_group(make("killed", faults=(injected,)), storage, 2)[1].exit_code == -signal.SIGKILL
+    assert Path(injected.record).exists()
+    assert run_group(make("killed", launch="second"), storage, 2)[0].outcome is Outcome.DONE
+    assert digests(storage, killed.config.name) == digests(storage, whole.config.name)
+    assert losses(storage, killed.config.name) == losses(storage, whole.config.name)
 
 
 def build(assignment: Assignment, storage: LocalStorage, *, fresh: bool = True) -> tuple[Any, dict[str, bytes]]:

@@ -226,7 +226,7 @@ def test_other_weights_of_another_size_are_always_refused(write: Write) -> None:
 
 
 def test_new_weights_are_those_of_the_constructor_where_transformers_leaves_them_unset(write: Write) -> None:
-    """Of Longformer's bias, `_init_weights` knows nothing; the memory is then whatever was there before."""
+    """`_init_weights` leaves out Longformer's bias, whose memory then holds whatever was there before."""
     from outlast.trainers.config.data import DataSettings
     from outlast.trainers.config.model import ModelSettings
     from outlast.trainers.data.tokenizer import train_bpe

@@ -38,7 +38,7 @@ WIDTHS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "
 
 
 def saved(folder: Path, head: str = "SequenceClassification", bias: Sequence[float] = (), **config: Any) -> Path:
-    """A BERT, whose head always says the same with a bias."""
+    """A BERT, whose head with a bias has the same logits for every text."""
     tokens = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     tokenizer = train_bpe(
         iter(["text number good bad film"]), 300, tokens, ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B")

@@ -165,7 +165,7 @@ def test_an_answer_of_spaces_is_a_bad_row(tokenizer: Any, tmp_path: Path) -> Non
 
 
 def test_rows_that_are_all_unusable_are_named(tokenizer: Any, tmp_path: Path) -> None:
-    """Within the limit of bad rows, which says nothing of the others."""
+    """The limit of bad rows allows them, but no row is left: the error has their reasons."""
     rows = [{**GOOD, "answers": {"text": ["sky"], "answer_start": [number]}} for number in (5, 6)]
     with pytest.raises(ConfigError, match="the train split has no usable row; the first unusable ones:") as caught:
         prepared(tokenizer, tmp_path, rows, max_bad_rows=9)
