@@ -83,6 +83,11 @@ class SequenceClassification(Task):
                 f"column {name!r} holds fractions and other texts, each a class; as numbers, with the others unusable: "
                 "data.problem: regression"
             )
+        if problem == SINGLE and labels.bracketed:
+            notes.append(
+                f"column {name!r} holds {labels.bracketed[0]!r}, which is no list in the notation of JSON or Python, "
+                "as a class"
+            )
         if settings.problem is None and problem != SINGLE:
             notes.append(f"column {name!r} is used for {problem} (data.problem)")
             if problem == REGRESSION and labels.are_whole and all(map(_is_whole, labels.classes())):

@@ -56,9 +56,14 @@ class LabelSurvey:
 
     @property
     def are_number_texts(self) -> bool:
-        """Whether all texts are numbers, some of them fractions: values of a .csv file are all texts."""
-        are_fractions = any(not name.lstrip("+-").isdecimal() for name in self._values)
-        return self.kinds == {str} and are_fractions and all(map(is_number, self._values))
+        """Whether texts are numbers as all other labels, some of them fractions: a .csv file has texts only."""
+        are_fractions = float in self.kinds or any(not name.lstrip("+-").isdecimal() for name in self._values)
+        return str in self.kinds and are_fractions and all(map(is_number, self._values))
+
+    @property
+    def bracketed(self) -> list[str]:
+        """The texts in brackets that write no list."""
+        return sorted(name for name in self.names if name.startswith("[") and name.endswith("]"))
 
     @property
     def mix_fractions_and_texts(self) -> bool:
@@ -83,7 +88,7 @@ class LabelSurvey:
             return MULTI
         if self.are_number_texts:
             return REGRESSION if settings.labels is None else SINGLE
-        has_numbers = float in self.kinds and (str not in self.kinds or all(map(is_number, self._values)))
+        has_numbers = float in self.kinds and str not in self.kinds
         return REGRESSION if has_numbers and not (self.are_whole and settings.labels is not None) else SINGLE
 
     def classes(self) -> set[str]:

@@ -188,3 +188,19 @@ def test_class_names_that_are_numbers(prepared: Callable[..., Prepared], storage
     assert learned(prepared(str(tmp_path / "a.parquet")), storage) == [[0], [2], [0]]
     with pytest.raises(ConfigError, match="writes them with a fraction"):
         prepared(labelled([1.0, 2.0, 1.0]), labels=names)
+
+
+@pytest.mark.parametrize(("problem", "expected"), [(None, [[0.0], [1.0]] * 2), ("single-label", [[0], [1]] * 2)])
+def test_the_same_numbers_in_a_csv_and_a_parquet_file(
+    problem: str | None, expected: list[Any], prepared: Callable[..., Prepared], storage: LocalStorage, tmp_path: Path
+) -> None:
+    table = pd.DataFrame(labelled([0.0, 1.0]))
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "b.parquet")
+    found = prepared(None, train=[str(tmp_path / name) for name in ("a.csv", "b.parquet")], problem=problem)
+    assert learned(found, storage) == expected
+
+
+def test_lists_in_another_notation_are_noted(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(labelled(["[1 0 1]", "[0 1 1]"]))
+    assert any("'[0 1 1]', which is no list" in note for note in found.notes)
