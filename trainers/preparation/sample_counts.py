@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from outlast.trainers.data.arrow_samples import Sample
 from outlast.trainers.data.columns import texts_in
 from outlast.trainers.tasks.base import Record, Task
@@ -45,5 +43,5 @@ def count_empty(task: Task, records: Sequence[Record], samples: Sequence[Sample]
         roles = [column.role for column in task.columns if not column.is_target]
         return sum(not any(text.strip() for text in texts_in([row.get(role) for role in roles])) for row in records)
     inner = task.tokenizer.inner
-    special = [token for token in inner.all_special_ids if token != inner.unk_token_id]
-    return sum(bool(np.isin(sample["input_ids"], special).all()) for sample in samples if "input_ids" in sample)
+    special = {token for token in inner.all_special_ids if token != inner.unk_token_id}
+    return sum(special.issuperset(sample["input_ids"].tolist()) for sample in samples if "input_ids" in sample)
