@@ -296,8 +296,8 @@ def test_dialects_of_csv(settings: Callable[..., dict[str, Any]], models: Path, 
         classes = prepared.facts["classes"]
         assert [classes[int(sample["labels"][0])] for sample in samples] == table["label"].astype(str).tolist(), file
     assert "hdr.csv has no rows" in findings(settings("sequence-classification", "bert", "hdr.csv"), tmp_path)[0][0]
-    with (DATA / "space.csv").open() as file:
-        table = list(csv.DictReader(file, skipinitialspace=True))
+    with (DATA / "space.csv").open() as opened:
+        table = list(csv.DictReader(opened, skipinitialspace=True))
     prepared, samples = made(settings("sequence-classification", "bert", "space.csv"))
     assert [prepared.facts["classes"][int(sample["labels"][0])] for sample in samples] == [
         row["label"] for row in table

@@ -427,7 +427,7 @@ def test_answers_of_a_prompt_are_not_learned(chats: Chats) -> None:
 
 def test_other_names_of_columns_and_roles(chats: Chats) -> None:
     file = chats.write([{"question": "q", "reply": "a"}])
-    data = {"columns": {"instruction": "question", "output": "reply"}}
+    data: dict[str, Any] = {"columns": {"instruction": "question", "output": "reply"}}
     assert chats.pairs(file, NO_TOOLS, **data) == [(chats.plain(ASKED, NO_TOOLS), "a<end>\n")]
     data = {"prompt": "question", "completion": "reply"}
     assert chats.pairs(file, NO_TOOLS, **data) == [(chats.plain(ASKED, NO_TOOLS), "a<end>\n")]

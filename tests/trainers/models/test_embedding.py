@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_new_rows_are_those_of_transformers(kind: str, tokenizer: Tokenizer, tmp
     longer.inner.add_tokens(TOKENS)
     task: Any = type("Head", (CausalLM,), {"auto_class": f"AutoModelFor{head}"})(DataSettings(train="-"), longer, {})
     settings = ModelSettings(path=str(tmp_path), resize=True)
-    first, again = (build_model(settings, task, longer, 7, fresh=fresh)[0] for fresh in (True, False))
+    first, again = (cast(Any, build_model(settings, task, longer, 7, fresh=fresh)[0]) for fresh in (True, False))
     theirs = builder.from_pretrained(tmp_path, dtype=torch.float32)
     seed_everything(7)
     theirs.resize_token_embeddings(len(longer))
@@ -97,7 +97,8 @@ def test_a_run_with_added_tokens_resumes(add: Callable[..., Assignment], storage
     assert digests(storage, "tokens-parts") == digests(storage, "tokens-whole")
     assert losses(storage, "tokens-parts") == losses(storage, "tokens-whole")
     folder = directory(storage, "tokens-whole")
-    published, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    published: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert published.config.vocab_size == published.get_input_embeddings().weight.shape[0] == len(tokenizer) == 402
     theirs = AutoTokenizer.from_pretrained(base)
     theirs.add_tokens(model["add_tokens"])
@@ -105,7 +106,8 @@ def test_a_run_with_added_tokens_resumes(add: Callable[..., Assignment], storage
     assert 400 in tokenizer("a return of it")["input_ids"]
     samples = whole.prepared.split(storage, "train").take(range(whole.prepared.num_samples))
     assert 400 in {number for sample in samples for number in sample["input_ids"].tolist()}
-    assert check_model(whole.config, whole.prepared, storage)[0].config.vocab_size == 402
+    checked: Any = check_model(whole.config, whole.prepared, storage)[0]
+    assert checked.config.vocab_size == 402
 
 
 def test_entries_of_the_configuration_are_replaced(

@@ -145,7 +145,7 @@ def test_an_adapter_of_peft_goes_on_training(
     form: str, adapt: Callable[..., Assignment], storage: LocalStorage, base: Path, tmp_path: Path
 ) -> None:
     theirs = plain_adapter(base, tmp_path / "adapter")
-    model = {"path": str(tmp_path / "adapter"), "lora": None}
+    model: dict[str, Any] = {"path": str(tmp_path / "adapter"), "lora": None}
     if form == "as model.lora.path":
         model = {"lora": {"path": str(tmp_path / "adapter")}}
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ def refused(folder: Path, builder: str, **options: Any) -> ConfigError:
         with pytest.raises(ConfigError) as caught:
             load(folder, builder, on_meta=on_meta, **options)
     return caught.value
+
+
+def without(name: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: item for key, item in weights.items() if key != name}
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]) -> Path:
@@ -154,7 +159,7 @@ def test_a_new_head_is_noted_and_lost_weights_are_refused(kind: str, write: Writ
         )
         assert bool(report.new) == any(note.startswith("new, because") for note in report.notes)
         last = sorted(key for key in bases if ".1." in key or ".0." in key)[-1]
-        shorn = rewrite(source, lambda old, last=last: {key: item for key, item in old.items() if key != last})
+        shorn = rewrite(source, partial(without, last))
         if any(last in key for key in model.state_dict()):
             assert last in refused(shorn, f"AutoModelFor{name}").message
             tried += 1
@@ -181,7 +186,7 @@ def test_a_base_model_under_another_name(write: Write) -> None:
 
 def test_a_head_that_the_files_should_have(write: Write) -> None:
     whole = write("llama", "AutoModelForCausalLM", tie_word_embeddings=False)
-    folder = rewrite(whole, lambda old: {name: item for name, item in old.items() if name != "lm_head.weight"})
+    folder = rewrite(whole, partial(without, "lm_head.weight"))
     error = refused(folder, "AutoModelForCausalLM")
     assert "lack lm_head.weight, which LlamaForCausalLM needs" in error.message
     assert "model.new_head: true" in error.hint

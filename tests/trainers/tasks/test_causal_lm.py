@@ -146,7 +146,7 @@ COMPLETIONS = [{"prompt": text[: text.index(" ", 9)], "completion": text[text.in
 
 
 @pytest.mark.parametrize("names", [{}, {"prompt": "question", "completion": "reply"}])
-def test_the_loss_is_on_the_completion(run: Run, names: dict[str, str]) -> None:
+def test_the_loss_is_on_the_completion(run: Run, names: dict[str, Any]) -> None:
     """As TRL documents rows of prompt and completion: an end token follows, and the prompt's tokens are not learned."""
     rows = [{names.get(key, key): text for key, text in row.items()} for row in COMPLETIONS]
     config, expected = run.config(rows, **names), []
@@ -188,7 +188,7 @@ def test_texts_are_continued_as_they_are_learned(run: Run) -> None:
     config = run.config(ROWS, packing=False)
     prepared = prepare(config, run.storage)
     task = find_task("causal-lm")(config.data, prepared.tokenizer(run.storage), prepared.facts)
-    model, _ = build_model(config.model, task, task.tokenizer, 3, fresh=True)
+    model: Any = build_model(config.model, task, task.tokenizer, 3, fresh=True)[0]
     given = run.tokenizer(TEXTS[0], return_tensors="pt")
     with torch.no_grad():
         [found] = task.predict(model.eval(), [{"text": TEXTS[0]}])

@@ -96,7 +96,7 @@ def test_multi_hot_classes_get_names_and_the_loss_is_the_models_own(
     config = tiny_config("hot", storage.url, "", sections=sections, eval_every=None)
     tokenizer = found.tokenizer(storage)
     task = find_task(CLASSIFIER)(config.data, tokenizer, found.facts)
-    model, _ = build_model(config.model, task, tokenizer, 1, fresh=True)
+    model: Any = build_model(config.model, task, tokenizer, 1, fresh=True)[0]
     model.eval()
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert model.config.problem_type == "multi_label_classification"
@@ -192,7 +192,7 @@ def test_a_label_that_data_labels_lacks(labels: list[Any], message: str, prepare
 def test_data_labels_are_validated() -> None:
     with pytest.raises(ValueError, match="x is there more than once"):
         DataSettings(train="-", labels=["x", "y", "x"])
-    assert DataSettings(train="-", labels=[3, 1]).labels == ["3", "1"]  # type: ignore[list-item]
+    assert DataSettings(train="-", labels=[3, 1]).labels == ["3", "1"]
 
 
 def test_the_order_does_not_depend_on_the_hash_seed() -> None:

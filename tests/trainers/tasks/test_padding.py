@@ -93,7 +93,7 @@ AT_FIRST = ["bert", "roberta", "distilbert"]
 )
 @pytest.mark.parametrize("model_type", [*AT_LAST, *AT_END, *AT_FIRST])
 @torch.no_grad()
-def test_each_text_is_classified_as_alone(model_type: str, pad: int | None, tokens: dict[str, str]) -> None:
+def test_each_text_is_classified_as_alone(model_type: str, pad: int | None, tokens: dict[str, Any]) -> None:
     tokenizer = words_tokenizer(**tokens)
     task, model = classifier(model_type, tokenizer, pad)
     alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS])

@@ -78,7 +78,7 @@ def test_every_question_is_used_or_named(tokenizer: Any, num_words: int, stride:
     """Just those questions are refused for which the tokenizer finds no windows."""
     task = QuestionAnswering(DataSettings(train="none", max_length=32, stride=stride), Tokenizer(tokenizer), {})
     for context in (SKY, "a", f"{SKY} " * 9):
-        row = {"question": "a " * num_words, "context": context, "answers": []}
+        row: dict[str, Any] = {"question": "a " * num_words, "context": context, "answers": []}
         options = {"truncation": "only_second", "max_length": 32, "return_overflowing_tokens": True}
         options["stride"] = min(stride, 8)
         if task.fault(row) is None:

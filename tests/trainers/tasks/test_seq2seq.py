@@ -210,9 +210,10 @@ def test_languages_can_be_set(case: Multilingual, tmp_path: Path) -> None:
     config = tiny_config("languages", storage.url, file, sections=sections, eval_every=None)
     prepared = prepare(config, storage)
     task = Seq2SeqLM(config.data, prepared.tokenizer(storage), prepared.facts)
+    model: Any
     model, files = build_model(config.model, task, task.tokenizer, 3, fresh=True)
 
-    plain = type(case.tokenizer()).from_pretrained(tmp_path / "model", src_lang=source, tgt_lang=target)
+    plain: Any = type(case.tokenizer()).from_pretrained(tmp_path / "model", src_lang=source, tgt_lang=target)
     samples = prepared.split(storage, "train").take(range(4))
     expected = plain([row["source"] for row in rows], text_target=[row["target"] for row in rows])
     assert [item["input_ids"].tolist() for item in samples] == expected["input_ids"]
