@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_worker_niceness", "0")  # else memcpy in a busy machine is slower in here than outside
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -29,6 +28,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from benchmarks.peers import Memcpy, Peer, RawWrite, TorchSave, take, whole
 from benchmarks.stall import compete
 from benchmarks.training import Training, sync_tree
+from outlast.cluster.driver.embedded_ray import embedded_ray_environment
 
 OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -82,7 +82,7 @@ def main() -> None:
     options = {"rounds": rounds, "width": width, "folder": folder, "answer": answer}
     cores = os.cpu_count() or 1
     path = os.pathsep.join(sys.path)
-    with tempfile.TemporaryDirectory(prefix="ray-") as place:
+    with tempfile.TemporaryDirectory(prefix="ray-") as place, embedded_ray_environment():
         ray.init(
             num_cpus=cores,
             object_store_memory=OBJECT_STORE_BYTES,

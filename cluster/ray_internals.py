@@ -4,6 +4,8 @@ Ray may change them in any release. `TRIED_ON` lists those that they were tried 
 `tests/cluster/test_ray_internals.py` holds what the code relies on.
 """
 
+import socket
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +26,9 @@ _HOME = {
     "WorkerGroupCallback": f"{_TRAIN}.execution.callback",
     "WorkerGroupStartupTimeoutError": f"{_TRAIN}.exceptions",
     "WorkerType": "ray.core.generated.common_pb2",
+    "_TorchBackend": "ray.train.torch.config",
+    "_set_torch_distributed_env_vars": "ray.train.torch.config",
+    "_setup_torch_process_group": "ray.train.torch.config",
     "get_or_create_autoscaling_coordinator": "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
     "get_runtime_env_info": "ray._private.utils",
     "init_grpc_channel": "ray._private.grpc_utils",
@@ -63,8 +68,39 @@ def dashboard_address() -> str | None:
     return url
 
 
+def loopback_variables() -> dict[str, str]:
+    """Return the variables with which gloo and NCCL listen on the loopback. Pickled by value, as `temp_dir`."""
+    name = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+
+
+def session_dir() -> str:
+    """Return the directory of this node's session of Ray. Pickled by value, as `temp_dir`."""
+    from ray._private.worker import _global_node
+
+    return str(_global_node.get_session_dir_path())
+
+
 def temp_dir() -> str | None:
     """Return the directory of this node's Ray; None without a connection. The doctor pickles this function by value."""
     from ray._private.worker import _global_node
 
     return str(_global_node.get_temp_dir_path()) if _global_node else None
+
+
+def requires_token() -> bool:
+    """Return whether the connected Ray answers only those who have its token."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return bool(is_token_auth_enabled())
+
+
+def reload_environment() -> None:
+    """Have Ray read again, from the environment, the authentication, and whether nodes listen beyond the loopback."""
+    from ray._private import ray_constants
+
+    raylet: Any = import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(variable, sys.platform not in ("darwin", "win32"))

@@ -20,6 +20,7 @@ from ray.exceptions import AuthenticationError
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.checkpointing.run_store.liveness import is_process_alive, process_start
 from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
+from outlast.cluster.driver.embedded_ray import embedded_ray_environment
 from outlast.cluster.driver.signals import interrupt_on_sigterm, stop_event
 from outlast.cluster.fault_tolerance.failure_cause import OWN_RAY
 from outlast.cluster.preflight.finding import TOKEN_HINT
@@ -34,31 +35,30 @@ _SOCKET = "/sockets/plasma_store"
 def ray_session(address: str | None = None) -> Iterator[bool]:
     """Run the body with Ray: the one of this process, the one at `address`, or an embedded one.
 
-    `RAY_ADDRESS` counts as `address`. Yields whether an existing cluster was joined. An embedded Ray has a folder of
-    its own, which is removed with it; the next one removes the folders of drivers that were killed.
+    `RAY_ADDRESS` counts as `address`. Yields whether an existing cluster was joined. An embedded Ray can be reached
+    from this machine only, with a random token. It has a folder of its own, which is removed with it; the next one
+    removes the folders of drivers that were killed.
     """
     if ray.is_initialized():
         yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    folder = None
-    if not address:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        folder = _ray_folder()
-        quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": folder}
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = "."
+        if not address:
+            stack.enter_context(embedded_ray_environment())
+            folder = _ray_folder()
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": folder}
+        stack.callback(ray.shutdown)
         # The raylet prints messages of dead workers on standard output.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            # Workers import first from the working directory: a folder `outlast` must not be found there.
-            with contextlib.chdir(folder or "."):
-                _init(address=address or "local", **quiet)
-            interrupt_on_sigterm()
-            yield bool(address)
-    finally:
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        # Workers import first from the working directory: a folder `outlast` must not be found there.
+        with contextlib.chdir(folder):
+            _init(address=address or "local", **quiet)
+        interrupt_on_sigterm()
+        yield bool(address)
 
 
 def _init(address: str, **options: Any) -> None:

@@ -21,6 +21,7 @@ from outlast.checkpointing.run_store.events import PlanEvent, StoppingEvent, par
 from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import Resizer, scaling
+from outlast.cluster.driver.loopback_group import TorchGroup
 from outlast.cluster.driver.signals import stop_event
 from outlast.cluster.driver.warm_standby import worker_environment
 from outlast.cluster.driver.worker import train_worker
@@ -128,7 +129,7 @@ def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> Tra
     return Trainer(
         train_worker,
         train_loop_config={"assignment": assignment, "hang_after_s": config.failure.hang_after_s},
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if scale.gpus_per_worker else "gloo"),
+        torch_config=TorchGroup(backend="nccl" if scale.gpus_per_worker else "gloo"),
         scaling_config=scaling(scale, resources),
         run_config=ray.train.RunConfig(
             name=launch,

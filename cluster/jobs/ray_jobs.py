@@ -27,7 +27,7 @@ from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.bundle import bundle, copy_package
-from outlast.cluster.preflight.finding import TOKEN_HINT, Finding, Level
+from outlast.cluster.preflight.finding import OPEN_HINT, TOKEN_HINT, Finding, Level
 from outlast.trainers.checks import model_checks as preflight
 from outlast.trainers.config.task_table import is_dotted
 from outlast.trainers.user_code import make_importable
@@ -93,8 +93,7 @@ def check_server(address: str) -> list[Finding]:
     if is_local:
         return [Finding(Level.OK, "job server", f"{address} is open to this machine only")]
     text = f"{address} is open: any client that reaches it can run code on the cluster"
-    hint = "start every node with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN"
-    return [Finding(Level.WARNING, "job server", text, hint)]
+    return [Finding(Level.WARNING, "job server", text, OPEN_HINT)]
 
 
 def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[SubmittedJob]:

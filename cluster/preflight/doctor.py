@@ -30,7 +30,7 @@ from outlast.cluster.preflight import doctor_probe, doctor_rules
 from outlast.cluster.preflight.doctor_probe import Probe
 from outlast.cluster.preflight.doctor_rules import Facts, Requirements
 from outlast.cluster.preflight.finding import Finding, Level
-from outlast.cluster.ray_internals import dashboard_address, draining_nodes
+from outlast.cluster.ray_internals import dashboard_address, draining_nodes, requires_token
 
 CALL_TIMEOUT_S = 60.0
 LOOKUP_TIMEOUT_S = 200.0  # three name servers that do not answer, queried twice
@@ -108,6 +108,7 @@ def examine(requirements: Requirements, *, quick: bool) -> list[Finding]:
             return nodes.unresponsive or [no_node]
         findings = [
             *doctor_rules.check_versions(facts),
+            *doctor_rules.check_access(facts, requires_token=requires_token()),
             *doctor_rules.check_devices(facts, nodes.resources, requirements),
             *doctor_rules.check_memory(facts, requirements),
             *doctor_rules.check_disk(facts, requirements),
@@ -320,7 +321,7 @@ def _all_reduce(nodes: _Nodes, facts: Facts, working: list[str], requirements: R
         ranks = hosts * min(2, len(facts[hosts[0]]["gpus"]))
     probes = [nodes.spawn(node, num_gpus=1 if requirements.gpus else 0) for node in ranks]
     try:
-        rendezvous = ray.get(probes[0].free_port.remote(), timeout=CALL_TIMEOUT_S)
+        rendezvous = ray.get(probes[0].rendezvous.remote(), timeout=CALL_TIMEOUT_S)
         calls = [
             probe.all_reduce.remote(rank, len(ranks), rendezvous, backend, REDUCE_BYTES, REDUCE_TIMEOUT_S)
             for rank, probe in enumerate(probes)

@@ -21,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from outlast.cluster.ray_internals import temp_dir
+from outlast.cluster.ray_internals import loopback_variables, session_dir, temp_dir
 
 LIBRARIES = ("ray", "torch", "transformers")
 CONNECT_TIMEOUT_S = 3.0
@@ -157,10 +158,10 @@ class Probe:
         """Open a port that sends a token to every client. Return address, port and token."""
         import ray
 
-        token = secrets.token_hex(8)
-        self._server = socket.create_server(("", 0), backlog=512)
+        token, address = secrets.token_hex(8), ray.util.get_node_ip_address()
+        self._server = socket.create_server((address, 0), family=_family(address), backlog=512)
         threading.Thread(target=_serve_token, args=(self._server, token.encode()), daemon=True).start()
-        return ray.util.get_node_ip_address(), self._server.getsockname()[1], token
+        return address, self._server.getsockname()[1], token
 
     def check_connection(self, endpoints: Mapping[str, tuple[str, int, str]]) -> dict[str, str]:
         """Connect to each endpoint (address, port, token). Return the faults by the endpoint's name."""
@@ -178,15 +179,18 @@ class Probe:
             slowest = max(slowest, time.perf_counter() - began)
         return slowest
 
-    def free_port(self) -> tuple[str, int]:
-        """Return this node's address, and a free port."""
+    def rendezvous(self) -> str:
+        """Return the URL for a process group: a free port of this node, or a file if its Ray is on the loopback."""
         import ray
 
+        address = ray.util.get_node_ip_address()
+        if ip_address(address).is_loopback:
+            return Path(session_dir(), f"group-{secrets.token_hex(8)}").as_uri()
         with socket.create_server(("", 0)) as server:
-            return ray.util.get_node_ip_address(), server.getsockname()[1]
+            return f"tcp://{address}:{server.getsockname()[1]}"
 
     def all_reduce(
-        self, rank: int, size: int, rendezvous: tuple[str, int], backend: str, num_bytes: int, limit_s: float
+        self, rank: int, size: int, rendezvous: str, backend: str, num_bytes: int, limit_s: float
     ) -> dict[str, Any]:
         """Run an all-reduce over all ranks twice: once to connect, once to measure.
 
@@ -196,10 +200,12 @@ class Probe:
         import torch.distributed as dist
 
         device = "cuda" if backend == "nccl" else "cpu"
+        if rendezvous.startswith("file:"):
+            os.environ |= loopback_variables()
         try:
             dist.init_process_group(
                 backend,
-                init_method=f"tcp://{rendezvous[0]}:{rendezvous[1]}",
+                init_method=rendezvous,
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=limit_s),
@@ -344,6 +350,10 @@ def _addresses() -> dict[str, Any]:
             announced = "127.0.0.1"  # gloo's own fallback
     interface = next((name for name, addresses in by_name.items() if own in addresses), "")
     return {"address": own, "interface": interface, "gloo_interface": configured, "gloo_address": announced}
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _serve_token(server: socket.socket, token: bytes) -> None:

@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any
 
 from outlast.cluster.formatting import counted, size
-from outlast.cluster.preflight.finding import Finding, Level
+from outlast.cluster.preflight.finding import OPEN_HINT, Finding, Level
 
 GIB = 2**30
 #: Ray stops writing to a disk that is fuller than this.
@@ -60,6 +61,14 @@ class _Findings:
 
     def or_ok(self, text: str) -> list[Finding]:
         return self.items or [Finding(Level.OK, self.check, text)]
+
+
+def check_access(facts: Facts, *, requires_token: bool) -> list[Finding]:
+    """Check that Ray runs no code for those who reach its ports without its token."""
+    report = _Findings("access")
+    if not requires_token and not all(ip_address(fact["address"]).is_loopback for fact in facts.values()):
+        report.warn("Ray asks for no token: any client that reaches a port of a node can run code there", OPEN_HINT)
+    return report.or_ok("Ray asks for a token" if requires_token else "Ray listens on the loopback only")
 
 
 def check_versions(facts: Facts) -> list[Finding]:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,14 @@ import yaml
 from tests.golden.numerics import PINNED, numerics
 
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
-ENVIRONMENT = {**os.environ, **PINNED, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+ENVIRONMENT = {
+    **os.environ,
+    **PINNED,
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(16),
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "120",
+}
 KILL_WORKER_AFTER, KILL_ALL_AFTER = 10, 30  # steps that are committed by then
 LOST_S = 0.2  # a few steps, which are lost
 SETTINGS = {

@@ -86,7 +86,6 @@ class Lab:
             **os.environ,
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "HOME": str(self._folder),
-            "RAY_AUTH_MODE": "disabled",
             **QUICK_HEALTH_CHECKS,
             **(environment or {}),
         }
@@ -205,19 +204,19 @@ class Lab:
                 start_new_session=True,
             )
 
-    def wait_for_nodes(self, count: int, token: str = "", timeout_s: float = 120) -> None:
+    def wait_for_nodes(self, count: int, timeout_s: float = 120) -> None:
         """Waits until the head answers and knows `count` living nodes, itself among them."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError, KeyError):
-                if self._num_nodes(token) >= count:
+                if self._num_nodes() >= count:
                     return
             time.sleep(0.3)
         logs = "\n".join(path.read_text()[-2000:] for path in self._folder.glob("h*.log"))
         raise AssertionError(f"{count} nodes did not come up\n{logs}")
 
-    def _num_nodes(self, token: str) -> int:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+    def _num_nodes(self) -> int:
+        headers = {"Authorization": f"Bearer {self._environment['RAY_AUTH_TOKEN']}"}
         request = urllib.request.Request(f"{self.address}/nodes?view=summary", headers=headers)
         with urllib.request.urlopen(request, timeout=5) as answer:
             rows = json.load(answer)["data"]["summary"]

@@ -64,8 +64,8 @@ class Pods:
         for host in range(1 + replicas):
             self.add(host)
             if host == HEAD:  # the init container of a worker waits for it
-                self._lab.wait_for_nodes(1, TOKEN["RAY_AUTH_TOKEN"])
-        self._lab.wait_for_nodes(1 + replicas, TOKEN["RAY_AUTH_TOKEN"])
+                self._lab.wait_for_nodes(1)
+        self._lab.wait_for_nodes(1 + replicas)
 
     def add(self, host: int) -> None:
         """A pod on a host: the head on host 0, workers on others."""

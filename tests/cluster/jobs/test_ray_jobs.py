@@ -81,7 +81,7 @@ class Cluster:
         self.address = f"http://127.0.0.1:{self.ports[1]}"
         self.ray_address = f"127.0.0.1:{self.ports[0]}"
         self._more = environment or {}
-        self.token = self._more.get("RAY_AUTH_TOKEN", "")
+        self.token = {**os.environ, **self._more}["RAY_AUTH_TOKEN"]
         self.start()
 
     def start(self) -> None:

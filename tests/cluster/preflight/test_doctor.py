@@ -66,7 +66,19 @@ def test_a_healthy_machine(tmp_path: Path, text_file: str) -> None:
     body = tiny_config("run", str(tmp_path / "runs"), text_file).model_dump(mode="json", exclude_defaults=True)
     run_file.write_text(yaml.safe_dump(body))
     found = checks(outlast("doctor", str(run_file), "--json", code=0))
-    expected = {"versions", "devices", "memory", "disk", "clock", "storage", "speed", "ports", "names", "all-reduce"}
+    expected = {
+        "access",
+        "versions",
+        "devices",
+        "memory",
+        "disk",
+        "clock",
+        "storage",
+        "speed",
+        "ports",
+        "names",
+        "all-reduce",
+    }
     assert set(found) == expected
     assert all(level != "failed" for rows in found.values() for level, _ in rows)
     assert found["all-reduce"][0][1].startswith("gloo, 2 ranks")
