@@ -10,8 +10,10 @@ that does not respond proves nothing about its content.
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Protocol, TypeVar
+
+from outlast.checkpointing.errors import DamagedError
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -19,17 +21,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Entry:
-    """One name in a directory. `num_bytes` is None for a directory."""
+    """One name in a directory. `num_bytes` is None for a directory.
+
+    `special` is what else the entry is, such as `a named pipe`: outlast neither reads nor deletes it. Empty for files
+    and directories.
+    """
 
     name: str
     num_bytes: int | None
+    special: str = ""
 
 
 class ReadableStorage(Protocol):
     """Storage that can be listed and read."""
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for reading and seeking. Raises FileNotFoundError or StorageError."""
+        """Open a file for reading and seeking.
+
+        Raises FileNotFoundError, DamagedError if it is a link or anything else than a file, and StorageError.
+        """
 
     def list(self, path: str) -> list[Entry]:
         """List the names directly under a directory, sorted; empty if it does not exist. Raises StorageError."""
@@ -62,7 +72,7 @@ def read_object(storage: ReadableStorage, path: str) -> dict[str, Any]:
     """Read a JSON object; empty if the file is missing, damaged or something else. Raises StorageError."""
     try:
         body = json.loads(read_bytes(storage, path))
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, DamagedError, ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 
@@ -79,4 +89,4 @@ def walk(storage: Storage, path: str) -> Iterator[Entry]:
             yield entry
         else:
             for inner in walk(storage, f"{path}/{entry.name}".lstrip("/")):
-                yield Entry(f"{entry.name}/{inner.name}", inner.num_bytes)
+                yield replace(inner, name=f"{entry.name}/{inner.name}")
