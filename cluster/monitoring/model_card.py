@@ -3,11 +3,9 @@
 Unknown fields are omitted, never guessed. Intended use, limits and license are left to the user.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 

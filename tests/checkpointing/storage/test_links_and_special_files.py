@@ -1,4 +1,4 @@
-"""A run from anywhere: its links lead nowhere, its pipes and devices are not read, and nothing behind them is deleted."""
+"""A run from anywhere: no link leads out of it, pipes and devices are not read, nothing behind them is deleted."""
 
 from __future__ import annotations
 
