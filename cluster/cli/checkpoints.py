@@ -271,9 +271,10 @@ def export(
     checkpoint = commands.resolve_checkpoint(store, which, retention)
     content = read_content(checkpoint)
     if merge:
+        from outlast.cluster.config.run_reference import user_trust
         from outlast.trainers.models.merge_lora import merge as merged
 
-        content = merged(content, checkpoint.declaration, base=base, trusted=trusted)
+        content = merged(content, checkpoint.declaration, base, user_trust(run, (), trusted))
     if to_dtype is not None:
         content = converted(content, to_dtype)
     if out is not None:

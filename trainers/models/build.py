@@ -25,6 +25,7 @@ from outlast.trainers.models.embedding import grow_embedding
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.models.model_config import (
     check_decoder,
+    check_kernels,
     default_config,
     make_config,
     read_config,
@@ -168,6 +169,8 @@ def load_saved(
     trust = {} if own else {"trust_remote_code": trusted}
     with _as_config_error(what, hint, "give --trust-remote-code"), quiet_transformers():
         config = (own.config_class if own else transformers.AutoConfig).from_pretrained(folder, **trust)
+        if not trusted:
+            check_kernels(config, "--trust-remote-code")
         builder = own or model_class(task, config)
         return builder.from_pretrained(base or folder, config=config, dtype=torch.float32, **trust)
 
