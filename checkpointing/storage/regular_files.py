@@ -6,6 +6,7 @@ A named pipe blocks its reader, a device may be endless, and either can lie unde
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,29 +61,22 @@ def _check(path: str, mode: int) -> None:
         raise SpecialFileError(path, kind)
 
 
-def read_small_file(path: str | os.PathLike[str]) -> bytes:
-    """Read a regular file of at most 64 MiB. Raises OSError."""
-    with open_regular(path) as file:
+def read_small_file(path: str | os.PathLike[str], *, follow: bool = True) -> bytes:
+    """Read a regular file of at most 64 MiB, as `open_regular`. Raises OSError."""
+    with open_regular(path, follow=follow) as file:
         data = file.read(_SMALL_BYTES + 1)
     if len(data) > _SMALL_BYTES:
         raise OSError(errno.EFBIG, f"has more than {_SMALL_BYTES >> 20} MiB", os.fspath(path))
     return data
 
 
-def check_files_below(key: str, folder: Path) -> None:
+def check_files_in(key: str, folder: Path) -> None:
     """Raise ConfigError if a directory that `key` names holds a named pipe, a device or a socket. Links may be used."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            path = Path(place, name)
-            try:
-                kind = special_kind(path.stat().st_mode)
-            except OSError:
-                continue  # a link that leads nowhere: whoever needs the file reports it
-            if kind:
-                raise ConfigError(
-                    f"{key} {folder}: {path.relative_to(folder)} is {kind}, not a file",
-                    hint="remove it, or name a copy",
-                )
+    for path in sorted(folder.iterdir()):
+        with suppress(OSError):  # a link that leads nowhere: whoever needs the file reports it
+            if kind := special_kind(path.stat().st_mode):
+                hint = "remove it, or name a copy of the directory"
+                raise ConfigError(f"{key} {folder}: {path.name} is {kind}, not a file", hint=hint)
 
 
 def make_private_directory(path: Path, setting: str) -> Path:
@@ -92,10 +86,8 @@ def make_private_directory(path: Path, setting: str) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(FileExistsError):
             path.mkdir(mode=0o700)
-        except FileExistsError:
-            pass
         found, named = path.stat(), path.lstat()
     except OSError as error:
         message = f"the directory {path} cannot be made: {error.strerror}"

@@ -93,7 +93,7 @@ def stored_config(
     if config.name != store.run or is_elsewhere:
         raise ConfigError(
             f"the settings of {store.url} are those of {place}/{config.name}, which would be written to",
-            hint=f"name the run file that you wrote; or, if the run was moved: -s checkpoint.storage={store.storage.url}",
+            hint=f"name the run file that you wrote; or, if it was moved: -s checkpoint.storage={store.storage.url}",
         )
     return config, declared
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.state.named_weights import WeightNaming
+from outlast.checkpointing.storage.regular_files import check_files_in
 from outlast.trainers.config.adapter_directory import with_base
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
@@ -99,6 +100,10 @@ def check_names(settings: ModelSettings) -> Any:
     Raises:
         ConfigError: The class or architecture does not exist, or has no such setting.
     """
+    tokenizer, lora = settings.tokenizer and settings.tokenizer.path, settings.lora and settings.lora.path
+    for key, path in (("model.path", settings.path), ("model.tokenizer.path", tokenizer), ("model.lora.path", lora)):
+        if path and Path(path).is_dir():
+            check_files_in(key, Path(path))
     if settings.path and (Path(settings.path) / "attempts").is_dir():
         raise ConfigError(
             f"model.path {settings.path} is the directory of a run",

@@ -18,7 +18,7 @@ from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Entry, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.storage.regular_files import check_files_below, make_private_directory, read_small_file
+from outlast.checkpointing.storage.regular_files import check_files_in, make_private_directory, read_small_file
 from outlast.checkpointing.tools.pin_and_prune import plan_prune, prune
 from tests.checkpointing.tools.test_pin_and_prune import NARROW, WIDE, Run, steps, whole
 
@@ -243,9 +243,9 @@ def test_a_small_file_is_regular_and_small(tmp_path: Path) -> None:
             read_small_file(tmp_path / name)
         if name != "large":
             with pytest.raises(ConfigError, match=f"model.path {tmp_path}: .* is a "):
-                check_files_below("model.path", tmp_path)
+                check_files_in("model.path", tmp_path)
             (tmp_path / name).unlink()
-    check_files_below("model.path", tmp_path)
+    check_files_in("model.path", tmp_path)
 
 
 def test_a_private_directory_is_made_or_checked(tmp_path: Path) -> None:
