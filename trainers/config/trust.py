@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.trainers.config.task_table import is_dotted
 from outlast.trainers.config.training_config import TrainingConfig
 
@@ -74,7 +75,7 @@ def read_adapter_config(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "adapter_config.json"
     try:
-        config = json.loads(file.read_bytes())
+        config = json.loads(read_small_file(file))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read: {error}", hint="restore the file") from error
     if not isinstance(config, dict):

@@ -135,7 +135,7 @@ def token_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def check_kernels(config: Any, trusting: str) -> None:
-    """Raise ConfigError if a configuration names kernels on the hub, which transformers downloads and imports unasked."""
+    """Raise ConfigError for kernels on the hub in a configuration: transformers downloads and imports them unasked."""
     parts = [config, *(item for item in vars(config).values() if isinstance(item, transformers.PreTrainedConfig))]
     for name in ("_attn_implementation", "_experts_implementation"):
         for kernel in (getattr(part, name, None) for part in parts):
