@@ -9,6 +9,7 @@ that does not respond proves nothing about its content.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -17,6 +18,7 @@ from outlast.checkpointing.errors import DamagedError
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
+_MAX_BYTES = 2**29
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -63,8 +65,11 @@ class Storage(ReadableStorage, Protocol):
 
 
 def read_bytes(storage: ReadableStorage, path: str) -> bytes:
-    """Read a file. Raises as `Storage.open`."""
+    """Read a file that is not weights. Raises as `Storage.open`, and DamagedError if it has more than 512 MiB."""
     with storage.open(path) as file:
+        if (num_bytes := file.seek(0, os.SEEK_END)) > _MAX_BYTES:
+            raise DamagedError(f"{path} has {num_bytes:,} bytes, more than any file of its kind")
+        file.seek(0)
         return file.read()
 
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.state.named_weights import WeightNaming
-from outlast.checkpointing.storage.regular_files import check_files_in
 from outlast.trainers.config.adapter_directory import with_base
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.data.tokenizer import Tokenizer, read_folder, tokenizer_files
@@ -33,6 +32,7 @@ from outlast.trainers.models.model_config import (
     token_settings,
     trust_arguments,
 )
+from outlast.trainers.models.model_directory import check_model_directory
 from outlast.trainers.models.pretrained import LoadReport, find_uninitialized, load_pretrained
 from outlast.trainers.models.tensor_checks import check_tensors
 from outlast.trainers.models.transformers_internals import (
@@ -103,7 +103,7 @@ def check_names(settings: ModelSettings) -> Any:
     tokenizer, lora = settings.tokenizer and settings.tokenizer.path, settings.lora and settings.lora.path
     for key, path in (("model.path", settings.path), ("model.tokenizer.path", tokenizer), ("model.lora.path", lora)):
         if path and Path(path).is_dir():
-            check_files_in(key, Path(path))
+            check_model_directory(key, Path(path))
     if settings.path and (Path(settings.path) / "attempts").is_dir():
         raise ConfigError(
             f"model.path {settings.path} is the directory of a run",

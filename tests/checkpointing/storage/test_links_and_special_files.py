@@ -151,6 +151,14 @@ def test_a_special_file_in_a_run_hangs_no_reader(name: str, kind: str, storage: 
         assert any(kind in reason for item in catalog.rejected for reason in item.reasons)
 
 
+def test_a_manifest_larger_than_memory_is_damage(storage: LocalStorage) -> None:
+    run = Run(storage).save(2)
+    manifest = storage.path(f"run/attempts/{run.checkpointer.attempt}/checkpoint-2/manifest.json")
+    os.truncate(manifest, 2**42)
+    [rejected] = read_catalog(storage, "run").rejected
+    assert "more than any file of its kind" in rejected.reasons[0]
+
+
 def test_a_checkpoint_behind_a_link_is_rejected_by_name(storage: LocalStorage, tmp_path: Path) -> None:
     run = Run(storage).save(2)
     own = storage.path(f"run/attempts/{run.checkpointer.attempt}/checkpoint-2")

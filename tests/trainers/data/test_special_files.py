@@ -66,3 +66,10 @@ def test_an_adapter_configuration_that_is_none(body: str, tmp_path: Path) -> Non
     (tmp_path / "adapter_config.json").write_text(body)
     with pytest.raises(ConfigError):
         read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize("body", ['{"weight_map": {"a": "../../secret"}}', '{"weight_map": {"a": "/x"}}', "[]", "{"])
+def test_an_index_that_leads_out_of_the_model(body: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(body)
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json: "):
+        check_names(ModelSettings(path=str(tmp_path)))
