@@ -13,7 +13,7 @@ from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.regular_files import read_small_file
-from outlast.trainers.config.task_table import is_dotted
+from outlast.trainers.config.task_table import TASKS, is_dotted
 from outlast.trainers.config.training_config import TrainingConfig
 
 
@@ -21,11 +21,8 @@ def named_code(config: TrainingConfig) -> dict[str, Any]:
     """Return the settings by which code of other authors runs: dotted names, and `model.trust_remote_code`."""
     model = config.model
     names = {"model.class": model.class_, "model.task": model.task, "train.optimizer": config.train.optimizer}
-    return {**_dotted(names), **({"model.trust_remote_code": True} if model.trust_remote_code else {})}
-
-
-def _dotted(names: Mapping[str, str | None]) -> dict[str, Any]:
-    return {key: name for key, name in names.items() if name is not None and is_dotted(name)}
+    dotted = {key: name for key, name in names.items() if name is not None and is_dotted(name)}
+    return {**dotted, **({"model.trust_remote_code": True} if model.trust_remote_code else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class Trust:
         """Raise ConfigError if code that `where` names, by its settings, would be imported unasked."""
         foreign = {key: name for key, name in names.items() if self.settings.get(key) != name}
         if foreign and not self.everything:
-            listing = ", ".join(f"{key} {name}" for key, name in foreign.items())
+            listing = ", ".join(f"{key} {name}" for key, name in foreign.items())[:300]
             raise ConfigError(
                 f"{where} names code: {listing}; outlast imports none that a run names",
                 hint="read that code; if you trust it, give --trust-remote-code, or name the run file that you wrote",
@@ -55,7 +52,9 @@ class Trust:
         task, own = (model.get("task"), model.get("class_")) if isinstance(model, dict) else (None, None)
         if not isinstance(task, str) or not isinstance(own, str | None):
             raise ConfigError("the checkpoint does not declare its task", hint="use one that outlast saved")
-        self.check_code(_dotted({"model.task": task, "model.class": own}), "the checkpoint")
+        # No settings were validated here: whatever is not the name of a task of outlast would be imported.
+        names = {"model.task": None if task in TASKS else task, "model.class": own}
+        self.check_code({key: name for key, name in names.items() if name is not None}, "the checkpoint")
         return task, own
 
     def check_base(self, base: str) -> str:
@@ -81,7 +80,7 @@ def read_adapter_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{file} is not a JSON object", hint="restore the file")
     if (kind := config.get("peft_type")) != "LORA":
-        raise ConfigError(f"the adapter {path} is of type {kind}; only LORA is supported", hint="use a LoRA adapter")
+        raise ConfigError(f"the adapter {path} is of type {kind!r}; only LORA is supported", hint="use a LoRA adapter")
     if config.get("megatron_config"):
         raise ConfigError(
             f"the adapter {path} has megatron_config, by which peft imports the module {config.get('megatron_core')!r}",

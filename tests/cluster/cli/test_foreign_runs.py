@@ -224,7 +224,7 @@ def test_what_an_adapter_names_is_not_followed(adapter: tuple[Path, Path], attac
     attacks = {
         "no path that leads out of a run": {"base_model_name_or_path": str(base)},
         "imports the module 'evil'": {"megatron_config": {"a": 1}, "megatron_core": "evil"},
-        "is of type PROMPT_TUNING": {"peft_type": "PROMPT_TUNING", "tokenizer_kwargs": {"trust_remote_code": True}},
+        "is of type 'PROMPT_TUNING'": {"peft_type": "PROMPT_TUNING", "tokenizer_kwargs": {"trust_remote_code": True}},
     }
     for shown, change in attacks.items():
         for folder in models(run):
@@ -242,20 +242,21 @@ def test_what_an_adapter_names_is_not_followed(adapter: tuple[Path, Path], attac
 
 def test_a_manifest_names_no_code_either(adapter: tuple[Path, Path], attack: Path, tmp_path: Path) -> None:
     run, base = adapter
+    for key, name in {"class_": "evil:Model", "task": "evil"}.items():
 
-    def change(body: dict[str, Any]) -> None:
-        body["extra"]["declaration"]["mathematics"]["model"]["class_"] = "evil:Model"
+        def change(body: dict[str, Any], key: str = key, name: str = name) -> None:
+            body["extra"]["declaration"]["mathematics"]["model"][key] = name
 
-    for folder in models(run):
-        if folder.name != "model":
-            forge_manifest(folder, change)
-    for arguments in (
-        ("try", run, "--prompt", "a", "--base", base),
-        ("checkpoints", "export", run, "newest", tmp_path / "out", "--merge", "--base", base),
-    ):
-        error = outlast(*arguments)
-        assert isinstance(error, ConfigError)
-        assert "model.class evil:Model" in error.message
+        for folder in models(run):
+            if folder.name != "model":
+                forge_manifest(folder, change)
+        for arguments in (
+            ("try", run, "--prompt", "a", "--base", base),
+            ("checkpoints", "export", run, "newest", tmp_path / "out", "--merge", "--base", base),
+        ):
+            error = outlast(*arguments)
+            assert isinstance(error, ConfigError)
+            assert f"model.{key.rstrip('_')} {name}" in error.message
     assert not attack.exists()
 
 
