@@ -13,16 +13,21 @@ from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.regular_files import read_small_file
-from outlast.trainers.config.task_table import TASKS, is_dotted
+from outlast.trainers.config.task_table import TASKS
+from outlast.trainers.config.train import OPTIMIZERS
 from outlast.trainers.config.training_config import TrainingConfig
 
 
 def named_code(config: TrainingConfig) -> dict[str, Any]:
-    """Return the settings by which code of other authors runs: dotted names, and `model.trust_remote_code`."""
-    model = config.model
-    names = {"model.class": model.class_, "model.task": model.task, "train.optimizer": config.train.optimizer}
-    dotted = {key: name for key, name in names.items() if name is not None and is_dotted(name)}
-    return {**dotted, **({"model.trust_remote_code": True} if model.trust_remote_code else {})}
+    """Return the settings by which code of other authors runs: names that are not outlast's, and trusted code."""
+    model, optimizer = config.model, config.train.optimizer
+    names: dict[str, Any] = {
+        "model.class": model.class_,
+        "model.task": None if model.task in TASKS else model.task,
+        "train.optimizer": None if optimizer in OPTIMIZERS else optimizer,
+        "model.trust_remote_code": model.trust_remote_code or None,
+    }
+    return {key: name for key, name in names.items() if name is not None}
 
 
 @dataclass(frozen=True, slots=True)

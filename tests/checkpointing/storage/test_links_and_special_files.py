@@ -90,6 +90,10 @@ def test_retention_leaves_what_lies_behind_a_link_in_a_checkpoint(storage: Local
     assert untouched(elsewhere)
     left = sorted(str(path.relative_to(own)) for path in own.rglob("*") if not path.is_dir() or path.is_symlink())
     assert left == ["data", "training_state/thesis"]
+    run.save(2)
+    events = read_events(storage, f"run/attempts/{run.checkpointer.attempt}")
+    [failed] = [event for event in events if event["event"] == "delete-failed"]
+    assert "data (a symbolic link), training_state/thesis (a symbolic link)" in failed["error"], "named once"
 
 
 def test_prune_names_the_links_and_leaves_them(storage: LocalStorage, elsewhere: Path) -> None:

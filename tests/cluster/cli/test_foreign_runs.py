@@ -130,6 +130,7 @@ def test_resume_imports_no_optimizer_and_no_remote_code_of_a_claim(made: Path, a
         "train.optimizer evil:Model": lambda settings: settings["train"].update(optimizer="evil:Model"),
         "model.trust_remote_code True": lambda settings: settings["model"].update(trust_remote_code=True),
     }
+    changes["train.optimizer evil:no-name"] = lambda settings: settings["train"].update(optimizer="evil:no-name")
     for shown, change in changes.items():
         forge_claim(made, change)
         error = outlast("resume", made, "--code", ".", "--address", "http://127.0.0.1:9")
