@@ -32,7 +32,7 @@ def named_code(config: TrainingConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """What the user wrote himself."""
+    """What the user wrote or allowed."""
 
     everything: bool = False  #: `--trust-remote-code`
     settings: Mapping[str, Any] = field(default_factory=dict)  #: by dotted key, of the user's run file and options
@@ -94,5 +94,5 @@ def read_adapter_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-#: For what comes without a word of the user.
+#: Nothing that a run names is followed.
 NO_TRUST = Trust()
