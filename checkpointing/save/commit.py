@@ -145,7 +145,8 @@ class Committer:
 
     def _delete_pending(self) -> None:
         """Delete what is possible; the rest stays pending. Raises the last failure."""
-        doomed, self._pending_deletions, failure = self._pending_deletions, [], None
+        doomed, self._pending_deletions = self._pending_deletions, []
+        failure: StorageError | None = None
         for ref in doomed:
             try:
                 event = events.DeleteEvent(step=ref.step, attempt=str(ref.attempt))

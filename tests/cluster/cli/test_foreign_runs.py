@@ -112,14 +112,9 @@ def test_no_verb_imports_what_a_claim_names(key: str, made: Path, attack: Path) 
         assert isinstance(error, ConfigError), arguments
         assert f"names code: model.{key} evil:Model" in error.message
         assert "--trust-remote-code" in error.hint
-    for arguments in (
-        ("checkpoints", "export", made, "newest", "out"),
-        *(("checkpoints", verb, made) for verb in ("ls", "verify", "show", "path")),
-        ("checkpoints", "diff", made, "newest", "newest"),
-        ("status", made),
-        ("report", made),
-    ):
-        outlast(*arguments)
+    others = ["checkpoints ls", "checkpoints verify", "checkpoints show", "checkpoints path", "status", "report"]
+    for verb in (*others, "checkpoints diff {} newest newest", "checkpoints export {} newest out"):
+        outlast(*(verb if "{}" in verb else f"{verb} {{}}").format(made).split())
     assert not attack.exists()
     outlast("try", made, "--prompt", "a", "--trust-remote-code")
     assert attack.exists(), "the user's word counts"
@@ -222,7 +217,7 @@ def adapter(
 def test_what_an_adapter_names_is_not_followed(adapter: tuple[Path, Path], attack: Path, tmp_path: Path) -> None:
     run, base = adapter
     config = json.loads((models(run)[0] / "adapter_config.json").read_bytes())
-    attacks = {
+    attacks: dict[str, dict[str, Any]] = {
         "no path that leads out of a run": {"base_model_name_or_path": str(base)},
         "imports the module 'evil'": {"megatron_config": {"a": 1}, "megatron_core": "evil"},
         "is of type 'PROMPT_TUNING'": {"peft_type": "PROMPT_TUNING", "tokenizer_kwargs": {"trust_remote_code": True}},
