@@ -7,6 +7,7 @@ fsync on each file and directory that was written. Loads are each library's own 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,9 +156,8 @@ class Outlast(_Base):
         # A loader claims the run and would supersede the saver, so it finds the attempt under another run's name.
         run = f"load-{self._ref.step}"
         attempts = self.folder / layout.attempts_dir(run)
-        attempts.mkdir(parents=True)
         source = self.folder / layout.attempt_dir("run", self._ref.attempt)
-        (attempts / str(self._ref.attempt)).symlink_to(source.absolute())
+        shutil.copytree(source, attempts / str(self._ref.attempt), copy_function=os.link)
         found = Checkpointer(LocalStorage(self.folder), run).resume(twin.model, twin.optimizer)
         assert found == {"step": self._ref.step}, found
 

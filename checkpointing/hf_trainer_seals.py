@@ -43,7 +43,10 @@ def seal(directory: str | os.PathLike[str], *, world_size: int = 1) -> Manifest:
     path = Path(directory).absolute()
     step = parse_checkpoint(path.name)
     storage = LocalStorage(path.parent)
-    names = [entry.name for entry in walk(storage, path.name) if entry.name != MANIFEST]
+    entries = list(walk(storage, path.name))
+    if special := [f"{entry.name} is {entry.special}" for entry in entries if entry.special]:
+        raise ConfigError(f"cannot seal {path}: {special[0]}, not a file", hint="put the file itself in its place")
+    names = [entry.name for entry in entries if entry.name != MANIFEST]
     if step is None or not names:
         raise ConfigError(
             f"cannot seal {path}: it is not a checkpoint-N directory with files in it",

@@ -13,13 +13,18 @@ from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, export_directory, read_content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint, resolve_checkpoint
+from outlast.trainers.config.adapter_directory import ADAPTER_CONFIG
 from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.config.trust import NO_TRUST, Trust, named_code
 from outlast.trainers.data.columns import Column, RowForm, choose_columns, name_of
 from outlast.trainers.data.readers import BadRowCounter, read_rows, usable_rows
 from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.merge_lora import load_adapted
 from outlast.trainers.tasks.base import Record, Task, find_task
+
+#: Settings whose code a prediction runs; that of the checkpoint's own files is refused where it is found.
+_USED = ("model.class", "model.task")
 
 
 def choose_checkpoint(store: RunStore, which: str | None, retention: Retention) -> ResolvedCheckpoint:
@@ -38,7 +43,7 @@ def choose_checkpoint(store: RunStore, which: str | None, retention: Retention) 
 
 
 def load(
-    config: TrainingConfig, found: ResolvedCheckpoint, base: str | None = None, *, trusted: bool = False
+    config: TrainingConfig, found: ResolvedCheckpoint, base: str | None = None, trust: Trust = NO_TRUST
 ) -> tuple[Task, nn.Module]:
     """Load the run's task and model, ready to predict on the CPU.
 
@@ -46,25 +51,27 @@ def load(
         config: The run's settings.
         found: The checkpoint.
         base: Directory or hub id of an adapter's base model; by default that of training.
-        trusted: Whether code in the checkpoint may run.
+        trust: Whether code that the run names, or that is in the checkpoint, may run.
 
     Raises:
-        ConfigError: The model cannot be loaded.
+        ConfigError: The model cannot be loaded, or needs code that is not trusted.
         DamagedError: The checkpoint is damaged.
         StorageError: Reading failed.
     """
+    trust.check_code({key: name for key, name in named_code(config).items() if key in _USED}, "the run")
     declaration, task_class = found.declaration or {}, find_task(config.model.task)
     with tempfile.TemporaryDirectory() as scratch:
         folder, content = Path(scratch) / "model", read_content(found)
-        is_adapter = content.weights_name == ADAPTER_WEIGHTS
+        is_adapter = content.weights_name == ADAPTER_WEIGHTS or ADAPTER_CONFIG in content.files
         if base is not None and not is_adapter:
             raise ConfigError("--base is for adapters, and this model is not one", hint="leave --base out")
         export_directory(content, folder)
-        task = task_class(config.data, load_tokenizer(str(folder)), declaration.get("facts", {}))
+        facts = declaration.get("facts")
+        task = task_class(config.data, load_tokenizer(str(folder)), facts if isinstance(facts, dict) else {})
         model: nn.Module = (
-            load_adapted(folder, declaration, base, trusted=trusted)
+            load_adapted(folder, declaration, base, trust)
             if is_adapter
-            else load_saved(folder, task_class, config.model.class_, trusted=trusted)
+            else load_saved(folder, task_class, config.model.class_, trusted=trust.everything)
         )
     return task, model.eval()
 

@@ -6,6 +6,7 @@ Paths are relative to the storage root and use `/`. All functions are pure: noth
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from outlast.checkpointing.errors import ConfigError
@@ -21,6 +22,9 @@ _RUN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _ATTEMPT = re.compile(r"(\d{4,18})-([0-9a-f]{4,})")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _REF = re.compile(r"(0|[1-9]\d{0,17})@(.+)")
+_DRIVE = re.compile(r"[A-Za-z]:")
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode
+_MAX_NAME_BYTES, _MAX_PATH = 255, 1024  # of file systems; of S3 keys
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -67,6 +71,24 @@ class CheckpointRef:
         """Parse a `str(ref)`; None for any other text."""
         attempt, _, step = path.partition("/checkpoint-")
         return cls.parse(f"{step}@{attempt}")
+
+
+def path_fault(path: object) -> str:
+    """Return why a path that a file names is not one within that file's directory; empty if it is.
+
+    Directories are joined by single slashes. Refused is also what another system reads otherwise (a backslash, a
+    drive), and what hides in a listing: control, format and separator characters.
+    """
+    if not isinstance(path, str):
+        return f"{path!r} is not a path"
+    shown = repr(path[:80])
+    if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path or _DRIVE.match(path):
+        return f"the path {shown} is not one within the directory"
+    if any(unicodedata.category(sign) in _HIDDEN for sign in path):
+        return f"the path {shown} has control characters"
+    if max(len(part.encode()) for part in path.split("/")) > _MAX_NAME_BYTES or len(path) > _MAX_PATH:
+        return f"the path {shown} is too long"
+    return ""
 
 
 def check_run_name(name: str) -> str:

@@ -2,7 +2,8 @@
 
 Writing the manifest is the commit. It contains a digest of itself, so a damaged manifest is detected, and it is plain
 JSON, so reading one never runs code. Digests are XXH3 (github.com/Cyan4973/xxHash): `xxh3_128` of each file, `xxh3_64`
-of each 16 MiB block. They detect accidental damage, not attacks.
+of each 16 MiB block. They detect accidental damage, not attacks: a manifest may come from anywhere, so its paths,
+sizes and types are checked when it is parsed.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from string import hexdigits
 from typing import Any
 
 import xxhash
 
-from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
+from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, path_fault
 from outlast.checkpointing.storage.base import Buffer
 
 FORMAT = 1
@@ -33,6 +36,33 @@ class FileEntry:
     num_bytes: int
     xxh3_128: str
     blocks: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ManifestError for a path outside the directory, an impossible size, or a malformed digest."""
+        if (fault := path_fault(self.path)) or self.path == MANIFEST:
+            raise ManifestError(fault or f"it lists itself, {MANIFEST}")
+        if not _is_count(self.num_bytes):
+            raise ManifestError(f"{self.path} has {self.num_bytes!r} bytes")
+        if len(self.blocks) != -(-self.num_bytes // BLOCK_BYTES):
+            raise ManifestError(f"{self.path} has {self.num_bytes:,} bytes and {len(self.blocks)} digests of blocks")
+        if not _is_digest(self.xxh3_128, 32) or not all(_is_digest(block, 16) for block in self.blocks):
+            raise ManifestError(f"{self.path} has a malformed digest")
+
+
+def parse_files(items: Any) -> tuple[FileEntry, ...]:
+    """Parse the files of a JSON manifest. Raises ManifestError for damage, and if two of them have one path."""
+    if not isinstance(items, list):
+        raise ManifestError("it has no list of files")
+    try:
+        files = tuple(FileEntry(**{**item, "blocks": tuple(item["blocks"])}) for item in items)
+    except (KeyError, TypeError) as error:
+        raise ManifestError(f"its files are malformed ({type(error).__name__}: {error})") from error
+    taken: set[str] = {str(folder) for entry in files for folder in PurePosixPath(entry.path).parents}
+    for entry in files:
+        if entry.path in taken:
+            raise ManifestError(f"two of its files have the path {entry.path}")
+        taken.add(entry.path)
+    return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +115,44 @@ class Manifest:
                 raise ManifestError(f"format {body['format']!r} is not known to this version of outlast")
             if digest != _digest(body):
                 raise ManifestError("its own digest does not match")
-            return cls(
+            manifest = cls(
                 ref=_ref(body),
                 lineage=tuple(_ref(item) for item in body["lineage"]),
-                files=tuple(FileEntry(**{**item, "blocks": tuple(item["blocks"])}) for item in body["files"]),
+                files=parse_files(body["files"]),
                 world_size=body["world_size"],
                 metrics=body["metrics"],
                 committed_at=body["committed_at"],
                 launch=body["launch"],
                 extra=body["extra"],
             )
+            manifest._check_types()
+            return manifest
         except ManifestError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ManifestError(f"it is not a manifest ({type(error).__name__}: {error})") from error
+
+    def _check_types(self) -> None:
+        """Raise ManifestError for a value of a wrong type; readers rely on them."""
+        is_number = {name: isinstance(value, int | float) for name, value in self.metrics.items()}
+        declaration = self.extra.get("declaration", {})
+        fault = {
+            "world_size": not _is_count(self.world_size),
+            "metrics": not all(is_number.values()),
+            "committed_at": not isinstance(self.committed_at, int | float),
+            "launch": self.launch != "" and path_fault(self.launch) != "",
+            "extra": not isinstance(declaration, dict),
+        }
+        if wrong := [name for name, is_wrong in fault.items() if is_wrong]:
+            raise ManifestError(f"its {wrong[0]} is not of the right type")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_digest(value: object, length: int) -> bool:
+    return isinstance(value, str) and len(value) == length and set(value) <= set(hexdigits.lower())
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -110,7 +164,9 @@ def _ref(item: Mapping[str, Any]) -> CheckpointRef:
     attempt = AttemptId.parse(item["attempt"])
     if attempt is None:
         raise ManifestError(f"{item['attempt']!r} is not the name of an attempt")
-    return CheckpointRef(step=int(item["step"]), attempt=attempt)
+    if not _is_count(item["step"]):
+        raise ManifestError(f"{item['step']!r} is not a step")
+    return CheckpointRef(step=item["step"], attempt=attempt)
 
 
 class Digester:

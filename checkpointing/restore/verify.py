@@ -14,11 +14,14 @@ from outlast.checkpointing.storage.retry import retry
 
 def check_listing(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
     """Return the faults that a listing shows, one line each: missing and extra files, wrong sizes."""
-    sizes = {item.name: item.num_bytes for item in retry(lambda: list(walk(storage, directory)))}
+    found = retry(lambda: list(walk(storage, directory)))
+    sizes = {item.name: item.num_bytes for item in found}
     expected = {entry.path: entry.num_bytes for entry in manifest.files}
+    special = {item.name: item.special for item in found if item.special}
     faults = [f"{path}: missing" for path in expected if path not in sizes]
+    faults += [f"{path}: {kind}, where only files and directories may be" for path, kind in special.items()]
     for path, num_bytes in sizes.items():
-        if path == MANIFEST or path.rsplit("/", 1)[-1].startswith(".nfs"):
+        if path in special or path == MANIFEST or path.rsplit("/", 1)[-1].startswith(".nfs"):
             continue
         if path not in expected:
             faults.append(f"{path}: extra file that was never committed")

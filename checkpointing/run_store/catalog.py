@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from outlast.checkpointing.errors import DamagedError
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
@@ -68,7 +69,10 @@ def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
 
     Raises FileNotFoundError, ManifestError if it is damaged or belongs to another checkpoint, and StorageError.
     """
-    manifest = Manifest.parse(read_bytes(store, f"{store.checkpoint_dir(ref)}/{MANIFEST}"))
+    try:
+        manifest = Manifest.parse(read_bytes(store, f"{store.checkpoint_dir(ref)}/{MANIFEST}"))
+    except DamagedError as error:
+        raise ManifestError(error.message) from error
     if manifest.ref != ref:
         raise ManifestError(f"it belongs to {manifest.ref}")
     return manifest

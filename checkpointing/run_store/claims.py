@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import UnionType
 from typing import Any
 
-from outlast.checkpointing.format.layout import CLAIM, AttemptId, CheckpointRef, parse_checkpoint
+from outlast.checkpointing.format.layout import CLAIM, AttemptId, CheckpointRef, parse_checkpoint, path_fault
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import list_directories, read_object
 from outlast.checkpointing.storage.retry import retry
@@ -45,6 +45,8 @@ def read_claim(store: RunStore, attempt: AttemptId) -> dict[str, Any]:
     """Read a claim; empty if it is missing or damaged."""
     body = read_object(store, f"{store.attempt_dir(attempt)}/{CLAIM}")
     expected: dict[str, type | UnionType] = {"launch": str, "claimed_at": int | float}
+    if body.get("launch") and path_fault(body["launch"]):  # it names a directory
+        del body["launch"]
     return {key: value for key, value in body.items() if isinstance(value, expected.get(key, object))}
 
 

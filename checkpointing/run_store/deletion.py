@@ -6,12 +6,17 @@ written before announcements are read. So one of the two sees the other, and a g
 
 from collections.abc import Sequence
 
+from outlast.checkpointing.errors import StorageRefused
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, pins_dir, prune_dir, prunes_dir
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.events import DeleteEvent, DeletingEvent, SparedEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, Journal, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import list_directories, walk
+
+
+class SpecialFilesLeft(StorageRefused):
+    """Everything of a checkpoint is deleted but links and other files that outlast never writes."""
 
 
 def deletions(store: RunStore) -> set[CheckpointRef]:
@@ -25,11 +30,23 @@ def deletions(store: RunStore) -> set[CheckpointRef]:
 
 
 def delete_checkpoint(store: RunStore, ref: CheckpointRef) -> None:
-    """Delete a checkpoint, manifest first: from then on it does not count. Raises StorageError."""
+    """Delete a checkpoint, manifest first: from then on it does not count.
+
+    Links and other special files in it stay, and so do those that lie in its place. Raises StorageError, which names
+    them, after everything else is deleted.
+    """
     storage, directory = store.storage, store.checkpoint_dir(ref)
-    storage.delete(f"{directory}/{MANIFEST}")
-    for entry in list(walk(storage, directory)):
-        storage.delete(f"{directory}/{entry.name}")
+    entries = list(walk(storage, directory))
+    if all(entry.name != MANIFEST or not entry.special for entry in entries):
+        storage.delete(f"{directory}/{MANIFEST}")
+    for entry in entries:
+        if not entry.special:
+            storage.delete(f"{directory}/{entry.name}")
+    if special := [f"{entry.name} ({entry.special})" for entry in entries if entry.special]:
+        raise SpecialFilesLeft(
+            f"{storage.url}/{directory}: outlast did not write {', '.join(special)}, and leaves it there",
+            hint="look where it leads, and remove it yourself",
+        )
 
 
 def exempt_pinned(
@@ -60,7 +77,9 @@ def is_being_deleted(store: RunStore, ref: CheckpointRef) -> bool:
 
 
 def list_pins(store: RunStore) -> set[CheckpointRef]:
-    files = (entry.name for entry in store.list(pins_dir(store.run)) if entry.num_bytes is not None)
+    files = (
+        entry.name for entry in store.list(pins_dir(store.run)) if entry.num_bytes is not None and not entry.special
+    )
     return set(filter(None, map(CheckpointRef.parse, files)))
 
 

@@ -88,7 +88,7 @@ def _segment_files(storage: ReadableStorage, directory: str, stream: str, exclud
     files = []
     for entry in storage.list(directory):
         match = _NAME.fullmatch(entry.name) if entry.name.startswith(f"{stream}-") else None
-        if match and entry.num_bytes is not None and entry.name not in excluded:
+        if match and entry.num_bytes is not None and not entry.special and entry.name not in excluded:
             first, last = int(match["first"]), int(match["last"] or match["first"])
             files.append(SegmentFile(entry.name, match["journal"], first, last, entry.num_bytes))
     yield from sorted(files, key=lambda file: (file.journal, file.first, -file.last))

@@ -9,27 +9,39 @@ that does not respond proves nothing about its content.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Protocol, TypeVar
+
+from outlast.checkpointing.errors import DamagedError
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
+_MAX_BYTES = 2**29
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Entry:
-    """One name in a directory. `num_bytes` is None for a directory."""
+    """One name in a directory. `num_bytes` is None for a directory.
+
+    `special` is what else the entry is, such as `a named pipe`: outlast neither reads nor deletes it. Empty for files
+    and directories.
+    """
 
     name: str
     num_bytes: int | None
+    special: str = ""
 
 
 class ReadableStorage(Protocol):
     """Storage that can be listed and read."""
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for reading and seeking. Raises FileNotFoundError or StorageError."""
+        """Open a file for reading and seeking.
+
+        Raises FileNotFoundError, DamagedError if it is a link or anything else than a file, and StorageError.
+        """
 
     def list(self, path: str) -> list[Entry]:
         """List the names directly under a directory, sorted; empty if it does not exist. Raises StorageError."""
@@ -53,8 +65,11 @@ class Storage(ReadableStorage, Protocol):
 
 
 def read_bytes(storage: ReadableStorage, path: str) -> bytes:
-    """Read a file. Raises as `Storage.open`."""
+    """Read a file that is not weights. Raises as `Storage.open`, and DamagedError if it has more than 512 MiB."""
     with storage.open(path) as file:
+        if (num_bytes := file.seek(0, os.SEEK_END)) > _MAX_BYTES:
+            raise DamagedError(f"{path} has {num_bytes:,} bytes, more than any file of its kind")
+        file.seek(0)
         return file.read()
 
 
@@ -62,7 +77,7 @@ def read_object(storage: ReadableStorage, path: str) -> dict[str, Any]:
     """Read a JSON object; empty if the file is missing, damaged or something else. Raises StorageError."""
     try:
         body = json.loads(read_bytes(storage, path))
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, DamagedError, ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 
@@ -79,4 +94,4 @@ def walk(storage: Storage, path: str) -> Iterator[Entry]:
             yield entry
         else:
             for inner in walk(storage, f"{path}/{entry.name}".lstrip("/")):
-                yield Entry(f"{entry.name}/{inner.name}", inner.num_bytes)
+                yield replace(inner, name=f"{entry.name}/{inner.name}")

@@ -1,40 +1,71 @@
 """Storage on a local or shared file system: fsync and rename make writes atomic and durable.
 
 Concurrent writers of other hosts are expected. A file never appears in part, and nothing here takes a lock.
+
+The root and the names directly in it, which are runs, may be links. Below them no link is followed, to read, write or
+delete, and only regular files are opened: a run may come from anywhere.
 """
 
 import contextlib
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from outlast.checkpointing.errors import StorageError, StorageRefused
+from outlast.checkpointing.errors import DamagedError, StorageError, StorageRefused
 from outlast.checkpointing.storage.base import Buffer, Entry
+from outlast.checkpointing.storage.regular_files import SpecialFileError, open_regular, special_kind
 
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
-class LocalStorage:
-    """A directory on a local disk or a shared file system (NFS, Lustre, a bind mount)."""
+#: Of `put`; other names that end alike are somebody else's.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
-    def __init__(self, root: Path) -> None:
-        self._root = root.expanduser().absolute()
+
+class LocalStorage:
+    """A directory on a local disk or a shared file system (NFS, Lustre, a bind mount).
+
+    Args:
+        root: The directory. It need not exist.
+        follow_links: Follow links everywhere, and allow `..`: for files that the user names, never for a run.
+    """
+
+    def __init__(self, root: Path, *, follow_links: bool = False) -> None:
+        self._root, self._follows = root.expanduser().absolute(), follow_links
 
     @property
     def url(self) -> str:
         return str(self._root)
 
     def path(self, path: str) -> Path:
+        """Return where a file or directory lies. Raises StorageRefused if the way there leads through a link."""
+        if fault := self._fault_on_way(path):
+            raise StorageRefused(fault, hint=_LINK_HINT)
         return self._root / path
+
+    def _fault_on_way(self, path: str) -> str:
+        """Return why a path is not used; empty if it is. Its last name is for the caller to judge."""
+        parts = path.split("/") if path else []
+        if self._follows:
+            return ""
+        if any(part in ("", ".", "..") or "\0" in part for part in parts):
+            return f"{path!r} is not a path below {self._root}"
+        folders = (self._root.joinpath(*parts[:end]) for end in range(2, len(parts)))  # the first may be a link
+        return next((_link_fault(folder) for folder in folders if folder.is_symlink()), "")
+
+    def _is_link_allowed(self, path: str) -> bool:
+        return self._follows or "/" not in path
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
         target = self.path(path)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         with _storage_errors("write", target):
             _make_dirs(target.parent)
+            _refuse_special(target)
             try:
                 with open(temporary, "xb", buffering=0) as file:
                     for chunk in chunks:
@@ -53,22 +84,31 @@ class LocalStorage:
         target = self.path(path)
         with _storage_errors("sync", target):
             for folder, _, names in os.walk(target, topdown=False, onerror=_raise):
-                for name in names:
-                    _sync(Path(folder, name))
+                for path_of_file in (Path(folder, name) for name in names):
+                    with open_regular(path_of_file, follow=False) as file:
+                        os.fsync(file.fileno())
                 _sync(Path(folder))
             _sync(target.parent)
 
     def open(self, path: str) -> BinaryIO:
-        target = self.path(path)
-        with _storage_errors("read", target):
-            return open(target, "rb")
+        target, fault = self._root / path, self._fault_on_way(path)
+        try:
+            with _storage_errors("read", target):
+                if not fault:
+                    return open_regular(target, follow=self._is_link_allowed(path))
+        except SpecialFileError as error:
+            fault = f"{target} is {error.kind}, not a file"
+        raise DamagedError(fault, hint=_LINK_HINT)  # no committed file was one: that is proof, not a failure
 
     def list(self, path: str) -> list[Entry]:
         target = self.path(path)
+        follow = self._follows or not path
+        if target.is_symlink() and not self._is_link_allowed(path):
+            raise StorageRefused(_link_fault(target), hint=_LINK_HINT)
         with _storage_errors("list", target):
             try:
                 with os.scandir(target) as items:
-                    entries = [_entry(item) for item in items if not item.name.endswith(".tmp")]
+                    entries = [_entry(item, follow) for item in items if not item.name.endswith(".tmp")]
             except FileNotFoundError:
                 return []
         return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
@@ -76,6 +116,7 @@ class LocalStorage:
     def delete(self, path: str) -> None:
         target = self.path(path)
         with _storage_errors("delete", target):
+            _refuse_special(target)
             target.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 _sync(target.parent)  # so that deletions become durable in their order
@@ -89,12 +130,26 @@ class LocalStorage:
                     break
 
 
-def _entry(item: os.DirEntry[str]) -> Entry | None:
-    """Return the entry; None for a file that was deleted meanwhile."""
+def _link_fault(path: Path) -> str:
+    return f"{path} is a symbolic link, and outlast follows none inside a run"
+
+
+def _refuse_special(path: Path) -> None:
+    """Raise StorageRefused if something that outlast never writes has this name."""
+    with contextlib.suppress(FileNotFoundError):
+        if kind := special_kind(path.lstat().st_mode):
+            raise StorageRefused(f"{path} is {kind}, which outlast did not write: it stays", hint=_LINK_HINT)
+
+
+def _entry(item: os.DirEntry[str], follow: bool) -> Entry | None:
+    """Return the entry; None for a file that was deleted meanwhile, and with `follow` for a link that leads nowhere."""
+    if item.is_dir(follow_symlinks=follow):
+        return Entry(item.name, None)
     try:
-        return Entry(item.name, None if item.is_dir() else item.stat().st_size)
+        found = item.stat(follow_symlinks=follow)
     except FileNotFoundError:
         return None
+    return Entry(item.name, found.st_size, special_kind(found.st_mode))
 
 
 def _write_all(fd: int, view: memoryview) -> None:
@@ -126,8 +181,9 @@ def _raise(error: OSError) -> None:
 
 def _remove_temporary_files(directory: Path) -> None:
     """Delete the temporary files of killed writers if the directory contains nothing else."""
-    names = os.listdir(directory)
-    if all(name.startswith(".") and name.endswith(".tmp") for name in names):
+    with os.scandir(directory) as items:
+        names = [item.name for item in items if item.is_file(follow_symlinks=False) and _TEMPORARY.fullmatch(item.name)]
+    if len(names) == len(os.listdir(directory)):
         for name in names:
             (directory / name).unlink(missing_ok=True)
 
@@ -138,7 +194,7 @@ def _storage_errors(verb: str, target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and verb == "read":
+        if isinstance(error, FileNotFoundError | SpecialFileError) and verb == "read":
             raise
         reason = f"cannot {verb} {target}: {os.strerror(error.errno) if error.errno else error}"
         if error.errno not in _REFUSALS:
@@ -146,6 +202,7 @@ def _storage_errors(verb: str, target: Path) -> Iterator[None]:
         raise StorageRefused(reason, hint=_REFUSAL_HINTS.get(error.errno, _ACCESS_HINT)) from error
 
 
+_LINK_HINT = "remove it, or put the files themselves in its place; the run's own directory may be a link"
 _ACCESS_HINT = "give this user write access or set checkpoint.storage to another path, then run the same command again"
 _REFUSAL_HINTS = {
     errno.ENOSPC: "free some space (`outlast checkpoints ls RUN` shows sizes), then run the same command again",

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from outlast.checkpointing.errors import ConfigError, StorageError
+from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
 from outlast.checkpointing.format.layout import STATE_DIR, WEIGHTS
 from outlast.checkpointing.format.safetensors import encode, tensor_bytes
 from outlast.checkpointing.restore.reader import read_tensors, read_verified
+from outlast.checkpointing.restore.verify import check_listing
 from outlast.checkpointing.tools.query import ResolvedCheckpoint, damage_or_deletion
 
 CONFIG = "config.json"
@@ -66,6 +67,9 @@ def read_content(source: ResolvedCheckpoint) -> Content:
     files: dict[str, bytes] = {}
     weights_name = WEIGHTS
     with damage_or_deletion(source):
+        listed = check_listing(source.store.storage, source.directory, source.manifest)
+        if faults := [fault for fault in listed if "extra file" not in fault]:  # before memory is taken for its sizes
+            raise DamagedError("; ".join(faults))
         weights = read_tensors(source.store.storage, source.directory, source.manifest, weights_only=True)
         for entry in source.manifest.files:
             if entry.path.startswith(STATE_DIR) or entry.path in _RUN_FILES:
@@ -126,7 +130,8 @@ def export_directory(
         for name, data in files.items():
             target = staged / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
+            with target.open("xb") as file:  # none replaces the weights
+                file.write(data)
 
 
 def export_parts(

@@ -8,6 +8,8 @@ deletions are events in a journal of its own, so that a deleted checkpoint is no
 import json
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
@@ -15,6 +17,7 @@ from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, pin_pa
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
 from outlast.checkpointing.run_store.deletion import (
+    SpecialFilesLeft,
     delete_checkpoint,
     deletions,
     exempt_pinned,
@@ -37,6 +40,7 @@ class PrunePlan:
     doomed: tuple[Manifest, ...]  #: checkpoints to delete, newest first
     kept: tuple[Manifest, ...]  #: checkpoints that stay, newest first
     remains: tuple[CheckpointRef, ...]  #: checkpoints whose deletion was interrupted
+    left: tuple[str, ...] = ()  #: paths of links and other special files, which a prune never touches
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +66,17 @@ def plan_prune(store: RunStore, retention: Retention) -> PrunePlan:
         tuple(item for item in accepted if item.ref not in keep),
         tuple(item for item in accepted if item.ref in keep),
         _remains(store, {item.ref for item in accepted}),
+        tuple(_special_files(store)),
     )
+
+
+def _special_files(store: RunStore) -> Iterator[str]:
+    """Yield each link and other special file in the directories of checkpoints, and in their place, with its kind."""
+    for attempt in list_attempts(store):
+        directory = store.attempt_dir(attempt)
+        for entry in walk(store.storage, directory):
+            if entry.special:
+                yield f"{store.storage.url}/{directory}/{entry.name}: {entry.special}"
 
 
 def _remains(store: RunStore, accepted: set[CheckpointRef]) -> tuple[CheckpointRef, ...]:
@@ -88,16 +102,22 @@ def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
                 hint="prune again once it has saved twice",
             )
         journal.write(DeleteEvent(step=ref.step, attempt=str(ref.attempt)))
-        delete_checkpoint(store, ref)
+        _delete(store, ref)
     for ref in plan.remains:
-        delete_checkpoint(store, ref)
+        _delete(store, ref)
     every = sorted((*plan.doomed, *plan.kept), key=lambda manifest: manifest.ref, reverse=True)
     return PrunePlan(
         plan.highest,
         tuple(manifest for manifest in plan.doomed if manifest.ref not in spared),
         tuple(manifest for manifest in every if manifest.ref not in set(doomed)),
         plan.remains,
+        plan.left,
     )
+
+
+def _delete(store: RunStore, ref: CheckpointRef) -> None:
+    with suppress(SpecialFilesLeft):  # the plan names them
+        delete_checkpoint(store, ref)
 
 
 def pin(store: RunStore, which: str, retention: Retention) -> CheckpointRef:

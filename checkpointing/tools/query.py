@@ -170,6 +170,8 @@ def newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, M
             return directory, Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}"))
         except FileNotFoundError:
             continue
+        except DamagedError as error:
+            return directory, ManifestError(error.message)
         except ManifestError as error:
             return directory, error
     return "", None

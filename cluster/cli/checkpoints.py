@@ -203,6 +203,7 @@ def prune(
             "deleted": [manifest.ref.name for manifest in plan.doomed],
             "remains": [ref.name for ref in plan.remains],
             "kept": kept,
+            "left": list(plan.left),
         }
         print(json.dumps({"done": yes, **names, "bytes": plan.num_bytes}, indent=1))
         return
@@ -210,6 +211,8 @@ def prune(
         print(f"{'deleted' if yes else 'would delete'}  {manifest.ref.name}  {size(manifest.num_bytes)}")
     for ref in plan.remains:
         print(f"{'deleted' if yes else 'would delete'}  {ref.name}  rest of an interrupted deletion")
+    for path in plan.left:
+        print(f"{'left' if yes else 'would leave'}  {path}, which outlast did not write")
     print(f"{'kept' if yes else 'would keep'}  {', '.join(kept)}")
     if not yes and (plan.doomed or plan.remains):
         print(f"{size(plan.num_bytes)} would be freed; repeat the command with --yes to delete", file=sys.stderr)
@@ -268,9 +271,10 @@ def export(
     checkpoint = commands.resolve_checkpoint(store, which, retention)
     content = read_content(checkpoint)
     if merge:
+        from outlast.cluster.config.run_reference import user_trust
         from outlast.trainers.models.merge_lora import merge as merged
 
-        content = merged(content, checkpoint.declaration, base=base, trusted=trusted)
+        content = merged(content, checkpoint.declaration, base, user_trust(run, (), trusted))
     if to_dtype is not None:
         content = converted(content, to_dtype)
     if out is not None:

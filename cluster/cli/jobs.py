@@ -20,9 +20,10 @@ from outlast.cluster.cli.options import (
     Ship,
     ShippedCode,
     StorageRoot,
+    Trusted,
     print_runs,
 )
-from outlast.cluster.config.run_reference import RUN_FILES, find_run, run_name
+from outlast.cluster.config.run_reference import RUN_FILES, find_run, run_name, stored_config
 
 if TYPE_CHECKING:
     from outlast.cluster.config.run_config import RunConfig
@@ -57,6 +58,7 @@ def supervise(
     address: Address = None,
     code: ShippedCode = None,
     ship: Ship = True,
+    trusted: Trusted = False,
     storage: StorageRoot = "./runs",
 ) -> None:
     """Keep runs running on a Ray cluster: submit again when a job or the whole cluster has died.
@@ -66,7 +68,9 @@ def supervise(
     from outlast.cluster.config.run_file import load_run
 
     settings = [
-        load_run(run, overrides or []) if run.endswith(RUN_FILES) else _load_from_storage(run, storage, overrides or [])
+        load_run(run, overrides or [])
+        if run.endswith(RUN_FILES)
+        else _load_from_storage(run, storage, overrides or [], trusted)
         for run in runs
     ]
     _supervise(settings, address, code, ship)
@@ -84,12 +88,9 @@ def _supervise(
     raise Exit(supervisor.supervise(runs))
 
 
-def _load_from_storage(run: str, root: str, overrides: list[str]) -> tuple[RunConfig, dict[str, Any]]:
-    from outlast.cluster.config.run_file import settings_of
-    from outlast.cluster.config.run_reference import declared_settings
-
+def _load_from_storage(run: str, root: str, overrides: list[str], trusted: bool) -> tuple[RunConfig, dict[str, Any]]:
     store, _ = find_run(run, root)
-    return settings_of(declared_settings(store), run, overrides)
+    return stored_config(run, store, overrides, trusted=trusted)
 
 
 def resume(
@@ -99,10 +100,11 @@ def resume(
     follow: Follow = False,
     code: ShippedCode = None,
     ship: Ship = True,
+    trusted: Trusted = False,
     storage: StorageRoot = "./runs",
 ) -> None:
     """Submit a run again, with the settings from its storage."""
-    config, declared = _load_from_storage(run, storage, overrides or [])
+    config, declared = _load_from_storage(run, storage, overrides or [], trusted)
     _submit(config, declared, address, follow, code, ship)
 
 

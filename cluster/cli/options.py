@@ -22,7 +22,9 @@ Code = Annotated[
     Path | None, Option(help="The directory of your own Python files; default: the run file's, or the current one.")
 ]
 Base = Annotated[str | None, Option(help="For an adapter: path of its base model; default: the path at training.")]
-Trusted = Annotated[bool, Option("--trust-remote-code", help="Run code from the checkpoint.")]
+Trusted = Annotated[
+    bool, Option("--trust-remote-code", help="Run code that the run names, or that is in its checkpoint.")
+]
 Overrides = Annotated[Texts, Option("-s", "--set", metavar="KEY=VALUE", help="Override a setting.")]
 Ship = Annotated[bool, Option(help="Send this outlast along, so that the cluster runs the same version.")]
 ShippedCode = Annotated[

@@ -40,14 +40,14 @@ def try_(
 ) -> None:
     """Predict with a run's model: classes, tags, answers, or a continuation."""
     from outlast.cluster.config.run_file import settings_of
-    from outlast.cluster.config.run_reference import declared_settings
+    from outlast.cluster.config.run_reference import declared_settings, user_trust
     from outlast.trainers import predict
 
     make_code_importable(run, code)
     store, retention = find_run(run, storage)
     resolved = predict.choose_checkpoint(store, checkpoint, retention)
     config, _ = settings_of(declared_settings(store), run, overrides or ())
-    task, model = predict.load(config, resolved, base, trusted=trusted)
+    task, model = predict.load(config, resolved, base, user_trust(run, overrides or (), trusted))
     inputs = [predict.parse_record(task, _parsed(text)) for text in [*(texts or []), *(prompts or [])]]
     rows = chain(inputs, *(predict.read_records(task, config, file) for file in files or []))
     if not inputs and not files:

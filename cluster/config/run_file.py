@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from outlast.checkpointing.error_hints import first_line, nearest
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.cluster.config.run_config import RunConfig
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding, check
@@ -116,7 +117,7 @@ def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
         hint = f"write it as YAML, as {Path(path).with_suffix('.yaml')}; `outlast init` writes a starter file"
         raise ConfigError(f"run file {path} is TOML, which is no longer read", hint=hint)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_small_file(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         hint = "name a .yaml file; `outlast init` writes a starter file"
         candidates = {file.stem: file for file in Path(path).parent.glob("*.*") if file.suffix in (".yaml", ".yml")}

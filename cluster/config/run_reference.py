@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from outlast.checkpointing.errors import ConfigError, OutlastError, StorageError
 if TYPE_CHECKING:  # every command imports this module; `outlast --help` needs no more of it than RUN_FILES
     from outlast.checkpointing.run_store.retention_policy import Retention
     from outlast.checkpointing.run_store.store import RunStore
+    from outlast.cluster.config.run_config import RunConfig
+    from outlast.trainers.config.trust import Trust
 
 #: TOML is no longer supported; reading a TOML file raises an error that explains it.
 RUN_FILES = (".yaml", ".yml", ".toml")
@@ -70,3 +73,43 @@ def declared_settings(store: RunStore) -> dict[str, Any]:
             return dict(settings)
     problem = f"run {store.run!r} in {store.storage.url} has no claim with settings"
     raise StorageError(problem, hint="give the run file instead")
+
+
+def stored_config(
+    run: str, store: RunStore, overrides: Sequence[str], *, trusted: bool
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the settings of the run's newest claim, to run it again: as `load_run` does.
+
+    Raises ConfigError also if they name code that is not trusted, or another run than `store`.
+    """
+    from outlast.cluster.config.run_file import settings_of
+    from outlast.trainers.config.trust import named_code
+
+    config, declared = settings_of(declared_settings(store), run, overrides)
+    user_trust(run, overrides, trusted).check_code(named_code(config), f"run {store.run!r}")
+    place = config.checkpoint.storage
+    is_elsewhere = place.startswith("/") and Path(place).resolve() != Path(store.storage.url).resolve()
+    is_elsewhere |= "://" in place and place.split("?")[0].rstrip("/") != store.storage.url.split("?")[0]
+    if config.name != store.run or is_elsewhere:
+        raise ConfigError(
+            f"the settings of {store.url} are those of {place}/{config.name}, which would be written to",
+            hint=f"name the run file that you wrote; or, if it was moved: -s checkpoint.storage={store.storage.url}",
+        )
+    return config, declared
+
+
+def user_trust(run: str, overrides: Sequence[str], trusted: bool) -> Trust:
+    """Return what the user wrote: the settings of RUN if it is a run file, and the -s options."""
+    from outlast.cluster.config.run_file import load_run, override
+    from outlast.trainers.config.trust import Trust, named_code
+
+    if run.endswith(RUN_FILES):
+        config = load_run(run, overrides)[0].at_home(Path(run).parent)
+        return Trust(trusted, {**named_code(config), "model.path": config.model.path})
+    given: dict[str, Any] = {}
+    for item in overrides:
+        override(given, item)
+    model, train = (block if isinstance(block := given.get(name), dict) else {} for name in ("model", "train"))
+    return Trust(
+        trusted, {f"model.{key}": item for key, item in model.items()} | {"train.optimizer": train.get("optimizer")}
+    )

@@ -28,6 +28,7 @@ from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.events import ResumeEvent, StepEvent, parse_event
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes, walk
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.config.run_file import load_run
 from outlast.cluster.drills.comparison import (
@@ -332,7 +333,8 @@ def _seconds_per_step(copy: RunCopy) -> float:
 
 def _remove(copy: RunCopy) -> None:
     storage, run = copy.store.storage, copy.config.name
-    storage.delete(f"{run}/model")  # the link, before its target
+    if isinstance(storage, LocalStorage):
+        storage.path(f"{run}/model").unlink(missing_ok=True)  # the link, before its target
     for entry in list(walk(storage, run)):
         storage.delete(f"{run}/{entry.name}")
 

@@ -285,4 +285,6 @@ def _link_model(store: RunStore, model: str) -> str:
         temporary.symlink_to(Path(model).relative_to(store.run))
         temporary.replace(link)
         return f"{store.run}/model"
+    with contextlib.suppress(OSError):
+        temporary.unlink()
     return model

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from ray.exceptions import AuthenticationError
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.checkpointing.run_store.liveness import is_process_alive, process_start
+from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.driver.embedded_ray import embedded_ray_environment
 from outlast.cluster.driver.signals import interrupt_on_sigterm, stop_event
@@ -29,6 +31,8 @@ OBJECT_STORE_BYTES = 200 * 2**20
 CONNECT_TIMEOUT_S = 2.0
 _SOCKET_BYTES = 107  # of the path of a Unix socket
 _SOCKET = "/sockets/plasma_store"
+#: Ray lets every user write to its directory, so it gets one inside that of this user.
+_INNER = "/r"
 
 
 @contextlib.contextmanager
@@ -50,7 +54,11 @@ def ray_session(address: str | None = None) -> Iterator[bool]:
             stack.enter_context(embedded_ray_environment())
             folder = _ray_folder()
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": folder}
+            quiet |= {
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": f"{folder}{_INNER}",
+            }
         stack.callback(ray.shutdown)
         # The raylet prints messages of dead workers on standard output.
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -112,14 +120,19 @@ def _ray_folder() -> str:
     """
     variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
-    longest = _SOCKET_BYTES - len(f"/{OWN_RAY}12345678/session_2026-01-01_00-00-00_000000_{os.getpid()}{_SOCKET}")
+    longest = _SOCKET_BYTES - len(
+        f"/{OWN_RAY}12345678/session_2026-01-01_00-00-00_000000_{os.getpid()}{_INNER}{_SOCKET}"
+    )
     if len(os.fsencode(root)) > longest:
         message = f"{variable} {root} is too long: the path of a socket has at most {_SOCKET_BYTES} bytes"
         raise PreflightError(message, hint=f"set {variable} to a directory of at most {longest} characters")
     for other in root.glob(f"{OWN_RAY}*"):
         with contextlib.suppress(OSError, ValueError):
-            pid, started = (other / "driver").read_text().split()
-            if not is_process_alive(int(pid), started):
+            found, driver = other.lstat(), other / "driver"
+            if not stat.S_ISDIR(found.st_mode) or {found.st_uid, driver.lstat().st_uid} != {os.geteuid()}:
+                continue  # a link, or of another user
+            pid, started = read_small_file(driver, follow=False).split()
+            if not is_process_alive(int(pid), started.decode()):
                 shutil.rmtree(other, ignore_errors=True)
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ import ray
 from ray.runtime_env import RuntimeEnv
 
 from outlast.checkpointing.run_store.events import Event, UnderWayEvent
+from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.ray_internals import (
     WORKER_PROCESS_SETUP_HOOK_ENV_VAR,
@@ -51,7 +52,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     known: Mapping[str, Any] = config.model.config or {}
     if config.model.path is not None:
         with suppress(OSError, ValueError):
-            known = json.loads(Path(config.model.path, "config.json").read_text())
+            known = json.loads(read_small_file(Path(config.model.path, "config.json")))
     hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "outlast.cluster.driver.worker.warm"}
     first = json.dumps([task, known.get("model_type")])
     return {**seed, **hook, PREWARM_VARIABLE: first, _AFTER_VARIABLE: str(config.failure.standby_after_s)}

@@ -3,11 +3,9 @@
 Unknown fields are omitted, never guessed. Intended use, limits and license are left to the user.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.run_store.claims import read_claim
-from outlast.checkpointing.storage.base import read_bytes
+from outlast.checkpointing.storage.base import read_object
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint
 from outlast.cluster.formatting import counted
@@ -57,10 +55,8 @@ class _CardBuilder:
         self._model: Mapping[str, Any] = self._numerics_settings.get("model", {})
         self._task = str(self._model.get("task", ""))
         self._settings: Mapping[str, Any] = read_claim(found.store, attempt).get("settings", {})
-        self._record: dict[str, Any] = {}
-        with suppress(FileNotFoundError, ValueError):
-            path = f"{found.store.launch_dir(found.manifest.launch)}/{RECORD}"
-            self._record = json.loads(read_bytes(found.store.storage, path))
+        path = f"{found.store.launch_dir(found.manifest.launch)}/{RECORD}"
+        self._record = read_object(found.store.storage, path)
         metrics = sorted(found.manifest.metrics.items())
         self._metrics = {name: value for name, value in metrics if name.startswith("eval_")}
         timeline = TimelineReader(found.store).update()

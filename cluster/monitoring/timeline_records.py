@@ -26,6 +26,7 @@ NoteworthyEvent = (
     | events.EarlyStopEvent
     | events.ChangedEvent
     | events.SaveFailedEvent
+    | events.DeleteFailedEvent
     | events.AttemptErrorEvent
     | events.HangEvent
     | events.ModelRejectedEvent

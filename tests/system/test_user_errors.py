@@ -181,7 +181,7 @@ def _runs(place: Path) -> None:
         run_group(Assignment(config, declared, "first", prepare(config, storage)), storage, 1)[0].outcome
         is Outcome.DONE
     )
-    for name in ("begun", "damaged", "lost", "newer", "once"):
+    for name in ("begun", "damaged", "foreign", "lost", "newer", "once"):
         shutil.copytree(storage.path("told"), storage.path(name), symlinks=True)
     for ref in [item.ref for item in read_catalog(storage, "told").accepted]:
         for name in ("damaged", "lost"):
@@ -197,6 +197,10 @@ def _runs(place: Path) -> None:
         shutil.rmtree(attempt / "model")
         storage.path(f"{name}/model").unlink(missing_ok=True)
     shutil.rmtree(next(storage.path("once/attempts").iterdir()) / "checkpoint-2")
+    claim = next(storage.path("foreign/attempts").iterdir()) / "claim.json"
+    forged = json.loads(claim.read_bytes())
+    forged["settings"]["model"]["class"] = "mine:Model"
+    claim.write_text(json.dumps(forged))
 
 
 def _places(place: Path) -> None:
@@ -205,6 +209,8 @@ def _places(place: Path) -> None:
     shutil.copy(place / "rows.jsonl", place / "locked" / "rows.jsonl")
     (place / "locked").chmod(0o700)
     (place / "open").chmod(0o777)
+    os.mkfifo(place / "pipe.yaml")
+    os.mkfifo(place / "pipe.jsonl")
 
 
 @pytest.fixture(scope="module")

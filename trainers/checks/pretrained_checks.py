@@ -17,6 +17,7 @@ from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.trainers.config.adapter_directory import with_base
 from outlast.trainers.config.model import ModelSettings, is_hub_id
 from outlast.trainers.config.training_config import TrainingConfig
@@ -64,10 +65,10 @@ def _verify(key: str, path: str) -> None:
     """Raise ConfigError if a directory is a checkpoint or model of outlast, and not as it was committed."""
     hint = "use another checkpoint; or, if it was changed on purpose, a copy of the directory without manifest.json"
     try:
-        manifest = Manifest.parse((Path(path) / MANIFEST).read_bytes())
+        manifest = Manifest.parse(read_small_file(Path(path) / MANIFEST))
     except FileNotFoundError:
         return
-    except ManifestError as error:
+    except (ManifestError, OSError) as error:
         raise ConfigError(f"{key} {path}: manifest.json is damaged: {error}", hint=hint) from error
     try:
         folder = Path(path).resolve()

@@ -49,4 +49,9 @@ def with_base(settings: ModelSettings) -> ModelSettings:
             f"model.path {path} is an adapter, which has its own settings",
             hint="leave model.lora out, or set model.path to the base model and model.lora.path to the adapter",
         )
+    if settings.trust_remote_code:
+        raise ConfigError(
+            f"model.path {path} is an adapter, and model.trust_remote_code would run code of the model that it names",
+            hint=f"set model.path to that model, and model.lora.path to {path}",
+        )
     return settings.model_copy(update={"path": base_of(path), "lora": LoraSettings(path=path)})

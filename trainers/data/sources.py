@@ -114,7 +114,7 @@ def find_data_files(source: str | Sequence[str], csv: CsvSettings = DEFAULT_CSV)
 
 
 def _open(url: str) -> tuple[Storage, ListDir]:
-    storage = open_storage(url)
+    storage = open_storage(url) if "://" in url else LocalStorage(Path(url), follow_links=True)
     return storage, cache(storage.list)
 
 
@@ -134,7 +134,11 @@ def _split(location: str) -> tuple[str, str]:
 
 
 def _expand(location: str, storage: Storage, list_dir: ListDir, path: str) -> list[DataFile]:
-    matches = dict(_matches("", path.split("/"), list_dir))
+    found = list(_matches("", path.split("/"), list_dir))
+    matches = {match: entry.num_bytes for match, entry in found}
+    for match, entry in found:
+        if entry.special and (match == path or PurePosixPath(match).suffix in (*KINDS, *_CODECS)):
+            raise _not_a_file(storage, match, entry)
     if not matches and _is_pattern(path):
         hint = "check the directories and the end of the name; `**` stands for directories within directories"
         raise ConfigError(f"no data file matches the pattern {location}", hint=hint)
@@ -162,8 +166,13 @@ def _expand(location: str, storage: Storage, list_dir: ListDir, path: str) -> li
     return non_empty
 
 
-def _matches(base: str, pattern: Sequence[str], list_dir: ListDir) -> Iterator[tuple[str, int | None]]:
-    """Find paths below `base` that match the pattern, with sizes (None: directory). Literal matches go first."""
+def _not_a_file(storage: Storage, path: str, entry: Entry) -> ConfigError:
+    message = f"data file {_display_name(storage, path)} is {entry.special}; outlast reads files, and reads them twice"
+    return ConfigError(message, hint="write its content to a file, and name that")
+
+
+def _matches(base: str, pattern: Sequence[str], list_dir: ListDir) -> Iterator[tuple[str, Entry]]:
+    """Find paths below `base` that match the pattern, with their entries. Literal matches go first."""
     head, rest = pattern[0], pattern[1:]
     if rest and not _is_pattern(head):
         yield from _matches(_join(base, head), rest, list_dir)
@@ -177,7 +186,7 @@ def _matches(base: str, pattern: Sequence[str], list_dir: ListDir) -> Iterator[t
     for entry in found:
         path = _join(base, entry.name)
         if not rest:
-            yield path, entry.num_bytes
+            yield path, entry
         elif entry.num_bytes is None:
             yield from _matches(path, pattern if head == "**" else rest, list_dir)
 
@@ -192,7 +201,11 @@ def _join(base: str, name: str) -> str:
 
 def _directory(storage: Storage, path: str, list_dir: ListDir) -> list[DataFile]:
     """Find the data files of a directory; for a data set of the `datasets` library its files, in its order."""
-    entries = {entry.name: entry.num_bytes for entry in list_dir(path) if entry.num_bytes is not None}
+    listed = [entry for entry in list_dir(path) if entry.num_bytes is not None]
+    for entry in listed:
+        if entry.special and PurePosixPath(entry.name).suffix in (*KINDS, *_CODECS):
+            raise _not_a_file(storage, _join(path, entry.name), entry)
+    entries = {entry.name: entry.num_bytes for entry in listed}
     shown = _display_name(storage, path)
     if _DATASETS in entries:
         splits = _named_in(storage, _join(path, _DATASETS), lambda body: body["splits"])

@@ -25,12 +25,14 @@ from outlast.trainers.models.embedding import grow_embedding
 from outlast.trainers.models.lora import adapter_files, adapter_naming, attach_lora, is_adapted
 from outlast.trainers.models.model_config import (
     check_decoder,
+    check_kernels,
     default_config,
     make_config,
     read_config,
     token_settings,
     trust_arguments,
 )
+from outlast.trainers.models.model_directory import check_model_directory
 from outlast.trainers.models.pretrained import LoadReport, find_uninitialized, load_pretrained
 from outlast.trainers.models.tensor_checks import check_tensors
 from outlast.trainers.models.transformers_internals import (
@@ -98,6 +100,10 @@ def check_names(settings: ModelSettings) -> Any:
     Raises:
         ConfigError: The class or architecture does not exist, or has no such setting.
     """
+    tokenizer, lora = settings.tokenizer and settings.tokenizer.path, settings.lora and settings.lora.path
+    for key, path in (("model.path", settings.path), ("model.tokenizer.path", tokenizer), ("model.lora.path", lora)):
+        if path and Path(path).is_dir():
+            check_model_directory(key, Path(path))
     if settings.path and (Path(settings.path) / "attempts").is_dir():
         raise ConfigError(
             f"model.path {settings.path} is the directory of a run",
@@ -168,6 +174,8 @@ def load_saved(
     trust = {} if own else {"trust_remote_code": trusted}
     with _as_config_error(what, hint, "give --trust-remote-code"), quiet_transformers():
         config = (own.config_class if own else transformers.AutoConfig).from_pretrained(folder, **trust)
+        if not trusted:
+            check_kernels(config, "--trust-remote-code")
         builder = own or model_class(task, config)
         return builder.from_pretrained(base or folder, config=config, dtype=torch.float32, **trust)
 

@@ -24,6 +24,7 @@ from outlast.checkpointing.state.named_weights import WeightNaming, carried_stat
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS
 from outlast.trainers.config.adapter_directory import ADAPTER_CONFIG
 from outlast.trainers.config.model import LoraSettings
+from outlast.trainers.config.trust import read_adapter_config
 from outlast.trainers.user_code import describe_error
 
 #: Task types of peft that have a wrapper of their own, by Auto class.
@@ -154,9 +155,7 @@ def _tied_embeddings(model: Any) -> tuple[str, str] | None:
 
 def _read_config(path: str, wrapper: str | None, modules: list[str]) -> Any:
     """Return the configuration of an adapter that goes on training. Raises ConfigError if it is for another task."""
-    kind = json.loads((Path(path) / ADAPTER_CONFIG).read_bytes()).get("peft_type")
-    if kind != "LORA":
-        raise ConfigError(f"the adapter {path} is of type {kind}; only LORA is supported", hint="use a LoRA adapter")
+    read_adapter_config(path)
     config = need_peft().PeftConfig.from_pretrained(path)
     if config.task_type and wrapper and config.task_type != wrapper:
         raise ConfigError(

@@ -48,6 +48,8 @@ def make_config(settings: ModelSettings, own: Any, tokenizer: Tokenizer) -> Any:
 def read_config(config_class: Any, settings: ModelSettings) -> Any:
     """Read the configuration in `model.path`, with the entries of `model.overrides`. Raises ConfigError for others."""
     config = config_class.from_pretrained(settings.path, **trust_arguments(settings))
+    if not settings.trust_remote_code:
+        check_kernels(config, "model.trust_remote_code: true")
     if not settings.overrides:
         return config
     entries = config.to_dict()
@@ -130,6 +132,18 @@ def token_settings(tokenizer: Tokenizer) -> dict[str, Any]:
         "eos_token_id": inner.eos_token_id,
         "pad_token_id": inner.pad_token_id,
     }
+
+
+def check_kernels(config: Any, trusting: str) -> None:
+    """Raise ConfigError for kernels on the hub in a configuration: transformers downloads and imports them unasked."""
+    parts = [config, *(item for item in vars(config).values() if isinstance(item, transformers.PreTrainedConfig))]
+    for name in ("_attn_implementation", "_experts_implementation"):
+        for kernel in (getattr(part, name, None) for part in parts):
+            if isinstance(kernel, str) and "/" in kernel:
+                raise ConfigError(
+                    f"config.json names code on the hub, {name.removeprefix('_')} {kernel!r}",
+                    hint=f"remove that entry; or read that code, and if you trust it, set {trusting}",
+                )
 
 
 def trust_arguments(settings: ModelSettings) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Local cache of prepared data from an object store: one copy per machine for all its workers, of bounded size.
 
 Copies are verified at each use, so any of them may be deleted at any time; a mapped one stays readable until its
-readers end. The least recently used are evicted first.
+readers end. The least recently used are evicted first. Only this user may write to the directory, and nothing in it is
+deleted that is not a copy by its name.
 """
 
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,8 +19,10 @@ from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.storage.regular_files import make_private_directory
 
 DEFAULT_LIMIT = "50"
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 #: A copy used within this time may be about to be mapped.
 _FRESH_S = 600.0
 
@@ -45,8 +49,10 @@ def local_copy(storage: Storage, directory: str, fingerprint: str, entry: FileEn
         DamagedError: The file in the storage was damaged after preparation.
         StorageError: The file cannot be read, or the copy cannot be written.
     """
-    root = cache_dir()
-    cache, path, lock = LocalStorage(root), f"{fingerprint}/{entry.path}", root / f"{fingerprint}.lock"
+    root = make_private_directory(cache_dir(), "OUTLAST_CACHE")
+    # From the directory above: no link is followed below the name of the cache.
+    cache, lock = LocalStorage(root.parent), root / f"{fingerprint}.lock"
+    path = f"{root.name}/{fingerprint}/{entry.path}"
     with _locked(lock, fcntl.LOCK_SH):  # the workers of a machine verify concurrently
         if _is_whole(root, fingerprint, entry):
             return cache.path(path)
@@ -60,8 +66,8 @@ def local_copy(storage: Storage, directory: str, fingerprint: str, entry: FileEn
 def _is_whole(root: Path, fingerprint: str, entry: FileEntry) -> bool:
     """Check that the copy is undamaged, and mark it as used now."""
     try:
-        os.utime(root / fingerprint)
-        for _ in verified_chunks(LocalStorage(root), fingerprint, entry):
+        os.utime(root / fingerprint, follow_symlinks=False)
+        for _ in verified_chunks(LocalStorage(root.parent), f"{root.name}/{fingerprint}", entry):
             pass
     except (FileNotFoundError, DamagedError):
         return False
@@ -85,7 +91,7 @@ def evict(root: Path, limit: int, *, spared: str) -> None:
         copies: list[tuple[float, Path, int]] = []
         for path in root.iterdir():
             with suppress(OSError):  # another process is writing it
-                if path.is_dir():
+                if _FINGERPRINT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                     copies.append((path.stat().st_mtime, path, size))
         num_bytes = sum(size for _, _, size in copies)
@@ -100,8 +106,9 @@ def evict(root: Path, limit: int, *, spared: str) -> None:
 @contextmanager
 def _locked(lock: Path, mode: int) -> Iterator[None]:
     """Hold a file lock of this machine, exclusive or shared; the kernel releases it when the process ends."""
-    with suppress(FileExistsError):
-        lock.parent.mkdir(parents=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, mode)
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    try:
+        fcntl.flock(fd, mode)
         yield
+    finally:
+        os.close(fd)

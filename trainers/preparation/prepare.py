@@ -21,7 +21,7 @@ import transformers
 import xxhash
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, OutlastError, StorageError
-from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry
+from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry, parse_files
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
@@ -91,7 +91,9 @@ class Prepared:
         names = [entry.path for entry in self.files if entry.path.startswith(prefix)]
         with tempfile.TemporaryDirectory() as folder:
             for name in names:
-                (Path(folder) / name.removeprefix(prefix)).write_bytes(read_bytes(storage, f"{self.directory}/{name}"))
+                target = Path(folder) / name.removeprefix(prefix)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(read_bytes(storage, f"{self.directory}/{name}"))
             return load_tokenizer(folder)
 
     def split(self, storage: Storage, name: str) -> Samples:
@@ -149,10 +151,12 @@ def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared 
     """Return existing prepared data; None if there is none, it is damaged, or more rows were skipped than allowed."""
     try:
         prepared = _from_json(json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
+        if prepared.directory != directory or prepared.fingerprint != directory.rpartition("/")[2]:
+            return None
         for entry in prepared.files:
             for _ in verified_chunks(storage, prepared.directory, entry):
                 pass
-    except (FileNotFoundError, DamagedError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, DamagedError, ValueError, KeyError, TypeError, RecursionError, AttributeError):
         return None
     return prepared if prepared.num_bad_rows <= config.data.max_bad_rows else None
 
@@ -176,8 +180,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 def _from_json(body: dict[str, Any]) -> Prepared:
     if body.pop("digest") != _digest(body):
         raise DamagedError(f"{_DATA_MANIFEST}: its own digest does not match")
-    files = tuple(FileEntry(**{**item, "blocks": tuple(item["blocks"])}) for item in body.pop("files"))
-    return Prepared(**{**body, "notes": tuple(body["notes"])}, files=files)
+    return Prepared(**{**body, "notes": tuple(body["notes"])}, files=parse_files(body.pop("files")))
 
 
 def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:

@@ -68,7 +68,7 @@ class TrackerContext:
 def _folder(context: TrackerContext, directory: str) -> tuple[Path, bool]:
     """Return a local folder to write to, and whether it is in the run's storage (a file system) or temporary."""
     if isinstance(context.store.storage, LocalStorage):
-        return context.store.storage.path(directory), True
+        return context.store.storage.path(f"{directory}/any").parent, True  # as a directory: refused if it is a link
     return Path(tempfile.mkdtemp(prefix="outlast-track-")), False
 
 

@@ -372,6 +372,6 @@ def _note(attempt: AttemptTimeline, note: NoteworthyEvent) -> dict[str, Any]:
             text = f"stopped early: {note.reason}"
         case events.NonFiniteEvent():
             text = note.message
-        case events.SaveFailedEvent() | events.AttemptErrorEvent():
+        case events.SaveFailedEvent() | events.DeleteFailedEvent() | events.AttemptErrorEvent():
             text = note.error
     return {"t": note.t, "attempt": attempt.id.number, "event": note.kind, "text": text[:1000]}

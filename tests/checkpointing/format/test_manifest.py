@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_128
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
@@ -116,3 +117,93 @@ def test_blocks_end_where_they_should() -> None:
     single.update(data[:-1])
     tail.update(b"x")
     assert across.entry("a").blocks == single.entry("a").blocks + tail.entry("a").blocks
+
+
+# -- manifests from anywhere -------------------------------------------------------------------------------------------
+
+
+def forged(**changes: object) -> bytes:
+    """A manifest with other values and the digest that they have."""
+    body = {**json.loads(sample_manifest().to_json()), **changes}
+    del body["digest"]
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=True)
+    return json.dumps({**body, "digest": xxh3_128(text.encode()).hexdigest()}).encode()
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {"path": "a.json", "num_bytes": 3, "xxh3_128": "0" * 32, "blocks": ["1" * 16], **changes}
+
+
+def test_a_forged_manifest_is_parsed_at_all() -> None:
+    assert Manifest.parse(forged(files=[entry()])).files[0].path == "a.json"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/etc/passwd", "../x", "a/../../x", "a//b", "a/", "", ".", "./a", "a\\b", "C:\\x", "C:x", "a\0b", "a\nb"),
+        *("a\x1b[2Jb", "\u202egnp.exe", "a\ud800", "a" * 256, "manifest.json", 7, None, ["a"]),
+    ],
+)
+def test_a_path_that_leaves_the_checkpoint_is_damage(path: object) -> None:
+    with pytest.raises(ManifestError) as caught:
+        Manifest.parse(forged(files=[entry(path=path)]))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [entry(), entry()],
+        [entry(path="a"), entry(path="a/b")],
+        [entry(num_bytes=-1)],
+        [entry(num_bytes=2**63)],
+        [entry(num_bytes=True)],
+        [entry(num_bytes=3.0)],
+        [entry(num_bytes=BLOCK_BYTES + 1)],
+        [entry(blocks=[])],
+        [entry(blocks="1" * 16)],
+        [entry(blocks=["1" * 15])],
+        [entry(xxh3_128="../" + "0" * 29)],
+        [entry(xxh3_128=5)],
+        [entry(more=1)],
+        [{}],
+        [None],
+        {},
+        5,
+    ],
+)
+def test_files_that_cannot_be(files: object) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.parse(forged(files=files))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "20"},
+        {"step": -1},
+        {"step": 2**63},
+        {"step": True},
+        {"world_size": "4"},
+        {"metrics": {"loss": "low"}},
+        {"metrics": []},
+        {"committed_at": "now"},
+        {"launch": "../../x"},
+        {"launch": "/x"},
+        {"launch": 5},
+        {"extra": []},
+        {"extra": {"declaration": "x"}},
+        {"lineage": [{"attempt": "0001-aaaa", "step": 1.5}]},
+        {"lineage": [{"attempt": "../0001-aaaa", "step": 1}]},
+        {"attempt": "0001-aaaa/.."},
+    ],
+)
+def test_values_of_other_types(changes: dict[str, object]) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.parse(forged(**changes))
+
+
+def test_a_manifest_as_deep_as_the_stack() -> None:
+    with pytest.raises(ManifestError):
+        Manifest.parse(b'{"digest": "", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")

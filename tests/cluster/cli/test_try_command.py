@@ -170,10 +170,17 @@ def test_a_class_beside_the_run_file(assign: Callable[..., Assignment], storage:
     beside = outlast("try", str(tmp_path / "run.yaml"), "--prompt", "The", "--json")
     assert beside.returncode == 0, beside.stderr
     assert json.loads(beside.stdout)["continuation"] == by_hand(Path(run))
-    assert outlast("try", run, "--prompt", "The", "--code", str(tmp_path), "--json").stdout == beside.stdout
-    alone = outlast("try", run, "--prompt", "The")
+    trusting = ("try", run, "--prompt", "The", "--json", "--trust-remote-code")
+    assert outlast(*trusting, "--code", str(tmp_path)).stdout == beside.stdout
+    alone = outlast(*trusting)
     assert alone.returncode == 2
     assert "No module named 'mine'" in alone.stderr
+    unasked = outlast("try", run, "--prompt", "The", "--code", str(tmp_path))
+    assert unasked.returncode == 2
+    assert "the run names code: model.class bigrams:Bigrams, model.task mine:Words" in unasked.stderr
+    assert "--trust-remote-code" in unasked.stderr
+    named = outlast("try", run, "--prompt", "The", "--code", str(tmp_path), "-s", "model.task=mine:Words")
+    assert "the run names code: model.class bigrams:Bigrams;" in named.stderr
 
 
 def test_code_in_the_checkpoint_runs_only_when_it_is_trusted(
@@ -208,16 +215,23 @@ def test_an_adapter_answers_upon_its_base(
 ) -> None:
     base = make_base(tmp_path / "base", text_file)
     model = {"path": str(base), "lora": LORA, "config": None, "tokenizer": None}
-    run = train(assign("try-adapter", sections={"model": model}, steps=4, eval_every=None, lr=0.3), storage, tmp_path)
+    assignment = assign("try-adapter", sections={"model": model}, steps=4, eval_every=None, lr=0.3)
+    run = train(assignment, storage, tmp_path)
     [folder] = Path(run).glob("attempts/*/model")
     adapted, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     given = tokenizer("The", return_tensors="pt")
     written = adapted.generate(**given, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)[0]
-    [answer] = ask(run, "--prompt", "The")
+    with pytest.raises(ConfigError, match="no path that leads out of a run") as caught:
+        ask(run, "--prompt", "The")
+    assert f"--base {base}" in caught.value.hint
+    [answer] = ask(run, "--prompt", "The", "--base", str(base))
+    assert ask(run, "--prompt", "The", "--trust-remote-code") == [answer]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(assignment.config.model_dump(mode="json", by_alias=True)))
+    assert ask(str(tmp_path / "run.yaml"), "--prompt", "The") == [answer]
     assert answer["continuation"] == tokenizer.decode(written[given["input_ids"].shape[1] :], skip_special_tokens=True)
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="the adapter's base model cannot be loaded") as caught:
-        ask(run, "--prompt", "The")
+        ask(run, "--prompt", "The", "--base", str(base))
     assert "--base" in caught.value.hint
     assert ask(run, "--prompt", "The", "--base", str(moved)) == [answer]
     torch.manual_seed(0)

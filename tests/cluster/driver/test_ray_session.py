@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,28 @@ def test_ray_tmpdir_is_used(short_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (folder / "driver").write_text("1 0")  # a driver that is gone
     assert Path(_ray_folder()).exists()
     assert not folder.exists()
+
+
+def test_folders_of_others_are_neither_read_nor_removed(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(short_path))
+    elsewhere = short_path / "precious"
+    elsewhere.mkdir()
+    (elsewhere / "driver").write_text("1 0")
+    (short_path / f"{OWN_RAY}link").symlink_to(elsewhere)
+    for name in ("pipe", "endless", "linked"):
+        (short_path / f"{OWN_RAY}{name}").mkdir(mode=0o700)
+    os.mkfifo(short_path / f"{OWN_RAY}pipe" / "driver")
+    (short_path / f"{OWN_RAY}endless" / "driver").symlink_to("/dev/zero")
+    (short_path / f"{OWN_RAY}linked" / "driver").symlink_to(elsewhere / "driver")
+    if os.geteuid() == 0:
+        foreign = short_path / f"{OWN_RAY}foreign"
+        foreign.mkdir()
+        (foreign / "driver").write_text("1 0")
+        os.chown(foreign, 1234, 1234)
+    before = sorted(short_path.rglob("*"))
+    folder = Path(_ray_folder())
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert sorted(set(short_path.rglob("*")) - {folder, folder / "driver"}) == before
 
 
 def test_a_ray_tmpdir_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

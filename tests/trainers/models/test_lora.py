@@ -129,7 +129,8 @@ def export(*arguments: object, code: int = 0) -> str:
 
 def test_merging_equals_that_of_peft(storage: LocalStorage, trained: Path, base: Path, tmp_path: Path) -> None:
     run = storage.path("adapter")
-    export(run, "newest", tmp_path / "merged", "--merge")
+    assert "no path that leads out of a run" in export(run, "newest", tmp_path / "merged", "--merge", code=1)
+    export(run, "newest", tmp_path / "merged", "--merge", "--base", base)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trained)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(adapted))
     expected = logits(adapted.merge_and_unload())
@@ -141,7 +142,7 @@ def test_merging_equals_that_of_peft(storage: LocalStorage, trained: Path, base:
     alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "alone")
     assert torch.equal(logits(alone.merge_and_unload()), expected)
 
-    export(run, "newest", tmp_path / "half", "--merge", "--dtype", "bf16")
+    export(run, "newest", tmp_path / "half", "--merge", "--base", base, "--dtype", "bf16")
     assert load_file(tmp_path / "half/model.safetensors")["lm_head.weight"].dtype is torch.bfloat16
 
 
@@ -174,11 +175,12 @@ def test_a_new_head_is_trained_and_saved(
     assert config.id2label == {0: "even", 1: "odd"}
     torch.manual_seed(1)  # the initial weights of the head must not matter
     adapted = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, config=config), place)
-    export(storage.path("adapter-head"), "newest", tmp_path / "merged", "--merge")
+    export(storage.path("adapter-head"), "newest", tmp_path / "merged", "--merge", "--base", base)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(adapted))
     assert torch.equal(logits(merged), logits(adapted.merge_and_unload()))
-    _, tried = load(assignment.config, choose_checkpoint(RunStore(storage, "adapter-head"), None, Retention()))
+    found = choose_checkpoint(RunStore(storage, "adapter-head"), None, Retention())
+    _, tried = load(assignment.config, found, str(base))
     torch.testing.assert_close(logits(tried), logits(merged))  # `outlast try` takes adapter and head, not merged
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpointing.errors import ConfigError, DamagedError
+from outlast.checkpointing.errors import ConfigError, DamagedError, PreflightError, StorageRefused
 from outlast.checkpointing.format.manifest import FileEntry
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.local import LocalStorage
@@ -67,10 +67,16 @@ def test_one_worker_of_a_machine_fetches(stored: tuple[LocalStorage, FileEntry],
     assert sorted(on_ranks(3, fetch, storage.url, str(tmp_path / "cache"), entry)) == [0, 0, 1]
 
 
+def named(name: str) -> str:
+    """A fingerprint for it."""
+    return name.encode().hex().zfill(32)
+
+
 def fill(cache: Path, name: str, num_bytes: int, age_s: float) -> None:
-    (cache / name).mkdir(parents=True)
-    (cache / name / "train.arrow").write_bytes(bytes(num_bytes))
-    os.utime(cache / name, (time.time() - age_s,) * 2)
+    folder = cache / named(name)
+    folder.mkdir(parents=True)
+    (folder / "train.arrow").write_bytes(bytes(num_bytes))
+    os.utime(folder, (time.time() - age_s,) * 2)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +92,7 @@ def test_the_least_recently_used_is_evicted_first(cache: Path, limit: int, left:
     for name, age_s in (("old", 1000), ("oldest", 3000), ("older", 2000), ("fresh", 10)):
         fill(cache, name, 100, age_s)
     evict(cache, limit, spared="none")
-    assert {path.name for path in cache.iterdir() if path.is_dir()} == left
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == set(map(named, left))
 
 
 def test_a_new_copy_evicts_old_ones(
@@ -104,3 +110,45 @@ def test_an_invalid_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTLAST_CACHE_GB", "much")
     with pytest.raises(ConfigError, match="OUTLAST_CACHE_GB is 'much'"):
         limit_bytes()
+
+
+def test_nothing_is_evicted_that_is_not_a_copy(cache: Path, tmp_path: Path) -> None:
+    """`OUTLAST_CACHE=~` makes `~/data` the cache."""
+    for place in (cache / "thesis", tmp_path / "elsewhere"):
+        place.mkdir(parents=True)
+        (place / "train.arrow").write_bytes(bytes(100))
+    (cache / named("link")).symlink_to(tmp_path / "elsewhere")
+    fill(cache, "old", 100, 1000)
+    os.utime(cache / "thesis", (0, 0))
+    os.utime(tmp_path / "elsewhere", (0, 0))
+    evict(cache, 0, spared="none")
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == {"thesis", named("link")}
+    assert (tmp_path / "elsewhere" / "train.arrow").exists()
+
+
+def test_only_this_user_may_write_to_the_cache(stored: tuple[LocalStorage, FileEntry], cache: Path) -> None:
+    storage, entry = stored
+    local_copy(storage, ".data/abc", "abc", entry)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o777)
+    with pytest.raises(PreflightError, match="every user may write") as caught:
+        local_copy(storage, ".data/abc", "abc", entry)
+    assert "OUTLAST_CACHE" in caught.value.hint
+
+
+def test_a_planted_lock_or_copy_is_not_followed(
+    stored: tuple[LocalStorage, FileEntry], cache: Path, tmp_path: Path
+) -> None:
+    storage, entry = stored
+    cache.mkdir(parents=True, mode=0o700)
+    (tmp_path / "precious").write_bytes(b"mine")
+    (cache / "abc.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"abc\.lock"):
+        local_copy(storage, ".data/abc", "abc", entry)
+    (cache / "abc.lock").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (cache / "abc").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageRefused, match="symbolic link"):
+        local_copy(storage, ".data/abc", "abc", entry)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (tmp_path / "precious").read_bytes() == b"mine"
