@@ -17,7 +17,8 @@ to the host while the next step computes its gradients, and written in the backg
 import json
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -232,7 +233,8 @@ class Checkpointer:
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
         payload = self._payload(step, TrainState(model, optimizer, self.naming), state, files)
-        self.superseded = not self._committer.commit(payload, metrics or {}, self.declaration, began)
+        with self._failure_recorded(step):
+            self.superseded = not self._committer.commit(payload, metrics or {}, self.declaration, began)
         seconds = time.monotonic() - began
         self._record_costs(step, seconds, seconds)
         return not self.superseded
@@ -302,6 +304,11 @@ class Checkpointer:
         return self._current is not None and self._current.state is SaveState.IN_FLIGHT
 
     @property
+    def step_in_flight(self) -> int | None:
+        """The step of the save that is to be waited for; the same on all ranks."""
+        return self._current.step if self._current else None
+
+    @property
     def has_failed_or_superseded(self) -> bool:
         """Whether the save in flight has failed or is superseded on this rank: time to `wait`."""
         return self._current is not None and self._current.state is SaveState.FAILED_OR_SUPERSEDED
@@ -311,13 +318,19 @@ class Checkpointer:
         current, self._current = self._current, None
         if current is None:
             return not self.superseded
-        try:
+        with self._failure_recorded(current.step):
             self.superseded = not current.join()
-        except StorageError as error:
-            self._emit(events.SaveFailedEvent(step=current.step, error=error.message))
-            raise
         self._record_costs(current.step, current.blocked_s, current.seconds, current.copy.fenced_s)
         return not self.superseded
+
+    @contextmanager
+    def _failure_recorded(self, step: int) -> Iterator[None]:
+        """Write the storage's error to the journal before it is raised."""
+        try:
+            yield
+        except StorageError as error:
+            self._emit(events.SaveFailedEvent(step=step, error=error.message))
+            raise
 
     def _record_costs(self, step: int, apart_s: float, commit_s: float, fenced_s: float = 0.0) -> None:
         """Record how long training waited: between two steps (`apart_s`), and in the next one for the copy."""

@@ -81,7 +81,13 @@ class Committer:
         self._begun.add(payload.step)
         ref = CheckpointRef(payload.step, self._attempt)
         directory = self._store.checkpoint_dir(ref)
-        written = self._ranks.run_on_all(lambda: write_payload(self._store.storage, directory, self._ranks, payload))
+        try:
+            written = self._ranks.run_on_all(
+                lambda: write_payload(self._store.storage, directory, self._ranks, payload)
+            )
+        except StorageError:
+            self._ranks.run_on_rank_0(lambda: self._discard(ref))
+            raise
         fault_point(FaultPoint.BEFORE_MANIFEST, payload.step)
         manifest = Manifest(
             ref=ref,
@@ -104,6 +110,13 @@ class Committer:
             self.commits, self.lineage = self._ranks.run_on_rank_0(self._apply_retention)
         fault_point(FaultPoint.AFTER_RETENTION, payload.step)
         return True
+
+    def _discard(self, ref: CheckpointRef) -> None:
+        """Delete what was written of a checkpoint whose manifest was not: it may fill the storage. On rank 0."""
+        try:
+            delete_checkpoint(self._store, ref)
+        except StorageError:
+            self._pending_deletions.append(ref)
 
     def _publish(self, manifest: Manifest, began: float) -> bool:
         """Commit and acknowledge on rank 0. False when superseded; then nothing may be deleted."""

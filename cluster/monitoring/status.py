@@ -11,7 +11,7 @@ from typing import Any
 
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
-from outlast.checkpointing.run_store.events import GroupFailureEvent, ResizeEvent, SlowRank
+from outlast.checkpointing.run_store.events import GroupFailureEvent, ResizeEvent, SlowRank, UnsavedEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
@@ -73,6 +73,7 @@ class RunSnapshot:
     left_s: float | None  #: seconds until the last step at that speed
     newest: NewestCheckpoint | None
     save: SaveRecord | None  #: the newest save whose duration is known
+    unsaved: UnsavedEvent | None  #: the newest save if it failed, and training goes on
     interruptions: tuple[Interruption, ...]  #: oldest first
     num_lost_steps: int  #: completed steps that were lost
     slow: tuple[SlowRank, ...]
@@ -119,6 +120,7 @@ def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnap
         left_s=(num_steps - step) * seconds if num_steps and seconds and state.is_live and not is_restarting else None,
         newest=newest_checkpoint(timeline),
         save=next((save for save in saves if save.blocked_s is not None), None),
+        unsaved=current.unsaved if current and state.is_live else None,
         interruptions=tuple(interruptions(timeline)),
         num_lost_steps=timeline.num_lost_steps,
         slow=tuple(current.slow if current and state.is_live else ()),
@@ -211,6 +213,7 @@ def as_values(store: RunStore, timeline: Timeline, summary: RunSnapshot) -> dict
         "damaged": [str(item.ref) for item in catalog.rejected] if catalog else [],
         "storage": store.storage.url,
         "save": asdict(summary.save) if summary.save else None,
+        "unsaved": summary.unsaved.to_json() if summary.unsaved else None,
         "interruptions": [asdict(item) for item in summary.interruptions],
         "lost_steps": summary.num_lost_steps,
         "wall_s": round(summary.goodput.wall_s, 3),

@@ -19,6 +19,7 @@ from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
 from outlast.checkpointing.tools.query import VerificationResult
+from outlast.cluster.formatting import duration
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
 from outlast.cluster.monitoring.status import RunSnapshot, interruptions, verified_checkpoints
 from outlast.cluster.monitoring.timeline import Timeline
@@ -372,6 +373,9 @@ def _note(attempt: AttemptTimeline, note: NoteworthyEvent) -> dict[str, Any]:
             text = f"stopped early: {note.reason}"
         case events.NonFiniteEvent():
             text = note.message
+        case events.UnsavedEvent():
+            newest = "no checkpoint" if note.newest is None else f"step {note.newest} as the newest checkpoint"
+            text = f"training went on after {duration(note.unsaved_s)} without a save, with {newest}"
         case events.SaveFailedEvent() | events.AttemptErrorEvent():
             text = note.error
     return {"t": note.t, "attempt": attempt.id.number, "event": note.kind, "text": text[:1000]}
