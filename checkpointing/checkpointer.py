@@ -155,19 +155,21 @@ class Checkpointer:
         Raises:
             NoCheckpointError: There are commits, but none is intact. The weights may be a mixture.
             ConfigError: The checkpoint is of another model.
-            StorageError: The storage could not be read.
+            StorageError: The storage could not be read, not even a checkpoint that may be newer than the intact ones.
         """
         if self.superseded:
             return None
         rejected = list(self.catalogue.rejected)
         train_state = TrainState(model, optimizer, self.naming)
         for index, manifest in self.catalogue.candidates:
+            self._refuse_unread(manifest.ref)
             state, faults = restore(self._store, manifest, self.ranks, train_state)
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
             self.naming = train_state.naming
             self._committer.lineage = list(self.catalogue.accepted[index:])
+            self._committer.unread = self.catalogue.unread_refs
             event = events.ResumeEvent(
                 step=manifest.ref.step,
                 source=manifest.ref,
@@ -179,11 +181,25 @@ class Checkpointer:
             return state
         if self.ranks.run_on_rank_0(self._is_superseded_while_waiting):
             self.superseded = True  # a newer attempt may have deleted the checkpoints
+        elif self.catalogue.unread:
+            self._refuse_unread(None)
         elif rejected:
             self._refuse(rejected)
         else:
             self._emit(events.StartEvent())
         return None
+
+    def _refuse_unread(self, ref: CheckpointRef | None) -> None:
+        """Raise StorageError if something that could not be read may be newer than `ref`: it is not passed over."""
+        unread = self.catalogue.unread_before(ref)
+        if unread:
+            lines = "\n".join(f"  {item}: {item.reason}" for item in unread)
+            older = f"the older {ref}" if ref else "the beginning"
+            raise StorageError(
+                f"run {self._store.run!r} does not resume from {older}, because a newer state cannot be read\n{lines}",
+                hint=f"make it readable, then start again; `outlast checkpoints verify {self._store.url}` names it. To "
+                "continue without it, move its directory away",
+            )
 
     def _is_superseded_while_waiting(self) -> bool:
         return claims.higher_claim(self._store, self.attempt) is not None

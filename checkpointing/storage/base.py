@@ -9,9 +9,11 @@ that does not respond proves nothing about its content.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar
+
+from outlast.checkpointing.errors import NotAFileError
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -19,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Entry:
-    """One name in a directory. `num_bytes` is None for a directory."""
+    """One name in a directory. `num_bytes` is None for a directory, and for what cannot be looked at."""
 
     name: str
     num_bytes: int | None
@@ -72,11 +74,19 @@ def list_directories(storage: ReadableStorage, path: str) -> list[str]:
     return [entry.name for entry in storage.list(path) if entry.num_bytes is None]
 
 
-def walk(storage: Storage, path: str) -> Iterator[Entry]:
-    """Yield every file below `path`, recursively, named relative to it."""
+def walk(storage: Storage, path: str, *, skip: Callable[[str], bool] = lambda name: False) -> Iterator[Entry]:
+    """Yield every file below `path`, recursively, named relative to it.
+
+    Directories whose names are to be skipped, and links that lead nowhere, are yielded instead of their content.
+    """
     for entry in storage.list(path):
-        if entry.num_bytes is not None:
+        if entry.num_bytes is not None or skip(entry.name):
             yield entry
-        else:
-            for inner in walk(storage, f"{path}/{entry.name}".lstrip("/")):
-                yield Entry(f"{entry.name}/{inner.name}", inner.num_bytes)
+            continue
+        try:
+            inside = list(walk(storage, f"{path}/{entry.name}".lstrip("/"), skip=skip))
+        except NotAFileError:
+            yield entry
+            continue
+        for inner in inside:
+            yield Entry(f"{entry.name}/{inner.name}", inner.num_bytes)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from outlast.checkpointing.errors import StorageError, StorageRefused
+from outlast.checkpointing.errors import NotAFileError, StorageError, StorageRefused
 from outlast.checkpointing.storage.base import Buffer, Entry
 
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -90,11 +90,12 @@ class LocalStorage:
 
 
 def _entry(item: os.DirEntry[str]) -> Entry | None:
-    """Return the entry; None for a file that was deleted meanwhile."""
+    """Return the entry, without a size also for a link that leads nowhere; None for a file that was deleted."""
     try:
         return Entry(item.name, None if item.is_dir() else item.stat().st_size)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        is_lost = isinstance(error, FileNotFoundError) and not item.is_symlink()
+        return None if is_lost else Entry(item.name, None)
 
 
 def _write_all(fd: int, view: memoryview) -> None:
@@ -141,9 +142,18 @@ def _storage_errors(verb: str, target: Path) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and verb == "read":
             raise
         reason = f"cannot {verb} {target}: {os.strerror(error.errno) if error.errno else error}"
+        if verb in ("read", "list") and _is_something_else(target, error):
+            hint = "move it away: outlast did not write it; `outlast checkpoints verify RUN` shows what is intact"
+            raise NotAFileError(reason, hint=hint) from error
         if error.errno not in _REFUSALS:
             raise StorageError(reason, hint="check the disk or the mount, then run the same command again") from error
         raise StorageRefused(reason, hint=_REFUSAL_HINTS.get(error.errno, _ACCESS_HINT)) from error
+
+
+def _is_something_else(target: Path, error: OSError) -> bool:
+    """Return whether a read failed because of what has this name. A link loop far above may be a mount that failed."""
+    is_link = target.is_symlink() or target.parent.is_symlink()
+    return error.errno in (errno.EISDIR, errno.ENOTDIR) or (error.errno == errno.ELOOP and is_link)
 
 
 _ACCESS_HINT = "give this user write access or set checkpoint.storage to another path, then run the same command again"

@@ -172,6 +172,8 @@ class Launch:
             given_up = decide_give_up(read_attempt_history(store), self.config.failure.limits, digest)
             if given_up is not None:
                 raise gave_up(name, given_up)
+            for path, reason in sorted(store.unreadable.items()):
+                self._publish(events.NoteEvent(text=f"unreadable, going on without it: {path}: {reason}"))
             self._publish(events.PhaseEvent(name="data"))
             prepared = prepare(self.config, store.storage, partial(self._encoders, address), like=base.get("data"))
             check_unchanged(base, self.config, prepared.fingerprint)

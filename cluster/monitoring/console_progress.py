@@ -179,7 +179,9 @@ class ProgressReporter:
                 slow = [f"rank {at.rank} ({at.host}) is {at.times} times as slow" for at in event.ranks]
                 return ["; ".join(slow) or "no rank is slow any more"]
             case events.UnsavedEvent():
-                newest = "no checkpoint yet" if event.newest is None else f"the newest checkpoint is of step {event.newest}"
+                newest = (
+                    "no checkpoint yet" if event.newest is None else f"the newest checkpoint is of step {event.newest}"
+                )
                 age = duration(event.unsaved_s)
                 return [f"a save failed; training goes on, {age} without one ({newest}): {event.error}"]
             case events.NonFiniteEvent():

@@ -91,9 +91,7 @@ def server() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture
-def store(
-    server: tuple[str, str], text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Store]:
+def store(server: tuple[str, str], text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     url, endpoint = server
     with proxy_to(endpoint) as (proxy, address):
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
@@ -121,10 +119,11 @@ def test_a_refusal_of_any_rank_costs_no_step(store: Store, parallel: str, overla
     store.deny("checkpoint-3/training_state/optimizer-00001", "checkpoint-6/model")
     ended = store.run(run, 2, StopAt(8))
     assert [item.outcome for item in ended] == [Outcome.STOPPED] * 2
-    assert {path.split("checkpoint-")[1].split("/")[0] for _, path in store.proxy.met} == {"3", "6"}
-    assert [event["step"] for event in _events(store.storage, name, "save-failed")] == [3, 6]
+    failed = [event["step"] for event in _events(store.storage, name, "save-failed")]
+    assert failed in ([3, 6], [3]), "while the save of step 3 is in flight, that of step 6 may be skipped"
+    assert overlap or failed == [3, 6]
     unsaved = _events(store.storage, name, "unsaved")
-    assert [(event["newest"], event["limit_s"]) for event in unsaved] == [(None, 3600.0)] * 2
+    assert [(event.get("newest"), event["limit_s"]) for event in unsaved] == [(None, 3600.0)] * len(failed)
     assert all("no more room" in event["error"] for event in unsaved)
     assert _checkpoints(store.storage, name)[0] == 9, "what was written of a failed save is deleted"
 
@@ -134,15 +133,13 @@ def test_a_refusal_of_any_rank_costs_no_step(store: Store, parallel: str, overla
     assert {item.faults for item in verify_run(RunStore(store.storage, name))} == {()}
 
 
-def test_a_store_without_an_answer_is_outlived_too(store: Store) -> None:
-    run = store.assign("throttled", GO_ON, overlap=True)
-    store.deny("checkpoint-3/manifest.json", mischief=Mischief.BREAK)
-    ended = store.run(run, 2)
-    assert [item.outcome for item in ended] == [Outcome.DONE] * 2
+def test_a_store_that_throttles_is_outlived_too(store: Store) -> None:
+    """About half a minute: the SDK and outlast try again with growing pauses first."""
+    store.deny("checkpoint-3/trainer_state.json", mischief=Mischief.THROTTLE)
+    ended = store.run(store.assign("throttled", GO_ON, overlap=False), 1)
+    assert [item.outcome for item in ended] == [Outcome.DONE]
     assert [event["step"] for event in _events(store.storage, "throttled", "save-failed")] == [3]
-    steps = [event["step"] for event in _events(store.storage, "throttled", "commit")]
-    assert steps[-1] == 10
-    assert 3 not in steps
+    assert [event["step"] for event in _events(store.storage, "throttled", "commit")] == [6, 9, 10]
 
 
 def test_by_default_a_refusal_ends_the_attempt(store: Store) -> None:
@@ -159,7 +156,7 @@ def test_the_last_save_must_succeed(store: Store, overlap: bool) -> None:
     store.deny("checkpoint-9/", "checkpoint-10/")
     ended = store.run(store.assign(name, GO_ON, overlap=overlap), 2)
     assert all(isinstance(item.error, StorageRefused) and "checkpoint-10" in item.error.message for item in ended)
-    assert [event["step"] for event in _events(store.storage, name, "save-failed")] == [9, 10]
+    assert [event["step"] for event in _events(store.storage, name, "save-failed")][-1] == 10
 
 
 def test_the_save_of_a_stop_must_succeed(store: Store) -> None:
@@ -230,9 +227,8 @@ def test_a_full_disk_costs_no_step(
     run = replace(plain, config=config, prepared=prepare(config, here))
     ended: list[Ended] = run_group(run, here, 2, FillAt(f"{small_disk}/filler", 2), folder=tmp_path)
     assert [item.outcome for item in ended] == [Outcome.DONE] * 2, ended
-    failed = [event["step"] for event in _events(here, "full", "save-failed")]
-    assert failed[:2] == [4, 6] or failed[0] == 4
-    assert all(event["newest"] == 2 for event in _events(here, "full", "unsaved"))
+    assert next(event["step"] for event in _events(here, "full", "save-failed")) == 4
+    assert all(event.get("newest") == 2 for event in _events(here, "full", "unsaved"))
     assert digests(here, "full") == digests(storage, plain.config.name)
     steps = [event["step"] for event in _events(here, "full", "step")]
     assert steps == list(range(1, 11)), "the journal keeps what could not be written"

@@ -44,9 +44,7 @@ class TrainingConfig(Settings):
     deterministic: bool = True
     """Use torch's deterministic algorithms. Some GPU kernels get slower; identical bits require it."""
     scale: ParallelSettings = Field(default_factory=ParallelSettings)
-    failure: TrainingFailureSettings = Field(
-        default_factory=lambda: TrainingFailureSettings.model_validate({})
-    )
+    failure: TrainingFailureSettings = Field(default_factory=lambda: TrainingFailureSettings.model_validate({}))
 
     @model_validator(mode="after")
     def _has_eval_data(self) -> TrainingConfig:

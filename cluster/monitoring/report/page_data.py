@@ -308,6 +308,9 @@ def _checkpoints(
     for item in catalog.rejected:
         row = {"step": item.ref.step, "attempt": str(item.ref.attempt), "verification": "damaged"}
         rows.append({**row, "detail": "; ".join(item.reasons)})
+    for unread in catalog.unread:
+        row = {"step": unread.step, "attempt": str(unread.attempt), "verification": "unread"}
+        rows.append({**row, "detail": unread.reason})
     saves = [save for attempt in timeline.claimed_attempts for save in attempt.saves.values()]
     return {"rows": rows[:MAX_ROWS], "num_committed": sum(save.committed_at is not None for save in saves)}
 
@@ -329,8 +332,9 @@ def _row(manifest: Manifest, pinned: bool) -> dict[str, Any]:
 
 def _verification(verdict: VerificationResult | None, resumed_at: float | None) -> dict[str, Any]:
     if verdict is not None:
-        detail = "; ".join(verdict.faults) or "every byte was read for this report"
-        return {"verification": "damaged" if verdict.faults else "verified", "detail": detail}
+        detail = "; ".join(verdict.faults) or verdict.unread or "every byte was read for this report"
+        name = "damaged" if verdict.faults else "unread" if verdict.unread else "verified"
+        return {"verification": name, "detail": detail}
     if resumed_at is not None:
         detail = "every byte was read when an attempt resumed from it"
         return {"verification": "verified", "detail": detail, "at": resumed_at}

@@ -16,10 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import load_catalog, verify_run
+from outlast.checkpointing.tools.query import load_catalog, readable_pins, verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.page_data import page_data
 from outlast.cluster.monitoring.status import take_snapshot
@@ -47,7 +46,7 @@ class Report:
         catalog = None if timeline.is_unclaimed else load_catalog(store)
         verdicts = verify_run(store) if verify and catalog else None
         urls = {item.ref: store.checkpoint_url(item.ref) for item in (catalog.accepted if catalog else ())}
-        data = page_data(timeline, take_snapshot(timeline, time.time()), catalog, list_pins(store), verdicts, urls)
+        data = page_data(timeline, take_snapshot(timeline, time.time()), catalog, readable_pins(store), verdicts, urls)
         return cls({**data, "version": _version()})
 
     def to_html(self) -> str:
