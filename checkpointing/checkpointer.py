@@ -46,6 +46,7 @@ from outlast.checkpointing.state.named_weights import ALL, WeightNaming
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.factory import Location
 from outlast.checkpointing.storage.retry import retry
 
 
@@ -56,7 +57,7 @@ class Checkpointer:
     None, and nothing is saved.
 
     Args:
-        storage: The storage root.
+        storage: The storage root; a storage, a path or a URL.
         run: Name of the run.
         ranks: The ranks of this attempt; by default those of torch.distributed.
         launch: The launch of this attempt. Later launches supersede earlier ones, never the reverse.
@@ -85,7 +86,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        storage: Storage,
+        storage: Storage | Location,
         run: str,
         *,
         ranks: RankGroup | None = None,
@@ -100,6 +101,7 @@ class Checkpointer:
     ) -> None:
         self.ranks = ranks or RankGroup()
         self._store = RunStore(storage, layout.check_run_name(run))
+        storage = self._store.storage
         self._launch, self._settle_s = launch, settle_s
         self.files = dict(files or {})
         self._max_shard_bytes, self.naming = max_shard_bytes, naming

@@ -13,8 +13,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, checkpoint_name, parse_checkpoint
+from outlast.checkpointing.errors import ConfigError, NoCheckpointError, NotAFileError, StorageError
+from outlast.checkpointing.format.layout import (
+    MANIFEST,
+    AttemptId,
+    CheckpointRef,
+    checkpoint_name,
+    is_litter,
+    parse_checkpoint,
+)
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
 from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.state.rank_group import RankGroup
@@ -43,7 +50,8 @@ def seal(directory: str | os.PathLike[str], *, world_size: int = 1) -> Manifest:
     path = Path(directory).absolute()
     step = parse_checkpoint(path.name)
     storage = LocalStorage(path.parent)
-    names = [entry.name for entry in walk(storage, path.name) if entry.name != MANIFEST]
+    found = walk(storage, path.name, skip=is_litter)
+    names = [entry.name for entry in found if entry.name != MANIFEST and not is_litter(entry.name)]
     if step is None or not names:
         raise ConfigError(
             f"cannot seal {path}: it is not a checkpoint-N directory with files in it",
@@ -112,6 +120,8 @@ def _inspect_on_all(ranks: RankGroup, storage: LocalStorage, directory: str) -> 
         sealed, faults = True, _faults(storage, directory, data)
     except FileNotFoundError:
         pass
+    except NotAFileError:
+        sealed, faults = True, [f"{MANIFEST}: not a file"]
     except StorageError as error:
         failure = error
     results = ranks.gather((sealed, faults, failure))

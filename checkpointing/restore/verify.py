@@ -9,6 +9,7 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.format.safetensors import tensor_bytes
 from outlast.checkpointing.restore.reader import read_tensors, verify_blocks
 from outlast.checkpointing.storage.base import Storage, walk
+from outlast.checkpointing.storage.factory import Location, as_storage
 from outlast.checkpointing.storage.retry import retry
 
 
@@ -40,12 +41,13 @@ def _sizes(storage: Storage, directory: str) -> dict[str, int | None]:
     return {item.name: item.num_bytes for item in retry(lambda: list(walk(storage, directory, skip=is_litter)))}
 
 
-def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
+def verify(storage: Storage | Location, directory: str, manifest: Manifest) -> list[str]:
     """Verify every byte of a checkpoint block by block; return its faults, one line each.
 
     Raises:
         StorageError: It could not be read, which proves nothing.
     """
+    storage = as_storage(storage)
     faults = check_listing(storage, directory, manifest)
     named = {fault.split(": ", 1)[0] for fault in faults}
     entries = {entry.path: entry for entry in manifest.files if entry.path not in named}

@@ -32,6 +32,7 @@ from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, par
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.factory import Location
 from outlast.checkpointing.storage.retry import retry
 
 
@@ -117,7 +118,7 @@ def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
 
 
 def read_catalog(
-    storage: Storage, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
+    storage: Storage | Location, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
 ) -> Catalog:
     """Read the catalog of a run; see `build_catalog`."""
     return build_catalog(RunStore(storage, run), below, doubtful)

@@ -17,19 +17,20 @@ from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import CLAIM, AttemptId, CheckpointRef
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
+from outlast.checkpointing.storage.factory import Location, as_storage
 
 
 class RunStore:
     """One run in a storage. Paths are relative to the storage root.
 
     Attributes:
-        storage: The storage itself, without a cache.
+        storage: The storage itself, without a cache; may be given as a path or a URL.
         run: Name of the run.
         unreadable: Paths that could not be read, with the reason, by those readers that go on without them.
     """
 
-    def __init__(self, storage: Storage, run: str) -> None:
-        self.storage, self.run = storage, run
+    def __init__(self, storage: Storage | Location, run: str) -> None:
+        self.storage, self.run = as_storage(storage), run
         self._listed: dict[str, builtins.list[Entry]] = {}
         self._files: dict[str, bytes] = {}
         self._claims: dict[str, bytes] = {}

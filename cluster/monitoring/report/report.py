@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any
 
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.factory import Location
 from outlast.checkpointing.tools.query import load_catalog, readable_pins, verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.page_data import page_data
@@ -35,7 +37,7 @@ class Report:
     data: Mapping[str, Any]
 
     @classmethod
-    def of(cls, storage: Storage, run: str, *, verify: bool = False) -> Report:
+    def of(cls, storage: Storage | Location, run: str, *, verify: bool = False) -> Report:
         """Read a run by its name, as `read` does."""
         return cls.read(RunStore(storage, run), verify=verify)
 
@@ -64,7 +66,7 @@ class Report:
         return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
 
 
-def run_report(run: str, storage: str = "./runs", *, verify: bool = False) -> Report:
+def run_report(run: Location, storage: Location = "./runs", *, verify: bool = False) -> Report:
     """Return a report for a notebook; make it the last line of a cell.
 
     Args:
@@ -78,7 +80,7 @@ def run_report(run: str, storage: str = "./runs", *, verify: bool = False) -> Re
     """
     from outlast.cluster.config.run_reference import find_run
 
-    store, _ = find_run(str(run), storage)
+    store, _ = find_run(os.fspath(run), os.fspath(storage))
     return Report.read(store, verify=verify)
 
 

@@ -246,7 +246,7 @@ def _entries(root: Path) -> dict[str, Path]:
     }
 
 
-#: Of these another thing in their place is nothing to name: they are empty, or are not read because nothing depends on them.
+#: Of these another thing in their place is not named: they are empty, or nothing that was asked for depends on them.
 QUIET = {"a pin", "an entry of a checkpoint", "old commits", "a prune"}
 ENTRIES = [
     "lost+found in the storage",
