@@ -143,8 +143,7 @@ def _storage_errors(verb: str, target: Path) -> Iterator[None]:
             raise
         reason = f"cannot {verb} {target}: {os.strerror(error.errno) if error.errno else error}"
         if verb in ("read", "list") and _is_something_else(target, error):
-            hint = "move it away: outlast did not write it; `outlast checkpoints verify RUN` shows what is intact"
-            raise NotAFileError(reason, hint=hint) from error
+            raise NotAFileError(reason, hint=_REFUSAL_HINTS.get(error.errno or 0, _SOMETHING_ELSE_HINT)) from error
         if error.errno not in _REFUSALS:
             raise StorageError(reason, hint="check the disk or the mount, then run the same command again") from error
         raise StorageRefused(reason, hint=_REFUSAL_HINTS.get(error.errno, _ACCESS_HINT)) from error
@@ -157,6 +156,7 @@ def _is_something_else(target: Path, error: OSError) -> bool:
 
 
 _ACCESS_HINT = "give this user write access or set checkpoint.storage to another path, then run the same command again"
+_SOMETHING_ELSE_HINT = "move it away: outlast did not write it; `outlast checkpoints verify RUN` shows what is intact"
 _REFUSAL_HINTS = {
     errno.ENOSPC: "free some space (`outlast checkpoints ls RUN` shows sizes), then run the same command again",
     errno.EDQUOT: "free some space or raise the quota, then run the same command again",
