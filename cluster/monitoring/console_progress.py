@@ -178,12 +178,11 @@ class ProgressReporter:
             case events.SlowEvent():
                 slow = [f"rank {at.rank} ({at.host}) is {at.times} times as slow" for at in event.ranks]
                 return ["; ".join(slow) or "no rank is slow any more"]
-            case events.UnsavedEvent():
-                newest = (
-                    "no checkpoint yet" if event.newest is None else f"the newest checkpoint is of step {event.newest}"
-                )
+            case events.UnsavedEvent(newest=newest):
+                since = f"the last checkpoint (the newest is of step {newest})"
+                since = "its beginning (there is no checkpoint yet)" if newest is None else since
                 age = duration(event.unsaved_s)
-                return [f"a save failed; training goes on, {age} without one ({newest}): {event.error}"]
+                return [f"a save failed; training goes on, {age} after {since}: {event.error}"]
             case events.NonFiniteEvent():
                 return [f"{event.message} ({event.action})"]
             case events.EarlyStopEvent():
