@@ -151,8 +151,9 @@ def _storage_errors(verb: str, target: Path) -> Iterator[None]:
 
 def _is_something_else(target: Path, error: OSError) -> bool:
     """Return whether a read failed because of what has this name. A link loop far above may be a mount that failed."""
-    is_link = target.is_symlink() or target.parent.is_symlink()
-    return error.errno in (errno.EISDIR, errno.ENOTDIR) or (error.errno == errno.ELOOP and is_link)
+    if error.errno == errno.ELOOP:
+        return target.is_symlink() or target.parent.is_symlink()
+    return error.errno in (errno.EISDIR, errno.ENOTDIR)
 
 
 _ACCESS_HINT = "give this user write access or set checkpoint.storage to another path, then run the same command again"
