@@ -34,7 +34,7 @@ from outlast.checkpointing.restore.load import restore
 from outlast.checkpointing.restore.reader import read_blocks
 from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store import claims, events
-from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog
+from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog, check_unread
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
@@ -164,7 +164,7 @@ class Checkpointer:
         rejected = list(self.catalogue.rejected)
         train_state = TrainState(model, optimizer, self.naming)
         for index, manifest in self.catalogue.candidates:
-            self._refuse_unread(manifest.ref)
+            check_unread(self._store, self.catalogue, manifest.ref)
             state, faults = restore(self._store, manifest, self.ranks, train_state)
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
@@ -184,24 +184,12 @@ class Checkpointer:
         if self.ranks.run_on_rank_0(self._is_superseded_while_waiting):
             self.superseded = True  # a newer attempt may have deleted the checkpoints
         elif self.catalogue.unread:
-            self._refuse_unread(None)
+            check_unread(self._store, self.catalogue, None)
         elif rejected:
             self._refuse(rejected)
         else:
             self._emit(events.StartEvent())
         return None
-
-    def _refuse_unread(self, ref: CheckpointRef | None) -> None:
-        """Raise StorageError if something that could not be read may be newer than `ref`: it is not passed over."""
-        unread = self.catalogue.unread_before(ref)
-        if unread:
-            lines = "\n".join(f"  {item}: {item.reason}" for item in unread)
-            older = f"the older {ref}" if ref else "the beginning"
-            raise StorageError(
-                f"run {self._store.run!r} does not resume from {older}, because a newer state cannot be read\n{lines}",
-                hint=f"make it readable, then start again; `outlast checkpoints verify {self._store.url}` names it. To "
-                "continue without it, move its directory away",
-            )
 
     def _is_superseded_while_waiting(self) -> bool:
         return claims.higher_claim(self._store, self.attempt) is not None

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from outlast.checkpointing.errors import NotAFileError, StorageError
+from outlast.checkpointing.errors import NotAFileError, StorageError, StorageRefused
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
@@ -51,6 +51,7 @@ class UnreadEntry:
     attempt: AttemptId
     step: int | None  #: the step of the manifest's checkpoint; None for the attempt's directory
     reason: str
+    is_refusal: bool  #: a person must act
 
     def is_named(self, name: str) -> bool:
         """Return whether this is the checkpoint that a step or step@attempt names."""
@@ -100,6 +101,19 @@ class Catalog:
         if item.step is None or self.owner is None or item.attempt > self.owner:
             return True  # an attempt's commit ends those of all lower attempts, whatever its step
         return CheckpointRef(item.step, item.attempt) > ref
+
+
+def check_unread(store: RunStore, catalog: Catalog, ref: CheckpointRef | None) -> None:
+    """Raise StorageError if something that could not be read may be newer than `ref`: it is not passed over."""
+    if unread := catalog.unread_before(ref):
+        lines = "\n".join(f"  {item}: {item.reason}" for item in unread)
+        refused = any(item.is_refusal for item in unread)
+        raise (StorageRefused if refused else StorageError)(
+            f"run {store.run!r} does not resume from {f'the older {ref}' if ref else 'the beginning'}, because a newer "
+            f"state cannot be read\n{lines}",
+            hint=f"make it readable, then start again; `outlast checkpoints verify {store.url}` names it. To continue "
+            "without it, move its directory away",
+        )
 
 
 def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
@@ -186,7 +200,7 @@ class _Reading:
         return valid, missing
 
     def _add_unread(self, attempt: AttemptId, step: int | None, path: str, error: StorageError) -> None:
-        self.unread.append(UnreadEntry(attempt, step, error.message))
+        self.unread.append(UnreadEntry(attempt, step, error.message, error.permanent))
         self._store.unreadable[path] = error.message
 
     def _add_lost(self, missing: Sequence[CheckpointRef]) -> None:
