@@ -19,7 +19,7 @@ from outlast.checkpointing.errors import StorageError, StorageRefused
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.base import Storage, walk
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.object_store import ObjectStorage
 from outlast.checkpointing.tools.query import verify_run
@@ -103,9 +103,10 @@ def _events(storage: Storage, run: str, kind: str) -> list[dict[str, Any]]:
 
 
 def _checkpoints(storage: Storage, run: str) -> list[int]:
-    """The steps of all checkpoint directories, committed or not."""
+    """The steps of all checkpoints that have files, committed or not; a store may list empty directories."""
     store = RunStore(storage, run)
-    return sorted(ref.step for attempt in list_attempts(store) for ref in list_checkpoints_of(store, attempt))
+    refs = [ref for attempt in list_attempts(store) for ref in list_checkpoints_of(store, attempt)]
+    return sorted(ref.step for ref in refs if any(walk(storage, store.checkpoint_dir(ref))))
 
 
 @pytest.mark.parametrize(("parallel", "overlap"), [("ddp", False), ("ddp", True), ("fsdp", True)])
