@@ -17,7 +17,8 @@ to the host while the next step computes its gradients, and written in the backg
 import json
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ from outlast.checkpointing.restore.load import restore
 from outlast.checkpointing.restore.reader import read_blocks
 from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store import claims, events
-from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog
+from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog, check_unread
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
@@ -45,6 +46,7 @@ from outlast.checkpointing.state.named_weights import ALL, WeightNaming
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.factory import Location
 from outlast.checkpointing.storage.retry import retry
 
 
@@ -55,7 +57,7 @@ class Checkpointer:
     None, and nothing is saved.
 
     Args:
-        storage: The storage root.
+        storage: The storage root; a storage, a path or a URL.
         run: Name of the run.
         ranks: The ranks of this attempt; by default those of torch.distributed.
         launch: The launch of this attempt. Later launches supersede earlier ones, never the reverse.
@@ -84,7 +86,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        storage: Storage,
+        storage: Storage | Location,
         run: str,
         *,
         ranks: RankGroup | None = None,
@@ -99,6 +101,7 @@ class Checkpointer:
     ) -> None:
         self.ranks = ranks or RankGroup()
         self._store = RunStore(storage, layout.check_run_name(run))
+        storage = self._store.storage
         self._launch, self._settle_s = launch, settle_s
         self.files = dict(files or {})
         self._max_shard_bytes, self.naming = max_shard_bytes, naming
@@ -154,19 +157,21 @@ class Checkpointer:
         Raises:
             NoCheckpointError: There are commits, but none is intact. The weights may be a mixture.
             ConfigError: The checkpoint is of another model.
-            StorageError: The storage could not be read.
+            StorageError: The storage could not be read, not even a checkpoint that may be newer than the intact ones.
         """
         if self.superseded:
             return None
         rejected = list(self.catalogue.rejected)
         train_state = TrainState(model, optimizer, self.naming)
         for index, manifest in self.catalogue.candidates:
+            check_unread(self._store, self.catalogue, manifest.ref)
             state, faults = restore(self._store, manifest, self.ranks, train_state)
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
             self.naming = train_state.naming
             self._committer.lineage = list(self.catalogue.accepted[index:])
+            self._committer.unread = self.catalogue.unread_refs
             event = events.ResumeEvent(
                 step=manifest.ref.step,
                 source=manifest.ref,
@@ -178,6 +183,8 @@ class Checkpointer:
             return state
         if self.ranks.run_on_rank_0(self._is_superseded_while_waiting):
             self.superseded = True  # a newer attempt may have deleted the checkpoints
+        elif self.catalogue.unread:
+            check_unread(self._store, self.catalogue, None)
         elif rejected:
             self._refuse(rejected)
         else:
@@ -232,7 +239,8 @@ class Checkpointer:
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
         payload = self._payload(step, TrainState(model, optimizer, self.naming), state, files)
-        self.superseded = not self._committer.commit(payload, metrics or {}, self.declaration, began)
+        with self._failure_recorded(step):
+            self.superseded = not self._committer.commit(payload, metrics or {}, self.declaration, began)
         seconds = time.monotonic() - began
         self._record_costs(step, seconds, seconds)
         return not self.superseded
@@ -302,6 +310,11 @@ class Checkpointer:
         return self._current is not None and self._current.state is SaveState.IN_FLIGHT
 
     @property
+    def step_in_flight(self) -> int | None:
+        """The step of the save that is to be waited for; the same on all ranks."""
+        return self._current.step if self._current else None
+
+    @property
     def has_failed_or_superseded(self) -> bool:
         """Whether the save in flight has failed or is superseded on this rank: time to `wait`."""
         return self._current is not None and self._current.state is SaveState.FAILED_OR_SUPERSEDED
@@ -311,13 +324,19 @@ class Checkpointer:
         current, self._current = self._current, None
         if current is None:
             return not self.superseded
-        try:
+        with self._failure_recorded(current.step):
             self.superseded = not current.join()
-        except StorageError as error:
-            self._emit(events.SaveFailedEvent(step=current.step, error=error.message))
-            raise
         self._record_costs(current.step, current.blocked_s, current.seconds, current.copy.fenced_s)
         return not self.superseded
+
+    @contextmanager
+    def _failure_recorded(self, step: int) -> Iterator[None]:
+        """Write the storage's error to the journal before it is raised."""
+        try:
+            yield
+        except StorageError as error:
+            self._emit(events.SaveFailedEvent(step=step, error=error.message))
+            raise
 
     def _record_costs(self, step: int, apart_s: float, commit_s: float, fenced_s: float = 0.0) -> None:
         """Record how long training waited: between two steps (`apart_s`), and in the next one for the copy."""

@@ -13,8 +13,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
-from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, checkpoint_name, parse_checkpoint
+from outlast.checkpointing.errors import ConfigError, NoCheckpointError, NotAFileError, StorageError
+from outlast.checkpointing.format.layout import (
+    MANIFEST,
+    AttemptId,
+    CheckpointRef,
+    checkpoint_name,
+    is_litter,
+    parse_checkpoint,
+)
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
 from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.state.rank_group import RankGroup
@@ -43,7 +50,7 @@ def seal(directory: str | os.PathLike[str], *, world_size: int = 1) -> Manifest:
     path = Path(directory).absolute()
     step = parse_checkpoint(path.name)
     storage = LocalStorage(path.parent)
-    entries = list(walk(storage, path.name))
+    entries = [entry for entry in walk(storage, path.name, skip=is_litter) if not is_litter(entry.name)]
     if special := [f"{entry.name} is {entry.special}" for entry in entries if entry.special]:
         raise ConfigError(f"cannot seal {path}: {special[0]}, not a file", hint="put the file itself in its place")
     names = [entry.name for entry in entries if entry.name != MANIFEST]
@@ -115,6 +122,8 @@ def _inspect_on_all(ranks: RankGroup, storage: LocalStorage, directory: str) -> 
         sealed, faults = True, _faults(storage, directory, data)
     except FileNotFoundError:
         pass
+    except NotAFileError:
+        sealed, faults = True, [f"{MANIFEST}: not a file"]
     except StorageError as error:
         failure = error
     results = ranks.gather((sealed, faults, failure))

@@ -27,6 +27,20 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode
 _MAX_NAME_BYTES, _MAX_PATH = 255, 1024  # of file systems; of S3 keys
 
 
+#: Names that desktops, editors, archives and file systems leave in any directory, in lower case.
+_LITTER = re.compile(
+    r"\.ds_store|\.localized|\._.*|\.(spotlight-v100|trashes|fseventsd|temporaryitems|appledouble)|__macosx"
+    r"|thumbs\.db|ehthumbs\.db|desktop\.ini|\$recycle\.bin|system volume information"
+    r"|\.directory|\.trash-\d+|\.hidden|\.goutputstream-.*|\.fuse_hidden.*|\.nfs.*|\.smbdelete.*|@eadir|lost\+found"
+    r"|\.ipynb_checkpoints|__pycache__|\..*\.sw[a-p]|.*\.swp|.*~|#.*#|\.#.*|\.~lock\..*#"
+)
+
+
+def is_litter(path: str) -> bool:
+    """Return whether a desktop, an editor or a file system left this file, by its name or that of a directory."""
+    return any(_LITTER.fullmatch(name.lower()) for name in path.split("/"))
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class AttemptId:
     """One launch of the worker group. Ordered by (number, nonce); the order decides who is superseded."""

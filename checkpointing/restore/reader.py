@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 import xxhash
 
-from outlast.checkpointing.errors import DamagedError
+from outlast.checkpointing.errors import DamagedError, NotAFileError
 from outlast.checkpointing.format.layout import STATE_DIR
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry, Manifest
 from outlast.checkpointing.format.safetensors import (
@@ -95,6 +95,8 @@ def _read_block_once(
                 raise DamagedError(f"{entry.path}: longer than the {end:,} bytes that were committed")
     except FileNotFoundError:
         raise DamagedError(f"{entry.path}: missing") from None
+    except NotAFileError as error:
+        raise DamagedError(f"{entry.path}: not a file ({error.message})") from None
     digest = xxhash.xxh3_64()
     for view in into:
         digest.update(view)

@@ -4,38 +4,53 @@ import hashlib
 
 import torch
 
-from outlast.checkpointing.format.layout import MANIFEST
+from outlast.checkpointing.format.layout import MANIFEST, is_litter
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.format.safetensors import tensor_bytes
 from outlast.checkpointing.restore.reader import read_tensors, verify_blocks
 from outlast.checkpointing.storage.base import Storage, walk
+from outlast.checkpointing.storage.factory import Location, as_storage
 from outlast.checkpointing.storage.retry import retry
 
 
 def check_listing(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
     """Return the faults that a listing shows, one line each: missing and extra files, wrong sizes."""
-    found = retry(lambda: list(walk(storage, directory)))
+    found = retry(lambda: list(walk(storage, directory, skip=is_litter)))
     sizes = {item.name: item.num_bytes for item in found}
     expected = {entry.path: entry.num_bytes for entry in manifest.files}
     special = {item.name: item.special for item in found if item.special}
     faults = [f"{path}: missing" for path in expected if path not in sizes]
     faults += [f"{path}: {kind}, where only files and directories may be" for path, kind in special.items()]
     for path, num_bytes in sizes.items():
-        if path in special or path == MANIFEST or path.rsplit("/", 1)[-1].startswith(".nfs"):
+        if path in special or path == MANIFEST:
             continue
         if path not in expected:
-            faults.append(f"{path}: extra file that was never committed")
+            if not is_litter(path):
+                faults.append(f"{path}: extra file that was never committed")
+        elif num_bytes is None:
+            faults.append(f"{path}: not a file")
         elif num_bytes != expected[path]:
             faults.append(f"{path}: {num_bytes:,} bytes, not the {expected[path]:,} that were committed")
     return sorted(faults)
 
 
-def verify(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
+def find_litter(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
+    """Return the files that desktops and editors left in a checkpoint's directory; they do no harm."""
+    expected = {entry.path for entry in manifest.files}
+    return sorted(path for path in _sizes(storage, directory) if path not in expected and is_litter(path))
+
+
+def _sizes(storage: Storage, directory: str) -> dict[str, int | None]:
+    return {item.name: item.num_bytes for item in retry(lambda: list(walk(storage, directory, skip=is_litter)))}
+
+
+def verify(storage: Storage | Location, directory: str, manifest: Manifest) -> list[str]:
     """Verify every byte of a checkpoint block by block; return its faults, one line each.
 
     Raises:
         StorageError: It could not be read, which proves nothing.
     """
+    storage = as_storage(storage)
     faults = check_listing(storage, directory, manifest)
     named = {fault.split(": ", 1)[0] for fault in faults}
     entries = {entry.path: entry for entry in manifest.files if entry.path not in named}

@@ -26,6 +26,7 @@ from outlast.checkpointing.run_store.claims import list_attempts, list_launches,
 from outlast.checkpointing.run_store.journal import COMMITS, read_events, read_first_and_last
 from outlast.checkpointing.run_store.liveness import read_liveness
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.retry import retry
 
 #: Exit codes of a launch after which the run may be started again, or whose message names what to do first.
 _SETTLED = frozenset({0, 2, 3, 5, 75, 130})
@@ -189,7 +190,7 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
         if launch < since and launch not in attempts_of:
             continue
         alive = read_liveness(store, launch)
-        launch_events = map(events.parse_event, read_events(store, store.launch_dir(launch)))
+        launch_events = map(events.parse_event, _readable(store, store.launch_dir(launch), read_events))
         failures = [event for event in launch_events if isinstance(event, events.GroupFailureEvent)]
         failure_of = {event.attempt: event for event in failures}
         digest, own = alive.get("settings", ""), attempts_of.get(launch, [])
@@ -220,8 +221,19 @@ def launches_in_order(launches: Iterable[str], attempts_of: Mapping[str, Sequenc
     return sorted(keys, key=keys.__getitem__)
 
 
+def _readable(
+    store: RunStore, directory: str, read: Callable[[RunStore, str], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Read the events of a directory; none if that fails, which is recorded."""
+    bodies: list[dict[str, Any]] = []
+    with store.going_on(directory):
+        bodies += retry(lambda: list(read(store, directory)))
+    return bodies
+
+
 def _commits(store: RunStore, attempt: AttemptId) -> tuple[int, ...]:
-    parsed = map(events.parse_event, read_events(store, store.attempt_dir(attempt), COMMITS))
+    bodies = _readable(store, store.attempt_dir(attempt), partial(read_events, stream=COMMITS))
+    parsed = map(events.parse_event, bodies)
     return tuple(event.step for event in parsed if isinstance(event, events.CommitEvent))
 
 
@@ -238,7 +250,7 @@ def _read_record(
     final: events.FinalEvent | None = None
     failed: events.AttemptErrorEvent | None = None
     has_begun = bool(commits)
-    for body in read_first_and_last(store, store.attempt_dir(attempt)):
+    for body in _readable(store, store.attempt_dir(attempt), read_first_and_last):
         if body["event"] == events.StepEvent.kind:
             has_begun = True
             continue

@@ -11,14 +11,19 @@ has a directory of its own, claimed before anything is read, and only the order 
 4. After each commit list claims once more, and acknowledge only if one's own is still the highest.
 
 So a zombie's commit is never acknowledged once its successor has claimed, and never accepted once the successor has
-committed. Being superseded is an outcome, not an exception. Nothing here writes, except `delete_checkpoint`.
+committed. Being superseded is an outcome, not an exception. Nothing here writes.
+
+What cannot be read proves nothing: it neither counts nor is damaged. It hides no other checkpoint, but an attempt must
+not resume from one that comes after it (`Catalog.unread_before`). A directory or a link that leads nowhere in the place
+of a file is proof, and damage.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from outlast.checkpointing.errors import DamagedError
+from outlast.checkpointing.errors import DamagedError, NotAFileError, StorageError, StorageRefused
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
@@ -27,6 +32,8 @@ from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, par
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_bytes
+from outlast.checkpointing.storage.factory import Location
+from outlast.checkpointing.storage.retry import retry
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,23 @@ class RejectedCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadEntry:
+    """A manifest, or the directory of an attempt, that could not be read, and why."""
+
+    attempt: AttemptId
+    step: int | None  #: the step of the manifest's checkpoint; None for the attempt's directory
+    reason: str
+    is_refusal: bool  #: a person must act
+
+    def is_named(self, name: str) -> bool:
+        """Return whether this is the checkpoint that a step or step@attempt names."""
+        return self.step is not None and name in (str(self.step), CheckpointRef(self.step, self.attempt).name)
+
+    def __str__(self) -> str:
+        return str(self.attempt if self.step is None else CheckpointRef(self.step, self.attempt))
+
+
+@dataclass(frozen=True, slots=True)
 class Catalog:
     """The checkpoints that count, from one read of the storage."""
 
@@ -46,6 +70,7 @@ class Catalog:
     #: Commits whose manifest is damaged, or missing without a recorded deletion; newest first
     rejected: tuple[RejectedCheckpoint, ...]
     doubtful: frozenset[CheckpointRef] = frozenset()  #: checkpoints to resume from only if no other one is intact
+    unread: tuple[UnreadEntry, ...] = ()  #: entries that could not be read, which proves nothing
 
     @property
     def candidates(self) -> list[tuple[int, Manifest]]:
@@ -61,7 +86,34 @@ class Catalog:
     @property
     def is_fresh(self) -> bool:
         """Whether the run has no commit."""
-        return not self.accepted and not self.rejected
+        return not self.accepted and not self.rejected and not self.unread
+
+    @property
+    def unread_refs(self) -> set[CheckpointRef]:
+        """The checkpoints whose manifest could not be read; they may be intact."""
+        return {CheckpointRef(item.step, item.attempt) for item in self.unread if item.step is not None}
+
+    def unread_before(self, ref: CheckpointRef | None) -> list[UnreadEntry]:
+        """Return what could not be read and may hold a newer state than `ref`, or any if `ref` is None."""
+        return [item for item in self.unread if ref is None or self._precedes(item, ref)]
+
+    def _precedes(self, item: UnreadEntry, ref: CheckpointRef) -> bool:
+        if item.step is None or self.owner is None or item.attempt > self.owner:
+            return True  # an attempt's commit ends those of all lower attempts, whatever its step
+        return CheckpointRef(item.step, item.attempt) > ref
+
+
+def check_unread(store: RunStore, catalog: Catalog, ref: CheckpointRef | None) -> None:
+    """Raise StorageError if something that could not be read may be newer than `ref`: it is not passed over."""
+    if unread := catalog.unread_before(ref):
+        lines = "\n".join(f"  {item}: {item.reason}" for item in unread)
+        refused = any(item.is_refusal for item in unread)
+        raise (StorageRefused if refused else StorageError)(
+            f"run {store.run!r} does not resume from {f'the older {ref}' if ref else 'the beginning'}, because a newer "
+            f"state cannot be read\n{lines}",
+            hint=f"make it readable, then start again; `outlast checkpoints verify {store.url}` names it. To continue "
+            "without it, move its directory away",
+        )
 
 
 def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
@@ -70,81 +122,105 @@ def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
     Raises FileNotFoundError, ManifestError if it is damaged or belongs to another checkpoint, and StorageError.
     """
     try:
-        manifest = Manifest.parse(read_bytes(store, f"{store.checkpoint_dir(ref)}/{MANIFEST}"))
+        data = read_bytes(store, f"{store.checkpoint_dir(ref)}/{MANIFEST}")
+    except NotAFileError as error:
+        raise ManifestError(f"it is not a file ({error.message})") from error
     except DamagedError as error:
         raise ManifestError(error.message) from error
+    manifest = Manifest.parse(data)
     if manifest.ref != ref:
         raise ManifestError(f"it belongs to {manifest.ref}")
     return manifest
 
 
 def read_catalog(
-    storage: Storage, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
+    storage: Storage | Location, run: str, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()
 ) -> Catalog:
     """Read the catalog of a run; see `build_catalog`."""
     return build_catalog(RunStore(storage, run), below, doubtful)
 
 
 def build_catalog(store: RunStore, below: AttemptId | None = None, doubtful: Collection[CheckpointRef] = ()) -> Catalog:
-    """Build the catalog of a run. Raises StorageError if a listing or a read fails, which proves nothing.
+    """Build the catalog of a run. Raises StorageError if the attempts cannot be listed.
 
     With `below` only lower attempts count, as for an attempt that chooses its own resume point.
     """
+    found = _Reading(store)
     owner: AttemptId | None = None
     accepted: list[Manifest] = []
-    rejected: list[RejectedCheckpoint] = []
     for attempt in reversed(list_attempts(store)):
-        if below is not None and attempt >= below:
-            continue
-        valid, refused = _read_attempt(store, attempt)
-        rejected += refused
-        if valid:
-            older, damaged, missing = _read_manifests(store, valid[0].lineage)
-            rejected += damaged + _lost_commits(store, missing)
-            owner, accepted = attempt, valid + older
+        if (below is None or attempt < below) and (valid := found.commits_of(attempt)):
+            owner, accepted = attempt, valid + found.lineage_of(valid[0])
             break
-    rejected.sort(key=lambda item: item.ref, reverse=True)
-    return Catalog(owner, tuple(accepted), tuple(rejected), frozenset(doubtful))
+    found.rejected.sort(key=lambda item: item.ref, reverse=True)
+    return Catalog(owner, tuple(accepted), tuple(found.rejected), frozenset(doubtful), tuple(found.unread))
 
 
-def _read_attempt(store: RunStore, attempt: AttemptId) -> tuple[list[Manifest], list[RejectedCheckpoint]]:
-    """Return an attempt's own commits: the intact ones, newest first, and those that are damaged or lost."""
-    directory = store.attempt_dir(attempt)
-    committed = {CheckpointRef(step, attempt) for step in _standing_commits(store, directory)}
-    valid, damaged, missing = _read_manifests(store, committed.union(list_checkpoints_of(store, attempt)))
-    return valid, damaged + _lost_commits(store, [ref for ref in missing if ref in committed])
+class _Reading:
+    """One read of a run's manifests; collects what is damaged, and what cannot be read."""
 
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self.rejected: list[RejectedCheckpoint] = []
+        self.unread: list[UnreadEntry] = []
 
-def _read_manifests(
-    store: RunStore, refs: Collection[CheckpointRef]
-) -> tuple[list[Manifest], list[RejectedCheckpoint], list[CheckpointRef]]:
-    """Return the intact, the damaged and the missing ones, each newest first."""
-    valid: list[Manifest] = []
-    damaged: list[RejectedCheckpoint] = []
-    missing: list[CheckpointRef] = []
-    for ref in sorted(refs, reverse=True):
+    def commits_of(self, attempt: AttemptId) -> list[Manifest]:
+        """Return an attempt's own intact commits, newest first."""
+        directory = self._store.attempt_dir(attempt)
+        listed: list[CheckpointRef] = []
         try:
-            valid.append(read_manifest(store, ref))
-        except FileNotFoundError:
-            missing.append(ref)
-        except ManifestError as error:
-            damaged.append(RejectedCheckpoint(ref, (f"{MANIFEST}: {error}",)))
-    return valid, damaged, missing
+            listed = retry(lambda: list_checkpoints_of(self._store, attempt))
+        except NotAFileError as error:
+            self._store.unreadable[directory] = error.message
+        except StorageError as error:
+            self._add_unread(attempt, None, directory, error)
+            return []
+        committed = {CheckpointRef(step, attempt) for step in _standing_commits(self._store, directory)}
+        valid, missing = self._manifests(committed.union(listed))
+        self._add_lost([ref for ref in missing if ref in committed])
+        return valid
 
+    def lineage_of(self, manifest: Manifest) -> list[Manifest]:
+        """Return the intact checkpoints of a commit's lineage, newest first."""
+        valid, missing = self._manifests(manifest.lineage)
+        self._add_lost(missing)
+        return valid
 
-def _lost_commits(store: RunStore, missing: Sequence[CheckpointRef]) -> list[RejectedCheckpoint]:
-    """Return commits whose manifest is missing and whose deletion is not recorded."""
-    lost = set(missing) - deletions(store) if missing else set()
-    if lost:  # a deletion may have been recorded after the journal was read
-        lost -= deletions(store.fresh())
-    reason = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
-    return [RejectedCheckpoint(ref, (reason,)) for ref in missing if ref in lost]
+    def _manifests(self, refs: Collection[CheckpointRef]) -> tuple[list[Manifest], list[CheckpointRef]]:
+        """Return the intact and the missing ones, each newest first."""
+        valid: list[Manifest] = []
+        missing: list[CheckpointRef] = []
+        for ref in sorted(refs, reverse=True):
+            try:
+                valid.append(retry(partial(read_manifest, self._store, ref)))
+            except FileNotFoundError:
+                missing.append(ref)
+            except ManifestError as error:
+                self.rejected.append(RejectedCheckpoint(ref, (f"{MANIFEST}: {error}",)))
+            except StorageError as error:
+                self._add_unread(ref.attempt, ref.step, f"{self._store.checkpoint_dir(ref)}/{MANIFEST}", error)
+        return valid, missing
+
+    def _add_unread(self, attempt: AttemptId, step: int | None, path: str, error: StorageError) -> None:
+        self.unread.append(UnreadEntry(attempt, step, error.message, error.permanent))
+        self._store.unreadable[path] = error.message
+
+    def _add_lost(self, missing: Sequence[CheckpointRef]) -> None:
+        """Reject commits whose manifest is missing and whose deletion is not recorded."""
+        lost = set(missing) - deletions(self._store) if missing else set()
+        if lost:  # a deletion may have been recorded after the journal was read
+            lost -= deletions(self._store.fresh())
+        reason = f"{MANIFEST}: missing, although this checkpoint was committed and never deleted"
+        self.rejected += [RejectedCheckpoint(ref, (reason,)) for ref in missing if ref in lost]
 
 
 def _standing_commits(store: RunStore, directory: str) -> set[int]:
     """Return the steps that an attempt has committed and not deleted since, by its own journal."""
     standing: set[int] = set()
-    for event in map(parse_event, read_events(store, directory, COMMITS)):
+    bodies: list[dict[str, Any]] = []
+    with store.going_on(f"{directory}/{COMMITS}-0"):  # manifests decide; it only shows which of them are lost
+        bodies = retry(lambda: list(read_events(store, directory, COMMITS)))
+    for event in map(parse_event, bodies):
         match event:
             case CommitEvent(step=step):
                 standing.add(step)

@@ -10,15 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from types import UnionType
 from typing import Any
 
-from outlast.checkpointing.format.layout import CLAIM, AttemptId, CheckpointRef, parse_checkpoint, path_fault
+from outlast.checkpointing.errors import NotAFileError, StorageRefused
+from outlast.checkpointing.format.layout import (
+    CLAIM,
+    AttemptId,
+    CheckpointRef,
+    is_litter,
+    parse_checkpoint,
+    path_fault,
+)
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import list_directories, read_object
 from outlast.checkpointing.storage.retry import retry
 
 
 def list_attempts(store: RunStore) -> list[AttemptId]:
-    """Return every claim of the run, lowest first."""
-    names = retry(lambda: list_directories(store, store.attempts_dir))
+    """Return every claim of the run, lowest first; also one that cannot be read: its name takes the number."""
+    names = [entry.name for entry in retry(lambda: store.list(store.attempts_dir))]
     return sorted(filter(None, map(AttemptId.parse, names)))
 
 
@@ -29,7 +37,7 @@ def list_checkpoints_of(store: RunStore, attempt: AttemptId) -> list[CheckpointR
 
 
 def list_launches(store: RunStore) -> list[str]:
-    return list_directories(store, f"{store.run}/launches")
+    return [name for name in list_directories(store, f"{store.run}/launches") if not is_litter(name)]
 
 
 def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
@@ -42,8 +50,10 @@ def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
 
 
 def read_claim(store: RunStore, attempt: AttemptId) -> dict[str, Any]:
-    """Read a claim; empty if it is missing or damaged."""
-    body = read_object(store, f"{store.attempt_dir(attempt)}/{CLAIM}")
+    """Read a claim; empty if it is missing, damaged, or recorded as unreadable."""
+    path, body = f"{store.attempt_dir(attempt)}/{CLAIM}", {}
+    with store.going_on(path):
+        body = retry(lambda: read_object(store, path))
     expected: dict[str, type | UnionType] = {"launch": str, "claimed_at": int | float}
     if body.get("launch") and path_fault(body["launch"]):  # it names a directory
         del body["launch"]
@@ -65,7 +75,13 @@ def launch_is_superseded(store: RunStore, launch: str) -> bool:
     now = store.fresh()
 
     def launch_of(attempt: AttemptId) -> str | None:
-        return read_claim(now, attempt).get("launch")
+        path = f"{now.attempt_dir(attempt)}/{CLAIM}"
+        try:
+            return retry(lambda: read_object(now, path)).get("launch")
+        except NotAFileError:
+            return None
+        except StorageRefused:
+            return ""  # a launch can read its own claims, so this is another one's
 
     # A claim without content belongs to no launch. Newest first: one read usually suffices.
     claims = reversed(list_attempts(now))

@@ -7,7 +7,15 @@ written before announcements are read. So one of the two sees the other, and a g
 from collections.abc import Sequence
 
 from outlast.checkpointing.errors import StorageRefused
-from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, pins_dir, prune_dir, prunes_dir
+from outlast.checkpointing.format.layout import (
+    MANIFEST,
+    AttemptId,
+    CheckpointRef,
+    is_litter,
+    pins_dir,
+    prune_dir,
+    prunes_dir,
+)
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.events import DeleteEvent, DeletingEvent, SparedEvent, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, Journal, read_events
@@ -20,13 +28,14 @@ class SpecialFilesLeft(StorageRefused):
 
 
 def deletions(store: RunStore) -> set[CheckpointRef]:
-    """Return every checkpoint that an attempt or a prune has recorded as deleted."""
-    return {
-        CheckpointRef(event.step, target)
-        for directory in commit_journals(store)
-        for event in map(parse_event, read_events(store, directory, COMMITS))
-        if isinstance(event, DeleteEvent) and (target := AttemptId.parse(event.attempt)) is not None
-    }
+    """Return every checkpoint that an attempt or a prune has recorded as deleted, as far as that can be read."""
+    deleted = set()
+    for directory in commit_journals(store):
+        with store.going_on(f"{directory}/{COMMITS}-0"):
+            for event in map(parse_event, read_events(store, directory, COMMITS)):
+                if isinstance(event, DeleteEvent) and (target := AttemptId.parse(event.attempt)) is not None:
+                    deleted.add(CheckpointRef(event.step, target))
+    return deleted
 
 
 def delete_checkpoint(store: RunStore, ref: CheckpointRef) -> None:
@@ -70,20 +79,20 @@ def is_being_deleted(store: RunStore, ref: CheckpointRef) -> bool:
     doomed: dict[str, bool] = {}
     now = store.fresh()
     for directory in commit_journals(now):
-        for event in map(parse_event, read_events(now, directory, COMMITS)):
+        for event in map(parse_event, read_events(now.storage, directory, COMMITS)):  # all of it, or an error
             if isinstance(event, DeletingEvent | SparedEvent) and ref.name in event.checkpoints:
                 doomed[directory] = isinstance(event, DeletingEvent)
     return any(doomed.values())
 
 
 def list_pins(store: RunStore) -> set[CheckpointRef]:
-    files = (
-        entry.name for entry in store.list(pins_dir(store.run)) if entry.num_bytes is not None and not entry.special
-    )
-    return set(filter(None, map(CheckpointRef.parse, files)))
+    """Return the pinned checkpoints: a name is a pin, whatever has it. Raises StorageError."""
+    names = (entry.name for entry in store.list(pins_dir(store.run)))
+    return set(filter(None, map(CheckpointRef.parse, names)))
 
 
 def commit_journals(store: RunStore) -> list[str]:
     """Return the directories of all writers that commit or delete: attempts and prunes."""
     attempts = [store.attempt_dir(attempt) for attempt in list_attempts(store)]
-    return attempts + [prune_dir(store.run, name) for name in list_directories(store, prunes_dir(store.run))]
+    prunes = [name for name in list_directories(store, prunes_dir(store.run)) if not is_litter(name)]
+    return attempts + [prune_dir(store.run, name) for name in prunes]

@@ -224,10 +224,20 @@ class SaveEvent(Event, kind="save"):
 
 
 class SaveFailedEvent(Event, kind="save-failed"):
-    """A save in the background failed."""
+    """A save failed."""
 
     step: Step
     error: Message = ""
+
+
+class UnsavedEvent(Event, kind="unsaved"):
+    """Training goes on after this step although a save failed (`failure.on_save_error: go-on`)."""
+
+    step: Step
+    error: Message = ""
+    newest: Annotated[int | None, "step of the newest checkpoint"] = None
+    unsaved_s: Annotated[float, "seconds since the attempt's newest commit, or since it began"] = 0.0
+    limit_s: Annotated[float | None, "seconds after which a failed save ends the attempt; null: no limit"] = None
 
 
 class IntervalEvent(Event, kind="interval"):

@@ -49,6 +49,9 @@ class Journal:
 
     No other process may write this rank and stream in `directory`. `flush_s` is the longest time that an event waits
     for its flush, provided that more events follow; zero flushes each one.
+
+    Attributes:
+        keeps_refused: Keep events in memory, also while the storage refuses them, instead of raising from `write`.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Journal:
         self._storage = storage
         self._directory, self._journal = directory, f"{stream}-{rank}"
         self._flush_s = flush_s
+        self.keeps_refused = False
         self._segment = 0
         self._lines: list[bytes] = []
         self._num_bytes = 0
@@ -83,7 +87,7 @@ class Journal:
             try:
                 self.flush()
             except StorageError as error:
-                if error.permanent or not self._flush_s:
+                if not self._flush_s or (error.permanent and not self.keeps_refused):
                     raise
                 # The lines are kept and written by the next flush; a late journal is no reason to stop.
 

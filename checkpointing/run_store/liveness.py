@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.format.layout import is_litter
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_object
+from outlast.checkpointing.storage.retry import retry
 
 HEARTBEAT_S = 5.0
 GRACE_PERIOD_S = 15.0
@@ -42,7 +44,7 @@ def find_active_launch(store: RunStore) -> str | None:
 
 def _open_launches(store: RunStore) -> Iterator[tuple[str, Any]]:
     for entry in store.storage.list(f"{store.run}/launches"):
-        body = read_liveness(store, entry.name)
+        body = {} if is_litter(entry.name) else read_liveness(store, entry.name)
         if body and not body.get("ended") and not is_dead(body):
             yield entry.name, body.get("beat")
 
@@ -123,5 +125,9 @@ class LivenessFile:
 
 
 def read_liveness(store: RunStore, launch: str) -> dict[str, Any]:
-    """Read the liveness file of a launch; empty if it is missing or damaged."""
-    return read_object(store.storage, f"{store.launch_dir(launch)}/alive.json")
+    """Read the liveness file of a launch; empty if it is missing, damaged, or recorded as unreadable."""
+    path = f"{store.launch_dir(launch)}/alive.json"
+    body: dict[str, Any] = {}
+    with store.going_on(path):
+        body |= retry(lambda: read_object(store.storage, path))
+    return body

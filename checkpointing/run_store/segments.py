@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from outlast.checkpointing.errors import StorageRefused
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import ReadableStorage, read_bytes
 
@@ -88,7 +89,9 @@ def _segment_files(storage: ReadableStorage, directory: str, stream: str, exclud
     files = []
     for entry in storage.list(directory):
         match = _NAME.fullmatch(entry.name) if entry.name.startswith(f"{stream}-") else None
-        if match and entry.num_bytes is not None and not entry.special and entry.name not in excluded:
+        if match and (entry.num_bytes is None or entry.special) and isinstance(storage, RunStore):
+            storage.unreadable[f"{directory}/{entry.name}"] = f"{directory}/{entry.name} is not a file"
+        elif match and entry.num_bytes is not None and not entry.special and entry.name not in excluded:
             first, last = int(match["first"]), int(match["last"] or match["first"])
             files.append(SegmentFile(entry.name, match["journal"], first, last, entry.num_bytes))
     yield from sorted(files, key=lambda file: (file.journal, file.first, -file.last))
@@ -165,7 +168,15 @@ class SegmentReader:
                 yield from zip(batch, pool.map(self._bytes_of, batch), strict=True)
 
     def _bytes_of(self, file: SegmentFile) -> bytes | None:
-        return read_if_exists(self._storage, self._directory, file.name)
+        path = f"{self._directory}/{file.name}"
+        try:
+            return read_if_exists(self._storage, self._directory, file.name)
+        except StorageRefused as error:  # until a person acts, so the order of events cannot wait for it
+            if not isinstance(self._storage, RunStore):
+                raise
+            self._storage.unreadable[path] = error.message
+            self._unreadable.add(file.name)
+            return None
 
 
 def read_if_exists(storage: ReadableStorage, directory: str, name: str) -> bytes | None:

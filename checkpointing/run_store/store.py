@@ -8,33 +8,39 @@ store, which no other thread fills, or `storage` itself.
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import BinaryIO
 
+from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import CLAIM, AttemptId, CheckpointRef
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
+from outlast.checkpointing.storage.factory import Location, as_storage
 
 
 class RunStore:
     """One run in a storage. Paths are relative to the storage root.
 
     Attributes:
-        storage: The storage itself, without a cache.
+        storage: The storage itself, without a cache; may be given as a path or a URL.
         run: Name of the run.
+        unreadable: Paths that could not be read, with the reason, by those readers that go on without them.
     """
 
-    def __init__(self, storage: Storage, run: str) -> None:
-        self.storage, self.run = storage, run
+    def __init__(self, storage: Storage | Location, run: str) -> None:
+        self.storage, self.run = as_storage(storage), run
         self._listed: dict[str, builtins.list[Entry]] = {}
         self._files: dict[str, bytes] = {}
         self._claims: dict[str, bytes] = {}
         self._missing: set[str] = set()
+        self.unreadable: dict[str, str] = {}
 
     def fresh(self) -> RunStore:
         """Return the same run with an empty cache, except for claims, which never change."""
         new = RunStore(self.storage, self.run)
-        new._claims = self._claims
+        new._claims, new.unreadable = self._claims, self.unreadable
         return new
 
     def refresh(self) -> None:
@@ -71,6 +77,16 @@ class RunStore:
         if path not in known:
             raise FileNotFoundError(path)
         return BytesIO(known[path])
+
+    @contextmanager
+    def going_on(self, path: str) -> Iterator[None]:
+        """Record a StorageError of the block as that of `path`, and go on: one entry must not hide the others."""
+        try:
+            yield
+        except StorageError as error:
+            self.unreadable[path] = error.message
+        else:
+            self.unreadable.pop(path, None)
 
     @property
     def url(self) -> str:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from outlast.checkpointing.errors import ConfigError, StorageError
+from outlast.checkpointing.errors import ConfigError, NotAFileError, StorageError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
@@ -38,6 +38,7 @@ class Committer:
     Attributes:
         commits: This attempt's acknowledged commits that are still kept.
         lineage: The checkpoint that the attempt resumed from and the older ones kept with it.
+        unread: Checkpoints that could not be read, and may be intact.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Committer:
         self._ranks, self._retention, self._emit, self._flush = ranks, retention, emit, flush
         self.commits: list[Manifest] = []
         self.lineage: list[Manifest] = []
+        self.unread: set[CheckpointRef] = set()
         self._num_acknowledged = 0
         self._pending_deletions: list[CheckpointRef] = []
         self._orphans_collected = False
@@ -81,7 +83,13 @@ class Committer:
         self._begun.add(payload.step)
         ref = CheckpointRef(payload.step, self._attempt)
         directory = self._store.checkpoint_dir(ref)
-        written = self._ranks.run_on_all(lambda: write_payload(self._store.storage, directory, self._ranks, payload))
+        try:
+            written = self._ranks.run_on_all(
+                lambda: write_payload(self._store.storage, directory, self._ranks, payload)
+            )
+        except StorageError:
+            self._ranks.run_on_rank_0(lambda: self._discard(ref))
+            raise
         fault_point(FaultPoint.BEFORE_MANIFEST, payload.step)
         manifest = Manifest(
             ref=ref,
@@ -105,6 +113,13 @@ class Committer:
         fault_point(FaultPoint.AFTER_RETENTION, payload.step)
         return True
 
+    def _discard(self, ref: CheckpointRef) -> None:
+        """Delete what was written of a checkpoint whose manifest was not: it may fill the storage. On rank 0."""
+        try:
+            delete_checkpoint(self._store, ref)
+        except StorageError:
+            self._pending_deletions.append(ref)
+
     def _publish(self, manifest: Manifest, began: float) -> bool:
         """Commit and acknowledge on rank 0. False when superseded; then nothing may be deleted."""
         ref, data = manifest.ref, manifest.to_json()
@@ -119,7 +134,8 @@ class Committer:
         event = events.CommitEvent(step=ref.step, digest=manifest.digest, num_bytes=manifest.num_bytes)
         self._journal.write(event)
         self._emit(replace(event, seconds=round(time.monotonic() - began, 4)))
-        self._flush()
+        with suppress(StorageError):  # the commit is acknowledged; its event is written by the next flush
+            self._flush()
         return True
 
     def _apply_retention(self) -> tuple[list[Manifest], list[Manifest]]:
@@ -135,7 +151,7 @@ class Committer:
                 with suppress(StorageError):  # retried below
                     self._delete_pending()
                 self._abort_uploads()
-                orphans = self._find_orphans({item.ref for item in kept[1]} | pinned)
+                orphans = self._find_orphans({item.ref for item in kept[1]} | pinned | self.unread)
                 self._pending_deletions = list(dict.fromkeys([*self._pending_deletions, *orphans]))
                 self._orphans_collected = True
             self._delete_pending()
@@ -186,8 +202,10 @@ class Committer:
 
     def _find_orphans(self, kept: set[CheckpointRef]) -> Iterator[CheckpointRef]:
         now = self._store.fresh()
-        lower = (attempt for attempt in claims.list_attempts(now) if attempt < self._attempt)
-        return (ref for attempt in lower for ref in claims.list_checkpoints_of(now, attempt) if ref not in kept)
+        for attempt in claims.list_attempts(now):
+            if attempt < self._attempt:
+                with suppress(NotAFileError):  # it holds no checkpoint
+                    yield from (ref for ref in claims.list_checkpoints_of(now, attempt) if ref not in kept)
 
 
 def abort_orphans(store: RunStore, below: AttemptId) -> int:

@@ -10,11 +10,11 @@ that does not respond proves nothing about its content.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from outlast.checkpointing.errors import DamagedError
+from outlast.checkpointing.errors import DamagedError, NotAFileError
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -23,7 +23,7 @@ _MAX_BYTES = 2**29
 
 @dataclass(frozen=True, slots=True, order=True)
 class Entry:
-    """One name in a directory. `num_bytes` is None for a directory.
+    """One name in a directory. `num_bytes` is None for a directory, and for what cannot be looked at.
 
     `special` is what else the entry is, such as `a named pipe`: outlast neither reads nor deletes it. Empty for files
     and directories.
@@ -40,7 +40,7 @@ class ReadableStorage(Protocol):
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading and seeking.
 
-        Raises FileNotFoundError, DamagedError if it is a link or anything else than a file, and StorageError.
+        Raises FileNotFoundError, NotAFileError if it is a link or anything else than a file, and StorageError.
         """
 
     def list(self, path: str) -> list[Entry]:
@@ -77,7 +77,7 @@ def read_object(storage: ReadableStorage, path: str) -> dict[str, Any]:
     """Read a JSON object; empty if the file is missing, damaged or something else. Raises StorageError."""
     try:
         body = json.loads(read_bytes(storage, path))
-    except (FileNotFoundError, DamagedError, ValueError, RecursionError):
+    except (FileNotFoundError, NotAFileError, DamagedError, ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 
@@ -87,11 +87,19 @@ def list_directories(storage: ReadableStorage, path: str) -> list[str]:
     return [entry.name for entry in storage.list(path) if entry.num_bytes is None]
 
 
-def walk(storage: Storage, path: str) -> Iterator[Entry]:
-    """Yield every file below `path`, recursively, named relative to it."""
+def walk(storage: Storage, path: str, *, skip: Callable[[str], bool] = lambda name: False) -> Iterator[Entry]:
+    """Yield every file below `path`, recursively, named relative to it.
+
+    Directories whose names are to be skipped, and links that lead nowhere, are yielded instead of their content.
+    """
     for entry in storage.list(path):
-        if entry.num_bytes is not None:
+        if entry.num_bytes is not None or skip(entry.name):
             yield entry
-        else:
-            for inner in walk(storage, f"{path}/{entry.name}".lstrip("/")):
-                yield replace(inner, name=f"{entry.name}/{inner.name}")
+            continue
+        try:
+            inside = list(walk(storage, f"{path}/{entry.name}".lstrip("/"), skip=skip))
+        except NotAFileError:
+            yield entry
+            continue
+        for inner in inside:
+            yield replace(inner, name=f"{entry.name}/{inner.name}")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from outlast.checkpointing.errors import DamagedError, StorageError, StorageRefused
+from outlast.checkpointing.errors import NotAFileError, StorageError, StorageRefused
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.regular_files import SpecialFileError, open_regular, special_kind
 
@@ -42,9 +42,9 @@ class LocalStorage:
         return str(self._root)
 
     def path(self, path: str) -> Path:
-        """Return where a file or directory lies. Raises StorageRefused if the way there leads through a link."""
+        """Return where a file or directory lies. Raises NotAFileError if the way there leads through a link."""
         if fault := self._fault_on_way(path):
-            raise StorageRefused(fault, hint=_LINK_HINT)
+            raise NotAFileError(fault, hint=_LINK_HINT)
         return self._root / path
 
     def _fault_on_way(self, path: str) -> str:
@@ -98,13 +98,13 @@ class LocalStorage:
                     return open_regular(target, follow=self._is_link_allowed(path))
         except SpecialFileError as error:
             fault = f"{target} is {error.kind}, not a file"
-        raise DamagedError(fault, hint=_LINK_HINT)  # no committed file was one: that is proof, not a failure
+        raise NotAFileError(fault, hint=_LINK_HINT)  # no committed file was one: that is proof, not a failure
 
     def list(self, path: str) -> list[Entry]:
         target = self.path(path)
         follow = self._follows or not path
         if target.is_symlink() and not self._is_link_allowed(path):
-            raise StorageRefused(_link_fault(target), hint=_LINK_HINT)
+            raise NotAFileError(_link_fault(target), hint=_LINK_HINT)
         with _storage_errors("list", target):
             try:
                 with os.scandir(target) as items:
@@ -135,20 +135,21 @@ def _link_fault(path: Path) -> str:
 
 
 def _refuse_special(path: Path) -> None:
-    """Raise StorageRefused if something that outlast never writes has this name."""
+    """Raise NotAFileError if something that outlast never writes has this name."""
     with contextlib.suppress(FileNotFoundError):
         if kind := special_kind(path.lstat().st_mode):
-            raise StorageRefused(f"{path} is {kind}, which outlast did not write: it stays", hint=_LINK_HINT)
+            raise NotAFileError(f"{path} is {kind}, which outlast did not write: it stays", hint=_LINK_HINT)
 
 
 def _entry(item: os.DirEntry[str], follow: bool) -> Entry | None:
-    """Return the entry; None for a file that was deleted meanwhile, and with `follow` for a link that leads nowhere."""
-    if item.is_dir(follow_symlinks=follow):
-        return Entry(item.name, None)
+    """Return the entry, without a size also for a link that leads nowhere; None for a file that was deleted."""
     try:
+        if item.is_dir(follow_symlinks=follow):
+            return Entry(item.name, None)
         found = item.stat(follow_symlinks=follow)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        is_lost = isinstance(error, FileNotFoundError) and not item.is_symlink()
+        return None if is_lost else Entry(item.name, None)
     return Entry(item.name, found.st_size, special_kind(found.st_mode))
 
 
@@ -197,13 +198,23 @@ def _storage_errors(verb: str, target: Path) -> Iterator[None]:
         if isinstance(error, FileNotFoundError | SpecialFileError) and verb == "read":
             raise
         reason = f"cannot {verb} {target}: {os.strerror(error.errno) if error.errno else error}"
+        if verb in ("read", "list") and _is_something_else(target, error):
+            raise NotAFileError(reason, hint=_REFUSAL_HINTS.get(error.errno or 0, _SOMETHING_ELSE_HINT)) from error
         if error.errno not in _REFUSALS:
             raise StorageError(reason, hint="check the disk or the mount, then run the same command again") from error
         raise StorageRefused(reason, hint=_REFUSAL_HINTS.get(error.errno, _ACCESS_HINT)) from error
 
 
 _LINK_HINT = "remove it, or put the files themselves in its place; the run's own directory may be a link"
+def _is_something_else(target: Path, error: OSError) -> bool:
+    """Return whether a read failed because of what has this name. A link loop far above may be a mount that failed."""
+    if error.errno == errno.ELOOP:
+        return target.is_symlink() or target.parent.is_symlink()
+    return error.errno in (errno.EISDIR, errno.ENOTDIR)
+
+
 _ACCESS_HINT = "give this user write access or set checkpoint.storage to another path, then run the same command again"
+_SOMETHING_ELSE_HINT = "move it away: outlast did not write it; `outlast checkpoints verify RUN` shows what is intact"
 _REFUSAL_HINTS = {
     errno.ENOSPC: "free some space (`outlast checkpoints ls RUN` shows sizes), then run the same command again",
     errno.EDQUOT: "free some space or raise the quota, then run the same command again",

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outlast.checkpointing.error_hints import did_you_mean
-from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
-from outlast.checkpointing.format.layout import MANIFEST, RECORD, AttemptId, CheckpointRef
+from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, NotAFileError, StorageError
+from outlast.checkpointing.format.layout import MANIFEST, RECORD, AttemptId, CheckpointRef, pins_dir
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.run_store.catalog import Catalog, build_catalog, read_manifest
+from outlast.checkpointing.run_store.catalog import Catalog, UnreadEntry, build_catalog, read_manifest
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
@@ -78,9 +78,17 @@ def existing_attempts(store: RunStore) -> list[AttemptId]:
 
 def list_checkpoints(store: RunStore, catalog: Catalog, retention: Retention | None = None) -> list[dict[str, Any]]:
     """Return a row per accepted checkpoint, newest first. Raises StorageError."""
-    accepted, pins = catalog.accepted, list_pins(store)
+    accepted, pins = catalog.accepted, readable_pins(store)
     best = [kept.ref for kept in _rated(accepted, retention or Retention())[:1]]
     return [{**_row(store, manifest, manifest.ref in pins), "best": manifest.ref in best} for manifest in accepted]
+
+
+def readable_pins(store: RunStore) -> set[CheckpointRef]:
+    """Return the pinned checkpoints; none if their directory cannot be listed, which is recorded."""
+    pins: set[CheckpointRef] = set()
+    with store.going_on(pins_dir(store.run)):
+        pins |= list_pins(store)
+    return pins
 
 
 def _rated(accepted: Sequence[Manifest], retention: Retention) -> list[RetentionCandidate]:
@@ -103,7 +111,7 @@ def show_checkpoint(store: RunStore, which: str = "newest", retention: Retention
     """Return the row of a checkpoint with its files and lineage. Raises as `pick_manifest`."""
     manifest = pick_manifest(store, which, retention)
     return {
-        **_row(store, manifest, manifest.ref in list_pins(store)),
+        **_row(store, manifest, manifest.ref in readable_pins(store)),
         "world_size": manifest.world_size,
         "launch": manifest.launch,
         "record": _record(store, manifest.launch),
@@ -115,7 +123,9 @@ def show_checkpoint(store: RunStore, which: str = "newest", retention: Retention
 def _record(store: RunStore, launch: str) -> str | None:
     """Return the URL of the provenance record of a launch; None for custom loops and older releases."""
     folder = store.launch_dir(launch)
-    exists = launch and any(entry.name == RECORD for entry in store.list(folder))
+    exists = False
+    with store.going_on(folder):
+        exists = bool(launch) and any(entry.name == RECORD for entry in store.list(folder))
     return f"{store.storage.url}/{folder}/{RECORD}" if exists else None
 
 
@@ -170,7 +180,7 @@ def newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, M
             return directory, Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}"))
         except FileNotFoundError:
             continue
-        except DamagedError as error:
+        except (DamagedError, NotAFileError) as error:
             return directory, ManifestError(error.message)
         except ManifestError as error:
             return directory, error
@@ -210,6 +220,8 @@ class VerificationResult:
     step: int
     num_bytes: int
     faults: tuple[str, ...]
+    litter: tuple[str, ...] = ()  #: files of desktops and editors beside its own, which do no harm
+    unread: str = ""  #: why it could not be read, which proves nothing
 
 
 class _ChangedWhileReading(Exception):
@@ -233,6 +245,7 @@ def verify_run(
             for item in catalog.rejected
             if wanted in (None, str(item.ref.step), item.ref.name)
         ]
+        verdicts += [_unread_result(store, item) for item in catalog.unread if wanted is None or item.is_named(wanted)]
         try:
             for manifest in catalog.accepted:
                 if wanted in (None, str(manifest.ref.step), manifest.ref.name):
@@ -240,7 +253,7 @@ def verify_run(
         except _ChangedWhileReading:
             store = store.fresh()
             continue
-        if which in (None, "model") and (model := find_model(store)):
+        if which in (None, "model") and (model := _verify_model(store)):
             verdicts.append(replace(model, path=f"{store.storage.url}/{model.path}"))
         if which is not None and not verdicts:
             resolve_checkpoint(store, which, retention or Retention())  # raises with the names of existing ones
@@ -248,11 +261,27 @@ def verify_run(
     raise StorageError(f"run {store.run!r} changed {_MAX_PASSES} times while it was read", hint="try again later")
 
 
-def _verify(store: RunStore, manifest: Manifest, owner: AttemptId | None) -> VerificationResult:
-    from outlast.checkpointing.restore.verify import verify  # imports torch, which listings do not need
+def _unread_result(store: RunStore, item: UnreadEntry) -> VerificationResult:
+    url = f"{store.storage.url}/{store.attempts_dir}/{item}"
+    return VerificationResult(url, item.step or 0, 0, (), unread=item.reason)
 
-    directory = store.checkpoint_dir(manifest.ref)
-    faults = verify(store.storage, directory, manifest)
+
+def _verify_model(store: RunStore) -> VerificationResult | None:
+    try:
+        return find_model(store)
+    except StorageError as error:
+        return VerificationResult(store.attempts_dir, 0, 0, (), unread=error.message)
+
+
+def _verify(store: RunStore, manifest: Manifest, owner: AttemptId | None) -> VerificationResult:
+    from outlast.checkpointing.restore.verify import find_litter, verify  # imports torch, which listings do not need
+
+    directory, url, step = store.checkpoint_dir(manifest.ref), store.checkpoint_url(manifest.ref), manifest.ref.step
+    try:
+        faults = verify(store.storage, directory, manifest)
+        litter = tuple(find_litter(store.storage, directory, manifest))
+    except StorageError as error:
+        return VerificationResult(url, step, manifest.num_bytes, (), unread=error.message)
     if faults:
         now = store.fresh()
         try:
@@ -261,7 +290,7 @@ def _verify(store: RunStore, manifest: Manifest, owner: AttemptId | None) -> Ver
             raise _ChangedWhileReading from error
         if build_catalog(now).owner != owner:
             raise _ChangedWhileReading
-    return VerificationResult(store.checkpoint_url(manifest.ref), manifest.ref.step, manifest.num_bytes, tuple(faults))
+    return VerificationResult(url, step, manifest.num_bytes, tuple(faults), litter)
 
 
 def find_model(store: RunStore) -> VerificationResult | None:
@@ -269,7 +298,7 @@ def find_model(store: RunStore) -> VerificationResult | None:
 
     It is the newest one of the attempt that owns the checkpoints, or of a later one that found the last step committed.
     """
-    from outlast.checkpointing.restore.verify import verify
+    from outlast.checkpointing.restore.verify import find_litter, verify
 
     owner = build_catalog(store).owner
     attempts = [attempt for attempt in list_attempts(store) if owner is not None and attempt >= owner]
@@ -279,4 +308,5 @@ def find_model(store: RunStore) -> VerificationResult | None:
     if isinstance(manifest, ManifestError):
         return VerificationResult(directory, 0, 0, (f"{MANIFEST}: {manifest}",))
     faults = verify(store.storage, directory, manifest)
-    return VerificationResult(directory, manifest.ref.step, manifest.num_bytes, tuple(faults))
+    litter = tuple(find_litter(store.storage, directory, manifest))
+    return VerificationResult(directory, manifest.ref.step, manifest.num_bytes, tuple(faults), litter)

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Exit, Option, Typer
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.cluster.cli.options import AsJson, Base, Code, Run, StorageRoot, Texts, Trusted, make_code_importable
+from outlast.cluster.cli.options import (
+    AsJson,
+    Base,
+    Code,
+    Run,
+    StorageRoot,
+    Texts,
+    Trusted,
+    make_code_importable,
+    print_unreadable,
+)
 from outlast.cluster.config.run_reference import find_run
 from outlast.cluster.formatting import size, when
 
@@ -37,6 +47,7 @@ def list_(run: Run, storage: StorageRoot = "./runs", as_json: AsJson = False) ->
     rows = commands.list_checkpoints(store, catalog, retention)
     for item in catalog.rejected:
         print(f"damaged: {item.ref}: {'; '.join(item.reasons)}", file=sys.stderr)
+    print_unreadable(store.unreadable)
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -74,7 +85,7 @@ def verify(
     storage: StorageRoot = "./runs",
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte and compare it with the committed digests. Exit code 5 if anything is damaged."""
+    """Read every byte and compare it with the committed digests. Exit code 5 if anything is damaged, 1 if unread."""
     from outlast.checkpointing.tools.query import verify_run
 
     store, retention = find_run(run, storage)
@@ -83,12 +94,16 @@ def verify(
         print(json.dumps([asdict(item) for item in verdicts], indent=1))
     else:
         for item in verdicts:
-            print(f"{'damaged' if item.faults else 'whole':8} {size(item.num_bytes):>9}  {item.path}")
-            for fault in item.faults:
-                print(f"         {fault}")
+            verdict = "damaged" if item.faults else "unread" if item.unread else "whole"
+            print(f"{verdict:8} {size(item.num_bytes):>9}  {item.path}")
+            for line in (*item.faults, *filter(None, [item.unread])):
+                print(f"         {line}")
+            if item.litter:
+                print(f"         not outlast's, and harmless: {', '.join(item.litter)}")
         if not verdicts:
             print("no checkpoints yet", file=sys.stderr)
-    raise Exit(5 if any(item.faults for item in verdicts) else 0)
+    print_unreadable(store.unreadable)
+    raise Exit(5 if any(item.faults for item in verdicts) else 1 if any(item.unread for item in verdicts) else 0)
 
 
 @checkpoints.command()

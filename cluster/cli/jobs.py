@@ -22,6 +22,7 @@ from outlast.cluster.cli.options import (
     StorageRoot,
     Trusted,
     print_runs,
+    print_unreadable,
 )
 from outlast.cluster.config.run_reference import RUN_FILES, find_run, run_name, stored_config
 
@@ -141,7 +142,8 @@ def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJ
         from outlast.checkpointing.storage.factory import open_storage
         from outlast.cluster.monitoring.status import list_runs
 
-        rows = list_runs(open_storage(storage))
+        rows, unreadable = list_runs(open_storage(storage))
+        print_unreadable(unreadable)
     if as_json:
         print(json.dumps(rows, indent=1))
         return

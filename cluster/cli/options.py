@@ -1,6 +1,7 @@
 """Arguments and options that commands share. An option has one meaning in all commands."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,12 @@ def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
         print(f"{row.get('id') or row['run']:32}  {state}")
+
+
+def print_unreadable(unreadable: Mapping[str, str]) -> None:
+    """Name on stderr what could not be read; everything else was shown without it."""
+    for path, reason in sorted(unreadable.items()):
+        print(f"unreadable: {path}: {reason}", file=sys.stderr)
 
 
 def make_code_importable(run: str, code: Path | None) -> None:

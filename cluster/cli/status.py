@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Exit, Option
 
-from outlast.cluster.cli.options import Address, AsJson, Run, StorageRoot, print_runs, writing
+from outlast.cluster.cli.options import Address, AsJson, Run, StorageRoot, print_runs, print_unreadable, writing
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
 
@@ -50,6 +50,7 @@ def status(
     timeline = TimelineReader(store).update()
     summary = take_snapshot(timeline, time.time())
     body = as_values(store, timeline, summary)
+    print_unreadable(store.unreadable)
     if address is not None:
         from outlast.cluster.jobs.ray_jobs import connect, jobs_of
 
@@ -66,7 +67,11 @@ def _runs_in(storage: str) -> list[dict[str, Any]]:
     from outlast.cluster.monitoring.status import list_runs
 
     is_storage = "://" in storage or Path(storage).is_dir()
-    return list_runs(open_storage(storage)) if is_storage else []
+    if not is_storage:
+        return []
+    rows, unreadable = list_runs(open_storage(storage))
+    print_unreadable(unreadable)
+    return rows
 
 
 def _print(run: str, summary: RunSnapshot, body: dict[str, Any]) -> None:
@@ -113,6 +118,7 @@ def report(
     store, _ = find_run(run, storage)
     target = output or Path(f"{store.run}-report.html")
     html = Report.read(store, verify=verify).to_html()
+    print_unreadable(store.unreadable)
     with writing(target):
         target.write_text(html, encoding="utf-8")
     print(target)

@@ -13,7 +13,7 @@ from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.config.base import Duration
 from outlast.trainers.config.tracking import TrackSettings
-from outlast.trainers.config.train import NonFiniteSettings, ParallelSettings
+from outlast.trainers.config.train import ParallelSettings, TrainingFailureSettings
 from outlast.trainers.config.training_config import TrainingConfig
 
 
@@ -55,7 +55,7 @@ class ScaleSettings(ParallelSettings):
         return not isinstance(self.workers, int)
 
 
-class FailureSettings(NonFiniteSettings):
+class FailureSettings(TrainingFailureSettings):
     """When a run is restarted automatically, and when it is given up.
 
     The counts are those of all launches of the run, from its storage. A new checkpoint resets them, and so does any

@@ -22,7 +22,7 @@ from outlast.checkpointing.errors import OutlastError, PreflightError, StorageEr
 from outlast.checkpointing.fault_injection import FaultSpec
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
-from outlast.checkpointing.run_store.catalog import build_catalog
+from outlast.checkpointing.run_store.catalog import build_catalog, check_unread
 from outlast.checkpointing.run_store.claims import launch_is_superseded
 from outlast.checkpointing.run_store.liveness import LivenessFile, find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
@@ -153,7 +153,9 @@ class Launch:
         make_importable(self.code)
         with _preflight():
             store.storage.list(name)  # no retries: the path may be mistyped
-            base = build_catalog(store).declaration
+            catalog = build_catalog(store)
+            check_unread(store, catalog, catalog.accepted[0].ref if catalog.accepted else None)
+            base = catalog.declaration
             check_unchanged(base, self.config, None)
             published = find_model(store)
             if published is not None and not published.faults:
@@ -172,6 +174,8 @@ class Launch:
             given_up = decide_give_up(read_attempt_history(store), self.config.failure.limits, digest)
             if given_up is not None:
                 raise gave_up(name, given_up)
+            for path, reason in sorted(store.unreadable.items()):
+                self._publish(events.NoteEvent(text=f"unreadable, going on without it: {path}: {reason}"))
             self._publish(events.PhaseEvent(name="data"))
             prepared = prepare(self.config, store.storage, partial(self._encoders, address), like=base.get("data"))
             check_unchanged(base, self.config, prepared.fingerprint)

@@ -210,7 +210,7 @@ class Supervisor:
                     return job, True
             elif job.status == JobStatus.RUNNING.value and (finding := detector.finding(*self._progress())):
                 self.say(f"{job.id} is {job.status.lower()}, but {finding}: stopping it")
-                self._note_stall(finding)
+                self._note_stall(finding)  # raises while the storage refuses writes: then silence proves nothing
                 client.stop_job(job.id)
                 deadline = time.monotonic() + jobs.stop_wait_s(self.config) + SILENCE_TIMEOUT_S
         return None, False

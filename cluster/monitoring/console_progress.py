@@ -22,7 +22,7 @@ from outlast.checkpointing.run_store.claims import list_launches
 from outlast.checkpointing.run_store.journal import FLUSH_S
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import load_catalog
-from outlast.cluster.formatting import counted
+from outlast.cluster.formatting import counted, duration
 from outlast.cluster.monitoring.live_panel import panel, plain_line
 from outlast.cluster.monitoring.status import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
@@ -178,6 +178,11 @@ class ProgressReporter:
             case events.SlowEvent():
                 slow = [f"rank {at.rank} ({at.host}) is {at.times} times as slow" for at in event.ranks]
                 return ["; ".join(slow) or "no rank is slow any more"]
+            case events.UnsavedEvent(newest=newest):
+                since = f"the last checkpoint (the newest is of step {newest})"
+                since = "its beginning (there is no checkpoint yet)" if newest is None else since
+                age = duration(event.unsaved_s)
+                return [f"a save failed; training goes on, {age} after {since}: {event.error}"]
             case events.NonFiniteEvent():
                 return [f"{event.message} ({event.action})"]
             case events.EarlyStopEvent():

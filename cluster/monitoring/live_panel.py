@@ -9,7 +9,8 @@ from itertools import pairwise
 
 from rich.text import Text
 
-from outlast.cluster.formatting import clock, counted, duration, share, short, size
+from outlast.checkpointing.run_store.events import UnsavedEvent
+from outlast.cluster.formatting import clock, counted, duration, escaped, share, short, size
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
 from outlast.cluster.monitoring.status import Interruption, RunSnapshot
 from outlast.cluster.monitoring.timeline import State
@@ -38,6 +39,8 @@ def panel(summary: RunSnapshot, width: int, *, num_interruptions: int = 3) -> li
     lines = [_head(summary, width), *_progress(summary, width), *_loss(summary, width)]
     lines += _labelled("speed", list(map(Text, _speed(summary))), width)
     lines += _labelled("saved", _saved(summary), width)
+    if summary.unsaved:
+        lines += _labelled("unsaved", [Text(_unsaved(summary, summary.unsaved), "bold red")], width)
     lines += _goodput(summary.goodput, width)
     if summary.interruptions:
         lost, count = summary.num_lost_steps, len(summary.interruptions)
@@ -62,6 +65,8 @@ def plain_line(summary: RunSnapshot) -> str:
     parts += [*_score_and_lr(summary), *_rate(summary)]
     if summary.left_s:
         parts.append(f"{duration(summary.left_s)} left")
+    if summary.unsaved:
+        parts.append(f"unsaved: {_unsaved(summary, summary.unsaved)}")
     return "  ".join(parts)
 
 
@@ -143,6 +148,13 @@ def _saved(summary: RunSnapshot) -> list[Text]:
         parts.append(Text(f"takes {duration(summary.save.commit_s)}"))
         parts.append(Text(f"stall {duration(summary.save.blocked_s)}"))
     return parts
+
+
+def _unsaved(summary: RunSnapshot, event: UnsavedEvent) -> str:
+    """Return how long training has gone without a save that succeeded, and why."""
+    seconds = event.unsaved_s + max(0.0, summary.now - event.t)
+    limit = f" of {duration(event.limit_s)}" if event.limit_s is not None else ""
+    return f"{duration(seconds)}{limit}: {escaped(' '.join(event.error.split()))}"
 
 
 def _goodput(report: GoodputReport, width: int) -> list[Text]:

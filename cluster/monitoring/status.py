@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from math import isnan
 from typing import Any
 
+from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
-from outlast.checkpointing.run_store.events import GroupFailureEvent, ResizeEvent, SlowRank
+from outlast.checkpointing.run_store.events import GroupFailureEvent, ResizeEvent, SlowRank, UnsavedEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
@@ -73,6 +74,7 @@ class RunSnapshot:
     left_s: float | None  #: seconds until the last step at that speed
     newest: NewestCheckpoint | None
     save: SaveRecord | None  #: the newest save whose duration is known
+    unsaved: UnsavedEvent | None  #: the newest save if it failed, and training goes on
     interruptions: tuple[Interruption, ...]  #: oldest first
     num_lost_steps: int  #: completed steps that were lost
     slow: tuple[SlowRank, ...]
@@ -119,6 +121,7 @@ def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnap
         left_s=(num_steps - step) * seconds if num_steps and seconds and state.is_live and not is_restarting else None,
         newest=newest_checkpoint(timeline),
         save=next((save for save in saves if save.blocked_s is not None), None),
+        unsaved=current.unsaved if current and state.is_live else None,
         interruptions=tuple(interruptions(timeline)),
         num_lost_steps=timeline.num_lost_steps,
         slow=tuple(current.slow if current and state.is_live else ()),
@@ -209,8 +212,10 @@ def as_values(store: RunStore, timeline: Timeline, summary: RunSnapshot) -> dict
         "launch": {"id": launch.id, **launch.alive} if launch else None,
         "newest_checkpoint": newest,
         "damaged": [str(item.ref) for item in catalog.rejected] if catalog else [],
+        "unreadable": dict(store.unreadable),
         "storage": store.storage.url,
         "save": asdict(summary.save) if summary.save else None,
+        "unsaved": summary.unsaved.to_json() if summary.unsaved else None,
         "interruptions": [asdict(item) for item in summary.interruptions],
         "lost_steps": summary.num_lost_steps,
         "wall_s": round(summary.goodput.wall_s, 3),
@@ -219,11 +224,21 @@ def as_values(store: RunStore, timeline: Timeline, summary: RunSnapshot) -> dict
     return dict(finite(body))
 
 
-def list_runs(storage: Storage) -> list[dict[str, Any]]:
-    """Read the state of every run in a storage, by name."""
-    names = [entry.name for entry in storage.list("") if entry.num_bytes is None and not entry.name.startswith(".")]
-    stores = [RunStore(storage, name) for name in names]
-    return [read_status(store) for store in stores if list_attempts(store) or list_launches(store)]
+def list_runs(storage: Storage) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Read the state of every run in a storage, by name; also return the paths that cannot be read, and why."""
+    rows: list[dict[str, Any]] = []
+    unreadable: dict[str, str] = {}
+    for entry in storage.list(""):
+        if entry.num_bytes is not None or entry.name.startswith("."):
+            continue
+        store = RunStore(storage, entry.name)
+        try:
+            if list_attempts(store) or list_launches(store):
+                rows.append(read_status(store))
+        except StorageError as error:
+            unreadable[entry.name] = error.message
+        unreadable |= store.unreadable
+    return rows, unreadable
 
 
 def _size_change(resize: ResizeEvent, failures: Mapping[str, GroupFailureEvent]) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class TimelineReader:
         self.timeline = Timeline(store.run)
 
     def update(self) -> Timeline:
-        """Read what is new. After a StorageError the next update continues where this one ended."""
+        """Read what is new. Raises StorageError if the run cannot be listed; the next update continues there."""
         if not self._is_first:
             self._store.refresh()
         self._is_first = False
@@ -263,4 +263,7 @@ class TimelineReader:
                 self._closed.add(launch.id)
 
     def _new_events(self, directory: str) -> Iterator[dict[str, Any] | StepColumns]:
-        return self._tail.new(directory) if self._journals else iter(())
+        """Yield new events; if a read fails, that is recorded, and the next update resumes there."""
+        if self._journals:
+            with self._store.going_on(directory):
+                yield from self._tail.new(directory)

@@ -27,6 +27,7 @@ NoteworthyEvent = (
     | events.ChangedEvent
     | events.SaveFailedEvent
     | events.DeleteFailedEvent
+    | events.UnsavedEvent
     | events.AttemptErrorEvent
     | events.HangEvent
     | events.ModelRejectedEvent
@@ -114,6 +115,7 @@ class AttemptTimeline:
     notes: list[NoteworthyEvent] = field(default_factory=list)  #: events that the report lists
     #: The last step that the coordinator received, because a killed rank 0 leaves it out of its journal.
     reached: events.Reached | None = None
+    unsaved: events.UnsavedEvent | None = None  #: the newest save that failed, until another one succeeds
     num_steps: int | None = None  #: its planned steps by the driver, in case its own journal lacks the plan
     last_seen_at: float = 0.0  #: the time of its newest event
 
@@ -178,6 +180,7 @@ class AttemptTimeline:
             case events.EvalEvent() as event:
                 self.evaluations.append(event)
             case events.CommitEvent() as event:
+                self.unsaved = None
                 save = self.saves.setdefault(event.step, SaveRecord(event.step))
                 save.committed_at, save.num_bytes = event.t, event.num_bytes
                 save.digest, save.commit_s = event.digest, event.seconds
@@ -188,6 +191,9 @@ class AttemptTimeline:
                 self.final = event
             case events.SlowEvent(ranks=ranks):
                 self.slow = ranks
+            case events.UnsavedEvent() as event:
+                self.unsaved = event
+                self.notes.append(event)
             case event if isinstance(event, NoteworthyEvent):
                 self.notes.append(event)
 

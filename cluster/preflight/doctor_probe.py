@@ -311,9 +311,11 @@ def _space(path: str) -> dict[str, Any] | None:
 
 def _file_system(storage_url: str | None) -> dict[str, Any] | None:
     """Return type, source and space of a local storage's file system on this node; None for an object store."""
-    if storage_url is None or ("://" in storage_url and not storage_url.startswith("file://")):
+    from outlast.checkpointing.storage.factory import parse_location
+
+    path = None if storage_url is None else parse_location(storage_url)
+    if not isinstance(path, Path):
         return None
-    path = Path(storage_url.removeprefix("file://"))
     existing = next(parent for parent in (path, *path.parents) if parent.exists()).resolve()
     mount, source, kind = mount_of(existing)
     return {"mount": mount, "source": source, "kind": kind, **(_space(str(existing)) or {})}

@@ -22,6 +22,7 @@ class Mischief(Enum):
     """What happens to a request."""
 
     THROTTLE = "503 SlowDown, and the store never hears of it"
+    DENY = "403 AccessDenied, and the store never hears of it"
     LOSE_ANSWER = "the store does it, and the connection breaks before the answer"
     BREAK = "the connection breaks, and the store never hears of it"
     LATE = "the store does it, and the answer comes when nobody waits for it any more"
@@ -61,6 +62,9 @@ def proxy_to(endpoint: str, at: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[
             mischief = proxy.judge(self.command, self.path)
             if mischief is Mischief.THROTTLE:
                 self._answer(503, b"<Error><Code>SlowDown</Code><Message>slower, please</Message></Error>", {})
+                return
+            if mischief is Mischief.DENY:
+                self._answer(403, b"<Error><Code>AccessDenied</Code><Message>no more room</Message></Error>", {})
                 return
             if mischief is Mischief.BREAK:
                 self._hang_up()

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.run_store.retention_policy import KEEP_LAST_MIN, Retention
 from outlast.checkpointing.save.save_schedule import SaveInterval
+from outlast.checkpointing.storage.factory import parse_location
 from outlast.trainers.config.base import Interval, Settings
 from outlast.trainers.config.train import with_default_mode
 
@@ -82,10 +83,8 @@ class CheckpointSettings(Settings):
 
     @field_validator("storage")
     @classmethod
-    def _has_both_slashes(cls, value: str) -> str:
-        if match := re.match(r"(\w{2,}):/(?!/)", value):
-            rest = value[match.end() - (match[1] == "file") :]  # file:///path keeps the slash of its path
-            raise ValueError(f"{value} is neither a path nor a URI; did you mean {match[1]}://{rest}?")
+    def _is_location(cls, value: str) -> str:
+        parse_location(value)
         return value
 
     @property

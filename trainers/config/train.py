@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from outlast.checkpointing.error_hints import did_you_mean
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.save.save_schedule import IntervalUnit, SaveInterval
-from outlast.trainers.config.base import Interval, Settings
+from outlast.trainers.config.base import Duration, Interval, Settings
 
 #: Optimizers by name; `loop.optimizer` has their classes.
 OPTIMIZERS = ("adamw", "adam", "nadam", "sgd", "rmsprop", "adafactor")
@@ -61,6 +61,13 @@ class NonFinite(Enum):
     ROLL_BACK = "roll-back"  #: restore the newest checkpoint, and leave this step out when it is reached again
 
 
+class OnSaveError(Enum):
+    """Handling of a save that the storage refuses."""
+
+    STOP = "stop"  #: end the attempt with the storage's error
+    GO_ON = "go-on"  #: go on with training, and save again when the next save is due
+
+
 class ParallelSettings(Settings):
     """How the model is distributed over the workers."""
 
@@ -75,6 +82,17 @@ class NonFiniteSettings(Settings):
     non_finite: NonFinite = NonFinite.STOP
     """Handling of a step whose loss or gradient is not finite: end the run with a checkpoint (stop), skip the step
     (skip), or restore the newest checkpoint and skip the step when it is reached again (roll-back)."""
+
+
+class TrainingFailureSettings(NonFiniteSettings):
+    """Handling of failures within the training loop."""
+
+    on_save_error: OnSaveError = OnSaveError.STOP
+    """Handling of a save that the storage refuses or fails: end the attempt (stop), or go on with training and save
+    again when the next save is due (go-on). The last save, of a finished or a stopped run, must succeed in any case."""
+    max_unsaved: Duration | None = SaveInterval.parse("1h")
+    """With on_save_error: go-on, the longest time without a save that succeeded: a save that fails later ends the
+    attempt, so it must be longer than checkpoint.every. null: no limit."""
 
 
 def with_default_mode(body: Any, key: str) -> Any:

@@ -18,11 +18,11 @@ from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.config.train import (
     Exactness,
-    NonFiniteSettings,
     Parallel,
     ParallelSettings,
     Precision,
     Schedule,
+    TrainingFailureSettings,
     TrainSettings,
 )
 
@@ -44,7 +44,7 @@ class TrainingConfig(Settings):
     deterministic: bool = True
     """Use torch's deterministic algorithms. Some GPU kernels get slower; identical bits require it."""
     scale: ParallelSettings = Field(default_factory=ParallelSettings)
-    failure: NonFiniteSettings = Field(default_factory=NonFiniteSettings)
+    failure: TrainingFailureSettings = Field(default_factory=lambda: TrainingFailureSettings.model_validate({}))
 
     @model_validator(mode="after")
     def _has_eval_data(self) -> TrainingConfig:

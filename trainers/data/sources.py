@@ -23,7 +23,7 @@ from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
-from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.factory import open_storage, parse_location
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.data import CsvSettings
 
@@ -125,10 +125,11 @@ def digest_sources(source: str | Sequence[str]) -> str:
 
 def _split(location: str) -> tuple[str, str]:
     """Split a path or URL into the storage's URL and the path in the storage."""
-    parts = urlsplit(location)
-    if "://" not in location or parts.scheme == "file":
-        path = Path(parts.path if parts.scheme == "file" else location).expanduser().absolute()
+    parsed = parse_location(location)
+    if isinstance(parsed, Path):
+        path = parsed.absolute()
         return path.anchor, path.as_posix().removeprefix(path.anchor)
+    parts = urlsplit(parsed)
     query = f"?{parts.query}" if parts.query else ""
     return f"{parts.scheme}://{parts.netloc}{query}", parts.path.strip("/")
 

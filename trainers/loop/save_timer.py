@@ -1,19 +1,24 @@
-"""Rank 0's clock for saves: when one is due by time, and the interval of `every: auto` from costs and failures.
+"""Rank 0's clock for saves: when one is due by time, and how long training goes on while saves fail.
 
-An estimate must never end a run: storage errors here are suppressed.
+The interval of `every: auto` is an estimate from costs and failures, and must never end a run: storage errors there are
+suppressed. A save fails on all ranks or on none, and rank 0 alone reads the clock, so the ranks decide alike.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
-from outlast.checkpointing.run_store.events import IntervalEvent
+from outlast.checkpointing.run_store.events import IntervalEvent, UnsavedEvent
 from outlast.checkpointing.run_store.journal import last_event_at
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_schedule import IntervalUnit, SaveCosts, SaveInterval
+from outlast.trainers.config.train import OnSaveError, TrainingFailureSettings
+from outlast.trainers.distributed.world import World
+from outlast.trainers.loop.event_log import EventLog
 
 #: Prior for the time between failures, one in four hours. It counts as one observation.
 ASSUMED_BETWEEN_FAILURES_S = 4 * 3600.0
@@ -108,3 +113,67 @@ def history_of(store: RunStore, newest: AttemptId | None = None) -> tuple[float,
 def between_failures(since: float, num_attempts: int) -> float:
     """Return the mean seconds between interruptions, with `ASSUMED_BETWEEN_FAILURES_S` as one more observation."""
     return (max(0.0, time.time() - since) + ASSUMED_BETWEEN_FAILURES_S) / max(1, num_attempts)
+
+
+def goes_on(settings: TrainingFailureSettings, unsaved_s: float) -> bool:
+    """Return whether training goes on after a failed save, `unsaved_s` seconds after the last one that succeeded."""
+    limit = settings.max_unsaved
+    return settings.on_save_error is OnSaveError.GO_ON and (limit is None or unsaved_s < limit.amount)
+
+
+class SaveFailures:
+    """Handles the failed saves of one attempt.
+
+    Args:
+        settings: The settings under `failure`.
+        checkpointer: Holds the claim. With `go-on` its journal keeps what the storage refuses.
+        world: This rank.
+        log: The events of the step loop.
+    """
+
+    def __init__(
+        self, settings: TrainingFailureSettings, checkpointer: Checkpointer, world: World, log: EventLog
+    ) -> None:
+        self._settings, self._checkpointer, self._world, self._log = settings, checkpointer, world, log
+        self._began_at = time.time()
+        if checkpointer.journal is not None:
+            checkpointer.journal.keeps_refused = settings.on_save_error is OnSaveError.GO_ON
+
+    def guard(self, save: Callable[[], bool], step: int, *, is_last: bool = False) -> bool:
+        """Call `save`, on every rank, after `step` steps. False when superseded.
+
+        If the storage fails it and the settings allow to go on, that is recorded, and True is returned; whatever the
+        limit if `is_last`, as before the save that ends the attempt. Else raises its StorageError.
+        """
+        try:
+            return save()
+        except StorageError as error:
+            if self._settings.on_save_error is OnSaveError.STOP:
+                raise
+            unsaved_s = self._world.run_on_rank_0(self._unsaved_s)
+            limit = self._settings.max_unsaved
+            if not (is_last or goes_on(self._settings, unsaved_s)):
+                message = f"{error.message}; no save has succeeded for {unsaved_s:.0f} s (failure.max_unsaved: {limit})"
+                raise type(error)(message, hint=error.hint) from error
+            self._log.write(
+                UnsavedEvent(
+                    step=step,
+                    error=error.message,
+                    newest=next((item.ref.step for item in self._checkpointer.accepted), None),
+                    unsaved_s=round(unsaved_s, 1),
+                    limit_s=limit.amount if limit else None,
+                )
+            )
+            return True
+
+    def earlier_save_failed(self) -> bool:
+        """Return whether the save in flight has failed, so that the next one need not; every rank calls it."""
+        if self._settings.on_save_error is OnSaveError.STOP:
+            return False
+        return any(self._world.gather(self._checkpointer.has_failed_or_superseded))
+
+    def _unsaved_s(self) -> float:
+        """Return the seconds since this attempt's newest commit, or since it began."""
+        attempt = self._checkpointer.attempt
+        committed_at = [item.committed_at for item in self._checkpointer.accepted if item.ref.attempt == attempt]
+        return max(0.0, time.time() - max([self._began_at, *committed_at]))

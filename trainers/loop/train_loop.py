@@ -29,7 +29,7 @@ from outlast.trainers.loop.event_log import EventLog
 from outlast.trainers.loop.log_history import LogHistory, patience_state
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.rank_activity import StepPhase
-from outlast.trainers.loop.save_timer import SaveTimer
+from outlast.trainers.loop.save_timer import SaveFailures, SaveTimer
 from outlast.trainers.loop.step_exchange import PlannedSave, StepRequests
 from outlast.trainers.loop.train_step import TrainStep
 from outlast.trainers.tasks.base import Task
@@ -91,6 +91,7 @@ class Loop:
         self._log = EventLog(checkpointer, self.history, *listeners, control.progress)
         self._train_step = TrainStep(config, self.plan, world, model, task, train_data, control, self._log)
         self._save_timer = SaveTimer(config.checkpoint.every, checkpointer)
+        self._save_failures = SaveFailures(config.failure, checkpointer, world, self._log)
 
     def run(self) -> Outcome:
         """Run to one of the three outcomes. Raises what the checkpointer and the steps raise."""
@@ -109,7 +110,7 @@ class Loop:
             if is_first:
                 self._first_step_done()
                 is_first = False
-            if agreed.trouble and not self.checkpointer.wait():
+            if agreed.trouble and not self._save_failures.guard(self.checkpointer.wait, self.step):
                 return Outcome.SUPERSEDED
             if is_evaluated := self._evaluation_is_due():
                 self._evaluate()
@@ -193,20 +194,28 @@ class Loop:
         may_be_best = is_evaluated and self.config.checkpoint.keep_best > 0
         urgent = agreed.stop or is_over or agreed.save is PlannedSave.URGENT
         if urgent or may_be_best or is_due or agreed.save is PlannedSave.DUE:
-            return self._save(urgent=urgent, skippable=not may_be_best)
+            return self._save(urgent=urgent, skippable=not may_be_best, is_last=agreed.stop or is_over)
         return True
 
-    def _save(self, *, urgent: bool, skippable: bool) -> bool:
+    def _save(self, *, urgent: bool, skippable: bool, is_last: bool = False) -> bool:
         """Save the state after `self.step` steps. False when superseded.
 
         Args:
             urgent: Wait until it is committed.
             skippable: Skip it while another save is in flight.
+            is_last: The attempt ends with it, so it must succeed.
         """
         self.control.at(StepPhase.SAVE, self.step)
         self._train_step.settle()
         if self._train_step.loss is not None:
             self.metrics["loss"] = self._train_step.loss
+        checkpointer, guard = self.checkpointer, self._save_failures.guard
+        in_flight = checkpointer.step_in_flight
+        waits = urgent or not skippable or self._save_failures.earlier_save_failed()
+        if waits and not guard(checkpointer.wait, self.step, is_last=is_last):
+            return False
+        if in_flight == self.step:
+            return True  # committed, or failed just now: a step is written once
         metrics = dict(self.metrics)
         evaluations = self.history.evaluations
         if not (evaluations and evaluations[-1]["step"] == self.step):
@@ -221,12 +230,13 @@ class Loop:
             **self._train_step.state(),
         }
         files = {"trainer_state.json": self._trainer_state()}
-        checkpointer = self.checkpointer
-        if not skippable and not checkpointer.wait():
-            return False
-        save = checkpointer.save if urgent or not self.config.checkpoint.overlap else checkpointer.async_save
+        method = checkpointer.save if urgent or not self.config.checkpoint.overlap else checkpointer.async_save
         self._save_timer.saved(urgent=urgent)
-        return save(self.step, self.model, self._train_step.optimizer, state, metrics=metrics, files=files)
+
+        def save() -> bool:
+            return method(self.step, self.model, self._train_step.optimizer, state, metrics=metrics, files=files)
+
+        return save() if is_last else guard(save, self.step)
 
     def _trainer_state(self) -> bytes:
         """Return the Hugging Face Trainer's `trainer_state.json`, for tools that read it."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from outlast.checkpointing.errors import ConfigError, DamagedError
+from outlast.checkpointing.errors import ConfigError, DamagedError, NotAFileError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.local import LocalStorage
@@ -69,7 +69,7 @@ def _is_whole(root: Path, fingerprint: str, entry: FileEntry) -> bool:
         os.utime(root / fingerprint, follow_symlinks=False)
         for _ in verified_chunks(LocalStorage(root.parent), f"{root.name}/{fingerprint}", entry):
             pass
-    except (FileNotFoundError, DamagedError):
+    except (FileNotFoundError, NotAFileError, DamagedError):
         return False
     return True
 

@@ -20,7 +20,7 @@ from typing import Any
 import transformers
 import xxhash
 
-from outlast.checkpointing.errors import ConfigError, DamagedError, OutlastError, StorageError
+from outlast.checkpointing.errors import ConfigError, DamagedError, NotAFileError, OutlastError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry, parse_files
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
@@ -156,7 +156,7 @@ def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared 
         for entry in prepared.files:
             for _ in verified_chunks(storage, prepared.directory, entry):
                 pass
-    except (FileNotFoundError, DamagedError, ValueError, KeyError, TypeError, RecursionError, AttributeError):
+    except (FileNotFoundError, NotAFileError, DamagedError, ValueError, KeyError, TypeError, RecursionError, AttributeError):
         return None
     return prepared if prepared.num_bad_rows <= config.data.max_bad_rows else None
 

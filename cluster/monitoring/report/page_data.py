@@ -19,6 +19,7 @@ from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
 from outlast.checkpointing.tools.query import VerificationResult
+from outlast.cluster.formatting import duration
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
 from outlast.cluster.monitoring.status import RunSnapshot, interruptions, verified_checkpoints
 from outlast.cluster.monitoring.timeline import Timeline
@@ -307,6 +308,9 @@ def _checkpoints(
     for item in catalog.rejected:
         row = {"step": item.ref.step, "attempt": str(item.ref.attempt), "verification": "damaged"}
         rows.append({**row, "detail": "; ".join(item.reasons)})
+    for unread in catalog.unread:
+        row = {"step": unread.step, "attempt": str(unread.attempt), "verification": "unread"}
+        rows.append({**row, "detail": unread.reason})
     saves = [save for attempt in timeline.claimed_attempts for save in attempt.saves.values()]
     return {"rows": rows[:MAX_ROWS], "num_committed": sum(save.committed_at is not None for save in saves)}
 
@@ -328,8 +332,9 @@ def _row(manifest: Manifest, pinned: bool) -> dict[str, Any]:
 
 def _verification(verdict: VerificationResult | None, resumed_at: float | None) -> dict[str, Any]:
     if verdict is not None:
-        detail = "; ".join(verdict.faults) or "every byte was read for this report"
-        return {"verification": "damaged" if verdict.faults else "verified", "detail": detail}
+        detail = "; ".join(verdict.faults) or verdict.unread or "every byte was read for this report"
+        name = "damaged" if verdict.faults else "unread" if verdict.unread else "verified"
+        return {"verification": name, "detail": detail}
     if resumed_at is not None:
         detail = "every byte was read when an attempt resumed from it"
         return {"verification": "verified", "detail": detail, "at": resumed_at}
@@ -372,6 +377,9 @@ def _note(attempt: AttemptTimeline, note: NoteworthyEvent) -> dict[str, Any]:
             text = f"stopped early: {note.reason}"
         case events.NonFiniteEvent():
             text = note.message
+        case events.UnsavedEvent():
+            newest = "no checkpoint" if note.newest is None else f"step {note.newest} as the newest checkpoint"
+            text = f"training went on after {duration(note.unsaved_s)} without a save, with {newest}"
         case events.SaveFailedEvent() | events.DeleteFailedEvent() | events.AttemptErrorEvent():
             text = note.error
     return {"t": note.t, "attempt": attempt.id.number, "event": note.kind, "text": text[:1000]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -16,10 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.tools.query import load_catalog, verify_run
+from outlast.checkpointing.storage.factory import Location
+from outlast.checkpointing.tools.query import load_catalog, readable_pins, verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.page_data import page_data
 from outlast.cluster.monitoring.status import take_snapshot
@@ -36,7 +37,7 @@ class Report:
     data: Mapping[str, Any]
 
     @classmethod
-    def of(cls, storage: Storage, run: str, *, verify: bool = False) -> Report:
+    def of(cls, storage: Storage | Location, run: str, *, verify: bool = False) -> Report:
         """Read a run by its name, as `read` does."""
         return cls.read(RunStore(storage, run), verify=verify)
 
@@ -47,7 +48,7 @@ class Report:
         catalog = None if timeline.is_unclaimed else load_catalog(store)
         verdicts = verify_run(store) if verify and catalog else None
         urls = {item.ref: store.checkpoint_url(item.ref) for item in (catalog.accepted if catalog else ())}
-        data = page_data(timeline, take_snapshot(timeline, time.time()), catalog, list_pins(store), verdicts, urls)
+        data = page_data(timeline, take_snapshot(timeline, time.time()), catalog, readable_pins(store), verdicts, urls)
         return cls({**data, "version": _version()})
 
     def to_html(self) -> str:
@@ -65,7 +66,7 @@ class Report:
         return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
 
 
-def run_report(run: str, storage: str = "./runs", *, verify: bool = False) -> Report:
+def run_report(run: Location, storage: Location = "./runs", *, verify: bool = False) -> Report:
     """Return a report for a notebook; make it the last line of a cell.
 
     Args:
@@ -79,7 +80,7 @@ def run_report(run: str, storage: str = "./runs", *, verify: bool = False) -> Re
     """
     from outlast.cluster.config.run_reference import find_run
 
-    store, _ = find_run(str(run), storage)
+    store, _ = find_run(os.fspath(run), os.fspath(storage))
     return Report.read(store, verify=verify)
 
 

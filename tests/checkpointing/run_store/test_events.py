@@ -39,6 +39,7 @@ KEYS = {
     "save-skipped": "step in_flight",
     "save": "step blocked_s fenced_s commit_s",
     "save-failed": "step error",
+    "unsaved": "step error newest? unsaved_s limit_s?",
     "commit": "step digest num_bytes seconds?",
     "interval": "seconds blocked_s commit_s restart_s between_failures_s",
     "deleting": "checkpoints",

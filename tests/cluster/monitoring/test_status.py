@@ -55,7 +55,7 @@ def outlast(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 def test_there_is_no_such_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run 'run'"):
         read_status(RunStore(LocalStorage(tmp_path), "run"))
-    assert list_runs(LocalStorage(tmp_path)) == []
+    assert list_runs(LocalStorage(tmp_path)) == ([], {})
 
 
 def test_a_custom_loop_is_unattended(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_launch_that_no_worker_has_joined(tmp_path: Path, silent_s: float, cod
     storage = LocalStorage(tmp_path)
     body = {"t": time.time() - silent_s, "ended": code is not None, "exit_code": code}
     storage.put(f"{launch_dir('run', 'one')}/alive.json", [json.dumps(body).encode()])
-    [found] = list_runs(storage)
+    [found], _ = list_runs(storage)
     assert (found["run"], found["state"], found["step"]) == ("run", state, 0)
     assert found["newest_checkpoint"] is None
 
@@ -153,7 +153,7 @@ def test_text_and_json_agree(tmp_path: Path) -> None:
 def test_json_has_only_finite_numbers(tmp_path: Path) -> None:
     strange = {**evaluated(9, 21, 22), "eval_loss": nan, "eval_perplexity": inf}
     write(LocalStorage(tmp_path), "run", launch("a", 0, 90, 75), attempt(1, 10, start(11), steps(1, 9, 12), strange))
-    [body] = list_runs(LocalStorage(tmp_path))
+    [body], _ = list_runs(LocalStorage(tmp_path))
     assert body["scores"] == {"eval_loss": None, "eval_perplexity": None}
     assert json.loads(json.dumps(body, allow_nan=False)) == body, "it changes in a round trip"
 
