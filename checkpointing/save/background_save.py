@@ -32,7 +32,7 @@ class BackgroundSave:
         self._began, self._work = began, work
         self._acknowledged: bool | None = None
         self._failure: BaseException | None = None
-        # A daemon, because a process whose peers are lost must be able to exit.
+        # A daemon, because a process whose peers are lost must be able to exit; `SaveInFlight` waits.
         self._thread = threading.Thread(target=self._run, name=f"save-{step}", daemon=True)
         self._thread.start()
 
@@ -49,6 +49,11 @@ class BackgroundSave:
         if self._thread.is_alive():
             return SaveState.IN_FLIGHT
         return SaveState.ACKNOWLEDGED if self._acknowledged else SaveState.FAILED_OR_SUPERSEDED
+
+    def has_ended(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end, at most `timeout_s`, and return whether it has come."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def join(self) -> bool:
         """Wait for the end; return whether the commit is acknowledged, or raise the error of the thread."""
