@@ -89,8 +89,8 @@ def stream(
         spec = specs[name]
         if spec.dtype not in _NAMES:
             raise TypeError(f"safetensors cannot hold {name}: {spec.dtype}")
-        if name == "__metadata__":
-            raise TypeError("safetensors cannot hold a tensor of the name __metadata__")
+        if name == "__metadata__" or not _is_unicode(name):
+            raise TypeError(f"safetensors cannot hold a tensor of the name {name!r}")
         end = offset + spec.num_bytes
         header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
@@ -103,6 +103,10 @@ def stream(
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in names:
         yield tensor_bytes(fetch(name))
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def header_bytes(data: Buffer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_a_step_that_does_not_rise_is_refused(how: str, tmp_path: Path) -> None:
     assert script.steps() == [10, 20]
     heir = Script(tmp_path)
     assert heir.state == {"step": 20}
-    with pytest.raises(ConfigError, match="step 15 cannot be saved.* the newest one saved is 20"):
+    with pytest.raises(ConfigError, match=r"step 15 cannot be saved.* the newest one saved is 20"):
         heir.save(15, how)
     assert heir.save(21)
 
@@ -105,7 +106,18 @@ def test_other_metrics_are_refused(metrics: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "/x", "a//b", "a/../b", "", ".", "a\\b", "manifest.json", "training_state/state.json", "model.safetensors"],
+    [
+        "../x",
+        "/x",
+        "a//b",
+        "a/../b",
+        "",
+        ".",
+        "a\\b",
+        "manifest.json",
+        "training_state/state.json",
+        "model.safetensors",
+    ],
 )
 def test_a_file_that_leaves_or_shadows_the_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a checkpoint cannot have the file"):
@@ -169,7 +181,5 @@ def save_on_ranks(folder: str, case: str) -> str:
     ],
 )
 def test_ranks_that_differ_are_all_refused(case: str, message: str, tmp_path: Path) -> None:
-    import re
-
     answers = on_ranks(2, save_on_ranks, str(tmp_path), case)
     assert all(re.search(message, answer) for answer in answers), answers

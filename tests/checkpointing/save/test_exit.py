@@ -182,10 +182,10 @@ def test_an_error_in_the_body_stays_and_the_loss_is_reported(
 ) -> None:
     model, optimizer = stepped()
     with_code = isinstance(error, ValueError) or (isinstance(error, SystemExit) and error.code)
-    with pytest.raises(type(error) if error is not None and with_code else StorageError):  # noqa: PT012
-        with Checkpointer(Failing(tmp_path), "run") as checkpointer:
-            checkpointer.async_save(1, model, optimizer, {})
-            if error is not None:
-                raise error
+    expected = type(error) if error is not None and with_code else StorageError
+    with pytest.raises(expected), Checkpointer(Failing(tmp_path), "run") as checkpointer:  # noqa: PT012
+        checkpointer.async_save(1, model, optimizer, {})
+        if error is not None:
+            raise error
     reported = "the save of step 1 is lost: the disk is gone" in capsys.readouterr().err
     assert reported is bool(with_code)

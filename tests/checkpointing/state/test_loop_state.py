@@ -41,14 +41,13 @@ def is_same(left: Any, right: Any) -> bool:
     if isinstance(left, dict):
         return is_same(list(left.items()), list(right.items()))
     if isinstance(left, list | tuple | deque):
-        is_bounded = isinstance(left, deque)
-        same_limit = not is_bounded or left.maxlen == right.maxlen
+        same_limit = getattr(left, "maxlen", None) == getattr(right, "maxlen", None)
         return same_limit and len(left) == len(right) and all(map(is_same, left, right))
     return repr(left) == repr(right)
 
 
 KEPT: dict[str, Any] = {
-    "int keys": {1: "a", "1": "b", None: 0, (1, 2): [], 0.5: 1, True: 2},
+    "int keys": {1: "a", "1": "b", None: 0, (1, 2): [], 0.5: 1},
     "tuples": (1, [(2,), ()], {"a": (3,)}),
     "not finite": [math.nan, math.inf, -math.inf, -0.0],
     "large": [2**70, -(2**63), 1e-320, 0.1 + 0.2],
@@ -64,7 +63,7 @@ KEPT: dict[str, Any] = {
     "arrays": [np.arange(6).reshape(2, 3), np.zeros((0, 3), np.float32), np.array(3.5), np.array([1, 2], ">i4")],
     "tensors": [torch.arange(3), torch.tensor(0.5, dtype=torch.bfloat16), torch.zeros(2, 0), torch.tensor([True])],
     "complex tensor": torch.tensor([1 + 2j, 3]).conj(),
-    "generators": [random.getstate(), np.random.get_state(), torch.get_rng_state()],  # noqa: NPY002
+    "generators": [random.getstate(), np.random.get_state(), torch.get_rng_state()],
     "plain": [None, True, 1, 0.5, "x", [], {}],
 }
 
@@ -152,7 +151,9 @@ def test_the_refusal_names_the_place_and_costs_nothing(tmp_path: Path) -> None:
     model, optimizer = small_model()
     checkpointer = Checkpointer(LocalStorage(tmp_path), "run")
     for save in (checkpointer.save, checkpointer.async_save):
-        with pytest.raises(ConfigError, match=r"state\['a'\]\[1\]\[2\] cannot be saved: .*type builtins\.object") as caught:
+        with pytest.raises(
+            ConfigError, match=r"state\['a'\]\[1\]\[2\] cannot be saved: .*type builtins\.object"
+        ) as caught:
             save(1, model, optimizer, {"a": [0, {2: object()}]})
         assert "state_dict()" in caught.value.hint
     assert checkpointer.save(1, model, optimizer, {"a": 0})
@@ -190,7 +191,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_text_that_is_no_state_is_damage(text: bytes) -> None:
-    with pytest.raises(DamagedError, match="state.json: not readable"):
+    with pytest.raises(DamagedError, match=r"state\.json: not readable"):
         decode_state(text, "state.json")
 
 

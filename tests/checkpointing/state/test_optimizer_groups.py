@@ -17,6 +17,7 @@ from torch.optim.swa_utils import SWALR
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import optimizer_shard
+from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.local import LocalStorage
 
 Make = Callable[[torch.optim.Optimizer], Any]
@@ -71,7 +72,7 @@ def test_every_scheduler_of_torch_is_here() -> None:
 def training(make: Make, lr: float | torch.Tensor) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
-    groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=0.1)
     return model, optimizer, make(optimizer)
 
@@ -137,7 +138,8 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def two_groups(model: nn.Module) -> torch.optim.Optimizer:
     weights, biases = ([item for item in model.parameters() if item.ndim == ndim] for ndim in (2, 1))
-    return torch.optim.AdamW([{"params": weights}, {"params": biases, "weight_decay": 0.0}])
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups)
 
 
 def swapped_groups(model: nn.Module) -> torch.optim.Optimizer:
@@ -190,26 +192,24 @@ def test_state_that_would_be_lost_is_refused_at_the_save(tmp_path: Path) -> None
     model, other = net(), nn.Linear(3, 3)
     checkpointer = Checkpointer(LocalStorage(tmp_path), "run")
     optimizer = torch.optim.AdamW([*model.parameters(), *other.parameters()])
-    with pytest.raises(ConfigError, match=r"AdamW has 2 parameters that the model does not have \(shapes \[3, 3\], \[3\]"):
+    with pytest.raises(
+        ConfigError, match=r"AdamW has 2 parameters that the model does not have \(shapes \[3, 3\], \[3\]"
+    ):
         checkpointer.save(1, model, optimizer, {})
-    optimizer = adamw(model)
-    optimizer.state["global"]["count"] = 1  # type: ignore[index]
+    own = adamw(model)
+    own.state["global"]["count"] = 1  # type: ignore[index]
     with pytest.raises(ConfigError, match="AdamW keeps state under 'global'"):
-        checkpointer.async_save(1, model, optimizer, {})
+        checkpointer.async_save(1, model, own, {})
 
 
-def test_a_checkpoint_of_0_1_0_has_no_description_and_is_loaded(tmp_path: Path) -> None:
-    from outlast.checkpointing.save import writer
-
+def test_a_checkpoint_of_0_1_0_has_no_description_and_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = saved(tmp_path / "now", adamw)
     length = int.from_bytes(file.read_bytes()[:8], "little")
     assert "optimizer" in json.loads(file.read_bytes()[8 : 8 + length])["__metadata__"]
-    original = writer.TrainState.describe_optimizer
-    writer.TrainState.describe_optimizer = lambda self: None  # type: ignore[method-assign]
-    try:
-        saved(tmp_path / "then", adamw)
-    finally:
-        writer.TrainState.describe_optimizer = original  # type: ignore[method-assign]
+    monkeypatch.setattr(TrainState, "describe_optimizer", lambda self: None)
+    saved(tmp_path / "then", adamw)
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.125)
     assert Checkpointer(LocalStorage(tmp_path / "then"), "run").resume(model, optimizer) == {}
