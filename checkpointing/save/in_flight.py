@@ -4,6 +4,7 @@ It is kept until its end is known, also when a wait is interrupted or the interp
 standard error names what is lost.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ class SaveInFlight:
         self._run, self._exit_wait_s, self._close = run, exit_wait_s, close
         self._save: BackgroundSave | None = None
         self._skipped: tuple[int, int] | None = None
+        self._pid = os.getpid()
 
     @property
     def step(self) -> int | None:
@@ -39,9 +41,12 @@ class SaveInFlight:
         exit_hook.call_at_exit(self, self._finish_at_exit)
 
     def take(self) -> BackgroundSave | None:
-        """Wait for its end and return it, once."""
+        """Wait for its end and return it, once. A forked process has none: the thread is in its parent."""
         if (save := self._save) is not None:
-            save.has_ended()  # an interrupt leaves it in flight
+            if os.getpid() != self._pid:
+                save = None
+            else:
+                save.has_ended()  # an interrupt leaves it in flight
             self._save = None
             exit_hook.release(self)
         return save

@@ -71,6 +71,11 @@ ENDINGS = {
         -signal.SIGINT,
     ),
     "a-forked-child": (IN_A_FUNCTION + "if not os.fork():\n    sys.exit()\nos.wait()\n", 0),
+    "a-child-that-leaves": (
+        "with Checkpointer(storage, 'run') as c:\n    begin(c)\n    if not os.fork():\n        sys.exit(5)\n"
+        "assert os.waitstatus_to_exitcode(os.wait()[1]) == 5\n",
+        0,
+    ),
 }
 
 
