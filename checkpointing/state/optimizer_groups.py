@@ -51,7 +51,8 @@ def check_covered(names: Mapping[int, str], optimizer: torch.optim.Optimizer) ->
             hint="save a module that holds all of them, such as nn.ModuleDict, or give them an optimizer of their own",
         )
     for key, value in optimizer.state.items():
-        if value and id(key) not in names:
+        is_empty = isinstance(value, dict) and not value
+        if id(key) not in names and not is_empty:
             shown = "a tensor that is no parameter" if isinstance(key, torch.Tensor) else repr(key)
             raise ConfigError(
                 f"{title} keeps state under {shown}; only state of the model's parameters can be saved",
