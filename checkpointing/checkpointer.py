@@ -1,53 +1,57 @@
 """`Checkpointer`: the public interface to claim, resume, save and finish a run.
 
-    checkpointer = Checkpointer(open_storage("./runs"), "my-run")
-    state = checkpointer.resume(model, optimizer)            # None on a fresh start
-    for step in range(state["step"] if state else 0, 1000):
-        ...
-        if not checkpointer.async_save(step + 1, model, optimizer, {"step": step + 1}):
-            break                                            # superseded: a newer attempt continues
-    checkpointer.save(1000, model, optimizer, {"step": 1000})    # waits, also for the save in flight
+    with Checkpointer(open_storage("./runs"), "my-run") as checkpointer:
+        state = checkpointer.resume(model, optimizer)            # None on a fresh start
+        for step in range(state["step"] if state else 0, 1000):
+            ...
+            if not checkpointer.async_save(step + 1, model, optimizer, {"step": step + 1}):
+                break                                            # superseded: a newer attempt continues
+        checkpointer.save(1000, model, optimizer, {"step": 1000})    # waits, also for the save in flight
 
 Every rank calls every method, in the same order. A checkpoint is a directory of the attempt that wrote it. Rank 0
 writes the manifest last, after every rank's files are durable. `save` returns True only when the commit is
 acknowledged: durable, and this attempt's claim is still the highest. `async_save` returns at once: the state is copied
-to the host while the next step computes its gradients, and written in the background, one save at a time.
+to the host while the next step computes its gradients, and written in the background, one save at a time. A save that
+was begun is committed before the interpreter ends, or standard error names what is lost.
 """
 
-import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from outlast.checkpointing.errors import NoCheckpointError, StorageError
+from outlast.checkpointing.errors import ConfigError, NoCheckpointError, OutlastError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.load import restore
-from outlast.checkpointing.restore.reader import read_blocks
 from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store import claims, events
 from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog, check_unread
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.save.arguments import checked_files, checked_metrics, checked_step
 from outlast.checkpointing.save.background_save import BackgroundSave, SaveState
 from outlast.checkpointing.save.commit import Committer
+from outlast.checkpointing.save.in_flight import SaveInFlight
+from outlast.checkpointing.save.publish import publish
 from outlast.checkpointing.save.staging import HostCopy, StagingBuffer
-from outlast.checkpointing.save.writer import RankPayload, write_file
+from outlast.checkpointing.save.writer import RankPayload
+from outlast.checkpointing.state.loop_state import encode_state
 from outlast.checkpointing.state.named_weights import ALL, WeightNaming
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import Location
 from outlast.checkpointing.storage.retry import retry
+
+_ANNOUNCE_S = 3.0
 
 
 class Checkpointer:
@@ -71,6 +75,8 @@ class Checkpointer:
         settle_s: Seconds by which a listing of this storage may lag behind, as on NFS with its attribute cache. After
             the claim the attempt waits twice as long before it reads: then all attempts see its claim, and it sees
             what was acknowledged by an attempt that did not.
+        exit_wait_s: Seconds that the end of the interpreter waits for a save in flight, as one may never end whose
+            storage or peers do not respond. `close` waits without a limit.
 
     Attributes:
         last_save: Of the last save that ended: seconds that training waited for it, and seconds until its commit.
@@ -98,6 +104,7 @@ class Checkpointer:
         max_shard_bytes: int = 50 * 10**9,
         naming: WeightNaming = ALL,
         settle_s: float = 0.0,
+        exit_wait_s: float = 600.0,
     ) -> None:
         self.ranks = ranks or RankGroup()
         self._store = RunStore(storage, layout.check_run_name(run))
@@ -111,8 +118,10 @@ class Checkpointer:
         claimed = self.ranks.run_on_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
         self.superseded = claimed is None
         self.catalogue = Catalog(None, (), ())
-        self._current: BackgroundSave | None = None
+        self._in_flight = SaveInFlight(run, exit_wait_s, self.close)
         self.last_save: tuple[float, float] | None = None
+        self._newest_begun = -1
+        self._has_resumed = self._is_closed = False
         if claimed is None:
             return
         self.attempt, self.catalogue = claimed
@@ -151,12 +160,15 @@ class Checkpointer:
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any] | None:
         """Load the newest checkpoint that is intact on every rank, and not to be skipped, into `model` and `optimizer`.
 
+        Numbers of the optimizer's parameter groups, such as learning rates, are loaded too. Build a torch scheduler
+        before this, and load its state after it.
+
         Returns:
             The loop state saved with it, or None when the run has no commit yet and starts from step 0.
 
         Raises:
             NoCheckpointError: There are commits, but none is intact. The weights may be a mixture.
-            ConfigError: The checkpoint is of another model.
+            ConfigError: The checkpoint is of another model or optimizer.
             StorageError: The storage could not be read, not even a checkpoint that may be newer than the intact ones.
         """
         if self.superseded:
@@ -169,9 +181,10 @@ class Checkpointer:
             if state is None:
                 rejected.append(RejectedCheckpoint(manifest.ref, tuple(faults)))
                 continue
-            self.naming = train_state.naming
+            self.naming, self._has_resumed = train_state.naming, True
             self._committer.lineage = list(self.catalogue.accepted[index:])
             self._committer.unread = self.catalogue.unread_refs
+            self._newest_begun = max(self._newest_begun, manifest.ref.step)
             event = events.ResumeEvent(
                 step=manifest.ref.step,
                 source=manifest.ref,
@@ -221,10 +234,11 @@ class Checkpointer:
         Nothing is written if the newest checkpoint is of that step: a state follows from its step.
 
         Args:
-            step: Steps done.
+            step: Steps done; higher than any that was saved.
             model: The model, wrapped or not.
             optimizer: Its optimizer, or None.
-            state: The loop state, JSON; `resume` returns it.
+            state: The loop state, which `resume` returns as it is: JSON, and tuples, sets, dicts with any keys, bytes,
+                numbers of numpy, arrays, and tensors on the CPU.
             metrics: Metrics of the model at this step.
             files: Small files for this checkpoint only, by name.
 
@@ -232,15 +246,22 @@ class Checkpointer:
             True when the commit is acknowledged, False when this attempt is superseded.
 
         Raises:
+            ConfigError: The step is no integer or below one that was saved; the run has checkpoints and `resume` was
+                not called; the state, a metric or a file cannot be kept as it is; or the ranks differ.
             StorageError: A rank could not write. Earlier checkpoints are unchanged.
         """
+        if self.superseded:
+            return False
+        step, _ = self._agree(step)
         if not self._is_to_write(step):
             return not self.superseded
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
-        payload = self._payload(step, TrainState(model, optimizer, self.naming), state, files)
+        train_state = TrainState(model, optimizer, self.naming)
+        payload, numbers = self._payload(step, train_state, state, metrics, files)
+        self._newest_begun = step
         with self._failure_recorded(step):
-            self.superseded = not self._committer.commit(payload, metrics or {}, self.declaration, began)
+            self.superseded = not self._committer.commit(payload, numbers, self.declaration, began)
         seconds = time.monotonic() - began
         self._record_costs(step, seconds, seconds)
         return not self.superseded
@@ -271,23 +292,48 @@ class Checkpointer:
         """
         if self.superseded:
             return False
-        states = self.ranks.gather(self._current.state if self._current else SaveState.ACKNOWLEDGED)
-        if self._current and SaveState.IN_FLIGHT in states and SaveState.FAILED_OR_SUPERSEDED not in states:
-            self._emit(events.SaveSkippedEvent(step=step, in_flight=self._current.step))
+        step, states = self._agree(step)
+        in_flight = self._in_flight.step
+        is_busy = SaveState.IN_FLIGHT in states and SaveState.FAILED_OR_SUPERSEDED not in states
+        if in_flight is not None and is_busy:
+            if step != in_flight:
+                self._in_flight.skip(step)
+                self._emit(events.SaveSkippedEvent(step=step, in_flight=in_flight))
             return True
         if not self._is_to_write(step):
             return not self.superseded
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
         train_state = TrainState(model, optimizer, self.naming)
-        payload = self._payload(step, train_state, state, files)
+        payload, numbers = self._payload(step, train_state, state, metrics, files)
         self.ranks.run_on_all(lambda: self._staging.reserve(payload.parts, self._num_sharing))
+        self._newest_begun = step
         is_lazy = lazy and optimizer is not None
         now = train_state.changed_by_forward(payload.weights) if is_lazy else payload.parts
         copy = self._staging.take(payload.parts, now=now)
-        self._current = BackgroundSave(step, copy, began, lambda: self._write(payload, copy, metrics or {}, began))
-        self._current.blocked_s = time.monotonic() - began
+        save = BackgroundSave(step, copy, began, lambda: self._write(payload, copy, numbers, began))
+        save.blocked_s = time.monotonic() - began
+        self._in_flight.begin(save)
         return True
+
+    def _agree(self, step: int) -> tuple[int, list[SaveState | None]]:
+        """Return the step that all ranks save and the state of each one's save in flight. Raises ConfigError."""
+        found = self.ranks.run_on_all(lambda: (self._checked(step), self._in_flight.state))
+        if len(steps := {own for own, _ in found}) > 1:
+            raise ConfigError(f"the ranks save different steps: {sorted(steps)}", hint="save on every rank, in step")
+        return found[0][0], [state for _, state in found]
+
+    def _checked(self, step: int) -> int:
+        """Return a step that can be saved, as an int. Raises ConfigError."""
+        number = checked_step(step, self._newest_begun)
+        if self._is_closed:
+            raise ConfigError(f"step {number} cannot be saved: the checkpointer is closed")
+        if not (self._has_resumed or self.catalogue.is_fresh):
+            raise ConfigError(
+                f"step {number} cannot be saved: run {self._store.run!r} has checkpoints, and it would replace them",
+                hint="call resume(model, optimizer) before the first save, or start a new run under another name",
+            )
+        return number
 
     def _is_to_write(self, step: int) -> bool:
         """Wait for the save in flight. False when there is nothing to write: superseded, or saved already."""
@@ -307,21 +353,21 @@ class Checkpointer:
     @property
     def is_busy(self) -> bool:
         """Whether this rank has a save in flight."""
-        return self._current is not None and self._current.state is SaveState.IN_FLIGHT
+        return self._in_flight.state is SaveState.IN_FLIGHT
 
     @property
     def step_in_flight(self) -> int | None:
         """The step of the save that is to be waited for; the same on all ranks."""
-        return self._current.step if self._current else None
+        return self._in_flight.step
 
     @property
     def has_failed_or_superseded(self) -> bool:
         """Whether the save in flight has failed or is superseded on this rank: time to `wait`."""
-        return self._current is not None and self._current.state is SaveState.FAILED_OR_SUPERSEDED
+        return self._in_flight.state is SaveState.FAILED_OR_SUPERSEDED
 
     def wait(self) -> bool:
         """Wait for the save in flight, if any, and raise its error. False when it was superseded."""
-        current, self._current = self._current, None
+        current = self._in_flight.take()
         if current is None:
             return not self.superseded
         with self._failure_recorded(current.step):
@@ -331,11 +377,12 @@ class Checkpointer:
 
     @contextmanager
     def _failure_recorded(self, step: int) -> Iterator[None]:
-        """Write the storage's error to the journal before it is raised."""
+        """Write the error to the journal before it is raised."""
         try:
             yield
-        except StorageError as error:
-            self._emit(events.SaveFailedEvent(step=step, error=error.message))
+        except Exception as error:
+            message = error.message if isinstance(error, OutlastError) else f"{type(error).__name__}: {error}"
+            self._emit(events.SaveFailedEvent(step=step, error=message))
             raise
 
     def _record_costs(self, step: int, apart_s: float, commit_s: float, fenced_s: float = 0.0) -> None:
@@ -347,7 +394,7 @@ class Checkpointer:
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Allocate the buffers of `async_save` in advance, best after the first optimizer step. Raises ConfigError."""
-        parts = self._payload(0, TrainState(model, optimizer, self.naming)).parts
+        parts = self._payload(0, TrainState(model, optimizer, self.naming))[0].parts
         self.ranks.run_on_all(lambda: self._staging.reserve(parts, self._num_sharing))
 
     def _payload(
@@ -355,13 +402,22 @@ class Checkpointer:
         step: int,
         train_state: TrainState,
         loop_state: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
         files: Mapping[str, bytes] | None = None,
-    ) -> RankPayload:
-        """Build this rank's payload from the model's own tensors."""
-        text = json.dumps(loop_state or {}, indent=1, sort_keys=True).encode() + b"\n"
-        small = {**self.files, **(files or {}), layout.LOOP_STATE: text}
-        small = small if self.ranks.rank == 0 else {}
-        return RankPayload.of(step, train_state, self.ranks, small, self._max_shard_bytes)
+    ) -> tuple[RankPayload, dict[str, float]]:
+        """Build this rank's payload from the model's own tensors, and the metrics. Raises any rank's ConfigError."""
+        built: list[tuple[RankPayload, dict[str, float]]] = []
+
+        def build() -> None:
+            small: dict[str, bytes] = {}
+            if self.ranks.rank == 0:
+                small = checked_files({**self.files, **(files or {})})
+                small[layout.LOOP_STATE] = encode_state(loop_state or {}).encode()
+            payload = RankPayload.of(step, train_state, self.ranks, small, self._max_shard_bytes)
+            built.append((payload, checked_metrics(metrics)))
+
+        self.ranks.run_on_all(build)
+        return built[0]
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -369,6 +425,38 @@ class Checkpointer:
     def accepted(self) -> list[Manifest]:
         """This attempt's commits and its lineage, newest first."""
         return sorted([*self._committer.commits, *self._committer.lineage], key=lambda item: item.ref, reverse=True)
+
+    def close(self) -> bool:
+        """Wait for the save in flight, and make the journal durable. Nothing can be saved afterwards.
+
+        With several ranks, before `torch.distributed.destroy_process_group`. A `with` statement calls it at its end.
+
+        Returns:
+            True when what was begun is acknowledged, False when this attempt is superseded.
+
+        Raises:
+            StorageError: The save in flight failed, or the journal could not be written.
+        """
+        self._is_closed = True
+        acknowledged = self.wait()
+        if self.ranks.rank == 0:
+            self._in_flight.report_skipped(self._newest_begun)
+        self.flush()
+        return acknowledged
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Close. An error of the body stays the one that is raised; one of `close` is then reported."""
+        step = self._in_flight.step
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None or (isinstance(error, SystemExit) and not error.code):
+                raise
+            lost = "" if step is None else f"the save of step {step} is lost: "
+            self._in_flight.report(f"{lost}{failure}")
 
     def finish(self, source: CheckpointRef, final_step: int) -> str | None:
         """Copy the Hugging Face part of a committed checkpoint to `model/`, verified while copying, manifest last.
@@ -381,30 +469,22 @@ class Checkpointer:
             The directory, relative to the storage root, or None when superseded.
 
         Raises:
+            ConfigError: The source is not in `accepted`.
             DamagedError: The source is damaged.
             StorageError: Reading or writing failed.
         """
         if not self.wait():
             return None
-        return self.ranks.run_on_rank_0(lambda: self._publish(source, final_step))
+        return self.ranks.run_on_rank_0(lambda: self._publish(source, checked_step(final_step)))
 
     def _publish(self, source: CheckpointRef, final_step: int) -> str | None:
-        manifest = next(item for item in self.accepted if item.ref == source)
-        target, directory = self._store.model_dir(self.attempt), self._store.checkpoint_dir(source)
-        files = []
-        for entry in manifest.files:
-            if not entry.path.startswith(layout.STATE_DIR):
-                blocks = read_blocks(self._store.storage, directory, entry)
-                files.append(write_file(self._store.storage, target, entry.path, blocks))
-        if self._is_superseded_while_waiting():
-            return None
-        now, extra = time.time(), {"final_step": final_step}
-        published = replace(
-            manifest, lineage=(), files=tuple(files), committed_at=now, launch=self._launch, extra=extra
-        )
-        self._store.storage.put(f"{target}/{layout.MANIFEST}", [published.to_json()])
-        self._emit(events.DoneEvent(step=final_step, model=str(source)))
-        self.flush()
+        manifest = next((item for item in self.accepted if item.ref == source), None)
+        if manifest is None:
+            raise ConfigError(f"{source} is no accepted checkpoint", hint="pass the `ref` of one of `accepted`")
+        target = publish(self._store, self.attempt, self._launch, manifest, final_step)
+        if target is not None:
+            self._emit(events.DoneEvent(step=final_step, model=str(source)))
+            self.flush()
         return target
 
     # -- events -------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, text: torch.T
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
             parameter.grad /= size
-    for group in optimizer.param_groups:  # a checkpoint keeps the optimizer's tensors; its settings are the script's
+    for group in optimizer.param_groups:  # follows from the step, as all else
         group["lr"] = lr
     optimizer.step()
     return loss.item()
@@ -75,30 +75,30 @@ def main() -> None:
     model = Writer()
     optimizer = torch.optim.AdamW(model.parameters())
 
-    checkpointer = Checkpointer(open_storage(options.storage), "own-loop")
-    state = checkpointer.resume(model, optimizer)
-    if checkpointer.superseded:
-        raise SystemExit(SUPERSEDED)
-    rank, size = checkpointer.ranks.rank, checkpointer.ranks.size
-    say = partial(print, flush=True) if rank == 0 else lambda line: None
-    first = state["step"] if state else 0
-    say(f"from step {first}")
-    for step in range(first, options.steps):
-        # Which samples come and what dropout drops follow from (seed, step) alone. A generator that is seeded once
-        # stands elsewhere after a resume than in a run that was never killed, and the two would end differently.
-        torch.manual_seed(SEED * 1_000_003 + step * size + rank)
-        loss = train_step(model, optimizer, text, lr=3e-3 * (1 - step / options.steps))
-        done = step + 1
-        if done % options.save_every == 0 or done == options.steps:
-            # In the background, but for the last one, which is waited for.
-            save = checkpointer.save if done == options.steps else checkpointer.async_save
-            if not save(done, model, optimizer, {"step": done}, metrics={"loss": loss}):
-                raise SystemExit(SUPERSEDED)
-            say(f"step {done:4}  loss {loss:.3f}")
-    model_dir = checkpointer.finish(checkpointer.accepted[0].ref, options.steps)
-    if model_dir is None:
-        raise SystemExit(SUPERSEDED)
-    say(f"done at step {options.steps}; the weights lie in {options.storage}/{model_dir}")
+    with Checkpointer(open_storage(options.storage), "own-loop") as checkpointer:
+        state = checkpointer.resume(model, optimizer)
+        if checkpointer.superseded:
+            raise SystemExit(SUPERSEDED)
+        rank, size = checkpointer.ranks.rank, checkpointer.ranks.size
+        say = partial(print, flush=True) if rank == 0 else lambda line: None
+        first = state["step"] if state else 0
+        say(f"from step {first}")
+        for step in range(first, options.steps):
+            # Which samples come and what dropout drops follow from (seed, step) alone. A generator that is seeded once
+            # stands elsewhere after a resume than in a run that was never killed, and the two would end differently.
+            torch.manual_seed(SEED * 1_000_003 + step * size + rank)
+            loss = train_step(model, optimizer, text, lr=3e-3 * (1 - step / options.steps))
+            done = step + 1
+            if done % options.save_every == 0 or done == options.steps:
+                # In the background, but for the last one, which is waited for.
+                save = checkpointer.save if done == options.steps else checkpointer.async_save
+                if not save(done, model, optimizer, {"step": done}, metrics={"loss": loss}):
+                    raise SystemExit(SUPERSEDED)
+                say(f"step {done:4}  loss {loss:.3f}")
+        model_dir = checkpointer.finish(checkpointer.accepted[0].ref, options.steps)
+        if model_dir is None:
+            raise SystemExit(SUPERSEDED)
+        say(f"done at step {options.steps}; the weights lie in {options.storage}/{model_dir}")
 
 
 if __name__ == "__main__":

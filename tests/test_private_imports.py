@@ -12,6 +12,7 @@ from tests.test_layout import ROOT, imports, sources
 #: Modules of the library that change without notice, beside those with an underscore.
 INTERNALS = {
     "ray": ("cluster/ray_internals.py", ("ray.train.v2", "ray.core")),
+    "threading": ("checkpointing/save/exit_hook.py", ()),
     "torch": ("checkpointing/torch_internals.py", ()),
     "transformers": (
         "trainers/models/transformers_internals.py",

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,6 +31,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MAX_HEADER_BYTES = 100_000_000  # of the safetensors library
+_MAX_DIGITS = 20  # of a number below 2**63, and one
+_MAX_ELEMENTS = 2**60  # so that their bytes are below 2**63
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -70,7 +74,7 @@ def order(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[memoryview]:
-    """Encode a file as buffers: the header, then each tensor. Raises TypeError for a dtype not in `DTYPES`."""
+    """Encode a file as buffers: the header, then each tensor. Raises TypeError for what the format cannot hold."""
     return stream({name: TensorSpec.of(tensor) for name, tensor in tensors.items()}, tensors.__getitem__, metadata)
 
 
@@ -85,47 +89,107 @@ def stream(
         spec = specs[name]
         if spec.dtype not in _NAMES:
             raise TypeError(f"safetensors cannot hold {name}: {spec.dtype}")
+        if name == "__metadata__" or not _is_unicode(name):
+            raise TypeError(f"safetensors cannot hold a tensor of the name {name!r}")
         end = offset + spec.num_bytes
         header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER_BYTES:
+        raise TypeError(
+            f"safetensors cannot hold {len(names):,} tensors in a file: their header has {len(text):,} bytes"
+        )
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in names:
         yield tensor_bytes(fetch(name))
 
 
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def header_bytes(data: Buffer) -> int:
-    """Return how many bytes `parse_header` needs, from a file's first eight."""
-    return 8 + int.from_bytes(data[:8], "little")
+    """Return how many bytes `parse_header` needs, from a file's first eight.
+
+    Raises SafetensorsError beyond the format's limit, so that a damaged length is never read into memory.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if length > _MAX_HEADER_BYTES:
+        raise SafetensorsError(f"its header has {length:,} bytes; the format allows {_MAX_HEADER_BYTES:,}")
+    return 8 + length
 
 
 def parse_header(data: Buffer, num_bytes: int) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str, str]]:
     """Parse the start of a file, at least `header_bytes`; return each tensor's spec and first byte, and the metadata.
 
-    Raises SafetensorsError if the header does not describe a file of `num_bytes`.
+    Accepts nothing that the safetensors library refuses. Raises SafetensorsError if the header does not describe a file
+    of `num_bytes`.
     """
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(bytes(data[8 : 8 + length]))
-        begin = 8 + length
-        offsets, expected = {}, 0
-        metadata = header.pop("__metadata__", {})
-        entries = header.items()
-        for name, item in sorted(entries, key=lambda pair: pair[1]["data_offsets"]):
-            dtype, shape, (start, end) = DTYPES[item["dtype"]], item["shape"], item["data_offsets"]
-            is_plausible = all(isinstance(length, int) and length >= 0 for length in shape)
-            if not is_plausible or prod(max(1, length) for length in shape) >= 2**63:
-                raise SafetensorsError(f"tensor {name} has the shape {shape}")
-            spec = TensorSpec(dtype, tuple(shape))
-            if start != expected or end - start != spec.num_bytes or begin + end > num_bytes:
-                raise SafetensorsError(f"tensor {name} does not match its byte range")
-            offsets[name] = (spec, begin + start)
-            expected = end
-    except SafetensorsError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SafetensorsError(f"the header is not readable ({type(error).__name__}: {error})") from error
+    begin = header_bytes(data)
+    if min(len(data), num_bytes) < begin:
+        raise SafetensorsError("it ends within its header")
+    header = _parse_json(bytes(data[8:begin]))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise SafetensorsError("its metadata is not text by name")
+    ranges = {name: _parse_tensor(name, item) for name, item in header.items()}
+    offsets, expected = {}, 0
+    for name, (spec, start, end) in sorted(ranges.items(), key=lambda pair: pair[1][1:]):
+        if start != expected or end - start != spec.num_bytes or begin + end > num_bytes:
+            raise SafetensorsError(f"tensor {name} does not match its byte range")
+        offsets[name] = (spec, begin + start)
+        expected = end
     if begin + expected != num_bytes:
         raise SafetensorsError(f"{num_bytes - begin - expected} bytes belong to no tensor")
     return offsets, metadata
+
+
+def _parse_json(text: bytes) -> dict[str, Any]:
+    """Parse a header where Python's parser would be more tolerant than the format."""
+    if not text.startswith(b"{"):
+        raise SafetensorsError("its header does not begin with an object")
+    try:
+        decoded = text.decode()
+        header: dict[str, Any] = json.loads(
+            decoded, object_pairs_hook=_unique, parse_int=_parse_natural, parse_float=_refuse, parse_constant=_refuse
+        )
+        json.dumps(header, ensure_ascii=False).encode()  # fails for halves of surrogates
+    except SafetensorsError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise SafetensorsError(f"its header is not readable ({type(error).__name__}: {error})") from error
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise SafetensorsError("its header has a name twice")
+    return found
+
+
+def _parse_natural(text: str) -> int:
+    return int(text) if text.isdigit() and len(text) < _MAX_DIGITS else _refuse(text)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise SafetensorsError(f"its header has the number {text[:_MAX_DIGITS]}")
+
+
+def _parse_tensor(name: str, item: Any) -> tuple[TensorSpec, int, int]:
+    """Return a tensor's spec and the range of its bytes."""
+    if not isinstance(item, dict) or item.keys() != {"dtype", "shape", "data_offsets"}:
+        raise SafetensorsError(f"tensor {name} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise SafetensorsError(f"tensor {name} has the unknown dtype {dtype!r}")
+    if not _are_numbers(shape) or prod(max(1, length) for length in shape) >= _MAX_ELEMENTS:
+        raise SafetensorsError(f"tensor {name} has the shape {shape}")
+    if not _are_numbers(offsets) or len(offsets) != 2:
+        raise SafetensorsError(f"tensor {name} has the byte range {offsets}")
+    return TensorSpec(DTYPES[dtype], tuple(shape)), offsets[0], offsets[1]
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)

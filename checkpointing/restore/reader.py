@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from queue import SimpleQueue
 from typing import BinaryIO
 
@@ -30,7 +29,7 @@ from outlast.checkpointing.format.safetensors import (
     header_bytes,
     parse_header,
 )
-from outlast.checkpointing.state.shards import Region
+from outlast.checkpointing.state.shards import Region, cover_fault
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import retry
 
@@ -51,10 +50,11 @@ class StoredTensor:
 
 
 Index = dict[str, list[StoredTensor]]
+Header = tuple[Index, dict[str, str]]
 
 
-def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
-    """Read the index of a safetensors file from its verified header. Raises as `read_verified`."""
+def read_header(storage: Storage, directory: str, entry: FileEntry) -> Header:
+    """Read the index of a safetensors file and its metadata from its verified header. Raises as `read_verified`."""
     head = b""
     try:
         for block in read_blocks(storage, directory, entry):
@@ -62,14 +62,36 @@ def read_index(storage: Storage, directory: str, entry: FileEntry) -> Index:
             if len(head) >= header_bytes(head):
                 break
         places, metadata = parse_header(head, entry.num_bytes)
-        shards = json.loads(metadata.get("shards", "{}"))
-    except (SafetensorsError, ValueError) as error:
+        shards = _parse_shards(metadata.get("shards", "{}"))
+    except (SafetensorsError, ValueError, RecursionError) as error:
         raise DamagedError(f"{entry.path}: {error}") from error
     index: Index = {}
     for name, (spec, begin) in places.items():
         shape, offset = shards.get(name, (spec.shape, (0,) * len(spec.shape)))
-        index[name] = [StoredTensor(entry.path, begin, spec, Region(tuple(offset), spec.shape), tuple(shape))]
-    return index
+        index[name] = [StoredTensor(entry.path, begin, spec, Region(offset, spec.shape), shape)]
+    return index, metadata
+
+
+def _parse_shards(text: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Parse `shards.to_json`. Raises ValueError."""
+    shards = json.loads(text)
+    if not isinstance(shards, dict):
+        raise ValueError("its shards are not an object")
+    parsed = {}
+    for name, pair in shards.items():
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(item, list) for item in pair)
+        if not is_pair or any(type(at) is not int or not 0 <= at < 2**63 for item in pair for at in item):
+            raise ValueError(f"shape and offset of {name} are {pair}")
+        parsed[name] = (tuple(pair[0]), tuple(pair[1]))
+    return parsed
+
+
+def _num_blocks(entry: FileEntry) -> int:
+    """Return the number of a file's blocks. Raises DamagedError if the manifest has another number of digests."""
+    number = -(-entry.num_bytes // BLOCK_BYTES)
+    if len(entry.blocks) != number:
+        raise DamagedError(f"{entry.path}: {len(entry.blocks)} digests for {number} blocks")
+    return number
 
 
 def _block_bytes(entry: FileEntry, number: int) -> int:
@@ -130,10 +152,17 @@ def _fill(file: BinaryIO, position: int, into: Sequence[memoryview]) -> int:
 
 
 def merge(indexes: Iterable[Index]) -> Index:
+    """Merge indexes of files. Raises DamagedError unless the parts of each tensor are together exactly that tensor."""
     merged: Index = {}
     for index in indexes:
         for name, parts in index.items():
             merged.setdefault(name, []).extend(parts)
+    for name, parts in merged.items():
+        kinds = {(part.spec.dtype, part.shape) for part in parts}
+        fault = "its parts differ in type or shape" if len(kinds) > 1 else None
+        fault = fault or cover_fault(parts[0].shape, [part.region for part in parts])
+        if fault:
+            raise DamagedError(f"{', '.join(sorted({part.path for part in parts}))}: tensor {name}: {fault}")
     return merged
 
 
@@ -148,18 +177,17 @@ def read_regions(
 
     Several blocks at a time, directly into targets that are contiguous host memory, else through a reused buffer: fresh
     memory costs more than reading. `targets` has by name the region, and a tensor of its shape and type on any device.
-    After faults the targets are a mixture and must not be used. Raises StorageError.
+    `index` is by `merge`, so every element of a target is read. After faults the targets are a mixture and must not be
+    used. Raises StorageError.
     """
     entries = {entry.path: entry for entry in manifest.files}
     copies: dict[tuple[str, int], list[_Piece]] = {}
     afterwards: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, (region, target) in targets.items():
-        missing = prod(region.shape)
         for part in index[name]:
             shared = region.intersection(part.region) if region.shape else part.region
             if shared is None:
                 continue
-            missing -= prod(shared.shape)
             begin, end, stored = _rows(part, shared)
             view = shared.of(target, region)
             if stored != shared or not view.is_contiguous():
@@ -167,7 +195,6 @@ def read_regions(
                 afterwards.append((view, shared.of(rows, stored)))
                 view = rows
             _plan(copies, part.path, begin, end, view.reshape(-1).view(torch.uint8))
-        assert not missing, f"{missing} elements of {name} are in no file"
     faults = _copy_blocks(storage, directory, entries, copies)
     if not faults:
         for view, source in afterwards:
@@ -213,6 +240,7 @@ def _copy_blocks(
     def fetch(path: str, number: int) -> None:
         buffer = buffers.get()
         try:
+            _num_blocks(entries[path])
             block = buffer[: _block_bytes(entries[path], number)]
             pieces = _pieces(block, copies[path, number])
             _read_block(storage, directory, entries[path], number, *(pieces or [bytes_view(block)]))
@@ -258,7 +286,7 @@ def _pieces(block: torch.Tensor, copies: Sequence[_Piece]) -> list[memoryview] |
 
 def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[memoryview]:
     """Yield a file by verified blocks, each in memory of its own. Raises as `read_verified`."""
-    for number in range(len(entry.blocks)):
+    for number in range(_num_blocks(entry)):
         block = torch.empty(_block_bytes(entry, number), dtype=torch.uint8)
         _read_block(storage, directory, entry, number, bytes_view(block))
         yield bytes_view(block)
@@ -266,8 +294,9 @@ def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[
 
 def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
     """Read a file as a uint8 tensor. Raises DamagedError if it is missing or differs, and StorageError."""
+    num_blocks = _num_blocks(entry)
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    for number in range(max(1, len(entry.blocks))):
+    for number in range(max(1, num_blocks)):
         part = buffer[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
         _read_block(storage, directory, entry, number, bytes_view(part))
     return buffer
@@ -280,7 +309,7 @@ def read_tensors(
     entries = [entry for entry in manifest.files if entry.path.endswith(".safetensors")]
     if weights_only:
         entries = [entry for entry in entries if not entry.path.startswith(STATE_DIR)]
-    index = merge(read_index(storage, directory, entry) for entry in entries)
+    index = merge(read_header(storage, directory, entry)[0] for entry in entries)
     tensors = {name: torch.empty(parts[0].shape, dtype=parts[0].spec.dtype) for name, parts in index.items()}
     targets = {name: (Region.whole(tuple(tensor.shape)), tensor) for name, tensor in tensors.items()}
     if faults := read_regions(storage, directory, manifest, index, targets):

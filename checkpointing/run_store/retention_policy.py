@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import CheckpointRef
 
 KEEP_LAST_MIN = 2
@@ -28,9 +29,15 @@ class Retention:
     keep_every: int = 0  #: the last checkpoint of every K steps (0, K], (K, 2K], … stays. Zero keeps none.
 
     def __post_init__(self) -> None:
-        assert self.keep_last >= KEEP_LAST_MIN
-        assert self.metric_mode in ("min", "max")
-        assert self.keep_every >= 0
+        """Raise ConfigError for a policy that would delete the newest checkpoints, or that ranks them by chance."""
+        if self.keep_last < KEEP_LAST_MIN:
+            raise ConfigError(f"keep_last ({self.keep_last}) must be at least {KEEP_LAST_MIN}: one may be damaged")
+        if self.metric_mode not in ("min", "max"):
+            raise ConfigError(f"metric_mode must be 'min' or 'max', not {self.metric_mode!r}")
+        if self.keep_every < 0 or self.keep_best < 0:
+            raise ConfigError(
+                f"keep_every is {self.keep_every} and keep_best {self.keep_best}, and neither may be negative"
+            )
 
     def keep(
         self, checkpoints: Sequence[RetentionCandidate], pinned: Set[CheckpointRef] = frozenset()

@@ -32,9 +32,10 @@ class BackgroundSave:
         self._began, self._work = began, work
         self._acknowledged: bool | None = None
         self._failure: BaseException | None = None
-        # A daemon, because a process whose peers are lost must be able to exit.
-        self._thread = threading.Thread(target=self._run, name=f"save-{step}", daemon=True)
-        self._thread.start()
+        # Not the thread's own end: CPython 3.11 takes a thread for dead once its `join` was interrupted.
+        self._ended = threading.Event()
+        # A daemon, because a process whose peers are lost must be able to exit; `SaveInFlight` waits.
+        threading.Thread(target=self._run, name=f"save-{step}", daemon=True).start()
 
     def _run(self) -> None:
         time.sleep(0)  # yield to the training thread, which has the next step to run
@@ -43,16 +44,22 @@ class BackgroundSave:
             self.seconds = time.monotonic() - self._began
         except BaseException as error:  # noqa: BLE001 - raised again by `join`
             self._failure = error
+        finally:
+            self._ended.set()
 
     @property
     def state(self) -> SaveState:
-        if self._thread.is_alive():
+        if not self._ended.is_set():
             return SaveState.IN_FLIGHT
         return SaveState.ACKNOWLEDGED if self._acknowledged else SaveState.FAILED_OR_SUPERSEDED
 
+    def has_ended(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end, at most `timeout_s`, and return whether it has come."""
+        return self._ended.wait(timeout_s)
+
     def join(self) -> bool:
         """Wait for the end; return whether the commit is acknowledged, or raise the error of the thread."""
-        self._thread.join()
+        self._ended.wait()
         self.copy.close()
         if self._failure is not None:
             raise self._failure

@@ -12,17 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 import torch.distributed as dist
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.manifest import Digester, FileEntry
-from outlast.checkpointing.format.safetensors import TensorSpec, encode, order, stream
+from outlast.checkpointing.format.safetensors import DTYPES, TensorSpec, encode, order, stream
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.state.shards import LocalShard, Region, to_json
+from outlast.checkpointing.state.shards import LocalShard, Region, cover_fault, to_json
 from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Buffer, Storage
 
@@ -46,18 +46,30 @@ class RankPayload:
     small: Mapping[str, bytes]  #: small files by name (rank 0)
     file: str  #: name of the weights file
     max_shard_bytes: int  #: weights beyond this size continue in another file
+    optimizer: str | None = None  #: description of the optimizer, if there is one
+    moments_digest: str = ""  #: of the names of all optimizer state; empty on a single rank
 
     @classmethod
     def of(
         cls, step: int, state: TrainState, ranks: RankGroup, small: Mapping[str, bytes], max_shard_bytes: int
     ) -> RankPayload:
         """Build this rank's payload from the model's own tensors. Raises ConfigError for state that cannot be saved."""
+        optimizer = state.describe_optimizer()
         weights, moments = state.weights_to_write(ranks.rank), state.moments_to_write(ranks.rank, ranks.size)
-        return cls(step, state.specs, weights, moments, small, state.naming.file, max_shard_bytes)
+        for name, part in {**weights, **(moments or {})}.items():
+            if part.tensor.dtype not in DTYPES.values():
+                raise ConfigError(
+                    f"{name} is of {part.tensor.dtype}, which a checkpoint cannot hold",
+                    hint="save it as another type, such as torch.view_as_real of a complex tensor",
+                )
+        if names := weights.keys() & (moments or {}).keys():
+            raise ConfigError(f"{min(names)} is the name of a weight and of optimizer state")
+        digest = state.moments_digest() if ranks.size > 1 else ""
+        return cls(step, state.specs, weights, moments, small, state.naming.file, max_shard_bytes, optimizer, digest)
 
     @property
     def parts(self) -> dict[str, LocalShard]:
-        """All tensors of a snapshot. Names of weights and state do not collide: those of state have a `/`."""
+        """All tensors of a snapshot. Names of weights and state do not collide."""
         return {**self.weights, **(self.moments or {})}
 
     def on_host(self, parts: Mapping[str, LocalShard]) -> RankPayload:
@@ -69,8 +81,9 @@ class RankPayload:
 def write_payload(storage: Storage, directory: str, ranks: RankGroup, payload: RankPayload) -> list[FileEntry]:
     """Write this rank's files. Every rank calls it; weights are sent over the group of `ranks`.
 
-    Raises StorageError, or TypeError for a dtype that safetensors does not support.
+    Raises StorageError, and ConfigError if the ranks do not hold one state.
     """
+    _check_moments(ranks, payload)
     with ThreadPoolExecutor(2) as pool:  # weights and state at the same time
         state = pool.submit(_write_state, storage, directory, ranks, payload)
         entries = _write_weights(storage, directory, ranks, payload)
@@ -78,12 +91,38 @@ def write_payload(storage: Storage, directory: str, ranks: RankGroup, payload: R
         return entries + state.result()
 
 
+def _check_moments(ranks: RankGroup, payload: RankPayload) -> None:
+    """Raise ConfigError on every rank unless the ranks' optimizer states are together exactly one."""
+    if ranks.size == 1:
+        return
+    sharded = {name: part for name, part in (payload.moments or {}).items() if part.is_sharded}
+    own = {name: (part.shape, part.region) for name, part in sharded.items()}
+    gathered = ranks.gather((payload.moments_digest, own))
+    differing = [rank for rank, (digest, _) in enumerate(gathered) if digest != gathered[0][0]]
+    if differing:
+        raise ConfigError(
+            f"rank {differing[0]} has other optimizer state than rank 0, so the checkpoint would lack a part of it",
+            hint="make the same optimizer steps on every rank",
+        )
+    parts: dict[str, list[Region]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for _, held in gathered:
+        for name, (shape, region) in held.items():
+            shapes[name] = shape
+            parts.setdefault(name, []).append(region)
+    for name, regions in parts.items():
+        check_cover(name, shapes[name], regions)
+
+
 def _write_state(storage: Storage, directory: str, ranks: RankGroup, payload: RankPayload) -> list[FileEntry]:
     if payload.moments is None:
         return []
     name = layout.optimizer_shard(ranks.rank, ranks.size)
     tensors = {key: part.tensor for key, part in payload.moments.items()}
-    chunks = encode(tensors, {"shards": json.dumps(to_json(payload.moments))})
+    metadata = {"shards": json.dumps(to_json(payload.moments))}
+    if ranks.rank == 0 and payload.optimizer is not None:
+        metadata["optimizer"] = payload.optimizer
+    chunks = encode(tensors, metadata)
     return [write_file(storage, directory, name, _with_fault(chunks, payload.step))]
 
 
@@ -131,10 +170,20 @@ def weight_files(specs: Mapping[str, TensorSpec], max_bytes: int, file: str = la
     return {layout.weights_shard(file, number, len(groups)): names for number, names in enumerate(groups)}
 
 
+def check_cover(name: str, shape: tuple[int, ...], regions: Iterable[Region]) -> None:
+    """Raise ConfigError unless the ranks' parts of a tensor are together exactly that tensor."""
+    if fault := cover_fault(shape, regions):
+        raise ConfigError(
+            f"the ranks do not hold {name} once and completely: {fault}",
+            hint="every rank must pass the same model and optimizer, sharded over all ranks",
+        )
+
+
 class WeightGather:
     """Gathers sharded weights on rank 0, one at a time. As a context on rank 0 it leaves no rank waiting.
 
-    Every rank builds one, with its parts and with all names in the order in which rank 0 fetches them.
+    Every rank builds one, with its parts and with all names in the order in which rank 0 fetches them. Raises
+    ConfigError on every rank if the parts of a weight are not exactly that weight.
     """
 
     def __init__(self, ranks: RankGroup, parts: Mapping[str, LocalShard], names: Sequence[str]) -> None:
@@ -142,6 +191,9 @@ class WeightGather:
         self._sharded = [name for name in names if name in parts and parts[name].is_sharded]
         own = {name: parts[name].region for name in self._sharded if not parts[name].is_copy}
         self._regions = ranks.gather(own) if self._sharded else []
+        for name in self._sharded:
+            held = (regions[name] for regions in self._regions if name in regions)
+            check_cover(name, parts[name].shape, held)
 
     def send(self) -> None:
         """Send every part in order (ranks other than 0)."""
@@ -155,8 +207,9 @@ class WeightGather:
         part = self._parts[name]
         if not part.is_sharded:
             return part.tensor
-        assert self._sharded.pop(0) == name, "out of order"
-        weight, missing = torch.empty(part.shape, dtype=part.tensor.dtype), prod(part.shape)
+        if (expected := self._sharded.pop(0)) != name:  # its bytes come next, and would pass as this one's
+            raise ValueError(f"{name} was fetched before {expected}")
+        weight = torch.empty(part.shape, dtype=part.tensor.dtype)
         for rank, regions in enumerate(self._regions):
             region = regions.get(name)
             if region is None or not all(region.shape):
@@ -165,8 +218,6 @@ class WeightGather:
             if rank:
                 dist.recv(_as_bytes(piece), group=self._ranks.group, group_src=rank)
             region.of(weight, Region.whole(part.shape)).copy_(piece)
-            missing -= prod(region.shape)
-        assert not missing, f"no rank holds {missing} elements of {name}"
         return weight
 
     def __enter__(self) -> WeightGather:

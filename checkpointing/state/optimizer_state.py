@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.state.named_weights import plain_name, unwrap
+from outlast.checkpointing.state.optimizer_groups import named_parameters
 from outlast.checkpointing.state.shards import Region, like, local_shard
 
 _NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
@@ -25,7 +25,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     Raises ConfigError for a value that is neither a tensor nor a number.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in _named_parameters(model).items():
+    for name, parameter in named_parameters(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             cls = type(value)
             if cls in _NUMBERS:
@@ -50,19 +50,15 @@ def load_optimizer(
 ) -> None:
     """Load saved state into an optimizer: moments on their parameter's device, step counters where it expects them.
 
-    The tensors are not copied. Those named in `sharded` are this rank's part, placed as the parameter. Raises
-    ConfigError for state of parameters that the model does not have.
+    The tensors are not copied. Those named in `sharded` are this rank's part, placed as the parameter. Raises as
+    `check_moments`.
     """
-    parameters = _named_parameters(model)
+    parameters = named_parameters(model)
+    check_moments(model, tensors)
     optimizer.state.clear()
     devices = devices_of_state(model, optimizer, tensors)
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
-        if name not in parameters:
-            raise ConfigError(
-                f"the checkpoint has optimizer state for {name}, which the model does not have",
-                hint="build the model as it was when the checkpoint was saved, or resume without an optimizer",
-            )
         parameter = parameters[name]
         key, _, number = key.partition(":")
         if number in _NUMBER_NAMES:
@@ -72,11 +68,22 @@ def load_optimizer(
         optimizer.state[parameter][key] = like(parameter, placed) if full_name in sharded else placed
 
 
+def check_moments(model: nn.Module, names: Collection[str]) -> None:
+    """Raise ConfigError for saved optimizer state of parameters that the model does not have."""
+    parameters = named_parameters(model)
+    for name in sorted({full_name.rpartition("/")[0] for full_name in names}):
+        if name not in parameters:
+            raise ConfigError(
+                f"the checkpoint has optimizer state for {name}, which the model does not have",
+                hint="build the model as it was when the checkpoint was saved, or resume without an optimizer",
+            )
+
+
 def devices_of_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, names: Collection[str]
 ) -> dict[str, torch.device]:
     """Return the device of each state tensor: the parameter's, or the CPU for most step counters and for numbers."""
-    parameters = _named_parameters(model)
+    parameters = named_parameters(model)
     groups = [group for group in optimizer.param_groups if group.get("fused") or group.get("capturable")]
     on_device = {id(parameter) for group in groups for parameter in group["params"]}
     devices = {}
@@ -90,17 +97,13 @@ def devices_of_state(
 
 def regions_of_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Region]:
     """Return the region that this rank needs of each state tensor, given its full shape, if it is sharded."""
-    parameters = _named_parameters(model)
+    parameters = named_parameters(model)
     regions: dict[str, Region] = {}
     for name, shape in shapes.items():
         parameter = parameters.get(name.rsplit("/", 1)[0])
         if isinstance(parameter, DTensor) and tuple(parameter.shape) == shape:
             regions[name] = local_shard(parameter).region
     return regions
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {plain_name(name): parameter for name, parameter in unwrap(model).named_parameters()}
 
 
 def assign_to_ranks(tensors: Mapping[str, torch.Tensor], size: int, rank_0_bytes: int = 0) -> list[list[str]]:

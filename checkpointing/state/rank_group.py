@@ -53,23 +53,34 @@ class RankGroup:
 
     def run_on_all(self, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank and return all results; every rank raises the first rank's error."""
-        result, failure = _run(work)
+        result, failure, foreign = _run(work)
         results = self.gather((result, failure))
+        if foreign is not None:
+            raise foreign
         for rank, (_, error) in enumerate(results):
             if error is not None:
-                raise type(error)(f"rank {rank}: {error.message}", hint=error.hint) from failure
+                where = f"rank {rank}: " if self.size > 1 else ""
+                raise type(error)(f"{where}{error.message}", hint=error.hint) from failure
         return [item for item, _ in results]  # type: ignore[misc]
 
     def run_on_rank_0(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0; every rank returns its result or raises its error."""
-        result, failure = self.broadcast(_run(work) if self.rank == 0 else None)
+        result, failure, foreign = _run(work) if self.rank == 0 else (None, None, None)
+        result, failure = self.broadcast((result, failure) if self.rank == 0 else None)
+        if foreign is not None:
+            raise foreign
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
 
 
-def _run(work: Callable[[], T]) -> tuple[T | None, OutlastError | None]:
+def _run(work: Callable[[], T]) -> tuple[T | None, OutlastError | None, Exception | None]:
+    """Return the result, or the error as the other ranks see it, and as it is here if it is not one of outlast's."""
     try:
-        return work(), None
+        return work(), None, None
     except OutlastError as error:
-        return None, error
+        return None, error, None
+    except RuntimeError:  # of torch.distributed: the others cannot be reached, or get it too
+        raise
+    except Exception as error:  # noqa: BLE001 - raised again by the callers; the others would wait for hours
+        return None, OutlastError(f"{type(error).__name__}: {error}"), error

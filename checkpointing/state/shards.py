@@ -7,8 +7,9 @@ Nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -108,6 +109,34 @@ def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def cover_fault(shape: tuple[int, ...], regions: Iterable[Region]) -> str | None:
+    """Return why regions are not exactly a tensor of `shape`: one lies outside, two overlap, or elements are missing.
+
+    None if every element is in one region. Sharded by one dimension, this takes n log n time.
+    """
+    regions = list(regions)
+    for region in regions:
+        if not len(region.offset) == len(region.shape) == len(shape):
+            return f"a part of shape {list(region.shape)} is not of {len(shape)} dimensions"
+    filled = [region for region in regions if all(region.shape)]
+    whole = Region.whole(shape)
+    for region in filled:
+        if region.intersection(whole) != region:
+            return f"a part of shape {list(region.shape)} at {list(region.offset)} is not within {list(shape)}"
+    # Sweeps along the dimension with the most cuts: compared are only those that share rows of it.
+    dim = max(range(len(shape)), key=lambda dim: len({region.offset[dim] for region in filled}), default=None)
+    reaching: list[Region] = []
+    for region in sorted(filled, key=lambda region: 0 if dim is None else region.offset[dim]):
+        if dim is not None:
+            reaching = [other for other in reaching if other.offset[dim] + other.shape[dim] > region.offset[dim]]
+        for other in reaching:
+            if region.intersection(other):
+                return f"its parts at {list(other.offset)} and {list(region.offset)} overlap"
+        reaching.append(region)
+    missing = prod(shape) - sum(prod(region.shape) for region in filled)
+    return f"{missing} of its {prod(shape)} elements are in no part" if missing else None
 
 
 def to_json(parts: Mapping[str, LocalShard]) -> dict[str, Any]:

@@ -6,12 +6,15 @@ Names, types and shards are computed once per save or restore. Nothing here comm
 from collections.abc import Collection, Mapping
 
 import torch
+import xxhash
 from torch import nn
 
 from outlast.checkpointing.format.safetensors import TensorSpec
 from outlast.checkpointing.state.named_weights import ALL, WeightNaming, parameter_names, weight_slices
+from outlast.checkpointing.state.optimizer_groups import check_optimizer, encode_optimizer, load_groups
 from outlast.checkpointing.state.optimizer_state import (
     assign_to_ranks,
+    check_moments,
     devices_of_state,
     load_optimizer,
     optimizer_tensors,
@@ -65,9 +68,34 @@ class TrainState:
         mine = set(assign_to_ranks(unsharded, size, rank_0_bytes)[rank])
         return {name: part for name, part in shards.items() if name in mine or (part.is_sharded and not part.is_copy)}
 
+    def moments_digest(self) -> str:
+        """Return a digest of the names, types and full shapes of the optimizer state; equal on ranks that agree."""
+        tensors = optimizer_tensors(self._model, self.optimizer) if self.optimizer is not None else {}
+        specs = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
+        return xxhash.xxh3_64("\n".join(specs).encode()).hexdigest()
+
     def changed_by_forward(self, names: Collection[str]) -> set[str]:
         """Return those of these weights that a forward pass may change."""
         return set(names) - parameter_names(self._model, self.naming)
+
+    def describe_optimizer(self) -> str | None:
+        """Return the optimizer's class, groups and numbers as text. Raises ConfigError."""
+        return None if self.optimizer is None else encode_optimizer(self._model, self.optimizer)
+
+    def check_optimizer(self, text: str, path: str) -> None:
+        """Raise ConfigError if a checkpoint is of another optimizer, and DamagedError if `text` says nothing."""
+        if self.optimizer is not None:
+            check_optimizer(self._model, self.optimizer, text, path)
+
+    def check_moments(self, names: Collection[str]) -> None:
+        """Raise ConfigError for optimizer state of parameters that the model does not have."""
+        if self.optimizer is not None:
+            check_moments(self._model, names)
+
+    def load_groups(self, text: str, path: str) -> None:
+        """Load the numbers of the parameter groups."""
+        if self.optimizer is not None:
+            load_groups(self.optimizer, text, path)
 
     def targets(self, moments: Mapping[str, TensorSpec]) -> Targets:
         """Return the regions that this rank reads, and their memory: the model's own for weights, new for moments."""

@@ -206,6 +206,8 @@ def _storage_errors(verb: str, target: Path) -> Iterator[None]:
 
 
 _LINK_HINT = "remove it, or put the files themselves in its place; the run's own directory may be a link"
+
+
 def _is_something_else(target: Path, error: OSError) -> bool:
     """Return whether a read failed because of what has this name. A link loop far above may be a mount that failed."""
     if error.errno == errno.ELOOP:

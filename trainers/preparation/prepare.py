@@ -147,6 +147,10 @@ def prepare_first(config: TrainingConfig, storage: Storage, name: str, num_rows:
     return _make(config, storage, "first-rows", ".data/first-rows", encoder, names=(name,), limit=num_rows)
 
 
+#: Raised by JSON that is none, or has another form.
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
 def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared | None:
     """Return existing prepared data; None if there is none, it is damaged, or more rows were skipped than allowed."""
     try:
@@ -156,7 +160,7 @@ def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared 
         for entry in prepared.files:
             for _ in verified_chunks(storage, prepared.directory, entry):
                 pass
-    except (FileNotFoundError, NotAFileError, DamagedError, ValueError, KeyError, TypeError, RecursionError, AttributeError):
+    except (FileNotFoundError, NotAFileError, DamagedError, *_MALFORMED):
         return None
     return prepared if prepared.num_bad_rows <= config.data.max_bad_rows else None
 

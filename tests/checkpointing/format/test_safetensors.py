@@ -234,3 +234,96 @@ def test_any_numbers_in_a_header(numbers: list[int], offsets: tuple[int, int]) -
 def test_a_truncated_file_is_refused(length: int) -> None:
     with pytest.raises(SafetensorsError):
         decode(as_buffer(GOOD[:length]))
+
+
+# -- never more tolerant than the library ------------------------------------------------------------------------------
+
+
+def accepted_by_both(data: bytes) -> bool:
+    """Whether we accept a file; then the library must, with the same tensors."""
+    try:
+        ours = decode(as_buffer(data))
+    except SafetensorsError:
+        return False
+    assert same(ours, safetensors.torch.load(data))
+    return True
+
+
+def raw(header: str | bytes, body: bytes = bytes(16), length: int | None = None) -> bytes:
+    text = header.encode() if isinstance(header, str) else header
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + body
+
+
+A = '{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}'
+TOLERATED = {
+    "plain": raw(f'{{"a":{A}}}'),
+    "spaces": raw(f'{{ "a" : {A} }}   '),
+    "metadata": raw(f'{{"__metadata__":{{"k":"v"}},"a":{A}}}'),
+    "an escape": raw(f'{{"\\u00e9\\ud83d\\ude00":{A}}}'),
+    "nothing": raw("{}", b""),
+}
+#: Python's parser accepts each of these; most of them the library refuses.
+STRICT = {
+    "a space before it": raw(f' {{"a":{A}}}'),
+    "a byte order mark": raw(b"\xef\xbb\xbf" + f'{{"a":{A}}}'.encode()),
+    "utf-16": raw(f'{{"a":{A}}}'.encode("utf-16")),
+    "utf-16 without a mark": raw(f'{{"a":{A}}}'.encode("utf-16-le")),
+    "a name twice": raw(f'{{"a":{A},"a":{A}}}'),
+    "a key twice": raw('{"a":{"dtype":"F32","dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'),
+    "half a character": raw(f'{{"\\ud800":{A}}}'),
+    "metadata of numbers": raw(f'{{"__metadata__":{{"k":1}},"a":{A}}}'),
+    "metadata of nothing": raw(f'{{"__metadata__":null,"a":{A}}}'),
+    "metadata that is nested": raw(f'{{"__metadata__":{{"k":{{}}}},"a":{A}}}'),
+    "one more key": raw(f'{{"a":{A[:-1]},"more":1}}}}'),
+    "deep nesting": raw(f'{{"a":{A[:-1]},"more":{"[" * 500}{"]" * 500}}}}}'),
+    "deeper nesting": raw(f'{{"a":{A[:-1]},"more":{"[" * 100_000}'),
+    "deepest nesting": raw('{"a":' * 100_000),
+    "NaN": raw(f'{{"a":{A[:-1]},"more":NaN}}}}'),
+    "a minus": raw(f'{{"a":{A.replace("[0,", "[-0,")}}}'),
+    "true": raw('{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,true]}}', b"\0"),
+    "a fraction": raw(f'{{"a":{A.replace("[2,2]", "[2.0,2]")}}}'),
+    "an exponent": raw(f'{{"a":{A.replace("[2,2]", "[2e0,2]")}}}'),
+    "a number of 5,000 digits": raw(f'{{"a":{A.replace("[2,2]", f"[{9:05000}]")}}}'),
+    "2^63": raw('{"a":{"dtype":"U8","shape":[0,9223372036854775808],"data_offsets":[0,0]}}', b""),
+    "2^63 bytes": raw('{"a":{"dtype":"F64","shape":[0,1152921504606846976],"data_offsets":[0,0]}}', b""),
+    "2^64 in all": raw('{"a":{"dtype":"U8","shape":[4294967296,4294967296,0],"data_offsets":[0,0]}}', b""),
+    "bytes behind it": raw(f'{{"a":{A}}}', bytes(17)),
+    "text behind it": raw(f'{{"a":{A}}}{{}}'),
+    "zeros behind it": raw(f'{{"a":{A}}}'.encode() + bytes(8)),
+    "a header beyond the file": raw(f'{{"a":{A}}}', length=10_000),
+    "a header beyond the limit": raw("{}", b"", length=100_000_001),
+    "a header beyond all memory": raw("{}", b"", length=2**63),
+}
+
+
+@pytest.mark.parametrize("name", TOLERATED)
+def test_what_the_format_allows_is_read(name: str) -> None:
+    assert accepted_by_both(TOLERATED[name])
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_what_python_would_read_and_the_format_does_not_allow_is_refused(name: str) -> None:
+    assert not accepted_by_both(STRICT[name])
+
+
+@settings(max_examples=500)
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, HEADER_END), st.integers(0, 2), st.sampled_from(b'0123456789-.,:"[]{} e\\u\0\x80')),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_what_we_accept_the_library_accepts(changes: list[tuple[int, int, int]]) -> None:
+    """Bytes are replaced, inserted and removed; the length is made to fit."""
+    data = bytearray(GOOD[8:])
+    for position, num_removed, byte in changes:
+        data[position : position + num_removed] = bytes([byte])
+    length = max(0, HEADER_END - 8 + len(data) - len(GOOD[8:]))
+    accepted_by_both(length.to_bytes(8, "little") + bytes(data))
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
+def test_a_name_that_no_header_can_hold_is_refused_when_written(name: str) -> None:
+    with pytest.raises(TypeError, match="safetensors cannot hold"):
+        joined({name: torch.ones(1)})

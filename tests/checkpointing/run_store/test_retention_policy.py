@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
 
@@ -116,10 +118,20 @@ def test_of_one_step_the_later_attempt_is_newer() -> None:
     assert stay == {kept(10, attempt=1).ref, kept(10, attempt=2).ref}
 
 
-@pytest.mark.parametrize("keep_last", [-1, 0, 1])
-def test_fewer_than_two_is_refused(keep_last: int) -> None:
-    with pytest.raises(AssertionError):
-        Retention(keep_last)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"keep_last": -1},
+        {"keep_last": 0},
+        {"keep_last": 1},
+        {"keep_every": -1},
+        {"keep_best": -1},
+        {"metric_mode": "x"},
+    ],
+)
+def test_a_policy_that_would_delete_by_mistake_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        Retention(**setting)
 
 
 @given(

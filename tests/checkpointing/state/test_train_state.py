@@ -26,7 +26,7 @@ class Counted(nn.Linear):
 
 
 def test_names_are_computed_once_for_a_save_and_once_for_a_restore(tmp_path: Path) -> None:
-    for launch, step in (("first", 1), ("second", 2)):
+    for launch, step in (("first", 1), ("second", 20)):
         model = Counted(3, 2)
         optimizer = torch.optim.AdamW(model.parameters())
         saver = Checkpointer(LocalStorage(tmp_path), "run", launch=launch)
