@@ -9,10 +9,13 @@
     └── NoCheckpointError           5   commits exist, but none of them is intact
 
 A message states what happened and where; `hint` is the next command or step. Being superseded is not an error, see
-`run_store/catalog.py`. Errors cross process borders, so each one pickles with its fields.
+`run_store/catalog.py`. Errors cross process borders, so each one pickles with its fields. Credentials in both texts
+are redacted when an error is made, so it may be logged and written anywhere.
 """
 
 from typing import ClassVar
+
+from outlast.checkpointing.redaction import redact
 
 
 class OutlastError(Exception):
@@ -23,9 +26,8 @@ class OutlastError(Exception):
     permanent: ClassVar[bool] = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = redact(message), redact(hint)
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.message, self.hint)

@@ -8,6 +8,8 @@ from unicodedata import category
 
 #: Categories of Unicode: control and format characters, surrogates, separators of lines and paragraphs.
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+#: Format characters that spelling and emoji need: they join letters and reorder nothing.
+_JOINERS = "\u200c\u200d"
 
 
 def finite(body: Any) -> Any:
@@ -21,7 +23,13 @@ def finite(body: Any) -> Any:
 
 def escaped(text: str) -> str:
     """Escape characters that would act on a terminal: control and format characters, also those that reorder text."""
-    return "".join(ascii(letter)[1:-1] if category(letter) in _UNPRINTABLE else letter for letter in text)
+    if text.isprintable():
+        return text
+    return "".join(map(_escaped_letter, text))
+
+
+def _escaped_letter(letter: str) -> str:
+    return ascii(letter)[1:-1] if category(letter) in _UNPRINTABLE and letter not in _JOINERS else letter
 
 
 def size(num_bytes: float) -> str:

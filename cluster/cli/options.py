@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_reference import RUN_FILES
+from outlast.cluster.output import print_line
 
 Texts = list[str] | None
 Address = Annotated[
@@ -44,7 +45,7 @@ def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print one line for each run or job, of the values of `list_runs` or those of a job."""
     for row in rows:
         state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
-        print(f"{row.get('id') or row['run']:32}  {state}")
+        print_line(f"{row.get('id') or row['run']:32}  {state}")
 
 
 def make_code_importable(run: str, code: Path | None) -> None:

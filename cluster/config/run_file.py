@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,16 @@ from pydantic import ValidationError
 
 from outlast.checkpointing.error_hints import first_line, nearest
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.redaction import redact
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.formatting import escaped
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding, check
 
 Lines = dict[KeyPath, int]
+_CREDENTIAL = "holds a credential, which would be stored with the run"
+_USE_VARIABLE = "put it in an environment variable and write ${env:NAME}"
+_UNSTORED = "settings of the model and the training must not contain one"
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -85,7 +90,13 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
         ConfigError: The file is missing or unreadable, or a setting is invalid; a SettingsError has every finding.
     """
     declared, lines = read_run_file(path)
-    return settings_of(declared, path, overrides, lines)
+    config, declared = settings_of(declared, path, overrides, lines)
+    numerics = config.numerics_settings()  # they are stored with each checkpoint, expanded
+    found = [SettingsFinding(key, _CREDENTIAL, _USE_VARIABLE) for key, text in _texts(declared) if _is_secret(text)]
+    found += [SettingsFinding(key, _CREDENTIAL, _UNSTORED) for key, text in _texts(numerics) if _is_secret(text)]
+    if found:
+        raise _settings_error(found, path, overrides, lines)
+    return config, declared
 
 
 def settings_of(
@@ -103,11 +114,33 @@ def settings_of(
         try:
             return RunConfig.model_validate(body), declared
         except ValidationError:
-            found = check(RunConfig, body)
+            found = [_unexpanded(item, declared) for item in check(RunConfig, body)]
+    raise _settings_error(found, source, overrides, lines)
+
+
+def _settings_error(
+    found: Sequence[SettingsFinding], source: str, overrides: Sequence[str], lines: Lines | None
+) -> SettingsError:
     located = locate_findings(found, lines or {}, overrides)
-    listing = "\n".join(f"  {item}" for item in located)
+    listing = "\n".join(f"  {escaped(str(item))}" for item in located)
     hint = f"edit {source}, or the -s options" if overrides else f"edit {source}"
-    raise SettingsError(f"settings of {source} are not valid:\n{listing}", hint=hint, findings=located)
+    return SettingsError(f"settings of {source} are not valid:\n{listing}", hint=hint, findings=located)
+
+
+def _is_secret(text: str) -> bool:
+    written = _ENV.sub("", text)
+    return redact(written) != written
+
+
+def _unexpanded(item: SettingsFinding, declared: Any) -> SettingsFinding:
+    """Return the finding with `${env:NAME}` in place of the value, which may be a secret."""
+    message, suggestion = item.message, item.suggestion
+    for name in {name for _, text in _texts(declared) for name in _ENV.findall(text)}:
+        value, written = os.environ.get(name, ""), f"${{env:{name}}}"
+        for shown, instead in ((repr(value), repr(written)), (value, written) if len(value) > 3 else ("", "")):
+            if shown:
+                message, suggestion = message.replace(shown, instead), suggestion.replace(shown, instead)
+    return replace(item, message=message, suggestion=suggestion)
 
 
 def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
@@ -185,11 +218,17 @@ def override(body: dict[str, Any], given: str) -> None:
 
 def _unset_variables(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """Yield the key path and NAME of every `${env:NAME}` that is not set."""
+    for where, text in _texts(value, path):
+        yield from ((where, name) for name in _ENV.findall(text) if name not in os.environ)
+
+
+def _texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the key path and value of every text."""
     if isinstance(value, dict | list):
         for part, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _unset_variables(item, (*path, part))
+            yield from _texts(item, (*path, part))
     elif isinstance(value, str):
-        yield from ((path, name) for name in _ENV.findall(value) if name not in os.environ)
+        yield path, value
 
 
 def expand(value: Any) -> Any:

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId, launch_dir
+from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.events import Event, GroupFailureEvent, NoRoomEvent
@@ -186,7 +187,7 @@ class FailureRecorder(WorkerGroupCallback):
         path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
         with suppress(StorageError):
             if text:
-                open_storage(url).put(path, [text.encode()])
+                open_storage(url).put(path, [redact(text).encode()])
                 return (f"{url}/{path}", "") if own or first in tracebacks else ("", f"{url}/{path}")
         return "", ""
 

@@ -13,6 +13,7 @@ from outlast.cluster.formatting import clock, counted, duration, share, short, s
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
 from outlast.cluster.monitoring.status import Interruption, RunSnapshot
 from outlast.cluster.monitoring.timeline import State
+from outlast.cluster.safe_console import safe_text
 
 MAX_WIDTH = 100
 _LABEL_WIDTH = 9
@@ -50,7 +51,7 @@ def panel(summary: RunSnapshot, width: int, *, num_interruptions: int = 3) -> li
         lines += [_cut(_line("").append_text(_interruption(item, summary.now)), width) for item in shown]
     for slow in summary.slow:
         text = f"rank {slow.rank} on {slow.host}, {slow.times} times as slow as the others"
-        lines += _labelled("slow", [Text(text, "yellow")], width)
+        lines += _labelled("slow", [safe_text(text, "yellow")], width)
     return lines
 
 
@@ -69,7 +70,9 @@ def plain_line(summary: RunSnapshot) -> str:
 
 
 def _head(summary: RunSnapshot, width: int) -> Text:
-    line = Text.assemble((f"{summary.run}  ", "bold"), (summary.activity, _STATES.get(summary.state, "bold")))
+    line = safe_text(f"{summary.run}  ", "bold").append_text(
+        safe_text(summary.activity, _STATES.get(summary.state, "bold"))
+    )
     parts = [f"attempt {summary.attempt}"] if summary.attempt is not None else []
     if summary.world_size:
         parts.append(counted(summary.world_size, "worker"))
@@ -164,14 +167,13 @@ def _goodput(report: GoodputReport, width: int) -> list[Text]:
 
 
 def _interruption(item: Interruption, now: float) -> Text:
-    line = Text.assemble((f"{clock(item.at, now)}  ", "dim"), (item.cause, "yellow"))
+    line = Text(f"{clock(item.at, now)}  ", "dim").append_text(safe_text(item.cause, "yellow"))
     if item.rank is not None:
         line.append(f" (rank {item.rank})")
     if item.resumed_from is not None:
         line.append(f" → from step {item.resumed_from:,}")
     if item.message:
-        words = " ".join(item.message.split())
-        line.append(f": {''.join(letter for letter in words if letter.isprintable())}", "dim")
+        line.append_text(safe_text(f": {' '.join(item.message.split())}", "dim"))
     return line
 
 
