@@ -98,7 +98,7 @@ def main() -> None:
 
 def _fail(message: str, hint: str, code: int, debug: bool) -> None:
     if debug:
-        print_text(traceback.format_exc().rstrip("\n"), to_stderr=True)
+        print_text(traceback.format_exc().rstrip("\n"), to_stderr=True, indent="  ")
     print_text(f"outlast: {message}", to_stderr=True, indent="  ")
     if hint:
         print_text(f"  → {hint}", to_stderr=True, indent="    ")
