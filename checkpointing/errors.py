@@ -9,12 +9,13 @@
     └── NoCheckpointError           5   commits exist, but none of them is intact
 
 A message states what happened and where; `hint` is the next command or step. Being superseded is not an error, see
-`run_store/catalog.py`. Errors cross process borders, so each one pickles with its fields. Credentials in both texts
-are redacted when an error is made, so it may be logged and written anywhere.
+`run_store/catalog.py`. Errors cross process borders, so each one pickles with its fields. When an error is made,
+credentials in both texts are redacted, and control characters escaped: a loop of the user may print them.
 """
 
 from typing import ClassVar
 
+from outlast.checkpointing.escaping import escaped_lines
 from outlast.checkpointing.redaction import redact
 
 
@@ -26,7 +27,7 @@ class OutlastError(Exception):
     permanent: ClassVar[bool] = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        self.message, self.hint = redact(message), redact(hint)
+        self.message, self.hint = escaped_lines(redact(message)), escaped_lines(redact(hint))
         super().__init__(self.message)
 
     def __reduce__(self) -> tuple[object, ...]:

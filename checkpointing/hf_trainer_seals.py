@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
+from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, checkpoint_name, parse_checkpoint
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry, Manifest, ManifestError
 from outlast.checkpointing.restore.verify import verify
@@ -89,7 +90,7 @@ def newest_sealed(output_dir: str | os.PathLike[str]) -> str | None:
         sealed, faults = _inspect_on_all(ranks, storage, directory)
         if not faults:
             return str(storage.path(directory))
-        _log.warning("passed over %s: %s", storage.path(directory), "; ".join(faults))
+        _log.warning("passed over %s: %s", escaped(str(storage.path(directory))), escaped("; ".join(faults)))
         damaged += [f"  {directory}: {'; '.join(faults)}"] if sealed else []
     if damaged:
         raise NoCheckpointError(

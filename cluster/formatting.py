@@ -1,15 +1,9 @@
-"""Formatting of numbers, sizes, times and foreign text for one line, and of values for JSON. Pure."""
+"""Formatting of numbers, sizes and times for one line, and of values for JSON. Pure."""
 
 import time
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any
-from unicodedata import category
-
-#: Categories of Unicode: control and format characters, surrogates, separators of lines and paragraphs.
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-#: Format characters that spelling and emoji need: they join letters and reorder nothing.
-_JOINERS = "\u200c\u200d"
 
 
 def finite(body: Any) -> Any:
@@ -19,17 +13,6 @@ def finite(body: Any) -> Any:
     if isinstance(body, list | tuple):
         return [finite(item) for item in body]
     return None if isinstance(body, float) and not isfinite(body) else body
-
-
-def escaped(text: str) -> str:
-    """Escape characters that would act on a terminal: control and format characters, also those that reorder text."""
-    if text.isprintable():
-        return text
-    return "".join(map(_escaped_letter, text))
-
-
-def _escaped_letter(letter: str) -> str:
-    return ascii(letter)[1:-1] if category(letter) in _UNPRINTABLE and letter not in _JOINERS else letter
 
 
 def size(num_bytes: float) -> str:

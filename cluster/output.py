@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.redaction import redact, redact_json
-from outlast.cluster.formatting import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,8 +6,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.redaction import redact
-from outlast.cluster.formatting import escaped
 
 
 class SafeConsole(Console):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.escaping import escaped
 from outlast.cluster.cli.options import AsJson, Overrides, RunFile
-from outlast.cluster.formatting import escaped
 from outlast.cluster.output import make_console, print_json, print_line
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from outlast.checkpointing.error_hints import first_line, nearest
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.redaction import redact
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.formatting import escaped
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding, check
 

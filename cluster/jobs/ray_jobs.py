@@ -236,8 +236,9 @@ def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
                 hint="the checkpoints are in the run's storage: submit the run on any cluster to resume it; but with "
                 "failure.survive_head it may still be running (see `outlast status`): then wait for the head",
             ) from error
-        print_log(log[seen:], to_stderr=True)
-        seen = len(log)
+        whole = log.rfind("\n") + 1 if job.is_live else len(log)  # a part of a credential is not recognised
+        print_log(log[seen:whole], to_stderr=True)
+        seen = max(seen, whole)
         if not job.is_live:
             return job
         time.sleep(_POLL_S)

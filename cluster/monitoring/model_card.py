@@ -14,13 +14,14 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.claims import read_claim
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint
-from outlast.cluster.formatting import counted, escaped
+from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.timeline import TimelineReader
 from outlast.trainers.config.task_table import TASKS
 

@@ -107,6 +107,12 @@ def test_an_error_holds_no_credential() -> None:
     assert "canary" not in str(ConfigError("Bearer canary-canary-canary"))
 
 
+def test_an_error_acts_on_no_terminal() -> None:
+    """A loop of the user may let Python print it."""
+    error = StorageError("a\x1b[2J\n  b\u202e", hint="c\r\x9b")
+    assert (str(error), error.hint) == ("a\\x1b[2J\n  b\\u202e", "c\\r\\x9b")
+
+
 def test_a_credential_is_redacted_before_the_rest_is_cut_off() -> None:
     text = "x" * 280 + " https://me:" + "canary" * 10 + "@host"
     assert "canary" not in first_line(OSError(text))

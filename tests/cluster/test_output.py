@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.escaping import escaped
 from outlast.cluster import output
 from outlast.cluster.cli import main as command_line
-from outlast.cluster.formatting import escaped
 from outlast.cluster.safe_console import SafeConsole
 from tests.test_layout import ROOT, sources
 
