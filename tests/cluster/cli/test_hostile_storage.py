@@ -47,13 +47,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     (damaged / f"extra{HOSTILE}".replace("/", "-").replace("\x00", "")).write_text("x")
     journal = Journal(storage, store.launch_dir("launch"), 0, flush_s=0)
-    failed = {"attempt": str(attempt), "cause": HOSTILE, "message": f"{HOSTILE} {URL}", "where": HOSTILE, "rank": 0}
-    raw = [GroupFailureEvent(**failed).to_json()]
+    failed = {
+        "event": GroupFailureEvent.kind,
+        "attempt": str(attempt),
+        "cause": HOSTILE,
+        "message": f"{HOSTILE} {URL}",
+        "where": HOSTILE,
+        "rank": 0,
+    }
     journal.write(ResizeEvent(attempt=str(attempt), before=2, now=1))
     folder = storage.path(store.launch_dir("launch"))
     [segment] = folder.glob("events-0-*.jsonl")
     with segment.open("a") as file:  # as an earlier release or a stranger wrote it: not redacted
-        file.writelines(json.dumps({"t": 1.0, **event}) + "\n" for event in raw)
+        file.write(json.dumps({"t": 1.0, **failed}) + "\n")
     (folder / "alive.json").write_text(json.dumps({"began": 1.0, "t": 2.0, "host": HOSTILE, "error": HOSTILE}))
     storage.path(f"odd{HOSTILE}".replace("/", "-")).mkdir()
     return storage.path("run")

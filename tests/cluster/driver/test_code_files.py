@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from outlast.cluster.cli.main import main
 from outlast.cluster.driver.code_files import is_credential_file, select_code
 from outlast.cluster.jobs.bundle import bundle, describe_bundle, warn_of_code
 
@@ -114,3 +115,27 @@ def test_ignore_files(tmp_path: Path, in_repository: bool) -> None:
     lines = list(describe_bundle(code, ship=False))
     assert "ignores  build/" in lines
     assert {line.removeprefix("sends  ") for line in lines if line.startswith("sends")} >= expected
+
+
+def test_a_dry_run_lists_what_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a cluster: nothing is connected to."""
+    write(tmp_path, "code/model.py", "code/token.txt", "code/skipped.txt")
+    (tmp_path / "code/.outlastignore").write_text("skipped.txt\n")
+    (tmp_path / "code/evil\x1b[2J\n.py").write_text("")
+    body = "name: a\nmodel: {path: gpt2}\ndata: {train: /data/a.txt}\ncheckpoint: {storage: /runs}\n"
+    (tmp_path / "run.yaml").write_text(body)
+    arguments = ["submit", str(tmp_path / "run.yaml"), "--code", str(tmp_path / "code"), "--dry-run"]
+    monkeypatch.setattr("sys.argv", ["outlast", *arguments])
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://192.0.2.1:1")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "canary-1")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert {"sends  run.yaml", "sends  model.py", "ignores  skipped.txt", "sends  evil\\x1b[2J\\n.py"} <= set(lines)
+    assert "token.txt is not sent" in printed.err
+    assert "the job server at http://192.0.2.1:1 gets a token unencrypted" in printed.err
+    assert "canary" not in printed.out + printed.err
