@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from outlast.checkpointing.error_hints import first_line, nearest
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.escaping import escaped
-from outlast.checkpointing.redaction import redact
+from outlast.checkpointing.redaction import is_secret_name, redact
 from outlast.cluster.config.run_config import RunConfig
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding, check
@@ -60,7 +60,7 @@ def locate_findings(
     That is the -s option of the setting, else its line or that of the enclosing block. Options inside a block at fault
     are named too: alone, if the message names the key of one.
     """
-    by_key = {item.partition("=")[0].strip(): item for item in overrides}
+    by_key = {item.partition("=")[0].strip(): _shown_option(item) for item in overrides}
     located = []
     for item in found:
         prefixes = [item.path[:end] for end in range(len(item.path), 0, -1)]
@@ -125,6 +125,12 @@ def _settings_error(
     listing = "\n".join(f"  {escaped(str(item))}" for item in located)
     hint = f"edit {source}, or the -s options" if overrides else f"edit {source}"
     return SettingsError(f"settings of {source} are not valid:\n{listing}", hint=hint, findings=located)
+
+
+def _shown_option(given: str) -> str:
+    """Return an option for a message, without a value that seems to be a credential."""
+    key, equals, value = given.partition("=")
+    return f"{key}=…" if equals and (is_secret_name(key.rpartition(".")[2]) or is_secret_name(value)) else given
 
 
 def _is_secret(text: str) -> bool:
@@ -200,20 +206,20 @@ def override(body: dict[str, Any], given: str) -> None:
     """Set one value of `body`; `given` is `key=value` with dots in the key. ConfigError if it is malformed."""
     key, equals, text = given.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"-s {given} sets nothing", hint="write key=value, such as -s train.lr=1e-4")
+        raise ConfigError(f"-s {_shown_option(given)} sets nothing", hint="write key=value, such as -s train.lr=1e-4")
     *parents, last = key.strip().split(".")
     block = body
     for parent in parents:
         block = block.setdefault(parent, {})
         if not isinstance(block, dict):
             hint = f"leave out what follows {parent}"
-            raise ConfigError(f"-s {given}: {parent} holds a value, not a block", hint=hint)
+            raise ConfigError(f"-s {_shown_option(given)}: {parent} holds a value, not a block", hint=hint)
     try:
         block[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or first_line(error)
         hint = f"quote it, for example -s '{key}=\"…\"'"
-        raise ConfigError(f"-s {given}: the value is not valid YAML: {problem}", hint=hint) from error
+        raise ConfigError(f"-s {_shown_option(given)}: the value is not valid YAML: {problem}", hint=hint) from error
 
 
 def _unset_variables(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:

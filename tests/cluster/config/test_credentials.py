@@ -49,7 +49,16 @@ def test_a_credential_in_a_run_file_is_refused(
 
 
 @pytest.mark.parametrize(
-    "option", ["data.train=https://me:canary@h/a.txt", "train.lr=sk-canarycanarycanarycanary", "nonsense?token=canary"]
+    "option",
+    [
+        "data.train=https://me:canary@h/a.txt",
+        "train.lr=sk-canarycanarycanarycanary",
+        "nonsense?token=canary",
+        "track.options={wandb: {api_key: canary}}",
+        "train.password=canary",
+        "name.password=canary",
+        "train.token=[canary",
+    ],
 )
 def test_a_credential_in_an_option_is_not_echoed(tmp_path: Path, option: str) -> None:
     with pytest.raises(ConfigError) as caught:
