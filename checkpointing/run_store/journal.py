@@ -73,7 +73,8 @@ class Journal:
         Raises:
             StorageError: A flush was due and failed permanently, or at all if each event is flushed.
         """
-        line = json.dumps({"t": round(time.time(), 4), **redact_json(event.to_json())}).encode() + b"\n"
+        body = {name: redact_json(value) for name, value in event.to_json().items()}
+        line = json.dumps({"t": round(time.time(), 4), **body}).encode() + b"\n"
         with self._lock:
             self._lines.append(line)
             self._num_bytes += len(line)

@@ -93,6 +93,15 @@ def test_values_of_the_environment(
     assert redact(text) == expected
 
 
+@pytest.mark.parametrize(
+    "piece",
+    ["://a:", "eyJaaaaaaaa.", "-----BEGIN PRIVATE KEY-----", "?token=", "authorization:", "?secret", "sk-", "?a-", "a"],
+)
+def test_the_time_is_linear_in_the_length(piece: str) -> None:
+    """A journal or a log may hold a line of any form; a pattern that backtracks would take hours."""
+    assert redact(piece * (300_000 // len(piece)))
+
+
 def test_json_keeps_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", 'can"ary\n1')
     body = {"a": ['can"ary\n1', 1, None, 0.5, True], "b": {'can"ary\n1': ("x",)}}
