@@ -59,6 +59,7 @@ def test_shapes_of_credentials(text: str, expected: str, monkeypatch: pytest.Mon
         "s3://bucket/runs?region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:9000",
         "http://127.0.0.1:8265/api/version asked by me@host",
         "abfs://container@account.dfs.core.windows.net/runs",
+        "https://h/a?author=me&tokenizer=bpe",
         "git@github.com:me/mine.git and ssh://git@github.com/me/mine",
         "/home/me/runs/run/attempts/0001-0a1b2c3d/checkpoint-100",
         "tokenizer.json has 1,000,000 tokens; the key 'text' is missing; sk-learn; desk-lamp-that-is-quite-long-indeed",
