@@ -22,7 +22,10 @@ _SECRET_LENGTH, _WORD_LENGTH = 6, 16
 _LONGEST = 400
 _CHUNK = r"[^\s\"'<>]"
 _URL_PASSWORD = re.compile(rf"(://)([^\s/:@?#\"'<>]{{0,99}}):(?!\d+[/?#])({_CHUNK}{{1,{_LONGEST}}})@(?=[^\s/@])")
-_PARAMETER = r"[\w.-]{0,40}(?:secret|token(?!iz)|passw|pwd|signature|credential|api_?key|access_?key|account_?key|auth(?!or))[\w.-]{0,40}"
+_PARAMETER = (
+    r"[\w.-]{0,40}(?:secret|token(?!iz)|passw|pwd|signature|credential|api_?key|access_?key|account_?key|auth(?!or))"
+    r"[\w.-]{0,40}"
+)
 _QUERY = re.compile(rf"([?&;](?:{_PARAMETER}|key|sig)=)[^&;\s\"'<>#]+", re.IGNORECASE)
 _PAIR = re.compile(r"\b(?:password|passwd|pwd|accountkey|sharedaccesskey)\s*=\s*([^\s;&\"']+)", re.IGNORECASE)
 _HEADER = re.compile(r"(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?|\bbearer\s+)[\w~+/.=-]{8,}", re.IGNORECASE)
