@@ -27,10 +27,10 @@ calls = 0
 
 
 class Model(nn.Module):
-    def __init__(self, vocab_size):
+    def __init__(self, vocab_size, width):
         super().__init__()
-        self.embed = nn.Embedding(vocab_size, 8)
-        self.out = nn.Linear(8, vocab_size)
+        self.embed = nn.Embedding(vocab_size, width)
+        self.out = nn.Linear(width, vocab_size)
 
     def forward(self, input_ids, **_):
         global calls
@@ -56,7 +56,7 @@ def outlast(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
 def test_no_credential_is_written_or_printed(tmp_path: Path, text_file: str) -> None:
     body = {
         "name": "run",
-        "model": {"class": "mine:Model", "tokenizer": {"train_bpe": 300}},
+        "model": {"class": "mine:Model", "config": {"width": 8}, "tokenizer": {"train_bpe": 300}},
         "data": {"train": text_file, "max_length": 16},
         "train": {"steps": 6, "batch": 2, "micro_batch": 1},
         "checkpoint": {"every": 1},
