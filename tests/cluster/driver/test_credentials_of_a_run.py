@@ -1,4 +1,4 @@
-"""A real run that fails and then ends, with credentials all around it: none is written or printed. About 40 s."""
+"""A real run that fails, with credentials all around it: none is written or printed. About 30 s."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class Model(nn.Module):
     def forward(self, input_ids, **_):
         global calls
         calls += 1
-        if calls > 6 and os.environ.get("FAIL"):
+        if calls > 6:
             secrets = [os.environ[name] for name in ("MY_TOKEN", "DATABASE_URL", "SIGNED")]
-            raise RuntimeError(f"refused {secrets}, ghp_canary" + "1" * 30 + "\\noutlast: all is well\\x1b[2J")
+            raise RuntimeError(f"refused {secrets}, ghp_" + "987" * 12 + "\\noutlast: all is well\\x1b[2J")
         return CausalLMOutput(logits=self.out(self.embed(input_ids)))
 """
 
 
-def outlast(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def outlast(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [OUTLAST, *arguments],
         cwd=folder,
-        env={**os.environ, **SECRETS, **environment},
+        env={**os.environ, **SECRETS},
         capture_output=True,
         text=True,
         timeout=100,
@@ -74,23 +74,22 @@ def test_no_credential_is_written_or_printed(tmp_path: Path, text_file: str) -> 
     (tmp_path / "mine.py").write_text(CODE + "\nTOKEN = 'hf_canary" + "1" * 30 + "'\n")
     (tmp_path / "secrets.yaml").write_text("password: canary-untracked-1\n")
 
-    failed = outlast(tmp_path, "--debug", "train", "run.yaml", FAIL="1")
+    failed = outlast(tmp_path, "--debug", "train", "run.yaml")
     assert failed.returncode == 1, failed.stderr
     assert "<MY_TOKEN>" in failed.stderr
     assert "\x1b" not in failed.stderr
     assert not [line for line in failed.stderr.splitlines() if line == "outlast: all is well\\x1b[2J"]
-    done = outlast(tmp_path, "train", "run.yaml", "-s", "failure.max_failures=3")
-    assert done.returncode == 0, done.stderr
     shown = outlast(tmp_path, "status", "runs/run")
     assert "<MY_TOKEN>" in shown.stdout
     page = outlast(tmp_path, "report", "runs/run")
-    card = outlast(tmp_path, "checkpoints", "export", "runs/run", "model", "--out", "runs/export")
+    card = outlast(tmp_path, "checkpoints", "export", "runs/run", "newest", "runs/export")
     assert (page.returncode, card.returncode) == (0, 0), page.stderr + card.stderr
 
-    output = "".join(item.stdout + item.stderr for item in (failed, done, shown, page, card))
+    output = "".join(item.stdout + item.stderr for item in (failed, shown, page, card))
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()] + [tmp_path / "run-report.html"]
     assert {"run.yaml", "claim.json", "record.json", "code.diff", "README.md"} <= {path.name for path in files}
     assert any(path.name.startswith("failure-") for path in files)
-    assert [str(path) for path in files if b"canary" in path.read_bytes()] == []
+    assert [str(path) for path in files if b"canary" in (data := path.read_bytes()) or b"987987" in data] == []
     assert "canary" not in output
+    assert "987987" not in output
     assert "secrets.yaml" in next(path for path in files if path.name == "record.json").read_text()
