@@ -24,7 +24,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from outlast.checkpointing.errors import ConfigError, NoCheckpointError, OutlastError
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
@@ -32,7 +32,13 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.load import restore
 from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store import claims, events
-from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, build_catalog, check_unread
+from outlast.checkpointing.run_store.catalog import (
+    Catalog,
+    RejectedCheckpoint,
+    build_catalog,
+    check_unread,
+    none_intact,
+)
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
@@ -50,8 +56,6 @@ from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import Location
 from outlast.checkpointing.storage.retry import retry
-
-_ANNOUNCE_S = 3.0
 
 
 class Checkpointer:
@@ -126,15 +130,12 @@ class Checkpointer:
             return
         self.attempt, self.catalogue = claimed
         self._staging = StagingBuffer()
-        hosts = self.ranks.gather(socket.gethostname())
-        self._num_sharing = hosts.count(hosts[self.ranks.rank])
+        self._num_sharing = self.ranks.gather(host := socket.gethostname()).count(host)
         if self.ranks.rank == 0:
             self.journal = Journal(storage, self._store.attempt_dir(self.attempt), 0)
-        # A group of its own, so that commits in flight and the step loop never share a queue.
-        background = self.ranks.duplicate()
-        self._committer = Committer(
-            self._store, self.attempt, launch, background, retention or Retention(), self._emit, self.flush
-        )
+        own = self.ranks.duplicate()  # commits in flight and the step loop must never share a queue
+        keep = retention or Retention()
+        self._committer = Committer(self._store, self.attempt, launch, own, keep, self._emit, self.flush)
 
     @property
     def store(self) -> RunStore:
@@ -189,7 +190,7 @@ class Checkpointer:
                 step=manifest.ref.step,
                 source=manifest.ref,
                 committed_at=manifest.committed_at,
-                rejected=_rejections(rejected),
+                rejected=tuple(item.record for item in rejected),
                 passed_over=tuple(ref for ref in self.catalogue.doubtful if ref > manifest.ref),
             )
             self._emit(event)
@@ -208,14 +209,9 @@ class Checkpointer:
         return claims.higher_claim(self._store, self.attempt) is not None
 
     def _refuse(self, rejected: list[RejectedCheckpoint]) -> None:
-        self._emit(events.NoCheckpointEvent(rejected=_rejections(rejected)))
+        self._emit(events.NoCheckpointEvent(rejected=tuple(item.record for item in rejected)))
         self.flush()
-        lines = "\n".join(f"  {item.ref}: {'; '.join(item.reasons)}" for item in rejected)
-        raise NoCheckpointError(
-            f"run {self._store.run!r} has commits, but no checkpoint is intact; nothing was changed\n{lines}",
-            hint=f"`outlast checkpoints verify {self._store.url}` reads every byte again; restore the "
-            "files from a copy, or start a new run under another name",
-        )
+        raise none_intact(self._store, rejected)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -381,7 +377,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            message = error.message if isinstance(error, OutlastError) else f"{type(error).__name__}: {error}"
+            message = getattr(error, "message", f"{type(error).__name__}: {error}")
             self._emit(events.SaveFailedEvent(step=step, error=message))
             raise
 
@@ -501,7 +497,3 @@ class Checkpointer:
         if self.journal is not None:
             self.journal.write(event)
             self.listener(event.to_json())
-
-
-def _rejections(rejected: list[RejectedCheckpoint]) -> tuple[events.Rejection, ...]:
-    return tuple(events.Rejection(str(item.ref), item.reasons) for item in rejected)

@@ -4,10 +4,15 @@ import difflib
 from collections.abc import Collection, Iterable
 from itertools import islice
 
+from outlast.checkpointing.redaction import redact
+
 
 def first_line(error: BaseException) -> str:
-    """Return the first line with words of a library's error, for use in a message; its class name if it has none."""
-    lines = (line.strip() for line in str(error).splitlines())
+    """Return the first line with words of a library's error, for use in a message; its class name if it has none.
+
+    Credentials are redacted here, before a part of one is cut off and no longer recognised.
+    """
+    lines = (line.strip() for line in redact(str(error)).splitlines())
     return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)[:300]
 
 

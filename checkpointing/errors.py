@@ -10,10 +10,14 @@
     └── NoCheckpointError           5   commits exist, but none of them is intact
 
 A message states what happened and where; `hint` is the next command or step. Being superseded is not an error, see
-`run_store/catalog.py`. Errors cross process borders, so each one pickles with its fields.
+`run_store/catalog.py`. Errors cross process borders, so each one pickles with its fields. When an error is made,
+credentials in both texts are redacted, and control characters escaped: a loop of the user may print them.
 """
 
 from typing import ClassVar
+
+from outlast.checkpointing.escaping import escaped_lines
+from outlast.checkpointing.redaction import redact
 
 
 class OutlastError(Exception):
@@ -24,9 +28,8 @@ class OutlastError(Exception):
     permanent: ClassVar[bool] = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = escaped_lines(redact(message)), escaped_lines(redact(hint))
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.message, self.hint)

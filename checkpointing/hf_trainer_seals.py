@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from outlast.checkpointing.errors import ConfigError, NoCheckpointError, NotAFileError, StorageError
+from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.format.layout import (
     MANIFEST,
     AttemptId,
@@ -99,7 +100,7 @@ def newest_sealed(output_dir: str | os.PathLike[str]) -> str | None:
         sealed, faults = _inspect_on_all(ranks, storage, directory)
         if not faults:
             return str(storage.path(directory))
-        _log.warning("passed over %s: %s", storage.path(directory), "; ".join(faults))
+        _log.warning("passed over %s: %s", escaped(str(storage.path(directory))), escaped("; ".join(faults)))
         damaged += [f"  {directory}: {'; '.join(faults)}"] if sealed else []
     if damaged:
         raise NoCheckpointError(

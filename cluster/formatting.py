@@ -1,13 +1,9 @@
-"""Formatting of numbers, sizes, times and foreign text for one line, and of values for JSON. Pure."""
+"""Formatting of numbers, sizes and times for one line, and of values for JSON. Pure."""
 
 import time
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any
-from unicodedata import category
-
-#: Categories of Unicode: control and format characters, surrogates, separators of lines and paragraphs.
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def finite(body: Any) -> Any:
@@ -17,11 +13,6 @@ def finite(body: Any) -> Any:
     if isinstance(body, list | tuple):
         return [finite(item) for item in body]
     return None if isinstance(body, float) and not isfinite(body) else body
-
-
-def escaped(text: str) -> str:
-    """Escape characters that would act on a terminal: control and format characters, also those that reorder text."""
-    return "".join(ascii(letter)[1:-1] if category(letter) in _UNPRINTABLE else letter for letter in text)
 
 
 def size(num_bytes: float) -> str:

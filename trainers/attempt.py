@@ -21,6 +21,7 @@ from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
+from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.events import AttemptErrorEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
@@ -175,7 +176,7 @@ def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
         error.add_note(f"after step {loop.step}")
         with suppress(StorageError):  # the first error is the one to report
             if checkpointer.journal is not None:
-                message = f"{type(error).__name__}: {error}"[:500]
+                message = redact(f"{type(error).__name__}: {error}")[:500]
                 final = isinstance(error, NonFiniteError)
                 checkpointer.journal.write(AttemptErrorEvent(step=loop.step + 1, error=message, final=final))
             checkpointer.flush()

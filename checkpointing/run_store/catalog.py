@@ -23,12 +23,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from outlast.checkpointing.errors import DamagedError, NotAFileError, StorageError, StorageRefused
+from outlast.checkpointing.errors import (
+    DamagedError,
+    NoCheckpointError,
+    NotAFileError,
+    StorageError,
+    StorageRefused,
+)
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
 from outlast.checkpointing.run_store.deletion import deletions
-from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, parse_event
+from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, Rejection, parse_event
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_bytes
@@ -42,6 +48,11 @@ class RejectedCheckpoint:
 
     ref: CheckpointRef
     reasons: tuple[str, ...]
+
+    @property
+    def record(self) -> Rejection:
+        """The same for an event."""
+        return Rejection(str(self.ref), self.reasons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +125,16 @@ def check_unread(store: RunStore, catalog: Catalog, ref: CheckpointRef | None) -
             hint=f"make it readable, then start again; `outlast checkpoints verify {store.url}` names it. To continue "
             "without it, move its directory away",
         )
+
+
+def none_intact(store: RunStore, rejected: Sequence[RejectedCheckpoint]) -> NoCheckpointError:
+    """Return the error of a run of which every checkpoint was rejected."""
+    lines = "\n".join(f"  {item.ref}: {'; '.join(item.reasons)}" for item in rejected)
+    return NoCheckpointError(
+        f"run {store.run!r} has commits, but no checkpoint is intact; nothing was changed\n{lines}",
+        hint=f"`outlast checkpoints verify {store.url}` reads every byte again; restore the files from a copy, or "
+        "start a new run under another name",
+    )
 
 
 def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.redaction import redact_json
 from outlast.checkpointing.run_store.events import Event
 from outlast.checkpointing.run_store.segments import (
     SegmentFile,
@@ -71,12 +72,13 @@ class Journal:
         self._compaction = _Compaction(storage, directory, f"{stream}-{rank}") if stream == EVENTS else None
 
     def write(self, event: Event) -> None:
-        """Append an event with the current time.
+        """Append an event with the current time; credentials in its texts are redacted.
 
         Raises:
             StorageError: A flush was due and failed permanently, or at all if each event is flushed.
         """
-        line = json.dumps({"t": round(time.time(), 4), **event.to_json()}).encode() + b"\n"
+        body = {name: redact_json(value) for name, value in event.to_json().items()}
+        line = json.dumps({"t": round(time.time(), 4), **body}).encode() + b"\n"
         with self._lock:
             self._lines.append(line)
             self._num_bytes += len(line)

@@ -16,6 +16,7 @@ from typing import Any
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import is_litter
+from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_object
 from outlast.checkpointing.storage.retry import retry
@@ -106,7 +107,7 @@ class LivenessFile:
             "ended": exit_code is not None,
             "exit_code": exit_code,
             "settings": self._settings,
-            "error": error,
+            "error": redact(error),
             "progress": dict(self.progress),
         }
         self._storage.put(self._path, [json.dumps(body).encode()])

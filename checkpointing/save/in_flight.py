@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from outlast.checkpointing.escaping import escaped
+from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.save import exit_hook
 from outlast.checkpointing.save.background_save import BackgroundSave, SaveState
 
@@ -78,4 +80,4 @@ class SaveInFlight:
             self.report(f"{lost}: {error or type(error).__name__}")
 
     def report(self, line: str) -> None:
-        print(f"outlast: run {self._run!r}: {line}", file=sys.stderr, flush=True)
+        print(escaped(redact(f"outlast: run {self._run!r}: {line}")), file=sys.stderr, flush=True)

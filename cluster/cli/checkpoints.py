@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +23,7 @@ from outlast.cluster.cli.options import (
 )
 from outlast.cluster.config.run_reference import find_run
 from outlast.cluster.formatting import size, when
+from outlast.cluster.output import print_json, print_line
 
 if TYPE_CHECKING:
     from outlast.checkpointing.tools.diff import CheckpointDiff
@@ -46,16 +45,16 @@ def list_(run: Run, storage: StorageRoot = "./runs", as_json: AsJson = False) ->
     catalog = commands.load_catalog(store)
     rows = commands.list_checkpoints(store, catalog, retention)
     for item in catalog.rejected:
-        print(f"damaged: {item.ref}: {'; '.join(item.reasons)}", file=sys.stderr)
+        print_line(f"damaged: {item.ref}: {'; '.join(item.reasons)}", to_stderr=True)
     print_unreadable(store.unreadable)
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
-    print(f"{'step':>8}  {'size':>9}  {'committed':19}  metrics")
+    print_line(f"{'step':>8}  {'size':>9}  {'committed':19}  metrics")
     for row in rows:
         metrics = "  ".join(f"{key} {value:.4f}" for key, value in sorted(row["metrics"].items()))
         flags = "".join(f"  {flag}" for flag in ("best", "pinned") if row[flag])
-        print(f"{row['step']:>8}  {size(row['bytes']):>9}  {when(row['committed_at'])}  {metrics}{flags}")
+        print_line(f"{row['step']:>8}  {size(row['bytes']):>9}  {when(row['committed_at'])}  {metrics}{flags}")
 
 
 @checkpoints.command()
@@ -66,16 +65,19 @@ def show(run: Run, which: CheckpointName = "newest", storage: StorageRoot = "./r
     store, retention = find_run(run, storage)
     body = commands.show_checkpoint(store, which, retention)
     if as_json:
-        print(json.dumps(body, indent=1))
+        print_json(body)
         return
     pinned = ", pinned" if body["pinned"] else ""
-    print(f"checkpoint-{body['step']} by attempt {body['attempt']}, committed {when(body['committed_at'])}{pinned}")
-    print(f"{body['path']}\n{size(body['bytes'])} by {body['world_size']} ranks; metrics {body['metrics']}")
-    print(f"lineage: {', '.join(body['lineage']) or 'none'}")
+    print_line(
+        f"checkpoint-{body['step']} by attempt {body['attempt']}, committed {when(body['committed_at'])}{pinned}"
+    )
+    print_line(body["path"])
+    print_line(f"{size(body['bytes'])} by {body['world_size']} ranks; metrics {body['metrics']}")
+    print_line(f"lineage: {', '.join(body['lineage']) or 'none'}")
     if body["record"]:
-        print(f"record: {body['record']}")
+        print_line(f"record: {body['record']}")
     for entry in body["files"]:
-        print(f"  {entry['xxh3_128']}  {size(entry['num_bytes']):>9}  {entry['path']}")
+        print_line(f"  {entry['xxh3_128']}  {size(entry['num_bytes']):>9}  {entry['path']}")
 
 
 @checkpoints.command()
@@ -91,17 +93,17 @@ def verify(
     store, retention = find_run(run, storage)
     verdicts = verify_run(store, which, retention)
     if as_json:
-        print(json.dumps([asdict(item) for item in verdicts], indent=1))
+        print_json([asdict(item) for item in verdicts])
     else:
         for item in verdicts:
             verdict = "damaged" if item.faults else "unread" if item.unread else "whole"
-            print(f"{verdict:8} {size(item.num_bytes):>9}  {item.path}")
+            print_line(f"{verdict:8} {size(item.num_bytes):>9}  {item.path}")
             for line in (*item.faults, *filter(None, [item.unread])):
-                print(f"         {line}")
+                print_line(f"         {line}")
             if item.litter:
-                print(f"         not outlast's, and harmless: {', '.join(item.litter)}")
+                print_line(f"         not outlast's, and harmless: {', '.join(item.litter)}")
         if not verdicts:
-            print("no checkpoints yet", file=sys.stderr)
+            print_line("no checkpoints yet", to_stderr=True)
     print_unreadable(store.unreadable)
     raise Exit(5 if any(item.faults for item in verdicts) else 1 if any(item.unread for item in verdicts) else 0)
 
@@ -116,7 +118,7 @@ def path(
     from outlast.checkpointing.tools import query as commands
 
     store, retention = find_run(run, storage)
-    print(commands.resolve_checkpoint(store, which, retention).url)
+    print_line(commands.resolve_checkpoint(store, which, retention).url)
 
 
 @checkpoints.command()
@@ -141,9 +143,10 @@ def diff(
     result = diff_checkpoints(ours, theirs, optimizer=optimizer)
     if as_json:
         tensors = [item.as_json() for item in result.tensors]
-        print(json.dumps({"a": ours.url, "b": theirs.url, "settings": result.settings, "tensors": tensors}, indent=1))
+        print_json({"a": ours.url, "b": theirs.url, "settings": result.settings, "tensors": tensors})
         return
-    print(f"a  {ours.url}\nb  {theirs.url}")
+    print_line(f"a  {ours.url}")
+    print_line(f"b  {theirs.url}")
     _print_diff(result)
 
 
@@ -151,19 +154,19 @@ def _print_diff(result: CheckpointDiff) -> None:
     from outlast.checkpointing.tools.diff import ChangeKind
 
     for key, pair in (result.settings or {}).items():
-        print(f"{key.removeprefix('mathematics.')}: {pair[0]!r} → {pair[1]!r}")
+        print_line(f"{key.removeprefix('mathematics.')}: {pair[0]!r} → {pair[1]!r}")
     if not result.settings:
-        print("the settings are not recorded" if result.settings is None else "the settings are the same")
-    print("tensors: " + ", ".join(f"{result.count(change)} {change.value}" for change in ChangeKind))
+        print_line("the settings are not recorded" if result.settings is None else "the settings are the same")
+    print_line("tensors: " + ", ".join(f"{result.count(change)} {change.value}" for change in ChangeKind))
     different = [item for item in result.tensors if item.change is not ChangeKind.EQUAL]
     if different:
-        print(f"{'':8}  {'norm of a':>11}  {'norm of b':>11}  {'of b - a':>11}  {'largest':>11}  name")
+        print_line(f"{'':8}  {'norm of a':>11}  {'norm of b':>11}  {'of b - a':>11}  {'largest':>11}  name")
     for item in different:
         numbers = (*item.norms, item.distance, item.largest)
         shown = "  ".join(f"{'-' if number is None else format(number, '.5g'):>11}" for number in numbers)
         tensors = zip(item.dtypes, item.shapes, strict=True)
         specs = [f"{dtype} {list(shape)}" for dtype, shape in tensors if shape is not None]
-        print(f"{item.change.value:8}  {shown}  {item.name} {' → '.join(dict.fromkeys(specs))}")
+        print_line(f"{item.change.value:8}  {shown}  {item.name} {' → '.join(dict.fromkeys(specs))}")
 
 
 @checkpoints.command()
@@ -173,7 +176,7 @@ def pin(run: Run, which: CheckpointName, storage: StorageRoot = "./runs", as_jso
 
     store, retention = find_run(run, storage)
     ref = keeping.pin(store, which, retention)
-    print(json.dumps({"pinned": ref.name}) if as_json else f"pinned {ref.name}")
+    _print_ref("pinned", ref.name, as_json=as_json)
 
 
 @checkpoints.command()
@@ -188,7 +191,14 @@ def unpin(
 
     store, _ = find_run(run, storage)
     ref = keeping.unpin(store, which)
-    print(json.dumps({"unpinned": ref.name}) if as_json else f"unpinned {ref.name}")
+    _print_ref("unpinned", ref.name, as_json=as_json)
+
+
+def _print_ref(verb: str, name: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({verb: name}, indent=None)
+    else:
+        print_line(f"{verb} {name}")
 
 
 @checkpoints.command()
@@ -220,17 +230,17 @@ def prune(
             "kept": kept,
             "left": list(plan.left),
         }
-        print(json.dumps({"done": yes, **names, "bytes": plan.num_bytes}, indent=1))
+        print_json({"done": yes, **names, "bytes": plan.num_bytes})
         return
     for manifest in plan.doomed:
-        print(f"{'deleted' if yes else 'would delete'}  {manifest.ref.name}  {size(manifest.num_bytes)}")
+        print_line(f"{'deleted' if yes else 'would delete'}  {manifest.ref.name}  {size(manifest.num_bytes)}")
     for ref in plan.remains:
-        print(f"{'deleted' if yes else 'would delete'}  {ref.name}  rest of an interrupted deletion")
+        print_line(f"{'deleted' if yes else 'would delete'}  {ref.name}  rest of an interrupted deletion")
     for path in plan.left:
-        print(f"{'left' if yes else 'would leave'}  {path}, which outlast did not write")
-    print(f"{'kept' if yes else 'would keep'}  {', '.join(kept)}")
+        print_line(f"{'left' if yes else 'would leave'}  {path}, which outlast did not write")
+    print_line(f"{'kept' if yes else 'would keep'}  {', '.join(kept)}")
     if not yes and (plan.doomed or plan.remains):
-        print(f"{size(plan.num_bytes)} would be freed; repeat the command with --yes to delete", file=sys.stderr)
+        print_line(f"{size(plan.num_bytes)} would be freed; repeat the command with --yes to delete", to_stderr=True)
 
 
 @checkpoints.command()
@@ -299,9 +309,13 @@ def export(
     else:
         written = export_parts(content, **parts, write_weights=write)
     if caveat and (out is not None or weights is not None):
-        print(f"outlast: {caveat}", file=sys.stderr)
+        print_line(f"outlast: {caveat}", to_stderr=True)
     paths = [str(path) for path in written]
-    print(json.dumps({"source": checkpoint.url, "written": paths}, indent=1) if as_json else "\n".join(paths))
+    if as_json:
+        print_json({"source": checkpoint.url, "written": paths})
+    else:
+        for path in paths:
+            print_line(path)
 
 
 def _add_card(checkpoint: ResolvedCheckpoint, content: Content) -> Content:

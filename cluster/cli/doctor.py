@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from typer import Argument, Exit, Option
 
 from outlast.checkpointing.errors import PreflightError
 from outlast.cluster.cli.options import AsJson, Overrides
+from outlast.cluster.output import print_json, print_line, print_log
 from outlast.cluster.preflight.doctor_rules import Requirements
 from outlast.cluster.preflight.finding import Finding, Level
 
@@ -52,12 +52,12 @@ def doctor(
         findings = _run_here(target, requirements, quick)
     if as_json:
         rows = [{**asdict(finding), "level": finding.level.value} for finding in findings]
-        print(JSON_HEAD + json.dumps(rows) + "}")
+        print_json({"checks": rows}, indent=None)
     else:
         for finding in findings:
-            print(f"{finding.level.value:8} {finding.check:12} {finding.text}")
+            print_line(f"{finding.level.value:8} {finding.check:12} {finding.text}")
             if finding.hint:
-                print(f"{'':22}→ {finding.hint}")
+                print_line(f"{'':22}→ {finding.hint}")
     raise Exit(3 if any(finding.level is Level.FAILED for finding in findings) else 0)
 
 
@@ -91,7 +91,7 @@ def _run_as_job(
     log = jobs.run_command(client, arguments, declared)
     lines = [line for line in log.splitlines() if line.startswith(JSON_HEAD)]
     if not lines:
-        print(log, file=sys.stderr, end="")
+        print_log(log, to_stderr=True)
         hint = "the cluster's image needs outlast's dependencies: `pip install outlast` there"
         raise PreflightError(f"doctor at {address} ended without a report; its log is above", hint=hint)
     rows = [{**row, "level": Level(row["level"])} for row in json.loads(lines[-1])["checks"]]

@@ -1,6 +1,5 @@
 """The commands that inject faults: `demo` and `drill`."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 from typer import Exit, Option
 
 from outlast.cluster.cli.options import AsJson, Overrides, RunFile, Texts, writing
+from outlast.cluster.output import print_json, to_json
 
 
 def demo(
@@ -23,7 +23,7 @@ def demo(
     findings = run_demo(folder)
     if json_file is not None:
         with writing(json_file):
-            json_file.write_text(json.dumps(findings, indent=1) + "\n")
+            json_file.write_text(to_json(findings) + "\n")
     raise Exit(0 if all(findings["equal"].values()) else 1)
 
 
@@ -49,5 +49,5 @@ def drill(
         run_file, overrides or [], kinds=parse_faults(faults), num_steps=steps, address=address, keep=keep
     )
     if as_json:
-        print(json.dumps([asdict(finding) for finding in results], indent=1))
+        print_json([asdict(finding) for finding in results])
     raise Exit(0 if all(finding.is_good for finding in results) else 1)

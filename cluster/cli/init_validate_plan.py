@@ -1,7 +1,5 @@
 """The commands before a run: `init` writes a run file, `validate` checks it, `plan` estimates the run."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +7,7 @@ from typer import Argument, Exit, Option
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, Overrides, RunFile, writing
+from outlast.cluster.output import print_json, print_line
 from outlast.trainers.config.task_table import TASKS
 
 
@@ -28,8 +27,8 @@ def init(
                 opened.write(text)
         except FileExistsError:
             raise ConfigError(f"{file} already exists; nothing was written", hint="name another file") from None
-    print(file)
-    print(f"set model.path and data.train in it, then: outlast validate {file}", file=sys.stderr)
+    print_line(file)
+    print_line(f"set model.path and data.train in it, then: outlast validate {file}", to_stderr=True)
 
 
 def validate(
@@ -46,16 +45,16 @@ def validate(
     from outlast.cluster.preflight.validate import validate as findings_of
 
     def note(text: str) -> None:
-        print(f"{run_file}: {text}", file=sys.stderr)
+        print_line(f"{run_file}: {text}", to_stderr=True)
 
     findings = findings_of(str(run_file), overrides or [], deep=deep, note=note)
     if as_json:
-        print(json.dumps([item.as_json() for item in findings], indent=1))
+        print_json([item.as_json() for item in findings])
     else:
         for item in findings:
-            print(f"{run_file}: {item}")
+            print_line(f"{run_file}: {item}")
         if not findings:
-            print(f"{run_file}: no errors found" + ("" if deep else " (--deep also reads all rows)"))
+            print_line(f"{run_file}: no errors found" + ("" if deep else " (--deep also reads all rows)"))
     if not findings and not deep:
         for line in unverified(str(run_file), overrides or []):
             note(line)
@@ -73,6 +72,10 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False
     make_importable(str(run_file.parent.absolute()))
     config = config.at_home(run_file.parent)
     estimate = estimate_run(config)
-    print(json.dumps(estimate.as_json(), indent=1) if as_json else "\n".join(describe(estimate)))
+    if as_json:
+        print_json(estimate.as_json())
+    else:
+        for line in describe(estimate):
+            print_line(line)
     for found in compare_existing_run(config, estimate.walk.fingerprint):
-        print(f"outlast train will fail: {found}", file=sys.stderr)
+        print_line(f"outlast train will fail: {found}", to_stderr=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +23,7 @@ from outlast.cluster.cli.options import (
     print_unreadable,
 )
 from outlast.cluster.config.run_reference import RUN_FILES, find_run, run_name, stored_config
+from outlast.cluster.output import print_json, print_line, print_log
 
 if TYPE_CHECKING:
     from outlast.cluster.config.run_config import RunConfig
@@ -38,16 +37,21 @@ def submit(
     supervise: Annotated[bool, Option("--supervise", help="Keep running, and submit again when it fails.")] = False,
     code: ShippedCode = None,
     ship: Ship = True,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list the files that would be sent.")] = False,
 ) -> None:
     """Submit the run to a Ray cluster, or attach to its live job. Prints the job's id.
 
-    With --follow or --supervise the exit code is the run's.
+    With --follow or --supervise the exit code is the run's. Of --code, files are left out that `.gitignore` or
+    `.outlastignore` names, that hold credentials by their name, or that a link outside the folder leads to.
     """
     from outlast.cluster.config.run_file import load_run
 
     if follow and supervise:
         raise BadParameter("--follow shows one job, --supervise all of them; give one of the two")
     config, declared = load_run(str(run_file), overrides or [])
+    if dry_run:
+        _list_files(config, code, ship)
+        return
     if supervise:
         _supervise([(config, declared)], address, code, ship)
     _submit(config, declared, address, follow, code, ship)
@@ -85,6 +89,7 @@ def _supervise(
 
     for config, _ in settings:
         check_reachable(config)
+    _warn(code, address)
     runs = [supervisor.Supervisor(config, declared, address, code, ship) for config, declared in settings]
     raise Exit(supervisor.supervise(runs))
 
@@ -116,19 +121,39 @@ def _submit(
 
     jobs.check_reachable(config)
     jobs.check_named_code(config, code)
+    _warn(code, address)
     client = jobs.connect(address)
     for warning in jobs.check_server(client.get_address()):
         if warning.hint:
-            print(f"outlast: {warning.text}; {warning.hint}", file=sys.stderr)
+            print_line(f"outlast: {warning.text}; {warning.hint}", to_stderr=True)
     job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
-    print(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", file=sys.stderr)
-    print(job.id)
+    print_line(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", to_stderr=True)
+    print_line(job.id)
     if follow:
         from outlast.cluster.monitoring.console_progress import live_panel, terminal
 
         with live_panel(config.store, terminal()):
             ended = jobs.follow(client, job.id)
         raise Exit(ended.exit_code)
+
+
+def _list_files(config: RunConfig, code: Path | None, ship: bool) -> None:
+    from outlast.cluster.jobs.bundle import describe_bundle
+    from outlast.cluster.jobs.ray_jobs import check_reachable
+
+    check_reachable(config)
+    _warn(code, None)
+    for line in describe_bundle(code, ship=ship):
+        print_line(line)
+
+
+def _warn(code: Path | None, address: str | None) -> None:
+    """Print what of the code is not sent, and whether a token is sent unencrypted."""
+    from outlast.cluster.jobs.bundle import warn_of_code
+    from outlast.cluster.preflight.plain_http import plain_http_warnings
+
+    for text in (*warn_of_code(code), *plain_http_warnings(address)):
+        print_line(f"outlast: {text}", to_stderr=True)
 
 
 def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
@@ -145,10 +170,10 @@ def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJ
         rows, unreadable = list_runs(open_storage(storage))
         print_unreadable(unreadable)
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     if not rows:
-        print(f"no runs {'on this cluster' if address is not None else f'in {storage}'}", file=sys.stderr)
+        print_line(f"no runs {'on this cluster' if address is not None else f'in {storage}'}", to_stderr=True)
     print_runs(rows)
 
 
@@ -164,7 +189,7 @@ def logs(
     job = jobs.newest_job(client, run_name(run))
     if follow:
         raise Exit(jobs.follow(client, job.id).exit_code)
-    print(client.get_job_logs(job.id), end="")
+    print_log(client.get_job_logs(job.id))
 
 
 def stop(run: Run, address: Address = None) -> None:
@@ -174,7 +199,7 @@ def stop(run: Run, address: Address = None) -> None:
     name = run_name(run)
     job = jobs.stop(jobs.connect(address), name)
     if job is None:
-        print(f"run {name} has no live job", file=sys.stderr)
+        print_line(f"run {name} has no live job", to_stderr=True)
         return
-    print(f"{job.id}: {job.status}; to resume: outlast resume {run}", file=sys.stderr)
+    print_line(f"{job.id}: {job.status}; to resume: outlast resume {run}", to_stderr=True)
     raise Exit(job.exit_code)

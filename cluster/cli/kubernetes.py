@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, RunFile, Texts, writing
 from outlast.cluster.config.run_reference import run_name
 from outlast.cluster.formatting import counted
+from outlast.cluster.output import print_document, print_json, print_line
 from outlast.cluster.preflight.finding import Finding, Level
 
 if TYPE_CHECKING:
@@ -92,14 +92,14 @@ def render(
     config, declared = load_run(str(run_file))  # not at_home(): the paths are the pods'
     objects = render(config, declared, settings)
     for warning in warnings_for(config, declared, settings):
-        print(f"outlast: {warning}", file=sys.stderr)
+        print_line(f"outlast: {warning}", to_stderr=True)
     if into is not None:
         with writing(into):
             written = write_folder(into, objects, components or [])
         for path in written:
-            print(path)
+            print_line(path)
     elif output is None:
-        print(to_yaml(objects), end="")
+        print_document(to_yaml(objects))
     else:
         with writing(output):
             output.write_text(to_yaml(objects), encoding="utf-8")
@@ -113,10 +113,10 @@ def lint(
     """Check manifests: what KubeRay refuses (exit code 2), and what makes the loss of a node expensive (warnings)."""
     _, findings = _read_and_lint(files)
     if as_json:
-        print(json.dumps([{**asdict(finding), "level": finding.level.value} for finding in findings]))
+        print_json([{**asdict(finding), "level": finding.level.value} for finding in findings], indent=None)
     else:
         for finding in findings:
-            print(_line(finding))
+            print_line(_line(finding))
     raise Exit(_worst(findings))
 
 
@@ -131,11 +131,11 @@ def apply(
     objects, findings = _read_and_lint([file])
     for finding in findings:
         if finding.level is not Level.OK:
-            print(_line(finding), file=sys.stderr)
+            print_line(_line(finding), to_stderr=True)
     if code := _worst(findings):
         raise Exit(code)
     for line in _cluster(context, namespace).apply(objects, force=force):
-        print(line)
+        print_line(line)
 
 
 @k8s.command()
@@ -143,34 +143,34 @@ def status(run: RunName, context: Context = None, namespace: Namespace = None, a
     """Show a run's RayJobs, pods and warnings. `outlast status` shows the training's progress."""
     body = _cluster(context, namespace).status(run_name(run))
     if as_json:
-        print(json.dumps(body))
+        print_json(body, indent=None)
         return
     for job in body["jobs"]:
         state = " ".join(str(job[key]) for key in ("deployment", "job", "reason") if job[key])
-        print(f"rayjob/{job['name']}  {job['phase']}: {state}")
+        print_line(f"rayjob/{job['name']}  {job['phase']}: {state}")
         attempts = f"{job['tries_failed']} of {job['backoff_limit'] + 1} job attempts failed"
         workers = f"workers {job['workers_ready']} of {job['workers_wanted']}"
-        print(f"  cluster {job['cluster'] or '-'}, {workers}; {attempts}")
+        print_line(f"  cluster {job['cluster'] or '-'}, {workers}; {attempts}")
         if job["message"]:
-            print(f"  {job['message']}")
+            print_line(f"  {job['message']}")
     for pod in body["pods"]:
         more = [counted(pod["restarts"], "restart")] if pod["restarts"] else []
         more += [str(pod[key]) for key in ("waits_for", "last_end") if pod[key]]
-        print(f"  {pod['role']:9} {pod['name']}  {pod['phase']}  {pod['node'] or '-'}  {', '.join(more)}".rstrip())
+        print_line(f"  {pod['role']:9} {pod['name']}  {pod['phase']}  {pod['node'] or '-'}  {', '.join(more)}".rstrip())
     for row in body["warnings"]:
-        print(f"  warning: {row['of']}: {row['reason']}: {row['message']}")
+        print_line(f"  warning: {row['of']}: {row['reason']}: {row['message']}")
 
 
 @k8s.command()
 def suspend(run: RunName, context: Context = None, namespace: Namespace = None) -> None:
     """Commit a checkpoint, then free the run's nodes."""
-    print(_cluster(context, namespace).suspend(run_name(run)))
+    print_line(_cluster(context, namespace).suspend(run_name(run)))
 
 
 @k8s.command()
 def resume(run: RunName, context: Context = None, namespace: Namespace = None) -> None:
     """Resume a suspended run, or one whose RayJob has ended: a new RayJob then resumes from storage."""
-    print(_cluster(context, namespace).resume(run_name(run)))
+    print_line(_cluster(context, namespace).resume(run_name(run)))
 
 
 @k8s.command()
@@ -182,7 +182,7 @@ def delete(
 ) -> None:
     """Delete a run's objects. A running run commits a checkpoint first."""
     for line in _cluster(context, namespace).delete(run_name(run), storage=storage):
-        print(line)
+        print_line(line)
 
 
 def _cluster(context: str | None, namespace: str | None) -> KubernetesNamespace:
@@ -211,7 +211,7 @@ def _read_and_lint(files: list[str]) -> tuple[list[dict[str, Any]], list[Finding
     objects = [item for file in files for item in _read(file)]
     findings = lint(objects)
     if names := unchecked_objects(objects):
-        print(f"outlast: not checked, no rules for: {', '.join(names)}", file=sys.stderr)
+        print_line(f"outlast: not checked, no rules for: {', '.join(names)}", to_stderr=True)
     return objects, findings
 
 

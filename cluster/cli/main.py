@@ -4,7 +4,6 @@ Data goes to stdout, progress and errors to stderr. `outlast --help` must import
 packages are imported where they are used.
 """
 
-import json
 import signal
 import sys
 import traceback
@@ -25,6 +24,7 @@ from outlast.cluster.cli.preview import preview
 from outlast.cluster.cli.status import report, status
 from outlast.cluster.cli.train import train
 from outlast.cluster.cli.try_command import try_
+from outlast.cluster.output import print_json, print_line, print_text
 
 app = Typer(
     name="outlast",
@@ -58,7 +58,11 @@ def version(as_json: AsJson = False) -> None:
     from outlast.cluster.cli.version_report import versions
 
     numbers = versions()
-    print(json.dumps(numbers) if as_json else "\n".join(f"{name} {value or '-'}" for name, value in numbers.items()))
+    if as_json:
+        print_json(numbers, indent=None)
+        return
+    for name, value in numbers.items():
+        print_line(f"{name} {value or '-'}")
 
 
 _COMMANDS: list[Any] = [init, preview, validate, plan, try_, doctor, status, report, train, demo, drill, version]
@@ -94,10 +98,10 @@ def main() -> None:
 
 def _fail(message: str, hint: str, code: int, debug: bool) -> None:
     if debug:
-        traceback.print_exc()
-    print(f"outlast: {message}", file=sys.stderr)
+        print_text(traceback.format_exc().rstrip("\n"), to_stderr=True, indent="  ")
+    print_text(f"outlast: {message}", to_stderr=True, indent="  ")
     if hint:
-        print(f"  → {hint}", file=sys.stderr)
+        print_text(f"  → {hint}", to_stderr=True, indent="    ")
     sys.exit(code)
 
 

@@ -1,7 +1,6 @@
 """Arguments and options that commands share. An option has one meaning in all commands."""
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typer import Argument, Option
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_reference import RUN_FILES
+from outlast.cluster.output import print_line
 
 Texts = list[str] | None
 Address = Annotated[
@@ -47,13 +47,13 @@ def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print one line for each run or job, of the values of `list_runs` or those of a job."""
     for row in rows:
         state = row.get("status") or f"{row['state']:8} step {row['step']}/{row['num_steps'] or '?'}"
-        print(f"{row.get('id') or row['run']:32}  {state}")
+        print_line(f"{row.get('id') or row['run']:32}  {state}")
 
 
 def print_unreadable(unreadable: Mapping[str, str]) -> None:
     """Name on stderr what could not be read; everything else was shown without it."""
     for path, reason in sorted(unreadable.items()):
-        print(f"unreadable: {path}: {reason}", file=sys.stderr)
+        print_line(f"unreadable: {path}: {reason}", to_stderr=True)
 
 
 def make_code_importable(run: str, code: Path | None) -> None:

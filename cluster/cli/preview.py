@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import asdict
 from enum import Enum
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.escaping import escaped
 from outlast.cluster.cli.options import AsJson, Overrides, RunFile
-from outlast.cluster.formatting import escaped
+from outlast.cluster.output import make_console, print_json, print_line
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -70,23 +70,22 @@ def preview(
     is_part = not all_rows and prepared.num_rows[split.value] + prepared.num_bad_rows >= NUM_ROWS
     if as_json:
         body = {"split": split.value, "first_rows_only": NUM_ROWS if is_part else None, **facts}
-        print(json.dumps({**body, "samples": list(map(asdict, samples))}, indent=1))
+        print_json({**body, "samples": list(map(asdict, samples))}, redacted=False)
         return
     if is_part:
-        print(f"from the first {NUM_ROWS:,} rows of the {split.value} split; --all prepares all rows")
+        print_line(f"from the first {NUM_ROWS:,} rows of the {split.value} split; --all prepares all rows")
     for line in [*(f"note: {text}" for text in prepared.notes), *describe_summary(facts)]:
-        print(escaped(line))
+        print_line(line)
     for sample in samples:
-        print(f"\n{split.value} sample {sample.number}, {sample.num_tokens:,} tokens")
+        print_line()
+        print_line(f"{split.value} sample {sample.number}, {sample.num_tokens:,} tokens")
         _print_sample(sample)
 
 
 def _print_sample(sample: PreviewSample) -> None:
-    from rich.console import Console
-
     from outlast.trainers.preview import Passage, Segment
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = make_console(redacted=False)
     is_coloured = console.is_terminal and console.color_system is not None and not console.no_color
     targets = [Passage(name, (Segment(text, is_learned=True),)) for name, text in sample.targets.items()]
     for passage in (*sample.passages, *targets):

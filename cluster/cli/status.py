@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typer import BadParameter, Exit, Option
 from outlast.cluster.cli.options import Address, AsJson, Run, StorageRoot, print_runs, print_unreadable, writing
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
 from outlast.cluster.formatting import counted, when
+from outlast.cluster.output import make_console, print_json, print_line
 
 if TYPE_CHECKING:
     from outlast.cluster.monitoring.status import RunSnapshot
@@ -39,7 +39,7 @@ def status(
         raise BadParameter("--watch shows the run's storage in the terminal; omit --json and --address")
     store, _ = find_run(run, storage)
     if not list_attempts(store) and not list_launches(store) and (rows := _runs_in(run)):
-        print(json.dumps(rows, indent=1)) if as_json else print_runs(rows)
+        print_json(rows) if as_json else print_runs(rows)
         return
     if watch:
         from outlast.cluster.monitoring.console_progress import terminal
@@ -56,7 +56,7 @@ def status(
 
         body["jobs"] = [asdict(job) for job in jobs_of(connect(address), store.run)]
     if as_json:
-        print(json.dumps(body, indent=1))
+        print_json(body)
         return
     _print(run, summary, body)
 
@@ -75,33 +75,31 @@ def _runs_in(storage: str) -> list[dict[str, Any]]:
 
 
 def _print(run: str, summary: RunSnapshot, body: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from outlast.cluster.monitoring.live_panel import panel
     from outlast.cluster.monitoring.timeline import State
 
-    console = Console(highlight=False)
+    console = make_console()
     for line in panel(summary, console.width, num_interruptions=0):
         console.print(line, soft_wrap=True)
     if newest := body["newest_checkpoint"]:
-        print(f"newest checkpoint: step {newest['step']}, {when(newest['committed_at'])}, {newest['path']}")
-    print(f"attempts: {body['attempts']}")
+        print_line(f"newest checkpoint: step {newest['step']}, {when(newest['committed_at'])}, {newest['path']}")
+    print_line(f"attempts: {body['attempts']}")
     for end in summary.interruptions:
         rank = f" (rank {end.rank})" if end.rank is not None else ""
-        print(f"  {when(end.at)}  {end.cause}{rank}" + (f": {end.message[:160]}" if end.message else ""))
+        print_line(f"  {when(end.at)}  {end.cause}{rank}" + (f": {end.message[:160]}" if end.message else ""))
         where = next((item.get("where") for item in body["failures"] if item.get("attempt") == end.attempt), None)
         if where:
-            print(f"    {where}")
+            print_line(f"    {where}")
     for change in body["sizes"]:
-        print(f"  {when(change['t'])}  {counted(change['before'], 'worker')} → {change['now']}: {change['cause']}")
+        print_line(f"  {when(change['t'])}  {counted(change['before'], 'worker')} → {change['now']}: {change['cause']}")
     for job in body.get("jobs", []):
-        print(f"job {job['id']}: {job['status']}")
+        print_line(f"job {job['id']}: {job['status']}")
     for damaged in body["damaged"]:
-        print(f"damaged: {damaged}; for details: outlast checkpoints verify {run}")
+        print_line(f"damaged: {damaged}; for details: outlast checkpoints verify {run}")
     if summary.state in (State.STOPPED, State.LOST):
         start = f"from step {newest['step']}" if newest else "from the beginning"
         file = run if run.endswith(RUN_FILES) else "RUN.yaml"
-        print(f"→ outlast train {file} (or submit) resumes {start}")
+        print_line(f"→ outlast train {file} (or submit) resumes {start}")
 
 
 def report(
@@ -121,4 +119,4 @@ def report(
     print_unreadable(store.unreadable)
     with writing(target):
         target.write_text(html, encoding="utf-8")
-    print(target)
+    print_line(target)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 import threading
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
 from outlast.cluster.cli.options import Overrides, RunFile
+from outlast.cluster.output import print_line
 
 if TYPE_CHECKING:
     from outlast.cluster.driver.launch import Launch
@@ -36,7 +36,7 @@ def train(
     config, declared = load_run(str(run_file), overrides or [])
     interruption = _Interruption(config.name)
     with respond_to_signals(interruption.announce, interruption.quit):
-        print(f"{config.name}: starting", file=sys.stderr)
+        print_line(f"{config.name}: starting", to_stderr=True)
         from outlast.cluster.driver.launch import Launch
         from outlast.cluster.monitoring.console_progress import ProgressReporter
         from outlast.trainers.loop.train_loop import Outcome
@@ -51,7 +51,7 @@ def train(
     again = shlex.join(["outlast", "train", str(run_file), *options])
     if finished.model is not None:
         reporter.print_line("done")
-        print(f"{config.checkpoint.storage}/{finished.model}")
+        print_line(f"{config.checkpoint.storage}/{finished.model}")
     elif finished.outcome is Outcome.STOPPED:
         reporter.print_line(f"stopped, with a committed checkpoint; to resume: {again}")
     else:
@@ -88,4 +88,4 @@ class _Interruption:
         if self.reporter is not None:
             self.reporter.print_line(text)
         else:
-            print(f"{self._title}: {text}", file=sys.stderr, flush=True)
+            print_line(f"{self._title}: {text}", to_stderr=True)

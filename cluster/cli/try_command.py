@@ -18,7 +18,7 @@ from outlast.cluster.cli.options import (
     make_code_importable,
 )
 from outlast.cluster.config.run_reference import find_run
-from outlast.cluster.formatting import escaped
+from outlast.cluster.output import print_json, print_line
 
 
 def try_(
@@ -53,7 +53,10 @@ def try_(
     if not inputs and not files:
         raise ConfigError("no input was given", hint=f"outlast try {run} --text '…', or --file rows.jsonl")
     for answer in predict.predict(task, model, rows):
-        print(json.dumps(answer, ensure_ascii=False) if as_json else _format_answer(answer), flush=True)
+        if as_json:
+            print_json(answer, indent=None, ensure_ascii=False, redacted=False)
+        else:
+            print_line(_format_answer(answer), redacted=False)
 
 
 def _parsed(text: str) -> Any:
@@ -79,4 +82,4 @@ def _format_value(value: Any) -> str:
         return ", ".join(f"{name} {_format_value(item)}" for name, item in value.items())
     if isinstance(value, list):
         return "[" + ", ".join(map(_format_value, value)) + "]"
-    return escaped(str(value))
+    return str(value)

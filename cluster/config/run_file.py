@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,17 @@ from pydantic import ValidationError
 
 from outlast.checkpointing.error_hints import first_line, nearest
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.escaping import escaped
+from outlast.checkpointing.redaction import is_secret_name, redact
 from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.cluster.config.run_config import RunConfig
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding, check
 
 Lines = dict[KeyPath, int]
+_CREDENTIAL = "holds a credential, which would be stored with the run"
+_USE_VARIABLE = "put it in an environment variable and write ${env:NAME}"
+_UNSTORED = "settings of the model and the training must not contain one"
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -56,7 +61,7 @@ def locate_findings(
     That is the -s option of the setting, else its line or that of the enclosing block. Options inside a block at fault
     are named too: alone, if the message names the key of one.
     """
-    by_key = {item.partition("=")[0].strip(): item for item in overrides}
+    by_key = {item.partition("=")[0].strip(): _shown_option(item) for item in overrides}
     located = []
     for item in found:
         prefixes = [item.path[:end] for end in range(len(item.path), 0, -1)]
@@ -86,7 +91,13 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
         ConfigError: The file is missing or unreadable, or a setting is invalid; a SettingsError has every finding.
     """
     declared, lines = read_run_file(path)
-    return settings_of(declared, path, overrides, lines)
+    config, declared = settings_of(declared, path, overrides, lines)
+    numerics = config.numerics_settings()  # they are stored with each checkpoint, expanded
+    found = [SettingsFinding(key, _CREDENTIAL, _USE_VARIABLE) for key, text in _texts(declared) if _is_secret(text)]
+    found += [SettingsFinding(key, _CREDENTIAL, _UNSTORED) for key, text in _texts(numerics) if _is_secret(text)]
+    if found:
+        raise _settings_error(found, path, overrides, lines)
+    return config, declared
 
 
 def settings_of(
@@ -104,11 +115,39 @@ def settings_of(
         try:
             return RunConfig.model_validate(body), declared
         except ValidationError:
-            found = check(RunConfig, body)
+            found = [_unexpanded(item, declared) for item in check(RunConfig, body)]
+    raise _settings_error(found, source, overrides, lines)
+
+
+def _settings_error(
+    found: Sequence[SettingsFinding], source: str, overrides: Sequence[str], lines: Lines | None
+) -> SettingsError:
     located = locate_findings(found, lines or {}, overrides)
-    listing = "\n".join(f"  {item}" for item in located)
+    listing = "\n".join(f"  {escaped(str(item))}" for item in located)
     hint = f"edit {source}, or the -s options" if overrides else f"edit {source}"
-    raise SettingsError(f"settings of {source} are not valid:\n{listing}", hint=hint, findings=located)
+    return SettingsError(f"settings of {source} are not valid:\n{listing}", hint=hint, findings=located)
+
+
+def _shown_option(given: str) -> str:
+    """Return an option for a message, without a value that seems to be a credential."""
+    key, equals, value = given.partition("=")
+    return f"{key}=…" if equals and (is_secret_name(key.rpartition(".")[2]) or is_secret_name(value)) else given
+
+
+def _is_secret(text: str) -> bool:
+    written = _ENV.sub("", text)
+    return redact(written) != written
+
+
+def _unexpanded(item: SettingsFinding, declared: Any) -> SettingsFinding:
+    """Return the finding with `${env:NAME}` in place of the value, which may be a secret."""
+    message, suggestion = item.message, item.suggestion
+    for name in {name for _, text in _texts(declared) for name in _ENV.findall(text)}:
+        value, written = os.environ.get(name, ""), f"${{env:{name}}}"
+        for shown, instead in ((repr(value), repr(written)), (value, written) if len(value) > 3 else ("", "")):
+            if shown:
+                message, suggestion = message.replace(shown, instead), suggestion.replace(shown, instead)
+    return replace(item, message=message, suggestion=suggestion)
 
 
 def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
@@ -168,29 +207,35 @@ def override(body: dict[str, Any], given: str) -> None:
     """Set one value of `body`; `given` is `key=value` with dots in the key. ConfigError if it is malformed."""
     key, equals, text = given.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"-s {given} sets nothing", hint="write key=value, such as -s train.lr=1e-4")
+        raise ConfigError(f"-s {_shown_option(given)} sets nothing", hint="write key=value, such as -s train.lr=1e-4")
     *parents, last = key.strip().split(".")
     block = body
     for parent in parents:
         block = block.setdefault(parent, {})
         if not isinstance(block, dict):
             hint = f"leave out what follows {parent}"
-            raise ConfigError(f"-s {given}: {parent} holds a value, not a block", hint=hint)
+            raise ConfigError(f"-s {_shown_option(given)}: {parent} holds a value, not a block", hint=hint)
     try:
         block[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or first_line(error)
         hint = f"quote it, for example -s '{key}=\"…\"'"
-        raise ConfigError(f"-s {given}: the value is not valid YAML: {problem}", hint=hint) from error
+        raise ConfigError(f"-s {_shown_option(given)}: the value is not valid YAML: {problem}", hint=hint) from error
 
 
 def _unset_variables(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """Yield the key path and NAME of every `${env:NAME}` that is not set."""
+    for where, text in _texts(value, path):
+        yield from ((where, name) for name in _ENV.findall(text) if name not in os.environ)
+
+
+def _texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the key path and value of every text."""
     if isinstance(value, dict | list):
         for part, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _unset_variables(item, (*path, part))
+            yield from _texts(item, (*path, part))
     elif isinstance(value, str):
-        yield from ((path, name) for name in _ENV.findall(value) if name not in os.environ)
+        yield path, value
 
 
 def expand(value: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.events import EvalEvent, ResumeEvent
@@ -29,6 +30,7 @@ from outlast.cluster.drills.comparison import events_of, final_state
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.console_progress import ProgressReporter
+from outlast.cluster.output import make_console
 from outlast.trainers.config.train import Precision
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.evaluation import evaluate
@@ -43,12 +45,13 @@ KILLED_RANK = 1
 
 def run_demo(folder: Path) -> dict[str, Any]:
     """Run the demo in a new subdirectory of `folder`, print a summary, and return the findings."""
-    console = Console(stderr=True, highlight=False)
+    console = make_console(stderr=True)
     directory = folder.absolute() / time.strftime("%Y%m%d-%H%M%S")
     directory.mkdir(parents=True)
     parts: dict[str, float] = {}
 
-    console.print("[bold]outlast demo[/]: a small GPT-2 on two workers, one of which is killed. About two minutes.")
+    about = "[bold]outlast demo[/]: a small GPT-2 on two workers, one of which is killed. About two minutes."
+    console.print(about, markup=True)
     with _timed(parts, "text"):
         num_texts = write_texts(directory / "texts.jsonl")
     killed, undisturbed = _config(directory, "killed"), _config(directory, "undisturbed")
@@ -174,13 +177,15 @@ def _summary(console: Console, findings: dict[str, Any]) -> None:
     table.add_row("evaluation loss", f"{evals[0]:.3f} before, {evals[NUM_STEPS]:.3f} after; {loaded}")
     table.add_row("sample", f"{findings['sample']!r} (gibberish: the model is small, the training short)")
     for name, same in findings["equal"].items():
-        table.add_row(name, f"{'[green]equal[/]' if same else '[bold red]DIFFERENT[/]'} to the undisturbed run")
+        verdict = Text("equal", "green") if same else Text("DIFFERENT", "bold red")
+        table.add_row(name, Text.assemble(verdict, " to the undisturbed run"))
     for name in ("run", "model"):
         table.add_row(name, findings[name])
     console.print()
     console.print(table)
     if all(findings["equal"].values()):
         digests = f"all {findings['num_tensors']} SHA-256 digests and all {NUM_STEPS} losses agree"
-        console.print(f"\n[bold green]The killed run ended with the same bits[/]: {digests}.")
+        console.print(f"\n[bold green]The killed run ended with the same bits[/]: {digests}.", markup=True)
     else:
-        console.print("\n[bold red]The two runs differ.[/] This is a bug; please report it with the folder above.")
+        failed = "\n[bold red]The two runs differ.[/] This is a bug; please report it with the folder above."
+        console.print(failed, markup=True)

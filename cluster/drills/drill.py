@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, read_record, write_record
@@ -47,6 +48,7 @@ from outlast.cluster.driver.launch import Launch
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.formatting import counted
 from outlast.cluster.monitoring.console_progress import ProgressReporter
+from outlast.cluster.output import make_console, safe_line
 from outlast.trainers.loop.train_loop import Outcome
 
 STEPS_MIN = 8
@@ -116,12 +118,12 @@ class DrillResult:
 
     def __str__(self) -> str:
         if self.error:
-            return f"[bold red]did not resume[/]: {self.error}"
+            return f"[bold red]did not resume[/]: {escape(safe_line(self.error))}"
         if self.different:
             num_losses = sum(name.startswith("loss of step ") for name in self.different)
             counts = counted(len(self.different) - num_losses, "tensor")
             counts += f" and the losses of {counted(num_losses, 'step')}" if num_losses else ", but no loss"
-            return f"[bold red]DIFFERENT[/]: {counts}; first {self.first or self.different[0]}"
+            return f"[bold red]DIFFERENT[/]: {counts}; first {escape(safe_line(str(self.first or self.different[0])))}"
         if self.fault is None:
             return "[bold red]the fault never occurred[/]"
         if not self.resumed_from:
@@ -234,7 +236,7 @@ def run_drill(
     """Drill a run, each fault in a copy of its own, and print a table. The copies are kept after a failure."""
     if num_steps < STEPS_MIN:
         raise ConfigError(f"{num_steps} steps are too few for a drill", hint=f"give --steps {STEPS_MIN} or more")
-    console = Console(stderr=True, highlight=False)
+    console = make_console(stderr=True)
     stamp = f"{time.strftime('%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     copies: list[RunCopy] = []
     every, name = num_steps // 4, load_run(str(run_file), overrides)[0].name
@@ -342,10 +344,10 @@ def _remove(copy: RunCopy) -> None:
 def _show(console: Console, report: DrillReport, num_steps: int) -> None:
     console.print()
     for finding in report.findings:
-        console.print(f"  {FaultKind(finding.kind).meaning}: {finding}", soft_wrap=True)
+        console.print(f"  {FaultKind(finding.kind).meaning}: {finding}", markup=True, soft_wrap=True)
     if report.explanation:
         console.print(f"\n{report.explanation}", soft_wrap=True)
     if report.is_good:
         proof = f"all {report.num_tensors} tensors and {num_steps} losses agree"
         num = len(report.findings)
-        console.print(f"\n[bold green]This run resumes exactly[/]: {num} of {num}, {proof}.")
+        console.print(f"\n[bold green]This run resumes exactly[/]: {num} of {num}, {proof}.", markup=True)

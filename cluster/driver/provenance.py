@@ -1,18 +1,19 @@
 """Provenance record of a launch, for reproducing it: code, libraries, machine, data, settings.
 
 The driver writes it once per launch, in a thread: no worker waits for it. It must never hold the value of an
-environment variable; in the code, values that look like credentials are replaced by the variables' names.
+environment variable or the content of a file that the user's repository does not track; credentials in the rest are
+redacted.
 """
 
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
@@ -21,8 +22,10 @@ from urllib.parse import urlsplit
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
+from outlast.checkpointing.redaction import redact, redact_json
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.driver.code_files import CREDENTIAL_FILES
 from outlast.cluster.preflight.doctor_probe import cpu_capability, find_gpus
 from outlast.trainers.host_info import host_facts
 from outlast.trainers.preparation.prepare import Prepared
@@ -31,9 +34,10 @@ from outlast.trainers.preparation.prepare import Prepared
 CODE_FILE = "outlast-code.json"
 DIFF = "code.diff"
 DIFF_BYTES = 256 * 1024
+_READ_BYTES = 4 * DIFF_BYTES
 _CODE = (".py", ".yaml", ".yml", ".toml")
 _GIT_S = 20
-_SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+_GIT = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false")
 _MOST_NAMES = 200
 
 
@@ -61,8 +65,8 @@ def record_provenance(
                 "settings": resolved(config, declared),
             }
             if diff:
-                store.storage.put(f"{store.launch_dir(launch)}/{DIFF}", [diff.encode()])
-            text = json.dumps(body, indent=1, sort_keys=True).encode()
+                store.storage.put(f"{store.launch_dir(launch)}/{DIFF}", [redact(str(diff)).encode()])
+            text = json.dumps(redact_json(body), indent=1, sort_keys=True).encode()
             store.storage.put(f"{store.launch_dir(launch)}/{RECORD}", [text + b"\n"])
 
     thread = threading.Thread(target=write, daemon=True)
@@ -103,58 +107,50 @@ def code_state(folder: Path) -> dict[str, Any]:
     try:
         root = Path(_git(folder, "rev-parse", "--show-toplevel").strip())
         commit = _git(root, "rev-parse", "HEAD").strip()
-        names = [line[3:] for line in _git(root, "status", "--porcelain", "-z").split("\0") if line]
-        pieces = list(_changes(root))
+        status = [line for line in _git(root, "status", "--porcelain", "-z").split("\0") if line]
+        text, is_whole = _changes(root)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
         reason = str(getattr(error, "stderr", None) or error).strip()
         return {**state, "git": None, "why": (reason.splitlines() or ["?"])[0]}
-    diff = _redacted("".join(pieces))
-    cut = len(diff.encode()) > DIFF_BYTES
+    diff = redact(text)
+    cut = not is_whole or len(diff.encode()) > DIFF_BYTES
     if cut:
         diff = diff.encode()[:DIFF_BYTES].decode(errors="ignore")
-    state |= {"git": commit, "remote": _remote(root), "changed": names[:_MOST_NAMES], "num_changed": len(names)}
-    return {**state, "diff_cut": cut, DIFF: diff}
+    changed = [line[3:] for line in status]
+    untracked = [line[3:] for line in status if line.startswith("??")]
+    state |= {"git": commit, "remote": _remote(root), "changed": changed[:_MOST_NAMES], "num_changed": len(changed)}
+    state["untracked"] = untracked[:_MOST_NAMES]
+    return {**redact_json(state), "diff_cut": cut, DIFF: diff}
 
 
 def _git(folder: Path, *arguments: str) -> str:
     """Return the output of a git command that takes no lock and never prompts."""
-    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True, env=environment)
+    command = [*_GIT, "-C", str(folder), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=_GIT_S, check=True, env=_git_environment()
+    )
     return done.stdout
 
 
-def _changes(root: Path) -> Iterator[str]:
-    """Yield the differences from the commit in code files: tracked ones, then new ones."""
-    patterns = [f"*{suffix}" for suffix in _CODE]
-    yield _git(root, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--", *patterns)
-    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *patterns)
-    num_bytes = 0
-    for name in (name for name in new.split("\0") if name and not Path(name).name.startswith(".")):
-        path = root / name
-        num_bytes += path.stat().st_size
-        if num_bytes > 2 * DIFF_BYTES:  # it would be cut anyway
-            return
-        with suppress(UnicodeDecodeError):
-            yield _added(name, path.read_text(encoding="utf-8"))
+def _git_environment() -> dict[str, str]:
+    return {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
 
 
-def _added(name: str, text: str) -> str:
-    """Return a new file's diff in git's format."""
-    head = f"diff --git a/{name} b/{name}\nnew file mode 100644\n"
-    if not text:
-        return head
-    lines = text.removesuffix("\n").split("\n")
-    body = "".join(f"+{line}\n" for line in lines) + ("" if text.endswith("\n") else "\\ No newline at end of file\n")
-    return f"{head}--- /dev/null\n+++ b/{name}\n@@ -0,0 +1,{len(lines)} @@\n{body}"
-
-
-def _redacted(text: str) -> str:
-    """Replace the values of environment variables that look like credentials by the variables' names."""
-    for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) >= 6:
-            text = text.replace(value, f"<{name}>")
-    return text
+def _changes(root: Path) -> tuple[str, bool]:
+    """Return the differences from the commit in tracked code files, and whether that is all of them."""
+    patterns = [f"*{suffix}" for suffix in _CODE] + [f":(exclude,icase,glob)**/{name}" for name in CREDENTIAL_FILES]
+    options = ("--no-ext-diff", "--no-textconv", "--no-color")
+    command = [*_GIT, "-C", str(root), "diff", "HEAD", *options, "--", *patterns]
+    with tempfile.TemporaryFile() as output:
+        subprocess.run(
+            command, stdout=output, stderr=subprocess.DEVNULL, timeout=_GIT_S, check=True, env=_git_environment()
+        )
+        output.seek(0)
+        data = output.read(_READ_BYTES)
+        is_whole = not output.read(1)
+    if not is_whole:  # a credential that is cut would not be recognised
+        data = data[: data.rfind(b"\n") + 1]
+    return data.decode(errors="replace"), is_whole
 
 
 def _remote(root: Path) -> str:

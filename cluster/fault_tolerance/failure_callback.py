@@ -14,7 +14,9 @@ from typing import Any
 from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.escaping import escaped_lines
 from outlast.checkpointing.format.layout import AttemptId, launch_dir
+from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
 from outlast.checkpointing.run_store.events import Event, GroupFailureEvent, NoRoomEvent
@@ -186,7 +188,7 @@ class FailureRecorder(WorkerGroupCallback):
         path = f"{launch_dir(run, launch)}/failure-{attempt}.log"
         with suppress(StorageError):
             if text:
-                open_storage(url).put(path, [text.encode()])
+                open_storage(url).put(path, [escaped_lines(redact(text)).encode()])
                 return (f"{url}/{path}", "") if own or first in tracebacks else ("", f"{url}/{path}")
         return "", ""
 

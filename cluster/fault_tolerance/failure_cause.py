@@ -20,6 +20,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.attempt_history import is_secondary_error
 from outlast.cluster.ray_internals import actors
 from outlast.trainers.host_info import num_oom_kills
@@ -40,8 +41,8 @@ class RankError(Exception):
     """
 
     def __init__(self, summary: str, excerpt: str, traceback_text: str) -> None:
-        super().__init__(summary, excerpt, traceback_text)
-        self.summary, self.excerpt, self.traceback_text = summary, excerpt, traceback_text
+        self.summary, self.excerpt, self.traceback_text = redact(summary), redact(excerpt), redact(traceback_text)
+        super().__init__(self.summary, self.excerpt, self.traceback_text)
 
     def __str__(self) -> str:
         return self.summary

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import socket
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.bundle import bundle, copy_package
+from outlast.cluster.output import print_log
 from outlast.cluster.preflight.finding import OPEN_HINT, TOKEN_HINT, Finding, Level
 from outlast.trainers.checks import model_checks as preflight
 from outlast.trainers.config.task_table import is_dotted
@@ -235,9 +235,9 @@ def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
                 hint="the checkpoints are in the run's storage: submit the run on any cluster to resume it; but with "
                 "failure.survive_head it may still be running (see `outlast status`): then wait for the head",
             ) from error
-        sys.stderr.write(log[seen:])
-        sys.stderr.flush()
-        seen = len(log)
+        whole = log.rfind("\n") + 1 if job.is_live else len(log)  # a part of a credential is not recognised
+        print_log(log[seen:whole], to_stderr=True)
+        seen = max(seen, whole)
         if not job.is_live:
             return job
         time.sleep(_POLL_S)

@@ -6,7 +6,6 @@ harmless: the newest launch wins. `decide`, which is pure, decides what to do ne
 """
 
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ from outlast.cluster.jobs import ray_jobs as jobs
 from outlast.cluster.jobs.ray_jobs import SubmittedJob
 from outlast.cluster.monitoring.timeline import TimelineReader
 from outlast.cluster.monitoring.timeline_records import LaunchTimeline
+from outlast.cluster.output import print_line, print_log
 
 POLL_S = 2.0
 SILENCE_TIMEOUT_S = 180.0
@@ -193,7 +193,7 @@ class Supervisor:
         if given_up is not None:
             raise gave_up(self.config.name, given_up)
         if ended.exit_code not in (0, 75):
-            sys.stderr.write("".join(client.get_job_logs(ended.id).splitlines(keepends=True)[-_LOG_TAIL:]))
+            print_log("".join(client.get_job_logs(ended.id).splitlines(keepends=True)[-_LOG_TAIL:]), to_stderr=True)
         return ended.exit_code
 
     def _follow(self, client: JobSubmissionClient, job: SubmittedJob) -> tuple[SubmittedJob | None, bool]:
@@ -277,7 +277,7 @@ class Supervisor:
 
     def say(self, text: str) -> None:
         """Print a line with time and run to stderr."""
-        print(f"{time.strftime('%H:%M:%S')} {self.config.name}: {text}", file=sys.stderr, flush=True)
+        print_line(f"{time.strftime('%H:%M:%S')} {self.config.name}: {text}", to_stderr=True)
 
 
 def supervise(supervisors: Sequence[Supervisor]) -> int:

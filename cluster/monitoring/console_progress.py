@@ -27,6 +27,7 @@ from outlast.cluster.monitoring.live_panel import panel, plain_line
 from outlast.cluster.monitoring.status import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import State, Timeline, TimelineReader
+from outlast.cluster.output import make_console, safe_line, safe_lines
 
 PLAIN_PERIOD_S = 10.0
 WATCH_PERIOD_S = FLUSH_S / 2  # journals are written once in FLUSH_S
@@ -43,7 +44,7 @@ _ACTIVITIES = {
 
 def terminal() -> Console:
     """Return the console for progress: stderr."""
-    return Console(stderr=True, highlight=False)
+    return make_console(stderr=True)
 
 
 def is_live(console: Console) -> bool:
@@ -93,10 +94,10 @@ class ProgressReporter:
 
     def print_line(self, text: str) -> None:
         """Print a line that stays, above the panel."""
-        self._print(f"{self._title}: {text}")
+        self._print(safe_line(f"{self._title}: {text}"))
 
     def _print(self, text: str) -> None:
-        (self._display or self._console).print(text, markup=False, soft_wrap=True)
+        (self._display or self._console).print(text, markup=False, soft_wrap=True, emoji=False)
 
     def _summarize(self) -> RunSnapshot:
         with self._lock:
@@ -123,7 +124,7 @@ class ProgressReporter:
             self.print_line(line)
         if isinstance(event, events.GroupFailureEvent) and event.excerpt and event.message not in self._excerpts:
             self._excerpts.add(event.message)
-            self._print(event.excerpt)
+            self._print("\n".join(safe_lines(event.excerpt, indent="  ")))
 
     def _print_progress(self, *, is_end: bool) -> None:
         """Print the progress as a line; not again at the end, nor where the panel stays and shows it."""
@@ -245,8 +246,8 @@ def watch(store: RunStore, console: Console) -> RunSnapshot:
             summary = poll()
             if not is_live(console) and time.monotonic() - printed_at >= PLAIN_PERIOD_S:
                 printed_at = time.monotonic()
-                line = f"{store.run}: {summary.activity}, {plain_line(summary)}"
-                console.print(line, markup=False, soft_wrap=True)
+                line = safe_line(f"{store.run}: {summary.activity}, {plain_line(summary)}")
+                console.print(line, markup=False, emoji=False, soft_wrap=True)
             is_lost = summary.state is State.LOST and summary.now - summary.last_seen_at >= LOST_TIMEOUT_S
             if is_lost or summary.state in (State.DONE, State.FAILED, State.STOPPED):
                 return summary

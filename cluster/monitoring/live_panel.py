@@ -10,10 +10,11 @@ from itertools import pairwise
 from rich.text import Text
 
 from outlast.checkpointing.run_store.events import UnsavedEvent
-from outlast.cluster.formatting import clock, counted, duration, escaped, share, short, size
+from outlast.cluster.formatting import clock, counted, duration, share, short, size
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
 from outlast.cluster.monitoring.status import Interruption, RunSnapshot
 from outlast.cluster.monitoring.timeline import State
+from outlast.cluster.safe_console import safe_text
 
 MAX_WIDTH = 100
 _LABEL_WIDTH = 9
@@ -53,7 +54,7 @@ def panel(summary: RunSnapshot, width: int, *, num_interruptions: int = 3) -> li
         lines += [_cut(_line("").append_text(_interruption(item, summary.now)), width) for item in shown]
     for slow in summary.slow:
         text = f"rank {slow.rank} on {slow.host}, {slow.times} times as slow as the others"
-        lines += _labelled("slow", [Text(text, "yellow")], width)
+        lines += _labelled("slow", [safe_text(text, "yellow")], width)
     return lines
 
 
@@ -74,7 +75,9 @@ def plain_line(summary: RunSnapshot) -> str:
 
 
 def _head(summary: RunSnapshot, width: int) -> Text:
-    line = Text.assemble((f"{summary.run}  ", "bold"), (summary.activity, _STATES.get(summary.state, "bold")))
+    line = safe_text(f"{summary.run}  ", "bold").append_text(
+        safe_text(summary.activity, _STATES.get(summary.state, "bold"))
+    )
     parts = [f"attempt {summary.attempt}"] if summary.attempt is not None else []
     if summary.world_size:
         parts.append(counted(summary.world_size, "worker"))
@@ -154,7 +157,7 @@ def _unsaved(summary: RunSnapshot, event: UnsavedEvent) -> str:
     """Return how long training has gone without a save that succeeded, and why."""
     seconds = event.unsaved_s + max(0.0, summary.now - event.t)
     limit = f" of {duration(event.limit_s)}" if event.limit_s is not None else ""
-    return f"{duration(seconds)}{limit}: {escaped(' '.join(event.error.split()))}"
+    return f"{duration(seconds)}{limit}: {' '.join(event.error.split())}"
 
 
 def _goodput(report: GoodputReport, width: int) -> list[Text]:
@@ -176,14 +179,13 @@ def _goodput(report: GoodputReport, width: int) -> list[Text]:
 
 
 def _interruption(item: Interruption, now: float) -> Text:
-    line = Text.assemble((f"{clock(item.at, now)}  ", "dim"), (item.cause, "yellow"))
+    line = Text(f"{clock(item.at, now)}  ", "dim").append_text(safe_text(item.cause, "yellow"))
     if item.rank is not None:
         line.append(f" (rank {item.rank})")
     if item.resumed_from is not None:
         line.append(f" → from step {item.resumed_from:,}")
     if item.message:
-        words = " ".join(item.message.split())
-        line.append(f": {''.join(letter for letter in words if letter.isprintable())}", "dim")
+        line.append_text(safe_text(f": {' '.join(item.message.split())}", "dim"))
     return line
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.format.layout import RECORD
+from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.claims import read_claim
 from outlast.checkpointing.storage.base import read_object
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
@@ -40,7 +42,7 @@ _LICENSE = "# license: it is yours to choose; https://hf.co/docs/hub/repositorie
 def model_card(found: ResolvedCheckpoint, content: Content) -> bytes:
     """The card of a checkpoint, or of the finished model, as `README.md`; `content` is what is written of it."""
     known = _CardBuilder(found, content)
-    return f"---\n{_LICENSE}{known.front_matter().to_yaml()}\n---\n\n{''.join(known.body())}".encode()
+    return redact(f"---\n{_LICENSE}{known.front_matter().to_yaml()}\n---\n\n{''.join(known.body())}").encode()
 
 
 class _CardBuilder:
@@ -108,28 +110,39 @@ class _CardBuilder:
         yield "Intended use and limitations: to be completed.\n"
         if self._metrics:
             yield "\n## Metrics\n\nOn rows that were held out of training.\n\n| | |\n|---|---|\n"
-            yield from (f"| {name} | {value:.4f} |\n" for name, value in self._metrics.items())
+            yield from (f"| {_inline(name)} | {value:.4f} |\n" for name, value in self._metrics.items())
         yield "\n## Data\n\n"
-        yield f"`{self._data_names}`" if self._data_names else "Not recorded."
+        yield _code(self._data_names) if self._data_names else "Not recorded."
         if fingerprint := self._declaration.get("data"):
-            yield f", fingerprint `{fingerprint}`: of the bytes of the files, their order, and how they were cut"
+            yield f", fingerprint {_code(fingerprint)}: of the bytes of the files, their order, and how they were cut"
         yield ".\n"
         yield "\n## Training\n\n"
         if made := self._declaration:
             versions = ", ".join(f"{name} {number}" for name, number in made.get("versions", {}).items())
             workers = counted(made["world_size"], "worker") if "world_size" in made else "workers"
-            yield f"- {workers} ({made.get('parallel')}, {made.get('device')}); {versions}\n"
+            yield _inline(f"- {workers} ({made.get('parallel')}, {made.get('device')}); {versions}") + "\n"
         code = self._record.get("code", {})
         if code.get("git"):
             changes = code.get("num_changed")
-            yield f"- code at commit `{code['git']}`"
+            yield f"- code at commit {_code(code['git'])}"
             yield f", {counted(changes, 'file')} changed since\n" if changes else "\n"
-        causes = ", ".join(f"{count} × {cause}" for cause, count in sorted(self._ends_before.items()))
+        causes = ", ".join(f"{count} × {_inline(cause)}" for cause, count in sorted(self._ends_before.items()))
         yield f"- restarts survived: {self._ends_before.total()}" + (f" ({causes})\n" if causes else "\n")
         yield "- checkpoint verified against its digests when it was exported\n"
         if self._numerics_settings:
             text = yaml.safe_dump(_without_empty(self._numerics_settings), sort_keys=False, allow_unicode=True)
-            yield f"\n## Settings\n\nAll that affect the numerical result, beside the data:\n\n```yaml\n{text}```\n"
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+            yield "\n## Settings\n\nAll that affect the numerical result, beside the data:\n\n"
+            yield f"{fence}yaml\n{text}{fence}\n"
+
+
+def _inline(text: str) -> str:
+    """Format a text for one line of Markdown: as it is, neither markup nor HTML."""
+    return re.sub(r"([\\\\`*\[\]<>|])", r"\\\1", escaped(text))
+
+
+def _code(text: object) -> str:
+    return f"`{escaped(str(text)).replace('`', chr(39))}`"
 
 
 def _without_empty(value: Any) -> Any:

@@ -30,6 +30,7 @@ from outlast.cluster.preflight import doctor_probe, doctor_rules
 from outlast.cluster.preflight.doctor_probe import Probe
 from outlast.cluster.preflight.doctor_rules import Facts, Requirements
 from outlast.cluster.preflight.finding import Finding, Level
+from outlast.cluster.preflight.plain_http import plain_http_warnings
 from outlast.cluster.ray_internals import dashboard_address, draining_nodes, requires_token
 
 CALL_TIMEOUT_S = 60.0
@@ -82,6 +83,10 @@ def _newest_bytes(config: RunConfig) -> int | None:
 
 def preflight(config: RunConfig, tell: Callable[[NoteEvent], None]) -> None:
     """Run the quick part before a run; warnings go to `tell`. Raises PreflightError if a check failed."""
+    train = config.data.train
+    sources = (config.checkpoint.storage, *([train] if isinstance(train, str) else train))
+    for text in plain_http_warnings(storages=sources):
+        tell(NoteEvent(text=text))
     findings = examine(requirements_of(config), quick=True)
     for finding in findings:
         if finding.level is Level.WARNING:

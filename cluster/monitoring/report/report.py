@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
+from outlast.checkpointing.redaction import redact_json
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import Location
@@ -49,7 +50,7 @@ class Report:
         verdicts = verify_run(store) if verify and catalog else None
         urls = {item.ref: store.checkpoint_url(item.ref) for item in (catalog.accepted if catalog else ())}
         data = page_data(timeline, take_snapshot(timeline, time.time()), catalog, readable_pins(store), verdicts, urls)
-        return cls({**data, "version": _version()})
+        return cls(redact_json({**data, "version": _version()}))
 
     def to_html(self) -> str:
         """Render the page."""

@@ -58,13 +58,14 @@ def test_a_clean_repository(repository: Path) -> None:
 
 
 def test_the_diff_makes_the_code_again(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Applied to a clean clone: changed and new files of code, and nothing else."""
+    """Applied to a clean clone: changed files of code; what is not tracked is named only."""
     monkeypatch.setenv("OUTLAST_TEST_UNRELATED", "DEPTH = 3")  # no credential by its name
     (repository / "mine/model.py").write_text("WIDTH = 8\nDEPTH = 3\n")
     (repository / "mine/new.py").write_text("A = 1\n\x0c\nB = 2")  # no newline at its end
     (repository / "mine/empty.py").write_text("")
     (repository / "data.bin").write_bytes(b"\x00\xff")
     (repository / "local.env").write_text("TOKEN=of-mine")
+    (repository / "secrets.yaml").write_text("password: of-mine")
     (repository / ".hidden.py").write_text("TOKEN = 'of-mine'")
     before = git(repository, "status", "--porcelain")
     found = code_state(repository)
@@ -75,30 +76,45 @@ def test_the_diff_makes_the_code_again(repository: Path, tmp_path: Path, monkeyp
         "mine/empty.py",
         "data.bin",
         "local.env",
+        "secrets.yaml",
         ".hidden.py",
     }
-    assert "of-mine" not in found[DIFF]
+    assert set(found["untracked"]) == set(found["changed"]) - {"mine/model.py"}
+    assert "of-mine" not in json.dumps(found)
     clone = tmp_path / "clone"
     git(tmp_path, "clone", str(repository), str(clone))
     (tmp_path / "code.diff").write_text(found[DIFF])
     git(clone, "apply", str(tmp_path / "code.diff"))
-    for name in ("mine/model.py", "mine/new.py", "mine/empty.py"):
-        assert (clone / name).read_bytes() == (repository / name).read_bytes()
-    assert not (clone / "data.bin").exists()
+    assert (clone / "mine/model.py").read_bytes() == (repository / "mine/model.py").read_bytes()
+    assert git(clone, "status", "--porcelain") == "M mine/model.py"
+
+
+def test_a_tracked_file_of_credentials_is_named_only(repository: Path) -> None:
+    (repository / "mine/Secrets.yaml").write_text("password: first\n")
+    git(repository, "add", ".")
+    git(repository, "commit", "-m", "second")
+    (repository / "mine/Secrets.yaml").write_text("password: of-mine\n")
+    found = code_state(repository)
+    assert found["changed"] == ["mine/Secrets.yaml"]
+    assert found[DIFF] == ""
 
 
 def test_credentials_in_the_code_are_left_out(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", "sk-very-secret-1234")
-    (repository / "mine/model.py").write_text("KEY = 'sk-very-secret-1234'\n")
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:canary-1@host/db")
+    lines = ["KEY = 'sk-very-secret-1234'", "URL = 'postgres://me:canary-1@host/db'", "PASSWORD = 'canary-1'"]
+    (repository / "mine/model.py").write_text("\n".join([*lines, "T = 'ghp_" + "a1B" * 12 + "'\n"]))
+    (repository / "of-canary-1.py").write_text("")
     found = code_state(repository)
     assert "sk-very-secret" not in json.dumps(found)
+    assert "canary-1" not in json.dumps(found)
+    assert "a1Ba1B" not in json.dumps(found)
     assert "KEY = '<MY_API_KEY>'" in found[DIFF]
 
 
-@pytest.mark.parametrize("is_new", [False, True])
-def test_a_large_diff_is_cut_and_says_so(repository: Path, is_new: bool) -> None:
-    name = "mine/new.py" if is_new else "mine/model.py"
-    (repository / name).write_text("".join(f"NUMBER_{number} = {number}\n" for number in range(20_000)))
+@pytest.mark.parametrize("num_lines", [20_000, 200_000])
+def test_a_large_diff_is_cut_and_says_so(repository: Path, num_lines: int) -> None:
+    (repository / "mine/model.py").write_text("".join(f"NUMBER_{number} = {number}\n" for number in range(num_lines)))
     found = code_state(repository)
     assert found["diff_cut"]
     assert 0.9 * DIFF_BYTES < len(found[DIFF].encode()) <= DIFF_BYTES
