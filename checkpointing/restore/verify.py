@@ -18,7 +18,7 @@ def check_listing(storage: Storage, directory: str, manifest: Manifest) -> list[
     found = retry(lambda: list(walk(storage, directory, skip=is_litter)))
     sizes = {item.name: item.num_bytes for item in found}
     expected = {entry.path: entry.num_bytes for entry in manifest.files}
-    special = {item.name: item.special for item in found if item.special}
+    special = {item.name: item.special for item in found if item.special and not is_litter(item.name)}
     faults = [f"{path}: missing" for path in expected if path not in sizes]
     faults += [f"{path}: {kind}, where only files and directories may be" for path, kind in special.items()]
     for path, num_bytes in sizes.items():

@@ -74,10 +74,10 @@ def read_bytes(storage: ReadableStorage, path: str) -> bytes:
 
 
 def read_object(storage: ReadableStorage, path: str) -> dict[str, Any]:
-    """Read a JSON object; empty if the file is missing, damaged or something else. Raises StorageError."""
+    """Read a JSON object; empty if the file is missing, damaged or no object. Raises StorageError."""
     try:
         body = json.loads(read_bytes(storage, path))
-    except (FileNotFoundError, NotAFileError, DamagedError, ValueError, RecursionError):
+    except (FileNotFoundError, DamagedError, ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 

@@ -55,7 +55,8 @@ class LocalStorage:
         if any(part in ("", ".", "..") or "\0" in part for part in parts):
             return f"{path!r} is not a path below {self._root}"
         folders = (self._root.joinpath(*parts[:end]) for end in range(2, len(parts)))  # the first may be a link
-        return next((_link_fault(folder) for folder in folders if folder.is_symlink()), "")
+        with _storage_errors("list", self._root):
+            return next((_link_fault(folder) for folder in folders if folder.is_symlink()), "")
 
     def _is_link_allowed(self, path: str) -> bool:
         return self._follows or "/" not in path
@@ -103,9 +104,9 @@ class LocalStorage:
     def list(self, path: str) -> list[Entry]:
         target = self.path(path)
         follow = self._follows or not path
-        if target.is_symlink() and not self._is_link_allowed(path):
-            raise NotAFileError(_link_fault(target), hint=_LINK_HINT)
         with _storage_errors("list", target):
+            if target.is_symlink() and not self._is_link_allowed(path):
+                raise NotAFileError(_link_fault(target), hint=_LINK_HINT)
             try:
                 with os.scandir(target) as items:
                     entries = [_entry(item, follow) for item in items if not item.name.endswith(".tmp")]
