@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.trainers.config.model import LoraSettings, ModelSettings, TokenizerSettings
 from outlast.trainers.config.trust import read_adapter_config
 from outlast.trainers.data.sources import find_data_files
+from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import check_names
 
 
@@ -73,3 +75,26 @@ def test_an_index_that_leads_out_of_the_model(body: str, tmp_path: Path) -> None
     (tmp_path / "model.safetensors.index.json").write_text(body)
     with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json: "):
         check_names(ModelSettings(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "kind"),
+    [
+        ("tokenizer_config.json", "vocab", "BertTokenizer"),
+        ("tokenizer_config.json", "merges", "GPT2Tokenizer"),
+        ("special_tokens_map.json", "vocab", "BertTokenizer"),
+        ("special_tokens_map.json", "vocab_file", "EsmTokenizer"),
+        ("special_tokens_map.json", "tokenizer_file", "TokenizersBackend"),
+    ],
+)
+def test_a_tokenizer_reads_no_file_elsewhere(name: str, key: str, kind: str, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere.txt"
+    folder.mkdir()
+    tokens = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n<cls>\n<eos>\n<unk>\n<pad>\n<mask>\n"
+    elsewhere.write_text(f"{tokens}canary\n")
+    (folder / "vocab.txt").write_text(tokens)
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        entries = {"tokenizer_class": kind} if file == "tokenizer_config.json" else {}
+        (folder / file).write_text(json.dumps(entries | ({key: str(elsewhere)} if file == name else {})))
+    with pytest.raises(ConfigError, match=rf"{name}: {key} names the file .*elsewhere"):
+        load_tokenizer(str(folder))
