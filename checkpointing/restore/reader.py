@@ -285,9 +285,8 @@ def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[
 
 def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
     """Read a file as a uint8 tensor. Raises DamagedError if it is missing or differs, and StorageError."""
-    num_blocks = len(entry.blocks)
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    for number in range(max(1, num_blocks)):
+    for number in range(max(1, len(entry.blocks))):
         part = buffer[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
         _read_block(storage, directory, entry, number, bytes_view(part))
     return buffer

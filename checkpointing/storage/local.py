@@ -20,9 +20,7 @@ from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.regular_files import SpecialFileError, open_regular, special_kind
 
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-
-
-#: Of `put`; other names that end alike are somebody else's.
+#: Of `put`; outlast wrote no others that end alike.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -48,7 +46,7 @@ class LocalStorage:
         return self._root / path
 
     def _fault_on_way(self, path: str) -> str:
-        """Return why a path is not used; empty if it is. Its last name is for the caller to judge."""
+        """Return why a path is not used; empty if it is. The caller checks its last name."""
         parts = path.split("/") if path else []
         if self._follows:
             return ""

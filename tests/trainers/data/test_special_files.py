@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.adapter_directory import read_adapter_config
 from outlast.trainers.config.model import LoraSettings, ModelSettings, TokenizerSettings
-from outlast.trainers.config.trust import read_adapter_config
 from outlast.trainers.data.sources import find_data_files
 from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import check_names
+from outlast.trainers.models.model_directory import check_model_directory
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,16 @@ def test_a_model_directory_with_a_pipe(key: str, tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match=rf"{key} .*: config\.json is a named pipe"):
         check_names(settings[key])
+
+
+def test_a_model_directory_with_links(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").symlink_to("/dev/null")
+    (tmp_path / "gone.bin").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"weights\.bin is a device"):
+        check_model_directory("model.path", tmp_path)
+    (tmp_path / "weights.bin").unlink()
+    (tmp_path / "weights.bin").symlink_to(__file__)
+    check_model_directory("model.path", tmp_path)
 
 
 def test_an_adapter_brings_no_code_to_its_base(tmp_path: Path) -> None:
