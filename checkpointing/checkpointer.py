@@ -408,7 +408,7 @@ class Checkpointer:
             small: dict[str, bytes] = {}
             if self.ranks.rank == 0:
                 small = checked_files({**self.files, **(files or {})})
-                small[layout.LOOP_STATE] = encode_state(loop_state or {}).encode()
+                small[layout.LOOP_STATE] = encode_state({} if loop_state is None else loop_state).encode()
             payload = RankPayload.of(step, train_state, self.ranks, small, self._max_shard_bytes)
             built.append((payload, checked_metrics(metrics)))
 
