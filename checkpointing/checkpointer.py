@@ -134,8 +134,7 @@ class Checkpointer:
         self._num_sharing = self.ranks.gather(host := socket.gethostname()).count(host)
         if self.ranks.rank == 0:
             self.journal = Journal(storage, self._store.attempt_dir(self.attempt), 0)
-        own = self.ranks.duplicate()  # commits in flight and the step loop must never share a queue
-        keep = retention or Retention()
+        own, keep = self.ranks.duplicate(), retention or Retention()  # commits and the step loop share no queue
         self._committer = Committer(self._store, self.attempt, launch, own, keep, self._emit, self.flush)
 
     @property
@@ -335,7 +334,7 @@ class Checkpointer:
         """Wait for the save in flight. False when there is nothing to write: superseded, or saved already."""
         if not self.wait():
             return False
-        if not self.accepted or self.accepted[0].ref.step != step:
+        if not (self.accepted and self.accepted[0].ref.step == step):
             return True
         self.superseded = self.ranks.run_on_rank_0(self._is_superseded_while_waiting)
         if not self.superseded:
@@ -410,7 +409,7 @@ class Checkpointer:
             small: dict[str, bytes] = {}
             if self.ranks.rank == 0:
                 small = checked_files({**self.files, **(files or {})})
-                small[layout.LOOP_STATE] = encode_state(loop_state or {}).encode()
+                small[layout.LOOP_STATE] = encode_state({} if loop_state is None else loop_state).encode()
             payload = RankPayload.of(step, train_state, self.ranks, small, self._max_shard_bytes)
             built.append((payload, checked_metrics(metrics)))
 
@@ -480,7 +479,7 @@ class Checkpointer:
         if manifest is None:
             raise ConfigError(f"{source} is no accepted checkpoint", hint="pass the `ref` of one of `accepted`")
         target = publish(self._store, self.attempt, self._launch, manifest, final_step)
-        if target is not None:
+        if target:
             self._emit(events.DoneEvent(step=final_step, model=str(source)))
             self.flush()
         return target

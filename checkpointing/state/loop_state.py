@@ -32,6 +32,11 @@ _HELD = (
 
 def encode_state(state: Mapping[str, Any], what: str = "state") -> str:
     """Encode a mapping as JSON text. Raises ConfigError for a value that would not come back as it is."""
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            f"{what} cannot be saved: it is of the type {type(state).__name__}, not a dict",
+            hint='pass a dict, such as {"step": step}',
+        )
     encoder = _Encoder()
     try:
         body = encoder.pairs(dict(state))
@@ -155,6 +160,8 @@ def _encode_numbers(value: Any) -> Any:
         if value.requires_grad:
             raise _RefusedError("it is a tensor that requires a gradient")
         return {"$tensor": [name, list(value.shape), _base64(tensor_bytes(value.resolve_conj().resolve_neg()))]}
+    if kind is np.ndarray:
+        raise _RefusedError(f"it is an array of the dtype {value.dtype}")
     raise _RefusedError(f"it is of the type {kind.__module__}.{kind.__qualname__}")
 
 

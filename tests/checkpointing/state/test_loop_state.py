@@ -175,6 +175,20 @@ def test_nan_is_refused_as_a_key_more_than_once(several: Any) -> None:
         encode_state({"a": several})
 
 
+@pytest.mark.parametrize("state", [5, "text", [], [("step", 1)], ""])
+def test_a_state_that_is_no_dict_is_refused(tmp_path: Path, state: Any) -> None:
+    model, optimizer = small_model()
+    with Checkpointer(LocalStorage(tmp_path), "run") as checkpointer:
+        checkpointer.resume(model, optimizer)
+        with pytest.raises(ConfigError, match=r"state cannot be saved: it is of the type .*, not a dict"):
+            checkpointer.save(1, model, optimizer, state)
+
+
+def test_the_refusal_of_an_array_names_its_dtype() -> None:
+    with pytest.raises(ConfigError, match=r"state\['value'\] cannot be saved: it is an array of the dtype object"):
+        encode_state({"value": np.array([None])})
+
+
 def test_the_refusal_names_the_place_and_costs_nothing(tmp_path: Path) -> None:
     model, optimizer = small_model()
     checkpointer = Checkpointer(LocalStorage(tmp_path), "run")

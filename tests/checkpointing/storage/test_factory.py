@@ -73,6 +73,8 @@ def test_what_a_location_means(location: Location, expected: Path | str) -> None
         ("a\0b", "is not a path", ""),
         ("~no-such-user-here/runs", "no-such-user-here", "absolute path"),
         ("runs://x/y", "Unrecognized filesystem type", ""),
+        ("s3://", "names no bucket", "s3://bucket/prefix"),
+        ("gs:///runs", "names no bucket", ""),
     ],
     ids=repr,
 )
