@@ -26,6 +26,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_file import load_run
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.model_checks import check_model
+from outlast.trainers.config.trust import Trust
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.predict import choose_checkpoint, load
 from outlast.trainers.preparation.prepare import prepare
@@ -81,7 +82,8 @@ def test_own_task(tmp_path: Path) -> None:
     assignment = Assignment(config, declared, "first", prepared, code=str(EXAMPLES))
     assert [item.outcome for item in run_group(assignment, storage, 2)] == [Outcome.DONE] * 2
     assert 0.4 < newest(storage, "own-task").metrics["eval_accuracy"] < 0.6, "every text has both labels"
-    task, model = load(config, choose_checkpoint(RunStore(storage, "own-task"), None, config.checkpoint.retention))
+    found = choose_checkpoint(RunStore(storage, "own-task"), None, config.checkpoint.retention)
+    task, model = load(config, found, trust=Trust(everything=True))
     answers = list(task.predict(model, [{"text": "a good one, 3"}, {"text": "a bad one, 7"}]))
     assert [answer["label"] for answer in answers] == [1, 0]
 

@@ -11,6 +11,7 @@ from outlast.checkpointing.format.layout import optimizer_shard
 from outlast.checkpointing.format.safetensors import TensorSpec, encode
 from outlast.checkpointing.save.writer import weight_files
 from outlast.checkpointing.state.named_weights import WeightNaming, named_weights
+from outlast.checkpointing.state.optimizer_groups import encode_optimizer
 from outlast.checkpointing.state.optimizer_state import assign_to_ranks, optimizer_tensors
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.checks.model_checks import check_model
@@ -79,7 +80,7 @@ def estimate_state(config: TrainingConfig, prepared: Prepared, storage: Storage,
     model, small_files = check_model(config, prepared, storage)
     naming = weight_naming(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    moments = _moments(model, config)
+    moments, description = _optimizer(model, config)
     weights = named_weights(model, naming)
     weight_bytes, moment_bytes = _num_bytes(weights), _num_bytes(moments)
     assigned = assign_to_ranks(moments, size, weight_bytes)
@@ -99,7 +100,8 @@ def estimate_state(config: TrainingConfig, prepared: Prepared, storage: Storage,
     )
     files = {name: len(data) for name, data in small_files.items()}
     files |= _weight_files(weights, config, naming)
-    files |= {optimizer_shard(rank, size): _file_bytes(moments, names) for rank, names in enumerate(assigned)}
+    for rank, names in enumerate(assigned):
+        files[optimizer_shard(rank, size)] = _file_bytes(moments, names, None if rank else {"optimizer": description})
     plan = make_plan(config, prepared.num_samples, size)
     return StateSize(
         model=type(model).__name__,
@@ -116,15 +118,18 @@ def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _moments(model: nn.Module, config: TrainingConfig) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state after a step on the meta device. Plain kernels have the state of fused ones."""
+def _optimizer(model: nn.Module, config: TrainingConfig) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the optimizer's state after a step on the meta device, and its description.
+
+    Plain kernels have the state of fused ones.
+    """
     optimizer = make_optimizer(model, config.train)
     for group in optimizer.param_groups:
         group.update({name: False for name in ("fused", "foreach") if name in group})
         for parameter in group["params"]:
             parameter.grad = torch.empty_like(parameter)
     optimizer.step()
-    return optimizer_tensors(model, optimizer)
+    return optimizer_tensors(model, optimizer), encode_optimizer(model, optimizer)
 
 
 def _weight_files(weights: Mapping[str, torch.Tensor], config: TrainingConfig, naming: WeightNaming) -> dict[str, int]:
@@ -133,10 +138,12 @@ def _weight_files(weights: Mapping[str, torch.Tensor], config: TrainingConfig, n
     return {file: _file_bytes(weights, names) for file, names in files.items()}
 
 
-def _file_bytes(tensors: Mapping[str, torch.Tensor], names: list[str]) -> int:
+def _file_bytes(
+    tensors: Mapping[str, torch.Tensor], names: list[str], metadata: Mapping[str, str] | None = None
+) -> int:
     """Return the size of a file with these tensors."""
     selected = {name: tensors[name] for name in names}
-    return len(next(encode(selected))) + _num_bytes(selected)
+    return len(next(encode(selected, metadata))) + _num_bytes(selected)
 
 
 def _num_partial_sums(config: TrainingConfig, prepared: Prepared, size: int) -> int:

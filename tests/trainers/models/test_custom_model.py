@@ -24,6 +24,7 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.data import DataSettings
 from outlast.trainers.config.model import ModelSettings
 from outlast.trainers.config.train import Parallel
+from outlast.trainers.config.trust import Trust
 from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.models.build import build_model
@@ -46,6 +47,8 @@ class Bigrams(nn.Module):
     def forward(self, input_ids, **_):
         return SimpleNamespace(logits=self.head(self.embed(input_ids)))
 """
+
+TRUSTED = Trust(everything=True)
 
 
 @pytest.fixture
@@ -155,7 +158,9 @@ def test_loaded_by_its_own_class(bring: Callable[..., Assignment], storage: Loca
     assert (
         newest(storage, "own-class").extra["declaration"]["mathematics"]["model"]["class_"] == "recurrent:RecurrentLM"
     )
-    _, tried = load(bring("own-class").config, choose_checkpoint(RunStore(storage, "own-class"), None, Retention()))
+    _, tried = load(
+        bring("own-class").config, choose_checkpoint(RunStore(storage, "own-class"), None, Retention()), trust=TRUSTED
+    )
     assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in weights.items())
 
 
@@ -179,7 +184,9 @@ def test_a_module_without_transformers(
     make_importable(str(tmp_path))
     model = load_class("bigrams:Bigrams")(**json.loads((folder / "config.json").read_text()))
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    task, tried = load(brought("bigrams").config, choose_checkpoint(RunStore(storage, "bigrams"), None, Retention()))
+    task, tried = load(
+        brought("bigrams").config, choose_checkpoint(RunStore(storage, "bigrams"), None, Retention()), trust=TRUSTED
+    )
     assert isinstance(task, CausalLM)
     assert all(torch.equal(tensor, tried.state_dict()[name]) for name, tensor in model.state_dict().items())
 

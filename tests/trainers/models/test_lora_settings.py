@@ -248,7 +248,6 @@ def test_adapters_that_do_not_fit(
         ("rank_pattern", [1]),
         ("alpha_pattern", 5),
         ("layers_to_transform", "x"),
-        ("megatron_config", {"a": 1}),
         ("lora_alpha", None),
         ("eva_config", 5),
         ("init_lora_weights", "zzz"),
