@@ -184,7 +184,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 def _from_json(body: dict[str, Any]) -> Prepared:
     if body.pop("digest") != _digest(body):
         raise DamagedError(f"{_DATA_MANIFEST}: its own digest does not match")
-    return Prepared(**{**body, "notes": tuple(body["notes"])}, files=parse_files(body.pop("files")))
+    return Prepared(**{**body, "notes": tuple(body["notes"]), "files": parse_files(body["files"])})
 
 
 def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:
