@@ -80,7 +80,7 @@ class _CardBuilder:
                 task_type=pipeline or "other",
                 dataset_type="outlast",
                 dataset_name=self._data_names or self._found.store.run,
-                dataset_revision=self._declaration.get("data"),
+                dataset_revision=str(self._declaration.get("data") or "") or None,
                 metric_type=name.removeprefix("eval_"),
                 metric_name=name,
                 metric_value=value,

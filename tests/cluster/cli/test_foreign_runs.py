@@ -260,6 +260,19 @@ def test_a_loop_state_that_no_loop_saved_is_named(
     assert "checkpoint-2" in error.message
 
 
+@pytest.mark.parametrize(
+    "declaration",
+    [{"data": {"a": 1}}, {"mathematics": [1]}, {"versions": 3, "world_size": "x"}, {"mathematics": {"model": "x"}}],
+    ids=range(4),
+)
+def test_a_declaration_of_any_form_is_shown(declaration: dict[str, Any], made: Path, tmp_path: Path) -> None:
+    """A loop of the user's own may declare what it likes."""
+    for folder in models(made):
+        forge_manifest(folder, lambda body: body.update(extra={"declaration": declaration}, metrics={"eval_loss": 1.0}))
+    _read(made, tmp_path)
+    assert outlast("checkpoints", "diff", made, "newest", "newest") is None
+
+
 def test_a_declaration_without_settings_is_other_settings(
     made: Path, assign: Callable[..., Assignment], storage: LocalStorage
 ) -> None:
