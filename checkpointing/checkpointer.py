@@ -47,6 +47,7 @@ from outlast.checkpointing.save.background_save import BackgroundSave, SaveState
 from outlast.checkpointing.save.commit import Committer
 from outlast.checkpointing.save.in_flight import SaveInFlight
 from outlast.checkpointing.save.publish import publish
+from outlast.checkpointing.save.same_state import check_same_weights
 from outlast.checkpointing.save.staging import HostCopy, StagingBuffer
 from outlast.checkpointing.save.writer import RankPayload
 from outlast.checkpointing.state.loop_state import encode_state
@@ -133,8 +134,7 @@ class Checkpointer:
         self._num_sharing = self.ranks.gather(host := socket.gethostname()).count(host)
         if self.ranks.rank == 0:
             self.journal = Journal(storage, self._store.attempt_dir(self.attempt), 0)
-        own = self.ranks.duplicate()  # commits in flight and the step loop must never share a queue
-        keep = retention or Retention()
+        own, keep = self.ranks.duplicate(), retention or Retention()  # commits and the step loop share no queue
         self._committer = Committer(self._store, self.attempt, launch, own, keep, self._emit, self.flush)
 
     @property
@@ -227,7 +227,7 @@ class Checkpointer:
     ) -> bool:
         """Commit the state after `step` steps and wait for it, also for a save in flight.
 
-        Nothing is written if the newest checkpoint is of that step: a state follows from its step.
+        Nothing is written if the newest checkpoint is of that step and of the same weights.
 
         Args:
             step: Steps done; higher than any that was saved.
@@ -242,14 +242,14 @@ class Checkpointer:
             True when the commit is acknowledged, False when this attempt is superseded.
 
         Raises:
-            ConfigError: The step is no integer or below one that was saved; the run has checkpoints and `resume` was
-                not called; the state, a metric or a file cannot be kept as it is; or the ranks differ.
+            ConfigError: The step is no integer, below one that was saved, or saved with other weights; `resume` was not
+                called on a run that has checkpoints; the state, a metric or a file cannot be kept; or the ranks differ.
             StorageError: A rank could not write. Earlier checkpoints are unchanged.
         """
         if self.superseded:
             return False
         step, _ = self._agree(step)
-        if not self._is_to_write(step):
+        if not self._is_to_write(step, model):
             return not self.superseded
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
@@ -291,12 +291,11 @@ class Checkpointer:
         step, states = self._agree(step)
         in_flight = self._in_flight.step
         is_busy = SaveState.IN_FLIGHT in states and SaveState.FAILED_OR_SUPERSEDED not in states
-        if in_flight is not None and is_busy:
-            if step != in_flight:
-                self._in_flight.skip(step)
-                self._emit(events.SaveSkippedEvent(step=step, in_flight=in_flight))
+        if in_flight not in (None, step) and is_busy:
+            self._in_flight.skip(step)
+            self._emit(events.SaveSkippedEvent(step=step, in_flight=in_flight))
             return True
-        if not self._is_to_write(step):
+        if not self._is_to_write(step, model):
             return not self.superseded
         began = time.monotonic()
         fault_point(FaultPoint.BEFORE_SNAPSHOT, step)
@@ -314,10 +313,10 @@ class Checkpointer:
 
     def _agree(self, step: int) -> tuple[int, list[SaveState | None]]:
         """Return the step that all ranks save and the state of each one's save in flight. Raises ConfigError."""
-        found = self.ranks.run_on_all(lambda: (self._checked(step), self._in_flight.state))
-        if len(steps := {own for own, _ in found}) > 1:
-            raise ConfigError(f"the ranks save different steps: {sorted(steps)}", hint="save on every rank, in step")
-        return found[0][0], [state for _, state in found]
+        steps, states = zip(*self.ranks.run_on_all(lambda: (self._checked(step), self._in_flight.state)), strict=True)
+        if len({*steps}) > 1:
+            raise ConfigError(f"the ranks save different steps: {sorted({*steps})}", hint="save on every rank, in step")
+        return steps[0], [*states]
 
     def _checked(self, step: int) -> int:
         """Return a step that can be saved, as an int. Raises ConfigError."""
@@ -331,13 +330,15 @@ class Checkpointer:
             )
         return number
 
-    def _is_to_write(self, step: int) -> bool:
+    def _is_to_write(self, step: int, model: nn.Module) -> bool:
         """Wait for the save in flight. False when there is nothing to write: superseded, or saved already."""
         if not self.wait():
             return False
-        if not self.accepted or self.accepted[0].ref.step != step:
+        if not (self.accepted and self.accepted[0].ref.step == step):
             return True
         self.superseded = self.ranks.run_on_rank_0(self._is_superseded_while_waiting)
+        if not self.superseded:
+            check_same_weights(self.accepted[0], model, self.naming, self.ranks, self._max_shard_bytes)
         return False
 
     def _write(self, payload: RankPayload, copy: HostCopy, metrics: Mapping[str, float], began: float) -> bool:
@@ -408,7 +409,7 @@ class Checkpointer:
             small: dict[str, bytes] = {}
             if self.ranks.rank == 0:
                 small = checked_files({**self.files, **(files or {})})
-                small[layout.LOOP_STATE] = encode_state(loop_state or {}).encode()
+                small[layout.LOOP_STATE] = encode_state({} if loop_state is None else loop_state).encode()
             payload = RankPayload.of(step, train_state, self.ranks, small, self._max_shard_bytes)
             built.append((payload, checked_metrics(metrics)))
 
@@ -478,7 +479,7 @@ class Checkpointer:
         if manifest is None:
             raise ConfigError(f"{source} is no accepted checkpoint", hint="pass the `ref` of one of `accepted`")
         target = publish(self._store, self.attempt, self._launch, manifest, final_step)
-        if target is not None:
+        if target:
             self._emit(events.DoneEvent(step=final_step, model=str(source)))
             self.flush()
         return target

@@ -5,7 +5,7 @@
     ├── PreflightError              3   the machine, the cluster or the storage does not meet the run's needs
     ├── StorageError                1   the storage failed while in use
     │   └── StorageRefused          1   … until a person acts: it is full, read-only or forbids access
-    │       └── NotAFileError       1   … because something else has the name: a directory, a link that leads nowhere
+    │       └── NotAFileError       1   … because something else has the name: a directory, a link, a pipe
     ├── DamagedError                5   bytes differ from what was committed
     └── NoCheckpointError           5   commits exist, but none of them is intact
 

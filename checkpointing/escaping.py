@@ -3,7 +3,7 @@
 from unicodedata import category
 
 #: Categories of Unicode: control and format characters, surrogates, separators of lines and paragraphs.
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 #: Format characters that spelling and emoji need: they join letters and reorder nothing.
 _JOINERS = "\u200c\u200d"
 
@@ -21,4 +21,4 @@ def escaped_lines(text: str) -> str:
 
 
 def _escaped_letter(letter: str) -> str:
-    return ascii(letter)[1:-1] if category(letter) in _UNPRINTABLE and letter not in _JOINERS else letter
+    return ascii(letter)[1:-1] if category(letter) in UNPRINTABLE and letter not in _JOINERS else letter

@@ -6,6 +6,7 @@ variable of this process holds cannot be recognised. What a run is started with 
 redacted value is never used.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,10 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 REDACTED = "<redacted>"
-_SECRET = r"key|token(?!iz)|secret|passw|passphrase|credential|(?:^|_)(?:pass|pwd|pat|auth)(?:_|$)|authorization"
+_SECRET = (
+    r"key|token(?!iz)|secret|passw|passphrase|passcode|credential|(?:^|_)(?:pass|pwd|pat|auth|creds?|jwt|bearer|cookie)(?:_|$)"
+    r"|authorization|(?:db|ssh)pass"
+)
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
 #: Shorter values are no secrets, and words and numbers are none below the second length: they occur in any text.
 _SECRET_LENGTH, _WORD_LENGTH = 6, 16
@@ -26,8 +30,10 @@ _PARAMETER = (
     r"[\w.-]{0,40}(?:secret|token(?!iz)|passw|pwd|signature|credential|api_?key|access_?key|account_?key|auth(?!or))"
     r"[\w.-]{0,40}"
 )
-_QUERY = re.compile(rf"([?&;](?:{_PARAMETER}|key|sig)=)[^&;\s\"'<>#]+", re.IGNORECASE)
-_PAIR = re.compile(r"\b(?:password|passwd|pwd|accountkey|sharedaccesskey)\s*=\s*([^\s;&\"']+)", re.IGNORECASE)
+_QUERY = re.compile(rf"([?&;#](?:{_PARAMETER}|key|sig)=)([^&;\s\"'<>#]+)", re.IGNORECASE)
+#: In the environment only, whose texts are short: there a password may have any signs but white space, and any length.
+_ANY_URL_PASSWORD = re.compile(r"://[^\s/:@?#]*:(\S+)@(?=[^\s@])")
+_PAIR = re.compile(r"\b(?:password|passwd|pwd|accountkey|sharedaccesskey)\s*[=:]\s*[\"']?([^\s;&\"']+)", re.IGNORECASE)
 _HEADER = re.compile(r"(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?|\bbearer\s+)[\w~+/.=-]{8,}", re.IGNORECASE)
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 _TOKEN = re.compile(
@@ -79,14 +85,17 @@ def _environment_secrets() -> dict[str, str]:
 @lru_cache(maxsize=4096)
 def _secrets_of(name: str, value: str) -> tuple[str, ...]:
     found = {value} if is_secret_name(name) and not os.path.exists(value) else set()
-    found |= {match[3] for match in _URL_PASSWORD.finditer(value)} | set(_PAIR.findall(value))
+    found |= {match[1] for match in _ANY_URL_PASSWORD.finditer(value)} | set(_PAIR.findall(value))
+    found |= {match[2] for match in _QUERY.finditer(value)}
+    found |= {line for item in found for line in item.splitlines() if len(line) >= _WORD_LENGTH}
     return tuple(item for item in _forms(found) if _is_secret_value(item))
 
 
 def _forms(values: set[str]) -> Iterator[str]:
-    """Yield each value as it is, and as it stands in a URL or outside of one."""
-    for value in sorted(values):
-        yield from dict.fromkeys((value, quote(value, safe=""), unquote(value)))
+    """Yield each value as it is, and as it stands in a URL or outside of one, in JSON, and in Python's notation."""
+    for value in sorted(values | {value.strip() for value in values}):
+        quoted = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
+        yield from dict.fromkeys((value, quote(value, safe=""), unquote(value), *quoted))
 
 
 def _is_secret_value(value: str) -> bool:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from outlast.checkpointing.escaping import escaped
+from outlast.checkpointing.escaping import escaped, escaped_lines
 from outlast.checkpointing.redaction import redact, redact_json
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def print_json(body: Any, *, indent: int | None = 1, ensure_ascii: bool = True, 
 
 
 def to_json(body: Any, *, indent: int | None = 1, ensure_ascii: bool = True, redacted: bool = True) -> str:
+    """Encode as JSON, as `print_json` prints it."""
     text = json.dumps(redact_json(body) if redacted else body, indent=indent, ensure_ascii=ensure_ascii)
     return text if ensure_ascii else _UNSAFE_IN_JSON.sub(lambda match: _json_escape(match[0]), text)
 
@@ -62,8 +63,8 @@ def safe_line(text: str) -> str:
 
 def safe_lines(text: str, indent: str = "") -> Iterable[str]:
     """Redact and escape a text of several lines."""
-    for number, line in enumerate(redact(text).split("\n")):
-        yield (indent if number and line[:1] not in ("", " ") else "") + escaped(line.expandtabs())
+    for number, line in enumerate(escaped_lines(redact(text)).split("\n")):
+        yield (indent if number and line[:1] not in ("", " ") else "") + line
 
 
 def make_console(*, stderr: bool = False, redacted: bool = True) -> Console:

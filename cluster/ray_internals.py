@@ -4,9 +4,12 @@ Ray may change them in any release. `TRIED_ON` lists those that they were tried 
 `tests/cluster/test_ray_internals.py` holds what the code relies on.
 """
 
+import secrets
 import socket
 import sys
 from importlib import import_module
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 TRIED_ON = ("2.60",)
@@ -74,11 +77,17 @@ def loopback_variables() -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
 
 
-def session_dir() -> str:
-    """Return the directory of this node's session of Ray. Pickled by value, as `temp_dir`."""
+def loopback_rendezvous() -> str | None:
+    """Return the URL of a new file in this node's session of Ray, by which a process group meets.
+
+    None if the node's address is no loopback. Pickled by value, as `temp_dir`.
+    """
+    import ray
     from ray._private.worker import _global_node
 
-    return str(_global_node.get_session_dir_path())
+    if not ip_address(ray.util.get_node_ip_address()).is_loopback:
+        return None
+    return Path(_global_node.get_session_dir_path(), f"group-{secrets.token_hex(8)}").as_uri()
 
 
 def temp_dir() -> str | None:

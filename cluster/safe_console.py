@@ -1,4 +1,4 @@
-"""A console of rich whose output is redacted and escaped: what is drawn is text, whoever wrote it."""
+"""A console of rich whose output is redacted and escaped. Apart from `output`, because it imports rich."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from outlast.checkpointing.escaping import escaped
+from outlast.checkpointing.escaping import escaped, escaped_lines
 from outlast.checkpointing.redaction import redact
 
 
@@ -21,7 +21,7 @@ class SafeConsole(Console):
         for segment in super().render(renderable, options):
             text, style, control = segment
             text = redact(text) if self._is_redacted else text
-            yield segment if control else Segment("\n".join(map(escaped, text.split("\n"))), style)
+            yield segment if control else Segment(escaped_lines(text), style)
 
 
 def safe_text(text: str, style: str = "") -> Text:

@@ -6,7 +6,7 @@
 #   k8s/e2e.sh print NAME        what is applied for the run NAME; needs kubectl alone
 #   k8s/e2e.sh reader            the pod that compares
 #
-# KEEP=1 leaves the cluster there. IMAGE=… takes an image that is built. PIP_EXTRA_INDEX_URL is handed on to the build, for
+# KEEP=1 leaves the cluster there. IMAGE=… takes an image that is built. TORCH_INDEX is handed on to the build, for
 # torch's CPU builds. The user's kubeconfig is left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -155,7 +155,7 @@ has_attempts() { # RUN COUNT
 
 if [[ -z $BUILT ]]; then
   say "building $IMAGE"
-  docker build --file k8s/Dockerfile --build-arg "PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL:-}" --tag "$IMAGE" .
+  docker build --file k8s/Dockerfile --build-arg "TORCH_INDEX=${TORCH_INDEX:-}" --tag "$IMAGE" .
 fi
 
 say "a cluster, by $MAKER"

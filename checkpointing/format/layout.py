@@ -10,6 +10,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.escaping import UNPRINTABLE
 
 CLAIM = "claim.json"
 MANIFEST = "manifest.json"
@@ -23,10 +24,7 @@ _ATTEMPT = re.compile(r"(\d{4,18})-([0-9a-f]{4,})")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _REF = re.compile(r"(0|[1-9]\d{0,17})@(.+)")
 _DRIVE = re.compile(r"[A-Za-z]:")
-_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode
 _MAX_NAME_BYTES, _MAX_PATH = 255, 1024  # of file systems; of S3 keys
-
-
 #: Names that desktops, editors, archives and file systems leave in any directory, in lower case.
 _LITTER = re.compile(
     r"\.ds_store|\.localized|\._.*|\.(spotlight-v100|trashes|fseventsd|temporaryitems|appledouble)|__macosx"
@@ -98,7 +96,7 @@ def path_fault(path: object) -> str:
     shown = repr(path[:80])
     if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path or _DRIVE.match(path):
         return f"the path {shown} is not one within the directory"
-    if any(unicodedata.category(sign) in _HIDDEN for sign in path):
+    if any(unicodedata.category(sign) in UNPRINTABLE for sign in path):
         return f"the path {shown} has control characters"
     if max(len(part.encode()) for part in path.split("/")) > _MAX_NAME_BYTES or len(path) > _MAX_PATH:
         return f"the path {shown} is too long"

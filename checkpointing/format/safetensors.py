@@ -44,6 +44,8 @@ class SafetensorsError(ValueError):
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the elements in row-major order; a view if the tensor is contiguous and on the host."""
     host = tensor.detach().to("cpu").contiguous()
+    if host.numel() == 1:  # contiguous with any stride, and the view below needs 1
+        host = host.as_strided((1,), (1,))
     return bytes_view(host.reshape(-1).view(torch.uint8))
 
 

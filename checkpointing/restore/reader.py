@@ -85,14 +85,6 @@ def _parse_shards(text: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]
     return parsed
 
 
-def _num_blocks(entry: FileEntry) -> int:
-    """Return the number of a file's blocks. Raises DamagedError if the manifest has another number of digests."""
-    number = -(-entry.num_bytes // BLOCK_BYTES)
-    if len(entry.blocks) != number:
-        raise DamagedError(f"{entry.path}: {len(entry.blocks)} digests for {number} blocks")
-    return number
-
-
 def _block_bytes(entry: FileEntry, number: int) -> int:
     return min(BLOCK_BYTES, entry.num_bytes - number * BLOCK_BYTES)
 
@@ -239,7 +231,6 @@ def _copy_blocks(
     def fetch(path: str, number: int) -> None:
         buffer = buffers.get()
         try:
-            _num_blocks(entries[path])
             block = buffer[: _block_bytes(entries[path], number)]
             pieces = _pieces(block, copies[path, number])
             _read_block(storage, directory, entries[path], number, *(pieces or [bytes_view(block)]))
@@ -285,7 +276,7 @@ def _pieces(block: torch.Tensor, copies: Sequence[_Piece]) -> list[memoryview] |
 
 def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[memoryview]:
     """Yield a file by verified blocks, each in memory of its own. Raises as `read_verified`."""
-    for number in range(_num_blocks(entry)):
+    for number in range(len(entry.blocks)):
         block = torch.empty(_block_bytes(entry, number), dtype=torch.uint8)
         _read_block(storage, directory, entry, number, bytes_view(block))
         yield bytes_view(block)
@@ -293,9 +284,8 @@ def read_blocks(storage: Storage, directory: str, entry: FileEntry) -> Iterator[
 
 def read_verified(storage: Storage, directory: str, entry: FileEntry) -> torch.Tensor:
     """Read a file as a uint8 tensor. Raises DamagedError if it is missing or differs, and StorageError."""
-    num_blocks = _num_blocks(entry)
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    for number in range(max(1, num_blocks)):
+    for number in range(max(1, len(entry.blocks))):
         part = buffer[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
         _read_block(storage, directory, entry, number, bytes_view(part))
     return buffer

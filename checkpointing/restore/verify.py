@@ -18,7 +18,7 @@ def check_listing(storage: Storage, directory: str, manifest: Manifest) -> list[
     found = retry(lambda: list(walk(storage, directory, skip=is_litter)))
     sizes = {item.name: item.num_bytes for item in found}
     expected = {entry.path: entry.num_bytes for entry in manifest.files}
-    special = {item.name: item.special for item in found if item.special}
+    special = {item.name: item.special for item in found if item.special and not is_litter(item.name)}
     faults = [f"{path}: missing" for path in expected if path not in sizes]
     faults += [f"{path}: {kind}, where only files and directories may be" for path, kind in special.items()]
     for path, num_bytes in sizes.items():
@@ -36,12 +36,8 @@ def check_listing(storage: Storage, directory: str, manifest: Manifest) -> list[
 
 def find_litter(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
     """Return the files that desktops and editors left in a checkpoint's directory; they do no harm."""
-    expected = {entry.path for entry in manifest.files}
-    return sorted(path for path in _sizes(storage, directory) if path not in expected and is_litter(path))
-
-
-def _sizes(storage: Storage, directory: str) -> dict[str, int | None]:
-    return {item.name: item.num_bytes for item in retry(lambda: list(walk(storage, directory, skip=is_litter)))}
+    found = {item.name for item in retry(lambda: list(walk(storage, directory, skip=is_litter)))}
+    return sorted(filter(is_litter, found - {entry.path for entry in manifest.files}))
 
 
 def verify(storage: Storage | Location, directory: str, manifest: Manifest) -> list[str]:

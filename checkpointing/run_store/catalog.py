@@ -142,16 +142,20 @@ def read_manifest(store: RunStore, ref: CheckpointRef) -> Manifest:
 
     Raises FileNotFoundError, ManifestError if it is damaged or belongs to another checkpoint, and StorageError.
     """
+    manifest = read_manifest_in(store, store.checkpoint_dir(ref))
+    if manifest.ref != ref:
+        raise ManifestError(f"it belongs to {manifest.ref}")
+    return manifest
+
+
+def read_manifest_in(store: RunStore, directory: str) -> Manifest:
+    """Read the manifest in a directory. Raises FileNotFoundError, ManifestError if it is damaged, and StorageError."""
     try:
-        data = read_bytes(store, f"{store.checkpoint_dir(ref)}/{MANIFEST}")
+        return Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}"))
     except NotAFileError as error:
         raise ManifestError(f"it is not a file ({error.message})") from error
     except DamagedError as error:
         raise ManifestError(error.message) from error
-    manifest = Manifest.parse(data)
-    if manifest.ref != ref:
-        raise ManifestError(f"it belongs to {manifest.ref}")
-    return manifest
 
 
 def read_catalog(

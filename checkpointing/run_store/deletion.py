@@ -6,7 +6,7 @@ written before announcements are read. So one of the two sees the other, and a g
 
 from collections.abc import Sequence
 
-from outlast.checkpointing.errors import StorageRefused
+from outlast.checkpointing.errors import NotAFileError
 from outlast.checkpointing.format.layout import (
     MANIFEST,
     AttemptId,
@@ -23,10 +23,6 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import list_directories, walk
 
 
-class SpecialFilesLeft(StorageRefused):
-    """Everything of a checkpoint is deleted but links and other files that outlast never writes."""
-
-
 def deletions(store: RunStore) -> set[CheckpointRef]:
     """Return every checkpoint that an attempt or a prune has recorded as deleted, as far as that can be read."""
     deleted = set()
@@ -41,8 +37,8 @@ def deletions(store: RunStore) -> set[CheckpointRef]:
 def delete_checkpoint(store: RunStore, ref: CheckpointRef) -> None:
     """Delete a checkpoint, manifest first: from then on it does not count.
 
-    Links and other special files in it stay, and so do those that lie in its place. Raises StorageError, which names
-    them, after everything else is deleted.
+    Links and other special files in it stay, and so do those that lie in its place. Raises NotAFileError, which names
+    them, after everything else is deleted; and StorageError.
     """
     storage, directory = store.storage, store.checkpoint_dir(ref)
     entries = list(walk(storage, directory))
@@ -52,7 +48,7 @@ def delete_checkpoint(store: RunStore, ref: CheckpointRef) -> None:
         if not entry.special:
             storage.delete(f"{directory}/{entry.name}")
     if special := [f"{entry.name} ({entry.special})" for entry in entries if entry.special]:
-        raise SpecialFilesLeft(
+        raise NotAFileError(
             f"{storage.url}/{directory}: outlast did not write {', '.join(special)}, and leaves it there",
             hint="look where it leads, and remove it yourself",
         )

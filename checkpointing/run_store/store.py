@@ -50,10 +50,13 @@ class RunStore:
         self._missing.clear()
 
     def list(self, path: str) -> builtins.list[Entry]:
-        """List a directory as it was first seen. Raises as `Storage.list`."""
+        """List a directory as it was first seen. Records links and other special files. Raises as `Storage.list`."""
         entries = self._listed.get(path)
         if entries is None:
             entries = self._listed[path] = self.storage.list(path)
+            for entry in entries:
+                if entry.special and path != self.run:  # there, `model` is a link of outlast's own
+                    self.unreadable[f"{path}/{entry.name}"] = f"it is {entry.special}"
         return entries
 
     def forget(self, path: str) -> None:

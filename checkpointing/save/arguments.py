@@ -1,7 +1,6 @@
 """Checks of what a script passes to a save, at the call: what could not be read back must not be acknowledged."""
 
 import operator
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,6 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format import layout
 
 MAX_STEP = 10**18 - 1
-_FILE = re.compile(r"[^/\\\0]+(?:/[^/\\\0]+)*")
 
 
 def checked_step(step: Any, newest: int = 0) -> int:
@@ -56,8 +54,8 @@ def checked_files(files: Mapping[str, Any] | None) -> dict[str, bytes]:
     """Return small files as bytes of their own. Raises ConfigError for names that leave or shadow the checkpoint."""
     checked: dict[str, bytes] = {}
     for name, data in (files or {}).items():
-        is_path = isinstance(name, str) and _FILE.fullmatch(name) and not {".", ".."} & set(name.split("/"))
-        if not is_path or name == layout.MANIFEST or name.startswith(f"{layout.STATE_DIR}/") or _is_weights(name):
+        fault = layout.path_fault(name)
+        if fault or name == layout.MANIFEST or name.startswith(f"{layout.STATE_DIR}/") or _is_weights(name):
             raise ConfigError(
                 f"a checkpoint cannot have the file {name!r}: names are relative paths with '/', without '..', and "
                 f"neither {layout.MANIFEST}, nor in {layout.STATE_DIR}/, nor of weights",

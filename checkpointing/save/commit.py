@@ -17,7 +17,7 @@ from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store import claims, deletion, events
-from outlast.checkpointing.run_store.deletion import SpecialFilesLeft, delete_checkpoint
+from outlast.checkpointing.run_store.deletion import delete_checkpoint
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
@@ -169,7 +169,7 @@ class Committer:
                 self._journal.write(event)
                 self._emit(event)
                 delete_checkpoint(self._store, ref)
-            except SpecialFilesLeft as error:  # they stay: nothing is left to try
+            except NotAFileError as error:  # they stay: nothing is left to try
                 failure = error
             except StorageError as error:
                 self._pending_deletions.append(ref)

@@ -11,11 +11,17 @@ import threading
 from collections.abc import Callable
 
 _pending: dict[int, tuple[int, Callable[[], None]]] = {}
+_exiting: set[int] = set()
 
 
 def call_at_exit(owner: object, work: Callable[[], None]) -> None:
-    """Call `work` when this process ends, unless `owner` is released before. `work` must not raise."""
+    """Call `work` when this process ends, unless `owner` is released before. `work` must not raise.
+
+    It is called at once if the interpreter is ending already: in a thread that outlives the main one, or in `atexit`.
+    """
     _pending[id(owner)] = (os.getpid(), work)
+    if os.getpid() in _exiting:
+        work()
 
 
 def release(owner: object) -> None:
@@ -23,6 +29,7 @@ def release(owner: object) -> None:
 
 
 def _call_pending() -> None:
+    _exiting.add(os.getpid())
     for pid, work in list(_pending.values()):
         if pid == os.getpid():  # a forked child has the registrations, but not the threads
             work()

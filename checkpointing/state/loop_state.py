@@ -21,6 +21,8 @@ from outlast.checkpointing.format.safetensors import DTYPES, tensor_bytes
 _ENCODING = 1
 _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*DTYPES.values(), torch.complex64)}
 _PLAIN = frozenset({type(None), bool, int, float})
+#: Of containers in containers. Decoding takes more of Python's stack than encoding, and may begin deeper in it.
+_MAX_DEPTH = 100
 _MAX_NUMBER_BYTES = 8  # of numpy: longer ones differ by machine
 _HELD = (
     "None, bool, int, float, complex, str, bytes, list, tuple, dict, OrderedDict, Counter, set, frozenset, deque, "
@@ -30,6 +32,11 @@ _HELD = (
 
 def encode_state(state: Mapping[str, Any], what: str = "state") -> str:
     """Encode a mapping as JSON text. Raises ConfigError for a value that would not come back as it is."""
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            f"{what} cannot be saved: it is of the type {type(state).__name__}, not a dict",
+            hint='pass a dict, such as {"step": step}',
+        )
     encoder = _Encoder()
     try:
         body = encoder.pairs(dict(state))
@@ -84,6 +91,7 @@ class _Encoder:
 
     def __init__(self) -> None:
         self.has_tags = False
+        self._depth = 0
 
     def encode(self, value: Any) -> Any:
         kind = type(value)
@@ -101,6 +109,7 @@ class _Encoder:
         if kind in (OrderedDict, Counter):
             return {f"${kind.__name__}": self._key_values(value)}
         if kind in (set, frozenset):  # their order differs from process to process
+            _check_keys(value)
             return {f"${kind.__name__}": sorted(self._items((item, item) for item in value), key=json.dumps)}
         if kind is deque:
             return {"$deque": [self._items(enumerate(value)), value.maxlen]}
@@ -118,17 +127,22 @@ class _Encoder:
         return {"$dict": self._key_values(value)}
 
     def _key_values(self, value: Mapping[Any, Any]) -> list[list[Any]]:
+        _check_keys(value)
         keys, values = self._items((key, key) for key in value), self._items(value.items())
         return [list(pair) for pair in zip(keys, values, strict=True)]
 
     def _items(self, items: Iterable[tuple[Any, Any]]) -> list[Any]:
         encoded, key = [], None
+        if self._depth > _MAX_DEPTH:
+            raise RecursionError
+        self._depth += 1
         try:
             for key, item in items:  # noqa: B007 - the error needs it
                 encoded.append(item if type(item) in _PLAIN else self.encode(item))
         except _RefusedError as error:
             error.path.append(key)
             raise
+        self._depth -= 1
         return encoded
 
 
@@ -146,11 +160,19 @@ def _encode_numbers(value: Any) -> Any:
         if value.requires_grad:
             raise _RefusedError("it is a tensor that requires a gradient")
         return {"$tensor": [name, list(value.shape), _base64(tensor_bytes(value.resolve_conj().resolve_neg()))]}
+    if kind is np.ndarray:
+        raise _RefusedError(f"it is an array of the dtype {value.dtype}")
     raise _RefusedError(f"it is of the type {kind.__module__}.{kind.__qualname__}")
 
 
 def _is_kept(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "biuf" and dtype.itemsize <= _MAX_NUMBER_BYTES
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Refuse several NaN: they come back as one object, which a dict or a set holds once."""
+    if sum(key != key for key in keys) > 1:
+        raise _RefusedError("it holds NaN as a key more than once")
 
 
 def _checked_text(text: str) -> str:

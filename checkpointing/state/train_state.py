@@ -83,7 +83,7 @@ class TrainState:
         return None if self.optimizer is None else encode_optimizer(self._model, self.optimizer)
 
     def check_optimizer(self, text: str, path: str) -> None:
-        """Raise ConfigError if a checkpoint is of another optimizer, and DamagedError if `text` says nothing."""
+        """Raise ConfigError if a checkpoint is of another optimizer, and DamagedError if `text` is no description."""
         if self.optimizer is not None:
             check_optimizer(self._model, self.optimizer, text, path)
 

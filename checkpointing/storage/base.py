@@ -74,10 +74,10 @@ def read_bytes(storage: ReadableStorage, path: str) -> bytes:
 
 
 def read_object(storage: ReadableStorage, path: str) -> dict[str, Any]:
-    """Read a JSON object; empty if the file is missing, damaged or something else. Raises StorageError."""
+    """Read a JSON object; empty if the file is missing, damaged or no object. Raises StorageError."""
     try:
         body = parse_json(read_bytes(storage, path))
-    except (FileNotFoundError, NotAFileError, DamagedError, ValueError):
+    except (FileNotFoundError, DamagedError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}
 

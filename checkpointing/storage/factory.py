@@ -34,9 +34,9 @@ def parse_location(location: Location) -> Path | str:
     if not (match := _URL.fullmatch(text)):
         if half := _HALF_A_URL.fullmatch(text):
             scheme, slash, rest = half.groups()[:3] if half[1] else half.groups()[3:]
-            rest = slash + rest if scheme.lower() == "file" else rest  # file:///path keeps the slash of its path
-            hint = f"write {scheme.lower()}://{rest}, or ./{text} for a directory of that name"
-            raise ConfigError(f"{text} is neither a path nor a URL; did you mean {scheme.lower()}://{rest}?", hint=hint)
+            meant = slash + rest if scheme.lower() == "file" else f"{scheme.lower()}://{rest}"
+            hint = f"write {meant}, or ./{text} for a directory of that name"
+            raise ConfigError(f"{text} is neither a path nor a URL; did you mean {meant}?", hint=hint)
         return _path(text)
     scheme, rest = match[1].lower(), match[2]
     if scheme != "file":

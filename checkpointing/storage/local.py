@@ -20,9 +20,7 @@ from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.regular_files import SpecialFileError, open_regular, special_kind
 
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-
-
-#: Of `put`; other names that end alike are somebody else's.
+#: Of `put`; outlast wrote no others that end alike.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -48,14 +46,15 @@ class LocalStorage:
         return self._root / path
 
     def _fault_on_way(self, path: str) -> str:
-        """Return why a path is not used; empty if it is. Its last name is for the caller to judge."""
+        """Return why a path is not used; empty if it is. The caller checks its last name."""
         parts = path.split("/") if path else []
         if self._follows:
             return ""
         if any(part in ("", ".", "..") or "\0" in part for part in parts):
             return f"{path!r} is not a path below {self._root}"
         folders = (self._root.joinpath(*parts[:end]) for end in range(2, len(parts)))  # the first may be a link
-        return next((_link_fault(folder) for folder in folders if folder.is_symlink()), "")
+        with _storage_errors("list", self._root):
+            return next((_link_fault(folder) for folder in folders if folder.is_symlink()), "")
 
     def _is_link_allowed(self, path: str) -> bool:
         return self._follows or "/" not in path
@@ -103,9 +102,9 @@ class LocalStorage:
     def list(self, path: str) -> list[Entry]:
         target = self.path(path)
         follow = self._follows or not path
-        if target.is_symlink() and not self._is_link_allowed(path):
-            raise NotAFileError(_link_fault(target), hint=_LINK_HINT)
         with _storage_errors("list", target):
+            if target.is_symlink() and not self._is_link_allowed(path):
+                raise NotAFileError(_link_fault(target), hint=_LINK_HINT)
             try:
                 with os.scandir(target) as items:
                     entries = [_entry(item, follow) for item in items if not item.name.endswith(".tmp")]

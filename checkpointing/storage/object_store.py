@@ -178,6 +178,8 @@ class ObjectStorage:
 def _connect(url: str) -> tuple[fs.FileSystem, str, S3Location | None]:
     """Return the file system with SDK retries enabled, the path in it, and its S3 location."""
     parts = urlsplit(url)
+    if parts.scheme in ("s3", "gs", "gcs") and not parts.netloc:
+        raise ValueError("it names no bucket")
     if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
         url += f"{'&' if parts.query else '?'}retry_limit_seconds={_GOOGLE_RETRY_S}"
     if parts.scheme != "s3":

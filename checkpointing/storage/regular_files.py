@@ -1,4 +1,4 @@
-"""Files of unknown origin: opened only if they are regular ones, and directories that no other user may change.
+"""Files of unknown origin: opened only if they are regular ones.
 
 A named pipe blocks its reader, a device may be endless, and either can lie under any name. A link may lead anywhere.
 """
@@ -6,11 +6,7 @@ A named pipe blocks its reader, a device may be endless, and either can lie unde
 import errno
 import os
 import stat
-from contextlib import suppress
-from pathlib import Path
 from typing import BinaryIO
-
-from outlast.checkpointing.errors import ConfigError, PreflightError
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -68,37 +64,3 @@ def read_small_file(path: str | os.PathLike[str], *, follow: bool = True) -> byt
     if len(data) > _SMALL_BYTES:
         raise OSError(errno.EFBIG, f"has more than {_SMALL_BYTES >> 20} MiB", os.fspath(path))
     return data
-
-
-def check_files_in(key: str, folder: Path) -> None:
-    """Raise ConfigError if a directory that `key` names holds a named pipe, a device or a socket. Links may be used."""
-    for path in sorted(folder.iterdir()):
-        with suppress(OSError):  # a link that leads nowhere: whoever needs the file reports it
-            if kind := special_kind(path.stat().st_mode):
-                hint = "remove it, or name a copy of the directory"
-                raise ConfigError(f"{key} {folder}: {path.name} is {kind}, not a file", hint=hint)
-
-
-def make_private_directory(path: Path, setting: str) -> Path:
-    """Make a directory with mode 0700, or check an existing one: it belongs to this user, and no other may write to it.
-
-    Raises PreflightError otherwise; the hint names `setting`, the variable that chooses the directory.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        found, named = path.stat(), path.lstat()
-    except OSError as error:
-        message = f"the directory {path} cannot be made: {error.strerror}"
-        raise PreflightError(message, hint=f"set {setting} to a writable directory") from error
-    if {found.st_uid, named.st_uid} != {os.geteuid()}:
-        raise PreflightError(f"{path} belongs to another user", hint=f"set {setting} to a directory of your own")
-    if not stat.S_ISDIR(found.st_mode):
-        raise PreflightError(f"{path} is not a directory", hint=f"set {setting} to a directory of your own")
-    if found.st_mode & stat.S_IWOTH:
-        message = f"every user may write to {path}: its mode is {stat.S_IMODE(found.st_mode):04o}"
-        raise PreflightError(message, hint=f"chmod 700 {path}, after a look at what it holds; or set {setting}")
-    if found.st_mode & stat.S_IWGRP:  # earlier releases left that to the umask
-        path.chmod(0o700)
-    return path

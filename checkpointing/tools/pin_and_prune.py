@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from outlast.checkpointing.errors import ConfigError, NoCheckpointError, StorageError
+from outlast.checkpointing.errors import ConfigError, NoCheckpointError, NotAFileError, StorageError
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, pin_path, prune_dir
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
 from outlast.checkpointing.run_store.deletion import (
-    SpecialFilesLeft,
     delete_checkpoint,
     deletions,
     exempt_pinned,
@@ -116,7 +115,7 @@ def prune(store: RunStore, plan: PrunePlan) -> PrunePlan:
 
 
 def _delete(store: RunStore, ref: CheckpointRef) -> None:
-    with suppress(SpecialFilesLeft):  # the plan names them
+    with suppress(NotAFileError):  # the plan names them
         delete_checkpoint(store, ref)
 
 

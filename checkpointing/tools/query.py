@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outlast.checkpointing.error_hints import did_you_mean
-from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, NotAFileError, StorageError
+from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, StorageError
 from outlast.checkpointing.format.layout import MANIFEST, RECORD, AttemptId, CheckpointRef, pins_dir
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
-from outlast.checkpointing.run_store.catalog import Catalog, UnreadEntry, build_catalog, read_manifest
+from outlast.checkpointing.run_store.catalog import Catalog, UnreadEntry, build_catalog, read_manifest, read_manifest_in
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.deletion import list_pins
 from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
@@ -177,11 +177,9 @@ def newest_model(store: RunStore, attempts: Iterable[AttemptId]) -> tuple[str, M
     for attempt in sorted(attempts, reverse=True):
         directory = store.model_dir(attempt)
         try:
-            return directory, Manifest.parse(read_bytes(store, f"{directory}/{MANIFEST}"))
+            return directory, read_manifest_in(store, directory)
         except FileNotFoundError:
             continue
-        except (DamagedError, NotAFileError) as error:
-            return directory, ManifestError(error.message)
         except ManifestError as error:
             return directory, error
     return "", None

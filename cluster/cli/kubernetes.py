@@ -43,6 +43,7 @@ def render(
     secret: Annotated[str | None, Option(help="A secret whose keys become environment variables.")] = None,
     service_account: Annotated[str | None, Option(help="An existing service account.")] = None,
     network_policy: Annotated[bool, Option(help="Limit the pods' network traffic.")] = True,
+    operator_namespace: Annotated[str | None, Option(help="Namespace of KubeRay's operator.")] = None,
     egress_ports: Annotated[
         list[int] | None, Option("--egress-port", help="A port that the pods may reach at any address.")
     ] = None,

@@ -90,10 +90,10 @@ def _select(
             else:
                 _select(root, target, f"{name}/", (*above, folder), rules, found)
         elif target.is_file() and name.endswith(_SUFFIXES):
-            _judge_content(target, name, found)
+            _check_content(target, name, found)
 
 
-def _judge_content(path: Path, name: str, found: CodeFiles) -> None:
+def _check_content(path: Path, name: str, found: CodeFiles) -> None:
     with path.open("rb") as file:
         text = file.read(_SCANNED_BYTES).decode(errors="replace")
     if has_private_key(text) and not name.endswith(".py"):

@@ -4,9 +4,6 @@ Elsewhere it is Ray Train's own, whose store and sockets are reachable on the ne
 """
 
 import os
-import secrets
-from ipaddress import ip_address
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,8 +13,8 @@ from outlast.cluster.ray_internals import (
     _set_torch_distributed_env_vars,
     _setup_torch_process_group,
     _TorchBackend,
+    loopback_rendezvous,
     loopback_variables,
-    session_dir,
 )
 
 
@@ -35,7 +32,7 @@ class GroupBackend(_TorchBackend):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Connect a new group."""
-        rendezvous = worker_group.execute_single(0, _rendezvous)
+        rendezvous = worker_group.execute_single(0, loopback_rendezvous)
         if rendezvous is None:
             super().on_start(worker_group, backend_config)
             return
@@ -48,13 +45,6 @@ class GroupBackend(_TorchBackend):  # type: ignore[misc]
                 for rank in range(size)
             ]
         )
-
-
-def _rendezvous() -> str | None:
-    """Return the URL of a new file; None if the node's address is no loopback."""
-    if not ip_address(ray.util.get_node_ip_address()).is_loopback:
-        return None
-    return Path(session_dir(), f"group-{secrets.token_hex(8)}").as_uri()
 
 
 def _join(**settings: Any) -> None:

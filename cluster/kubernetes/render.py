@@ -144,6 +144,9 @@ def _volume_claim(settings: K8sSettings) -> dict[str, Any]:
 def _network_policy(config: RunConfig, settings: K8sSettings) -> dict[str, Any]:
     """Allow egress on the ports that the run file needs, to any address: an object store has no fixed one."""
     body = _template("networkpolicy")
+    if settings.operator_namespace:
+        [of_operator] = body["spec"]["ingress"][1]["from"]
+        of_operator["namespaceSelector"] = {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}}
     ports = set(settings.egress_ports)
     uses_hub = not all(map(_is_path, _model_names(config).values()))
     needs_https = any(_is_remote(path) for path in _sources(config).values()) or uses_hub

@@ -102,6 +102,8 @@ class K8sSettings(Settings):
 
     network_policy: bool = True
     """Limit the pods' traffic to each other, DNS, the operator's requests and the ports below."""
+    operator_namespace: Name | None = None
+    """Namespace of KubeRay's operator, whose requests are let through. Default: those in which it usually runs."""
     egress_ports: tuple[Port, ...] = ()
     """Ports that the pods may reach at any address: a store's own, such as 9000. Port 443 is added if the run file
     names an object store or a model on the hub."""

@@ -14,6 +14,7 @@ from outlast.cluster.formatting import clock, counted, duration, share, short, s
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory
 from outlast.cluster.monitoring.status import Interruption, RunSnapshot
 from outlast.cluster.monitoring.timeline import State
+from outlast.cluster.output import safe_line
 from outlast.cluster.safe_console import safe_text
 
 MAX_WIDTH = 100
@@ -157,7 +158,7 @@ def _unsaved(summary: RunSnapshot, event: UnsavedEvent) -> str:
     """Return how long training has gone without a save that succeeded, and why."""
     seconds = event.unsaved_s + max(0.0, summary.now - event.t)
     limit = f" of {duration(event.limit_s)}" if event.limit_s is not None else ""
-    return f"{duration(seconds)}{limit}: {' '.join(event.error.split())}"
+    return f"{duration(seconds)}{limit}: {safe_line(' '.join(event.error.split()))}"
 
 
 def _goodput(report: GoodputReport, width: int) -> list[Text]:

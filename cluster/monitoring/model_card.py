@@ -59,7 +59,9 @@ class _CardBuilder:
         self._task = str(self._model.get("task", ""))
         self._settings: Mapping[str, Any] = section(read_claim(found.store, attempt), "settings")
         path = f"{found.store.launch_dir(found.manifest.launch)}/{RECORD}"
-        self._record = read_object(found.store.storage, path)
+        self._record: dict[str, Any] = {}
+        with found.store.going_on(path):
+            self._record = read_object(found.store.storage, path)
         metrics = sorted(found.manifest.metrics.items())
         self._metrics = {name: value for name, value in metrics if name.startswith("eval_")}
         timeline = TimelineReader(found.store).update()

@@ -24,6 +24,8 @@ from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import OutlastError, PreflightError
 from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.events import NoteEvent
+from outlast.checkpointing.storage.factory import parse_location
+from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.cluster import ray_internals
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.preflight import doctor_probe, doctor_rules
@@ -68,7 +70,7 @@ def _weights_bytes(path: str | None) -> int | None:
     files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     body: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        body = json.loads((folder / "config.json").read_text())
+        body = json.loads(read_small_file(folder / "config.json"))
     is_half = str(body.get("dtype") or body.get("torch_dtype")) in ("bfloat16", "float16")
     return sum(file.stat().st_size for file in files) * (2 if is_half else 1) or None
 
@@ -140,7 +142,8 @@ class _Nodes:
         self.ids: dict[str, str] = {name: row["NodeID"] for name, row in rows.items()}
         self.resources: dict[str, Mapping[str, float]] = {name: row["Resources"] for name, row in rows.items()}
         self.unresponsive: list[Finding] = []
-        self._arguments = (requirements.storage, folder)
+        storage = requirements.storage
+        self._arguments = (None if storage is None else str(parse_location(storage)), folder)
         self._local = in_process and len(rows) == 1
         for module in _BY_VALUE:
             ray.cloudpickle.register_pickle_by_value(module)

@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from outlast.cluster.ray_internals import loopback_variables, session_dir, temp_dir
+from outlast.cluster.ray_internals import loopback_rendezvous, loopback_variables, temp_dir
 
 LIBRARIES = ("ray", "torch", "transformers")
 CONNECT_TIMEOUT_S = 3.0
@@ -37,7 +36,7 @@ class Probe:
     """The measurements of one node.
 
     Args:
-        storage_url: The run's storage, or None.
+        storage_url: The run's storage, as `parse_location` returns it, or None.
         folder: Folder in the storage for the files of these measurements.
     """
 
@@ -183,11 +182,10 @@ class Probe:
         """Return the URL for a process group: a free port of this node, or a file if its Ray is on the loopback."""
         import ray
 
-        address = ray.util.get_node_ip_address()
-        if ip_address(address).is_loopback:
-            return Path(session_dir(), f"group-{secrets.token_hex(8)}").as_uri()
+        if file := loopback_rendezvous():
+            return file
         with socket.create_server(("", 0)) as server:
-            return f"tcp://{address}:{server.getsockname()[1]}"
+            return f"tcp://{ray.util.get_node_ip_address()}:{server.getsockname()[1]}"
 
     def all_reduce(
         self, rank: int, size: int, rendezvous: str, backend: str, num_bytes: int, limit_s: float
@@ -311,11 +309,9 @@ def _space(path: str) -> dict[str, Any] | None:
 
 def _file_system(storage_url: str | None) -> dict[str, Any] | None:
     """Return type, source and space of a local storage's file system on this node; None for an object store."""
-    from outlast.checkpointing.storage.factory import parse_location
-
-    path = None if storage_url is None else parse_location(storage_url)
-    if not isinstance(path, Path):
+    if storage_url is None or "://" in storage_url:
         return None
+    path = Path(storage_url)
     existing = next(parent for parent in (path, *path.parents) if parent.exists()).resolve()
     mount, source, kind = mount_of(existing)
     return {"mount": mount, "source": source, "kind": kind, **(_space(str(existing)) or {})}

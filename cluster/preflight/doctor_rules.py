@@ -67,8 +67,8 @@ def check_access(facts: Facts, *, requires_token: bool) -> list[Finding]:
     """Check that Ray runs no code for those who reach its ports without its token."""
     report = _Findings("access")
     if not requires_token and not all(ip_address(fact["address"]).is_loopback for fact in facts.values()):
-        report.warn("Ray asks for no token: any client that reaches a port of a node can run code there", OPEN_HINT)
-    return report.or_ok("Ray asks for a token" if requires_token else "Ray listens on the loopback only")
+        report.warn("Ray requires no token: any client that reaches a port of a node can run code there", OPEN_HINT)
+    return report.or_ok("Ray requires a token" if requires_token else "Ray listens on the loopback only")
 
 
 def check_versions(facts: Facts) -> list[Finding]:

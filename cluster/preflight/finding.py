@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
-
 OPEN_HINT = "start every node with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN"
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO
 
 BIN = Path(sys.executable).parent
+_READ_ONLY = "mount --rbind /tmp /tmp && mount -o remount,ro,bind / && "
 HEAD, MOST_HOSTS = 0, 20
 #: Dead nodes are noticed within about three seconds instead of a minute.
 QUICK_HEALTH_CHECKS = {
@@ -161,6 +162,7 @@ class Lab:
         parameters: Mapping[str, str] | None = None,
         environment: Mapping[str, str] | None = None,
         mounts: Mapping[str, Path] | None = None,
+        read_only: bool = False,
     ) -> None:
         """Starts Ray on a host; on one that was started before, anew.
 
@@ -170,6 +172,7 @@ class Lab:
             parameters: More options of `ray start`, as KubeRay's `rayStartParams` has them.
             environment: More variables.
             mounts: What of this machine the host sees elsewhere, by the place where it sees it.
+            read_only: Its file system is, except for /tmp, which it shares with this machine, and /dev.
         """
         assert host not in self._hosts
         if host not in self._known:
@@ -190,7 +193,8 @@ class Lab:
         names = "".join(f"mount --bind {self._folder}/{name} /etc/{name} && " for name in ("hosts", "resolv.conf"))
         script = (
             f"mkdir -p /tmp/ray && mount --bind {private} /tmp/ray && {names}{binds}"
-            f"hostname {self.name(host)} && cd / && exec ray start {role} {options} --disable-usage-stats --block"
+            f"hostname {self.name(host)} && cd / && {_READ_ONLY if read_only else ''}"
+            f"exec ray start {role} {options} --disable-usage-stats --block"
         )
         command = ["ip", "netns", "exec", self.name(host), "unshare", "--mount", "--uts", "--pid", "--fork"]
         command += ["--kill-child", "--mount-proc", "bash", "-c", script]

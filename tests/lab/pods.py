@@ -78,6 +78,7 @@ class Pods:
         [container] = pod["containers"]
         of_config_map = {volume["name"] for volume in pod["volumes"] if "configMap" in volume}
         mounted = [item["mountPath"] for item in container["volumeMounts"] if item["name"] in of_config_map]
+        claimed = {item["mountPath"] for item in container["volumeMounts"] if item["name"] == "storage"}
         by_operator = {
             "RAY_CLUSTER_NAME": self._name,
             "RAY_PORT": "6379",
@@ -88,7 +89,8 @@ class Pods:
             host,
             parameters={"num-cpus": container["resources"]["requests"]["cpu"], **group["rayStartParams"], **_SCALED},
             environment=_environment(container) | by_operator,
-            mounts=dict.fromkeys(mounted, self._config_map),
+            mounts=dict.fromkeys(mounted, self._config_map) | {path: Path(path) for path in claimed},
+            read_only=container["securityContext"]["readOnlyRootFilesystem"],
         )
 
     def until(self, condition: Callable[[], bool], limit_s: float, what: str) -> None:

@@ -1,10 +1,18 @@
-"""Prints `k8s/requirements.txt`: every package that the image holds, at the release that is installed here.
+"""Writes the image's packages, pinned with the digests of all their files, for pip's `--require-hashes`.
 
-python -m tests.support.pin_image_requirements > k8s/requirements.txt
+    pip install pip-tools
+    python -m tests.support.pin_image_requirements
+
+The releases are those installed here, and what torch's build for GPUs needs besides. `k8s/requirements-torch.txt` holds
+that build, so that an image for CPUs can take another one.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import tempfile
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -13,9 +21,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 EXTRAS = ("lora", "s3")
-PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+ROOT = Path(__file__).parents[2]
 #: Built for a device: torch names them itself, at the release that it was built with.
 _WITH_TORCH = ("nvidia-", "cuda-", "triton")
+_HEAD = "# Packages of the image, pinned. Made by `python -m tests.support.pin_image_requirements`; do not edit.\n"
 
 
 def needed(lines: list[str], extras: frozenset[str], found: dict[str, str]) -> None:
@@ -36,15 +45,37 @@ def needed(lines: list[str], extras: frozenset[str], found: dict[str, str]) -> N
         needed(requires(name) or [], frozenset(wanted.extras), found)
 
 
-def lock() -> str:
-    """The text of the file."""
+def installed() -> str:
+    """The packages that outlast needs, a line each, at the releases installed here."""
     found: dict[str, str] = {}
-    project = tomllib.loads(PROJECT.read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [line for name in EXTRAS for line in project["optional-dependencies"][name]]
     needed([*project["dependencies"], *extras], frozenset(), found)
-    head = "# The image's packages, pinned. Made by `python -m tests.support.pin_image_requirements`; do not edit.\n"
-    return head + "".join(f"{name}=={release}\n" for name, release in sorted(found.items()))
+    return "".join(f"{name}=={release}\n" for name, release in sorted(found.items()))
+
+
+def with_digests(lines: str) -> str:
+    """The same packages and what they need besides, with the digests in the package index; builds of this machine's
+    own do not count."""
+    options = "--quiet --generate-hashes --allow-unsafe --no-emit-index-url --no-emit-find-links --no-annotate"
+    options += " --no-header --no-strip-extras"
+    with tempfile.TemporaryDirectory() as folder:
+        (given := Path(folder, "given.txt")).write_text(lines)
+        environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
+        command = ["pip-compile", *options.split(), "--output-file", f"{folder}/made.txt", str(given)]
+        subprocess.run(command, check=True, env={**environment, "PIP_CONFIG_FILE": os.devnull})
+        return Path(folder, "made.txt").read_text()
+
+
+def main() -> None:
+    """Writes both files."""
+    text = re.sub(r"^#.*\n|^\n", "", with_digests(installed()), flags=re.MULTILINE)
+    packages = sorted(re.split(r"^(?=\w)", text, flags=re.MULTILINE)[1:])
+    of_torch = [text for text in packages if text.startswith(("torch==", *_WITH_TORCH))]
+    others = [text for text in packages if text not in of_torch]
+    (ROOT / "k8s" / "requirements.txt").write_text(_HEAD + "".join(others))
+    (ROOT / "k8s" / "requirements-torch.txt").write_text(_HEAD + "".join(of_torch))
 
 
 if __name__ == "__main__":
-    print(lock(), end="")
+    main()

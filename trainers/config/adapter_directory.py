@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.trainers.config.model import LoraSettings, ModelSettings
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -18,12 +20,9 @@ def base_of(path: str) -> str:
     """Return the base model that an adapter's configuration names.
 
     Raises:
-        ConfigError: It names none, or a directory that does not exist.
+        ConfigError: It is damaged, or names none, or a directory that does not exist.
     """
-    try:
-        base = json.loads((Path(path) / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}/{ADAPTER_CONFIG} cannot be read: {error}", hint="restore the file") from error
+    base = _parse(path).get("base_model_name_or_path")
     hint = (
         "set model.path to the base model and model.lora.path to the adapter; or make one model of both: "
         "outlast checkpoints export RUN best DIR --merge --base BASE"
@@ -55,3 +54,30 @@ def with_base(settings: ModelSettings) -> ModelSettings:
             hint=f"set model.path to that model, and model.lora.path to {path}",
         )
     return settings.model_copy(update={"path": base_of(path), "lora": LoraSettings(path=path)})
+
+
+def read_adapter_config(path: str | Path) -> dict[str, Any]:
+    """Read the `adapter_config.json` of a directory.
+
+    Raises ConfigError if it is damaged, of another type than LORA, or names a module that peft would import.
+    """
+    config = _parse(path)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ConfigError(f"the adapter {path} is of type {kind!r}; only LORA is supported", hint="use a LoRA adapter")
+    if config.get("megatron_config"):
+        raise ConfigError(
+            f"the adapter {path} has megatron_config, by which peft imports the module {config.get('megatron_core')!r}",
+            hint="remove megatron_config and megatron_core from its adapter_config.json",
+        )
+    return config
+
+
+def _parse(path: str | Path) -> dict[str, Any]:
+    file = Path(path) / ADAPTER_CONFIG
+    try:
+        config = json.loads(read_small_file(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}", hint="restore the file") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} is not a JSON object", hint="restore the file")
+    return config

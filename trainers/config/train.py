@@ -76,17 +76,12 @@ class ParallelSettings(Settings):
     gathers the others block by block while it computes, which takes less memory and more communication."""
 
 
-class NonFiniteSettings(Settings):
-    """Handling of steps with non-finite numbers."""
+class TrainingFailureSettings(Settings):
+    """Handling of failures within the training loop."""
 
     non_finite: NonFinite = NonFinite.STOP
     """Handling of a step whose loss or gradient is not finite: end the run with a checkpoint (stop), skip the step
     (skip), or restore the newest checkpoint and skip the step when it is reached again (roll-back)."""
-
-
-class TrainingFailureSettings(NonFiniteSettings):
-    """Handling of failures within the training loop."""
-
     on_save_error: OnSaveError = OnSaveError.STOP
     """Handling of a save that the storage refuses or fails: end the attempt (stop), or go on with training and save
     again when the next save is due (go-on). The last save, of a finished or a stopped run, must succeed in any case."""

@@ -4,15 +4,12 @@ A run file that the user wrote may name both. What a claim, a manifest or an ada
 same is in that file, was given as an option, or `--trust-remote-code` allows all of it.
 """
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
-from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.trainers.config.task_table import TASKS
 from outlast.trainers.config.train import OPTIMIZERS
 from outlast.trainers.config.training_config import TrainingConfig
@@ -72,27 +69,4 @@ class Trust:
         return base
 
 
-def read_adapter_config(path: str | Path) -> dict[str, Any]:
-    """Read the `adapter_config.json` of a directory.
-
-    Raises ConfigError if it is damaged, of another type than LORA, or names a module that peft would import.
-    """
-    file = Path(path) / "adapter_config.json"
-    try:
-        config = json.loads(read_small_file(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}", hint="restore the file") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file} is not a JSON object", hint="restore the file")
-    if (kind := config.get("peft_type")) != "LORA":
-        raise ConfigError(f"the adapter {path} is of type {kind!r}; only LORA is supported", hint="use a LoRA adapter")
-    if config.get("megatron_config"):
-        raise ConfigError(
-            f"the adapter {path} has megatron_config, by which peft imports the module {config.get('megatron_core')!r}",
-            hint="remove megatron_config and megatron_core from its adapter_config.json",
-        )
-    return config
-
-
-#: Nothing that a run names is followed.
-NO_TRUST = Trust()
+NO_TRUST = Trust()  #: nothing that a run names is followed

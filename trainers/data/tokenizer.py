@@ -1,5 +1,6 @@
 """Tokenizers: loaded from a directory or the hub, or trained on the run's data."""
 
+import json
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from huggingface_hub import constants
 
 from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.trainers.config.adapter_directory import base_of, is_adapter_directory
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -68,6 +70,7 @@ def _load_tokenizer(path: str) -> Tokenizer:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ConfigError(f"model directory {path} does not exist", hint="set model.path to a directory or a hub id")
     _check_hub_connection(path)
+    _check_own_files(Path(path))
     try:
         inner = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         vocabulary = inner.get_vocab()
@@ -89,6 +92,21 @@ def _load_tokenizer(path: str) -> Tokenizer:
         if Path(path).is_dir() and not any(Path(path).glob("*token*")):
             reason = "it has no tokenizer.json and no other tokenizer file"
         raise ConfigError(f"no tokenizer can be loaded from {path!r}: {reason}", hint=hint) from error
+
+
+def _check_own_files(folder: Path) -> None:
+    """Raise ConfigError if a tokenizer's settings name a file by which transformers would read any file of the user."""
+    for name, suffixes in (("tokenizer_config.json", ()), ("special_tokens_map.json", ("_file",))):
+        try:
+            entries = json.loads(read_small_file(folder / name))
+        except (OSError, ValueError, RecursionError):
+            continue  # transformers reports it
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            if isinstance(value, str) and (key in ("vocab", "merges") or key.endswith(suffixes)):
+                raise ConfigError(
+                    f"{folder / name}: {key} names the file {value!r}; it may be outside of that directory",
+                    hint="remove that entry; a tokenizer's files are found by their names",
+                )
 
 
 def _check_hub_connection(path: str) -> None:

@@ -22,9 +22,8 @@ from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.format.safetensors import tensor_bytes
 from outlast.checkpointing.state.named_weights import WeightNaming, carried_state, plain_name, unwrap
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS
-from outlast.trainers.config.adapter_directory import ADAPTER_CONFIG
+from outlast.trainers.config.adapter_directory import ADAPTER_CONFIG, read_adapter_config
 from outlast.trainers.config.model import LoraSettings
-from outlast.trainers.config.trust import read_adapter_config
 from outlast.trainers.user_code import describe_error
 
 #: Task types of peft that have a wrapper of their own, by Auto class.

@@ -10,8 +10,8 @@ from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.format.layout import WEIGHTS
 from outlast.checkpointing.state.named_weights import named_weights
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content, export_directory
-from outlast.trainers.config.adapter_directory import ADAPTER_CONFIG
-from outlast.trainers.config.trust import NO_TRUST, Trust, read_adapter_config
+from outlast.trainers.config.adapter_directory import ADAPTER_CONFIG, read_adapter_config
+from outlast.trainers.config.trust import NO_TRUST, Trust
 from outlast.trainers.models.build import load_saved
 from outlast.trainers.models.lora import base_digest, need_peft
 from outlast.trainers.models.weight_names import file_naming

@@ -9,17 +9,17 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from outlast.checkpointing.errors import ConfigError, DamagedError, NotAFileError
+from outlast.checkpointing.errors import ConfigError, DamagedError, NotAFileError, PreflightError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, Digester, FileEntry
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.storage.regular_files import make_private_directory
 
 DEFAULT_LIMIT = "50"
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
@@ -30,6 +30,31 @@ _FRESH_S = 600.0
 def cache_dir() -> Path:
     """Return the directory of the copies, in `$OUTLAST_CACHE` or `~/.cache/outlast`."""
     return Path(os.environ.get("OUTLAST_CACHE", "~/.cache/outlast")).expanduser() / "data"
+
+
+def make_private_directory(path: Path) -> Path:
+    """Make a directory with mode 0700, or check an existing one: it belongs to this user, and no other may write to it.
+
+    Raises PreflightError otherwise.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found, named = path.stat(), path.lstat()
+    except OSError as error:
+        message = f"the directory {path} cannot be made: {error.strerror}"
+        raise PreflightError(message, hint="set OUTLAST_CACHE to a writable directory") from error
+    if {found.st_uid, named.st_uid} != {os.geteuid()}:
+        raise PreflightError(f"{path} belongs to another user", hint="set OUTLAST_CACHE to a directory of your own")
+    if not stat.S_ISDIR(found.st_mode):
+        raise PreflightError(f"{path} is not a directory", hint="set OUTLAST_CACHE to a directory of your own")
+    if found.st_mode & stat.S_IWOTH:
+        message = f"every user may write to {path}: its mode is {stat.S_IMODE(found.st_mode):04o}"
+        raise PreflightError(message, hint=f"chmod 700 {path}, after a look at what it holds; or set OUTLAST_CACHE")
+    if found.st_mode & stat.S_IWGRP:  # earlier releases left that to the umask
+        path.chmod(0o700)
+    return path
 
 
 def limit_bytes() -> int:
@@ -49,7 +74,7 @@ def local_copy(storage: Storage, directory: str, fingerprint: str, entry: FileEn
         DamagedError: The file in the storage was damaged after preparation.
         StorageError: The file cannot be read, or the copy cannot be written.
     """
-    root = make_private_directory(cache_dir(), "OUTLAST_CACHE")
+    root = make_private_directory(cache_dir())
     # From the directory above: no link is followed below the name of the cache.
     cache, lock = LocalStorage(root.parent), root / f"{fingerprint}.lock"
     path = f"{root.name}/{fingerprint}/{entry.path}"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import DamagedError, NoCheckpointError
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, checkpoint_dir, optimizer_shard
-from outlast.checkpointing.format.manifest import FileEntry, Manifest
+from outlast.checkpointing.format.manifest import FileEntry, Manifest, ManifestError
 from outlast.checkpointing.format.safetensors import encode
 from outlast.checkpointing.restore.reader import read_tensors, read_verified
 from outlast.checkpointing.run_store.catalog import read_catalog
@@ -181,7 +181,7 @@ def test_a_file_with_too_few_digests_is_damage(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     entry = write_file(storage, "checkpoint", "a", [b"123"])
     for blocks in ((), entry.blocks * 2):
-        with pytest.raises(DamagedError, match=f"a: {len(blocks)} digests for 1 blocks"):
+        with pytest.raises(ManifestError, match=f"a has 3 bytes and {len(blocks)} digests of blocks"):
             read_verified(storage, "checkpoint", FileEntry("a", 3, entry.xxh3_128, blocks))
 
 

@@ -57,6 +57,20 @@ def test_a_step_that_does_not_rise_is_refused(how: str, tmp_path: Path) -> None:
     assert heir.save(21)
 
 
+@pytest.mark.parametrize("how", ["save", "async_save"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_step_saved_again_with_other_weights_is_refused(resumed: bool, how: str, tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    assert script.save(10, "save" if resumed else how)
+    if resumed:
+        script = Script(tmp_path)
+    else:
+        train_step(script.model, script.optimizer, 2)
+    with pytest.raises(ConfigError, match="step 10 is saved, with other weights: steps must rise"):
+        script.save(10, how)
+    assert script.save(11)
+
+
 @pytest.mark.parametrize("step", [10.0, -1, True, np.bool_(True), torch.tensor(True), "3", None, 10**18, np.float32(3)])
 @pytest.mark.parametrize("how", ["save", "async_save"])
 def test_what_is_no_step_is_refused(how: str, step: Any, tmp_path: Path) -> None:
@@ -114,6 +128,9 @@ def test_other_metrics_are_refused(metrics: Any, tmp_path: Path) -> None:
         "",
         ".",
         "a\\b",
+        "C:x",
+        "a\nb",
+        "x" * 300,
         "manifest.json",
         "training_state/state.json",
         "model.safetensors",

@@ -100,6 +100,12 @@ def test_a_save_that_never_ends_is_waited_for_in_limits_and_reported(tmp_path: P
     assert "the save of step 1 is lost: it was not committed within 0.5 s" in ended.stderr
 
 
+@pytest.mark.parametrize("beginning", ["threading.Thread(target=late).start()", "atexit.register(late)"])
+def test_a_save_that_begins_while_the_interpreter_ends_is_reported(beginning: str, tmp_path: Path) -> None:
+    body = "import atexit, threading\ndef late():\n    time.sleep(0.5)\n    begin(Checkpointer(storage, 'run'))\n"
+    assert "run 'run': the save of step 1 is lost: " in run(tmp_path, f"{body}{beginning}\n").stderr
+
+
 def test_an_attempt_that_is_superseded_at_the_end_is_reported(tmp_path: Path) -> None:
     body = "begin(Checkpointer(storage, 'run', launch='a'))\nCheckpointer(storage, 'run', launch='b')\n"
     assert "step 1 is lost: a newer attempt has superseded" in run(tmp_path, body).stderr

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,47 @@ REFUSED: dict[str, Any] = {
 def test_a_value_that_would_come_back_otherwise_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be saved"):
         encode_state({"value": REFUSED[name]})
+
+
+@pytest.mark.parametrize("wrap", [lambda item: (item,), lambda item: OrderedDict(a=item), lambda item: {1: item}])
+def test_what_is_nested_too_deeply_to_be_read_is_refused(wrap: Callable[[Any], Any]) -> None:
+    def nested(depth: int) -> dict[str, Any]:
+        value: Any = 1
+        for _ in range(depth):
+            value = wrap(value)
+        return {"a": value}
+
+    def read(text: str, frames: int) -> dict[str, Any]:
+        return read(text, frames - 1) if frames else decode_state(text.encode(), "state.json")
+
+    assert read(encode_state(nested(90)), 300) == nested(90)
+    for depth in (150, 245, 495, 5000):
+        with pytest.raises(ConfigError, match="nested too deeply"):
+            encode_state(nested(depth))
+
+
+def test_a_tensor_of_one_element_with_a_stride() -> None:
+    assert torch.equal(back({"a": torch.arange(8.0)[3::8]})["a"], torch.tensor([3.0]))
+
+
+@pytest.mark.parametrize("several", [{math.nan, float("nan")}, {math.nan: 1, float("nan"): 2}])
+def test_nan_is_refused_as_a_key_more_than_once(several: Any) -> None:
+    with pytest.raises(ConfigError, match="more than once"):
+        encode_state({"a": several})
+
+
+@pytest.mark.parametrize("state", [5, "text", [], [("step", 1)], ""])
+def test_a_state_that_is_no_dict_is_refused(tmp_path: Path, state: Any) -> None:
+    model, optimizer = small_model()
+    with Checkpointer(LocalStorage(tmp_path), "run") as checkpointer:
+        checkpointer.resume(model, optimizer)
+        with pytest.raises(ConfigError, match=r"state cannot be saved: it is of the type .*, not a dict"):
+            checkpointer.save(1, model, optimizer, state)
+
+
+def test_the_refusal_of_an_array_names_its_dtype() -> None:
+    with pytest.raises(ConfigError, match=r"state\['value'\] cannot be saved: it is an array of the dtype object"):
+        encode_state({"value": np.array([None])})
 
 
 def test_the_refusal_names_the_place_and_costs_nothing(tmp_path: Path) -> None:

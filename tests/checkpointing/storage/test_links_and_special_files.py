@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpointing.errors import ConfigError, NotAFileError, OutlastError, PreflightError, StorageRefused
+from outlast.checkpointing.errors import ConfigError, NotAFileError, OutlastError, StorageRefused
 from outlast.checkpointing.hf_trainer_seals import newest_sealed, seal
 from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.run_store.catalog import read_catalog
@@ -18,7 +18,7 @@ from outlast.checkpointing.run_store.journal import read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Entry, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.checkpointing.storage.regular_files import check_files_in, make_private_directory, read_small_file
+from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.checkpointing.tools.pin_and_prune import plan_prune, prune
 from tests.checkpointing.tools.test_pin_and_prune import NARROW, WIDE, Run, steps, whole
 
@@ -255,32 +255,3 @@ def test_a_small_file_is_regular_and_small(tmp_path: Path) -> None:
     for name, reason in {"pipe": "named pipe", "endless": "device", "large": "more than 64 MiB"}.items():
         with pytest.raises(OSError, match=reason):
             read_small_file(tmp_path / name)
-        if name != "large":
-            with pytest.raises(ConfigError, match=f"model.path {tmp_path}: .* is a "):
-                check_files_in("model.path", tmp_path)
-            (tmp_path / name).unlink()
-    check_files_in("model.path", tmp_path)
-
-
-def test_a_private_directory_is_made_or_checked(tmp_path: Path) -> None:
-    made = make_private_directory(tmp_path / "new" / "cache", "CACHE")
-    assert made.stat().st_mode & 0o777 == 0o700
-    made.chmod(0o775)
-    assert make_private_directory(made, "CACHE").stat().st_mode & 0o777 == 0o700
-    made.chmod(0o1777)
-    with pytest.raises(PreflightError, match="every user may write") as caught:
-        make_private_directory(made, "CACHE")
-    assert "chmod 700" in caught.value.hint
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(PreflightError, match="is not a directory"):
-        make_private_directory(tmp_path / "file", "CACHE")
-    if os.geteuid() == 0:
-        made.chmod(0o700)
-        os.chown(made, 1234, 1234)
-        with pytest.raises(PreflightError, match="belongs to another user"):
-            make_private_directory(made, "CACHE")
-        (tmp_path / "own").mkdir(mode=0o700)
-        (tmp_path / "planted").symlink_to(tmp_path / "own")
-        os.chown(tmp_path / "planted", 1234, 1234, follow_symlinks=False)
-        with pytest.raises(PreflightError, match="belongs to another user"):
-            make_private_directory(tmp_path / "planted", "CACHE")

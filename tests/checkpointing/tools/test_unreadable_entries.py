@@ -364,7 +364,7 @@ def test_something_else_in_the_place_of_a_weights_file_is_damage(root: Path, out
     _loop(_attempts(root)[-1] / "checkpoint-4/model.safetensors")
     verified = outlast("checkpoints", "verify", root / RUN)
     assert verified.code == 5
-    assert "model.safetensors: not a file" in verified.out
+    assert "model.safetensors: a symbolic link" in verified.out
     assert _resume(root) == 3
 
 

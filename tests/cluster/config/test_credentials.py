@@ -48,6 +48,12 @@ def test_a_credential_in_a_run_file_is_refused(
     assert "canary" not in f"{caught.value} {caught.value.hint}"
 
 
+def test_one_remedy_is_named_for_a_setting(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="must not contain one") as caught:
+        load_run(run_file(tmp_path, model={"path": "hf_" + "canary1" * 5}))
+    assert [found.finding.key for found in caught.value.findings] == ["model.path"]
+
+
 @pytest.mark.parametrize(
     "option",
     [

@@ -32,6 +32,7 @@ RESTRICTED = {
     "runAsNonRoot": True,
     "runAsUser": 1000,
     "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
     "capabilities": {"drop": ["ALL"]},
     "seccompProfile": {"type": "RuntimeDefault"},
 }
@@ -173,7 +174,8 @@ def test_only_the_autoscaler_may_reach_the_api_server(read: Read) -> None:
     elastic = render(*read("/data/runs", scale={"workers": [2, 8]}), k8s_settings(**RELEASE))[-1]
     cluster = elastic["spec"]["rayClusterSpec"]
     [volume] = [item for item in pods(elastic)["head"]["spec"]["volumes"] if "projected" in item]
-    [mount] = cluster["autoscalerOptions"]["volumeMounts"]
+    mount, own = cluster["autoscalerOptions"]["volumeMounts"]
+    assert own == {"name": "tmp", "mountPath": "/tmp"}
     assert mount["name"] == volume["name"]
     assert mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount"
     assert volume["name"] not in mounts(pods(elastic)["head"])
@@ -203,7 +205,8 @@ def test_pods_reach_what_the_run_needs(
     assert policy["spec"]["podSelector"] == {"matchLabels": {"outlast/run": "my-run"}}
     between_pods, dns, *others = policy["spec"]["egress"]
     assert between_pods == {"to": [{"podSelector": {"matchLabels": {"outlast/run": "my-run"}}}]}
-    assert {row["port"] for row in dns["ports"]} == {53}
+    assert {row["port"] for row in dns["ports"]} == {53, 5353}
+    assert all(rule.keys() <= {"namespaceSelector", "ipBlock"} and rule for rule in dns["to"])
     assert [row["port"] for rule in others for row in rule["ports"]] == ports
 
 

@@ -26,14 +26,25 @@ from packaging.utils import canonicalize_name
 from outlast.cluster.kubernetes.settings import k8s_settings
 from tests.support.kubernetes.manifests import ROOT
 
-LOCK = ROOT / "k8s" / "requirements.txt"
+LOCKS = (ROOT / "k8s" / "requirements.txt", ROOT / "k8s" / "requirements-torch.txt")
 NEEDED = ("buildah", "podman", "runc", "debootstrap")
 IMAGE = "localhost/outlast:test"
 
 
 def pins() -> dict[str, Requirement]:
-    lines = [line for line in LOCK.read_text().splitlines() if not line.startswith("#")]
+    lines = [line.removesuffix(" \\") for lock in LOCKS for line in lock.read_text().splitlines() if "==" in line]
     return {canonicalize_name(item.name): item for item in map(Requirement, lines)}
+
+
+def test_every_package_has_digests() -> None:
+    for lock in LOCKS:
+        for package in re.split(r"^(?=\w)", lock.read_text(), flags=re.MULTILINE)[1:]:
+            first, *digests = package.rstrip().split(" \\\n")
+            assert re.fullmatch(r"[\w.-]+(\[[\w,]+\])?==[\w.]+", first), first
+            assert digests, first
+            assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", digest) for digest in digests), first
+    dockerfile = (ROOT / "k8s" / "Dockerfile").read_text()
+    assert dockerfile.count("--require-hashes -r requirements") == 2
 
 
 def release_of(item: Requirement) -> str:
@@ -140,7 +151,10 @@ def base(engine: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def image(engine: list[str], base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     arguments = ["--build-arg", f"BASE={base}", "--network", "host", "--runtime", "runc", "--tag", IMAGE]
-    arguments += pip_settings(tmp_path_factory.mktemp("pip"))
+    settings = pip_settings(tmp_path_factory.mktemp("pip"))
+    if "TORCH_INDEX" in os.environ:
+        arguments += ["--build-arg", f"TORCH_INDEX={os.environ['TORCH_INDEX']}"]
+    arguments += settings
     run("buildah", *engine, "bud", *arguments, "--file", "k8s/Dockerfile", ".", timeout_s=1200, cwd=ROOT)
     return IMAGE
 

@@ -231,7 +231,7 @@ def test_mismatch_with_the_run_file(tmp_path: Path) -> None:
     assert "4 CPUs in each pod, but scale.cpus_per_worker is 8" in _found(tmp_path, "gpus", cpu, Level.FAILED)[-1]
     start = {(*WORKERS, "rayStartParams", "num-cpus"): "2"}
     assert "2 CPUs in each pod" in _found(tmp_path, "gpus", start, Level.FAILED)[-1]
-    mount = {(*WORKER_POD, "containers", 0, "volumeMounts", 1): ...}
+    mount = {(*WORKER_POD, "containers", 0, "volumeMounts", 2): ...}
     assert "are lost with the pod" in _found(tmp_path, "claim", mount, Level.FAILED)[-1]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.trainers.config.adapter_directory import read_adapter_config
 from outlast.trainers.config.model import LoraSettings, ModelSettings, TokenizerSettings
-from outlast.trainers.config.trust import read_adapter_config
 from outlast.trainers.data.sources import find_data_files
+from outlast.trainers.data.tokenizer import load_tokenizer
 from outlast.trainers.models.build import check_names
+from outlast.trainers.models.model_directory import check_model_directory
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,16 @@ def test_a_model_directory_with_a_pipe(key: str, tmp_path: Path) -> None:
         check_names(settings[key])
 
 
+def test_a_model_directory_with_links(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").symlink_to("/dev/null")
+    (tmp_path / "gone.bin").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"weights\.bin is a device"):
+        check_model_directory("model.path", tmp_path)
+    (tmp_path / "weights.bin").unlink()
+    (tmp_path / "weights.bin").symlink_to(__file__)
+    check_model_directory("model.path", tmp_path)
+
+
 def test_an_adapter_brings_no_code_to_its_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "evil/model"}')
     from outlast.trainers.config.adapter_directory import with_base
@@ -73,3 +86,26 @@ def test_an_index_that_leads_out_of_the_model(body: str, tmp_path: Path) -> None
     (tmp_path / "model.safetensors.index.json").write_text(body)
     with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json: "):
         check_names(ModelSettings(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "kind"),
+    [
+        ("tokenizer_config.json", "vocab", "BertTokenizer"),
+        ("tokenizer_config.json", "merges", "GPT2Tokenizer"),
+        ("special_tokens_map.json", "vocab", "BertTokenizer"),
+        ("special_tokens_map.json", "vocab_file", "EsmTokenizer"),
+        ("special_tokens_map.json", "tokenizer_file", "TokenizersBackend"),
+    ],
+)
+def test_a_tokenizer_reads_no_file_elsewhere(name: str, key: str, kind: str, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere.txt"
+    folder.mkdir()
+    tokens = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n<cls>\n<eos>\n<unk>\n<pad>\n<mask>\n"
+    elsewhere.write_text(f"{tokens}canary\n")
+    (folder / "vocab.txt").write_text(tokens)
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        entries = {"tokenizer_class": kind} if file == "tokenizer_config.json" else {}
+        (folder / file).write_text(json.dumps(entries | ({key: str(elsewhere)} if file == name else {})))
+    with pytest.raises(ConfigError, match=rf"{name}: {key} names the file .*elsewhere"):
+        load_tokenizer(str(folder))

@@ -12,7 +12,7 @@ from outlast.checkpointing.errors import ConfigError, DamagedError, PreflightErr
 from outlast.checkpointing.format.manifest import FileEntry
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.local import LocalStorage
-from outlast.trainers.preparation.local_cache import evict, limit_bytes, local_copy
+from outlast.trainers.preparation.local_cache import evict, limit_bytes, local_copy, make_private_directory
 from tests.support.groups.ranks import on_ranks
 
 CONTENT = bytes(range(256)) * 40
@@ -152,3 +152,27 @@ def test_a_planted_lock_or_copy_is_not_followed(
         local_copy(storage, ".data/abc", "abc", entry)
     assert list((tmp_path / "elsewhere").iterdir()) == []
     assert (tmp_path / "precious").read_bytes() == b"mine"
+
+
+def test_a_private_directory_is_made_or_checked(tmp_path: Path) -> None:
+    made = make_private_directory(tmp_path / "new" / "cache")
+    assert made.stat().st_mode & 0o777 == 0o700
+    made.chmod(0o775)
+    assert make_private_directory(made).stat().st_mode & 0o777 == 0o700
+    made.chmod(0o1777)
+    with pytest.raises(PreflightError, match="every user may write") as caught:
+        make_private_directory(made)
+    assert "chmod 700" in caught.value.hint
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(PreflightError, match="is not a directory"):
+        make_private_directory(tmp_path / "file")
+    if os.geteuid() == 0:
+        made.chmod(0o700)
+        os.chown(made, 1234, 1234)
+        with pytest.raises(PreflightError, match="belongs to another user"):
+            make_private_directory(made)
+        (tmp_path / "own").mkdir(mode=0o700)
+        (tmp_path / "planted").symlink_to(tmp_path / "own")
+        os.chown(tmp_path / "planted", 1234, 1234, follow_symlinks=False)
+        with pytest.raises(PreflightError, match="belongs to another user"):
+            make_private_directory(tmp_path / "planted")
