@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+_YEAR_10000 = 253_402_300_800  #: in seconds since the epoch
+
 
 def finite(body: Any) -> Any:
     """Replace NaN and infinite numbers by None, because JSON has none."""
@@ -29,17 +31,28 @@ def counted(number: int, noun: str) -> str:
 
 
 def when(seconds: float) -> str:
+    if not _is_moment(seconds):
+        return "unknown time"
     return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
 
 
 def clock(seconds: float, now: float) -> str:
     """Format a time near `now`: the time of day, with the date on another day."""
+    if not _is_moment(seconds):
+        return "unknown time"
     then, today = time.localtime(seconds), time.localtime(now)
     return time.strftime("%H:%M:%S" if then[:3] == today[:3] else "%Y-%m-%d %H:%M", then)
 
 
+def _is_moment(seconds: float) -> bool:
+    """Return whether the system's calendar has this time: one that was read may be any number, or NaN."""
+    return abs(seconds) < _YEAR_10000
+
+
 def duration(seconds: float) -> str:
     """Format seconds in the two largest units: 0.04 s, 41 s, 3 min 20 s, 2 h 5 min, 4 d 1 h."""
+    if not isfinite(seconds):
+        return "? s"
     if seconds < 9.95:
         return f"{seconds:.2g} s" if seconds >= 0.0005 else "0 s"
     total = round(seconds)

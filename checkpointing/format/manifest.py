@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointRef, path_fault
+from outlast.checkpointing.json_input import parse_json
 from outlast.checkpointing.storage.base import Buffer
 
 FORMAT = 1
@@ -109,7 +110,7 @@ class Manifest:
     def parse(cls, data: bytes) -> Manifest:
         """Parse and check a manifest. Raises ManifestError for unknown formats and for damage."""
         try:
-            body = json.loads(data)
+            body = parse_json(data)
             digest = body.pop("digest")
             if body["format"] != FORMAT:
                 raise ManifestError(f"format {body['format']!r} is not known to this version of outlast")
@@ -129,7 +130,7 @@ class Manifest:
             return manifest
         except ManifestError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"it is not a manifest ({type(error).__name__}: {error})") from error
 
     def _check_types(self) -> None:

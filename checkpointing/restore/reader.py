@@ -8,7 +8,6 @@ so a slice is verified by the blocks that it touches.
 """
 
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +22,12 @@ from outlast.checkpointing.errors import DamagedError, NotAFileError
 from outlast.checkpointing.format.layout import STATE_DIR
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry, Manifest
 from outlast.checkpointing.format.safetensors import (
-    SafetensorsError,
     TensorSpec,
     bytes_view,
     header_bytes,
     parse_header,
 )
+from outlast.checkpointing.json_input import parse_json
 from outlast.checkpointing.state.shards import Region, cover_fault
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import retry
@@ -63,7 +62,7 @@ def read_header(storage: Storage, directory: str, entry: FileEntry) -> Header:
                 break
         places, metadata = parse_header(head, entry.num_bytes)
         shards = _parse_shards(metadata.get("shards", "{}"))
-    except (SafetensorsError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedError(f"{entry.path}: {error}") from error
     index: Index = {}
     for name, (spec, begin) in places.items():
@@ -74,7 +73,7 @@ def read_header(storage: Storage, directory: str, entry: FileEntry) -> Header:
 
 def _parse_shards(text: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Parse `shards.to_json`. Raises ValueError."""
-    shards = json.loads(text)
+    shards = parse_json(text)
     if not isinstance(shards, dict):
         raise ValueError("its shards are not an object")
     parsed = {}

@@ -7,7 +7,6 @@ import json
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import UnionType
 from typing import Any
 
 from outlast.checkpointing.errors import NotAFileError, StorageRefused
@@ -20,8 +19,19 @@ from outlast.checkpointing.format.layout import (
     path_fault,
 )
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.run_store.typed_json import Moment, fitting
 from outlast.checkpointing.storage.base import list_directories, read_object
 from outlast.checkpointing.storage.retry import retry
+
+#: What readers of a claim rely on; a value of another type counts as missing.
+_TYPES = {
+    "launch": str,
+    "claimed_at": Moment,
+    "world_size": int,
+    "settings": Mapping[str, Any],
+    "versions": Mapping[str, Any],
+    "workers": tuple[Mapping[str, Any], ...],
+}
 
 
 def list_attempts(store: RunStore) -> list[AttemptId]:
@@ -54,10 +64,10 @@ def read_claim(store: RunStore, attempt: AttemptId) -> dict[str, Any]:
     path, body = f"{store.attempt_dir(attempt)}/{CLAIM}", {}
     with store.going_on(path):
         body = retry(lambda: read_object(store, path))
-    expected: dict[str, type | UnionType] = {"launch": str, "claimed_at": int | float}
+    body = fitting(body, _TYPES)
     if body.get("launch") and path_fault(body["launch"]):  # it names a directory
         del body["launch"]
-    return {key: value for key, value in body.items() if isinstance(value, expected.get(key, object))}
+    return body
 
 
 def higher_claim(store: RunStore, mine: AttemptId) -> AttemptId | None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from outlast.checkpointing.json_input import parse_json
 from outlast.checkpointing.run_store.events import StepEvent
 
 _FLOATS = ("t", "loss", "lr", "grad_norm", "seconds", "ended_at")
@@ -133,7 +134,7 @@ def from_parquet(data: bytes) -> CompactedEvents:
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             table = file.read(columns=_SCHEMA.names, use_threads=False)
-        counts = tuple(json.loads((table.schema.metadata or {})[_COUNTS]))
+        counts = tuple(parse_json((table.schema.metadata or {})[_COUNTS]))
         if sum(counts) != table.num_rows:
             raise CompactionError(f"{table.num_rows} events instead of {sum(counts)}")
         table = table.select(_SCHEMA.names).cast(_SCHEMA)
@@ -141,9 +142,9 @@ def from_parquet(data: bytes) -> CompactedEvents:
             if name not in ("event", *_NULLABLE) and table[name].is_valid() != table["json"].is_null():
                 raise CompactionError(f"column {name} lacks values")
         for line in table["json"].drop_null():
-            if "event" not in json.loads(line.as_py()):
+            if "event" not in parse_json(line.as_py()):
                 raise CompactionError("a line holds no event")
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise CompactionError(str(error)) from error
     return CompactedEvents(table, counts)
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.json_input import is_too_deep
 from outlast.checkpointing.redaction import redact_json
 from outlast.checkpointing.run_store.events import Event
 from outlast.checkpointing.run_store.segments import (
@@ -236,6 +237,8 @@ def _parse(lines: list[bytes]) -> Iterator[dict[str, Any]]:
             events = json.loads(b"[" + b",".join(part) + b"]")  # many at once: journals have a million lines
         except (ValueError, RecursionError):
             events = [event for line in part for event in _parse_line(line)]
+        if is_too_deep(events):
+            events = [event for event in events if not is_too_deep([event])]
         for event in events:
             if isinstance(event, dict) and "event" in event:
                 yield event

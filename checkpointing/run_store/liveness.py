@@ -18,11 +18,25 @@ from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import is_litter
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.run_store.typed_json import Moment, fitting
 from outlast.checkpointing.storage.base import Storage, read_object
 from outlast.checkpointing.storage.retry import retry
 
 HEARTBEAT_S = 5.0
 GRACE_PERIOD_S = 15.0
+_TYPES = {
+    "beat": int,
+    "began": Moment,
+    "t": Moment,
+    "host": str,
+    "pid": int,
+    "started": str,
+    "ended": bool,
+    "exit_code": int | None,
+    "settings": str,
+    "error": str,
+    "progress": Mapping[str, Any],
+}
 
 
 def find_active_launch(store: RunStore) -> str | None:
@@ -126,9 +140,13 @@ class LivenessFile:
 
 
 def read_liveness(store: RunStore, launch: str) -> dict[str, Any]:
-    """Read the liveness file of a launch; empty if it is missing, damaged, or recorded as unreadable."""
+    """Read the liveness file of a launch; empty if it is missing, damaged, or recorded as unreadable.
+
+    It has `t`, and no value of a wrong type.
+    """
     path = f"{store.launch_dir(launch)}/alive.json"
     body: dict[str, Any] = {}
     with store.going_on(path):
         body |= retry(lambda: read_object(store.storage, path))
-    return body
+    body = fitting(body, _TYPES)
+    return {"t": 0.0, **body} if body else {}

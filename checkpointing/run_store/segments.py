@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from outlast.checkpointing.errors import StorageRefused
+from outlast.checkpointing.errors import DamagedError, StorageRefused
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import ReadableStorage, read_bytes
 
@@ -171,7 +171,7 @@ class SegmentReader:
         path = f"{self._directory}/{file.name}"
         try:
             return read_if_exists(self._storage, self._directory, file.name)
-        except StorageRefused as error:  # until a person acts, so the order of events cannot wait for it
+        except (StorageRefused, DamagedError) as error:  # until a person acts: the order of events cannot wait for it
             if not isinstance(self._storage, RunStore):
                 raise
             self._storage.unreadable[path] = error.message

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import BinaryIO
 
-from outlast.checkpointing.errors import StorageError
+from outlast.checkpointing.errors import DamagedError, StorageError
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import CLAIM, AttemptId, CheckpointRef
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
@@ -83,10 +83,10 @@ class RunStore:
 
     @contextmanager
     def going_on(self, path: str) -> Iterator[None]:
-        """Record a StorageError of the block as that of `path`, and go on: one entry must not hide the others."""
+        """Record an error of reading in the block as that of `path`, and go on: one entry must not hide the others."""
         try:
             yield
-        except StorageError as error:
+        except (StorageError, DamagedError) as error:
             self.unreadable[path] = error.message
         else:
             self.unreadable.pop(path, None)

@@ -4,6 +4,7 @@ A value of a wrong type is replaced by the field's default or refused; it never 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from types import NoneType, UnionType
@@ -12,6 +13,11 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from outlast.checkpointing.format.layout import CheckpointRef
 
 T = TypeVar("T")
+_YEAR_10000 = 253_402_300_800
+
+
+class Moment(float):
+    """The type of a time in seconds since the epoch that a calendar has."""
 
 
 def from_json(cls: type[T], body: Mapping[str, Any]) -> T:
@@ -28,6 +34,33 @@ def from_json(cls: type[T], body: Mapping[str, Any]) -> T:
                 raise TypeError(f"{cls.__name__}.{name}") from None
             values[name] = default
     return cls(**values)
+
+
+def misfits(body: Mapping[str, Any], types: Mapping[str, Any]) -> set[str]:
+    """Return the keys of a JSON object whose values are not of these types."""
+    return {key for key, hint in types.items() if key in body and not _fits(body[key], hint)}
+
+
+def fitting(body: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object without its `misfits`."""
+    wrong = misfits(body, types)
+    return {key: value for key, value in body.items() if key not in wrong}
+
+
+def section(body: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """Return an object within a JSON object; empty if there is none."""
+    for name in names:
+        inner = body.get(name)
+        body = inner if isinstance(inner, Mapping) else {}
+    return body
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        _parser(hint)(value)
+    except TypeError:
+        return False
+    return True
 
 
 def to_json(item: Any) -> dict[str, Any]:
@@ -55,7 +88,8 @@ def _find_fields(cls: Any) -> list[tuple[str, Callable[[Any], Any], Any, bool]]:
     for item in fields(cls):
         hint = hints[item.name]
         is_nullable = hint is Any or NoneType in get_args(hint)
-        default = None if item.default is MISSING and is_nullable else item.default
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        default = None if default is MISSING and is_nullable else default
         result.append((item.name, _parser(hint), default, item.default is None))
     return result
 
@@ -70,9 +104,11 @@ def _parser(hint: Any) -> Callable[[Any], Any]:
         return lambda value: value
     if hint in (int, float):
         return partial(_number, hint)
+    if hint is Moment:
+        return _moment
     inner = [_parser(part) for part in get_args(hint) if part not in (NoneType, Ellipsis)]
     if get_origin(hint) is UnionType:
-        return lambda value: None if value is None else inner[0](value)
+        return partial(_any_of, tuple(inner), NoneType in get_args(hint))
     if get_origin(hint) is tuple:
         return lambda value: tuple(map(inner[0], _checked(list, value)))
     if get_origin(hint) is Mapping:
@@ -81,6 +117,23 @@ def _parser(hint: Any) -> Callable[[Any], Any]:
         return lambda value: _checked(CheckpointRef, CheckpointRef.from_path(_checked(str, value)))
     is_record = is_dataclass(hint)
     return (lambda value: from_json(hint, _checked(dict, value))) if is_record else partial(_checked, hint)
+
+
+def _any_of(parsers: tuple[Callable[[Any], Any], ...], is_nullable: bool, value: Any) -> Any:
+    if value is None and is_nullable:
+        return None
+    *others, last = parsers
+    for parse in others:
+        with suppress(TypeError):
+            return parse(value)
+    return last(value)
+
+
+def _moment(value: Any) -> float:
+    seconds: float = _number(float, value)
+    if not abs(seconds) < _YEAR_10000:
+        raise TypeError(f"{value!r} is not a time")
+    return seconds
 
 
 def _checked(expected: type, value: Any) -> Any:

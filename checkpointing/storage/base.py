@@ -8,13 +8,13 @@ A missing file is a `FileNotFoundError`, because absence is proof. Any other fai
 that does not respond proves nothing about its content.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from outlast.checkpointing.errors import DamagedError, NotAFileError
+from outlast.checkpointing.json_input import parse_json
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -76,8 +76,8 @@ def read_bytes(storage: ReadableStorage, path: str) -> bytes:
 def read_object(storage: ReadableStorage, path: str) -> dict[str, Any]:
     """Read a JSON object; empty if the file is missing, damaged or no object. Raises StorageError."""
     try:
-        body = json.loads(read_bytes(storage, path))
-    except (FileNotFoundError, DamagedError, ValueError, RecursionError):
+        body = parse_json(read_bytes(storage, path))
+    except (FileNotFoundError, DamagedError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}
 

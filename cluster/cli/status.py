@@ -118,5 +118,5 @@ def report(
     html = Report.read(store, verify=verify).to_html()
     print_unreadable(store.unreadable)
     with writing(target):
-        target.write_text(html, encoding="utf-8")
+        target.write_text(html, encoding="utf-8", errors="backslashreplace")  # halves of surrogates
     print_line(target)

@@ -162,11 +162,11 @@ def _unsaved(summary: RunSnapshot, event: UnsavedEvent) -> str:
 
 
 def _goodput(report: GoodputReport, width: int) -> list[Text]:
-    if report.goodput is None:
+    parts = [(category, seconds) for category, seconds in report.seconds.items() if seconds > 0]
+    if report.goodput is None or not parts:
         return []
     line = _line("goodput").append(share(report.goodput), "bold")
     room = min(40, width - line.cell_len - 2)
-    parts = [(category, seconds) for category, seconds in report.seconds.items() if seconds > 0]
     if room >= 16:
         line.append("  ")
         for (category, _), columns in zip(parts, _apportion([s for _, s in parts], room), strict=True):

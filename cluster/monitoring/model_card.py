@@ -16,6 +16,7 @@ from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.claims import read_claim
+from outlast.checkpointing.run_store.typed_json import section
 from outlast.checkpointing.storage.base import read_object
 from outlast.checkpointing.tools.export import ADAPTER_WEIGHTS, Content
 from outlast.checkpointing.tools.query import ResolvedCheckpoint
@@ -53,10 +54,10 @@ class _CardBuilder:
         self._is_adapter = content.weights_name == ADAPTER_WEIGHTS
         attempt = found.manifest.ref.attempt
         self._declaration: Mapping[str, Any] = found.declaration or {}
-        self._numerics_settings: Mapping[str, Any] = self._declaration.get("mathematics", {})
-        self._model: Mapping[str, Any] = self._numerics_settings.get("model", {})
+        self._numerics_settings: Mapping[str, Any] = section(self._declaration, "mathematics")
+        self._model: Mapping[str, Any] = section(self._numerics_settings, "model")
         self._task = str(self._model.get("task", ""))
-        self._settings: Mapping[str, Any] = read_claim(found.store, attempt).get("settings", {})
+        self._settings: Mapping[str, Any] = section(read_claim(found.store, attempt), "settings")
         path = f"{found.store.launch_dir(found.manifest.launch)}/{RECORD}"
         self._record: dict[str, Any] = {}
         with found.store.going_on(path):
@@ -69,9 +70,9 @@ class _CardBuilder:
     @property
     def _base_model(self) -> str | None:
         """The Hub's id of the model that the run began with; None for one from scratch, or from a directory."""
-        whole = self._record.get("settings", {})
-        path = (whole or self._settings).get("model", {}).get("path")
-        is_id = isinstance(path, str) and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
+        whole = section(self._record, "settings")
+        path = str(section(whole or self._settings, "model").get("path") or "")
+        is_id = bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
         return path if is_id and (whole or "/" in path) else None
 
     def front_matter(self) -> ModelCardData:
@@ -81,7 +82,7 @@ class _CardBuilder:
                 task_type=pipeline or "other",
                 dataset_type="outlast",
                 dataset_name=self._data_names or self._found.store.run,
-                dataset_revision=self._declaration.get("data"),
+                dataset_revision=str(self._declaration.get("data") or "") or None,
                 metric_type=name.removeprefix("eval_"),
                 metric_name=name,
                 metric_value=value,
@@ -92,7 +93,7 @@ class _CardBuilder:
             base_model=self._base_model,
             library_name="peft" if self._is_adapter else None if self._model.get("class_") else "transformers",
             pipeline_tag=pipeline,
-            tags=["outlast", *(["lora"] if "lora" in self._settings.get("model", {}) else [])],
+            tags=["outlast", *(["lora"] if "lora" in section(self._settings, "model") else [])],
             model_name=self._found.store.run if results else None,
             eval_results=results or None,
         )
@@ -100,8 +101,9 @@ class _CardBuilder:
     @property
     def _data_names(self) -> str:
         """The files' names; their paths are not published."""
-        train = self._settings.get("data", {}).get("train", ())
-        return ", ".join(PurePosixPath(place).name for place in ([train] if isinstance(train, str) else train))
+        train = section(self._settings, "data").get("train")
+        places = train if isinstance(train, list) else [train]
+        return ", ".join(PurePosixPath(place).name for place in places if isinstance(place, str))
 
     def body(self) -> Iterator[str]:
         found = self._found
@@ -120,14 +122,15 @@ class _CardBuilder:
         yield ".\n"
         yield "\n## Training\n\n"
         if made := self._declaration:
-            versions = ", ".join(f"{name} {number}" for name, number in made.get("versions", {}).items())
-            workers = counted(made["world_size"], "worker") if "world_size" in made else "workers"
+            versions = ", ".join(f"{name} {number}" for name, number in section(made, "versions").items())
+            size = made.get("world_size")
+            workers = counted(size, "worker") if isinstance(size, int) else "workers"
             yield _inline(f"- {workers} ({made.get('parallel')}, {made.get('device')}); {versions}") + "\n"
-        code = self._record.get("code", {})
+        code = section(self._record, "code")
         if code.get("git"):
             changes = code.get("num_changed")
             yield f"- code at commit {_code(code['git'])}"
-            yield f", {counted(changes, 'file')} changed since\n" if changes else "\n"
+            yield f", {counted(changes, 'file')} changed since\n" if isinstance(changes, int) and changes else "\n"
         causes = ", ".join(f"{count} × {_inline(cause)}" for cause, count in sorted(self._ends_before.items()))
         yield f"- restarts survived: {self._ends_before.total()}" + (f" ({causes})\n" if causes else "\n")
         yield "- checkpoint verified against its digests when it was exported\n"

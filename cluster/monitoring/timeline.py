@@ -150,7 +150,8 @@ class Timeline:
         if launch is None:
             return State.UNATTENDED
         if launch.has_ended:
-            return {0: State.DONE, 75: State.STOPPED, 130: State.STOPPED}.get(launch.alive["exit_code"], State.FAILED)
+            states = {0: State.DONE, 75: State.STOPPED, 130: State.STOPPED}
+            return states.get(launch.alive.get("exit_code", 1), State.FAILED)
         if not launch.is_live(now):
             return State.LOST
         return State.RUNNING if self.attempts else State.STARTING

@@ -15,8 +15,10 @@ from torch import nn
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError, DamagedError
+from outlast.checkpointing.json_input import parse_json
 from outlast.checkpointing.restore.reader import read_verified
 from outlast.checkpointing.run_store.events import ChangedEvent
+from outlast.checkpointing.run_store.typed_json import section
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.train import Exactness
@@ -60,11 +62,14 @@ def changed_settings(base: Mapping[str, Any], config: TrainingConfig, fingerprin
     if not base:
         return {}
     numerics_settings = config.numerics_settings()
-    before, now = flatten(_with_defaults(base["mathematics"], numerics_settings, config)), flatten(numerics_settings)
+    before, now = (
+        flatten(_with_defaults(section(base, "mathematics"), numerics_settings, config)),
+        flatten(numerics_settings),
+    )
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     texts = {key.rstrip("_"): f"was {_shown(before, key)}, is {_shown(now, key)}" for key in keys}
     changed = {key: f"{key} {text}" for key, text in texts.items()}
-    if fingerprint is not None and base["data"] != fingerprint:
+    if fingerprint is not None and base.get("data") != fingerprint:
         changed["data"] = "the data is not the same (the files, or the settings under data: or model.tokenizer)"
     return changed
 
@@ -114,7 +119,7 @@ def check_model_config(checkpointer: Checkpointer) -> None:
             return
         directory = checkpointer.store.checkpoint_dir(manifest.ref)
         try:
-            before = json.loads(read_verified(checkpointer.store.storage, directory, entry).numpy().tobytes())
+            before = parse_json(read_verified(checkpointer.store.storage, directory, entry).numpy().tobytes())
         except DamagedError:
             return  # the restore verifies the resume point, and skips a damaged one
         now = json.loads(checkpointer.files["config.json"])
@@ -136,7 +141,7 @@ def check_layout(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.
     def check() -> None:
         layout, mine = describe_layout(model), checkpointer.declaration
         mine["layout"] = layout_fingerprint(layout)
-        if "layout" not in base or any(base[key] != mine[key] for key in ("versions", "processor")):
+        if "layout" not in base or any(base.get(key) != mine[key] for key in ("versions", "processor")):
             return
         if changed := layout_differences(layout, base["layout"]):
             more = [f"… {len(changed) - MAX_SHOWN} more"] if len(changed) > MAX_SHOWN else []

@@ -11,22 +11,34 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from outlast.checkpointing.errors import DamagedError
+
 T = TypeVar("T")
 
 #: Named vectors of int32 or float32, of any length. All samples of a file have the same names.
 Sample = Mapping[str, npt.NDArray[Any]]
 
 ROWS_PER_BATCH = 1024
+PREPARE = "delete this directory of prepared data; the next start prepares it again"
 
 
 class Samples:
-    """Samples of an Arrow file, memory-mapped: only what is accessed is read."""
+    """Samples of an Arrow file, memory-mapped: only what is accessed is read. Raises DamagedError for another file."""
 
     def __init__(self, path: Path) -> None:
-        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._names = self._reader.schema.names
-        last = self._reader.num_record_batches - 1
-        self._length = 0 if last < 0 else last * ROWS_PER_BATCH + self._reader.get_batch(last).num_rows
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._names = self._reader.schema.names
+            fault, self._length = _fault(self._reader.schema), 0
+            for number in range(0 if fault else self._reader.num_record_batches):
+                batch = self._reader.get_batch(number)
+                batch.validate(full=True)  # else offsets may lead out of its memory
+                fault = fault or _batch_fault(batch, number, self._length)
+                self._length += batch.num_rows
+        except (pa.ArrowException, OSError, ValueError) as error:
+            fault = str(error)
+        if fault:
+            raise DamagedError(f"{path}: not a file of samples: {fault}", hint=PREPARE)
 
     def __len__(self) -> int:
         return self._length
@@ -53,6 +65,25 @@ class Samples:
     def _sample(self, index: int) -> Sample:
         batch, row = self._reader.get_batch(index // ROWS_PER_BATCH), index % ROWS_PER_BATCH
         return {name: batch.column(column)[row].values.to_numpy() for column, name in enumerate(self._names)}
+
+
+def _fault(schema: pa.Schema) -> str:
+    """Return why these cannot be the columns of samples; empty if they can."""
+    if "input_ids" not in schema.names or len(set(schema.names)) != len(schema.names):
+        return f"its columns are {schema.names}"
+    for field in schema:
+        is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
+        if not is_list or field.type.value_type not in (pa.int32(), pa.float32()):
+            return f"column {field.name} is of type {field.type}"
+    return ""
+
+
+def _batch_fault(batch: pa.RecordBatch, number: int, num_before: int) -> str:
+    if num_before != number * ROWS_PER_BATCH or batch.num_rows > ROWS_PER_BATCH:
+        return f"its batch {number} begins at sample {num_before} and has {batch.num_rows}"
+    if any(column.null_count or column.flatten().null_count for column in batch.columns):
+        return f"its batch {number} has missing values"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ passes it requests to stop or save, and receives its progress.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import nn
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import DamagedError, NoCheckpointError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
-from outlast.checkpointing.format.layout import CheckpointRef, checkpoint_name
+from outlast.checkpointing.format.layout import LOOP_STATE, CheckpointRef, checkpoint_name
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.retention_policy import RetentionCandidate
+from outlast.checkpointing.run_store.typed_json import misfits
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
@@ -33,6 +34,18 @@ from outlast.trainers.loop.save_timer import SaveFailures, SaveTimer
 from outlast.trainers.loop.step_exchange import PlannedSave, StepRequests
 from outlast.trainers.loop.train_step import TrainStep
 from outlast.trainers.tasks.base import Task
+
+#: The loop state by key, as the loop and its parts rely on it.
+_STATE = {
+    "step": int,
+    "metrics": Mapping[str, float],
+    "log_history": tuple[Mapping[str, float], ...],
+    "unlogged": tuple[float, ...],
+    "scaler": Mapping[str, float],
+    "groups": tuple[Mapping[str, bool | int | float], ...],
+    "left_out": tuple[int, ...],
+}
+_LATER = {"unlogged", "left_out"}  #: earlier releases left them out
 
 
 class Outcome(Enum):
@@ -251,11 +264,33 @@ class Loop:
         state = self.checkpointer.resume(self.model, self._train_step.optimizer)
         if self.checkpointer.superseded:
             return False
+        if state is not None:
+            self._check_state(state)
         self._train_step.load(state, self.checkpointer)
         if state is not None:
             self.step, self.metrics = state["step"], state["metrics"]
             self.history.load(state)
         return state is None
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise DamagedError for a state that no loop saved here: it may come from anywhere."""
+        ref = self.checkpointer.accepted[0].ref
+        num_groups = len(self._train_step.optimizer.param_groups)
+        wrong = (_STATE.keys() - _LATER - state.keys()) | misfits(state, _STATE)
+        if not wrong:
+            faults = {
+                "step": state["step"] != ref.step,
+                "groups": len(state["groups"]) != num_groups or any("params" in group for group in state["groups"]),
+                "log_history": not all(type(entry.get("step")) is int for entry in state["log_history"]),
+                "unlogged": len(state.get("unlogged", (0.0, 0))) != 2,
+            }
+            wrong = {name for name, is_wrong in faults.items() if is_wrong}
+        if wrong:
+            raise DamagedError(
+                f"{self.checkpointer.store.checkpoint_url(ref)}: {LOOP_STATE}: {', '.join(sorted(wrong))} cannot be "
+                "that of this run",
+                hint="move this checkpoint away to continue from the one before it",
+            )
 
     def _finish(self) -> Outcome:
         """Publish the model."""

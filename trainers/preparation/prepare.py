@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import file_digest
 from pathlib import Path
@@ -22,6 +22,8 @@ import xxhash
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, NotAFileError, OutlastError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry, parse_files
+from outlast.checkpointing.json_input import parse_json
+from outlast.checkpointing.run_store.typed_json import from_json
 from outlast.checkpointing.save.writer import write_file
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
@@ -29,7 +31,7 @@ from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.data import DataSettings, PrepareMode
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.data.arrow_samples import DatasetStats, Sample, Samples, write_packed, write_samples
+from outlast.trainers.data.arrow_samples import PREPARE, DatasetStats, Sample, Samples, write_packed, write_samples
 from outlast.trainers.data.columns import ColumnMapping, choose_columns, name_of, texts_in
 from outlast.trainers.data.readers import BadRowCounter, usable_rows
 from outlast.trainers.data.sources import digest_sources, find_data_files
@@ -97,12 +99,20 @@ class Prepared:
             return load_tokenizer(folder)
 
     def split(self, storage: Storage, name: str) -> Samples:
-        """Open the samples of `train` or `eval`; from a local copy when the storage is not a file system."""
+        """Open the samples of `train` or `eval`; from a local copy when the storage is not a file system.
+
+        Raises DamagedError if they are not those that were prepared.
+        """
         file = f"{name}.arrow"
         if isinstance(storage, LocalStorage):
-            return Samples(storage.path(f"{self.directory}/{file}"))
-        entry = next(entry for entry in self.files if entry.path == file)
-        return Samples(local_copy(storage, self.directory, self.fingerprint, entry))
+            samples = Samples(storage.path(f"{self.directory}/{file}"))
+        else:
+            entry = next(entry for entry in self.files if entry.path == file)
+            samples = Samples(local_copy(storage, self.directory, self.fingerprint, entry))
+        expected = self.num_samples if name == "train" else self.num_eval_samples
+        if len(samples) != expected:
+            raise DamagedError(f"{self.directory}/{file}: {len(samples)} samples instead of {expected}", hint=PREPARE)
+        return samples
 
 
 def prepare(
@@ -148,13 +158,13 @@ def prepare_first(config: TrainingConfig, storage: Storage, name: str, num_rows:
 
 
 #: Raised by JSON that is none, or has another form.
-_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 
 
 def _find(config: TrainingConfig, storage: Storage, directory: str) -> Prepared | None:
     """Return existing prepared data; None if there is none, it is damaged, or more rows were skipped than allowed."""
     try:
-        prepared = _from_json(json.loads(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
+        prepared = _from_json(parse_json(read_bytes(storage, f"{directory}/{_DATA_MANIFEST}")))
         if prepared.directory != directory or prepared.fingerprint != directory.rpartition("/")[2]:
             return None
         for entry in prepared.files:
@@ -184,7 +194,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 def _from_json(body: dict[str, Any]) -> Prepared:
     if body.pop("digest") != _digest(body):
         raise DamagedError(f"{_DATA_MANIFEST}: its own digest does not match")
-    return Prepared(**{**body, "notes": tuple(body["notes"]), "files": parse_files(body["files"])})
+    return replace(from_json(Prepared, body), files=parse_files(body["files"]))
 
 
 def data_fingerprint(config: TrainingConfig, like: str | None = None) -> str:

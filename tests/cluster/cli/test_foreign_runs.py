@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, NoCheckpointError, OutlastError
-from outlast.checkpointing.format.manifest import Digester
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import app
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
+from tests.support.forged import add_file, forge_manifest
 from tests.support.groups.worker_group import run_group
 from tests.trainers.models.test_lora import LORA, make_base
 
@@ -60,33 +59,6 @@ def forge_claim(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
     body = json.loads(claim.read_bytes())
     change(body["settings"])
     claim.write_text(json.dumps(body))
-
-
-def forge_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    manifest = folder / "manifest.json"
-    body = json.loads(manifest.read_bytes())
-    change(body)
-    del body["digest"]
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=True)
-    manifest.unlink()
-    manifest.write_text(json.dumps({**body, "digest": xxhash.xxh3_128(text.encode()).hexdigest()}))
-
-
-def add_file(folder: Path, name: str, data: bytes) -> None:
-    """A file of the checkpoint as if it were committed; `name` may lead anywhere."""
-    digester = Digester()
-    digester.update(data)
-    entry = digester.entry("x")
-
-    def change(body: dict[str, Any]) -> None:
-        listed = {"num_bytes": entry.num_bytes, "xxh3_128": entry.xxh3_128, "blocks": list(entry.blocks)}
-        body["files"] = [item for item in body["files"] if item["path"] != name] + [{"path": name, **listed}]
-
-    target = folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    target.write_bytes(data)
-    forge_manifest(folder, change)
 
 
 def models(run: Path) -> list[Path]:
@@ -197,6 +169,119 @@ def test_an_export_holds_the_weights_that_outlast_wrote(made: Path, tmp_path: Pa
     assert error is not None
     assert "cannot write" in error.message
     assert not (tmp_path / "out").exists()
+
+
+# -- values of wrong types ---------------------------------------------------------------------------------------------
+
+READERS = [
+    "list --storage {}/..",
+    "status {}",
+    "report {} -o page",
+    "checkpoints ls {}",
+    "checkpoints export {} newest out",
+]
+LONE = "\ud800"  # half of a surrogate pair: JSON can hold it, UTF-8 cannot
+CLAIMS: dict[str, Any] = {
+    "settings": [["a"], [], "x", {"model": [1], "data": [1], "checkpoint": [1]}, {"data": {"train": [1]}}, {"a": LONE}],
+    "workers": ["x", {"a": 1}, [1], [[]]],
+    "claimed_at": [[], 1e308, -1e308],
+    "world_size": [{}, "x"],
+    "versions": [[1], "x"],
+}
+
+
+@pytest.mark.parametrize("key", CLAIMS)
+def test_a_claim_with_values_of_wrong_types_is_read(key: str, made: Path, tmp_path: Path) -> None:
+    [path] = made.glob("attempts/*/claim.json")
+    right = json.loads(path.read_bytes())
+    for wrong in CLAIMS[key]:
+        path.write_text(json.dumps({**right, key: wrong}))
+        _read(made, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["t", "began", "exit_code", "progress", "ended", "pid", "error"])
+def test_a_liveness_file_with_values_of_wrong_types_is_read(key: str, made: Path, tmp_path: Path) -> None:
+    folder = made / "launches" / "first"
+    folder.mkdir(parents=True, exist_ok=True)
+    right = {"beat": 1, "t": 1.0, "began": 1.0, "host": "a", "pid": 1, "started": "1", "ended": True, "exit_code": 0}
+    wrongs: list[Any] = [{}, [], "x", 10**400, 1e308]
+    for wrong in wrongs:
+        (folder / "alive.json").write_text(json.dumps({**right, key: wrong}))
+        _read(made, tmp_path)
+    (folder / "alive.json").write_text(json.dumps({name: value for name, value in right.items() if name != key}))
+    _read(made, tmp_path)
+
+
+def test_a_record_with_values_of_wrong_types_is_read(made: Path, tmp_path: Path) -> None:
+    folder = made / "launches" / "first"
+    folder.mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = [
+        {"settings": [1]},
+        {"settings": {"model": [1]}},
+        {"code": 1.5},
+        {"code": {"git": 1, "num_changed": {}}},
+    ]
+    for wrong in records:
+        (folder / "record.json").write_text(json.dumps(wrong))
+        _read(made, tmp_path)
+
+
+def _read(run: Path, tmp_path: Path) -> None:
+    """Run the verbs that show what they find; each succeeds."""
+    for verb in READERS:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        words = verb.format(run).split()
+        words = [str(tmp_path / word) if word in ("out", "page") else word for word in words]
+        assert outlast(*words) is None, words
+
+
+WRONG_STATES: dict[str, Any] = {
+    "step": 1,
+    "metrics": ["x"],
+    "log_history": [{"loss": 1.0}],
+    "unlogged": [1.0],
+    "scaler": 3,
+    "groups": [{"params": 1}],
+    "left_out": "x",
+}
+
+
+@pytest.mark.parametrize("key", WRONG_STATES)
+def test_a_loop_state_that_no_loop_saved_is_named(
+    key: str, made: Path, assign: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    newest = max(made.glob("attempts/*/checkpoint-*"), key=lambda path: path.name)
+    state = json.loads((newest / "training_state/state.json").read_bytes())
+    add_file(newest, "training_state/state.json", json.dumps({**state, key: WRONG_STATES[key]}).encode())
+    shutil.move(made, storage.path(name := f"foreign-state-{key.replace('_', '-')}"))
+    error = run_group(assign(name, launch="again", steps=2, eval_every=None), storage, 1)[0].error
+    assert isinstance(error, DamagedError)
+    assert f"training_state/state.json: {key} cannot be that of this run" in error.message
+    assert "checkpoint-2" in error.message
+
+
+@pytest.mark.parametrize(
+    "declaration",
+    [{"data": {"a": 1}}, {"mathematics": [1]}, {"versions": 3, "world_size": "x"}, {"mathematics": {"model": "x"}}],
+    ids=range(4),
+)
+def test_a_declaration_of_any_form_is_shown(declaration: dict[str, Any], made: Path, tmp_path: Path) -> None:
+    """A loop of the user's own may declare what it likes."""
+    for folder in models(made):
+        forge_manifest(folder, lambda body: body.update(extra={"declaration": declaration}, metrics={"eval_loss": 1.0}))
+    _read(made, tmp_path)
+    assert outlast("checkpoints", "diff", made, "newest", "newest") is None
+
+
+def test_a_declaration_without_settings_is_other_settings(
+    made: Path, assign: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    for folder in models(made):
+        forge_manifest(folder, lambda body: body["extra"].update(declaration={"note": 1}))
+    shutil.move(made, storage.path("foreign-declaration"))
+    error = run_group(assign("foreign-declaration", launch="again", steps=2, eval_every=None), storage, 1)[0].error
+    assert isinstance(error, ConfigError)
+    assert "was started with other settings" in error.message
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -48,11 +48,11 @@ def mutate_bytes(data: bytes, chance: random.Random) -> bytes:
     return data
 
 
-def mutate_value(value: Any, chance: random.Random) -> Any:
+def mutate_value(value: Any, chance: random.Random, values: Sequence[Any] = VALUES) -> Any:
     """Change one value anywhere in nested lists and dicts: another value, removed, doubled, or under another name."""
     places = list(_places(value))
     if not places:
-        return chance.choice(VALUES)
+        return chance.choice(values)
     holder, key = chance.choice(places)
     match chance.randrange(6):
         case 0:
@@ -68,7 +68,7 @@ def mutate_value(value: Any, chance: random.Random) -> Any:
                 [holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 1000, str(holder[key])]
             )
         case _:
-            holder[key] = chance.choice(VALUES)
+            holder[key] = chance.choice(values)
     return value
 
 

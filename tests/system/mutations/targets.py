@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.preflight.validate import validate
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.preparation.prepare import prepare
+from tests.system.mutations.isolated import Ending
 from tests.system.mutations.mutate import mutate
 
 transformers.logging.set_verbosity_error()
@@ -56,19 +56,6 @@ DATA = ("jsonl", "json", "csv", "tsv", "txt", "parquet", "arrow", "folder")
 _PLACE = re.compile(r"\b(line|position) \d+|\b(model|data|train|scale|checkpoint)\.[a-z_]+")
 MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
 TARGETS = (*DATA, *MODEL, "run.yaml")
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How outlast ended with a mutated file.
-
-    Attributes:
-        fault: What is wrong with the ending; empty for a right one.
-        kind: `same samples`, `refused`, or `accepted` where no independent reader can compare.
-    """
-
-    kind: str
-    fault: str = ""
 
 
 def _bytes_tokenizer() -> Any:
