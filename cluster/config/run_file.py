@@ -93,9 +93,9 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
     declared, lines = read_run_file(path)
     config, declared = settings_of(declared, path, overrides, lines)
     numerics = config.numerics_settings()  # they are stored with each checkpoint, expanded
-    remedies = {key: _USE_VARIABLE for key, text in _texts(declared) if _is_secret(text)}
-    remedies |= {key: _UNSTORED for key, text in _texts(numerics) if _is_secret(text)}
-    found = [SettingsFinding(key, _CREDENTIAL, remedy) for key, remedy in remedies.items()]
+    remedies = {key: (text, _USE_VARIABLE) for key, text in _texts(declared) if _is_secret(text)}
+    remedies |= {key: (text, _UNSTORED) for key, text in _texts(numerics) if _is_secret(text)}
+    found = [SettingsFinding(key, f"{_CREDENTIAL}: {redact(text)}", remedy) for key, (text, remedy) in remedies.items()]
     if found:
         raise _settings_error(found, path, overrides, lines)
     return config, declared
