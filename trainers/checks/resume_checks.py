@@ -143,7 +143,7 @@ def check_layout(checkpointer: Checkpointer, base: Mapping[str, Any], model: nn.
         mine["layout"] = layout_fingerprint(layout)
         if "layout" not in base or any(base.get(key) != mine[key] for key in ("versions", "processor")):
             return
-        if changed := layout_differences(layout, base["layout"]):
+        if changed := layout_differences(layout, str(base["layout"])):
             more = [f"… {len(changed) - MAX_SHOWN} more"] if len(changed) > MAX_SHOWN else []
             raise ConfigError(
                 f"the model differs from the one that run {checkpointer.store.run!r} was started with, so it would "

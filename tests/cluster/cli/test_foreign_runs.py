@@ -273,6 +273,17 @@ def test_a_declaration_of_any_form_is_shown(declaration: dict[str, Any], made: P
     assert outlast("checkpoints", "diff", made, "newest", "newest") is None
 
 
+def test_a_layout_of_no_text_is_another_layout(
+    made: Path, assign: Callable[..., Assignment], storage: LocalStorage
+) -> None:
+    for folder in models(made):
+        forge_manifest(folder, lambda body: body["extra"].get("declaration", {}).update(layout=None))
+    shutil.move(made, storage.path("foreign-layout"))
+    error = run_group(assign("foreign-layout", launch="again", steps=2, eval_every=None), storage, 1)[0].error
+    assert isinstance(error, ConfigError)
+    assert "the model differs from the one that run" in error.message
+
+
 def test_a_declaration_without_settings_is_other_settings(
     made: Path, assign: Callable[..., Assignment], storage: LocalStorage
 ) -> None:
