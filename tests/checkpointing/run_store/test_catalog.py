@@ -358,9 +358,6 @@ def test_a_step_is_saved_once(storage: LocalStorage) -> None:
     assert worker.save_again(), "there already"
     heir = start(storage, "b")
     assert heir.save_again(), "it is what it resumed from"
-    train_step(heir.model, heir.optimizer, 2)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="step 1 is saved, with other weights"):
-        heir.save_again()
     assert read_catalog(storage, "run").accepted == (before,)
 
 
