@@ -147,12 +147,10 @@ class Worker:
     optimizer: object
     step: int = 0
 
-    def save(self) -> bool:
-        self.step += 1
-        train_step(self.model, self.optimizer, self.step)  # type: ignore[arg-type]
-        return self.save_again()
-
-    def save_again(self) -> bool:
+    def save(self, *, again: bool = False) -> bool:
+        if not again:
+            self.step += 1
+            train_step(self.model, self.optimizer, self.step)  # type: ignore[arg-type]
         return self.checkpointer.save(self.step, self.model, self.optimizer, {"step": self.step})  # type: ignore[arg-type]
 
     @property
@@ -355,9 +353,9 @@ def test_a_step_is_saved_once(storage: LocalStorage) -> None:
     worker = start(storage, "a")
     assert worker.save()
     [before] = read_catalog(storage, "run").accepted
-    assert worker.save_again(), "there already"
+    assert worker.save(again=True), "there already"
     heir = start(storage, "b")
-    assert heir.save_again(), "it is what it resumed from"
+    assert heir.save(again=True), "it is what it resumed from"
     assert read_catalog(storage, "run").accepted == (before,)
 
 
