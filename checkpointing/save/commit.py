@@ -73,12 +73,12 @@ class Committer:
         """Write, commit and acknowledge a checkpoint, and apply retention. Every rank calls it.
 
         `began` is when the save began, by the monotonic clock. Returns False when this attempt is superseded. Raises
-        ConfigError if the step was saved before, and StorageError if a rank could not write: what was saved is intact.
+        ConfigError if a save of the step was begun before, and StorageError if a rank could not write: what was saved is intact.
         """
         if payload.step in self._begun:  # it may be committed, and only the response was lost
             raise ConfigError(
-                f"step {payload.step} was saved before by attempt {self._attempt} and is not written again",
-                hint="continue to the next step and save that",
+                f"a save of step {payload.step} was begun before by attempt {self._attempt}, and is not begun again",
+                hint="it may be committed, or have failed; continue to the next step and save that",
             )
         self._begun.add(payload.step)
         ref = CheckpointRef(payload.step, self._attempt)

@@ -81,6 +81,6 @@ def test_a_step_whose_commit_may_be_there_is_not_written_again(
     saver = Checkpointer(Lossy(Path(storage.url)), "run")
     with pytest.raises(StorageError, match="the answer was lost"):
         saver.save(1, model, optimizer, {})
-    with pytest.raises(ConfigError, match="is not written again"):
+    with pytest.raises(ConfigError, match="is not begun again"):
         saver.save(1, model, optimizer, {})
     assert saver.save(2, model, optimizer, {})
