@@ -73,7 +73,8 @@ class Committer:
         """Write, commit and acknowledge a checkpoint, and apply retention. Every rank calls it.
 
         `began` is when the save began, by the monotonic clock. Returns False when this attempt is superseded. Raises
-        ConfigError if a save of the step was begun before, and StorageError if a rank could not write: what was saved is intact.
+        ConfigError if a save of the step was begun before, and StorageError if a rank could not write: what was saved
+        is intact.
         """
         if payload.step in self._begun:  # it may be committed, and only the response was lost
             raise ConfigError(
