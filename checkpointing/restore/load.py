@@ -3,11 +3,13 @@
 Each rank reads what it needs; together they read every byte. A checkpoint that any rank finds damaged is never used.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from outlast.checkpointing.errors import ConfigError, DamagedError
 from outlast.checkpointing.format import layout
+from outlast.checkpointing.format.layout import CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.format.safetensors import TensorSpec
 from outlast.checkpointing.restore.reader import Header, Index, merge, read_header, read_regions, read_verified
@@ -41,17 +43,20 @@ def restore(
         return None, [error.message]
     if shared := weights.keys() & moments.keys():
         return None, [f"{weights[min(shared)][0].path}: {min(shared)} is also the name of optimizer state"]
-    train_state.use_naming_of(weights)
-    compare_weights(train_state.specs, _specs(weights))
+    with _named(manifest.ref):
+        train_state.use_naming_of(weights)
+        compare_weights(train_state.specs, _specs(weights))
     if train_state.optimizer is not None and not any(_is_state(entry.path) for entry in manifest.files):
         raise ConfigError(
             f"{manifest.ref} was saved without an optimizer; continuing with an empty one would be another run",
             hint="resume without an optimizer, or start a new run",
         )
+    described = _optimizers(headers)
     try:
-        for path, text in (described := _optimizers(headers)).items():
-            train_state.check_optimizer(text, path)
-        train_state.check_moments(moments)
+        with _named(manifest.ref):
+            for path, text in described.items():
+                train_state.check_optimizer(text, path)
+            train_state.check_moments(moments)
     except DamagedError as error:
         return None, [error.message]
     targets = train_state.targets(_specs(moments))
@@ -63,6 +68,15 @@ def restore(
     for path, text in described.items():
         train_state.load_groups(text, path)
     return read[0][0], []
+
+
+@contextmanager
+def _named(ref: CheckpointRef) -> Iterator[None]:
+    """Name the checkpoint in a ConfigError of the block."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{ref}: {error.message}", hint=error.hint) from error
 
 
 def _specs(index: Index) -> dict[str, TensorSpec]:

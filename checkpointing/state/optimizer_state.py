@@ -74,7 +74,7 @@ def check_moments(model: nn.Module, names: Collection[str]) -> None:
     for name in sorted({full_name.rpartition("/")[0] for full_name in names}):
         if name not in parameters:
             raise ConfigError(
-                f"the checkpoint has optimizer state for {name}, which the model does not have",
+                f"the checkpoint has optimizer state for {name!r}, which the model does not have",
                 hint="build the model as it was when the checkpoint was saved, or resume without an optimizer",
             )
 

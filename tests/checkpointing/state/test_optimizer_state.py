@@ -109,7 +109,7 @@ def test_what_is_loaded_is_kept_and_not_copied() -> None:
 def test_state_of_a_stranger_is_refused() -> None:
     model = net(0)
     optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
-    with pytest.raises(ConfigError, match=r"state for 9\.weight"):
+    with pytest.raises(ConfigError, match=r"state for '9\.weight'"):
         load_optimizer(model, optimizer, {"9.weight/exp_avg": torch.zeros(1)})
 
 
