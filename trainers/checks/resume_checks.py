@@ -119,9 +119,14 @@ def check_model_config(checkpointer: Checkpointer) -> None:
             return
         directory = checkpointer.store.checkpoint_dir(manifest.ref)
         try:
-            before = parse_json(read_verified(checkpointer.store.storage, directory, entry).numpy().tobytes())
+            data = read_verified(checkpointer.store.storage, directory, entry).numpy().tobytes()
         except DamagedError:
             return  # the restore verifies the resume point, and skips a damaged one
+        try:
+            before = dict(parse_json(data))
+        except (ValueError, TypeError) as error:
+            hint = "move this checkpoint away to continue from the one before it"
+            raise DamagedError(f"{manifest.ref}: {entry.path} is no configuration ({error})", hint=hint) from error
         now = json.loads(checkpointer.files["config.json"])
         changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
         if changed := changed - {"transformers_version"}:

@@ -273,6 +273,18 @@ def test_a_declaration_of_any_form_is_shown(declaration: dict[str, Any], made: P
     assert outlast("checkpoints", "diff", made, "newest", "newest") is None
 
 
+@pytest.mark.parametrize("config", [b"[" * 500 + b"]" * 500, b"no JSON", b"[1]", b"3"], ids=range(4))
+def test_a_configuration_that_is_none_is_named(
+    config: bytes, made: Path, assign: Callable[..., Assignment], storage: LocalStorage, request: pytest.FixtureRequest
+) -> None:
+    for folder in models(made):
+        add_file(folder, "config.json", config)
+    shutil.move(made, storage.path(name := f"foreign-config-{request.node.callspec.id}"))
+    error = run_group(assign(name, launch="again", steps=2, eval_every=None), storage, 1)[0].error
+    assert isinstance(error, DamagedError)
+    assert "checkpoint-2: config.json is no configuration" in error.message
+
+
 def test_a_layout_of_no_text_is_another_layout(
     made: Path, assign: Callable[..., Assignment], storage: LocalStorage
 ) -> None:
