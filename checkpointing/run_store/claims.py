@@ -22,6 +22,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.run_store.typed_json import Moment, fitting
 from outlast.checkpointing.storage.base import list_directories, read_object
 from outlast.checkpointing.storage.retry import retry
+from outlast.checkpointing.storage.round_trip import check_written
 
 #: What readers of a claim rely on; a value of another type counts as missing.
 _TYPES = {
@@ -51,11 +52,16 @@ def list_launches(store: RunStore) -> list[str]:
 
 
 def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
-    """Create the next claim durably, with a JSON `body` that names the launch and its settings."""
+    """Create the next claim durably, with a JSON `body` that names the launch and its settings.
+
+    Raises StorageRefused if it does not read back, and StorageError.
+    """
     attempts = list_attempts(store.fresh())
     number = attempts[-1].number + 1 if attempts else 1
     mine = AttemptId(number, secrets.token_hex(4))
-    store.storage.put(f"{store.attempt_dir(mine)}/{CLAIM}", [json.dumps(body, indent=1).encode() + b"\n"])
+    path, data = f"{store.attempt_dir(mine)}/{CLAIM}", json.dumps(body, indent=1).encode() + b"\n"
+    store.storage.put(path, [data])
+    check_written(store.storage, path, data)
     return mine
 
 

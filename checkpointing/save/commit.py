@@ -15,12 +15,13 @@ from outlast.checkpointing.errors import ConfigError, NotAFileError, StorageErro
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
-from outlast.checkpointing.format.manifest import Manifest
+from outlast.checkpointing.format.manifest import FileEntry, Manifest
 from outlast.checkpointing.run_store import claims, deletion, events
 from outlast.checkpointing.run_store.deletion import delete_checkpoint
 from outlast.checkpointing.run_store.journal import COMMITS, Journal
 from outlast.checkpointing.run_store.retention_policy import Retention, RetentionCandidate
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.save.read_back import check_read_back
 from outlast.checkpointing.save.writer import RankPayload, write_payload
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.storage.orphaned_uploads import abort_uploads
@@ -85,9 +86,7 @@ class Committer:
         ref = CheckpointRef(payload.step, self._attempt)
         directory = self._store.checkpoint_dir(ref)
         try:
-            written = self._ranks.run_on_all(
-                lambda: write_payload(self._store.storage, directory, self._ranks, payload)
-            )
+            written = self._ranks.run_on_all(lambda: self._write(directory, payload))
         except StorageError:
             self._ranks.run_on_rank_0(lambda: self._discard(ref))
             raise
@@ -113,6 +112,11 @@ class Committer:
             self.commits, self.lineage = self._ranks.run_on_rank_0(self._apply_retention)
         fault_point(FaultPoint.AFTER_RETENTION, payload.step)
         return True
+
+    def _write(self, directory: str, payload: RankPayload) -> list[FileEntry]:
+        entries = write_payload(self._store.storage, directory, self._ranks, payload)
+        check_read_back(self._store.storage, directory, entries, is_first=not self._num_acknowledged)
+        return entries
 
     def _discard(self, ref: CheckpointRef) -> None:
         """Delete what was written of a checkpoint whose manifest was not: it may fill the storage. On rank 0."""

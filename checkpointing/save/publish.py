@@ -9,6 +9,7 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.reader import read_blocks
 from outlast.checkpointing.run_store.claims import higher_claim
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.save.read_back import check_read_back
 from outlast.checkpointing.save.writer import write_file
 
 
@@ -22,6 +23,7 @@ def publish(store: RunStore, attempt: AttemptId, launch: str, source: Manifest, 
     for entry in source.files:
         if not entry.path.startswith(layout.STATE_DIR):
             files.append(write_file(store.storage, target, entry.path, read_blocks(store.storage, directory, entry)))
+    check_read_back(store.storage, target, files, is_first=False)
     if higher_claim(store, attempt) is not None:
         return None
     now, extra = time.time(), {"final_step": final_step}

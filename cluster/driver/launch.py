@@ -27,6 +27,7 @@ from outlast.checkpointing.run_store.claims import launch_is_superseded
 from outlast.checkpointing.run_store.liveness import LivenessFile, find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.storage.round_trip import check_round_trip
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.provenance import record_provenance
@@ -176,6 +177,7 @@ class Launch:
                 raise gave_up(name, given_up)
             for path, reason in sorted(store.unreadable.items()):
                 self._publish(events.NoteEvent(text=f"unreadable, going on without it: {path}: {reason}"))
+            check_round_trip(store.storage, f".doctor/{self.id}")
             self._publish(events.PhaseEvent(name="data"))
             prepared = prepare(self.config, store.storage, partial(self._encoders, address), like=base.get("data"))
             check_unchanged(base, self.config, prepared.fingerprint)

@@ -276,7 +276,7 @@ def _check_storage(nodes: _Nodes, facts: Facts, requirements: Requirements, *, q
     large = {node: f"{nodes.ids[node]}-large" for node in working}
     own = {node: (large[node], SPEED_BYTES) for node in working}
     written = nodes.call("write_speed", each=own, timeout_s=STORAGE_TIMEOUT_S)
-    of_next = {node: (large[peer],) for node, peer in zip(working, [*working[1:], working[0]], strict=True)}
+    of_next = {node: (large[peer], SPEED_BYTES) for node, peer in zip(working, [*working[1:], working[0]], strict=True)}
     read = nodes.call("read_speed", each=of_next, timeout_s=STORAGE_TIMEOUT_S)
     speeds: dict[str, Any] = {}
     for node in working:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import random
 import secrets
 import shutil
 import socket
@@ -72,7 +73,10 @@ class Probe:
         return open_storage(self._storage_url)
 
     def write(self, name: str) -> dict[str, Any]:
-        """Write a random token. Return it, and the time of the write."""
+        """Check that the storage keeps bytes, then write a random token. Return it, and the time of the write."""
+        from outlast.checkpointing.storage.round_trip import check_round_trip
+
+        check_round_trip(self._storage, f"{self._folder}/{name}-bytes")
         token = secrets.token_hex(16)
         self._put(name, [token.encode()])
         return {"token": token, "written": time.time()}
@@ -107,24 +111,29 @@ class Probe:
 
     def write_speed(self, name: str, num_bytes: int) -> dict[str, float]:
         """Write a large file and several small ones. Return bytes per second, and seconds per small file."""
-        block = os.urandom(min(_BLOCK, num_bytes))
+        blocks = _blocks_of(name, num_bytes)
         began = time.perf_counter()
-        self._put(name, [block] * (num_bytes // len(block)))
+        self._put(name, blocks)
         large = time.perf_counter()
         for number in range(_NUM_SMALL_FILES):
             self._put(f"{name}-{number}", [b"small"])
         small = time.perf_counter()
         return {"write": num_bytes / (large - began), "put_s": (small - large) / _NUM_SMALL_FILES}
 
-    def read_speed(self, name: str) -> dict[str, float]:
-        """Read a large file (past the page cache if allowed), list, and delete the small files of this probe."""
-        num_bytes, storage = 0, self._storage
+    def read_speed(self, name: str, written_bytes: int) -> dict[str, float]:
+        """Read a large file (past the page cache if allowed), list, and delete the small files of this probe.
+
+        Raises StorageRefused if the file is not as `write_speed` wrote it.
+        """
+        from outlast.checkpointing.errors import StorageRefused
+
+        storage, expected = self._storage, _blocks_of(name, written_bytes)
+        num_bytes = sum(map(len, expected))
         began = time.perf_counter()
         with storage.open(f"{self._folder}/{name}") as file:
             with contextlib.suppress(OSError, AttributeError, ValueError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while data := file.read(_BLOCK):
-                num_bytes += len(data)
+            is_same = all(file.read(len(block)) == block for block in expected) and not file.read(1)
         read = time.perf_counter()
         storage.list(self._folder)
         listed = time.perf_counter()
@@ -132,6 +141,11 @@ class Probe:
         for name in small:
             self._delete(name)
         deleted = time.perf_counter()
+        if not is_same:
+            raise StorageRefused(
+                f"a file of {num_bytes:,} bytes does not read back as it was written",
+                hint="repair the storage, or use another one: a checkpoint would be damaged",
+            )
         return {
             "read": num_bytes / (read - began),
             "list_s": listed - read,
@@ -218,6 +232,12 @@ class Probe:
         except RuntimeError as error:  # raised by every backend
             return {"fault": " ".join(str(error).split())[:300]}
         return {"rate": rate} if is_correct else {"fault": "the sum is wrong"}
+
+
+def _blocks_of(name: str, num_bytes: int) -> list[bytes]:
+    """Return the content of a large file of this name, the same on every node: one random block, repeated."""
+    block = random.Random(name).randbytes(min(_BLOCK, num_bytes))
+    return [block] * (num_bytes // len(block))
 
 
 def _versions() -> dict[str, str]:

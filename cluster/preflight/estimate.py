@@ -127,7 +127,7 @@ def _estimate_saves(config: RunConfig, size: StateSize) -> SaveEstimate:
     probe = Probe(config.checkpoint.storage, f".plan-{secrets.token_hex(4)}")
     try:
         written = probe.write_speed("file", num_bytes)
-        read = probe.read_speed("file")
+        read = probe.read_speed("file", num_bytes)
     finally:
         probe.clean()
     copied = copy_speed()

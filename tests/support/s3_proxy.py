@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from io import BufferedIOBase, BytesIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 #: An S3 client asks again for what it reads after three seconds without an answer, for what it writes after ten.
@@ -25,7 +26,22 @@ class Mischief(Enum):
     DENY = "403 AccessDenied, and the store never hears of it"
     LOSE_ANSWER = "the store does it, and the connection breaks before the answer"
     BREAK = "the connection breaks, and the store never hears of it"
+    FRAME = "the store keeps the framing of a chunked upload as content"
+    CUT = "the store loses the last byte"
+    FLIP = "the store changes a byte in the middle"
     LATE = "the store does it, and the answer comes when nobody waits for it any more"
+
+
+MANGLING = (Mischief.FRAME, Mischief.CUT, Mischief.FLIP)
+#: Headers by which a store would find out what happens to a body.
+_INTEGRITY = (
+    "content-md5",
+    "content-encoding",
+    "x-amz-checksum",
+    "x-amz-content-sha256",
+    "x-amz-decoded",
+    "x-amz-trailer",
+)
 
 
 @dataclass
@@ -49,6 +65,27 @@ class Proxy:
         return None
 
 
+def _mangled(body: bytes, mischief: Mischief | None, *, is_framed: bool) -> bytes:
+    if mischief not in MANGLING:
+        return body
+    if mischief is Mischief.FRAME:
+        return body if is_framed else b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    if is_framed:
+        body = b"".join(_chunks(BytesIO(body)))
+    if mischief is Mischief.CUT:
+        return body[:-1]
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+
+
+def _chunks(file: BinaryIO | BufferedIOBase) -> Iterator[bytes]:
+    while size := int(file.readline().split(b";")[0], 16):
+        yield file.read(size)
+        file.readline()
+    while file.readline().strip():
+        pass
+
+
 @contextmanager
 def proxy_to(endpoint: str, at: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[tuple[Proxy, str]]:
     """A proxy to `endpoint`, and its own URL. It answers at `at`, a host and a port, and nobody does when it ends."""
@@ -69,8 +106,11 @@ def proxy_to(endpoint: str, at: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[
             if mischief is Mischief.BREAK:
                 self._hang_up()
                 return
+            is_framed = "aws-chunked" in self.headers.get("Content-Encoding", "")
+            body = _mangled(body, mischief, is_framed=is_framed)
             onward = http.client.HTTPConnection(place.hostname or "", place.port or 80, timeout=30)
-            headers = {key: value for key, value in self.headers.items() if key.lower() != "transfer-encoding"}
+            dropped = ("transfer-encoding", *(_INTEGRITY if mischief in MANGLING else ()))
+            headers = {key: value for key, value in self.headers.items() if not key.lower().startswith(dropped)}
             headers["Content-Length"] = str(len(body))
             onward.request(self.command, self.path, body, headers)
             answer = onward.getresponse()
@@ -86,13 +126,7 @@ def proxy_to(endpoint: str, at: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[
         def _body(self) -> bytes:
             if "chunked" not in self.headers.get("Transfer-Encoding", ""):
                 return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            while self.rfile.readline().strip():
-                pass
-            return b"".join(parts)
+            return b"".join(_chunks(self.rfile))
 
         def _answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
             self.send_response_only(status)

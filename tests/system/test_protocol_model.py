@@ -103,9 +103,14 @@ class Recorded(LocalStorage):
         super().delete(path)
 
     def said(self) -> Sequence[str]:
-        """The operations since the last call, in the model's words; several on one thing in a row count once."""
+        """The operations since the last call, in the model's words; several on one thing in a row count once.
+
+        A save that reads its own files back, which no manifest names yet, is left out.
+        """
         found, self.operations = self.operations, []
-        return collapsed([word for verb, path in found if (word := in_words(verb, path))])
+        words = collapsed([word for verb, path in found if (word := in_words(verb, path))])
+        pairs = zip(["", *words], words, strict=False)
+        return [word for before, word in pairs if before.replace("put files", "load") != word]
 
 
 def in_words(verb: str, path: str) -> str:

@@ -159,7 +159,7 @@ def test_a_claim_and_a_resume_read_everything_once(root: str, operations: Operat
     read = check_once(operations, "run", lists=3)
     names = {path.rsplit("/", 1)[1] for path in manifests(read)}
     assert {"checkpoint-10", "checkpoint-11", "checkpoint-12"} <= names  # object stores also list emptied directories
-    assert sum(path.endswith("/claim.json") for path in read) == 3
+    assert sum(path.endswith("/claim.json") for path in read) == 4, "the others', and its own as it was written"
     operations.clear()
     assert heir.resume(*small_model()) == {"step": 12}
     assert not operations.count("list", "run/attempts")["run/attempts"]
@@ -172,4 +172,6 @@ def test_a_claim_and_a_resume_read_everything_once(root: str, operations: Operat
         assert heir.save(number, *small_model(), {"step": number})
         # After the manifest; and, when the second commit lets it delete, for what lower attempts left.
         assert operations.count("list", "run/attempts")["run/attempts"] == again
-        assert not operations.count("open", "run/")
+        read = operations.count("open", "run/")  # back, once: what this save wrote itself
+        assert set(read.values()) == {1}
+        assert all(f"/checkpoint-{number}/" in path for path in read)

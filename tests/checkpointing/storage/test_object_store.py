@@ -15,13 +15,13 @@ from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.storage import object_store as objects
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.object_store import ObjectStorage
-from tests.support.s3_proxy import Mischief, Proxy, proxy_to
+from tests.support.s3_proxy import MANGLING, Mischief, Proxy, proxy_to
 from tests.support.s3_server import s3_server
 from tests.support.small_model import digests_of, small_model, train_step
 
 #: More than one part of a multi-part upload, and more than one window of them.
 LARGE = bytes(range(256)) * 4096 * 24
-QUICK = [mischief for mischief in Mischief if mischief not in (Mischief.LATE, Mischief.DENY)]
+QUICK = [mischief for mischief in Mischief if mischief not in (Mischief.LATE, Mischief.DENY, *MANGLING)]
 ALL = [*QUICK, pytest.param(Mischief.LATE, marks=pytest.mark.faults)]  # 3 to 20 seconds each
 
 

@@ -20,6 +20,9 @@ import pytest
 import ray
 import yaml
 
+from outlast.checkpointing.errors import StorageRefused
+from outlast.checkpointing.storage.base import walk
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.jobs.bundle import copy_package
 from outlast.cluster.preflight import doctor, doctor_probe
 from outlast.cluster.preflight import doctor_rules as rules
@@ -27,6 +30,8 @@ from outlast.cluster.preflight.doctor_rules import Requirements
 from outlast.cluster.preflight.finding import Finding, Level
 from tests.cluster.jobs.test_ray_jobs import Cluster, free_ports
 from tests.support.groups.worker_group import tiny_config
+from tests.support.s3_proxy import MANGLING, Mischief, proxy_to
+from tests.support.s3_server import s3_server
 
 CLOCK_AHEAD_S = 100
 AHEAD = f"""import sys, time
@@ -257,6 +262,42 @@ def test_a_cluster_that_requires_a_token(tmp_path: Path, text_file: str) -> None
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mischief", MANGLING)
+def test_a_store_that_changes_bytes_is_found(mischief: Mischief, monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server() as bucket, proxy_to(os.environ["AWS_ENDPOINT_URL"]) as (proxy, address):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        probe = doctor_probe.Probe(f"{bucket}/runs", ".doctor/x")
+        proxy.add("PUT", "token", mischief, 2)
+        with pytest.raises(StorageRefused, match="does not read back"):
+            probe.write("token")
+        proxy.add("PUT", "large", mischief)
+        probe.write_speed("large", 2**24)
+        with pytest.raises(StorageRefused, match="does not read back"):
+            probe.read_speed("large", 2**24)
+        proxy.rules.clear()
+        probe.write_speed("large", 2**24)
+        assert probe.read_speed("large", 2**24)["read"] > 0
+        assert probe.write("token")["token"]
+        probe.clean()
+        assert not [entry for entry in walk(open_storage(f"{bucket}/runs"), "") if entry.num_bytes]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_no_command_relies_on_a_store_that_changes_bytes(
+    command: str, tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_server() as bucket, proxy_to(os.environ["AWS_ENDPOINT_URL"]) as (proxy, address):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        proxy.add("PUT", "", Mischief.FRAME, 10_000)
+        run_file = tmp_path / "run.yaml"
+        body = tiny_config("run", f"{bucket}/runs", text_file).model_dump(mode="json", exclude_defaults=True)
+        run_file.write_text(yaml.safe_dump(body))
+        done = outlast(command, str(run_file), code=3)
+        assert "kept the framing of a chunked upload as content" in done.stdout + done.stderr
+        assert "attempts" not in "".join(entry.name for entry in walk(open_storage(f"{bucket}/runs"), ""))
 
 
 def test_lags() -> None:
