@@ -60,7 +60,10 @@ def run_name(text: str) -> str:
         return load_run(text)[0].name
     from outlast.checkpointing.format.layout import check_run_name
 
-    return check_run_name(text.rstrip("/").rpartition("/")[2])
+    scheme, _, path = text.rstrip("/").rpartition("://")
+    if scheme and "/" not in path:
+        path = ""  # a URL of a bucket alone, as `s3://bucket/$RUN` is while RUN is unset
+    return check_run_name(path.rpartition("/")[2])
 
 
 def declared_settings(store: RunStore) -> dict[str, Any]:
