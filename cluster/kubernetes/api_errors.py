@@ -73,10 +73,11 @@ def explained(answer: Answer) -> OutlastError:
         path = re.sub(r"\[[^\]]*\]", "", fields[0].partition(":")[0])
         hint = f"correct the manifest; kubectl explain {answer.kind or 'KIND'}.{path} shows the field"
         return ConfigError(_prefixed(answer, "; ".join(fields)), hint=hint)
+    refused = "the cluster does not accept the credentials: " if answer.status == 401 else ""
     for fits, kind, hint in _RULES:
         if fits(answer):
             names = {"kind": answer.kind or "objects", "namespace": answer.namespace or "NAMESPACE"}
-            return kind(_prefixed(answer, answer.message), hint=hint.format(**names))
+            return kind(_prefixed(answer, refused + answer.message), hint=hint.format(**names))
     hint = "kubectl get --raw /readyz?verbose shows the API server's state; then try again"
     return PreflightError(_prefixed(answer, answer.message), hint=hint)
 

@@ -4,17 +4,16 @@ A thin layer without state: `render.py` builds the objects, `rayjob_successor.py
 successor, `ownership.py` decides which objects are a run's, KubeRay does the rest. Nothing else may be touched.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
 from outlast.checkpointing.format.layout import check_run_name
 from outlast.cluster.kubernetes.accessors import mapping, mappings
 from outlast.cluster.kubernetes.api_errors import ObjectChanged, ObjectNotFound, api_errors
+from outlast.cluster.kubernetes.kubeconfig import configure
 from outlast.cluster.kubernetes.ownership import (
     KINDS,
     RUN_LABEL,
@@ -68,17 +67,13 @@ class KubernetesNamespace:
 
     def __init__(self, context: str | None = None, namespace: str | None = None) -> None:
         try:
-            from kubernetes import client, config, dynamic
+            from kubernetes import client, dynamic
         except ImportError as error:
             hint = 'pip install "outlast[k8s]"'
             raise PreflightError("Kubernetes' Python client is not installed", hint=hint) from error
         settings = client.Configuration()
         settings.retries = 2
-        try:
-            default_namespace = _configure(settings, context, config)
-        except (config.ConfigException, OSError) as error:
-            hint = "set KUBECONFIG, or give --context"
-            raise PreflightError(f"no cluster is configured: {first_line(error)}", hint=hint) from error
+        default_namespace = configure(settings, context)
         self.namespace = namespace or default_namespace
         self._given_namespace = namespace
         # By default the client caches the API's resources in a file that every user may write.
@@ -279,18 +274,6 @@ def _identity(run: str | RunIdentity) -> RunIdentity:
     identity = RunIdentity(run) if isinstance(run, str) else run
     check_run_name(identity.name)
     return identity
-
-
-def _configure(settings: Any, context: str | None, config: Any) -> str:
-    """Fill in the client's settings, from the kubeconfig or a pod's service account. Return the namespace."""
-    file = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client reads the variable once, at import
-    if not any(Path(part).expanduser().is_file() for part in file.split(os.pathsep)):
-        config.load_incluster_config(client_configuration=settings)
-        return Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text(encoding="utf-8").strip()
-    config.load_kube_config(config_file=file, context=context, client_configuration=settings)
-    contexts, current = config.list_kube_config_contexts(file)
-    chosen = next((item for item in contexts if item["name"] == context), current)
-    return str(mapping(chosen, "context").get("namespace") or "default")
 
 
 def _job_row(job: Mapping[str, Any]) -> dict[str, Any]:

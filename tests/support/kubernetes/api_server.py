@@ -300,7 +300,8 @@ class Handler(BaseHTTPRequestHandler):
         url, length = urlsplit(self.path), int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         try:
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
+            if (scheme.lower(), token) != ("bearer", TOKEN):
                 raise Refused(401, "Unauthorized")
             self._answer(200, self._found(url.path, {key: row[0] for key, row in parse_qs(url.query).items()}, body))
         except Refused as error:
@@ -377,19 +378,23 @@ def small_api(
     without: str = "",
     late: Mapping[str, int] | None = None,
     refusals: Mapping[str, tuple[int, str]] | None = None,
+    tls: ssl.SSLContext | None = None,
+    certificate: Path | None = None,
 ) -> Iterator[Api]:
     """The small one.
 
     `without` names a group and version that it does not know, `late` those that it knows only after some requests;
-    `refusals` are its answers to writes, by plural.
+    `refusals` are its answers to writes, by plural. With `tls` it has the `certificate`.
     """
     kinds = {version: rows for version, rows in KINDS.items() if version != without}
     store = Store()
     store.refusals.update(refusals or {})
     handler = type("Bound", (Handler,), {"store": store, "kinds": kinds, "late": dict(late or {})})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield Api(f"http://127.0.0.1:{server.server_address[1]}", folder)
+        yield Api(f"http{'s' * bool(tls)}://127.0.0.1:{server.server_address[1]}", folder, certificate)
         server.shutdown()
         thread.join()
