@@ -63,7 +63,11 @@ def run_name(text: str) -> str:
     scheme, _, path = text.rstrip("/").rpartition("://")
     if scheme and "/" not in path:
         path = ""  # a URL of a bucket alone, as `s3://bucket/$RUN` is while RUN is unset
-    return check_run_name(path.rpartition("/")[2])
+    name = path.rpartition("/")[2]
+    if not name.strip():
+        hint = "give a run's name or its run file; a shell variable that is not set is empty"
+        raise ConfigError(f"{text!r} names no run", hint=hint)
+    return check_run_name(name)
 
 
 def declared_settings(store: RunStore) -> dict[str, Any]:
