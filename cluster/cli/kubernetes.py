@@ -7,17 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Exit, Option, Typer
+from typer import Argument, Exit, Option, Typer, confirm
 
-from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.cli.options import AsJson, RunFile, Texts, writing
-from outlast.cluster.config.run_reference import run_name
+from outlast.cluster.config.run_reference import RUN_FILES, run_name
 from outlast.cluster.formatting import counted
 from outlast.cluster.output import print_document, print_json, print_line
 from outlast.cluster.preflight.finding import Finding, Level
 
 if TYPE_CHECKING:
     from outlast.cluster.kubernetes.client import KubernetesNamespace
+    from outlast.cluster.kubernetes.ownership import RunIdentity
 
 k8s = Typer(help="Run on Kubernetes.", no_args_is_help=True)
 
@@ -142,7 +143,8 @@ def apply(
 @k8s.command()
 def status(run: RunName, context: Context = None, namespace: Namespace = None, as_json: AsJson = False) -> None:
     """Show a run's RayJobs, pods and warnings. `outlast status` shows the training's progress."""
-    body = _cluster(context, namespace).status(run_name(run))
+    identity = _identity(run)
+    body = _cluster(context, namespace).status(identity)
     if as_json:
         print_json(body, indent=None)
         return
@@ -165,13 +167,15 @@ def status(run: RunName, context: Context = None, namespace: Namespace = None, a
 @k8s.command()
 def suspend(run: RunName, context: Context = None, namespace: Namespace = None) -> None:
     """Commit a checkpoint, then free the run's nodes."""
-    print_line(_cluster(context, namespace).suspend(run_name(run)))
+    identity = _identity(run)
+    print_line(_cluster(context, namespace).suspend(identity))
 
 
 @k8s.command()
 def resume(run: RunName, context: Context = None, namespace: Namespace = None) -> None:
     """Resume a suspended run, or one whose RayJob has ended: a new RayJob then resumes from storage."""
-    print_line(_cluster(context, namespace).resume(run_name(run)))
+    identity = _identity(run)
+    print_line(_cluster(context, namespace).resume(identity))
 
 
 @k8s.command()
@@ -180,10 +184,47 @@ def delete(
     context: Context = None,
     namespace: Namespace = None,
     storage: Annotated[bool, Option("--storage", help="Delete the volume claim too, with all checkpoints.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only print what would be deleted, and what is left.")] = False,
+    yes: Annotated[
+        bool, Option("--yes", help="Do not ask on a terminal. Without a terminal, nothing is asked.")
+    ] = False,
 ) -> None:
-    """Delete a run's objects. A running run commits a checkpoint first."""
-    for line in _cluster(context, namespace).delete(run_name(run), storage=storage):
+    """Delete the objects that outlast made for a run, by their annotation. A running run commits a checkpoint first."""
+    from outlast.cluster.kubernetes.ownership import object_name
+
+    identity = _identity(run)
+    cluster = _cluster(context, namespace)
+    plan = cluster.plan_deletion(identity, storage=storage)
+    asks = bool(plan.doomed) and not (dry_run or yes) and is_terminal()
+    for item in plan.doomed if dry_run or asks else ():
+        print_line(f"{object_name(item)} would be deleted", to_stderr=asks)
+    if asks and not confirm(f"Delete these from namespace {plan.namespace}?", err=True):
+        print_line("nothing was deleted", to_stderr=True)
+        raise Exit(1)
+    for line in cluster.delete(plan) if not dry_run else ():
         print_line(line)
+    for line in plan.left:
+        print_line(line)
+    if plan.is_incomplete:
+        raise PreflightError(
+            f"run {plan.run.name} has objects that were not deleted, because nothing proves that outlast made them for "
+            "it; older releases rendered no proof",
+            hint=plan.kubectl,
+        )
+
+
+def is_terminal() -> bool:
+    """Return whether a question can be answered here."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _identity(run: str) -> RunIdentity:
+    """Return the run's identity; a run file gives its id too, which tells runs of the same name apart."""
+    from outlast.cluster.config.run_file import load_run
+    from outlast.cluster.kubernetes.ownership import RunIdentity
+    from outlast.cluster.kubernetes.render import declared_identity
+
+    return declared_identity(*load_run(run)) if run.endswith(RUN_FILES) else RunIdentity(run_name(run))
 
 
 def _cluster(context: str | None, namespace: str | None) -> KubernetesNamespace:

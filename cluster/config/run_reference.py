@@ -60,7 +60,14 @@ def run_name(text: str) -> str:
         return load_run(text)[0].name
     from outlast.checkpointing.format.layout import check_run_name
 
-    return check_run_name(text.rstrip("/").rpartition("/")[2])
+    scheme, _, path = text.rstrip("/").rpartition("://")
+    if scheme and "/" not in path:
+        path = ""  # a URL of a bucket alone, as `s3://bucket/$RUN` is while RUN is unset
+    name = path.rpartition("/")[2]
+    if not name.strip():
+        hint = "give a run's name or its run file; a shell variable that is not set is empty"
+        raise ConfigError(f"{text!r} names no run", hint=hint)
+    return check_run_name(name)
 
 
 def declared_settings(store: RunStore) -> dict[str, Any]:

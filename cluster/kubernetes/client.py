@@ -1,20 +1,31 @@
 """A run's objects in a cluster, through Kubernetes' official client: apply, status, suspend, resume, delete.
 
 A thin layer without state: `render.py` builds the objects, `rayjob_successor.py` decides the phase of a RayJob and its
-successor, KubeRay does the rest. Objects of a run are found by its label; nothing else may be touched.
+successor, `ownership.py` decides which objects are a run's, KubeRay does the rest. Nothing else may be touched.
 """
 
-import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpointing.error_hints import first_line
-from outlast.checkpointing.errors import ConfigError, PreflightError
+from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
+from outlast.checkpointing.format.layout import check_run_name
 from outlast.cluster.kubernetes.accessors import mapping, mappings
+from outlast.cluster.kubernetes.api_errors import ObjectChanged, ObjectNotFound, api_errors
+from outlast.cluster.kubernetes.kubeconfig import configure
+from outlast.cluster.kubernetes.ownership import (
+    KINDS,
+    RUN_LABEL,
+    Deletion,
+    RunIdentity,
+    check_owner,
+    object_name,
+    of_run,
+    owner,
+    plan_deletion,
+    run_of,
+)
 from outlast.cluster.kubernetes.rayjob_successor import (
     MANAGER,
     RAY,
@@ -26,29 +37,9 @@ from outlast.cluster.kubernetes.rayjob_successor import (
     phase,
     successor,
 )
-from outlast.cluster.kubernetes.render import QUEUE_LABEL, RUN_LABEL
+from outlast.cluster.kubernetes.render import QUEUE_LABEL
 
-#: Kinds of a run's objects, in the order to delete them: first those that create pods.
-KINDS = {
-    "RayJob": RAY,
-    "NetworkPolicy": "networking.k8s.io/v1",
-    "PodDisruptionBudget": "policy/v1",
-    "ConfigMap": "v1",
-    "ServiceAccount": "v1",
-}
-_CLAIM = "PersistentVolumeClaim"
 _MAX_EVENTS = 10
-
-
-class _NotFound(PreflightError):
-    """The object or the namespace does not exist."""
-
-
-def _check_owner(name: str, existing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise ConfigError if an object of this name belongs to another run."""
-    run, owner = (mapping(meta, "labels").get(RUN_LABEL) for meta in (ours, existing))
-    if run and owner and run != owner:
-        raise ConfigError(f"{name} already exists and belongs to run {owner}", hint="render with another --name")
 
 
 def _check_queue(job: Mapping[str, Any], verb: str) -> None:
@@ -76,21 +67,17 @@ class KubernetesNamespace:
 
     def __init__(self, context: str | None = None, namespace: str | None = None) -> None:
         try:
-            from kubernetes import client, config, dynamic
+            from kubernetes import client, dynamic
         except ImportError as error:
             hint = 'pip install "outlast[k8s]"'
             raise PreflightError("Kubernetes' Python client is not installed", hint=hint) from error
         settings = client.Configuration()
         settings.retries = 2
-        try:
-            default_namespace = _configure(settings, context, config)
-        except (config.ConfigException, OSError) as error:
-            hint = "set KUBECONFIG, or give --context"
-            raise PreflightError(f"no cluster is configured: {first_line(error)}", hint=hint) from error
+        default_namespace = configure(settings, context)
         self.namespace = namespace or default_namespace
         self._given_namespace = namespace
         # By default the client caches the API's resources in a file that every user may write.
-        with _api_errors(), tempfile.TemporaryDirectory(prefix="outlast-k8s-") as folder:
+        with api_errors(), tempfile.TemporaryDirectory(prefix="outlast-k8s-") as folder:
             cache = str(Path(folder, "resources.json"))
             self._client = dynamic.DynamicClient(client.ApiClient(settings), cache_file=cache)
 
@@ -100,54 +87,47 @@ class KubernetesNamespace:
         Return one line for each object, and notes on what applying a RayJob does not change.
 
         Raises:
-            ConfigError: The cluster refuses an object or an unknown field, or another field manager owns a field.
+            ConfigError: The cluster refuses an object or an unknown field, another field manager owns a field, or an
+                object of this name is not this run's. The hint names what was applied before it.
         """
         for item in objects:
-            if not mapping(item, "metadata").get("name"):
-                raise ConfigError(
-                    f"an object of kind {item['kind']} has no metadata.name, which apply needs",
-                    hint="give it a name; generateName is for `kubectl create`",
-                )
-            target = mapping(item, "metadata").get("namespace")
-            if self._given_namespace and target and target != self._given_namespace:
-                raise ConfigError(
-                    f"{_name(item)} has namespace {target}, but --namespace is {self._given_namespace}",
-                    hint=f"omit --namespace, or render with --namespace {self._given_namespace}",
-                )
-        lines = []
+            self._check_target(item)
+        lines: list[str] = []
+        done: list[str] = []
         for item in objects:
-            before = self._find(item)
-            name = _name(item)
-            if before is not None:
-                _check_owner(name, mapping(before, "metadata"), mapping(item, "metadata"))
-            after = self._apply(item, force=force)
-            changed = before is None or before["metadata"].get("generation") != after["metadata"].get("generation")
-            lines.append(f"{name} {'created' if before is None else 'applied'}")
-            if item["kind"] == "RayJob" and before is not None:
-                run = mapping(item, "metadata", "labels").get(RUN_LABEL)
-                newest = self.jobs(run)[-1:] if run else []
-                lines += apply_notes(after, newest[0] if newest else after, changed=changed)
+            try:
+                line, *notes = self._apply_one(item, force=force)
+            except OutlastError as error:
+                if not done:
+                    raise
+                hint = (
+                    f"{error.hint}\nstays from this apply: {', '.join(done)}; the corrected file can be applied again"
+                )
+                raise type(error)(error.message, hint=hint) from error
+            done.append(line)
+            lines += [line, *notes]
         return lines
 
-    def jobs(self, run: str) -> list[dict[str, Any]]:
-        """Return the run's RayJobs, oldest first."""
-        return sorted(self._list("RayJob", RAY, run), key=lambda job: str(job["metadata"].get("creationTimestamp")))
+    def jobs(self, run: str | RunIdentity) -> list[Mapping[str, Any]]:
+        """Return the run's RayJobs, oldest first. Raises ConfigError if they are of several runs of this name."""
+        found = of_run(self._list("RayJob"), _identity(run))
+        return sorted(found, key=lambda job: str(job["metadata"].get("creationTimestamp")))
 
-    def newest(self, run: str) -> dict[str, Any]:
+    def newest(self, run: str | RunIdentity) -> Mapping[str, Any]:
         """Return the run's newest RayJob. Raises PreflightError if the run has none."""
         jobs = self.jobs(run)
         if not jobs:
             raise PreflightError(
-                f"namespace {self.namespace} has no RayJob of run {run}",
+                f"namespace {self.namespace} has no RayJob of run {_identity(run).name}",
                 hint="outlast k8s render RUN.yaml --image IMAGE | outlast k8s apply -",
             )
         return jobs[-1]
 
-    def status(self, run: str) -> dict[str, Any]:
+    def status(self, run: str | RunIdentity) -> dict[str, Any]:
         """Return the run's RayJobs, pods and warnings, as plain values."""
         self.newest(run)
         jobs = self.jobs(run)
-        pods = [_pod_row(pod) for pod in self._list("Pod", "v1", run)]
+        pods = [_pod_row(pod) for pod in self._pods(run)]
         names = {row["name"] for row in pods}.union(*(event_sources(job) for job in jobs))
         warnings = [
             {"t": event.get("lastTimestamp") or event.get("eventTime"), "of": event["involvedObject"].get("name")}
@@ -156,14 +136,14 @@ class KubernetesNamespace:
             if event.get("type") == "Warning" and event["involvedObject"].get("name") in names
         ]
         return {
-            "run": run,
+            "run": _identity(run).name,
             "namespace": self.namespace,
             "jobs": [_job_row(job) for job in jobs],
             "pods": pods,
             "warnings": sorted(warnings, key=lambda row: str(row["t"]))[-_MAX_EVENTS:],
         }
 
-    def suspend(self, run: str) -> str:
+    def suspend(self, run: str | RunIdentity) -> str:
         """Suspend the run, which frees its nodes; the workers commit first. Return a line that states what was done."""
         job = self.newest(run)
         name = job["metadata"]["name"]
@@ -171,9 +151,9 @@ class KubernetesNamespace:
             return f"rayjob/{name} is {phase(job).value}; nothing to suspend"
         _check_queue(job, "stop")
         self._set_suspend(name, True)
-        return f"rayjob/{name} suspended; to resume it: outlast k8s resume {run}"
+        return f"rayjob/{name} suspended; to resume it: outlast k8s resume {_identity(run).name}"
 
-    def resume(self, run: str) -> str:
+    def resume(self, run: str | RunIdentity) -> str:
         """Resume a run that was suspended or has ended. Return a line that states what was done."""
         job = self.newest(run)
         name = job["metadata"]["name"]
@@ -188,31 +168,70 @@ class KubernetesNamespace:
                 _check_queue(job, "resume")
                 self._set_suspend(name, False)
                 return f"rayjob/{name} resumed"
-        taken = [item["metadata"]["name"] for item in self._list("RayJob", RAY)]
+        taken = [item["metadata"]["name"] for item in self._list("RayJob")]
         new_job = successor(job, taken, spec_of=last_applied(self.jobs(run)))
         self._apply(new_job)
-        return f"{_name(new_job)} created; it resumes where {name} ended"
+        return f"{object_name(new_job)} created; it resumes where {name} ended"
 
-    def delete(self, run: str, *, storage: bool = False) -> list[str]:
-        """Delete the run's objects, after the driver's commit; with `storage` the volume claim and checkpoints too.
+    def plan_deletion(self, run: str | RunIdentity, *, storage: bool = False) -> Deletion:
+        """Return what deleting the run deletes and leaves; with `storage` the volume claim and checkpoints too.
 
-        Return one line for each object that was deleted or kept. Raises PreflightError if there are none.
+        Raises PreflightError if there is nothing of the run, ConfigError if there are several runs of this name.
         """
-        kinds = KINDS | ({_CLAIM: "v1"} if storage else {})
-        deleted = []
-        for kind, version in kinds.items():
-            for item in self._list(kind, version, run, "app.kubernetes.io/name=outlast"):
-                name = item["metadata"]["name"]
-                self._call("delete", kind, version, name=name)
-                deleted.append(f"{kind}/{name} deleted".lower())
-        kept = [] if storage else self._list(_CLAIM, "v1", run)
-        if not deleted and not kept:
+        identity = _identity(run)
+        items = [item for kind in KINDS for item in self._list(kind)]
+        plan = plan_deletion(items, identity, self.namespace, storage=storage, num_pods=len(self._pods(identity)))
+        if plan.is_empty:
             raise PreflightError(
-                f"namespace {self.namespace} has no objects of run {run}",
+                f"namespace {self.namespace} has no objects of run {identity.name}",
                 hint="find it with kubectl get rayjobs --all-namespaces --show-labels, then give --namespace",
             )
-        names = [item["metadata"]["name"] for item in kept]
-        return deleted + [f"claim {name} kept, with the checkpoints; --storage deletes it too" for name in names]
+        return plan
+
+    def delete(self, plan: Deletion) -> Iterator[str]:
+        """Delete what `plan` names, and only that: not an object that replaced it. A running run commits first.
+
+        Yield one line for each object.
+        """
+        for item in plan.doomed:
+            meta = item["metadata"]
+            only_this = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": meta["uid"]}}
+            try:
+                self._call("delete", item["kind"], KINDS[item["kind"]], name=meta["name"], body=only_this)
+            except ObjectNotFound:
+                yield f"{object_name(item)} is gone already"
+            except ObjectChanged:
+                yield f"{object_name(item)} kept: it was replaced in the meantime; run the command again to look at it"
+            else:
+                yield f"{object_name(item)} deleted"
+
+    def _check_target(self, item: Mapping[str, Any]) -> None:
+        """Raise ConfigError if an object has no name, or another namespace than was asked for."""
+        if not mapping(item, "metadata").get("name"):
+            raise ConfigError(
+                f"an object of kind {item['kind']} has no metadata.name, which apply needs",
+                hint="give it a name; generateName is for `kubectl create`",
+            )
+        target = mapping(item, "metadata").get("namespace")
+        if self._given_namespace and target and target != self._given_namespace:
+            raise ConfigError(
+                f"{object_name(item)} has namespace {target}, but --namespace is {self._given_namespace}",
+                hint=f"omit --namespace, or render with --namespace {self._given_namespace}",
+            )
+
+    def _apply_one(self, item: Mapping[str, Any], *, force: bool) -> list[str]:
+        """Apply an object. Return a line that states what was done, and notes."""
+        before = self._find(item)
+        if before is not None:
+            check_owner(before, item)
+        after = self._apply(item, force=force)
+        lines = [f"{object_name(item)} {'created' if before is None else 'applied'}"]
+        if item["kind"] != "RayJob" or before is None:
+            return lines
+        changed = before["metadata"].get("generation") != after["metadata"].get("generation")
+        run = owner(item) or run_of(item)
+        newest = self.jobs(run)[-1:] if run else []
+        return lines + apply_notes(after, newest[0] if newest else after, changed=changed)
 
     def _set_suspend(self, name: str, value: bool) -> None:
         patch = {"body": {"spec": {"suspend": value}}, "content_type": "application/merge-patch+json"}
@@ -225,13 +244,15 @@ class KubernetesNamespace:
     def _find(self, item: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
             return self._call_on(item, "get")
-        except _NotFound:
+        except ObjectNotFound:
             return None
 
-    def _list(self, kind: str, version: str, run: str | None = None, *more: str) -> list[dict[str, Any]]:
-        labels = ",".join((f"{RUN_LABEL}={run}", *more)) if run else ""
-        items: list[dict[str, Any]] = self._call("get", kind, version, label_selector=labels)["items"]
-        return items
+    def _pods(self, run: str | RunIdentity) -> list[dict[str, Any]]:
+        return self._list("Pod", "v1", label_selector=f"{RUN_LABEL}={_identity(run).name}")
+
+    def _list(self, kind: str, version: str = "", **options: str) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = self._call("get", kind, version or KINDS[kind], **options)["items"]
+        return [{**item, "kind": kind} for item in items]  # a list's items may omit it
 
     def _call_on(self, item: Mapping[str, Any], verb: str, **arguments: Any) -> dict[str, Any]:
         """Call a method of the official client on an object, in its own namespace if it names one."""
@@ -241,61 +262,18 @@ class KubernetesNamespace:
 
     def _call(self, verb: str, kind: str, version: str, **arguments: Any) -> dict[str, Any]:
         """Call a method of the official client on a kind's objects, in this namespace by default."""
-        with _api_errors("/".join(filter(None, (kind, arguments.get("name")))).lower()):
+        arguments = {"namespace": self.namespace, **arguments}
+        with api_errors("/".join(filter(None, (kind, arguments.get("name")))).lower(), arguments["namespace"]):
             resource = self._client.resources.get(kind=kind, api_version=version)
-            body: dict[str, Any] = getattr(resource, verb)(**{"namespace": self.namespace, **arguments}).to_dict()
+            body: dict[str, Any] = getattr(resource, verb)(**arguments).to_dict()
         return body
 
 
-def _configure(settings: Any, context: str | None, config: Any) -> str:
-    """Fill in the client's settings, from the kubeconfig or a pod's service account. Return the namespace."""
-    file = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client reads the variable once, at import
-    if not any(Path(part).expanduser().is_file() for part in file.split(os.pathsep)):
-        config.load_incluster_config(client_configuration=settings)
-        return Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read_text(encoding="utf-8").strip()
-    config.load_kube_config(config_file=file, context=context, client_configuration=settings)
-    contexts, current = config.list_kube_config_contexts(file)
-    chosen = next((item for item in contexts if item["name"] == context), current)
-    return str(mapping(chosen, "context").get("namespace") or "default")
-
-
-@contextmanager
-def _api_errors(name: str = "") -> Iterator[None]:
-    """Translate errors of the API server into outlast's."""
-    from kubernetes.client.exceptions import ApiException
-    from kubernetes.dynamic.exceptions import NotFoundError, ResourceNotFoundError
-    from urllib3.exceptions import HTTPError
-
-    try:
-        yield
-    except ResourceNotFoundError as error:
-        raise PreflightError(
-            f"the cluster has no such kind of object: {first_line(error)}",
-            hint="install KubeRay 1.7 (or the operator that defines the kind); see k8s/README.md",
-        ) from error
-    except ApiException as error:
-        message = f"{name}: {_message(error)}".removeprefix(": ")
-        if isinstance(error, NotFoundError):
-            raise _NotFound(message, hint="kubectl get namespaces; give an existing one with --namespace") from error
-        if error.status == 409:
-            raise ConfigError(message, hint="another field manager set these fields; --force takes over") from error
-        if error.status in (400, 422):
-            raise ConfigError(message, hint="outlast k8s lint FILE") from error
-        raise PreflightError(message, hint="kubectl auth can-i --list shows your permissions") from error
-    except HTTPError as error:
-        message = f"the cluster does not answer: {first_line(error)}"
-        raise PreflightError(message, hint="kubectl cluster-info") from error
-
-
-def _name(item: Mapping[str, Any]) -> str:
-    return f"{item['kind']}/{item['metadata']['name']}".lower()
-
-
-def _message(error: Any) -> str:
-    try:
-        return str(json.loads(error.body)["message"])
-    except (TypeError, ValueError, KeyError):
-        return f"{error.status} {error.reason}"
+def _identity(run: str | RunIdentity) -> RunIdentity:
+    """Return the identity of a run given by name. Raises ConfigError for a name that no run can have."""
+    identity = RunIdentity(run) if isinstance(run, str) else run
+    check_run_name(identity.name)
+    return identity
 
 
 def _job_row(job: Mapping[str, Any]) -> dict[str, Any]:

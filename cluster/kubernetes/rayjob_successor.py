@@ -11,13 +11,13 @@ from enum import Enum
 from typing import Any
 
 from outlast.cluster.kubernetes.accessors import mapping, mappings, pod_templates
-from outlast.cluster.kubernetes.render import RUN_LABEL
+from outlast.cluster.kubernetes.ownership import KINDS, run_of
 from outlast.cluster.kubernetes.settings import MAX_NAME
 
 #: Field manager of `apply`.
 MANAGER = "outlast"
 RESUMES = "outlast/resumes"
-RAY = "ray.io/v1"
+RAY = KINDS["RayJob"]
 #: Manager and operation of applied manifests: this command, kubectl's server-side and its client-side apply.
 _APPLIES = ((MANAGER, "Apply"), ("kubectl", "Apply"), ("kubectl-client-side-apply", "Update"))
 
@@ -110,7 +110,7 @@ def apply_notes(job: Mapping[str, Any], newest: Mapping[str, Any], *, changed: b
 
     `changed` is whether the spec of `job` changed.
     """
-    run, name = mapping(job, "metadata", "labels").get(RUN_LABEL), newest["metadata"]["name"]
+    run, name = run_of(job), newest["metadata"]["name"]
     if phase(newest) in (JobPhase.DONE, JobPhase.ENDED):
         return [f"  rayjob/{name} is {phase(newest).value} and never runs again; to resume: outlast k8s resume {run}"]
     if name != job["metadata"]["name"] and phase(newest) is not JobPhase.LEAVING:

@@ -18,10 +18,10 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.kubernetes.accessors import mapping
+from outlast.cluster.kubernetes.ownership import RUN_LABEL, RunIdentity, identity_of
 from outlast.cluster.kubernetes.settings import DRAIN_BEFORE_GRACE_S, LABEL, MAX_NAME, K8sSettings, checked_mount
 
-#: The label of every object and pod of a run; its policies select by it.
-RUN_LABEL = "outlast/run"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 #: Labels of spot nodes, by cloud: key and value. Each cloud sets only its own.
 SPOT = {
@@ -63,13 +63,20 @@ def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings
     if mount and settings.claim is None:
         objects.append(_volume_claim(settings))
     objects.append(_ray_job(config, settings, name, claim, mount))
+    run = declared_identity(config, declared)
     for item in objects:
         meta = item["metadata"]
+        meta["annotations"] = {**meta.get("annotations", {}), **run.annotations}
         meta["name"] = claim if item["kind"] == "PersistentVolumeClaim" else name
         if settings.namespace:
             meta["namespace"] = settings.namespace
     _set_run_label(objects, config.name)
     return objects
+
+
+def declared_identity(config: RunConfig, declared: Mapping[str, Any]) -> RunIdentity:
+    """Return the identity of a run file's run, which its objects are annotated with."""
+    return identity_of(config.name, str(mapping(declared, "checkpoint").get("storage", config.checkpoint.storage)))
 
 
 def warnings_for(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings) -> list[str]:

@@ -220,7 +220,9 @@ def test_everything_of_a_run_has_its_label(read: Read) -> None:
     assert {item["metadata"]["labels"]["outlast/run"] for item in objects} == {"My_Run.v2"}
     text = to_yaml(objects)
     assert text.count("outlast/run: my-run") == 0
-    assert text.count("outlast/run: My_Run.v2") == len(objects) + 4 + 2 + 4  # pods, spread, policies' selectors
+    assert (
+        text.count("outlast/run: My_Run.v2") == 2 * len(objects) + 4 + 2 + 4
+    )  # annotations, pods, spread, policies' selectors
 
 
 def test_queues_and_labels_are_passed_on(read: Read) -> None:

@@ -1,35 +1,27 @@
-"""API servers for the tests of `k8s_client`: a real one where it is at hand, and a small one that speaks enough.
+"""A small API server for the tests of the Kubernetes client, which speaks enough.
 
-The real one is taken from `KUBEBUILDER_ASSETS`, as controllers' own tests do: a folder with `etcd` and
-`kube-apiserver`. No package has it, so elsewhere only the small one is there. It knows discovery, server-side apply
-with owners of fields, merge patches, label selectors, the status, and two things of KubeRay's schema.
+It knows discovery, server-side apply with owners of fields and its typed patch's refusals, merge patches, label
+selectors, the status, finalizers, preconditions of a delete, and kinds that appear late.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import shutil
-import socket
 import ssl
-import subprocess
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
-
-from tests.support.kubernetes.manifests import CRDS
 
 TOKEN = "a-token-of-the-test"
 KINDS = {
@@ -44,16 +36,21 @@ KINDS = {
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "ray.io/v1": {"RayJob": "rayjobs"},
 }
+#: A part of the schemas: the fields of RayJob's spec in KubeRay 1.7, by type.
+_RAYJOB: dict[type, str] = {
+    int: "activeDeadlineSeconds backoffLimit preRunningDeadlineSeconds ttlSecondsAfterFinished",
+    float: "entrypointNumCpus entrypointNumGpus",
+    str: "entrypoint entrypointResources jobId managedBy runtimeEnvYAML submissionMode",
+    bool: "shutdownAfterJobFinishes suspend",
+    dict: "clusterSelector deletionStrategy metadata rayClusterSpec submitterConfig submitterPodTemplate",
+}
+_FIELDS = {name: kind for kind, names in _RAYJOB.items() for name in names.split()}
+#: What the typed patch calls the type that a schema wants, and that of a value.
+_WANTED = {int: "numeric (int or float)", float: "numeric (int or float)", str: "string", bool: "boolean", dict: "map"}
+_GOT = {int: "int64", float: "float64", str: "string", bool: "boolean", dict: "map", list: "list", type(None): "null"}
 _PATH = re.compile(
     r"/(?:api|apis)/(?P<version>.+?)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[^/]+)(?:/(?P<name>[^/]+))?(?P<status>/status)?"
 )
-
-
-def assets() -> Path | None:
-    """The folder with a real etcd and kube-apiserver, or None."""
-    folder = os.environ.get("KUBEBUILDER_ASSETS")
-    found = Path(folder) if folder else None
-    return found if found and (found / "kube-apiserver").is_file() and (found / "etcd").is_file() else None
 
 
 class Refused(Exception):
@@ -123,12 +120,30 @@ class Api:
         rows = self.call("GET", f"/{root}/{version}/namespaces/ml/{plural}")["items"]
         return sorted(row["metadata"]["name"] for row in rows)
 
+    def clear(self) -> None:
+        """Deletes every object that a test may have made, finalizers or not."""
+        for version, plural in ((v, p) for v, rows in KINDS.items() for p in rows.values()):
+            root = "api" if "/" not in version else "apis"
+            for name in self.names(version, plural) if self.knows(version) else ():
+                if name in ("kube-root-ca.crt", "default"):
+                    continue
+                path = f"/{root}/{version}/namespaces/ml/{plural}/{name}"
+                with suppress(urllib.error.HTTPError):
+                    self.call("PATCH", path, {"metadata": {"finalizers": None}}, "application/merge-patch+json")
+                    self.call("DELETE", f"{path}?gracePeriodSeconds=0")
+
+    def set_metadata(self, version: str, plural: str, name: str, **metadata: Any) -> None:
+        """Sets metadata of an object, as another tool does."""
+        root = "api" if "/" not in version else "apis"
+        path = f"/{root}/{version}/namespaces/ml/{plural}/{name}"
+        self.call("PATCH", path, {"metadata": metadata}, "application/merge-patch+json")
+
     def make(self, version: str, plural: str, body: dict[str, Any]) -> None:
         root = "api" if "/" not in version else "apis"
         self.call("POST", f"/{root}/{version}/namespaces/ml/{plural}", body)
 
 
-# -- the small one -----------------------------------------------------------------------------------------------------
+# -- the server -------------------------------------------------------------------------------------------------------
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -161,6 +176,7 @@ class Store:
         self._owners: dict[tuple[tuple[str, str, str, str], tuple[str, ...]], str] = {}
         self._lock = threading.Lock()
         self._count = 0
+        self.refusals: dict[str, tuple[int, str]] = {}  #: what is answered to each write of a kind, by its plural
 
     def write(
         self, key: tuple[str, str, str, str], body: dict[str, Any], manager: str, *, force: bool, is_apply: bool
@@ -172,7 +188,9 @@ class Store:
         """
         with self._lock:
             old = self.objects.get(key)
-            self._check(key, body)
+            if is_apply:
+                _check_types(key, body)
+            self._check(key, body, old)
             fields = {path: value for path, value in leaves(body) if path[:1] in (("spec",), ("data",))}
             mine = {path for (at, path), owner in self._owners.items() if at == key and owner == manager}
             known = dict(leaves(old or {}))
@@ -191,17 +209,58 @@ class Store:
             changed = old is None or old.get("spec") != new.get("spec")
             meta["generation"] = (meta.get("generation") or 0) + int(changed)
             meta.update(name=key[3], namespace=key[2], resourceVersion=str(self._count))
+            meta.setdefault("uid", f"uid-{self._count}")
             meta.setdefault("creationTimestamp", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._count)))
             _sign(meta, manager, "Apply" if is_apply else "Update", self._count)
             self.objects[key] = new
             return new
 
-    def _check(self, key: tuple[str, str, str, str], body: dict[str, Any]) -> None:
-        spec = body.get("spec", {})
-        if key[1] == "rayjobs" and not isinstance(spec.get("backoffLimit", 0), int):
-            raise Refused(422, f'RayJob.ray.io "{key[3]}" is invalid: spec.backoffLimit: Invalid value: "string"')
-        if key[1] == "rayjobs" and "backOffLimit" in spec:
-            raise Refused(400, 'strict decoding error: unknown field "spec.backOffLimit"')
+    def _check(self, key: tuple[str, str, str, str], body: dict[str, Any], old: dict[str, Any] | None) -> None:
+        if self.refusals and key[1] in self.refusals:
+            raise Refused(*self.refusals[key[1]])
+        if key[1] == "persistentvolumeclaims" and old and old["spec"] != body.get("spec", old["spec"]):
+            text = "spec: Forbidden: spec is immutable after creation except resources.requests for bound claims"
+            raise Refused(422, f'PersistentVolumeClaim "{key[3]}" is invalid: {text}')
+
+    def delete(self, key: tuple[str, str, str, str], uid: str | None) -> dict[str, Any]:
+        """Deletes an object, or marks it if it has finalizers.
+
+        Raises:
+            Refused: 409 if it has not the uid that the request asks for.
+        """
+        with self._lock:
+            body = self.objects[key]
+            meta = body["metadata"]
+            if uid not in (None, meta["uid"]):
+                raise Refused(
+                    409,
+                    f"Operation cannot be fulfilled on {key[1]} {json.dumps(key[3])}: the UID in the precondition "
+                    f"({uid}) does not match the UID in record ({meta['uid']}). The object might have been deleted "
+                    "and then recreated",
+                )
+            if meta.get("finalizers"):
+                meta["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+                return body
+            return self.objects.pop(key)
+
+
+def _check_types(key: tuple[str, str, str, str], body: dict[str, Any]) -> None:
+    """Refuses wrong types and unknown fields as the typed patch of server-side apply does: with status 500."""
+    spec = body.get("spec", {})
+    if key[1] != "rayjobs":
+        return
+    wrong = []
+    for name, value in spec.items():
+        kind = _FIELDS.get(name)
+        if kind is None:
+            wrong.append(f".spec.{name}: field not declared in schema")
+        elif type(value) not in ((int, float) if kind in (int, float) else (kind,)):
+            wrong.append(f".spec.{name}: expected {_WANTED[kind]}, got {_GOT[type(value)]}")
+    if wrong:
+        listed = wrong[0] if len(wrong) == 1 else "".join(f"\n  {line}" for line in ("errors:", *wrong)).strip()
+        raise Refused(
+            500, f"failed to create typed patch object ({key[2]}/{key[3]}; {key[0]}, Kind={body['kind']}): {listed}"
+        )
 
 
 def _sign(meta: dict[str, Any], manager: str, operation: str, moment: int) -> None:
@@ -224,6 +283,7 @@ class Handler(BaseHTTPRequestHandler):
 
     store: Store
     kinds: dict[str, dict[str, str]]
+    late: dict[str, int]  #: how often a version is still answered with 404, as for a new CRD
 
     def log_message(self, *_: Any) -> None:
         """Says nothing."""
@@ -240,16 +300,21 @@ class Handler(BaseHTTPRequestHandler):
         url, length = urlsplit(self.path), int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         try:
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
+            if (scheme.lower(), token) != ("bearer", TOKEN):
                 raise Refused(401, "Unauthorized")
             self._answer(200, self._found(url.path, {key: row[0] for key, row in parse_qs(url.query).items()}, body))
         except Refused as error:
-            self._answer(error.code, {"kind": "Status", "code": error.code, "message": str(error)})
+            self._answer(error.code, {"kind": "Status", "code": error.code, "message": str(error), "status": "Failure"})
 
     do_GET = do_POST = do_PATCH = do_DELETE = _handle
 
     def _found(self, path: str, query: dict[str, str], body: Any) -> Any:
         match = _PATH.fullmatch(path)
+        for version in self.late:
+            if path.startswith(f"/apis/{version}") and self.late[version] > 0:
+                self.late[version] -= 1
+                raise Refused(404, "the server could not find the requested resource")
         if match is None:
             return self._discovery(path)
         version, plural, namespace = match["version"], match["plural"], match["namespace"]
@@ -262,11 +327,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.command in ("GET", "DELETE") and key not in self.store.objects:
             raise Refused(404, f'{plural} "{name}" not found')
         if self.command == "GET":
-            return self.store.objects[key]
+            kind = next(kind for kind, its_plural in self.kinds[version].items() if its_plural == plural)
+            return {"kind": kind, "apiVersion": version, **self.store.objects[key]}
         if self.command == "DELETE":
-            return self.store.objects.pop(key)
+            return self.store.delete(key, ((body or {}).get("preconditions") or {}).get("uid"))
         is_apply = self.headers["Content-Type"] == "application/apply-patch+yaml"
         manager = query.get("fieldManager", "unknown")
+        if query.get("dryRun") == "All":
+            return body
         return self.store.write(key, body, manager, force=query.get("force") == "true", is_apply=is_apply)
 
     def _list(self, version: str, plural: str, namespace: str, query: dict[str, str]) -> dict[str, Any]:
@@ -277,7 +345,8 @@ class Handler(BaseHTTPRequestHandler):
             if (v, p, n) == (version, plural, namespace)
             and wanted.items() <= body["metadata"].get("labels", {}).items()
         ]
-        return {"kind": "List", "apiVersion": version, "metadata": {}, "items": rows}
+        bare = [{key: item for key, item in body.items() if key not in ("kind", "apiVersion")} for body in rows]
+        return {"kind": "List", "apiVersion": version, "metadata": {}, "items": bare}
 
     def _discovery(self, path: str) -> Any:
         groups = [version for version in self.kinds if "/" in version]
@@ -303,93 +372,29 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def small_api(folder: Path, *, without: str = "") -> Iterator[Api]:
-    """The small one. `without` names a group and version that it does not know."""
+def small_api(
+    folder: Path,
+    *,
+    without: str = "",
+    late: Mapping[str, int] | None = None,
+    refusals: Mapping[str, tuple[int, str]] | None = None,
+    tls: ssl.SSLContext | None = None,
+    certificate: Path | None = None,
+) -> Iterator[Api]:
+    """The small one.
+
+    `without` names a group and version that it does not know, `late` those that it knows only after some requests;
+    `refusals` are its answers to writes, by plural. With `tls` it has the `certificate`.
+    """
     kinds = {version: rows for version, rows in KINDS.items() if version != without}
-    handler = type("Bound", (Handler,), {"store": Store(), "kinds": kinds})
+    store = Store()
+    store.refusals.update(refusals or {})
+    handler = type("Bound", (Handler,), {"store": store, "kinds": kinds, "late": dict(late or {})})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield Api(f"http://127.0.0.1:{server.server_address[1]}", folder)
+        yield Api(f"http{'s' * bool(tls)}://127.0.0.1:{server.server_address[1]}", folder, certificate)
         server.shutdown()
         thread.join()
-
-
-# -- the real one ------------------------------------------------------------------------------------------------------
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-@contextmanager
-def real_api(binaries: Path) -> Iterator[Api]:
-    """etcd, kube-apiserver, KubeRay's CRDs and a namespace `ml`; no operator, no scheduler, no node."""
-    folder = Path(tempfile.mkdtemp(prefix="outlast-apiserver-"))
-    client, peer, port = _free_ports(3)
-    subprocess.run(["openssl", "genrsa", "-out", str(folder / "sa.key"), "2048"], check=True, capture_output=True)
-    (folder / "tokens.csv").write_text(f'{TOKEN},tester,1,"system:masters"\n')
-    commands = [
-        f"{binaries}/etcd --data-dir {folder}/etcd --listen-client-urls http://127.0.0.1:{client} "
-        f"--advertise-client-urls http://127.0.0.1:{client} --listen-peer-urls http://127.0.0.1:{peer}",
-        f"{binaries}/kube-apiserver --etcd-servers http://127.0.0.1:{client} --secure-port {port} "
-        f"--bind-address 127.0.0.1 --cert-dir {folder}/certs --token-auth-file {folder}/tokens.csv "
-        f"--service-account-key-file {folder}/sa.key --service-account-signing-key-file {folder}/sa.key "
-        "--service-account-issuer https://kubernetes.default.svc --service-cluster-ip-range 10.99.0.0/24 "
-        "--authorization-mode RBAC --disable-admission-plugins ServiceAccount",
-    ]
-    processes = []
-    with (folder / "log").open("wb") as log:
-        for command in commands:
-            processes.append(subprocess.Popen(command.split(), stdout=log, stderr=log))
-    try:
-        api = Api(f"https://127.0.0.1:{port}", folder, folder / "certs" / "apiserver.crt")
-        _wait(api, folder / "log")
-        yield api
-    finally:
-        for process in reversed(processes):
-            process.terminate()
-            process.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait(api: Api, log: Path) -> None:
-    """Until the server answers, and knows what a cluster for RayJobs knows."""
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            api.call("POST", "/api/v1/namespaces", {"metadata": {"name": "ml"}})
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise AssertionError(f"no API server:\n{log.read_text()[-3000:]}") from error
-            time.sleep(0.5)
-    with (CRDS / "ray.io_rayjobs.yaml").open() as file:
-        add_kind(api, _without_empty_defaults(yaml.load(file, Loader=yaml.CSafeLoader)), deadline)
-
-
-def _without_empty_defaults(value: Any) -> Any:
-    """A schema whose defaults of "" are another text: servers before 1.21 take "" for null, and refuse it."""
-    if isinstance(value, dict):
-        return {
-            key: "none" if (key, item) == ("default", "") else _without_empty_defaults(item)
-            for key, item in value.items()
-        }
-    return [_without_empty_defaults(item) for item in value] if isinstance(value, list) else value
-
-
-def add_kind(api: Api, crd: dict[str, Any], deadline: float) -> None:
-    """Teaches the server a custom resource, and waits until it knows it."""
-    api.call("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", crd)
-    version = f"{crd['spec']['group']}/{crd['spec']['versions'][0]['name']}"
-    while True:
-        try:
-            api.names(version, crd["spec"]["names"]["plural"])
-            return
-        except urllib.error.HTTPError:
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
