@@ -174,5 +174,10 @@ def weights_shard(file: str, number: int, count: int) -> str:
     return f"{file.removesuffix('.safetensors')}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
+def is_training_state(path: str) -> bool:
+    """Return whether a file of a checkpoint, by its path in it, is outlast's own state and not the model's."""
+    return path.startswith(f"{STATE_DIR}/")
+
+
 def optimizer_shard(rank: int, world_size: int) -> str:
     return f"{STATE_DIR}/optimizer-{rank:05d}-of-{world_size:05d}.safetensors"

@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from outlast.checkpointing.errors import DamagedError, NotAFileError
-from outlast.checkpointing.format.layout import STATE_DIR
+from outlast.checkpointing.format.layout import is_training_state
 from outlast.checkpointing.format.manifest import BLOCK_BYTES, FileEntry, Manifest
 from outlast.checkpointing.format.safetensors import (
     TensorSpec,
@@ -305,7 +305,7 @@ def read_tensors(
     """Read and verify all tensors of a checkpoint, or only the weights. Raises DamagedError and StorageError."""
     entries = [entry for entry in manifest.files if entry.path.endswith(".safetensors")]
     if weights_only:
-        entries = [entry for entry in entries if not entry.path.startswith(STATE_DIR)]
+        entries = [entry for entry in entries if not is_training_state(entry.path)]
     index = merge(read_header(storage, directory, entry)[0] for entry in entries)
     tensors = {name: torch.empty(parts[0].shape, dtype=parts[0].spec.dtype) for name, parts in index.items()}
     targets = {name: (Region.whole(tuple(tensor.shape)), tensor) for name, tensor in tensors.items()}

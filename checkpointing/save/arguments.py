@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,15 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
 def checked_files(files: Mapping[str, Any] | None) -> dict[str, bytes]:
     """Return small files as bytes of their own. Raises ConfigError for names that leave or shadow the checkpoint."""
     checked: dict[str, bytes] = {}
+    folders = {str(folder) for name in files or {} for folder in PurePosixPath(str(name)).parents}
     for name, data in (files or {}).items():
-        fault = layout.path_fault(name)
-        if fault or name == layout.MANIFEST or name.startswith(f"{layout.STATE_DIR}/") or _is_weights(name):
+        if name in folders:  # an object store would take both, and a directory could not
+            text = f"a checkpoint cannot have the file {name!r}: another file lies in a directory of that name"
+            raise ConfigError(text, hint="choose another name")
+        is_own = name in (layout.MANIFEST, layout.STATE_DIR) or (
+            isinstance(name, str) and layout.is_training_state(name)
+        )
+        if layout.path_fault(name) or is_own or _is_weights(name):
             raise ConfigError(
                 f"a checkpoint cannot have the file {name!r}: names are relative paths with '/', without '..', and "
                 f"neither {layout.MANIFEST}, nor in {layout.STATE_DIR}/, nor of weights",

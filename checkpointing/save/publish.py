@@ -21,7 +21,7 @@ def publish(store: RunStore, attempt: AttemptId, launch: str, source: Manifest, 
     target, directory = store.model_dir(attempt), store.checkpoint_dir(source.ref)
     files = []
     for entry in source.files:
-        if not entry.path.startswith(layout.STATE_DIR):
+        if not layout.is_training_state(entry.path):
             files.append(write_file(store.storage, target, entry.path, read_blocks(store.storage, directory, entry)))
     check_read_back(store.storage, target, files, is_first=False)
     if higher_claim(store, attempt) is not None:

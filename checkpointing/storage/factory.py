@@ -28,9 +28,11 @@ def parse_location(location: Location) -> Path | str:
     Raises:
         ConfigError: It is neither, such as `file://./runs`, whose `.` would be a host.
     """
-    text = location if isinstance(location, str) else None
-    if text is None:
+    if not isinstance(location, str | os.PathLike):
+        raise ConfigError(f"{location!r} is neither a path nor a URL", hint="name a directory, or s3://bucket/prefix")
+    if not isinstance(location, str):
         return _path(os.fsdecode(os.fspath(location)))
+    text = location
     if not (match := _URL.fullmatch(text)):
         if half := _HALF_A_URL.fullmatch(text):
             scheme, slash, rest = half.groups()[:3] if half[1] else half.groups()[3:]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from outlast.checkpointing.errors import ConfigError, DamagedError, StorageError
-from outlast.checkpointing.format.layout import STATE_DIR, WEIGHTS
+from outlast.checkpointing.format.layout import WEIGHTS, is_training_state
 from outlast.checkpointing.format.safetensors import encode, tensor_bytes
 from outlast.checkpointing.restore.reader import read_tensors, read_verified
 from outlast.checkpointing.restore.verify import check_listing
@@ -72,7 +72,7 @@ def read_content(source: ResolvedCheckpoint) -> Content:
             raise DamagedError("; ".join(faults))
         weights = read_tensors(source.store.storage, source.directory, source.manifest, weights_only=True)
         for entry in source.manifest.files:
-            if entry.path.startswith(STATE_DIR) or entry.path in _RUN_FILES:
+            if is_training_state(entry.path) or entry.path in _RUN_FILES:
                 continue
             if entry.path.startswith(ADAPTER):
                 weights_name = ADAPTER_WEIGHTS

@@ -15,7 +15,11 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.restore.verify import verify
 from outlast.checkpointing.run_store.catalog import read_catalog
+from outlast.checkpointing.run_store.retention_policy import Retention
+from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.tools.export import read_content
+from outlast.checkpointing.tools.query import resolve_checkpoint
 from tests.support.groups.ranks import on_ranks
 from tests.support.small_model import small_model, train_step
 
@@ -133,12 +137,29 @@ def test_other_metrics_are_refused(metrics: Any, tmp_path: Path) -> None:
         "x" * 300,
         "manifest.json",
         "training_state/state.json",
+        "training_state",
         "model.safetensors",
     ],
 )
 def test_a_file_that_leaves_or_shadows_the_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a checkpoint cannot have the file"):
         Script(tmp_path).save(1, files={name: b""})
+
+
+def test_a_file_in_place_of_a_directory_of_another_one_is_refused(tmp_path: Path) -> None:
+    """An object store would take both, and no directory could hold a copy."""
+    with pytest.raises(ConfigError, match="another file lies in a directory of that name"):
+        Script(tmp_path).save(1, files={"notes/a": b"", "notes": b""})
+
+
+def test_a_file_beside_the_training_state_is_of_the_model(tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    assert script.save(1, files={"training_state_notes.json": b"{}"})
+    [accepted] = read_catalog(script.storage, "run").accepted
+    folder = tmp_path / str(script.checkpointer.finish(accepted.ref, 1))
+    assert (folder / "training_state_notes.json").read_bytes() == b"{}"
+    content = read_content(resolve_checkpoint(RunStore(script.storage, "run"), "1", Retention()))
+    assert content.files["training_state_notes.json"] == b"{}"
 
 
 def test_files_are_bytes(tmp_path: Path) -> None:

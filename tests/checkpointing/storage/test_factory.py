@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -75,10 +76,12 @@ def test_what_a_location_means(location: Location, expected: Path | str) -> None
         ("runs://x/y", "Unrecognized filesystem type", ""),
         ("s3://", "names no bucket", "s3://bucket/prefix"),
         ("gs:///runs", "names no bucket", ""),
+        (None, "None is neither a path nor a URL", "s3://bucket/prefix"),
+        (3, "3 is neither a path nor a URL", "s3://bucket/prefix"),
     ],
     ids=repr,
 )
-def test_what_is_refused(location: str, message: str, hint: str) -> None:
+def test_what_is_refused(location: Any, message: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         open_storage(location)
     assert message in caught.value.message
