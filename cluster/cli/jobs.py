@@ -85,10 +85,9 @@ def _supervise(
     settings: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
 ) -> None:
     from outlast.cluster.jobs import supervisor
-    from outlast.cluster.jobs.ray_jobs import check_reachable
 
     for config, _ in settings:
-        check_reachable(config)
+        _check(config, code)
     _warn(code, address)
     runs = [supervisor.Supervisor(config, declared, address, code, ship) for config, declared in settings]
     raise Exit(supervisor.supervise(runs))
@@ -119,8 +118,7 @@ def _submit(
 ) -> None:
     from outlast.cluster.jobs import ray_jobs as jobs
 
-    jobs.check_reachable(config)
-    jobs.check_named_code(config, code)
+    _check(config, code)
     _warn(code, address)
     client = jobs.connect(address)
     for warning in jobs.check_server(client.get_address()):
@@ -130,21 +128,33 @@ def _submit(
     print_line(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", to_stderr=True)
     print_line(job.id)
     if follow:
+        from outlast.cluster.jobs.job_log import follow as follow_log
         from outlast.cluster.monitoring.console_progress import live_panel, terminal
 
         with live_panel(config.store, terminal()):
-            ended = jobs.follow(client, job.id)
+            ended = follow_log(client, job.id)
         raise Exit(ended.exit_code)
 
 
+def _check(config: RunConfig, code: Path | None) -> None:
+    """Check what can be checked before anything is sent."""
+    from outlast.cluster.jobs import ray_jobs as jobs
+    from outlast.cluster.jobs.bundle import check_code
+
+    check_code(code)
+    jobs.check_reachable(config)
+    jobs.check_named_code(config, code)
+
+
 def _list_files(config: RunConfig, code: Path | None, ship: bool) -> None:
-    from outlast.cluster.jobs.bundle import describe_bundle
+    from outlast.cluster.jobs.bundle import check_code, describe_bundle
     from outlast.cluster.jobs.ray_jobs import check_reachable
 
-    check_reachable(config)
     _warn(code, None)
     for line in describe_bundle(code, ship=ship):
         print_line(line)
+    check_code(code)
+    check_reachable(config)
 
 
 def _warn(code: Path | None, address: str | None) -> None:
@@ -188,7 +198,9 @@ def logs(
     client = jobs.connect(address)
     job = jobs.newest_job(client, run_name(run))
     if follow:
-        raise Exit(jobs.follow(client, job.id).exit_code)
+        from outlast.cluster.jobs.job_log import follow as follow_log
+
+        raise Exit(follow_log(client, job.id).exit_code)
     print_log(client.get_job_logs(job.id))
 
 
