@@ -48,7 +48,7 @@ def submit(
 
     if follow and supervise:
         raise BadParameter("--follow shows one job, --supervise all of them; give one of the two")
-    config, declared = load_run(str(run_file), overrides or [])
+    config, declared = load_run(str(run_file), overrides or [], elsewhere=True)
     if dry_run:
         _list_files(config, code, ship)
         return
@@ -73,7 +73,7 @@ def supervise(
     from outlast.cluster.config.run_file import load_run
 
     settings = [
-        load_run(run, overrides or [])
+        load_run(run, overrides or [], elsewhere=True)
         if run.endswith(RUN_FILES)
         else _load_from_storage(run, storage, overrides or [], trusted)
         for run in runs
@@ -86,8 +86,8 @@ def _supervise(
 ) -> None:
     from outlast.cluster.jobs import supervisor
 
-    for config, _ in settings:
-        _check(config, code)
+    for config, declared in settings:
+        _check(config, declared, code, reads_storage=True)
     _warn(code, address)
     runs = [supervisor.Supervisor(config, declared, address, code, ship) for config, declared in settings]
     raise Exit(supervisor.supervise(runs))
@@ -95,7 +95,7 @@ def _supervise(
 
 def _load_from_storage(run: str, root: str, overrides: list[str], trusted: bool) -> tuple[RunConfig, dict[str, Any]]:
     store, _ = find_run(run, root)
-    return stored_config(run, store, overrides, trusted=trusted)
+    return stored_config(run, store, overrides, trusted=trusted, elsewhere=True)
 
 
 def resume(
@@ -118,7 +118,7 @@ def _submit(
 ) -> None:
     from outlast.cluster.jobs import ray_jobs as jobs
 
-    _check(config, code)
+    _check(config, declared, code, reads_storage=follow)
     _warn(code, address)
     client = jobs.connect(address)
     for warning in jobs.check_server(client.get_address()):
@@ -136,14 +136,24 @@ def _submit(
         raise Exit(ended.exit_code)
 
 
-def _check(config: RunConfig, code: Path | None) -> None:
-    """Check what can be checked before anything is sent."""
+def _check(config: RunConfig, declared: dict[str, Any], code: Path | None, *, reads_storage: bool) -> None:
+    """Check what can be checked before anything is sent, and name the settings that only the cluster can check."""
+    from outlast.checkpointing.errors import ConfigError
+    from outlast.cluster.config.run_file import deferred
     from outlast.cluster.jobs import ray_jobs as jobs
     from outlast.cluster.jobs.bundle import check_code
 
     check_code(code)
     jobs.check_reachable(config)
-    jobs.check_named_code(config, code)
+    later = deferred(declared)
+    if reads_storage and (name := later.get("checkpoint.storage")):
+        problem = f"checkpoint.storage uses ${{env:{name}}}, but {name} is not set; the run is followed in its storage"
+        raise ConfigError(problem, hint=f"export {name}=…, or submit without --follow and --supervise")
+    for key, name in later.items():
+        line = f"{key} uses ${{env:{name}}}, which is not set here: it must be on the cluster, which checks the setting"
+        print_line(f"outlast: {line}", to_stderr=True)
+    if not any(key.startswith(("model.", "train.")) for key in later):
+        jobs.check_named_code(config, code)
 
 
 def _list_files(config: RunConfig, code: Path | None, ship: bool) -> None:

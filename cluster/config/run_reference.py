@@ -57,7 +57,7 @@ def run_name(text: str) -> str:
     if text.endswith(RUN_FILES):
         from outlast.cluster.config.run_file import load_run
 
-        return load_run(text)[0].name
+        return load_run(text, elsewhere=True)[0].name
     from outlast.checkpointing.format.layout import check_run_name
 
     scheme, _, path = text.rstrip("/").rpartition("://")
@@ -83,7 +83,7 @@ def declared_settings(store: RunStore) -> dict[str, Any]:
 
 
 def stored_config(
-    run: str, store: RunStore, overrides: Sequence[str], *, trusted: bool
+    run: str, store: RunStore, overrides: Sequence[str], *, trusted: bool, elsewhere: bool = False
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Return the settings of the run's newest claim, to run it again: as `load_run` does.
 
@@ -92,7 +92,7 @@ def stored_config(
     from outlast.cluster.config.run_file import settings_of
     from outlast.trainers.config.trust import named_code
 
-    config, declared = settings_of(declared_settings(store), run, overrides)
+    config, declared = settings_of(declared_settings(store), run, overrides, elsewhere=elsewhere)
     user_trust(run, overrides, trusted).check_code(named_code(config), f"run {store.run!r}")
     place = config.checkpoint.storage
     is_elsewhere = place.startswith("/") and Path(place).resolve() != Path(store.storage.url).resolve()

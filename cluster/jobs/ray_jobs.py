@@ -120,7 +120,8 @@ def check_reachable(config: RunConfig) -> None:
         "model.tokenizer.path": tokenizer if (tokenizer or "").startswith(".") else None,
     }
     for key, path in paths.items():
-        if path and "://" not in path and not Path(path).is_absolute():
+        is_deferred = "${env:" in (path or "")  # of variables that only the cluster has
+        if path and "://" not in path and not Path(path).is_absolute() and not is_deferred:
             raise ConfigError(
                 f"{key} is {path!r}, which each machine of the cluster resolves in its own working directory",
                 hint=f"set {key} to a path that all machines share: a shared file system's absolute path, or s3://…",
