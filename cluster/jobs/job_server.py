@@ -6,6 +6,7 @@ server that is restarted) raises JobServerUnavailable; all else is permanent.
 
 import io
 import os
+import re
 import ssl
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -32,6 +33,8 @@ DASHBOARD_PORT = 8265
 _OTHER_PORTS = {6379: "drivers", 10001: "Ray clients"}
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _TEMPORARY = (404, 408, 425, 429)
+#: The head answers 500 whatever the agent of the node answered.
+_REFUSED_BY_AGENT = re.compile(r"Request failed with status code (\d{3})\b")
 
 
 class JobServerUnavailable(PreflightError):
@@ -142,7 +145,11 @@ class JobServer(JobSubmissionClient):  # type: ignore[misc]
                 "files out by .outlastignore",
             )
         if answer.status_code >= 500:
-            raise self._no_job_server(_message(answer))
+            inner = _REFUSED_BY_AGENT.search(answer.text)
+            if inner is None or int(inner[1]) >= 500:
+                raise self._no_job_server(_message(answer))
+            answer.status_code = int(inner[1])
+            self._raise_error(answer)
         if answer.status_code == 200 and not is_package and "json" not in answer.headers.get("content-type", ""):
             page = " after a redirection" if answer.history else ""
             raise self._no_job_server(f"a web server answers with a page{page}, perhaps one to log in")
@@ -202,8 +209,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _message(answer: requests.Response) -> str:
-    """Return the last line of an answer, which is the message of a traceback; of a page its status."""
-    lines = [line.strip() for line in answer.text.splitlines() if line.strip()]
+    """Return the last line of an answer that has words, which is the message of a traceback; of a page its status."""
+    lines = [line.strip() for line in answer.text.splitlines() if any(map(str.isalnum, line))]
     is_page = "html" in answer.headers.get("content-type", "")
     return lines[-1][:300] if lines and not is_page else f"HTTP {answer.status_code} {answer.reason}"
 

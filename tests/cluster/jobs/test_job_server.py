@@ -304,6 +304,9 @@ def test_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "job.py", line 1\nValueError: the last line\n'
 
+#: As the head of Ray 2.60 answers for the agent of its node.
+WRAPPED = f"Traceback\nRuntimeError: Request failed with status code 400: {TRACEBACK}.\n"
+
 
 @pytest.mark.parametrize(
     ("answer", "error", "text"),
@@ -312,6 +315,7 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "job.py", line 1\nValueE
         ((500, "text/plain", "E: Maximum request body size 104857600 exceeded"), ConfigError, "package of this size"),
         ((500, "text/plain", TRACEBACK), JobServerUnavailable, "ValueError: the last line"),
         ((400, "text/plain", TRACEBACK), PreflightError, "ValueError: the last line"),
+        ((500, "text/plain", WRAPPED), PreflightError, "ValueError: the last line"),
         ((401, "text/plain", "Unauthorized"), PreflightError, "requires a token"),
         ((403, "text/plain", "Forbidden"), PreflightError, "requires a token"),
         ((429, "text/plain", "slow down"), JobServerUnavailable, "slow down"),

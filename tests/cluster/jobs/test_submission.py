@@ -1,4 +1,4 @@
-"""Submitters at the same time, and logs that are followed, on a real job server. 40 s, most of it Ray's start."""
+"""Submitters at the same time, and logs that are followed, on a real job server. About a minute, most of it Ray's start."""
 
 from __future__ import annotations
 
