@@ -37,12 +37,15 @@ def submit(
     supervise: Annotated[bool, Option("--supervise", help="Keep running, and submit again when it fails.")] = False,
     code: ShippedCode = None,
     ship: Ship = True,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only list the files that would be sent.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Only list the files that would be sent, and those that stay.")
+    ] = False,
 ) -> None:
     """Submit the run to a Ray cluster, or attach to its live job. Prints the job's id.
 
     With --follow or --supervise the exit code is the run's. Of --code, files are left out that `.gitignore` or
-    `.outlastignore` names, that hold credentials by their name, or that a link outside the folder leads to.
+    `.outlastignore` names, that hold credentials by their name, or that a link outside the folder leads to; so are
+    environments and data.
     """
     from outlast.cluster.config.run_file import load_run
 
@@ -215,7 +218,10 @@ def logs(
 
 
 def stop(run: Run, address: Address = None) -> None:
-    """Have a run's job commit a checkpoint and end, and wait for it. The exit code is the job's."""
+    """Have a run's job commit a checkpoint and end, and wait for it. The exit code is the job's.
+
+    It is an error if the cluster has no job of the run.
+    """
     from outlast.cluster.jobs import ray_jobs as jobs
 
     name = run_name(run)

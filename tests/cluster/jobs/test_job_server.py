@@ -18,6 +18,7 @@ import pytest
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.cli.main import main
+from outlast.cluster.driver.ray_session import _check_answers
 from outlast.cluster.jobs import job_server
 from outlast.cluster.jobs.job_server import JobServer, JobServerUnavailable, is_job_server, server_url
 from outlast.cluster.jobs.ray_jobs import connect, run_command
@@ -329,3 +330,11 @@ def test_refusals(answer: Answer, error: type[OutlastError], text: str) -> None:
     assert caught.value.permanent is not (error is JobServerUnavailable)
     assert "Traceback" not in caught.value.message
     assert any(request.startswith("PUT /api/packages") for request in server.requests)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_what_is_no_cluster_for_a_driver_is_named_before_ray_tries(scheme: str) -> None:
+    """Ray itself tries for two minutes, and then ends the process."""
+    with web_server() as server, pytest.raises(PreflightError, match="what answers has no gRPC") as error:
+        _check_answers(f"{scheme}{server.place}")
+    assert f"--address http://{server.place}" in error.value.hint

@@ -1,4 +1,4 @@
-"""Submitters at the same time, and logs that are followed, on a real job server. About a minute, most of it Ray's start."""
+"""Submitters at the same time, and logs that are followed, on a real job server. About a minute."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.driver.ray_session import _check_answers
 from outlast.cluster.jobs import job_log
 from outlast.cluster.jobs.job_log import follow
 from outlast.cluster.jobs.job_server import JobServer
@@ -128,6 +129,7 @@ def test_a_stream_that_breaks_goes_on_where_it_was(
 
 def test_a_lost_server_ends_a_followed_log(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Last, because the cluster is gone then."""
+    _check_answers(cluster.ray_address)
     monkeypatch.setattr(job_log, "_CHECK_S", 0.5)
     client = JobServer(cluster.address)
     job_id = start_job(client, 4, 600)
