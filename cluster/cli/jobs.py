@@ -37,9 +37,7 @@ def submit(
     supervise: Annotated[bool, Option("--supervise", help="Keep running, and submit again when it fails.")] = False,
     code: ShippedCode = None,
     ship: Ship = True,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Only list the files that would be sent, and those that stay.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list which files are sent, and which stay.")] = False,
 ) -> None:
     """Submit the run to a Ray cluster, or attach to its live job. Prints the job's id.
 

@@ -127,8 +127,8 @@ def settings_of(
     except ValidationError:
         found = check(RunConfig, body)
     texts = [item for item in unset if _concerns(item, found)]  # which are no values of their settings
-    for item in reversed(texts):
-        _remove(body, item.path)
+    for unexpanded in reversed(texts):
+        _remove(body, unexpanded.path)
     found = [_unexpanded(item, declared) for item in check(RunConfig, body)]
     if not found:
         return RunConfig.model_validate(body), declared

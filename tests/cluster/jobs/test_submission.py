@@ -109,7 +109,8 @@ def test_a_stream_that_breaks_goes_on_where_it_was(
     cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = JobServer(cluster.address)
-    job_id, breaks = start_job(client, 3, 3), []
+    breaks: list[int] = []
+    job_id = start_job(client, 3, 3)
     original = JobServer.tail_job_logs
 
     async def tail_job_logs(self: JobServer, job_id: str) -> object:
