@@ -38,8 +38,10 @@ def doctor(
 
     Exit code 3 if a check failed; warnings do not count.
     """
+    from outlast.cluster.jobs.job_server import is_job_server
+
     target = address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
-    if target and target.startswith(("http://", "https://")):
+    if target and is_job_server(target):
         findings = _run_as_job(target, run_file, overrides or [], storage, quick)
     else:
         at = storage if storage is None or "://" in storage else str(Path(storage).absolute())
@@ -96,4 +98,4 @@ def _run_as_job(
         raise PreflightError(f"doctor at {address} ended without a report; its log is above", hint=hint)
     rows = [{**row, "level": Level(row["level"])} for row in json.loads(lines[-1])["checks"]]
     findings = [Finding(**row) for row in rows if row["check"] != "job server"]
-    return findings + jobs.check_server(address)
+    return findings + jobs.check_server(client.get_address())

@@ -37,18 +37,19 @@ def submit(
     supervise: Annotated[bool, Option("--supervise", help="Keep running, and submit again when it fails.")] = False,
     code: ShippedCode = None,
     ship: Ship = True,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only list the files that would be sent.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list which files are sent, and which stay.")] = False,
 ) -> None:
     """Submit the run to a Ray cluster, or attach to its live job. Prints the job's id.
 
     With --follow or --supervise the exit code is the run's. Of --code, files are left out that `.gitignore` or
-    `.outlastignore` names, that hold credentials by their name, or that a link outside the folder leads to.
+    `.outlastignore` names, that hold credentials by their name, or that a link outside the folder leads to; so are
+    environments and data.
     """
     from outlast.cluster.config.run_file import load_run
 
     if follow and supervise:
         raise BadParameter("--follow shows one job, --supervise all of them; give one of the two")
-    config, declared = load_run(str(run_file), overrides or [])
+    config, declared = load_run(str(run_file), overrides or [], elsewhere=True)
     if dry_run:
         _list_files(config, code, ship)
         return
@@ -73,7 +74,7 @@ def supervise(
     from outlast.cluster.config.run_file import load_run
 
     settings = [
-        load_run(run, overrides or [])
+        load_run(run, overrides or [], elsewhere=True)
         if run.endswith(RUN_FILES)
         else _load_from_storage(run, storage, overrides or [], trusted)
         for run in runs
@@ -85,10 +86,9 @@ def _supervise(
     settings: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
 ) -> None:
     from outlast.cluster.jobs import supervisor
-    from outlast.cluster.jobs.ray_jobs import check_reachable
 
-    for config, _ in settings:
-        check_reachable(config)
+    for config, declared in settings:
+        _check(config, declared, code, reads_storage=True)
     _warn(code, address)
     runs = [supervisor.Supervisor(config, declared, address, code, ship) for config, declared in settings]
     raise Exit(supervisor.supervise(runs))
@@ -96,7 +96,7 @@ def _supervise(
 
 def _load_from_storage(run: str, root: str, overrides: list[str], trusted: bool) -> tuple[RunConfig, dict[str, Any]]:
     store, _ = find_run(run, root)
-    return stored_config(run, store, overrides, trusted=trusted)
+    return stored_config(run, store, overrides, trusted=trusted, elsewhere=True)
 
 
 def resume(
@@ -119,8 +119,7 @@ def _submit(
 ) -> None:
     from outlast.cluster.jobs import ray_jobs as jobs
 
-    jobs.check_reachable(config)
-    jobs.check_named_code(config, code)
+    _check(config, declared, code, reads_storage=follow)
     _warn(code, address)
     client = jobs.connect(address)
     for warning in jobs.check_server(client.get_address()):
@@ -130,21 +129,43 @@ def _submit(
     print_line(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", to_stderr=True)
     print_line(job.id)
     if follow:
+        from outlast.cluster.jobs.job_log import follow as follow_log
         from outlast.cluster.monitoring.console_progress import live_panel, terminal
 
         with live_panel(config.store, terminal()):
-            ended = jobs.follow(client, job.id)
+            ended = follow_log(client, job.id)
         raise Exit(ended.exit_code)
 
 
+def _check(config: RunConfig, declared: dict[str, Any], code: Path | None, *, reads_storage: bool) -> None:
+    """Check what can be checked before anything is sent, and name the settings that only the cluster can check."""
+    from outlast.checkpointing.errors import ConfigError
+    from outlast.cluster.config.run_file import deferred
+    from outlast.cluster.jobs import ray_jobs as jobs
+    from outlast.cluster.jobs.bundle import check_code
+
+    check_code(code)
+    jobs.check_reachable(config)
+    later = deferred(declared)
+    if reads_storage and (name := later.get("checkpoint.storage")):
+        problem = f"checkpoint.storage uses ${{env:{name}}}, but {name} is not set; the run is followed in its storage"
+        raise ConfigError(problem, hint=f"export {name}=…, or submit without --follow and --supervise")
+    for key, name in later.items():
+        line = f"{key} uses ${{env:{name}}}, which is not set here: it must be on the cluster, which checks the setting"
+        print_line(f"outlast: {line}", to_stderr=True)
+    if not any(key.startswith(("model.", "train.")) for key in later):
+        jobs.check_named_code(config, code)
+
+
 def _list_files(config: RunConfig, code: Path | None, ship: bool) -> None:
-    from outlast.cluster.jobs.bundle import describe_bundle
+    from outlast.cluster.jobs.bundle import check_code, describe_bundle
     from outlast.cluster.jobs.ray_jobs import check_reachable
 
-    check_reachable(config)
     _warn(code, None)
     for line in describe_bundle(code, ship=ship):
         print_line(line)
+    check_code(code)
+    check_reachable(config)
 
 
 def _warn(code: Path | None, address: str | None) -> None:
@@ -188,12 +209,17 @@ def logs(
     client = jobs.connect(address)
     job = jobs.newest_job(client, run_name(run))
     if follow:
-        raise Exit(jobs.follow(client, job.id).exit_code)
+        from outlast.cluster.jobs.job_log import follow as follow_log
+
+        raise Exit(follow_log(client, job.id).exit_code)
     print_log(client.get_job_logs(job.id))
 
 
 def stop(run: Run, address: Address = None) -> None:
-    """Have a run's job commit a checkpoint and end, and wait for it. The exit code is the job's."""
+    """Have a run's job commit a checkpoint and end, and wait for it. The exit code is the job's.
+
+    It is an error if the cluster has no job of the run.
+    """
     from outlast.cluster.jobs import ray_jobs as jobs
 
     name = run_name(run)

@@ -4,6 +4,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +79,13 @@ def locate_findings(
     return sorted(located, key=lambda item: item.line or 0)
 
 
-def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
+def load_run(path: str, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> tuple[RunConfig, dict[str, Any]]:
     """Read a run file.
 
     Args:
         path: A .yaml or .yml file.
         overrides: `key=value` with dots in the key; the value is YAML.
+        elsewhere: The run is for other machines, which may have variables that this one has not: see `deferred`.
 
     Returns:
         The settings, and the settings as written, `${env:…}` unexpanded.
@@ -91,7 +94,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
         ConfigError: The file is missing or unreadable, or a setting is invalid; a SettingsError has every finding.
     """
     declared, lines = read_run_file(path)
-    config, declared = settings_of(declared, path, overrides, lines)
+    config, declared = settings_of(declared, path, overrides, lines, elsewhere=elsewhere)
     numerics = config.numerics_settings()  # they are stored with each checkpoint, expanded
     remedies = {key: (text, _USE_VARIABLE) for key, text in _texts(declared) if _is_secret(text)}
     remedies |= {key: (text, _UNSTORED) for key, text in _texts(numerics) if _is_secret(text)}
@@ -102,22 +105,55 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[
 
 
 def settings_of(
-    declared: dict[str, Any], source: str, overrides: Sequence[str] = (), lines: Lines | None = None
+    declared: dict[str, Any],
+    source: str,
+    overrides: Sequence[str] = (),
+    lines: Lines | None = None,
+    *,
+    elsewhere: bool = False,
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Build the settings declared in `source`, a file or a run, with the `lines` of each key; else as `load_run`."""
     for item in overrides:
         override(declared, item)
-    found: Sequence[SettingsFinding] = [
+    unset = [
         SettingsFinding(path, f"the run file uses ${{env:{name}}}, but {name} is not set")
         for path, name in _unset_variables(declared)
     ]
+    if unset and not elsewhere:
+        raise _settings_error(unset, source, overrides, lines)
+    body = expand(declared, partly=elsewhere)
+    try:
+        return RunConfig.model_validate(body), declared
+    except ValidationError:
+        found = check(RunConfig, body)
+    texts = [item for item in unset if _concerns(item, found)]  # which are no values of their settings
+    for unexpanded in reversed(texts):
+        _remove(body, unexpanded.path)
+    found = [_unexpanded(item, declared) for item in check(RunConfig, body)]
     if not found:
-        body = expand(declared)
-        try:
-            return RunConfig.model_validate(body), declared
-        except ValidationError:
-            found = [_unexpanded(item, declared) for item in check(RunConfig, body)]
-    raise _settings_error(found, source, overrides, lines)
+        return RunConfig.model_validate(body), declared
+    needed = [item for item in texts if _concerns(item, found)]
+    others = [item for item in found if not _concerns(item, needed)]
+    raise _settings_error([*needed, *others], source, overrides, lines)
+
+
+def _concerns(item: SettingsFinding, others: Sequence[SettingsFinding]) -> bool:
+    """Check whether one of the others is about the same setting, a part of it, or a block around it."""
+    return any(all(map(eq, item.path, other.path)) for other in others)
+
+
+def deferred(declared: Any) -> dict[str, str]:
+    """Return the settings that use a variable which is not set here, with its name.
+
+    `load_run` with `elsewhere` leaves such a setting unexpanded, or at its default if a text is not valid there.
+    """
+    return {".".join(map(str, path)): name for path, name in _unset_variables(declared)}
+
+
+def _remove(body: Any, path: KeyPath) -> None:
+    for part in path[:-1]:
+        body = body[part]
+    del body[path[-1]]
 
 
 def _settings_error(
@@ -239,16 +275,18 @@ def _texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
         yield path, value
 
 
-def expand(value: Any) -> Any:
-    """Return `value` with every `${env:NAME}` replaced. Raises ConfigError for a name that is not set."""
+def expand(value: Any, *, partly: bool = False) -> Any:
+    """Return `value` with every `${env:NAME}` replaced. With `partly` one that is not set stays; else ConfigError."""
     if isinstance(value, dict):
-        return {key: expand(item) for key, item in value.items()}
+        return {key: expand(item, partly=partly) for key, item in value.items()}
     if isinstance(value, list):
-        return [expand(item) for item in value]
-    return _ENV.sub(_from_environment, value) if isinstance(value, str) else value
+        return [expand(item, partly=partly) for item in value]
+    return _ENV.sub(partial(_from_environment, partly=partly), value) if isinstance(value, str) else value
 
 
-def _from_environment(match: re.Match[str]) -> str:
+def _from_environment(match: re.Match[str], *, partly: bool) -> str:
     if (name := match[1]) not in os.environ:
+        if partly:
+            return match[0]
         raise ConfigError(f"the run file uses ${{env:{name}}}, but {name} is not set", hint=f"export {name}=…")
     return os.environ[name]

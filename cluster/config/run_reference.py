@@ -36,14 +36,11 @@ def find_run(text: str, root: str) -> tuple[RunStore, Retention]:
     if text.endswith(RUN_FILES):
         config = load_run(text)[0].at_home(Path(text).parent)
         return config.store, config.checkpoint.retention
-    text = text.rstrip("/")
     if Path(text, "config.json").is_file():
         hint = "give the run and a checkpoint's step; `from_pretrained` reads the model itself"
-        raise ConfigError(f"{text} is a model, not a run", hint=hint)
-    if "/" in text or Path(text, "attempts").is_dir():
-        path = text if "://" in text else str(Path(text).absolute())
-        root, _, text = path.rpartition("/")
-    store = RunStore(open_storage(root), check_run_name(text))
+        raise ConfigError(f"{text.rstrip('/')} is a model, not a run", hint=hint)
+    place, name = _split(text)
+    store = RunStore(open_storage(root if place is None else place), check_run_name(name))
     store.storage.list(store.run)  # no retries: the path may be mistyped
     try:
         declared = declared_settings(store).get("checkpoint", {})
@@ -57,17 +54,38 @@ def run_name(text: str) -> str:
     if text.endswith(RUN_FILES):
         from outlast.cluster.config.run_file import load_run
 
-        return load_run(text)[0].name
+        return load_run(text, elsewhere=True)[0].name
     from outlast.checkpointing.format.layout import check_run_name
 
-    scheme, _, path = text.rstrip("/").rpartition("://")
-    if scheme and "/" not in path:
-        path = ""  # a URL of a bucket alone, as `s3://bucket/$RUN` is while RUN is unset
-    name = path.rpartition("/")[2]
+    return check_run_name(_split(text)[1])
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """Return the storage and the name of a run that is a directory or a URI; None and the text if it is a name.
+
+    Raises ConfigError if nothing is left for a name.
+    """
+    full, is_uri = text, "://" in text
+    text, mark, options = text.partition("?") if is_uri else (text, "", "")
+    if "/" in options:  # of the storage, as in `s3://bucket/runs?region=x/my-run`
+        options, _, name = options.rstrip("/").rpartition("/")
+        return f"{text}?{options}", name
+    text = text.rstrip("/") or text
+    if not is_uri and Path(text).name in ("", "..") and _is_run(Path(text)):  # such as `.`
+        text = str(Path(text).resolve())
+    elif not is_uri and ("/" in text or _is_run(Path(text))):
+        text = str(Path(text).absolute())
+    elif is_uri and "/" not in text.partition("://")[2]:
+        text = f"{text}/"  # a bucket alone, as `s3://bucket/$RUN` is while RUN is unset
+    place, slash, name = text.rpartition("/")
     if not name.strip():
         hint = "give a run's name or its run file; a shell variable that is not set is empty"
-        raise ConfigError(f"{text!r} names no run", hint=hint)
-    return check_run_name(name)
+        raise ConfigError(f"{full!r} names no run", hint=hint)
+    return (f"{place}{mark}{options}" if slash else None), name
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "attempts").is_dir() or (folder / "launches").is_dir()
 
 
 def declared_settings(store: RunStore) -> dict[str, Any]:
@@ -83,7 +101,7 @@ def declared_settings(store: RunStore) -> dict[str, Any]:
 
 
 def stored_config(
-    run: str, store: RunStore, overrides: Sequence[str], *, trusted: bool
+    run: str, store: RunStore, overrides: Sequence[str], *, trusted: bool, elsewhere: bool = False
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Return the settings of the run's newest claim, to run it again: as `load_run` does.
 
@@ -92,7 +110,7 @@ def stored_config(
     from outlast.cluster.config.run_file import settings_of
     from outlast.trainers.config.trust import named_code
 
-    config, declared = settings_of(declared_settings(store), run, overrides)
+    config, declared = settings_of(declared_settings(store), run, overrides, elsewhere=elsewhere)
     user_trust(run, overrides, trusted).check_code(named_code(config), f"run {store.run!r}")
     place = config.checkpoint.storage
     is_elsewhere = place.startswith("/") and Path(place).resolve() != Path(store.storage.url).resolve()

@@ -29,6 +29,8 @@ from outlast.cluster.preflight.finding import TOKEN_HINT
 
 OBJECT_STORE_BYTES = 200 * 2**20
 CONNECT_TIMEOUT_S = 2.0
+_SETTINGS_TIMEOUT_S = 10.0
+_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an empty frame of HTTP/2
 _SOCKET_BYTES = 107  # of the path of a Unix socket
 _SOCKET = "/sockets/plasma_store"
 #: Ray lets every user write to its directory, so it gets one inside that of this user.
@@ -111,6 +113,22 @@ def _check_answers(address: str) -> None:
     except OSError as error:
         message = f"no Ray cluster answers at {address}: {error.strerror or error}"
         raise PreflightError(message, hint="check the address, and that `ray start --head` runs there") from error
+    if not _has_grpc(endpoint):
+        hint = f"give HEAD:6379; or, if it is a job server: --address http://{target}"
+        raise PreflightError(f"no Ray cluster answers at {address}: what answers has no gRPC", hint=hint)
+
+
+def _has_grpc(endpoint: tuple[str, int]) -> bool:
+    """Check whether a server answers the preface of HTTP/2 with its settings (RFC 9113, 3.4), as gRPC does."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("0", "false", "False"):
+        return True
+    answer = b""
+    with contextlib.suppress(OSError), socket.create_connection(endpoint, CONNECT_TIMEOUT_S) as connection:
+        connection.settimeout(_SETTINGS_TIMEOUT_S)
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS)
+        while len(answer) < 4 and (part := connection.recv(16)):
+            answer += part
+    return answer[3:4] == _SETTINGS[3:4]  # the type of a frame
 
 
 def _ray_folder() -> str:

@@ -5,6 +5,7 @@ the libraries. The n-th submission of a run is the job `<run>-<n>`; a run with a
 must be read from its storage, which outlives the cluster, and never from its jobs.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -19,15 +20,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus
 
-from outlast.checkpointing.error_hints import first_line
+from outlast.checkpointing.error_hints import did_you_mean, first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.bundle import bundle, copy_package
-from outlast.cluster.output import print_log
-from outlast.cluster.preflight.finding import OPEN_HINT, TOKEN_HINT, Finding, Level
+from outlast.cluster.jobs.job_server import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, JobExists, JobServer
+from outlast.cluster.preflight.finding import OPEN_HINT, Finding, Level
 from outlast.trainers.checks import model_checks as preflight
 from outlast.trainers.config.task_table import is_dotted
 from outlast.trainers.user_code import make_importable
@@ -35,6 +35,8 @@ from outlast.trainers.user_code import make_importable
 STOP_WAIT_S = 600
 _POLL_S = 0.5
 _DRIVER_CPUS = 0.01
+#: Ids that are tried for one submission.
+_MAX_IDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,8 @@ class SubmittedJob:
         return not JobStatus(self.status).is_terminal()
 
 
-def connect(address: str | None) -> JobSubmissionClient:
-    """Connect to the job server at `address` or RAY_API_SERVER_ADDRESS (`http://head:8265`). Raises PreflightError."""
+def connect(address: str | None) -> JobServer:
+    """Connect to the job server at `address` or RAY_API_SERVER_ADDRESS (`http://head:8265`). Raises as JobServer."""
     server = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not server:
         raise PreflightError(
@@ -71,32 +73,28 @@ def connect(address: str | None) -> JobSubmissionClient:
             hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS; a run on this machine only has no "
             "job: `outlast train RUN.yaml` resumes it, and Ctrl-C stops it",
         )
-    try:
-        return JobSubmissionClient(server)
-    except AuthenticationError as error:
-        raise PreflightError(
-            f"the job server at {server} requires a token: {error.message.splitlines()[0]}", hint=TOKEN_HINT
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        hint = "check the address (the dashboard's, usually port 8265)"
-        raise PreflightError(f"no job server answers at {server}: {first_line(error)}", hint=hint) from error
+    return JobServer(server)
 
 
 def check_server(address: str) -> list[Finding]:
     """Check whether other machines may run code on the cluster: its job server is reachable and needs no token."""
-    host = urlsplit(address).hostname or ""
     try:
-        is_local = all(ip_address(item[4][0]).is_loopback for item in socket.getaddrinfo(host, None))
-        requests.get(f"{address.rstrip('/')}/api/version", timeout=10).raise_for_status()
-    except (OSError, ValueError):  # it requires a token, or does not answer
+        answer = requests.get(f"{address.rstrip('/')}/api/version", timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S))
+    except (OSError, ValueError) as error:
+        return [Finding(Level.OK, "job server", f"{address} does not answer without a token: {first_line(error)}")]
+    if not answer.ok:
         return [Finding(Level.OK, "job server", f"{address} requires a token")]
+    is_local = False
+    with contextlib.suppress(OSError, ValueError):  # only its proxy may know the host
+        found = socket.getaddrinfo(urlsplit(address).hostname or "", None)
+        is_local = all(ip_address(item[4][0]).is_loopback for item in found)
     if is_local:
         return [Finding(Level.OK, "job server", f"{address} is open to this machine only")]
     text = f"{address} is open: any client that reaches it can run code on the cluster"
     return [Finding(Level.WARNING, "job server", text, OPEN_HINT)]
 
 
-def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[SubmittedJob]:
+def jobs_of(client: JobServer, run: str | None = None) -> list[SubmittedJob]:
     """Return the submissions of a run, or of every run, in the cluster's records; oldest first."""
     jobs = [_job(details) for details in client.list_jobs()]
     ours = [job for job in jobs if job is not None and run in (None, job.run)]
@@ -122,7 +120,8 @@ def check_reachable(config: RunConfig) -> None:
         "model.tokenizer.path": tokenizer if (tokenizer or "").startswith(".") else None,
     }
     for key, path in paths.items():
-        if path and "://" not in path and not Path(path).is_absolute():
+        is_deferred = "${env:" in (path or "")  # of variables that only the cluster has
+        if path and "://" not in path and not Path(path).is_absolute() and not is_deferred:
             raise ConfigError(
                 f"{key} is {path!r}, which each machine of the cluster resolves in its own working directory",
                 hint=f"set {key} to a path that all machines share: a shared file system's absolute path, or s3://…",
@@ -140,7 +139,7 @@ def check_named_code(config: RunConfig, code: Path | None) -> None:
 
 
 def submit(
-    client: JobSubmissionClient,
+    client: JobServer,
     config: RunConfig,
     declared: Mapping[str, Any],
     *,
@@ -158,13 +157,29 @@ def submit(
         ignoring: Ids of jobs that are reported live but are not.
 
     Raises:
-        PreflightError: The job server refused the job.
+        ConfigError: The code cannot be sent.
+        PreflightError: The job server refused the job, or does not answer.
     """
-    before = jobs_of(client, config.name)
-    for job in before:
-        if job.is_live and job.id not in ignoring:
-            return job, False
-    number = before[-1].number + 1 if before else 1
+    number = 0
+    for _ in range(_MAX_IDS):
+        known = jobs_of(client, config.name)
+        for job in known:
+            if job.is_live and job.id not in ignoring:
+                return job, False
+        number = max([number, *(job.number for job in known)]) + 1
+        job_id = f"{config.name}-{number}"
+        try:
+            _submit_as(job_id, client, config, declared, code, ship)
+        except JobExists:  # submitted by another at the same time; or not listed, because it is no run of outlast
+            continue
+        return SubmittedJob(job_id, config.name, number, JobStatus.PENDING.value), True
+    problem = f"the job server has other jobs with the ids {config.name}-{number - _MAX_IDS + 1} to {number}"
+    raise PreflightError(problem, hint="give the run another name, or delete those jobs: ray job delete …")
+
+
+def _submit_as(
+    job_id: str, client: JobServer, config: RunConfig, declared: Mapping[str, Any], code: Path | None, ship: bool
+) -> None:
     with bundle(declared, code) as folder:
         runtime_env: dict[str, Any] = {
             "working_dir": str(folder / "work"),
@@ -172,21 +187,17 @@ def submit(
         }
         if ship:
             runtime_env["py_modules"] = [str(copy_package(folder))]
-        try:
-            client.submit_job(  # exec, because a stop waits for all processes, and a shell leaves a zombie
-                entrypoint="exec python -m outlast.cluster.cli train run.yaml --take-over",
-                submission_id=f"{config.name}-{number}",
-                metadata={"outlast_run": config.name},
-                runtime_env=runtime_env,
-                # A driver without requirements runs on the head; one that needs a CPU, wherever one is free.
-                entrypoint_num_cpus=_DRIVER_CPUS if config.failure.survive_head else None,
-            )
-        except RuntimeError as error:
-            raise PreflightError(f"the job server refused {config.name}-{number}: {error}") from error
-    return SubmittedJob(f"{config.name}-{number}", config.name, number, JobStatus.PENDING.value), True
+        client.submit_job(  # exec, because a stop waits for all processes, and a shell leaves a zombie
+            entrypoint="exec python -m outlast.cluster.cli train run.yaml --take-over",
+            submission_id=job_id,
+            metadata={"outlast_run": config.name},
+            runtime_env=runtime_env,
+            # A driver without requirements runs on the head; one that needs a CPU, wherever one is free.
+            entrypoint_num_cpus=_DRIVER_CPUS if config.failure.survive_head else None,
+        )
 
 
-def run_command(client: JobSubmissionClient, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
+def run_command(client: JobServer, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
     """Run a command of outlast on the cluster, as a job of no run, with this outlast. Return its log when it has ended.
 
     The command finds the `declared` settings of a run in `run.yaml`.
@@ -208,47 +219,32 @@ def stop_wait_s(config: RunConfig) -> float:
     return min(STOP_WAIT_S, config.failure.stall_s)
 
 
-def find_job(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
-    """Return one job. Raises RuntimeError or OSError if the cluster does not know it or does not answer."""
+def find_job(client: JobServer, job_id: str) -> SubmittedJob:
+    """Return one job. Raises PreflightError if the cluster does not know it or does not answer."""
     job = _job(client.get_job_info(job_id))
     assert job is not None
     return job
 
 
-def newest_job(client: JobSubmissionClient, run: str) -> SubmittedJob:
+def newest_job(client: JobServer, run: str) -> SubmittedJob:
     """Return a run's newest job. Raises PreflightError if the cluster has none."""
-    if jobs := jobs_of(client, run):
+    every = jobs_of(client)
+    if jobs := [job for job in every if job.run == run]:
         return jobs[-1]
-    raise PreflightError(f"the cluster has no job of run {run!r}", hint="`outlast list --address …` shows all jobs")
+    problem = f"the cluster has no job of run {run!r}{did_you_mean(run, {job.run for job in every})}"
+    raise PreflightError(problem, hint="`outlast list --address …` shows all jobs")
 
 
-def follow(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
-    """Print the job's log to stderr as it grows, until the job ends. Raises PreflightError if the server is lost."""
-    seen = 0
-    while True:
-        try:
-            job = find_job(client, job_id)
-            log = client.get_job_logs(job_id)
-        except (RuntimeError, OSError) as error:
-            raise PreflightError(
-                f"the cluster does not answer, or does not know job {job_id}",
-                hint="the checkpoints are in the run's storage: submit the run on any cluster to resume it; but with "
-                "failure.survive_head it may still be running (see `outlast status`): then wait for the head",
-            ) from error
-        whole = log.rfind("\n") + 1 if job.is_live else len(log)  # a part of a credential is not recognised
-        print_log(log[seen:whole], to_stderr=True)
-        seen = max(seen, whole)
-        if not job.is_live:
-            return job
-        time.sleep(_POLL_S)
+def stop(client: JobServer, run: str) -> SubmittedJob | None:
+    """Have a run's live job commit and end, and wait for its end. Return None if its jobs have ended.
 
-
-def stop(client: JobSubmissionClient, run: str) -> SubmittedJob | None:
-    """Have a run's live job commit and end, and wait for its end. Return None if it has no live job."""
+    Raises PreflightError if the cluster has no job of the run.
+    """
+    newest_job(client, run)
     for job in jobs_of(client, run):
         if job.is_live:
             client.stop_job(job.id)
-            while not client.get_job_status(job.id).is_terminal():
+            while find_job(client, job.id).is_live:
                 time.sleep(_POLL_S)
             return newest_job(client, run)
     return None

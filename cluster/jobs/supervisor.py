@@ -6,16 +6,17 @@ harmless: the newest launch wins. `decide`, which is pure, decides what to do ne
 """
 
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 
 from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
@@ -28,9 +29,11 @@ from outlast.checkpointing.run_store.liveness import find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.driver.signals import handle_signals
 from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, count_failures, decide_give_up
 from outlast.cluster.jobs import ray_jobs as jobs
+from outlast.cluster.jobs.job_server import JobServer, JobServerUnavailable
 from outlast.cluster.jobs.ray_jobs import SubmittedJob
 from outlast.cluster.monitoring.timeline import TimelineReader
 from outlast.cluster.monitoring.timeline_records import LaunchTimeline
@@ -44,6 +47,8 @@ MAX_PAUSE_S = 300.0
 _RESUMABLE_EXIT_CODE = 75
 _STALLED = "stalled"
 _LOG_TAIL = 5
+_SIGNAL_POLL_S = 0.2
+_END_S = 2.0
 
 
 class NextAction(Enum):
@@ -139,15 +144,19 @@ class Supervisor:
 
         Raises:
             RunFailed: The run is given up.
+            OutlastError: No cluster and no retry can help: the job server refuses what is sent, or who sends it.
         """
-        num_unreachable = 0
+        num_unreachable, last_reason = 0, ""
         while not self.ending.is_set():
             try:
                 ended = self._one_job()
-                num_unreachable = 0
-            except (PreflightError, StorageError, RuntimeError, OSError) as error:
+                num_unreachable, last_reason = 0, ""
+            except (JobServerUnavailable, StorageError, RuntimeError, OSError) as error:
                 num_unreachable += 1
                 reason = error.message if isinstance(error, OutlastError) else first_line(error)
+                if isinstance(error, OutlastError) and error.hint and reason != last_reason:
+                    self.say(f"→ {error.hint}")
+                last_reason = reason
                 self._wait(num_unreachable, reason)
                 continue
             if ended is not None:
@@ -196,7 +205,7 @@ class Supervisor:
             print_log("".join(client.get_job_logs(ended.id).splitlines(keepends=True)[-_LOG_TAIL:]), to_stderr=True)
         return ended.exit_code
 
-    def _follow(self, client: JobSubmissionClient, job: SubmittedJob) -> tuple[SubmittedJob | None, bool]:
+    def _follow(self, client: JobServer, job: SubmittedJob) -> tuple[SubmittedJob | None, bool]:
         """Wait until the job ends, and stop it if it makes no progress. Return None if `ending` was set."""
         detector = StallDetector(self.config.failure.stall_s)
         finding, deadline = None, 0.0
@@ -286,16 +295,34 @@ def supervise(supervisors: Sequence[Supervisor]) -> int:
     Raises:
         OutlastError: That of the first run given up, once all have ended.
     """
-    with ThreadPoolExecutor(len(supervisors)) as pool:
-        futures = [pool.submit(item.run) for item in supervisors]
-        try:
-            for future in futures:
-                future.exception()
-        except KeyboardInterrupt:
+    stopping = threading.Event()
+    with handle_signals(lambda *_: stopping.set()):  # a handler that raises could be interrupted by the next signal
+        futures = [_start(item) for item in supervisors]
+        while wait(futures, timeout=_SIGNAL_POLL_S).not_done and not stopping.is_set():
+            pass
+        if stopping.is_set():
             for item in supervisors:
                 item.ending.set()
-            raise
+            wait(futures, timeout=_END_S)  # not for one in a long call: it keeps no state
+    if stopping.is_set():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the process ends
+        raise KeyboardInterrupt
     return next((code for code in [future.result() for future in futures] if code), 0)
+
+
+def _start(supervisor: Supervisor) -> Future[int]:
+    """Run a supervisor in a thread that does not keep the process alive."""
+    future: Future[int] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(supervisor.run())
+        except BaseException as error:  # noqa: BLE001 - raised by `result`
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _last_message_line(job: SubmittedJob) -> str:
@@ -303,10 +330,10 @@ def _last_message_line(job: SubmittedJob) -> str:
     return f" ({lines[-1].strip()[:200]})" if lines and job.driver_exit_code is None else ""
 
 
-def _last_log_line(client: JobSubmissionClient, ended: SubmittedJob) -> str:
+def _last_log_line(client: JobServer, ended: SubmittedJob) -> str:
     """Return the last line of a job's log, which shows why no worker started; else Ray's message."""
     try:
         text = client.get_job_logs(ended.id).strip() or ended.message.strip() or "its log is empty"
-    except (RuntimeError, OSError) as error:
+    except (PreflightError, RuntimeError, OSError) as error:
         text = f"its log cannot be read: {first_line(error)}"
     return text.splitlines()[-1].strip()[:200]

@@ -29,6 +29,7 @@ from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_file import SettingsError
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
+from outlast.cluster.jobs.job_server import JobServerUnavailable
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.data.tokenizer import train_bpe
 from outlast.trainers.loop.non_finite import NonFiniteError
@@ -310,7 +311,7 @@ TAKEN = {
     "{jobs}": "cluster",
     "no-such-bucket": "s3",
 }
-_KINDS = [*vars(errors).values(), SettingsError, NonFiniteError, RunFailed]
+_KINDS = [*vars(errors).values(), SettingsError, NonFiniteError, RunFailed, JobServerUnavailable]
 KINDS = {kind.__name__: kind for kind in _KINDS if isinstance(kind, type)}
 
 

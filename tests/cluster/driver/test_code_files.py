@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from outlast.cluster.cli.main import main
 from outlast.cluster.driver.code_files import is_credential_file, select_code
-from outlast.cluster.jobs.bundle import bundle, describe_bundle, warn_of_code
+from outlast.cluster.jobs.bundle import MAX_PACKAGE_BYTES, bundle, describe_bundle, warn_of_code
 
 KEY = "-----BEGIN PRIVATE KEY-----\nMIIEcanary\n-----END PRIVATE KEY-----\n"
 CREDENTIALS = [
@@ -68,8 +69,9 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     (code / "file.txt").symlink_to(outside / "private.txt")
     (code / "folder").symlink_to(outside / "folder")
     (code / "lib/up").symlink_to(code)
-    (code / "broken.py").symlink_to("nothing")
-    (code / "loop.py").symlink_to("loop.py")
+    (code / "broken.txt").symlink_to("nothing")
+    (code / "loop.txt").symlink_to("loop.txt")
+    (code / ".#model.py").symlink_to("user@host.1234:1")  # an editor's lock
     (code / "key.txt").symlink_to("id_rsa")
     (code / "same.py").symlink_to("model.py")
     (code / "also").symlink_to("lib")
@@ -79,7 +81,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     refused = select_code(code).refused
     assert refused["file.txt"] == refused["folder"] == "is a link out of the folder"
     assert refused["lib/up"] == "is a link to a folder around it"
-    assert refused["broken.py"] == refused["loop.py"] == "is a broken link"
+    assert refused["broken.txt"] == refused["loop.txt"] == "is a broken link"
     assert "key.txt" in refused
 
 
@@ -91,8 +93,98 @@ def test_a_code_folder_may_be_a_link_itself(tmp_path: Path) -> None:
 
 def test_special_files_are_not_read(tmp_path: Path) -> None:
     write(tmp_path, "model.py")
-    os.mkfifo(tmp_path / "pipe.py")
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / ".gitignore")
     assert sent(tmp_path).keys() == {"model.py"}
+
+
+def submit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: Path, *more: str) -> list[str]:
+    """Submit to an address where nothing answers, which ends with 3. Return the code and all lines."""
+    body = "name: a\nmodel: {path: gpt2}\ndata: {train: /data/a.txt}\ncheckpoint: {storage: /runs}\n"
+    run_file = code.parent / "run.yaml"
+    run_file.write_text(body)
+    arguments = ["submit", str(run_file), "--code", str(code), "--address", "127.0.0.1:1", *more]
+    monkeypatch.setattr("sys.argv", ["outlast", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    return [str(ended.value.code), *printed.out.splitlines(), *printed.err.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda code: code.rmdir(), "No such file or directory"),
+        (lambda code: (code.rmdir(), code.write_text("")), "Not a directory"),
+        (lambda code: (code.rmdir(), code.symlink_to(code)), "a loop of links"),
+        (lambda code: (code / "a.py").symlink_to("nothing"), "a.py is a broken link"),
+        (lambda code: (code / "a.py").symlink_to("a.py"), "a.py is a broken link"),
+        (lambda code: os.mkfifo(code / "a.py"), "a.py is no file, but a pipe"),
+        (lambda code: (code / ".outlastignore").write_text("!\n"), "an ignore file in"),
+    ],
+    ids=["missing", "file", "loop", "dangling", "own-loop", "fifo", "ignore-file"],
+)
+@pytest.mark.parametrize("more", [(), ("--supervise",), ("--dry-run",)], ids=["submit", "supervise", "dry-run"])
+def test_code_that_cannot_be_sent_is_named_before_anything_is_sent(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], object],
+    expected: str,
+    more: tuple[str, ...],
+) -> None:
+    (tmp_path / "code").mkdir()
+    make(tmp_path / "code")
+    exit_code, *lines = submit(capsys, monkeypatch, tmp_path / "code", *more)
+    assert exit_code == "2", lines
+    assert expected in " ".join(lines)
+    assert str(tmp_path / "code") in " ".join(lines)
+
+
+def test_code_that_is_too_large_is_named_with_its_largest_entries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "code/model.py", "code/data/a.json", "code/data/b.json")
+    os.truncate(tmp_path / "code/data/a.json", 80_000_000)
+    os.truncate(tmp_path / "code/data/b.json", 50_000_000)
+    text = "has 130.0 MB, more than the 104.9 MB that a job server takes; largest: data/ 130.0 MB, model.py 6 B; "
+    exit_code, *lines = submit(capsys, monkeypatch, tmp_path / "code")
+    assert exit_code == "2"
+    assert text + "largest file: data/a.json 80.0 MB" in " ".join(lines)
+    assert ".outlastignore" in lines[-1]
+    exit_code, *lines = submit(capsys, monkeypatch, tmp_path / "code", "--dry-run")
+    assert exit_code == "2"
+    assert "sends  data/a.json (80.0 MB)" in lines
+    (tmp_path / "code/.outlastignore").write_text("data\n")
+    assert submit(capsys, monkeypatch, tmp_path / "code")[0] == "3"
+
+
+def test_the_limit_is_that_of_ray() -> None:
+    from ray._private import ray_constants
+
+    assert ray_constants.DASHBOARD_CLIENT_MAX_SIZE == MAX_PACKAGE_BYTES
+
+
+def test_environments_caches_and_data_stay_and_are_listed(tmp_path: Path) -> None:
+    write(tmp_path, "model.py", ".git/a.py", "venv/a.py", "node_modules/a/a.json", "own/pyvenv.cfg", "own/lib/a.py")
+    write(tmp_path, "env/__init__.py", "data/a.parquet", "data/b.parquet", "LICENSE", "__pycache__/a.py", "a/venv.py")
+    (tmp_path / os.fsdecode(b"bad\xff.py")).write_text("")
+    assert sent(tmp_path).keys() == {"model.py", "env/__init__.py", "a/venv.py"}
+    lines = list(describe_bundle(tmp_path, ship=False))
+    listed = {line.removeprefix("leaves out  ") for line in lines if line.startswith("leaves")}
+    assert listed == {".git/", "venv/", "node_modules/", "own/", "data/*.parquet (2 files)", "LICENSE", "__pycache__/"}
+    assert any("has a name that is not UTF-8" in line for line in warn_of_code(tmp_path))
+    assert lines[-1] == f"in all 3 files of {tmp_path}, 18 B"
+
+
+def test_a_dry_run_lists_before_it_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "code/model.py")
+    exit_code, *lines = submit(capsys, monkeypatch, tmp_path / "code", "--dry-run", "-s", "checkpoint.storage=runs")
+    assert exit_code == "2"
+    assert "sends  model.py (6 B)" in lines
+    assert "checkpoint.storage is 'runs'" in " ".join(lines)
 
 
 @pytest.mark.parametrize("in_repository", [False, True])
@@ -114,7 +206,7 @@ def test_ignore_files(tmp_path: Path, in_repository: bool) -> None:
     assert sent(code).keys() == expected
     lines = list(describe_bundle(code, ship=False))
     assert "ignores  build/" in lines
-    assert {line.removeprefix("sends  ") for line in lines if line.startswith("sends")} >= expected
+    assert {line.split()[1] for line in lines if line.startswith("sends")} >= expected
 
 
 def test_a_dry_run_lists_what_is_sent(
@@ -135,7 +227,12 @@ def test_a_dry_run_lists_what_is_sent(
     assert ended.value.code == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert {"sends  run.yaml", "sends  model.py", "ignores  skipped.txt", "sends  evil\\x1b[2J\\n.py"} <= set(lines)
+    assert {
+        "sends  run.yaml",
+        "sends  model.py (6 B)",
+        "ignores  skipped.txt",
+        "sends  evil\\x1b[2J\\n.py (0 B)",
+    } <= set(lines)
     assert "token.txt is not sent" in printed.err
     assert "the job server at http://192.0.2.1:1 gets a token unencrypted" in printed.err
     assert "canary" not in printed.out + printed.err
