@@ -55,7 +55,7 @@ from outlast.checkpointing.state.named_weights import ALL, WeightNaming
 from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.storage.factory import Location
+from outlast.checkpointing.storage.location import Location
 from outlast.checkpointing.storage.retry import retry
 
 

@@ -9,7 +9,8 @@ from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.format.safetensors import tensor_bytes
 from outlast.checkpointing.restore.reader import read_tensors, verify_blocks
 from outlast.checkpointing.storage.base import Storage, walk
-from outlast.checkpointing.storage.factory import Location, as_storage
+from outlast.checkpointing.storage.factory import as_storage
+from outlast.checkpointing.storage.location import Location
 from outlast.checkpointing.storage.retry import retry
 
 

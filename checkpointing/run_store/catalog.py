@@ -38,7 +38,7 @@ from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, Rej
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_bytes
-from outlast.checkpointing.storage.factory import Location
+from outlast.checkpointing.storage.location import Location
 from outlast.checkpointing.storage.retry import retry
 
 

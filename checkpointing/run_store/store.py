@@ -17,7 +17,8 @@ from outlast.checkpointing.errors import DamagedError, StorageError
 from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import CLAIM, AttemptId, CheckpointRef
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
-from outlast.checkpointing.storage.factory import Location, as_storage
+from outlast.checkpointing.storage.factory import as_storage
+from outlast.checkpointing.storage.location import Location
 
 
 class RunStore:

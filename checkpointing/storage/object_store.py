@@ -23,6 +23,7 @@ from pyarrow import fs
 from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, StorageError, StorageRefused
 from outlast.checkpointing.storage.base import Buffer, Entry, T
+from outlast.checkpointing.storage.location import store_endpoints
 from outlast.checkpointing.storage.retry import call_with_retries
 
 
@@ -55,15 +56,10 @@ class ObjectStorage:
         s3: The location for other S3 clients; None for any other store.
 
     Raises:
-        ConfigError: pyarrow does not support the scheme, or the URL contains credentials.
+        ConfigError: pyarrow cannot open it. `parse_location` has refused URLs with credentials before.
     """
 
     def __init__(self, url: str) -> None:
-        if urlsplit(url).username or urlsplit(url).password:
-            raise ConfigError(
-                f"storage {urlsplit(url).scheme}://…: a URL must not carry credentials",
-                hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment",
-            )
         self._url = url.rstrip("/")
         self._has_answered = False
         try:
@@ -178,8 +174,6 @@ class ObjectStorage:
 def _connect(url: str) -> tuple[fs.FileSystem, str, S3Location | None]:
     """Return the file system with SDK retries enabled, the path in it, and its S3 location."""
     parts = urlsplit(url)
-    if parts.scheme in ("s3", "gs", "gcs") and not parts.netloc:
-        raise ValueError("it names no bucket")
     if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
         url += f"{'&' if parts.query else '?'}retry_limit_seconds={_GOOGLE_RETRY_S}"
     if parts.scheme != "s3":
@@ -188,12 +182,10 @@ def _connect(url: str) -> tuple[fs.FileSystem, str, S3Location | None]:
     if unknown := options.keys() - {"region", "scheme", "endpoint_override"}:
         raise ValueError(f"unknown option {min(unknown)!r}; known options: endpoint_override, region, scheme")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint and "endpoint_override" not in options:
+    if endpoint := next(iter(store_endpoints(url)), endpoint):
         options |= {"endpoint_override": urlsplit(endpoint).netloc, "scheme": urlsplit(endpoint).scheme}
     retries = fs.AwsStandardS3RetryStrategy(max_attempts=_SDK_ATTEMPTS)
     filesystem = fs.S3FileSystem(retry_strategy=retries, **options)
-    if override := options.get("endpoint_override"):
-        endpoint = f"{options.get('scheme', 'https')}://{override}"
     prefix = parts.path.strip("/")
     location = S3Location(parts.netloc, f"{prefix}/" if prefix else "", filesystem.region, endpoint)
     return filesystem, f"{parts.netloc}/{prefix}".rstrip("/"), location

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Exit, Option, Typer
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.location import is_url
 from outlast.cluster.cli.options import (
     AsJson,
     Base,
@@ -334,7 +335,7 @@ def _which_and_out(arguments: list[str], parts: bool) -> tuple[str, Path | None]
         raise ConfigError(problem, hint="outlast checkpoints export RUN best OUT")
     if parts:
         return (arguments[0] if arguments else "newest"), None
-    if "://" in arguments[-1]:
+    if is_url(arguments[-1]):
         problem = f"export writes to a local directory, not to {arguments[-1]}"
         raise ConfigError(problem, hint="name a directory, then copy it")
     if len(arguments) == 1 and re.fullmatch(r"newest|best|model|\d+(@[\w-]+)?", arguments[0]):

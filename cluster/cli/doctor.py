@@ -9,6 +9,7 @@ from typing import Annotated
 from typer import Argument, Exit, Option
 
 from outlast.checkpointing.errors import PreflightError
+from outlast.checkpointing.storage.location import is_url
 from outlast.cluster.cli.options import AsJson, Overrides
 from outlast.cluster.output import print_json, print_line, print_log
 from outlast.cluster.preflight.doctor_rules import Requirements
@@ -44,7 +45,7 @@ def doctor(
     if target and is_job_server(target):
         findings = _run_as_job(target, run_file, overrides or [], storage, quick)
     else:
-        at = storage if storage is None or "://" in storage else str(Path(storage).absolute())
+        at = storage if storage is None or is_url(storage) else str(Path(storage).absolute())
         requirements = Requirements(storage=at)
         if run_file is not None:
             from outlast.cluster.config.run_file import load_run

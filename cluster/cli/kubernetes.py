@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -93,7 +94,7 @@ def render(
     settings = k8s_settings(**given)
     config, declared = load_run(str(run_file))  # not at_home(): the paths are the pods'
     objects = render(config, declared, settings)
-    for warning in warnings_for(config, declared, settings):
+    for warning in warnings_for(config, declared, settings, os.environ):
         print_line(f"outlast: {warning}", to_stderr=True)
     if into is not None:
         with writing(into):

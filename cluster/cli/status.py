@@ -64,9 +64,10 @@ def status(
 def _runs_in(storage: str) -> list[dict[str, Any]]:
     """Return the runs of a storage that was given instead of a run."""
     from outlast.checkpointing.storage.factory import open_storage
+    from outlast.checkpointing.storage.location import is_url
     from outlast.cluster.monitoring.status import list_runs
 
-    is_storage = "://" in storage or Path(storage).is_dir()
+    is_storage = is_url(storage) or Path(storage).is_dir()
     if not is_storage:
         return []
     rows, unreadable = list_runs(open_storage(storage))

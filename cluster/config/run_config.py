@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_schedule import SaveInterval
 from outlast.checkpointing.storage.factory import open_storage
+from outlast.checkpointing.storage.location import is_url
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.config.base import Duration
 from outlast.trainers.config.tracking import TrackSettings
@@ -107,7 +108,7 @@ class RunConfig(TrainingConfig):
         """
 
         def absolute(path: str) -> str:
-            return path if "://" in path else str(folder.absolute() / Path(path).expanduser())
+            return path if is_url(path) else str(folder.absolute() / Path(path).expanduser())
 
         def absolute_if_exists(path: str | None) -> str | None:
             """Anything but an existing directory may be a hub id, and stays as it is."""

@@ -107,14 +107,18 @@ def stored_config(
 
     Raises ConfigError also if they name code that is not trusted, or another run than `store`.
     """
+    from outlast.checkpointing.storage.location import parse_location
     from outlast.cluster.config.run_file import settings_of
     from outlast.trainers.config.trust import named_code
 
     config, declared = settings_of(declared_settings(store), run, overrides, elsewhere=elsewhere)
     user_trust(run, overrides, trusted).check_code(named_code(config), f"run {store.run!r}")
     place = config.checkpoint.storage
-    is_elsewhere = place.startswith("/") and Path(place).resolve() != Path(store.storage.url).resolve()
-    is_elsewhere |= "://" in place and place.split("?")[0].rstrip("/") != store.storage.url.split("?")[0]
+    parsed = parse_location(place)
+    if isinstance(parsed, Path):
+        is_elsewhere = parsed.is_absolute() and parsed.resolve() != Path(store.storage.url).resolve()
+    else:
+        is_elsewhere = parsed.split("?")[0].rstrip("/") != store.storage.url.split("?")[0]
     if config.name != store.run or is_elsewhere:
         raise ConfigError(
             f"the settings of {store.url} are those of {place}/{config.name}, which would be written to",

@@ -24,6 +24,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 from outlast.checkpointing.error_hints import did_you_mean, first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
+from outlast.checkpointing.storage.location import is_url
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.jobs.bundle import bundle, copy_package
 from outlast.cluster.jobs.job_server import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, JobExists, JobServer
@@ -121,7 +122,7 @@ def check_reachable(config: RunConfig) -> None:
     }
     for key, path in paths.items():
         is_deferred = "${env:" in (path or "")  # of variables that only the cluster has
-        if path and "://" not in path and not Path(path).is_absolute() and not is_deferred:
+        if path and not is_url(path) and not Path(path).is_absolute() and not is_deferred:
             raise ConfigError(
                 f"{key} is {path!r}, which each machine of the cluster resolves in its own working directory",
                 hint=f"set {key} to a path that all machines share: a shared file system's absolute path, or s3://…",

@@ -7,20 +7,20 @@ and secrets are named, not read. Only the run's name and its storage's mount pat
 
 import copy
 import json
-import posixpath
 import re
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.kubernetes.accessors import mapping
+from outlast.cluster.kubernetes.egress import egress_ports, egress_warnings
 from outlast.cluster.kubernetes.ownership import RUN_LABEL, RunIdentity, identity_of
-from outlast.cluster.kubernetes.settings import DRAIN_BEFORE_GRACE_S, LABEL, MAX_NAME, K8sSettings, checked_mount
+from outlast.cluster.kubernetes.pod_paths import is_under, mount_path, pod_path, sources
+from outlast.cluster.kubernetes.settings import DRAIN_BEFORE_GRACE_S, LABEL, MAX_NAME, K8sSettings
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 #: Labels of spot nodes, by cloud: key and value. Each cloud sets only its own.
@@ -49,10 +49,7 @@ def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings
         ConfigError: The run cannot run on Kubernetes with these settings.
     """
     name = job_name(config.name, settings)
-    for key, url in _sources(config).items():
-        if urlsplit(url).username or urlsplit(url).password:
-            raise ConfigError(f"{key}: the URL carries credentials", hint="put them in a secret: --secret NAME")
-    mount = _mount_path(config, settings)
+    mount = mount_path(config, settings)
     claim = settings.claim or f"{name}-storage"
     objects = [_config_map(declared, _worker_cpus(config, settings))]
     if settings.service_account is None:
@@ -79,24 +76,29 @@ def declared_identity(config: RunConfig, declared: Mapping[str, Any]) -> RunIden
     return identity_of(config.name, str(mapping(declared, "checkpoint").get("storage", config.checkpoint.storage)))
 
 
-def warnings_for(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings) -> list[str]:
-    """Return warnings on what may be wrong and cannot be checked from here, one sentence each."""
-    mount, warnings = _mount_path(config, settings), []
+def warnings_for(
+    config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings, environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return warnings on what may be wrong and cannot be checked from here, one sentence each.
+
+    `environment` is that of this process: the pods' may name the same servers.
+    """
+    mount, warnings = mount_path(config, settings), []
     if "image" not in settings.model_fields_set:
         warnings.append(
             f"image {settings.image} is the local tag that k8s/README.md builds; for one in a registry: --image IMAGE"
         )
-    for key, value in _sources(config).items():
-        if key != "checkpoint.storage" and not _is_remote(value) and not _is_under(value, mount):
+    paths = {key: pod_path(key, location) for key, location in sources(config).items()}
+    for key, path in paths.items():
+        if key != "checkpoint.storage" and path and not is_under(path, mount):
             remedy = f"put it under {mount}" if mount else "mount a claim (--claim NAME --mount PATH)"
-            warnings.append(f"{key}: no volume provides {value} in the pods; {remedy}, or include it in the image")
+            warnings.append(f"{key}: no volume provides {path} in the pods; {remedy}, or include it in the image")
     names = sorted(set(_ENV.findall(json.dumps(dict(declared), default=str))))
     if names and settings.secret is None:
         warnings.append(f"the run file uses {', '.join(names)}: name a secret with these keys (--secret NAME)")
-    if _is_remote(config.checkpoint.storage) and settings.secret is None and settings.service_account is None:
+    if paths["checkpoint.storage"] is None and settings.secret is None and settings.service_account is None:
         warnings.append("object storage without --secret NAME or --service-account NAME: the pods have no access to it")
-    if settings.network_policy and not settings.egress_ports and "mlflow" in (config.track.to or ()):
-        warnings.append("the NetworkPolicy blocks the MLflow server: --egress-port PORT opens its port")
+    warnings += egress_warnings(config, settings, environment or {}, autoscales=_autoscales(config, settings))
     if mount and settings.claim is None:
         claim = f"{job_name(config.name, settings)}-storage"
         warnings.append(f"claim {claim} holds the checkpoints: `kubectl delete -f` on these objects deletes them too")
@@ -149,19 +151,12 @@ def _volume_claim(settings: K8sSettings) -> dict[str, Any]:
 
 
 def _network_policy(config: RunConfig, settings: K8sSettings) -> dict[str, Any]:
-    """Allow egress on the ports that the run file needs, to any address: an object store has no fixed one."""
+    """Allow egress on the ports that the run file needs."""
     body = _template("networkpolicy")
     if settings.operator_namespace:
         [of_operator] = body["spec"]["ingress"][1]["from"]
         of_operator["namespaceSelector"] = {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}}
-    ports = set(settings.egress_ports)
-    uses_hub = not all(map(_is_path, _model_names(config).values()))
-    needs_https = any(_is_remote(path) for path in _sources(config).values()) or uses_hub
-    if needs_https or "wandb" in (config.track.to or ()):
-        ports.add(443)
-    if _autoscales(config, settings):
-        ports |= {443, 6443}  # the API server, by its service or its own port
-    if ports:
+    if ports := egress_ports(config, settings, autoscales=_autoscales(config, settings)):
         body["spec"]["egress"].append({"ports": [{"protocol": "TCP", "port": port} for port in sorted(ports)]})
     if settings.service_account:  # the metadata server, which gives a cloud role its credentials
         metadata = {"ipBlock": {"cidr": "169.254.0.0/16"}}
@@ -294,25 +289,6 @@ def _set_variables(container: dict[str, Any], values: Mapping[str, int]) -> None
             variable["value"] = str(values[variable["name"]])
 
 
-def _mount_path(config: RunConfig, settings: K8sSettings) -> str | None:
-    """Return the path where head and workers mount the claim; None without a claim."""
-    storage = config.checkpoint.storage
-    if _is_remote(storage):
-        if (settings.claim is None) != (settings.mount is None):
-            raise ConfigError(
-                f"storage {storage} needs no claim, and a claim for data needs both --claim and --mount",
-                hint="give --claim NAME --mount PATH, or neither",
-            )
-        return settings.mount
-    path = checked_mount(urlsplit(storage).path if storage.startswith("file:") else storage, "checkpoint.storage")
-    if settings.mount and not _is_under(path, settings.mount):
-        raise ConfigError(
-            f"checkpoint.storage {path} is not under {settings.mount}, where the claim is mounted",
-            hint=f"give --mount {path}, or a parent of it",
-        )
-    return settings.mount or path
-
-
 def _whole_number(key: str, value: float) -> int:
     if value != int(value):
         raise ConfigError(
@@ -320,33 +296,6 @@ def _whole_number(key: str, value: float) -> int:
             hint=f"set scale.{key} to a whole number",
         )
     return int(value)
-
-
-def _sources(config: RunConfig) -> dict[str, str]:
-    """Return the settings that are paths or URLs, by key."""
-    local = {key: name for key, name in _model_names(config).items() if _is_path(name)}
-    return {"checkpoint.storage": config.checkpoint.storage, **config.data.places, **local}
-
-
-def _model_names(config: RunConfig) -> dict[str, str]:
-    """Return the paths or hub ids of model and tokenizer, by key."""
-    tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
-    names = {"model.path": config.model.path, "model.tokenizer.path": tokenizer}
-    return {key: name for key, name in names.items() if name}
-
-
-def _is_path(name: str) -> bool:
-    """Return whether a model's name can only be a path; any other may be a hub id."""
-    return name.startswith(("/", "./", "../", "~"))
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path and not path.startswith("file:")
-
-
-def _is_under(path: str, mount: str | None) -> bool:
-    path = urlsplit(path).path if path.startswith("file:") else path
-    return mount is not None and f"{posixpath.normpath(path)}/".startswith(f"{mount}/")
 
 
 def _template(name: str) -> dict[str, Any]:

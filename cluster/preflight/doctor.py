@@ -24,7 +24,7 @@ from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import OutlastError, PreflightError
 from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.run_store.events import NoteEvent
-from outlast.checkpointing.storage.factory import parse_location
+from outlast.checkpointing.storage.location import parse_location
 from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.cluster import ray_internals
 from outlast.cluster.config.run_config import RunConfig

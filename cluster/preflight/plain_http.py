@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
+
+from outlast.checkpointing.storage.location import store_endpoints
 
 #: For each variable that holds a server's address: the server, and the variables of its credentials.
 _SERVERS = {
@@ -35,9 +37,7 @@ def plain_http_warnings(
         if is_plain_http(address) and (urlsplit(address).password or any(map(environment.get, credentials))):
             yield _warning(f"{server} ({variable})", address, "credentials and data")
     for storage in storages:
-        options = parse_qs(urlsplit(storage).query)
-        endpoint = f"{options.get('scheme', ['https'])[0]}://{options.get('endpoint_override', [''])[0]}"
-        if is_plain_http(endpoint):
+        for endpoint in filter(is_plain_http, store_endpoints(storage)):
             yield _warning("the S3 endpoint", endpoint, "credentials and data")
 
 

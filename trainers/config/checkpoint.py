@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from outlast.checkpointing.run_store.retention_policy import KEEP_LAST_MIN, Retention
 from outlast.checkpointing.save.save_schedule import SaveInterval
-from outlast.checkpointing.storage.factory import parse_location
+from outlast.checkpointing.storage.location import parse_location
 from outlast.trainers.config.base import Interval, Settings
 from outlast.trainers.config.train import with_default_mode
 

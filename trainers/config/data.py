@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from outlast.checkpointing.storage.location import parse_location
 from outlast.trainers.config.base import Settings
 
 
@@ -175,6 +176,13 @@ class DataSettings(Settings):
             elif source:
                 paths[key] = source
         return paths
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _are_locations(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for place in value if isinstance(value, list) else [value or "none"]:
+            parse_location(place)
+        return value
 
     @field_validator("labels", mode="before")
     @classmethod

@@ -23,8 +23,9 @@ from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
-from outlast.checkpointing.storage.factory import open_storage, parse_location
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.checkpointing.storage.location import is_url, parse_location
 from outlast.trainers.config.data import CsvSettings
 
 _PLAIN = (".txt", ".jsonl", ".json", ".csv", ".tsv")
@@ -114,7 +115,7 @@ def find_data_files(source: str | Sequence[str], csv: CsvSettings = DEFAULT_CSV)
 
 
 def _open(url: str) -> tuple[Storage, ListDir]:
-    storage = open_storage(url) if "://" in url else LocalStorage(Path(url), follow_links=True)
+    storage = open_storage(url) if is_url(url) else LocalStorage(Path(url), follow_links=True)
     return storage, cache(storage.list)
 
 

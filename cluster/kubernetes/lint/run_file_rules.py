@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.kubernetes.accessors import (
     CLUSTER,
     LintComplaint,
@@ -17,6 +18,7 @@ from outlast.cluster.kubernetes.accessors import (
     ray_groups,
     worker_groups,
 )
+from outlast.cluster.kubernetes.pod_paths import is_under, pod_path
 
 
 def run_file_mismatches(
@@ -45,12 +47,34 @@ def run_file_mismatches(
         pod_gpus = mapping(first_container(group), "resources", "limits").get("nvidia.com/gpu", 0)
         if isinstance(gpus, int) and str(pod_gpus) != str(gpus):
             yield where, f"{pod_gpus} GPUs in each pod, but scale.gpus_per_worker is {gpus}"
-    storage = str(mapping(run, "checkpoint").get("storage", "./runs"))
-    if storage.startswith("/"):
-        for role, group in ray_groups(cluster):
-            paths = [str(mount.get("mountPath")) for mount in mappings(first_container(group), "volumeMounts")]
-            if not any(f"{storage}/".startswith(f"{path.rstrip('/')}/") for path in paths):
-                yield role, f"nothing is mounted at checkpoint.storage {storage}: checkpoints are lost with the pod"
+    present = {key for name in names for key in config_maps.get(name, ())}
+    for key, location in _locations(run):
+        if location.startswith("$") or (key != "checkpoint.storage" and location in present):
+            continue
+        try:
+            path = pod_path(key, location)
+        except ConfigError as error:
+            text = error.message if key in error.message else f"{key}: {error.message}"
+            yield "run.yaml", f"{text}; {error.hint}"
+            continue
+        if key == "checkpoint.storage" and path:
+            yield from _unmounted(cluster, path)
+
+
+def _locations(run: Any) -> Iterator[tuple[str, str]]:
+    """Yield storage and data of a run file by key, as written."""
+    yield "checkpoint.storage", str(mapping(run, "checkpoint").get("storage", "./runs"))
+    for key, value in mapping(run, "data").items():
+        for item in value if isinstance(value, list) else [value]:
+            if key in ("train", "eval") and isinstance(item, str) and not item.endswith("%"):
+                yield f"data.{key}", item
+
+
+def _unmounted(cluster: Mapping[str, Any], storage: str) -> Iterator[LintComplaint]:
+    for role, group in ray_groups(cluster):
+        paths = [str(mount.get("mountPath")) for mount in mappings(first_container(group), "volumeMounts")]
+        if not any(is_under(storage, path) for path in paths):
+            yield role, f"nothing is mounted at checkpoint.storage {storage}: checkpoints are lost with the pod"
 
 
 def missing_config_maps(job: Mapping[str, Any], config_maps: Mapping[str, Any]) -> Iterator[LintComplaint]:

@@ -20,7 +20,7 @@ from typing import Any
 from outlast.checkpointing.redaction import redact_json
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
-from outlast.checkpointing.storage.factory import Location
+from outlast.checkpointing.storage.location import Location
 from outlast.checkpointing.tools.query import load_catalog, readable_pins, verify_run
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.report.page_data import page_data

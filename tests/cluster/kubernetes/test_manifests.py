@@ -13,8 +13,10 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.cluster.cli.main import app
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.config.run_file import load_run
 from outlast.cluster.kubernetes.lint.linter import lint
@@ -147,9 +149,92 @@ def test_nothing_secret_is_written(read: Read, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("where", ["checkpoint", "data"])
 def test_credentials_in_a_url_are_refused(read: Read, where: str) -> None:
     url = "s3://user:word@bucket/runs"
-    with pytest.raises(ConfigError, match="holds a credential") as caught:
+    with pytest.raises(ConfigError, match="must not carry credentials") as caught:
         read(*([url] if where == "checkpoint" else ["/data/runs"]), data={"train": url})
     assert "word" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("storage", "train"),
+    [
+        ("s3:///runs", None),
+        ("s3://", None),
+        ("s3://${env:EMPTY}/runs", None),
+        ("s3a://bucket/runs", None),
+        ("azure://container/runs", None),
+        ("https://host/runs", None),
+        ("file://data/runs", None),
+        ("s3://minio:9000/bucket", None),
+        ("/data/runs", "https://host/texts.jsonl"),
+        ("/data/runs", "s3://${env:EMPTY}/texts.jsonl"),
+    ],
+)
+def test_what_validate_refuses_render_and_lint_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, train: str | None
+) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    body = {"name": "my-run", "model": {"path": "org/model"}, "data": {"train": train or "s3://bucket/x.jsonl"}}
+    run_file, manifests = tmp_path / "run.yaml", tmp_path / "rendered.yaml"
+    run_file.write_text(yaml.safe_dump(body | {"checkpoint": {"storage": storage}}))
+    for command in (["validate"], ["k8s", "render"]):
+        done = CliRunner().invoke(app, [*command, str(run_file)])
+        assert isinstance(done.exception, ConfigError) or done.exit_code == 2, command
+        assert ("checkpoint.storage" if train is None else "data.train") in done.output + str(done.exception), command
+    if "${env:" in storage + (train or ""):
+        return  # which lint cannot expand
+    text = (ROOT / "tests" / "golden" / "manifests" / "claim.yaml").read_text()
+    objects = list(yaml.safe_load_all(text))
+    [config_map] = [item for item in objects if item["kind"] == "ConfigMap"]
+    config_map["data"]["run.yaml"] = run_file.read_text()
+    manifests.write_text(to_yaml(objects))
+    done = CliRunner().invoke(app, ["k8s", "lint", str(manifests)])
+    assert done.exit_code == 2
+    assert ("checkpoint.storage" if train is None else "data.train") in done.stdout
+
+
+@pytest.mark.parametrize("storage", ["FILE:///data/runs", "file://localhost/data/runs", "//data//runs", "/data/runs/"])
+def test_every_spelling_of_a_path_is_mounted(read: Read, storage: str) -> None:
+    objects = render(*read(storage), k8s_settings(**RELEASE))
+    for role in ("head", "worker"):
+        assert mounts(pods(objects[-1])[role])["storage"] == "/data/runs"
+    assert [finding.level for finding in lint(objects)] == [Level.OK]
+
+
+@pytest.mark.parametrize(
+    ("storage", "ports"),
+    [
+        ("s3://b/runs?endpoint_override=minio:9000", [443, 9000]),
+        ("s3://b/runs?endpoint_override=http://minio:9000", [443, 9000]),
+        ("S3://b/runs?endpoint_override=minio&scheme=http", [80, 443]),
+        ("gs://b/runs?endpoint_override=gcs:4443", [443, 4443]),
+        ("abfs://c@a.dfs.core.windows.net/runs?blob_storage_authority=.azurite:10000", [443, 10000]),
+        ("hdfs://name-node:8021/runs", [443, 8021, 9866]),
+        ("FILE:///data/runs", [443]),
+    ],
+)
+def test_ports_of_a_url_are_opened(read: Read, storage: str, ports: list[int]) -> None:
+    objects = render(*read(storage, data={"train": "/data/x.jsonl"}), k8s_settings(**RELEASE))
+    [policy] = [item for item in objects if item["kind"] == "NetworkPolicy"]
+    assert [item["port"] for item in policy["spec"]["egress"][-1]["ports"]] == ports  # 443 is the model hub's
+
+
+def test_servers_of_this_environment_are_told(read: Read) -> None:
+    given = {
+        "AWS_ENDPOINT_URL": "http://minio:9000",
+        "MLFLOW_TRACKING_URI": "http://user:word@mlflow:5000",
+        "WANDB_BASE_URL": "https://wandb.example",
+        "HF_ENDPOINT": "http://mirror",
+    }
+    run = read("s3://b/runs", track={"to": ["mlflow", "wandb"]})
+    found = warnings_for(*run, k8s_settings(**RELEASE, secret="store"), given)
+    assert [line.split()[0] for line in found] == ["AWS_ENDPOINT_URL", "HF_ENDPOINT", "MLFLOW_TRACKING_URI"]
+    assert [line.rpartition(" ")[2] for line in found] == ["9000", "80", "5000"]
+    assert "word" not in str(found)
+    opened = k8s_settings(**RELEASE, secret="store", egress_ports=[80, 5000, 9000])
+    assert warnings_for(*run, opened, given) == []
+    assert warnings_for(*run, k8s_settings(**RELEASE, secret="store", network_policy=False), given) == []
+    named = read("s3://b/runs?endpoint_override=other:9001", data={"train": "gs://b/x.jsonl"})
+    assert warnings_for(*named, k8s_settings(**RELEASE, secret="store"), given | {"HF_ENDPOINT": ""}) == []
 
 
 def test_yaml_round_trip_and_determinism(run: tuple[RunConfig, dict[str, Any], K8sSettings]) -> None:
@@ -212,7 +297,17 @@ def test_names_that_cannot_be(run_name: str, message: str) -> None:
         ("/", {}, {}, "cannot be mounted"),
         ("/home/ray", {}, {}, "cannot be mounted"),
         ("/tmp/runs", {}, {}, "cannot be mounted"),
-        ("/data/../etc/outlast", {}, {}, "cannot be mounted"),
+        ("/data/../x", {}, {}, "has `..`"),
+        ("FILE:///data/../x", {}, {}, "has `..`"),
+        ("//etc//outlast", {}, {}, "cannot be mounted"),
+        ("FILE:///opt/outlast/lib", {}, {}, "'/opt/outlast/lib' cannot be mounted"),
+        ("/opt/outlast", {}, {}, "cannot be mounted"),
+        ("/home/ray/anaconda3/runs", {}, {}, "cannot be mounted"),
+        ("/py/lib/python3.11/site-packages", {}, {}, "cannot be mounted"),
+        ("/data/runs", {"data": {"train": "texts.jsonl"}}, {}, "data.train 'texts.jsonl' is relative"),
+        ("/data/runs", {"data": {"train": ["/data/a.jsonl", "~/b.jsonl"]}}, {}, r"data.train\[1\] '~/b.jsonl' is"),
+        ("/data/runs", {"data": {"train": "/data/a.jsonl", "eval": "../b.jsonl"}}, {}, "data.eval '../b.jsonl' is"),
+        ("/data/runs", {"model": {"path": "./gpt2"}}, {}, "model.path './gpt2' is relative"),
         ("/data/runs", {}, {"claim": "team", "mount": "/dat"}, "is not under /dat"),
         ("s3://bucket/runs", {}, {"claim": "team"}, "needs both --claim and --mount"),
         ("s3://bucket/runs", {}, {"mount": "/data"}, "needs both --claim and --mount"),
@@ -261,7 +356,7 @@ def test_warnings(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHERE", "/elsewhere")
     sections = {
         "data": {"train": "${env:WHERE}/train.jsonl", "eval": "/data/eval.jsonl"},
-        "model": {"path": "./my-gpt2"},
+        "model": {"path": "/models/my-gpt2"},
     }
     found = warnings_for(*read("/data/runs", **sections), k8s_settings(**RELEASE))
     assert [line.split(":")[0] for line in found[:3]] == ["data.train", "data.eval", "model.path"]
